@@ -1,0 +1,319 @@
+"""Torch tensors, numpy arrays and plain values as leaves: what is stored of each, and how it is built again.
+
+A leaf codec is two pure halves. `encode` turns a value into a node and a *source*, a tensor over the caller's
+own memory from which the bytes will be copied. `allocate` turns a stored node into a *destination*, an array
+that restore fills, and `finish`, which makes the value out of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.core import spec as spec_lib
+from functional_ckpt.core import structure
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+__all__ = [
+    "Destination",
+    "allocate",
+    "array_node",
+    "host_view",
+    "identity",
+    "source_of",
+    "torch_dtype_name",
+    "value_node",
+]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+# Torch dtypes without a zarr counterpart, and the dtype of the same width that carries their bits.
+_CARRIED_BY = {"complex32": "int32", "float4_e2m1fn_x2": "uint8"}
+# numpy kinds without a zarr counterpart: datetimes as their 64-bit counts.
+_NUMPY_CARRIED_BY = {"M": "int64", "m": "int64"}
+_INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def torch_dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` -> `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise errors.UsageError(f"This torch {torch.__version__} has no dtype {name!r}.")
+    return dtype
+
+
+# ---------------------------------------------------------------------------------------- values
+
+
+_PLAIN_KINDS: Mapping[type, str] = {
+    type(None): "none",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    complex: "complex",
+    str: "str",
+}
+
+
+def value_node(value: object) -> structure.ValueNode | None:
+    """The node of a plain value, or None when it is something else (subclasses are something else)."""
+    if (kind := _PLAIN_KINDS.get(type(value))) is not None:
+        return structure.ValueNode(kind=kind, value=value)
+    if isinstance(value, torch.dtype):
+        return structure.ValueNode(kind="torch_dtype", value=torch_dtype_name(value))
+    if isinstance(value, torch.device):
+        return structure.ValueNode(kind="torch_device", value=str(value))
+    return None
+
+
+def plain_value(node: structure.ValueNode) -> object:
+    """The value of a value node."""
+    if node.kind == "torch_dtype":
+        return _torch_dtype(str(node.value))
+    if node.kind == "torch_device":
+        return torch.device(str(node.value))
+    return node.value
+
+
+# ---------------------------------------------------------------------------------------- arrays to nodes
+
+
+def array_node(value: object, name: str) -> structure.ArrayNode | None:
+    """The node of a strided tensor, a numpy array or scalar, or bytes; None for anything else.
+
+    Raises:
+        UnsupportedLeafError: The value is an array whose dtype or data cannot be carried.
+    """
+    if isinstance(value, torch.Tensor):
+        return _tensor_node(value, name)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _numpy_node(value, name)
+    if type(value) is bytes:
+        return structure.ArrayNode(
+            kind="bytes", spec=spec_lib.ArraySpec((len(value),), "uint8"), name=name
+        )
+    return None
+
+
+def _tensor_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
+    dtype = torch_dtype_name(tensor.dtype)
+    stored = _CARRIED_BY.get(dtype, dtype)
+    if stored not in spec_lib.STORAGE_DTYPES:
+        raise errors.UnsupportedLeafError(
+            f"dtype {tensor.dtype} cannot be stored (torch itself cannot copy it); "
+            "convert the tensor to an ordinary dtype, or leave it out of the item"
+        )
+    detail: dict[str, object] = {}
+    if dtype != stored:
+        detail["dtype"] = dtype
+    if isinstance(tensor, torch.nn.Parameter):
+        detail["parameter"] = True
+        if not tensor.requires_grad:
+            detail["requires_grad"] = False
+    elif tensor.requires_grad:
+        detail["requires_grad"] = True
+    if not tensor.is_contiguous() and _is_dense(tensor):
+        # channels_last and transposed layouts come back with the same strides; other views come back compact.
+        detail["strides"] = list(tensor.stride())
+    return structure.ArrayNode(
+        kind="tensor", spec=spec_lib.ArraySpec(tuple(tensor.shape), stored), name=name, detail=detail
+    )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill one gapless block of memory in some order of the dims."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return tensor.numel() > 0
+
+
+def _numpy_node(array: Array | np.generic, name: str) -> structure.ArrayNode:
+    kind = "ndarray" if isinstance(array, np.ndarray) else "numpy_scalar"
+    if kind == "ndarray" and type(array) is not np.ndarray:
+        raise errors.UnsupportedLeafError(
+            f"{type(array).__name__} is a subclass of numpy.ndarray whose extra state would be lost; "
+            "pass numpy.asarray(value)"
+        )
+    detail: dict[str, object] = {}
+    dtype = array.dtype
+    stored = _NUMPY_CARRIED_BY.get(dtype.kind) or dtype.name
+    shape: tuple[int, ...] = tuple(array.shape)
+    if dtype.kind in "MmSU" or not dtype.isnative:
+        detail["dtype"] = dtype.str
+        stored = _NUMPY_CARRIED_BY.get(dtype.kind) or dtype.newbyteorder("=").name
+    if dtype.kind in "SU" and dtype.itemsize:
+        stored, shape = "uint8", (*shape, dtype.itemsize)
+    if stored not in spec_lib.STORAGE_DTYPES:
+        raise errors.UnsupportedLeafError(
+            f"numpy dtype {dtype} cannot be stored; convert it to a numeric dtype, or use lists or fc.Json"
+        )
+    if isinstance(array, np.ndarray) and array.flags.f_contiguous and not array.flags.c_contiguous:
+        detail["order"] = "F"
+    return structure.ArrayNode(
+        kind=kind, spec=spec_lib.ArraySpec(shape, stored), name=name, detail=detail
+    )
+
+
+def identity(value: object) -> Hashable | None:
+    """What two leaves share exactly when they are the same memory read the same way; None for no sharing."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() == 0 or value.is_conj() or value.is_neg():
+            return None
+        return (
+            "torch",
+            str(value.device),
+            value.data_ptr(),
+            tuple(value.shape),
+            value.stride(),
+            value.dtype,
+        )
+    if isinstance(value, np.ndarray) and value.size:
+        pointer = value.__array_interface__["data"][0]
+        return ("numpy", pointer, value.shape, value.strides, value.dtype.str)
+    return None
+
+
+# ---------------------------------------------------------------------------------------- nodes to bytes
+
+
+def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
+    """A tensor over the value's own memory whose dtype is a torch twin of the node's storage dtype.
+
+    Copies only what has no memory of its own to show: conj and neg views, read-only or foreign-endian numpy
+    arrays, numpy scalars and bytes.
+    """
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().resolve_conj().resolve_neg()
+        if "dtype" in node.detail:
+            tensor = tensor.view(_torch_dtype(node.spec.dtype))
+        return tensor
+    if isinstance(value, bytes):
+        return torch.from_numpy(np.frombuffer(value, np.uint8).copy())
+    array = np.asarray(value)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.dtype.kind in "SU":
+        array = np.ascontiguousarray(array).reshape(array.shape)
+        array = array[..., None].view(np.uint8) if array.ndim else array.reshape(1).view(np.uint8)
+    stored = spec_lib.numpy_dtype(node.spec.dtype)
+    if array.dtype != stored:
+        array = array.view(stored)
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    return _tensor_over(array)
+
+
+def _tensor_over(array: Array) -> torch.Tensor:
+    """A tensor sharing a numpy array's memory, whatever its dtype."""
+    if array.dtype.kind == "V":  # ml_dtypes register as void: go through an integer of the same width
+        carrier = torch.from_numpy(array.view(np.dtype(f"i{array.itemsize}")))
+        return carrier.view(_torch_dtype(array.dtype.name))
+    return torch.from_numpy(array)
+
+
+def host_view(tensor: torch.Tensor, dtype: str) -> Array:
+    """A numpy array of storage dtype `dtype` over the memory of a CPU tensor; no copy."""
+    tensor = tensor.detach()
+    target = spec_lib.numpy_dtype(dtype)
+    if target.kind == "V" or tensor.dtype in (torch.complex32,) or _is_carried(tensor.dtype):
+        tensor = tensor.view(_INT_OF_SIZE[target.itemsize])
+    array = cast("Array", tensor.numpy())
+    return array if array.dtype == target else array.view(target)
+
+
+def _is_carried(dtype: torch.dtype) -> bool:
+    return torch_dtype_name(dtype) in _CARRIED_BY
+
+
+# ---------------------------------------------------------------------------------------- bytes to values
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Destination:
+    """Memory that restore fills, and the value it becomes.
+
+    Attributes:
+        array: Host memory of the node's spec; may be strided.
+        finish: Called once after the last byte is in `array`; returns the restored value.
+    """
+
+    array: Array
+    finish: Callable[[], object]
+
+
+def allocate(node: structure.ArrayNode, device: torch.device | None = None) -> Destination:
+    """New memory for an array as it was saved: the same kind, dtype and layout.
+
+    Args:
+        node: What was stored.
+        device: Where a tensor shall live; None for the CPU.
+    """
+    if node.kind == "tensor":
+        tensor = new_tensor(node)
+        destination = host_view(tensor, node.spec.dtype)
+        return Destination(destination, lambda: dress(tensor, node, device))
+    dtype = spec_lib.numpy_dtype(node.spec.dtype)
+    array = np.empty(node.spec.shape, dtype, order="F" if node.detail.get("order") == "F" else "C")
+    if node.kind == "bytes":
+        return Destination(array, array.tobytes)
+    if node.kind == "ndarray":
+        return Destination(array, lambda: _numpy_value(array, node))
+    if node.kind == "numpy_scalar":
+        return Destination(array, lambda: _numpy_value(array, node)[()])
+    raise errors.CorruptCheckpointError(
+        f"Unknown kind of array {node.kind!r}.", key_path=node.name
+    )
+
+
+def new_tensor(node: structure.ArrayNode) -> torch.Tensor:
+    """An uninitialised CPU tensor of the node's torch dtype, shape and layout."""
+    name = str(node.detail.get("dtype", node.spec.dtype))
+    strides = node.detail.get("strides")
+    carrier = _torch_dtype(node.spec.dtype)
+    if isinstance(strides, list):
+        tensor = torch.empty_strided(node.spec.shape, cast("list[int]", strides), dtype=carrier)
+    else:
+        tensor = torch.empty(node.spec.shape, dtype=carrier)
+    return tensor.view(_torch_dtype(name)) if name != node.spec.dtype else tensor
+
+
+def dress(
+    tensor: torch.Tensor, node: structure.ArrayNode, device: torch.device | None = None
+) -> torch.Tensor:
+    """A filled CPU tensor as the leaf it was: on its device, a Parameter if it was one."""
+    if device is not None and device != tensor.device:
+        tensor = tensor.to(device)
+    if node.detail.get("parameter"):
+        requires_grad = bool(node.detail.get("requires_grad", True))
+        return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+    if node.detail.get("requires_grad"):
+        tensor.requires_grad_()
+    return tensor
+
+
+def _numpy_value(array: Array, node: structure.ArrayNode) -> Array:
+    name = node.detail.get("dtype")
+    if name is None:
+        return array
+    dtype = np.dtype(str(name))
+    if dtype.kind in "SU" and dtype.itemsize:
+        return array.view(dtype.newbyteorder("="))[..., 0].astype(dtype, copy=False)
+    if dtype.kind in "Mm":
+        return array.view(dtype.newbyteorder("=")).astype(dtype, copy=False)
+    return array.astype(dtype)

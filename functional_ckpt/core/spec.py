@@ -1,0 +1,150 @@
+"""What an array is without its data: `ArraySpec`, and a region of one: `Box`. Free of torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import ml_dtypes
+import numpy as np
+
+from functional_ckpt import errors
+
+__all__ = ["MAX_NUM_DIMS", "STORAGE_DTYPES", "ArraySpec", "Box", "numpy_dtype"]
+
+# TensorStore's limit on the rank of an array.
+MAX_NUM_DIMS = 32
+
+_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_ML_FLOATS = (
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+)
+# Written by Orbax only: read as ml_dtypes arrays, one element a byte in memory, never written here.
+_FOREIGN = ("int2", "int4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fnuz")
+_NATIVE = ("bool", *_INTEGERS, "float16", "float32", "float64", "complex64", "complex128")
+
+
+@functools.cache
+def numpy_dtype(name: str) -> np.dtype:
+    """The numpy dtype of a storage dtype's name; `UsageError` for a name that is not in the table.
+
+    >>> numpy_dtype("bfloat16").itemsize
+    2
+    """
+    if name in _ML_FLOATS or name in _FOREIGN:
+        return np.dtype(getattr(ml_dtypes, name))
+    if name in _NATIVE:
+        return np.dtype(name)
+    raise errors.UsageError(f"Unknown array dtype {name!r}; expected one of {', '.join(_ALL)}.")
+
+
+_ALL = (*_NATIVE, *_ML_FLOATS, *_FOREIGN)
+
+STORAGE_DTYPES: Mapping[str, int] = MappingProxyType(
+    {name: numpy_dtype(name).itemsize for name in _ALL}
+)
+"""Every dtype an array on disk may have (zarr's names), with its bytes per element in memory."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """Shape and dtype of an array, without data.
+
+    Attributes:
+        shape: Number of elements in each dim.
+        dtype: Name of the dtype on disk, a key of `STORAGE_DTYPES`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORAGE_DTYPES:
+            raise errors.UsageError(f"Unknown array dtype {self.dtype!r}.")
+        if len(self.shape) > MAX_NUM_DIMS:
+            raise errors.UsageError(
+                f"An array has {len(self.shape)} dims; at most {MAX_NUM_DIMS} can be stored."
+            )
+        for size in self.shape:
+            if type(size) is not int or not 0 <= size < 2**62:
+                raise errors.UsageError(f"Not an array shape: {self.shape!r}.")
+
+    @property
+    def num_elements(self) -> int:
+        """Product of the shape."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize_bytes(self) -> int:
+        """Bytes of one element."""
+        return STORAGE_DTYPES[self.dtype]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all elements."""
+        return self.num_elements * self.itemsize_bytes
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Box:
+    """A region of a global array: `offset[d] <= index < offset[d] + shape[d]` in every dim.
+
+    >>> Box((0, 4), (2, 4)).intersect(Box((1, 6), (5, 5)))
+    Box(offset=(1, 6), shape=(1, 2))
+    """
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.offset) != len(self.shape) or any(n < 0 for n in (*self.offset, *self.shape)):
+            raise errors.UsageError(f"Not a box: offset {self.offset}, shape {self.shape}.")
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Box:
+        """The box that is the whole array."""
+        return cls((0,) * len(shape), shape)
+
+    @property
+    def num_elements(self) -> int:
+        """Product of the shape."""
+        return math.prod(self.shape)
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """One past the last index, per dim."""
+        return tuple(o + n for o, n in zip(self.offset, self.shape, strict=True))
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common region, or None where there is none (0-dim boxes always meet)."""
+        offset = tuple(map(max, self.offset, other.offset))
+        shape = tuple(
+            min(a, b) - low for a, b, low in zip(self.end, other.end, offset, strict=True)
+        )
+        return Box(offset, shape) if all(n > 0 for n in shape) else None
+
+    def contains(self, other: Box) -> bool:
+        """Whether every index of `other` lies in this box."""
+        return all(
+            a <= b and d <= c
+            for a, b, c, d in zip(self.offset, other.offset, self.end, other.end, strict=True)
+        )
+
+    def relative_to(self, origin: tuple[int, ...]) -> Box:
+        """The same region with `origin` as index zero."""
+        return Box(tuple(o - b for o, b in zip(self.offset, origin, strict=True)), self.shape)
+
+    def slices(self) -> tuple[slice, ...]:
+        """The box as an index expression."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))

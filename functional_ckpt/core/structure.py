@@ -1,0 +1,115 @@
+"""The shape of an item as data: nodes of a pytree whose leaves are values or array specs.
+
+A *structure* says everything about a lowered item except the bytes of its arrays: containers and their
+types, keys and their types, plain values, and for each array where it is stored. It is what restore
+validates against and what the manifest writes as JSON. Free of torch, so that the command line can read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Literal, TypeAlias
+
+from functional_ckpt.core import spec as spec_lib
+
+__all__ = ["ArrayNode", "BranchNode", "Key", "KeyPath", "Node", "ValueNode", "iter_leaves", "join", "pretty"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Key:
+    """One step from a container to a child.
+
+    Attributes:
+        value: The dict key, the index or the field name.
+        kind: `index` for sequences, `key` for everything else.
+    """
+
+    value: Hashable
+    kind: Literal["index", "key"] = "key"
+
+
+KeyPath: TypeAlias = tuple[Key, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ValueNode:
+    """A leaf whose value lives in the record itself.
+
+    Attributes:
+        kind: `none`, `bool`, `int`, `float`, `complex`, `str`, `torch_dtype`, `torch_device`.
+        value: The value (a name, for the last two).
+    """
+
+    kind: str
+    value: object
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayNode:
+    """A leaf whose bytes are stored in chunks.
+
+    Attributes:
+        kind: What it is in memory: `tensor`, `ndarray`, `numpy_scalar`, `bytes`.
+        spec: Global shape and dtype on disk.
+        name: The array's name on disk; for a tied leaf its own name, at which the same bytes are visible too.
+        detail: What the kind needs beyond the spec (the torch dtype where it differs, `parameter`,
+            `requires_grad`, `strides` ...): JSON values.
+        tied_to: Name of the array that holds the bytes, for a leaf that shares another's memory.
+    """
+
+    kind: str
+    spec: spec_lib.ArraySpec
+    name: str
+    detail: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    tied_to: str | None = None
+
+    @property
+    def stored_name(self) -> str:
+        """Name of the array that holds the bytes."""
+        return self.tied_to or self.name
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BranchNode:
+    """A container.
+
+    Attributes:
+        kind: `dict`, `ordered_dict`, `default_dict`, `list`, `tuple`, `named_tuple`, `deque`, `torch_size`,
+            `registered` (a registered pytree node), or a leaf made of parts: `sparse_coo`, `sparse_csr`
+            and its kin, `quantized`, `subclass`.
+        keys: One key per child.
+        children: The children, in order.
+        detail: What the kind needs to be built again: JSON values.
+    """
+
+    kind: str
+    keys: tuple[Key, ...]
+    children: tuple[Node, ...]
+    detail: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+
+Node: TypeAlias = ValueNode | ArrayNode | BranchNode
+
+
+def join(path: KeyPath) -> str:
+    """The name of a leaf on disk: its keys joined by dots (Orbax's rule)."""
+    return ".".join(str(key.value) for key in path)
+
+
+def pretty(path: KeyPath, root: str = "") -> str:
+    """The key path as a person would write it.
+
+    >>> pretty((Key("state"), Key(0), Key(1, "index")), "optimizer")
+    "optimizer['state'][0][1]"
+    """
+    return root + "".join(f"[{key.value!r}]" for key in path)
+
+
+def iter_leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
+    """Every leaf with its key path, depth first; an empty container counts as a leaf."""
+    if isinstance(node, BranchNode) and node.children:
+        for key, child in zip(node.keys, node.children, strict=True):
+            yield from iter_leaves(child, (*path, key))
+    else:
+        yield path, node

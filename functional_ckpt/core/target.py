@@ -1,0 +1,33 @@
+"""What may stand in a restore target besides values: `Fill` and `AS_SAVED`. Free of torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any, Final
+
+__all__ = ["AS_SAVED", "AsSaved", "Fill"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fill:
+    """A leaf of a target tree: restore writes into this tensor's own memory and returns the tensor itself.
+
+    A tensor that stands in a target without `Fill` is imitated: its shape, dtype and device are wanted, in
+    new memory.
+    """
+
+    tensor: Any
+
+
+class AsSaved(enum.Enum):
+    """Type of `AS_SAVED`."""
+
+    AS_SAVED = "as saved"
+
+    def __repr__(self) -> str:
+        return "AS_SAVED"
+
+
+AS_SAVED: Final = AsSaved.AS_SAVED
+"""Stands anywhere in a target tree: whatever the checkpoint holds there comes back as it was saved."""

@@ -1,0 +1,103 @@
+"""Handlers, the items that bind a value to one, and the registry that chooses one for a plain value.
+
+A handler is a pair of pure functions, `lower` and `lift`, plus `target`, which says what a restore expects.
+One piece of code writes arrays and one reads them, whatever the item; handlers touch no storage.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+from functional_ckpt import errors
+
+__all__ = ["CheckpointItem", "Handler", "Registry"]
+
+
+class Handler(abc.ABC):
+    """How values of one kind become a pytree and come back.
+
+    Handlers hold options, never a value. `format` is how the item is laid out on disk: `tree` (arrays and a
+    structure) or `json` (one readable file). `per_rank` items are stored once for every rank.
+    """
+
+    __slots__ = ()
+
+    format: ClassVar[Literal["tree", "json"]] = "tree"
+    per_rank: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def lower(self, value: Any) -> Any:
+        """The value as a pytree of live references: no copies, and the value is left as it was."""
+
+    def target(self, value: Any, saved: Any) -> Any:
+        """The pytree that a restore into `value` expects: same shape as `lower(value)`.
+
+        Leaves that are filled in place are `Fill(tensor)`; tensors and arrays are imitated in new memory;
+        `AS_SAVED` takes what the checkpoint holds. Called before anything is read; must not change `value`.
+
+        Args:
+            value: What the user passed to restore.
+            saved: The checkpoint's tree, with an `ArraySpec` in place of every array.
+        """
+        del saved
+        return self.lower(value)
+
+    @abc.abstractmethod
+    def lift(self, value: Any, tree: Any) -> Any:
+        """What restore returns, made from a tree like `target`'s; the only place that may change `value`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CheckpointItem:
+    """A value bound to the handler, and the handler's options, that save and restore it.
+
+    Attributes:
+        value: The live object.
+        handler: How it is lowered and lifted.
+    """
+
+    value: Any
+    handler: Handler
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Registry:
+    """An immutable, ordered choice of handlers; the latest rule that fits a value wins.
+
+    Attributes:
+        rules: `(fits, make)` pairs: a predicate on the value and what binds it.
+    """
+
+    rules: tuple[tuple[Callable[[Any], bool], Callable[[Any], CheckpointItem]], ...] = ()
+
+    def with_handler(self, kind: type, handler: Handler) -> Registry:
+        """A new registry in which values of `kind` (and its subclasses) use `handler`."""
+        if not isinstance(handler, Handler):
+            raise errors.UsageError(
+                f"Expected a Handler instance for {kind.__name__}, got {handler!r}."
+            )
+        return self.with_rule(
+            lambda value: isinstance(value, kind), lambda value: CheckpointItem(value, handler)
+        )
+
+    def with_rule(
+        self, fits: Callable[[Any], bool], bind: Callable[[Any], CheckpointItem]
+    ) -> Registry:
+        """A new registry in which values that fit are bound by `bind`."""
+        return dataclasses.replace(self, rules=((fits, bind), *self.rules))
+
+    def bind(self, value: Any, name: str = "item") -> CheckpointItem:
+        """The item for a value: itself if it is one already."""
+        if isinstance(value, CheckpointItem):
+            return value
+        for fits, bind in self.rules:
+            if fits(value):
+                return bind(value)
+        raise errors.UsageError(
+            f"No handler for {name}, a {type(value).__name__}; wrap it in a CheckpointItem or register a "
+            "handler (registry.with_handler).",
+            key_path=name,
+        )
