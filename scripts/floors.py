@@ -35,7 +35,6 @@ FLOORS: dict[str, int] = {
     "core/plan*.py": 3,
     "core/*": 2,
     "storage/__init__.py": 0,
-    "storage/paths.py": 2,
     "storage/*": 3,
     "distributed/__init__.py": 0,
     "distributed/coordinator.py": 2,

@@ -1,0 +1,42 @@
+"""What every test runs under: a time limit that names the culprit; no accelerator for JAX."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from collections.abc import Generator
+
+import hypothesis
+import pytest
+
+# A hang in C (a lock, a barrier, TensorStore) is out of reach of a signal handler or of a thread.
+# faulthandler's watchdog needs no interpreter: it prints every thread's traceback, and exits.
+DEFAULT_TIMEOUT_SECONDS = 300.0
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# The machine's speed is not a property under test, and a failure must be repeatable from CI's log.
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("default")
+
+_stderr_fd: int | None = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _stderr_fd
+    # Capturing replaces descriptor 2 while a test runs, and would swallow the tracebacks.
+    if _stderr_fd is None:
+        _stderr_fd = os.dup(sys.__stderr__.fileno() if sys.__stderr__ else 2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    marker = item.get_closest_marker("timeout")
+    seconds = float(marker.args[0]) if marker else DEFAULT_TIMEOUT_SECONDS
+    assert _stderr_fd is not None
+    faulthandler.dump_traceback_later(seconds, exit=True, file=_stderr_fd)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
