@@ -83,6 +83,7 @@ TORCH_FREE: tuple[str, ...] = (
     "storage/arrays.py",
     "storage/arrays_*.py",
     "storage/commit.py",
+    "policies.py",
     "cli/*",
 )
 
