@@ -98,8 +98,12 @@ def test_a_sound_house_has_no_violations(tmp_path: Path) -> None:
             id="the-front-door",
         ),
         pytest.param(
-            {"core__chunks": "from functional_ckpt.storage import paths\n"},
-            "core/chunks.py:1: floor 2 imports functional_ckpt.storage.paths from another package",
+            {
+                "core__chunks": "from functional_ckpt.distributed import coordinator\n",
+                "distributed__coordinator": "",
+            },
+            "core/chunks.py:1: floor 2 imports functional_ckpt.distributed.coordinator from "
+            "another package on it",
             id="next-door",
         ),
         pytest.param(
