@@ -27,7 +27,9 @@ __all__ = [
     "array_node",
     "host_view",
     "identity",
+    "plain_value",
     "source_of",
+    "tensor_over",
     "torch_dtype_name",
     "value_node",
 ]
@@ -38,6 +40,8 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 _CARRIED_BY = {"complex32": "int32", "float4_e2m1fn_x2": "uint8"}
 # numpy kinds without a zarr counterpart: datetimes as their 64-bit counts.
 _NUMPY_CARRIED_BY = {"M": "int64", "m": "int64"}
+# Dtypes that other programs store and torch has not: these come back as numpy arrays of ml_dtypes.
+_NUMPY_ONLY = ("int2", "int4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fnuz")
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -216,10 +220,10 @@ def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
         array = array.view(stored)
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
-    return _tensor_over(array)
+    return tensor_over(array)
 
 
-def _tensor_over(array: Array) -> torch.Tensor:
+def tensor_over(array: Array) -> torch.Tensor:
     """A tensor sharing a numpy array's memory, whatever its dtype."""
     if array.dtype.kind == "V":  # ml_dtypes register as void: go through an integer of the same width
         carrier = torch.from_numpy(array.view(np.dtype(f"i{array.itemsize}")))
@@ -264,7 +268,7 @@ def allocate(node: structure.ArrayNode, device: torch.device | None = None) -> D
         node: What was stored.
         device: Where a tensor shall live; None for the CPU.
     """
-    if node.kind == "tensor":
+    if node.kind == "tensor" and node.spec.dtype not in _NUMPY_ONLY:
         tensor = new_tensor(node)
         destination = host_view(tensor, node.spec.dtype)
         return Destination(destination, lambda: dress(tensor, node, device))
@@ -272,10 +276,12 @@ def allocate(node: structure.ArrayNode, device: torch.device | None = None) -> D
     array = np.empty(node.spec.shape, dtype, order="F" if node.detail.get("order") == "F" else "C")
     if node.kind == "bytes":
         return Destination(array, array.tobytes)
-    if node.kind == "ndarray":
+    if node.kind in ("ndarray", "tensor"):
         return Destination(array, lambda: _numpy_value(array, node))
     if node.kind == "numpy_scalar":
         return Destination(array, lambda: _numpy_value(array, node)[()])
+    if node.kind == "number":
+        return Destination(array, lambda: array[()].item())
     raise errors.CorruptCheckpointError(
         f"Unknown kind of array {node.kind!r}.", key_path=node.name
     )

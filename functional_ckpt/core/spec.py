@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -145,6 +146,6 @@ class Box:
         """The same region with `origin` as index zero."""
         return Box(tuple(o - b for o, b in zip(self.offset, origin, strict=True)), self.shape)
 
-    def slices(self) -> tuple[slice, ...]:
-        """The box as an index expression."""
-        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
+    def slices(self) -> tuple[Any, ...]:
+        """The box as an index expression; the ellipsis makes it a view of a 0-dim array too."""
+        return (*(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True)), ...)

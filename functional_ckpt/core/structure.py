@@ -50,7 +50,8 @@ class ArrayNode:
     """A leaf whose bytes are stored in chunks.
 
     Attributes:
-        kind: What it is in memory: `tensor`, `ndarray`, `numpy_scalar`, `bytes`.
+        kind: What it is in memory: `tensor`, `ndarray`, `numpy_scalar`, `bytes`; or `number`, a Python
+            number that another program stored as a 0-dim array.
         spec: Global shape and dtype on disk.
         name: The array's name on disk; for a tied leaf its own name, at which the same bytes are visible too.
         detail: What the kind needs beyond the spec (the torch dtype where it differs, `parameter`,

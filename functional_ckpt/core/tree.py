@@ -75,6 +75,8 @@ def open_container(value: object) -> Opened | None:
     kind = type(value)
     if kind is dict or kind is collections.OrderedDict:
         return _open_mapping("dict" if kind is dict else "ordered_dict", value)
+    if kind is collections.Counter:
+        return _open_mapping("counter", value)
     if kind is collections.defaultdict:
         factory = cast("collections.defaultdict[Any, Any]", value).default_factory
         name = getattr(factory, "__name__", None)
@@ -252,7 +254,9 @@ def _open_subclass(tensor: Any) -> Opened:
 # ------------------------------------------------------------------------------------ closing
 
 
-def close_container(node: structure.BranchNode, children: Sequence[Any], like: object = None) -> Any:
+def close_container(
+    node: structure.BranchNode, children: Sequence[Any], like: object = None
+) -> Any:
     """Builds a container again; the opposite of `open_container`.
 
     Args:
@@ -267,7 +271,11 @@ def close_container(node: structure.BranchNode, children: Sequence[Any], like: o
     builder = _BUILDERS.get(node.kind)
     if builder is None:
         raise errors.CorruptCheckpointError(f"Unknown kind of container {node.kind!r}.")
-    return builder(node, children) if node.kind != "subclass" else _build_subclass(node, children, like)
+    return (
+        builder(node, children)
+        if node.kind != "subclass"
+        else _build_subclass(node, children, like)
+    )
 
 
 def _close_like(node: structure.BranchNode, children: Sequence[Any], like: object) -> Any:
@@ -276,6 +284,8 @@ def _close_like(node: structure.BranchNode, children: Sequence[Any], like: objec
         pairs = zip([key.value for key in node.keys], children, strict=True)
         if isinstance(like, collections.defaultdict):
             return collections.defaultdict(like.default_factory, pairs)
+        if isinstance(like, collections.Counter):
+            return kind(dict(pairs))  # a Counter of pairs would count the pairs
         return kind(pairs)
     if isinstance(like, tuple) and hasattr(like, "_fields"):
         return kind(*children)
@@ -292,6 +302,8 @@ def _build_mapping(node: structure.BranchNode, children: Sequence[Any]) -> Any:
     pairs = zip([key.value for key in node.keys], children, strict=True)
     if node.kind == "ordered_dict":
         return collections.OrderedDict(pairs)
+    if node.kind == "counter":
+        return collections.Counter(dict(pairs))
     if node.kind == "default_dict":
         return collections.defaultdict(_FACTORIES.get(str(node.detail.get("factory"))), pairs)
     return dict(pairs)
@@ -306,7 +318,7 @@ def _build_sequence(node: structure.BranchNode, children: Sequence[Any]) -> Any:
 
 def _build_named_tuple(node: structure.BranchNode, children: Sequence[Any]) -> Any:
     fields = [str(key.value) for key in node.keys]
-    return collections.namedtuple(str(node.detail["type"]), fields, rename=True)(*children)  # noqa: PYI024
+    return collections.namedtuple(str(node.detail["type"]), fields, rename=True)(*children)
 
 
 def _build_registered(node: structure.BranchNode, children: Sequence[Any]) -> Any:
@@ -321,7 +333,11 @@ def _build_sparse(node: structure.BranchNode, children: Sequence[Any]) -> torch.
     if node.kind == "sparse_coo":
         indices, values = children
         return torch.sparse_coo_tensor(
-            indices, values, shape, is_coalesced=bool(node.detail["coalesced"]), check_invariants=True
+            indices,
+            values,
+            shape,
+            is_coalesced=bool(node.detail["coalesced"]),
+            check_invariants=True,
         )
     compressed, plain, values = children
     return torch.sparse_compressed_tensor(
@@ -355,7 +371,7 @@ def _build_subclass(node: structure.BranchNode, children: Sequence[Any], like: o
 
 _BUILDERS: Mapping[str, Callable[[structure.BranchNode, Sequence[Any]], Any]] = MappingProxyType(
     {
-        **dict.fromkeys(("dict", "ordered_dict", "default_dict"), _build_mapping),
+        **dict.fromkeys(("dict", "ordered_dict", "default_dict", "counter"), _build_mapping),
         **dict.fromkeys(("list", "tuple", "torch_size", "deque"), _build_sequence),
         "named_tuple": _build_named_tuple,
         "registered": _build_registered,
@@ -501,6 +517,8 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     opened = None if isinstance(value, torch.Tensor) else open_container(value)
     if opened is None:
         return function(value)
-    node = structure.BranchNode(kind=opened.kind, keys=opened.keys, children=(), detail=opened.detail)
+    node = structure.BranchNode(
+        kind=opened.kind, keys=opened.keys, children=(), detail=opened.detail
+    )
     children = [map_leaves(function, child) for child in opened.children]
     return close_container(node, children, value)

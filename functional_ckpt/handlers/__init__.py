@@ -1,0 +1,36 @@
+"""Handlers and items: how values of each kind are lowered to pytrees and come back."""
+
+from functional_ckpt.handlers.base import CheckpointItem, Handler, Registry
+from functional_ckpt.handlers.json import Json, JsonHandler
+from functional_ckpt.handlers.metric import Metric, MetricHandler
+from functional_ckpt.handlers.module import Module, ModuleHandler
+from functional_ckpt.handlers.optimizer import NamedOptimizer, Optimizer, OptimizerHandler
+from functional_ckpt.handlers.pytree import PyTree, PyTreeHandler
+from functional_ckpt.handlers.registry import default_registry
+from functional_ckpt.handlers.rng import Generator, GeneratorHandler, Rng, RngHandler
+from functional_ckpt.handlers.stateful import PerRankStatefulHandler, Stateful, StatefulHandler
+
+__all__ = [
+    "CheckpointItem",
+    "Generator",
+    "GeneratorHandler",
+    "Handler",
+    "Json",
+    "JsonHandler",
+    "Metric",
+    "MetricHandler",
+    "Module",
+    "ModuleHandler",
+    "NamedOptimizer",
+    "Optimizer",
+    "OptimizerHandler",
+    "PerRankStatefulHandler",
+    "PyTree",
+    "PyTreeHandler",
+    "Registry",
+    "Rng",
+    "RngHandler",
+    "Stateful",
+    "StatefulHandler",
+    "default_registry",
+]

@@ -45,6 +45,11 @@ class Handler(abc.ABC):
         del saved
         return self.lower(value)
 
+    def selects(self, name: str) -> bool:
+        """Whether a stored leaf concerns this handler; one that does not is no unexpected leaf."""
+        del name
+        return True
+
     @abc.abstractmethod
     def lift(self, value: Any, tree: Any) -> Any:
         """What restore returns, made from a tree like `target`'s; the only place that may change `value`."""

@@ -1,0 +1,116 @@
+"""Checkpoints for PyTorch in the style of Orbax: immutable steps of named items, written asynchronously.
+
+    import functional_ckpt as fc
+
+    with fc.CheckpointManager("runs/a", save_policy=fc.policies.every(100)) as manager:
+        ...
+        manager.save(step, {"model": model, "optimizer": fc.Optimizer(optimizer, model)})
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from functional_ckpt import errors as errors
+    from functional_ckpt import policies as policies
+    from functional_ckpt.background import Commit as Commit
+    from functional_ckpt.checkpoint import metadata as metadata
+    from functional_ckpt.checkpoint import restore as restore
+    from functional_ckpt.checkpoint import save as save
+    from functional_ckpt.core.names import CompositeStepName as CompositeStepName
+    from functional_ckpt.core.names import StepName as StepName
+    from functional_ckpt.core.plan import RestoreReport as RestoreReport
+    from functional_ckpt.core.spec import ArraySpec as ArraySpec
+    from functional_ckpt.core.target import AS_SAVED as AS_SAVED
+    from functional_ckpt.core.target import Fill as Fill
+    from functional_ckpt.errors import CheckpointError as CheckpointError
+    from functional_ckpt.handlers import CheckpointItem as CheckpointItem
+    from functional_ckpt.handlers import Handler as Handler
+    from functional_ckpt.handlers import Json as Json
+    from functional_ckpt.handlers import Module as Module
+    from functional_ckpt.handlers import Optimizer as Optimizer
+    from functional_ckpt.handlers import PyTree as PyTree
+    from functional_ckpt.handlers import Registry as Registry
+    from functional_ckpt.handlers import Rng as Rng
+    from functional_ckpt.handlers import Stateful as Stateful
+    from functional_ckpt.handlers import default_registry as default_registry
+    from functional_ckpt.manager import CheckpointManager as CheckpointManager
+    from functional_ckpt.manager import StepMetadata as StepMetadata
+    from functional_ckpt.restoring import Restored as Restored
+
+# Where each public name lives; imported when first used, so that the command line starts without torch.
+_HOMES = {
+    "AS_SAVED": "core.target",
+    "ArraySpec": "core.spec",
+    "CheckpointError": "errors",
+    "CheckpointItem": "handlers",
+    "CheckpointManager": "manager",
+    "Commit": "background",
+    "CompositeStepName": "core.names",
+    "Fill": "core.target",
+    "Handler": "handlers",
+    "Json": "handlers",
+    "Module": "handlers",
+    "Optimizer": "handlers",
+    "PyTree": "handlers",
+    "Registry": "handlers",
+    "RestoreReport": "core.plan",
+    "Restored": "restoring",
+    "Rng": "handlers",
+    "StepMetadata": "manager",
+    "StepName": "core.names",
+    "Stateful": "handlers",
+    "default_registry": "handlers",
+    "errors": "",
+    "metadata": "checkpoint",
+    "policies": "",
+    "restore": "checkpoint",
+    "save": "checkpoint",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "AS_SAVED",
+    "ArraySpec",
+    "CheckpointError",
+    "CheckpointItem",
+    "CheckpointManager",
+    "Commit",
+    "CompositeStepName",
+    "Fill",
+    "Handler",
+    "Json",
+    "Module",
+    "Optimizer",
+    "PyTree",
+    "Registry",
+    "RestoreReport",
+    "Restored",
+    "Rng",
+    "Stateful",
+    "StepMetadata",
+    "StepName",
+    "default_registry",
+    "errors",
+    "metadata",
+    "policies",
+    "restore",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if home == "":
+        return importlib.import_module(f"{__name__}.{name}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

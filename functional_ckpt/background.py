@@ -1,0 +1,138 @@
+"""The commit in the background: one thread at a time, a handle for it, and its error told once.
+
+The thread is not a daemon: leaving the interpreter waits for it, so the last step of a program is never lost.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import threading
+from collections.abc import Callable
+from concurrent import futures
+
+from functional_ckpt import errors
+
+__all__ = ["Commit", "Committer"]
+
+
+class Commit:
+    """A save on its way to disk.
+
+    Attributes:
+        step: The step being saved.
+    """
+
+    def __init__(self, step: int, future: futures.Future[int]) -> None:
+        self.step = step
+        self._future = future
+        self.is_reported = False
+
+    def done(self) -> bool:
+        """Whether the step was committed, or failed."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> int:
+        """Waits until the step is durable and returns its number.
+
+        Args:
+            timeout: Seconds to wait; None for as long as it takes.
+
+        Raises:
+            SaveError: The save failed; the step is not listed.
+            TimeoutError: It is still under way.
+        """
+        try:
+            step = self._future.result(timeout)
+        except errors.CheckpointError:
+            self.is_reported = True
+            raise
+        return step
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Waits and returns the error of the save, or None when it was committed."""
+        error = self._future.exception(timeout)
+        self.is_reported = self.is_reported or error is not None
+        return error
+
+    def __repr__(self) -> str:
+        state = "under way"
+        if self.done():
+            state = "committed" if self._future.exception() is None else "failed"
+        return f"<Commit of step {self.step}: {state}>"
+
+
+class Committer:
+    """Runs one commit at a time and remembers an error until it was told."""
+
+    def __init__(self) -> None:
+        self._commit: Commit | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a commit is under way."""
+        return self._commit is not None and not self._commit.done()
+
+    @property
+    def step(self) -> int | None:
+        """The step that is under way."""
+        return self._commit.step if self._commit is not None and not self._commit.done() else None
+
+    def start(self, step: int, work: Callable[[], None]) -> Commit:
+        """Runs `work` in the background; the caller made sure that nothing is under way."""
+        future: futures.Future[int] = futures.Future()
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # told at the next call, whatever it is
+                _failed.append(commit)
+                future.set_exception(_as_save_error(step, error))
+            else:
+                future.set_result(step)
+
+        commit = self._commit = Commit(step, future)
+        threading.Thread(target=run, name=f"commit-{step}", daemon=False).start()
+        return commit
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits for the commit under way; its error is raised by `raise_error`."""
+        if self._commit is not None:
+            futures.wait([self._commit._future], timeout)
+
+    def raise_error(self) -> None:
+        """Raises the error of a failed commit, once; nothing when it is under way or went well."""
+        commit = self._commit
+        if commit is None or not commit.done():
+            return
+        self._commit = None
+        error = commit._future.exception()
+        if error is not None and not commit.is_reported:
+            commit.is_reported = True
+            raise error
+
+
+def _as_save_error(step: int, error: BaseException) -> errors.CheckpointError:
+    if isinstance(error, errors.SaveError):
+        return error
+    path = getattr(error, "path", None) or getattr(error, "filename", None)
+    failure = errors.SaveError(
+        f"Saving step {step} failed in the background; the step is not listed and older steps are intact. "
+        f"{type(error).__name__}: {error}",
+        step=step,
+        path=path,
+    )
+    failure.__cause__ = error
+    return failure
+
+
+_failed: list[Commit] = []
+
+
+@atexit.register
+def _report_at_exit() -> None:
+    """A failure that no call was left to raise must not pass in silence."""
+    for commit in _failed:
+        if not commit.is_reported:
+            print(f"functional_ckpt: {commit.exception()}", file=sys.stderr)

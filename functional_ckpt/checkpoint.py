@@ -1,0 +1,90 @@
+"""One checkpoint without steps: `save`, `restore` and `metadata` as functions of a path."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from functional_ckpt import errors, manager, restoring, writer
+from functional_ckpt.handlers import default_registry
+from functional_ckpt.handlers.base import Registry
+from functional_ckpt.storage import commit, layout
+from functional_ckpt.storage.paths import LocalStorage, resolve
+
+__all__ = ["metadata", "restore", "save"]
+
+
+def save(
+    path: str | os.PathLike[str],
+    items: Mapping[str, Any],
+    *,
+    custom_metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    registry: Registry | None = None,
+    storage: LocalStorage | None = None,
+) -> None:
+    """Saves items into a directory; whole and durable when it returns, absent when it raises.
+
+    Args:
+        path: The directory to create.
+        items: Name -> value or `CheckpointItem`.
+        custom_metadata: Anything to keep beside them; JSON.
+        overwrite: Whether a checkpoint that is there may be replaced, atomically.
+        registry: Chooses handlers for plain values.
+        storage: The file system.
+
+    Raises:
+        StepExistsError: Something is there and `overwrite` is False.
+        UnsupportedLeafError: Something cannot be stored; nothing was written.
+    """
+    storage = storage or LocalStorage()
+    final = resolve(path)
+    if storage.exists(final) and not overwrite:
+        raise errors.StepExistsError(
+            f"{final} exists; pass overwrite=True to replace it, or choose another path.", path=final
+        )
+    if storage.exists(final) and not storage.is_directory(final):
+        raise errors.UsageError(f"{final} is a file, not a checkpoint.", path=final)
+    info = writer.CheckpointInfo(
+        step=None, init_time_ns=time.time_ns(), custom_metadata=dict(custom_metadata or {})
+    )
+    writer.to_json(info.custom_metadata, "custom_metadata")
+    staged = writer.stage(writer.lower(items, registry or default_registry()), None)
+    tmp = commit.temporary(final)
+    try:
+        storage.remove(tmp)
+        storage.make_directory(tmp)
+        digests = writer.write(storage, tmp, staged)
+        writer.complete(storage, tmp, staged, digests, info, time.time_ns())
+        replaced = commit.publish(storage, tmp, final)
+    except BaseException:
+        commit.abandon(storage, tmp)
+        raise
+    if replaced is not None:
+        storage.remove(replaced)
+
+
+def restore(
+    path: str | os.PathLike[str],
+    items: Mapping[str, Any] | None = None,
+    *,
+    only: str | Sequence[str] | None = None,
+    strict: bool = True,
+    cast: Literal["target"] | None = None,
+    verify: Literal["during", "before", "off"] = "during",
+    registry: Registry | None = None,
+    storage: LocalStorage | None = None,
+) -> restoring.Restored:
+    """Restores the checkpoint in a directory, ours or Orbax's; see `CheckpointManager.restore`."""
+    options = restoring.RestoreOptions(only=only, strict=strict, cast=cast, verify=verify)
+    opened = layout.open_checkpoint(storage or LocalStorage(), resolve(path))
+    return restoring.restore_checkpoint(opened, items, registry or default_registry(), options)
+
+
+def metadata(
+    path: str | os.PathLike[str], *, storage: LocalStorage | None = None
+) -> manager.StepMetadata:
+    """What is known of the checkpoint in a directory without reading its arrays."""
+    return manager.describe(layout.open_checkpoint(storage or LocalStorage(), resolve(path)))

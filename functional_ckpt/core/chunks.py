@@ -1,0 +1,147 @@
+"""How an array is cut into chunks, so that each chunk has exactly one writer and is contiguous in its shard.
+
+Pure arithmetic on shapes; free of torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+from functional_ckpt import errors
+from functional_ckpt.core.spec import ArraySpec, Box
+
+__all__ = [
+    "DIGEST_BLOCK_BYTES",
+    "MAX_CHUNK_BYTES",
+    "ChunkGrid",
+    "choose_grid",
+    "digest_offsets",
+]
+
+# Small enough that object stores and partial reads stay cheap, large enough that a 2 GiB state is 64 chunks.
+MAX_CHUNK_BYTES = 32 * 2**20
+# A reader verifies in units of this many bytes of a chunk's valid region (C order).
+DIGEST_BLOCK_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChunkGrid:
+    """A regular grid over an array, as zarr has it: edge chunks are stored padded to the full chunk shape.
+
+    Attributes:
+        shape: Shape of the array.
+        chunk_shape: Shape of one chunk; at least 1 in every dim.
+    """
+
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.chunk_shape) or any(
+            type(size) is not int or size < 1 for size in self.chunk_shape
+        ):
+            raise errors.UsageError(f"Chunk shape {self.chunk_shape} does not fit {self.shape}.")
+
+    @property
+    def num_chunks_per_dim(self) -> tuple[int, ...]:
+        """Chunks along each dim; zero where the dim is empty."""
+        return tuple(-(-n // c) for n, c in zip(self.shape, self.chunk_shape, strict=True))
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks in the grid; a 0-dim array has one, an array with an empty dim none."""
+        return math.prod(self.num_chunks_per_dim)
+
+    def box(self, index: tuple[int, ...]) -> Box:
+        """The valid region of chunk `index`: edge chunks are cut at the array's end."""
+        offset = tuple(i * c for i, c in zip(index, self.chunk_shape, strict=True))
+        shape = tuple(
+            min(c, n - o) for c, n, o in zip(self.chunk_shape, self.shape, offset, strict=True)
+        )
+        return Box(offset, shape)
+
+    def is_padded(self, index: tuple[int, ...]) -> bool:
+        """Whether chunk `index` reaches over the array's end."""
+        return self.box(index).shape != self.chunk_shape
+
+    def indices(self, region: Box | None = None) -> Iterator[tuple[int, ...]]:
+        """Indices of the chunks that meet `region` (default: all), in C order."""
+        if self.num_chunks == 0 or (region is not None and math.prod(region.shape) == 0):
+            return iter(())
+        region = region or Box.whole(self.shape)
+        return itertools.product(
+            *(
+                range(o // c, -(-e // c))
+                for o, e, c in zip(region.offset, region.end, self.chunk_shape, strict=True)
+            )
+        )
+
+    def position(self, index: tuple[int, ...]) -> int:
+        """Place of chunk `index` in C order."""
+        place = 0
+        for i, n in zip(index, self.num_chunks_per_dim, strict=True):
+            place = place * n + i
+        return place
+
+    def key(self, index: tuple[int, ...]) -> str:
+        """Zarr v3's default chunk key, relative to the array: `c/0/1`, or `c` for a 0-dim array."""
+        return "/".join(("c", *map(str, index)))
+
+    def num_digests(self, index: tuple[int, ...], itemsize_bytes: int) -> int:
+        """Digest blocks of chunk `index`."""
+        return -(-self.box(index).num_elements * itemsize_bytes // DIGEST_BLOCK_BYTES)
+
+
+@functools.lru_cache(maxsize=65536)
+def digest_offsets(grid: ChunkGrid, itemsize_bytes: int) -> tuple[int, ...]:
+    """Where the digests of each chunk begin, in blocks, chunks in C order; the last entry is the total."""
+    counts = (grid.num_digests(index, itemsize_bytes) for index in grid.indices())
+    return tuple(itertools.accumulate(counts, initial=0))
+
+
+def choose_grid(
+    spec: ArraySpec,
+    shard_shape: tuple[int, ...] | None = None,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> ChunkGrid:
+    """A grid whose chunks are at most `max_chunk_bytes`, cut along the leading dims first.
+
+    Args:
+        spec: The global array.
+        shard_shape: The regular division between writers, `ceil(n / k)` per dim; None for one writer. A chunk
+            never reaches over a shard's edge, so it has one writer.
+        max_chunk_bytes: Bound on the bytes of a chunk (one element may exceed it).
+
+    >>> choose_grid(ArraySpec((50257, 768), "float32")).chunk_shape
+    (10052, 768)
+    """
+    shard = tuple(max(1, n) for n in (shard_shape or spec.shape))
+    chunk = list(shard)
+    for dim, size in enumerate(shard):
+        budget = max_chunk_bytes // (math.prod(chunk[dim + 1 :]) * spec.itemsize_bytes)
+        if budget >= size:
+            chunk[dim] = size
+            break
+        chunk[dim] = _split(size, max(1, budget), exact=size < spec.shape[dim])
+        if budget >= 1:
+            break
+    return ChunkGrid(spec.shape, tuple(chunk))
+
+
+def _split(size: int, budget: int, *, exact: bool) -> int:
+    """The largest even part of `size` that is at most `budget`; a divisor where the dim is shared by shards."""
+    if not exact:
+        return -(-size // -(-size // budget))
+    best = max(d for d in _divisors(size) if d <= budget)
+    # A size with no useful divisor (a prime, say) is not worth thousands of slivers: keep it whole.
+    return best if best * 8 >= budget else size
+
+
+def _divisors(number: int) -> Iterator[int]:
+    for low in range(1, math.isqrt(number) + 1):
+        if number % low == 0:
+            yield from (low, number // low)

@@ -1,0 +1,98 @@
+"""Items kept as one readable JSON file: configurations, notes, lineage."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal, cast
+
+from functional_ckpt import errors
+from functional_ckpt.core.target import AS_SAVED
+from functional_ckpt.handlers.base import CheckpointItem, Handler
+
+__all__ = ["Json", "JsonHandler"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JsonHandler(Handler):
+    """Saves plain JSON values, and only what JSON gives back equal.
+
+    Tuples (they would come back as lists), keys that are not `str` (as `str`), subclasses such as enums and
+    numpy scalars (as their base), NaN and infinities (no JSON, RFC 8259 section 6) are errors, not repaired:
+    a `PyTree` item carries all of them exactly.
+    """
+
+    format: ClassVar[Literal["tree", "json"]] = "json"
+
+    def lower(self, value: Any) -> Any:
+        """The value itself, once it is known to survive.
+
+        Raises:
+            UnsupportedLeafError: Naming the key path of the first value that would not come back equal.
+        """
+        _check(value, "", ())
+        return value
+
+    def target(self, value: Any, saved: Any) -> Any:
+        """Whatever was saved."""
+        del value, saved
+        return AS_SAVED
+
+    def lift(self, value: Any, tree: Any) -> Any:
+        """The restored value itself."""
+        del value
+        return tree
+
+
+class Json(CheckpointItem):
+    """A JSON value, kept readable on disk.
+
+    Args:
+        value: Dicts with string keys, lists, strings, finite numbers, booleans and None. What stands here at
+            restore does not matter: `fc.Json()` will do.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, value: Any = None) -> None:
+        super().__init__(value, JsonHandler())
+
+
+def _check(value: object, path: str, parents: tuple[int, ...]) -> None:
+    kind = type(value)
+    if kind in (dict, list):
+        if id(value) in parents:
+            raise _error(path, "contains itself")
+        inside = (*parents, id(value))
+        if kind is list:
+            for index, child in enumerate(cast("list[object]", value)):
+                _check(child, f"{path}[{index}]", inside)
+            return
+        for key, child in cast("dict[object, object]", value).items():
+            if type(key) is not str:
+                raise _error(
+                    path, f"has the key {key!r}, which would come back as a str; use str keys"
+                )
+            _check(child, f"{path}[{key!r}]", inside)
+        return
+    if kind is float and not math.isfinite(cast("float", value)):
+        raise _error(path, f"is {value!r}, which JSON has no word for; use None or a str")
+    if value is not None and kind not in (bool, int, float, str):
+        raise _error(path, _way_out(value))
+
+
+def _way_out(value: object) -> str:
+    kind = type(value).__name__
+    if isinstance(value, tuple):
+        return f"is a {kind}, which would come back as a list; pass list(value)"
+    if isinstance(value, dict):
+        return f"is a {kind}, which would come back as a dict; pass dict(value)"
+    if hasattr(value, "tolist"):
+        return f"is a {kind}; pass value.tolist()"
+    return f"is a {kind}, which JSON cannot hold"
+
+
+def _error(path: str, why: str) -> errors.UnsupportedLeafError:
+    return errors.UnsupportedLeafError(
+        f"{path or 'the value'} {why}. (A PyTree item carries it as it is.)", key_path=path or None
+    )

@@ -1,0 +1,277 @@
+"""`torch.nn.Module`: its state dict under clean names, filled in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import inspect
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.core import leaves
+from functional_ckpt.core import spec as spec_lib
+from functional_ckpt.core.target import AS_SAVED, Fill
+from functional_ckpt.handlers import wrappers
+from functional_ckpt.handlers.base import CheckpointItem, Handler
+
+__all__ = ["Module", "ModuleHandler"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleHandler(Handler):
+    """Saves parameters, persistent buffers and extra state by name; restores them into the module itself.
+
+    What is saved is what the module's own `state_dict` says, hooks and overrides included. Tensors of it that
+    are the module's own are filled where they lie, so parameters keep their identity. Anything else, and any
+    submodule with its own way of loading, goes through the module's `load_state_dict` as well.
+
+    Attributes:
+        only: Shell patterns of names; None for all.
+        device: Where tensors on the meta device are materialised; None for where restore puts them, the CPU.
+    """
+
+    only: tuple[str, ...] | None = None
+    device: torch.device | None = None
+
+    def lower(self, value: Any) -> dict[str, Any]:
+        """Name -> detached tensor over the module's own memory, or extra state."""
+        state = self._entries(value)
+        lazy = [name for name, entry in state.items() if _is_uninitialized(entry.value)]
+        if lazy:
+            raise errors.UnsupportedLeafError(
+                f"Parameters of lazy modules have no shape yet: {', '.join(lazy)}; run a forward pass first.",
+                key_path=lazy[0],
+            )
+        return {name: _detached(entry.value) for name, entry in state.items()}
+
+    def target(self, value: Any, saved: Any) -> dict[str, Any]:
+        """Name -> what restore fills or imitates (tensors on the meta device have no memory to fill).
+
+        Raises:
+            UsageError: A meta-device module that the checkpoint alone cannot materialise.
+        """
+        state = self._entries(value)
+        _check_meta(value, state, whole=self.only is None)
+        specs = cast("Mapping[str, Any]", saved) if isinstance(saved, Mapping) else {}
+        return {name: _wanted(entry, specs.get(name)) for name, entry in state.items()}
+
+    def lift(self, value: Any, tree: Any) -> Any:
+        """The module, materialised and loaded where filling memory was not enough."""
+        state = self._entries(value)
+        values = cast("dict[str, Any]", tree)
+        for name, entry in state.items():
+            # A tied tensor is met under each of its names, and is no longer meta the second time.
+            if name in values and entry.is_own and entry.value.is_meta:
+                _materialize(entry.value, values[name], self.device)
+        own_way = any(map(_loads_its_own_way, value.modules()))
+        if own_way or any(name in values and not entry.is_own for name, entry in state.items()):
+            self._load(value, state, values)
+        return value
+
+    def _load(self, module: Any, state: Mapping[str, _Entry], values: Mapping[str, Any]) -> None:
+        """Hands everything to `load_state_dict`; a tensor that is filled already copies onto itself for free."""
+        loaded = {
+            entry.raw_name: entry.value
+            if entry.is_own and _is_same(entry.value, values[name])
+            else values[name]
+            for name, entry in state.items()
+            if name in values
+        }
+        if self.only is None and len(loaded) == len(state):
+            module.load_state_dict(loaded)
+        else:
+            module.load_state_dict(loaded, strict=False)
+
+    def _entries(self, module: Any) -> dict[str, _Entry]:
+        entries = _entries(module)
+        if self.only is None:
+            return entries
+        unused = [p for p in self.only if not any(_matches(name, (p,)) for name in entries)]
+        if unused:
+            raise errors.UsageError(
+                f"only={unused[0]!r} matches no tensor of {type(module).__name__}; "
+                f"it has {_some(entries)}."
+            )
+        return {name: entry for name, entry in entries.items() if _matches(name, self.only)}
+
+
+class Module(CheckpointItem):
+    """A module, filled in place by restore.
+
+    Args:
+        value: The module; what DDP, `torch.compile`, FSDP and activation checkpointing wrap around it leaves
+            no trace in the names.
+        only: Shell patterns (`"encoder.*"`) of the names to save, or to restore.
+        device: Where tensors on the meta device are materialised by restore; None for the CPU.
+
+    Raises:
+        UsageError: Not a module.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        value: torch.nn.Module,
+        *,
+        only: str | Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not isinstance(value, torch.nn.Module):
+            raise errors.UsageError(f"Expected a torch.nn.Module, got {type(value).__name__}.")
+        patterns = (only,) if isinstance(only, str) else only
+        handler = ModuleHandler(
+            only=None if patterns is None else tuple(patterns),
+            device=None if device is None else torch.device(device),
+        )
+        super().__init__(value, handler)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """One entry of a module's state dict."""
+
+    raw_name: str
+    value: Any
+    is_own: bool
+    """The value is the tensor that the module keeps under this very name: filling it restores it."""
+    owner: torch.nn.Module | None
+
+    @property
+    def is_lazy(self) -> bool:
+        return _is_uninitialized(self.value)
+
+
+def _entries(module: torch.nn.Module) -> dict[str, _Entry]:
+    own = {name: slot for name, slot in wrappers.slots(module) if slot.persistent}
+    entries: dict[str, _Entry] = {}
+    for raw_name, value in _state_dict(module).items():
+        name = wrappers.clean_name(module, raw_name)
+        slot = own.get(name)
+        is_own = slot is not None and _is_same(slot.tensor, value)
+        if name in entries:
+            raise errors.NameCollisionError(
+                f"{raw_name!r} and {entries[name].raw_name!r} would both be named {name!r} "
+                "without the wrappers' prefixes.",
+                key_path=name,
+            )
+        entries[name] = _Entry(
+            raw_name=raw_name,
+            value=slot.tensor if slot is not None and is_own else value,
+            is_own=is_own,
+            owner=None if slot is None else slot.owner,
+        )
+    return entries
+
+
+def _state_dict(module: torch.nn.Module) -> Mapping[str, Any]:
+    # With keep_vars the live tensors themselves come back; an override need not know the argument.
+    parameters = inspect.signature(module.state_dict).parameters.values()
+    if any(p.name == "keep_vars" or p.kind is p.VAR_KEYWORD for p in parameters):
+        return module.state_dict(keep_vars=True)
+    return module.state_dict()
+
+
+def _is_same(tensor: torch.Tensor, value: object) -> bool:
+    if value is tensor:
+        return True
+    if not isinstance(value, torch.Tensor) or tensor.is_meta or _is_uninitialized(tensor):
+        return False
+    if tensor.layout != torch.strided or value.layout != torch.strided:
+        return False
+    key = leaves.identity(value)
+    return key is not None and key == leaves.identity(tensor)
+
+
+def _is_uninitialized(value: object) -> bool:
+    return isinstance(value, torch.nn.parameter.UninitializedTensorMixin)
+
+
+def _detached(value: Any) -> Any:
+    # A Parameter is a role in a module, not a kind of data: without the module it comes back as a tensor.
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _wanted(entry: _Entry, saved: object) -> Any:
+    value = entry.value
+    if not isinstance(value, torch.Tensor) or entry.is_lazy:
+        return AS_SAVED
+    if value.is_meta or not entry.is_own:
+        return value.detach()
+    if entry.owner is not None and _loads_its_own_way(entry.owner) and not _fits(value, saved):
+        return AS_SAVED  # the submodule may know how to take another shape; its load_state_dict decides
+    return Fill(value.detach())
+
+
+def _fits(tensor: torch.Tensor, saved: object) -> bool:
+    return not isinstance(saved, spec_lib.ArraySpec) or tuple(tensor.shape) == saved.shape
+
+
+def _loads_its_own_way(module: torch.nn.Module) -> bool:
+    """Whether loading the module is more than copying tensors: overrides and hooks that are not torch's."""
+    kind = type(module)
+    load = kind._load_from_state_dict
+    return (
+        kind.load_state_dict is not torch.nn.Module.load_state_dict
+        or (
+            load is not torch.nn.Module._load_from_state_dict
+            # Batch norm and its kin override it for checkpoints older than 0.4 only.
+            and not load.__module__.startswith("torch.nn.modules.")
+        )
+        or bool(module._load_state_dict_pre_hooks)
+        or bool(module._load_state_dict_post_hooks)
+    )
+
+
+def _check_meta(module: torch.nn.Module, state: Mapping[str, _Entry], *, whole: bool) -> None:
+    """Everything that would go wrong while materialising, before anything is touched."""
+    meta = [name for name, entry in state.items() if _is_meta(entry.value)]
+    if not meta:
+        return
+    watched = [name for name in meta if weakref.getweakrefs(state[name].value)]
+    if watched:
+        raise errors.UsageError(
+            f"Tensors on the meta device are weakly referenced and cannot be materialised in place: "
+            f"{_some(watched)}; call module.to_empty(device=...) before the restore.",
+            key_path=watched[0],
+        )
+    if not whole:
+        return
+    left = [n for n, slot in wrappers.slots(module) if slot.tensor.is_meta and n not in state]
+    if left:
+        raise errors.UsageError(
+            f"On the meta device and not part of the state dict: {_some(left)}; no checkpoint holds them. "
+            "Put real tensors in their place before the restore, or register the buffers as persistent.",
+            key_path=left[0],
+        )
+
+
+def _is_meta(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def _materialize(meta: torch.Tensor, data: Any, device: torch.device | None) -> None:
+    """Gives a meta tensor memory and keeps the object: its ties, its class, its attributes, an optimizer's hold."""
+    fresh = cast("torch.Tensor", data).detach()
+    if device is not None:
+        fresh = fresh.to(device)
+    if isinstance(meta, torch.nn.Parameter):
+        fresh = torch.nn.Parameter(fresh, requires_grad=meta.requires_grad)
+    if type(fresh) is not type(meta):
+        fresh.__class__ = meta.__class__
+    fresh.__dict__.update(meta.__dict__)
+    torch.utils.swap_tensors(meta, fresh)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

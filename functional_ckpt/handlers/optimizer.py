@@ -1,0 +1,417 @@
+"""`torch.optim.Optimizer`: state and groups by parameter name, filled in place.
+
+On disk: `{"state": {name: {key: value}}, "param_groups": [{option: value, "params": [name, ...]}]}`, and
+whatever else the optimizer's `state_dict` (its hooks, an override) adds beside these two.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias, cast
+
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.core import leaves
+from functional_ckpt.core import spec as spec_lib
+from functional_ckpt.core import tree as tree_lib
+from functional_ckpt.core.target import AS_SAVED, Fill
+from functional_ckpt.handlers import wrappers
+from functional_ckpt.handlers.base import CheckpointItem, Handler
+
+__all__ = ["NamedOptimizer", "Optimizer", "OptimizerHandler"]
+
+State: TypeAlias = dict[Any, Any]
+
+# How the arithmetic is carried out, not what is computed: these belong to the run that goes on, and depend on its
+# devices. They are saved, and not restored. Everything else in a group is restored.
+_RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+# The parameters by index and by the user's own names: ours take their place.
+_NAMING = frozenset({"params", "param_names"})
+# Scalars that torch.optim keeps on the CPU unless the step is fused or capturable (see "special device hosting for
+# step" in torch/optim/optimizer.py); all other state lives with its parameter.
+_HOST_SCALARS = frozenset({"step", "mu_product"})
+# State whose key is not a parameter.
+_SHARED = "shared_state"
+_RESERVED = ("state", "param_groups", _SHARED)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NamedOptimizer:
+    """An optimizer and where its parameters' names come from.
+
+    Attributes:
+        optimizer: Any `torch.optim.Optimizer`.
+        model: A module, or `(name, parameter)` pairs.
+    """
+
+    optimizer: torch.optim.Optimizer
+    model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OptimizerHandler(Handler):
+    """Saves an optimizer's state by parameter name, and restores it bit for bit, lazily created state too.
+
+    The groups must be those of the checkpoint: as many, holding the same parameters. Within a group order does
+    not matter, save to LBFGS, which flattens its parameters in order.
+    """
+
+    def lower(self, value: Any) -> State:
+        """State and groups by name, as live references."""
+        named = cast("NamedOptimizer", value)
+        names = _group_names(named)
+        packed: Mapping[str, Any] = named.optimizer.state_dict()
+        if not {"state", "param_groups"} <= packed.keys():
+            raise errors.UsageError(
+                f"{type(named.optimizer).__name__}.state_dict() is not laid out like torch.optim's: it has "
+                f"{sorted(map(str, packed))}. Save it with fc.Stateful(optimizer)."
+            )
+        flat = [name for group in names for name in group]
+        lowered: State = {k: v for k, v in packed.items() if k not in _RESERVED}
+        shared = {key: entry for key, entry in packed["state"].items() if type(key) is not int}
+        if shared:
+            lowered[_SHARED] = shared
+        lowered["state"] = {
+            flat[key]: entry for key, entry in packed["state"].items() if type(key) is int
+        }
+        lowered["param_groups"] = [
+            {**{k: v for k, v in group.items() if k not in _NAMING}, "params": params}
+            for group, params in zip(packed["param_groups"], names, strict=True)
+        ]
+        return cast("State", tree_lib.map_leaves(_off_graph, lowered))
+
+    def target(self, value: Any, saved: Any, *, strict: bool = True) -> State:
+        """What the checkpoint holds, with the live tensors in their places.
+
+        Args:
+            value: A `NamedOptimizer`.
+            saved: The checkpoint's tree.
+            strict: Whether other parameters than the checkpoint's are an error. If not, those that both sides
+                know are restored and the others keep the state they have.
+
+        Raises:
+            MismatchError: Other parameters, or parameters in other groups, than the checkpoint has.
+        """
+        named = cast("NamedOptimizer", value)
+        own = self.lower(value)
+        _check_layout(saved)
+        if strict:
+            _check_same_parameters(own, saved, named.optimizer)
+        match = _Matching(own)
+        return {
+            **{key: AS_SAVED for key in saved},
+            "state": {k: match.state(own["state"].get(k), v) for k, v in saved["state"].items()},
+            "param_groups": [
+                match.group(own["param_groups"][index], group)
+                if index < len(own["param_groups"])
+                else AS_SAVED
+                for index, group in enumerate(saved["param_groups"])
+            ],
+        }
+
+    def lift(self, value: Any, tree: Any) -> torch.optim.Optimizer:
+        """The optimizer, with the groups' options and the state of every parameter as saved."""
+        named = cast("NamedOptimizer", value)
+        optimizer = named.optimizer
+        for group, options in zip(optimizer.param_groups, tree["param_groups"], strict=False):
+            for key, option in options.items():
+                if key not in _RUN_FLAGS | _NAMING:
+                    group[key] = _as_run_wants(group.get(key), option)
+        restored = _restored_state(named, tree)
+        if _loads_its_own_way(optimizer):
+            optimizer.load_state_dict(_packed(optimizer, restored, tree))
+            return optimizer
+        for parameter, entry in restored.items():
+            if entry is None:
+                optimizer.state.pop(parameter, None)
+            else:
+                optimizer.state[parameter] = entry
+        optimizer.state.update(tree.get(_SHARED, {}))
+        return optimizer
+
+
+class Optimizer(CheckpointItem):
+    """An optimizer, saved by the names of its parameters and filled in place by restore.
+
+    Args:
+        optimizer: Any `torch.optim.Optimizer`.
+        model: The module whose parameters it updates (wrapped or not), or `(name, parameter)` pairs.
+
+    Raises:
+        UsageError: Not an optimizer, or nothing that names parameters.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]],
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise errors.UsageError(
+                f"Expected a torch.optim.Optimizer, got {type(optimizer).__name__}; "
+                "fc.Stateful saves any object with state_dict() and load_state_dict()."
+            )
+        if not isinstance(model, torch.nn.Module):
+            model = tuple(model)
+        super().__init__(NamedOptimizer(optimizer, model), OptimizerHandler())
+
+
+# ------------------------------------------------------------------------------------ names
+
+
+def _group_names(named: NamedOptimizer) -> list[list[str]]:
+    """The names of each group's parameters, in the groups' order."""
+    names = _names(named.model)
+    unknown = [
+        f"param_groups[{index}]['params'][{place}] {tuple(parameter.shape)}"
+        for index, group in enumerate(named.optimizer.param_groups)
+        for place, parameter in enumerate(group["params"])
+        if id(parameter) not in names
+    ]
+    if unknown:
+        raise errors.UsageError(
+            f"The optimizer updates parameters that the model does not have: {', '.join(unknown)}. Pass the "
+            "module that holds all of them, or (name, parameter) pairs."
+        )
+    groups = [[names[id(p)] for p in group["params"]] for group in named.optimizer.param_groups]
+    _check_state_keys(named.optimizer, names)
+    return groups
+
+
+def _names(model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]) -> dict[int, str]:
+    """id of a parameter -> its first name."""
+    pairs: Iterable[tuple[str, torch.Tensor]]
+    if isinstance(model, torch.nn.Module):
+        pairs = ((name, slot.tensor) for name, slot in wrappers.slots(model))
+    else:
+        pairs = model
+    names: dict[int, str] = {}
+    owners: dict[str, int] = {}
+    for name, parameter in pairs:
+        if owners.setdefault(name, id(parameter)) != id(parameter):
+            raise errors.UsageError(f"Two parameters are named {name!r}.", key_path=name)
+        names.setdefault(id(parameter), name)
+    return names
+
+
+def _check_state_keys(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+    grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for key in cast("Mapping[Any, Any]", optimizer.state):
+        if isinstance(key, torch.Tensor):
+            if id(key) not in grouped:
+                name = names.get(id(key), "a tensor the model does not have")
+                raise errors.UsageError(
+                    f"The optimizer has state for {name}, which is in none of its groups; "
+                    "delete it (del optimizer.state[parameter]) or put the parameter back."
+                )
+        elif type(key) is not str:
+            raise errors.UsageError(
+                f"The optimizer has state under the key {key!r}; only parameters and str keys can be saved."
+            )
+
+
+# ------------------------------------------------------------------------------------ matching
+
+
+class _Matching:
+    """Puts live tensors where the checkpoint has arrays like them."""
+
+    def __init__(self, own: State) -> None:
+        counts = collections.Counter(
+            leaves.identity(tensor) for tensor in _tensors([own["state"], own["param_groups"]])
+        )
+        # Memory that two live entries share is not filled: in the checkpoint the two may differ.
+        self.aliased: frozenset[Hashable] = frozenset(
+            key for key, count in counts.items() if key is not None and count > 1
+        )
+
+    def state(self, live: Any, saved: Any) -> Any:
+        """Live tensors of the same spec are filled; all else comes as saved."""
+        if isinstance(live, torch.Tensor):
+            return Fill(live) if self._fits(live, saved) else AS_SAVED
+        if type(live) is dict and type(saved) is dict:
+            return {key: self.state(live.get(key), child) for key, child in saved.items()}
+        if type(live) in (list, tuple) and type(live) is type(saved) and len(live) == len(saved):
+            return type(live)(map(self.state, live, saved))
+        return AS_SAVED
+
+    def group(self, live: State, saved: State) -> State:
+        """Like `state`; an option that is a tensor on both sides must fit, because it stays this tensor."""
+        return {
+            key: Fill(live[key])
+            if isinstance(live.get(key), torch.Tensor) and isinstance(option, spec_lib.ArraySpec)
+            else self.state(live.get(key), option)
+            for key, option in saved.items()
+        }
+
+    def _fits(self, live: torch.Tensor, saved: object) -> bool:
+        return (
+            isinstance(saved, spec_lib.ArraySpec)
+            and _is_strided(live)
+            and tuple(live.shape) == saved.shape
+            and leaves.torch_dtype_name(live.dtype) == saved.dtype
+            and leaves.identity(live) not in self.aliased
+        )
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if _is_strided(value):
+            yield value
+    elif isinstance(value, dict):
+        for child in cast("dict[Any, Any]", value).values():
+            yield from _tensors(child)
+    elif isinstance(value, (list, tuple)):
+        for child in cast("list[Any]", value):
+            yield from _tensors(child)
+
+
+def _is_strided(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+
+
+def _off_graph(leaf: Any) -> Any:
+    # With differentiable=True the state hangs on the autograd graph.
+    return leaf.detach() if isinstance(leaf, torch.Tensor) and not leaf.is_leaf else leaf
+
+
+# ------------------------------------------------------------------------------------ restoring
+
+
+def _as_run_wants(live: Any, option: Any) -> Any:
+    """A group's option as the kind of value the run has: its own tensor, a plain number, a tuple."""
+    if isinstance(live, torch.Tensor):
+        if option is not live:
+            with torch.no_grad():
+                live.copy_(torch.as_tensor(option))
+        return live
+    if type(live) in (int, float) and isinstance(option, torch.Tensor):
+        return option.item()
+    if type(live) is tuple and type(option) in (list, tuple) and len(live) == len(option):
+        return tuple(map(_as_run_wants, live, option))
+    return option
+
+
+def _place(entry: Any, live: Any, parameter: torch.Tensor, group: State, key: Any = None) -> Any:
+    """State on the device where torch.optim keeps it; what was filled in place stays where it is."""
+    if isinstance(entry, torch.Tensor):
+        if entry is live or parameter.is_meta:
+            return entry
+        on_device = bool(group.get("fused") or group.get("capturable"))
+        if key in _HOST_SCALARS and not on_device:
+            return entry
+        dtype = torch.float32 if key == "step" and on_device else entry.dtype
+        return entry.to(device=parameter.device, dtype=dtype)
+    if type(entry) is dict:
+        known: Any = live if isinstance(live, dict) else {}
+        return {k: _place(v, known.get(k), parameter, group, k) for k, v in entry.items()}
+    if type(entry) in (list, tuple):
+        same = type(live) is type(entry) and len(live) == len(entry)
+        lives: Any = live if same else [None] * len(entry)
+        return type(entry)(
+            _place(v, x, parameter, group) for v, x in zip(entry, lives, strict=True)
+        )
+    return entry
+
+
+def _restored_state(named: NamedOptimizer, tree: State) -> dict[torch.Tensor, Any]:
+    """Each parameter that the checkpoint knows -> its state; None where it had none yet."""
+    known = {name for group in tree["param_groups"] for name in group["params"]}
+    state: dict[torch.Tensor, Any] = {}
+    names = _group_names(named)
+    for group, params in zip(named.optimizer.param_groups, names, strict=True):
+        for parameter, name in zip(group["params"], params, strict=True):
+            if name in tree["state"]:
+                live = named.optimizer.state.get(parameter)
+                state[parameter] = _place(tree["state"][name], live, parameter, group)
+            elif name in known:
+                state[parameter] = None
+    return state
+
+
+def _packed(
+    optimizer: torch.optim.Optimizer, restored: Mapping[torch.Tensor, Any], tree: State
+) -> State:
+    """The restored state as the optimizer's own `state_dict` had laid it out, for its hooks and overrides."""
+    packed: State = {k: v for k, v in tree.items() if k not in _RESERVED}
+    packed["state"] = dict(tree.get(_SHARED, {}))
+    packed["param_groups"] = []
+    index = 0
+    for group in optimizer.param_groups:
+        size = len(group["params"])
+        options = {key: option for key, option in group.items() if key != "params"}
+        packed["param_groups"].append({**options, "params": list(range(index, index + size))})
+        for place, parameter in enumerate(group["params"], index):
+            # In no case does what the checkpoint does not know lose the state it has.
+            entry = restored.get(parameter, optimizer.state.get(parameter))
+            if entry is not None:
+                packed["state"][place] = entry
+        index += size
+    return packed
+
+
+def _loads_its_own_way(optimizer: torch.optim.Optimizer) -> bool:
+    return (
+        type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict
+        or bool(optimizer._optimizer_load_state_dict_pre_hooks)
+        or bool(optimizer._optimizer_load_state_dict_post_hooks)
+    )
+
+
+# ------------------------------------------------------------------------------------ checks
+
+
+def _check_layout(saved: Any) -> None:
+    if (
+        isinstance(saved, dict)
+        and isinstance(saved.get("state"), dict)
+        and isinstance(saved.get("param_groups"), list)
+        and all(isinstance(g, dict) and "params" in g for g in saved["param_groups"])
+    ):
+        return
+    raise errors.MismatchError(
+        "Not an optimizer saved by parameter name: expected {'state': {...}, 'param_groups': [...]}, got "
+        f"{sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__}."
+    )
+
+
+def _check_same_parameters(own: State, saved: State, optimizer: torch.optim.Optimizer) -> None:
+    here, there = _membership(own), _membership(saved)
+    missing = [name for name in here if name not in there]
+    unexpected = [name for name in there if name not in here]
+    if not _loads_its_own_way(optimizer):  # else its hooks may know what to do with them
+        unexpected += [str(key) for key in saved if key not in own and key not in _RESERVED]
+    moved = [
+        f"{name}: in group {there[name]} of the checkpoint, in group {here[name]} here"
+        for name in here
+        if name in there and here[name] != there[name]
+    ]
+    counts = [len(tree["param_groups"]) for tree in (own, saved)]
+    if counts[0] != counts[1]:
+        moved.append(f"param_groups: {counts[1]} in the checkpoint, {counts[0]} here")
+    if isinstance(optimizer, torch.optim.LBFGS) and not missing and list(here) != list(there):
+        moved.append("params: LBFGS flattens them in order, and the order differs")
+    if not (missing or unexpected or moved):
+        return
+    lines = [
+        *(f"  not in the checkpoint: {name}" for name in missing),
+        *(f"  only in the checkpoint: {name}" for name in unexpected),
+        *(f"  {line}" for line in moved),
+    ]
+    raise errors.MismatchError(
+        "The optimizer's parameters are not the checkpoint's:\n" + "\n".join(lines),
+        missing=missing,
+        unexpected=unexpected,
+        mismatched=moved,
+    )
+
+
+def _membership(tree: State) -> dict[str, int]:
+    return {
+        name: index for index, group in enumerate(tree["param_groups"]) for name in group["params"]
+    }

@@ -1,0 +1,42 @@
+"""Any pytree of tensors, arrays and plain values: the handler that changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from functional_ckpt.handlers.base import CheckpointItem, Handler
+
+__all__ = ["PyTree", "PyTreeHandler"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PyTreeHandler(Handler):
+    """Saves a pytree as it is; restores a new one of the target's type and leaves the target untouched."""
+
+    def lower(self, value: Any) -> Any:
+        """The value itself."""
+        return value
+
+    def target(self, value: Any, saved: Any) -> Any:
+        """The value itself: its containers and arrays are imitated, in new memory."""
+        del saved
+        return value
+
+    def lift(self, value: Any, tree: Any) -> Any:
+        """The restored tree itself."""
+        del value
+        return tree
+
+
+class PyTree(CheckpointItem):
+    """A pytree: dicts, lists, tuples, named tuples and registered nodes of tensors, arrays and plain values.
+
+    Args:
+        value: The pytree to save, or one like it to restore.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(value, PyTreeHandler())

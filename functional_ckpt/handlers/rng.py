@@ -1,0 +1,246 @@
+"""Random number generators: Python's, numpy's and torch's, each as compact arrays.
+
+Lowering advances no generator. numpy's `SeedSequence` counters (`Generator.spawn`) are not part of a bit
+generator's state and are not saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeAlias, cast
+
+import numpy as np
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.core import spec as spec_lib
+from functional_ckpt.core.target import AS_SAVED
+from functional_ckpt.handlers.base import CheckpointItem, Handler
+
+__all__ = ["Generator", "GeneratorHandler", "GeneratorLike", "Rng", "RngHandler", "is_generator"]
+
+GeneratorLike: TypeAlias = (
+    random.Random | np.random.Generator | np.random.RandomState | torch.Generator
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GeneratorHandler(Handler):
+    """Saves and sets the state of one generator object; each rank has its own."""
+
+    per_rank: ClassVar[bool] = True
+
+    def lower(self, value: Any) -> Any:
+        """The generator's state as arrays and plain values."""
+        return _state(value)
+
+    def target(self, value: Any, saved: Any) -> Any:
+        """Whatever was saved.
+
+        Raises:
+            MismatchError: The checkpoint's generator is of another kind.
+        """
+        if problem := _difference(value, saved):
+            raise errors.MismatchError(f"The generator {problem}.", mismatched=[problem])
+        return AS_SAVED
+
+    def lift(self, value: Any, tree: Any) -> Any:
+        """The generator, set to the saved state."""
+        _set_state(value, tree)
+        return value
+
+
+class Generator(CheckpointItem):
+    """One random number generator, set in place by restore.
+
+    Args:
+        value: A `random.Random`, numpy `Generator` or `RandomState`, or `torch.Generator`.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, value: GeneratorLike) -> None:
+        _check_generator(value, "value")
+        super().__init__(value, GeneratorHandler())
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RngHandler(Handler):
+    """Saves and sets the process's global generators, and named ones; each rank has its own.
+
+    The generators of CUDA devices are saved once CUDA has been initialised in the process: before, nothing can
+    have been drawn from them, and a save does not initialise it.
+
+    Attributes:
+        same_devices: Whether another number of CUDA devices than at the save is an error. If not, device `i`
+            takes the state of device `i`; what has no partner is left alone.
+    """
+
+    per_rank: ClassVar[bool] = True
+
+    same_devices: bool = True
+
+    def lower(self, value: Any) -> dict[str, Any]:
+        """`{"python": ..., "numpy": ..., "torch": ..., "cuda": [...], "generators": {name: ...}}`."""
+        generators = cast("Mapping[str, GeneratorLike]", value)
+        return {
+            "python": _python_state(random.getstate()),
+            "numpy": np.random.get_state(legacy=False),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "generators": {name: _state(generator) for name, generator in generators.items()},
+        }
+
+    def target(self, value: Any, saved: Any) -> Any:
+        """Whatever was saved.
+
+        Raises:
+            MismatchError: Other named generators, generators of another kind, or another number of CUDA
+                devices than the checkpoint has.
+        """
+        generators = cast("Mapping[str, GeneratorLike]", value)
+        missing = sorted(generators.keys() - saved["generators"].keys())
+        unexpected = sorted(saved["generators"].keys() - generators.keys())
+        mismatched = [
+            f"{name} {problem}"
+            for name, generator in generators.items()
+            if name in saved["generators"]
+            and (problem := _difference(generator, saved["generators"][name]))
+        ]
+        ours = np.random.get_state(legacy=False)["bit_generator"]
+        if saved["numpy"]["bit_generator"] != ours:
+            mismatched.append(
+                f"numpy's global generator is {ours}, saved was {saved['numpy']['bit_generator']}"
+            )
+        mismatched += self._device_problems(len(saved["cuda"]))
+        if missing or unexpected or mismatched:
+            raise errors.MismatchError(
+                "The random number generators are not the checkpoint's:"
+                + "".join(f"\n  not in the checkpoint: {name}" for name in missing)
+                + "".join(f"\n  only in the checkpoint: {name}" for name in unexpected)
+                + "".join(f"\n  {problem}" for problem in mismatched),
+                missing=missing,
+                unexpected=unexpected,
+                mismatched=mismatched,
+            )
+        return AS_SAVED
+
+    def lift(self, value: Any, tree: Any) -> Any:
+        """The named generators; they and the global ones are set to the saved states."""
+        generators = cast("Mapping[str, GeneratorLike]", value)
+        random.setstate(_from_python_state(tree["python"]))
+        np.random.set_state(tree["numpy"])
+        torch.set_rng_state(tree["torch"])
+        for device, state in enumerate(tree["cuda"][: _num_cuda_devices()]):
+            torch.cuda.set_rng_state(state, device)
+        for name, generator in generators.items():
+            _set_state(generator, tree["generators"][name])
+        return value
+
+    def _device_problems(self, num_saved: int) -> list[str]:
+        num_here = _num_cuda_devices()
+        if not self.same_devices or num_saved in (0, num_here):
+            return []
+        return [
+            f"the checkpoint has the generators of {num_saved} CUDA devices, this process sees {num_here}; "
+            "fc.Rng(same_devices=False) restores those that both have"
+        ]
+
+
+class Rng(CheckpointItem):
+    """The process's random number generators: Python's, numpy's legacy one, torch's on the CPU and CUDA.
+
+    Args:
+        generators: Further generators by name, set in place by restore.
+        same_devices: Whether another number of CUDA devices than at the save is an error; if not, those that
+            both have are restored.
+
+    Raises:
+        UsageError: Not a generator, or one without a state.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        generators: Mapping[str, GeneratorLike] | None = None,
+        *,
+        same_devices: bool = True,
+    ) -> None:
+        given = dict(generators or {})
+        for name, generator in given.items():
+            _check_generator(generator, name)
+        super().__init__(MappingProxyType(given), RngHandler(same_devices=same_devices))
+
+
+def is_generator(value: object) -> bool:
+    """Whether a value is a generator whose state can be saved."""
+    return isinstance(
+        value, (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+    ) and not isinstance(value, random.SystemRandom)
+
+
+def _check_generator(value: object, name: str) -> None:
+    if not is_generator(value):
+        raise errors.UsageError(
+            f"{name}: expected a random.Random, numpy Generator or RandomState, or torch.Generator, "
+            f"got {type(value).__name__}.",
+            key_path=name,
+        )
+
+
+def _num_cuda_devices() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _state(generator: GeneratorLike) -> Any:
+    if isinstance(generator, random.Random):
+        return _python_state(generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return {"torch": generator.get_state()}
+
+
+def _set_state(generator: GeneratorLike, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(_from_python_state(state))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state["torch"])
+
+
+def _python_state(state: tuple[Any, ...]) -> dict[str, Any]:
+    version, words, gauss_next = state
+    return {"version": version, "words": np.array(words, np.uint32), "gauss_next": gauss_next}
+
+
+def _from_python_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (state["version"], tuple(state["words"].tolist()), state["gauss_next"])
+
+
+def _difference(generator: GeneratorLike, saved: Any) -> str | None:
+    """What a saved state says that this generator cannot take; None if it can."""
+    ours, theirs = _kind(_state(generator)), _kind(saved)
+    return None if ours == theirs else f"is {ours}, saved was {theirs}"
+
+
+def _kind(state: Any) -> str:
+    if not isinstance(state, Mapping):
+        return type(state).__name__
+    known = cast("Mapping[str, Any]", state)
+    if "bit_generator" in known:
+        legacy = " (RandomState)" if "has_gauss" in known else ""
+        return f"numpy {known['bit_generator']}{legacy}"
+    if "version" in known:
+        return f"Python's, version {known['version']}"
+    tensor = known.get("torch")
+    size = tensor.shape[0] if isinstance(tensor, (torch.Tensor, spec_lib.ArraySpec)) else "no"
+    return f"torch's with {size} bytes of state"

@@ -1,0 +1,79 @@
+"""Objects with `state_dict` and `load_state_dict`: LR schedulers, gradient scalers, data loaders, a user's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from functional_ckpt import errors
+from functional_ckpt.core.target import AS_SAVED
+from functional_ckpt.handlers import classes
+from functional_ckpt.handlers.base import CheckpointItem, Handler
+
+__all__ = ["PerRankStatefulHandler", "Stateful", "StatefulHandler", "is_stateful"]
+
+_DATA_LOADERS = frozenset(
+    {
+        "torchdata.stateful_dataloader.stateful_dataloader.StatefulDataLoader",
+        "torchdata.nodes.loader.Loader",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StatefulHandler(Handler):
+    """Saves what `state_dict()` returns, and hands it back to `load_state_dict()` as it was."""
+
+    def lower(self, value: Any) -> Any:
+        """`value.state_dict()`."""
+        return value.state_dict()
+
+    def target(self, value: Any, saved: Any) -> Any:
+        """Whatever was saved: a fresh object's state need not have the shape of a used one's."""
+        del value, saved
+        return AS_SAVED
+
+    def lift(self, value: Any, tree: Any) -> Any:
+        """The value, after `load_state_dict`."""
+        value.load_state_dict(tree)
+        return value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PerRankStatefulHandler(StatefulHandler):
+    """The same for objects whose state differs from rank to rank, data loaders above all."""
+
+    per_rank: ClassVar[bool] = True
+
+
+class Stateful(CheckpointItem):
+    """An object with `state_dict()` and `load_state_dict(state)`, filled in place by restore.
+
+    What `state_dict` returns may be any pytree. Code is never stored: a `LambdaLR` keeps its functions, and
+    saves only the attributes of callable objects, as PyTorch does.
+
+    Args:
+        value: The object.
+        per_rank: Whether each rank has a state of its own to save; None for torchdata's loaders only.
+
+    Raises:
+        UsageError: The object lacks one of the two methods.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, value: Any, *, per_rank: bool | None = None) -> None:
+        if not is_stateful(value):
+            raise errors.UsageError(
+                f"Expected an object with state_dict() and load_state_dict(), got {value!r}."
+            )
+        if per_rank is None:
+            per_rank = classes.is_a(value, _DATA_LOADERS)
+        super().__init__(value, PerRankStatefulHandler() if per_rank else StatefulHandler())
+
+
+def is_stateful(value: object) -> bool:
+    """Whether an object (not a class) can give and take its state."""
+    return not isinstance(value, type) and all(
+        callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict")
+    )

@@ -1,0 +1,81 @@
+"""Names of a module's tensors as its author wrote them: without what DDP, compile and their kin put in front."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+
+from functional_ckpt.handlers import classes
+
+__all__ = ["Slot", "clean_name", "slots"]
+
+# The class of a wrapper -> the attribute under which it holds the wrapped module. Only these are stripped: a
+# user's own attribute that happens to be called `module` is part of the name.
+_WRAPPERS: Mapping[str, str] = MappingProxyType(
+    {
+        "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+        "torch.nn.parallel.data_parallel.DataParallel": "module",
+        "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+        "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": (
+            "_fsdp_wrapped_module"
+        ),
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": (
+            "_checkpoint_wrapped_module"
+        ),
+    }
+)
+
+
+class Slot(NamedTuple):
+    """Where a module keeps one of its tensors; two slots may hold the same tensor."""
+
+    owner: torch.nn.Module
+    attribute: str
+    tensor: torch.Tensor
+    persistent: bool
+    """False for a buffer that is not part of the state dict."""
+
+
+def clean_name(root: torch.nn.Module, name: str) -> str:
+    """A dotted name below `root` without the attributes of wrappers on the way.
+
+    Wrappers whose own hooks have removed their attribute already (activation checkpointing) are stepped over.
+    """
+    module: torch.nn.Module | None = root
+    parts = name.split(".")
+    kept: list[str] = []
+    while parts:
+        attribute = _wrapped_attribute(module)
+        if module is not None and attribute is not None:
+            if parts[0] == attribute:
+                del parts[0]
+            module = module._modules.get(attribute)
+            continue
+        kept.append(parts[0])
+        module = None if module is None else module._modules.get(parts[0])
+        del parts[0]
+    return ".".join(kept)
+
+
+def slots(root: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
+    """Every parameter and buffer of a module under every clean name it has, in the state dict's order."""
+    for prefix, module in root.named_modules(remove_duplicate=False):
+        start = clean_name(root, prefix) if prefix else ""
+        start = f"{start}." if start else ""
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                yield start + attribute, Slot(module, attribute, parameter, True)
+        for attribute, buffer in module._buffers.items():
+            if buffer is not None:
+                persistent = attribute not in module._non_persistent_buffers_set
+                yield start + attribute, Slot(module, attribute, buffer, persistent)
+
+
+def _wrapped_attribute(module: torch.nn.Module | None) -> str | None:
+    if module is None:
+        return None
+    names = classes.class_names(type(module))
+    return next((_WRAPPERS[name] for name in names if name in _WRAPPERS), None)

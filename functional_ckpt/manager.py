@@ -1,0 +1,610 @@
+"""`CheckpointManager`: decide, stage, write, commit, prune. It only puts the floors below in order."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import logging
+import operator
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from functional_ckpt import background, errors, history, preemption, restoring, writer
+from functional_ckpt.core import keep_policies as keep
+from functional_ckpt.core import keep_rule, names, plan, save_rule
+from functional_ckpt.core.policy import KeepContext, SaveContext, StepInfo
+from functional_ckpt.handlers import default_registry
+from functional_ckpt.handlers.base import Registry
+from functional_ckpt.interop import orbax
+from functional_ckpt.storage import commit, layout, staging
+from functional_ckpt.storage.paths import LocalStorage, resolve
+
+__all__ = ["CheckpointManager", "StepMetadata"]
+
+_log = logging.getLogger("functional_ckpt")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetadata:
+    """What is known of a step without reading its arrays.
+
+    Attributes:
+        step: Its number; None for a checkpoint without steps.
+        time: When it was committed.
+        items: Name of each item -> its tree, with an `ArraySpec` for every array; the value of a JSON item.
+        metrics: Its metrics, or None.
+        custom_metadata: What the user saved beside it.
+    """
+
+    step: int | None
+    time: datetime.datetime
+    items: Mapping[str, Any]
+    metrics: Mapping[str, Any] | None
+    custom_metadata: Mapping[str, Any]
+
+
+class CheckpointManager:
+    """Keeps the steps of one training run in one directory.
+
+    A step that was reported (by `Commit.result`, by the lists of steps) is whole and durable. A failure in the
+    background is raised once, by the next `save`, `check_for_errors`, `wait_until_finished` or `close`. Use it
+    from one thread.
+
+    Args:
+        directory: Where the steps are; created by a writer.
+        save_policy: When `save` saves: a policy, or a list of which any says yes. Default: every call.
+        keep_policy: Which steps stay: a policy, or a list of which any says yes. Default: all.
+        registry: Chooses handlers for plain values.
+        step_name: How a step's directory is named.
+        overwrite: Whether a step that exists may be saved again; it is replaced without a moment of loss.
+        read_only: Restore and look only, beside a live writer if there is one.
+        asynchronous: Whether `save` returns once the state is staged; if not, it returns when it is durable.
+        on_busy: What a save does while another is being committed: `wait` for it, or `skip` this one.
+        storage: The file system; tests inject faults here.
+
+    Raises:
+        LockedError: Another live writer holds the directory.
+        UsageError: An argument is wrong.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        save_policy: save_rule.SavePolicies | None = None,
+        keep_policy: keep_rule.KeepPolicies | None = None,
+        registry: Registry | None = None,
+        step_name: names.NameFormat | None = None,
+        overwrite: bool = False,
+        read_only: bool = False,
+        asynchronous: bool = True,
+        on_busy: Literal["wait", "skip"] = "wait",
+        storage: LocalStorage | None = None,
+    ) -> None:
+        if on_busy not in ("wait", "skip"):
+            raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {on_busy!r}.")
+        self._root = resolve(directory)
+        self._hidden = os.path.join(self._root, commit.HIDDEN)
+        self._storage = storage or LocalStorage()
+        self._names = names.as_name_format(step_name, adapt=orbax.adapt_name_format)
+        self._save_rule = (
+            None
+            if save_policy is None
+            else save_rule.save_rule(save_policy, adapt=orbax.adapt_save_policy)
+        )
+        self._keep_policies = keep_rule.keep_policies(
+            () if keep_policy is None else keep_policy, adapt=orbax.adapt_keep_policy
+        )
+        self._registry = registry or default_registry()
+        self._overwrite = overwrite
+        self._read_only = read_only
+        self._asynchronous = asynchronous
+        self._on_busy: Literal["wait", "skip"] = on_busy
+        self._pid = os.getpid()
+        self._closed = False
+        self._start_time = _now()
+        self._committer = background.Committer()
+        self._buffer = staging.StagingBuffer()
+        self._mutex = threading.Lock()
+        self._history: tuple[StepInfo, ...] = ()
+        self._lock = None if read_only else self._become_writer()
+        try:
+            self.reload()
+            self._preemption = self._watch_for_preemption()
+        except BaseException:
+            self._release()
+            raise
+
+    # ------------------------------------------------------------------------------ saving
+
+    def should_save(self, step: int) -> bool:
+        """Whether `save` would save this step now."""
+        self._check_usable()
+        return self._wants(_as_step(step))
+
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        custom_metadata: Mapping[str, Any] | None = None,
+        force: bool = False,
+    ) -> background.Commit | None:
+        """Saves a step if the policy says so.
+
+        When it returns, the caller may change every object it passed: what will be stored is what they held at
+        the moment of the call.
+
+        Args:
+            step: Its number; any order.
+            items: Name -> value or `CheckpointItem`.
+            metrics: Measured at this step; JSON. Policies rank by them.
+            custom_metadata: Anything to keep beside it; JSON.
+            force: Save whatever the policy says.
+
+        Returns:
+            A handle of the commit; None when the policy said no, or a commit is under way and `on_busy` is `skip`.
+
+        Raises:
+            SaveError: An earlier save failed in the background.
+            StepExistsError: The step exists, and the manager was made without `overwrite`.
+            UnsupportedLeafError: Something cannot be stored; nothing was written.
+        """
+        self._check_usable()
+        self._committer.raise_error()
+        number = _as_step(step)
+        if not (force or self._wants(number)):
+            return None
+        self._check_writer()
+        if self._committer.is_busy and self._on_busy == "skip":
+            _log.info("step %d skipped: step %s is still being committed", number, self._committer.step)
+            return None
+        self._committer.wait()
+        self._committer.raise_error()
+        self._check_free(number)
+        info = writer.CheckpointInfo(
+            step=number,
+            init_time_ns=time.time_ns(),
+            metrics=_as_json(metrics, "metrics"),
+            custom_metadata=_as_json(custom_metadata, "custom_metadata") or {},
+        )
+        lowered = writer.lower(items, self._registry)
+        staged = writer.stage(lowered, self._buffer if self._asynchronous else None)
+        handle = self._committer.start(number, functools.partial(self._commit, staged, info))
+        if not self._asynchronous:
+            self._committer.wait()
+            self._committer.raise_error()
+        return handle
+
+    def _commit(self, items: Sequence[writer.StagedItem], info: writer.CheckpointInfo) -> None:
+        """The background half of a save: nothing is reported before the parent directory is durable."""
+        step = _known(info.step)
+        final = self._path(step)
+        tmp = commit.temporary(final)
+        try:
+            self._storage.remove(tmp)  # of an earlier save of this process that failed
+            self._storage.make_directory(tmp)
+            digests = writer.write(self._storage, tmp, items)
+            commit_time_ns = time.time_ns()
+            writer.complete(self._storage, tmp, items, digests, info, commit_time_ns)
+            replaced = commit.publish(self._storage, tmp, final, self._hidden)
+        except BaseException:
+            commit.abandon(self._storage, tmp)
+            raise
+        when = datetime.datetime.fromtimestamp(commit_time_ns / 1e9, datetime.UTC)
+        self._remember(StepInfo(step=step, time=when, metrics=info.metrics))
+        _log.info("step %d committed", step)
+        self._clean_up(step, replaced)
+
+    def _clean_up(self, step: int, replaced: str | None) -> None:
+        """What follows a commit; a failure here loses disk space, never a step."""
+        try:
+            if replaced is not None:
+                self._storage.remove(replaced)
+                history.remove_late_metrics(self._storage, self._root, step)
+            self._prune()
+        except Exception as error:
+            raise errors.SaveError(
+                f"Step {step} was committed, but cleaning up after it failed: {error}",
+                step=step,
+                path=self._root,
+            ) from error
+
+    def _prune(self) -> None:
+        if not self._keep_policies:
+            return
+        late = history.late_metrics(self._storage, self._root)
+        with self._mutex:
+            known = tuple(_with_metrics(info, late.get(info.step)) for info in self._history)
+        context = KeepContext(now=_now())
+        for step in keep_rule.steps_to_prune(self._keep_policies, known, context=context):
+            self._discard(step)
+            _log.info("step %d pruned", step)
+
+    def _discard(self, step: int) -> None:
+        path = self._path(step)
+        self._forget(step)
+        if self._storage.exists(path):
+            commit.discard(self._storage, path, self._hidden)
+        history.remove_late_metrics(self._storage, self._root, step)
+
+    def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records metrics of a committed step that are known only now; durable when it returns.
+
+        A read-only manager may do this too, so that an evaluator beside the trainer can: the trainer's keep
+        policies see them at its next commit.
+
+        Raises:
+            StepNotFoundError: There is no such step.
+        """
+        self._check_usable()
+        number = self._existing(step)
+        checked = _as_json(metrics, "metrics") or {}
+        late = history.late_metrics(self._storage, self._root).get(number, {})
+        history.write_late_metrics(self._storage, self._root, number, {**late, **checked})
+        with self._mutex:
+            self._history = tuple(
+                _with_metrics(info, checked) if info.step == number else info
+                for info in self._history
+            )
+
+    def delete(self, step: int) -> None:
+        """Removes a step: out of sight in one rename, then from disk."""
+        self._check_usable()
+        self._check_writer()
+        number = self._existing(step)
+        if self._committer.is_busy:
+            self.wait_until_finished()
+        self._discard(number)
+
+    # ------------------------------------------------------------------------------ restoring
+
+    def restore(
+        self,
+        step: int | None = None,
+        items: Mapping[str, Any] | None = None,
+        *,
+        only: str | Sequence[str] | None = None,
+        strict: bool = True,
+        cast: Literal["target"] | None = None,
+        verify: Literal["during", "before", "off"] = "during",
+    ) -> restoring.Restored:
+        """Restores a step.
+
+        Without `items`, everything comes back as it was saved, as pytrees of CPU tensors. With `items`, stateful
+        objects are filled in place and pytrees come back new, like the ones given.
+
+        Args:
+            step: Its number; None for the latest.
+            items: What to restore, and into what; None there takes the item as saved.
+            only: Shell patterns on `item` or `item.leaf.name`.
+            strict: Whether a difference is an error; if not, see `.report`.
+            cast: `target` converts to the target's dtype.
+            verify: When bytes are checked: `during` the read, all `before` the first is written, or `off`.
+
+        Raises:
+            StepNotFoundError: No such step or item.
+            MismatchError: Checkpoint and target differ; nothing was touched.
+            CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written into.
+        """
+        self._check_usable()
+        options = restoring.RestoreOptions(only=only, strict=strict, cast=cast, verify=verify)
+        number = self._latest() if step is None else self._existing(step)
+        path = self._path(number)
+        try:
+            opened = layout.open_checkpoint(self._storage, path, number)
+            return restoring.restore_checkpoint(opened, items, self._registry, options)
+        except (errors.CorruptCheckpointError, errors.StorageError) as error:
+            if not self._storage.is_directory(path):
+                raise errors.StepNotFoundError(
+                    f"Step {number} was removed while it was being read; restore another.",
+                    step=number,
+                    path=path,
+                ) from error
+            raise
+
+    def metadata(self, step: int | None = None) -> StepMetadata:
+        """What is known of a step (None: the latest) without reading its arrays."""
+        self._check_usable()
+        number = self._latest() if step is None else self._existing(step)
+        opened = layout.open_checkpoint(self._storage, self._path(number), number)
+        late = history.late_metrics(self._storage, self._root).get(number)
+        return describe(opened, late)
+
+    def metrics(self, step: int | None = None) -> Mapping[str, Any] | None:
+        """The metrics of a step (None: the latest), the late ones included; None where there are none."""
+        return self.metadata(step).metrics
+
+    # ------------------------------------------------------------------------------ looking
+
+    def all_steps(self) -> list[int]:
+        """The committed steps, ascending. A read-only manager looks at the directory anew."""
+        self._check_usable()
+        if self._read_only:
+            return list(history.list_steps(self._storage, self._root, self._names))
+        with self._mutex:
+            return [info.step for info in self._history]
+
+    def latest_step(self) -> int | None:
+        """The highest committed step, or None."""
+        steps = self.all_steps()
+        return steps[-1] if steps else None
+
+    def best_step(
+        self, metric: str | None = None, *, mode: Literal["max", "min"] = "max"
+    ) -> int | None:
+        """The step with the best metric, or None where no step has it.
+
+        Args:
+            metric: Its key; None for that of the keep policy's `best_n`.
+            mode: Whether the highest or the lowest is best.
+        """
+        self._check_usable()
+        if self._read_only:
+            self.reload()
+        by: Any = metric
+        if by is None:
+            best = next((p for p in self._keep_policies if isinstance(p, keep.BestN)), None)
+            if best is None:
+                raise errors.UsageError(
+                    "best_step() needs a metric's name, or a keep policy best_n(n, name)."
+                )
+            by, mode = best.metric, best.mode
+        ranked = keep.rank_steps(self._history, by, mode=mode)
+        return ranked[0].step if ranked else None
+
+    def reload(self) -> None:
+        """Reads the history from disk anew."""
+        found = tuple(history.scan(self._storage, self._root, self._names))
+        with self._mutex:
+            self._history = found
+
+    def wait_for_new_step(
+        self, after: int | None = None, *, timeout: float | None = None, poll: float = 1.0
+    ) -> int | None:
+        """Waits until there is a step above `after`, for evaluators that follow a run.
+
+        Args:
+            after: The step seen last; None for any step.
+            timeout: Seconds to wait; None for ever.
+            poll: Seconds between looks.
+
+        Returns:
+            The latest step, or None when the time is up.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self.reload()
+            latest = self.latest_step()
+            if latest is not None and (after is None or latest > after):
+                return latest
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
+            rest = poll if deadline is None else min(poll, deadline - time.monotonic())
+            time.sleep(max(0.0, rest))
+
+    @property
+    def directory(self) -> str:
+        """Where the steps are."""
+        return self._root
+
+    # ------------------------------------------------------------------------------ life
+
+    def is_saving_in_progress(self) -> bool:
+        """Whether a commit is under way."""
+        return self._committer.is_busy
+
+    def wait_until_finished(self) -> None:
+        """Waits for the commit under way; raises its error."""
+        self._check_usable()
+        self._committer.wait()
+        self._committer.raise_error()
+
+    def check_for_errors(self) -> None:
+        """Raises the error of a save that failed in the background, once."""
+        self._check_usable()
+        self._committer.raise_error()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the process was told to stop (SIGTERM) and this step was the one to save.
+
+        Needs `policies.Preemption()` among the save policies.
+        """
+        self._check_usable()
+        _as_step(step)
+        return self._preemption.is_reached
+
+    def close(self) -> None:
+        """Finishes the commit under way, lets the next writer in; raises an error not told yet. Safe twice."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._committer.wait()
+        self._closed = True
+        self._release()
+        self._committer.raise_error()
+
+    def __enter__(self) -> Self:
+        self._check_usable()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except errors.CheckpointError as failure:
+            if error is None:
+                raise
+            error.add_note(f"While leaving the manager: {failure}")
+
+    # ------------------------------------------------------------------------------ parts
+
+    def _become_writer(self) -> Any:
+        """Takes the directory over: locks it, then removes what a dead writer left."""
+        self._storage.make_directory(self._root)
+        self._storage.make_directory(self._hidden)
+        lock = self._storage.lock(os.path.join(self._hidden, "lock"))
+        try:
+            for line in commit.recover(self._storage, self._root, self._hidden):
+                _log.warning("%s: %s", self._root, line)
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+
+    def _watch_for_preemption(self) -> preemption.Watch:
+        policies = () if self._save_rule is None else self._save_rule.policies
+        return preemption.watch(policies if not self._read_only else ())
+
+    def _release(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self._preemption.stop()
+        if self._lock is not None:
+            self._lock.release()
+        self._buffer.release()
+
+    def _wants(self, step: int) -> bool:
+        if self._save_rule is None:
+            return True
+        decided = self._save_rule.decide_step(step)
+        if decided is not None:
+            return decided
+        now = _now()
+        known = self._history
+        busy = self._committer.step
+        if busy is not None:
+            known = (*known, StepInfo(step=busy, time=now))
+        context = SaveContext(
+            is_saving_in_progress=busy is not None,
+            reached_preemption=self._preemption.is_reached,
+            start_time=self._start_time,
+        )
+        info = StepInfo(step=step, time=now)
+        return save_rule.decide_save(self._save_rule, info, known, context=context) is not None
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise errors.ForkedError(
+                "This CheckpointManager belongs to the parent process; make one in the child "
+                "(start it with the spawn method), or save from the parent.",
+                path=self._root,
+            )
+        if self._closed:
+            raise errors.ClosedError("This CheckpointManager was closed.", path=self._root)
+
+    def _check_writer(self) -> None:
+        if self._read_only:
+            raise errors.ReadOnlyError(
+                "This CheckpointManager was opened with read_only=True.", path=self._root
+            )
+
+    def _check_free(self, step: int) -> None:
+        if self._overwrite or not self._storage.exists(self._path(step)):
+            return
+        raise errors.StepExistsError(
+            f"Step {step} exists in {self._root}. Make the manager with overwrite=True to replace it, delete it, "
+            "or save another step.",
+            step=step,
+            path=self._path(step),
+        )
+
+    def _path(self, step: int) -> str:
+        candidates = self._names.names(step)
+        for name in candidates:
+            path = os.path.join(self._root, name)
+            if self._storage.exists(path):
+                return path
+        return os.path.join(self._root, candidates[0])
+
+    def _latest(self) -> int:
+        latest = self.latest_step()
+        if latest is None:
+            raise errors.StepNotFoundError(f"{self._root} has no step yet.", path=self._root)
+        return latest
+
+    def _existing(self, step: int) -> int:
+        number = _as_step(step)
+        steps = self.all_steps()
+        if number not in steps:
+            shown = ", ".join(map(str, steps[-10:])) or "none"
+            raise errors.StepNotFoundError(
+                f"{self._root} has no step {number}; the latest are: {shown}.",
+                step=number,
+                path=self._root,
+            )
+        return number
+
+    def _remember(self, info: StepInfo) -> None:
+        with self._mutex:
+            others = [each for each in self._history if each.step != info.step]
+            self._history = tuple(sorted([*others, info], key=lambda each: each.step))
+
+    def _forget(self, step: int) -> None:
+        with self._mutex:
+            self._history = tuple(each for each in self._history if each.step != step)
+
+
+def describe(
+    opened: layout.OpenCheckpoint, late: Mapping[str, Any] | None = None
+) -> StepMetadata:
+    """The metadata of an opened checkpoint."""
+    items = {
+        name: opened.json(name) if kind == "json" else plan.specs(opened.tree(name).root)
+        for name, kind in opened.items.items()
+    }
+    info = history.read_step(opened.storage, opened.path, opened.step or 0, late)
+    return StepMetadata(
+        step=opened.step,
+        time=info.time,
+        items=items,
+        metrics=info.metrics,
+        custom_metadata=opened.metadata.get("custom_metadata") or {},
+    )
+
+
+def _with_metrics(info: StepInfo, late: Mapping[str, Any] | None) -> StepInfo:
+    if late is None:
+        return info
+    return dataclasses.replace(info, metrics={**(info.metrics or {}), **late})
+
+
+def _as_step(step: Any) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0 or isinstance(step, bool):
+        raise errors.UsageError(f"A step must be an int >= 0; got {step!r}.")
+    return number
+
+
+def _known(step: int | None) -> int:
+    if step is None:
+        raise errors.UsageError("A manager saves numbered steps.")
+    return step
+
+
+def _as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | None:
+    """The mapping, once it is known to be JSON."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise errors.UsageError(f"{what} must be a mapping with str keys; got {value!r:.80}.")
+    writer.to_json(dict(value), what)
+    return dict(value)
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+

@@ -1,0 +1,257 @@
+"""Restoring a checkpoint into items: everything is matched first, then read, then lifted."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from functional_ckpt import errors, reader
+from functional_ckpt.core import plan
+from functional_ckpt.core.target import AS_SAVED
+from functional_ckpt.handlers.base import CheckpointItem, Registry
+from functional_ckpt.storage.layout import OpenCheckpoint, OpenItem
+
+__all__ = ["Restored", "RestoreOptions", "restore_checkpoint"]
+
+Selects: TypeAlias = Callable[[str], bool]
+
+
+class Restored(Mapping[str, Any]):
+    """The items of a restored checkpoint, by name.
+
+    Attributes:
+        step: The step; None for a checkpoint without steps.
+        report: What `strict=False` left out, all items together; false when nothing was.
+        metrics: The metrics saved with it, or None.
+        custom_metadata: The user's own metadata.
+    """
+
+    def __init__(
+        self,
+        items: Mapping[str, Any],
+        *,
+        step: int | None,
+        report: plan.RestoreReport,
+        metrics: Mapping[str, Any] | None,
+        custom_metadata: Mapping[str, Any],
+    ) -> None:
+        self._items = dict(items)
+        self.step = step
+        self.report = report
+        self.metrics = metrics
+        self.custom_metadata = custom_metadata
+
+    def __getitem__(self, name: str) -> Any:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return f"Restored(step={self.step}, items={sorted(self._items)})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreOptions:
+    """How to restore.
+
+    Attributes:
+        only: Shell patterns on `item` or `item.leaf.name`; None for everything.
+        strict: Whether anything missing, unexpected or mismatched is an error; if not, the target keeps its
+            own values there and the report names them.
+        cast: `target` converts arrays to the target's dtype; None makes another dtype a mismatch.
+        verify: `during` the read (default), all of it `before` the first byte is written, or `off`.
+    """
+
+    only: str | Sequence[str] | None = None
+    strict: bool = True
+    cast: Literal["target"] | None = None
+    verify: reader.Verify = "during"
+
+    def __post_init__(self) -> None:
+        if self.cast not in (None, "target"):
+            raise errors.UsageError(f"cast must be 'target' or None; got {self.cast!r}.")
+        if self.verify not in ("during", "before", "off"):
+            raise errors.UsageError(
+                f"verify must be 'during', 'before' or 'off'; got {self.verify!r}."
+            )
+
+    @property
+    def patterns(self) -> tuple[str, ...] | None:
+        """`only` as a tuple."""
+        if self.only is None:
+            return None
+        return (self.only,) if isinstance(self.only, str) else tuple(self.only)
+
+    def selects(self, item: str) -> Selects:
+        """Which leaves of an item are wanted, by name."""
+        patterns = self.patterns
+        if patterns is None or any(fnmatch.fnmatchcase(item, pattern) for pattern in patterns):
+            return lambda name: True
+        return lambda name: any(fnmatch.fnmatchcase(f"{item}.{name}", p) for p in patterns)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Matched:
+    """One item, ready to be read."""
+
+    name: str
+    item: CheckpointItem | None
+    opened: OpenItem | None
+    binding: plan.Binding
+    report: plan.RestoreReport
+
+
+def restore_checkpoint(
+    checkpoint: OpenCheckpoint,
+    items: Mapping[str, Any] | None,
+    registry: Registry,
+    options: RestoreOptions,
+) -> Restored:
+    """Restores a checkpoint: as saved without `items`, else into them.
+
+    Raises:
+        StepNotFoundError: An item is asked for that the checkpoint does not hold.
+        MismatchError: Something does not fit; nothing was touched.
+        CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written into.
+    """
+    if items is None:
+        matched = _match_as_saved(checkpoint, options)
+    else:
+        matched = [
+            _match_item(checkpoint, name, registry.bind(value, name), options)
+            for name, value in items.items()
+            if _is_item_wanted(name, options)
+        ]
+    _check_patterns(matched, options)
+    reports = {each.name: each.report for each in matched}
+    if options.strict:
+        plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
+    values = _read(checkpoint, matched, options)
+    return Restored(
+        {
+            each.name: value if each.item is None else each.item.handler.lift(each.item.value, value)
+            for each, value in zip(matched, values, strict=True)
+        },
+        step=checkpoint.step,
+        report=_merge(list(reports.values())),
+        metrics=checkpoint.metrics,
+        custom_metadata=checkpoint.metadata.get("custom_metadata") or {},
+    )
+
+
+def _is_item_wanted(name: str, options: RestoreOptions) -> bool:
+    patterns = options.patterns
+    return patterns is None or any(
+        fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, p.split(".")[0]) for p in patterns
+    )
+
+
+def _check_patterns(matched: Sequence[_Matched], options: RestoreOptions) -> None:
+    if options.patterns and not matched:
+        raise errors.UsageError(f"only={options.only!r} matches no item.")
+
+
+def _match_as_saved(checkpoint: OpenCheckpoint, options: RestoreOptions) -> list[_Matched]:
+    matched: list[_Matched] = []
+    nothing = plan.RestoreReport()
+    for name, kind in checkpoint.items.items():
+        if not _is_item_wanted(name, options):
+            continue
+        if kind == "json":
+            binding: plan.Binding = plan.Given(checkpoint.json(name))
+            opened = None
+        else:
+            opened = checkpoint.tree(name)
+            root = plan.prune(opened.root, options.selects(name))
+            if root is None:
+                continue
+            binding = plan.match(root, AS_SAVED, item=name).binding
+        matched.append(
+            _Matched(name=name, item=None, opened=opened, binding=binding, report=nothing)
+        )
+    return matched
+
+
+def _match_item(
+    checkpoint: OpenCheckpoint, name: str, item: CheckpointItem, options: RestoreOptions
+) -> _Matched:
+    kind = checkpoint.items.get(name)
+    if kind is None:
+        raise errors.StepNotFoundError(
+            f"{checkpoint.path} has no item {name!r}; it has {', '.join(sorted(checkpoint.items))}.",
+            step=checkpoint.step,
+            path=checkpoint.path,
+            key_path=name,
+        )
+    handler = item.handler
+    if kind == "json":
+        if handler.format != "json" and item.value is not None and item.value is not AS_SAVED:
+            raise errors.MismatchError(
+                f"Item {name!r} was saved as JSON; give fc.Json(...) or None as its target.",
+                mismatched=[name],
+                step=checkpoint.step,
+                path=checkpoint.path,
+                key_path=name,
+            )
+        given = plan.Given(checkpoint.json(name))
+        report = plan.RestoreReport()
+        bound = item if handler.format == "json" else None
+        return _Matched(name=name, item=bound, opened=None, binding=given, report=report)
+    opened = checkpoint.tree(name)
+    is_as_saved = item.value is None or item.value is AS_SAVED
+    target = AS_SAVED if is_as_saved else handler.target(item.value, plan.specs(opened.root))
+    selects = options.selects(name)
+    outcome = plan.match(
+        opened.root,
+        target,
+        item=name,
+        cast_to_target=options.cast == "target",
+        selects=lambda leaf: selects(leaf) and handler.selects(leaf),
+    )
+    return _Matched(
+        name=name,
+        item=None if is_as_saved else item,
+        opened=opened,
+        binding=outcome.binding,
+        report=outcome.report,
+    )
+
+
+def _read(
+    checkpoint: OpenCheckpoint, matched: Sequence[_Matched], options: RestoreOptions
+) -> list[Any]:
+    touched = reader.Touched()
+    trees = [(each.opened, each.binding) for each in matched if each.opened is not None]
+    try:
+        values = iter(reader.read_all(trees, verify=options.verify, touched=touched))
+    except errors.CorruptCheckpointError as error:
+        state = (
+            "The target had already been written into: restore another step into it."
+            if touched.value
+            else "The target was not touched."
+        )
+        raise errors.CorruptCheckpointError(
+            f"{error.message} {state}",
+            touched=touched.value,
+            step=checkpoint.step,
+            path=error.path,
+            key_path=error.key_path,
+        ) from error
+    return [
+        each.binding.value if isinstance(each.binding, plan.Given) and each.opened is None else next(values)
+        for each in matched
+    ]
+
+
+def _merge(reports: Sequence[plan.RestoreReport]) -> plan.RestoreReport:
+    return plan.RestoreReport(
+        missing=tuple(leaf for report in reports for leaf in report.missing),
+        unexpected=tuple(leaf for report in reports for leaf in report.unexpected),
+        mismatched=tuple(leaf for report in reports for leaf in report.mismatched),
+    )

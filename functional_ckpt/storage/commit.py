@@ -1,0 +1,169 @@
+"""From a temporary directory to a committed step, and what to do with what a crash left.
+
+    <root>/<step>.orbax-checkpoint-tmp/      a step being written; hidden from every reader
+    <root>/<step>/                           a committed step
+    <root>/.functional_ckpt/lock             the live writer's lock
+    <root>/.functional_ckpt/trash/           steps on their way out
+    <root>/.functional_ckpt/replacing.json   journal of an overwrite in two renames
+    <root>/.functional_ckpt/metrics/         metrics recorded after their step was committed
+
+A step becomes visible by one rename of a directory whose every byte is durable, and only then counts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterable
+
+from functional_ckpt import errors
+from functional_ckpt.storage.paths import LocalStorage
+
+__all__ = ["HIDDEN", "TMP_SUFFIX", "abandon", "discard", "publish", "recover", "sync_tree", "temporary"]
+
+HIDDEN = ".functional_ckpt"
+TMP_SUFFIX = ".orbax-checkpoint-tmp"
+_JOURNAL = "replacing.json"
+_log = logging.getLogger("functional_ckpt")
+
+
+def temporary(final: str) -> str:
+    """Where a directory is written before it is renamed to `final`."""
+    return final + TMP_SUFFIX
+
+
+def sync_tree(storage: LocalStorage, directory: str, files: Iterable[str]) -> None:
+    """Makes `files` (relative paths) and every directory from theirs up to `directory` durable."""
+    files = tuple(files)
+    for name in files:
+        storage.sync(os.path.join(directory, name))
+    for folder in _folders(files):
+        storage.sync_directory(os.path.join(directory, folder) if folder else directory)
+
+
+def _folders(files: Iterable[str]) -> list[str]:
+    """Every directory above the files, deepest first; the top is the empty string."""
+    found = {""}
+    for name in files:
+        while name := os.path.dirname(name):
+            found.add(name)
+    return sorted(found, key=lambda name: (-name.count("/"), name))
+
+
+def publish(storage: LocalStorage, tmp: str, final: str, hidden: str | None = None) -> str | None:
+    """Makes the complete, durable directory `tmp` visible as `final`; durable when it returns.
+
+    Args:
+        storage: The file system.
+        tmp: A directory whose content is durable.
+        final: Its name from now on. When it exists it is exchanged, never absent for a moment where the
+            system can exchange; else journalled.
+        hidden: The root's hidden directory, for the journal and the trash.
+
+    Returns:
+        Where the replaced directory is now, for the caller to remove; None when nothing was replaced.
+    """
+    parent = os.path.dirname(final)
+    if not storage.exists(final):
+        storage.rename(tmp, final)
+        storage.sync_directory(parent)
+        return None
+    if storage.exchange(tmp, final):
+        storage.sync_directory(parent)
+        return tmp
+    if hidden is None:
+        raise errors.StorageError(
+            f"Cannot replace {final}: this file system cannot exchange two directories. Save to a new path.",
+            path=final,
+        )
+    return _replace_in_two(storage, tmp, final, hidden)
+
+
+def _replace_in_two(storage: LocalStorage, tmp: str, final: str, hidden: str) -> str:
+    """Overwrites by two renames; the journal lets the next writer finish what a crash cut."""
+    parent = os.path.dirname(final)
+    old = os.path.join(_make_trash(storage, hidden), f"{os.path.basename(final)}.replaced")
+    storage.remove(old)
+    journal = os.path.join(hidden, _JOURNAL)
+    record = {"tmp": os.path.basename(tmp), "final": os.path.basename(final)}
+    storage.replace(journal, json.dumps(record).encode())
+    storage.rename(final, old)
+    storage.rename(tmp, final)
+    storage.sync_directory(parent)
+    storage.remove(journal)
+    storage.sync_directory(hidden)
+    return old
+
+
+def _make_trash(storage: LocalStorage, hidden: str) -> str:
+    trash = os.path.join(hidden, "trash")
+    storage.make_directory(trash)
+    return trash
+
+
+def discard(storage: LocalStorage, path: str, hidden: str) -> None:
+    """Takes a directory out of sight in one rename, then removes it; a crash leaves only trash."""
+    unique = f"{os.path.basename(path)}.{uuid.uuid4().hex[:8]}"
+    target = os.path.join(_make_trash(storage, hidden), unique)
+    storage.rename(path, target)
+    storage.sync_directory(os.path.dirname(path))
+    storage.remove(target)
+
+
+def recover(storage: LocalStorage, root: str, hidden: str) -> list[str]:
+    """Finishes or removes what a dead writer left; only the holder of the lock may call it.
+
+    Returns:
+        What was done, one line each, for the log.
+    """
+    done: list[str] = []
+    journal = os.path.join(hidden, _JOURNAL)
+    if storage.exists(journal):
+        done += _finish_replacement(storage, root, journal)
+    for name in storage.list(root):
+        if TMP_SUFFIX in name and not name.startswith("."):
+            storage.remove(os.path.join(root, name))
+            done.append(f"removed unfinished {name}")
+    trash = os.path.join(hidden, "trash")
+    for name in storage.list(trash):
+        storage.remove(os.path.join(trash, name))
+    for name in storage.list(hidden):
+        if name.endswith(".tmp"):
+            storage.remove(os.path.join(hidden, name))
+    return done
+
+
+def _finish_replacement(storage: LocalStorage, root: str, journal: str) -> list[str]:
+    """The journal is written after the new step is durable, so finishing forward is always safe."""
+    try:
+        record = json.loads(storage.read(journal))
+        tmp, final = str(record["tmp"]), str(record["final"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise errors.CorruptCheckpointError(
+            f"{journal}: unreadable journal of an interrupted overwrite ({error}). Look at the directory "
+            "and remove the file.",
+            path=journal,
+        ) from error
+    for name in (tmp, final):
+        if "/" in name or name in ("", ".", ".."):
+            raise errors.CorruptCheckpointError(
+                f"{journal}: {name!r} is not a name inside the directory.", path=journal
+            )
+    done: list[str] = []
+    source, target = os.path.join(root, tmp), os.path.join(root, final)
+    if not storage.exists(target) and storage.exists(source):
+        storage.rename(source, target)
+        storage.sync_directory(root)
+        done.append(f"finished the replacement of {final}")
+    storage.remove(journal)
+    return done
+
+
+def abandon(storage: LocalStorage, tmp: str) -> None:
+    """Removes what a failed save wrote; what cannot be removed now goes with the next writer."""
+    try:
+        storage.remove(tmp)
+    except errors.StorageError as error:
+        _log.warning("%s stays until the next writer opens the directory: %s", tmp, error)

@@ -1,0 +1,258 @@
+"""A checkpoint directory as it is read: its records, its items and their arrays. Free of torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+from functional_ckpt import errors
+from functional_ckpt.core import chunks, manifest, orbax_format, structure
+from functional_ckpt.core.spec import Box
+from functional_ckpt.storage import arrays
+from functional_ckpt.storage.paths import LocalStorage
+
+__all__ = ["ArrayPlace", "OpenCheckpoint", "OpenItem", "open_checkpoint"]
+
+_JSON_FILE = "metadata"
+_IGNORED = ("metrics", "descriptor", "array_metadatas")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArrayPlace:
+    """How an array of ours is cut and what its bytes must be.
+
+    Attributes:
+        grid: Its chunks.
+        digests: 16 hex digits per digest block.
+    """
+
+    grid: chunks.ChunkGrid
+    digests: str
+
+
+class OpenItem:
+    """One tree item of a checkpoint, ours or Orbax's.
+
+    Attributes:
+        path: Its directory.
+        name: Its name.
+        root: Its structure.
+        record: Our record; None when another program wrote the item.
+    """
+
+    def __init__(self, storage: LocalStorage, path: str, name: str) -> None:
+        self.storage = storage
+        self.path = path
+        self.name = name
+        self.record: manifest.ItemRecord | None = None
+        self.is_zarr3 = True
+        extension = os.path.join(path, manifest.EXTENSION_FILE)
+        if storage.exists(extension):
+            self.record = manifest.parse_item(storage.read(extension), extension)
+            self.root = self.record.root
+            if self.record.item != name:
+                raise errors.CorruptCheckpointError(
+                    f"{extension}: written as item {self.record.item!r}, found as {name!r}; the "
+                    "directories were swapped or renamed.",
+                    path=extension,
+                )
+            self._check_sizes()
+        else:
+            self.root = self._parse_foreign()
+
+    @functools.cached_property
+    def database(self) -> arrays.Database:
+        """The item's arrays, opened when first needed."""
+        if self.record is None and not self._foreign_metadata.get("use_ocdbt", True):
+            return arrays.open_files_for_reading(self.path)
+        return arrays.open_for_reading(self.path)
+
+    def record_of(self, node: structure.ArrayNode) -> ArrayPlace | None:
+        """Grid and digests of an array; None when another program wrote it."""
+        if self.record is None:
+            return None
+        array = self.record.arrays[node.stored_name]
+        return ArrayPlace(chunks.ChunkGrid(node.spec.shape, array.chunk_shape), array.xxh3)
+
+    def array_nodes(self) -> Iterator[structure.ArrayNode]:
+        """Every array that holds its own bytes."""
+        for _, leaf in structure.iter_leaves(self.root):
+            if isinstance(leaf, structure.ArrayNode) and leaf.tied_to is None:
+                yield leaf
+
+    def verification(self, node: structure.ArrayNode) -> list[Callable[[], None]]:
+        """Tasks that read every chunk of an array and raise `CorruptCheckpointError` for a damaged one."""
+        place = self.record_of(node)
+        if place is None:
+            return []
+        read = arrays.ArrayRead(
+            name=node.stored_name,
+            spec=node.spec,
+            grid=place.grid,
+            digests=place.digests,
+            box=Box.whole(node.spec.shape),
+        )
+        return [
+            functools.partial(lambda i: arrays.verify_part(self.database, read, i), index)
+            for index in place.grid.indices()
+        ]
+
+    def _check_sizes(self) -> None:
+        """A record cannot ask for more memory than there are bytes on disk (chunks are not compressed)."""
+        wanted = sum(node.spec.size_bytes for node in self.array_nodes())
+        stored = self.storage.total_bytes(self.path)
+        if wanted > stored:
+            raise errors.CorruptCheckpointError(
+                f"{self.path}: its record describes {wanted} bytes of arrays, but its files hold {stored}.",
+                path=self.path,
+            )
+
+    # ---------------------------------------------------------------------------- Orbax's own items
+
+    @functools.cached_property
+    def _foreign_metadata(self) -> Mapping[str, Any]:
+        path = os.path.join(self.path, orbax_format.TREE_METADATA_FILE)
+        if not self.storage.exists(path):
+            raise errors.CorruptCheckpointError(
+                f"{self.path}: neither {manifest.EXTENSION_FILE} nor {orbax_format.TREE_METADATA_FILE} is "
+                "there; this is not a tree item.",
+                path=self.path,
+            )
+        return cast("Mapping[str, Any]", _load_json(self.storage, path))
+
+    def _parse_foreign(self) -> structure.Node:
+        path = os.path.join(self.path, orbax_format.TREE_METADATA_FILE)
+        self.is_zarr3 = bool(self._foreign_metadata.get("use_zarr3", False))
+        strings = os.path.join(self.path, orbax_format.STRINGS_FILE)
+        texts = _load_json(self.storage, strings) if self.storage.exists(strings) else {}
+        return orbax_format.parse_tree(
+            self.storage.read(path),
+            path,
+            spec_of=lambda name: arrays.stored_spec(self.database, name, is_zarr3=self.is_zarr3)[0],
+            texts=cast("Mapping[str, str]", texts),
+        )
+
+
+def _load_json(storage: LocalStorage, path: str) -> Mapping[str, Any]:
+    try:
+        record = json.loads(storage.read(path))
+    except (ValueError, RecursionError) as error:
+        raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
+    if not isinstance(record, dict):
+        raise errors.CorruptCheckpointError(f"{path}: not a JSON object.", path=path)
+    return cast("dict[str, Any]", record)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OpenCheckpoint:
+    """A checkpoint directory.
+
+    Attributes:
+        storage: Where it is.
+        path: Its directory.
+        step: Its step, where it has one.
+        items: Name of each item -> its format, `tree` or `json`.
+        record: Our record; None when another program wrote it.
+        metadata: Orbax's `_CHECKPOINT_METADATA`; empty where there is none.
+    """
+
+    storage: LocalStorage
+    path: str
+    step: int | None
+    items: Mapping[str, str]
+    record: manifest.StepRecord | None
+    metadata: Mapping[str, Any]
+
+    def tree(self, name: str) -> OpenItem:
+        """Opens a tree item."""
+        self._check_small_file(f"{name}/{manifest.EXTENSION_FILE}")
+        return OpenItem(self.storage, os.path.join(self.path, name), name)
+
+    def json(self, name: str) -> Any:
+        """The value of a JSON item."""
+        self._check_small_file(f"{name}/{_JSON_FILE}")
+        path = os.path.join(self.path, name, _JSON_FILE)
+        try:
+            return json.loads(self.storage.read(path))
+        except (ValueError, RecursionError) as error:
+            raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
+
+    @property
+    def metrics(self) -> Mapping[str, Any] | None:
+        """The metrics saved with the step; None where there are none."""
+        path = os.path.join(self.path, "metrics", "metrics")
+        if not self.storage.exists(path):
+            return None
+        self._check_small_file("metrics/metrics")
+        return _load_json(self.storage, path)
+
+    def _check_small_file(self, name: str) -> None:
+        """What our record says of a file must hold before anything in it is believed."""
+        if self.record is None:
+            return
+        path = os.path.join(self.path, name)
+        expected = self.record.files.get(name)
+        if expected is None or not self.storage.exists(path):
+            raise errors.CorruptCheckpointError(f"{path}: the file is missing.", path=path)
+        if (got := self.storage.describe(path)) != expected:
+            raise errors.CorruptCheckpointError(
+                f"{path}: expected {expected.size_bytes} bytes with digest {expected.xxh3}, got "
+                f"{got.size_bytes} with {got.xxh3}; the file was changed or swapped.",
+                path=path,
+                step=self.step,
+            )
+
+
+def open_checkpoint(storage: LocalStorage, path: str, step: int | None = None) -> OpenCheckpoint:
+    """Opens a checkpoint directory for reading.
+
+    Raises:
+        StepNotFoundError: There is no directory.
+        CorruptCheckpointError: It is not a checkpoint, or its records were changed.
+    """
+    if not storage.is_directory(path):
+        raise errors.StepNotFoundError(f"There is no checkpoint at {path}.", path=path, step=step)
+    extension = os.path.join(path, manifest.EXTENSION_FILE)
+    metadata_path = os.path.join(path, orbax_format.CHECKPOINT_METADATA_FILE)
+    metadata = _load_json(storage, metadata_path) if storage.exists(metadata_path) else {}
+    record = None
+    if storage.exists(extension):
+        record = manifest.parse_step(storage.read(extension), extension)
+        items: Mapping[str, str] = record.items
+        if step is not None and record.step != step:
+            raise errors.CorruptCheckpointError(
+                f"{path}: written as step {record.step}, found as step {step}; the directories were swapped "
+                "or renamed.",
+                path=path,
+                step=step,
+            )
+    else:
+        items = _find_items(storage, path)
+    checkpoint = OpenCheckpoint(
+        storage=storage, path=path, step=step, items=items, record=record, metadata=metadata
+    )
+    if not items:
+        raise errors.CorruptCheckpointError(
+            f"{path}: not a checkpoint: it holds no item that this package or Orbax wrote.",
+            path=path,
+            step=step,
+        )
+    return checkpoint
+
+
+def _find_items(storage: LocalStorage, path: str) -> dict[str, str]:
+    """The items of a checkpoint that Orbax wrote: directories with one of its metadata files."""
+    found: dict[str, str] = {}
+    for name in storage.list(path):
+        folder = os.path.join(path, name)
+        if name in _IGNORED or name.startswith(("_", ".")) or not storage.is_directory(folder):
+            continue
+        if storage.exists(os.path.join(folder, orbax_format.TREE_METADATA_FILE)):
+            found[name] = "tree"
+        elif storage.exists(os.path.join(folder, _JSON_FILE)):
+            found[name] = "json"
+    return found

@@ -1,0 +1,280 @@
+"""The file system as the commit protocol sees it: few operations, each one announced, each error made clear.
+
+`LocalStorage` is a POSIX file system. Every operation passes through `operation`, which does nothing here and
+is what the fault-injecting storage of `functional_ckpt.testing` overrides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import json
+import mmap
+import os
+import shutil
+import socket
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import xxhash
+from etils import epath
+
+from functional_ckpt import errors
+from functional_ckpt.core.manifest import FileRecord
+
+__all__ = ["DirectoryLock", "LocalStorage", "resolve"]
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def resolve(path: Any) -> str:
+    """An absolute local path for a string, `os.PathLike` or `epath.Path`.
+
+    Raises:
+        UsageError: The path is a URI of a scheme that is not stored locally.
+    """
+    text = os.fspath(epath.Path(path))
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if "://" in text:
+        raise errors.UsageError(
+            f"{text}: only local paths and file:// are supported; mount the store or give a local directory.",
+            path=text,
+        )
+    return os.path.abspath(os.path.expanduser(text))
+
+
+@contextlib.contextmanager
+def _clear_errors(action: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, errors.CheckpointError):
+            raise
+        raise errors.StorageError(
+            f"Cannot {action} {path}: {error.strerror or error} [errno {error.errno}].",
+            errno=error.errno,
+            path=path,
+        ) from error
+
+
+class LocalStorage:
+    """A POSIX file system. Stateless; safe to use from any thread."""
+
+    def operation(self, kind: str, path: str) -> None:
+        """Called before every operation that changes or reads the store."""
+
+    # -------------------------------------------------------------------------------- reading
+
+    def read(self, path: str) -> bytes:
+        """The content of a file."""
+        self.operation("read", path)
+        with _clear_errors("read", path), open(path, "rb") as file:
+            return file.read()
+
+    def exists(self, path: str) -> bool:
+        """Whether anything is at `path`."""
+        return os.path.lexists(path)
+
+    def is_directory(self, path: str) -> bool:
+        """Whether a directory is at `path`."""
+        return os.path.isdir(path)
+
+    def list(self, path: str) -> list[str]:
+        """Sorted names in a directory; empty when it does not exist."""
+        self.operation("list", path)
+        with _clear_errors("list", path):
+            try:
+                return sorted(os.listdir(path))
+            except FileNotFoundError:
+                return []
+
+    def walk(self, path: str) -> list[str]:
+        """Sorted paths, relative to `path`, of every file below it; links are listed, never followed."""
+        self.operation("list", path)
+        found: list[str] = []
+        for directory, folders, names in os.walk(path):
+            links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
+            found += [os.path.relpath(os.path.join(directory, n), path) for n in (*names, *links)]
+        return sorted(found)
+
+    def describe(self, path: str) -> FileRecord:
+        """Size and digest of a regular file."""
+        self.operation("read", path)
+        with _clear_errors("read", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with open(descriptor, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size == 0:
+                    return FileRecord(0, xxhash.xxh3_64_hexdigest(b""))
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                    return FileRecord(size, xxhash.xxh3_64_hexdigest(view))
+
+    def total_bytes(self, path: str) -> int:
+        """Sum of the sizes of every file below `path`."""
+        return sum(os.lstat(os.path.join(path, name)).st_size for name in self.walk(path))
+
+    # -------------------------------------------------------------------------------- writing
+
+    def make_directory(self, path: str) -> None:
+        """Creates a directory and its parents; nothing happens when it exists."""
+        self.operation("make_directory", path)
+        with _clear_errors("create directory", path):
+            os.makedirs(path, exist_ok=True)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Creates a file and makes its content durable; the directory entry is the caller's to sync."""
+        self.operation("write", path)
+        with _clear_errors("write", path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            with open(os.open(path, flags, 0o666), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Writes a file so that a reader sees the old content or the new, and a crash leaves one of them."""
+        temporary = f"{path}.{os.getpid()}.tmp"
+        self.write(temporary, data)
+        self.rename(temporary, path)
+        self.sync_directory(os.path.dirname(path))
+
+    def link_latest(self, path: str, target: str) -> None:
+        """Points the symbolic link `path` at `target`, atomically."""
+        self.operation("link", path)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        with _clear_errors("link", path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            os.symlink(target, temporary)
+            os.replace(temporary, path)
+
+    def sync(self, path: str) -> None:
+        """Makes the content of an existing file durable."""
+        self.operation("sync", path)
+        with _clear_errors("sync", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def sync_directory(self, path: str) -> None:
+        """Makes the entries of a directory durable."""
+        self.sync(path)
+
+    def rename(self, source: str, target: str) -> None:
+        """Renames a file or directory; a directory never replaces one that has entries."""
+        self.operation("rename", target)
+        with _clear_errors("rename to", target):
+            os.rename(source, target)
+
+    def exchange(self, first: str, second: str) -> bool:
+        """Swaps two paths in one atomic step; False where the system cannot."""
+        self.operation("exchange", second)
+        rename = _renameat2()
+        if rename is None:
+            return False
+        a, b = os.fsencode(first), os.fsencode(second)
+        if rename(_AT_FDCWD, a, _AT_FDCWD, b, _RENAME_EXCHANGE) == 0:
+            return True
+        code = ctypes.get_errno()
+        if code in _UNSUPPORTED:
+            return False
+        raise errors.StorageError(
+            f"Cannot exchange {first} and {second}: {os.strerror(code)} [errno {code}].",
+            errno=code,
+            path=second,
+        )
+
+    def remove(self, path: str) -> None:
+        """Removes a file, or a directory with everything in it; nothing happens when it is absent."""
+        self.operation("remove", path)
+        with _clear_errors("remove", path):
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    def lock(self, path: str) -> DirectoryLock:
+        """Takes the writer's lock at `path`; `LockedError` names the holder."""
+        self.operation("lock", path)
+        return DirectoryLock(path)
+
+
+@functools.cache
+def _renameat2() -> Any:
+    library = ctypes.CDLL(None, use_errno=True)
+    return getattr(library, "renameat2", None)
+
+
+class DirectoryLock:
+    """An exclusive `flock`, which the kernel releases when the process dies.
+
+    A forked child would share the lock and outlive its parent with it, so the descriptor is closed there.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with _clear_errors("open the lock", path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._descriptor, 4096, 0).decode(errors="replace").strip()
+            os.close(self._descriptor)
+            self._descriptor = -1
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise errors.StorageError(
+                    f"Cannot lock {path}: {error.strerror} [errno {error.errno}].",
+                    errno=error.errno,
+                    path=path,
+                ) from error
+            raise errors.LockedError(
+                f"Another live writer holds {os.path.dirname(os.path.dirname(path))}: {holder or 'unknown'}. "
+                "Stop it, give this run its own directory, or open the directory with read_only=True.",
+                path=path,
+            ) from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, _describe_holder(), 0)
+        _held.add(self)
+
+    def close(self) -> None:
+        """Closes this process's descriptor, without unlocking for others who share it."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def release(self) -> None:
+        """Lets the next writer in; safe to call twice."""
+        if self._descriptor >= 0:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        self.close()
+
+
+    def __del__(self) -> None:
+        # `os` may be gone when the interpreter ends; the kernel closes the descriptor then.
+        if getattr(self, "_descriptor", -1) >= 0 and os is not None:
+            self.close()
+
+
+_held: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for lock in list(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _describe_holder() -> bytes:
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()

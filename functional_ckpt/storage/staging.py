@@ -1,0 +1,108 @@
+"""Host buffers that hold a state between the moment of `save` and its write; reused from save to save."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import mmap
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from functional_ckpt.storage.arrays import run_in_threads
+
+__all__ = ["Slot", "StagingBuffer", "copy_in_threads"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_ALIGNMENT_BYTES = 64
+# Copies are cut so that threads finish together.
+_PIECE_BYTES = 8 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slot:
+    """Room for one array.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its numpy dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the array."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class StagingBuffer:
+    """One arena of host memory, grown when needed and then used again.
+
+    Touching fresh memory costs several times the copy itself, so the arena is kept between saves.
+    """
+
+    def __init__(self) -> None:
+        self._arena: Any = None
+        self.size_bytes = 0
+
+    def reserve(self, slots: Sequence[Slot]) -> list[Array]:
+        """An array for every slot, over memory that stays valid until the next call."""
+        offsets: list[int] = []
+        end = 0
+        for slot in slots:
+            offsets.append(end)
+            end += -(-slot.size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        if end > self.size_bytes:
+            self._arena = None  # the old memory goes before the new comes
+            self._arena = mmap.mmap(-1, end)
+            self.size_bytes = end
+        arrays: list[Array] = []
+        for slot, offset in zip(slots, offsets, strict=True):
+            if slot.size_bytes == 0:
+                arrays.append(np.empty(slot.shape, slot.dtype))
+                continue
+            flat = np.frombuffer(self._arena, np.uint8, slot.size_bytes, offset)
+            arrays.append(flat.view(slot.dtype).reshape(slot.shape))
+        return arrays
+
+    def release(self) -> None:
+        """Gives the memory back once nothing refers to it."""
+        self._arena, self.size_bytes = None, 0
+
+
+def copy_in_threads(copies: Sequence[tuple[Array, Array]]) -> None:
+    """Copies each second array into the first, which are of one shape and dtype, on several threads."""
+    tasks: list[Callable[[], None]] = []
+    batch: list[tuple[Array, Array]] = []
+    batch_bytes = 0
+    for target, source in copies:
+        for piece in _pieces(target, source):
+            batch.append(piece)
+            batch_bytes += piece[0].nbytes
+            if batch_bytes >= _PIECE_BYTES:
+                tasks.append(functools.partial(_copy_all, batch))
+                batch, batch_bytes = [], 0
+    if batch:
+        tasks.append(functools.partial(_copy_all, batch))
+    run_in_threads(tasks)
+
+
+def _pieces(target: Array, source: Array) -> list[tuple[Array, Array]]:
+    if target.nbytes <= _PIECE_BYTES or target.ndim == 0:
+        return [(target, source)]
+    if target.flags.c_contiguous and source.flags.c_contiguous:
+        target, source = target.reshape(-1), source.reshape(-1)
+    rows = max(1, len(target) * _PIECE_BYTES // target.nbytes)
+    return [
+        (target[start : start + rows], source[start : start + rows])
+        for start in range(0, len(target), rows)
+    ]
+
+
+def _copy_all(pieces: Sequence[tuple[Array, Array]]) -> None:
+    for target, source in pieces:
+        np.copyto(target, source)
