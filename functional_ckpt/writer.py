@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -241,22 +241,19 @@ def complete(
     files: dict[str, manifest.FileRecord] = {}
     for item in items:
         name = item.lowered.name
-        path = os.path.join(directory, name)
         names[name] = "json" if item.lowered.root is None else "tree"
         if item.lowered.text is not None:
-            storage.make_directory(path)
-            files[f"{name}/{JSON_FILE}"] = _write(
-                storage, path, JSON_FILE, item.lowered.text
-            )
-            storage.sync_directory(path)
+            storage.make_directory(os.path.join(directory, name))
+            file = f"{name}/{JSON_FILE}"
+            files[file] = _write(storage, directory, file, item.lowered.text)
         else:
-            record = _complete_tree(storage, path, item, digests[name])
-            files[f"{name}/{manifest.EXTENSION_FILE}"] = record
+            record = _complete_tree(storage, os.path.join(directory, name), item, digests[name])
+            file = f"{name}/{manifest.EXTENSION_FILE}"
+            files[file] = _write(storage, directory, file, record.to_json())
     if info.metrics is not None:
-        path = os.path.join(directory, "metrics")
-        storage.make_directory(path)
-        files["metrics/metrics"] = _write(storage, path, "metrics", to_json(info.metrics, "metrics"))
-        storage.sync_directory(path)
+        storage.make_directory(os.path.join(directory, "metrics"))
+        file = "metrics/metrics"
+        files[file] = _write(storage, directory, file, to_json(info.metrics, "metrics"))
     text = orbax_format.checkpoint_metadata(
         names,
         init_time_ns=info.init_time_ns,
@@ -266,11 +263,9 @@ def complete(
     )
     name = orbax_format.CHECKPOINT_METADATA_FILE
     files[name] = _write(storage, directory, name, text)
-    name = orbax_format.COMMIT_FILE
-    files[name] = _write(storage, directory, name, b"Written by functional_ckpt.\n")
     step = manifest.StepRecord(step=info.step, items=names, files=files)
     _write(storage, directory, manifest.EXTENSION_FILE, step.to_json())
-    storage.sync_directory(directory)
+    commit.sync_tree(storage, directory, storage.walk(directory))
 
 
 def _write(storage: LocalStorage, path: str, name: str, data: bytes) -> manifest.FileRecord:
@@ -280,8 +275,8 @@ def _write(storage: LocalStorage, path: str, name: str, data: bytes) -> manifest
 
 def _complete_tree(
     storage: LocalStorage, path: str, item: StagedItem, digests: arrays.Digests
-) -> manifest.FileRecord:
-    """Makes one tree item whole and durable; returns what its extension file must be."""
+) -> manifest.ItemRecord:
+    """Makes one tree item whole but for its record, which is returned."""
     root = item.lowered.root
     if root is None:
         raise errors.UsageError(f"{item.lowered.name} is not a tree item.")
@@ -296,7 +291,7 @@ def _complete_tree(
     if texts := orbax_format.strings(root):
         _write(storage, path, orbax_format.STRINGS_FILE, json.dumps(texts).encode())
     joined = arrays.join_digests([digests])
-    record = manifest.ItemRecord(
+    return manifest.ItemRecord(
         item=item.lowered.name,
         handler=item.lowered.handler,
         root=root,
@@ -304,28 +299,26 @@ def _complete_tree(
             name: manifest.ArrayRecord(grid.chunk_shape, joined[name])
             for name, grid in grids.items()
         },
-        files=_make_durable(storage, path),
+        files=_describe(storage, path),
     )
-    written = _write(storage, path, manifest.EXTENSION_FILE, record.to_json())
-    storage.sync_directory(path)
-    return written
 
 
-def _make_durable(storage: LocalStorage, path: str) -> dict[str, manifest.FileRecord]:
-    """Syncs every file of an item and its directories, and says what each file must be.
+def _describe(storage: LocalStorage, path: str) -> dict[str, manifest.FileRecord]:
+    """What every file of an item must be.
 
-    Files are read back for their digests while others are being synced: the first waits for the disk, the
-    second for the processor.
+    Large ones are read back for their digests while they are being synced: the one waits for the processor,
+    the other for the disk.
     """
     names = storage.walk(path)
     found: dict[str, manifest.FileRecord] = {}
 
-    def describe(name: str) -> None:
-        found[name] = storage.describe(os.path.join(path, name))
+    def describe() -> None:
+        for name in names:
+            found[name] = storage.describe(os.path.join(path, name))
 
-    tasks: list[Callable[[], None]] = [
-        functools.partial(commit.sync_tree, storage, path, names),
-        lambda: [describe(name) for name in names] and None,
-    ]
-    arrays.run_in_threads(tasks)
+    if storage.total_bytes(path) < _SPREAD_BYTES:
+        describe()
+    else:
+        sync = functools.partial(commit.sync_tree, storage, path, names)
+        arrays.run_in_threads([sync, describe])
     return found

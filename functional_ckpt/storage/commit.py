@@ -7,7 +7,8 @@
     <root>/.functional_ckpt/replacing.json   journal of an overwrite in two renames
     <root>/.functional_ckpt/metrics/         metrics recorded after their step was committed
 
-A step becomes visible by one rename of a directory whose every byte is durable, and only then counts.
+A step becomes visible by one rename of a directory whose every byte is durable, and only then
+counts.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def temporary(final: str) -> str:
 
 
 def sync_tree(storage: LocalStorage, directory: str, files: Iterable[str]) -> None:
-    """Makes `files` (relative paths) and every directory from theirs up to `directory` durable."""
+    """Makes `files` (relative paths) and every directory from theirs up to `directory` durable.
+
+    All are synced after all were written: the first sync takes the others' metadata along.
+    """
     files = tuple(files)
     for name in files:
         storage.sync(os.path.join(directory, name))
@@ -58,12 +62,13 @@ def publish(storage: LocalStorage, tmp: str, final: str, hidden: str | None = No
     Args:
         storage: The file system.
         tmp: A directory whose content is durable.
-        final: Its name from now on. When it exists it is exchanged, never absent for a moment where the
-            system can exchange; else journalled.
+        final: Its name from now on. When it exists it is exchanged, never absent for a moment where
+            the system can exchange; else journalled.
         hidden: The root's hidden directory, for the journal and the trash.
 
     Returns:
-        Where the replaced directory is now, for the caller to remove; None when nothing was replaced.
+        Where the replaced directory is now, for the caller to remove; None when nothing was
+        replaced.
     """
     parent = os.path.dirname(final)
     if not storage.exists(final):
@@ -108,7 +113,6 @@ def discard(storage: LocalStorage, path: str, hidden: str) -> None:
     unique = f"{os.path.basename(path)}.{uuid.uuid4().hex[:8]}"
     target = os.path.join(_make_trash(storage, hidden), unique)
     storage.rename(path, target)
-    storage.sync_directory(os.path.dirname(path))
     storage.remove(target)
 
 

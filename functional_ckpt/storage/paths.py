@@ -1,7 +1,7 @@
 """The file system as the commit protocol sees it: few operations, each one announced, each error made clear.
 
-`LocalStorage` is a POSIX file system. Every operation passes through `operation`, which does nothing here and
-is what the fault-injecting storage of `functional_ckpt.testing` overrides.
+`LocalStorage` is a POSIX file system. Every operation passes through `operation`, which does
+nothing here and is what the fault-injecting storage of `functional_ckpt.testing` overrides.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ __all__ = ["DirectoryLock", "LocalStorage", "resolve"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+# Mapping a file costs more than reading it until it is about this large.
+_MAP_FROM_BYTES = 2**20
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -111,8 +113,8 @@ class LocalStorage:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             with open(descriptor, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                if size == 0:
-                    return FileRecord(0, xxhash.xxh3_64_hexdigest(b""))
+                if size < _MAP_FROM_BYTES:
+                    return FileRecord(size, xxhash.xxh3_64_hexdigest(file.read()))
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
                     return FileRecord(size, xxhash.xxh3_64_hexdigest(view))
 
@@ -129,19 +131,18 @@ class LocalStorage:
             os.makedirs(path, exist_ok=True)
 
     def write(self, path: str, data: bytes) -> None:
-        """Creates a file and makes its content durable; the directory entry is the caller's to sync."""
+        """Creates a file; neither its content nor its entry is durable before they are synced."""
         self.operation("write", path)
         with _clear_errors("write", path):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             with open(os.open(path, flags, 0o666), "wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
 
     def replace(self, path: str, data: bytes) -> None:
-        """Writes a file so that a reader sees the old content or the new, and a crash leaves one of them."""
+        """Writes a file so that a reader sees the old content or the new; durable when it returns."""
         temporary = f"{path}.{os.getpid()}.tmp"
         self.write(temporary, data)
+        self.sync(temporary)
         self.rename(temporary, path)
         self.sync_directory(os.path.dirname(path))
 
@@ -218,7 +219,8 @@ def _renameat2() -> Any:
 class DirectoryLock:
     """An exclusive `flock`, which the kernel releases when the process dies.
 
-    A forked child would share the lock and outlive its parent with it, so the descriptor is closed there.
+    A forked child would share the lock and outlive its parent with it, so the descriptor is closed
+    there.
     """
 
     def __init__(self, path: str) -> None:
