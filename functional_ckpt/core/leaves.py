@@ -1,8 +1,8 @@
-"""Torch tensors, numpy arrays and plain values as leaves: what is stored of each, and how it is built again.
+"""Tensors, numpy arrays and plain values as leaves: what is stored, and how it is built again.
 
-A leaf codec is two pure halves. `encode` turns a value into a node and a *source*, a tensor over the caller's
-own memory from which the bytes will be copied. `allocate` turns a stored node into a *destination*, an array
-that restore fills, and `finish`, which makes the value out of it.
+A leaf codec is two pure halves. `encode` turns a value into a node and a *source*, a tensor over
+the caller's own memory from which the bytes will be copied. `allocate` turns a stored node into a
+*destination*, an array that restore fills, and `finish`, which makes the value out of it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _PLAIN_KINDS: Mapping[type, str] = {
 
 
 def value_node(value: object) -> structure.ValueNode | None:
-    """The node of a plain value, or None when it is something else (subclasses are something else)."""
+    """The node of a plain value; None for anything else, subclasses of plain types included."""
     if (kind := _PLAIN_KINDS.get(type(value))) is not None:
         return structure.ValueNode(kind=kind, value=value)
     if isinstance(value, torch.dtype):
@@ -90,7 +90,7 @@ def plain_value(node: structure.ValueNode) -> object:
     return node.value
 
 
-# ---------------------------------------------------------------------------------------- arrays to nodes
+# ------------------------------------------------------------------------------------ array to node
 
 
 def array_node(value: object, name: str) -> structure.ArrayNode | None:
@@ -128,10 +128,14 @@ def _tensor_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
     elif tensor.requires_grad:
         detail["requires_grad"] = True
     if not tensor.is_contiguous() and _is_dense(tensor):
-        # channels_last and transposed layouts come back with the same strides; other views come back compact.
+        # channels_last and transposed layouts come back with the same strides; other views come
+        # back compact.
         detail["strides"] = list(tensor.stride())
     return structure.ArrayNode(
-        kind="tensor", spec=spec_lib.ArraySpec(tuple(tensor.shape), stored), name=name, detail=detail
+        kind="tensor",
+        spec=spec_lib.ArraySpec(tuple(tensor.shape), stored),
+        name=name,
+        detail=detail,
     )
 
 
@@ -151,8 +155,8 @@ def _numpy_node(array: Array | np.generic, name: str) -> structure.ArrayNode:
     kind = "ndarray" if isinstance(array, np.ndarray) else "numpy_scalar"
     if kind == "ndarray" and type(array) is not np.ndarray:
         raise errors.UnsupportedLeafError(
-            f"{type(array).__name__} is a subclass of numpy.ndarray whose extra state would be lost; "
-            "pass numpy.asarray(value)"
+            f"{type(array).__name__} is a subclass of numpy.ndarray whose extra state would be "
+            "lost; pass numpy.asarray(value)"
         )
     detail: dict[str, object] = {}
     dtype = array.dtype
@@ -165,7 +169,8 @@ def _numpy_node(array: Array | np.generic, name: str) -> structure.ArrayNode:
         stored, shape = "uint8", (*shape, dtype.itemsize)
     if stored not in spec_lib.STORAGE_DTYPES:
         raise errors.UnsupportedLeafError(
-            f"numpy dtype {dtype} cannot be stored; convert it to a numeric dtype, or use lists or fc.Json"
+            f"numpy dtype {dtype} cannot be stored; convert it to a numeric dtype, or use lists or "
+            "fc.Json"
         )
     if isinstance(array, np.ndarray) and array.flags.f_contiguous and not array.flags.c_contiguous:
         detail["order"] = "F"
@@ -175,7 +180,7 @@ def _numpy_node(array: Array | np.generic, name: str) -> structure.ArrayNode:
 
 
 def identity(value: object) -> Hashable | None:
-    """What two leaves share exactly when they are the same memory read the same way; None for no sharing."""
+    """What two leaves share when they are the same memory read the same way; None: not shared."""
     if isinstance(value, torch.Tensor):
         if value.numel() == 0 or value.is_conj() or value.is_neg():
             return None
@@ -193,14 +198,14 @@ def identity(value: object) -> Hashable | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------- nodes to bytes
+# ------------------------------------------------------------------------------------ node to bytes
 
 
 def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
-    """A tensor over the value's own memory whose dtype is a torch twin of the node's storage dtype.
+    """A tensor over the value's own memory, of the torch twin of the node's storage dtype.
 
-    Copies only what has no memory of its own to show: conj and neg views, read-only or foreign-endian numpy
-    arrays, numpy scalars and bytes.
+    Copies only what has no memory of its own to show: conj and neg views, read-only or
+    foreign-endian numpy arrays, numpy scalars and bytes.
     """
     if isinstance(value, torch.Tensor):
         tensor = value.detach().resolve_conj().resolve_neg()
@@ -225,7 +230,7 @@ def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
 
 def tensor_over(array: Array) -> torch.Tensor:
     """A tensor sharing a numpy array's memory, whatever its dtype."""
-    if array.dtype.kind == "V":  # ml_dtypes register as void: go through an integer of the same width
+    if _is_registered(array.dtype):  # ml_dtypes register as void: go through an integer as wide
         carrier = torch.from_numpy(array.view(np.dtype(f"i{array.itemsize}")))
         return carrier.view(_torch_dtype(array.dtype.name))
     return torch.from_numpy(array)
@@ -235,17 +240,22 @@ def host_view(tensor: torch.Tensor, dtype: str) -> Array:
     """A numpy array of storage dtype `dtype` over the memory of a CPU tensor; no copy."""
     tensor = tensor.detach()
     target = spec_lib.numpy_dtype(dtype)
-    if target.kind == "V" or tensor.dtype in (torch.complex32,) or _is_carried(tensor.dtype):
+    if _is_registered(target) or tensor.dtype in (torch.complex32,) or _is_carried(tensor.dtype):
         tensor = tensor.view(_INT_OF_SIZE[target.itemsize])
     array = cast("Array", tensor.numpy())
     return array if array.dtype == target else array.view(target)
+
+
+def _is_registered(dtype: np.dtype[Any]) -> bool:
+    """Whether it comes from ml_dtypes; their kinds differ (float8_e5m2 is `f`, the others are `V`)."""
+    return dtype.isbuiltin == 2
 
 
 def _is_carried(dtype: torch.dtype) -> bool:
     return torch_dtype_name(dtype) in _CARRIED_BY
 
 
-# ---------------------------------------------------------------------------------------- bytes to values
+# ----------------------------------------------------------------------------------- bytes to value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -282,9 +292,7 @@ def allocate(node: structure.ArrayNode, device: torch.device | None = None) -> D
         return Destination(array, lambda: _numpy_value(array, node)[()])
     if node.kind == "number":
         return Destination(array, lambda: array[()].item())
-    raise errors.CorruptCheckpointError(
-        f"Unknown kind of array {node.kind!r}.", key_path=node.name
-    )
+    raise errors.CorruptCheckpointError(f"Unknown kind of array {node.kind!r}.", key_path=node.name)
 
 
 def new_tensor(node: structure.ArrayNode) -> torch.Tensor:
