@@ -1,4 +1,4 @@
-"""How an array is cut into chunks, so that each chunk has exactly one writer and is contiguous in its shard.
+"""How an array is cut into chunks: each has exactly one writer and is contiguous in its shard.
 
 Pure arithmetic on shapes; free of torch.
 """
@@ -22,15 +22,16 @@ __all__ = [
     "digest_offsets",
 ]
 
-# Small enough that object stores and partial reads stay cheap, large enough that a 2 GiB state is 64 chunks.
+# Small enough that object stores and partial reads stay cheap, large enough that a 2 GiB state is
+# 64 chunks.
 MAX_CHUNK_BYTES = 32 * 2**20
 # A reader verifies in units of this many bytes of a chunk's valid region (C order).
-DIGEST_BLOCK_BYTES = 2**20
+DIGEST_BLOCK_BYTES = 256 * 2**10
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChunkGrid:
-    """A regular grid over an array, as zarr has it: edge chunks are stored padded to the full chunk shape.
+    """A regular grid over an array, as zarr has it: edge chunks are stored padded to full shape.
 
     Attributes:
         shape: Shape of the array.
@@ -98,7 +99,7 @@ class ChunkGrid:
 
 @functools.lru_cache(maxsize=65536)
 def digest_offsets(grid: ChunkGrid, itemsize_bytes: int) -> tuple[int, ...]:
-    """Where the digests of each chunk begin, in blocks, chunks in C order; the last entry is the total."""
+    """Where each chunk's digests begin, in blocks, chunks in C order; the last is the total."""
     counts = (grid.num_digests(index, itemsize_bytes) for index in grid.indices())
     return tuple(itertools.accumulate(counts, initial=0))
 
@@ -112,8 +113,8 @@ def choose_grid(
 
     Args:
         spec: The global array.
-        shard_shape: The regular division between writers, `ceil(n / k)` per dim; None for one writer. A chunk
-            never reaches over a shard's edge, so it has one writer.
+        shard_shape: The regular division between writers, `ceil(n / k)` per dim; None for one
+            writer. A chunk never reaches over a shard's edge, so it has one writer.
         max_chunk_bytes: Bound on the bytes of a chunk (one element may exceed it).
 
     >>> choose_grid(ArraySpec((50257, 768), "float32")).chunk_shape
@@ -133,7 +134,7 @@ def choose_grid(
 
 
 def _split(size: int, budget: int, *, exact: bool) -> int:
-    """The largest even part of `size` that is at most `budget`; a divisor where the dim is shared by shards."""
+    """The largest even part of `size` up to `budget`; a divisor where shards share the dim."""
     if not exact:
         return -(-size // -(-size // budget))
     best = max(d for d in _divisors(size) if d <= budget)
