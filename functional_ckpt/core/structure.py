@@ -1,8 +1,9 @@
 """The shape of an item as data: nodes of a pytree whose leaves are values or array specs.
 
-A *structure* says everything about a lowered item except the bytes of its arrays: containers and their
-types, keys and their types, plain values, and for each array where it is stored. It is what restore
-validates against and what the manifest writes as JSON. Free of torch, so that the command line can read it.
+A *structure* says everything about a lowered item except the bytes of its arrays: containers and
+their types, keys and their types, plain values, and for each array where it is stored. It is what
+restore validates against and what the manifest writes as JSON. Free of torch, so that the command
+line can read it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from typing import Literal, TypeAlias
 
 from functional_ckpt.core import spec as spec_lib
 
-__all__ = ["ArrayNode", "BranchNode", "Key", "KeyPath", "Node", "ValueNode", "iter_leaves", "join", "pretty"]
+__all__ = [
+    "ArrayNode",
+    "BranchNode",
+    "Key",
+    "KeyPath",
+    "Node",
+    "ValueNode",
+    "iter_leaves",
+    "join",
+    "key_prefix",
+    "pretty",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,10 +62,11 @@ class ArrayNode:
     """A leaf whose bytes are stored in chunks.
 
     Attributes:
-        kind: What it is in memory: `tensor`, `ndarray`, `numpy_scalar`, `bytes`; or `number`, a Python
-            number that another program stored as a 0-dim array.
+        kind: What it is in memory: `tensor`, `ndarray`, `numpy_scalar`, `bytes`; or `number`, a
+            Python number that another program stored as a 0-dim array.
         spec: Global shape and dtype on disk.
-        name: The array's name on disk; for a tied leaf its own name, at which the same bytes are visible too.
+        name: The array's name on disk; for a tied leaf its own name, at which the same bytes are
+            visible too.
         detail: What the kind needs beyond the spec (the torch dtype where it differs, `parameter`,
             `requires_grad`, `strides` ...): JSON values.
         tied_to: Name of the array that holds the bytes, for a leaf that shares another's memory.
@@ -76,9 +89,9 @@ class BranchNode:
     """A container.
 
     Attributes:
-        kind: `dict`, `ordered_dict`, `default_dict`, `list`, `tuple`, `named_tuple`, `deque`, `torch_size`,
-            `registered` (a registered pytree node), or a leaf made of parts: `sparse_coo`, `sparse_csr`
-            and its kin, `quantized`, `subclass`.
+        kind: `dict`, `ordered_dict`, `default_dict`, `list`, `tuple`, `named_tuple`, `deque`,
+            `torch_size`, `registered` (a registered pytree node), or a leaf made of parts:
+            `sparse_coo`, `sparse_csr` and its kin, `quantized`, `subclass`.
         keys: One key per child.
         children: The children, in order.
         detail: What the kind needs to be built again: JSON values.
@@ -96,6 +109,15 @@ Node: TypeAlias = ValueNode | ArrayNode | BranchNode
 def join(path: KeyPath) -> str:
     """The name of a leaf on disk: its keys joined by dots (Orbax's rule)."""
     return ".".join(str(key.value) for key in path)
+
+
+def key_prefix(name: str) -> str:
+    """What the keys of an array begin with; TensorStore, and so Orbax, adds no second slash.
+
+    >>> key_prefix("a.b"), key_prefix("a/")
+    ('a.b/', 'a/')
+    """
+    return name if not name or name.endswith("/") else f"{name}/"
 
 
 def pretty(path: KeyPath, root: str = "") -> str:

@@ -1,7 +1,7 @@
 """Pytrees to structures and back: the only user of `torch.utils._pytree`.
 
-Containers are opened by one function (`open_container`) and closed by one (`close_container`); saving,
-matching against a target and rebuilding all go through these two.
+Containers are opened by one function (`open_container`) and closed by one (`close_container`);
+saving, matching against a target and rebuilding all go through these two.
 """
 
 from __future__ import annotations
@@ -262,9 +262,9 @@ def close_container(
     Args:
         node: What was stored.
         children: The restored children, one per key.
-        like: A container of the wanted type, whose own type and context win over the stored ones; None to
-            build what was saved. A registered or named-tuple type that this process does not know comes back
-            as a dict of its fields and a fresh named tuple.
+        like: A container of the wanted type, whose own type and context win over the stored ones;
+            None to build what was saved. A registered or named-tuple type that this process does
+            not know comes back as a dict of its fields and a fresh named tuple.
     """
     if like is not None and not isinstance(like, torch.Tensor):
         return _close_like(node, children, like)
@@ -391,7 +391,8 @@ class FlatTree:
 
     Attributes:
         root: The structure, with every array named.
-        arrays: For each array that holds its own bytes: its name, node and live value, in tree order.
+        arrays: For each array that holds its own bytes: its name, node and live value, in tree
+            order.
     """
 
     root: structure.Node
@@ -440,7 +441,7 @@ class _Flattening:
 
     def _leaf(self, node: Any, path: KeyPath) -> Any:
         name = leaf_name(path)
-        if (other := self.paths.setdefault(name, path)) is not path:
+        if (other := self.paths.setdefault(structure.key_prefix(name), path)) is not path:
             raise errors.NameCollisionError(
                 f"{structure.pretty(other, self.item)} and {structure.pretty(path, self.item)} would both be "
                 f"stored as {name!r}; rename one of the keys.",

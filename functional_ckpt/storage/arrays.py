@@ -26,6 +26,7 @@ from functional_ckpt import errors
 from functional_ckpt.core import orbax_format
 from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
 from functional_ckpt.core.spec import ArraySpec, Box, numpy_dtype
+from functional_ckpt.core.structure import key_prefix
 from functional_ckpt.storage.paths import LocalStorage
 
 __all__ = [
@@ -296,11 +297,11 @@ class _ChildDatabase:
 
     def put_metadata(self, name: str, spec: ArraySpec, chunk_shape: tuple[int, ...]) -> None:
         metadata = orbax_format.zarr3_metadata(spec, chunk_shape)
-        self.put(f"{name}/zarr.json", json.dumps(metadata).encode())
+        self.put(f"{key_prefix(name)}zarr.json", json.dumps(metadata).encode())
 
     def put_scalar(self, name: str, spec: ArraySpec, value: object) -> None:
         self.put_metadata(name, spec, ())
-        self.put(f"{name}/c", np.array(value, numpy_dtype(spec.dtype)).tobytes())
+        self.put(f"{key_prefix(name)}c", np.array(value, numpy_dtype(spec.dtype)).tobytes())
 
     def put_array(self, array: ArrayWrite, box: Box, data: Array) -> None:
         """Writes a region through zarr; `data` is referenced, not copied, until the commit is done."""
@@ -323,7 +324,7 @@ class _ChildDatabase:
 
 def _open_array(store: Any, name: str, spec: ArraySpec, grid: ChunkGrid, context: Any) -> Any:
     """A zarr3 array described by us: its stored metadata is neither read nor written."""
-    kvstore = store / f"{name}/"
+    kvstore = store / key_prefix(name)
     return ts.open(
         {
             "driver": "zarr3",
@@ -348,7 +349,8 @@ def _write_chunk(
         data = np.ascontiguousarray(data)  # bounded: one chunk per thread
     found[array.grid.position(index)] = _digest_blocks(data)
     if data.nbytes <= _SMALL_CHUNK_BYTES:
-        database.put(f"{array.name}/{array.grid.key(index)}", _padded(data, array.grid).tobytes())
+        key = f"{key_prefix(array.name)}{array.grid.key(index)}"
+        database.put(key, _padded(data, array.grid).tobytes())
     else:
         database.put_array(array, box, data)
 
@@ -427,8 +429,8 @@ def _copy_tied(parent: Any, tied: Mapping[str, tuple[str, ChunkGrid]]) -> None:
         # Exact keys, not a prefix: the name of another array may begin with this one's and a slash.
         for key in ("zarr.json", *map(grid.key, grid.indices())):
             one = ts.KvStore.KeyRange(key, key + "\0")
-            source = parent / f"{owner}/"
-            copies.append(source.experimental_copy_range_to(target / f"{name}/", source_range=one))
+            source, destination = parent / key_prefix(owner), target / key_prefix(name)
+            copies.append(source.experimental_copy_range_to(destination, source_range=one))
     for copy in copies:
         copy.result()
     transaction.commit_sync()
@@ -445,7 +447,7 @@ def stored_spec(
     Raises:
         CorruptCheckpointError: The metadata is missing, malformed, or of a dtype that cannot be read.
     """
-    key = f"{name}/{'zarr.json' if is_zarr3 else '.zarray'}"
+    key = f"{key_prefix(name)}{'zarr.json' if is_zarr3 else '.zarray'}"
     try:
         data = database.store.read(key).result()
         if data.state != "value":
@@ -471,7 +473,7 @@ def read_foreign_array(
     """Fills `destination` with a whole array that another program wrote, whatever its codecs and chunks."""
     spec = {
         "driver": "zarr3" if is_zarr3 else "zarr",
-        "kvstore": (database.store / f"{name}/").spec().to_json(),
+        "kvstore": (database.store / key_prefix(name)).spec().to_json(),
     }
     try:
         store = ts.open(spec, open=True, read=True, context=database.context).result()
@@ -531,7 +533,7 @@ def _read_chunk(database: Database, read: ArrayRead, index: tuple[int, ...], out
     """One whole chunk's valid region into contiguous memory, verified."""
     directory = database.directory
     if out.nbytes <= _SMALL_CHUNK_BYTES and not read.grid.is_padded(index):
-        key = f"{read.name}/{read.grid.key(index)}"
+        key = f"{key_prefix(read.name)}{read.grid.key(index)}"
         try:
             result = database.store.read(key).result()
         except (ValueError, OSError) as error:
