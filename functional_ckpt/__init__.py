@@ -1,4 +1,6 @@
-"""Checkpoints for PyTorch in the style of Orbax: immutable steps of named items, written asynchronously.
+"""Checkpoints for PyTorch in the style of Orbax: steps of named items, written asynchronously.
+
+A program needs three lines:
 
     import functional_ckpt as fc
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from functional_ckpt.manager import StepMetadata as StepMetadata
     from functional_ckpt.restoring import Restored as Restored
 
-# Where each public name lives; imported when first used, so that the command line starts without torch.
+# Where each public name lives; imported when first used: the command line starts without torch.
 _HOMES = {
     "AS_SAVED": "core.target",
     "ArraySpec": "core.spec",

@@ -1,6 +1,7 @@
 """The commit in the background: one thread at a time, a handle for it, and its error told once.
 
-The thread is not a daemon: leaving the interpreter waits for it, so the last step of a program is never lost.
+The thread is not a daemon: leaving the interpreter waits for it, so the last step of a program is
+never lost.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Committer:
         def run() -> None:
             try:
                 work()
-            except BaseException as error:  # told at the next call, whatever it is
+            except BaseException as error:  # noqa: BLE001 - told at the next call, whatever it is
                 _failed.append(commit)
                 future.set_exception(_as_save_error(step, error))
             else:
@@ -118,8 +119,8 @@ def _as_save_error(step: int, error: BaseException) -> errors.CheckpointError:
         return error
     path = getattr(error, "path", None) or getattr(error, "filename", None)
     failure = errors.SaveError(
-        f"Saving step {step} failed in the background; the step is not listed and older steps are intact. "
-        f"{type(error).__name__}: {error}",
+        f"Saving step {step} failed in the background; the step is not listed and older steps are "
+        f"intact. {type(error).__name__}: {error}",
         step=step,
         path=path,
     )
@@ -135,4 +136,4 @@ def _report_at_exit() -> None:
     """A failure that no call was left to raise must not pass in silence."""
     for commit in _failed:
         if not commit.is_reported:
-            print(f"functional_ckpt: {commit.exception()}", file=sys.stderr)
+            sys.stderr.write(f"functional_ckpt: {commit.exception()}\n")

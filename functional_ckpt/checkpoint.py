@@ -43,7 +43,8 @@ def save(
     final = resolve(path)
     if storage.exists(final) and not overwrite:
         raise errors.StepExistsError(
-            f"{final} exists; pass overwrite=True to replace it, or choose another path.", path=final
+            f"{final} exists; pass overwrite=True to replace it, or choose another path.",
+            path=final,
         )
     if storage.exists(final) and not storage.is_directory(final):
         raise errors.UsageError(f"{final} is a file, not a checkpoint.", path=final)

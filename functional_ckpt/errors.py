@@ -13,7 +13,7 @@
     ├── StorageError (OSError)                   the file system said no
     ├── LockedError (BlockingIOError)            another writer holds the directory
     ├── ReadOnlyError (PermissionError)          a write through a read-only manager
-    ├── SaveError (RuntimeError)                 a save failed in the background; `__cause__` says why
+    ├── SaveError (RuntimeError)                 a save failed in the background, from `__cause__`
     └── CoordinationError (RuntimeError)         another rank failed
         └── CoordinationTimeoutError (TimeoutError)
 
@@ -68,15 +68,17 @@ class CheckpointError(Exception):
         self.key_path = key_path
 
     def __str__(self) -> str:
-        # KeyError would show the repr of its argument and OSError an errno: the message is for people.
+        # KeyError would show the repr of its argument and OSError an errno; people read this.
         return self.message
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Keyword-only fields are not part of `args`; without this an error loses them between processes.
+        # Keyword-only fields are not in `args`; an error would lose them between processes.
         return (_rebuild, (type(self), self.message, dict(self.__dict__)))
 
 
-def _rebuild(kind: type[CheckpointError], message: str, fields: dict[str, object]) -> CheckpointError:
+def _rebuild(
+    kind: type[CheckpointError], message: str, fields: dict[str, object]
+) -> CheckpointError:
     error = kind(message)
     error.__dict__.update(fields)
     return error
@@ -140,7 +142,7 @@ class CorruptCheckpointError(CheckpointError, ValueError):
     """What is on disk is not what was written.
 
     Attributes:
-        touched: Whether a restore had already written into the caller's objects when the damage was found.
+        touched: Whether a restore had written into the caller's objects when the damage was found.
     """
 
     def __init__(

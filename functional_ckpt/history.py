@@ -1,4 +1,4 @@
-"""The steps in a directory: which there are, when they were saved, and their metrics. Free of torch."""
+"""The steps in a directory: which there are, when they were saved, their metrics. No torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _METRICS = "metrics"
 
 
 def list_steps(storage: LocalStorage, root: str, names: NameFormat) -> dict[int, str]:
-    """Step -> name of its directory, ascending; only committed steps are directories under a step's name."""
+    """Step -> name of its directory, ascending; only committed steps have a step's name."""
     found: dict[int, str] = {}
     for name in storage.list(root):
         step = names.parse(name)
@@ -43,7 +43,7 @@ def scan(storage: LocalStorage, root: str, names: NameFormat) -> list[StepInfo]:
 def read_step(
     storage: LocalStorage, path: str, step: int, late: Mapping[str, Any] | None = None
 ) -> StepInfo:
-    """What policies need to know of one step, from its small files; a damaged file leaves its part out.
+    """What policies need to know of one step, from its small files; damaged ones are left out.
 
     The time is that of the commit; where no metadata says it, the directory's own.
     """

@@ -30,7 +30,8 @@ class Watch:
         """Installs the handler; the one that was there is called after ours."""
         if threading.current_thread() is not threading.main_thread():
             raise errors.UsageError(
-                "policies.Preemption() needs the main thread: signal handlers can be installed only there."
+                "policies.Preemption() needs the main thread: signal handlers can be installed "
+                "only there."
             )
         self._previous = signal.signal(signal.SIGTERM, self._on_signal)
         self._installed = True
@@ -60,6 +61,7 @@ def watch(policies: Sequence[object]) -> Watch:
 
 
 def _is_preemption(policy: object) -> bool:
-    return isinstance(policy, Preemption) or "Preemption" in type(
-        getattr(policy, "policy", policy)
-    ).__name__
+    return (
+        isinstance(policy, Preemption)
+        or "Preemption" in type(getattr(policy, "policy", policy)).__name__
+    )

@@ -1,14 +1,13 @@
 """Reading one checkpoint directory: open, match, read, lift. The manager and `fc.restore` share it.
 
-Nothing of the caller's is written before everything has been matched; reads fill the target's own memory.
+Nothing of the caller's is written before everything has been matched; reads fill the target's own
+memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
@@ -16,7 +15,6 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy as np
 import torch
 
-from functional_ckpt import errors
 from functional_ckpt.core import leaves, plan, structure, tree
 from functional_ckpt.core.spec import Box
 from functional_ckpt.storage import arrays
@@ -35,8 +33,8 @@ def read_all(
 
     Args:
         bound: Items and what to make of them.
-        verify: `during` checks each chunk as it is read; `before` checks all chunks first and so never writes
-            a damaged byte into the target; `off` checks nothing.
+        verify: `during` checks each chunk as it is read; `before` checks all chunks first and so
+            never writes a damaged byte into the target; `off` checks nothing.
         touched: Told when the first byte is about to go into the caller's memory.
     """
     jobs = [_Jobs(item, binding, touched) for item, binding in bound]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 from functional_ckpt import errors, reader
 from functional_ckpt.core import plan
@@ -62,8 +62,8 @@ class RestoreOptions:
 
     Attributes:
         only: Shell patterns on `item` or `item.leaf.name`; None for everything.
-        strict: Whether anything missing, unexpected or mismatched is an error; if not, the target keeps its
-            own values there and the report names them.
+        strict: Whether anything missing, unexpected or mismatched is an error; if not, the target
+            keeps its own values there and the report names them.
         cast: `target` converts arrays to the target's dtype; None makes another dtype a mismatch.
         verify: `during` the read (default), all of it `before` the first byte is written, or `off`.
     """
@@ -135,7 +135,9 @@ def restore_checkpoint(
     values = _read(checkpoint, matched, options)
     return Restored(
         {
-            each.name: value if each.item is None else each.item.handler.lift(each.item.value, value)
+            each.name: value
+            if each.item is None
+            else each.item.handler.lift(each.item.value, value)
             for each, value in zip(matched, values, strict=True)
         },
         step=checkpoint.step,
@@ -184,7 +186,8 @@ def _match_item(
     kind = checkpoint.items.get(name)
     if kind is None:
         raise errors.StepNotFoundError(
-            f"{checkpoint.path} has no item {name!r}; it has {', '.join(sorted(checkpoint.items))}.",
+            f"{checkpoint.path} has no item {name!r}; it has "
+            f"{', '.join(sorted(checkpoint.items))}.",
             step=checkpoint.step,
             path=checkpoint.path,
             key_path=name,
@@ -243,8 +246,9 @@ def _read(
             path=error.path,
             key_path=error.key_path,
         ) from error
+    # What has no tree was known without reading.
     return [
-        each.binding.value if isinstance(each.binding, plan.Given) and each.opened is None else next(values)
+        cast("plan.Given", each.binding).value if each.opened is None else next(values)
         for each in matched
     ]
 

@@ -81,8 +81,8 @@ class ArrayRecord:
 
     Attributes:
         chunk_shape: Shape of one chunk.
-        xxh3: For every chunk in C order, for every `DIGEST_BLOCK_BYTES` of its valid region, 16 hex digits;
-            all in one string.
+        xxh3: For every chunk in C order, for every `DIGEST_BLOCK_BYTES` of its valid region, 16 hex
+            digits; all in one string.
     """
 
     chunk_shape: tuple[int, ...]
@@ -164,7 +164,8 @@ def unseal(data: bytes, path: object) -> dict[str, Json]:
     """The record of a sealed text.
 
     Raises:
-        CorruptCheckpointError: The text was changed, cut, or is of a version this package does not know.
+        CorruptCheckpointError: The text was changed, cut, or is of a version this package does not
+            know.
     """
     body, mark = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
     if mark != _SEAL.format(digest_hex(body)).encode():

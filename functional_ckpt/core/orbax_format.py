@@ -1,6 +1,7 @@
-"""Orbax's own metadata files as data: written beside ours, and read where ours are absent. Pure, torch-free.
+"""Orbax's own metadata files as data: written beside ours, read where ours are absent. Pure.
 
-Facts were read off files written by orbax-checkpoint 0.12.8 and tried on its readers.
+Free of torch. Facts were read off files written by orbax-checkpoint 0.12.8, and tried on its
+readers.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def zarr3_metadata(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> dict[str, J
     }
 
 
-# ------------------------------------------------------------------------------------ reading theirs
+# ----------------------------------------------------------------------------------- reading theirs
 
 
 def parse_tree(
@@ -177,8 +178,8 @@ def parse_tree(
         texts: Content of `_strings.json`.
 
     Returns:
-        The structure. Its arrays are tensors, or numbers where Orbax was given Python numbers; containers
-        are as Orbax tells them: dicts with string keys, and lists.
+        The structure. Its arrays are tensors, or numbers where Orbax was given Python numbers;
+        containers are as Orbax tells them: dicts with string keys, and lists.
     """
     try:
         record = json.loads(data)

@@ -1,7 +1,7 @@
 """What a restore will do, worked out and validated in full before anything is read into place.
 
-`match` walks a stored structure and a target side by side and returns a *binding* for every leaf, or collects
-what does not fit. Pure: nothing is read, nothing the caller passed is touched.
+`match` walks a stored structure and a target side by side and returns a *binding* for every leaf,
+or collects what does not fit. Pure: nothing is read, nothing the caller passed is touched.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def prune(
 ) -> structure.Node | None:
     """The part of a structure whose leaf names `keep` accepts; None when nothing is left.
 
-    A dict loses the keys that are left out; in a sequence, named tuple or registered node None takes their place.
+    A dict loses the keys that are left out; in a sequence, named tuple or registered node None
+    takes their place.
     """
     if not isinstance(node, structure.BranchNode) or not node.children:
         return node if keep(tree.leaf_name(path)) else None
@@ -186,9 +187,7 @@ def match(
 class _Matching:
     """The mutable state of one `match` call."""
 
-    def __init__(
-        self, item: str, cast_to_target: bool, selects: Callable[[str], bool]
-    ) -> None:
+    def __init__(self, item: str, cast_to_target: bool, selects: Callable[[str], bool]) -> None:
         self.item = item
         self.cast_to_target = cast_to_target
         self.selects = selects
@@ -223,9 +222,10 @@ class _Matching:
     ) -> Binding:
         if not isinstance(saved, structure.BranchNode):
             return self._differs(path, f"a {opened.kind}", _describe(saved), target)
-        stored = {str(key.value): child for key, child in zip(saved.keys, saved.children, strict=True)}
+        pairs = list(zip(saved.keys, saved.children, strict=True))
+        stored = {str(key.value): child for key, child in pairs}
         wanted = {str(key.value) for key in opened.keys}
-        for key, child in zip(saved.keys, saved.children, strict=True):
+        for key, child in pairs:
             if str(key.value) not in wanted:
                 self._not_expected(child, (*path, key))
         children: list[Binding] = []
@@ -283,7 +283,7 @@ class _Matching:
         *,
         fill: bool,
     ) -> Binding:
-        """Sparse, quantized and subclass tensors: built from their parts as saved, whatever their sizes."""
+        """Sparse, quantized and subclass tensors: built from their parts as saved, of any size."""
         keep = Fill(tensor) if fill else tensor
         if not isinstance(saved, structure.BranchNode) or saved.kind != opened.kind:
             return self._differs(path, f"a {opened.kind} tensor", _describe(saved), keep)
@@ -369,7 +369,7 @@ def _describe_value(value: Any) -> str:
 
 
 def raise_report(reports: Mapping[str, RestoreReport], *, step: int | None, path: str) -> None:
-    """Raises one `MismatchError` for everything that did not fit, in all items; nothing when all fits."""
+    """Raises one `MismatchError` for everything that did not fit, in all items."""
     missing = [leaf for report in reports.values() for leaf in report.missing]
     unexpected = [leaf for report in reports.values() for leaf in report.unexpected]
     mismatched = [leaf for report in reports.values() for leaf in report.mismatched]
@@ -378,9 +378,10 @@ def raise_report(reports: Mapping[str, RestoreReport], *, step: int | None, path
     body = "\n".join(str(report) for report in reports.values() if report)
     where = "checkpoint" if step is None else f"step {step}"
     raise errors.MismatchError(
-        f"Cannot restore {where} of {path} into the target; nothing was touched.\n{_shorten(body)}\n"
-        "Give a target that fits, choose leaves with only=, or pass strict=False to keep the target's own "
-        "values for these.",
+        f"Cannot restore {where} of {path} into the target; nothing was touched.\n"
+        f"{_shorten(body)}\n"
+        "Give a target that fits, choose leaves with only=, or pass strict=False to keep the "
+        "target's own values for these.",
         missing=missing,
         unexpected=unexpected,
         mismatched=mismatched,
@@ -393,4 +394,5 @@ def _shorten(text: str, num_lines: int = 200) -> str:
     lines: Sequence[str] = text.splitlines()
     if len(lines) <= num_lines:
         return text
-    return "\n".join([*lines[:num_lines], f"  ... and {len(lines) - num_lines} more (see the error's fields)"])
+    more = f"  ... and {len(lines) - num_lines} more (see the error's fields)"
+    return "\n".join([*lines[:num_lines], more])

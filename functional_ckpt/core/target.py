@@ -11,10 +11,10 @@ __all__ = ["AS_SAVED", "AsSaved", "Fill"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fill:
-    """A leaf of a target tree: restore writes into this tensor's own memory and returns the tensor itself.
+    """A leaf of a target tree: restore writes into this tensor's own memory and returns it.
 
-    A tensor that stands in a target without `Fill` is imitated: its shape, dtype and device are wanted, in
-    new memory.
+    A tensor that stands in a target without `Fill` is imitated: its shape, dtype and device are
+    wanted, in new memory.
     """
 
     tensor: Any
@@ -30,4 +30,4 @@ class AsSaved(enum.Enum):
 
 
 AS_SAVED: Final = AsSaved.AS_SAVED
-"""Stands anywhere in a target tree: whatever the checkpoint holds there comes back as it was saved."""
+"""Stands anywhere in a target tree: what the checkpoint holds there comes back as it was saved."""

@@ -12,8 +12,8 @@ __all__ = ["Coordinator", "SingleProcess"]
 class Coordinator(Protocol):
     """What a checkpoint needs of a process group.
 
-    Every method that waits takes a key that is unique to the call and the same on every rank. A rank that
-    fails calls `fail`, and every rank that waits raises `CoordinationError` naming it.
+    Every method that waits takes a key that is unique to the call and the same on every rank. A
+    rank that fails calls `fail`, and every rank that waits raises `CoordinationError` naming it.
     """
 
     @property

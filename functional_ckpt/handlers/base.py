@@ -1,7 +1,8 @@
-"""Handlers, the items that bind a value to one, and the registry that chooses one for a plain value.
+"""Handlers, items that bind a value to one, and the registry that chooses one for a value.
 
-A handler is a pair of pure functions, `lower` and `lift`, plus `target`, which says what a restore expects.
-One piece of code writes arrays and one reads them, whatever the item; handlers touch no storage.
+A handler is a pair of pure functions, `lower` and `lift`, plus `target`, which says what a restore
+expects. One piece of code writes arrays and one reads them, whatever the item; handlers touch no
+storage.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ __all__ = ["CheckpointItem", "Handler", "Registry"]
 class Handler(abc.ABC):
     """How values of one kind become a pytree and come back.
 
-    Handlers hold options, never a value. `format` is how the item is laid out on disk: `tree` (arrays and a
-    structure) or `json` (one readable file). `per_rank` items are stored once for every rank.
+    Handlers hold options, never a value. `format` is how the item is laid out on disk: `tree`
+    (arrays and a structure) or `json` (one readable file). `per_rank` items are stored once for
+    every rank.
     """
 
     __slots__ = ()
@@ -35,8 +37,9 @@ class Handler(abc.ABC):
     def target(self, value: Any, saved: Any) -> Any:
         """The pytree that a restore into `value` expects: same shape as `lower(value)`.
 
-        Leaves that are filled in place are `Fill(tensor)`; tensors and arrays are imitated in new memory;
-        `AS_SAVED` takes what the checkpoint holds. Called before anything is read; must not change `value`.
+        Leaves that are filled in place are `Fill(tensor)`; tensors and arrays are imitated in new
+        memory; `AS_SAVED` takes what the checkpoint holds. Called before anything is read; must not
+        change `value`.
 
         Args:
             value: What the user passed to restore.
@@ -52,7 +55,7 @@ class Handler(abc.ABC):
 
     @abc.abstractmethod
     def lift(self, value: Any, tree: Any) -> Any:
-        """What restore returns, made from a tree like `target`'s; the only place that may change `value`."""
+        """What restore returns, from a tree like `target`'s; only this may change `value`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,7 +105,7 @@ class Registry:
             if fits(value):
                 return bind(value)
         raise errors.UsageError(
-            f"No handler for {name}, a {type(value).__name__}; wrap it in a CheckpointItem or register a "
-            "handler (registry.with_handler).",
+            f"No handler for {name}, a {type(value).__name__}; wrap it in a CheckpointItem or "
+            "register a handler (registry.with_handler).",
             key_path=name,
         )

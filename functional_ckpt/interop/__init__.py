@@ -1,0 +1,1 @@
+"""Other libraries' formats and objects; each module is the only importer of its peer."""

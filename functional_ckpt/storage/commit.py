@@ -22,7 +22,16 @@ from collections.abc import Iterable
 from functional_ckpt import errors
 from functional_ckpt.storage.paths import LocalStorage
 
-__all__ = ["HIDDEN", "TMP_SUFFIX", "abandon", "discard", "publish", "recover", "sync_tree", "temporary"]
+__all__ = [
+    "HIDDEN",
+    "TMP_SUFFIX",
+    "abandon",
+    "discard",
+    "publish",
+    "recover",
+    "sync_tree",
+    "temporary",
+]
 
 HIDDEN = ".functional_ckpt"
 TMP_SUFFIX = ".orbax-checkpoint-tmp"
@@ -80,7 +89,8 @@ def publish(storage: LocalStorage, tmp: str, final: str, hidden: str | None = No
         return tmp
     if hidden is None:
         raise errors.StorageError(
-            f"Cannot replace {final}: this file system cannot exchange two directories. Save to a new path.",
+            f"Cannot replace {final}: this file system cannot exchange two directories. "
+            "Save to a new path.",
             path=final,
         )
     return _replace_in_two(storage, tmp, final, hidden)
@@ -146,8 +156,8 @@ def _finish_replacement(storage: LocalStorage, root: str, journal: str) -> list[
         tmp, final = str(record["tmp"]), str(record["final"])
     except (ValueError, KeyError, TypeError) as error:
         raise errors.CorruptCheckpointError(
-            f"{journal}: unreadable journal of an interrupted overwrite ({error}). Look at the directory "
-            "and remove the file.",
+            f"{journal}: unreadable journal of an interrupted overwrite ({error}). Look at the "
+            "directory and remove the file.",
             path=journal,
         ) from error
     for name in (tmp, final):

@@ -85,7 +85,7 @@ class OpenItem:
                 yield leaf
 
     def verification(self, node: structure.ArrayNode) -> list[Callable[[], None]]:
-        """Tasks that read every chunk of an array and raise `CorruptCheckpointError` for a damaged one."""
+        """Tasks that read every chunk of an array; they raise `CorruptCheckpointError`."""
         place = self.record_of(node)
         if place is None:
             return []
@@ -96,18 +96,19 @@ class OpenItem:
             digests=place.digests,
             box=Box.whole(node.spec.shape),
         )
-        return [
-            functools.partial(lambda i: arrays.verify_part(self.database, read, i), index)
-            for index in place.grid.indices()
-        ]
+        return [functools.partial(self._verify_part, read, index) for index in place.grid.indices()]
+
+    def _verify_part(self, read: arrays.ArrayRead, index: tuple[int, ...]) -> None:
+        arrays.verify_part(self.database, read, index)  # opens the database when first needed
 
     def _check_sizes(self) -> None:
-        """A record cannot ask for more memory than there are bytes on disk (chunks are not compressed)."""
+        """A record cannot ask for more memory than there are bytes on disk (uncompressed)."""
         wanted = sum(node.spec.size_bytes for node in self.array_nodes())
         stored = self.storage.total_bytes(self.path)
         if wanted > stored:
             raise errors.CorruptCheckpointError(
-                f"{self.path}: its record describes {wanted} bytes of arrays, but its files hold {stored}.",
+                f"{self.path}: its record describes {wanted} bytes of arrays, but its files hold "
+                f"{stored}.",
                 path=self.path,
             )
 
@@ -118,11 +119,11 @@ class OpenItem:
         path = os.path.join(self.path, orbax_format.TREE_METADATA_FILE)
         if not self.storage.exists(path):
             raise errors.CorruptCheckpointError(
-                f"{self.path}: neither {manifest.EXTENSION_FILE} nor {orbax_format.TREE_METADATA_FILE} is "
-                "there; this is not a tree item.",
+                f"{self.path}: neither {manifest.EXTENSION_FILE} nor "
+                f"{orbax_format.TREE_METADATA_FILE} is there; this is not a tree item.",
                 path=self.path,
             )
-        return cast("Mapping[str, Any]", _load_json(self.storage, path))
+        return _load_json(self.storage, path)
 
     def _parse_foreign(self) -> structure.Node:
         path = os.path.join(self.path, orbax_format.TREE_METADATA_FILE)
@@ -179,7 +180,9 @@ class OpenCheckpoint:
         try:
             return json.loads(self.storage.read(path))
         except (ValueError, RecursionError) as error:
-            raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
+            raise errors.CorruptCheckpointError(
+                f"{path}: not JSON ({error}).", path=path
+            ) from error
 
     @property
     def metrics(self) -> Mapping[str, Any] | None:
@@ -225,8 +228,8 @@ def open_checkpoint(storage: LocalStorage, path: str, step: int | None = None) -
         items: Mapping[str, str] = record.items
         if step is not None and record.step != step:
             raise errors.CorruptCheckpointError(
-                f"{path}: written as step {record.step}, found as step {step}; the directories were swapped "
-                "or renamed.",
+                f"{path}: written as step {record.step}, found as step {step}; the directories "
+                "were swapped or renamed.",
                 path=path,
                 step=step,
             )

@@ -1,4 +1,4 @@
-"""The file system as the commit protocol sees it: few operations, each one announced, each error made clear.
+"""The file system as the commit protocol sees it: few operations, announced, with clear errors.
 
 `LocalStorage` is a POSIX file system. Every operation passes through `operation`, which does
 nothing here and is what the fault-injecting storage of `functional_ckpt.testing` overrides.
@@ -17,7 +17,7 @@ import os
 import shutil
 import socket
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import xxhash
@@ -46,14 +46,15 @@ def resolve(path: Any) -> str:
         text = text.removeprefix("file://")
     if "://" in text:
         raise errors.UsageError(
-            f"{text}: only local paths and file:// are supported; mount the store or give a local directory.",
+            f"{text}: only local paths and file:// are supported; mount the store or give a local "
+            "directory.",
             path=text,
         )
     return os.path.abspath(os.path.expanduser(text))
 
 
 @contextlib.contextmanager
-def _clear_errors(action: str, path: str) -> Iterator[None]:
+def _clear_errors(action: str, path: str) -> Generator[None]:
     try:
         yield
     except OSError as error:
@@ -98,7 +99,7 @@ class LocalStorage:
                 return []
 
     def walk(self, path: str) -> list[str]:
-        """Sorted paths, relative to `path`, of every file below it; links are listed, never followed."""
+        """Sorted paths, relative to `path`, of the files below it; links are never followed."""
         self.operation("list", path)
         found: list[str] = []
         for directory, folders, names in os.walk(path):
@@ -139,7 +140,7 @@ class LocalStorage:
                 file.write(data)
 
     def replace(self, path: str, data: bytes) -> None:
-        """Writes a file so that a reader sees the old content or the new; durable when it returns."""
+        """Writes a file durably; a reader, and a crash, see the old content or the new."""
         temporary = f"{path}.{os.getpid()}.tmp"
         self.write(temporary, data)
         self.sync(temporary)
@@ -195,7 +196,7 @@ class LocalStorage:
         )
 
     def remove(self, path: str) -> None:
-        """Removes a file, or a directory with everything in it; nothing happens when it is absent."""
+        """Removes a file, or a directory and all in it; nothing happens when it is absent."""
         self.operation("remove", path)
         with _clear_errors("remove", path):
             if os.path.isdir(path) and not os.path.islink(path):
@@ -240,8 +241,9 @@ class DirectoryLock:
                     path=path,
                 ) from error
             raise errors.LockedError(
-                f"Another live writer holds {os.path.dirname(os.path.dirname(path))}: {holder or 'unknown'}. "
-                "Stop it, give this run its own directory, or open the directory with read_only=True.",
+                f"Another live writer holds {os.path.dirname(os.path.dirname(path))}: "
+                f"{holder or 'unknown'}. Stop it, give this run its own directory, or open the "
+                "directory with read_only=True.",
                 path=path,
             ) from None
         os.ftruncate(self._descriptor, 0)
@@ -259,7 +261,6 @@ class DirectoryLock:
         if self._descriptor >= 0:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         self.close()
-
 
     def __del__(self) -> None:
         # `os` may be gone when the interpreter ends; the kernel closes the descriptor then.

@@ -1,4 +1,4 @@
-"""Host buffers that hold a state between the moment of `save` and its write; reused from save to save."""
+"""Host buffers that hold a state between `save` and its write; reused from save to save."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class StagingBuffer:
 
 
 def copy_in_threads(copies: Sequence[tuple[Array, Array]]) -> None:
-    """Copies each second array into the first, which are of one shape and dtype, on several threads."""
+    """Copies each second array into the first, of the same shape and dtype, on several threads."""
     tasks: list[Callable[[], None]] = []
     batch: list[tuple[Array, Array]] = []
     batch_bytes = 0
