@@ -7,30 +7,32 @@ import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
-
-import ml_dtypes
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["MAX_NUM_DIMS", "STORAGE_DTYPES", "ArraySpec", "Box", "numpy_dtype"]
 
 # TensorStore's limit on the rank of an array.
 MAX_NUM_DIMS = 32
 
-_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-_ML_FLOATS = (
-    "bfloat16",
-    "float8_e4m3fn",
-    "float8_e4m3fnuz",
-    "float8_e5m2",
-    "float8_e5m2fnuz",
-    "float8_e8m0fnu",
-)
+# Spelled out so that a record can be read without NumPy, which the command line need not load.
+_INTEGERS = {f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_FLOATS = {"float16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16}
+_NATIVE = {"bool": 1, **_INTEGERS, **_FLOATS}
+_ML_FLOATS = {
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+}
 # Written by Orbax only: read as ml_dtypes arrays, one element a byte in memory, never written here.
-_FOREIGN = ("int2", "int4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fnuz")
-_NATIVE = ("bool", *_INTEGERS, "float16", "float32", "float64", "complex64", "complex128")
+_FOREIGN = dict.fromkeys(("int2", "int4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fnuz"), 1)
 
 
 @functools.cache
@@ -40,18 +42,19 @@ def numpy_dtype(name: str) -> np.dtype:
     >>> numpy_dtype("bfloat16").itemsize
     2
     """
+    import numpy as np
+
     if name in _ML_FLOATS or name in _FOREIGN:
+        import ml_dtypes
+
         return np.dtype(getattr(ml_dtypes, name))
     if name in _NATIVE:
         return np.dtype(name)
-    raise errors.UsageError(f"Unknown array dtype {name!r}; expected one of {', '.join(_ALL)}.")
+    known = ", ".join(STORAGE_DTYPES)
+    raise errors.UsageError(f"Unknown array dtype {name!r}; expected one of {known}.")
 
 
-_ALL = (*_NATIVE, *_ML_FLOATS, *_FOREIGN)
-
-STORAGE_DTYPES: Mapping[str, int] = MappingProxyType(
-    {name: numpy_dtype(name).itemsize for name in _ALL}
-)
+STORAGE_DTYPES: Mapping[str, int] = MappingProxyType({**_NATIVE, **_ML_FLOATS, **_FOREIGN})
 """Every dtype an array on disk may have (zarr's names), with its bytes per element in memory."""
 
 
