@@ -1,4 +1,7 @@
-"""A checkpoint directory as it is read: its records, its items and their arrays. Free of torch."""
+"""A checkpoint directory as it is read: its records, its items and their arrays. Free of torch.
+
+TensorStore is imported when the first array is touched: what the records say can be had without it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,15 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core import chunks, manifest, orbax_format, structure
 from functional_ckpt.core.spec import Box
-from functional_ckpt.storage import arrays
 from functional_ckpt.storage.paths import LocalStorage
+
+if TYPE_CHECKING:
+    from functional_ckpt.storage import arrays
 
 __all__ = ["ArrayPlace", "OpenCheckpoint", "OpenItem", "open_checkpoint"]
 
@@ -67,6 +72,8 @@ class OpenItem:
     @functools.cached_property
     def database(self) -> arrays.Database:
         """The item's arrays, opened when first needed."""
+        from functional_ckpt.storage import arrays
+
         if self.record is None and not self._foreign_metadata.get("use_ocdbt", True):
             return arrays.open_files_for_reading(self.path)
         return arrays.open_for_reading(self.path)
@@ -89,6 +96,8 @@ class OpenItem:
         place = self.record_of(node)
         if place is None:
             return []
+        from functional_ckpt.storage import arrays
+
         read = arrays.ArrayRead(
             name=node.stored_name,
             spec=node.spec,
@@ -99,6 +108,8 @@ class OpenItem:
         return [functools.partial(self._verify_part, read, index) for index in place.grid.indices()]
 
     def _verify_part(self, read: arrays.ArrayRead, index: tuple[int, ...]) -> None:
+        from functional_ckpt.storage import arrays
+
         arrays.verify_part(self.database, read, index)  # opens the database when first needed
 
     def _check_sizes(self) -> None:
@@ -126,6 +137,8 @@ class OpenItem:
         return _load_json(self.storage, path)
 
     def _parse_foreign(self) -> structure.Node:
+        from functional_ckpt.storage import arrays
+
         path = os.path.join(self.path, orbax_format.TREE_METADATA_FILE)
         self.is_zarr3 = bool(self._foreign_metadata.get("use_zarr3", False))
         strings = os.path.join(self.path, orbax_format.STRINGS_FILE)

@@ -21,7 +21,6 @@ from collections.abc import Generator
 from typing import Any
 
 import xxhash
-from etils import epath
 
 from functional_ckpt import errors
 from functional_ckpt.core.manifest import FileRecord
@@ -41,7 +40,11 @@ def resolve(path: Any) -> str:
     Raises:
         UsageError: The path is a URI of a scheme that is not stored locally.
     """
-    text = os.fspath(epath.Path(path))
+    if not isinstance(path, str):
+        from etils import epath  # late: it takes longer to load than a listing takes to print
+
+        path = epath.Path(path)
+    text = os.fspath(path)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     if "://" in text:
