@@ -1,0 +1,22 @@
+"""For tests of code that saves: storage that fails on demand, exact comparison, a model.
+
+`functional_ckpt.testing.strategies` has Hypothesis strategies for what a checkpoint can hold; it
+alone needs the `hypothesis` package.
+"""
+
+from __future__ import annotations
+
+from functional_ckpt.testing.equality import differences
+from functional_ckpt.testing.faults import CHANGES, Crash, Fault, FaultyStorage, Operation
+from functional_ckpt.testing.model import ManagerModel, SavedStep
+
+__all__ = [
+    "CHANGES",
+    "Crash",
+    "Fault",
+    "FaultyStorage",
+    "ManagerModel",
+    "Operation",
+    "SavedStep",
+    "differences",
+]
