@@ -1,4 +1,4 @@
-"""What class an object is of, for classes of libraries that are not imported for the question's sake."""
+"""What class an object is of, without importing the library that the class comes from."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ __all__ = ["Json", "JsonHandler"]
 class JsonHandler(Handler):
     """Saves plain JSON values, and only what JSON gives back equal.
 
-    Tuples (they would come back as lists), keys that are not `str` (as `str`), subclasses such as enums and
-    numpy scalars (as their base), NaN and infinities (no JSON, RFC 8259 section 6) are errors, not repaired:
-    a `PyTree` item carries all of them exactly.
+    Tuples (they would come back as lists), keys that are not `str` (as `str`), subclasses such as
+    enums and numpy scalars (as their base), NaN and infinities (no JSON, RFC 8259 section 6) are
+    errors, not repaired: a `PyTree` item carries all of them exactly.
     """
 
     format: ClassVar[Literal["tree", "json"]] = "json"
@@ -28,7 +28,8 @@ class JsonHandler(Handler):
         """The value itself, once it is known to survive.
 
         Raises:
-            UnsupportedLeafError: Naming the key path of the first value that would not come back equal.
+            UnsupportedLeafError: Naming the key path of the first value that would not come back
+                equal.
         """
         _check(value, "", ())
         return value
@@ -48,8 +49,8 @@ class Json(CheckpointItem):
     """A JSON value, kept readable on disk.
 
     Args:
-        value: Dicts with string keys, lists, strings, finite numbers, booleans and None. What stands here at
-            restore does not matter: `fc.Json()` will do.
+        value: Dicts with string keys, lists, strings, finite numbers, booleans and None. What
+            stands here at restore does not matter: `fc.Json()` will do.
     """
 
     __slots__ = ()

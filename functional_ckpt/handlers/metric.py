@@ -1,7 +1,7 @@
 """torchmetrics: what a metric has accumulated, whether or not it calls that state persistent.
 
-A metric is an `nn.Module` whose `state_dict` is empty unless asked otherwise, so as a module it would be saved
-without its counts, silently. As an item of its own it is saved whole.
+A metric is an `nn.Module` whose `state_dict` is empty unless asked otherwise, so as a module it
+would be saved without its counts, silently. As an item of its own it is saved whole.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _COLLECTION = "torchmetrics.collections.MetricCollection"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MetricHandler(Handler):
-    """Saves a metric's (or a collection's) accumulated states, update counts and module tensors by name."""
+    """Saves the accumulated states, update counts and module tensors of a metric or collection."""
 
     def lower(self, value: Any) -> dict[str, Any]:
         """`{"states": {metric: {state: value}}, "update_counts": {metric: n}, "module": {...}}`."""
@@ -36,7 +36,7 @@ class MetricHandler(Handler):
         return {
             "states": {name: _states(owner) for name, owner in owners.items()},
             "update_counts": {name: owner._update_count for name, owner in owners.items()},
-            "module": _module_state(value),
+            "module": _without_states(value, ModuleHandler().lower(value)),
         }
 
     def target(self, value: Any, saved: Any) -> Any:
@@ -51,22 +51,21 @@ class MetricHandler(Handler):
         unexpected = sorted(_described(theirs) - _described(own))
         if missing or unexpected:
             raise errors.MismatchError(
-                f"The metrics are not the checkpoint's: missing {missing}, unexpected {unexpected}.",
+                f"The metrics are not the checkpoint's: missing {missing}, "
+                f"unexpected {unexpected}.",
                 missing=missing,
                 unexpected=unexpected,
             )
-        return {
-            **dict.fromkeys(saved, AS_SAVED),
-            "module": ModuleHandler().target(value, saved["module"]) if saved["module"] else {},
-        }
+        module = ModuleHandler().target(value, saved["module"])
+        return {**dict.fromkeys(saved, AS_SAVED), "module": _without_states(value, module)}
 
     def lift(self, value: Any, tree: Any) -> Any:
         """The metric, with its states in place and nothing cached."""
-        if tree["module"]:
-            ModuleHandler().lift(value, tree["module"])
+        ModuleHandler().lift(value, tree["module"])
+        taken: set[int] = set()
         for name, metric in _metrics(value):
             for state, content in tree["states"][name].items():
-                setattr(metric, state, _on(metric.device, content))
+                setattr(metric, state, _own(content, metric.device, taken))
             metric._update_count = tree["update_counts"][name]
             metric._computed = None
             metric._forward_cache = None
@@ -103,7 +102,10 @@ def _metrics(value: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _leaders(value: torch.nn.Module) -> dict[str, str]:
-    """Within a compute group only the first metric is kept up to date; the others borrow its states."""
+    """Metric -> the first of its compute group, the only one that is always up to date.
+
+    The others borrow its states; many versions of torchmetrics renew the loan only to compute.
+    """
     leaders: dict[str, str] = {}
     for prefix, module in value.named_modules():
         if not classes.is_a(module, (_COLLECTION,)):
@@ -121,22 +123,26 @@ def _states(metric: Any) -> dict[str, Any]:
     return dict(metric.metric_state)
 
 
-def _module_state(value: torch.nn.Module) -> dict[str, Any]:
-    """Parameters and buffers (a metric with a network inside); not the states, persistent or not."""
+def _without_states(value: torch.nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a state dict the parameters and buffers (of a network inside), not the metric states."""
     states = {
         f"{name}.{state}" if name else state
         for name, metric in _metrics(value)
         for state in metric._defaults
     }
-    lowered = ModuleHandler().lower(value)
-    return {name: leaf for name, leaf in lowered.items() if name not in states}
+    return {name: leaf for name, leaf in tensors.items() if name not in states}
 
 
 def _described(metrics: Mapping[str, set[str]]) -> set[str]:
     return {f"{name or 'metric'}.{state}" for name, states in metrics.items() for state in states}
 
 
-def _on(device: torch.device, content: Any) -> Any:
+def _own(content: Any, device: torch.device, taken: set[int]) -> Any:
+    """A state on its metric's device, shared with no other: a new group updates each metric."""
     if isinstance(content, list):
-        return [_on(device, part) for part in cast("list[Any]", content)]
-    return content.to(device) if isinstance(content, torch.Tensor) else content
+        return [_own(part, device, taken) for part in cast("list[Any]", content)]
+    if not isinstance(content, torch.Tensor):
+        return content
+    tensor = content.clone() if id(content) in taken else content
+    taken.add(id(content))
+    return tensor.to(device)

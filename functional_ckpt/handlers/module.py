@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from torch.nn import parameter
 
 from functional_ckpt import errors
 from functional_ckpt.core import leaves
@@ -23,15 +24,17 @@ __all__ = ["Module", "ModuleHandler"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleHandler(Handler):
-    """Saves parameters, persistent buffers and extra state by name; restores them into the module itself.
+    """Saves parameters, persistent buffers and extra state by name; restores them in place.
 
-    What is saved is what the module's own `state_dict` says, hooks and overrides included. Tensors of it that
-    are the module's own are filled where they lie, so parameters keep their identity. Anything else, and any
-    submodule with its own way of loading, goes through the module's `load_state_dict` as well.
+    What is saved is what the module's own `state_dict` says, hooks and overrides included. Tensors
+    of it that are the module's own are filled where they lie, so parameters keep their identity.
+    Anything else, and any submodule with its own way of loading, goes through the module's
+    `load_state_dict` as well.
 
     Attributes:
         only: Shell patterns of names; None for all.
-        device: Where tensors on the meta device are materialised; None for where restore puts them, the CPU.
+        device: Where tensors on the meta device are materialised; None for where restore puts them,
+            the CPU.
     """
 
     only: tuple[str, ...] | None = None
@@ -43,13 +46,14 @@ class ModuleHandler(Handler):
         lazy = [name for name, entry in state.items() if _is_uninitialized(entry.value)]
         if lazy:
             raise errors.UnsupportedLeafError(
-                f"Parameters of lazy modules have no shape yet: {', '.join(lazy)}; run a forward pass first.",
+                f"Parameters of lazy modules have no shape yet: {', '.join(lazy)}; "
+                "run a forward pass first.",
                 key_path=lazy[0],
             )
         return {name: _detached(entry.value) for name, entry in state.items()}
 
     def target(self, value: Any, saved: Any) -> dict[str, Any]:
-        """Name -> what restore fills or imitates (tensors on the meta device have no memory to fill).
+        """Name -> what restore fills, or imitates: meta tensors have no memory to fill.
 
         Raises:
             UsageError: A meta-device module that the checkpoint alone cannot materialise.
@@ -57,7 +61,16 @@ class ModuleHandler(Handler):
         state = self._entries(value)
         _check_meta(value, state, whole=self.only is None)
         specs = cast("Mapping[str, Any]", saved) if isinstance(saved, Mapping) else {}
-        return {name: _wanted(entry, specs.get(name)) for name, entry in state.items()}
+        # What the checkpoint lacks stands here as it is, for the error or the report to name.
+        return {
+            name: _wanted(entry, specs[name]) if name in specs else _detached(entry.value)
+            for name, entry in state.items()
+        }
+
+    def selects(self, name: str) -> bool:
+        """Whether a stored leaf is one of `only`'s, or lies in an extra state that is."""
+        head, extra, _ = name.partition("_extra_state")
+        return self.only is None or _matches(head + extra, self.only)
 
     def lift(self, value: Any, tree: Any) -> Any:
         """The module, materialised and loaded where filling memory was not enough."""
@@ -65,7 +78,7 @@ class ModuleHandler(Handler):
         values = cast("dict[str, Any]", tree)
         for name, entry in state.items():
             # A tied tensor is met under each of its names, and is no longer meta the second time.
-            if name in values and entry.is_own and entry.value.is_meta:
+            if name in values and entry.is_own and _is_meta(entry.value):
                 _materialize(entry.value, values[name], self.device)
         own_way = any(map(_loads_its_own_way, value.modules()))
         if own_way or any(name in values and not entry.is_own for name, entry in state.items()):
@@ -73,7 +86,7 @@ class ModuleHandler(Handler):
         return value
 
     def _load(self, module: Any, state: Mapping[str, _Entry], values: Mapping[str, Any]) -> None:
-        """Hands everything to `load_state_dict`; a tensor that is filled already copies onto itself for free."""
+        """Hands everything to `load_state_dict`; what is filled already is not copied again."""
         loaded = {
             entry.raw_name: entry.value
             if entry.is_own and _is_same(entry.value, values[name])
@@ -103,8 +116,8 @@ class Module(CheckpointItem):
     """A module, filled in place by restore.
 
     Args:
-        value: The module; what DDP, `torch.compile`, FSDP and activation checkpointing wrap around it leaves
-            no trace in the names.
+        value: The module; what DDP, `torch.compile`, FSDP and activation checkpointing wrap around
+            it leaves no trace in the names.
         only: Shell patterns (`"encoder.*"`) of the names to save, or to restore.
         device: Where tensors on the meta device are materialised by restore; None for the CPU.
 
@@ -121,7 +134,7 @@ class Module(CheckpointItem):
         only: str | Sequence[str] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if not isinstance(value, torch.nn.Module):
+        if not isinstance(cast("object", value), torch.nn.Module):
             raise errors.UsageError(f"Expected a torch.nn.Module, got {type(value).__name__}.")
         patterns = (only,) if isinstance(only, str) else only
         handler = ModuleHandler(
@@ -138,7 +151,7 @@ class _Entry:
     raw_name: str
     value: Any
     is_own: bool
-    """The value is the tensor that the module keeps under this very name: filling it restores it."""
+    """The value is the tensor that the module keeps under this name: filling it restores it."""
     owner: torch.nn.Module | None
 
     @property
@@ -188,11 +201,12 @@ def _is_same(tensor: torch.Tensor, value: object) -> bool:
 
 
 def _is_uninitialized(value: object) -> bool:
-    return isinstance(value, torch.nn.parameter.UninitializedTensorMixin)
+    return isinstance(value, (parameter.UninitializedParameter, parameter.UninitializedBuffer))
 
 
 def _detached(value: Any) -> Any:
-    # A Parameter is a role in a module, not a kind of data: without the module it comes back as a tensor.
+    # A Parameter is a role in a module, not a kind of data: without the module it comes back as a
+    # tensor.
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
@@ -203,7 +217,7 @@ def _wanted(entry: _Entry, saved: object) -> Any:
     if value.is_meta or not entry.is_own:
         return value.detach()
     if entry.owner is not None and _loads_its_own_way(entry.owner) and not _fits(value, saved):
-        return AS_SAVED  # the submodule may know how to take another shape; its load_state_dict decides
+        return AS_SAVED  # the submodule may know how to take another shape
     return Fill(value.detach())
 
 
@@ -212,7 +226,7 @@ def _fits(tensor: torch.Tensor, saved: object) -> bool:
 
 
 def _loads_its_own_way(module: torch.nn.Module) -> bool:
-    """Whether loading the module is more than copying tensors: overrides and hooks that are not torch's."""
+    """Whether loading the module is more than copying tensors: it has overrides or hooks."""
     kind = type(module)
     load = kind._load_from_state_dict
     return (
@@ -235,7 +249,7 @@ def _check_meta(module: torch.nn.Module, state: Mapping[str, _Entry], *, whole: 
     watched = [name for name in meta if weakref.getweakrefs(state[name].value)]
     if watched:
         raise errors.UsageError(
-            f"Tensors on the meta device are weakly referenced and cannot be materialised in place: "
+            "Tensors on the meta device are weakly referenced and cannot be materialised in place: "
             f"{_some(watched)}; call module.to_empty(device=...) before the restore.",
             key_path=watched[0],
         )
@@ -244,8 +258,8 @@ def _check_meta(module: torch.nn.Module, state: Mapping[str, _Entry], *, whole: 
     left = [n for n, slot in wrappers.slots(module) if slot.tensor.is_meta and n not in state]
     if left:
         raise errors.UsageError(
-            f"On the meta device and not part of the state dict: {_some(left)}; no checkpoint holds them. "
-            "Put real tensors in their place before the restore, or register the buffers as persistent.",
+            f"On the meta device and not part of the state dict: {_some(left)}; no checkpoint has "
+            "them. Put real tensors in their place before the restore, or make them persistent.",
             key_path=left[0],
         )
 
@@ -255,15 +269,15 @@ def _is_meta(value: object) -> bool:
 
 
 def _materialize(meta: torch.Tensor, data: Any, device: torch.device | None) -> None:
-    """Gives a meta tensor memory and keeps the object: its ties, its class, its attributes, an optimizer's hold."""
-    fresh = cast("torch.Tensor", data).detach()
+    """Gives a meta tensor memory; the object stays, and with it its ties, class and attributes."""
+    fresh: torch.Tensor = data.detach()
     if device is not None:
         fresh = fresh.to(device)
     if isinstance(meta, torch.nn.Parameter):
         fresh = torch.nn.Parameter(fresh, requires_grad=meta.requires_grad)
     if type(fresh) is not type(meta):
-        fresh.__class__ = meta.__class__
-    fresh.__dict__.update(meta.__dict__)
+        fresh.__class__ = cast("Any", type(meta))
+    vars(fresh).update(vars(meta))
     torch.utils.swap_tensors(meta, fresh)
 
 

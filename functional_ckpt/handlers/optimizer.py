@@ -1,7 +1,8 @@
 """`torch.optim.Optimizer`: state and groups by parameter name, filled in place.
 
-On disk: `{"state": {name: {key: value}}, "param_groups": [{option: value, "params": [name, ...]}]}`, and
-whatever else the optimizer's `state_dict` (its hooks, an override) adds beside these two.
+On disk: `{"state": {name: {key: value}}, "param_groups": [{option: value, "params": [name,
+...]}]}`, and whatever else the optimizer's `state_dict` (its hooks, an override) adds beside these
+two.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 
@@ -18,62 +19,46 @@ from functional_ckpt.core import leaves
 from functional_ckpt.core import spec as spec_lib
 from functional_ckpt.core import tree as tree_lib
 from functional_ckpt.core.target import AS_SAVED, Fill
-from functional_ckpt.handlers import wrappers
+from functional_ckpt.handlers import parameters
 from functional_ckpt.handlers.base import CheckpointItem, Handler
+from functional_ckpt.handlers.parameters import NamedOptimizer, State
 
 __all__ = ["NamedOptimizer", "Optimizer", "OptimizerHandler"]
 
-State: TypeAlias = dict[Any, Any]
-
-# How the arithmetic is carried out, not what is computed: these belong to the run that goes on, and depend on its
-# devices. They are saved, and not restored. Everything else in a group is restored.
+# How the arithmetic is carried out, not what is computed: these belong to the run that goes on, and
+# depend on its devices. They are saved, and not restored. Everything else in a group is restored.
 _RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 # The parameters by index and by the user's own names: ours take their place.
 _NAMING = frozenset({"params", "param_names"})
-# Scalars that torch.optim keeps on the CPU unless the step is fused or capturable (see "special device hosting for
-# step" in torch/optim/optimizer.py); all other state lives with its parameter.
+# Scalars that torch.optim keeps on the CPU unless the step is fused or capturable (see "special
+# device hosting for step" in torch/optim/optimizer.py); all other state lives with its parameter.
 _HOST_SCALARS = frozenset({"step", "mu_product"})
-# State whose key is not a parameter.
-_SHARED = "shared_state"
-_RESERVED = ("state", "param_groups", _SHARED)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class NamedOptimizer:
-    """An optimizer and where its parameters' names come from.
-
-    Attributes:
-        optimizer: Any `torch.optim.Optimizer`.
-        model: A module, or `(name, parameter)` pairs.
-    """
-
-    optimizer: torch.optim.Optimizer
-    model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OptimizerHandler(Handler):
-    """Saves an optimizer's state by parameter name, and restores it bit for bit, lazily created state too.
+    """Saves an optimizer's state by parameter name; restores lazily created state too.
 
-    The groups must be those of the checkpoint: as many, holding the same parameters. Within a group order does
-    not matter, save to LBFGS, which flattens its parameters in order.
+    The groups must be those of the checkpoint: as many, holding the same parameters. Within a group
+    order does not matter, save to LBFGS, which flattens its parameters in order.
     """
 
     def lower(self, value: Any) -> State:
         """State and groups by name, as live references."""
         named = cast("NamedOptimizer", value)
-        names = _group_names(named)
+        names = parameters.group_names(named)
         packed: Mapping[str, Any] = named.optimizer.state_dict()
         if not {"state", "param_groups"} <= packed.keys():
             raise errors.UsageError(
-                f"{type(named.optimizer).__name__}.state_dict() is not laid out like torch.optim's: it has "
-                f"{sorted(map(str, packed))}. Save it with fc.Stateful(optimizer)."
+                f"{type(named.optimizer).__name__}.state_dict() is not laid out like "
+                f"torch.optim's: it has {sorted(map(str, packed))}; "
+                "save it with fc.Stateful(optimizer)."
             )
         flat = [name for group in names for name in group]
-        lowered: State = {k: v for k, v in packed.items() if k not in _RESERVED}
+        lowered: State = {k: v for k, v in packed.items() if k not in parameters.RESERVED}
         shared = {key: entry for key, entry in packed["state"].items() if type(key) is not int}
         if shared:
-            lowered[_SHARED] = shared
+            lowered[parameters.SHARED] = shared
         lowered["state"] = {
             flat[key]: entry for key, entry in packed["state"].items() if type(key) is int
         }
@@ -89,20 +74,20 @@ class OptimizerHandler(Handler):
         Args:
             value: A `NamedOptimizer`.
             saved: The checkpoint's tree.
-            strict: Whether other parameters than the checkpoint's are an error. If not, those that both sides
-                know are restored and the others keep the state they have.
+            strict: Whether other parameters than the checkpoint's are an error. If not, those that
+                both sides know are restored and the others keep the state they have.
 
         Raises:
             MismatchError: Other parameters, or parameters in other groups, than the checkpoint has.
         """
         named = cast("NamedOptimizer", value)
         own = self.lower(value)
-        _check_layout(saved)
+        parameters.check_layout(saved)
         if strict:
-            _check_same_parameters(own, saved, named.optimizer)
+            parameters.check_same_parameters(own, saved, named.optimizer)
         match = _Matching(own)
         return {
-            **{key: AS_SAVED for key in saved},
+            **dict.fromkeys(saved, AS_SAVED),
             "state": {k: match.state(own["state"].get(k), v) for k, v in saved["state"].items()},
             "param_groups": [
                 match.group(own["param_groups"][index], group)
@@ -121,7 +106,7 @@ class OptimizerHandler(Handler):
                 if key not in _RUN_FLAGS | _NAMING:
                     group[key] = _as_run_wants(group.get(key), option)
         restored = _restored_state(named, tree)
-        if _loads_its_own_way(optimizer):
+        if parameters.loads_its_own_way(optimizer):
             optimizer.load_state_dict(_packed(optimizer, restored, tree))
             return optimizer
         for parameter, entry in restored.items():
@@ -129,7 +114,10 @@ class OptimizerHandler(Handler):
                 optimizer.state.pop(parameter, None)
             else:
                 optimizer.state[parameter] = entry
-        optimizer.state.update(tree.get(_SHARED, {}))
+        state = cast("dict[Any, Any]", optimizer.state)
+        for key in [key for key in state if type(key) is str]:
+            del state[key]
+        state.update(tree.get(parameters.SHARED, {}))
         return optimizer
 
 
@@ -138,7 +126,8 @@ class Optimizer(CheckpointItem):
 
     Args:
         optimizer: Any `torch.optim.Optimizer`.
-        model: The module whose parameters it updates (wrapped or not), or `(name, parameter)` pairs.
+        model: The module whose parameters it updates (wrapped or not), or `(name, parameter)`
+            pairs.
 
     Raises:
         UsageError: Not an optimizer, or nothing that names parameters.
@@ -151,7 +140,7 @@ class Optimizer(CheckpointItem):
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]],
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        if not isinstance(cast("object", optimizer), torch.optim.Optimizer):
             raise errors.UsageError(
                 f"Expected a torch.optim.Optimizer, got {type(optimizer).__name__}; "
                 "fc.Stateful saves any object with state_dict() and load_state_dict()."
@@ -159,60 +148,6 @@ class Optimizer(CheckpointItem):
         if not isinstance(model, torch.nn.Module):
             model = tuple(model)
         super().__init__(NamedOptimizer(optimizer, model), OptimizerHandler())
-
-
-# ------------------------------------------------------------------------------------ names
-
-
-def _group_names(named: NamedOptimizer) -> list[list[str]]:
-    """The names of each group's parameters, in the groups' order."""
-    names = _names(named.model)
-    unknown = [
-        f"param_groups[{index}]['params'][{place}] {tuple(parameter.shape)}"
-        for index, group in enumerate(named.optimizer.param_groups)
-        for place, parameter in enumerate(group["params"])
-        if id(parameter) not in names
-    ]
-    if unknown:
-        raise errors.UsageError(
-            f"The optimizer updates parameters that the model does not have: {', '.join(unknown)}. Pass the "
-            "module that holds all of them, or (name, parameter) pairs."
-        )
-    groups = [[names[id(p)] for p in group["params"]] for group in named.optimizer.param_groups]
-    _check_state_keys(named.optimizer, names)
-    return groups
-
-
-def _names(model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]) -> dict[int, str]:
-    """id of a parameter -> its first name."""
-    pairs: Iterable[tuple[str, torch.Tensor]]
-    if isinstance(model, torch.nn.Module):
-        pairs = ((name, slot.tensor) for name, slot in wrappers.slots(model))
-    else:
-        pairs = model
-    names: dict[int, str] = {}
-    owners: dict[str, int] = {}
-    for name, parameter in pairs:
-        if owners.setdefault(name, id(parameter)) != id(parameter):
-            raise errors.UsageError(f"Two parameters are named {name!r}.", key_path=name)
-        names.setdefault(id(parameter), name)
-    return names
-
-
-def _check_state_keys(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
-    grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for key in cast("Mapping[Any, Any]", optimizer.state):
-        if isinstance(key, torch.Tensor):
-            if id(key) not in grouped:
-                name = names.get(id(key), "a tensor the model does not have")
-                raise errors.UsageError(
-                    f"The optimizer has state for {name}, which is in none of its groups; "
-                    "delete it (del optimizer.state[parameter]) or put the parameter back."
-                )
-        elif type(key) is not str:
-            raise errors.UsageError(
-                f"The optimizer has state under the key {key!r}; only parameters and str keys can be saved."
-            )
 
 
 # ------------------------------------------------------------------------------------ matching
@@ -241,7 +176,7 @@ class _Matching:
         return AS_SAVED
 
     def group(self, live: State, saved: State) -> State:
-        """Like `state`; an option that is a tensor on both sides must fit, because it stays this tensor."""
+        """Like `state`; an option that is a tensor on both sides stays this tensor."""
         return {
             key: Fill(live[key])
             if isinstance(live.get(key), torch.Tensor) and isinstance(option, spec_lib.ArraySpec)
@@ -284,7 +219,7 @@ def _off_graph(leaf: Any) -> Any:
 
 
 def _as_run_wants(live: Any, option: Any) -> Any:
-    """A group's option as the kind of value the run has: its own tensor, a plain number, a tuple."""
+    """A group's option as the kind of value the run has: its tensor, a plain number, a tuple."""
     if isinstance(live, torch.Tensor):
         if option is not live:
             with torch.no_grad():
@@ -298,7 +233,7 @@ def _as_run_wants(live: Any, option: Any) -> Any:
 
 
 def _place(entry: Any, live: Any, parameter: torch.Tensor, group: State, key: Any = None) -> Any:
-    """State on the device where torch.optim keeps it; what was filled in place stays where it is."""
+    """State on the device where torch.optim keeps it; what was filled stays where it is."""
     if isinstance(entry, torch.Tensor):
         if entry is live or parameter.is_meta:
             return entry
@@ -323,7 +258,7 @@ def _restored_state(named: NamedOptimizer, tree: State) -> dict[torch.Tensor, An
     """Each parameter that the checkpoint knows -> its state; None where it had none yet."""
     known = {name for group in tree["param_groups"] for name in group["params"]}
     state: dict[torch.Tensor, Any] = {}
-    names = _group_names(named)
+    names = parameters.group_names(named)
     for group, params in zip(named.optimizer.param_groups, names, strict=True):
         for parameter, name in zip(group["params"], params, strict=True):
             if name in tree["state"]:
@@ -337,9 +272,9 @@ def _restored_state(named: NamedOptimizer, tree: State) -> dict[torch.Tensor, An
 def _packed(
     optimizer: torch.optim.Optimizer, restored: Mapping[torch.Tensor, Any], tree: State
 ) -> State:
-    """The restored state as the optimizer's own `state_dict` had laid it out, for its hooks and overrides."""
-    packed: State = {k: v for k, v in tree.items() if k not in _RESERVED}
-    packed["state"] = dict(tree.get(_SHARED, {}))
+    """The restored state in the layout of the optimizer's own `state_dict`."""
+    packed: State = {k: v for k, v in tree.items() if k not in parameters.RESERVED}
+    packed["state"] = dict(tree.get(parameters.SHARED, {}))
     packed["param_groups"] = []
     index = 0
     for group in optimizer.param_groups:
@@ -347,71 +282,9 @@ def _packed(
         options = {key: option for key, option in group.items() if key != "params"}
         packed["param_groups"].append({**options, "params": list(range(index, index + size))})
         for place, parameter in enumerate(group["params"], index):
-            # In no case does what the checkpoint does not know lose the state it has.
+            # A parameter that the checkpoint does not know keeps the state it has.
             entry = restored.get(parameter, optimizer.state.get(parameter))
             if entry is not None:
                 packed["state"][place] = entry
         index += size
     return packed
-
-
-def _loads_its_own_way(optimizer: torch.optim.Optimizer) -> bool:
-    return (
-        type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict
-        or bool(optimizer._optimizer_load_state_dict_pre_hooks)
-        or bool(optimizer._optimizer_load_state_dict_post_hooks)
-    )
-
-
-# ------------------------------------------------------------------------------------ checks
-
-
-def _check_layout(saved: Any) -> None:
-    if (
-        isinstance(saved, dict)
-        and isinstance(saved.get("state"), dict)
-        and isinstance(saved.get("param_groups"), list)
-        and all(isinstance(g, dict) and "params" in g for g in saved["param_groups"])
-    ):
-        return
-    raise errors.MismatchError(
-        "Not an optimizer saved by parameter name: expected {'state': {...}, 'param_groups': [...]}, got "
-        f"{sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__}."
-    )
-
-
-def _check_same_parameters(own: State, saved: State, optimizer: torch.optim.Optimizer) -> None:
-    here, there = _membership(own), _membership(saved)
-    missing = [name for name in here if name not in there]
-    unexpected = [name for name in there if name not in here]
-    if not _loads_its_own_way(optimizer):  # else its hooks may know what to do with them
-        unexpected += [str(key) for key in saved if key not in own and key not in _RESERVED]
-    moved = [
-        f"{name}: in group {there[name]} of the checkpoint, in group {here[name]} here"
-        for name in here
-        if name in there and here[name] != there[name]
-    ]
-    counts = [len(tree["param_groups"]) for tree in (own, saved)]
-    if counts[0] != counts[1]:
-        moved.append(f"param_groups: {counts[1]} in the checkpoint, {counts[0]} here")
-    if isinstance(optimizer, torch.optim.LBFGS) and not missing and list(here) != list(there):
-        moved.append("params: LBFGS flattens them in order, and the order differs")
-    if not (missing or unexpected or moved):
-        return
-    lines = [
-        *(f"  not in the checkpoint: {name}" for name in missing),
-        *(f"  only in the checkpoint: {name}" for name in unexpected),
-        *(f"  {line}" for line in moved),
-    ]
-    raise errors.MismatchError(
-        "The optimizer's parameters are not the checkpoint's:\n" + "\n".join(lines),
-        missing=missing,
-        unexpected=unexpected,
-        mismatched=moved,
-    )
-
-
-def _membership(tree: State) -> dict[str, int]:
-    return {
-        name: index for index, group in enumerate(tree["param_groups"]) for name in group["params"]
-    }

@@ -12,7 +12,7 @@ __all__ = ["PyTree", "PyTreeHandler"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PyTreeHandler(Handler):
-    """Saves a pytree as it is; restores a new one of the target's type and leaves the target untouched."""
+    """Saves a pytree as it is; restores a new one like the target and leaves the target alone."""
 
     def lower(self, value: Any) -> Any:
         """The value itself."""
@@ -30,7 +30,7 @@ class PyTreeHandler(Handler):
 
 
 class PyTree(CheckpointItem):
-    """A pytree: dicts, lists, tuples, named tuples and registered nodes of tensors, arrays and plain values.
+    """A pytree of tensors, arrays and plain values; restore returns a new one.
 
     Args:
         value: The pytree to save, or one like it to restore.

@@ -20,8 +20,9 @@ __all__ = ["default_registry"]
 def default_registry() -> Registry:
     """The registry used when none is given; extend it with `with_handler`.
 
-    Asked in this order: torchmetrics metrics, modules, optimizers (an error: they need their model), random
-    number generators, objects with `state_dict` and `load_state_dict`; everything else is a pytree.
+    Asked in this order: torchmetrics metrics, modules, optimizers (an error: they need their
+    model), random number generators, objects with `state_dict` and `load_state_dict`; everything
+    else is a pytree.
     """
     registry = Registry()
     for fits, bind in (  # the rule that is added last is asked first
@@ -51,6 +52,6 @@ def _is_optimizer(value: object) -> bool:
 
 def _refuse_optimizer(value: Any) -> NoReturn:
     raise errors.UsageError(
-        f"{type(value).__name__} is saved by the names of its parameters, and needs the model that names them: "
-        "pass fc.Optimizer(optimizer, model)."
+        f"{type(value).__name__} is saved by the names of its parameters, and needs the model that "
+        "names them: pass fc.Optimizer(optimizer, model)."
     )

@@ -1,7 +1,7 @@
 """Random number generators: Python's, numpy's and torch's, each as compact arrays.
 
-Lowering advances no generator. numpy's `SeedSequence` counters (`Generator.spawn`) are not part of a bit
-generator's state and are not saved.
+Lowering advances no generator. numpy's `SeedSequence` counters (`Generator.spawn`) are not part of
+a bit generator's state and are not saved.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ class Generator(CheckpointItem):
 class RngHandler(Handler):
     """Saves and sets the process's global generators, and named ones; each rank has its own.
 
-    The generators of CUDA devices are saved once CUDA has been initialised in the process: before, nothing can
-    have been drawn from them, and a save does not initialise it.
+    The generators of CUDA devices are saved once CUDA has been initialised in the process: before,
+    nothing can have been drawn from them, and a save does not initialise it.
 
     Attributes:
-        same_devices: Whether another number of CUDA devices than at the save is an error. If not, device `i`
-            takes the state of device `i`; what has no partner is left alone.
+        same_devices: Whether another number of CUDA devices than at the save is an error. If not,
+            device `i` takes the state of device `i`; what has no partner is left alone.
     """
 
     per_rank: ClassVar[bool] = True
@@ -84,7 +84,7 @@ class RngHandler(Handler):
     same_devices: bool = True
 
     def lower(self, value: Any) -> dict[str, Any]:
-        """`{"python": ..., "numpy": ..., "torch": ..., "cuda": [...], "generators": {name: ...}}`."""
+        """The states: `python`, `numpy`, `torch`, `cuda` (a list) and `generators` (by name)."""
         generators = cast("Mapping[str, GeneratorLike]", value)
         return {
             "python": _python_state(random.getstate()),
@@ -98,8 +98,8 @@ class RngHandler(Handler):
         """Whatever was saved.
 
         Raises:
-            MismatchError: Other named generators, generators of another kind, or another number of CUDA
-                devices than the checkpoint has.
+            MismatchError: Other named generators, generators of another kind, or another number of
+                CUDA devices than the checkpoint has.
         """
         generators = cast("Mapping[str, GeneratorLike]", value)
         missing = sorted(generators.keys() - saved["generators"].keys())
@@ -145,18 +145,18 @@ class RngHandler(Handler):
         if not self.same_devices or num_saved in (0, num_here):
             return []
         return [
-            f"the checkpoint has the generators of {num_saved} CUDA devices, this process sees {num_here}; "
-            "fc.Rng(same_devices=False) restores those that both have"
+            f"the checkpoint has the generators of {num_saved} CUDA devices, this process sees "
+            f"{num_here}; fc.Rng(same_devices=False) restores those that both have"
         ]
 
 
 class Rng(CheckpointItem):
-    """The process's random number generators: Python's, numpy's legacy one, torch's on the CPU and CUDA.
+    """The process's generators: Python's, numpy's legacy one, torch's on the CPU and on CUDA.
 
     Args:
         generators: Further generators by name, set in place by restore.
-        same_devices: Whether another number of CUDA devices than at the save is an error; if not, those that
-            both have are restored.
+        same_devices: Whether another number of CUDA devices than at the save is an error; if not,
+            those that both have are restored.
 
     Raises:
         UsageError: Not a generator, or one without a state.
@@ -186,8 +186,8 @@ def is_generator(value: object) -> bool:
 def _check_generator(value: object, name: str) -> None:
     if not is_generator(value):
         raise errors.UsageError(
-            f"{name}: expected a random.Random, numpy Generator or RandomState, or torch.Generator, "
-            f"got {type(value).__name__}.",
+            f"{name}: expected a random.Random, numpy Generator or RandomState, or "
+            f"torch.Generator, got {type(value).__name__}.",
             key_path=name,
         )
 

@@ -1,4 +1,4 @@
-"""Objects with `state_dict` and `load_state_dict`: LR schedulers, gradient scalers, data loaders, a user's own."""
+"""Objects with `state_dict` and `load_state_dict`: LR schedulers, GradScaler, data loaders ..."""
 
 from __future__ import annotations
 
@@ -49,12 +49,13 @@ class PerRankStatefulHandler(StatefulHandler):
 class Stateful(CheckpointItem):
     """An object with `state_dict()` and `load_state_dict(state)`, filled in place by restore.
 
-    What `state_dict` returns may be any pytree. Code is never stored: a `LambdaLR` keeps its functions, and
-    saves only the attributes of callable objects, as PyTorch does.
+    What `state_dict` returns may be any pytree. Code is never stored: a `LambdaLR` keeps its
+    functions, and saves only the attributes of callable objects, as PyTorch does.
 
     Args:
         value: The object.
-        per_rank: Whether each rank has a state of its own to save; None for torchdata's loaders only.
+        per_rank: Whether each rank has a state of its own to save; None for torchdata's loaders
+            only.
 
     Raises:
         UsageError: The object lacks one of the two methods.

@@ -1,4 +1,4 @@
-"""Names of a module's tensors as its author wrote them: without what DDP, compile and their kin put in front."""
+"""Names of a module's tensors without what DDP, `torch.compile` and their kin put in front."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from functional_ckpt.handlers import classes
 
 __all__ = ["Slot", "clean_name", "slots"]
 
-# The class of a wrapper -> the attribute under which it holds the wrapped module. Only these are stripped: a
-# user's own attribute that happens to be called `module` is part of the name.
+# The class of a wrapper -> the attribute under which it holds the wrapped module. Only these are
+# stripped: a user's own attribute that happens to be called `module` is part of the name.
 _WRAPPERS: Mapping[str, str] = MappingProxyType(
     {
         "torch.nn.parallel.distributed.DistributedDataParallel": "module",
@@ -42,7 +42,8 @@ class Slot(NamedTuple):
 def clean_name(root: torch.nn.Module, name: str) -> str:
     """A dotted name below `root` without the attributes of wrappers on the way.
 
-    Wrappers whose own hooks have removed their attribute already (activation checkpointing) are stepped over.
+    Wrappers whose own hooks have removed their attribute already (activation checkpointing) are
+    stepped over.
     """
     module: torch.nn.Module | None = root
     parts = name.split(".")
@@ -61,7 +62,7 @@ def clean_name(root: torch.nn.Module, name: str) -> str:
 
 
 def slots(root: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
-    """Every parameter and buffer of a module under every clean name it has, in the state dict's order."""
+    """Every parameter and buffer under every clean name it has, in the state dict's order."""
     for prefix, module in root.named_modules(remove_duplicate=False):
         start = clean_name(root, prefix) if prefix else ""
         start = f"{start}." if start else ""
