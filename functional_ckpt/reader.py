@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
 
-from functional_ckpt.core import leaves, plan, structure, tree
+from functional_ckpt.core import leaves, plan, structure, tree, walk
 from functional_ckpt.core.spec import Box
 from functional_ckpt.storage import arrays
 from functional_ckpt.storage.layout import OpenItem
@@ -96,7 +96,11 @@ class _Job:
         array = self._open().array
         if array.size:
             arrays.read_foreign_array(
-                self.item.database, node.name, array, is_zarr3=self.item.is_zarr3
+                self.item.database,
+                node.name,
+                array,
+                is_zarr3=self.item.is_zarr3,
+                fills_missing=self.item.fills_missing,
             )
         self._finish()
 
@@ -134,31 +138,44 @@ class _Jobs:
         return [task for node in nodes.values() for task in self.item.verification(node)]
 
     def assemble(self) -> Any:
-        return self._assemble(self.binding)
+        return walk.fold(self.binding, self._visit)
 
-    def _assemble(self, binding: plan.Binding) -> Any:
+    def _visit(self, binding: plan.Binding) -> walk.Visit[plan.Binding, Any]:
+        if isinstance(binding, plan.Build):
+            return binding.children, functools.partial(_build, binding)
+        return walk.leaf(self._leaf(binding))
+
+    def _leaf(self, binding: plan.Given | plan.ReadArray) -> Any:
         if isinstance(binding, plan.Given):
             return binding.value
-        if isinstance(binding, plan.ReadArray):
+        else:
             job = self._of[id(binding)]
             if binding.form == "as_saved" and binding.node.detail != job.binding.node.detail:
                 # tied, but one is a Parameter and the other its plain view
-                return leaves.dress(cast("torch.Tensor", job.value).detach(), binding.node)
+                return leaves.dress(
+                    cast("torch.Tensor", job.value).detach(), binding.node.detail
+                )
             return job.value
-        children = [self._assemble(child) for child in binding.children]
-        value = tree.close_container(binding.node, children, binding.like)
-        if binding.into is None:
-            return value
+
+
+def _build(binding: plan.Build, children: Sequence[Any]) -> Any:
+    value = tree.close_container(binding.node, children, binding.like)
+    if binding.into is not None:
         with torch.no_grad():
             return binding.into.copy_(value)
+    if isinstance(binding.like, torch.Tensor) and isinstance(value, torch.Tensor):
+        return leaves.dress(value, {}, binding.like.device)
+    return value
 
 
-def _reads(binding: plan.Binding) -> list[plan.ReadArray]:
-    if isinstance(binding, plan.ReadArray):
-        return [binding]
-    if isinstance(binding, plan.Build):
-        return [read for child in binding.children for read in _reads(child)]
-    return []
+def _reads(binding: plan.Binding) -> Iterator[plan.ReadArray]:
+    todo = [binding]
+    while todo:
+        current = todo.pop()
+        if isinstance(current, plan.ReadArray):
+            yield current
+        elif isinstance(current, plan.Build):
+            todo.extend(reversed(current.children))
 
 
 def _sharing(read: plan.ReadArray) -> tuple[object, ...]:
@@ -218,17 +235,12 @@ def _only_dtype(node: structure.ArrayNode) -> Mapping[str, object]:
 
 def _imitate(node: structure.ArrayNode, like: torch.Tensor) -> leaves.Destination:
     """New memory with the dtype and device of `like`; a meta tensor is imitated on the CPU."""
-    detail: dict[str, object] = dict(_only_dtype(node))
-    if isinstance(like, torch.nn.Parameter):
-        detail |= {"parameter": True, "requires_grad": like.requires_grad}
-    elif like.requires_grad:
-        detail["requires_grad"] = True
+    detail = leaves.dressing(like)
     new = leaves.allocate(dataclasses.replace(node, kind="tensor", detail=_only_dtype(node)))
     device = None if like.is_meta else like.device
-    dressed = dataclasses.replace(node, kind="tensor", detail=detail)
 
     def finish() -> torch.Tensor:
         tensor = cast("torch.Tensor", new.finish()).to(like.dtype)
-        return leaves.dress(tensor, dressed, device)
+        return leaves.dress(tensor, detail, device)
 
     return leaves.Destination(new.array, finish)

@@ -468,11 +468,17 @@ def _zarr2_dtype(dtype: str) -> str:
 
 
 def read_foreign_array(
-    database: Database, name: str, destination: Array, *, is_zarr3: bool
+    database: Database,
+    name: str,
+    destination: Array,
+    *,
+    is_zarr3: bool,
+    fills_missing: bool = False,
 ) -> None:
     """Fills `destination` with a whole array that another program wrote, whatever its codecs and chunks."""
     spec = {
         "driver": "zarr3" if is_zarr3 else "zarr",
+        "fill_missing_data_reads": fills_missing,
         "kvstore": (database.store / key_prefix(name)).spec().to_json(),
     }
     try:

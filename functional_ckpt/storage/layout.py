@@ -20,10 +20,12 @@ from functional_ckpt.storage.paths import LocalStorage
 if TYPE_CHECKING:
     from functional_ckpt.storage import arrays
 
-__all__ = ["ArrayPlace", "OpenCheckpoint", "OpenItem", "open_checkpoint"]
+__all__ = ["JSON_FILE", "ArrayPlace", "OpenCheckpoint", "OpenItem", "open_checkpoint"]
 
-_JSON_FILE = "metadata"
+JSON_FILE = "metadata"
 _IGNORED = ("metrics", "descriptor", "array_metadatas")
+# The item of a directory that is an item itself, as Orbax's checkpointers without a manager write it.
+_BARE_ITEM = "default"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,19 +49,22 @@ class OpenItem:
         name: Its name.
         root: Its structure.
         record: Our record; None when another program wrote the item.
+        is_zarr3: Whether its arrays are of zarr version 3, or 2.
+        fills_missing: Whether chunks that are not there are zeros, and no damage.
     """
 
-    def __init__(self, storage: LocalStorage, path: str, name: str) -> None:
+    def __init__(self, storage: LocalStorage, path: str, name: str | None) -> None:
         self.storage = storage
         self.path = path
-        self.name = name
+        self.name = name or _BARE_ITEM
         self.record: manifest.ItemRecord | None = None
         self.is_zarr3 = True
+        self.fills_missing = False
         extension = os.path.join(path, manifest.EXTENSION_FILE)
         if storage.exists(extension):
             self.record = manifest.parse_item(storage.read(extension), extension)
             self.root = self.record.root
-            if self.record.item != name:
+            if name is not None and self.record.item != name:
                 raise errors.CorruptCheckpointError(
                     f"{extension}: written as item {self.record.item!r}, found as {name!r}; the "
                     "directories were swapped or renamed.",
@@ -141,6 +146,9 @@ class OpenItem:
 
         path = os.path.join(self.path, orbax_format.TREE_METADATA_FILE)
         self.is_zarr3 = bool(self._foreign_metadata.get("use_zarr3", False))
+        # Old versions of Orbax left chunks of zeros out; since then a chunk that is missing is lost.
+        stores_zeros = self._foreign_metadata.get("store_array_data_equal_to_fill_value", False)
+        self.fills_missing = not stores_zeros
         strings = os.path.join(self.path, orbax_format.STRINGS_FILE)
         texts = _load_json(self.storage, strings) if self.storage.exists(strings) else {}
         return orbax_format.parse_tree(
@@ -172,6 +180,7 @@ class OpenCheckpoint:
         items: Name of each item -> its format, `tree` or `json`.
         record: Our record; None when another program wrote it.
         metadata: Orbax's `_CHECKPOINT_METADATA`; empty where there is none.
+        is_bare: Whether the directory is itself its one item.
     """
 
     storage: LocalStorage
@@ -180,16 +189,19 @@ class OpenCheckpoint:
     items: Mapping[str, str]
     record: manifest.StepRecord | None
     metadata: Mapping[str, Any]
+    is_bare: bool = False
 
     def tree(self, name: str) -> OpenItem:
         """Opens a tree item."""
+        if self.is_bare:
+            return OpenItem(self.storage, self.path, None)
         self._check_small_file(f"{name}/{manifest.EXTENSION_FILE}")
         return OpenItem(self.storage, os.path.join(self.path, name), name)
 
     def json(self, name: str) -> Any:
         """The value of a JSON item."""
-        self._check_small_file(f"{name}/{_JSON_FILE}")
-        path = os.path.join(self.path, name, _JSON_FILE)
+        self._check_small_file(f"{name}/{JSON_FILE}")
+        path = os.path.join(self.path, name, JSON_FILE)
         try:
             return json.loads(self.storage.read(path))
         except (ValueError, RecursionError) as error:
@@ -226,6 +238,8 @@ class OpenCheckpoint:
 def open_checkpoint(storage: LocalStorage, path: str, step: int | None = None) -> OpenCheckpoint:
     """Opens a checkpoint directory for reading.
 
+    A directory that is one tree item, ours or Orbax's, is a checkpoint whose item is called `default`.
+
     Raises:
         StepNotFoundError: There is no directory.
         CorruptCheckpointError: It is not a checkpoint, or its records were changed.
@@ -235,6 +249,16 @@ def open_checkpoint(storage: LocalStorage, path: str, step: int | None = None) -
     extension = os.path.join(path, manifest.EXTENSION_FILE)
     metadata_path = os.path.join(path, orbax_format.CHECKPOINT_METADATA_FILE)
     metadata = _load_json(storage, metadata_path) if storage.exists(metadata_path) else {}
+    if storage.exists(os.path.join(path, orbax_format.TREE_METADATA_FILE)):
+        return OpenCheckpoint(
+            storage=storage,
+            path=path,
+            step=step,
+            items={_BARE_ITEM: "tree"},
+            record=None,
+            metadata=metadata,
+            is_bare=True,
+        )
     record = None
     if storage.exists(extension):
         record = manifest.parse_step(storage.read(extension), extension)
@@ -269,6 +293,6 @@ def _find_items(storage: LocalStorage, path: str) -> dict[str, str]:
             continue
         if storage.exists(os.path.join(folder, orbax_format.TREE_METADATA_FILE)):
             found[name] = "tree"
-        elif storage.exists(os.path.join(folder, _JSON_FILE)):
+        elif storage.exists(os.path.join(folder, JSON_FILE)):
             found[name] = "json"
     return found
