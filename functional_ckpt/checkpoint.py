@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from functional_ckpt import errors, manager, restoring, writer
+from functional_ckpt import agreement, completing, errors, lowering, manager, restoring, writer
+from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.storage import commit, layout
@@ -48,17 +49,19 @@ def save(
         )
     if storage.exists(final) and not storage.is_directory(final):
         raise errors.UsageError(f"{final} is a file, not a checkpoint.", path=final)
-    info = writer.CheckpointInfo(
+    info = completing.CheckpointInfo(
         step=None, init_time_ns=time.time_ns(), custom_metadata=dict(custom_metadata or {})
     )
-    writer.to_json(info.custom_metadata, "custom_metadata")
-    staged = writer.stage(writer.lower(items, registry or default_registry()), None)
+    lowering.to_json(info.custom_metadata, "custom_metadata")
+    lowered = lowering.lower(items, registry or default_registry())
+    plan = agreement.Planner(SingleProcess()).plan(lowered, None)
+    staged = writer.stage(lowered, plan, None)
     tmp = commit.temporary(final)
     try:
         storage.remove(tmp)
         storage.make_directory(tmp)
-        digests = writer.write(storage, tmp, staged)
-        writer.complete(storage, tmp, staged, digests, info, time.time_ns())
+        report = writer.write(storage, tmp, staged)
+        completing.complete(storage, tmp, lowered, [report], info, time.time_ns())
         replaced = commit.publish(storage, tmp, final)
     except BaseException:
         commit.abandon(storage, tmp)

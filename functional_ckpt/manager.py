@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import functools
+import json
 import logging
 import operator
 import os
@@ -15,19 +15,33 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from functional_ckpt import background, errors, history, preemption, restoring, writer
+from functional_ckpt import (
+    agreement,
+    background,
+    completing,
+    errors,
+    history,
+    lowering,
+    preemption,
+    restoring,
+    writer,
+)
 from functional_ckpt.core import keep_policies as keep
 from functional_ckpt.core import keep_rule, names, plan, save_rule
 from functional_ckpt.core.policy import KeepContext, SaveContext, StepInfo
+from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.distributed.torch_dist import default_coordinator
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.interop import orbax
 from functional_ckpt.storage import commit, layout, staging
-from functional_ckpt.storage.paths import LocalStorage, resolve
+from functional_ckpt.storage.paths import DirectoryLock, LocalStorage, resolve
 
 __all__ = ["CheckpointManager", "StepMetadata"]
 
 _log = logging.getLogger("functional_ckpt")
+# After a SIGTERM a peer may be gone for good, and the agent kills what is left after 30 seconds.
+_PREEMPTED_TIMEOUT_SECONDS = 20.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +80,8 @@ class CheckpointManager:
         read_only: Restore and look only, beside a live writer if there is one.
         asynchronous: Whether `save` returns once the state is staged; if not, it returns when it is durable.
         on_busy: What a save does while another is being committed: `wait` for it, or `skip` this one.
+        coordinator: How ranks agree; None for that of the default process group, if there is one. Every rank
+            makes its manager, and calls its methods, in the same order.
         storage: The file system; tests inject faults here.
 
     Raises:
@@ -85,6 +101,7 @@ class CheckpointManager:
         read_only: bool = False,
         asynchronous: bool = True,
         on_busy: Literal["wait", "skip"] = "wait",
+        coordinator: Coordinator | None = None,
         storage: LocalStorage | None = None,
     ) -> None:
         if on_busy not in ("wait", "skip"):
@@ -108,15 +125,22 @@ class CheckpointManager:
         self._on_busy: Literal["wait", "skip"] = on_busy
         self._pid = os.getpid()
         self._closed = False
+        self._preempted = False
         self._start_time = _now()
+        self._coordinator = coordinator or default_coordinator()
+        self._in_background = self._coordinator.background()
+        self._planner = agreement.Planner(self._coordinator)
         self._committer = background.Committer()
         self._buffer = staging.StagingBuffer()
         self._mutex = threading.Lock()
         self._history: tuple[StepInfo, ...] = ()
-        self._lock = None if read_only else self._become_writer()
+        self._lock: DirectoryLock | None = None
+        self._preemption = preemption.Watch()
         try:
+            if not read_only:
+                self._on_primary("opening the directory", self._become_writer)
             self.reload()
-            self._preemption = self._watch_for_preemption()
+            self._watch_for_preemption()
         except BaseException:
             self._release()
             raise
@@ -169,39 +193,129 @@ class CheckpointManager:
         self._committer.wait()
         self._committer.raise_error()
         self._check_free(number)
-        info = writer.CheckpointInfo(
-            step=number,
-            init_time_ns=time.time_ns(),
-            metrics=_as_json(metrics, "metrics"),
-            custom_metadata=_as_json(custom_metadata, "custom_metadata") or {},
+        prepared = self._prepare(number, items, metrics, custom_metadata)
+        plan = self._planner.plan(
+            prepared if isinstance(prepared, BaseException) else prepared[0], number
         )
-        lowered = writer.lower(items, self._registry)
-        staged = writer.stage(lowered, self._buffer if self._asynchronous else None)
+        if isinstance(prepared, BaseException):
+            raise prepared
+        lowered, info = prepared
+        staged = writer.stage(lowered, plan, self._buffer if self._asynchronous else None)
         handle = self._committer.start(number, functools.partial(self._commit, staged, info))
         if not self._asynchronous:
             self._committer.wait()
             self._committer.raise_error()
         return handle
 
-    def _commit(self, items: Sequence[writer.StagedItem], info: writer.CheckpointInfo) -> None:
-        """The background half of a save: nothing is reported before the parent directory is durable."""
+    def _prepare(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None,
+        custom_metadata: Mapping[str, Any] | None,
+    ) -> tuple[tuple[lowering.LoweredItem, ...], completing.CheckpointInfo] | BaseException:
+        """What this rank can do alone; an error is for all ranks to hear of, so it is returned."""
+        coordinator = self._coordinator
+        try:
+            if coordinator.rank == 0:
+                self._check_free(step)
+            info = completing.CheckpointInfo(
+                step=step,
+                init_time_ns=time.time_ns(),
+                metrics=_as_json(metrics, "metrics"),
+                custom_metadata=_as_json(custom_metadata, "custom_metadata") or {},
+            )
+            lowered = lowering.lower(
+                items, self._registry, rank=coordinator.rank, num_ranks=coordinator.num_ranks
+            )
+        except Exception as error:  # handed to every rank by the planner, raised on this one
+            return error
+        return lowered, info
+
+    def _commit(
+        self, items: Sequence[writer.StagedItem], info: completing.CheckpointInfo
+    ) -> None:
+        """The background half of a save: two rounds between the ranks, whatever they save."""
         step = _known(info.step)
         final = self._path(step)
         tmp = commit.temporary(final)
-        try:
-            self._storage.remove(tmp)  # of an earlier save of this process that failed
-            self._storage.make_directory(tmp)
-            digests = writer.write(self._storage, tmp, items)
-            commit_time_ns = time.time_ns()
-            writer.complete(self._storage, tmp, items, digests, info, commit_time_ns)
-            replaced = commit.publish(self._storage, tmp, final, self._hidden)
-        except BaseException:
-            commit.abandon(self._storage, tmp)
-            raise
-        when = datetime.datetime.fromtimestamp(commit_time_ns / 1e9, datetime.UTC)
+        lowered = [item.lowered for item in items]
+        outcome = json.loads(
+            self._write_shards(step, tmp, items, functools.partial(self._finish, lowered, info))
+        )
+        when = datetime.datetime.fromtimestamp(outcome["commit_time_ns"] / 1e9, datetime.UTC)
         self._remember(StepInfo(step=step, time=when, metrics=info.metrics))
-        _log.info("step %d committed", step)
-        self._clean_up(step, replaced)
+        if self._coordinator.rank == 0:
+            _log.info("step %d committed", step)
+            self._clean_up(step, outcome["replaced"])
+        elif self._keep_policies:
+            self.reload()
+
+    def _write_shards(
+        self,
+        step: int,
+        tmp: str,
+        items: Sequence[writer.StagedItem],
+        finish: Callable[[str, Sequence[writer.RankReport]], bytes],
+    ) -> bytes:
+        """Every rank writes its part below `tmp`; then the primary alone finishes."""
+        group = self._in_background
+        begun = group.exchange(
+            f"beginning step {step}", b"", lambda _: self._begin(tmp, [i.lowered for i in items])
+        )
+        reports: dict[int, writer.RankReport] = {}
+        value: bytes | BaseException = b""
+        try:
+            reports[group.rank] = writer.write(
+                self._storage,
+                tmp,
+                items,
+                rank=group.rank,
+                num_ranks=group.num_ranks,
+                known=json.loads(begun) if group.rank else None,
+            )
+            if group.rank:
+                writer.write_report(self._storage, tmp, group.rank, reports[group.rank])
+        except Exception as error:  # the other ranks must hear of it before it is raised here
+            value = error
+
+        def combine(_: Sequence[bytes]) -> bytes:
+            for rank in range(1, group.num_ranks):
+                reports[rank] = writer.read_report(self._storage, tmp, rank)
+            if group.num_ranks > 1:
+                self._storage.remove(os.path.join(tmp, writer.REPORTS))
+            return finish(tmp, [reports[rank] for rank in range(group.num_ranks)])
+
+        try:
+            return group.exchange(f"writing step {step}", value, combine)
+        except BaseException:
+            if group.rank == 0:
+                commit.abandon(self._storage, tmp)
+            raise
+
+    def _begin(self, tmp: str, items: Sequence[lowering.LoweredItem]) -> bytes:
+        """On the primary: makes the temporary directory; says what structures look like here."""
+        self._storage.remove(tmp)  # of an earlier save of this process that failed
+        self._storage.make_directory(tmp)
+        if self._coordinator.num_ranks == 1:
+            return b"{}"
+        return json.dumps(
+            {item.name: writer.root_digest(item.root) for item in items if item.root is not None}
+        ).encode()
+
+    def _finish(
+        self,
+        items: Sequence[lowering.LoweredItem],
+        info: completing.CheckpointInfo,
+        tmp: str,
+        reports: Sequence[writer.RankReport],
+    ) -> bytes:
+        """On the primary: completes and publishes; the step counts once this returns."""
+        commit_time_ns = time.time_ns()
+        completing.complete(self._storage, tmp, items, reports, info, commit_time_ns)
+        final = tmp.removesuffix(commit.TMP_SUFFIX)
+        replaced = commit.publish(self._storage, tmp, final, self._hidden)
+        return json.dumps({"commit_time_ns": commit_time_ns, "replaced": replaced}).encode()
 
     def _clean_up(self, step: int, replaced: str | None) -> None:
         """What follows a commit; a failure here loses disk space, never a step."""
@@ -419,6 +533,8 @@ class CheckpointManager:
         """
         self._check_usable()
         _as_step(step)
+        if self._coordinator.num_ranks > 1:
+            return self._preempted  # what all ranks agreed on when they last decided whether to save
         return self._preemption.is_reached
 
     def close(self) -> None:
@@ -449,7 +565,16 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------------------ parts
 
-    def _become_writer(self) -> Any:
+    def _on_primary(self, what: str, action: Callable[[], None]) -> None:
+        """Does something on the primary that the other ranks wait for."""
+
+        def act(_: Sequence[bytes]) -> bytes:
+            action()
+            return b""
+
+        self._coordinator.exchange(what, b"", act)
+
+    def _become_writer(self) -> None:
         """Takes the directory over: locks it, then removes what a dead writer left."""
         self._storage.make_directory(self._root)
         self._storage.make_directory(self._hidden)
@@ -460,15 +585,15 @@ class CheckpointManager:
         except BaseException:
             lock.release()
             raise
-        return lock
+        self._lock = lock
 
-    def _watch_for_preemption(self) -> preemption.Watch:
+    def _watch_for_preemption(self) -> None:
         policies = () if self._save_rule is None else self._save_rule.policies
-        return preemption.watch(policies if not self._read_only else ())
+        if not self._read_only and any(map(preemption.is_preemption, policies)):
+            self._preemption.start()
 
     def _release(self) -> None:
-        with contextlib.suppress(AttributeError):
-            self._preemption.stop()
+        self._preemption.stop()
         if self._lock is not None:
             self._lock.release()
         self._buffer.release()
@@ -479,6 +604,19 @@ class CheckpointManager:
         decided = self._save_rule.decide_step(step)
         if decided is not None:
             return decided
+        told = b"1" if self._preemption.is_reached else b""
+        verdict = self._coordinator.exchange(
+            f"whether to save step {step}", told, functools.partial(self._decide, step)
+        )
+        if verdict[1:] == b"1":
+            self._preempted = True
+            self._coordinator.hurry(_PREEMPTED_TIMEOUT_SECONDS)
+            self._in_background.hurry(_PREEMPTED_TIMEOUT_SECONDS)
+        return verdict[:1] == b"1"
+
+    def _decide(self, step: int, told: Sequence[bytes]) -> bytes:
+        """On the primary: what the policies say, and whether any rank was told to stop."""
+        reached = b"1" in told
         now = _now()
         known = self._history
         busy = self._committer.step
@@ -486,11 +624,13 @@ class CheckpointManager:
             known = (*known, StepInfo(step=busy, time=now))
         context = SaveContext(
             is_saving_in_progress=busy is not None,
-            reached_preemption=self._preemption.is_reached,
+            reached_preemption=reached,
             start_time=self._start_time,
         )
         info = StepInfo(step=step, time=now)
-        return save_rule.decide_save(self._save_rule, info, known, context=context) is not None
+        rule = _given(self._save_rule)
+        wanted = save_rule.decide_save(rule, info, known, context=context) is not None
+        return (b"1" if wanted else b"0") + (b"1" if reached else b"0")
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -588,6 +728,12 @@ def _as_step(step: Any) -> int:
     return number
 
 
+def _given(rule: save_rule.SaveRule | None) -> save_rule.SaveRule:
+    if rule is None:
+        raise errors.UsageError("There is no save policy to ask.")
+    return rule
+
+
 def _known(step: int | None) -> int:
     if step is None:
         raise errors.UsageError("A manager saves numbered steps.")
@@ -600,7 +746,7 @@ def _as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | 
         return None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise errors.UsageError(f"{what} must be a mapping with str keys; got {value!r:.80}.")
-    writer.to_json(dict(value), what)
+    lowering.to_json(dict(value), what)
     return dict(value)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.core.save_policies import Preemption
 
-__all__ = ["Watch", "watch"]
+__all__ = ["Watch", "is_preemption"]
 
 
 class Watch:
@@ -52,15 +52,8 @@ class Watch:
             previous(number, frame)
 
 
-def watch(policies: Sequence[object]) -> Watch:
-    """A watch that listens only when `Preemption` (ours or Orbax's) is among the policies."""
-    found = Watch()
-    if any(_is_preemption(policy) for policy in policies):
-        found.start()
-    return found
-
-
-def _is_preemption(policy: object) -> bool:
+def is_preemption(policy: object) -> bool:
+    """Whether a policy (ours or Orbax's) waits for SIGTERM."""
     return (
         isinstance(policy, Preemption)
         or "Preemption" in type(getattr(policy, "policy", policy)).__name__

@@ -1,67 +1,49 @@
-"""Writing one checkpoint directory: lower, stage, write, complete. The manager and `fc.save` share it.
+"""Writing one checkpoint directory, every rank its part: stage, write, report.
 
-    lower     values -> structures and sources             on the caller's thread, copies nothing
-    stage     sources -> host arrays                       on the caller's thread, the only copy
-    write     host arrays -> chunks in this rank's databases    in the background, every rank
-    complete  merge, metadata, digests, sync               in the background, the primary
+    lower     values -> structures and sources              the caller's thread, copies nothing
+    plan      who writes what                               the caller's thread, a round trip
+    stage     sources -> host arrays                        the caller's thread, the only copy
+    write     host arrays -> chunks in this rank's databases     the background, every rank
+    complete  merge, metadata, digests, sync                the background, the primary
+
+The manager and `fc.save` share it; `lowering`, `agreement` and `completing` hold the other parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core import chunks, leaves, manifest, orbax_format, structure, tree
+from functional_ckpt.agreement import ItemPlan, SavePlan
+from functional_ckpt.core import (
+    leaves,
+    manifest,
+    nodes_json,
+    orbax_format,
+    structure,
+    write_plan,
+)
 from functional_ckpt.core.spec import Box, numpy_dtype
-from functional_ckpt.handlers.base import CheckpointItem, Registry
-from functional_ckpt.storage import arrays, commit, staging
+from functional_ckpt.lowering import LoweredItem, Source
+from functional_ckpt.storage import arrays, staging
 from functional_ckpt.storage.paths import LocalStorage
 
-__all__ = [
-    "CheckpointInfo",
-    "LoweredItem",
-    "StagedItem",
-    "check_item_name",
-    "complete",
-    "lower",
-    "stage",
-    "write",
-]
+__all__ = ["RankReport", "StagedItem", "read_report", "stage", "write", "write_report"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-RESERVED_NAMES = ("metrics", "metadata")
-JSON_FILE = "metadata"  # the name Orbax's JSON handler reads
-# From here on an item is spread over several databases, which costs files and buys bandwidth.
-_SPREAD_BYTES = 64 * 2**20
+# From here on a rank spreads an item over several databases, which costs files and buys bandwidth.
+SPREAD_BYTES = 64 * 2**20
 _NUM_CHILDREN = 2
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LoweredItem:
-    """An item taken apart, still in the caller's memory.
-
-    Attributes:
-        name: The item's name.
-        handler: Name of the handler's class, for people.
-        root: The structure; None for a JSON item.
-        text: The text of a JSON item; None for a tree.
-        sources: Nodes and live tensors of the arrays that hold their own bytes.
-    """
-
-    name: str
-    handler: str
-    root: structure.Node | None
-    text: bytes | None = None
-    sources: tuple[tuple[structure.ArrayNode, torch.Tensor], ...] = ()
+REPORTS = ".ranks"
+"""Where ranks leave what they wrote for the primary; gone before the step is committed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,130 +52,123 @@ class StagedItem:
 
     Attributes:
         lowered: What it was lowered to.
-        writes: Host arrays to write.
+        writes: Host arrays that this rank writes.
+        scalars: Names of the plain numbers that this rank writes for Orbax.
     """
 
     lowered: LoweredItem
     writes: tuple[arrays.ArrayWrite, ...]
+    scalars: frozenset[str]
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all its arrays."""
+        """Bytes of all that this rank writes of it."""
         return sum(write.data.nbytes for write in self.writes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointInfo:
-    """What is written about a checkpoint besides its items.
+class RankReport:
+    """What one rank wrote.
 
     Attributes:
-        step: The step, or None.
-        init_time_ns: When the save began, nanoseconds since the epoch.
-        metrics: Metrics, JSON.
-        custom_metadata: The user's own metadata, JSON.
+        digests: Item -> the digests of its chunks.
+        children: Item -> the databases it used, relative to the item.
+        chunk_shapes: Item -> array -> how it is cut; of the arrays whose metadata this rank wrote.
+        roots: Item -> its structure as this rank has it; only where it may differ from the primary's.
     """
 
-    step: int | None
-    init_time_ns: int
-    metrics: Mapping[str, Any] | None = None
-    custom_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-# ------------------------------------------------------------------------------------ lower
-
-
-def check_item_name(name: object) -> str:
-    """The name, if an item may have it; else `UsageError`."""
-    if not isinstance(name, str) or not name:
-        raise errors.UsageError(f"An item's name must be a non-empty str; got {name!r}.")
-    if name in RESERVED_NAMES or name[0] in "_." or "/" in name or "\0" in name:
-        raise errors.UsageError(
-            f"Item name {name!r} is reserved: names may not contain '/', begin with '_' or '.', or be one of "
-            f"{', '.join(RESERVED_NAMES)} (metrics are given by save(metrics=...)).",
-            key_path=name,
-        )
-    if commit.TMP_SUFFIX in name or not name.isprintable() or len(name.encode()) > 200:
-        raise errors.UsageError(f"Item name {name!r} cannot be a directory's name.", key_path=name)
-    return name
-
-
-def lower(items: Mapping[str, Any], registry: Registry) -> tuple[LoweredItem, ...]:
-    """Takes every item apart, or raises before anything is written."""
-    if not isinstance(items, Mapping) or not items:
-        raise errors.UsageError(
-            f"items must be a non-empty mapping of names to values; got {type(items).__name__} {items!r:.60}. "
-            "Wrap a single value: {'state': value}."
-        )
-    return tuple(
-        _lower_item(check_item_name(name), registry.bind(value, name))
-        for name, value in items.items()
-    )
-
-
-def _lower_item(name: str, item: CheckpointItem) -> LoweredItem:
-    kind = type(item.handler).__name__
-    lowered = item.handler.lower(item.value)
-    if item.handler.format == "json":
-        return LoweredItem(name=name, handler=kind, root=None, text=to_json(lowered, name))
-    flat = tree.flatten(lowered, item=name)
-    sources = tuple((node, leaves.source_of(value, node)) for node, value in flat.arrays)
-    return LoweredItem(name=name, handler=kind, root=flat.root, sources=sources)
-
-
-def to_json(value: Any, what: str) -> bytes:
-    """JSON text of a value; `UsageError` names what cannot be written."""
-    try:
-        return json.dumps(value).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise errors.UsageError(f"{what} is not JSON: {error}.", key_path=what) from error
+    digests: Mapping[str, arrays.Digests]
+    chunk_shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    children: Mapping[str, tuple[str, ...]]
+    roots: Mapping[str, structure.Node]
 
 
 # ------------------------------------------------------------------------------------ stage
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Part:
+    """A region that this rank writes of one array, as a view of the live tensor."""
+
+    source: Source
+    planned: write_plan.PlannedArray
+    box: Box
+    view: torch.Tensor
+    is_owner: bool
+
+
 def stage(
-    items: Sequence[LoweredItem], buffer: staging.StagingBuffer | None
+    items: Sequence[LoweredItem], plan: SavePlan, buffer: staging.StagingBuffer | None
 ) -> tuple[StagedItem, ...]:
-    """Copies every array into host memory of our own, in one pass.
+    """Copies what this rank will write into host memory of our own, in one pass.
 
     Args:
         items: What to stage.
-        buffer: Where to; None to refer to CPU memory as it is (the caller promises not to change it until the
-            write is done).
+        plan: This rank's part.
+        buffer: Where to; None to refer to CPU memory as it is (the caller promises not to change it
+            until the write is done).
     """
-    flat = [pair for item in items for pair in item.sources]
-    if buffer is None:
-        hosts = [leaves.host_view(source.cpu(), node.spec.dtype) for node, source in flat]
-    else:
-        slots = [staging.Slot(node.spec.shape, numpy_dtype(node.spec.dtype)) for node, _ in flat]
-        hosts = buffer.reserve(slots)
-        _copy(flat, hosts)
-    remaining = iter(hosts)
+    parts = [list(_parts(item, plan[item.name])) for item in items]
+    flat = [part for item_parts in parts for part in item_parts]
+    hosts = iter(_refer(flat) if buffer is None else _copy(flat, buffer))
     return tuple(
         StagedItem(
-            lowered=item, writes=tuple(_array_write(node, next(remaining)) for node, _ in item.sources)
+            lowered=item,
+            writes=tuple(_array_write(part, next(hosts)) for part in item_parts),
+            scalars=plan[item.name].scalars,
         )
-        for item in items
+        for item, item_parts in zip(items, parts, strict=True)
     )
 
 
-def _copy(flat: Sequence[tuple[structure.ArrayNode, torch.Tensor]], hosts: Sequence[Array]) -> None:
+def _parts(item: LoweredItem, plan: ItemPlan) -> Iterator[_Part]:
+    """Whole pieces where this rank writes all of one, single chunks where replicas share it."""
+    for source, planned in zip(item.sources, plan.arrays, strict=True):
+        is_owner = planned.is_owner
+        for entry in planned.pieces:
+            piece, grid = entry.piece, planned.grid
+            whole = len(entry.indices) == sum(1 for _ in grid.indices(piece.box))
+            for box in [piece.box] if whole else map(grid.box, entry.indices):
+                start = piece.local.offset
+                local = Box(
+                    tuple(
+                        o - p + s for o, p, s in zip(box.offset, piece.box.offset, start, strict=True)
+                    ),
+                    box.shape,
+                )
+                yield _Part(source, planned, box, source.tensor[local.slices()], is_owner)
+                is_owner = False
+        if is_owner:  # an array without elements still has metadata
+            yield _Part(source, planned, Box.whole(source.node.spec.shape), source.tensor, True)
+
+
+def _refer(parts: Sequence[_Part]) -> list[Array]:
+    return [leaves.host_view(part.view.cpu(), part.source.node.spec.dtype) for part in parts]
+
+
+def _copy(parts: Sequence[_Part], buffer: staging.StagingBuffer) -> list[Array]:
+    slots = [
+        staging.Slot(part.box.shape, numpy_dtype(part.source.node.spec.dtype)) for part in parts
+    ]
+    hosts = buffer.reserve(slots)
     on_host: list[tuple[Array, Array]] = []
-    for (node, source), host in zip(flat, hosts, strict=True):
-        if source.device.type == "cpu":
-            on_host.append((host, leaves.host_view(source, node.spec.dtype)))
+    for part, host in zip(parts, hosts, strict=True):
+        if part.view.device.type == "cpu":
+            on_host.append((host, leaves.host_view(part.view, part.source.node.spec.dtype)))
         elif host.size:
-            leaves.tensor_over(host).copy_(source)
+            leaves.tensor_over(host).copy_(part.view)
     staging.copy_in_threads(on_host)
+    return hosts
 
 
-def _array_write(node: structure.ArrayNode, host: Array) -> arrays.ArrayWrite:
+def _array_write(part: _Part, host: Array) -> arrays.ArrayWrite:
     return arrays.ArrayWrite(
-        name=node.name,
-        spec=node.spec,
-        grid=chunks.choose_grid(node.spec),
-        box=Box.whole(node.spec.shape),
+        name=part.source.node.name,
+        spec=part.source.node.spec,
+        grid=part.planned.grid,
+        box=part.box,
         data=host,
+        is_owner=part.is_owner,
     )
 
 
@@ -201,124 +176,99 @@ def _array_write(node: structure.ArrayNode, host: Array) -> arrays.ArrayWrite:
 
 
 def write(
-    storage: LocalStorage, directory: str, items: Sequence[StagedItem], rank: int = 0
-) -> dict[str, arrays.Digests]:
-    """Writes this rank's chunks of every item below `directory`; nothing is durable yet."""
-    digests: dict[str, arrays.Digests] = {}
-    for item in items:
-        root = item.lowered.root
-        if root is None:
-            continue
-        path = os.path.join(directory, item.lowered.name)
-        storage.make_directory(path)
-        digests[item.lowered.name] = arrays.write_arrays(
-            storage,
-            path,
-            _children(item, rank) or [""],
-            item.writes,
-            orbax_format.scalar_leaves(root),
-        )
-    return digests
-
-
-def _children(item: StagedItem, rank: int) -> list[str]:
-    """The databases an item is spread over; none when its own database takes everything."""
-    if item.size_bytes < _SPREAD_BYTES:
-        return []
-    return arrays.child_names(rank, _NUM_CHILDREN)
-
-
-def complete(
     storage: LocalStorage,
     directory: str,
     items: Sequence[StagedItem],
-    digests: Mapping[str, arrays.Digests],
-    info: CheckpointInfo,
-    commit_time_ns: int,
-) -> None:
-    """Merges, writes every metadata file, and makes all of `directory` durable."""
-    names: dict[str, str] = {}
-    files: dict[str, manifest.FileRecord] = {}
-    for item in items:
-        name = item.lowered.name
-        names[name] = "json" if item.lowered.root is None else "tree"
-        if item.lowered.text is not None:
-            storage.make_directory(os.path.join(directory, name))
-            file = f"{name}/{JSON_FILE}"
-            files[file] = _write(storage, directory, file, item.lowered.text)
-        else:
-            record = _complete_tree(storage, os.path.join(directory, name), item, digests[name])
-            file = f"{name}/{manifest.EXTENSION_FILE}"
-            files[file] = _write(storage, directory, file, record.to_json())
-    if info.metrics is not None:
-        storage.make_directory(os.path.join(directory, "metrics"))
-        file = "metrics/metrics"
-        files[file] = _write(storage, directory, file, to_json(info.metrics, "metrics"))
-    text = orbax_format.checkpoint_metadata(
-        names,
-        init_time_ns=info.init_time_ns,
-        commit_time_ns=commit_time_ns,
-        custom_metadata=info.custom_metadata,
-        metrics=info.metrics,
-    )
-    name = orbax_format.CHECKPOINT_METADATA_FILE
-    files[name] = _write(storage, directory, name, text)
-    step = manifest.StepRecord(step=info.step, items=names, files=files)
-    _write(storage, directory, manifest.EXTENSION_FILE, step.to_json())
-    commit.sync_tree(storage, directory, storage.walk(directory))
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    known: Mapping[str, str] | None = None,
+) -> RankReport:
+    """Writes this rank's chunks of every item below `directory`; nothing is durable yet.
 
-
-def _write(storage: LocalStorage, path: str, name: str, data: bytes) -> manifest.FileRecord:
-    storage.write(os.path.join(path, name), data)
-    return manifest.FileRecord(len(data), manifest.digest_hex(data))
-
-
-def _complete_tree(
-    storage: LocalStorage, path: str, item: StagedItem, digests: arrays.Digests
-) -> manifest.ItemRecord:
-    """Makes one tree item whole but for its record, which is returned."""
-    root = item.lowered.root
-    if root is None:
-        raise errors.UsageError(f"{item.lowered.name} is not a tree item.")
-    grids = {write.name: write.grid for write in item.writes}
-    tied = {
-        leaf.name: (leaf.tied_to, grids[leaf.tied_to])
-        for _, leaf in structure.iter_leaves(root)
-        if isinstance(leaf, structure.ArrayNode) and leaf.tied_to is not None
-    }
-    arrays.merge_children(storage, path, _children(item, 0), tied)
-    _write(storage, path, orbax_format.TREE_METADATA_FILE, orbax_format.tree_metadata(root))
-    if texts := orbax_format.strings(root):
-        _write(storage, path, orbax_format.STRINGS_FILE, json.dumps(texts).encode())
-    joined = arrays.join_digests([digests])
-    return manifest.ItemRecord(
-        item=item.lowered.name,
-        handler=item.lowered.handler,
-        root=root,
-        arrays={
-            name: manifest.ArrayRecord(grid.chunk_shape, joined[name])
-            for name, grid in grids.items()
-        },
-        files=_describe(storage, path),
-    )
-
-
-def _describe(storage: LocalStorage, path: str) -> dict[str, manifest.FileRecord]:
-    """What every file of an item must be.
-
-    Large ones are read back for their digests while they are being synced: the one waits for the processor,
-    the other for the disk.
+    Args:
+        storage: The file system.
+        directory: The checkpoint.
+        items: What to write.
+        rank: This rank.
+        num_ranks: All ranks; one alone may write into the items' own databases.
+        known: Digest of each item's structure on the primary: what equals it need not be reported.
     """
-    names = storage.walk(path)
-    found: dict[str, manifest.FileRecord] = {}
+    digests: dict[str, arrays.Digests] = {}
+    children: dict[str, tuple[str, ...]] = {}
+    chunk_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    roots: dict[str, structure.Node] = {}
+    for item in items:
+        name, root = item.lowered.name, item.lowered.root
+        if root is None:
+            continue
+        path = os.path.join(directory, name)
+        storage.make_directory(path)
+        children[name] = _children(item, rank, num_ranks)
+        scalars = (s for s in orbax_format.scalar_leaves(root) if s[0] in item.scalars)
+        digests[name] = arrays.write_arrays(
+            storage, path, children[name] or ("",), item.writes, scalars
+        )
+        chunk_shapes[name] = {w.name: w.grid.chunk_shape for w in item.writes if w.is_owner}
+        if known is None or known.get(name) != root_digest(root):
+            roots[name] = root
+    return RankReport(
+        digests=digests, children=children, chunk_shapes=chunk_shapes, roots=roots
+    )
 
-    def describe() -> None:
-        for name in names:
-            found[name] = storage.describe(os.path.join(path, name))
 
-    if storage.total_bytes(path) < _SPREAD_BYTES:
-        describe()
-    else:
-        sync = functools.partial(commit.sync_tree, storage, path, names)
-        arrays.run_in_threads([sync, describe])
-    return found
+def _children(item: StagedItem, rank: int, num_ranks: int) -> tuple[str, ...]:
+    """The databases this rank spreads an item over; none when the item's own takes everything."""
+    if item.size_bytes >= SPREAD_BYTES:
+        return tuple(arrays.child_names(rank, _NUM_CHILDREN))
+    if num_ranks == 1:
+        return ()
+    return tuple(arrays.child_names(rank, 1))
+
+
+def root_digest(root: structure.Node) -> str:
+    """A digest by which ranks compare structures, values included."""
+    return manifest.digest_hex(json.dumps(nodes_json.to_json(root)).encode())
+
+
+def write_report(storage: LocalStorage, directory: str, rank: int, report: RankReport) -> None:
+    """Leaves what this rank wrote where the primary finds it."""
+    folder = os.path.join(directory, REPORTS)
+    storage.make_directory(folder)
+    record = {
+        "format": "functional_ckpt",
+        "version": 1,
+        "digests": report.digests,
+        "children": report.children,
+        "chunk_shapes": report.chunk_shapes,
+        "roots": {name: nodes_json.to_json(root) for name, root in report.roots.items()},
+    }
+    storage.write(os.path.join(folder, f"{rank}.json"), manifest.seal(record))
+
+
+def read_report(storage: LocalStorage, directory: str, rank: int) -> RankReport:
+    """What a rank left; `CoordinationError` when it is not here."""
+    path = os.path.join(directory, REPORTS, f"{rank}.json")
+    if not storage.exists(path):
+        raise errors.CoordinationError(
+            f"Rank {rank} says it has written, but {path} is not there: it sees another directory. "
+            "Every rank must save to one shared file system.",
+            ranks=(rank,),
+            path=path,
+        )
+    record = manifest.unseal(storage.read(path), path)
+    return RankReport(
+        digests={
+            item: {
+                name: {int(place): text for place, text in chunks.items()}
+                for name, chunks in found.items()
+            }
+            for item, found in record["digests"].items()
+        },
+        children={item: tuple(names) for item, names in record["children"].items()},
+        chunk_shapes={
+            item: {name: tuple(shape) for name, shape in shapes.items()}
+            for item, shapes in record["chunk_shapes"].items()
+        },
+        roots={name: nodes_json.from_json(node) for name, node in record["roots"].items()},
+    )

@@ -16,7 +16,7 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core import spec as spec_lib
-from functional_ckpt.core import structure
+from functional_ckpt.core import placement, structure
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -121,13 +121,9 @@ def _tensor_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
     detail: dict[str, object] = {}
     if dtype != stored:
         detail["dtype"] = dtype
-    if isinstance(tensor, torch.nn.Parameter):
-        detail["parameter"] = True
-        if not tensor.requires_grad:
-            detail["requires_grad"] = False
-    elif tensor.requires_grad:
-        detail["requires_grad"] = True
-    if not tensor.is_contiguous() and _is_dense(tensor):
+    detail |= dressing(tensor)
+    is_sharded = placement.sharding_of(tensor) is not None
+    if not is_sharded and not tensor.is_contiguous() and _is_dense(tensor):
         # channels_last and transposed layouts come back with the same strides; other views come
         # back compact.
         detail["strides"] = list(tensor.stride())
@@ -187,7 +183,7 @@ def identity(value: object) -> Hashable | None:
         return (
             "torch",
             str(value.device),
-            value.data_ptr(),
+            placement.local_of(value).data_ptr(),
             tuple(value.shape),
             value.stride(),
             value.dtype,
@@ -208,7 +204,7 @@ def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
     foreign-endian numpy arrays, numpy scalars and bytes.
     """
     if isinstance(value, torch.Tensor):
-        tensor = value.detach().resolve_conj().resolve_neg()
+        tensor = placement.local_of(value).detach().resolve_conj().resolve_neg()
         if "dtype" in node.detail:
             tensor = tensor.view(_torch_dtype(node.spec.dtype))
         return tensor
@@ -281,7 +277,7 @@ def allocate(node: structure.ArrayNode, device: torch.device | None = None) -> D
     if node.kind == "tensor" and node.spec.dtype not in _NUMPY_ONLY:
         tensor = new_tensor(node)
         destination = host_view(tensor, node.spec.dtype)
-        return Destination(destination, lambda: dress(tensor, node, device))
+        return Destination(destination, lambda: dress(tensor, node.detail, device))
     dtype = spec_lib.numpy_dtype(node.spec.dtype)
     array = np.empty(node.spec.shape, dtype, order="F" if node.detail.get("order") == "F" else "C")
     if node.kind == "bytes":
@@ -307,16 +303,28 @@ def new_tensor(node: structure.ArrayNode) -> torch.Tensor:
     return tensor.view(_torch_dtype(name)) if name != node.spec.dtype else tensor
 
 
+def dressing(tensor: torch.Tensor) -> dict[str, object]:
+    """What makes a tensor a Parameter, a Buffer or a leaf that wants a gradient, as a detail."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return {"parameter": True, **({} if tensor.requires_grad else {"requires_grad": False})}
+    detail: dict[str, object] = {"requires_grad": True} if tensor.requires_grad else {}
+    if isinstance(tensor, torch.nn.Buffer):
+        detail["buffer"] = "persistent" if tensor.persistent else "transient"
+    return detail
+
+
 def dress(
-    tensor: torch.Tensor, node: structure.ArrayNode, device: torch.device | None = None
+    tensor: torch.Tensor, detail: Mapping[str, object], device: torch.device | None = None
 ) -> torch.Tensor:
-    """A filled CPU tensor as the leaf it was: on its device, a Parameter if it was one."""
+    """A filled CPU tensor as the leaf it was: on its device, dressed as `dressing` said."""
     if device is not None and device != tensor.device:
         tensor = tensor.to(device)
-    if node.detail.get("parameter"):
-        requires_grad = bool(node.detail.get("requires_grad", True))
+    if detail.get("parameter"):
+        requires_grad = bool(detail.get("requires_grad", True))
         return torch.nn.Parameter(tensor, requires_grad=requires_grad)
-    if node.detail.get("requires_grad"):
+    if "buffer" in detail:
+        tensor = torch.nn.Buffer(tensor, persistent=detail["buffer"] == "persistent")
+    if detail.get("requires_grad"):
         tensor.requires_grad_()
     return tensor
 

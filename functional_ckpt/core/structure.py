@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 from functional_ckpt.core import spec as spec_lib
 
 __all__ = [
+    "ROOT_NAME",
     "ArrayNode",
     "BranchNode",
     "Key",
@@ -24,8 +25,12 @@ __all__ = [
     "iter_leaves",
     "join",
     "key_prefix",
+    "leaf_name",
     "pretty",
 ]
+
+# The name on disk of an item that is one bare leaf.
+ROOT_NAME = "value"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,7 +95,8 @@ class BranchNode:
 
     Attributes:
         kind: `dict`, `ordered_dict`, `default_dict`, `list`, `tuple`, `named_tuple`, `deque`,
-            `torch_size`, `registered` (a registered pytree node), or a leaf made of parts:
+            `torch_size`, `registered` (a registered pytree node), `per_rank` (a value that differs
+            between ranks, one child for each), or a leaf made of parts:
             `sparse_coo`, `sparse_csr` and its kin, `quantized`, `subclass`.
         keys: One key per child.
         children: The children, in order.
@@ -109,6 +115,15 @@ Node: TypeAlias = ValueNode | ArrayNode | BranchNode
 def join(path: KeyPath) -> str:
     """The name of a leaf on disk: its keys joined by dots (Orbax's rule)."""
     return ".".join(str(key.value) for key in path)
+
+
+def leaf_name(path: KeyPath) -> str:
+    """The name on disk of the leaf at `path`.
+
+    >>> leaf_name((Key("a"), Key(0, "index"))), leaf_name(())
+    ('a.0', 'value')
+    """
+    return join(path) if path else ROOT_NAME
 
 
 def key_prefix(name: str) -> str:
@@ -131,8 +146,11 @@ def pretty(path: KeyPath, root: str = "") -> str:
 
 def iter_leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
     """Every leaf with its key path, depth first; an empty container counts as a leaf."""
-    if isinstance(node, BranchNode) and node.children:
-        for key, child in zip(node.keys, node.children, strict=True):
-            yield from iter_leaves(child, (*path, key))
-    else:
-        yield path, node
+    todo: list[tuple[KeyPath, Node]] = [(path, node)]
+    while todo:
+        place, current = todo.pop()
+        if isinstance(current, BranchNode) and current.children:
+            pairs = zip(reversed(current.keys), reversed(current.children), strict=True)
+            todo.extend(((*place, key), child) for key, child in pairs)
+        else:
+            yield place, current

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Coordinator", "SingleProcess"]
+__all__ = ["Combine", "Coordinator", "SingleProcess"]
+
+Combine: TypeAlias = Callable[[Sequence[bytes]], bytes]
 
 
 @runtime_checkable
 class Coordinator(Protocol):
-    """What a checkpoint needs of a process group.
+    """What a checkpoint needs of a group of processes: one kind of round trip.
 
-    Every method that waits takes a key that is unique to the call and the same on every rank. A
-    rank that fails calls `fail`, and every rank that waits raises `CoordinationError` naming it.
+    Its cost does not grow with the number of leaves: a save takes the same few rounds whatever it saves.
     """
 
     @property
     def rank(self) -> int:
-        """This process, counted from zero."""
+        """This process, counted from zero; the primary is rank 0."""
         ...
 
     @property
@@ -26,20 +27,30 @@ class Coordinator(Protocol):
         """Processes that save and restore together."""
         ...
 
-    def barrier(self, key: str) -> None:
-        """Waits until every rank has come here."""
+    def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
+        """Every rank gives a value, the primary combines them, every rank gets the outcome.
+
+        All ranks make the same calls in the same order.
+
+        Args:
+            what: What the ranks are about, for messages.
+            value: This rank's value; or the error that kept it from having one.
+            combine: Called on the primary with the values in order of rank; what it does there is done before
+                any rank goes on.
+
+        Raises:
+            CoordinationError: Another rank gave an error, or `combine` failed on the primary.
+            CoordinationTimeoutError: A rank did not come.
+            BaseException: The error that this rank itself gave.
+        """
         ...
 
-    def broadcast(self, key: str, value: bytes | None) -> bytes:
-        """The primary's value, on every rank."""
+    def background(self) -> Coordinator:
+        """The same group for another thread: the two never wait for each other."""
         ...
 
-    def gather(self, key: str, value: bytes) -> Sequence[bytes] | None:
-        """Every rank's value on the primary, in order; None on the others."""
-        ...
-
-    def fail(self, key: str, error: BaseException) -> None:
-        """Tells the ranks waiting at `key` that this one failed."""
+    def hurry(self, seconds: float) -> None:
+        """Waits no longer than this from now on, since peers may be about to die."""
         ...
 
 
@@ -49,16 +60,16 @@ class SingleProcess:
     rank = 0
     num_ranks = 1
 
-    def barrier(self, key: str) -> None:
-        """Returns at once."""
+    def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
+        """Combines the one value."""
+        del what
+        if isinstance(value, BaseException):
+            raise value
+        return combine([value])
 
-    def broadcast(self, key: str, value: bytes | None) -> bytes:
-        """Returns the value."""
-        return value if value is not None else b""
+    def background(self) -> Coordinator:
+        """Itself."""
+        return self
 
-    def gather(self, key: str, value: bytes) -> Sequence[bytes] | None:
-        """Returns the value alone."""
-        return [value]
-
-    def fail(self, key: str, error: BaseException) -> None:
-        """Does nothing: the error is raised here anyway."""
+    def hurry(self, seconds: float) -> None:
+        """Does nothing."""

@@ -1,0 +1,189 @@
+"""The ranks agree on who writes what: one round trip a save, a second when the structure is new.
+
+Every rank tells the primary a digest of its structure. If all are equal, or all are as they were at the last
+save, every rank knows its part already. Only ranks with different trees (pipeline stages) exchange their names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Sequence
+from typing import Any, TypeAlias, cast
+
+from functional_ckpt import errors
+from functional_ckpt.core import manifest, orbax_format, write_plan
+from functional_ckpt.core.placement import Sharding
+from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.lowering import LoweredItem, Source
+
+__all__ = ["ItemPlan", "Planner", "SavePlan"]
+
+Holders: TypeAlias = "dict[str, tuple[int, ...]]"
+"""`item/leaf` -> the ranks whose tree has the leaf."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ItemPlan:
+    """One rank's part in writing one item.
+
+    Attributes:
+        arrays: One for each source, in the item's order.
+        scalars: Names of the plain numbers that this rank writes for Orbax.
+    """
+
+    arrays: tuple[write_plan.PlannedArray, ...]
+    scalars: frozenset[str]
+
+
+SavePlan: TypeAlias = dict[str, ItemPlan]
+
+
+class Planner:
+    """Plans saves for one rank; remembers the last plan, since structures rarely change."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._signature = b""
+        self._signatures: tuple[bytes, ...] = ()
+        self._plan: SavePlan = {}
+
+    def plan(self, items: Sequence[LoweredItem] | BaseException, step: int | None) -> SavePlan:
+        """This rank's part of a save; every rank must call it.
+
+        Args:
+            items: What this rank holds; or the error that kept it from lowering.
+            step: Which step; the same on every rank.
+
+        Raises:
+            CoordinationError: Another rank failed, or the ranks disagree about the step or the items.
+        """
+        coordinator = self._coordinator
+        if isinstance(items, BaseException):
+            coordinator.exchange(f"the plan of step {step}", items, _first)
+            raise items  # unreachable: exchange raises what it was given
+        shared = [item for item in items if not item.per_rank]
+        own = [item for item in items if item.per_rank]
+        return self._plan_shared(shared, items, step) | _plan(own, coordinator.rank, (), None)
+
+    def _plan_shared(
+        self, items: Sequence[LoweredItem], every: Sequence[LoweredItem], step: int | None
+    ) -> SavePlan:
+        coordinator = self._coordinator
+        signature = _signature(items)
+        head = json.dumps([step, sorted(item.name for item in every)]).encode()
+        verdict = coordinator.exchange(
+            f"the plan of step {step}", b"%d\n" % len(head) + head + signature, self._judge
+        )
+        if verdict == b"as before" and signature == self._signature:
+            return self._plan
+        ranks = tuple(range(coordinator.num_ranks))
+        holders: Holders | None = None
+        if verdict != b"alike":
+            own = zlib.compress(json.dumps(_names(items)).encode(), 1)
+            found = coordinator.exchange(f"the leaves of step {step}", own, _unite_names)
+            holders = {
+                name: tuple(held) for name, held in json.loads(zlib.decompress(found)).items()
+            }
+        self._plan = _plan(items, coordinator.rank, ranks, holders)
+        self._signature = signature
+        return self._plan
+
+    def _judge(self, values: Sequence[bytes]) -> bytes:
+        """On the primary: whether the structures are alike, as before, or must be exchanged."""
+        heads: list[bytes] = []
+        signatures: list[bytes] = []
+        for value in values:
+            length, _, rest = value.partition(b"\n")
+            heads.append(rest[: int(length)])
+            signatures.append(rest[int(length) :])
+        for rank, head in enumerate(heads):
+            if head != heads[0]:
+                step, names = json.loads(head)
+                first_step, first_names = json.loads(heads[0])
+                raise errors.CoordinationError(
+                    f"Rank {rank} saves step {step} with the items {names}, rank 0 step {first_step} "
+                    f"with {first_names}; every rank must make the same calls.",
+                    ranks=(rank,),
+                )
+        before, self._signatures = self._signatures, tuple(signatures)
+        if self._signatures == before:
+            return b"as before"
+        return b"alike" if len(set(signatures)) == 1 else b"exchange"
+
+
+def _first(values: Sequence[bytes]) -> bytes:
+    return values[0]
+
+
+def _signature(items: Sequence[LoweredItem]) -> bytes:
+    """A digest of everything that the plan of these items depends on."""
+    described = [
+        (item.name, [(s.node.name, s.node.spec, s.sharding) for s in item.sources], _scalars(item))
+        for item in items
+    ]
+    return manifest.digest_hex(repr(described).encode()).encode()
+
+
+def _scalars(item: LoweredItem) -> list[str]:
+    if item.root is None:
+        return []
+    return [name for name, _, _ in orbax_format.scalar_leaves(item.root)]
+
+
+def _names(items: Sequence[LoweredItem]) -> list[str]:
+    return [
+        f"{item.name}/{name}"
+        for item in items
+        for name in (*(source.node.name for source in item.sources), *_scalars(item))
+    ]
+
+
+def _unite_names(values: Sequence[bytes]) -> bytes:
+    holders: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        for name in cast("list[str]", json.loads(zlib.decompress(value))):
+            holders.setdefault(name, []).append(rank)
+    return zlib.compress(json.dumps(holders).encode(), 1)
+
+
+def _plan(
+    items: Sequence[LoweredItem], rank: int, ranks: tuple[int, ...], holders: Holders | None
+) -> SavePlan:
+    placed: list[tuple[str, Source, Sharding]] = []
+    for item in items:
+        for source in item.sources:
+            if source.sharding is not None:
+                sharding = source.sharding
+            elif item.per_rank:
+                sharding = Sharding.replicated((rank,))
+            else:
+                holding = ranks if holders is None else holders[f"{item.name}/{source.node.name}"]
+                sharding = Sharding.replicated(holding)
+            placed.append((item.name, source, sharding))
+    # Ranks with different trees must meet what they share in the same order.
+    placed.sort(key=lambda entry: (entry[0], entry[1].node.name))
+    planned = write_plan.plan_writes(
+        [write_plan.ShardedArray(n, s.node.name, s.node.spec, sharding) for n, s, sharding in placed],
+        rank,
+    )
+    by_name = {
+        (name, source.node.name): array
+        for (name, source, _), array in zip(placed, planned, strict=True)
+    }
+    return {
+        item.name: ItemPlan(
+            arrays=tuple(by_name[item.name, source.node.name] for source in item.sources),
+            scalars=frozenset(
+                name for name in _scalars(item) if _writes_scalar(item, name, rank, holders)
+            ),
+        )
+        for item in items
+    }
+
+
+def _writes_scalar(item: LoweredItem, name: str, rank: int, holders: Holders | None) -> bool:
+    if item.per_rank:
+        return True
+    return rank == (0 if holders is None else min(holders[f"{item.name}/{name}"]))

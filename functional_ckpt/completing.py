@@ -1,0 +1,159 @@
+"""The primary's part of a save: one global item out of every rank's chunks, then every metadata file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from functional_ckpt import lowering
+from functional_ckpt.core import manifest, orbax_format, structure, union
+from functional_ckpt.core.chunks import ChunkGrid
+from functional_ckpt.lowering import LoweredItem
+from functional_ckpt.storage import arrays, commit
+from functional_ckpt.storage.layout import JSON_FILE
+from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.writer import SPREAD_BYTES, RankReport
+
+__all__ = ["CheckpointInfo", "complete"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """What is written about a checkpoint besides its items.
+
+    Attributes:
+        step: The step, or None.
+        init_time_ns: When the save began, nanoseconds since the epoch.
+        metrics: Metrics, JSON.
+        custom_metadata: The user's own metadata, JSON.
+    """
+
+    step: int | None
+    init_time_ns: int
+    metrics: Mapping[str, Any] | None = None
+    custom_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+
+def complete(
+    storage: LocalStorage,
+    directory: str,
+    items: Sequence[LoweredItem],
+    reports: Sequence[RankReport],
+    info: CheckpointInfo,
+    commit_time_ns: int,
+) -> None:
+    """Merges, writes every metadata file, and makes all of `directory` durable.
+
+    Args:
+        storage: The file system.
+        directory: The checkpoint, with every rank's chunks in it.
+        items: The primary's items.
+        reports: What each rank wrote, in order of rank.
+        info: What to write about the checkpoint.
+        commit_time_ns: The time to write as that of the commit, nanoseconds since the epoch.
+    """
+    names: dict[str, str] = {}
+    files: dict[str, manifest.FileRecord] = {}
+    for item in items:
+        names[item.name] = "json" if item.root is None else "tree"
+        path = os.path.join(directory, item.name)
+        if item.text is not None:
+            storage.make_directory(path)
+            file = f"{item.name}/{JSON_FILE}"
+            files[file] = _write(storage, directory, file, item.text)
+        elif item.root is not None:
+            record = _complete_tree(storage, path, item, item.root, reports)
+            file = f"{item.name}/{manifest.EXTENSION_FILE}"
+            files[file] = _write(storage, directory, file, record.to_json())
+    if info.metrics is not None:
+        storage.make_directory(os.path.join(directory, "metrics"))
+        file = "metrics/metrics"
+        files[file] = _write(storage, directory, file, lowering.to_json(info.metrics, "metrics"))
+    text = orbax_format.checkpoint_metadata(
+        names,
+        init_time_ns=info.init_time_ns,
+        commit_time_ns=commit_time_ns,
+        custom_metadata=info.custom_metadata,
+        metrics=info.metrics,
+    )
+    name = orbax_format.CHECKPOINT_METADATA_FILE
+    files[name] = _write(storage, directory, name, text)
+    step = manifest.StepRecord(step=info.step, items=names, files=files)
+    _write(storage, directory, manifest.EXTENSION_FILE, step.to_json())
+    commit.sync_tree(storage, directory, storage.walk(directory))
+
+
+def _write(storage: LocalStorage, path: str, name: str, data: bytes) -> manifest.FileRecord:
+    storage.write(os.path.join(path, name), data)
+    return manifest.FileRecord(len(data), manifest.digest_hex(data))
+
+
+def _complete_tree(
+    storage: LocalStorage,
+    path: str,
+    item: LoweredItem,
+    root: structure.Node,
+    reports: Sequence[RankReport],
+) -> manifest.ItemRecord:
+    """Makes one tree item whole but for its record, which is returned."""
+    parts = [(rank, report.roots.get(item.name, root)) for rank, report in enumerate(reports)]
+    united = union.unite(parts, item=item.name)
+    if item.per_rank and isinstance(united, structure.BranchNode):
+        united = dataclasses.replace(united, kind="per_rank")
+    joined = arrays.join_digests([report.digests[item.name] for report in reports])
+    nodes = [
+        leaf for _, leaf in structure.iter_leaves(united) if isinstance(leaf, structure.ArrayNode)
+    ]
+    shapes = {
+        name: shape
+        for report in reports
+        for name, shape in report.chunk_shapes[item.name].items()
+    }
+    grids = {
+        node.name: ChunkGrid(node.spec.shape, shapes[node.name])
+        for node in nodes
+        if node.tied_to is None
+    }
+    tied = {
+        node.name: (node.tied_to, grids[node.tied_to]) for node in nodes if node.tied_to is not None
+    }
+    children = [child for report in reports for child in report.children[item.name]]
+    arrays.merge_children(storage, path, children, tied)
+    _write(storage, path, orbax_format.TREE_METADATA_FILE, orbax_format.tree_metadata(united))
+    if texts := orbax_format.strings(united):
+        _write(storage, path, orbax_format.STRINGS_FILE, json.dumps(texts).encode())
+    return manifest.ItemRecord(
+        item=item.name,
+        handler=item.handler,
+        root=united,
+        arrays={
+            name: manifest.ArrayRecord(grid.chunk_shape, joined.get(name, ""))
+            for name, grid in grids.items()
+        },
+        files=_describe(storage, path),
+    )
+
+
+def _describe(storage: LocalStorage, path: str) -> dict[str, manifest.FileRecord]:
+    """What every file of an item must be.
+
+    Large ones are read back for their digests while they are being synced: the one waits for the
+    processor, the other for the disk.
+    """
+    names = storage.walk(path)
+    found: dict[str, manifest.FileRecord] = {}
+
+    def describe() -> None:
+        for name in names:
+            found[name] = storage.describe(os.path.join(path, name))
+
+    if storage.total_bytes(path) < SPREAD_BYTES:
+        describe()
+    else:
+        sync = functools.partial(commit.sync_tree, storage, path, names)
+        arrays.run_in_threads([sync, describe])
+    return found

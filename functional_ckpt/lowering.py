@@ -1,0 +1,107 @@
+"""Items taken apart for saving: structures, and the live tensors that hold their bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.core import leaves, placement, structure, tree, union
+from functional_ckpt.handlers.base import CheckpointItem, Registry
+from functional_ckpt.storage import commit
+
+__all__ = ["RESERVED_NAMES", "LoweredItem", "Source", "check_item_name", "lower", "to_json"]
+
+RESERVED_NAMES = ("metrics", "metadata")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """An array that holds its own bytes.
+
+    Attributes:
+        node: The whole array.
+        tensor: What this rank holds of it: the local tensor of a DTensor, else all of it.
+        sharding: Who holds what; None for a plain array, which every rank that has it holds whole.
+    """
+
+    node: structure.ArrayNode
+    tensor: torch.Tensor
+    sharding: placement.Sharding | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoweredItem:
+    """An item taken apart, still in the caller's memory.
+
+    Attributes:
+        name: The item's name.
+        handler: Name of the handler's class, for people.
+        root: The structure; None for a JSON item.
+        text: The text of a JSON item; None for a tree.
+        sources: Its arrays.
+        per_rank: Whether every rank has a value of its own, under a key of its own.
+    """
+
+    name: str
+    handler: str
+    root: structure.Node | None
+    text: bytes | None = None
+    sources: tuple[Source, ...] = ()
+    per_rank: bool = False
+
+
+def check_item_name(name: object) -> str:
+    """The name, if an item may have it; else `UsageError`."""
+    if not isinstance(name, str) or not name:
+        raise errors.UsageError(f"An item's name must be a non-empty str; got {name!r}.")
+    if name in RESERVED_NAMES or name[0] in "_." or "/" in name or "\0" in name:
+        raise errors.UsageError(
+            f"Item name {name!r} is reserved: names may not contain '/', begin with '_' or '.', or "
+            f"be one of {', '.join(RESERVED_NAMES)} (metrics are given by save(metrics=...)).",
+            key_path=name,
+        )
+    if commit.TMP_SUFFIX in name or not name.isprintable() or len(name.encode()) > 200:
+        raise errors.UsageError(f"Item name {name!r} cannot be a directory's name.", key_path=name)
+    return name
+
+
+def lower(
+    items: Mapping[str, Any], registry: Registry, *, rank: int = 0, num_ranks: int = 1
+) -> tuple[LoweredItem, ...]:
+    """Takes every item apart, or raises before anything is written; copies nothing."""
+    if not isinstance(items, Mapping) or not items:
+        raise errors.UsageError(
+            f"items must be a non-empty mapping of names to values; got {type(items).__name__} "
+            f"{items!r:.60}. Wrap a single value: {{'state': value}}."
+        )
+    bound = {check_item_name(name): registry.bind(value, name) for name, value in items.items()}
+    return tuple(_lower_item(name, item, rank, num_ranks) for name, item in bound.items())
+
+
+def _lower_item(name: str, item: CheckpointItem, rank: int, num_ranks: int) -> LoweredItem:
+    kind = type(item.handler).__name__
+    lowered = item.handler.lower(item.value)
+    if item.handler.format == "json":
+        return LoweredItem(name=name, handler=kind, root=None, text=to_json(lowered, name))
+    per_rank = item.handler.per_rank and num_ranks > 1
+    flat = tree.flatten({union.rank_key(rank): lowered} if per_rank else lowered, item=name)
+    sources = tuple(
+        Source(node, leaves.source_of(value, node), placement.sharding_of(value))
+        for node, value in flat.arrays
+    )
+    return LoweredItem(
+        name=name, handler=kind, root=flat.root, sources=sources, per_rank=per_rank
+    )
+
+
+def to_json(value: Any, what: str) -> bytes:
+    """JSON text of a value; `UsageError` names what cannot be written."""
+    try:
+        return json.dumps(value).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise errors.UsageError(f"{what} is not JSON: {error}.", key_path=what) from error
