@@ -127,12 +127,14 @@ def leaf_name(path: KeyPath) -> str:
 
 
 def key_prefix(name: str) -> str:
-    """What the keys of an array begin with; TensorStore, and so Orbax, adds no second slash.
+    """What the keys of an array begin with: TensorStore's rule, which is Orbax's.
 
-    >>> key_prefix("a.b"), key_prefix("a/")
-    ('a.b/', 'a/')
+    >>> key_prefix("a.b"), key_prefix("a/"), key_prefix("/")
+    ('a.b/', 'a/', '')
     """
-    return name if not name or name.endswith("/") else f"{name}/"
+    if name in ("", "/"):
+        return ""
+    return name if name.endswith("/") else f"{name}/"
 
 
 def pretty(path: KeyPath, root: str = "") -> str:
