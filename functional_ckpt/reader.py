@@ -148,14 +148,11 @@ class _Jobs:
     def _leaf(self, binding: plan.Given | plan.ReadArray) -> Any:
         if isinstance(binding, plan.Given):
             return binding.value
-        else:
-            job = self._of[id(binding)]
-            if binding.form == "as_saved" and binding.node.detail != job.binding.node.detail:
-                # tied, but one is a Parameter and the other its plain view
-                return leaves.dress(
-                    cast("torch.Tensor", job.value).detach(), binding.node.detail
-                )
-            return job.value
+        job = self._of[id(binding)]
+        if binding.form == "as_saved" and binding.node.detail != job.binding.node.detail:
+            # tied, but one is a Parameter and the other its plain view
+            return leaves.dress(cast("torch.Tensor", job.value).detach(), binding.node.detail)
+        return job.value
 
 
 def _build(binding: plan.Build, children: Sequence[Any]) -> Any:

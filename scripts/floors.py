@@ -63,7 +63,7 @@ FLOORS: dict[str, int] = {
 SOLE_IMPORTERS: dict[str, tuple[str, ...]] = {
     "tensorstore": ("storage/arrays.py", "storage/arrays_*.py"),
     "torch.distributed": ("distributed/torch_dist.py",),
-    "torch.utils._pytree": ("core/tree.py",),
+    "torch.utils._pytree": ("core/containers.py",),
     "orbax": ("interop/orbax.py",),
     "jax": (),
     "jaxlib": (),
@@ -78,6 +78,9 @@ TORCH_FREE: tuple[str, ...] = (
     "core/spec.py",
     "core/chunks.py",
     "core/manifest.py",
+    "core/nodes_json.py",
+    "core/plain_json.py",
+    "core/walk.py",
     "core/policy.py",
     "core/time*.py",
     "core/keep_*.py",

@@ -39,7 +39,8 @@ SOUND = {
     "errors.py": "import traceback\n",
     "core/__init__.py": "",
     "core/spec.py": "from functional_ckpt import errors\n",
-    "core/tree.py": "import torch\nimport torch.utils._pytree as pytree\n"
+    "core/tree.py": "import torch\n",
+    "core/containers.py": "import torch\nimport torch.utils._pytree as pytree\n"
     "from functional_ckpt.core import spec\n",
     "core/chunks.py": "import math\nfrom functional_ckpt.core.spec import Box\n",
     "storage/paths.py": "import os\nfrom functional_ckpt.errors import CheckpointError\n",

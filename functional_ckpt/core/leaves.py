@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core import spec as spec_lib
 from functional_ckpt.core import placement, structure
+from functional_ckpt.core import spec as spec_lib
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -243,7 +243,7 @@ def host_view(tensor: torch.Tensor, dtype: str) -> Array:
 
 
 def _is_registered(dtype: np.dtype[Any]) -> bool:
-    """Whether it comes from ml_dtypes; their kinds differ (float8_e5m2 is `f`, the others are `V`)."""
+    """Whether it is one of ml_dtypes, whose kinds differ (float8_e5m2 is `f`, others `V`)."""
     return dtype.isbuiltin == 2
 
 

@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import re
-import struct
 from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
 import xxhash
 
 from functional_ckpt import errors
+from functional_ckpt.core import nodes_json, structure
 from functional_ckpt.core import spec as spec_lib
-from functional_ckpt.core import structure
 from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
+from functional_ckpt.core.plain_json import integer, string
 
 __all__ = [
     "EXTENSION_FILE",
@@ -40,20 +39,6 @@ _FORMAT = "functional_ckpt"
 _VERSION = 1
 _SEAL = ', "xxh3": "{}"}}'
 _SEAL_BYTES = len(_SEAL.format("0" * 16))
-_SEQUENCES = ("list", "tuple", "torch_size", "deque")
-_BRANCHES = (
-    *("dict", "ordered_dict", "default_dict", "counter", "named_tuple", "registered"),
-    *(
-        "sparse_coo",
-        "sparse_csr",
-        "sparse_csc",
-        "sparse_bsr",
-        "sparse_bsc",
-        "quantized",
-        "subclass",
-    ),
-)
-_ARRAYS = ("tensor", "ndarray", "numpy_scalar", "bytes")
 _HEX = re.compile(r"[0-9a-f]*")
 
 
@@ -115,7 +100,7 @@ class ItemRecord:
             "item": self.item,
             "handler": self.handler,
             "digest_block_bytes": DIGEST_BLOCK_BYTES,
-            "structure": _node_to_json(self.root),
+            "structure": nodes_json.to_json(self.root),
             "arrays": {
                 name: [list(array.chunk_shape), array.xxh3] for name, array in self.arrays.items()
             },
@@ -170,7 +155,8 @@ def unseal(data: bytes, path: object) -> dict[str, Json]:
     body, mark = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
     if mark != _SEAL.format(digest_hex(body)).encode():
         raise errors.CorruptCheckpointError(
-            f"{path}: its content does not match its own digest; the file was changed or cut short.",
+            f"{path}: its content does not match its own digest; the file was changed or cut "
+            "short.",
             path=path,
         )
     try:
@@ -182,8 +168,8 @@ def unseal(data: bytes, path: object) -> dict[str, Json]:
     known = cast("dict[str, Json]", record)
     if known.get("version") != _VERSION:
         raise errors.CorruptCheckpointError(
-            f"{path}: format version {known.get('version')!r}; this package reads version {_VERSION}. "
-            "Use the version of functional_ckpt that wrote it, or a later one.",
+            f"{path}: format version {known.get('version')!r}; this package reads version "
+            f"{_VERSION}. Use the version of functional_ckpt that wrote it, or a later one.",
             path=path,
         )
     return known
@@ -195,15 +181,15 @@ def parse_item(data: bytes, path: object) -> ItemRecord:
     with _Parsing(path):
         if record["digest_block_bytes"] != DIGEST_BLOCK_BYTES:
             raise ValueError(f"digest blocks of {record['digest_block_bytes']!r} bytes")
-        root = _node_from_json(record["structure"], ())
+        root = nodes_json.from_json(record["structure"])
         arrays = {
-            _string(name): ArrayRecord(_shape(shape), _hex(digests))
+            string(name): ArrayRecord(nodes_json.shape(shape), _hex(digests))
             for name, (shape, digests) in record["arrays"].items()
         }
         _check_arrays(root, arrays)
         return ItemRecord(
-            item=_string(record["item"]),
-            handler=_string(record["handler"]),
+            item=string(record["item"]),
+            handler=string(record["handler"]),
             root=root,
             arrays=arrays,
             files=_files_from_json(record["files"]),
@@ -217,7 +203,7 @@ def parse_step(data: bytes, path: object) -> StepRecord:
         step = record["step"]
         if step is not None and (type(step) is not int or step < 0):
             raise ValueError(f"step {step!r}")
-        items = {_item_name(name): _string(kind) for name, kind in record["items"].items()}
+        items = {_item_name(name): string(kind) for name, kind in record["items"].items()}
         if not set(items.values()) <= {"tree", "json"}:
             raise ValueError(f"items {items!r}")
         return StepRecord(step=step, items=items, files=_files_from_json(record["files"]))
@@ -274,140 +260,6 @@ def _num_blocks(grid: ChunkGrid, itemsize_bytes: int, recorded: int) -> int:
     return digest_offsets(grid, itemsize_bytes)[-1]
 
 
-# ------------------------------------------------------------------------------------ structures
-
-
-def _node_to_json(node: structure.Node) -> Json:
-    if isinstance(node, structure.ValueNode):
-        return {node.kind: plain_to_json(node.value)}
-    if isinstance(node, structure.ArrayNode):
-        record: dict[str, Json] = {node.kind: [node.spec.dtype, list(node.spec.shape)]}
-        if node.tied_to is not None:
-            record["tied_to"] = node.tied_to
-    elif node.kind in _SEQUENCES:
-        record = {node.kind: [_node_to_json(child) for child in node.children]}
-    else:
-        record = {
-            node.kind: [
-                [_key_to_json(key), _node_to_json(child)]
-                for key, child in zip(node.keys, node.children, strict=True)
-            ]
-        }
-    if node.detail:
-        record["detail"] = dict(node.detail)
-    return record
-
-
-def _node_from_json(record: Json, path: structure.KeyPath) -> structure.Node:
-    kind = next(iter(record))
-    payload = record[kind]
-    detail = dict(record.get("detail", {}))
-    if kind in _ARRAYS:
-        name = structure.join(path) if path else "value"
-        spec = spec_lib.ArraySpec(_shape(payload[1]), _string(payload[0]))
-        tied_to = record.get("tied_to")
-        return structure.ArrayNode(
-            kind=kind,
-            spec=spec,
-            name=name,
-            detail=detail,
-            tied_to=None if tied_to is None else _string(tied_to),
-        )
-    if kind in _SEQUENCES:
-        keys = tuple(structure.Key(index, "index") for index in range(len(payload)))
-        children = payload
-    elif kind in _BRANCHES:
-        keys = tuple(_key_from_json(key) for key, _ in payload)
-        children = [child for _, child in payload]
-    else:
-        return structure.ValueNode(kind=kind, value=plain_from_json(kind, payload))
-    if len(set(map(str, keys))) != len(keys):
-        raise ValueError(f"a key occurs twice under {structure.pretty(path)}")
-    nodes = tuple(
-        _node_from_json(child, (*path, key)) for key, child in zip(keys, children, strict=True)
-    )
-    return structure.BranchNode(kind=kind, keys=keys, children=nodes, detail=detail)
-
-
-def _key_to_json(key: structure.Key) -> Json:
-    if key.kind == "index":
-        return ["index", key.value]
-    return key.value if isinstance(key.value, str) else _hashable_to_json(key.value)
-
-
-def _hashable_to_json(value: object) -> Json:
-    if isinstance(value, tuple):
-        return ["tuple", [_hashable_to_json(part) for part in cast("tuple[object, ...]", value)]]
-    if isinstance(value, bytes):
-        return ["bytes", base64.b64encode(value).decode()]
-    kind = "none" if value is None else type(value).__name__
-    return [kind, plain_to_json(value)]
-
-
-def _key_from_json(record: Json) -> structure.Key:
-    if isinstance(record, str):
-        return structure.Key(record)
-    if record[0] == "index":
-        return structure.Key(_integer(record[1]), "index")
-    return structure.Key(_hashable_from_json(record))
-
-
-def _hashable_from_json(record: Json) -> Any:
-    kind, payload = record
-    if kind == "tuple":
-        return tuple(_hashable_from_json(part) for part in payload)
-    if kind == "bytes":
-        return base64.b64decode(payload, validate=True)
-    return plain_from_json(kind, payload)
-
-
-def plain_to_json(value: object) -> Json:
-    """A plain value as JSON, exactly: large integers and non-finite floats as hex digits of their bits."""
-    if type(value) is int and not -(2**53) < value < 2**53:
-        return hex(value)
-    if type(value) is float:
-        # NaN payloads and infinities have no JSON; finite floats survive through repr.
-        finite = value - value == 0
-        return value if finite else struct.pack(">d", value).hex()
-    if type(value) is complex:
-        return [plain_to_json(value.real), plain_to_json(value.imag)]
-    if type(value) is str and not value.isascii() and _has_surrogates(value):
-        return {"utf-16": value.encode("utf-16-le", "surrogatepass").hex()}
-    return value
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def plain_from_json(kind: str, payload: Json) -> Any:
-    """The opposite of `plain_to_json` for a value of the given kind."""
-    if kind == "none" and payload is None:
-        return None
-    if kind == "bool" and type(payload) is bool:
-        return payload
-    if kind == "int":
-        return int(payload, 16) if isinstance(payload, str) else _integer(payload)
-    if kind == "float":
-        return _float(payload)
-    if kind == "complex":
-        real, imag = payload
-        return complex(_float(real), _float(imag))
-    if kind == "str" and isinstance(payload, dict):
-        return bytes.fromhex(cast("Json", payload)["utf-16"]).decode("utf-16-le", "surrogatepass")
-    if kind in ("str", "torch_dtype", "torch_device"):
-        return _string(payload)
-    raise ValueError(f"{payload!r} is not a value of kind {kind!r}")
-
-
-def _float(payload: Json) -> float:
-    if isinstance(payload, str):
-        return float(struct.unpack(">d", bytes.fromhex(payload))[0])
-    if type(payload) not in (int, float):
-        raise ValueError(f"{payload!r} is not a float")
-    return float(payload)
-
-
 # ------------------------------------------------------------------------------------ small parts
 
 
@@ -417,13 +269,13 @@ def _files_to_json(files: Mapping[str, FileRecord]) -> Json:
 
 def _files_from_json(record: Json) -> dict[str, FileRecord]:
     return {
-        _relative(name): FileRecord(_integer(size), _hex(digest))
+        _relative(name): FileRecord(integer(size), _hex(digest))
         for name, (size, digest) in record.items()
     }
 
 
 def _relative(name: Json) -> str:
-    parts = _string(name).split("/")
+    parts = string(name).split("/")
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
         raise ValueError(f"{name!r} is not a path inside the checkpoint")
     return name
@@ -435,23 +287,7 @@ def _item_name(name: Json) -> str:
     return name
 
 
-def _string(value: Json) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not a string")
-    return value
-
-
-def _integer(value: Json) -> int:
-    if type(value) is not int:
-        raise ValueError(f"{value!r} is not an integer")
-    return value
-
-
 def _hex(value: Json) -> str:
-    if not _HEX.fullmatch(_string(value)):
+    if not _HEX.fullmatch(string(value)):
         raise ValueError(f"{value!r} is not a digest")
     return value
-
-
-def _shape(value: Json) -> tuple[int, ...]:
-    return tuple(_integer(size) for size in value)

@@ -82,7 +82,7 @@ def tree_metadata(root: structure.Node) -> bytes:
     """Orbax's `_METADATA` for a structure."""
     tree: dict[str, Json] = {}
     for path, leaf in structure.iter_leaves(root):
-        path = path or (structure.Key("value"),)
+        path = path or (structure.Key(structure.ROOT_NAME),)
         stored_as = _stored_as(leaf)
         value: dict[str, Json] = {"value_type": stored_as, "skip_deserialize": False}
         if isinstance(leaf, structure.ArrayNode):
@@ -123,7 +123,7 @@ def strings(root: structure.Node) -> dict[str, str]:
             text = hex(leaf.value) if isinstance(leaf.value, int) else str(leaf.value)
             # Orbax wants valid Unicode; the exact text is in our own record.
             text = text.encode("utf-8", "replace").decode()
-            found[structure.join(path) or "value"] = text
+            found[structure.leaf_name(path)] = text
     return found
 
 
@@ -132,7 +132,7 @@ def scalar_leaves(root: structure.Node) -> Iterator[tuple[str, ArraySpec, object
     for path, leaf in structure.iter_leaves(root):
         if isinstance(leaf, structure.ValueNode) and _stored_as(leaf) == "scalar":
             yield (
-                structure.join(path) or "value",
+                structure.leaf_name(path),
                 ArraySpec((), _SCALAR_DTYPES[leaf.kind]),
                 leaf.value,
             )

@@ -7,6 +7,7 @@ or collects what does not fit. Pure: nothing is read, nothing the caller passed 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core import leaves, structure, tree
+from functional_ckpt.core import leaves, parts, structure, tree, walk
 from functional_ckpt.core.spec import ArraySpec
 from functional_ckpt.core.structure import KeyPath
 from functional_ckpt.core.target import AS_SAVED, Fill
@@ -31,6 +32,13 @@ __all__ = [
     "raise_report",
     "specs",
 ]
+
+
+_PARTS = parts.KINDS
+_LEAVES = (Fill, torch.Tensor)
+_Place: TypeAlias = tuple[structure.Node, KeyPath]
+_Pair: TypeAlias = tuple[structure.Node | None, Any, KeyPath]
+"""What is stored (None for nothing), what the target has there, and where."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,14 +125,21 @@ class Bound:
 
 def specs(node: structure.Node) -> Any:
     """The tree a structure describes, with an `ArraySpec` in place of every array."""
+    return walk.fold(node, _visit_specs)
+
+
+def _visit_specs(node: structure.Node) -> walk.Visit[structure.Node, Any]:
     if isinstance(node, structure.ArrayNode):
-        return node.spec
+        return walk.leaf(node.spec)
     if isinstance(node, structure.ValueNode):
-        return leaves.plain_value(node)
-    children = [specs(child) for child in node.children]
-    if node.kind in ("sparse_coo", "quantized", "subclass") or node.kind.startswith("sparse_"):
-        return {str(key.value): child for key, child in zip(node.keys, children, strict=True)}
-    return tree.close_container(node, children)
+        return walk.leaf(leaves.plain_value(node))
+
+    def build(children: list[Any]) -> Any:
+        if node.kind in _PARTS or node.kind == "registered":  # neither is made of specs
+            return dict(zip([key.value for key in node.keys], children, strict=True))
+        return tree.close_container(node, children)
+
+    return node.children, build
 
 
 def prune(
@@ -135,16 +150,25 @@ def prune(
     A dict loses the keys that are left out; in a sequence, named tuple or registered node None
     takes their place.
     """
-    if not isinstance(node, structure.BranchNode) or not node.children:
-        return node if keep(tree.leaf_name(path)) else None
-    if node.kind.startswith("sparse_") or node.kind in ("quantized", "subclass"):
-        return node if keep(tree.leaf_name(path)) else None
-    pairs = [
-        (key, prune(child, keep, (*path, key)))
-        for key, child in zip(node.keys, node.children, strict=True)
-    ]
-    if all(child is None for _, child in pairs):
+
+    def visit(place: _Place) -> walk.Visit[_Place, structure.Node | None]:
+        current, where = place
+        is_leaf = not isinstance(current, structure.BranchNode) or not current.children
+        if is_leaf or current.kind in _PARTS:
+            return walk.leaf(current if keep(structure.leaf_name(where)) else None)
+        branch = cast("structure.BranchNode", current)
+        pairs = zip(branch.children, branch.keys, strict=True)
+        return [(child, (*where, key)) for child, key in pairs], functools.partial(_pruned, branch)
+
+    return walk.fold((node, path), visit)
+
+
+def _pruned(
+    node: structure.BranchNode, children: Sequence[structure.Node | None]
+) -> structure.Node | None:
+    if all(child is None for child in children):
         return None
+    pairs = list(zip(node.keys, children, strict=True))
     if node.kind in ("dict", "ordered_dict", "default_dict", "counter"):
         pairs = [(key, child) for key, child in pairs if child is not None]
     nothing = structure.ValueNode(kind="none", value=None)
@@ -173,7 +197,7 @@ def match(
         selects: Which stored leaves the target is about, by name; the others are left alone.
     """
     matching = _Matching(item, cast_to_target, selects or (lambda name: True))
-    binding = matching.bind(saved, target, ())
+    binding = walk.fold((saved, target, ()), matching.visit)
     return Bound(
         binding=binding,
         report=RestoreReport(
@@ -195,59 +219,67 @@ class _Matching:
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
 
-    def bind(self, saved: structure.Node, target: Any, path: KeyPath) -> Binding:
+    def visit(self, place: _Pair) -> walk.Visit[_Pair, Binding]:
+        saved, target, path = place
+        if saved is None:
+            return walk.leaf(self._absent(target, path))
         if target is AS_SAVED:
-            return _as_saved(saved)
+            return walk.leaf(_as_saved(saved))
         if not self._is_wanted(saved, target, path):
-            return Given(_own_value(target))
+            return walk.leaf(Given(_own_value(target)))
+        opened = None if isinstance(target, _LEAVES) else tree.open_container(target)
+        if opened is None:
+            return walk.leaf(self._bind_leaf(saved, target, path))
+        if not isinstance(saved, structure.BranchNode):
+            return walk.leaf(self._differs(path, f"a {opened.kind}", _describe(saved), target))
+        return self._bind_container(saved, target, opened, path)
+
+    def _bind_leaf(self, saved: structure.Node, target: Any, path: KeyPath) -> Binding:
         if isinstance(target, Fill):
             return self._bind_tensor(saved, target.tensor, path, fill=True)
         if isinstance(target, torch.Tensor):
             return self._bind_tensor(saved, target, path, fill=False)
         if isinstance(saved, structure.ArrayNode):
             return self._bind_array(saved, target, path)
-        opened = tree.open_container(target)
-        if opened is not None:
-            return self._bind_container(saved, target, opened, path)
         return self._bind_value(saved, target, path)
 
     def _is_wanted(self, saved: structure.Node, target: Any, path: KeyPath) -> bool:
-        is_leaf = not isinstance(saved, structure.BranchNode) or isinstance(target, torch.Tensor)
-        return not is_leaf or self.selects(tree.leaf_name(path))
+        is_leaf = not isinstance(saved, structure.BranchNode) or isinstance(target, _LEAVES)
+        return not is_leaf or self.selects(structure.leaf_name(path))
 
     # -------------------------------------------------------------------------- containers
 
     def _bind_container(
-        self, saved: structure.Node, target: Any, opened: tree.Opened, path: KeyPath
-    ) -> Binding:
-        if not isinstance(saved, structure.BranchNode):
-            return self._differs(path, f"a {opened.kind}", _describe(saved), target)
+        self, saved: structure.BranchNode, target: Any, opened: tree.Opened, path: KeyPath
+    ) -> walk.Visit[_Pair, Binding]:
+        """Children are paired by what their keys read as: others know no keys but strings."""
         pairs = list(zip(saved.keys, saved.children, strict=True))
         stored = {str(key.value): child for key, child in pairs}
         wanted = {str(key.value) for key in opened.keys}
         for key, child in pairs:
             if str(key.value) not in wanted:
                 self._not_expected(child, (*path, key))
-        children: list[Binding] = []
-        for key, child in zip(opened.keys, opened.children, strict=True):
-            place = (*path, key)
-            if str(key.value) in stored:
-                children.append(self.bind(stored[str(key.value)], child, place))
-            else:
-                children.append(self._absent(child, place))
-        node = structure.BranchNode(
-            kind=opened.kind, keys=opened.keys, children=(), detail=opened.detail
-        )
-        return Build(node=node, children=tuple(children), like=target)
+        children: list[_Pair] = [
+            (stored.get(str(key.value)), child, (*path, key))
+            for key, child in zip(opened.keys, opened.children, strict=True)
+        ]
+        return children, lambda bound: Build(node=opened.node(), children=tuple(bound), like=target)
 
     def _not_expected(self, node: structure.Node, path: KeyPath) -> None:
         for inner, _ in structure.iter_leaves(node, path):
-            if self.selects(tree.leaf_name(inner)):
+            if self.selects(structure.leaf_name(inner)):
                 self.unexpected.append(structure.pretty(inner, self.item))
 
     def _absent(self, target: Any, path: KeyPath) -> Binding:
-        if target is not AS_SAVED and self.selects(tree.leaf_name(path)):
-            self.missing.append(structure.pretty(path, self.item))
+        todo: list[tuple[Any, KeyPath]] = [(target, path)]
+        while todo:
+            current, place = todo.pop()
+            opened = None if isinstance(current, _LEAVES) else tree.open_container(current)
+            if opened is not None and opened.children:
+                pairs = zip(reversed(opened.keys), reversed(opened.children), strict=True)
+                todo.extend((child, (*place, key)) for key, child in pairs)
+            elif current is not AS_SAVED and self.selects(structure.leaf_name(place)):
+                self.missing.append(structure.pretty(place, self.item))
         return Given(_own_value(target))
 
     # -------------------------------------------------------------------------- leaves
@@ -266,10 +298,9 @@ class _Matching:
             if not (is_number and shape == ()):
                 return self._differs(path, expected, _describe(saved), keep)
         node = cast("structure.ArrayNode", saved)
-        stored = str(node.detail.get("dtype", node.spec.dtype))
         if node.spec.shape != shape:
             return self._differs(path, expected, _describe(saved), keep)
-        if stored != dtype and not self.cast_to_target:
+        if _stored_dtype(node) != dtype and not self.cast_to_target:
             hint = " (pass cast='target' to convert)"
             return self._differs(path, expected, _describe(saved) + hint, keep)
         return ReadArray(node=node, form="fill" if fill else "tensor", like=tensor)
@@ -291,8 +322,21 @@ class _Matching:
             return self._differs(
                 path, f"shape {opened.detail.get('shape')}", f"{saved.detail.get('shape')}", keep
             )
+        stored = dict(zip(saved.keys, saved.children, strict=True))
+        for key, part in zip(opened.keys, opened.children, strict=True):
+            expected, got = _dtype_of(part), stored.get(key)
+            if expected is not None and (got is None or _stored_dtype(got) != expected):
+                found = "nothing" if got is None else _describe(got)
+                return self._differs((*path, key), f"dtype {expected}", found, keep)
         children = tuple(_as_saved(child) for child in saved.children)
-        return Build(node=saved, children=children, like=tensor, into=tensor if fill else None)
+        dressing = ("parameter", "requires_grad", "buffer")
+        detail = {key: value for key, value in saved.detail.items() if key not in dressing}
+        return Build(
+            node=dataclasses.replace(saved, detail={**detail, **leaves.dressing(tensor)}),
+            children=children,
+            like=tensor,
+            into=tensor if fill else None,
+        )
 
     def _bind_array(self, saved: structure.ArrayNode, target: Any, path: KeyPath) -> Binding:
         if isinstance(target, ArraySpec):
@@ -301,9 +345,13 @@ class _Matching:
             return ReadArray(node=saved, form="as_saved")
         if isinstance(target, (np.ndarray, np.generic)):
             wanted = leaves.array_node(target, saved.name)
-            if wanted is None or wanted.spec != saved.spec:
-                got = f"ndarray {target.dtype}{list(target.shape)}"
-                return self._differs(path, got, _describe(saved), target)
+            if (
+                wanted is None
+                or wanted.spec != saved.spec
+                or _stored_dtype(wanted) != _stored_dtype(saved)
+            ):
+                expected = f"ndarray {target.dtype}{list(target.shape)}"
+                return self._differs(path, expected, _describe(saved), target)
             return ReadArray(
                 node=saved, form="as_saved" if saved.kind == wanted.kind else "ndarray"
             )
@@ -332,40 +380,56 @@ class _Matching:
         return Given(_own_value(target))
 
 
-def _as_saved(node: structure.Node) -> Binding:
-    if isinstance(node, structure.ValueNode):
-        return Given(leaves.plain_value(node))
-    if isinstance(node, structure.ArrayNode):
-        return ReadArray(node=node, form="as_saved")
-    return Build(node=node, children=tuple(_as_saved(child) for child in node.children))
+def _as_saved(root: structure.Node) -> Binding:
+    def visit(node: structure.Node) -> walk.Visit[structure.Node, Binding]:
+        if isinstance(node, structure.ValueNode):
+            return walk.leaf(Given(leaves.plain_value(node)))
+        if isinstance(node, structure.ArrayNode):
+            return walk.leaf(ReadArray(node=node, form="as_saved"))
+        return node.children, lambda bound: Build(node=node, children=tuple(bound))
+
+    return walk.fold(root, visit)
+
+
+def _dtype_of(part: object) -> str | None:
+    """The dtype of a part that is one tensor; None for numbers and for parts made of parts."""
+    if not isinstance(part, torch.Tensor) or tree.open_container(part) is not None:
+        return None
+    return leaves.torch_dtype_name(part.dtype)
+
+
+def _stored_dtype(node: structure.Node) -> str | None:
+    if not isinstance(node, structure.ArrayNode):
+        return None
+    return str(node.detail.get("dtype", node.spec.dtype))
 
 
 def _own_value(target: Any) -> Any:
-    """What a target leaf keeps when the checkpoint has nothing for it."""
+    """What a target keeps when the checkpoint has nothing for it."""
+    return tree.map_leaves(_own_leaf, target)
+
+
+def _own_leaf(target: Any) -> Any:
     if isinstance(target, Fill):
         return target.tensor
-    if isinstance(target, torch.Tensor):
-        return target
-    opened = tree.open_container(target)
-    if opened is None:
-        return None if target is AS_SAVED else target
-    node = structure.BranchNode(
-        kind=opened.kind, keys=opened.keys, children=(), detail=opened.detail
-    )
-    return tree.close_container(node, [_own_value(child) for child in opened.children], target)
+    return None if target is AS_SAVED else target
 
 
 def _describe(node: structure.Node) -> str:
     if isinstance(node, structure.ArrayNode):
-        dtype = node.detail.get("dtype", node.spec.dtype)
-        return f"{node.kind} {dtype}{list(node.spec.shape)}"
+        return f"{node.kind} {_stored_dtype(node)}{list(node.spec.shape)}"
     if isinstance(node, structure.ValueNode):
-        return "None" if node.kind == "none" else f"{node.kind} {node.value!r:.40}"
+        return "None" if node.kind == "none" else f"{node.kind} {_short(node.value)}"
     return f"a {node.kind} of {len(node.children)}"
 
 
 def _describe_value(value: Any) -> str:
-    return "None" if value is None else f"{type(value).__name__} {value!r:.40}"
+    return "None" if value is None else f"{type(value).__name__} {_short(value)}"
+
+
+def _short(value: object) -> str:
+    # Python refuses to print integers of more than 4,300 digits in decimal.
+    return f"{hex(value) if type(value) is int and value.bit_length() > 128 else repr(value):.40}"
 
 
 def raise_report(reports: Mapping[str, RestoreReport], *, step: int | None, path: str) -> None:
