@@ -25,7 +25,7 @@ _MAPPINGS = (
     "per_rank",
 )
 _PARTS = ("sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "quantized")
-_BRANCHES = (*_MAPPINGS, *_PARTS, "subclass")
+_BRANCHES = (*_MAPPINGS, *_PARTS, "subclass", "per_rank")
 _ARRAYS = ("tensor", "ndarray", "numpy_scalar", "bytes")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from functional_ckpt import errors
-from functional_ckpt.core import structure
+from functional_ckpt.core import structure, walk
 from functional_ckpt.core.structure import BranchNode, Key, KeyPath, Node, ValueNode
 
 __all__ = ["for_rank", "rank_key", "unite"]
@@ -89,23 +89,25 @@ def _describe(node: Node) -> str:
     return f"a {node.kind} of {len(node.children)}"
 
 
-def for_rank(node: Node, rank: int, num_ranks: int, dropped: list[str], path: KeyPath = ()) -> Node:
+def for_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> Node:
     """The structure as one rank restores it: its own of every value that was saved per rank.
 
     With another number of ranks, the values of rank 0 are taken; `dropped` is told their key paths.
     """
-    if not isinstance(node, BranchNode):
-        return node
-    if node.kind == "per_rank":
-        by_key: Mapping[object, Node] = {
-            key.value: child for key, child in zip(node.keys, node.children, strict=True)
-        }
-        if len(by_key) == num_ranks and rank_key(rank) in by_key:
-            return by_key[rank_key(rank)]
-        dropped.append(structure.pretty(path))
-        return node.children[0]
-    children = tuple(
-        for_rank(child, rank, num_ranks, dropped, (*path, key))
-        for key, child in zip(node.keys, node.children, strict=True)
-    )
-    return node if children == node.children else dataclasses.replace(node, children=children)
+
+    def visit(place: tuple[Node, KeyPath]) -> walk.Visit[tuple[Node, KeyPath], Node]:
+        node, path = place
+        if not isinstance(node, BranchNode):
+            return walk.leaf(node)
+        if node.kind == "per_rank":
+            own = {key.value: child for key, child in zip(node.keys, node.children, strict=True)}
+            if len(own) == num_ranks and rank_key(rank) in own:
+                return walk.leaf(own[rank_key(rank)])
+            dropped.append(structure.pretty(path))
+            return walk.leaf(node.children[0])
+        pairs = zip(node.children, node.keys, strict=True)
+        return [
+            (child, (*path, key)) for child, key in pairs
+        ], lambda children: dataclasses.replace(node, children=tuple(children))
+
+    return walk.fold((root, ()), visit)
