@@ -10,7 +10,7 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Sequence
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core import manifest, orbax_format, write_plan

@@ -71,32 +71,47 @@ def check_item_name(name: object) -> str:
 
 
 def lower(
-    items: Mapping[str, Any], registry: Registry, *, rank: int = 0, num_ranks: int = 1
+    items: Mapping[str, Any], registry: Registry, *, rank: int = 0, ranks: tuple[int, ...] = (0,)
 ) -> tuple[LoweredItem, ...]:
-    """Takes every item apart, or raises before anything is written; copies nothing."""
+    """Takes every item apart, or raises before anything is written; copies nothing.
+
+    Args:
+        items: What to save.
+        registry: Chooses handlers.
+        rank: This process within the group that saves.
+        ranks: The global ranks of the group.
+    """
     if not isinstance(items, Mapping) or not items:
         raise errors.UsageError(
             f"items must be a non-empty mapping of names to values; got {type(items).__name__} "
             f"{items!r:.60}. Wrap a single value: {{'state': value}}."
         )
     bound = {check_item_name(name): registry.bind(value, name) for name, value in items.items()}
-    return tuple(_lower_item(name, item, rank, num_ranks) for name, item in bound.items())
+    return tuple(_lower_item(name, item, rank, ranks) for name, item in bound.items())
 
 
-def _lower_item(name: str, item: CheckpointItem, rank: int, num_ranks: int) -> LoweredItem:
+def _lower_item(
+    name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ...]
+) -> LoweredItem:
     kind = type(item.handler).__name__
     lowered = item.handler.lower(item.value)
     if item.handler.format == "json":
         return LoweredItem(name=name, handler=kind, root=None, text=to_json(lowered, name))
-    per_rank = item.handler.per_rank and num_ranks > 1
+    per_rank = item.handler.per_rank and len(ranks) > 1
     flat = tree.flatten({union.rank_key(rank): lowered} if per_rank else lowered, item=name)
     sources = tuple(
-        Source(node, leaves.source_of(value, node), placement.sharding_of(value))
+        Source(node, leaves.source_of(value, node), _sharding(value, ranks))
         for node, value in flat.arrays
     )
     return LoweredItem(
         name=name, handler=kind, root=flat.root, sources=sources, per_rank=per_rank
     )
+
+
+def _sharding(value: object, ranks: tuple[int, ...]) -> placement.Sharding | None:
+    sharding = placement.sharding_of(value)
+    is_world = ranks == tuple(range(len(ranks)))
+    return sharding if sharding is None or is_world else sharding.renumbered(ranks)
 
 
 def to_json(value: Any, what: str) -> bytes:

@@ -226,7 +226,7 @@ class CheckpointManager:
                 custom_metadata=_as_json(custom_metadata, "custom_metadata") or {},
             )
             lowered = lowering.lower(
-                items, self._registry, rank=coordinator.rank, num_ranks=coordinator.num_ranks
+                items, self._registry, rank=coordinator.rank, ranks=coordinator.global_ranks
             )
         except Exception as error:  # handed to every rank by the planner, raised on this one
             return error
@@ -410,11 +410,13 @@ class CheckpointManager:
         """
         self._check_usable()
         options = restoring.RestoreOptions(only=only, strict=strict, cast=cast, verify=verify)
-        number = self._latest() if step is None else self._existing(step)
+        number = self._agree_on_step(step)
         path = self._path(number)
         try:
             opened = layout.open_checkpoint(self._storage, path, number)
-            return restoring.restore_checkpoint(opened, items, self._registry, options)
+            return restoring.restore_checkpoint(
+                opened, items, self._registry, options, self._coordinator
+            )
         except (errors.CorruptCheckpointError, errors.StorageError) as error:
             if not self._storage.is_directory(path):
                 raise errors.StepNotFoundError(
@@ -423,6 +425,27 @@ class CheckpointManager:
                     path=path,
                 ) from error
             raise
+
+    def _agree_on_step(self, step: int | None) -> int:
+        """The step that every rank restores; all ranks raise when one cannot, or means another."""
+        value: bytes | BaseException
+        try:
+            value = b"%d" % (self._latest() if step is None else self._existing(step))
+        except errors.CheckpointError as error:
+            value = error
+
+        def combine(values: Sequence[bytes]) -> bytes:
+            # A rank may list a directory before or after the newest commit: the primary's latest counts.
+            for rank, found in enumerate(values):
+                if step is not None and found != values[0]:
+                    raise errors.CoordinationError(
+                        f"Rank {rank} restores step {found.decode()}, rank 0 step "
+                        f"{values[0].decode()}; every rank must make the same calls.",
+                        ranks=(rank,),
+                    )
+            return values[0]
+
+        return int(self._coordinator.exchange("which step to restore", value, combine))
 
     def metadata(self, step: int | None = None) -> StepMetadata:
         """What is known of a step (None: the latest) without reading its arrays."""

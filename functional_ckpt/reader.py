@@ -9,20 +9,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
-import numpy as np
 import torch
 
-from functional_ckpt.core import leaves, plan, structure, tree, walk
+from functional_ckpt import memory
+from functional_ckpt.core import leaves, plan, tree, walk
 from functional_ckpt.core.spec import Box
 from functional_ckpt.storage import arrays
 from functional_ckpt.storage.layout import OpenItem
 
 __all__ = ["Verify", "read_all"]
 
-Array: TypeAlias = "np.ndarray[Any, Any]"
 Verify: TypeAlias = Literal["during", "before", "off"]
 
 
@@ -61,7 +60,7 @@ class _Job:
         self.value: Any = None
         self._touched = touched
         self._lock = threading.Lock()
-        self._destination: leaves.Destination | None = None
+        self._place: memory.Place | None = None
         self._num_parts = 1
 
     def tasks(self, *, verified: bool) -> list[Callable[[], None]]:
@@ -69,22 +68,25 @@ class _Job:
         record = self.item.record_of(node)
         if record is None:
             return [self._read_foreign]
-        read = arrays.ArrayRead(
-            name=node.stored_name,
-            spec=node.spec,
-            grid=record.grid,
-            digests=record.digests if verified else None,
-            box=Box.whole(node.spec.shape),
-        )
-        indices = list(record.grid.indices())
-        self._num_parts = len(indices)
-        if not indices:
-            return [self._finish]
-        return [functools.partial(self._read_part, read, index) for index in indices]
+        tasks: list[Callable[[], None]] = []
+        for piece in memory.pieces_of(self.binding):
+            read = arrays.ArrayRead(
+                name=node.stored_name,
+                spec=node.spec,
+                grid=record.grid,
+                digests=record.digests if verified else None,
+                box=piece.box,
+            )
+            tasks += [
+                functools.partial(self._read_part, read, piece.local, index)
+                for index in record.grid.indices(piece.box)
+            ]
+        self._num_parts = len(tasks)
+        return tasks or [self._finish]
 
-    def _read_part(self, read: arrays.ArrayRead, index: tuple[int, ...]) -> None:
-        destination = self._open()
-        arrays.read_part(self.item.database, read, index, destination.array)
+    def _read_part(self, read: arrays.ArrayRead, local: Box, index: tuple[int, ...]) -> None:
+        destination = self._open().array[local.slices()]
+        arrays.read_part(self.item.database, read, index, destination)
         with self._lock:
             self._num_parts -= 1
             is_last = self._num_parts == 0
@@ -92,29 +94,32 @@ class _Job:
             self._finish()
 
     def _read_foreign(self) -> None:
-        node = self.binding.node
+        """Another program's array: its chunks and codecs are TensorStore's to know."""
         array = self._open().array
-        if array.size:
-            arrays.read_foreign_array(
-                self.item.database,
-                node.name,
-                array,
-                is_zarr3=self.item.is_zarr3,
-                fills_missing=self.item.fills_missing,
-            )
+        for piece in memory.pieces_of(self.binding):
+            if piece.box.num_elements:
+                arrays.read_foreign_array(
+                    self.item.database,
+                    self.binding.node.name,
+                    array[piece.local.slices()],
+                    box=piece.box,
+                    shape=self.binding.node.spec.shape,
+                    is_zarr3=self.item.is_zarr3,
+                    fills_missing=self.item.fills_missing,
+                )
         self._finish()
 
-    def _open(self) -> leaves.Destination:
+    def _open(self) -> memory.Place:
         with self._lock:
-            if self._destination is None:
+            if self._place is None:
                 if self.binding.form == "fill":
                     self._touched.value = True
-                self._destination = _destination(self.binding)
-            return self._destination
+                self._place = memory.place_of(self.binding)
+            return self._place
 
     def _finish(self) -> None:
         self.value = self._open().finish()
-        self._destination = None
+        self._place = None
 
 
 class _Jobs:
@@ -185,59 +190,3 @@ def _sharing(read: plan.ReadArray) -> tuple[object, ...]:
         tied = leaves.identity(like) if not like.is_meta else None
         return ("tensor", like.dtype, str(like.device), is_parameter, tied)
     return (read.form,)
-
-
-def _destination(read: plan.ReadArray) -> leaves.Destination:
-    if read.form == "fill":
-        return _fill(read.node, cast("torch.Tensor", read.like))
-    if read.form == "tensor":
-        return _imitate(read.node, cast("torch.Tensor", read.like))
-    if read.form == "ndarray":
-        node = dataclasses.replace(read.node, kind="ndarray", detail={})
-        return leaves.allocate(node)
-    return leaves.allocate(read.node)
-
-
-def _is_same_dtype(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
-    stored = str(node.detail.get("dtype", node.spec.dtype))
-    return stored == leaves.torch_dtype_name(tensor.dtype)
-
-
-def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> leaves.Destination:
-    """The tensor's own memory where a read can go straight there; else one bounded detour."""
-    plain = not (tensor.is_conj() or tensor.is_neg()) and type(tensor) in (
-        torch.Tensor,
-        torch.nn.Parameter,
-        torch.nn.Buffer,
-    )
-    is_direct = plain and tensor.device.type == "cpu" and _is_same_dtype(node, tensor)
-    if is_direct and tensor.layout == torch.strided and 0 not in _used_strides(tensor):
-        return leaves.Destination(leaves.host_view(tensor, node.spec.dtype), lambda: tensor)
-    detour = leaves.allocate(dataclasses.replace(node, kind="tensor", detail=_only_dtype(node)))
-
-    def finish() -> torch.Tensor:
-        with torch.no_grad():
-            return tensor.copy_(cast("torch.Tensor", detour.finish()))
-
-    return leaves.Destination(detour.array, finish)
-
-
-def _used_strides(tensor: torch.Tensor) -> list[int]:
-    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
-
-
-def _only_dtype(node: structure.ArrayNode) -> Mapping[str, object]:
-    return {key: value for key, value in node.detail.items() if key == "dtype"}
-
-
-def _imitate(node: structure.ArrayNode, like: torch.Tensor) -> leaves.Destination:
-    """New memory with the dtype and device of `like`; a meta tensor is imitated on the CPU."""
-    detail = leaves.dressing(like)
-    new = leaves.allocate(dataclasses.replace(node, kind="tensor", detail=_only_dtype(node)))
-    device = None if like.is_meta else like.device
-
-    def finish() -> torch.Tensor:
-        tensor = cast("torch.Tensor", new.finish()).to(like.dtype)
-        return leaves.dress(tensor, detail, device)
-
-    return leaves.Destination(new.array, finish)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, TypeGuard, cast
 
 from functional_ckpt import errors, reader
-from functional_ckpt.core import plan
+from functional_ckpt.core import plan, structure, union
 from functional_ckpt.core.target import AS_SAVED
-from functional_ckpt.handlers.base import CheckpointItem, Registry
+from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
+from functional_ckpt.handlers.base import CheckpointItem, Handler, Registry
 from functional_ckpt.storage.layout import OpenCheckpoint, OpenItem
 
 __all__ = ["Restored", "RestoreOptions", "restore_checkpoint"]
+
+_log = logging.getLogger("functional_ckpt")
 
 Selects: TypeAlias = Callable[[str], bool]
 
@@ -105,6 +110,7 @@ class _Matched:
     opened: OpenItem | None
     binding: plan.Binding
     report: plan.RestoreReport
+    is_resized: bool = False
 
 
 def restore_checkpoint(
@@ -112,32 +118,28 @@ def restore_checkpoint(
     items: Mapping[str, Any] | None,
     registry: Registry,
     options: RestoreOptions,
+    coordinator: Coordinator | None = None,
 ) -> Restored:
     """Restores a checkpoint: as saved without `items`, else into them.
+
+    Every rank matches its own part, then all go on or all raise; likewise after reading.
 
     Raises:
         StepNotFoundError: An item is asked for that the checkpoint does not hold.
         MismatchError: Something does not fit; nothing was touched.
         CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written into.
     """
-    if items is None:
-        matched = _match_as_saved(checkpoint, options)
-    else:
-        matched = [
-            _match_item(checkpoint, name, registry.bind(value, name), options)
-            for name, value in items.items()
-            if _is_item_wanted(name, options)
-        ]
-    _check_patterns(matched, options)
-    reports = {each.name: each.report for each in matched}
-    if options.strict:
-        plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
-    values = _read(checkpoint, matched, options)
+    group = coordinator or SingleProcess()
+    with _together(group, "matching the checkpoint with the target"):
+        matched = _match(checkpoint, items, registry, options, group)
+        reports = {each.name: each.report for each in matched}
+        if options.strict:
+            plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
+    with _together(group, "reading the checkpoint"):
+        values = _read(checkpoint, matched, options)
     return Restored(
         {
-            each.name: value
-            if each.item is None
-            else each.item.handler.lift(each.item.value, value)
+            each.name: _lift(each, value, group)
             for each, value in zip(matched, values, strict=True)
         },
         step=checkpoint.step,
@@ -145,6 +147,50 @@ def restore_checkpoint(
         metrics=checkpoint.metrics,
         custom_metadata=checkpoint.metadata.get("custom_metadata") or {},
     )
+
+
+@contextlib.contextmanager
+def _together(group: Coordinator, what: str) -> Iterator[None]:
+    """All ranks come through the block, or all raise: the error of a rank reaches every other."""
+    try:
+        yield
+    except Exception as error:
+        group.exchange(what, error, _nothing)
+        raise
+    group.exchange(what, b"", _nothing)
+
+
+def _nothing(values: Sequence[bytes]) -> bytes:
+    del values
+    return b""
+
+
+def _lift(matched: _Matched, value: Any, group: Coordinator) -> Any:
+    if matched.item is None:
+        return value
+    handler = matched.item.handler
+    if matched.is_resized:
+        value = handler.resize(list(value.values()), group.rank, group.num_ranks)
+    return handler.lift(matched.item.value, value)
+
+
+def _match(
+    checkpoint: OpenCheckpoint,
+    items: Mapping[str, Any] | None,
+    registry: Registry,
+    options: RestoreOptions,
+    group: Coordinator,
+) -> list[_Matched]:
+    if items is None:
+        matched = _match_as_saved(checkpoint, options, group)
+    else:
+        matched = [
+            _match_item(checkpoint, name, registry.bind(value, name), options, group)
+            for name, value in items.items()
+            if _is_item_wanted(name, options)
+        ]
+    _check_patterns(matched, options)
+    return matched
 
 
 def _is_item_wanted(name: str, options: RestoreOptions) -> bool:
@@ -159,7 +205,9 @@ def _check_patterns(matched: Sequence[_Matched], options: RestoreOptions) -> Non
         raise errors.UsageError(f"only={options.only!r} matches no item.")
 
 
-def _match_as_saved(checkpoint: OpenCheckpoint, options: RestoreOptions) -> list[_Matched]:
+def _match_as_saved(
+    checkpoint: OpenCheckpoint, options: RestoreOptions, group: Coordinator
+) -> list[_Matched]:
     matched: list[_Matched] = []
     nothing = plan.RestoreReport()
     for name, kind in checkpoint.items.items():
@@ -170,7 +218,7 @@ def _match_as_saved(checkpoint: OpenCheckpoint, options: RestoreOptions) -> list
             opened = None
         else:
             opened = checkpoint.tree(name)
-            root = plan.prune(opened.root, options.selects(name))
+            root = plan.prune(_root_for(opened, group), options.selects(name))
             if root is None:
                 continue
             binding = plan.match(root, AS_SAVED, item=name).binding
@@ -180,8 +228,37 @@ def _match_as_saved(checkpoint: OpenCheckpoint, options: RestoreOptions) -> list
     return matched
 
 
+def _root_for(opened: OpenItem, group: Coordinator) -> structure.Node:
+    """The structure as this rank restores it: its own part of what was saved per rank.
+
+    An item that was saved per rank by another number of ranks comes back whole, as a dict of all.
+    """
+    root = opened.root
+    if _is_per_rank(root) and len(root.children) != group.num_ranks:
+        return dataclasses.replace(root, kind="dict")
+    dropped: list[str] = []
+    root = union.for_rank(root, group.rank, group.num_ranks, dropped)
+    if dropped:
+        _log.warning(
+            "%s: %d plain values were saved for each of another number of ranks (%s, ...); those of "
+            "rank 0 are taken",
+            opened.path,
+            len(dropped),
+            dropped[0],
+        )
+    return root
+
+
+def _is_per_rank(root: structure.Node) -> TypeGuard[structure.BranchNode]:
+    return isinstance(root, structure.BranchNode) and root.kind == "per_rank"
+
+
 def _match_item(
-    checkpoint: OpenCheckpoint, name: str, item: CheckpointItem, options: RestoreOptions
+    checkpoint: OpenCheckpoint,
+    name: str,
+    item: CheckpointItem,
+    options: RestoreOptions,
+    group: Coordinator,
 ) -> _Matched:
     kind = checkpoint.items.get(name)
     if kind is None:
@@ -207,11 +284,23 @@ def _match_item(
         bound = item if handler.format == "json" else None
         return _Matched(name=name, item=bound, opened=None, binding=given, report=report)
     opened = checkpoint.tree(name)
-    is_as_saved = item.value is None or item.value is AS_SAVED
-    target = AS_SAVED if is_as_saved else handler.target(item.value, plan.specs(opened.root))
+    root = _root_for(opened, group)
+    is_resized = _is_resized(opened.root, handler, group)
+    if item.value is None or item.value is AS_SAVED:
+        binding = plan.match(root, AS_SAVED, item=name).binding
+        report = plan.RestoreReport()
+        return _Matched(name=name, item=None, opened=opened, binding=binding, report=report)
+    try:
+        target: Any = AS_SAVED
+        if is_resized:
+            _check_resizable(name, opened.root, handler, group)
+        else:
+            target = handler.target(item.value, plan.specs(root))
+    except errors.MismatchError as error:
+        return _refused(name, item, error)
     selects = options.selects(name)
     outcome = plan.match(
-        opened.root,
+        root,
         target,
         item=name,
         cast_to_target=options.cast == "target",
@@ -219,11 +308,39 @@ def _match_item(
     )
     return _Matched(
         name=name,
-        item=None if is_as_saved else item,
+        item=item,
         opened=opened,
         binding=outcome.binding,
         report=outcome.report,
+        is_resized=is_resized,
     )
+
+
+def _is_resized(root: structure.Node, handler: Handler, group: Coordinator) -> bool:
+    """Whether each rank's state was saved by another number of ranks (one rank's is not wrapped)."""
+    num_saved = len(root.children) if _is_per_rank(root) else 1
+    return (handler.per_rank or _is_per_rank(root)) and num_saved != group.num_ranks
+
+
+def _check_resizable(
+    name: str, root: structure.Node, handler: Handler, group: Coordinator
+) -> None:
+    """A handler that cannot resize says so before anything is read."""
+    if type(handler).resize is Handler.resize:
+        num_saved = len(root.children) if _is_per_rank(root) else 1
+        handler.resize([None] * num_saved, group.rank, group.num_ranks)
+
+
+def _refused(name: str, item: CheckpointItem, error: errors.MismatchError) -> _Matched:
+    """A handler that found the mismatch itself: reported with the others, and the item left alone."""
+    mismatched = error.mismatched
+    if not (error.missing or error.unexpected or error.mismatched):
+        mismatched = (f"{name}: {error.message}",)
+    report = plan.RestoreReport(
+        missing=error.missing, unexpected=error.unexpected, mismatched=mismatched
+    )
+    given = plan.Given(item.value)
+    return _Matched(name=name, item=None, opened=None, binding=given, report=report)
 
 
 def _read(

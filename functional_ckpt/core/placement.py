@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from functional_ckpt import errors
 from functional_ckpt.core.spec import Box
 
-__all__ = ["DimShard", "Piece", "Sharding", "local_of", "sharding_of"]
+__all__ = ["DimShard", "Piece", "Sharding", "local_of", "pieces_of", "sharding_of"]
 
 Run: TypeAlias = tuple[int, int]
 """First index and one past the last of a stretch of a dim."""
@@ -90,8 +90,12 @@ class Sharding:
     def pieces(self, shape: tuple[int, ...], rank: int) -> tuple[Piece, ...]:
         """What a rank holds of an array of `shape`, in the order of its local tensor."""
         coordinate = self.coordinate(rank)
-        if coordinate is None:
-            return ()
+        return () if coordinate is None else self.pieces_at(shape, coordinate)
+
+    def pieces_at(
+        self, shape: tuple[int, ...], coordinate: tuple[int, ...]
+    ) -> tuple[Piece, ...]:
+        """What the rank at a mesh coordinate holds."""
         runs = [
             _runs(size, self._cuts(dim), self._coordinate_of(dim, coordinate))
             for dim, size in enumerate(shape)
@@ -110,6 +114,22 @@ class Sharding:
             )
             for dim, size in enumerate(shape)
         )
+
+    def renumbered(self, group: tuple[int, ...]) -> Sharding:
+        """The same sharding with ranks counted within a group of processes.
+
+        Raises:
+            UnsupportedLeafError: The mesh has a rank outside the group.
+        """
+        places = _places(group)
+        outside = [rank for rank in self.ranks if rank not in places]
+        if outside:
+            raise errors.UnsupportedLeafError(
+                f"the DTensor's mesh has rank {outside[0]}, which is outside the process group that "
+                f"saves ({len(group)} ranks); give a process_group that holds the whole mesh"
+            )
+        ranks = tuple(places[rank] for rank in self.ranks)
+        return dataclasses.replace(self, ranks=ranks)
 
     def units(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Per dim a length that divides every edge between ranks; the dim's own size where nothing cuts it.
@@ -248,6 +268,18 @@ def sharding_of(tensor: Any) -> Sharding | None:
         return None
     ranks = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
     return Sharding(tuple(mesh.mesh.shape), ranks, tuple(map(_as_data, placements)))
+
+
+def pieces_of(tensor: Any) -> tuple[Piece, ...]:
+    """What this rank holds of a tensor: the whole, or its part of a DTensor."""
+    shape = tuple(tensor.shape)
+    sharding = sharding_of(tensor)
+    if sharding is None:
+        return (Piece(Box.whole(shape), Box.whole(shape)),)
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return ()
+    return sharding.pieces_at(shape, tuple(coordinate))
 
 
 def local_of(tensor: Any) -> Any:

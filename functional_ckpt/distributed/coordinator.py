@@ -27,6 +27,11 @@ class Coordinator(Protocol):
         """Processes that save and restore together."""
         ...
 
+    @property
+    def global_ranks(self) -> tuple[int, ...]:
+        """The ranks of the whole job that these processes are, in order."""
+        ...
+
     def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
         """Every rank gives a value, the primary combines them, every rank gets the outcome.
 
@@ -59,6 +64,7 @@ class SingleProcess:
 
     rank = 0
     num_ranks = 1
+    global_ranks = (0,)
 
     def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
         """Combines the one value."""

@@ -64,6 +64,7 @@ class StoreCoordinator:
     def _setup(self, group: Any, prefix: str, timeout_seconds: float) -> None:
         self.rank = dist.get_rank(group)
         self.num_ranks = dist.get_world_size(group)
+        self.global_ranks = tuple(dist.get_process_group_ranks(group))
         self._group = group
         self._prefix = prefix
         self._timeout_seconds = timeout_seconds

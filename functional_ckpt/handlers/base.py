@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 from functional_ckpt import errors
@@ -47,6 +47,24 @@ class Handler(abc.ABC):
         """
         del saved
         return self.lower(value)
+
+    def resize(self, trees: Sequence[Any], rank: int, num_ranks: int) -> Any:
+        """The tree of one rank out of those of every rank that saved, when their number changed.
+
+        Only asked of `per_rank` handlers. The default is to refuse.
+
+        Args:
+            trees: What each rank saved, in order.
+            rank: This rank.
+            num_ranks: How many there are now.
+
+        Raises:
+            MismatchError: This state has no meaning for another number of ranks.
+        """
+        raise errors.MismatchError(
+            f"it was saved for each of {len(trees)} ranks and there are {num_ranks} now; restore "
+            "without this item, or give it a handler that says what each rank takes (Handler.resize)"
+        )
 
     def selects(self, name: str) -> bool:
         """Whether a stored leaf concerns this handler; one that does not is no unexpected leaf."""

@@ -1,0 +1,108 @@
+"""Where a restored array goes: the target's own memory where possible, else new memory like it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+
+from functional_ckpt.core import leaves, placement, plan, structure
+from functional_ckpt.core.spec import Box
+
+__all__ = ["Place", "place_of"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Host memory for what this rank restores of an array.
+
+    Attributes:
+        array: The memory, of the local shape; may be strided.
+        finish: Called once after the last byte is there; returns the restored value.
+    """
+
+    array: Array
+    finish: Callable[[], Any]
+
+
+def pieces_of(read: plan.ReadArray) -> tuple[placement.Piece, ...]:
+    """The regions to read and where each lies in the place's array."""
+    if read.like is not None:
+        return placement.pieces_of(read.like)
+    whole = Box.whole(read.node.spec.shape)
+    return (placement.Piece(whole, whole),)
+
+
+def place_of(read: plan.ReadArray) -> Place:
+    """The memory for one array."""
+    if read.form == "fill":
+        return _fill(read.node, cast("torch.Tensor", read.like))
+    if read.form == "tensor":
+        return _imitate(read.node, cast("torch.Tensor", read.like))
+    node = read.node
+    if read.form == "ndarray":
+        node = dataclasses.replace(node, kind="ndarray", detail={})
+    new = leaves.allocate(node)
+    return Place(new.array, new.finish)
+
+
+def _local_node(node: structure.ArrayNode, tensor: torch.Tensor) -> structure.ArrayNode:
+    """What this rank restores, as an array of its own: the stored dtype, the local shape."""
+    local = placement.local_of(tensor)
+    detail = {key: value for key, value in node.detail.items() if key == "dtype"}
+    spec = dataclasses.replace(node.spec, shape=tuple(local.shape))
+    return dataclasses.replace(node, kind="tensor", spec=spec, detail=detail)
+
+
+def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> Place:
+    local = cast("torch.Tensor", placement.local_of(tensor))
+    if _is_direct(node, local):
+        return Place(leaves.host_view(local, node.spec.dtype), lambda: tensor)
+    detour = leaves.allocate(_local_node(node, tensor))
+
+    def finish() -> torch.Tensor:
+        with torch.no_grad():
+            local.copy_(cast("torch.Tensor", detour.finish()))
+        return tensor
+
+    return Place(detour.array, finish)
+
+
+def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
+    """Whether a read can go straight into the tensor's memory."""
+    stored = str(node.detail.get("dtype", node.spec.dtype))
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and not (tensor.is_conj() or tensor.is_neg())
+        and stored == leaves.torch_dtype_name(tensor.dtype)
+        and not any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    )
+
+
+def _imitate(node: structure.ArrayNode, like: torch.Tensor) -> Place:
+    """New memory with the dtype, device and sharding of `like`; a meta tensor becomes a CPU tensor."""
+    new = leaves.allocate(_local_node(node, like))
+
+    def finish() -> Any:
+        local = cast("torch.Tensor", new.finish()).to(like.dtype)
+        mesh = getattr(like, "device_mesh", None)
+        if mesh is None:
+            return leaves.dress(local, leaves.dressing(like), None if like.is_meta else like.device)
+        tensor = cast("Any", like).__class__.from_local(
+            local.to(mesh.device_type),
+            mesh,
+            cast("Any", like).placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+        return leaves.dress(tensor, leaves.dressing(like))
+
+    return Place(new.array, finish)
