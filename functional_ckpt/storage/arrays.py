@@ -57,8 +57,6 @@ _SMALL_CHUNK_BYTES = 128 * 1024
 _NUM_THREADS = 2
 _TREE_CACHE_BYTES = 2**30
 _NO_CACHE = {"total_bytes_limit": 0}
-_TREE_CACHE_BYTES = 2**30
-_NO_CACHE = {"total_bytes_limit": 0}
 _CONFIG = {
     "compression": {"id": "zstd"},
     "max_inline_value_bytes": 1024,
