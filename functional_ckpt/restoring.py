@@ -295,7 +295,7 @@ def _match_item(
         if is_resized:
             _check_resizable(name, opened.root, handler, group)
         else:
-            target = handler.target(item.value, plan.specs(root))
+            target = handler.target(item.value, plan.specs(root), strict=options.strict)
     except errors.MismatchError as error:
         return _refused(name, item, error)
     selects = options.selects(name)

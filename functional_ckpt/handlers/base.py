@@ -34,7 +34,7 @@ class Handler(abc.ABC):
     def lower(self, value: Any) -> Any:
         """The value as a pytree of live references: no copies, and the value is left as it was."""
 
-    def target(self, value: Any, saved: Any) -> Any:
+    def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """The pytree that a restore into `value` expects: same shape as `lower(value)`.
 
         Leaves that are filled in place are `Fill(tensor)`; tensors and arrays are imitated in new
@@ -44,8 +44,12 @@ class Handler(abc.ABC):
         Args:
             value: What the user passed to restore.
             saved: The checkpoint's tree, with an `ArraySpec` in place of every array.
+            strict: Whether a difference that the handler itself finds is an error.
+
+        Raises:
+            MismatchError: The checkpoint cannot be restored into `value`.
         """
-        del saved
+        del saved, strict
         return self.lower(value)
 
     def resize(self, trees: Sequence[Any], rank: int, num_ranks: int) -> Any:

@@ -34,7 +34,7 @@ class JsonHandler(Handler):
         _check(value, "", ())
         return value
 
-    def target(self, value: Any, saved: Any) -> Any:
+    def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """Whatever was saved."""
         del value, saved
         return AS_SAVED

@@ -39,7 +39,7 @@ class MetricHandler(Handler):
             "module": _without_states(value, ModuleHandler().lower(value)),
         }
 
-    def target(self, value: Any, saved: Any) -> Any:
+    def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """Whatever was saved: lists of states grow as a metric is used.
 
         Raises:

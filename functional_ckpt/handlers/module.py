@@ -52,7 +52,7 @@ class ModuleHandler(Handler):
             )
         return {name: _detached(entry.value) for name, entry in state.items()}
 
-    def target(self, value: Any, saved: Any) -> dict[str, Any]:
+    def target(self, value: Any, saved: Any, *, strict: bool = True) -> dict[str, Any]:
         """Name -> what restore fills, or imitates: meta tensors have no memory to fill.
 
         Raises:

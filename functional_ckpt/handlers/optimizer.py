@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core import leaves
+from functional_ckpt.core import leaves, placement
 from functional_ckpt.core import spec as spec_lib
 from functional_ckpt.core import tree as tree_lib
 from functional_ckpt.core.target import AS_SAVED, Fill
@@ -86,9 +86,13 @@ class OptimizerHandler(Handler):
         if strict:
             parameters.check_same_parameters(own, saved, named.optimizer)
         match = _Matching(own)
+        by_name = parameters.by_name(named)
         return {
             **dict.fromkeys(saved, AS_SAVED),
-            "state": {k: match.state(own["state"].get(k), v) for k, v in saved["state"].items()},
+            "state": {
+                name: match.state(own["state"].get(name), entry, by_name.get(name))
+                for name, entry in saved["state"].items()
+            },
             "param_groups": [
                 match.group(own["param_groups"][index], group)
                 if index < len(own["param_groups"])
@@ -165,12 +169,22 @@ class _Matching:
             key for key, count in counts.items() if key is not None and count > 1
         )
 
-    def state(self, live: Any, saved: Any) -> Any:
-        """Live tensors of the same spec are filled; all else comes as saved."""
+    def state(self, live: Any, saved: Any, parameter: torch.Tensor | None = None) -> Any:
+        """Live tensors of the same spec are filled; all else comes as saved.
+
+        State that a sharded parameter does not have yet is made with the parameter's sharding.
+        """
         if isinstance(live, torch.Tensor):
             return Fill(live) if self._fits(live, saved) else AS_SAVED
         if type(live) is dict and type(saved) is dict:
-            return {key: self.state(live.get(key), child) for key, child in saved.items()}
+            return {
+                key: self.state(live.get(key), child, parameter) for key, child in saved.items()
+            }
+        if live is None and type(saved) is dict and parameter is not None:
+            return {key: self.state(None, child, parameter) for key, child in saved.items()}
+        if isinstance(saved, spec_lib.ArraySpec) and _is_sharded_like(parameter, saved):
+            dtype = getattr(torch, saved.dtype)
+            return Fill(torch.empty_like(cast("torch.Tensor", parameter).detach(), dtype=dtype))
         if type(live) in (list, tuple) and type(live) is type(saved) and len(live) == len(saved):
             return type(live)(map(self.state, live, saved))
         return AS_SAVED
@@ -208,6 +222,12 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def _is_strided(tensor: torch.Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+
+
+def _is_sharded_like(parameter: torch.Tensor | None, saved: spec_lib.ArraySpec) -> bool:
+    if parameter is None or placement.sharding_of(parameter) is None:
+        return False
+    return tuple(parameter.shape) == saved.shape and saved.shape != ()
 
 
 def _off_graph(leaf: Any) -> Any:

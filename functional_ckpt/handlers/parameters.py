@@ -16,6 +16,7 @@ __all__ = [
     "SHARED",
     "NamedOptimizer",
     "State",
+    "by_name",
     "check_layout",
     "check_same_parameters",
     "group_names",
@@ -60,6 +61,15 @@ def group_names(named: NamedOptimizer) -> list[list[str]]:
     groups = [[names[id(p)] for p in group["params"]] for group in named.optimizer.param_groups]
     _check_state_keys(named.optimizer, names)
     return groups
+
+
+def by_name(named: NamedOptimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's parameters by name."""
+    return {
+        name: parameter
+        for group, names in zip(named.optimizer.param_groups, group_names(named), strict=True)
+        for parameter, name in zip(group["params"], names, strict=True)
+    }
 
 
 def _names(model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]) -> dict[int, str]:

@@ -18,7 +18,7 @@ class PyTreeHandler(Handler):
         """The value itself."""
         return value
 
-    def target(self, value: Any, saved: Any) -> Any:
+    def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """The value itself: its containers and arrays are imitated, in new memory."""
         del saved
         return value

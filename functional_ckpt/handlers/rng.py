@@ -37,7 +37,7 @@ class GeneratorHandler(Handler):
         """The generator's state as arrays and plain values."""
         return _state(value)
 
-    def target(self, value: Any, saved: Any) -> Any:
+    def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """Whatever was saved.
 
         Raises:
@@ -94,7 +94,7 @@ class RngHandler(Handler):
             "generators": {name: _state(generator) for name, generator in generators.items()},
         }
 
-    def target(self, value: Any, saved: Any) -> Any:
+    def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """Whatever was saved.
 
         Raises:

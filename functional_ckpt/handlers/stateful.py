@@ -28,7 +28,7 @@ class StatefulHandler(Handler):
         """`value.state_dict()`."""
         return value.state_dict()
 
-    def target(self, value: Any, saved: Any) -> Any:
+    def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """Whatever was saved: a fresh object's state need not have the shape of a used one's."""
         del value, saved
         return AS_SAVED
