@@ -126,6 +126,7 @@ class CheckpointManager:
         self._pid = os.getpid()
         self._closed = False
         self._preempted = False
+        self._refused: int | None = None
         self._start_time = _now()
         self._coordinator = coordinator or default_coordinator()
         self._in_background = self._coordinator.background()
@@ -185,10 +186,12 @@ class CheckpointManager:
         self._committer.raise_error()
         number = _as_step(step)
         if not (force or self._wants(number)):
+            self._refused = number
             return None
         self._check_writer()
         if self._committer.is_busy and self._on_busy == "skip":
             _log.info("step %d skipped: step %s is still being committed", number, self._committer.step)
+            self._refused = number
             return None
         self._committer.wait()
         self._committer.raise_error()
@@ -552,10 +555,13 @@ class CheckpointManager:
     def reached_preemption(self, step: int) -> bool:
         """Whether the process was told to stop (SIGTERM) and this step was the one to save.
 
-        Needs `policies.Preemption()` among the save policies.
+        Needs `policies.Preemption()` among the save policies. False for a step that `save` has just refused
+        or skipped: the signal came too late for it, and whoever left the loop now would lose the steps since
+        the last save. The next `save` is taken.
         """
         self._check_usable()
-        _as_step(step)
+        if self._refused == _as_step(step):
+            return False
         if self._coordinator.num_ranks > 1:
             return self._preempted  # what all ranks agreed on when they last decided whether to save
         return self._preemption.is_reached
