@@ -1,0 +1,114 @@
+"""What a verification finds, and how far it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+from functional_ckpt import errors
+from functional_ckpt.storage.paths import LocalStorage
+
+__all__ = ["Finding", "Problem", "Progress", "Search", "reason"]
+
+Problem: TypeAlias = Literal[
+    "missing",
+    "unexpected",
+    "size",
+    "content",
+    "swapped",
+    "record",
+    "unreadable",
+    "mismatch",
+    "no digests",
+]
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the bytes verified so far and the bytes there are to verify, from any thread."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that is not as it was written.
+
+    Attributes:
+        item: The item concerned; None for the checkpoint itself.
+        leaves: Names of the leaves whose bytes are lost with it, sorted.
+        file: The file concerned, relative to the checkpoint.
+        problem: What it is:
+
+            - `missing` or `unexpected`: a file;
+            - `size` or `content`: of a file, not what they were;
+            - `swapped`: with another file, item or step;
+            - `record`: one of ours that cannot be believed;
+            - `unreadable` or `mismatch`: arrays, where no damaged file explains it;
+            - `no digests`: no damage. Another program wrote the checkpoint and left nothing to
+              compare its bytes with.
+        expected: What should be there.
+        got: What is there.
+    """
+
+    item: str | None
+    leaves: tuple[str, ...] = ()
+    file: str
+    problem: Problem
+    expected: str
+    got: str
+
+    @property
+    def is_damage(self) -> bool:
+        """Whether it means that something was changed or lost."""
+        return self.problem != "no digests"
+
+    def __str__(self) -> str:
+        leaves = f" ({', '.join(self.leaves)})" if self.leaves else ""
+        return f"{self.file}{leaves}: {self.problem}: expected {self.expected}, got {self.got}"
+
+
+class Search:
+    """One verification under way: where it looks, what it found, how far it is.
+
+    Attributes:
+        storage: Where the checkpoint is.
+        path: The checkpoint's directory.
+        findings: What was found so far.
+        total_bytes: How much there is to verify, as far as is known.
+    """
+
+    def __init__(self, storage: LocalStorage, path: str, progress: Progress | None) -> None:
+        self.storage = storage
+        self.path = path
+        self.findings: list[Finding] = []
+        self.total_bytes = 0
+        self._done_bytes = 0
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def add(
+        self,
+        item: str | None,
+        file: str,
+        problem: Problem,
+        expected: str,
+        got: str,
+        leaves: tuple[str, ...] = (),
+    ) -> None:
+        """Notes a finding; safe from any thread."""
+        self.findings.append(
+            Finding(
+                item=item, leaves=leaves, file=file, problem=problem, expected=expected, got=got
+            )
+        )
+
+    def advance(self, size_bytes: int) -> None:
+        """Notes that so many bytes more were verified."""
+        if self._progress is not None:
+            with self._lock:
+                self._done_bytes += size_bytes
+                self._progress(self._done_bytes, self.total_bytes)
+
+
+def reason(error: BaseException, path: str) -> str:
+    """The message of an error, without what the finding says itself."""
+    text = error.message if isinstance(error, errors.CheckpointError) else str(error)
+    return (text.removeprefix(f"{path}: ").rstrip(".")) or type(error).__name__
