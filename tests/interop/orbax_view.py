@@ -12,7 +12,7 @@ from functional_ckpt.core import leaves, spec
 
 
 def as_orbax(value: Any) -> Any:
-    """The tree that Orbax has to restore for `value`: string keys, lists, numpy arrays, plain values."""
+    """What Orbax has to restore for `value`: string keys, lists, numpy arrays, plain values."""
     if isinstance(value, dict):
         return {str(key): as_orbax(child) for key, child in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -51,7 +51,13 @@ def _tensor(tensor: torch.Tensor) -> Any:
     name = leaves.torch_dtype_name(tensor.dtype)
     carrier = {"complex32": "int32", "float4_e2m1fn_x2": "uint8"}.get(name, name)
     size = tensor.element_size()
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+    integers = {
+        1: torch.uint8,
+        2: torch.int16,
+        4: torch.int32,
+        8: torch.int64,
+        16: torch.complex128,
+    }
     if not tensor.numel():
         return np.empty(tuple(tensor.shape), spec.numpy_dtype(carrier))
     bits = tensor.view(integers[size]).numpy()
@@ -67,13 +73,16 @@ def differences(got: Any, expected: Any, path: str = "") -> list[str]:
         return [line for a, b, where in pairs for line in differences(a, b, where)]
     if isinstance(expected, (list, tuple)):
         if type(got) is not type(expected) or len(got) != len(expected):
-            return [f"{path}: {got!r:.200}, expected a {type(expected).__name__} of {len(expected)}"]
+            kind = type(expected).__name__
+            return [f"{path}: {got!r:.200}, expected a {kind} of {len(expected)}"]
         pairs = zip(got, expected, range(len(got)), strict=True)
         return [line for a, b, i in pairs for line in differences(a, b, f"{path}[{i}]")]
     if isinstance(expected, np.ndarray):
         array = np.asarray(got)
         if array.dtype != expected.dtype or array.shape != expected.shape:
-            return [f"{path}: {array.dtype}{array.shape}, expected {expected.dtype}{expected.shape}"]
+            return [
+                f"{path}: {array.dtype}{array.shape}, expected {expected.dtype}{expected.shape}"
+            ]
         return [] if array.tobytes() == expected.tobytes() else [f"{path}: other bytes"]
     if isinstance(expected, float) and expected != expected:
         return [] if got != got else [f"{path}: {got!r}, expected nan"]

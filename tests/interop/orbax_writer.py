@@ -1,7 +1,7 @@
 """A JAX program: writes checkpoints with Orbax, v0 and v1, in every layout it knows.
 
-Run as `python orbax_writer.py DIRECTORY [SCENARIO ...]`, with as many CPU devices as XLA_FLAGS says. What it
-writes is computed by `state()` from numpy alone, so that a test knows what to expect without JAX.
+Run as `python orbax_writer.py DIRECTORY [SCENARIO ...]`, with as many CPU devices as XLA_FLAGS
+says. What it writes is computed from numpy alone, so that a test knows it without JAX.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def v0_named_steps(path: str) -> None:
         manager.save(5, args=ocp.args.StandardSave(numbers()))
 
 
-# ------------------------------------------------------------------------------------ v0, bare items
+# ------------------------------------------------------------------------------------ bare items
 
 
 @scenario
@@ -166,7 +166,7 @@ _bare(use_zarr3=False, use_ocdbt=False, use_compression=False)
 
 @scenario
 def v0_rich_types(path: str) -> None:
-    """Tuples and named tuples as such in `_METADATA`: an option of Orbax that has no public name yet."""
+    """Tuples as such in `_METADATA`: an option of Orbax that has no public name yet."""
     import orbax.checkpoint as ocp
     from orbax.checkpoint._src.metadata.pytree_metadata_options import PyTreeMetadataOptions
 
@@ -309,7 +309,7 @@ def random_keys(path: str) -> None:
 
 @scenario
 def rewritten(path: str) -> None:
-    """What a JAX program does with a checkpoint of ours, at `ours` beside `path`: opens it, saves it."""
+    """What a JAX program does with a checkpoint of ours, found beside `path`: opens, saves."""
     import orbax.checkpoint as ocp
 
     source = os.path.join(os.path.dirname(path), "ours")

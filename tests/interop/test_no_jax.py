@@ -23,7 +23,8 @@ optimizer.step()
 items = {"model": model, "optimizer": fc.Optimizer(optimizer, model), "rng": fc.Rng(),
          "tree": {"a": [torch.ones(2).bfloat16(), 1, None]}, "config": fc.Json({"lr": 1})}
 keep = [fc.policies.LatestN(2), fc.policies.best_n(1, "loss", mode="min")]
-with fc.CheckpointManager(ROOT + "/run", save_policy=fc.policies.every(1), keep_policy=keep) as manager:
+save = fc.policies.every(1)
+with fc.CheckpointManager(ROOT + "/run", save_policy=save, keep_policy=keep) as manager:
     for step in range(4):
         manager.save(step, items, metrics={"loss": step}).result(60)
     manager.restore(items=items)
@@ -87,6 +88,8 @@ def test_importing_the_package_loads_no_peer() -> None:
         timeout=60,
         check=True,
     )
-    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    loaded = {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()
+    }
     assert "functional_ckpt" in loaded
     assert not loaded & {*PEERS, "torch", "tensorstore"}

@@ -47,15 +47,30 @@ def pytree() -> dict[Any, Any]:
         "empties": [{}, [], (), collections.OrderedDict(), collections.deque()],
         "nested": Pair(left=(torch.ones(2), [1, (2,)]), right=collections.deque([1, 2], 5)),
         "zero size": [torch.empty(0), torch.empty(3, 0, 2, dtype=torch.bfloat16), np.zeros((0, 4))],
-        "zero dims": [torch.tensor(3.5), np.array(2, np.int16), np.float32(1.25), torch.tensor(True)],
+        "zero dims": [
+            torch.tensor(3.5),
+            np.array(2, np.int16),
+            np.float32(1.25),
+            torch.tensor(True),
+        ],
         "bfloat16": torch.randn(5, 3).bfloat16(),
         "float8": [torch.arange(1, 9).float().to(getattr(torch, name)) for name in FLOAT8],
-        "complexes": [torch.randn(3, dtype=torch.complex64), torch.randn(2, dtype=torch.complex128)],
+        "complexes": [
+            torch.randn(3, dtype=torch.complex64),
+            torch.randn(2, dtype=torch.complex128),
+        ],
         "half complex": torch.ones(3, dtype=torch.complex64).to(torch.complex32),
         "float4": torch.arange(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
         "integers": [
             torch.tensor([0, 3], dtype=dtype)
-            for dtype in (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.uint64)
+            for dtype in (
+                torch.uint8,
+                torch.int8,
+                torch.uint16,
+                torch.int16,
+                torch.uint32,
+                torch.uint64,
+            )
         ],
         "tied": [shared, {"again": shared}, torch.nn.Parameter(shared)],
         "views": [shared[::2], torch.randn(3, 4).t(), torch.ones(1).expand(3), shared.flip(0)],
@@ -82,7 +97,10 @@ def pytree() -> dict[Any, Any]:
 
 def trained() -> tuple[torch.nn.Module, torch.optim.Optimizer, Any]:
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(144, 3)
+        torch.nn.Conv2d(1, 4, 3),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.Flatten(),
+        torch.nn.Linear(144, 3),
     )
     optimizer = torch.optim.AdamW(
         [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[3].parameters()}]
@@ -245,7 +263,7 @@ def test_v1_training_checkpointer_sees_our_steps(root: Path, expected: dict[str,
     assert differences(loaded, expected["model"]) == []
 
 
-# ------------------------------------------------------------------------------------ fc.save; sizes
+# ------------------------------------------------------------------------------------ names, sizes
 
 
 @pytest.mark.parametrize("names", [("", "/"), ("a", "a/"), ("a.b", "a")])
@@ -255,7 +273,7 @@ def test_names_that_orbax_cannot_tell_apart_are_refused(
     tree: dict[str, Any] = {names[0]: torch.ones(1), names[1]: torch.ones(2)}
     if names[0] == "a.b":
         tree = {"a.b": torch.ones(1), "a": {"b": torch.ones(2)}}
-    with pytest.raises(fc.errors.NameCollisionError, match="would be stored as .*, as .* would"):
+    with pytest.raises(fc.errors.NameCollisionError, match=r"would be stored as .*, as .* would"):
         fc.save(tmp_path / "x", {"state": tree})
     assert list(tmp_path.iterdir()) == []
 

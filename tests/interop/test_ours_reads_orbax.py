@@ -32,7 +32,9 @@ BARE = (
 
 
 def new_training() -> tuple[torch.nn.Module, torch.optim.Optimizer, Any]:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2)
 
@@ -138,7 +140,8 @@ def test_a_manager_with_named_steps(written: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scenario", "item"), [("v1_save", "state"), ("v1_save_named", "weights"), ("v1_files", "state")]
+    ("scenario", "item"),
+    [("v1_save", "state"), ("v1_save_named", "weights"), ("v1_files", "state")],
 )
 def test_v1_save(written: Path, scenario: str, item: str) -> None:
     restored = fc.restore(written / scenario)
@@ -268,7 +271,7 @@ def test_a_cast_is_asked_for(written: Path) -> None:
 
 
 def test_training_saved_again_by_orbax_goes_on(written: Path) -> None:
-    """Ours -> Orbax -> a JAX program -> Orbax -> ours: the next step is the original's, bit for bit."""
+    """Ours, opened and saved by a JAX program: the next steps are the original's, bit for bit."""
     torch.manual_seed(0)
     original = new_training()
     train(*original)
