@@ -65,7 +65,7 @@ def _tensor(tensor: torch.Tensor) -> Any:
 
 
 def differences(got: Any, expected: Any, path: str = "") -> list[str]:
-    """Every leaf in which two trees differ in type, dtype, shape or a single bit; containers too."""
+    """Where two trees differ in container, type, dtype, shape or a single bit."""
     if isinstance(expected, dict):
         if not isinstance(got, dict) or set(got) != set(expected):
             return [f"{path}: keys of {got!r:.200}, expected {sorted(map(str, expected))}"]
