@@ -17,6 +17,7 @@ from functional_ckpt.core.spec import ArraySpec, Box
 __all__ = [
     "DIGEST_BLOCK_BYTES",
     "MAX_CHUNK_BYTES",
+    "MAX_INLINE_BYTES",
     "ChunkGrid",
     "choose_grid",
     "digest_offsets",
@@ -27,6 +28,10 @@ __all__ = [
 MAX_CHUNK_BYTES = 32 * 2**20
 # A reader verifies in units of this many bytes of a chunk's valid region (C order).
 DIGEST_BLOCK_BYTES = 256 * 2**10
+
+
+# Up to here a chunk lives in a node of the database's tree, and nodes are compressed.
+MAX_INLINE_BYTES = 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

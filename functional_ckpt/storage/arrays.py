@@ -24,7 +24,12 @@ import xxhash
 
 from functional_ckpt import errors
 from functional_ckpt.core import orbax_format
-from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
+from functional_ckpt.core.chunks import (
+    DIGEST_BLOCK_BYTES,
+    MAX_INLINE_BYTES,
+    ChunkGrid,
+    digest_offsets,
+)
 from functional_ckpt.core.spec import ArraySpec, Box, numpy_dtype
 from functional_ckpt.core.structure import key_prefix
 from functional_ckpt.storage.paths import LocalStorage
@@ -59,7 +64,7 @@ _TREE_CACHE_BYTES = 2**30
 _NO_CACHE = {"total_bytes_limit": 0}
 _CONFIG = {
     "compression": {"id": "zstd"},
-    "max_inline_value_bytes": 1024,
+    "max_inline_value_bytes": MAX_INLINE_BYTES,
     "max_decoded_node_bytes": 100_000_000,
 }
 
@@ -549,9 +554,7 @@ def read_part(
         part[...] = whole[inside.slices()]
 
 
-def _run_in_chunk(
-    read: ArrayRead, index: tuple[int, ...], inside: Box
-) -> tuple[int, int] | None:
+def _run_in_chunk(read: ArrayRead, index: tuple[int, ...], inside: Box) -> tuple[int, int] | None:
     """First byte and one past the last of a region that is one run of a chunk's bytes, else None.
 
     A chunk that is cut off in a dim after the first is stored with gaps, so it is read whole.

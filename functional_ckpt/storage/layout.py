@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -118,8 +119,17 @@ class OpenItem:
         arrays.verify_part(self.database, read, index)  # opens the database when first needed
 
     def _check_sizes(self) -> None:
-        """A record cannot ask for more memory than there are bytes on disk (uncompressed)."""
-        wanted = sum(node.spec.size_bytes for node in self.array_nodes())
+        """A record cannot ask for more memory than there are bytes on disk (uncompressed).
+
+        Small chunks may be compressed, but each of them has a digest in the record, which bounds them.
+        """
+        wanted = sum(
+            node.spec.size_bytes
+            for node in self.array_nodes()
+            if (place := self.record_of(node)) is not None
+            and math.prod(place.grid.chunk_shape) * node.spec.itemsize_bytes
+            > chunks.MAX_INLINE_BYTES
+        )
         stored = self.storage.total_bytes(self.path)
         if wanted > stored:
             raise errors.CorruptCheckpointError(

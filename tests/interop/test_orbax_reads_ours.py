@@ -344,3 +344,14 @@ def test_a_large_item(tmp_path: Path) -> None:
     item = tmp_path / "x" / "state"
     stored = sum(file.stat().st_size for file in item.rglob("*") if file.is_file())
     assert stored < 1.05 * (big.nbytes + tree["ragged"].nbytes)  # the tied leaf is stored once
+
+
+def test_arrays_that_compress_well_inside_the_database(tmp_path: Path) -> None:
+    """Chunks of up to 1 KiB live in compressed nodes: fewer bytes on disk than in memory."""
+    tree = {f"x{index}": torch.zeros(256) for index in range(2000)}
+    fc.save(tmp_path / "x", {"state": tree})
+    item = tmp_path / "x" / "state"
+    stored = sum(file.stat().st_size for file in item.rglob("*") if file.is_file())
+    assert stored < 2000 * 1024
+    assert len(fc.restore(tmp_path / "x", verify="before")["state"]) == 2000
+    assert differences(ocp.PyTreeCheckpointer().restore(item), as_orbax(tree)) == []
