@@ -1,7 +1,8 @@
 """The ranks agree on who writes what: one round trip a save, a second when the structure is new.
 
 Every rank tells the primary a digest of its structure. If all are equal, or all are as they were at the last
-save, every rank knows its part already. Only ranks with different trees (pipeline stages) exchange their names.
+save, every rank knows its part already. Only where they differ (pipeline stages; norms that each tensor-parallel
+rank shards over a mesh of its own) do the ranks exchange the names and shardings of their leaves.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Sequence
-from typing import TypeAlias, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from functional_ckpt import errors
-from functional_ckpt.core import manifest, orbax_format, write_plan
-from functional_ckpt.core.placement import Sharding
+from functional_ckpt.core import manifest, orbax_format, union, write_plan
+from functional_ckpt.core.placement import DimShard, Sharding
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.lowering import LoweredItem, Source
 
 __all__ = ["ItemPlan", "Planner", "SavePlan"]
 
-Holders: TypeAlias = "dict[str, tuple[int, ...]]"
-"""`item/leaf` -> the ranks whose tree has the leaf."""
+Shardings: TypeAlias = "dict[str, Sharding]"
+"""`item/leaf` -> which ranks hold what of the leaf, all ranks considered."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,14 +80,12 @@ class Planner:
         if verdict == b"as before" and signature == self._signature:
             return self._plan
         ranks = tuple(range(coordinator.num_ranks))
-        holders: Holders | None = None
+        shardings: Shardings | None = None
         if verdict != b"alike":
-            own = zlib.compress(json.dumps(_names(items)).encode(), 1)
-            found = coordinator.exchange(f"the leaves of step {step}", own, _unite_names)
-            holders = {
-                name: tuple(held) for name, held in json.loads(zlib.decompress(found)).items()
-            }
-        self._plan = _plan(items, coordinator.rank, ranks, holders)
+            own = _to_bytes({name: sharding for name, sharding in _held(items)})
+            what = f"the leaves of step {step}"
+            shardings = _from_bytes(coordinator.exchange(what, own, _unite))
+        self._plan = _plan(items, coordinator.rank, ranks, shardings)
         self._signature = signature
         return self._plan
 
@@ -132,40 +131,63 @@ def _scalars(item: LoweredItem) -> list[str]:
     return [name for name, _, _ in orbax_format.scalar_leaves(item.root)]
 
 
-def _names(items: Sequence[LoweredItem]) -> list[str]:
-    return [
-        f"{item.name}/{name}"
-        for item in items
-        for name in (*(source.node.name for source in item.sources), *_scalars(item))
-    ]
+def _held(items: Sequence[LoweredItem]) -> Iterator[tuple[str, Sharding | None]]:
+    """`item/leaf` -> its sharding, None where this rank has a plain value, for all that has one writer."""
+    for item in items:
+        for source in item.sources:
+            yield f"{item.name}/{source.node.name}", source.sharding
+        for name in _scalars(item):
+            yield f"{item.name}/{name}", None
 
 
-def _unite_names(values: Sequence[bytes]) -> bytes:
-    holders: dict[str, list[int]] = {}
+def _unite(values: Sequence[bytes]) -> bytes:
+    """On the primary: one sharding for every leaf that any rank holds."""
+    held: dict[str, list[tuple[int, Sharding | None]]] = {}
     for rank, value in enumerate(values):
-        for name in cast("list[str]", json.loads(zlib.decompress(value))):
-            holders.setdefault(name, []).append(rank)
-    return zlib.compress(json.dumps(holders).encode(), 1)
+        for name, sharding in _from_bytes(value).items():
+            held.setdefault(name, []).append((rank, sharding))
+    return _to_bytes({name: union.unite_shardings(parts) for name, parts in held.items()})
+
+
+def _to_bytes(shardings: Mapping[str, Sharding | None]) -> bytes:
+    """JSON in which each different sharding is spelled out once."""
+    places: dict[Sharding | None, int] = {}
+    leaves = {name: places.setdefault(each, len(places)) for name, each in shardings.items()}
+    table = [None if each is None else dataclasses.astuple(each) for each in places]
+    return zlib.compress(json.dumps([table, leaves]).encode(), 1)
+
+
+def _from_bytes(value: bytes) -> dict[str, Any]:
+    table, leaves = json.loads(zlib.decompress(value))
+    shardings = [None if entry is None else _sharding(*entry) for entry in table]
+    return {name: shardings[place] for name, place in leaves.items()}
+
+
+def _sharding(mesh_shape: list[int], ranks: list[int], placements: list[Any]) -> Sharding:
+    cuts = (None if cut is None else DimShard(*cut) for cut in placements)
+    return Sharding(tuple(mesh_shape), tuple(ranks), tuple(cuts))
 
 
 def _plan(
-    items: Sequence[LoweredItem], rank: int, ranks: tuple[int, ...], holders: Holders | None
+    items: Sequence[LoweredItem], rank: int, ranks: tuple[int, ...], shardings: Shardings | None
 ) -> SavePlan:
     placed: list[tuple[str, Source, Sharding]] = []
     for item in items:
         for source in item.sources:
-            if source.sharding is not None:
-                sharding = source.sharding
-            elif item.per_rank:
-                sharding = Sharding.replicated((rank,))
+            if item.per_rank:
+                sharding = source.sharding or Sharding.replicated((rank,))
+            elif shardings is not None:
+                sharding = shardings[f"{item.name}/{source.node.name}"]
             else:
-                holding = ranks if holders is None else holders[f"{item.name}/{source.node.name}"]
-                sharding = Sharding.replicated(holding)
+                sharding = source.sharding or Sharding.replicated(ranks)
             placed.append((item.name, source, sharding))
     # Ranks with different trees must meet what they share in the same order.
     placed.sort(key=lambda entry: (entry[0], entry[1].node.name))
     planned = write_plan.plan_writes(
-        [write_plan.ShardedArray(n, s.node.name, s.node.spec, sharding) for n, s, sharding in placed],
+        [
+            write_plan.ShardedArray(n, s.node.name, s.node.spec, sharding)
+            for n, s, sharding in placed
+        ],
         rank,
     )
     by_name = {
@@ -176,14 +198,14 @@ def _plan(
         item.name: ItemPlan(
             arrays=tuple(by_name[item.name, source.node.name] for source in item.sources),
             scalars=frozenset(
-                name for name in _scalars(item) if _writes_scalar(item, name, rank, holders)
+                name for name in _scalars(item) if _writes_scalar(item, name, rank, shardings)
             ),
         )
         for item in items
     }
 
 
-def _writes_scalar(item: LoweredItem, name: str, rank: int, holders: Holders | None) -> bool:
+def _writes_scalar(item: LoweredItem, name: str, rank: int, shardings: Shardings | None) -> bool:
     if item.per_rank:
         return True
-    return rank == (0 if holders is None else min(holders[f"{item.name}/{name}"]))
+    return rank == (0 if shardings is None else min(shardings[f"{item.name}/{name}"].ranks))

@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from functional_ckpt import agreement, completing, errors, lowering, manager, restoring, writer
+from functional_ckpt import agreement, completing, errors, lowering, restoring, writer
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
+from functional_ckpt.metadata import StepMetadata, describe
 from functional_ckpt.storage import commit, layout
 from functional_ckpt.storage.paths import LocalStorage, resolve
 
@@ -87,8 +88,6 @@ def restore(
     return restoring.restore_checkpoint(opened, items, registry or default_registry(), options)
 
 
-def metadata(
-    path: str | os.PathLike[str], *, storage: LocalStorage | None = None
-) -> manager.StepMetadata:
+def metadata(path: str | os.PathLike[str], *, storage: LocalStorage | None = None) -> StepMetadata:
     """What is known of the checkpoint in a directory without reading its arrays."""
-    return manager.describe(layout.open_checkpoint(storage or LocalStorage(), resolve(path)))
+    return describe(layout.open_checkpoint(storage or LocalStorage(), resolve(path)))

@@ -109,9 +109,7 @@ def _complete_tree(
         leaf for _, leaf in structure.iter_leaves(united) if isinstance(leaf, structure.ArrayNode)
     ]
     shapes = {
-        name: shape
-        for report in reports
-        for name, shape in report.chunk_shapes[item.name].items()
+        name: shape for report in reports for name, shape in report.chunk_shapes[item.name].items()
     }
     grids = {
         node.name: ChunkGrid(node.spec.shape, shapes[node.name])

@@ -90,9 +90,7 @@ def lower(
     return tuple(_lower_item(name, item, rank, ranks) for name, item in bound.items())
 
 
-def _lower_item(
-    name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ...]
-) -> LoweredItem:
+def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ...]) -> LoweredItem:
     kind = type(item.handler).__name__
     lowered = item.handler.lower(item.value)
     if item.handler.format == "json":
@@ -103,9 +101,7 @@ def _lower_item(
         Source(node, leaves.source_of(value, node), _sharding(value, ranks))
         for node, value in flat.arrays
     )
-    return LoweredItem(
-        name=name, handler=kind, root=flat.root, sources=sources, per_rank=per_rank
-    )
+    return LoweredItem(name=name, handler=kind, root=flat.root, sources=sources, per_rank=per_rank)
 
 
 def _sharding(value: object, ranks: tuple[int, ...]) -> placement.Sharding | None:

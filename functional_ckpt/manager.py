@@ -1,15 +1,11 @@
-"""`CheckpointManager`: decide, stage, write, commit, prune. It only puts the floors below in order."""
+"""`CheckpointManager`: decide, plan, stage, commit. It only puts the floors below in order."""
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import functools
-import json
 import logging
 import operator
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -18,49 +14,29 @@ from typing import Any, Literal, Self
 from functional_ckpt import (
     agreement,
     background,
+    committing,
     completing,
+    deciding,
     errors,
-    history,
     lowering,
-    preemption,
     restoring,
     writer,
 )
 from functional_ckpt.core import keep_policies as keep
-from functional_ckpt.core import keep_rule, names, plan, save_rule
-from functional_ckpt.core.policy import KeepContext, SaveContext, StepInfo
+from functional_ckpt.core import keep_rule, names, save_rule
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.distributed.torch_dist import default_coordinator
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.interop import orbax
+from functional_ckpt.metadata import StepMetadata, describe
+from functional_ckpt.steps import Steps
 from functional_ckpt.storage import commit, layout, staging
 from functional_ckpt.storage.paths import DirectoryLock, LocalStorage, resolve
 
-__all__ = ["CheckpointManager", "StepMetadata"]
+__all__ = ["CheckpointManager"]
 
 _log = logging.getLogger("functional_ckpt")
-# After a SIGTERM a peer may be gone for good, and the agent kills what is left after 30 seconds.
-_PREEMPTED_TIMEOUT_SECONDS = 20.0
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepMetadata:
-    """What is known of a step without reading its arrays.
-
-    Attributes:
-        step: Its number; None for a checkpoint without steps.
-        time: When it was committed.
-        items: Name of each item -> its tree, with an `ArraySpec` for every array; the value of a JSON item.
-        metrics: Its metrics, or None.
-        custom_metadata: What the user saved beside it.
-    """
-
-    step: int | None
-    time: datetime.datetime
-    items: Mapping[str, Any]
-    metrics: Mapping[str, Any] | None
-    custom_metadata: Mapping[str, Any]
 
 
 class CheckpointManager:
@@ -106,14 +82,11 @@ class CheckpointManager:
     ) -> None:
         if on_busy not in ("wait", "skip"):
             raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {on_busy!r}.")
-        self._root = resolve(directory)
-        self._hidden = os.path.join(self._root, commit.HIDDEN)
         self._storage = storage or LocalStorage()
-        self._names = names.as_name_format(step_name, adapt=orbax.adapt_name_format)
-        self._save_rule = (
-            None
-            if save_policy is None
-            else save_rule.save_rule(save_policy, adapt=orbax.adapt_save_policy)
+        self._steps = Steps(
+            self._storage,
+            resolve(directory),
+            names.as_name_format(step_name, adapt=orbax.adapt_name_format),
         )
         self._keep_policies = keep_rule.keep_policies(
             () if keep_policy is None else keep_policy, adapt=orbax.adapt_keep_policy
@@ -125,23 +98,26 @@ class CheckpointManager:
         self._on_busy: Literal["wait", "skip"] = on_busy
         self._pid = os.getpid()
         self._closed = False
-        self._preempted = False
-        self._refused: int | None = None
-        self._start_time = _now()
-        self._coordinator = coordinator or default_coordinator()
-        self._in_background = self._coordinator.background()
-        self._planner = agreement.Planner(self._coordinator)
         self._committer = background.Committer()
         self._buffer = staging.StagingBuffer()
-        self._mutex = threading.Lock()
-        self._history: tuple[StepInfo, ...] = ()
         self._lock: DirectoryLock | None = None
-        self._preemption = preemption.Watch()
+        self._coordinator = coordinator or default_coordinator()
+        in_background = self._coordinator.background()
+        self._planner = agreement.Planner(self._coordinator)
+        self._writer = committing.StepWriter(self._steps, self._keep_policies, in_background)
+        self._decider = deciding.Decider(
+            None
+            if save_policy is None
+            else save_rule.save_rule(save_policy, adapt=orbax.adapt_save_policy),
+            self._steps,
+            lambda: self._committer.step,
+            (self._coordinator, in_background),
+        )
         try:
             if not read_only:
                 self._on_primary("opening the directory", self._become_writer)
-            self.reload()
-            self._watch_for_preemption()
+                self._decider.start()
+            self._steps.reload()
         except BaseException:
             self._release()
             raise
@@ -151,7 +127,7 @@ class CheckpointManager:
     def should_save(self, step: int) -> bool:
         """Whether `save` would save this step now."""
         self._check_usable()
-        return self._wants(_as_step(step))
+        return self._decider.wants(_as_step(step))
 
     def save(
         self,
@@ -185,17 +161,16 @@ class CheckpointManager:
         self._check_usable()
         self._committer.raise_error()
         number = _as_step(step)
-        if not (force or self._wants(number)):
-            self._refused = number
+        if not (force or self._decider.wants(number)):
+            self._decider.refuse(number)
             return None
         self._check_writer()
-        if self._committer.is_busy and self._on_busy == "skip":
-            _log.info("step %d skipped: step %s is still being committed", number, self._committer.step)
-            self._refused = number
+        skips = self._on_busy == "skip" and not self._decider.is_preempted(number)
+        if skips and self._is_any_busy(number):
+            self._decider.refuse(number)
+            _log.info("step %d skipped: another is still being committed", number)
             return None
         self._committer.wait()
-        self._committer.raise_error()
-        self._check_free(number)
         prepared = self._prepare(number, items, metrics, custom_metadata)
         plan = self._planner.plan(
             prepared if isinstance(prepared, BaseException) else prepared[0], number
@@ -204,11 +179,18 @@ class CheckpointManager:
             raise prepared
         lowered, info = prepared
         staged = writer.stage(lowered, plan, self._buffer if self._asynchronous else None)
-        handle = self._committer.start(number, functools.partial(self._commit, staged, info))
+        work = functools.partial(self._writer.commit, number, staged, info)
+        handle = self._committer.start(number, work)
         if not self._asynchronous:
             self._committer.wait()
             self._committer.raise_error()
         return handle
+
+    def _is_any_busy(self, step: int) -> bool:
+        """Whether a rank is still committing; all ranks get the same answer."""
+        busy = b"1" if self._committer.is_busy else b""
+        group = self._coordinator
+        return group.exchange(f"whether to skip step {step}", busy, b"".join) != b""
 
     def _prepare(
         self,
@@ -220,8 +202,9 @@ class CheckpointManager:
         """What this rank can do alone; an error is for all ranks to hear of, so it is returned."""
         coordinator = self._coordinator
         try:
-            if coordinator.rank == 0:
-                self._check_free(step)
+            self._committer.raise_error()
+            if coordinator.rank == 0 and not self._overwrite:
+                self._steps.check_free(step)
             info = completing.CheckpointInfo(
                 step=step,
                 init_time_ns=time.time_ns(),
@@ -235,123 +218,6 @@ class CheckpointManager:
             return error
         return lowered, info
 
-    def _commit(
-        self, items: Sequence[writer.StagedItem], info: completing.CheckpointInfo
-    ) -> None:
-        """The background half of a save: two rounds between the ranks, whatever they save."""
-        step = _known(info.step)
-        final = self._path(step)
-        tmp = commit.temporary(final)
-        lowered = [item.lowered for item in items]
-        outcome = json.loads(
-            self._write_shards(step, tmp, items, functools.partial(self._finish, lowered, info))
-        )
-        when = datetime.datetime.fromtimestamp(outcome["commit_time_ns"] / 1e9, datetime.UTC)
-        self._remember(StepInfo(step=step, time=when, metrics=info.metrics))
-        if self._coordinator.rank == 0:
-            _log.info("step %d committed", step)
-            self._clean_up(step, outcome["replaced"])
-        elif self._keep_policies:
-            self.reload()
-
-    def _write_shards(
-        self,
-        step: int,
-        tmp: str,
-        items: Sequence[writer.StagedItem],
-        finish: Callable[[str, Sequence[writer.RankReport]], bytes],
-    ) -> bytes:
-        """Every rank writes its part below `tmp`; then the primary alone finishes."""
-        group = self._in_background
-        begun = group.exchange(
-            f"beginning step {step}", b"", lambda _: self._begin(tmp, [i.lowered for i in items])
-        )
-        reports: dict[int, writer.RankReport] = {}
-        value: bytes | BaseException = b""
-        try:
-            reports[group.rank] = writer.write(
-                self._storage,
-                tmp,
-                items,
-                rank=group.rank,
-                num_ranks=group.num_ranks,
-                known=json.loads(begun) if group.rank else None,
-            )
-            if group.rank:
-                writer.write_report(self._storage, tmp, group.rank, reports[group.rank])
-        except Exception as error:  # the other ranks must hear of it before it is raised here
-            value = error
-
-        def combine(_: Sequence[bytes]) -> bytes:
-            for rank in range(1, group.num_ranks):
-                reports[rank] = writer.read_report(self._storage, tmp, rank)
-            if group.num_ranks > 1:
-                self._storage.remove(os.path.join(tmp, writer.REPORTS))
-            return finish(tmp, [reports[rank] for rank in range(group.num_ranks)])
-
-        try:
-            return group.exchange(f"writing step {step}", value, combine)
-        except BaseException:
-            if group.rank == 0:
-                commit.abandon(self._storage, tmp)
-            raise
-
-    def _begin(self, tmp: str, items: Sequence[lowering.LoweredItem]) -> bytes:
-        """On the primary: makes the temporary directory; says what structures look like here."""
-        self._storage.remove(tmp)  # of an earlier save of this process that failed
-        self._storage.make_directory(tmp)
-        if self._coordinator.num_ranks == 1:
-            return b"{}"
-        return json.dumps(
-            {item.name: writer.root_digest(item.root) for item in items if item.root is not None}
-        ).encode()
-
-    def _finish(
-        self,
-        items: Sequence[lowering.LoweredItem],
-        info: completing.CheckpointInfo,
-        tmp: str,
-        reports: Sequence[writer.RankReport],
-    ) -> bytes:
-        """On the primary: completes and publishes; the step counts once this returns."""
-        commit_time_ns = time.time_ns()
-        completing.complete(self._storage, tmp, items, reports, info, commit_time_ns)
-        final = tmp.removesuffix(commit.TMP_SUFFIX)
-        replaced = commit.publish(self._storage, tmp, final, self._hidden)
-        return json.dumps({"commit_time_ns": commit_time_ns, "replaced": replaced}).encode()
-
-    def _clean_up(self, step: int, replaced: str | None) -> None:
-        """What follows a commit; a failure here loses disk space, never a step."""
-        try:
-            if replaced is not None:
-                self._storage.remove(replaced)
-                history.remove_late_metrics(self._storage, self._root, step)
-            self._prune()
-        except Exception as error:
-            raise errors.SaveError(
-                f"Step {step} was committed, but cleaning up after it failed: {error}",
-                step=step,
-                path=self._root,
-            ) from error
-
-    def _prune(self) -> None:
-        if not self._keep_policies:
-            return
-        late = history.late_metrics(self._storage, self._root)
-        with self._mutex:
-            known = tuple(_with_metrics(info, late.get(info.step)) for info in self._history)
-        context = KeepContext(now=_now())
-        for step in keep_rule.steps_to_prune(self._keep_policies, known, context=context):
-            self._discard(step)
-            _log.info("step %d pruned", step)
-
-    def _discard(self, step: int) -> None:
-        path = self._path(step)
-        self._forget(step)
-        if self._storage.exists(path):
-            commit.discard(self._storage, path, self._hidden)
-        history.remove_late_metrics(self._storage, self._root, step)
-
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step that are known only now; durable when it returns.
 
@@ -363,14 +229,7 @@ class CheckpointManager:
         """
         self._check_usable()
         number = self._existing(step)
-        checked = _as_json(metrics, "metrics") or {}
-        late = history.late_metrics(self._storage, self._root).get(number, {})
-        history.write_late_metrics(self._storage, self._root, number, {**late, **checked})
-        with self._mutex:
-            self._history = tuple(
-                _with_metrics(info, checked) if info.step == number else info
-                for info in self._history
-            )
+        self._steps.record(number, _as_json(metrics, "metrics") or {})
 
     def delete(self, step: int) -> None:
         """Removes a step: out of sight in one rename, then from disk."""
@@ -379,7 +238,8 @@ class CheckpointManager:
         number = self._existing(step)
         if self._committer.is_busy:
             self.wait_until_finished()
-        self._discard(number)
+        self._on_primary(f"deleting step {number}", functools.partial(self._steps.discard, number))
+        self._steps.reload()
 
     # ------------------------------------------------------------------------------ restoring
 
@@ -414,7 +274,7 @@ class CheckpointManager:
         self._check_usable()
         options = restoring.RestoreOptions(only=only, strict=strict, cast=cast, verify=verify)
         number = self._agree_on_step(step)
-        path = self._path(number)
+        path = self._steps.path(number)
         try:
             opened = layout.open_checkpoint(self._storage, path, number)
             return restoring.restore_checkpoint(
@@ -454,9 +314,8 @@ class CheckpointManager:
         """What is known of a step (None: the latest) without reading its arrays."""
         self._check_usable()
         number = self._latest() if step is None else self._existing(step)
-        opened = layout.open_checkpoint(self._storage, self._path(number), number)
-        late = history.late_metrics(self._storage, self._root).get(number)
-        return describe(opened, late)
+        opened = layout.open_checkpoint(self._storage, self._steps.path(number), number)
+        return describe(opened, self._steps.late_metrics(number) or None)
 
     def metrics(self, step: int | None = None) -> Mapping[str, Any] | None:
         """The metrics of a step (None: the latest), the late ones included; None where there are none."""
@@ -468,9 +327,8 @@ class CheckpointManager:
         """The committed steps, ascending. A read-only manager looks at the directory anew."""
         self._check_usable()
         if self._read_only:
-            return list(history.list_steps(self._storage, self._root, self._names))
-        with self._mutex:
-            return [info.step for info in self._history]
+            return self._steps.on_disk()
+        return [info.step for info in self._steps.infos]
 
     def latest_step(self) -> int | None:
         """The highest committed step, or None."""
@@ -497,14 +355,13 @@ class CheckpointManager:
                     "best_step() needs a metric's name, or a keep policy best_n(n, name)."
                 )
             by, mode = best.metric, best.mode
-        ranked = keep.rank_steps(self._history, by, mode=mode)
+        ranked = keep.rank_steps(self._steps.infos, by, mode=mode)
         return ranked[0].step if ranked else None
 
     def reload(self) -> None:
         """Reads the history from disk anew."""
-        found = tuple(history.scan(self._storage, self._root, self._names))
-        with self._mutex:
-            self._history = found
+        self._check_usable()
+        self._steps.reload()
 
     def wait_for_new_step(
         self, after: int | None = None, *, timeout: float | None = None, poll: float = 1.0
@@ -533,7 +390,7 @@ class CheckpointManager:
     @property
     def directory(self) -> str:
         """Where the steps are."""
-        return self._root
+        return self._steps.root
 
     # ------------------------------------------------------------------------------ life
 
@@ -560,11 +417,7 @@ class CheckpointManager:
         the last save. The next `save` is taken.
         """
         self._check_usable()
-        if self._refused == _as_step(step):
-            return False
-        if self._coordinator.num_ranks > 1:
-            return self._preempted  # what all ranks agreed on when they last decided whether to save
-        return self._preemption.is_reached
+        return self._decider.is_preempted(_as_step(step))
 
     def close(self) -> None:
         """Finishes the commit under way, lets the next writer in; raises an error not told yet. Safe twice."""
@@ -605,100 +458,41 @@ class CheckpointManager:
 
     def _become_writer(self) -> None:
         """Takes the directory over: locks it, then removes what a dead writer left."""
-        self._storage.make_directory(self._root)
-        self._storage.make_directory(self._hidden)
-        lock = self._storage.lock(os.path.join(self._hidden, "lock"))
-        try:
-            for line in commit.recover(self._storage, self._root, self._hidden):
-                _log.warning("%s: %s", self._root, line)
-        except BaseException:
-            lock.release()
-            raise
-        self._lock = lock
-
-    def _watch_for_preemption(self) -> None:
-        policies = () if self._save_rule is None else self._save_rule.policies
-        if not self._read_only and any(map(preemption.is_preemption, policies)):
-            self._preemption.start()
+        root, hidden = self._steps.root, self._steps.hidden
+        self._storage.make_directory(root)
+        self._storage.make_directory(hidden)
+        self._lock = self._storage.lock(os.path.join(hidden, "lock"))
+        for line in commit.recover(self._storage, root, hidden):
+            _log.warning("%s: %s", root, line)
 
     def _release(self) -> None:
-        self._preemption.stop()
+        self._decider.stop()
         if self._lock is not None:
             self._lock.release()
         self._buffer.release()
-
-    def _wants(self, step: int) -> bool:
-        if self._save_rule is None:
-            return True
-        decided = self._save_rule.decide_step(step)
-        if decided is not None:
-            return decided
-        told = b"1" if self._preemption.is_reached else b""
-        verdict = self._coordinator.exchange(
-            f"whether to save step {step}", told, functools.partial(self._decide, step)
-        )
-        if verdict[1:] == b"1":
-            self._preempted = True
-            self._coordinator.hurry(_PREEMPTED_TIMEOUT_SECONDS)
-            self._in_background.hurry(_PREEMPTED_TIMEOUT_SECONDS)
-        return verdict[:1] == b"1"
-
-    def _decide(self, step: int, told: Sequence[bytes]) -> bytes:
-        """On the primary: what the policies say, and whether any rank was told to stop."""
-        reached = b"1" in told
-        now = _now()
-        known = self._history
-        busy = self._committer.step
-        if busy is not None:
-            known = (*known, StepInfo(step=busy, time=now))
-        context = SaveContext(
-            is_saving_in_progress=busy is not None,
-            reached_preemption=reached,
-            start_time=self._start_time,
-        )
-        info = StepInfo(step=step, time=now)
-        rule = _given(self._save_rule)
-        wanted = save_rule.decide_save(rule, info, known, context=context) is not None
-        return (b"1" if wanted else b"0") + (b"1" if reached else b"0")
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
             raise errors.ForkedError(
                 "This CheckpointManager belongs to the parent process; make one in the child "
                 "(start it with the spawn method), or save from the parent.",
-                path=self._root,
+                path=self._steps.root,
             )
         if self._closed:
-            raise errors.ClosedError("This CheckpointManager was closed.", path=self._root)
+            raise errors.ClosedError("This CheckpointManager was closed.", path=self._steps.root)
 
     def _check_writer(self) -> None:
         if self._read_only:
             raise errors.ReadOnlyError(
-                "This CheckpointManager was opened with read_only=True.", path=self._root
+                "This CheckpointManager was opened with read_only=True.", path=self._steps.root
             )
-
-    def _check_free(self, step: int) -> None:
-        if self._overwrite or not self._storage.exists(self._path(step)):
-            return
-        raise errors.StepExistsError(
-            f"Step {step} exists in {self._root}. Make the manager with overwrite=True to replace it, delete it, "
-            "or save another step.",
-            step=step,
-            path=self._path(step),
-        )
-
-    def _path(self, step: int) -> str:
-        candidates = self._names.names(step)
-        for name in candidates:
-            path = os.path.join(self._root, name)
-            if self._storage.exists(path):
-                return path
-        return os.path.join(self._root, candidates[0])
 
     def _latest(self) -> int:
         latest = self.latest_step()
         if latest is None:
-            raise errors.StepNotFoundError(f"{self._root} has no step yet.", path=self._root)
+            raise errors.StepNotFoundError(
+                f"{self._steps.root} has no step yet.", path=self._steps.root
+            )
         return latest
 
     def _existing(self, step: int) -> int:
@@ -707,44 +501,11 @@ class CheckpointManager:
         if number not in steps:
             shown = ", ".join(map(str, steps[-10:])) or "none"
             raise errors.StepNotFoundError(
-                f"{self._root} has no step {number}; the latest are: {shown}.",
+                f"{self._steps.root} has no step {number}; the latest are: {shown}.",
                 step=number,
-                path=self._root,
+                path=self._steps.root,
             )
         return number
-
-    def _remember(self, info: StepInfo) -> None:
-        with self._mutex:
-            others = [each for each in self._history if each.step != info.step]
-            self._history = tuple(sorted([*others, info], key=lambda each: each.step))
-
-    def _forget(self, step: int) -> None:
-        with self._mutex:
-            self._history = tuple(each for each in self._history if each.step != step)
-
-
-def describe(
-    opened: layout.OpenCheckpoint, late: Mapping[str, Any] | None = None
-) -> StepMetadata:
-    """The metadata of an opened checkpoint."""
-    items = {
-        name: opened.json(name) if kind == "json" else plan.specs(opened.tree(name).root)
-        for name, kind in opened.items.items()
-    }
-    info = history.read_step(opened.storage, opened.path, opened.step or 0, late)
-    return StepMetadata(
-        step=opened.step,
-        time=info.time,
-        items=items,
-        metrics=info.metrics,
-        custom_metadata=opened.metadata.get("custom_metadata") or {},
-    )
-
-
-def _with_metrics(info: StepInfo, late: Mapping[str, Any] | None) -> StepInfo:
-    if late is None:
-        return info
-    return dataclasses.replace(info, metrics={**(info.metrics or {}), **late})
 
 
 def _as_step(step: Any) -> int:
@@ -757,18 +518,6 @@ def _as_step(step: Any) -> int:
     return number
 
 
-def _given(rule: save_rule.SaveRule | None) -> save_rule.SaveRule:
-    if rule is None:
-        raise errors.UsageError("There is no save policy to ask.")
-    return rule
-
-
-def _known(step: int | None) -> int:
-    if step is None:
-        raise errors.UsageError("A manager saves numbered steps.")
-    return step
-
-
 def _as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | None:
     """The mapping, once it is known to be JSON."""
     if value is None:
@@ -777,9 +526,3 @@ def _as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | 
         raise errors.UsageError(f"{what} must be a mapping with str keys; got {value!r:.80}.")
     lowering.to_json(dict(value), what)
     return dict(value)
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
-
-

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeGuard, cast
 
 from functional_ckpt import errors, reader
@@ -150,7 +150,7 @@ def restore_checkpoint(
 
 
 @contextlib.contextmanager
-def _together(group: Coordinator, what: str) -> Iterator[None]:
+def _together(group: Coordinator, what: str) -> Generator[None]:
     """All ranks come through the block, or all raise: the error of a rank reaches every other."""
     try:
         yield

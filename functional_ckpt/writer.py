@@ -132,7 +132,8 @@ def _parts(item: LoweredItem, plan: ItemPlan) -> Iterator[_Part]:
                 start = piece.local.offset
                 local = Box(
                     tuple(
-                        o - p + s for o, p, s in zip(box.offset, piece.box.offset, start, strict=True)
+                        o - p + s
+                        for o, p, s in zip(box.offset, piece.box.offset, start, strict=True)
                     ),
                     box.shape,
                 )
@@ -212,9 +213,7 @@ def write(
         chunk_shapes[name] = {w.name: w.grid.chunk_shape for w in item.writes if w.is_owner}
         if known is None or known.get(name) != root_digest(root):
             roots[name] = root
-    return RankReport(
-        digests=digests, children=children, chunk_shapes=chunk_shapes, roots=roots
-    )
+    return RankReport(digests=digests, children=children, chunk_shapes=chunk_shapes, roots=roots)
 
 
 def _children(item: StagedItem, rank: int, num_ranks: int) -> tuple[str, ...]:

@@ -92,9 +92,7 @@ class Sharding:
         coordinate = self.coordinate(rank)
         return () if coordinate is None else self.pieces_at(shape, coordinate)
 
-    def pieces_at(
-        self, shape: tuple[int, ...], coordinate: tuple[int, ...]
-    ) -> tuple[Piece, ...]:
+    def pieces_at(self, shape: tuple[int, ...], coordinate: tuple[int, ...]) -> tuple[Piece, ...]:
         """What the rank at a mesh coordinate holds."""
         runs = [
             _runs(size, self._cuts(dim), self._coordinate_of(dim, coordinate))

@@ -8,9 +8,10 @@ from typing import TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.core import structure, walk
+from functional_ckpt.core.placement import Sharding
 from functional_ckpt.core.structure import BranchNode, Key, KeyPath, Node, ValueNode
 
-__all__ = ["for_rank", "rank_key", "unite"]
+__all__ = ["for_rank", "rank_key", "unite", "unite_shardings"]
 
 _MAPPINGS = ("dict", "ordered_dict", "default_dict", "counter")
 Parts: TypeAlias = "Sequence[tuple[int, Node]]"
@@ -87,6 +88,36 @@ def _describe(node: Node) -> str:
     if isinstance(node, ValueNode):
         return f"{node.kind} {node.value!r:.40}"
     return f"a {node.kind} of {len(node.children)}"
+
+
+def unite_shardings(parts: Sequence[tuple[int, Sharding | None]]) -> Sharding:
+    """Who holds what of an array of which the ranks know different shardings, or hold it plain.
+
+    Meshes of one shape that have no rank in common are replicas of each other: FSDP2 shards what tensor
+    parallelism leaves alone (norms) over another mesh on every tensor-parallel rank. Of shardings that do not fit
+    together, that of the first rank counts, and the others write nothing.
+
+    Args:
+        parts: `(rank, sharding)` of every rank that has the array; None where it is plain.
+    """
+    first = parts[0][1]
+    if first is None:
+        return Sharding.replicated(tuple(rank for rank, sharding in parts if sharding is None))
+    replicas = [first]
+    taken = set(first.ranks)
+    for _, sharding in parts:
+        if sharding is None or not taken.isdisjoint(sharding.ranks):
+            continue
+        if (sharding.mesh_shape, sharding.placements) == (first.mesh_shape, first.placements):
+            replicas.append(sharding)
+            taken.update(sharding.ranks)
+    if len(replicas) == 1:
+        return first
+    return Sharding(
+        (len(replicas), *first.mesh_shape),
+        tuple(rank for replica in replicas for rank in replica.ranks),
+        (None, *first.placements),
+    )
 
 
 def for_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> Node:

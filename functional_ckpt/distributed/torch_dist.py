@@ -40,7 +40,9 @@ def default_coordinator(
     """
     if not dist.is_available() or not dist.is_initialized():
         if process_group is not None:
-            raise errors.UsageError("process_group was given, but torch.distributed is not initialised.")
+            raise errors.UsageError(
+                "process_group was given, but torch.distributed is not initialised."
+            )
         return SingleProcess()
     group = process_group or dist.group.WORLD
     if dist.get_world_size(group) == 1:
@@ -103,9 +105,7 @@ class StoreCoordinator:
 
     # ------------------------------------------------------------------------------ primary
 
-    def _lead(
-        self, key: str, what: str, value: bytes | BaseException, combine: Combine
-    ) -> bytes:
+    def _lead(self, key: str, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
         try:
             outcome = self._combine(key, what, value, combine)
         except BaseException as error:

@@ -1,0 +1,148 @@
+"""The background half of a save: every rank writes, the primary completes, publishes and prunes.
+
+Two rounds between the ranks, whatever they save: the primary makes the temporary directory, then gathers
+what everyone wrote. Nothing is reported before the parent directory is durable.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from functional_ckpt import completing, errors, lowering, writer
+from functional_ckpt.core import keep_rule
+from functional_ckpt.core.policy import KeepContext, KeepPolicy, StepInfo
+from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.steps import Steps
+from functional_ckpt.storage import commit
+
+__all__ = ["StepWriter"]
+
+_log = logging.getLogger("functional_ckpt")
+
+
+class StepWriter:
+    """Commits staged steps, on every rank.
+
+    Args:
+        steps: Where to.
+        keep_policies: Which steps stay.
+        coordinator: How the ranks agree; used from one thread at a time.
+    """
+
+    def __init__(
+        self, steps: Steps, keep_policies: Sequence[KeepPolicy], coordinator: Coordinator
+    ) -> None:
+        self._steps = steps
+        self._storage = steps.storage
+        self._keep_policies = tuple(keep_policies)
+        self._coordinator = coordinator
+
+    def commit(
+        self, step: int, items: Sequence[writer.StagedItem], info: completing.CheckpointInfo
+    ) -> None:
+        """Writes, commits and remembers a step, then removes what the policies let go."""
+        tmp = commit.temporary(self._steps.path(step))
+        lowered = [item.lowered for item in items]
+        finish = functools.partial(self._finish, tmp, lowered, info)
+        outcome = json.loads(self._write_shards(step, tmp, items, finish))
+        when = datetime.datetime.fromtimestamp(outcome["commit_time_ns"] / 1e9, datetime.UTC)
+        self._steps.remember(StepInfo(step=step, time=when, metrics=info.metrics))
+        if self._coordinator.rank == 0:
+            _log.info("step %d committed", step)
+            self._clean_up(step, outcome["replaced"])
+        elif self._keep_policies:
+            self._steps.reload()
+
+    def _write_shards(
+        self,
+        step: int,
+        tmp: str,
+        items: Sequence[writer.StagedItem],
+        finish: Callable[[Sequence[writer.RankReport]], bytes],
+    ) -> bytes:
+        group = self._coordinator
+        begun = group.exchange(
+            f"beginning step {step}", b"", lambda _: self._begin(tmp, [i.lowered for i in items])
+        )
+        reports: dict[int, writer.RankReport] = {}
+        value: bytes | BaseException = b""
+        try:
+            reports[group.rank] = writer.write(
+                self._storage,
+                tmp,
+                items,
+                rank=group.rank,
+                num_ranks=group.num_ranks,
+                known=json.loads(begun) if group.rank else None,
+            )
+            if group.rank:
+                writer.write_report(self._storage, tmp, group.rank, reports[group.rank])
+        except Exception as error:  # the other ranks must hear of it before it is raised here
+            value = error
+
+        def combine(_: Sequence[bytes]) -> bytes:
+            for rank in range(1, group.num_ranks):
+                reports[rank] = writer.read_report(self._storage, tmp, rank)
+            if group.num_ranks > 1:
+                self._storage.remove(os.path.join(tmp, writer.REPORTS))
+            return finish([reports[rank] for rank in range(group.num_ranks)])
+
+        try:
+            return group.exchange(f"writing step {step}", value, combine)
+        except BaseException:
+            if group.rank == 0:
+                commit.abandon(self._storage, tmp)
+            raise
+
+    def _begin(self, tmp: str, items: Sequence[lowering.LoweredItem]) -> bytes:
+        """On the primary: makes the temporary directory; says what structures look like here."""
+        self._storage.remove(tmp)  # of an earlier save of this process that failed
+        self._storage.make_directory(tmp)
+        if self._coordinator.num_ranks == 1:
+            return b"{}"
+        return json.dumps(
+            {item.name: writer.root_digest(item.root) for item in items if item.root is not None}
+        ).encode()
+
+    def _finish(
+        self,
+        tmp: str,
+        items: Sequence[lowering.LoweredItem],
+        info: completing.CheckpointInfo,
+        reports: Sequence[writer.RankReport],
+    ) -> bytes:
+        """On the primary: completes and publishes; the step counts once this returns."""
+        commit_time_ns = time.time_ns()
+        completing.complete(self._storage, tmp, items, reports, info, commit_time_ns)
+        final = tmp.removesuffix(commit.TMP_SUFFIX)
+        replaced = commit.publish(self._storage, tmp, final, self._steps.hidden)
+        return json.dumps({"commit_time_ns": commit_time_ns, "replaced": replaced}).encode()
+
+    def _clean_up(self, step: int, replaced: str | None) -> None:
+        """What follows a commit; a failure here loses disk space, never a step."""
+        try:
+            if replaced is not None:
+                self._storage.remove(replaced)
+                self._steps.forget_late_metrics(step)
+            self._prune()
+        except Exception as error:
+            raise errors.SaveError(
+                f"Step {step} was committed, but cleaning up after it failed: {error}",
+                step=step,
+                path=self._steps.root,
+            ) from error
+
+    def _prune(self) -> None:
+        if not self._keep_policies:
+            return
+        known = self._steps.with_late_metrics()
+        context = KeepContext(now=datetime.datetime.now(datetime.UTC))
+        for step in keep_rule.steps_to_prune(self._keep_policies, known, context=context):
+            self._steps.discard(step)
+            _log.info("step %d pruned", step)

@@ -1,0 +1,49 @@
+"""What is known of a checkpoint without reading its arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+from functional_ckpt import history
+from functional_ckpt.core import plan
+from functional_ckpt.storage import layout
+
+__all__ = ["StepMetadata", "describe"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetadata:
+    """What is known of a step without reading its arrays.
+
+    Attributes:
+        step: Its number; None for a checkpoint without steps.
+        time: When it was committed.
+        items: Name of each item -> its tree, with an `ArraySpec` for every array; the value of a JSON item.
+        metrics: Its metrics, or None.
+        custom_metadata: What the user saved beside it.
+    """
+
+    step: int | None
+    time: datetime.datetime
+    items: Mapping[str, Any]
+    metrics: Mapping[str, Any] | None
+    custom_metadata: Mapping[str, Any]
+
+
+def describe(opened: layout.OpenCheckpoint, late: Mapping[str, Any] | None = None) -> StepMetadata:
+    """The metadata of an opened checkpoint."""
+    items = {
+        name: opened.json(name) if kind == "json" else plan.specs(opened.tree(name).root)
+        for name, kind in opened.items.items()
+    }
+    info = history.read_step(opened.storage, opened.path, opened.step or 0, late)
+    return StepMetadata(
+        step=opened.step,
+        time=info.time,
+        items=items,
+        metrics=info.metrics,
+        custom_metadata=opened.metadata.get("custom_metadata") or {},
+    )

@@ -1,0 +1,111 @@
+"""The steps of one run: their directory, their names and what is remembered of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from functional_ckpt import errors, history
+from functional_ckpt.core.names import NameFormat
+from functional_ckpt.core.policy import StepInfo
+from functional_ckpt.storage import commit
+from functional_ckpt.storage.paths import LocalStorage
+
+__all__ = ["Steps"]
+
+
+class Steps:
+    """A directory of steps.
+
+    What was committed through this object is remembered at once; what other processes do is seen by
+    `reload`. Safe to use from the commit's thread beside the caller's.
+
+    Attributes:
+        storage: The file system.
+        root: The directory.
+        hidden: Where everything is that is no step.
+    """
+
+    def __init__(self, storage: LocalStorage, root: str, names: NameFormat) -> None:
+        self.storage = storage
+        self.root = root
+        self.hidden = os.path.join(root, commit.HIDDEN)
+        self._names = names
+        self._mutex = threading.Lock()
+        self._infos: tuple[StepInfo, ...] = ()
+
+    @property
+    def infos(self) -> tuple[StepInfo, ...]:
+        """The steps as last seen, ascending."""
+        return self._infos
+
+    def reload(self) -> None:
+        """Reads everything from disk anew."""
+        found = tuple(history.scan(self.storage, self.root, self._names))
+        with self._mutex:
+            self._infos = found
+
+    def on_disk(self) -> list[int]:
+        """The steps that are there now, ascending."""
+        return list(history.list_steps(self.storage, self.root, self._names))
+
+    def path(self, step: int) -> str:
+        """Where a step is, or will be."""
+        candidates = [os.path.join(self.root, name) for name in self._names.names(step)]
+        return next((path for path in candidates if self.storage.exists(path)), candidates[0])
+
+    def check_free(self, step: int) -> None:
+        """Raises `StepExistsError` when the step is there."""
+        if self.storage.exists(self.path(step)):
+            raise errors.StepExistsError(
+                f"Step {step} exists in {self.root}. Make the manager with overwrite=True to "
+                "replace it, delete it, or save another step.",
+                step=step,
+                path=self.path(step),
+            )
+
+    def remember(self, info: StepInfo) -> None:
+        """A step was committed."""
+        with self._mutex:
+            others = [each for each in self._infos if each.step != info.step]
+            self._infos = tuple(sorted([*others, info], key=lambda each: each.step))
+
+    def with_late_metrics(self) -> tuple[StepInfo, ...]:
+        """The steps with what was recorded of them since, by whatever process."""
+        late = history.late_metrics(self.storage, self.root)
+        return tuple(_with_metrics(info, late.get(info.step)) for info in self._infos)
+
+    def late_metrics(self, step: int) -> Mapping[str, Any]:
+        """What was recorded of a step after its commit."""
+        return history.late_metrics(self.storage, self.root).get(step, {})
+
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records metrics of a committed step; durable when it returns."""
+        late = {**self.late_metrics(step), **metrics}
+        history.write_late_metrics(self.storage, self.root, step, late)
+        with self._mutex:
+            self._infos = tuple(
+                _with_metrics(info, metrics) if info.step == step else info for info in self._infos
+            )
+
+    def forget_late_metrics(self, step: int) -> None:
+        """The step was written anew: what was measured of the old one counts no more."""
+        history.remove_late_metrics(self.storage, self.root, step)
+
+    def discard(self, step: int) -> None:
+        """Removes a step: out of sight in one rename, then from disk."""
+        path = self.path(step)
+        with self._mutex:
+            self._infos = tuple(each for each in self._infos if each.step != step)
+        if self.storage.exists(path):
+            commit.discard(self.storage, path, self.hidden)
+        self.forget_late_metrics(step)
+
+
+def _with_metrics(info: StepInfo, late: Mapping[str, Any] | None) -> StepInfo:
+    if late is None:
+        return info
+    return dataclasses.replace(info, metrics={**(info.metrics or {}), **late})
