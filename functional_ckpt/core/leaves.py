@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ def array_node(value: object, name: str) -> structure.ArrayNode | None:
 def _tensor_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
     dtype = torch_dtype_name(tensor.dtype)
     stored = _CARRIED_BY.get(dtype, dtype)
-    if stored not in spec_lib.STORAGE_DTYPES:
+    if stored not in spec_lib.STORAGE_DTYPES or stored in _NUMPY_ONLY:
         raise errors.UnsupportedLeafError(
             f"dtype {tensor.dtype} cannot be stored (torch itself cannot copy it); "
             "convert the tensor to an ordinary dtype, or leave it out of the item"
@@ -161,7 +161,7 @@ def _numpy_node(array: Array | np.generic, name: str) -> structure.ArrayNode:
     if dtype.kind in "MmSU" or not dtype.isnative:
         detail["dtype"] = dtype.str
         stored = _NUMPY_CARRIED_BY.get(dtype.kind) or dtype.newbyteorder("=").name
-    if dtype.kind in "SU" and dtype.itemsize:
+    if dtype.kind in "SU":
         stored, shape = "uint8", (*shape, dtype.itemsize)
     if stored not in spec_lib.STORAGE_DTYPES:
         raise errors.UnsupportedLeafError(
@@ -180,10 +180,16 @@ def identity(value: object) -> Hashable | None:
     if isinstance(value, torch.Tensor):
         if value.numel() == 0 or value.is_conj() or value.is_neg():
             return None
+        local = placement.local_of(value)
+        pointer: Hashable = local.data_ptr()
+        if local.numel() == 0:
+            # This rank holds nothing of a sharded tensor, and there is no pointer to nothing: all
+            # ranks must agree on what is tied, so the (empty) storage stands in for it.
+            pointer = (local.untyped_storage()._cdata, local.storage_offset())
         return (
             "torch",
             str(value.device),
-            placement.local_of(value).data_ptr(),
+            pointer,
             tuple(value.shape),
             value.stride(),
             value.dtype,
@@ -213,9 +219,9 @@ def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
     array = np.asarray(value)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    if array.dtype.kind in "SU":
-        array = np.ascontiguousarray(array).reshape(array.shape)
-        array = array[..., None].view(np.uint8) if array.ndim else array.reshape(1).view(np.uint8)
+    if array.dtype.kind in "SU":  # each element becomes a row of bytes
+        data = bytearray(array.tobytes())[: node.spec.size_bytes]  # an empty scalar grows to U1
+        array = np.array(data, np.uint8).reshape(node.spec.shape)
     stored = spec_lib.numpy_dtype(node.spec.dtype)
     if array.dtype != stored:
         array = array.view(stored)
@@ -228,7 +234,8 @@ def tensor_over(array: Array) -> torch.Tensor:
     """A tensor sharing a numpy array's memory, whatever its dtype."""
     if _is_registered(array.dtype):  # ml_dtypes register as void: go through an integer as wide
         carrier = torch.from_numpy(array.view(np.dtype(f"i{array.itemsize}")))
-        return carrier.view(_torch_dtype(array.dtype.name))
+        name = array.dtype.name
+        return carrier if name in _NUMPY_ONLY else carrier.view(_torch_dtype(name))
     return torch.from_numpy(array)
 
 
@@ -279,7 +286,7 @@ def allocate(node: structure.ArrayNode, device: torch.device | None = None) -> D
         destination = host_view(tensor, node.spec.dtype)
         return Destination(destination, lambda: dress(tensor, node.detail, device))
     dtype = spec_lib.numpy_dtype(node.spec.dtype)
-    array = np.empty(node.spec.shape, dtype, order="F" if node.detail.get("order") == "F" else "C")
+    array = np.empty(node.spec.shape, dtype, order="C" if _is_text(node) else _order(node))
     if node.kind == "bytes":
         return Destination(array, array.tobytes)
     if node.kind in ("ndarray", "tensor"):
@@ -329,13 +336,26 @@ def dress(
     return tensor
 
 
+def _order(node: structure.ArrayNode) -> Literal["C", "F"]:
+    return "F" if node.detail.get("order") == "F" else "C"
+
+
+def _is_text(node: structure.ArrayNode) -> bool:
+    """Whether it is an array of strings, whose last dim on disk is the bytes of one string."""
+    return str(node.detail.get("dtype", ""))[1:2] in ("S", "U")
+
+
 def _numpy_value(array: Array, node: structure.ArrayNode) -> Array:
     name = node.detail.get("dtype")
     if name is None:
         return array
     dtype = np.dtype(str(name))
-    if dtype.kind in "SU" and dtype.itemsize:
-        return array.view(dtype.newbyteorder("="))[..., 0].astype(dtype, copy=False)
+    if dtype.kind in "SU":
+        shape = node.spec.shape[:-1]
+        if not dtype.itemsize:
+            return np.zeros(shape, dtype)
+        native = np.ndarray(shape, dtype.newbyteorder("="), array.tobytes())
+        return native.astype(dtype, order=_order(node))
     if dtype.kind in "Mm":
         return array.view(dtype.newbyteorder("=")).astype(dtype, copy=False)
     return array.astype(dtype)

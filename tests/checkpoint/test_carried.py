@@ -1,0 +1,94 @@
+"""Everything a pytree may hold comes back equal to the bit, through the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, TARGET_ONLY
+from exact import assert_same
+
+import functional_ckpt as fc
+
+# What torch says of a kind of tensor when the first is made; it says nothing of ours.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC) tensor support:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
+]
+
+# Of arrays, which lie on disk the same way wherever they stand in a tree, a few stand alone.
+ALONE = [name for name in CASES if not name.startswith(("numpy_", "tensor_"))]
+ALONE += ["numpy_float32_2d", "numpy_U2_scalar", "tensor_float32_0d", "tensor_coo_hybrid"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_saved(name: str, tmp_path: Path) -> None:
+    value = {"inside": CASES[name]()}
+    fc.save(tmp_path / "c", {"v": value})
+    assert_same(fc.restore(tmp_path / "c")["v"], value, is_own_class=False)
+
+
+@pytest.mark.parametrize("name", [*CASES, *TARGET_ONLY])
+def test_with_a_target(name: str, tmp_path: Path) -> None:
+    make = {**CASES, **TARGET_ONLY}[name]
+    torch.manual_seed(0)
+    saved: Any = make()
+    torch.manual_seed(1)
+    target = {"inside": make()}
+    fc.save(tmp_path / "c", {"v": {"inside": saved}})
+    assert_same(fc.restore(tmp_path / "c", {"v": target})["v"], {"inside": saved})
+
+
+@pytest.mark.parametrize("name", [*ALONE, *TARGET_ONLY])
+def test_alone(name: str, tmp_path: Path) -> None:
+    """An item may be one leaf, or any container; `fc.PyTree` takes what has a handler of its own."""
+    value = {**CASES, **TARGET_ONLY}[name]()
+    fc.save(tmp_path / "c", {"v": fc.PyTree(value)})
+    assert_same(fc.restore(tmp_path / "c", {"v": fc.PyTree(value)})["v"], value)
+
+
+@pytest.mark.parametrize("name", TARGET_ONLY)
+def test_without_its_class_the_parts_come_back(name: str, tmp_path: Path) -> None:
+    value = TARGET_ONLY[name]()
+    fc.save(tmp_path / "c", {"v": {"inside": value}})
+    parts = fc.restore(tmp_path / "c")["v"]["inside"]
+    assert type(parts) is dict
+    if hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        assert_same(parts, {name: getattr(value, name) for name in names})
+    else:
+        assert_same(parts, {0: value.child})
+
+
+def test_the_target_is_imitated_and_left_alone(tmp_path: Path) -> None:
+    saved = {"w": torch.arange(3.0), "p": torch.nn.Parameter(torch.ones(2)), "n": 1}
+    target = {"w": torch.zeros(3), "p": torch.nn.Parameter(torch.zeros(2)), "n": 5}
+    fc.save(tmp_path / "c", {"v": saved})
+    restored = fc.restore(tmp_path / "c", {"v": target})["v"]
+    assert_same(restored, saved)
+    assert_same(target["w"], torch.zeros(3))
+    assert target["n"] == 5 and restored["p"] is not target["p"]
+    restored["w"] += 1
+    assert_same(target["w"], torch.zeros(3))
+
+
+def test_what_is_restored_can_be_written(tmp_path: Path) -> None:
+    """Read-only and expanded memory comes back as ordinary memory."""
+    fc.save(tmp_path / "c", {"v": {"a": CASES["numpy_read_only"](), "b": torch.ones(1).expand(3)}})
+    restored = fc.restore(tmp_path / "c")["v"]
+    restored["a"][0] = 9
+    restored["b"][0] = 9
+    assert restored["a"].tolist() == [9, 1, 2, 3, 4, 5]
+    assert restored["b"].tolist() == [9, 1, 1]
+
+
+def test_layout_in_memory_is_kept_where_it_is_dense(tmp_path: Path) -> None:
+    value = {"last": CASES["tensor_channels_last"](), "f": CASES["numpy_float64_fortran"]()}
+    fc.save(tmp_path / "c", {"v": value})
+    restored = fc.restore(tmp_path / "c")["v"]
+    assert restored["last"].is_contiguous(memory_format=torch.channels_last)
+    assert restored["f"].flags.f_contiguous
