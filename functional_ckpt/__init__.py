@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from functional_ckpt.handlers import Stateful as Stateful
     from functional_ckpt.handlers import default_registry as default_registry
     from functional_ckpt.manager import CheckpointManager as CheckpointManager
-    from functional_ckpt.metadata import StepMetadata as StepMetadata
+    from functional_ckpt.describing import StepMetadata as StepMetadata
     from functional_ckpt.restoring import Restored as Restored
 
 # Where each public name lives; imported when first used: the command line starts without torch.
@@ -61,7 +61,7 @@ _HOMES = {
     "RestoreReport": "core.plan",
     "Restored": "restoring",
     "Rng": "handlers",
-    "StepMetadata": "metadata",
+    "StepMetadata": "describing",
     "StepName": "core.names",
     "Stateful": "handlers",
     "default_registry": "handlers",

@@ -11,7 +11,7 @@ from functional_ckpt import agreement, completing, errors, lowering, restoring, 
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
-from functional_ckpt.metadata import StepMetadata, describe
+from functional_ckpt.describing import StepMetadata, describe
 from functional_ckpt.storage import commit, layout
 from functional_ckpt.storage.paths import LocalStorage, resolve
 

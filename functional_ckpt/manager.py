@@ -29,7 +29,7 @@ from functional_ckpt.distributed.torch_dist import default_coordinator
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.interop import orbax
-from functional_ckpt.metadata import StepMetadata, describe
+from functional_ckpt.describing import StepMetadata, describe
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import commit, layout, staging
 from functional_ckpt.storage.paths import DirectoryLock, LocalStorage, resolve

@@ -44,7 +44,7 @@ FLOORS: dict[str, int] = {
     "history.py": 4,
     "preemption.py": 4,
     "steps.py": 5,
-    "metadata.py": 5,
+    "describing.py": 5,
     "lowering.py": 5,
     "agreement.py": 5,
     "writer.py": 5,

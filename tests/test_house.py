@@ -270,6 +270,14 @@ def test_all_is_what_is_public() -> None:
     assert public == {name for name in fc.__all__ if not name.startswith("_")}
 
 
+def test_no_module_stands_in_front_of_a_public_name() -> None:
+    import functional_ckpt as fc
+
+    # Once imported, a module is an attribute of its package, and __getattr__ is not asked any more.
+    rooms = {path.stem for path in PACKAGE.iterdir()} - {"errors", "policies", "cli", "testing"}
+    assert rooms & set(fc.__all__) == set()
+
+
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     import functional_ckpt as fc
 
