@@ -1,8 +1,9 @@
 """The ranks agree on who writes what: one round trip a save, a second when the structure is new.
 
-Every rank tells the primary a digest of its structure. If all are equal, or all are as they were at the last
-save, every rank knows its part already. Only where they differ (pipeline stages; norms that each tensor-parallel
-rank shards over a mesh of its own) do the ranks exchange the names and shardings of their leaves.
+Every rank tells the primary a digest of its structure. If all are equal, or all are as they were at
+the last save, every rank knows its part already. Only where they differ (pipeline stages; norms
+that each tensor-parallel rank shards over a mesh of its own) do the ranks exchange the names and
+shardings of their leaves.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Planner:
             step: Which step; the same on every rank.
 
         Raises:
-            CoordinationError: Another rank failed, or the ranks disagree about the step or the items.
+            CoordinationError: Another rank failed, or the ranks disagree about the step or the
+                items.
         """
         coordinator = self._coordinator
         if isinstance(items, BaseException):
@@ -82,7 +84,7 @@ class Planner:
         ranks = tuple(range(coordinator.num_ranks))
         shardings: Shardings | None = None
         if verdict != b"alike":
-            own = _to_bytes({name: sharding for name, sharding in _held(items)})
+            own = _to_bytes(dict(_held(items)))
             what = f"the leaves of step {step}"
             shardings = _from_bytes(coordinator.exchange(what, own, _unite))
         self._plan = _plan(items, coordinator.rank, ranks, shardings)
@@ -102,8 +104,8 @@ class Planner:
                 step, names = json.loads(head)
                 first_step, first_names = json.loads(heads[0])
                 raise errors.CoordinationError(
-                    f"Rank {rank} saves step {step} with the items {names}, rank 0 step {first_step} "
-                    f"with {first_names}; every rank must make the same calls.",
+                    f"Rank {rank} saves step {step} with the items {names}, rank 0 step "
+                    f"{first_step} with {first_names}; every rank must make the same calls.",
                     ranks=(rank,),
                 )
         before, self._signatures = self._signatures, tuple(signatures)
@@ -132,7 +134,7 @@ def _scalars(item: LoweredItem) -> list[str]:
 
 
 def _held(items: Sequence[LoweredItem]) -> Iterator[tuple[str, Sharding | None]]:
-    """`item/leaf` -> its sharding, None where this rank has a plain value, for all that has one writer."""
+    """`item/leaf` and its sharding, None for a plain value, of all that this rank might write."""
     for item in items:
         for source in item.sources:
             yield f"{item.name}/{source.node.name}", source.sharding

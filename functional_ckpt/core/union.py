@@ -91,11 +91,11 @@ def _describe(node: Node) -> str:
 
 
 def unite_shardings(parts: Sequence[tuple[int, Sharding | None]]) -> Sharding:
-    """Who holds what of an array of which the ranks know different shardings, or hold it plain.
+    """Who holds what of an array that the ranks hold in different shardings, or plain.
 
-    Meshes of one shape that have no rank in common are replicas of each other: FSDP2 shards what tensor
-    parallelism leaves alone (norms) over another mesh on every tensor-parallel rank. Of shardings that do not fit
-    together, that of the first rank counts, and the others write nothing.
+    Meshes of one shape that have no rank in common are replicas of each other: FSDP2 shards what
+    tensor parallelism leaves alone (norms) over another mesh on every tensor-parallel rank. Of
+    shardings that do not fit together, that of the first rank counts; the others write nothing.
 
     Args:
         parts: `(rank, sharding)` of every rank that has the array; None where it is plain.
