@@ -85,7 +85,7 @@ class _Flattening:
             if (array := leaves.array_node(value, leaf_name(path))) is not None:
                 self._take_name(path)
                 return walk.leaf(self._array(array, value))
-        except errors.UnsupportedLeafError as error:
+        except errors.UsageError as error:
             self._add_problem(path, error.message)
         else:
             self._add_problem(path, _why_unsupported(value))

@@ -1,4 +1,4 @@
-"""Equality to the bit, written without the code under test: what `fc.save` took is what comes back."""
+"""Equality to the bit, written without the code under test."""
 
 from __future__ import annotations
 

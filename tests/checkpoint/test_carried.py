@@ -9,8 +9,10 @@ import pytest
 import torch
 from cases import CASES, TARGET_ONLY
 from exact import assert_same
+from hypothesis import HealthCheck, given, settings
 
 import functional_ckpt as fc
+from functional_ckpt.testing import strategies
 
 # What torch says of a kind of tensor when the first is made; it says nothing of ours.
 pytestmark = [
@@ -45,7 +47,7 @@ def test_with_a_target(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [*ALONE, *TARGET_ONLY])
 def test_alone(name: str, tmp_path: Path) -> None:
-    """An item may be one leaf, or any container; `fc.PyTree` takes what has a handler of its own."""
+    """An item may be one leaf, or any container."""
     value = {**CASES, **TARGET_ONLY}[name]()
     fc.save(tmp_path / "c", {"v": fc.PyTree(value)})
     assert_same(fc.restore(tmp_path / "c", {"v": fc.PyTree(value)})["v"], value)
@@ -78,7 +80,8 @@ def test_the_target_is_imitated_and_left_alone(tmp_path: Path) -> None:
 
 def test_what_is_restored_can_be_written(tmp_path: Path) -> None:
     """Read-only and expanded memory comes back as ordinary memory."""
-    fc.save(tmp_path / "c", {"v": {"a": CASES["numpy_read_only"](), "b": torch.ones(1).expand(3)}})
+    value = {"a": CASES["numpy_read_only"](), "b": torch.ones(1).expand(3)}
+    fc.save(tmp_path / "c", {"v": value})
     restored = fc.restore(tmp_path / "c")["v"]
     restored["a"][0] = 9
     restored["b"][0] = 9
@@ -87,8 +90,16 @@ def test_what_is_restored_can_be_written(tmp_path: Path) -> None:
 
 
 def test_layout_in_memory_is_kept_where_it_is_dense(tmp_path: Path) -> None:
-    value = {"last": CASES["tensor_channels_last"](), "f": CASES["numpy_float64_fortran"]()}
+    value = {name: CASES[name]() for name in ("tensor_channels_last", "numpy_float64_fortran")}
     fc.save(tmp_path / "c", {"v": value})
     restored = fc.restore(tmp_path / "c")["v"]
-    assert restored["last"].is_contiguous(memory_format=torch.channels_last)
-    assert restored["f"].flags.f_contiguous
+    assert restored["tensor_channels_last"].is_contiguous(memory_format=torch.channels_last)
+    assert restored["numpy_float64_fortran"].flags.f_contiguous
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=strategies.pytrees(max_leaves=8))
+def test_any_pytree(value: Any, tmp_path: Path) -> None:
+    fc.save(tmp_path / "c", {"v": fc.PyTree(value)}, overwrite=True)
+    assert_same(fc.restore(tmp_path / "c")["v"], value)
+    assert_same(fc.restore(tmp_path / "c", {"v": fc.PyTree(value)})["v"], value)
