@@ -285,6 +285,8 @@ def open_checkpoint(storage: LocalStorage, path: str, step: int | None = None) -
     checkpoint = OpenCheckpoint(
         storage=storage, path=path, step=step, items=items, record=record, metadata=metadata
     )
+    if record is not None:
+        checkpoint._check_small_file(orbax_format.CHECKPOINT_METADATA_FILE)
     if not items:
         raise errors.CorruptCheckpointError(
             f"{path}: not a checkpoint: it holds no item that this package or Orbax wrote.",

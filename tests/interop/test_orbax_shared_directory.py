@@ -195,3 +195,16 @@ def test_extra_files_of_ours_are_few_and_hidden_from_orbax(tmp_path: Path) -> No
     orbaxs = json.loads((tmp_path / "2" / "_CHECKPOINT_METADATA").read_bytes())
     assert record["item_handlers"] == orbaxs["item_handlers"]
     assert set(record) == set(orbaxs)
+
+
+def test_a_changed_record_of_orbaxs_beside_ours_is_noticed(tmp_path: Path) -> None:
+    """Custom metadata has no other home than Orbax's file, so ours vouches for it."""
+    with fc.CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"state": {"w": torch.ones(1)}}, custom_metadata={"seed": 1})
+    path = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    path.write_bytes(path.read_bytes().replace(b'"seed": 1', b'"seed": 2'))
+    with (
+        fc.CheckpointManager(tmp_path, read_only=True) as manager,
+        pytest.raises(fc.errors.CorruptCheckpointError, match="_CHECKPOINT_METADATA"),
+    ):
+        manager.metadata(1)
