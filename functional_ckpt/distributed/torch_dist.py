@@ -7,25 +7,23 @@ group's collectives are never used. One clone per thread: calls on one store obj
 from __future__ import annotations
 
 import datetime
-import itertools
-import time
-from collections.abc import Callable
-from typing import Any
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 
 from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import Combine, Coordinator, SingleProcess
+from functional_ckpt.distributed.rounds import Rounds
 
 __all__ = ["DEFAULT_TIMEOUT_SECONDS", "StoreCoordinator", "default_coordinator"]
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
-# How much longer the others wait than the primary, so that its verdict reaches them first.
-_GRACE_SECONDS = 2.0
-_FIRST_PAUSE_SECONDS = 0.0002
-_LONGEST_PAUSE_SECONDS = 0.05
-_OK, _ERROR = b"+", b"-"
-_serial = itertools.count()
+_CONNECT_SECONDS = 60.0
 
 
 def default_coordinator(
@@ -51,7 +49,9 @@ def default_coordinator(
 
 
 class StoreCoordinator:
-    """Ranks that meet in a key-value store.
+    """Ranks that meet in a key-value store; see `rounds` for how.
+
+    Ranks are counted within the group, as `torch.distributed.get_rank(group)` does.
 
     Args:
         group: The process group.
@@ -59,20 +59,31 @@ class StoreCoordinator:
     """
 
     def __init__(self, group: Any, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
-        # Every rank makes its coordinators in the same order, so the serial numbers agree.
-        prefix = f"functional_ckpt/{next(_serial)}"
-        self._setup(group, prefix, timeout_seconds)
+        self._setup(group, None, timeout_seconds)
 
-    def _setup(self, group: Any, prefix: str, timeout_seconds: float) -> None:
+    def _setup(self, group: Any, prefix: str | None, timeout_seconds: float) -> None:
         self.rank = dist.get_rank(group)
         self.num_ranks = dist.get_world_size(group)
-        self.global_ranks = tuple(dist.get_process_group_ranks(group))
+        self.global_ranks = tuple(
+            dist.get_global_rank(group, rank) for rank in range(self.num_ranks)
+        )
+        # The group keeps the store's server alive where this process hosts it.
         self._group = group
-        self._prefix = prefix
         self._timeout_seconds = timeout_seconds
-        self._store = dist.PrefixStore(prefix, _clone(group.get_group_store()))
-        self._round = 0
-        self._spent: list[str] = []
+        store = _Store(group.get_group_store(), self.rank)
+        if prefix is None:
+            # Every rank makes its coordinators of a group in the same order. The store counts them: a process
+            # may be in many groups, one after the other, that others are not in.
+            prefix = f"functional_ckpt/{store.count(f'functional_ckpt/opened/{self.rank}')}"
+        self._prefix = prefix
+        store.enter(prefix)
+        self._rounds = Rounds(
+            store, rank=self.rank, num_ranks=self.num_ranks, timeout_seconds=timeout_seconds
+        )
+
+    def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
+        """See `Coordinator.exchange`."""
+        return self._rounds.exchange(what, value, combine)
 
     def background(self) -> Coordinator:
         """A coordinator over a store connection of its own."""
@@ -83,124 +94,134 @@ class StoreCoordinator:
     def hurry(self, seconds: float) -> None:
         """Shortens the timeout."""
         self._timeout_seconds = min(self._timeout_seconds, seconds)
+        self._rounds.hurry(seconds)
 
-    def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
-        """See `Coordinator.exchange`."""
-        key = str(self._round)
-        self._round += 1
+    def leave(self) -> None:
+        """See `Coordinator.leave`."""
+        self._rounds.leave()
+
+
+class _Store:
+    """A clone of a torch store whose every call returns or raises in time.
+
+    A TCPStore's client waits for an answer as long as it takes, whatever its timeout says: on a host that
+    stands still (stopped, cut off) it would hang for ever.
+
+    Args:
+        store: The store of a process group.
+        rank: This process, for messages.
+    """
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self._calls = _Calls()
+        self._rank = rank
+        self._store = self._call(_clone, store, seconds=_CONNECT_SECONDS)
+
+    def enter(self, prefix: str) -> None:
+        """From now on all keys are below `prefix`."""
+        self._store = dist.PrefixStore(prefix, self._store)
+
+    def count(self, key: str) -> int:
+        """How often this was asked of the key, this time included."""
+        return int(self._call(self._store.add, key, 1, seconds=_CONNECT_SECONDS))
+
+    def set(self, key: str, value: bytes, seconds: float) -> None:
+        """Sets a key."""
+        self._call(self._store.set, key, value, seconds=seconds)
+
+    def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
+        """The values of keys that are there, in one round trip where the store can."""
+        if self._store.has_extended_api():
+            return [bytes(v) for v in self._call(self._store.multi_get, list(keys), seconds=seconds)]
+        return [bytes(self._call(self._store.get, key, seconds=seconds)) for key in keys]
+
+    def has(self, keys: Sequence[str], seconds: float) -> bool:
+        """Whether all the keys are there."""
+        return bool(self._call(self._store.check, list(keys), seconds=seconds))
+
+    def delete(self, key: str, seconds: float) -> None:
+        """Deletes a key, where the kind of store can; elsewhere it stays, which costs a few bytes."""
         try:
-            if self.rank == 0:
-                return self._lead(key, what, value, combine)
-            return self._follow(key, what, value)
-        except (RuntimeError, ConnectionError, OSError) as error:
-            if isinstance(error, errors.CheckpointError) or error is value:
-                raise
-            if isinstance(error, dist.DistError):
-                raise errors.CoordinationError(
-                    f"The store of the process group failed while the ranks were about {what}: {error}. The "
-                    "process that hosts it (rank 0, as a rule) may be dead.",
-                    ranks=(0,),
-                ) from error
+            self._call(self._store.delete_key, key, seconds=seconds)
+        except errors.CheckpointError:
             raise
+        except RuntimeError:
+            return
 
-    # ------------------------------------------------------------------------------ primary
-
-    def _lead(self, key: str, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
+    def _call(self, function: Callable[..., Any], *args: Any, seconds: float) -> Any:
         try:
-            outcome = self._combine(key, what, value, combine)
-        except BaseException as error:
-            self._store.set(f"{key}/gathered", b"")
-            self._store.set(f"{key}/outcome", _ERROR + f"0:{_text(error)}".encode())
-            raise
-        self._store.set(f"{key}/outcome", _OK + outcome)
-        self._forget(key)
-        return outcome
-
-    def _combine(
-        self, key: str, what: str, value: bytes | BaseException, combine: Combine
-    ) -> bytes:
-        deadline = time.monotonic() + self._timeout_seconds
-        values: list[bytes] = []
-        failed: dict[int, str] = {}
-        absent: list[int] = []
-        if isinstance(value, BaseException):
-            raise value
-        for rank in range(1, self.num_ranks):
-            found = self._get(f"{key}/{rank}", deadline)
-            if found is None:
-                absent.append(rank)
-            elif found[:1] == _ERROR:
-                failed[rank] = found[1:].decode()
-            else:
-                values.append(found[1:])
-        if failed:
+            return self._calls.call(function, args, seconds)
+        except futures.CancelledError:
+            raise errors.CoordinationTimeoutError(
+                f"The store of the process group did not answer within {seconds:.3g} seconds: "
+                f"{self._host}",
+                ranks=self._suspects,
+            ) from None
+        except (dist.DistError, ConnectionError) as error:
+            summary = str(error).partition("\n")[0]
             raise errors.CoordinationError(
-                "; ".join(f"rank {rank} failed in {what}: {text}" for rank, text in failed.items()),
-                ranks=failed,
-            )
-        if absent:
-            raise errors.CoordinationTimeoutError(
-                f"Rank {', '.join(map(str, absent))} did not come to {what} within "
-                f"{self._timeout_seconds:g} seconds; it may be dead or stuck.",
-                ranks=absent,
-            )
-        self._store.set(f"{key}/gathered", b"")
-        return combine([value, *values])
+                f"The store of the process group failed: {summary} {self._host}",
+                ranks=self._suspects,
+            ) from error
 
-    def _forget(self, key: str) -> None:
-        """Deletes the keys of the round before: every rank has read them, since it came to this one."""
-        for spent in self._spent:
-            self._store.delete_key(spent)
-        names = (*map(str, range(1, self.num_ranks)), "gathered", "outcome")
-        self._spent = [f"{key}/{name}" for name in names]
+    @property
+    def _host(self) -> str:
+        return "The process that hosts it (rank 0, unless the launcher does) may be dead or stuck."
 
-    # ------------------------------------------------------------------------------ others
+    @property
+    def _suspects(self) -> tuple[int, ...]:
+        return (0,) if self._rank else ()
 
-    def _follow(self, key: str, what: str, value: bytes | BaseException) -> bytes:
-        if isinstance(value, BaseException):
-            self._store.set(f"{key}/{self.rank}", _ERROR + _text(value).encode())
-            raise value
-        self._store.set(f"{key}/{self.rank}", _OK + value)
-        wait = self._timeout_seconds + _GRACE_SECONDS
-        # The primary gathers within its timeout, and then has as long again to do its part.
-        gathered = self._get(f"{key}/gathered", time.monotonic() + wait)
-        found = None
-        if gathered is not None:
-            found = self._get(f"{key}/outcome", time.monotonic() + wait)
-        if found is None:
-            raise errors.CoordinationTimeoutError(
-                f"Rank 0 did not finish {what} within {wait:g} seconds; it may be dead or stuck.",
-                ranks=(0,),
-            )
-        if found[:1] == _ERROR:
-            rank, _, text = found[1:].decode().partition(":")
-            raise errors.CoordinationError(text, ranks=(int(rank),))
-        return found[1:]
 
-    # ------------------------------------------------------------------------------ waiting
+_Request: TypeAlias = "tuple[futures.Future[Any], Callable[..., Any], tuple[Any, ...]]"
 
-    def _get(self, key: str, deadline: float) -> bytes | None:
-        """The value of a key once it is there; None when the time is up.
 
-        Polls, because a blocking wait on a store cannot be given up before its own timeout.
-        """
-        pause = _FIRST_PAUSE_SECONDS
-        while not self._store.check([key]):
-            if time.monotonic() >= deadline:
-                return None
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-        return bytes(self._store.get(key))
+class _Calls:
+    """A thread that makes calls for others, who need not wait for them to end."""
+
+    def __init__(self) -> None:
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        # A daemon, since one that is stuck in a call could never be joined.
+        thread = threading.Thread(
+            target=_serve, args=(self._requests,), name="store-calls", daemon=True
+        )
+        thread.start()
+        weakref.finalize(self, self._requests.put, None)
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], seconds: float) -> Any:
+        """The result; `CancelledError` when there is none in time."""
+        future: futures.Future[Any] = futures.Future()
+        self._requests.put((future, function, args))
+        done, _ = futures.wait([future], seconds)
+        if not done:
+            future.cancel()  # one that waits behind a call that is stuck is never begun
+            raise futures.CancelledError
+        return future.result()
+
+
+def _serve(requests: queue.SimpleQueue[_Request | None]) -> None:
+    while (request := requests.get()) is not None:
+        future, function, args = request
+        if future.set_running_or_notify_cancel():
+            try:
+                result = function(*args)
+            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+        del request, future, function, args
 
 
 def _clone(store: Any) -> Any:
+    """A store object with a connection of its own, where the kind of store has such."""
     clone: Callable[[], Any] | None = getattr(store, "clone", None)
     if clone is None:
         return store
-    cloned = clone()
-    cloned.set_timeout(datetime.timedelta(seconds=60))
+    try:
+        cloned = clone()
+    except dist.DistError:
+        raise
+    except RuntimeError:  # this kind of store has no connections
+        return store
+    cloned.set_timeout(datetime.timedelta(seconds=_CONNECT_SECONDS))
     return cloned
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
