@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from functional_ckpt import errors as errors
+    from functional_ckpt import flags as flags
     from functional_ckpt import policies as policies
     from functional_ckpt.background import Commit as Commit
     from functional_ckpt.checkpoint import metadata as metadata
@@ -27,10 +28,13 @@ if TYPE_CHECKING:
     from functional_ckpt.core.spec import ArraySpec as ArraySpec
     from functional_ckpt.core.target import AS_SAVED as AS_SAVED
     from functional_ckpt.core.target import Fill as Fill
+    from functional_ckpt.describing import StepMetadata as StepMetadata
     from functional_ckpt.errors import CheckpointError as CheckpointError
     from functional_ckpt.handlers import CheckpointItem as CheckpointItem
+    from functional_ckpt.handlers import Generator as Generator
     from functional_ckpt.handlers import Handler as Handler
     from functional_ckpt.handlers import Json as Json
+    from functional_ckpt.handlers import Metric as Metric
     from functional_ckpt.handlers import Module as Module
     from functional_ckpt.handlers import Optimizer as Optimizer
     from functional_ckpt.handlers import PyTree as PyTree
@@ -39,7 +43,6 @@ if TYPE_CHECKING:
     from functional_ckpt.handlers import Stateful as Stateful
     from functional_ckpt.handlers import default_registry as default_registry
     from functional_ckpt.manager import CheckpointManager as CheckpointManager
-    from functional_ckpt.describing import StepMetadata as StepMetadata
     from functional_ckpt.restoring import Restored as Restored
 
 # Where each public name lives; imported when first used: the command line starts without torch.
@@ -52,6 +55,8 @@ _HOMES = {
     "Commit": "background",
     "CompositeStepName": "core.names",
     "Fill": "core.target",
+    "Metric": "handlers",
+    "Generator": "handlers",
     "Handler": "handlers",
     "Json": "handlers",
     "Module": "handlers",
@@ -66,6 +71,7 @@ _HOMES = {
     "Stateful": "handlers",
     "default_registry": "handlers",
     "errors": "",
+    "flags": "",
     "metadata": "checkpoint",
     "policies": "",
     "restore": "checkpoint",
@@ -82,6 +88,8 @@ __all__ = [
     "Commit",
     "CompositeStepName",
     "Fill",
+    "Metric",
+    "Generator",
     "Handler",
     "Json",
     "Module",
@@ -96,6 +104,7 @@ __all__ = [
     "StepName",
     "default_registry",
     "errors",
+    "flags",
     "metadata",
     "policies",
     "restore",
