@@ -26,6 +26,9 @@ from functional_ckpt.verify_foreign import verify_foreign
 
 __all__ = ["Finding", "Problem", "Progress", "verify_checkpoint"]
 
+# Below this a second thread takes longer to start than it saves.
+_THREADS_BYTES = 2**20
+
 
 def verify_checkpoint(
     storage: LocalStorage,
@@ -80,9 +83,11 @@ def _verify_ours(search: Search, step: int | None) -> None:
     arrays = [ItemArrays(search, name, item) for name, item in items.items() if item is not None]
     search.total_bytes = sum(file.size_bytes for file in files.expected.values())
     search.total_bytes += sum(each.size_bytes for each in arrays)
-    run_in_threads([functools.partial(files.compare, name) for name in files.expected])
+    num_threads = 2 if search.total_bytes > _THREADS_BYTES else 1
+    compare = [functools.partial(files.compare, name) for name in files.expected]
+    run_in_threads(compare, num_threads)
     _find_unlisted(search, record, items, on_disk, files.expected)
-    run_in_threads([task for each in arrays for task in each.tasks()])
+    run_in_threads([task for each in arrays for task in each.tasks()], num_threads)
     for each in arrays:
         each.blame(files.damaged)
     search.findings += files.damaged.values()

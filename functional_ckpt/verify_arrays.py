@@ -6,16 +6,18 @@ import dataclasses
 import functools
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.core import manifest, orbax_format, spec, structure
-from functional_ckpt.core.chunks import ChunkGrid, digest_offsets
+from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
 from functional_ckpt.verify_findings import Finding, Problem, Search, reason
 
 if TYPE_CHECKING:
     from functional_ckpt.storage import arrays
+    from functional_ckpt.storage.arrays_inspect import Places
 
 __all__ = ["ItemArrays"]
 
@@ -36,7 +38,8 @@ class _Failure:
     """A value of the database that is not what was written."""
 
     leaf: str
-    key: str
+    key: str | None
+    """None where it is all of the database."""
     difference: Difference
 
 
@@ -47,6 +50,8 @@ class _Value:
     leaf: str
     key: str
     check: Check
+    size_bytes: int = 0
+    """What counts as progress."""
 
 
 class ItemArrays:
@@ -68,6 +73,7 @@ class ItemArrays:
         self._record = record
         self._directory = os.path.join(search.path, item)
         self._failures: list[_Failure] = []
+        self._culprit = _MANIFEST  # of failures without a key
         leaves = structure.iter_leaves(record.root)
         self._nodes = [leaf for _, leaf in leaves if isinstance(leaf, structure.ArrayNode)]
         self._scalars = list(orbax_format.scalar_leaves(record.root))
@@ -97,17 +103,33 @@ class ItemArrays:
             return []
         from functional_ckpt.storage import arrays
 
+        blocking = [name for name in self._record.files if self._would_block(name)]
+        if blocking:
+            self._lose_everything(blocking[0], "it cannot be read safely")
+            return []
         try:
             database = arrays.open_for_reading(self._directory)
         except errors.CorruptCheckpointError as error:
-            why: Difference = ("unreadable", "a database", reason(error, self._directory))
-            names = (*(node.name for node in self._nodes), *(name for name, _, _ in self._scalars))
-            self._failures += [_Failure(name, _MANIFEST, why) for name in names]
+            self._lose_everything(_MANIFEST, reason(error, self._directory))
             return []
         values = list(self._small_values())
         batches = (values[start : start + _BATCH] for start in range(0, len(values), _BATCH))
         tasks = [functools.partial(self._check_values, database, batch) for batch in batches]
         return [*tasks, *self._large_chunks(database)]
+
+    def _would_block(self, name: str) -> bool:
+        """Whether a file is a pipe or a device, which TensorStore would open and wait for."""
+        try:
+            mode = os.stat(os.path.join(self._directory, name)).st_mode
+        except OSError:
+            return False
+        return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+    def _lose_everything(self, file: str, why: str) -> None:
+        names = (*(node.name for node in self._nodes), *(name for name, _, _ in self._scalars))
+        difference: Difference = ("unreadable", "a database", why)
+        self._failures += [_Failure(name, None, difference) for name in names]
+        self._culprit = file
 
     # ---------------------------------------------------------------------------- small values
 
@@ -124,12 +146,11 @@ class ItemArrays:
                 if _is_small(node.spec, grid, index):
                     key = f"{structure.key_prefix(node.name)}{grid.key(index)}"
                     check = functools.partial(_compare_chunk, node.spec, grid, index, place.xxh3)
-                    yield _Value(node.name, key, check)
+                    yield _Value(node.name, key, check, _size_bytes(node.spec, grid, index))
 
     def _check_values(self, database: arrays.Database, values: list[_Value]) -> None:
         from functional_ckpt.storage.arrays_inspect import read_values
 
-        num_bytes = 0
         found = read_values(database, [value.key for value in values])
         for value, got in zip(values, found, strict=True):
             if isinstance(got, errors.CorruptCheckpointError):
@@ -139,11 +160,10 @@ class ItemArrays:
                     reason(got, self._directory),
                 )
             else:
-                num_bytes += len(got or b"")
                 why = value.check(got)
             if why is not None:
                 self._failures.append(_Failure(value.leaf, value.key, why))
-        self._search.advance(num_bytes)
+        self._search.advance(sum(value.size_bytes for value in values))
 
     # ---------------------------------------------------------------------------- large chunks
 
@@ -178,7 +198,7 @@ class ItemArrays:
             self._failures.append(
                 _Failure(read.name, key, ("mismatch", "the bytes that were written", why))
             )
-        self._search.advance(read.grid.box(index).num_elements * read.spec.itemsize_bytes)
+        self._search.advance(_size_bytes(read.spec, read.grid, index))
 
     # ---------------------------------------------------------------------------- blame
 
@@ -193,16 +213,15 @@ class ItemArrays:
             return
         from functional_ckpt.storage.arrays_inspect import locate
 
-        places = locate(self._directory)
-        # What the tree does not lead to any more lies behind the part of it that cannot be read.
-        lost = sorted(places.unreadable) or [_MANIFEST]
+        # Nothing is opened where a pipe may be waiting.
+        is_open = any(failure.key is not None for failure in self._failures)
+        places = locate(self._directory) if is_open else None
         leaves: dict[str, set[str]] = {}
         first: dict[str, _Failure] = {}
         for failure in self._failures:
-            known = places.files.get(failure.key)
-            files = lost if known is None else [known]
-            guilty = [file for file in files if f"{self._item}/{file}" in damaged]
-            for file in guilty or files[:1]:
+            suspects = self._suspects(failure, places)
+            guilty = [file for file in suspects if f"{self._item}/{file}" in damaged]
+            for file in guilty or suspects[:1]:
                 leaves.setdefault(file, set()).add(failure.leaf)
                 first.setdefault(file, failure)
         for file, names in leaves.items():
@@ -215,13 +234,29 @@ class ItemArrays:
                 )
             damaged[path] = dataclasses.replace(finding, leaves=tuple(sorted(names)))
 
+    def _suspects(self, failure: _Failure, places: Places | None) -> list[str]:
+        """The files that may be the cause."""
+        if failure.key is None or places is None:
+            return [self._culprit]
+        known = places.files.get(failure.key)
+        if known is not None:
+            # A tree that leads to a file that was never there is the wrong tree.
+            return [known if known in self._record.files else _MANIFEST]
+        # What the tree does not lead to any more lies behind the part of it that cannot be read.
+        lost = sorted(places.unreadable & self._record.files.keys())
+        return lost or [_MANIFEST]
+
 
 # ------------------------------------------------------------------------------------ comparisons
 
 
 def _is_small(array: spec.ArraySpec, grid: ChunkGrid, index: tuple[int, ...]) -> bool:
-    size_bytes = grid.box(index).num_elements * array.itemsize_bytes
-    return size_bytes <= _SMALL_BYTES and not grid.is_padded(index)
+    return _size_bytes(array, grid, index) <= _SMALL_BYTES and not grid.is_padded(index)
+
+
+def _size_bytes(array: spec.ArraySpec, grid: ChunkGrid, index: tuple[int, ...]) -> int:
+    """Bytes of a chunk's valid region."""
+    return grid.box(index).num_elements * array.itemsize_bytes
 
 
 def _metadata(name: str, array: spec.ArraySpec, chunk_shape: tuple[int, ...]) -> _Value:
@@ -266,11 +301,9 @@ def _compare_chunk(
     digests: str,
     value: bytes | None,
 ) -> Difference | None:
-    from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES
-
     if value is None:
         return ("missing", f"chunk {grid.key(index)}", "nothing")
-    size_bytes = grid.box(index).num_elements * array.itemsize_bytes
+    size_bytes = _size_bytes(array, grid, index)
     if len(value) != size_bytes:
         return ("mismatch", f"a chunk of {size_bytes:,} bytes", f"{len(value):,} bytes")
     offsets = digest_offsets(grid, array.itemsize_bytes)

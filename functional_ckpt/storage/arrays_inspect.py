@@ -16,7 +16,7 @@ __all__ = ["Places", "locate", "read_values"]
 _MANIFEST = "manifest.ocdbt"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Places:
     """Where the values of a database are.
 
@@ -55,7 +55,7 @@ def locate(directory: str) -> Places:
         manifest = ts.ocdbt.dump(base).result()
         location = manifest["versions"][-1]["root"].get("location")
     except (ValueError, OSError, KeyError, IndexError):
-        return Places(files={}, unreadable=frozenset([_MANIFEST]))
+        return Places({}, frozenset([_MANIFEST]))
     todo: list[tuple[str, bytes]] = [] if location is None else [(location, b"")]
     while todo:
         location, prefix = todo.pop()
@@ -72,7 +72,7 @@ def locate(directory: str) -> Places:
                 # A small value lies in the node itself.
                 place = _file_of(entry.get("indirect_value", location))
                 files[key.decode("utf-8", "surrogateescape")] = place
-    return Places(files=files, unreadable=frozenset(unreadable))
+    return Places(files, frozenset(unreadable))
 
 
 def _file_of(location: str) -> str:
