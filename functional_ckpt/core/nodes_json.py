@@ -72,7 +72,7 @@ def from_json(records: Json) -> structure.Node:
         record = next(remaining, None)
         if record is None:
             raise ValueError("the structure ends before all children were described")
-        kind = string(next(iter(record)))
+        kind = string(next(iter(record), None))
         payload, detail = record[kind], dict(record.get("detail", {}))
         if kind in _ARRAYS:
             return walk.leaf(_array(kind, payload, detail, record.get("tied_to"), path))

@@ -65,7 +65,10 @@ def decode(kind: str, payload: Json) -> Any:
 
 def _float(payload: Json) -> float:
     if isinstance(payload, str):
-        return float(struct.unpack(">d", bytes.fromhex(payload))[0])
+        bits = bytes.fromhex(payload)
+        if len(bits) != 8:
+            raise ValueError(f"{payload!r:.100} is not the bits of a float")
+        return float(struct.unpack(">d", bits)[0])
     if type(payload) not in (int, float):
         raise ValueError(f"{payload!r:.100} is not a float")
     return float(payload)
