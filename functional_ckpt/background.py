@@ -104,23 +104,34 @@ class Committer:
 
     def raise_error(self) -> None:
         """Raises the error of a failed commit, once; nothing when it is under way or went well."""
+        error = self.take_error()
+        if error is not None:
+            raise error
+
+    def take_error(self) -> BaseException | None:
+        """The error of a failed commit, once, for the caller to raise."""
         commit = self._commit
         if commit is None or not commit.done():
-            return
+            return None
         self._commit = None
         error = commit._future.exception()
-        if error is not None and not commit.is_reported:
-            commit.is_reported = True
-            raise error
+        if error is None or commit.is_reported:
+            return None
+        commit.is_reported = True
+        return error
 
 
 def _as_save_error(step: int, error: BaseException) -> errors.CheckpointError:
     if isinstance(error, errors.SaveError):
         return error
     path = getattr(error, "path", None) or getattr(error, "filename", None)
+    fate = "the step is not listed and older steps are intact"
+    if isinstance(error, errors.CoordinationTimeoutError) and 0 in error.ranks:
+        fate = (
+            "whether the primary has committed it yet is not known here, and older steps are intact"
+        )
     failure = errors.SaveError(
-        f"Saving step {step} failed in the background; the step is not listed and older steps are "
-        f"intact. {type(error).__name__}: {error}",
+        f"Saving step {step} failed in the background; {fate}. {type(error).__name__}: {error}",
         step=step,
         path=path,
     )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from functional_ckpt import agreement, completing, errors, lowering, restoring, writer
+from functional_ckpt.describing import StepMetadata, describe
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
-from functional_ckpt.describing import StepMetadata, describe
 from functional_ckpt.storage import commit, layout
 from functional_ckpt.storage.paths import LocalStorage, resolve
 
@@ -84,8 +85,12 @@ def restore(
 ) -> restoring.Restored:
     """Restores the checkpoint in a directory, ours or Orbax's; see `CheckpointManager.restore`."""
     options = restoring.RestoreOptions(only=only, strict=strict, cast=cast, verify=verify)
-    opened = layout.open_checkpoint(storage or LocalStorage(), resolve(path))
-    return restoring.restore_checkpoint(opened, items, registry or default_registry(), options)
+    open_checkpoint = functools.partial(
+        layout.open_checkpoint, storage or LocalStorage(), resolve(path)
+    )
+    return restoring.restore_checkpoint(
+        open_checkpoint, items, registry or default_registry(), options
+    )
 
 
 def metadata(path: str | os.PathLike[str], *, storage: LocalStorage | None = None) -> StepMetadata:

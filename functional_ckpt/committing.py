@@ -1,7 +1,8 @@
 """The background half of a save: every rank writes, the primary completes, publishes and prunes.
 
-Two rounds between the ranks, whatever they save: the primary makes the temporary directory, then gathers
-what everyone wrote. Nothing is reported before the parent directory is durable.
+Two rounds between the ranks, whatever they save: the primary makes the temporary directory, then
+gathers what everyone wrote. A third, where something is to be removed afterwards. Nothing is
+reported before the parent directory is durable.
 """
 
 from __future__ import annotations
@@ -55,9 +56,12 @@ class StepWriter:
         self._steps.remember(StepInfo(step=step, time=when, metrics=info.metrics))
         if self._coordinator.rank == 0:
             _log.info("step %d committed", step)
+        if self._keep_policies or outcome["replaced"] is not None:
             self._clean_up(step, outcome["replaced"])
-        elif self._keep_policies:
-            self._steps.reload()
+
+    def give_up(self, step: int, error: BaseException) -> None:
+        """Instead of `commit`, where staging failed: tells the other ranks and raises."""
+        self._coordinator.exchange(f"beginning step {step}", error, b"".join)
 
     def _write_shards(
         self,
@@ -73,6 +77,8 @@ class StepWriter:
         reports: dict[int, writer.RankReport] = {}
         value: bytes | BaseException = b""
         try:
+            if group.rank:
+                commit.check_shared(self._storage, tmp, group.rank)
             reports[group.rank] = writer.write(
                 self._storage,
                 tmp,
@@ -83,7 +89,7 @@ class StepWriter:
             )
             if group.rank:
                 writer.write_report(self._storage, tmp, group.rank, reports[group.rank])
-        except Exception as error:  # the other ranks must hear of it before it is raised here
+        except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before it is raised here
             value = error
 
         def combine(_: Sequence[bytes]) -> bytes:
@@ -126,23 +132,31 @@ class StepWriter:
 
     def _clean_up(self, step: int, replaced: str | None) -> None:
         """What follows a commit; a failure here loses disk space, never a step."""
-        try:
+
+        def on_primary(_: Sequence[bytes]) -> bytes:
             if replaced is not None:
                 self._storage.remove(replaced)
                 self._steps.forget_late_metrics(step)
-            self._prune()
+            return json.dumps(self._prune()).encode()
+
+        try:
+            pruned = self._coordinator.exchange(f"cleaning up after step {step}", b"", on_primary)
         except Exception as error:
             raise errors.SaveError(
                 f"Step {step} was committed, but cleaning up after it failed: {error}",
                 step=step,
                 path=self._steps.root,
             ) from error
+        self._steps.forget(json.loads(pruned))
 
-    def _prune(self) -> None:
+    def _prune(self) -> list[int]:
+        """On the primary: removes what the policies let go, and returns it."""
         if not self._keep_policies:
-            return
+            return []
         known = self._steps.with_late_metrics()
         context = KeepContext(now=datetime.datetime.now(datetime.UTC))
-        for step in keep_rule.steps_to_prune(self._keep_policies, known, context=context):
+        steps = keep_rule.steps_to_prune(self._keep_policies, known, context=context)
+        for step in steps:
             self._steps.discard(step)
             _log.info("step %d pruned", step)
+        return list(steps)

@@ -1,4 +1,4 @@
-"""Whether to save a step: by every rank for itself where the number says it all, else by the primary for all."""
+"""Whether to save a step: each rank for itself if its number tells, else the primary for all."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from functional_ckpt import preemption
 from functional_ckpt.core import save_rule
 from functional_ckpt.core.policy import SaveContext, StepInfo
-from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.distributed.coordinator import Combine, Coordinator
 from functional_ckpt.steps import Steps
 
 __all__ = ["Decider"]
 
 # After a SIGTERM a peer may be gone for good, and the agent kills what is left after 30 seconds.
 _PREEMPTED_TIMEOUT_SECONDS = 20.0
+_YES, _NO = b"1", b"0"
 
 
 class Decider:
@@ -39,10 +40,11 @@ class Decider:
         self._steps = steps
         self._busy_step = busy_step
         self._coordinators = tuple(coordinators)
-        self._watch = preemption.Watch()
+        self._watch = preemption.Watch(self._hurry)
         self._start_time = datetime.datetime.now(datetime.UTC)
         self._agreed = False
         self._refused: int | None = None
+        self._asked: int | None = None
 
     def start(self) -> None:
         """Listens for SIGTERM, if a policy waits for it."""
@@ -56,39 +58,67 @@ class Decider:
     def is_preempted(self, step: int) -> bool:
         """Whether the job was told to stop and `step` is, or can still be, saved.
 
-        False for a step that was just refused: the signal came too late for it, and whoever left the
-        loop now would lose the steps since the last save. With many ranks, as all agreed at the last
-        decision.
+        False for a step that was just refused: the signal came too late for it, and whoever left
+        the loop now would lose the steps since the last save. With many ranks all get the same
+        answer: that of the decision about this step, or where there was none, one round's.
         """
         if step == self._refused:
             return False
-        alone = self._coordinators[0].num_ranks == 1
-        return self._agreed or (alone and self._watch.is_reached)
+        if not self._is_shared:
+            return self._watch.is_reached
+        if self._asked != step and not self._agreed:
+            self._ask(f"whether to stop at step {step}", step, None, b"".join)
+        return self._agreed
 
     def refuse(self, step: int) -> None:
         """Notes that a step was not saved."""
         self._refused = step
 
-    def wants(self, step: int) -> bool:
-        """Whether to save; one round between the ranks only where the step alone does not tell."""
-        if self._rule is None:
-            return True
-        decided = self._rule.decide_step(step)
-        if decided is not None:
-            return decided
-        told = b"1" if self._watch.is_reached else b""
-        verdict = self._coordinators[0].exchange(
-            f"whether to save step {step}", told, functools.partial(self._decide, self._rule, step)
-        )
-        if verdict[1:] == b"1":
-            self._agreed = True
-            for coordinator in self._coordinators:
-                coordinator.hurry(_PREEMPTED_TIMEOUT_SECONDS)
-        return verdict[:1] == b"1"
+    def wants(
+        self, step: int, *, force: bool = False, failure: BaseException | None = None
+    ) -> bool:
+        """Whether to save; one round between the ranks only where the step alone does not tell.
 
-    def _decide(self, rule: save_rule.SaveRule, step: int, told: Sequence[bytes]) -> bytes:
+        Args:
+            step: The step.
+            force: The answer is yes, and the ranks still hear of a signal.
+            failure: What this rank has to raise: in the round, if there is one, so that all raise;
+                at once, if the answer is no.
+        """
+        decided = True if force or self._rule is None else self._rule.decide_step(step)
+        if self._rule is None or (decided is not None and not (decided and self._is_shared)):
+            if failure is not None and not decided:
+                raise failure
+            return bool(decided)
+        combine = functools.partial(self._decide, self._rule, step, bool(decided))
+        return self._ask(f"whether to save step {step}", step, failure, combine)[:1] == _YES
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether a signal to one rank concerns others."""
+        return self._watch.is_on and self._coordinators[0].num_ranks > 1
+
+    def _ask(self, what: str, step: int, failure: BaseException | None, combine: Combine) -> bytes:
+        """One round in which every rank says if it was told to stop: `_YES` ends the outcome."""
+        self._asked = step
+        told = _YES if self._watch.is_reached else b""
+        verdict = self._coordinators[0].exchange(
+            what, told if failure is None else failure, combine
+        )
+        if verdict[-1:] == _YES:
+            self._agreed = True
+            self._hurry()
+        return verdict
+
+    def _hurry(self) -> None:
+        for coordinator in self._coordinators:
+            coordinator.hurry(_PREEMPTED_TIMEOUT_SECONDS)
+
+    def _decide(
+        self, rule: save_rule.SaveRule, step: int, decided: bool, told: Sequence[bytes]
+    ) -> bytes:
         """On the primary: what the policies say, and whether any rank was told to stop."""
-        reached = b"1" in told
+        reached = _YES in told
         now = datetime.datetime.now(datetime.UTC)
         known = self._steps.infos
         busy = self._busy_step()
@@ -100,5 +130,5 @@ class Decider:
             start_time=self._start_time,
         )
         info = StepInfo(step=step, time=now)
-        wanted = save_rule.decide_save(rule, info, known, context=context) is not None
-        return (b"1" if wanted else b"0") + (b"1" if reached else b"0")
+        wanted = decided or save_rule.decide_save(rule, info, known, context=context) is not None
+        return (_YES if wanted else _NO) + (_YES if reached else _NO)

@@ -7,6 +7,7 @@ import logging
 import operator
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -24,12 +25,12 @@ from functional_ckpt import (
 )
 from functional_ckpt.core import keep_policies as keep
 from functional_ckpt.core import keep_rule, names, save_rule
+from functional_ckpt.describing import StepMetadata, describe
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.distributed.torch_dist import default_coordinator
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.interop import orbax
-from functional_ckpt.describing import StepMetadata, describe
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import commit, layout, staging
 from functional_ckpt.storage.paths import DirectoryLock, LocalStorage, resolve
@@ -115,9 +116,9 @@ class CheckpointManager:
         )
         try:
             if not read_only:
-                self._on_primary("opening the directory", self._become_writer)
+                self._open()
                 self._decider.start()
-            self._steps.reload()
+            self._together("looking into the directory", self._steps.reload)
         except BaseException:
             self._release()
             raise
@@ -159,26 +160,32 @@ class CheckpointManager:
             UnsupportedLeafError: Something cannot be stored; nothing was written.
         """
         self._check_usable()
-        self._committer.raise_error()
         number = _as_step(step)
-        if not (force or self._decider.wants(number)):
+        # Ranks may learn of a failure at different calls; those that save make all others raise.
+        failure = self._committer.take_error()
+        if not self._decider.wants(number, force=force, failure=failure):
             self._decider.refuse(number)
             return None
         self._check_writer()
         skips = self._on_busy == "skip" and not self._decider.is_preempted(number)
-        if skips and self._is_any_busy(number):
+        if skips and failure is None and self._is_any_busy(number):
             self._decider.refuse(number)
             _log.info("step %d skipped: another is still being committed", number)
             return None
         self._committer.wait()
-        prepared = self._prepare(number, items, metrics, custom_metadata)
+        failure = failure or self._committer.take_error()
+        prepared = failure or self._prepare(number, items, metrics, custom_metadata)
         plan = self._planner.plan(
             prepared if isinstance(prepared, BaseException) else prepared[0], number
         )
         if isinstance(prepared, BaseException):
             raise prepared
         lowered, info = prepared
-        staged = writer.stage(lowered, plan, self._buffer if self._asynchronous else None)
+        try:
+            staged = writer.stage(lowered, plan, self._buffer if self._asynchronous else None)
+        except Exception as error:
+            self._writer.give_up(number, error)
+            raise
         work = functools.partial(self._writer.commit, number, staged, info)
         handle = self._committer.start(number, work)
         if not self._asynchronous:
@@ -202,7 +209,6 @@ class CheckpointManager:
         """What this rank can do alone; an error is for all ranks to hear of, so it is returned."""
         coordinator = self._coordinator
         try:
-            self._committer.raise_error()
             if coordinator.rank == 0 and not self._overwrite:
                 self._steps.check_free(step)
             info = completing.CheckpointInfo(
@@ -214,7 +220,7 @@ class CheckpointManager:
             lowered = lowering.lower(
                 items, self._registry, rank=coordinator.rank, ranks=coordinator.global_ranks
             )
-        except Exception as error:  # handed to every rank by the planner, raised on this one
+        except Exception as error:  # noqa: BLE001 - handed to every rank by the planner, raised on this one
             return error
         return lowered, info
 
@@ -228,17 +234,29 @@ class CheckpointManager:
             StepNotFoundError: There is no such step.
         """
         self._check_usable()
-        number = self._existing(step)
-        self._steps.record(number, _as_json(metrics, "metrics") or {})
+        number = _as_step(step)
+        checked = _as_json(metrics, "metrics") or {}
+        self._on_primary(
+            f"recording metrics of step {number}",
+            functools.partial(self._steps.record, number, checked),
+            ready=functools.partial(self._existing, number),
+        )
+        if self._coordinator.rank:
+            self._steps.reload()
 
     def delete(self, step: int) -> None:
         """Removes a step: out of sight in one rename, then from disk."""
         self._check_usable()
         self._check_writer()
-        number = self._existing(step)
-        if self._committer.is_busy:
-            self.wait_until_finished()
-        self._on_primary(f"deleting step {number}", functools.partial(self._steps.discard, number))
+        number = _as_step(step)
+
+        def ready() -> None:
+            if self._committer.is_busy:
+                self.wait_until_finished()
+            self._existing(number)
+
+        discard = functools.partial(self._steps.discard, number)
+        self._on_primary(f"deleting step {number}", discard, ready=ready)
         self._steps.reload()
 
     # ------------------------------------------------------------------------------ restoring
@@ -276,9 +294,12 @@ class CheckpointManager:
         number = self._agree_on_step(step)
         path = self._steps.path(number)
         try:
-            opened = layout.open_checkpoint(self._storage, path, number)
             return restoring.restore_checkpoint(
-                opened, items, self._registry, options, self._coordinator
+                functools.partial(layout.open_checkpoint, self._storage, path, number),
+                items,
+                self._registry,
+                options,
+                self._coordinator,
             )
         except (errors.CorruptCheckpointError, errors.StorageError) as error:
             if not self._storage.is_directory(path):
@@ -447,14 +468,50 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------------------ parts
 
-    def _on_primary(self, what: str, action: Callable[[], None]) -> None:
-        """Does something on the primary that the other ranks wait for."""
+    def _together(self, what: str, action: Callable[[], object]) -> None:
+        """Every rank does something; then all go on, or all raise."""
+        self._on_primary(what, lambda: None, ready=action)
+
+    def _on_primary(
+        self,
+        what: str,
+        action: Callable[[], object],
+        *,
+        ready: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Every rank gets ready; when all are, the primary does something while the others wait."""
 
         def act(_: Sequence[bytes]) -> bytes:
             action()
             return b""
 
-        self._coordinator.exchange(what, b"", act)
+        value: bytes | BaseException = b""
+        try:
+            ready()
+        except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before it is raised here
+            value = error
+        self._coordinator.exchange(what, value, act)
+
+    def _open(self) -> None:
+        """Makes the job the writer of the directory, and sure that all ranks see the same one."""
+        group, hidden = self._coordinator, self._steps.hidden
+        mark = os.path.join(hidden, f"ranks.{uuid.uuid4().hex}.tmp")
+
+        def become_writer(_: Sequence[bytes]) -> bytes:
+            self._become_writer()
+            if group.num_ranks > 1:
+                self._storage.write(mark, b"")
+            return os.path.basename(mark).encode()
+
+        name = group.exchange("opening the directory", b"", become_writer).decode()
+        if group.num_ranks > 1:
+            self._on_primary(
+                "seeing one directory",
+                functools.partial(self._storage.remove, mark),
+                ready=lambda: commit.check_shared(
+                    self._storage, os.path.join(hidden, name), group.rank
+                ),
+            )
 
     def _become_writer(self) -> None:
         """Takes the directory over: locks it, then removes what a dead writer left."""
@@ -467,6 +524,7 @@ class CheckpointManager:
 
     def _release(self) -> None:
         self._decider.stop()
+        self._coordinator.leave()
         if self._lock is not None:
             self._lock.release()
         self._buffer.release()

@@ -17,14 +17,23 @@ __all__ = ["Watch", "is_preemption"]
 class Watch:
     """Whether the process was told to stop.
 
+    Args:
+        on_reached: Called by the signal handler, at every SIGTERM.
+
     Attributes:
         is_reached: True from the first SIGTERM on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_reached: Callable[[], None] = lambda: None) -> None:
         self.is_reached = False
+        self._on_reached = on_reached
         self._previous: Any = None
         self._installed = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the handler is installed."""
+        return self._installed
 
     def start(self) -> None:
         """Installs the handler; the one that was there is called after ours."""
@@ -47,6 +56,7 @@ class Watch:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.is_reached = True
+        self._on_reached()
         previous: Callable[[int, FrameType | None], Any] | Any = self._previous
         if callable(previous):
             previous(number, frame)

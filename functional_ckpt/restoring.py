@@ -114,7 +114,7 @@ class _Matched:
 
 
 def restore_checkpoint(
-    checkpoint: OpenCheckpoint,
+    open_checkpoint: Callable[[], OpenCheckpoint],
     items: Mapping[str, Any] | None,
     registry: Registry,
     options: RestoreOptions,
@@ -122,7 +122,8 @@ def restore_checkpoint(
 ) -> Restored:
     """Restores a checkpoint: as saved without `items`, else into them.
 
-    Every rank matches its own part, then all go on or all raise; likewise after reading.
+    Every rank opens it and matches its own part, then all go on or all raise; likewise after
+    reading.
 
     Raises:
         StepNotFoundError: An item is asked for that the checkpoint does not hold.
@@ -131,17 +132,19 @@ def restore_checkpoint(
     """
     group = coordinator or SingleProcess()
     with _together(group, "matching the checkpoint with the target"):
+        checkpoint = open_checkpoint()
         matched = _match(checkpoint, items, registry, options, group)
         reports = {each.name: each.report for each in matched}
         if options.strict:
             plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
     with _together(group, "reading the checkpoint"):
         values = _read(checkpoint, matched, options)
-    return Restored(
-        {
+        lifted = {
             each.name: _lift(each, value, group)
             for each, value in zip(matched, values, strict=True)
-        },
+        }
+    return Restored(
+        lifted,
         step=checkpoint.step,
         report=_merge(list(reports.values())),
         metrics=checkpoint.metrics,
@@ -322,9 +325,7 @@ def _is_resized(root: structure.Node, handler: Handler, group: Coordinator) -> b
     return (handler.per_rank or _is_per_rank(root)) and num_saved != group.num_ranks
 
 
-def _check_resizable(
-    name: str, root: structure.Node, handler: Handler, group: Coordinator
-) -> None:
+def _check_resizable(name: str, root: structure.Node, handler: Handler, group: Coordinator) -> None:
     """A handler that cannot resize says so before anything is read."""
     if type(handler).resize is Handler.resize:
         num_saved = len(root.children) if _is_per_rank(root) else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from functional_ckpt import errors, history
@@ -73,6 +73,11 @@ class Steps:
             others = [each for each in self._infos if each.step != info.step]
             self._infos = tuple(sorted([*others, info], key=lambda each: each.step))
 
+    def forget(self, steps: Collection[int]) -> None:
+        """Steps were removed."""
+        with self._mutex:
+            self._infos = tuple(each for each in self._infos if each.step not in steps)
+
     def with_late_metrics(self) -> tuple[StepInfo, ...]:
         """The steps with what was recorded of them since, by whatever process."""
         late = history.late_metrics(self.storage, self.root)
@@ -98,8 +103,7 @@ class Steps:
     def discard(self, step: int) -> None:
         """Removes a step: out of sight in one rename, then from disk."""
         path = self.path(step)
-        with self._mutex:
-            self._infos = tuple(each for each in self._infos if each.step != step)
+        self.forget([step])
         if self.storage.exists(path):
             commit.discard(self.storage, path, self.hidden)
         self.forget_late_metrics(step)

@@ -14,7 +14,8 @@ Combine: TypeAlias = Callable[[Sequence[bytes]], bytes]
 class Coordinator(Protocol):
     """What a checkpoint needs of a group of processes: one kind of round trip.
 
-    Its cost does not grow with the number of leaves: a save takes the same few rounds whatever it saves.
+    Its cost does not grow with the number of leaves: a save takes the same few rounds whatever it
+    saves.
     """
 
     @property
@@ -40,8 +41,8 @@ class Coordinator(Protocol):
         Args:
             what: What the ranks are about, for messages.
             value: This rank's value; or the error that kept it from having one.
-            combine: Called on the primary with the values in order of rank; what it does there is done before
-                any rank goes on.
+            combine: Called on the primary with the values in order of rank; what it does there is
+                done before any rank goes on.
 
         Raises:
             CoordinationError: Another rank gave an error, or `combine` failed on the primary.
@@ -55,7 +56,14 @@ class Coordinator(Protocol):
         ...
 
     def hurry(self, seconds: float) -> None:
-        """Waits no longer than this from now on, since peers may be about to die."""
+        """Waits no longer than this from now on, since peers may be about to die.
+
+        Signal handlers may call it.
+        """
+        ...
+
+    def leave(self) -> None:
+        """The last call: others may still be reading what this process said last, or hosts."""
         ...
 
 
@@ -78,4 +86,7 @@ class SingleProcess:
         return self
 
     def hurry(self, seconds: float) -> None:
+        """Does nothing."""
+
+    def leave(self) -> None:
         """Does nothing."""

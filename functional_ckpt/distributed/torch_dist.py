@@ -1,7 +1,8 @@
 """The coordinator over torch.distributed, and its only importer.
 
-Everything goes over clones of the process group's key-value store, under a prefix of our own; the training
-group's collectives are never used. One clone per thread: calls on one store object block each other.
+Everything goes over clones of the process group's key-value store, under a prefix of our own; the
+training group's collectives are never used. One clone per thread: calls on one store object block
+each other.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ _CONNECT_SECONDS = 60.0
 def default_coordinator(
     process_group: Any = None, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
 ) -> Coordinator:
-    """The coordinator of the process group, if there is one with more than one rank; else a single process's.
+    """The coordinator of the process group, if it has more than one rank; else a single process's.
 
     Args:
-        process_group: The group that saves and restores together; None for the default group. A sub-group is
-            for replicas that checkpoint alone.
+        process_group: The group that saves and restores together; None for the default group. A
+            sub-group is for replicas that checkpoint alone.
         timeout_seconds: How long to wait for another rank.
     """
     if not dist.is_available() or not dist.is_initialized():
@@ -72,8 +73,8 @@ class StoreCoordinator:
         self._timeout_seconds = timeout_seconds
         store = _Store(group.get_group_store(), self.rank)
         if prefix is None:
-            # Every rank makes its coordinators of a group in the same order. The store counts them: a process
-            # may be in many groups, one after the other, that others are not in.
+            # Every rank makes its coordinators of a group in the same order. The store counts them:
+            # the processes need not have been in the same groups before.
             prefix = f"functional_ckpt/{store.count(f'functional_ckpt/opened/{self.rank}')}"
         self._prefix = prefix
         store.enter(prefix)
@@ -104,8 +105,8 @@ class StoreCoordinator:
 class _Store:
     """A clone of a torch store whose every call returns or raises in time.
 
-    A TCPStore's client waits for an answer as long as it takes, whatever its timeout says: on a host that
-    stands still (stopped, cut off) it would hang for ever.
+    A TCPStore's client waits for an answer as long as it takes, whatever its timeout says: where
+    the host stands still (stopped, cut off) it would hang for ever.
 
     Args:
         store: The store of a process group.
@@ -116,10 +117,12 @@ class _Store:
         self._calls = _Calls()
         self._rank = rank
         self._store = self._call(_clone, store, seconds=_CONNECT_SECONDS)
+        # Not every kind of store can get several keys at once.
+        self._is_extended: bool = getattr(self._store, "has_extended_api", bool)()
 
     def enter(self, prefix: str) -> None:
         """From now on all keys are below `prefix`."""
-        self._store = dist.PrefixStore(prefix, self._store)
+        self._store = dist.PrefixStore(prefix, self._store)  # pyright: ignore[reportPrivateImportUsage]
 
     def count(self, key: str) -> int:
         """How often this was asked of the key, this time included."""
@@ -131,8 +134,9 @@ class _Store:
 
     def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
         """The values of keys that are there, in one round trip where the store can."""
-        if self._store.has_extended_api():
-            return [bytes(v) for v in self._call(self._store.multi_get, list(keys), seconds=seconds)]
+        if self._is_extended:
+            found = self._call(self._store.multi_get, list(keys), seconds=seconds)
+            return [bytes(value) for value in found]
         return [bytes(self._call(self._store.get, key, seconds=seconds)) for key in keys]
 
     def has(self, keys: Sequence[str], seconds: float) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterable
 
@@ -26,6 +27,7 @@ __all__ = [
     "HIDDEN",
     "TMP_SUFFIX",
     "abandon",
+    "check_shared",
     "discard",
     "publish",
     "recover",
@@ -36,12 +38,32 @@ __all__ = [
 HIDDEN = ".functional_ckpt"
 TMP_SUFFIX = ".orbax-checkpoint-tmp"
 _JOURNAL = "replacing.json"
+_SETTLE_SECONDS = 2.0
 _log = logging.getLogger("functional_ckpt")
 
 
 def temporary(final: str) -> str:
     """Where a directory is written before it is renamed to `final`."""
     return final + TMP_SUFFIX
+
+
+def check_shared(storage: LocalStorage, path: str, rank: int) -> None:
+    """Raises `CoordinationError` where `rank` does not see what the primary has just made.
+
+    Network file systems remember for a while what was not there; listing the parent
+    makes them look.
+    """
+    parent, name = os.path.split(path)
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while name not in storage.list(parent) or not storage.exists(path):
+        if time.monotonic() >= deadline:
+            raise errors.CoordinationError(
+                f"Rank {rank} does not see {path}, which rank 0 has made: it sees another "
+                "directory. Every rank must be given the same, on a file system that all share.",
+                ranks=(rank,),
+                path=path,
+            )
+        time.sleep(_SETTLE_SECONDS / 20)
 
 
 def sync_tree(storage: LocalStorage, directory: str, files: Iterable[str]) -> None:
@@ -62,7 +84,7 @@ def _folders(files: Iterable[str]) -> list[str]:
     for name in files:
         while name := os.path.dirname(name):
             found.add(name)
-    return sorted(found, key=lambda name: (-name.count("/"), name))
+    return sorted(found, key=lambda name: (not name, -name.count("/"), name))
 
 
 def publish(storage: LocalStorage, tmp: str, final: str, hidden: str | None = None) -> str | None:

@@ -1,0 +1,286 @@
+"""Rounds between ranks over any key-value store: everyone gives a value, everyone gets the outcome.
+
+Each round is a numbered slot of keys:
+
+    <n>/<rank>     what a rank gives: a value, its error, or that it has given up waiting
+    <n>/begun      the primary has come
+    <n>/gathered   every rank has come; the primary does its part
+    <n>/outcome    the result, the error, or that the primary went on to the next slot
+
+Ranks count their rounds by themselves. After a failure one may be behind (it slept, and the others
+went on without it), so every entry says what its rank is about: a rank that finds a slot closed
+over something else goes on to the next, and one that finds others in it who are about something
+else is told so. Every wait ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn, Protocol
+
+from functional_ckpt import errors
+from functional_ckpt.distributed.coordinator import Combine
+
+__all__ = ["KeyValueStore", "Rounds"]
+
+# How much longer the others wait than the primary, so that its verdict reaches them first.
+_GRACE_SECONDS = 2.0
+_LEAVE_SECONDS = 5.0
+_FIRST_PAUSE_SECONDS = 0.0002
+_LONGEST_PAUSE_SECONDS = 0.05
+# One server answers every rank: thousands of them must ask less often.
+_POLLS_PER_SECOND = 20_000
+
+_PHASES = (("begun", "come to"), ("gathered", "gather for"), ("outcome", "finish"))
+_VALUE, _ERROR, _GONE, _SKIPPED = "value", "error", "gone", "skipped"
+
+
+class KeyValueStore(Protocol):
+    """What is needed of a store; every call returns or raises within `seconds`."""
+
+    def set(self, key: str, value: bytes, seconds: float) -> None:
+        """Sets a key."""
+        ...
+
+    def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
+        """The values of keys that are there."""
+        ...
+
+    def has(self, keys: Sequence[str], seconds: float) -> bool:
+        """Whether all the keys are there."""
+        ...
+
+    def delete(self, key: str, seconds: float) -> None:
+        """Deletes a key, if it is there."""
+        ...
+
+
+class Rounds:
+    """One rank's side of the rounds.
+
+    Args:
+        store: Where the ranks meet; theirs alone.
+        rank: This rank; 0 is the primary.
+        num_ranks: All of them.
+        timeout_seconds: How long to wait for another rank.
+    """
+
+    def __init__(
+        self, store: KeyValueStore, *, rank: int, num_ranks: int, timeout_seconds: float
+    ) -> None:
+        self._store = store
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._timeout_seconds = timeout_seconds
+        self._next = 0
+        self._spent: list[str] = []
+        self._longest_pause = max(_LONGEST_PAUSE_SECONDS, num_ranks / _POLLS_PER_SECOND)
+
+    def hurry(self, seconds: float) -> None:
+        """Waits no longer than this from now on, waits under way included; signal handlers may."""
+        self._timeout_seconds = min(self._timeout_seconds, seconds)
+
+    def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
+        """See `Coordinator.exchange`."""
+        while True:
+            slot, self._next = self._next, self._next + 1
+            if self._rank == 0:
+                outcome = self._lead(slot, what, value, combine)
+            else:
+                outcome = self._follow(slot, what, value)
+            if outcome is not None:
+                return outcome
+
+    def leave(self) -> None:
+        """The last call: the primary, which may host the store, leaves after the others.
+
+        Never fails, and waits a few seconds at most.
+        """
+        with contextlib.suppress(errors.CoordinationError):
+            if self._rank:
+                self._forget([])
+                self._set(f"left/{self._rank}", b"")
+                return
+            keys = [f"left/{rank}" for rank in range(1, self._num_ranks)]
+            self._wait(keys, lambda: min(_LEAVE_SECONDS, self._timeout_seconds))
+            self._forget(keys)
+            self._forget([])
+
+    # ------------------------------------------------------------------------------ primary
+
+    def _lead(
+        self, slot: int, what: str, value: bytes | BaseException, combine: Combine
+    ) -> bytes | None:
+        """The outcome; None when the slot is a leftover of something that the others gave up."""
+        keys = [f"{slot}/begun", f"{slot}/gathered", f"{slot}/outcome"]
+        self._spent += keys
+        begun, gathered, closed = keys
+        try:
+            self._set(begun, b"")
+            if isinstance(value, BaseException):
+                raise value
+            values = self._gather(slot, what)
+            self._set(gathered, b"")
+            if values is None:
+                self._set(closed, _entry(_SKIPPED, what))
+                return None
+            outcome = combine([value, *values])
+            self._set(closed, _entry(_VALUE, what, outcome))
+        except BaseException as error:
+            with contextlib.suppress(errors.CoordinationError):  # the store's; `error` says more
+                self._set(gathered, b"")
+                self._set(closed, _entry(_ERROR, what, _describe(error, what)))
+            raise
+        self._forget(keys)
+        return outcome
+
+    def _gather(self, slot: int, what: str) -> list[bytes] | None:
+        """What the other ranks gave, in order; None when they gave up something else here."""
+        keys = [f"{slot}/{rank}" for rank in range(1, self._num_ranks)]
+        ranks = range(1, self._num_ranks)
+        absent: list[int] = []
+        if not self._wait(keys, lambda: self._timeout_seconds):
+            absent = [r for r in ranks if not self._store.has([f"{slot}/{r}"], self._limit)]
+        here = [rank for rank in ranks if rank not in absent]
+        found = self._store.get([f"{slot}/{rank}" for rank in here], self._limit) if here else []
+        entries = dict(zip(here, map(_parse, found), strict=True))
+        gone = {rank: about for rank, (kind, about, _) in entries.items() if kind == _GONE}
+        if any(about != what for about in gone.values()):
+            return None
+        if gone:
+            raise errors.CoordinationError(
+                f"Rank 0 came to {what} after {_named(gone)} had given up waiting for it.",
+                ranks=(0,),
+            )
+        others = {rank: about for rank, (_, about, _) in entries.items() if about != what}
+        if others:
+            told = "; ".join(f"rank {rank} is about {about}" for rank, about in others.items())
+            raise errors.CoordinationError(
+                f"Rank 0 is about {what}, but {told}: every rank must make the same calls.",
+                ranks=others,
+            )
+        failed = {
+            rank: text.decode() for rank, (kind, _, text) in entries.items() if kind == _ERROR
+        }
+        self._raise_missing(what, failed, absent)
+        return [payload for _, _, payload in entries.values()]
+
+    def _raise_missing(self, what: str, failed: dict[int, str], absent: Sequence[int]) -> None:
+        told = [f"Rank {rank} failed in {what}: {text}" for rank, text in failed.items()]
+        if absent:
+            told.append(
+                f"{_named(absent).capitalize()} did not come to {what} within "
+                f"{self._timeout_seconds:g} seconds: dead or stuck?"
+            )
+        if told:
+            kind = errors.CoordinationTimeoutError if absent else errors.CoordinationError
+            raise kind(" ".join(told), ranks=sorted([*failed, *absent]))
+
+    # ------------------------------------------------------------------------------ others
+
+    def _follow(self, slot: int, what: str, value: bytes | BaseException) -> bytes | None:
+        own, closed = f"{slot}/{self._rank}", f"{slot}/outcome"
+        if self._store.has([closed], self._limit):  # the others went on without this rank
+            return self._outcome(closed) if self._subject(closed) == what else None
+        self._spent.append(own)
+        if isinstance(value, BaseException):
+            self._set(own, _entry(_ERROR, what, _text(value).encode()))
+            raise value
+        self._set(own, _entry(_VALUE, what, value))
+        try:
+            # The primary comes within the timeout, gathers within it, and has as long for its part.
+            for key, doing in _PHASES:
+                if not self._wait([f"{slot}/{key}"], lambda: self._limit):
+                    self._raise_silent(doing, what)
+        except BaseException:
+            with contextlib.suppress(errors.CoordinationError):
+                self._set(own, _entry(_GONE, what))
+            raise
+        outcome = self._outcome(closed)
+        if outcome is not None:
+            self._forget([own])
+        return outcome
+
+    def _raise_silent(self, doing: str, what: str) -> NoReturn:
+        raise errors.CoordinationTimeoutError(
+            f"Rank 0 did not {doing} {what} within {self._limit:g} seconds: dead or stuck?",
+            ranks=(0,),
+        )
+
+    def _subject(self, key: str) -> str:
+        """What a closed slot was about."""
+        return _parse(self._store.get([key], self._limit)[0])[1]
+
+    def _outcome(self, key: str) -> bytes | None:
+        """The result of a closed slot; None when the primary went on to the next."""
+        kind, _, payload = _parse(self._store.get([key], self._limit)[0])
+        if kind == _ERROR:
+            record = json.loads(payload)
+            late = record["timeout"]
+            error = errors.CoordinationTimeoutError if late else errors.CoordinationError
+            raise error(record["text"], ranks=record["ranks"])
+        return None if kind == _SKIPPED else payload
+
+    # ------------------------------------------------------------------------------ the store
+
+    @property
+    def _limit(self) -> float:
+        return self._timeout_seconds + _GRACE_SECONDS
+
+    def _set(self, key: str, value: bytes) -> None:
+        self._store.set(key, value, self._limit)
+
+    def _wait(self, keys: Sequence[str], seconds: Callable[[], float]) -> bool:
+        """Whether the keys were there in time; polls, since a store's wait cannot be given up."""
+        start = time.monotonic()
+        for pause in self._pauses():
+            rest = start + seconds() - time.monotonic()
+            if self._store.has(keys, max(rest, _GRACE_SECONDS)):
+                return True
+            if rest <= 0:
+                return False
+            time.sleep(min(pause, rest))
+        return False
+
+    def _pauses(self) -> Iterator[float]:
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            yield pause
+            pause = min(2 * pause, self._longest_pause)
+
+    def _forget(self, current: list[str]) -> None:
+        """Deletes this rank's keys of earlier rounds: whoever came this far needs them no more."""
+        for key in self._spent:
+            if key not in current:
+                self._store.delete(key, self._limit)
+        self._spent = list(current)
+
+
+def _entry(kind: str, what: str, payload: bytes = b"") -> bytes:
+    return f"{kind}\0{what}\0".encode() + payload
+
+
+def _parse(entry: bytes) -> tuple[str, str, bytes]:
+    kind, what, payload = entry.split(b"\0", 2)
+    return kind.decode(), what.decode(), payload
+
+
+def _describe(error: BaseException, what: str) -> bytes:
+    """The primary's error as the others will raise it."""
+    record = {"text": f"Rank 0 failed in {what}: {_text(error)}", "ranks": (0,), "timeout": False}
+    if isinstance(error, errors.CoordinationError):
+        is_timeout = isinstance(error, errors.CoordinationTimeoutError)
+        record = {"text": error.message, "ranks": error.ranks, "timeout": is_timeout}
+    return json.dumps(record).encode()
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _named(ranks: Sequence[int] | dict[int, str]) -> str:
+    names = [str(rank) for rank in ranks]
+    return f"rank {names[0]}" if len(names) == 1 else f"ranks {', '.join(names)}"
