@@ -24,6 +24,10 @@ __all__ = ["Verify", "read_all"]
 
 Verify: TypeAlias = Literal["during", "before", "off"]
 
+# Enough small reads under way to hide their latency; few enough that two threads share the work.
+_BATCH_TASKS = 256
+_BATCH_BYTES = 8 * 2**20
+
 
 def read_all(
     bound: Sequence[tuple[OpenItem, plan.Binding]], *, verify: Verify, touched: Touched
@@ -40,8 +44,44 @@ def read_all(
     if verify == "before":
         arrays.run_in_threads([task for job in jobs for task in job.verification()])
     verified = verify == "during"
-    arrays.run_in_threads([task for job in jobs for task in job.tasks(verified=verified)])
+    arrays.run_in_threads(_batches([task for job in jobs for task in job.tasks(verified=verified)]))
     return [job.assemble() for job in jobs]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Task:
+    """A part of a restore.
+
+    Attributes:
+        run: Reads it.
+        request: Asks for it ahead, if it is small.
+        size_bytes: How much it reads.
+    """
+
+    run: Callable[[], None]
+    request: Callable[[], None] | None = None
+    size_bytes: int = 0
+
+
+def _batches(tasks: Sequence[_Task]) -> list[Callable[[], None]]:
+    """Small parts together, so that their requests are under way at the same time."""
+    batches: list[list[_Task]] = []
+    size_bytes = _BATCH_BYTES
+    for task in tasks:
+        if size_bytes >= _BATCH_BYTES or len(batches[-1]) >= _BATCH_TASKS:
+            batches.append([])
+            size_bytes = 0
+        batches[-1].append(task)
+        size_bytes += task.size_bytes
+    return [functools.partial(_run_batch, batch) for batch in batches]
+
+
+def _run_batch(tasks: Sequence[_Task]) -> None:
+    for task in tasks:
+        if task.request is not None:
+            task.request()
+    for task in tasks:
+        task.run()
 
 
 @dataclasses.dataclass(slots=True)
@@ -63,12 +103,12 @@ class _Job:
         self._place: memory.Place | None = None
         self._num_parts = 1
 
-    def tasks(self, *, verified: bool) -> list[Callable[[], None]]:
+    def tasks(self, *, verified: bool) -> list[_Task]:
         node = self.binding.node
         record = self.item.record_of(node)
         if record is None:
-            return [self._read_foreign]
-        tasks: list[Callable[[], None]] = []
+            return [_Task(self._read_foreign)]
+        tasks: list[_Task] = []
         for piece in memory.pieces_of(self.binding):
             read = arrays.ArrayRead(
                 name=node.stored_name,
@@ -78,11 +118,15 @@ class _Job:
                 box=piece.box,
             )
             tasks += [
-                functools.partial(self._read_part, read, piece.local, index)
+                _Task(
+                    functools.partial(self._read_part, read, piece.local, index),
+                    functools.partial(arrays.request_part, self.item.database, read, index),
+                    record.grid.box(index).num_elements * node.spec.itemsize_bytes,
+                )
                 for index in record.grid.indices(piece.box)
             ]
         self._num_parts = len(tasks)
-        return tasks or [self._finish]
+        return tasks or [_Task(self._finish)]
 
     def _read_part(self, read: arrays.ArrayRead, local: Box, index: tuple[int, ...]) -> None:
         destination = self._open().array[local.slices()]
@@ -135,7 +179,7 @@ class _Jobs:
             job = self._jobs.setdefault(key, _Job(item, read, touched))
             self._of[id(read)] = job
 
-    def tasks(self, *, verified: bool) -> list[Callable[[], None]]:
+    def tasks(self, *, verified: bool) -> list[_Task]:
         return [task for job in self._jobs.values() for task in job.tasks(verified=verified)]
 
     def verification(self) -> list[Callable[[], None]]:
