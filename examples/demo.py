@@ -117,6 +117,7 @@ class Run:
                     time.sleep(delay_seconds)
                     break
                 under_way = found - stale
+                time.sleep(0.0002)  # a save takes a hundred times as long
         finally:
             process.kill()
             process.wait()
