@@ -25,7 +25,7 @@ __all__ = ["JSON_FILE", "ArrayPlace", "OpenCheckpoint", "OpenItem", "open_checkp
 
 JSON_FILE = "metadata"
 _IGNORED = ("metrics", "descriptor", "array_metadatas")
-# The item of a directory that is an item itself, as Orbax's checkpointers without a manager write it.
+# The item of a directory that is an item itself, as Orbax's checkpointers write it.
 _BARE_ITEM = "default"
 
 
@@ -121,7 +121,7 @@ class OpenItem:
     def _check_sizes(self) -> None:
         """A record cannot ask for more memory than there are bytes on disk (uncompressed).
 
-        Small chunks may be compressed, but each of them has a digest in the record, which bounds them.
+        Small chunks may be compressed, but each has a digest in the record, which bounds them.
         """
         wanted = sum(
             node.spec.size_bytes
@@ -156,7 +156,7 @@ class OpenItem:
 
         path = os.path.join(self.path, orbax_format.TREE_METADATA_FILE)
         self.is_zarr3 = bool(self._foreign_metadata.get("use_zarr3", False))
-        # Old versions of Orbax left chunks of zeros out; since then a chunk that is missing is lost.
+        # Old versions of Orbax left chunks of zeros out; since then a missing chunk is lost.
         stores_zeros = self._foreign_metadata.get("store_array_data_equal_to_fill_value", False)
         self.fills_missing = not stores_zeros
         strings = os.path.join(self.path, orbax_format.STRINGS_FILE)
@@ -248,7 +248,7 @@ class OpenCheckpoint:
 def open_checkpoint(storage: LocalStorage, path: str, step: int | None = None) -> OpenCheckpoint:
     """Opens a checkpoint directory for reading.
 
-    A directory that is one tree item, ours or Orbax's, is a checkpoint whose item is called `default`.
+    A directory that is one tree item, ours or Orbax's, is a checkpoint of one item, `default`.
 
     Raises:
         StepNotFoundError: There is no directory.
@@ -282,6 +282,7 @@ def open_checkpoint(storage: LocalStorage, path: str, step: int | None = None) -
             )
     else:
         items = _find_items(storage, path)
+        _check_foreign(storage, path, items, step)
     checkpoint = OpenCheckpoint(
         storage=storage, path=path, step=step, items=items, record=record, metadata=metadata
     )
@@ -294,6 +295,21 @@ def open_checkpoint(storage: LocalStorage, path: str, step: int | None = None) -
             step=step,
         )
     return checkpoint
+
+
+def _check_foreign(
+    storage: LocalStorage, path: str, items: Mapping[str, str], step: int | None
+) -> None:
+    """Without this a checkpoint of ours that lost its record would be read with less verified."""
+    for name in items:
+        if storage.exists(os.path.join(path, name, manifest.EXTENSION_FILE)):
+            raise errors.CorruptCheckpointError(
+                f"{os.path.join(path, manifest.EXTENSION_FILE)}: the file is missing, though item "
+                f"{name!r} was written by this package. To read that item alone, give its own "
+                "directory.",
+                path=os.path.join(path, manifest.EXTENSION_FILE),
+                step=step,
+            )
 
 
 def _find_items(storage: LocalStorage, path: str) -> dict[str, str]:

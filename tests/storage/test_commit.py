@@ -1,0 +1,161 @@
+"""A crash at every operation of a commit; the operations themselves are in contract.py."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from functional_ckpt import errors
+from functional_ckpt.storage import commit
+from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.testing import Crash, Fault, FaultyStorage
+
+
+def _step(storage: LocalStorage, path: str, data: bytes) -> str:
+    storage.make_directory(path)
+    storage.write(os.path.join(path, "a"), data)
+    return path
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_an_overwrite_cut_anywhere_leaves_the_old_step_or_the_new(
+    can_exchange: bool, tmp_path: Path
+) -> None:
+    outcomes: set[bytes] = set()
+    for at in range(100):
+        root = str(tmp_path / f"{can_exchange}{at}")
+        hidden, final = os.path.join(root, commit.HIDDEN), os.path.join(root, "7")
+        plain = LocalStorage()
+        plain.make_directory(hidden)
+        _step(plain, final, b"old")
+        tmp = _step(plain, commit.temporary(final), b"new")
+        storage = FaultyStorage(Fault(at=at, mode="crash"), can_exchange=can_exchange)
+        try:
+            replaced = commit.publish(storage, tmp, final, hidden)
+        except Crash:
+            replaced = None
+        is_whole = replaced is not None
+        commit.recover(plain, root, hidden)
+        content = plain.read(os.path.join(final, "a"))
+        outcomes.add(content)
+        assert plain.list(root) == [commit.HIDDEN, "7"]
+        assert plain.walk(hidden) == []
+        if is_whole:
+            assert content == b"new"
+            break
+    else:
+        pytest.fail("the overwrite never came to its end")
+    assert at > 1 and outcomes == {b"old", b"new"}
+
+
+def test_a_first_save_cut_anywhere_is_whole_or_absent(tmp_path: Path) -> None:
+    for at in range(10):
+        root = str(tmp_path / str(at))
+        hidden, final = os.path.join(root, commit.HIDDEN), os.path.join(root, "7")
+        plain = LocalStorage()
+        tmp = _step(plain, commit.temporary(final), b"new")
+        storage = FaultyStorage(Fault(at=at, mode="crash"))
+        try:
+            commit.publish(storage, tmp, final, hidden)
+            is_whole = True
+        except Crash:
+            is_whole = False
+        commit.recover(plain, root, hidden)
+        assert plain.list(root) in ([], ["7"])
+        if is_whole:
+            assert plain.walk(root) == ["7/a"]
+            return
+    pytest.fail("the save never came to its end")
+
+
+def test_recovery_cut_anywhere_is_finished_by_the_next(tmp_path: Path) -> None:
+    """The journal of an overwrite in two renames, with the old step already away."""
+    for at in range(20):
+        root = str(tmp_path / str(at))
+        hidden, final = os.path.join(root, commit.HIDDEN), os.path.join(root, "7")
+        plain = LocalStorage()
+        _step(plain, commit.temporary(final), b"new")
+        _step(plain, os.path.join(hidden, "trash", "7.replaced"), b"old")
+        record = {"tmp": os.path.basename(commit.temporary(final)), "final": "7"}
+        plain.write(os.path.join(hidden, "replacing.json"), json.dumps(record).encode())
+        storage = FaultyStorage(Fault(at=at, mode="crash"))
+        try:
+            commit.recover(storage, root, hidden)
+            is_whole = True
+        except Crash:
+            is_whole = False
+            commit.recover(plain, root, hidden)
+        assert plain.read(os.path.join(final, "a")) == b"new"
+        assert plain.walk(hidden) == []
+        if is_whole:
+            assert at > 2
+            return
+    pytest.fail("the recovery never came to its end")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"tmp": "x"}',
+        '{"tmp": "../x", "final": "7"}',
+        '{"tmp":"x","final":""}',
+    ],
+)
+def test_a_journal_that_makes_no_sense_moves_nothing(text: str, tmp_path: Path) -> None:
+    storage, root = LocalStorage(), str(tmp_path / "root")
+    hidden = os.path.join(root, commit.HIDDEN)
+    storage.make_directory(hidden)
+    _step(storage, str(tmp_path / "x"), b"outside")
+    storage.write(os.path.join(hidden, "replacing.json"), text.encode())
+    with pytest.raises(errors.CorruptCheckpointError, match=r"replacing\.json"):
+        commit.recover(storage, root, hidden)
+    assert storage.walk(str(tmp_path)) == ["root/.functional_ckpt/replacing.json", "x/a"]
+
+
+def test_without_a_journal_there_is_no_overwrite_in_two(tmp_path: Path) -> None:
+    storage = FaultyStorage(can_exchange=False)
+    final = _step(storage, str(tmp_path / "7"), b"old")
+    tmp = _step(storage, commit.temporary(final), b"new")
+    with pytest.raises(errors.StorageError, match="Save to a new path"):
+        commit.publish(storage, tmp, final)
+    assert storage.read(os.path.join(final, "a")) == b"old"
+
+
+def test_nothing_is_visible_before_all_of_it_is_durable(tmp_path: Path) -> None:
+    storage = FaultyStorage()
+    final = str(tmp_path / "7")
+    tmp = _step(storage, os.path.join(commit.temporary(final), "item"), b"new")
+    commit.sync_tree(storage, commit.temporary(final), ["item/a"])
+    storage.forget()
+    commit.publish(storage, os.path.dirname(tmp), final)
+    assert [operation.kind for operation in storage.operations] == ["rename", "sync"]
+    assert storage.operations[-1].path == str(tmp_path)
+
+
+def test_sync_tree_syncs_files_then_every_directory_from_the_deepest(tmp_path: Path) -> None:
+    storage = FaultyStorage()
+    for name in ("a", "x/b", "x/y/c"):
+        storage.make_directory(os.path.dirname(str(tmp_path / name)))
+        storage.write(str(tmp_path / name), b"")
+    storage.forget()
+    commit.sync_tree(storage, str(tmp_path), ["a", "x/b", "x/y/c"])
+    synced = [os.path.relpath(operation.path, tmp_path) for operation in storage.operations]
+    assert sorted(synced[:3]) == ["a", "x/b", "x/y/c"]
+    assert synced[3:] == ["x/y", "x", "."]
+
+
+def test_what_cannot_be_removed_is_left_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = FaultyStorage(Fault(at=0, kinds=("remove",)))
+    with caplog.at_level(logging.WARNING, "functional_ckpt"):
+        commit.abandon(storage, str(tmp_path / "7.tmp"))
+    assert "stays until the next writer" in caplog.text
