@@ -73,7 +73,8 @@ def _tensor_differences(got: torch.Tensor, expected: torch.Tensor, where: str) -
     ):
         yield (
             f"{where}: got {got.dtype}{list(got.shape)} requires_grad={got.requires_grad}, "
-            f"expected {expected.dtype}{list(expected.shape)} requires_grad={expected.requires_grad}"
+            f"expected {expected.dtype}{list(expected.shape)} "
+            f"requires_grad={expected.requires_grad}"
         )
         return
     different = _bits(got) != _bits(expected)

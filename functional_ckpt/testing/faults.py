@@ -12,7 +12,7 @@ import dataclasses
 import errno as errno_lib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from functional_ckpt import errors
@@ -53,13 +53,15 @@ class Fault:
         errno: The error of the system call, for `once` and `lasting`.
         mode: `once`, that operation alone fails; `lasting`, it and all later ones that change
             something (a disk that stays full); `crash`, a `Crash` there and at all later ones.
-        kinds: Which kinds of operation are counted and can fail; None for all.
+        where: Which operations are counted and can fail; None for all. How many files TensorStore
+            spreads an item's data over differs from run to run: leave out those under `d/` where
+            the k-th operation must be the same one each time.
     """
 
     at: int = 0
     errno: int = errno_lib.EIO
     mode: Literal["once", "lasting", "crash"] = "once"
-    kinds: tuple[str, ...] | None = None
+    where: Callable[[Operation], bool] | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for an operation before the first and an unknown mode."""
@@ -75,7 +77,7 @@ class FaultyStorage(LocalStorage):
     Args:
         fault: What goes wrong, counted from the first operation; None for nothing yet.
         can_exchange: Whether two directories can be exchanged in one atomic step; if not, an
-            overwrite takes the journalled road.
+            overwrite takes two renames.
     """
 
     def __init__(self, fault: Fault | None = None, *, can_exchange: bool = True) -> None:
@@ -109,10 +111,11 @@ class FaultyStorage(LocalStorage):
 
     def operation(self, kind: str, path: str) -> None:
         """Records the operation, and raises where the fault says so."""
+        reached = Operation(kind, path)
         with self._mutex:
-            self._operations.append(Operation(kind, path))
+            self._operations.append(reached)
             fault = self._fault
-            if fault is None or not self._strikes(fault, kind):
+            if fault is None or not self._strikes(fault, reached):
                 return
             self.has_failed = True
         if fault.mode == "crash":
@@ -124,15 +127,15 @@ class FaultyStorage(LocalStorage):
             path=path,
         ) from cause
 
-    def _strikes(self, fault: Fault, kind: str) -> bool:
+    def _strikes(self, fault: Fault, reached: Operation) -> bool:
         if fault.mode == "crash" and self.has_failed:
             return True
-        if fault.kinds is not None and kind not in fault.kinds:
+        if fault.where is not None and not fault.where(reached):
             return False
         place, self._num_counted = self._num_counted, self._num_counted + 1
         if place < fault.at:
             return False
-        return place == fault.at or (fault.mode == "lasting" and kind in CHANGES)
+        return place == fault.at or (fault.mode == "lasting" and reached.kind in CHANGES)
 
     def exchange(self, first: str, second: str) -> bool:
         """As on a local file system, if it was made with `can_exchange`; else False."""
