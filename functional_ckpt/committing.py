@@ -108,6 +108,7 @@ class StepWriter:
 
     def _begin(self, tmp: str, items: Sequence[lowering.LoweredItem]) -> bytes:
         """On the primary: makes the temporary directory; says what structures look like here."""
+        commit.settle(self._storage, self._steps.root, self._steps.hidden)
         self._storage.remove(tmp)  # of an earlier save of this process that failed
         self._storage.make_directory(tmp)
         if self._coordinator.num_ranks == 1:
@@ -135,8 +136,8 @@ class StepWriter:
 
         def on_primary(_: Sequence[bytes]) -> bytes:
             if replaced is not None:
-                self._storage.remove(replaced)
                 self._steps.forget_late_metrics(step)
+                self._storage.remove(replaced)
             return json.dumps(self._prune()).encode()
 
         try:

@@ -209,8 +209,8 @@ class CheckpointManager:
         """What this rank can do alone; an error is for all ranks to hear of, so it is returned."""
         coordinator = self._coordinator
         try:
-            if coordinator.rank == 0 and not self._overwrite:
-                self._steps.check_free(step)
+            if coordinator.rank == 0:
+                self._steps.check_free(step, overwrite=self._overwrite)
             info = completing.CheckpointInfo(
                 step=step,
                 init_time_ns=time.time_ns(),
@@ -257,7 +257,8 @@ class CheckpointManager:
 
         discard = functools.partial(self._steps.discard, number)
         self._on_primary(f"deleting step {number}", discard, ready=ready)
-        self._steps.reload()
+        if self._coordinator.rank:
+            self._steps.reload()
 
     # ------------------------------------------------------------------------------ restoring
 
@@ -516,8 +517,7 @@ class CheckpointManager:
     def _become_writer(self) -> None:
         """Takes the directory over: locks it, then removes what a dead writer left."""
         root, hidden = self._steps.root, self._steps.hidden
-        self._storage.make_directory(root)
-        self._storage.make_directory(hidden)
+        commit.make_root(self._storage, hidden)
         self._lock = self._storage.lock(os.path.join(hidden, "lock"))
         for line in commit.recover(self._storage, root, hidden):
             _log.warning("%s: %s", root, line)

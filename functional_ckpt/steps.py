@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import threading
 from collections.abc import Collection, Mapping
@@ -57,14 +58,24 @@ class Steps:
         candidates = [os.path.join(self.root, name) for name in self._names.names(step)]
         return next((path for path in candidates if self.storage.exists(path)), candidates[0])
 
-    def check_free(self, step: int) -> None:
-        """Raises `StepExistsError` when the step is there."""
-        if self.storage.exists(self.path(step)):
+    def check_free(self, step: int, *, overwrite: bool) -> None:
+        """Raises `StepExistsError` when the step is there and may not be overwritten."""
+        path = self.path(step)
+        if not self.storage.exists(path):
+            return
+        if not self.storage.is_directory(path):
+            raise errors.StorageError(
+                f"Cannot save step {step}: {path} is a file, and not a checkpoint. Move it away.",
+                errno=errno.ENOTDIR,
+                step=step,
+                path=path,
+            )
+        if not overwrite:
             raise errors.StepExistsError(
                 f"Step {step} exists in {self.root}. Make the manager with overwrite=True to "
                 "replace it, delete it, or save another step.",
                 step=step,
-                path=self.path(step),
+                path=path,
             )
 
     def remember(self, info: StepInfo) -> None:
@@ -103,10 +114,16 @@ class Steps:
     def discard(self, step: int) -> None:
         """Removes a step: out of sight in one rename, then from disk."""
         path = self.path(step)
-        self.forget([step])
-        if self.storage.exists(path):
-            commit.discard(self.storage, path, self.hidden)
-        self.forget_late_metrics(step)
+        try:
+            if self.storage.exists(path):
+                commit.discard(self.storage, path, self.hidden)
+            self.forget_late_metrics(step)
+        except errors.CheckpointError as error:
+            error.step = step
+            raise
+        finally:
+            if not self.storage.exists(path):  # out of sight, however far its removal came
+                self.forget([step])
 
 
 def _with_metrics(info: StepInfo, late: Mapping[str, Any] | None) -> StepInfo:

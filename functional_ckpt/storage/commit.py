@@ -13,12 +13,14 @@ counts.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
 
 from functional_ckpt import errors
 from functional_ckpt.storage.paths import LocalStorage
@@ -29,8 +31,10 @@ __all__ = [
     "abandon",
     "check_shared",
     "discard",
+    "make_root",
     "publish",
     "recover",
+    "settle",
     "sync_tree",
     "temporary",
 ]
@@ -39,7 +43,20 @@ HIDDEN = ".functional_ckpt"
 TMP_SUFFIX = ".orbax-checkpoint-tmp"
 _JOURNAL = "replacing.json"
 _SETTLE_SECONDS = 2.0
+_STALE_SECONDS = 60.0
 _log = logging.getLogger("functional_ckpt")
+
+
+def make_root(storage: LocalStorage, path: str) -> None:
+    """Creates a directory that will hold durable things, and its parents, durably."""
+    missing: list[str] = []
+    above = path
+    while not storage.exists(above):
+        missing.append(above)
+        above = os.path.dirname(above)
+    storage.make_directory(path)
+    for each in reversed(missing):
+        storage.sync_directory(os.path.dirname(each))
 
 
 def temporary(final: str) -> str:
@@ -100,14 +117,25 @@ def publish(storage: LocalStorage, tmp: str, final: str, hidden: str | None = No
     Returns:
         Where the replaced directory is now, for the caller to remove; None when nothing was
         replaced.
+
+    Raises:
+        StorageError: Nothing changed: `tmp` is still `tmp`, and what was `final` still is.
     """
     parent = os.path.dirname(final)
     if not storage.exists(final):
         storage.rename(tmp, final)
-        storage.sync_directory(parent)
+        with _undoing(lambda: storage.rename(final, tmp)):
+            storage.sync_directory(parent)
         return None
+    if not storage.is_directory(final):
+        raise errors.StorageError(
+            f"Cannot write {final}: a file is there, and not a checkpoint. Move it away.",
+            errno=errno.ENOTDIR,
+            path=final,
+        )
     if storage.exchange(tmp, final):
-        storage.sync_directory(parent)
+        with _undoing(lambda: storage.exchange(tmp, final)):
+            storage.sync_directory(parent)
         return tmp
     if hidden is None:
         raise errors.StorageError(
@@ -118,20 +146,44 @@ def publish(storage: LocalStorage, tmp: str, final: str, hidden: str | None = No
     return _replace_in_two(storage, tmp, final, hidden)
 
 
+@contextlib.contextmanager
+def _undoing(undo: Callable[[], object]) -> Generator[None]:
+    """Takes a rename back when what follows it fails: what is not durable must not be seen.
+
+    Without this the caller, told of a failure, would remove `tmp`, where by now the old step is.
+    """
+    try:
+        yield
+    except Exception as error:
+        try:
+            undo()
+        except errors.StorageError as failure:
+            error.add_note(f"Taking the rename back failed too: {failure}")
+        raise
+
+
 def _replace_in_two(storage: LocalStorage, tmp: str, final: str, hidden: str) -> str:
     """Overwrites by two renames; the journal lets the next writer finish what a crash cut."""
     parent = os.path.dirname(final)
-    old = os.path.join(_make_trash(storage, hidden), f"{os.path.basename(final)}.replaced")
+    _make_trash(storage, hidden)
+    old = _replaced(hidden, final)
     storage.remove(old)
     journal = os.path.join(hidden, _JOURNAL)
     record = {"tmp": os.path.basename(tmp), "final": os.path.basename(final)}
     storage.replace(journal, json.dumps(record).encode())
     storage.rename(final, old)
-    storage.rename(tmp, final)
-    storage.sync_directory(parent)
-    storage.remove(journal)
-    storage.sync_directory(hidden)
+    with _undoing(lambda: storage.rename(old, final)):
+        storage.rename(tmp, final)
+        with _undoing(lambda: storage.rename(final, tmp)):
+            storage.sync_directory(parent)
+            storage.remove(journal)
+            storage.sync_directory(hidden)
     return old
+
+
+def _replaced(hidden: str, final: str) -> str:
+    """Where a step is while it is being replaced by two renames."""
+    return os.path.join(hidden, "trash", f"{os.path.basename(final)}.replaced")
 
 
 def _make_trash(storage: LocalStorage, hidden: str) -> str:
@@ -154,10 +206,7 @@ def recover(storage: LocalStorage, root: str, hidden: str) -> list[str]:
     Returns:
         What was done, one line each, for the log.
     """
-    done: list[str] = []
-    journal = os.path.join(hidden, _JOURNAL)
-    if storage.exists(journal):
-        done += _finish_replacement(storage, root, journal)
+    done = settle(storage, root, hidden)
     for name in storage.list(root):
         if TMP_SUFFIX in name and not name.startswith("."):
             storage.remove(os.path.join(root, name))
@@ -168,11 +217,27 @@ def recover(storage: LocalStorage, root: str, hidden: str) -> list[str]:
     for name in storage.list(hidden):
         if name.endswith(".tmp"):
             storage.remove(os.path.join(hidden, name))
+    metrics = os.path.join(hidden, "metrics")
+    for name in storage.list(metrics):
+        path = os.path.join(metrics, name)
+        # An evaluator beside this writer may be about to rename a fresh one.
+        if name.endswith(".tmp") and storage.age_seconds(path) > _STALE_SECONDS:
+            storage.remove(path)
     return done
 
 
-def _finish_replacement(storage: LocalStorage, root: str, journal: str) -> list[str]:
-    """The journal is written after the new step is durable, so finishing forward is always safe."""
+def settle(storage: LocalStorage, root: str, hidden: str) -> list[str]:
+    """Ends an overwrite in two renames that was cut; to be called before anything new is written.
+
+    The two steps are both whole between the renames, and only there is the old one in the trash and
+    out of sight. In any other state the journal is of an overwrite that was over, or taken back.
+
+    Returns:
+        What was done, one line each, for the log.
+    """
+    journal = os.path.join(hidden, _JOURNAL)
+    if not storage.exists(journal):
+        return []
     try:
         record = json.loads(storage.read(journal))
         tmp, final = str(record["tmp"]), str(record["final"])
@@ -189,16 +254,25 @@ def _finish_replacement(storage: LocalStorage, root: str, journal: str) -> list[
             )
     done: list[str] = []
     source, target = os.path.join(root, tmp), os.path.join(root, final)
-    if not storage.exists(target) and storage.exists(source):
-        storage.rename(source, target)
+    if _is_between(storage, hidden, target):
+        storage.rename(source if storage.exists(source) else _replaced(hidden, target), target)
         storage.sync_directory(root)
         done.append(f"finished the replacement of {final}")
     storage.remove(journal)
     return done
 
 
+def _is_between(storage: LocalStorage, hidden: str, final: str) -> bool:
+    """Whether a step is out of sight, between the two renames of its overwrite."""
+    return storage.exists(_replaced(hidden, final)) and not storage.exists(final)
+
+
 def abandon(storage: LocalStorage, tmp: str) -> None:
     """Removes what a failed save wrote; what cannot be removed now goes with the next writer."""
+    final = tmp.removesuffix(TMP_SUFFIX)
+    if _is_between(storage, os.path.join(os.path.dirname(final), HIDDEN), final):
+        _log.warning("%s stays until the next save, which will end the overwrite", tmp)
+        return
     try:
         storage.remove(tmp)
     except errors.StorageError as error:

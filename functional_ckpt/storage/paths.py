@@ -16,6 +16,7 @@ import mmap
 import os
 import shutil
 import socket
+import time
 import weakref
 from collections.abc import Generator
 from typing import Any
@@ -109,6 +110,13 @@ class LocalStorage:
             links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
             found += [os.path.relpath(os.path.join(directory, n), path) for n in (*names, *links)]
         return sorted(found)
+
+    def age_seconds(self, path: str) -> float:
+        """How long ago a file was changed; zero for one that is not there any more."""
+        try:
+            return time.time() - os.lstat(path).st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def describe(self, path: str) -> FileRecord:
         """Size and digest of a regular file."""
@@ -249,8 +257,9 @@ class DirectoryLock:
                 "directory with read_only=True.",
                 path=path,
             ) from None
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, _describe_holder(), 0)
+        with contextlib.suppress(OSError):  # on a full disk the lock still holds, without its note
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, _describe_holder(), 0)
         _held.add(self)
 
     def close(self) -> None:

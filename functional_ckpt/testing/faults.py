@@ -53,7 +53,8 @@ class Fault:
         errno: The error of the system call, for `once` and `lasting`.
         mode: `once`, that operation alone fails; `lasting`, it and all later ones that change
             something (a disk that stays full); `crash`, a `Crash` there and at all later ones.
-        where: Which operations are counted and can fail; None for all. How many files TensorStore
+        kinds: Which kinds of operation are counted and can fail; None for all.
+        where: Which operations, of those kinds, are counted and can fail; None for all. How many files TensorStore
             spreads an item's data over differs from run to run: leave out those under `d/` where
             the k-th operation must be the same one each time.
     """
@@ -61,6 +62,7 @@ class Fault:
     at: int = 0
     errno: int = errno_lib.EIO
     mode: Literal["once", "lasting", "crash"] = "once"
+    kinds: tuple[str, ...] | None = None
     where: Callable[[Operation], bool] | None = None
 
     def __post_init__(self) -> None:
@@ -130,6 +132,8 @@ class FaultyStorage(LocalStorage):
     def _strikes(self, fault: Fault, reached: Operation) -> bool:
         if fault.mode == "crash" and self.has_failed:
             return True
+        if fault.kinds is not None and reached.kind not in fault.kinds:
+            return False
         if fault.where is not None and not fault.where(reached):
             return False
         place, self._num_counted = self._num_counted, self._num_counted + 1
