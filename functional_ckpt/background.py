@@ -94,7 +94,10 @@ class Committer:
                 future.set_result(step)
 
         commit = self._commit = Commit(step, future)
-        threading.Thread(target=run, name=f"commit-{step}", daemon=False).start()
+        try:
+            threading.Thread(target=run, name=f"commit-{step}", daemon=False).start()
+        except RuntimeError:  # from Python 3.12 on, no thread starts while the interpreter ends
+            run()
         return commit
 
     def wait(self, timeout: float | None = None) -> None:

@@ -108,6 +108,7 @@ def stage(
         buffer: Where to; None to refer to CPU memory as it is (the caller promises not to change it
             until the write is done).
     """
+    arrays.check_process()
     parts = [list(_parts(item, plan[item.name])) for item in items]
     flat = [part for item_parts in parts for part in item_parts]
     hosts = iter(_refer(flat) if buffer is None else _copy(flat, buffer))

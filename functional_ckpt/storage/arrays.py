@@ -39,6 +39,7 @@ __all__ = [
     "ArrayWrite",
     "Database",
     "Digests",
+    "check_process",
     "child_names",
     "join_digests",
     "merge_children",
@@ -118,11 +119,32 @@ class ArrayRead:
 # be opened with the same object.
 
 
+_user_pid: int | None = None
+
+
+def check_process() -> None:
+    """Refuses to use TensorStore where it would abort the process.
+
+    Raises:
+        ForkedError: This process was forked from one that had used TensorStore.
+    """
+    global _user_pid
+    if _user_pid is None:
+        _user_pid = os.getpid()
+    if _user_pid != os.getpid():
+        raise errors.ForkedError(
+            "This process was forked from one that had saved or restored a checkpoint, and cannot "
+            "do so itself; start it with the spawn method, or save and restore in the parent."
+        )
+
+
 def _context() -> Any:
+    check_process()
     return ts.Context({"file_io_sync": False, "cache_pool": _NO_CACHE})
 
 
 def _read_context() -> Any:
+    check_process()
     # Reads by memory map go straight from the page cache into the destination: 8-17 GiB/s against
     # 1-2. The cache is for the nodes of the tree (as large as they are): without it every read
     # decodes its node anew, which for 20,000 small arrays takes 9 ms a read instead of 0.3.
@@ -231,9 +253,14 @@ def run_in_threads(tasks: Sequence[Callable[[], None]], num_threads: int = _NUM_
             except BaseException as error:  # handed to the caller below
                 failures.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(min(num_threads, len(tasks)) - 1)]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
+    for _ in range(min(num_threads, len(tasks)) - 1):
+        thread = threading.Thread(target=work)
+        try:
+            thread.start()
+        except RuntimeError:  # from Python 3.12 on, no thread starts while the interpreter ends
+            break
+        threads.append(thread)
     work()
     for thread in threads:
         thread.join()
