@@ -54,9 +54,9 @@ class Fault:
         mode: `once`, that operation alone fails; `lasting`, it and all later ones that change
             something (a disk that stays full); `crash`, a `Crash` there and at all later ones.
         kinds: Which kinds of operation are counted and can fail; None for all.
-        where: Which operations, of those kinds, are counted and can fail; None for all. How many files TensorStore
-            spreads an item's data over differs from run to run: leave out those under `d/` where
-            the k-th operation must be the same one each time.
+        where: Which operations, of those kinds; None for all. How many files TensorStore spreads an
+            item's data over differs from run to run: leave out those under `d/` where the k-th
+            operation must be the same one each time.
     """
 
     at: int = 0
