@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
+import json
 import logging
+import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypeGuard, cast
 
 from functional_ckpt import errors, reader
 from functional_ckpt.core import plan, structure, union
 from functional_ckpt.core.target import AS_SAVED
-from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
+from functional_ckpt.distributed.coordinator import Combine, Coordinator, SingleProcess
 from functional_ckpt.handlers.base import CheckpointItem, Handler, Registry
 from functional_ckpt.storage.layout import OpenCheckpoint, OpenItem
 
@@ -131,12 +133,16 @@ def restore_checkpoint(
         CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written into.
     """
     group = coordinator or SingleProcess()
-    with _together(group, "matching the checkpoint with the target"):
+    with _together(group, "matching the checkpoint with the target", _is_asked_of_all) as round_:
         checkpoint = open_checkpoint()
         matched = _match(checkpoint, items, registry, options, group)
         reports = {each.name: each.report for each in matched}
-        if options.strict:
+        if options.strict and any(r.missing or r.mismatched for r in reports.values()):
             plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
+        round_.value = b"1" if any(report.unexpected for report in reports.values()) else b""
+    reports = _unexpected_by_all(reports, group, may_be=round_.outcome == b"1")
+    if options.strict:
+        plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
     with _together(group, "reading the checkpoint"):
         values = _read(checkpoint, matched, options)
         lifted = {
@@ -152,20 +158,66 @@ def restore_checkpoint(
     )
 
 
+@dataclasses.dataclass(slots=True)
+class _Round:
+    """What a rank gives to the round at the end of a block, and what comes of it."""
+
+    value: bytes = b""
+    outcome: bytes = b""
+
+
 @contextlib.contextmanager
-def _together(group: Coordinator, what: str) -> Generator[None]:
+def _together(
+    group: Coordinator, what: str, combine: Combine = lambda _: b""
+) -> Generator[_Round]:
     """All ranks come through the block, or all raise: the error of a rank reaches every other."""
+    round_ = _Round()
     try:
-        yield
+        yield round_
     except Exception as error:
-        group.exchange(what, error, _nothing)
+        group.exchange(what, error, combine)
         raise
-    group.exchange(what, b"", _nothing)
+    round_.outcome = group.exchange(what, round_.value, combine)
 
 
-def _nothing(values: Sequence[bytes]) -> bytes:
-    del values
-    return b""
+def _is_asked_of_all(values: Sequence[bytes]) -> bytes:
+    return b"1" if all(values) else b""
+
+
+def _unexpected_by_all(
+    reports: Mapping[str, plan.RestoreReport], group: Coordinator, *, may_be: bool
+) -> dict[str, plan.RestoreReport]:
+    """The reports without what another rank has a place for: of another pipeline stage, say.
+
+    Args:
+        reports: This rank's.
+        group: The ranks.
+        may_be: Whether every rank met something unexpected; if not, nothing was to all.
+    """
+    common: dict[str, list[str]] = {}
+    if may_be:
+        own = json.dumps({name: report.unexpected for name, report in reports.items()})
+        what = "which leaves no rank expects"
+        common = json.loads(zlib.decompress(group.exchange(what, _packed(own), _intersect)))
+    return {
+        name: dataclasses.replace(report, unexpected=tuple(common.get(name, ())))
+        for name, report in reports.items()
+    }
+
+
+def _intersect(values: Sequence[bytes]) -> bytes:
+    found = [json.loads(zlib.decompress(value)) for value in values]
+    first, others = found[0], found[1:]
+    for name, leaves in first.items():
+        for other in others:
+            wanted = set(other.get(name, ()))
+            leaves = [leaf for leaf in leaves if leaf in wanted]
+        first[name] = leaves
+    return _packed(json.dumps(first))
+
+
+def _packed(text: str) -> bytes:
+    return zlib.compress(text.encode(), 1)
 
 
 def _lift(matched: _Matched, value: Any, group: Coordinator) -> Any:
@@ -243,8 +295,8 @@ def _root_for(opened: OpenItem, group: Coordinator) -> structure.Node:
     root = union.for_rank(root, group.rank, group.num_ranks, dropped)
     if dropped:
         _log.warning(
-            "%s: %d plain values were saved for each of another number of ranks (%s, ...); those of "
-            "rank 0 are taken",
+            "%s: %d plain values were saved for each of another number of ranks (%s, ...); those "
+            "of rank 0 are taken",
             opened.path,
             len(dropped),
             dropped[0],
@@ -293,6 +345,7 @@ def _match_item(
         binding = plan.match(root, AS_SAVED, item=name).binding
         report = plan.RestoreReport()
         return _Matched(name=name, item=None, opened=opened, binding=binding, report=report)
+    unexpected: tuple[str, ...] = ()
     try:
         target: Any = AS_SAVED
         if is_resized:
@@ -300,7 +353,11 @@ def _match_item(
         else:
             target = handler.target(item.value, plan.specs(root), strict=options.strict)
     except errors.MismatchError as error:
-        return _refused(name, item, error)
+        if group.num_ranks == 1 or error.missing or error.mismatched or not error.unexpected:
+            return _refused(name, item, error)
+        # Another rank may have a place for these.
+        unexpected = tuple(error.unexpected)
+        target = handler.target(item.value, plan.specs(root), strict=False)
     selects = options.selects(name)
     outcome = plan.match(
         root,
@@ -314,13 +371,15 @@ def _match_item(
         item=item,
         opened=opened,
         binding=outcome.binding,
-        report=outcome.report,
+        report=dataclasses.replace(
+            outcome.report, unexpected=(*unexpected, *outcome.report.unexpected)
+        ),
         is_resized=is_resized,
     )
 
 
 def _is_resized(root: structure.Node, handler: Handler, group: Coordinator) -> bool:
-    """Whether each rank's state was saved by another number of ranks (one rank's is not wrapped)."""
+    """Whether each rank's state was saved by another number of ranks (one is not wrapped)."""
     num_saved = len(root.children) if _is_per_rank(root) else 1
     return (handler.per_rank or _is_per_rank(root)) and num_saved != group.num_ranks
 
@@ -333,7 +392,7 @@ def _check_resizable(name: str, root: structure.Node, handler: Handler, group: C
 
 
 def _refused(name: str, item: CheckpointItem, error: errors.MismatchError) -> _Matched:
-    """A handler that found the mismatch itself: reported with the others, and the item left alone."""
+    """A mismatch that the handler found: reported with the others, and the item left alone."""
     mismatched = error.mismatched
     if not (error.missing or error.unexpected or error.mismatched):
         mismatched = (f"{name}: {error.message}",)

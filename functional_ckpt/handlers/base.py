@@ -67,7 +67,8 @@ class Handler(abc.ABC):
         """
         raise errors.MismatchError(
             f"it was saved for each of {len(trees)} ranks and there are {num_ranks} now; restore "
-            "without this item, or give it a handler that says what each rank takes (Handler.resize)"
+            "without this item, or give it a handler that says what each rank takes "
+            "(Handler.resize)"
         )
 
     def selects(self, name: str) -> bool:
