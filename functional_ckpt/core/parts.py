@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeAlias, cast
@@ -101,7 +102,11 @@ def build_tensor(node: structure.BranchNode, children: Sequence[Any], like: obje
         like: A tensor of the subclass wanted. The class is not named on disk: without one, the
             parts of a subclass come back as a dict.
     """
-    built = _BUILDERS[node.kind](node, children, like)
+    with warnings.catch_warnings():
+        # That compressed tensors are in beta and quantized ones deprecated was said when they were
+        # made; under `-W error` saying it again would keep a program from its own checkpoint.
+        warnings.simplefilter("ignore")
+        built = _BUILDERS[node.kind](node, children, like)
     return leaves.dress(built, node.detail) if isinstance(built, torch.Tensor) else built
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,13 @@ def test_any_pytree(value: Any, tmp_path: Path) -> None:
     fc.save(tmp_path / "c", {"v": fc.PyTree(value)}, overwrite=True)
     assert_same(fc.restore(tmp_path / "c")["v"], value)
     assert_same(fc.restore(tmp_path / "c", {"v": fc.PyTree(value)})["v"], value)
+
+
+def test_a_restore_says_nothing_of_its_own(tmp_path: Path) -> None:
+    """Warnings are of what the user makes; restoring it in a new process adds none of ours."""
+    names = [name for name in CASES if name.startswith(("tensor_", "numpy_"))]
+    fc.save(tmp_path / "c", {"v": {name: CASES[name]() for name in names}})
+    program = f"import functional_ckpt as fc; print(len(fc.restore({str(tmp_path / 'c')!r})['v']))"
+    command = [sys.executable, "-W", "error", "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.stdout, result.stderr) == (f"{len(names)}\n", "")
