@@ -67,44 +67,36 @@ class Decider:
         if not self._is_shared:
             return self._watch.is_reached
         if self._asked != step and not self._agreed:
-            self._ask(f"whether to stop at step {step}", step, None, b"".join)
+            self._ask(f"whether to stop at step {step}", step, b"".join)
         return self._agreed
 
     def refuse(self, step: int) -> None:
         """Notes that a step was not saved."""
         self._refused = step
 
-    def wants(
-        self, step: int, *, force: bool = False, failure: BaseException | None = None
-    ) -> bool:
+    def wants(self, step: int, *, force: bool = False) -> bool:
         """Whether to save; one round between the ranks only where the step alone does not tell.
 
         Args:
             step: The step.
             force: The answer is yes, and the ranks still hear of a signal.
-            failure: What this rank has to raise: in the round, if there is one, so that all raise;
-                at once, if the answer is no.
         """
         decided = True if force or self._rule is None else self._rule.decide_step(step)
         if self._rule is None or (decided is not None and not (decided and self._is_shared)):
-            if failure is not None and not decided:
-                raise failure
             return bool(decided)
         combine = functools.partial(self._decide, self._rule, step, bool(decided))
-        return self._ask(f"whether to save step {step}", step, failure, combine)[:1] == _YES
+        return self._ask(f"whether to save step {step}", step, combine)[:1] == _YES
 
     @property
     def _is_shared(self) -> bool:
         """Whether a signal to one rank concerns others."""
         return self._watch.is_on and self._coordinators[0].num_ranks > 1
 
-    def _ask(self, what: str, step: int, failure: BaseException | None, combine: Combine) -> bytes:
+    def _ask(self, what: str, step: int, combine: Combine) -> bytes:
         """One round in which every rank says if it was told to stop: `_YES` ends the outcome."""
         self._asked = step
         told = _YES if self._watch.is_reached else b""
-        verdict = self._coordinators[0].exchange(
-            what, told if failure is None else failure, combine
-        )
+        verdict = self._coordinators[0].exchange(what, told, combine)
         if verdict[-1:] == _YES:
             self._agreed = True
             self._hurry()

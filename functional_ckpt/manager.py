@@ -161,17 +161,15 @@ class CheckpointManager:
         """
         self._check_usable()
         number = _as_step(step)
-        # Ranks may learn of a failure at different calls; those that save make all others raise.
+        # Ranks may learn of a failure at different calls. None leaves the others alone in a round.
         failure = self._committer.take_error()
-        if not self._decider.wants(number, force=force, failure=failure):
-            self._decider.refuse(number)
-            return None
+        if not self._decider.wants(number, force=force):
+            return self._refuse(number, failure)
         self._check_writer()
         skips = self._on_busy == "skip" and not self._decider.is_preempted(number)
-        if skips and failure is None and self._is_any_busy(number):
-            self._decider.refuse(number)
+        if skips and self._is_any_busy(number):
             _log.info("step %d skipped: another is still being committed", number)
-            return None
+            return self._refuse(number, failure)
         self._committer.wait()
         failure = failure or self._committer.take_error()
         prepared = failure or self._prepare(number, items, metrics, custom_metadata)
@@ -192,6 +190,12 @@ class CheckpointManager:
             self._committer.wait()
             self._committer.raise_error()
         return handle
+
+    def _refuse(self, step: int, failure: BaseException | None) -> None:
+        """The step is not saved; an earlier one's failure is raised all the same."""
+        self._decider.refuse(step)
+        if failure is not None:
+            raise failure
 
     def _is_any_busy(self, step: int) -> bool:
         """Whether a rank is still committing; all ranks get the same answer."""

@@ -101,13 +101,14 @@ class Rounds:
         """
         with contextlib.suppress(errors.CoordinationError):
             if self._rank:
-                self._forget([])
                 self._set(f"left/{self._rank}", b"")
                 return
-            keys = [f"left/{rank}" for rank in range(1, self._num_ranks)]
-            self._wait(keys, lambda: min(_LEAVE_SECONDS, self._timeout_seconds))
-            self._forget(keys)
-            self._forget([])
+            others = range(1, self._num_ranks)
+            left = [f"left/{rank}" for rank in others]
+            if self._wait(left, lambda: min(_LEAVE_SECONDS, self._timeout_seconds)):
+                slots = {key.partition("/")[0] for key in self._spent}
+                self._spent += left + [f"{slot}/{rank}" for slot in slots for rank in others]
+                self._forget([])
 
     # ------------------------------------------------------------------------------ primary
 
@@ -184,7 +185,11 @@ class Rounds:
     def _follow(self, slot: int, what: str, value: bytes | BaseException) -> bytes | None:
         own, closed = f"{slot}/{self._rank}", f"{slot}/outcome"
         if self._store.has([closed], self._limit):  # the others went on without this rank
-            return self._outcome(closed) if self._subject(closed) == what else None
+            if self._subject(closed) != what:
+                return None
+            if isinstance(value, BaseException):
+                raise value
+            return self._outcome(closed)
         self._spent.append(own)
         if isinstance(value, BaseException):
             self._set(own, _entry(_ERROR, what, _text(value).encode()))
