@@ -48,7 +48,6 @@ class Planner:
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self._signature = b""
-        self._signatures: tuple[bytes, ...] = ()
         self._plan: SavePlan = {}
 
     def plan(self, items: Sequence[LoweredItem] | BaseException, step: int | None) -> SavePlan:
@@ -76,10 +75,14 @@ class Planner:
         coordinator = self._coordinator
         signature = _signature(items)
         head = json.dumps([step, sorted(item.name for item in every)]).encode()
+        is_known = b"1" if signature == self._signature else b"0"
+        # A plan holds for what all ranks have: after a failed round nobody can say whether it still does.
+        self._signature = b""
         verdict = coordinator.exchange(
-            f"the plan of step {step}", b"%d\n" % len(head) + head + signature, self._judge
+            f"the plan of step {step}", b"%d\n" % len(head) + head + is_known + signature, _judge
         )
-        if verdict == b"as before" and signature == self._signature:
+        if verdict == b"as before":
+            self._signature = signature
             return self._plan
         ranks = tuple(range(coordinator.num_ranks))
         shardings: Shardings | None = None
@@ -91,27 +94,27 @@ class Planner:
         self._signature = signature
         return self._plan
 
-    def _judge(self, values: Sequence[bytes]) -> bytes:
-        """On the primary: whether the structures are alike, as before, or must be exchanged."""
-        heads: list[bytes] = []
-        signatures: list[bytes] = []
-        for value in values:
-            length, _, rest = value.partition(b"\n")
-            heads.append(rest[: int(length)])
-            signatures.append(rest[int(length) :])
-        for rank, head in enumerate(heads):
-            if head != heads[0]:
-                step, names = json.loads(head)
-                first_step, first_names = json.loads(heads[0])
-                raise errors.CoordinationError(
-                    f"Rank {rank} saves step {step} with the items {names}, rank 0 step "
-                    f"{first_step} with {first_names}; every rank must make the same calls.",
-                    ranks=(rank,),
-                )
-        before, self._signatures = self._signatures, tuple(signatures)
-        if self._signatures == before:
-            return b"as before"
-        return b"alike" if len(set(signatures)) == 1 else b"exchange"
+
+def _judge(values: Sequence[bytes]) -> bytes:
+    """On the primary: whether the structures are alike, as before, or must be exchanged."""
+    heads: list[bytes] = []
+    signatures: list[bytes] = []
+    for value in values:
+        length, _, rest = value.partition(b"\n")
+        heads.append(rest[: int(length)])
+        signatures.append(rest[int(length) :])
+    for rank, head in enumerate(heads):
+        if head != heads[0]:
+            step, names = json.loads(head)
+            first_step, first_names = json.loads(heads[0])
+            raise errors.CoordinationError(
+                f"Rank {rank} saves step {step} with the items {names}, rank 0 step "
+                f"{first_step} with {first_names}; every rank must make the same calls.",
+                ranks=(rank,),
+            )
+    if all(signature[:1] == b"1" for signature in signatures):
+        return b"as before"
+    return b"alike" if len({signature[1:] for signature in signatures}) == 1 else b"exchange"
 
 
 def _first(values: Sequence[bytes]) -> bytes:
@@ -120,11 +123,21 @@ def _first(values: Sequence[bytes]) -> bytes:
 
 def _signature(items: Sequence[LoweredItem]) -> bytes:
     """A digest of everything that the plan of these items depends on."""
+    places: dict[
+        Sharding | None, int
+    ] = {}  # a sharding names every rank: spelled out once, not per leaf
     described = [
-        (item.name, [(s.node.name, s.node.spec, s.sharding) for s in item.sources], _scalars(item))
+        (
+            item.name,
+            [
+                (s.node.name, s.node.spec, places.setdefault(s.sharding, len(places)))
+                for s in item.sources
+            ],
+            _scalars(item),
+        )
         for item in items
     ]
-    return manifest.digest_hex(repr(described).encode()).encode()
+    return manifest.digest_hex(repr((described, list(places))).encode()).encode()
 
 
 def _scalars(item: LoweredItem) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -9,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from functional_ckpt import lowering
+from functional_ckpt import errors, lowering
 from functional_ckpt.core import manifest, orbax_format, structure, union
 from functional_ckpt.core.chunks import ChunkGrid
 from functional_ckpt.lowering import LoweredItem
@@ -119,7 +120,9 @@ def _complete_tree(
     tied = {
         node.name: (node.tied_to, grids[node.tied_to]) for node in nodes if node.tied_to is not None
     }
+    _check_whole(item.name, grids, reports)
     children = [child for report in reports for child in report.children[item.name]]
+    children += _write_own_scalars(storage, path, parts, united)
     arrays.merge_children(storage, path, children, tied)
     _write(storage, path, orbax_format.TREE_METADATA_FILE, orbax_format.tree_metadata(united))
     if texts := orbax_format.strings(united):
@@ -134,6 +137,45 @@ def _complete_tree(
         },
         files=_describe(storage, path),
     )
+
+
+def _check_whole(item: str, grids: Mapping[str, ChunkGrid], reports: Sequence[RankReport]) -> None:
+    """Raises unless every chunk was written, and by one rank only."""
+    written: collections.Counter[str] = collections.Counter()
+    for report in reports:
+        for name, chunks in report.digests[item].items():
+            written[name] += len(chunks)
+    for name, grid in grids.items():
+        if written[name] != grid.num_chunks:
+            ranks = [r for r, report in enumerate(reports) if report.digests[item].get(name)]
+            raise errors.CoordinationError(
+                f"{item}: of the array {name!r}, {grid.num_chunks} chunks were to be written once, and "
+                f"ranks {ranks} wrote {written[name]}. Every rank of a DTensor's mesh must save it.",
+                ranks=ranks,
+                key_path=name,
+            )
+
+
+def _write_own_scalars(
+    storage: LocalStorage,
+    path: str,
+    parts: Sequence[tuple[int, structure.Node]],
+    united: structure.Node,
+) -> list[str]:
+    """Plain numbers that differ between ranks, under the names that they have in the whole.
+
+    No rank knew before that they differ. Orbax reads them as arrays.
+    """
+    roots = {id(root): root for _, root in parts}.values()
+    if len(roots) == 1:
+        return []
+    written = {name for root in roots for name, _, _ in orbax_format.scalar_leaves(root)}
+    own = [scalar for scalar in orbax_format.scalar_leaves(united) if scalar[0] not in written]
+    if not own:
+        return []
+    children = arrays.child_names(len(parts), 1)
+    arrays.write_arrays(storage, path, children, (), own)
+    return children
 
 
 def _describe(storage: LocalStorage, path: str) -> dict[str, manifest.FileRecord]:

@@ -74,6 +74,8 @@ def open_container(value: object) -> Opened | None:
     if kind is list or kind is tuple or kind is torch.Size:
         name = "torch_size" if kind is torch.Size else kind.__name__
         return _open_sequence(name, cast("Sequence[Any]", value))
+    if kind is structure.Names:
+        return _open_sequence("list", cast("Sequence[Any]", value), {structure.UNITED: True})
     if kind is collections.deque:
         queue = cast("collections.deque[Any]", value)
         return _open_sequence("deque", queue, {"maxlen": queue.maxlen})

@@ -136,6 +136,13 @@ class Sharding:
         """
         return tuple(_unit(size, self._cuts(dim)) for dim, size in enumerate(shape))
 
+    @property
+    def num_replicas(self) -> int:
+        """How many ranks hold the same of it."""
+        return math.prod(
+            size for size, cut in zip(self.mesh_shape, self.placements, strict=True) if cut is None
+        )
+
     def replicas(self, rank: int) -> tuple[int, ...]:
         """The ranks that hold exactly what `rank` holds, itself included, ascending."""
         coordinate = self.coordinate(rank)
@@ -290,7 +297,7 @@ def _as_data(placement: Any) -> DimShard | None:
         return None
     if placement.is_partial():
         raise errors.UnsupportedLeafError(
-            f"the DTensor has the placement {placement}, an unfinished sum; redistribute it to Replicate() or "
+            f"the DTensor has the placement {placement!r}, an unfinished sum; redistribute it to Replicate() or "
             "Shard(dim) before saving"
         )
     return DimShard(placement.dim, int(getattr(placement, "split_factor", 1)))

@@ -16,10 +16,12 @@ from functional_ckpt.core import spec as spec_lib
 
 __all__ = [
     "ROOT_NAME",
+    "UNITED",
     "ArrayNode",
     "BranchNode",
     "Key",
     "KeyPath",
+    "Names",
     "Node",
     "ValueNode",
     "iter_leaves",
@@ -31,6 +33,17 @@ __all__ = [
 
 # The name on disk of an item that is one bare leaf.
 ROOT_NAME = "value"
+# Detail of a list of names.
+UNITED = "united"
+
+
+class Names(list[str]):
+    """A list of names of which ranks may hold different ones: they are united, like a dict's keys.
+
+    It comes back as a plain list.
+    """
+
+    __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

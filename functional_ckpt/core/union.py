@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core import structure, walk
 from functional_ckpt.core.placement import Sharding
-from functional_ckpt.core.structure import BranchNode, Key, KeyPath, Node, ValueNode
+from functional_ckpt.core.structure import ArrayNode, BranchNode, Key, KeyPath, Node, ValueNode
 
 __all__ = ["for_rank", "rank_key", "unite", "unite_shardings"]
 
@@ -22,68 +23,117 @@ def rank_key(rank: int) -> str:
     return f"rank_{rank}"
 
 
-def unite(parts: Parts, *, item: str, path: KeyPath = ()) -> Node:
+def unite(parts: Parts, *, item: str) -> Node:
     """The structure of which every rank holds a part.
 
-    Dicts are united key by key. Plain values that differ are kept for every rank. Arrays of one name must be
-    the same on every rank.
+    Dicts are united key by key, lists of names name by name. Plain values that differ are kept for every
+    rank that has one. Arrays of one name must be the same on every rank.
 
     Raises:
         CoordinationError: Two ranks hold different things under one key path; names both.
     """
-    first_rank, first = parts[0]
-    others = [(rank, node) for rank, node in parts[1:] if node != first]
-    if not others:
+    return _Uniting(item, len(parts)).unite([((rank,), node) for rank, node in parts], ())
+
+
+Held: TypeAlias = "list[tuple[tuple[int, ...], Node]]"
+"""Ranks, and what all of them hold; in order of the first of the ranks."""
+_Branches: TypeAlias = "list[tuple[tuple[int, ...], BranchNode]]"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Uniting:
+    """What one `unite` call knows everywhere."""
+
+    item: str
+    num_ranks: int
+
+    def unite(self, held: Held, path: KeyPath) -> Node:
+        first = held[0][1]
+        alike: list[int] = []
+        others: Held = []
+        for ranks, node in held:
+            if node is first or node == first:
+                alike += ranks
+            else:
+                others.append((ranks, node))
+        if not others:
+            return first
+        held = [(tuple(sorted(alike)), first), *others]
+        nodes = [node for _, node in held]
+        if all(isinstance(node, BranchNode) for node in nodes):
+            return self._unite_branches(cast("_Branches", held), path)
+        if all(isinstance(node, ValueNode) for node in nodes):
+            return self._keep_all(held)
+        for ranks, node in others:
+            if not _is_same_array(first, node):
+                raise self._conflict(path, held[0], (ranks, node))
         return first
-    parts = [(first_rank, first), *others]
-    if all(isinstance(node, BranchNode) for _, node in parts):
-        return _unite_branches([(r, n) for r, n in parts if isinstance(n, BranchNode)], item, path)
-    if all(isinstance(node, ValueNode) for _, node in parts):
+
+    def _keep_all(self, held: Held) -> Node:
+        """One value for each of the ranks that have one."""
+        pairs = sorted((rank, place) for place, (ranks, _) in enumerate(held) for rank in ranks)
         return BranchNode(
             kind="per_rank",
-            keys=tuple(Key(rank_key(rank)) for rank, _ in parts),
-            children=tuple(node for _, node in parts),
+            keys=tuple(Key(rank_key(rank)) for rank, _ in pairs),
+            children=tuple(held[place][1] for _, place in pairs),
+            # Other ranks, which have none, are told from another number of ranks.
+            detail={} if len(pairs) == self.num_ranks else {"num_ranks": self.num_ranks},
         )
-    if all(isinstance(node, structure.ArrayNode) for _, node in parts):
-        for rank, node in others:
-            if isinstance(node, structure.ArrayNode) and isinstance(first, structure.ArrayNode):
-                if (node.spec, node.kind, node.tied_to) != (first.spec, first.kind, first.tied_to):
-                    raise _conflict(item, path, (first_rank, first), (rank, node))
-        return first
-    raise _conflict(item, path, parts[0], parts[1])
+
+    def _unite_branches(self, held: _Branches, path: KeyPath) -> Node:
+        first = held[0][1]
+        for ranks, node in held[1:]:
+            if (node.kind, node.detail) != (first.kind, first.detail):
+                raise self._conflict(path, held[0], (ranks, node))
+        if first.detail.get(structure.UNITED):
+            return _unite_names(held)
+        children: dict[Key, Held] = {}
+        for ranks, node in held:
+            if first.kind not in _MAPPINGS and node.keys != first.keys:
+                raise self._conflict(path, held[0], (ranks, node))
+            for key, child in zip(node.keys, node.children, strict=True):
+                children.setdefault(key, []).append((ranks, child))
+        united = tuple(self.unite(each, (*path, key)) for key, each in children.items())
+        return dataclasses.replace(first, keys=tuple(children), children=united)
+
+    def _conflict(
+        self,
+        path: KeyPath,
+        first: tuple[tuple[int, ...], Node],
+        second: tuple[tuple[int, ...], Node],
+    ) -> errors.CoordinationError:
+        where = structure.pretty(path, self.item)
+        rank, other = first[0][0], second[0][0]
+        return errors.CoordinationError(
+            f"{where}: rank {rank} holds {_describe(first[1])}, rank {other} holds "
+            f"{_describe(second[1])}. Give them different names, or save what belongs to each rank as an "
+            "item of its own (fc.Stateful(value, per_rank=True)).",
+            ranks=(rank, other),
+            key_path=where,
+        )
 
 
-def _unite_branches(parts: Sequence[tuple[int, BranchNode]], item: str, path: KeyPath) -> Node:
-    first_rank, first = parts[0]
-    for rank, node in parts[1:]:
-        if node.kind != first.kind:
-            raise _conflict(item, path, (first_rank, first), (rank, node))
-        if first.kind not in _MAPPINGS and (node.keys, node.detail) != (first.keys, first.detail):
-            raise _conflict(item, path, (first_rank, first), (rank, node))
-    held: dict[Key, list[tuple[int, Node]]] = {}
-    for rank, node in parts:
-        for key, child in zip(node.keys, node.children, strict=True):
-            held.setdefault(key, []).append((rank, child))
-    children = tuple(
-        unite(children, item=item, path=(*path, key)) for key, children in held.items()
-    )
-    return dataclasses.replace(first, keys=tuple(held), children=children)
+def _is_same_array(one: Node, other: Node) -> bool:
+    if not isinstance(one, ArrayNode) or not isinstance(other, ArrayNode):
+        return False
+    return (one.spec, one.kind, one.tied_to) == (other.spec, other.kind, other.tied_to)
 
 
-def _conflict(
-    item: str, path: KeyPath, first: tuple[int, Node], second: tuple[int, Node]
-) -> errors.CoordinationError:
-    where = structure.pretty(path, item)
-    return errors.CoordinationError(
-        f"{where}: rank {first[0]} holds {_describe(first[1])}, rank {second[0]} holds {_describe(second[1])}. "
-        "Give them different names, or wrap what belongs to each rank in fc.PerRank.",
-        ranks=(first[0], second[0]),
-        key_path=where,
-    )
+def _unite_names(held: _Branches) -> Node:
+    """The names of every rank, each once, in order of the ranks."""
+    children: list[Node] = []
+    known: set[object] = set()
+    for child in itertools.chain(*(node.children for _, node in held)):
+        value = child.value if isinstance(child, ValueNode) else None
+        if value not in known:
+            known.add(value)
+            children.append(child)
+    keys = tuple(Key(index, "index") for index in range(len(children)))
+    return dataclasses.replace(held[0][1], keys=keys, children=tuple(children))
 
 
 def _describe(node: Node) -> str:
-    if isinstance(node, structure.ArrayNode):
+    if isinstance(node, ArrayNode):
         return f"{node.kind} {node.spec}"
     if isinstance(node, ValueNode):
         return f"{node.kind} {node.value!r:.40}"
@@ -132,10 +182,11 @@ def for_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> Node:
             return walk.leaf(node)
         if node.kind == "per_rank":
             own = {key.value: child for key, child in zip(node.keys, node.children, strict=True)}
-            if len(own) == num_ranks and rank_key(rank) in own:
-                return walk.leaf(own[rank_key(rank)])
-            dropped.append(structure.pretty(path))
-            return walk.leaf(node.children[0])
+            if node.detail.get("num_ranks", len(own)) != num_ranks:
+                dropped.append(structure.pretty(path))
+                return walk.leaf(node.children[0])
+            # A rank that had none, and asks for it all the same, takes the first one's.
+            return walk.leaf(own.get(rank_key(rank), node.children[0]))
         pairs = zip(node.children, node.keys, strict=True)
         return [
             (child, (*path, key)) for child, key in pairs

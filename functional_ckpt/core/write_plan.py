@@ -11,13 +11,17 @@ import heapq
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from functional_ckpt.core.chunks import ChunkGrid, choose_grid
+from functional_ckpt.core.chunks import MAX_CHUNK_BYTES, ChunkGrid, choose_grid
 from functional_ckpt.core.placement import Piece, Sharding
 from functional_ckpt.core.spec import ArraySpec
 
 __all__ = ["PlannedArray", "PlannedPiece", "ShardedArray", "plan_writes"]
 
 Index: TypeAlias = tuple[int, ...]
+
+# Eight replicas that share 2 GiB in chunks of full size have eight chunks each: at most one more than others.
+_REPLICAS_PER_FULL_CHUNK = 8
+_MIN_SHARED_CHUNK_BYTES = 4 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ def plan_writes(arrays: Sequence[ShardedArray], rank: int) -> tuple[PlannedArray
     The chunks that the same set of replicas holds are dealt out largest first, each to the replica with the
     least work so far.
     """
-    grids = [choose_grid(array.spec, array.sharding.units(array.spec.shape)) for array in arrays]
+    grids = [_grid(array) for array in arrays]
     mine = _deal(arrays, grids, rank)
     planned: list[PlannedArray] = []
     for place, (array, grid) in enumerate(zip(arrays, grids, strict=True)):
@@ -84,6 +88,13 @@ def plan_writes(arrays: Sequence[ShardedArray], rank: int) -> tuple[PlannedArray
         is_owner = first in mine if grid.num_chunks else rank == min(array.sharding.ranks)
         planned.append(PlannedArray(grid, pieces, is_owner))
     return tuple(planned)
+
+
+def _grid(array: ShardedArray) -> ChunkGrid:
+    """The array's chunks; smaller ones the more replicas share them, so that the loads come out even."""
+    units = array.sharding.units(array.spec.shape)
+    shares = -(-array.sharding.num_replicas // _REPLICAS_PER_FULL_CHUNK)
+    return choose_grid(array.spec, units, max(MAX_CHUNK_BYTES // shares, _MIN_SHARED_CHUNK_BYTES))
 
 
 def _deal(

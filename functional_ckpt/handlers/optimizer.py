@@ -18,6 +18,7 @@ from functional_ckpt import errors
 from functional_ckpt.core import leaves, placement
 from functional_ckpt.core import spec as spec_lib
 from functional_ckpt.core import tree as tree_lib
+from functional_ckpt.core.structure import Names
 from functional_ckpt.core.target import AS_SAVED, Fill
 from functional_ckpt.handlers import parameters
 from functional_ckpt.handlers.base import CheckpointItem, Handler
@@ -63,7 +64,7 @@ class OptimizerHandler(Handler):
             flat[key]: entry for key, entry in packed["state"].items() if type(key) is int
         }
         lowered["param_groups"] = [
-            {**{k: v for k, v in group.items() if k not in _NAMING}, "params": params}
+            {**{k: v for k, v in group.items() if k not in _NAMING}, "params": Names(params)}
             for group, params in zip(packed["param_groups"], names, strict=True)
         ]
         return cast("State", tree_lib.map_leaves(_off_graph, lowered))
@@ -87,11 +88,14 @@ class OptimizerHandler(Handler):
             parameters.check_same_parameters(own, saved, named.optimizer)
         match = _Matching(own)
         by_name = parameters.by_name(named)
+        # State of a parameter that is not here (of another pipeline stage) is not read.
+        known = {name for group in own["param_groups"] for name in group["params"]}
         return {
             **dict.fromkeys(saved, AS_SAVED),
             "state": {
                 name: match.state(own["state"].get(name), entry, by_name.get(name))
                 for name, entry in saved["state"].items()
+                if name in known
             },
             "param_groups": [
                 match.group(own["param_groups"][index], group)

@@ -44,10 +44,13 @@ class Failure:
 
 
 class Workers:
-    """Spawned processes, started when a job first needs them."""
+    """Processes, started when a job first needs them."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        # Forked from a server that has imported torch, and used nothing of it: one import for all. (TensorStore
+        # must be imported by each: it does not survive a fork.)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["torch", "torch.distributed.tensor"])
         self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []

@@ -45,7 +45,9 @@ class Stored:
             return leaves.plain_value(node)
         return tree.close_container(node, [self._build(child, array) for child in node.children])
 
-    def _fill(self, node: structure.Node, target: Any, ties: dict[str, Any]) -> Any:
+    def _fill(
+        self, node: structure.Node, target: Any, ties: dict[str, Any], *, strict: bool = True
+    ) -> Any:
         if target is AS_SAVED:
             return self._build(node, lambda leaf: self._new(leaf, ties))
         if isinstance(node, structure.ArrayNode):
@@ -55,11 +57,16 @@ class Stored:
         opened = tree.open_container(target)
         assert opened is not None, f"expected a container for {node.keys}, got {target!r}"
         wanted = dict(zip([key.value for key in opened.keys], opened.children, strict=True))
-        assert {key.value for key in node.keys} == wanted.keys()
+        pairs = zip(node.keys, node.children, strict=True)
+        stored = {key.value: (key, child) for key, child in pairs}
+        assert stored.keys() >= wanted.keys()
+        assert not strict or stored.keys() == wanted.keys()
         children = [
-            self._fill(child, wanted[key.value], ties)
-            for key, child in zip(node.keys, node.children, strict=True)
+            self._fill(stored[key][1], child, ties, strict=strict) for key, child in wanted.items()
         ]
+        node = dataclasses.replace(
+            node, keys=tuple(stored[key][0] for key in wanted), children=tuple(children)
+        )
         return tree.close_container(node, children, target)
 
     def _new(self, node: structure.ArrayNode, ties: dict[str, Any]) -> Any:
