@@ -167,9 +167,7 @@ class _Round:
 
 
 @contextlib.contextmanager
-def _together(
-    group: Coordinator, what: str, combine: Combine = lambda _: b""
-) -> Generator[_Round]:
+def _together(group: Coordinator, what: str, combine: Combine = lambda _: b"") -> Generator[_Round]:
     """All ranks come through the block, or all raise: the error of a rank reaches every other."""
     round_ = _Round()
     try:
@@ -225,7 +223,10 @@ def _lift(matched: _Matched, value: Any, group: Coordinator) -> Any:
         return value
     handler = matched.item.handler
     if matched.is_resized:
-        value = handler.resize(list(value.values()), group.rank, group.num_ranks)
+        # What one rank saved alone is not wrapped in a dict of ranks.
+        is_wrapped = matched.opened is not None and _is_per_rank(matched.opened.root)
+        trees = list(value.values()) if is_wrapped else [value]
+        value = handler.resize(trees, group.rank, group.num_ranks)
     return handler.lift(matched.item.value, value)
 
 
