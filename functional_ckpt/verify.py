@@ -50,16 +50,28 @@ def verify_checkpoint(
 
     Raises:
         StepNotFoundError: There is no directory at `path`.
+        UsageError: It is an item's directory, of a checkpoint of ours.
         CorruptCheckpointError: The directory is no checkpoint at all.
     """
     if not storage.is_directory(path):
         raise errors.StepNotFoundError(f"There is no checkpoint at {path}.", path=path, step=step)
+    if _is_item(storage, path):
+        raise errors.UsageError(
+            f"{path} is one item; verify its checkpoint {os.path.dirname(path)}, which has what the "
+            "item's record must be.",
+            path=path,
+        )
     search = Search(storage, path, progress)
     if _is_ours(storage, path):
         _verify_ours(search, step)
     else:
         verify_foreign(search, step)
     return sorted(search.findings, key=lambda found: (found.item or "", found.file))
+
+
+def _is_item(storage: LocalStorage, path: str) -> bool:
+    names = (EXTENSION_FILE, orbax_format.TREE_METADATA_FILE)
+    return all(storage.exists(os.path.join(path, name)) for name in names)
 
 
 def _is_ours(storage: LocalStorage, path: str) -> bool:
@@ -74,7 +86,7 @@ def _is_ours(storage: LocalStorage, path: str) -> bool:
 
 
 def _verify_ours(search: Search, step: int | None) -> None:
-    from functional_ckpt.storage.arrays import run_in_threads
+    from functional_ckpt.storage.threads import run_in_threads
 
     on_disk = search.storage.walk(search.path)
     record = _step_record(search, step)

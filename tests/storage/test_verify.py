@@ -93,7 +93,12 @@ def test_neither_torch_nor_jax_is_needed(checkpoint: Path) -> None:
         "assert verify_checkpoint(LocalStorage(), sys.argv[1]) == []\n"
         "assert not {'torch', 'jax', 'orbax'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(checkpoint)], check=True)
+    path = os.pathsep.join(filter(None, sys.path))  # a build may not have installed anything
+    subprocess.run(
+        [sys.executable, "-c", script, str(checkpoint)],
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+    )
 
 
 # ------------------------------------------------------------------------------------ flipped bits
@@ -443,6 +448,11 @@ def test_a_record_that_asks_for_more_than_there_is(checkpoint: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------ no checkpoint
+
+
+def test_an_item_alone_is_an_error(checkpoint: Path) -> None:
+    with pytest.raises(fc.errors.UsageError, match="is one item; verify its checkpoint"):
+        verify(checkpoint / "m")
 
 
 def test_what_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:

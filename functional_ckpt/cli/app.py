@@ -1,0 +1,149 @@
+"""Arguments in, exit code out. A command's own module is imported when it is run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from functional_ckpt import errors
+
+__all__ = ["main"]
+
+OK, DAMAGED, FAILED = 0, 1, 2
+# What a shell says of a command that these signals ended.
+_INTERRUPTED, _BROKEN_PIPE = 128 + 2, 128 + 13
+_EXIT_CODES = (
+    "exit codes: 0 all well; 1 damage or a difference was found; 2 usage, or nothing there"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `fckpt`.
+
+    Args:
+        argv: The arguments; None for those of the process.
+
+    Returns:
+        0 when all is well, 1 when damage or a difference was found, 2 for wrong usage or when there
+        is nothing at the place named.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # Names of leaves may hold what the terminal's encoding does not.
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has what it wanted. What is still buffered must not fail at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as exit:  # --help, --version, or a usage error that was printed
+        return exit.code if isinstance(exit.code, int) else FAILED
+    try:
+        command = importlib.import_module(f"functional_ckpt.cli.{arguments.command}")
+        return command.run(arguments)
+    except BrokenPipeError:
+        raise
+    except errors.CorruptCheckpointError as error:
+        return _fail(str(error), DAMAGED)
+    except (errors.CheckpointError, OSError) as error:
+        return _fail(str(error), FAILED)
+    except MemoryError:
+        return _fail("out of memory", FAILED)
+
+
+def _fail(message: str, code: int) -> int:
+    from functional_ckpt.cli.output import printable
+
+    sys.stdout.flush()
+    print(f"fckpt: {printable(' '.join(message.split()))}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON, for programs")
+    common.add_argument(
+        "--prefix",
+        metavar="NAME",
+        help="prefix of the steps' names, where a directory holds steps of several ('' for none)",
+    )
+    parser = _Parser(prog="fckpt", description="Look at checkpoints.", epilog=_EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"fckpt {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=summary, description=f"{summary}.", parents=[common], epilog=_EXIT_CODES
+        )
+
+    ls = add("ls", "List the steps in a directory")
+    ls.add_argument("directory", help="a manager's directory, or one checkpoint")
+    ls.add_argument(
+        "--best",
+        metavar="METRIC[:min|max]",
+        action="append",
+        default=[],
+        help="which value of a metric is best; by default the lowest of losses and errors, else "
+        "the highest",
+    )
+    show = add("show", "Show what a checkpoint holds")
+    show.add_argument("checkpoint", help="a checkpoint, or a manager's directory (its latest step)")
+    show.add_argument("--step", type=_step, metavar="N", help="this step of the directory")
+    show.add_argument("--item", metavar="NAME", action="append", help="only this item")
+    show.add_argument(
+        "--depth", type=_depth, metavar="N", help="summarise what is nested more than N deep"
+    )
+    verify = add("verify", "Compare every byte with what was written")
+    verify.add_argument(
+        "checkpoint", nargs="+", help="a checkpoint, or a manager's directory (all its steps)"
+    )
+    verify.add_argument(
+        "--step", type=_step, metavar="N", action="append", help="only this step of the directory"
+    )
+    diff = add("diff", "Compare two checkpoints")
+    diff.add_argument("a", help="a checkpoint, or a manager's directory (its latest step)")
+    diff.add_argument("b", help="what to compare it with")
+    diff.add_argument("--item", metavar="NAME", action="append", help="only this item")
+    return parser
+
+
+def _version() -> str:
+    from functional_ckpt import __version__
+
+    return __version__
+
+
+def _step(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a step's number, got {text!r}")
+    return int(text)
+
+
+def _depth(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number above zero, got {text!r}")
+    return int(text)

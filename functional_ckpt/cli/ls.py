@@ -1,0 +1,223 @@
+"""`fckpt ls`: the steps in a directory."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from functional_ckpt import errors, history
+from functional_ckpt.cli import output, targets
+from functional_ckpt.core.policy import StepInfo
+from functional_ckpt.storage import layout
+from functional_ckpt.storage.paths import LocalStorage
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+__all__ = ["run"]
+
+# Metrics whose names hold one of these words are best when lowest.
+_LOWER_IS_BETTER = frozenset(
+    [
+        *("loss", "losses", "error", "errors", "err", "nll", "ce", "xent", "perplexity", "ppl"),
+        *("mse", "mae", "rmse", "wer", "cer", "fid", "bpb", "bits", "kl", "divergence"),
+        *("distance", "regret", "time", "seconds", "latency"),
+    ]
+)
+Mode = Literal["min", "max"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """What is listed of a checkpoint."""
+
+    checkpoint: targets.Checkpoint
+    info: StepInfo
+    size_bytes: int
+    items: Mapping[str, str]
+    is_ours: bool
+    problem: str | None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return dict(history.finite_metrics(self.info.metrics or {}))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the list; 0, also when a step is damaged: that is for `fckpt verify` to say."""
+    storage = LocalStorage()
+    target = targets.find(storage, arguments.directory, arguments.prefix)
+    late = history.late_metrics(storage, target.path) if isinstance(target, targets.Root) else {}
+    checkpoints = (
+        [target.checkpoint(step) for step in target.steps]
+        if isinstance(target, targets.Root)
+        else [target]
+    )
+    rows = [_row(storage, each, late.get(each.step or 0)) for each in checkpoints]
+    best = _best(rows, arguments.best)
+    if arguments.json:
+        output.as_json(_record(target, rows, best))
+    else:
+        _print(target, rows, best)
+    return 0
+
+
+def _row(
+    storage: LocalStorage, checkpoint: targets.Checkpoint, late: Mapping[str, Any] | None
+) -> _Row:
+    items: Mapping[str, str] = {}
+    is_ours, problem = False, None
+    try:
+        opened = layout.open_checkpoint(storage, checkpoint.path, checkpoint.step)
+        items, is_ours = opened.items, opened.record is not None
+    except (errors.CorruptCheckpointError, errors.StorageError) as error:
+        problem = error.message.removeprefix(f"{checkpoint.path}: ")
+    return _Row(
+        checkpoint=checkpoint,
+        info=history.read_step(storage, checkpoint.path, checkpoint.step or 0, late),
+        size_bytes=storage.total_bytes(checkpoint.path),
+        items=items,
+        is_ours=is_ours,
+        problem=problem,
+    )
+
+
+def _best(rows: Sequence[_Row], chosen: Sequence[str]) -> dict[str, tuple[Mode, int]]:
+    """Metric -> which of its values is best, and the step that has it; of equal ones the newest."""
+    values: dict[str, list[tuple[float, int]]] = {}
+    for row in rows:
+        for name, value in row.metrics.items():
+            values.setdefault(name, []).append((value, row.info.step))
+    modes: dict[str, Mode] = {name: _mode(name) for name in values}
+    for text in chosen:
+        name, colon, mode = text.rpartition(":")
+        name, mode = (name, mode) if colon and mode in ("min", "max") else (text, "")
+        if name not in modes:
+            known = ", ".join(sorted(modes)) or "none"
+            raise errors.UsageError(f"--best {text}: no step has this metric; they have: {known}")
+        if mode:
+            modes[name] = "min" if mode == "min" else "max"
+    sign = {"max": 1, "min": -1}
+    return {
+        name: (mode, max(values[name], key=lambda pair: (sign[mode] * pair[0], pair[1]))[1])
+        for name, mode in modes.items()
+    }
+
+
+def _mode(metric: str) -> Mode:
+    words = re.split(r"[^a-z]+", metric.lower())
+    return "max" if _LOWER_IS_BETTER.isdisjoint(words) else "min"
+
+
+def _record(
+    target: targets.Root | targets.Checkpoint,
+    rows: Sequence[_Row],
+    best: Mapping[str, tuple[Mode, int]],
+) -> dict[str, Any]:
+    is_root = isinstance(target, targets.Root)
+    return {
+        "schema": "fckpt.ls/1",
+        "path": target.path,
+        "latest": max(target.steps, default=None) if is_root else target.step,
+        "best": {name: {"mode": mode, "step": step} for name, (mode, step) in best.items()},
+        "steps": [
+            {
+                "step": row.checkpoint.step,
+                "path": row.checkpoint.path,
+                "time": output.utc(row.info.time),
+                "size_bytes": row.size_bytes,
+                "items": dict(row.items),
+                "metrics": None if row.info.metrics is None else dict(row.info.metrics),
+                "writer": "functional_ckpt" if row.is_ours else "other",
+                "problem": row.problem,
+            }
+            for row in rows
+        ],
+        "unfinished": list(target.unfinished) if is_root else [],
+    }
+
+
+def _print(
+    target: targets.Root | targets.Checkpoint,
+    rows: Sequence[_Row],
+    best: Mapping[str, tuple[Mode, int]],
+) -> None:
+    from rich.text import Text
+
+    printer = output.Printer()
+    heading = output.styled(target.path, "bold")
+    shared = {tuple(row.items) for row in rows if row.problem is None}
+    facts: list[str] = []
+    if isinstance(target, targets.Root):
+        facts.append(f"{len(rows)} step{'' if len(rows) == 1 else 's'}")
+        facts.append(output.size(sum(row.size_bytes for row in rows)))
+    if len(shared) == 1:
+        facts.append(f"items {', '.join(*shared)}" if any(shared) else "no items")
+    printer.print(heading, output.styled(printer.sign(" · ", ", ").join(facts), "dim"), Text())
+    if rows:
+        printer.print(_table(printer, target, rows, best, has_items=len(shared) > 1))
+    for row in rows:
+        if row.problem is not None:
+            line = f"{row.checkpoint.title} is damaged: {row.problem}"
+            printer.print(output.styled(line, "red"))
+    for name in target.unfinished if isinstance(target, targets.Root) else ():
+        line = f"{name}: unfinished (being written, or left by a crash)"
+        printer.print(output.styled(line, "dim"))
+
+
+def _table(
+    printer: output.Printer,
+    target: targets.Root | targets.Checkpoint,
+    rows: Sequence[_Row],
+    best: Mapping[str, tuple[Mode, int]],
+    *,
+    has_items: bool,
+) -> Table:
+    from rich.text import Text
+
+    now = datetime.datetime.now(datetime.UTC)
+    table = output.table("step", "", "saved", "", "size", *best, *(["items"] if has_items else []))
+    for column in (table.columns[0], *table.columns[4 : 5 + len(best)]):
+        column.justify = "right"
+    if has_items:
+        table.columns[-1].no_wrap = False
+    table.add_column("")
+    latest = max((row.info.step for row in rows), default=None)
+    is_root = isinstance(target, targets.Root)
+    for row in rows:
+        is_latest = is_root and row.info.step == latest
+        step = "" if row.checkpoint.step is None else str(row.checkpoint.step)
+        cells = [
+            Text(step, "bold cyan"),
+            Text("latest" if is_latest else "", "green"),
+            Text(output.clock(row.info.time)),
+            Text(output.age(row.info.time, now), "dim"),
+            Text(output.size(row.size_bytes)),
+        ]
+        for name, (_, step_of_best) in best.items():
+            is_best = step_of_best == row.info.step
+            cells.append(_metric(printer, row.metrics.get(name), is_best=is_best))
+        if has_items:
+            cells.append(output.styled(" ".join(row.items)))
+        if row.problem is not None:
+            cells.append(Text("damaged", "bold red"))
+        elif not row.is_ours:
+            cells.append(Text("of another program", "dim"))
+        table.add_row(*cells)
+    return table
+
+
+def _metric(printer: output.Printer, value: float | None, *, is_best: bool) -> Text:
+    from rich.text import Text
+
+    if value is None:
+        return Text("")
+    text = output.number(value)
+    if not is_best:
+        return Text(f"{text}  ")
+    return Text.assemble((text, "bold"), (f" {printer.sign('★', '*')}", "yellow"))

@@ -1,0 +1,199 @@
+"""What is printed: tables for people, JSON for programs, progress for a terminal that is one."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import sys
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+    from functional_ckpt.verify_findings import Progress
+
+__all__ = [
+    "Printer",
+    "age",
+    "as_json",
+    "clock",
+    "no_progress",
+    "number",
+    "printable",
+    "progress_bar",
+    "size",
+    "styled",
+    "table",
+    "utc",
+]
+
+# Wide enough that nothing is cut in a file or a pipe, where nobody can widen the window.
+_WIDTH_OF_PIPES = 160
+
+
+class Printer:
+    """Prints on the terminal, or wherever standard output goes.
+
+    Attributes:
+        console: Rich's console. What is printed goes through `print` below, so that a reader that
+            went away is an error here and not in the library.
+    """
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        is_pipe = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+        self.console: Console = Console(
+            file=sys.stdout,
+            width=_WIDTH_OF_PIPES if is_pipe else None,
+            markup=False,
+            highlight=False,
+            emoji=False,
+        )
+
+    @property
+    def is_ascii(self) -> bool:
+        """Whether the terminal can show nothing but ASCII."""
+        return not self.console.encoding.lower().startswith("utf")
+
+    def sign(self, fancy: str, plain: str) -> str:
+        """A sign, or what stands for it where it cannot be shown."""
+        return plain if self.is_ascii else fancy
+
+    def print(self, *what: RenderableType) -> None:
+        """Prints renderables, one below the other, without trailing blanks."""
+        with self.console.capture() as capture:
+            for each in what:
+                self.console.print(each, soft_wrap=isinstance(each, str))
+        for line in capture.get().splitlines():
+            sys.stdout.write(f"{line.rstrip()}\n")
+        sys.stdout.flush()
+
+
+def as_json(record: dict[str, Any]) -> None:
+    """Prints a record as JSON; what JSON has no words for becomes text (`"nan"`, `"inf"`)."""
+    text = json.dumps(_plain(record), indent=2, allow_nan=False)
+    sys.stdout.write(f"{text}\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, str):
+        # Lone surrogates are no text; JSON would carry them, and its readers choke on them.
+        return value.encode("utf-8", "backslashreplace").decode()
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return str(value)
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that could move the cursor or change colours."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def styled(text: str, style: str = "") -> Text:
+    """Printable text in a style."""
+    from rich.text import Text
+
+    return Text(printable(text), style)
+
+
+def table(*columns: str) -> Table:
+    """A table in our style: a line below the head, no frame."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
+    for name in columns:
+        made.add_column(styled(name), no_wrap=True)
+    return made
+
+
+# ------------------------------------------------------------------------------------ quantities
+
+
+def size(num_bytes: int) -> str:
+    """A size for people.
+
+    >>> size(0), size(1023), size(1536), size(5 * 2**30)
+    ('0 B', '1023 B', '1.5 KiB', '5.0 GiB')
+    """
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if value < 1023.5 or unit == "PiB":
+            return (
+                f"{num_bytes} B" if unit == "B" else f"{value:.{1 if value < 99.95 else 0}f} {unit}"
+            )
+        value /= 1024
+    raise AssertionError  # the loop always returns
+
+
+def number(value: float) -> str:
+    """A metric for people.
+
+    >>> number(0.98765), number(12345678), number(3)
+    ('0.9877', '1.235e+07', '3')
+    """
+    return f"{value:.4g}" if isinstance(value, float) or abs(value) > 999_999 else str(value)
+
+
+def age(time: datetime.datetime, now: datetime.datetime) -> str:
+    """How long ago, in its largest unit."""
+    seconds = int((now - time).total_seconds())
+    if seconds < 0:
+        return "in the future"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length} {unit} ago"
+    return f"{seconds} s ago"
+
+
+def clock(time: datetime.datetime) -> str:
+    """A time in the zone of whoever looks."""
+    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def utc(time: datetime.datetime) -> str:
+    """A time for programs: ISO 8601, UTC."""
+    return time.astimezone(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# ------------------------------------------------------------------------------------ progress
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tells nobody."""
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Generator[Progress]:
+    """A bar on standard error while the work lasts, if that is a terminal; else nothing."""
+    if not sys.stderr.isatty():
+        yield no_progress
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(printable(title), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,222 @@
+"""`fckpt show`: what a checkpoint holds."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from functional_ckpt import errors, history
+from functional_ckpt.cli import output, targets, trees
+from functional_ckpt.core import structure
+from functional_ckpt.storage import commit, layout
+from functional_ckpt.storage.paths import LocalStorage
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+__all__ = ["chosen_items", "run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the checkpoint's metadata and the tree of each item."""
+    storage = LocalStorage()
+    checkpoint = targets.checkpoint_of(
+        storage, arguments.checkpoint, arguments.step, arguments.prefix
+    )
+    opened = layout.open_checkpoint(storage, checkpoint.path, checkpoint.step)
+    names = chosen_items(opened, arguments.item)
+    trees_of = {name: opened.tree(name) for name in names if opened.items[name] == "tree"}
+    values = {name: opened.json(name) for name in names if opened.items[name] == "json"}
+    facts = _facts(opened)
+    if arguments.json:
+        output.as_json({**facts, "items": _item_records(names, trees_of, values)})
+    else:
+        _print(checkpoint, facts, names, trees_of, values, arguments.depth)
+    return 0
+
+
+def chosen_items(opened: layout.OpenCheckpoint, wanted: Sequence[str] | None) -> list[str]:
+    """The items to look at; `StepNotFoundError` for one that is not there."""
+    for name in wanted or ():
+        if name not in opened.items:
+            raise errors.StepNotFoundError(
+                f"{opened.path} has no item {name!r}; it has {', '.join(opened.items)}",
+                path=opened.path,
+            )
+    return [name for name in opened.items if not wanted or name in wanted]
+
+
+def _facts(opened: layout.OpenCheckpoint) -> dict[str, Any]:
+    """What is known of the checkpoint besides its items."""
+    root = os.path.dirname(opened.path)
+    late: Mapping[int, Mapping[str, Any]] = {}
+    if opened.step is not None and opened.storage.exists(os.path.join(root, commit.HIDDEN)):
+        late = history.late_metrics(opened.storage, root)
+    info = history.read_step(
+        opened.storage, opened.path, opened.step or 0, late.get(opened.step or 0)
+    )
+    return {
+        "schema": "fckpt.show/1",
+        "path": opened.path,
+        "step": opened.step,
+        "time": output.utc(info.time),
+        "writer": "other" if opened.record is None else "functional_ckpt",
+        "size_bytes": opened.storage.total_bytes(opened.path),
+        "metrics": None if info.metrics is None else dict(info.metrics),
+        "custom_metadata": opened.metadata.get("custom_metadata") or {},
+    }
+
+
+def _item_records(
+    names: Sequence[str], trees_of: Mapping[str, layout.OpenItem], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    records: dict[str, Any] = {}
+    for name in names:
+        if name in values:
+            records[name] = {"format": "json", "value": values[name]}
+            continue
+        item = trees_of[name]
+        num_arrays, size_bytes = trees.totals(item.root)
+        records[name] = {
+            "format": "tree",
+            "handler": None if item.record is None else item.record.handler,
+            "num_arrays": num_arrays,
+            "size_bytes": size_bytes,
+            "leaves": trees.leaf_records(item.root),
+        }
+    return records
+
+
+# ------------------------------------------------------------------------------------ for people
+
+
+def _print(
+    checkpoint: targets.Checkpoint,
+    facts: Mapping[str, Any],
+    names: Sequence[str],
+    trees_of: Mapping[str, layout.OpenItem],
+    values: Mapping[str, Any],
+    depth: int | None,
+) -> None:
+    from rich.text import Text
+
+    printer = output.Printer()
+    printer.print(output.styled(checkpoint.path, "bold"))
+    printer.print(output.styled(_summary(printer, checkpoint, facts), "dim"))
+    for title, record in (
+        ("metrics", facts["metrics"]),
+        ("custom metadata", facts["custom_metadata"]),
+    ):
+        if record:
+            line = Text(f"{title}  ", "dim")
+            pairs = ", ".join(f"{key}={_plain(value)}" for key, value in record.items())
+            printer.print(line.append(output.printable(pairs), "default not dim"))
+    for name in names:
+        printer.print(Text())
+        if name in values:
+            printer.print(_heading(name, "JSON"))
+            text = json.dumps(values[name], indent=2, ensure_ascii=printer.is_ascii)
+            for line in text.splitlines():
+                printer.print(output.styled(f"  {line}"))
+            continue
+        item = trees_of[name]
+        num_arrays, size_bytes = trees.totals(item.root)
+        of = f"{_arrays(num_arrays)}, {output.size(size_bytes)}"
+        printer.print(_heading(name, of))
+        printer.print(_tree(printer, item.root, depth))
+
+
+def _summary(
+    printer: output.Printer, checkpoint: targets.Checkpoint, facts: Mapping[str, Any]
+) -> str:
+    time = datetime.datetime.fromisoformat(facts["time"])
+    parts = [
+        *([] if checkpoint.step is None else [f"step {checkpoint.step}"]),
+        f"saved {output.clock(time)} ({output.age(time, datetime.datetime.now(datetime.UTC))})",
+        f"{output.size(facts['size_bytes'])} on disk",
+        *(["written by another program"] if facts["writer"] == "other" else []),
+    ]
+    return printer.sign(" · ", ", ").join(parts)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (bool, int, float)):
+        return output.number(value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _heading(name: str, what: str) -> Text:
+    from rich.text import Text
+
+    return Text.assemble((output.printable(name), "bold cyan"), (f"  {what}", "dim"))
+
+
+def _tree(printer: output.Printer, root: structure.Node, depth: int | None) -> Table:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for justify in ("left", "left", "left", "right", "left"):
+        table.add_column(justify=justify, no_wrap=True)
+    table.columns[0].overflow = table.columns[4].overflow = "ellipsis"
+    for row in trees.rows(root, depth):
+        table.add_row(_name(printer, row), *_cells(row))
+    return table
+
+
+def _name(printer: output.Printer, row: trees.Row) -> Text:
+    from rich.text import Text
+
+    bar, blank = printer.sign("│  ", "|  "), "   "
+    tee, corner = printer.sign("├─ ", "+- "), printer.sign("└─ ", "`- ")
+    guides = "".join(blank if is_last else bar for is_last in row.is_last[:-1])
+    if row.is_last:
+        guides += corner if row.is_last[-1] else tee
+    is_branch = isinstance(row.node, structure.BranchNode)
+    key = row.key if row.is_last else "(the item itself)"
+    return Text.assemble(
+        ("  " + guides, "dim"), (output.printable(key), "bold" if is_branch else "")
+    )
+
+
+def _cells(row: trees.Row) -> tuple[Text, Text, Text, Text]:
+    """dtype, shape, size, and what else there is to say."""
+    from rich.text import Text
+
+    node = row.node
+    if isinstance(node, structure.ArrayNode):
+        shape = f"[{', '.join(map(str, node.spec.shape))}]"
+        size = "" if node.tied_to is not None else output.size(node.spec.size_bytes)
+        return (
+            Text(output.printable(trees.dtype_of(node)), "green"),
+            Text(shape),
+            Text(size),
+            output.styled(_remarks(node), "dim"),
+        )
+    if isinstance(node, structure.ValueNode):
+        kind = "" if node.kind == "none" else node.kind
+        return (Text(kind, "green"), Text(""), Text(""), output.styled(trees.describe(node)))
+    kind = "" if node.kind == "dict" and node.children else node.kind
+    if not node.children:
+        return (Text(kind, "green dim"), Text(""), Text(""), Text("empty", "dim"))
+    if not row.is_summary:
+        return (Text(kind, "dim"), Text(""), Text(""), Text(""))
+    num_arrays, size_bytes = trees.totals(node)
+    more = _arrays(num_arrays)
+    return (Text(kind, "dim"), Text(""), Text(output.size(size_bytes)), Text(more, "dim"))
+
+
+def _arrays(count: int) -> str:
+    return f"{count} array{'' if count == 1 else 's'}"
+
+
+def _remarks(node: structure.ArrayNode) -> str:
+    if node.tied_to is not None:
+        return f"tied to {node.tied_to}"
+    if node.detail.get("parameter"):
+        return "parameter" if node.detail.get("requires_grad", True) else "frozen parameter"
+    return "" if node.kind == "tensor" else node.kind.replace("_", " ")

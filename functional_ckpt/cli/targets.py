@@ -1,0 +1,189 @@
+"""What an argument names: a directory of steps, or one checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+
+from functional_ckpt import errors, history
+from functional_ckpt.core import manifest, orbax_format
+from functional_ckpt.core.names import CompositeStepName, NameFormat, StepName
+from functional_ckpt.storage import commit, layout
+from functional_ckpt.storage.paths import LocalStorage, resolve
+
+__all__ = ["Checkpoint", "Root", "checkpoint_of", "find"]
+
+_STEP_NAME = re.compile(r"(?:(?P<prefix>.+)_)?(?P<digits>[0-9]+)")
+# One of these says that a directory is a checkpoint.
+_MARKS = (
+    manifest.EXTENSION_FILE,
+    orbax_format.CHECKPOINT_METADATA_FILE,
+    orbax_format.TREE_METADATA_FILE,
+    orbax_format.COMMIT_FILE,
+)
+_ROOT_MARKS = (commit.HIDDEN, "metadata/_ROOT_METADATA")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One checkpoint.
+
+    Attributes:
+        path: Its directory.
+        step: Its step, where its name says one.
+    """
+
+    path: str
+    step: int | None
+
+    @property
+    def title(self) -> str:
+        """What to call it."""
+        return os.path.basename(self.path) if self.step is None else f"step {self.step}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Root:
+    """A directory of steps.
+
+    Attributes:
+        path: The directory.
+        names: How its steps are named.
+        steps: Step -> name of its directory, ascending.
+        unfinished: Directories of steps being written, or left by a crash.
+    """
+
+    path: str
+    names: NameFormat
+    steps: Mapping[int, str]
+    unfinished: tuple[str, ...]
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """One of its steps."""
+        if step not in self.steps:
+            shown = ", ".join(map(str, list(self.steps)[-10:])) or "none"
+            raise errors.StepNotFoundError(
+                f"{self.path} has no step {step}; the latest are: {shown}", path=self.path
+            )
+        return Checkpoint(path=os.path.join(self.path, self.steps[step]), step=step)
+
+
+def find(storage: LocalStorage, text: str, prefix: str | None = None) -> Root | Checkpoint:
+    """What is at a path.
+
+    Raises:
+        StepNotFoundError: There is nothing.
+        UsageError: It is neither steps nor a checkpoint.
+    """
+    path = resolve(text)
+    if not storage.exists(path):
+        raise errors.StepNotFoundError(f"{text}: there is no such directory", path=path)
+    if not storage.is_directory(path):
+        raise errors.UsageError(f"{text}: this is a file, not a checkpoint", path=path)
+    if _is_marked(storage, path):
+        return Checkpoint(path=path, step=_step_of(storage, path))
+    root = _find_root(storage, path, prefix)
+    if root is not None:
+        return root
+    if _holds_items(storage, path):
+        return Checkpoint(path=path, step=_step_of(storage, path))
+    raise errors.UsageError(f"{text}: neither a checkpoint nor a directory of steps", path=path)
+
+
+def checkpoint_of(
+    storage: LocalStorage, text: str, step: int | None = None, prefix: str | None = None
+) -> Checkpoint:
+    """The one checkpoint at a path; of a directory of steps the one asked for, else the latest."""
+    target = find(storage, text, prefix)
+    if isinstance(target, Root):
+        if step is None and not target.steps:
+            raise errors.StepNotFoundError(f"{text} has no step yet", path=target.path)
+        return target.checkpoint(max(target.steps) if step is None else step)
+    if step is not None and step != target.step:
+        raise errors.UsageError(
+            f"{text} is one checkpoint; --step chooses among those of a directory of steps",
+            path=target.path,
+        )
+    return target
+
+
+def _is_marked(storage: LocalStorage, path: str) -> bool:
+    return any(storage.exists(os.path.join(path, mark)) for mark in _MARKS)
+
+
+def _holds_items(storage: LocalStorage, path: str) -> bool:
+    """Whether it holds trees: a checkpoint whose own record is gone, or an old one of Orbax."""
+    folders = [os.path.join(path, name) for name in storage.list(path)]
+    return any(
+        storage.exists(os.path.join(folder, orbax_format.TREE_METADATA_FILE))
+        and not storage.exists(os.path.join(folder, orbax_format.CHECKPOINT_METADATA_FILE))
+        for folder in folders
+    )
+
+
+def _find_root(storage: LocalStorage, path: str, prefix: str | None) -> Root | None:
+    listed = storage.list(path)
+    formats: dict[str | None, dict[StepName, bool]] = {}
+    for name in listed:
+        found = _format_of(name)
+        if found is None or not storage.is_directory(os.path.join(path, name)):
+            continue
+        known = formats.setdefault(found.prefix, {})
+        folder = os.path.join(path, name)
+        known[found] = (
+            any(known.values()) or _is_marked(storage, folder) or _holds_items(storage, folder)
+        )
+    formats = {key: known for key, known in formats.items() if any(known.values())}
+    if prefix is not None:
+        formats = {key: known for key, known in formats.items() if key == (prefix or None)}
+    elif len(formats) > 1:
+        names = ", ".join(sorted(next(iter(known)).build_name(1) for known in formats.values()))
+        raise errors.UsageError(
+            f"{path} holds steps named differently (such as {names}); choose with --prefix",
+            path=path,
+        )
+    is_root = any(storage.exists(os.path.join(path, mark)) for mark in _ROOT_MARKS)
+    if not formats:
+        return _root(storage, path, StepName(), listed) if is_root else None
+    (known,) = formats.values()
+    read = tuple(known)
+    names = read[0] if len(read) == 1 else CompositeStepName(write=read[0], read=read)
+    return _root(storage, path, names, listed)
+
+
+def _root(storage: LocalStorage, path: str, names: NameFormat, listed: list[str]) -> Root:
+    return Root(
+        path=path,
+        names=names,
+        steps=history.list_steps(storage, path, names),
+        unfinished=tuple(name for name in listed if commit.TMP_SUFFIX in name),
+    )
+
+
+def _format_of(name: str) -> StepName | None:
+    """How a step of this name is named; None for what is no step's name."""
+    match = _STEP_NAME.fullmatch(name)
+    if match is None:
+        return None
+    digits = match["digits"]
+    is_padded = digits.startswith("0") and len(digits) > 1
+    try:
+        found = StepName(prefix=match["prefix"], zero_pad=len(digits) if is_padded else None)
+    except errors.UsageError:
+        return None
+    return found if found.parse(name) is not None else None
+
+
+def _step_of(storage: LocalStorage, path: str) -> int | None:
+    """The step that a checkpoint's name says, unless it was saved without one."""
+    name = os.path.basename(os.path.realpath(path))
+    found = _format_of(name)
+    if found is None:
+        return None
+    try:
+        record = layout.open_checkpoint(storage, path).record
+    except errors.CheckpointError:
+        record = None
+    return None if record is not None and record.step is None else found.parse(name)

@@ -1,0 +1,163 @@
+"""`fckpt verify`: is every byte what was written, and if not, which leaves are lost?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from functional_ckpt import errors
+from functional_ckpt.cli import output, targets
+from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.verify import Finding, verify_checkpoint
+
+if TYPE_CHECKING:
+    from rich.padding import Padding
+
+__all__ = ["run"]
+
+_MAX_LEAVES = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Result:
+    """The outcome for one checkpoint."""
+
+    checkpoint: targets.Checkpoint
+    damage: tuple[Finding, ...]
+    has_digests: bool
+    num_files: int
+    size_bytes: int
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verifies every checkpoint named; 1 if one is damaged."""
+    storage = LocalStorage()
+    checkpoints = list(_checkpoints(storage, arguments))
+    printer = None if arguments.json else output.Printer()
+    results: list[_Result] = []
+    for checkpoint in checkpoints:
+        result = _verify(storage, checkpoint)
+        if result is None:
+            continue
+        results.append(result)
+        if printer is not None:
+            _print(printer, result)
+    num_damaged = sum(bool(result.damage) for result in results)
+    if printer is None:
+        records = [_record(result) for result in results]
+        output.as_json({"schema": "fckpt.verify/1", "ok": num_damaged == 0, "checkpoints": records})
+    elif len(results) > 1:
+        _print_sum(printer, results)
+    return 1 if num_damaged else 0
+
+
+def _checkpoints(
+    storage: LocalStorage, arguments: argparse.Namespace
+) -> Iterator[targets.Checkpoint]:
+    for text in arguments.checkpoint:
+        target = targets.find(storage, text, arguments.prefix)
+        if isinstance(target, targets.Checkpoint) or arguments.step is not None:
+            for step in arguments.step or [None]:
+                yield targets.checkpoint_of(storage, text, step, arguments.prefix)
+            continue
+        if not target.steps:
+            raise errors.StepNotFoundError(f"{text} has no step yet", path=target.path)
+        yield from map(target.checkpoint, target.steps)
+
+
+def _verify(storage: LocalStorage, checkpoint: targets.Checkpoint) -> _Result | None:
+    """None where the step was removed by its writer in the meantime."""
+    num_files, size_bytes = len(storage.walk(checkpoint.path)), storage.total_bytes(checkpoint.path)
+    try:
+        with output.progress_bar(f"verifying {checkpoint.title}") as progress:
+            findings = verify_checkpoint(
+                storage, checkpoint.path, checkpoint.step, progress=progress
+            )
+    except errors.StepNotFoundError:
+        return None
+    except errors.CorruptCheckpointError as error:
+        got = error.message.removeprefix(f"{checkpoint.path}: ")
+        findings = [
+            Finding(item=None, file=".", problem="record", expected="a checkpoint", got=got)
+        ]
+    if findings and not os.path.isdir(checkpoint.path):
+        return None
+    return _Result(
+        checkpoint=checkpoint,
+        damage=tuple(each for each in findings if each.is_damage),
+        has_digests=all(each.is_damage for each in findings),
+        num_files=num_files,
+        size_bytes=size_bytes,
+    )
+
+
+def _record(result: _Result) -> dict[str, Any]:
+    return {
+        "path": result.checkpoint.path,
+        "step": result.checkpoint.step,
+        "ok": not result.damage,
+        "has_digests": result.has_digests,
+        "num_files": result.num_files,
+        "size_bytes": result.size_bytes,
+        "findings": [dataclasses.asdict(finding) for finding in result.damage],
+    }
+
+
+# ------------------------------------------------------------------------------------ for people
+
+
+def _print(printer: output.Printer, result: _Result) -> None:
+    from rich.text import Text
+
+    title = output.styled(result.checkpoint.title, "bold")
+    files = f"{result.num_files} files, {output.size(result.size_bytes)}"
+    if result.damage:
+        count = len(result.damage)
+        what = f"  damaged: {count} finding{'' if count == 1 else 's'}"
+        mark = Text(f"{printer.sign('✗', 'x')} ", "bold red")
+        line = Text.assemble(mark, title, (what, "red"), (f"  {files}", "dim"))
+        printer.print(line)
+        for finding in result.damage:
+            printer.print(*_block(finding))
+        return
+    if result.has_digests:
+        mark, what = Text(f"{printer.sign('✓', 'ok')} ", "bold green"), "whole"
+    else:
+        mark = Text(f"{printer.sign('○', '--')} ", "bold yellow")
+        what = "readable, but of another program: there are no digests to compare with"
+    printer.print(Text.assemble(mark, title, f"  {what}", (f"  {files}", "dim")))
+
+
+def _block(finding: Finding) -> Iterator[Padding]:
+    """A finding on two or three lines."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    yield Padding(output.styled(finding.file, "cyan"), (0, 0, 0, 4))
+    what = f"expected {finding.expected}, got {finding.got}"
+    line = Text.assemble((f"{finding.problem}: ", "red"), output.printable(what))
+    yield Padding(line, (0, 0, 0, 6))
+    if finding.leaves:
+        shown = ", ".join(finding.leaves[:_MAX_LEAVES])
+        rest = len(finding.leaves) - _MAX_LEAVES
+        more = f" and {rest} more" if rest > 0 else ""
+        item = f" of {finding.item}" if finding.item is not None else ""
+        count = f"{len(finding.leaves)} {'leaf' if len(finding.leaves) == 1 else 'leaves'}"
+        lost = output.printable(f"{count}{item}: {shown}{more}")
+        yield Padding(Text.assemble(("lost: ", "red"), lost), (0, 0, 0, 6))
+
+
+def _print_sum(printer: output.Printer, results: Sequence[_Result]) -> None:
+    from rich.text import Text
+
+    damaged = [result for result in results if result.damage]
+    num_whole = len(results) - len(damaged)
+    word = "whole" if all(result.has_digests for result in results) else "readable"
+    line = f"{num_whole} of {len(results)} {'is' if num_whole == 1 else 'are'} {word}"
+    whole = [r.checkpoint.step for r in results if not r.damage and r.checkpoint.step is not None]
+    if damaged and whole:
+        line += f"; the latest {word} step is {max(whole)}"
+    printer.print(Text(), Text(f"{line}.", "red" if damaged else "green"))
