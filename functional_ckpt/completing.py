@@ -14,7 +14,7 @@ from functional_ckpt import errors, lowering
 from functional_ckpt.core import manifest, orbax_format, structure, union
 from functional_ckpt.core.chunks import ChunkGrid
 from functional_ckpt.lowering import LoweredItem
-from functional_ckpt.storage import arrays, commit
+from functional_ckpt.storage import arrays_write, commit, threads
 from functional_ckpt.storage.layout import JSON_FILE
 from functional_ckpt.storage.paths import LocalStorage
 from functional_ckpt.writer import SPREAD_BYTES, RankReport
@@ -105,7 +105,7 @@ def _complete_tree(
     united = union.unite(parts, item=item.name)
     if item.per_rank and isinstance(united, structure.BranchNode):
         united = dataclasses.replace(united, kind="per_rank")
-    joined = arrays.join_digests([report.digests[item.name] for report in reports])
+    joined = arrays_write.join_digests([report.digests[item.name] for report in reports])
     nodes = [
         leaf for _, leaf in structure.iter_leaves(united) if isinstance(leaf, structure.ArrayNode)
     ]
@@ -123,7 +123,7 @@ def _complete_tree(
     _check_whole(item.name, grids, reports)
     children = [child for report in reports for child in report.children[item.name]]
     children += _write_own_scalars(storage, path, parts, united)
-    arrays.merge_children(storage, path, children, tied)
+    arrays_write.merge_children(storage, path, children, tied)
     _write(storage, path, orbax_format.TREE_METADATA_FILE, orbax_format.tree_metadata(united))
     if texts := orbax_format.strings(united):
         _write(storage, path, orbax_format.STRINGS_FILE, json.dumps(texts).encode())
@@ -173,8 +173,8 @@ def _write_own_scalars(
     own = [scalar for scalar in orbax_format.scalar_leaves(united) if scalar[0] not in written]
     if not own:
         return []
-    children = arrays.child_names(len(parts), 1)
-    arrays.write_arrays(storage, path, children, (), own)
+    children = arrays_write.child_names(len(parts), 1)
+    arrays_write.write_arrays(storage, path, children, (), own)
     return children
 
 
@@ -195,5 +195,5 @@ def _describe(storage: LocalStorage, path: str) -> dict[str, manifest.FileRecord
         describe()
     else:
         sync = functools.partial(commit.sync_tree, storage, path, names)
-        arrays.run_in_threads([sync, describe])
+        threads.run_in_threads([sync, describe])
     return found

@@ -17,7 +17,7 @@ import torch
 from functional_ckpt import memory
 from functional_ckpt.core import leaves, plan, tree, walk
 from functional_ckpt.core.spec import Box
-from functional_ckpt.storage import arrays
+from functional_ckpt.storage import arrays_read, threads
 from functional_ckpt.storage.layout import OpenItem
 
 __all__ = ["Verify", "read_all"]
@@ -42,9 +42,9 @@ def read_all(
     """
     jobs = [_Jobs(item, binding, touched) for item, binding in bound]
     if verify == "before":
-        arrays.run_in_threads([task for job in jobs for task in job.verification()])
+        threads.run_in_threads([task for job in jobs for task in job.verification()])
     verified = verify == "during"
-    arrays.run_in_threads(_batches([task for job in jobs for task in job.tasks(verified=verified)]))
+    threads.run_in_threads(_batches([task for job in jobs for task in job.tasks(verified=verified)]))
     return [job.assemble() for job in jobs]
 
 
@@ -110,7 +110,7 @@ class _Job:
             return [_Task(self._read_foreign)]
         tasks: list[_Task] = []
         for piece in memory.pieces_of(self.binding):
-            read = arrays.ArrayRead(
+            read = arrays_read.ArrayRead(
                 name=node.stored_name,
                 spec=node.spec,
                 grid=record.grid,
@@ -120,7 +120,7 @@ class _Job:
             tasks += [
                 _Task(
                     functools.partial(self._read_part, read, piece.local, index),
-                    functools.partial(arrays.request_part, self.item.database, read, index),
+                    functools.partial(arrays_read.request_part, self.item.database, read, index),
                     record.grid.box(index).num_elements * node.spec.itemsize_bytes,
                 )
                 for index in record.grid.indices(piece.box)
@@ -128,9 +128,9 @@ class _Job:
         self._num_parts = len(tasks)
         return tasks or [_Task(self._finish)]
 
-    def _read_part(self, read: arrays.ArrayRead, local: Box, index: tuple[int, ...]) -> None:
+    def _read_part(self, read: arrays_read.ArrayRead, local: Box, index: tuple[int, ...]) -> None:
         destination = self._open().array[local.slices()]
-        arrays.read_part(self.item.database, read, index, destination)
+        arrays_read.read_part(self.item.database, read, index, destination)
         with self._lock:
             self._num_parts -= 1
             is_last = self._num_parts == 0
@@ -142,7 +142,7 @@ class _Job:
         array = self._open().array
         for piece in memory.pieces_of(self.binding):
             if piece.box.num_elements:
-                arrays.read_foreign_array(
+                arrays_read.read_foreign_array(
                     self.item.database,
                     self.binding.node.name,
                     array[piece.local.slices()],

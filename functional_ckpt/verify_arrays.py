@@ -16,7 +16,7 @@ from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_of
 from functional_ckpt.verify_findings import Finding, Problem, Search, reason
 
 if TYPE_CHECKING:
-    from functional_ckpt.storage import arrays
+    from functional_ckpt.storage import arrays, arrays_read
     from functional_ckpt.storage.arrays_inspect import Places
 
 __all__ = ["ItemArrays"]
@@ -168,13 +168,13 @@ class ItemArrays:
     # ---------------------------------------------------------------------------- large chunks
 
     def _large_chunks(self, database: arrays.Database) -> Iterator[Callable[[], None]]:
-        from functional_ckpt.storage import arrays
+        from functional_ckpt.storage import arrays_read
 
         for node in self._nodes:
             place = self._record.arrays[node.stored_name]
             grid = ChunkGrid(node.spec.shape, place.chunk_shape)
             # Under its own name, not its owner's: a tied leaf must resolve to the same bytes.
-            read = arrays.ArrayRead(
+            read = arrays_read.ArrayRead(
                 name=node.name,
                 spec=node.spec,
                 grid=grid,
@@ -186,12 +186,12 @@ class ItemArrays:
                     yield functools.partial(self._check_chunk, database, read, index)
 
     def _check_chunk(
-        self, database: arrays.Database, read: arrays.ArrayRead, index: tuple[int, ...]
+        self, database: arrays.Database, read: arrays_read.ArrayRead, index: tuple[int, ...]
     ) -> None:
-        from functional_ckpt.storage import arrays
+        from functional_ckpt.storage import arrays_read
 
         try:
-            arrays.verify_part(database, read, index)
+            arrays_read.verify_part(database, read, index)
         except (errors.CheckpointError, MemoryError, ValueError) as error:
             key = f"{structure.key_prefix(read.name)}{read.grid.key(index)}"
             why = reason(error, self._directory)

@@ -32,23 +32,23 @@ def verify_foreign(search: Search, step: int | None) -> None:
 
 
 def _read_tree(search: Search, item: layout.OpenItem) -> None:
-    from functional_ckpt.storage import arrays
+    from functional_ckpt.storage import threads
 
     nodes = list(item.array_nodes())
     search.total_bytes += sum(node.spec.size_bytes for node in nodes)
     if nodes:
         _ = item.database  # raises here, once, when there is none
-    arrays.run_in_threads([functools.partial(_read_array, search, item, node) for node in nodes])
+    threads.run_in_threads([functools.partial(_read_array, search, item, node) for node in nodes])
 
 
 def _read_array(search: Search, item: layout.OpenItem, node: structure.ArrayNode) -> None:
     import numpy as np
 
-    from functional_ckpt.storage import arrays
+    from functional_ckpt.storage import arrays_read
 
     try:
         for box in _slabs(node.spec):
-            arrays.read_foreign_array(
+            arrays_read.read_foreign_array(
                 item.database,
                 node.name,
                 np.empty(box.shape, spec.numpy_dtype(node.spec.dtype)),

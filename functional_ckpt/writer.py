@@ -32,7 +32,7 @@ from functional_ckpt.core import (
 )
 from functional_ckpt.core.spec import Box, numpy_dtype
 from functional_ckpt.lowering import LoweredItem, Source
-from functional_ckpt.storage import arrays, staging
+from functional_ckpt.storage import arrays, arrays_write, staging
 from functional_ckpt.storage.paths import LocalStorage
 
 __all__ = ["RankReport", "StagedItem", "read_report", "stage", "write", "write_report"]
@@ -57,7 +57,7 @@ class StagedItem:
     """
 
     lowered: LoweredItem
-    writes: tuple[arrays.ArrayWrite, ...]
+    writes: tuple[arrays_write.ArrayWrite, ...]
     scalars: frozenset[str]
 
     @property
@@ -77,7 +77,7 @@ class RankReport:
         roots: Item -> its structure as this rank has it; only where it may differ from the primary's.
     """
 
-    digests: Mapping[str, arrays.Digests]
+    digests: Mapping[str, arrays_write.Digests]
     chunk_shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
     children: Mapping[str, tuple[str, ...]]
     roots: Mapping[str, structure.Node]
@@ -163,8 +163,8 @@ def _copy(parts: Sequence[_Part], buffer: staging.StagingBuffer) -> list[Array]:
     return hosts
 
 
-def _array_write(part: _Part, host: Array) -> arrays.ArrayWrite:
-    return arrays.ArrayWrite(
+def _array_write(part: _Part, host: Array) -> arrays_write.ArrayWrite:
+    return arrays_write.ArrayWrite(
         name=part.source.node.name,
         spec=part.source.node.spec,
         grid=part.planned.grid,
@@ -196,7 +196,7 @@ def write(
         num_ranks: All ranks; one alone may write into the items' own databases.
         known: Digest of each item's structure on the primary: what equals it need not be reported.
     """
-    digests: dict[str, arrays.Digests] = {}
+    digests: dict[str, arrays_write.Digests] = {}
     children: dict[str, tuple[str, ...]] = {}
     chunk_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     roots: dict[str, structure.Node] = {}
@@ -208,7 +208,7 @@ def write(
         storage.make_directory(path)
         children[name] = _children(item, rank, num_ranks)
         scalars = (s for s in orbax_format.scalar_leaves(root) if s[0] in item.scalars)
-        digests[name] = arrays.write_arrays(
+        digests[name] = arrays_write.write_arrays(
             storage, path, children[name] or ("",), item.writes, scalars
         )
         chunk_shapes[name] = {w.name: w.grid.chunk_shape for w in item.writes if w.is_owner}
@@ -220,10 +220,10 @@ def write(
 def _children(item: StagedItem, rank: int, num_ranks: int) -> tuple[str, ...]:
     """The databases this rank spreads an item over; none when the item's own takes everything."""
     if item.size_bytes >= SPREAD_BYTES:
-        return tuple(arrays.child_names(rank, _NUM_CHILDREN))
+        return tuple(arrays_write.child_names(rank, _NUM_CHILDREN))
     if num_ranks == 1:
         return ()
-    return tuple(arrays.child_names(rank, 1))
+    return tuple(arrays_write.child_names(rank, 1))
 
 
 def root_digest(root: structure.Node) -> str:

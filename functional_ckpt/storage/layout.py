@@ -19,7 +19,7 @@ from functional_ckpt.core.spec import Box
 from functional_ckpt.storage.paths import LocalStorage
 
 if TYPE_CHECKING:
-    from functional_ckpt.storage import arrays
+    from functional_ckpt.storage import arrays, arrays_read
 
 __all__ = ["JSON_FILE", "ArrayPlace", "OpenCheckpoint", "OpenItem", "open_checkpoint"]
 
@@ -102,9 +102,9 @@ class OpenItem:
         place = self.record_of(node)
         if place is None:
             return []
-        from functional_ckpt.storage import arrays
+        from functional_ckpt.storage import arrays_read
 
-        read = arrays.ArrayRead(
+        read = arrays_read.ArrayRead(
             name=node.stored_name,
             spec=node.spec,
             grid=place.grid,
@@ -113,10 +113,10 @@ class OpenItem:
         )
         return [functools.partial(self._verify_part, read, index) for index in place.grid.indices()]
 
-    def _verify_part(self, read: arrays.ArrayRead, index: tuple[int, ...]) -> None:
-        from functional_ckpt.storage import arrays
+    def _verify_part(self, read: arrays_read.ArrayRead, index: tuple[int, ...]) -> None:
+        from functional_ckpt.storage import arrays_read
 
-        arrays.verify_part(self.database, read, index)  # opens the database when first needed
+        arrays_read.verify_part(self.database, read, index)  # opens the database when first needed
 
     def _check_sizes(self) -> None:
         """A record cannot ask for more memory than there are bytes on disk (uncompressed).
@@ -152,7 +152,7 @@ class OpenItem:
         return _load_json(self.storage, path)
 
     def _parse_foreign(self) -> structure.Node:
-        from functional_ckpt.storage import arrays
+        from functional_ckpt.storage import arrays_read
 
         path = os.path.join(self.path, orbax_format.TREE_METADATA_FILE)
         self.is_zarr3 = bool(self._foreign_metadata.get("use_zarr3", False))
@@ -164,7 +164,9 @@ class OpenItem:
         return orbax_format.parse_tree(
             self.storage.read(path),
             path,
-            spec_of=lambda name: arrays.stored_spec(self.database, name, is_zarr3=self.is_zarr3)[0],
+            spec_of=lambda name: arrays_read.stored_spec(
+                self.database, name, is_zarr3=self.is_zarr3
+            )[0],
             texts=cast("Mapping[str, str]", texts),
         )
 

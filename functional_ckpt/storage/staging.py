@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from functional_ckpt.storage.arrays import run_in_threads
+from functional_ckpt.storage.threads import run_in_threads
 
 __all__ = ["Slot", "StagingBuffer", "copy_in_threads"]
 

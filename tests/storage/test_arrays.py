@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from functional_ckpt import errors
 from functional_ckpt.core.chunks import ChunkGrid, choose_grid
 from functional_ckpt.core.spec import STORAGE_DTYPES, ArraySpec, Box, numpy_dtype
-from functional_ckpt.storage import arrays
+from functional_ckpt.storage import arrays, arrays_read, arrays_write, threads
 from functional_ckpt.storage.paths import LocalStorage
 from functional_ckpt.testing import Fault, FaultyStorage
 
-CHILDREN = arrays.child_names(0, 2)
+CHILDREN = arrays_write.child_names(0, 2)
 
 
 def _data(spec: ArraySpec, seed: int = 0) -> Any:
@@ -39,7 +39,7 @@ def _write(
     """Writes arrays as one writer does; returns their digests."""
     storage = LocalStorage()
     writes = [
-        arrays.ArrayWrite(
+        arrays_write.ArrayWrite(
             name=name,
             spec=ArraySpec(data.shape, data.dtype.name),
             grid=grid,
@@ -48,16 +48,16 @@ def _write(
         )
         for name, (data, grid) in contents.items()
     ]
-    digests = arrays.write_arrays(storage, directory, children or [""], writes)
-    arrays.merge_children(storage, directory, children or [], {})
-    joined = arrays.join_digests([digests])
+    digests = arrays_write.write_arrays(storage, directory, children or [""], writes)
+    arrays_write.merge_children(storage, directory, children or [], {})
+    joined = arrays_write.join_digests([digests])
     return {name: joined.get(name, "") for name in contents}
 
 
 def _read_of(
     name: str, data: Any, grid: ChunkGrid, digests: str | None, box: Box | None = None
 ) -> Any:
-    return arrays.ArrayRead(
+    return arrays_read.ArrayRead(
         name=name,
         spec=ArraySpec(data.shape, data.dtype.name),
         grid=grid,
@@ -74,7 +74,7 @@ def test_every_dtype_small_and_large(dtype: str, shape: tuple[int, ...], tmp_pat
     digests = _write(str(tmp_path), {"a": (data, grid)})
     database = arrays.open_for_reading(str(tmp_path))
     got = np.zeros(shape, data.dtype)
-    arrays.read_array(database, _read_of("a", data, grid, digests["a"]), got)
+    arrays_read.read_array(database, _read_of("a", data, grid, digests["a"]), got)
     assert got.tobytes() == data.tobytes()
 
 
@@ -97,7 +97,7 @@ def test_any_region_of_any_grid(data: st.DataObject, tmp_path_factory: Any) -> N
         tuple(slice(0, n) for n in box.shape)
     ]
     database = arrays.open_for_reading(directory)
-    arrays.read_array(database, _read_of("a", content, grid, digests["a"], box), got)
+    arrays_read.read_array(database, _read_of("a", content, grid, digests["a"], box), got)
     assert got.tobytes() == content[box.slices()].tobytes()
 
 
@@ -109,7 +109,7 @@ def test_any_name(name: str, tmp_path: Path) -> None:
     digests = _write(str(tmp_path), {name: (content, grid), "other": (content + 1, grid)})
     database = arrays.open_for_reading(str(tmp_path))
     got = np.zeros(6)
-    arrays.read_array(database, _read_of(name, content, grid, digests[name]), got)
+    arrays_read.read_array(database, _read_of(name, content, grid, digests[name]), got)
     assert (got == content).all()
 
 
@@ -120,7 +120,7 @@ def test_tensorstore_reads_an_ordinary_zarr3_array(tmp_path: Path) -> None:
     small = np.arange(5, dtype=np.int16)
     storage, directory = LocalStorage(), str(tmp_path)
     _write(directory, {"big": (content, grid), "small": (small, ChunkGrid((5,), (3,)))}, CHILDREN)
-    arrays.merge_children(storage, directory, [], {"tied": ("big", grid)})
+    arrays_write.merge_children(storage, directory, [], {"tied": ("big", grid)})
     for name, expected in (("big", content), ("tied", content), ("small", small)):
         store = {"driver": "ocdbt", "base": f"file://{directory}/", "path": f"{name}/"}
         array = ts.open({"driver": "zarr3", "kvstore": store}, open=True).result()
@@ -135,7 +135,7 @@ def test_two_writers_of_one_array(tmp_path: Path) -> None:
     grid, storage, directory = ChunkGrid(content.shape, (2, 40_000)), LocalStorage(), str(tmp_path)
     found = []
     for rank, rows in enumerate((slice(0, 4), slice(4, 8))):
-        write = arrays.ArrayWrite(
+        write = arrays_write.ArrayWrite(
             name="a",
             spec=ArraySpec(content.shape, "float64"),
             grid=grid,
@@ -143,14 +143,14 @@ def test_two_writers_of_one_array(tmp_path: Path) -> None:
             data=content[rows],
             is_owner=rank == 0,
         )
-        children = arrays.child_names(rank, 1)
-        found.append(arrays.write_arrays(storage, directory, children, [write]))
-    names = [*arrays.child_names(0, 1), *arrays.child_names(1, 1)]
-    arrays.merge_children(storage, directory, names, {})
-    digests = arrays.join_digests(found)["a"]
+        children = arrays_write.child_names(rank, 1)
+        found.append(arrays_write.write_arrays(storage, directory, children, [write]))
+    names = [*arrays_write.child_names(0, 1), *arrays_write.child_names(1, 1)]
+    arrays_write.merge_children(storage, directory, names, {})
+    digests = arrays_write.join_digests(found)["a"]
     got = np.zeros_like(content)
     database = arrays.open_for_reading(directory)
-    arrays.read_array(database, _read_of("a", content, grid, digests), got)
+    arrays_read.read_array(database, _read_of("a", content, grid, digests), got)
     assert (got == content).all()
 
 
@@ -174,13 +174,13 @@ def test_any_flipped_bit_of_the_data_is_found(shape: tuple[int, ...], tmp_path: 
         with pytest.raises(
             errors.CorruptCheckpointError, match="changed after it was written"
         ) as e:
-            arrays.read_array(database, _read_of("a", content, grid, digests["a"]), got)
+            arrays_read.read_array(database, _read_of("a", content, grid, digests["a"]), got)
         assert e.value.key_path == "a" and str(tmp_path) in str(e.value)
         with pytest.raises(errors.CorruptCheckpointError):
-            arrays.verify_part(
+            arrays_read.verify_part(
                 database, _read_of("a", content, grid, digests["a"]), (0,) * len(shape)
             )
-        arrays.read_array(database, _read_of("a", content, grid, None), got)  # unverified, as asked
+        arrays_read.read_array(database, _read_of("a", content, grid, None), got)  # unverified, as asked
         _flip(file, start + place)
 
 
@@ -198,7 +198,7 @@ def test_truncated_and_missing_data_is_found(shape: tuple[int, ...], tmp_path: P
             file.write_bytes(whole[: len(whole) // 3])
     with pytest.raises(errors.CorruptCheckpointError):
         database = arrays.open_for_reading(str(tmp_path))
-        arrays.read_array(database, read, np.zeros_like(content))
+        arrays_read.read_array(database, read, np.zeros_like(content))
     (tmp_path / "manifest.ocdbt").unlink()
     with pytest.raises(errors.CorruptCheckpointError, match=r"manifest\.ocdbt is missing"):
         arrays.open_for_reading(str(tmp_path))
@@ -209,7 +209,7 @@ def test_an_array_that_is_not_there(tmp_path: Path) -> None:
     digests = _write(str(tmp_path), {"a": (content, grid)})
     database = arrays.open_for_reading(str(tmp_path))
     with pytest.raises(errors.CorruptCheckpointError, match="missing"):
-        arrays.read_array(database, _read_of("b", content, grid, digests["a"]), np.zeros(3))
+        arrays_read.read_array(database, _read_of("b", content, grid, digests["a"]), np.zeros(3))
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"not ocdbt" * 100])
@@ -219,7 +219,7 @@ def test_a_spoiled_manifest(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "manifest.ocdbt").write_bytes(text)
     with pytest.raises(errors.CorruptCheckpointError):
         database = arrays.open_for_reading(str(tmp_path))
-        arrays.read_array(database, _read_of("a", content, grid, digests["a"]), np.zeros(3))
+        arrays_read.read_array(database, _read_of("a", content, grid, digests["a"]), np.zeros(3))
 
 
 @pytest.mark.parametrize(
@@ -243,19 +243,19 @@ def test_metadata_of_others_is_checked_before_tensorstore_sees_it(
     store.write("a/zarr.json", json.dumps(record).encode()).result()
     database = arrays.open_for_reading(str(tmp_path))
     with pytest.raises(errors.CorruptCheckpointError) as caught:
-        arrays.stored_spec(database, "a", is_zarr3=True)
+        arrays_read.stored_spec(database, "a", is_zarr3=True)
     assert caught.value.key_path == "a"
 
 
 def test_a_failing_operation_is_named(tmp_path: Path) -> None:
     content, grid = np.arange(3.0), ChunkGrid((3,), (3,))
-    write = arrays.ArrayWrite(
+    write = arrays_write.ArrayWrite(
         name="a", spec=ArraySpec((3,), "float64"), grid=grid, box=Box.whole((3,)), data=content
     )
     for kind in ("make_directory", "write_array", "commit_arrays"):
         storage = FaultyStorage(Fault(at=0, kinds=(kind,)))
         with pytest.raises(errors.StorageError, match=str(tmp_path)):
-            arrays.write_arrays(storage, str(tmp_path / kind), ["child"], [write])
+            arrays_write.write_arrays(storage, str(tmp_path / kind), ["child"], [write])
 
 
 def test_a_directory_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
@@ -276,10 +276,10 @@ def test_threads_stop_at_the_first_error_and_raise_it() -> None:
         done.append(1)
 
     with pytest.raises(ValueError, match="first"):
-        arrays.run_in_threads([fail, *[work] * 1_000])
+        threads.run_in_threads([fail, *[work] * 1_000])
     assert len(done) < 1_000
-    arrays.run_in_threads([work] * 10)
-    arrays.run_in_threads([])
+    threads.run_in_threads([work] * 10)
+    threads.run_in_threads([])
 
 
 def test_digests_of_a_block_are_those_of_the_valid_region(tmp_path: Path) -> None:
