@@ -57,8 +57,10 @@ class CheckpointManager:
         read_only: Restore and look only, beside a live writer if there is one.
         asynchronous: Whether `save` returns once the state is staged; if not, it returns when it is durable.
         on_busy: What a save does while another is being committed: `wait` for it, or `skip` this one.
-        coordinator: How ranks agree; None for that of the default process group, if there is one. Every rank
-            makes its manager, and calls its methods, in the same order.
+        process_group: The ranks that save and restore together: a group of torch.distributed, for a replica
+            that checkpoints alone; None for the default group, if there is one. Each of its ranks makes its
+            manager, and calls its methods, in the same order.
+        coordinator: How they agree, in place of `process_group`.
         storage: The file system; tests inject faults here.
 
     Raises:
@@ -78,11 +80,14 @@ class CheckpointManager:
         read_only: bool = False,
         asynchronous: bool = True,
         on_busy: Literal["wait", "skip"] = "wait",
+        process_group: Any = None,
         coordinator: Coordinator | None = None,
         storage: LocalStorage | None = None,
     ) -> None:
         if on_busy not in ("wait", "skip"):
             raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {on_busy!r}.")
+        if process_group is not None and coordinator is not None:
+            raise errors.UsageError("Give process_group or coordinator, not both.")
         self._storage = storage or LocalStorage()
         self._steps = Steps(
             self._storage,
@@ -102,7 +107,7 @@ class CheckpointManager:
         self._committer = background.Committer()
         self._buffer = staging.StagingBuffer()
         self._lock: DirectoryLock | None = None
-        self._coordinator = coordinator or default_coordinator()
+        self._coordinator = coordinator or default_coordinator(process_group)
         in_background = self._coordinator.background()
         self._planner = agreement.Planner(self._coordinator)
         self._writer = committing.StepWriter(self._steps, self._keep_policies, in_background)
