@@ -57,8 +57,8 @@ def verify_checkpoint(
         raise errors.StepNotFoundError(f"There is no checkpoint at {path}.", path=path, step=step)
     if _is_item(storage, path):
         raise errors.UsageError(
-            f"{path} is one item; verify its checkpoint {os.path.dirname(path)}, which has what the "
-            "item's record must be.",
+            f"{path} is one item; verify its checkpoint {os.path.dirname(path)}, which says what "
+            "the item's record must be.",
             path=path,
         )
     search = Search(storage, path, progress)

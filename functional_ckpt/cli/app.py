@@ -29,6 +29,20 @@ class _Parser(argparse.ArgumentParser):
         self.exit(FAILED, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for, which takes longer than listing steps."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib import metadata
+
+        try:
+            version = metadata.version("functional-ckpt")
+        except metadata.PackageNotFoundError:
+            version = "(not installed)"
+        print(f"fckpt {version}")
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `fckpt`.
 
@@ -92,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         help="prefix of the steps' names, where a directory holds steps of several ('' for none)",
     )
     parser = _Parser(prog="fckpt", description="Look at checkpoints.", epilog=_EXIT_CODES)
-    parser.add_argument("--version", action="version", version=f"fckpt {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, summary: str) -> argparse.ArgumentParser:
@@ -129,12 +143,6 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("b", help="what to compare it with")
     diff.add_argument("--item", metavar="NAME", action="append", help="only this item")
     return parser
-
-
-def _version() -> str:
-    from functional_ckpt import __version__
-
-    return __version__
 
 
 def _step(text: str) -> int:

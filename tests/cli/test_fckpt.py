@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -465,7 +466,11 @@ def test_help_and_version() -> None:
     for command in ("ls", "show", "verify", "diff"):
         assert command in text
         assert "exit codes" in output_of(command, "--help")
-    assert output_of("--version") == f"fckpt {fc.__version__}\n"
+    try:
+        version = metadata.version("functional-ckpt")
+    except metadata.PackageNotFoundError:
+        version = "(not installed)"
+    assert output_of("--version") == f"fckpt {version}\n"
 
 
 def test_the_console_script_is_this(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
