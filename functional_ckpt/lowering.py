@@ -97,10 +97,7 @@ def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ..
         return LoweredItem(name=name, handler=kind, root=None, text=to_json(lowered, name))
     per_rank = item.handler.per_rank and len(ranks) > 1
     flat = tree.flatten({union.rank_key(rank): lowered} if per_rank else lowered, item=name)
-    sources = tuple(
-        Source(node, leaves.source_of(value, node), _sharding(value, ranks))
-        for node, value in flat.arrays
-    )
+    sources = tuple(_source(name, node, value, ranks) for node, value in flat.arrays)
     if per_rank and (spread := next((s for s in sources if s.sharding is not None), None)):
         raise errors.UnsupportedLeafError(
             f"{name}: {spread.node.name!r} is a DTensor, of which each rank has a part, but every rank has a "
@@ -111,10 +108,22 @@ def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ..
     return LoweredItem(name=name, handler=kind, root=flat.root, sources=sources, per_rank=per_rank)
 
 
+def _source(item: str, node: structure.ArrayNode, value: object, ranks: tuple[int, ...]) -> Source:
+    try:
+        return Source(node, leaves.source_of(value, node), _sharding(value, ranks))
+    except errors.UnsupportedLeafError as error:
+        if error.key_path is not None:
+            raise
+        where = f"{item}.{node.name}"
+        raise errors.UnsupportedLeafError(f"{where}: {error.message}", key_path=where) from error
+
+
 def _sharding(value: object, ranks: tuple[int, ...]) -> placement.Sharding | None:
     sharding = placement.sharding_of(value)
+    if sharding is None:
+        return None
     is_world = ranks == tuple(range(len(ranks)))
-    return sharding if sharding is None or is_world else sharding.renumbered(ranks)
+    return sharding if is_world and max(sharding.ranks) < len(ranks) else sharding.renumbered(ranks)
 
 
 def to_json(value: Any, what: str) -> bytes:

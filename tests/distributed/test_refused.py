@@ -1,0 +1,86 @@
+"""DTensors that cannot be saved as they are, each refused by name before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_workers import Workers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+import functional_ckpt as fc
+
+
+def sharded() -> DTensor:
+    return distribute_tensor(torch.arange(5.0), init_device_mesh("cpu", (2,)), [Shard(0)])
+
+
+def save_alone(directory: Path) -> None:
+    fc.save(directory / f"rank_{dist.get_rank()}", {"state": {"bias": sharded()}})
+
+
+def save_partial(directory: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    partial = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+    with fc.CheckpointManager(directory) as manager:
+        tree: dict[str, Any] = {"whole": torch.ones(2), "sum": partial}
+        manager.save(0, {"state": tree})
+
+
+def test_what_other_ranks_hold_is_not_saved_by_one_alone(workers: Workers, tmp_path: Path) -> None:
+    for failure in workers.failures(2, save_alone, tmp_path):
+        assert "UnsupportedLeafError" in failure.kinds
+        assert failure.text.startswith("state.bias: the DTensor's mesh has rank 1, ")
+        assert "give a process_group that holds the whole mesh" in failure.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_sum_is_named(workers: Workers, tmp_path: Path) -> None:
+    for failure in workers.failures(2, save_partial, tmp_path):
+        assert "UnsupportedLeafError" in failure.kinds
+        assert "state['sum']: the DTensor has the placement Partial" in failure.text
+    with fc.CheckpointManager(tmp_path, read_only=True) as manager:
+        assert manager.all_steps() == []
+
+
+def save_in_replicas(directory: Path) -> list[float]:
+    from functional_ckpt.distributed.torch_dist import default_coordinator
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+    replica = mesh.get_local_rank("replica")
+    full = torch.arange(5.0) + 10 * replica
+    tensor = distribute_tensor(full, mesh["shard"], [Shard(0)])
+    coordinator = default_coordinator(mesh["shard"].get_group(), timeout_seconds=20)
+    with fc.CheckpointManager(directory / str(replica), coordinator=coordinator) as manager:
+        manager.save(0, {"state": {"bias": tensor}})
+        manager.wait_until_finished()
+        empty = torch.zeros_like(tensor)
+        restored = manager.restore(0, {"state": {"bias": fc.Fill(empty)}})["state"]["bias"]
+    assert restored is empty
+    return restored.full_tensor().tolist()
+
+
+def test_replicas_that_checkpoint_alone(workers: Workers, tmp_path: Path) -> None:
+    found = workers.run(4, save_in_replicas, tmp_path)
+    for replica in (0, 1):
+        expected = [float(10 * replica + index) for index in range(5)]
+        assert found[2 * replica] == found[2 * replica + 1] == expected
+        alone = fc.restore(tmp_path / str(replica) / "0")
+        assert alone["state"]["bias"].tolist() == expected
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_mesh_of_all_ranks_is_saved(num_ranks: int, workers: Workers, tmp_path: Path) -> None:
+    workers.run(num_ranks, save_whole, tmp_path)
+    assert fc.restore(tmp_path / "0")["state"]["bias"].tolist() == [0.0, 1.0, 2.0]
+
+
+def save_whole(directory: Path) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    tensor = distribute_tensor(torch.arange(3.0), mesh, [Shard(0)])
+    with fc.CheckpointManager(directory) as manager:
+        manager.save(0, {"state": {"bias": tensor}})
