@@ -1,4 +1,4 @@
-"""The primary's part of a save: one global item out of every rank's chunks, then every metadata file."""
+"""The primary's part of a save: one global item out of every rank's chunks, then its metadata."""
 
 from __future__ import annotations
 
@@ -115,12 +115,12 @@ def _complete_tree(
     grids = {
         node.name: ChunkGrid(node.spec.shape, shapes[node.name])
         for node in nodes
-        if node.tied_to is None
+        if node.tied_to is None and node.name in shapes
     }
+    _check_whole(item.name, nodes, grids, reports)
     tied = {
         node.name: (node.tied_to, grids[node.tied_to]) for node in nodes if node.tied_to is not None
     }
-    _check_whole(item.name, grids, reports)
     children = [child for report in reports for child in report.children[item.name]]
     children += _write_own_scalars(storage, path, parts, united)
     arrays_write.merge_children(storage, path, children, tied)
@@ -139,21 +139,29 @@ def _complete_tree(
     )
 
 
-def _check_whole(item: str, grids: Mapping[str, ChunkGrid], reports: Sequence[RankReport]) -> None:
-    """Raises unless every chunk was written, and by one rank only."""
+def _check_whole(
+    item: str,
+    nodes: Sequence[structure.ArrayNode],
+    grids: Mapping[str, ChunkGrid],
+    reports: Sequence[RankReport],
+) -> None:
+    """Raises unless every array's metadata and chunks were written, and by one rank only."""
     written: collections.Counter[str] = collections.Counter()
     for report in reports:
         for name, chunks in report.digests[item].items():
             written[name] += len(chunks)
-    for name, grid in grids.items():
-        if written[name] != grid.num_chunks:
-            ranks = [r for r, report in enumerate(reports) if report.digests[item].get(name)]
-            raise errors.CoordinationError(
-                f"{item}: of the array {name!r}, {grid.num_chunks} chunks were to be written once, and "
-                f"ranks {ranks} wrote {written[name]}. Every rank of a DTensor's mesh must save it.",
-                ranks=ranks,
-                key_path=name,
-            )
+    for node in nodes:
+        grid = grids.get(node.name)
+        if node.tied_to is not None or (grid and written[node.name] == grid.num_chunks):
+            continue
+        ranks = [r for r, report in enumerate(reports) if report.digests[item].get(node.name)]
+        expected = "" if grid is None else f" for {grid.num_chunks}"
+        raise errors.CoordinationError(
+            f"{item}: {node.name!r} is not whole, or was written twice: ranks {ranks} wrote "
+            f"{written[node.name]} chunks{expected}. Every rank of a DTensor's mesh must save it.",
+            ranks=ranks,
+            key_path=node.name,
+        )
 
 
 def _write_own_scalars(

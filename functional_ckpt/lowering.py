@@ -100,9 +100,9 @@ def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ..
     sources = tuple(_source(name, node, value, ranks) for node, value in flat.arrays)
     if per_rank and (spread := next((s for s in sources if s.sharding is not None), None)):
         raise errors.UnsupportedLeafError(
-            f"{name}: {spread.node.name!r} is a DTensor, of which each rank has a part, but every rank has a "
-            "state of its own in this item; save it with fc.Stateful(value, per_rank=False), or save "
-            "tensor.to_local()",
+            f"{name}: {spread.node.name!r} is a DTensor, of which each rank has a part, but every "
+            "rank has a state of its own in this item; save it with "
+            "fc.Stateful(value, per_rank=False), or save tensor.to_local()",
             key_path=name,
         )
     return LoweredItem(name=name, handler=kind, root=flat.root, sources=sources, per_rank=per_rank)

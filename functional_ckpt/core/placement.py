@@ -119,6 +119,8 @@ class Sharding:
         Raises:
             UnsupportedLeafError: The mesh has a rank outside the group.
         """
+        if self.ranks == group == tuple(range(len(group))):
+            return self
         places = _places(group)
         outside = [rank for rank in self.ranks if rank not in places]
         if outside:

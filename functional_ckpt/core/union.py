@@ -1,4 +1,4 @@
-"""One global structure out of what the ranks hold: pipeline stages, per-rank values, replicas. Pure."""
+"""One structure out of what the ranks hold: pipeline stages, per-rank values, replicas. Pure."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def rank_key(rank: int) -> str:
 def unite(parts: Parts, *, item: str) -> Node:
     """The structure of which every rank holds a part.
 
-    Dicts are united key by key, lists of names name by name. Plain values that differ are kept for every
-    rank that has one. Arrays of one name must be the same on every rank.
+    Dicts are united key by key, lists of names name by name. Plain values that differ are kept for
+    every rank that has one. Arrays of one name must be the same on every rank.
 
     Raises:
         CoordinationError: Two ranks hold different things under one key path; names both.
@@ -106,8 +106,8 @@ class _Uniting:
         rank, other = first[0][0], second[0][0]
         return errors.CoordinationError(
             f"{where}: rank {rank} holds {_describe(first[1])}, rank {other} holds "
-            f"{_describe(second[1])}. Give them different names, or save what belongs to each rank as an "
-            "item of its own (fc.Stateful(value, per_rank=True)).",
+            f"{_describe(second[1])}. Give them different names, or save what belongs to each rank "
+            "as an item of its own (fc.Stateful(value, per_rank=True)).",
             ranks=(rank, other),
             key_path=where,
         )

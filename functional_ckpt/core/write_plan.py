@@ -1,7 +1,8 @@
-"""Who writes which chunk: every chunk has one writer, and replicas share the work evenly. Pure, torch-free.
+"""Who writes which chunk: each has one writer, and replicas share the work evenly. Pure.
 
-Every rank works out its own part from shardings alone, and all parts fit together without a word between the
-ranks: each considers only the chunks that it holds, in the same order as everyone who holds the same.
+Every rank works out its own part from shardings alone, and all parts fit together without a word
+between the ranks: each considers only the chunks that it holds, in the same order as everyone who
+holds the same. Free of torch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["PlannedArray", "PlannedPiece", "ShardedArray", "plan_writes"]
 
 Index: TypeAlias = tuple[int, ...]
 
-# Eight replicas that share 2 GiB in chunks of full size have eight chunks each: at most one more than others.
+# Eight replicas that share 2 GiB in full chunks have eight each, and none more than one more.
 _REPLICAS_PER_FULL_CHUNK = 8
 _MIN_SHARED_CHUNK_BYTES = 4 * 2**20
 
@@ -72,8 +73,8 @@ class PlannedArray:
 def plan_writes(arrays: Sequence[ShardedArray], rank: int) -> tuple[PlannedArray, ...]:
     """What `rank` writes of each array.
 
-    The chunks that the same set of replicas holds are dealt out largest first, each to the replica with the
-    least work so far.
+    The chunks that the same set of replicas holds are dealt out largest first, each to the replica
+    with the least work so far.
     """
     grids = [_grid(array) for array in arrays]
     mine = _deal(arrays, grids, rank)
@@ -91,7 +92,7 @@ def plan_writes(arrays: Sequence[ShardedArray], rank: int) -> tuple[PlannedArray
 
 
 def _grid(array: ShardedArray) -> ChunkGrid:
-    """The array's chunks; smaller ones the more replicas share them, so that the loads come out even."""
+    """The array's chunks: smaller where many replicas share them, so that loads come out even."""
     units = array.sharding.units(array.spec.shape)
     shares = -(-array.sharding.num_replicas // _REPLICAS_PER_FULL_CHUNK)
     return choose_grid(array.spec, units, max(MAX_CHUNK_BYTES // shares, _MIN_SHARED_CHUNK_BYTES))

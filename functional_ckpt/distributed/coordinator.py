@@ -68,11 +68,17 @@ class Coordinator(Protocol):
 
 
 class SingleProcess:
-    """The coordinator of one process: there is nobody to wait for."""
+    """The coordinator of one process: there is nobody to wait for.
+
+    Args:
+        global_rank: Its rank in the whole job.
+    """
 
     rank = 0
     num_ranks = 1
-    global_ranks = (0,)
+
+    def __init__(self, global_rank: int = 0) -> None:
+        self.global_ranks = (global_rank,)
 
     def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
         """Combines the one value."""

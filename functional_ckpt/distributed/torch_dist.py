@@ -44,8 +44,13 @@ def default_coordinator(
             )
         return SingleProcess()
     group = process_group or dist.group.WORLD
+    if dist.get_rank(group) < 0:
+        raise errors.UsageError(
+            f"Rank {dist.get_rank()} is not in the process_group that was given; only the ranks of "
+            "a group save and restore with it."
+        )
     if dist.get_world_size(group) == 1:
-        return SingleProcess()
+        return SingleProcess(dist.get_rank())
     return StoreCoordinator(group, timeout_seconds=timeout_seconds)
 
 
@@ -144,7 +149,7 @@ class _Store:
         return bool(self._call(self._store.check, list(keys), seconds=seconds))
 
     def delete(self, key: str, seconds: float) -> None:
-        """Deletes a key, where the kind of store can; elsewhere it stays, which costs a few bytes."""
+        """Deletes a key where the kind of store can; elsewhere it stays, a few bytes."""
         try:
             self._call(self._store.delete_key, key, seconds=seconds)
         except errors.CheckpointError:

@@ -83,7 +83,7 @@ def test_what_ranks_disagree_on_is_an_error_naming_both(
 
 
 def test_the_ranks_named_are_those_that_differ() -> None:
-    with pytest.raises(errors.CoordinationError, match="rank 0 holds .* rank 2 holds") as caught:
+    with pytest.raises(errors.CoordinationError, match=r"rank 0 holds .* rank 2 holds") as caught:
         unite({"x": torch.zeros(2)}, {"x": torch.zeros(2)}, {"x": torch.zeros(1)})
     assert caught.value.ranks == (0, 2)
 

@@ -159,7 +159,7 @@ def test_chunks_are_bounded(shape: tuple[int, ...], num_ranks: int, dim: int) ->
     spec = ArraySpec(shape, "float32")
     grid = chunks.choose_grid(spec, sharding.units(shape))
     size_bytes = math.prod(grid.chunk_shape) * spec.itemsize_bytes
-    # Eight times the bound where a shard has no useful divisor, and is not worth thousands of slivers.
+    # Eight times the bound where a shard has no useful divisor: no thousands of slivers.
     assert size_bytes <= 8 * chunks.MAX_CHUNK_BYTES
     if cut.dim == 0 and num_ranks == 1:
         assert size_bytes <= chunks.MAX_CHUNK_BYTES

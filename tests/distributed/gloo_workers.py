@@ -1,7 +1,7 @@
 """Processes that stay: importing torch takes seconds, so one set of workers serves every test.
 
-A job is a function of a module that workers can import, called on ranks 0 to n-1 of a fresh gloo group of n
-processes. Groups of any size follow each other in the same processes.
+A job is a function of a module that workers can import, called on ranks 0 to n-1 of a fresh gloo
+group of n processes. Groups of any size follow each other in the same processes.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Workers:
     """Processes, started when a job first needs them."""
 
     def __init__(self) -> None:
-        # Forked from a server that has imported torch, and used nothing of it: one import for all. (TensorStore
-        # must be imported by each: it does not survive a fork.)
+        # Forked from a server that has imported torch, and used nothing of it: one import for all.
+        # (TensorStore must be imported by each: it does not survive a fork.)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["torch", "torch.distributed.tensor"])
         self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
@@ -70,7 +70,11 @@ class Workers:
             if not pipe.poll(max(0.0, deadline - time.monotonic())):
                 self.close()
                 raise TimeoutError(f"rank {rank} of {num_ranks} has not finished {job.__name__}")
-            outcomes.append(pipe.recv())
+            try:
+                outcomes.append(pipe.recv())
+            except EOFError:  # it was killed by its own watchdog, which says where it hung
+                self.close()
+                raise
         return outcomes
 
     def run(self, num_ranks: int, job: Callable[..., Any], *args: object) -> list[Any]:
