@@ -306,7 +306,9 @@ def test_types_are_shipped() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
-@pytest.mark.parametrize("name", ["setup", "test", "check", "demo", "demo_distributed", "bench", "../.ci/run"])
+@pytest.mark.parametrize(
+    "name", ["setup", "test", "check", "demo", "demo_distributed", "bench", "../.ci/run"]
+)
 def test_scripts_are_executable_and_stop_at_the_first_error(name: str) -> None:
     script = ROOT / "scripts" / name
     assert os.access(script, os.X_OK)
