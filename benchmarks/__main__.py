@@ -1,4 +1,4 @@
-"""`scripts/bench [--quick]`: every measurement in a child process, peers interleaved, medians with spread."""
+"""`scripts/bench [--quick]`: each measurement in a child process, peers interleaved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: `python -m benchmarks.child KIND ...`; prints one JSON line."""
+"""One measurement in a process of its own; prints one line of JSON."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def _store_and_load(peer_name: str, workload: str, divisor: int, root: str) -> d
     peer = peers.PEERS[peer_name]()
     path = peers.fresh(os.path.join(root, peer_name.replace(".", "_")))
     warm = {"w": torch.rand(1000)}
-    peer.save(warm, peers.fresh(path + ".warm"))  # imports and first-use costs are not what is compared
+    peer.save(
+        warm, peers.fresh(path + ".warm")
+    )  # imports and first-use costs are not what is compared
     peer.restore(warm, path + ".warm")
     peers.fresh(path + ".warm")
     state = workloads.make(workload, divisor)
@@ -111,7 +113,7 @@ def _store_and_load(peer_name: str, workload: str, divisor: int, root: str) -> d
 
 
 def _limits(divisor: int, root: str) -> dict[str, Any]:
-    """What the machine can do with the bytes of `big`: copies, writes and reads without any format."""
+    """What the machine can do with the bytes of `big`: copies, writes and reads, no format."""
     import numpy as np
 
     from functional_ckpt.storage.staging import copy_in_threads
@@ -150,7 +152,7 @@ def _limits(divisor: int, root: str) -> dict[str, Any]:
 
 
 def _latency(root: str) -> dict[str, Any]:
-    """The manager's small costs: a save refused by its policy, and a tiny save until it is durable."""
+    """The manager's small costs: a save refused by policy, and a tiny one until durable."""
     import functional_ckpt as fc
 
     path = peers.fresh(os.path.join(root, "latency"))

@@ -1,6 +1,7 @@
 """How each system saves and restores a dict of tensors, as its documentation has it done.
 
-Durable means the same for everyone: every file and every directory was synced before the clock stops.
+Durable means the same for everyone: every file and every directory was synced before the clock
+stops.
 """
 
 from __future__ import annotations

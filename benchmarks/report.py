@@ -1,8 +1,8 @@
-"""The measurements as Markdown: medians, spread, and ratios to the best peer and to the machine's limit."""
+"""The measurements as Markdown: medians, spread, ratios to the best peer and to the limit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["markdown"]
@@ -22,9 +22,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
     lines = [
         "# Measurements",
         "",
-        f"{summary['machine']}; {size}; medians of {summary['rounds']} rounds, each in a process of its own, "
-        "peers interleaved. Every save is synced, files and directories, before the clock stops. GiB/s, "
-        "with the slowest and fastest round in brackets. Gaps under a quarter are ties on this machine.",
+        f"{summary['machine']}; {size}; medians of {summary['rounds']} rounds, each in a process "
+        "of its own, peers interleaved. Every save is synced, files and directories, before the "
+        "clock stops. GiB/s, with the slowest and fastest round in brackets. Gaps under a quarter "
+        "are ties here.",
         "",
     ]
     lines += _limits(medians["limits"])
@@ -37,6 +38,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 def _rate(size_bytes: float, seconds: float) -> float:
     return size_bytes / seconds / 2**30
+
+
+def _best(medians: Mapping[str, Any], peers: Sequence[str], key: str) -> float:
+    return min(medians[peer][key]["median"] for peer in peers)
 
 
 def _limits(limits: Mapping[str, Any]) -> list[str]:
@@ -67,11 +72,13 @@ def _workload(load: str, medians: Mapping[str, Any]) -> list[str]:
         ]
         peak = figures["save_peak_bytes"]["median"] / 2**20
         files = int(figures["num_files"]["median"])
-        rows.append(f"| {name.partition('/')[2]} | {' | '.join(cells)} | {peak:.0f} MiB | {files} |")
+        rows.append(
+            f"| {name.partition('/')[2]} | {' | '.join(cells)} | {peak:.0f} MiB | {files} |"
+        )
     peers = [name for name in names if not name.endswith(_OURS)]
     if peers and f"{load}/{_OURS}" in medians:
         cells = [
-            f"{min(medians[p][key]['median'] for p in peers) / medians[f'{load}/{_OURS}'][key]['median']:.2f}x"
+            f"{_best(medians, peers, key) / medians[f'{load}/{_OURS}'][key]['median']:.2f}x"
             for key in _COLUMNS
         ]
         rows.append(f"| ours against the best peer | {' | '.join(cells)} | | |")
@@ -83,8 +90,9 @@ def _workload(load: str, medians: Mapping[str, Any]) -> list[str]:
         third = blocked["blocked_3_seconds"]["median"]
         rows += [
             "",
-            f"An asynchronous save blocks {blocked['blocked_1_seconds']['median']:.3f} s the first time and "
-            f"{third:.3f} s the third, {third / ideal:.2f}x a two-thread copy of the bytes.",
+            f"An asynchronous save blocks {blocked['blocked_1_seconds']['median']:.3f} s the "
+            f"first time and {third:.3f} s the third, {third / ideal:.2f}x a two-thread "
+            "copy of the bytes.",
         ]
     return [*rows, ""]
 

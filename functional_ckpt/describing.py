@@ -21,7 +21,8 @@ class StepMetadata:
     Attributes:
         step: Its number; None for a checkpoint without steps.
         time: When it was committed.
-        items: Name of each item -> its tree, with an `ArraySpec` for every array; the value of a JSON item.
+        items: Name of each item -> its tree, with an `ArraySpec` for every array; the value of a
+            JSON item.
         metrics: Its metrics, or None.
         custom_metadata: What the user saved beside it.
     """

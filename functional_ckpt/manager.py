@@ -43,23 +43,27 @@ _log = logging.getLogger("functional_ckpt")
 class CheckpointManager:
     """Keeps the steps of one training run in one directory.
 
-    A step that was reported (by `Commit.result`, by the lists of steps) is whole and durable. A failure in the
-    background is raised once, by the next `save`, `check_for_errors`, `wait_until_finished` or `close`. Use it
-    from one thread.
+    A step that was reported (by `Commit.result`, by the lists of steps) is whole and durable. A
+    failure in the background is raised once, by the next `save`, `check_for_errors`,
+    `wait_until_finished` or `close`. Use it from one thread.
 
     Args:
         directory: Where the steps are; created by a writer.
-        save_policy: When `save` saves: a policy, or a list of which any says yes. Default: every call.
+        save_policy: When `save` saves: a policy, or a list of which any says yes. Default: every
+            call.
         keep_policy: Which steps stay: a policy, or a list of which any says yes. Default: all.
         registry: Chooses handlers for plain values.
         step_name: How a step's directory is named.
-        overwrite: Whether a step that exists may be saved again; it is replaced without a moment of loss.
+        overwrite: Whether a step that exists may be saved again; it is replaced without a moment
+            of loss.
         read_only: Restore and look only, beside a live writer if there is one.
-        asynchronous: Whether `save` returns once the state is staged; if not, it returns when it is durable.
-        on_busy: What a save does while another is being committed: `wait` for it, or `skip` this one.
-        process_group: The ranks that save and restore together: a group of torch.distributed, for a replica
-            that checkpoints alone; None for the default group, if there is one. Each of its ranks makes its
-            manager, and calls its methods, in the same order.
+        asynchronous: Whether `save` returns once the state is staged; if not, it returns when it
+            is durable.
+        on_busy: What a save does while another is being committed: `wait` for it, or `skip` this
+            one.
+        process_group: The ranks that save and restore together: a group of torch.distributed, for
+            a replica that checkpoints alone; None for the default group, if there is one. Each of
+            its ranks makes its manager, and calls its methods, in the same order.
         coordinator: How they agree, in place of `process_group`.
         storage: The file system; tests inject faults here.
 
@@ -146,8 +150,8 @@ class CheckpointManager:
     ) -> background.Commit | None:
         """Saves a step if the policy says so.
 
-        When it returns, the caller may change every object it passed: what will be stored is what they held at
-        the moment of the call.
+        When it returns, the caller may change every object it passed: what will be stored is what
+        they held at the moment of the call.
 
         Args:
             step: Its number; any order.
@@ -157,7 +161,8 @@ class CheckpointManager:
             force: Save whatever the policy says.
 
         Returns:
-            A handle of the commit; None when the policy said no, or a commit is under way and `on_busy` is `skip`.
+            A handle of the commit; None when the policy said no, or a commit is under way and
+            `on_busy` is `skip`.
 
         Raises:
             SaveError: An earlier save failed in the background.
@@ -236,8 +241,8 @@ class CheckpointManager:
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step that are known only now; durable when it returns.
 
-        A read-only manager may do this too, so that an evaluator beside the trainer can: the trainer's keep
-        policies see them at its next commit.
+        A read-only manager may do this too, so that an evaluator beside the trainer can: the
+        trainer's keep policies see them at its next commit.
 
         Raises:
             StepNotFoundError: There is no such step.
@@ -283,8 +288,9 @@ class CheckpointManager:
     ) -> restoring.Restored:
         """Restores a step.
 
-        Without `items`, everything comes back as it was saved, as pytrees of CPU tensors. With `items`, stateful
-        objects are filled in place and pytrees come back new, like the ones given.
+        Without `items`, everything comes back as it was saved, as pytrees of CPU tensors. With
+        `items`, stateful objects are filled in place and pytrees come back new, like the ones
+        given.
 
         Args:
             step: Its number; None for the latest.
@@ -292,12 +298,14 @@ class CheckpointManager:
             only: Shell patterns on `item` or `item.leaf.name`.
             strict: Whether a difference is an error; if not, see `.report`.
             cast: `target` converts to the target's dtype.
-            verify: When bytes are checked: `during` the read, all `before` the first is written, or `off`.
+            verify: When bytes are checked: `during` the read, all `before` the first is written,
+                or `off`.
 
         Raises:
             StepNotFoundError: No such step or item.
             MismatchError: Checkpoint and target differ; nothing was touched.
-            CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written into.
+            CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written
+                into.
         """
         self._check_usable()
         options = restoring.RestoreOptions(only=only, strict=strict, cast=cast, verify=verify)
@@ -329,7 +337,8 @@ class CheckpointManager:
             value = error
 
         def combine(values: Sequence[bytes]) -> bytes:
-            # A rank may list a directory before or after the newest commit: the primary's latest counts.
+            # A rank may list a directory before or after the newest commit: the primary's latest
+            # counts.
             for rank, found in enumerate(values):
                 if step is not None and found != values[0]:
                     raise errors.CoordinationError(
@@ -349,7 +358,7 @@ class CheckpointManager:
         return describe(opened, self._steps.late_metrics(number) or None)
 
     def metrics(self, step: int | None = None) -> Mapping[str, Any] | None:
-        """The metrics of a step (None: the latest), the late ones included; None where there are none."""
+        """The metrics of a step (None: the latest), late ones included, or None."""
         return self.metadata(step).metrics
 
     # ------------------------------------------------------------------------------ looking
@@ -443,15 +452,15 @@ class CheckpointManager:
     def reached_preemption(self, step: int) -> bool:
         """Whether the process was told to stop (SIGTERM) and this step was the one to save.
 
-        Needs `policies.Preemption()` among the save policies. False for a step that `save` has just refused
-        or skipped: the signal came too late for it, and whoever left the loop now would lose the steps since
-        the last save. The next `save` is taken.
+        Needs `policies.Preemption()` among the save policies. False for a step that `save` has
+        just refused or skipped: the signal came too late for it, and whoever left the loop now
+        would lose the steps since the last save. The next `save` is taken.
         """
         self._check_usable()
         return self._decider.is_preempted(_as_step(step))
 
     def close(self) -> None:
-        """Finishes the commit under way, lets the next writer in; raises an error not told yet. Safe twice."""
+        """Finishes the commit under way and lets the next writer in; raises an untold error."""
         if self._closed or os.getpid() != self._pid:
             return
         self._committer.wait()

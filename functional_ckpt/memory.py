@@ -87,7 +87,7 @@ def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
 
 
 def _imitate(node: structure.ArrayNode, like: torch.Tensor) -> Place:
-    """New memory with the dtype, device and sharding of `like`; a meta tensor becomes a CPU tensor."""
+    """New memory with dtype, device and sharding of `like`; for a meta tensor on the CPU."""
     new = leaves.allocate(_local_node(node, like))
 
     def finish() -> Any:

@@ -44,7 +44,9 @@ def read_all(
     if verify == "before":
         threads.run_in_threads([task for job in jobs for task in job.verification()])
     verified = verify == "during"
-    threads.run_in_threads(_batches([task for job in jobs for task in job.tasks(verified=verified)]))
+    threads.run_in_threads(
+        _batches([task for job in jobs for task in job.tasks(verified=verified)])
+    )
     return [job.assemble() for job in jobs]
 
 

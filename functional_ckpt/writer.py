@@ -74,7 +74,8 @@ class RankReport:
         digests: Item -> the digests of its chunks.
         children: Item -> the databases it used, relative to the item.
         chunk_shapes: Item -> array -> how it is cut; of the arrays whose metadata this rank wrote.
-        roots: Item -> its structure as this rank has it; only where it may differ from the primary's.
+        roots: Item -> its structure as this rank has it; only where it may differ from the
+            primary's.
     """
 
     digests: Mapping[str, arrays_write.Digests]

@@ -29,6 +29,8 @@ __all__ = ["KeyValueStore", "Rounds"]
 # How much longer the others wait than the primary, so that its verdict reaches them first.
 _GRACE_SECONDS = 2.0
 _LEAVE_SECONDS = 5.0
+# How long to try to tell why one gives up; the store may be what does not answer.
+_LAST_WORD_SECONDS = 1.0
 _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.05
 # One server answers every rank: thousands of them must ask less often.
@@ -121,19 +123,26 @@ class Rounds:
         begun, gathered, closed = keys
         try:
             self._set(begun, b"")
-            if isinstance(value, BaseException):
-                raise value
-            values = self._gather(slot, what)
+            try:
+                values = self._gather(slot, what)
+            except errors.CoordinationError:
+                if isinstance(value, BaseException):
+                    raise value  # noqa: B904 - it says more
+                raise
             self._set(gathered, b"")
             if values is None:
                 self._set(closed, _entry(_SKIPPED, what))
                 return None
+            if isinstance(value, BaseException):
+                # Only now: the others may have been at work on what the primary clears away.
+                raise value
             outcome = combine([value, *values])
             self._set(closed, _entry(_VALUE, what, outcome))
         except BaseException as error:
             with contextlib.suppress(errors.CoordinationError):  # the store's; `error` says more
-                self._set(gathered, b"")
-                self._set(closed, _entry(_ERROR, what, _describe(error, what)))
+                self._store.set(gathered, b"", _LAST_WORD_SECONDS)
+                last_word = _entry(_ERROR, what, _describe(error, what))
+                self._store.set(closed, last_word, _LAST_WORD_SECONDS)
             raise
         self._forget(keys)
         return outcome
@@ -202,7 +211,7 @@ class Rounds:
                     self._raise_silent(doing, what)
         except BaseException:
             with contextlib.suppress(errors.CoordinationError):
-                self._set(own, _entry(_GONE, what))
+                self._store.set(own, _entry(_GONE, what), _LAST_WORD_SECONDS)
             raise
         outcome = self._outcome(closed)
         if outcome is not None:

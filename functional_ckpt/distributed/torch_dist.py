@@ -25,6 +25,8 @@ __all__ = ["DEFAULT_TIMEOUT_SECONDS", "StoreCoordinator", "default_coordinator"]
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
 _CONNECT_SECONDS = 60.0
+# A process that was stopped itself finds its time over and the answer waiting.
+_SECOND_LOOK_SECONDS = 0.5
 
 
 def default_coordinator(
@@ -201,11 +203,12 @@ class _Calls:
         """The result; `CancelledError` when there is none in time."""
         future: futures.Future[Any] = futures.Future()
         self._requests.put((future, function, args))
-        done, _ = futures.wait([future], seconds)
-        if not done:
-            future.cancel()  # one that waits behind a call that is stuck is never begun
-            raise futures.CancelledError
-        return future.result()
+        for patience in (seconds, _SECOND_LOOK_SECONDS):
+            done, _ = futures.wait([future], patience)
+            if done:
+                return future.result()
+        future.cancel()  # one that waits behind a call that is stuck is never begun
+        raise futures.CancelledError
 
 
 def _serve(requests: queue.SimpleQueue[_Request | None]) -> None:

@@ -20,7 +20,7 @@ from functional_ckpt.core import spec as spec_lib
 from functional_ckpt.core import tree as tree_lib
 from functional_ckpt.core.structure import Names
 from functional_ckpt.core.target import AS_SAVED, Fill
-from functional_ckpt.handlers import parameters
+from functional_ckpt.handlers import classes, parameters
 from functional_ckpt.handlers.base import CheckpointItem, Handler
 from functional_ckpt.handlers.parameters import NamedOptimizer, State
 
@@ -34,6 +34,8 @@ _NAMING = frozenset({"params", "param_names"})
 # Scalars that torch.optim keeps on the CPU unless the step is fused or capturable (see "special
 # device hosting for step" in torch/optim/optimizer.py); all other state lives with its parameter.
 _HOST_SCALARS = frozenset({"step", "mu_product"})
+# Each rank has an optimizer of its own for its share of the parameters, `optim`.
+_ZERO = frozenset({"torch.distributed.optim.zero_redundancy_optimizer.ZeroRedundancyOptimizer"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,32 +110,20 @@ class OptimizerHandler(Handler):
     def lift(self, value: Any, tree: Any) -> torch.optim.Optimizer:
         """The optimizer, with the groups' options and the state of every parameter as saved."""
         named = cast("NamedOptimizer", value)
-        optimizer = named.optimizer
-        for group, options in zip(optimizer.param_groups, tree["param_groups"], strict=False):
-            for key, option in options.items():
-                if key not in _RUN_FLAGS | _NAMING:
-                    group[key] = _as_run_wants(group.get(key), option)
-        restored = _restored_state(named, tree)
-        if parameters.loads_its_own_way(optimizer):
-            optimizer.load_state_dict(_packed(optimizer, restored, tree))
-            return optimizer
-        for parameter, entry in restored.items():
-            if entry is None:
-                optimizer.state.pop(parameter, None)
-            else:
-                optimizer.state[parameter] = entry
-        state = cast("dict[Any, Any]", optimizer.state)
-        for key in [key for key in state if type(key) is str]:
-            del state[key]
-        state.update(tree.get(parameters.SHARED, {}))
-        return optimizer
+        _restore_options(named.optimizer, tree)
+        _restore_state(named, tree)
+        if named.outer is None:
+            return named.optimizer
+        _restore_options(named.outer, tree)  # it hands its options to the one inside at every step
+        return named.outer
 
 
 class Optimizer(CheckpointItem):
     """An optimizer, saved by the names of its parameters and filled in place by restore.
 
     Args:
-        optimizer: Any `torch.optim.Optimizer`.
+        optimizer: Any `torch.optim.Optimizer`. Of a `ZeroRedundancyOptimizer`, every rank saves the state
+            of the parameters that it updates, and restores that of those it updates then.
         model: The module whose parameters it updates (wrapped or not), or `(name, parameter)`
             pairs.
 
@@ -155,7 +145,9 @@ class Optimizer(CheckpointItem):
             )
         if not isinstance(model, torch.nn.Module):
             model = tuple(model)
-        super().__init__(NamedOptimizer(optimizer, model), OptimizerHandler())
+        outer = optimizer if classes.is_a(optimizer, _ZERO) else None
+        inner = optimizer if outer is None else cast("Any", outer).optim
+        super().__init__(NamedOptimizer(inner, model, outer), OptimizerHandler())
 
 
 # ------------------------------------------------------------------------------------ matching
@@ -180,17 +172,17 @@ class _Matching:
         """
         if isinstance(live, torch.Tensor):
             return Fill(live) if self._fits(live, saved) else AS_SAVED
-        if type(live) is dict and type(saved) is dict:
+        if type(saved) is dict and (type(live) is dict or live is None and parameter is not None):
+            lives = cast("State", live or {})
             return {
-                key: self.state(live.get(key), child, parameter) for key, child in saved.items()
+                key: self.state(lives.get(key), child, parameter)
+                for key, child in cast("State", saved).items()
             }
-        if live is None and type(saved) is dict and parameter is not None:
-            return {key: self.state(None, child, parameter) for key, child in saved.items()}
-        if isinstance(saved, spec_lib.ArraySpec) and _is_sharded_like(parameter, saved):
-            dtype = getattr(torch, saved.dtype)
-            return Fill(torch.empty_like(cast("torch.Tensor", parameter).detach(), dtype=dtype))
-        if type(live) in (list, tuple) and type(live) is type(saved) and len(live) == len(saved):
-            return type(live)(map(self.state, live, saved))
+        if isinstance(saved, spec_lib.ArraySpec):
+            return _new_shard(parameter, saved)
+        kind: Any = type(live)
+        if kind in (list, tuple) and kind is type(saved) and len(live) == len(saved):
+            return kind(map(self.state, cast("Any", live), cast("Any", saved)))
         return AS_SAVED
 
     def group(self, live: State, saved: State) -> State:
@@ -228,10 +220,13 @@ def _is_strided(tensor: torch.Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 
-def _is_sharded_like(parameter: torch.Tensor | None, saved: spec_lib.ArraySpec) -> bool:
-    if parameter is None or placement.sharding_of(parameter) is None:
-        return False
-    return tuple(parameter.shape) == saved.shape and saved.shape != ()
+def _new_shard(parameter: torch.Tensor | None, saved: spec_lib.ArraySpec) -> Any:
+    """Memory for state that a sharded parameter does not have yet: sharded as the parameter is."""
+    if parameter is None or parameter.is_meta or placement.sharding_of(parameter) is None:
+        return AS_SAVED
+    if tuple(parameter.shape) != saved.shape or saved.shape == ():
+        return AS_SAVED
+    return Fill(torch.empty_like(parameter.detach(), dtype=getattr(torch, saved.dtype)))
 
 
 def _off_graph(leaf: Any) -> Any:
@@ -240,6 +235,30 @@ def _off_graph(leaf: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------ restoring
+
+
+def _restore_options(optimizer: torch.optim.Optimizer, tree: State) -> None:
+    for group, options in zip(optimizer.param_groups, tree["param_groups"], strict=False):
+        for key, option in options.items():
+            if key not in _RUN_FLAGS | _NAMING:
+                group[key] = _as_run_wants(group.get(key), option)
+
+
+def _restore_state(named: NamedOptimizer, tree: State) -> None:
+    optimizer = named.optimizer
+    restored = _restored_state(named, tree)
+    if parameters.loads_its_own_way(optimizer):
+        optimizer.load_state_dict(_packed(optimizer, restored, tree))
+        return
+    for parameter, entry in restored.items():
+        if entry is None:
+            optimizer.state.pop(parameter, None)
+        else:
+            optimizer.state[parameter] = entry
+    state = cast("dict[Any, Any]", optimizer.state)
+    for key in [key for key in state if type(key) is str]:
+        del state[key]
+    state.update(tree.get(parameters.SHARED, {}))
 
 
 def _as_run_wants(live: Any, option: Any) -> Any:

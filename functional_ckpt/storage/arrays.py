@@ -1,9 +1,10 @@
 """Databases of arrays: how TensorStore is opened, and what reading and writing share.
 
-One item is one OCDBT database of zarr v3 arrays. `arrays_write` puts chunks into it and `arrays_read` takes
-them out; these modules are the only importers of tensorstore. Two roads lead into a database and out of it,
-with the same bytes on disk: large chunks go through a zarr array without being copied, small ones straight
-through the key-value store, which costs a tenth per array.
+One item is one OCDBT database of zarr v3 arrays. `arrays_write` puts chunks into it and
+`arrays_read` takes them out; these modules are the only importers of tensorstore. Two roads lead
+into a database and out of it, with the same bytes on disk: large chunks go through a zarr array
+without being copied, small ones straight through the key-value store, which costs a tenth per
+array.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ _CONFIG = {
 }
 
 
-# A context is made anew for every write and every open: databases opened through one object share a cache, and
-# a step that was deleted or overwritten must not be remembered. Copying from a child to its parent needs both to
-# be opened with the same object.
+# A context is made anew for every write and every open: databases opened through one object share
+# a cache, and a step that was deleted or overwritten must not be remembered. Copying from a child
+# to its parent needs both to be opened with the same object.
 
 
 _user_pid: int | None = None
@@ -78,11 +79,13 @@ def check_process() -> None:
 
 
 def write_context() -> Any:
+    """For writing and merging: what is written is synced by the caller."""
     check_process()
     return ts.Context({"file_io_sync": False, "cache_pool": NO_CACHE})
 
 
 def read_context() -> Any:
+    """For reading: by memory map."""
     check_process()
     # Reads by memory map go straight from the page cache into the destination: 8-17 GiB/s against
     # 1-2. The cache is for the nodes of the tree (as large as they are): without it every read
@@ -119,6 +122,7 @@ class Database:
 
 
 def clear_error(path: str, error: Exception) -> errors.CheckpointError:
+    """What TensorStore's failure to write means to the caller."""
     text = str(error)
     if "No space left" in text:
         return errors.StorageError(
@@ -128,6 +132,7 @@ def clear_error(path: str, error: Exception) -> errors.CheckpointError:
 
 
 def open_database(directory: str, context: Any) -> Any:
+    """A database to write into, made when it is not there."""
     spec = {"driver": "ocdbt", "base": f"file://{directory}/", "config": _CONFIG}
     try:
         return ts.KvStore.open(spec, context=context).result()
@@ -155,6 +160,7 @@ def open_for_reading(directory: str) -> Database:
 
 
 def corrupt(directory: str, what: str, error: Exception) -> errors.CorruptCheckpointError:
+    """What TensorStore's failure to read means to the caller."""
     return errors.CorruptCheckpointError(
         f"{directory}: {what} cannot be read: {str(error).splitlines()[0]}", path=directory
     )

@@ -72,7 +72,7 @@ def read_array(database: Database, read: ArrayRead, destination: Array) -> None:
 
 
 def request_part(database: Database, read: ArrayRead, index: tuple[int, ...]) -> None:
-    """Asks for a small chunk ahead of `read_part`: many requests under way hide each one's latency."""
+    """Asks for a small chunk ahead of `read_part`: many at once hide each one's latency."""
     chunk = read.grid.box(index)
     size_bytes = chunk.num_elements * read.spec.itemsize_bytes
     is_small = size_bytes <= SMALL_CHUNK_BYTES and not read.grid.is_padded(index)
@@ -127,7 +127,7 @@ def _read_run(
     end: int,
     like: Array,
 ) -> Array:
-    """A run of a chunk's bytes: asks for whole digest blocks, verifies them, keeps what is wanted."""
+    """A run of a chunk's bytes: whole digest blocks are asked for and verified."""
     size_bytes = read.grid.box(index).num_elements * read.spec.itemsize_bytes
     first, last = start, end
     if read.digests is not None:
@@ -155,8 +155,8 @@ def _read_key(
         raise corrupt(database.directory, f"array {read.name!r}", error) from error
     if result.state != "value" or len(result.value) != last - first:
         raise errors.CorruptCheckpointError(
-            f"{database.directory}: chunk {key!r} is {result.state} with {len(result.value)} bytes; "
-            f"expected {last - first} bytes.",
+            f"{database.directory}: chunk {key!r} is {result.state} with "
+            f"{len(result.value)} bytes; expected {last - first} bytes.",
             path=database.directory,
             key_path=read.name,
         )
@@ -219,7 +219,8 @@ def stored_spec(
     """Shape and dtype of an array that another program wrote, checked before TensorStore sees them.
 
     Raises:
-        CorruptCheckpointError: The metadata is missing, malformed, or of a dtype that cannot be read.
+        CorruptCheckpointError: The metadata is missing, malformed, or of a dtype that cannot be
+            read.
     """
     key = f"{key_prefix(name)}{'zarr.json' if is_zarr3 else '.zarray'}"
     try:
@@ -251,7 +252,7 @@ def read_foreign_array(
     is_zarr3: bool,
     fills_missing: bool = False,
 ) -> None:
-    """Fills `destination` with `box` of an array that another program wrote, whatever its codecs."""
+    """Fills `destination` with `box` of another program's array, whatever its codecs."""
     spec = {
         "driver": "zarr3" if is_zarr3 else "zarr",
         "fill_missing_data_reads": fills_missing,

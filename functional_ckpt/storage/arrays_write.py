@@ -1,8 +1,9 @@
 """Chunks into databases, and the children of an item merged into one.
 
-A writer spreads its chunks over *children* of the item's database, because one writer per database is
-TensorStore's bottleneck; the primary merges them by copying key ranges, which copies no data. Durability is
-the caller's: TensorStore is told not to sync, and every file is synced once before the commit.
+A writer spreads its chunks over *children* of the item's database, because one writer per database
+is TensorStore's bottleneck; the primary merges them by copying key ranges, which copies no data.
+Durability is the caller's: TensorStore is told not to sync, and every file is synced once before
+the commit.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def write_arrays(
 
 
 class _ChildDatabase:
-    """A database under construction: everything goes into one transaction, one commit, few files."""
+    """A database under construction: one transaction, one commit, few files."""
 
     def __init__(self, directory: str, context: Any) -> None:
         self.directory = directory
@@ -155,7 +156,7 @@ class _ChildDatabase:
         self.put(f"{key_prefix(name)}c", np.array(value, numpy_dtype(spec.dtype)).tobytes())
 
     def put_array(self, array: ArrayWrite, box: Box, data: Array) -> None:
-        """Writes a region through zarr; `data` is referenced, not copied, until the commit is done."""
+        """Writes a region through zarr; `data` is referenced until the commit is done."""
         with self._lock:
             store = self._arrays.get(array.name)
             if store is None:
@@ -214,7 +215,7 @@ def merge_children(
     children: Sequence[str],
     tied: Mapping[str, tuple[str, ChunkGrid]],
 ) -> None:
-    """Makes the arrays of every child visible in the item's own database, without copying their data.
+    """Makes every child's arrays visible in the item's own database, without copying data.
 
     Args:
         storage: Told of the merge.
@@ -240,7 +241,7 @@ def merge_children(
 
 
 def _copy_tied(parent: Any, tied: Mapping[str, tuple[str, ChunkGrid]]) -> None:
-    """A second range of keys that refers to the same bytes, so that every reader sees both names."""
+    """A second range of keys over the same bytes, so that every reader sees both names."""
     transaction = ts.Transaction(atomic=True)
     target = parent.with_transaction(transaction)
     copies: list[Any] = []

@@ -132,7 +132,21 @@ class LocalStorage:
 
     def total_bytes(self, path: str) -> int:
         """Sum of the sizes of every file below `path`."""
-        return sum(os.lstat(os.path.join(path, name)).st_size for name in self.walk(path))
+        self.operation("list", path)
+        total, todo = 0, [path]
+        while todo:
+            # What disappears while we look counts for nothing.
+            with (
+                _clear_errors("list", path),
+                contextlib.suppress(FileNotFoundError),
+                os.scandir(todo.pop()) as entries,
+            ):
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_size
+        return total
 
     # -------------------------------------------------------------------------------- writing
 

@@ -13,8 +13,8 @@ _NUM_THREADS = 2
 def run_in_threads(tasks: Sequence[Callable[[], None]], num_threads: int = _NUM_THREADS) -> None:
     """Runs every task; raises the first error after all threads have stopped.
 
-    Plain threads, because executors refuse work while the interpreter shuts down, when the last commit of a
-    program may still be under way.
+    Plain threads, because executors refuse work while the interpreter shuts down, when the last
+    commit of a program may still be under way.
     """
     if len(tasks) < 2:
         for task in tasks:
@@ -32,7 +32,7 @@ def run_in_threads(tasks: Sequence[Callable[[], None]], num_threads: int = _NUM_
                 return
             try:
                 task()
-            except BaseException as error:  # handed to the caller below
+            except BaseException as error:  # noqa: BLE001 - handed to the caller below
                 failures.append(error)
 
     threads: list[threading.Thread] = []
