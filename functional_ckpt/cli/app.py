@@ -126,7 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     show = add("show", "Show what a checkpoint holds")
     show.add_argument("checkpoint", help="a checkpoint, or a manager's directory (its latest step)")
-    show.add_argument("--step", type=_step, metavar="N", help="this step of the directory")
+    show.add_argument("number", nargs="?", type=_step, metavar="STEP", help="this step of it")
+    show.add_argument("--step", type=_step, metavar="N", help="the same, as an option")
     show.add_argument("--item", metavar="NAME", action="append", help="only this item")
     show.add_argument(
         "--depth", type=_depth, metavar="N", help="summarise what is nested more than N deep"
@@ -140,7 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     diff = add("diff", "Compare two checkpoints")
     diff.add_argument("a", help="a checkpoint, or a manager's directory (its latest step)")
-    diff.add_argument("b", help="what to compare it with")
+    diff.add_argument("b", help="what to compare it with; or a step of A, and then")
+    diff.add_argument("number", nargs="?", type=_step, metavar="STEP", help="another step of A")
     diff.add_argument("--item", metavar="NAME", action="append", help="only this item")
     return parser
 

@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         else [target]
     )
     rows = [_row(storage, each, late.get(each.step or 0)) for each in checkpoints]
+    rows = [row for row in rows if storage.exists(row.checkpoint.path)]  # and was not just pruned
     best = _best(rows, arguments.best)
     if arguments.json:
         output.as_json(_record(target, rows, best))
@@ -71,16 +72,17 @@ def _row(
     storage: LocalStorage, checkpoint: targets.Checkpoint, late: Mapping[str, Any] | None
 ) -> _Row:
     items: Mapping[str, str] = {}
-    is_ours, problem = False, None
+    is_ours, problem, size_bytes = False, None, 0
     try:
+        size_bytes = storage.total_bytes(checkpoint.path)
         opened = layout.open_checkpoint(storage, checkpoint.path, checkpoint.step)
         items, is_ours = opened.items, opened.record is not None
-    except (errors.CorruptCheckpointError, errors.StorageError) as error:
+    except errors.CheckpointError as error:
         problem = error.message.removeprefix(f"{checkpoint.path}: ")
     return _Row(
         checkpoint=checkpoint,
         info=history.read_step(storage, checkpoint.path, checkpoint.step or 0, late),
-        size_bytes=storage.total_bytes(checkpoint.path),
+        size_bytes=size_bytes,
         items=items,
         is_ours=is_ours,
         problem=problem,

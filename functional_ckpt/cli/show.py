@@ -25,9 +25,8 @@ __all__ = ["chosen_items", "run"]
 def run(arguments: argparse.Namespace) -> int:
     """Prints the checkpoint's metadata and the tree of each item."""
     storage = LocalStorage()
-    checkpoint = targets.checkpoint_of(
-        storage, arguments.checkpoint, arguments.step, arguments.prefix
-    )
+    step = arguments.number if arguments.step is None else arguments.step
+    checkpoint = targets.checkpoint_of(storage, arguments.checkpoint, step, arguments.prefix)
     opened = layout.open_checkpoint(storage, checkpoint.path, checkpoint.step)
     names = chosen_items(opened, arguments.item)
     trees_of = {name: opened.tree(name) for name in names if opened.items[name] == "tree"}

@@ -344,6 +344,15 @@ def test_diff_of_equal_checkpoints(saved: Path) -> None:
     assert json_of("diff", saved, saved / "20")["equal"] is True
 
 
+def test_two_steps_of_one_directory(saved: Path) -> None:
+    record = json_of("diff", saved, 5, 10, "--item", "state", code=1)
+    assert [each["leaf"] for each in record["items"]["state"]["differences"]] == ["w"]
+    assert (record["a"]["step"], record["b"]["step"]) == (5, 10)
+    assert json_of("show", saved, 5)["step"] == 5
+    assert "'x' is not a step" in error_of("diff", saved, "x", 10)
+    assert "has no step 6" in error_of("diff", saved, 5, 6)
+
+
 def test_diff_reads_only_what_its_digests_tell_apart(root: Path) -> None:
     # Were equal digests not enough, the damaged leaf of both would be an error here.
     damage(root / "5")
