@@ -122,8 +122,8 @@ class Optimizer(CheckpointItem):
     """An optimizer, saved by the names of its parameters and filled in place by restore.
 
     Args:
-        optimizer: Any `torch.optim.Optimizer`. Of a `ZeroRedundancyOptimizer`, every rank saves the state
-            of the parameters that it updates, and restores that of those it updates then.
+        optimizer: Any `torch.optim.Optimizer`. Of a `ZeroRedundancyOptimizer`, every rank saves the
+            state of the parameters that it updates, and restores that of those it updates then.
         model: The module whose parameters it updates (wrapped or not), or `(name, parameter)`
             pairs.
 
@@ -172,7 +172,7 @@ class _Matching:
         """
         if isinstance(live, torch.Tensor):
             return Fill(live) if self._fits(live, saved) else AS_SAVED
-        if type(saved) is dict and (type(live) is dict or live is None and parameter is not None):
+        if type(saved) is dict and (type(live) is dict or (live is None and parameter is not None)):
             lives = cast("State", live or {})
             return {
                 key: self.state(lives.get(key), child, parameter)

@@ -37,10 +37,12 @@ class NamedOptimizer:
     Attributes:
         optimizer: Any `torch.optim.Optimizer`.
         model: A module, or `(name, parameter)` pairs.
+        outer: The ZeRO optimizer of which `optimizer` updates this rank's share; else None.
     """
 
     optimizer: torch.optim.Optimizer
     model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]
+    outer: torch.optim.Optimizer | None = None
 
 
 def group_names(named: NamedOptimizer) -> list[list[str]]:
