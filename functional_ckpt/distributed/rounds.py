@@ -77,6 +77,7 @@ class Rounds:
         self._rank = rank
         self._num_ranks = num_ranks
         self._timeout_seconds = timeout_seconds
+        self._grace_seconds = _GRACE_SECONDS
         self._next = 0
         self._spent: list[str] = []
         self._longest_pause = max(_LONGEST_PAUSE_SECONDS, num_ranks / _POLLS_PER_SECOND)
@@ -242,7 +243,7 @@ class Rounds:
 
     @property
     def _limit(self) -> float:
-        return self._timeout_seconds + _GRACE_SECONDS
+        return self._timeout_seconds + self._grace_seconds
 
     def _set(self, key: str, value: bytes) -> None:
         self._store.set(key, value, self._limit)
@@ -252,7 +253,7 @@ class Rounds:
         start = time.monotonic()
         for pause in self._pauses():
             rest = start + seconds() - time.monotonic()
-            if self._store.has(keys, max(rest, _GRACE_SECONDS)):
+            if self._store.has(keys, max(rest, self._grace_seconds)):
                 return True
             if rest <= 0:
                 return False

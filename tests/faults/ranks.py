@@ -1,8 +1,8 @@
 """Jobs of several ranks that go wrong, and the template that forks their processes.
 
-Run as a script it is the template: it imports everything once and forks a rank for each line it is given.
-Nothing in it may use TensorStore or a process group before the fork. Ranks and the test talk by files:
-what a rank tells is a line of `<rank>.jsonl`, and what it waits for is a file that appears.
+Run as a script it is the template: it imports everything once and forks a rank for each line it is
+given. Nothing in it may use TensorStore or a process group before the fork. Ranks and the test talk
+by files: what a rank tells is a line of `<rank>.jsonl`, what it waits for is a file that appears.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 import functional_ckpt as fc
 from functional_ckpt import deciding, errors
+from functional_ckpt.distributed import torch_dist
 from functional_ckpt.distributed.torch_dist import StoreCoordinator
 from functional_ckpt.storage.paths import LocalStorage
 
@@ -135,7 +136,9 @@ def save(manager: fc.CheckpointManager, step: int, items: Mapping[str, Any]) -> 
 class Trap(LocalStorage):
     """Announces the points of a save; armed, the first time that one is reached."""
 
-    def __init__(self, root: str, point: str, is_primary: bool, strike: Callable[[str], None]) -> None:
+    def __init__(
+        self, root: str, point: str, is_primary: bool, strike: Callable[[str], None]
+    ) -> None:
         super().__init__()
         self.is_armed = False
         self._root = root
@@ -220,6 +223,10 @@ def matrix(this: Rank) -> None:
     fault = Fault(this)
     manager = this.manager(storage=fault.storage)
     save(manager, 0, items_of(0, this.rank))
+    # No rank may be struck while another still reads that step 0 was saved.
+    put(this.folder / f"begun-{this.rank}", "")
+    for rank in range(this.num_ranks):
+        this.wait_for(f"begun-{rank}")
     step = 0
     while True:
         step += 1
@@ -310,8 +317,8 @@ def background(this: Rank) -> None:
             assert manager.save(1, items_of(1, this.rank))
             if this.rank == 2:
                 time.sleep(0.5)  # the others learn of it at once
-            first = attempt(lambda: manager.save(2, items_of(2, this.rank)))  # noqa: B023
-            again = attempt(lambda: save(manager, 3, items_of(3, this.rank)))  # noqa: B023
+            first = attempt(lambda: manager.save(2, items_of(2, this.rank)))
+            again = attempt(lambda: save(manager, 3, items_of(3, this.rank)))
             this.tell(event="failed", first=first, again=again, steps=manager.all_steps())
 
 
@@ -368,9 +375,9 @@ def restore_fails(this: Rank) -> None:
         if this.rank == victim:
             _damage(Path(copy, "0"), damage)
         with this.manager(copy, read_only=True) as manager:
-            found = attempt(lambda: manager.restore(0, {"state": State()}))  # noqa: B023
+            found = attempt(lambda: manager.restore(0, {"state": State()}))
             this.tell(event=damage, victim=victim, **found)
-            found = attempt(lambda: manager.restore(0, {"own": None}))  # noqa: B023
+            found = attempt(lambda: manager.restore(0, {"own": None}))
             assert (found["error"] is None) == (damage == "data"), found
 
 
@@ -416,6 +423,8 @@ def preempted(this: Rank) -> None:
 def many_managers(this: Rank) -> None:
     """Managers beside and after each other, on groups of any kind; the store does not fill up."""
     assert this.num_ranks == 3
+    if this.request["connection"] == "shared":  # as with stores that cannot be cloned
+        torch_dist._clone = lambda store: store
     # Not all ranks have been in the same groups before.
     pair = dist.new_group([2, 0], backend="gloo")
     if this.rank != 1:
@@ -465,8 +474,10 @@ def last_words(this: Rank) -> None:
 
 JOBS: dict[str, Callable[[Rank], None]] = {
     job.__name__: job
-    for job in (matrix, aftermath, elsewhere, unmounted, disagree, background, unsaveable)
-    + (restore_fails, preempted, many_managers, last_words)
+    for job in (
+        *(matrix, aftermath, elsewhere, unmounted, disagree, background, unsaveable),
+        *(restore_fails, preempted, many_managers, last_words),
+    )
 }
 
 
@@ -505,8 +516,8 @@ def run_rank(request: Mapping[str, Any]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    import functional_ckpt.handlers.rng
     import functional_ckpt.manager  # noqa: F401 - the template pays for every import
-    import functional_ckpt.handlers.rng  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the children
     print("ready", flush=True)

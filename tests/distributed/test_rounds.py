@@ -1,0 +1,148 @@
+"""The rounds between ranks, over a store in memory and a thread for each rank."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from functional_ckpt import errors
+from functional_ckpt.distributed.rounds import Rounds
+
+
+class MemoryStore:
+    """A key-value store that counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self.values: dict[str, bytes] = {}
+        self.num_writes = 0
+
+    def set(self, key: str, value: bytes, seconds: float) -> None:
+        with self._mutex:
+            self.num_writes += 1
+            self.values[key] = value
+
+    def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
+        with self._mutex:
+            return [self.values[key] for key in keys]
+
+    def has(self, keys: Sequence[str], seconds: float) -> bool:
+        with self._mutex:
+            return all(key in self.values for key in keys)
+
+    def delete(self, key: str, seconds: float) -> None:
+        with self._mutex:
+            self.num_writes += 1
+            self.values.pop(key, None)
+
+
+class Group:
+    """Ranks as threads."""
+
+    def __init__(self, num_ranks: int, timeout_seconds: float = 30.0) -> None:
+        self.store = MemoryStore()
+        self.rounds = [
+            Rounds(self.store, rank=rank, num_ranks=num_ranks, timeout_seconds=timeout_seconds)
+            for rank in range(num_ranks)
+        ]
+
+    def run(self, job: Callable[[int, Rounds], Any], *ranks: int) -> list[Any]:
+        """What the job returned or raised, for each of the ranks (none given: for all)."""
+        chosen = ranks or range(len(self.rounds))
+        with futures.ThreadPoolExecutor(len(chosen)) as pool:
+            jobs = [pool.submit(job, rank, self.rounds[rank]) for rank in chosen]
+        return [each.exception() or each.result() for each in jobs]
+
+
+def join(values: Sequence[bytes]) -> bytes:
+    return b",".join(values)
+
+
+def test_every_rank_gets_what_the_primary_makes_of_all_values() -> None:
+    group = Group(4)
+    for number in range(5):
+        found = group.run(lambda rank, rounds: rounds.exchange(f"n{number}", b"%d" % rank, join))  # noqa: B023
+        assert found == [b"0,1,2,3"] * 4
+
+
+def test_the_store_holds_one_round_and_after_leaving_none() -> None:
+    group = Group(3)
+    sizes: list[int] = []
+    for number in range(20):
+        group.run(lambda rank, rounds: rounds.exchange(f"round {number}", b"", join))  # noqa: B023
+        sizes.append(len(group.store.values))
+    assert max(sizes) == sizes[0] == 5
+    group.run(lambda rank, rounds: rounds.leave())
+    assert group.store.values == {}
+
+
+def test_a_round_costs_each_rank_the_same_few_writes() -> None:
+    writes = {}
+    for num_ranks in (2, 8):
+        group = Group(num_ranks)
+        for number in range(10):
+            group.run(lambda rank, rounds: rounds.exchange(f"{number}", bytes(9999), max))  # noqa: B023
+        writes[num_ranks] = group.store.num_writes / 10 / num_ranks
+    assert writes[8] <= writes[2] <= 4
+
+
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+def test_an_error_reaches_all_and_the_next_round_is_as_ever(culprit: int) -> None:
+    group = Group(3)
+    mine = ValueError("mine")
+    found = group.run(
+        lambda rank, rounds: rounds.exchange("it", mine if rank == culprit else b"", join)
+    )
+    for rank, error in enumerate(found):
+        if rank == culprit:
+            assert error is mine
+        else:
+            assert isinstance(error, errors.CoordinationError)
+            assert error.ranks == (culprit,)
+            assert str(error) == f"Rank {culprit} failed in it: ValueError: mine"
+    assert group.run(lambda _, rounds: rounds.exchange("more", b"x", join)) == [b"x,x,x"] * 3
+
+
+def test_who_does_not_come_is_named() -> None:
+    group = Group(4, timeout_seconds=0.1)
+    for error in group.run(lambda _, rounds: rounds.exchange("it", b"", join), 0, 2):
+        assert isinstance(error, errors.CoordinationTimeoutError)
+        assert error.ranks == (1, 3)
+        assert "Ranks 1, 3 did not come to it within 0.1 seconds" in str(error)
+
+
+def test_hurry_shortens_a_wait_under_way() -> None:
+    group = Group(2, timeout_seconds=600)
+    threading.Timer(0.2, group.rounds[0].hurry, [0.1]).start()
+    [error] = group.run(lambda _, rounds: rounds.exchange("it", b"", join), 0)
+    assert isinstance(error, errors.CoordinationTimeoutError)
+
+
+def test_different_calls_are_an_error_that_says_so() -> None:
+    group = Group(3)
+    found = group.run(lambda rank, rounds: rounds.exchange(f"call {rank // 2}", b"", join))
+    for error in found:
+        assert isinstance(error, errors.CoordinationError)
+        assert error.ranks == (2,)
+        assert "Rank 0 is about call 0, but rank 2 is about call 1" in str(error)
+
+
+@settings(max_examples=15)
+@given(st.lists(st.sets(st.integers(0, 2), min_size=1, max_size=2), min_size=1, max_size=3))
+def test_ranks_that_missed_rounds_meet_again(present: list[set[int]]) -> None:
+    group = Group(3, timeout_seconds=0.02)
+    for rounds in group.rounds:
+        rounds._grace_seconds = 0.05
+    for number, ranks in enumerate(present):
+        found = group.run(lambda _, rounds: rounds.exchange(f"round {number}", b"", join), *ranks)  # noqa: B023
+        assert all(isinstance(error, errors.CoordinationError) for error in found)
+    for rounds in group.rounds:
+        rounds._timeout_seconds = 30.0
+    found = group.run(lambda rank, rounds: rounds.exchange("together", b"%d" % rank, join))
+    assert found == [b"0,1,2"] * 3
