@@ -180,9 +180,9 @@ class _Matching:
             }
         if isinstance(saved, spec_lib.ArraySpec):
             return _new_shard(parameter, saved)
-        kind: Any = type(live)
-        if kind in (list, tuple) and kind is type(saved) and len(live) == len(saved):
-            return kind(map(self.state, cast("Any", live), cast("Any", saved)))
+        one, other = cast("Any", live), cast("Any", saved)
+        if type(one) in (list, tuple) and type(one) is type(other) and len(one) == len(other):
+            return type(one)(map(self.state, one, other))
         return AS_SAVED
 
     def group(self, live: State, saved: State) -> State:
