@@ -76,7 +76,8 @@ class Planner:
         signature = _signature(items)
         head = json.dumps([step, sorted(item.name for item in every)]).encode()
         is_known = b"1" if signature == self._signature else b"0"
-        # A plan holds for what all ranks have: after a failed round nobody can say if it still does.
+        # A plan holds for what all ranks have: after a failed round nobody can say if it still
+        # does.
         self._signature = b""
         verdict = coordinator.exchange(
             f"the plan of step {step}", b"%d\n" % len(head) + head + is_known + signature, _judge

@@ -1,8 +1,9 @@
 """Which rank holds which part of a global array: device meshes and placements as plain data.
 
-Facts about DTensor (torch 2.13, tried on real meshes): placements apply to the mesh dims from left to right;
-`Shard` cuts what is left of a dim into parts of ceil(n / k), the last ones smaller or empty; `_StridedShard` with
-the split factor f first cuts it into f such parts and gives every rank its share of each. Free of torch.
+Facts about DTensor (torch 2.13, tried on real meshes): placements apply to the mesh dims from left
+to right; `Shard` cuts what is left of a dim into parts of ceil(n / k), the last ones smaller or
+empty; `_StridedShard` with the split factor f first cuts it into f such parts and gives every rank
+its share of each. Free of torch.
 """
 
 from __future__ import annotations
@@ -125,14 +126,14 @@ class Sharding:
         outside = [rank for rank in self.ranks if rank not in places]
         if outside:
             raise errors.UnsupportedLeafError(
-                f"the DTensor's mesh has rank {outside[0]}, which is outside the process group that "
-                f"saves ({len(group)} ranks); give a process_group that holds the whole mesh"
+                f"the DTensor's mesh has rank {outside[0]}, which is outside the process group "
+                f"that saves ({len(group)} ranks); give a process_group that holds the whole mesh"
             )
         ranks = tuple(places[rank] for rank in self.ranks)
         return dataclasses.replace(self, ranks=ranks)
 
     def units(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Per dim a length that divides every edge between ranks; the dim's own size where nothing cuts it.
+        """Per dim a length that divides every edge between ranks; the whole dim where none cuts it.
 
         A chunk that divides the unit never reaches over an edge, so it has one writer.
         """
@@ -299,7 +300,7 @@ def _as_data(placement: Any) -> DimShard | None:
         return None
     if placement.is_partial():
         raise errors.UnsupportedLeafError(
-            f"the DTensor has the placement {placement!r}, an unfinished sum; redistribute it to Replicate() or "
-            "Shard(dim) before saving"
+            f"the DTensor has the placement {placement!r}, an unfinished sum; "
+            "redistribute it to Replicate() or Shard(dim) before saving"
         )
     return DimShard(placement.dim, int(getattr(placement, "split_factor", 1)))

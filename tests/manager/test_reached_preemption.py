@@ -66,7 +66,7 @@ def test_the_last_save_waits_for_a_commit_under_way(tmp_path: Path) -> None:
     )
     with manager:
         assert manager.save(1, {"x": 1}, force=True)
-        assert manager.save(2, {"x": 2}, force=True) is None, "skipped while the first is on its way"
+        assert manager.save(2, {"x": 2}, force=True) is None, "skipped: the first is on its way"
         preempt()
         threading.Timer(0.2, storage.go.set).start()
         assert manager.save(3, {"x": 3})
