@@ -131,9 +131,14 @@ def clear_error(path: str, error: Exception) -> errors.CheckpointError:
     return errors.StorageError(f"TensorStore failed in {path}: {text.splitlines()[0]}", path=path)
 
 
+def _files(directory: str) -> dict[str, str]:
+    """A directory as a key-value store; as a URL, a path with `%`, `?` or `#` would be another."""
+    return {"driver": "file", "path": f"{directory}/"}
+
+
 def open_database(directory: str, context: Any) -> Any:
     """A database to write into, made when it is not there."""
-    spec = {"driver": "ocdbt", "base": f"file://{directory}/", "config": _CONFIG}
+    spec = {"driver": "ocdbt", "base": _files(directory), "config": _CONFIG}
     try:
         return ts.KvStore.open(spec, context=context).result()
     except (ValueError, OSError) as error:
@@ -151,7 +156,7 @@ def open_for_reading(directory: str) -> Database:
             f"{directory}: manifest.ocdbt is missing; the item's arrays cannot be found.",
             path=directory,
         )
-    spec = {"driver": "ocdbt", "base": f"file://{directory}/"}
+    spec = {"driver": "ocdbt", "base": _files(directory)}
     context = read_context()
     try:
         return Database(directory, ts.KvStore.open(spec, context=context).result(), context)
@@ -169,7 +174,7 @@ def corrupt(directory: str, what: str, error: Exception) -> errors.CorruptCheckp
 def open_files_for_reading(directory: str) -> Database:
     """An item whose arrays are plain zarr files (Orbax with OCDBT off)."""
     context = read_context()
-    store = ts.KvStore.open(f"file://{directory}/", context=context).result()
+    store = ts.KvStore.open(_files(directory), context=context).result()
     return Database(directory, store, context)
 
 

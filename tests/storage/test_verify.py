@@ -75,6 +75,15 @@ def test_what_is_whole_has_no_findings(checkpoint: Path, root: Path) -> None:
     assert verify(root / "1", 1) == verify(root / "2", 2) == []
 
 
+def test_a_path_may_hold_what_a_url_may_not(tmp_path: Path) -> None:
+    path = tmp_path / "a b%41?x#y:é%zz"
+    fc.save(path, {"m%d ?#": {"w": WIDE, "v": WIDE}})
+    restored = fc.restore(path)["m%d ?#"]
+    assert torch.equal(restored["w"], WIDE)
+    assert restored["w"] is restored["v"]
+    assert verify(path) == []
+
+
 def test_progress_ends_at_the_total_and_never_goes_back(root: Path) -> None:
     seen: list[tuple[int, int]] = []
     verify_checkpoint(STORAGE, str(root / "1"), 1, progress=lambda *now: seen.append(now))
