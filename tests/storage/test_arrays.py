@@ -180,7 +180,8 @@ def test_any_flipped_bit_of_the_data_is_found(shape: tuple[int, ...], tmp_path: 
             arrays_read.verify_part(
                 database, _read_of("a", content, grid, digests["a"]), (0,) * len(shape)
             )
-        arrays_read.read_array(database, _read_of("a", content, grid, None), got)  # unverified, as asked
+        unverified = _read_of("a", content, grid, None)
+        arrays_read.read_array(database, unverified, got)
         _flip(file, start + place)
 
 
