@@ -60,6 +60,8 @@ class Rank:
     def join(self) -> None:
         """Makes the process group: its store is the launcher's, or the first rank's."""
         timeout = datetime.timedelta(seconds=60)
+        if self.request["host"] == "none":
+            return
         if self.request["host"] == "launcher":
             store = dist.TCPStore("127.0.0.1", self.request["port"], timeout=timeout)
         elif self.rank == 0:
@@ -472,11 +474,19 @@ def last_words(this: Rank) -> None:
     this.tell(event="closed")
 
 
+def host(this: Rank) -> None:
+    """No rank: hosts the store of other jobs, as a launcher does, until it is killed."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    put(this.folder / "port", str(store.port))
+    faulthandler.cancel_dump_traceback_later()
+    signal.pause()
+
+
 JOBS: dict[str, Callable[[Rank], None]] = {
     job.__name__: job
     for job in (
         *(matrix, aftermath, elsewhere, unmounted, disagree, background, unsaveable),
-        *(restore_fails, preempted, many_managers, last_words),
+        *(restore_fails, preempted, many_managers, last_words, host),
     )
 }
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
-from ranks import KINDS, PATIENCE_SECONDS, POINTS, TIMEOUT_SECONDS, put
+from ranks import KINDS, PATIENCE_SECONDS, POINTS, TIMEOUT_SECONDS, put, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -34,7 +33,6 @@ class Launcher:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._mutex = threading.Lock()
         self._numbers = itertools.count()
         script = Path(__file__).with_name("ranks.py")
@@ -43,8 +41,14 @@ class Launcher:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            # A store asks DNS for the names of those who connect, and answers nobody meanwhile: not
+            # for the five seconds, please, that a lost packet costs.
+            env=os.environ | {"RES_OPTIONS": "timeout:1 attempts:1"},
         )
         assert self._line() == "ready"
+        self._port = 0
+        self._host = self.start("host", num_ranks=1, host="none")
+        self._port = int(wait_for(self._host.folder / "port"))
 
     def start(self, job: str, *, num_ranks: int = NUM_RANKS, **request: Any) -> Job:
         """Starts a job; its directory is its own unless `root` is given."""
@@ -58,7 +62,7 @@ class Launcher:
             "root": str(folder / "root"),
             "num_ranks": num_ranks,
             "host": "launcher",
-            "port": self._store.port,
+            "port": self._port,
         } | request
         pids = [self._fork(request | {"rank": rank}) for rank in range(num_ranks)]
         return Job(folder, request["root"], pids)
@@ -71,6 +75,7 @@ class Launcher:
         return started
 
     def close(self) -> None:
+        self._host.kill()
         assert self._template.stdin is not None
         self._template.stdin.close()
         self._template.wait(10)
