@@ -8,6 +8,7 @@ the caller's own memory from which the bytes will be copied. `allocate` turns a 
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
@@ -36,8 +37,7 @@ __all__ = [
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-# Torch dtypes without a zarr counterpart, and the dtype of the same width that carries their bits.
-_CARRIED_BY = {"complex32": "int32", "float4_e2m1fn_x2": "uint8"}
+_CARRIED_BY = spec_lib.CARRIED_BY
 # numpy kinds without a zarr counterpart: datetimes as their 64-bit counts.
 _NUMPY_CARRIED_BY = {"M": "int64", "m": "int64"}
 # Dtypes that other programs store and torch has not: these come back as numpy arrays of ml_dtypes.
@@ -86,7 +86,10 @@ def plain_value(node: structure.ValueNode) -> object:
     if node.kind == "torch_dtype":
         return _torch_dtype(str(node.value))
     if node.kind == "torch_device":
-        return torch.device(str(node.value))
+        try:
+            return torch.device(str(node.value))
+        except RuntimeError as error:
+            raise errors.CorruptCheckpointError(f"Not a device: {node.value!r:.80}.") from error
     return node.value
 
 
@@ -280,7 +283,44 @@ def allocate(node: structure.ArrayNode, device: torch.device | None = None) -> D
     Args:
         node: What was stored.
         device: Where a tensor shall live; None for the CPU.
+
+    Raises:
+        CorruptCheckpointError: No such array can exist (`finish` raises it too).
+        StorageError: There is not enough memory.
     """
+    try:
+        new = _allocate(node, device)
+    except _UNFIT as error:
+        raise _unfit(node, error) from error
+
+    def finish() -> object:
+        try:
+            return new.finish()
+        except _UNFIT as error:
+            raise _unfit(node, error) from error
+
+    return Destination(new.array, finish)
+
+
+_UNFIT = (TypeError, ValueError, OverflowError, RuntimeError, MemoryError)
+
+
+def _unfit(node: structure.ArrayNode, error: Exception) -> errors.CheckpointError:
+    if isinstance(error, errors.CheckpointError):
+        return error
+    if isinstance(error, MemoryError) or "allocate" in str(error):
+        return errors.StorageError(
+            f"There is no memory for {node.name!r} of {node.spec.size_bytes} bytes: {error}",
+            errno=errno.ENOMEM,
+            key_path=node.name,
+        )
+    return errors.CorruptCheckpointError(
+        f"What is stored as {node.name!r} cannot be built: {type(error).__name__}: {error}",
+        key_path=node.name,
+    )
+
+
+def _allocate(node: structure.ArrayNode, device: torch.device | None) -> Destination:
     if node.kind == "tensor" and node.spec.dtype not in _NUMPY_ONLY:
         tensor = new_tensor(node)
         destination = host_view(tensor, node.spec.dtype)

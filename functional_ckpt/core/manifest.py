@@ -209,6 +209,9 @@ def parse_step(data: bytes, path: object) -> StepRecord:
         return StepRecord(step=step, items=items, files=_files_from_json(record["files"]))
 
 
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 class _Parsing:
     """Turns whatever a malformed record raises into one clear error."""
 
@@ -219,8 +222,7 @@ class _Parsing:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        expected = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-        if isinstance(error, expected):
+        if isinstance(error, _MALFORMED):
             raise errors.CorruptCheckpointError(
                 f"{self.path}: malformed record ({type(error).__name__}: {error}).", path=self.path
             ) from error

@@ -8,12 +8,13 @@ how many children follow it (sequences) or their keys (all others):
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from functional_ckpt.core import plain_json, structure, walk
 from functional_ckpt.core.plain_json import integer, string
-from functional_ckpt.core.spec import ArraySpec
+from functional_ckpt.core.spec import CARRIED_BY, ArraySpec
 
 __all__ = ["from_json", "shape", "to_json"]
 
@@ -26,6 +27,8 @@ _MAPPINGS = (
 )
 _PARTS = ("sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "quantized")
 _BRANCHES = (*_MAPPINGS, *_PARTS, "subclass", "per_rank")
+# `numpy.dtype` understands far more than what is written here, by way of a parser of Python.
+_NUMPY_DTYPE = re.compile(r"[<>|=][SUMmiufcb]\d{0,9}(\[\d{0,9}[A-Za-z]{1,8}\])?")
 _ARRAYS = ("tensor", "ndarray", "numpy_scalar", "bytes")
 
 
@@ -100,13 +103,31 @@ def _array(
     kind: str, payload: Json, detail: dict[str, object], tied_to: Json, path: structure.KeyPath
 ) -> structure.ArrayNode:
     dtype, sizes = payload
+    spec = ArraySpec(shape(sizes), string(dtype))
+    if kind == "tensor":
+        _check_tensor(spec, detail)
+    elif (dtype := detail.get("dtype")) is not None and not _NUMPY_DTYPE.fullmatch(string(dtype)):
+        raise ValueError(f"{dtype!r:.80} is no numpy dtype of ours")
     return structure.ArrayNode(
         kind=kind,
-        spec=ArraySpec(shape(sizes), string(dtype)),
+        spec=spec,
         name=structure.leaf_name(path),
         detail=detail,
         tied_to=None if tied_to is None else string(tied_to),
     )
+
+
+def _check_tensor(spec: ArraySpec, detail: dict[str, object]) -> None:
+    """What would make a tensor reach over the bytes that are stored for it."""
+    carried = detail.get("dtype")
+    if carried is not None and CARRIED_BY.get(string(carried)) != spec.dtype:
+        raise ValueError(f"{spec.dtype} does not carry {carried}")
+    if (strides := detail.get("strides")) is not None:
+        expected = 1
+        for stride, size in sorted(zip(shape(strides), spec.shape, strict=True)):
+            if size != 1 and stride != expected:
+                raise ValueError(f"strides {strides} do not fit the shape {spec.shape}")
+            expected *= size
 
 
 def shape(value: Json) -> tuple[int, ...]:

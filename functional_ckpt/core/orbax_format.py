@@ -188,12 +188,18 @@ def parse_tree(
             keys = tuple(_key(key) for key in entry["key_metadata"])
             leaves.append((keys, _leaf(keys, entry["value_metadata"], spec_of, texts)))
         return _assemble(leaves)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError) as error:
+        raise _malformed(path, error) from error
+    except (TypeError, ValueError) as error:
         if isinstance(error, errors.CheckpointError):
             raise
-        raise errors.CorruptCheckpointError(
-            f"{path}: not Orbax tree metadata ({type(error).__name__}: {error}).", path=path
-        ) from error
+        raise _malformed(path, error) from error
+
+
+def _malformed(path: object, error: Exception) -> errors.CorruptCheckpointError:
+    return errors.CorruptCheckpointError(
+        f"{path}: not Orbax tree metadata ({type(error).__name__}: {error}).", path=path
+    )
 
 
 def _key(record: Json) -> structure.Key:

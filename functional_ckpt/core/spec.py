@@ -14,7 +14,7 @@ from functional_ckpt import errors
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["MAX_NUM_DIMS", "STORAGE_DTYPES", "ArraySpec", "Box", "numpy_dtype"]
+__all__ = ["CARRIED_BY", "MAX_NUM_DIMS", "STORAGE_DTYPES", "ArraySpec", "Box", "numpy_dtype"]
 
 # TensorStore's limit on the rank of an array.
 MAX_NUM_DIMS = 32
@@ -56,6 +56,12 @@ def numpy_dtype(name: str) -> np.dtype:
 
 STORAGE_DTYPES: Mapping[str, int] = MappingProxyType({**_NATIVE, **_ML_FLOATS, **_FOREIGN})
 """Every dtype an array on disk may have (zarr's names), with its bytes per element in memory."""
+
+
+CARRIED_BY: Mapping[str, str] = MappingProxyType(
+    {"complex32": "int32", "float4_e2m1fn_x2": "uint8"}
+)
+"""Torch dtypes without a zarr counterpart -> the dtype of that width that carries their bits."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from functional_ckpt.core.structure import key_prefix
 
 __all__ = [
     "NO_CACHE",
+    "REFUSALS",
     "SMALL_CHUNK_BYTES",
     "Database",
     "as_bytes",
@@ -43,6 +44,11 @@ __all__ = [
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
+# What TensorStore raises: its statuses come as Python's errors of the nearest meaning.
+REFUSALS = (
+    *(ArithmeticError, LookupError, MemoryError, OSError),
+    *(RuntimeError, TypeError, ValueError),
+)
 # Below this a chunk is copied into the key-value store; above, zarr writes it without a copy.
 SMALL_CHUNK_BYTES = 128 * 1024
 _TREE_CACHE_BYTES = 2**30
@@ -141,7 +147,7 @@ def open_database(directory: str, context: Any) -> Any:
     spec = {"driver": "ocdbt", "base": _files(directory), "config": _CONFIG}
     try:
         return ts.KvStore.open(spec, context=context).result()
-    except (ValueError, OSError) as error:
+    except REFUSALS as error:
         raise clear_error(directory, error) from error
 
 
@@ -160,7 +166,7 @@ def open_for_reading(directory: str) -> Database:
     context = read_context()
     try:
         return Database(directory, ts.KvStore.open(spec, context=context).result(), context)
-    except (ValueError, OSError) as error:
+    except REFUSALS as error:
         raise corrupt(directory, "manifest.ocdbt", error) from error
 
 

@@ -16,6 +16,7 @@ from functional_ckpt.core.spec import ArraySpec, Box, numpy_dtype
 from functional_ckpt.core.structure import key_prefix
 from functional_ckpt.storage.arrays import (
     NO_CACHE,
+    REFUSALS,
     SMALL_CHUNK_BYTES,
     Database,
     as_bytes,
@@ -151,7 +152,7 @@ def _read_key(
         if request is None:
             request = database.store.read(key, byte_range=slice(first, last))
         result = request.result()
-    except (ValueError, OSError) as error:
+    except REFUSALS as error:
         raise corrupt(database.directory, f"array {read.name!r}", error) from error
     if result.state != "value" or len(result.value) != last - first:
         raise errors.CorruptCheckpointError(
@@ -183,7 +184,7 @@ def _read_chunk(database: Database, read: ArrayRead, index: tuple[int, ...], out
                 )
                 database.arrays[read.name] = store
             ts.array(out).write(store[read.grid.box(index).slices()]).result()
-        except (ValueError, OSError) as error:
+        except REFUSALS as error:
             raise corrupt(database.directory, f"array {read.name!r}", error) from error
         database.count(out.nbytes)
     if read.digests is not None:
@@ -232,7 +233,7 @@ def stored_spec(
         if not isinstance(dtype, str):
             raise ValueError(f"dtype {dtype!r}")
         return ArraySpec(tuple(record["shape"]), dtype), record
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except (*REFUSALS, AttributeError) as error:
         raise errors.CorruptCheckpointError(
             f"Metadata {key!r} of a stored array: {type(error).__name__}: {error}", key_path=name
         ) from error
@@ -264,5 +265,5 @@ def read_foreign_array(
         if tuple(store.shape) != shape:
             raise ValueError(f"shape {tuple(store.shape)}, expected {shape}")
         ts.array(destination).write(store[box.slices()]).result()
-    except (ValueError, OSError) as error:
+    except REFUSALS as error:
         raise corrupt(database.directory, f"array {name!r}", error) from error

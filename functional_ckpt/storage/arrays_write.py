@@ -25,6 +25,7 @@ from functional_ckpt.core.chunks import ChunkGrid
 from functional_ckpt.core.spec import ArraySpec, Box, numpy_dtype
 from functional_ckpt.core.structure import key_prefix
 from functional_ckpt.storage.arrays import (
+    REFUSALS,
     SMALL_CHUNK_BYTES,
     clear_error,
     digest_blocks,
@@ -123,7 +124,7 @@ def write_arrays(
             database.start_commit()
         for database in databases:
             database.finish_commit()
-    except (ValueError, OSError) as error:
+    except REFUSALS as error:
         if isinstance(error, errors.CheckpointError):
             raise
         raise clear_error(item_directory, error) from error
@@ -236,7 +237,7 @@ def merge_children(
             transaction.commit_sync()
         if tied:
             _copy_tied(parent, tied)
-    except (ValueError, OSError) as error:
+    except REFUSALS as error:
         raise clear_error(item_directory, error) from error
 
 
