@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mesh_shapes import MESHES, SIZES
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -19,13 +20,6 @@ from functional_ckpt.core import placement
 from functional_ckpt.core.chunks import choose_grid
 from functional_ckpt.core.placement import DimShard, Sharding
 from functional_ckpt.core.spec import ArraySpec
-
-MESHES = (
-    *((n,) for n in (1, 2, 3, 4, 6, 8, 64, 1024)),
-    *((2, 2), (2, 3), (3, 2), (4, 8), (32, 32), (2, 512), (128, 8)),
-    *((2, 2, 2), (2, 3, 4), (4, 8, 32), (16, 8, 8)),
-)
-SIZES = (0, 1, 2, 3, 5, 7, 10, 12, 33, 100)
 
 
 @st.composite

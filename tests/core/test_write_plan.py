@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_placement import MESHES, SIZES
+from mesh_shapes import MESHES, SIZES
 
 from functional_ckpt.core import chunks
 from functional_ckpt.core.placement import DimShard, Sharding
