@@ -1,4 +1,4 @@
-"""A manager driven at random against a model: saves, failures, kills, restores, pruning, reopening."""
+"""A manager driven at random against a model: saves, failures, kills, pruning, reopening."""
 
 from __future__ import annotations
 
