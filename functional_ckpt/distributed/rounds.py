@@ -19,7 +19,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import Combine
@@ -37,6 +37,7 @@ _LONGEST_PAUSE_SECONDS = 0.05
 _POLLS_PER_SECOND = 20_000
 
 _PHASES = (("begun", "come to"), ("gathered", "gather for"), ("outcome", "finish"))
+_PHASE_SECONDS = 0.25
 _VALUE, _ERROR, _GONE, _SKIPPED = "value", "error", "gone", "skipped"
 
 
@@ -47,6 +48,14 @@ class KeyValueStore(Protocol):
         """Sets a key."""
         ...
 
+    def set_unless(self, key: str, value: bytes, other: str, seconds: float) -> bool:
+        """Sets a key unless another is there; whether it did."""
+        ...
+
+    def set_soon(self, key: str, value: bytes) -> None:
+        """Sets a key before what is asked next, without waiting for it."""
+        ...
+
     def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
         """The values of keys that are there."""
         ...
@@ -55,8 +64,8 @@ class KeyValueStore(Protocol):
         """Whether all the keys are there."""
         ...
 
-    def delete(self, key: str, seconds: float) -> None:
-        """Deletes a key, if it is there."""
+    def delete_soon(self, keys: Sequence[str]) -> None:
+        """Deletes keys before what is asked next, without waiting for it."""
         ...
 
 
@@ -123,14 +132,14 @@ class Rounds:
         self._spent += keys
         begun, gathered, closed = keys
         try:
-            self._set(begun, b"")
+            self._store.set_soon(begun, b"")
             try:
                 values = self._gather(slot, what)
             except errors.CoordinationError:
                 if isinstance(value, BaseException):
                     raise value  # noqa: B904 - it says more
                 raise
-            self._set(gathered, b"")
+            self._store.set_soon(gathered, b"")
             if values is None:
                 self._set(closed, _entry(_SKIPPED, what))
                 return None
@@ -141,7 +150,6 @@ class Rounds:
             self._set(closed, _entry(_VALUE, what, outcome))
         except BaseException as error:
             with contextlib.suppress(errors.CoordinationError):  # the store's; `error` says more
-                self._store.set(gathered, b"", _LAST_WORD_SECONDS)
                 last_word = _entry(_ERROR, what, _describe(error, what))
                 self._store.set(closed, last_word, _LAST_WORD_SECONDS)
             raise
@@ -194,7 +202,9 @@ class Rounds:
 
     def _follow(self, slot: int, what: str, value: bytes | BaseException) -> bytes | None:
         own, closed = f"{slot}/{self._rank}", f"{slot}/outcome"
-        if self._store.has([closed], self._limit):  # the others went on without this rank
+        entry = _entry(_VALUE, what, value) if isinstance(value, bytes) else _failed(what, value)
+        if not self._store.set_unless(own, entry, closed, self._limit):
+            # The others went on without this rank.
             if self._subject(closed) != what:
                 return None
             if isinstance(value, BaseException):
@@ -202,14 +212,9 @@ class Rounds:
             return self._outcome(closed)
         self._spent.append(own)
         if isinstance(value, BaseException):
-            self._set(own, _entry(_ERROR, what, _text(value).encode()))
             raise value
-        self._set(own, _entry(_VALUE, what, value))
         try:
-            # The primary comes within the timeout, gathers within it, and has as long for its part.
-            for key, doing in _PHASES:
-                if not self._wait([f"{slot}/{key}"], lambda: self._limit):
-                    self._raise_silent(doing, what)
+            self._await_outcome(slot, what)
         except BaseException:
             with contextlib.suppress(errors.CoordinationError):
                 self._store.set(own, _entry(_GONE, what), _LAST_WORD_SECONDS)
@@ -219,11 +224,31 @@ class Rounds:
             self._forget([own])
         return outcome
 
-    def _raise_silent(self, doing: str, what: str) -> NoReturn:
-        raise errors.CoordinationTimeoutError(
-            f"Rank 0 did not {doing} {what} within {self._limit:g} seconds: dead or stuck?",
-            ranks=(0,),
-        )
+    def _await_outcome(self, slot: int, what: str) -> None:
+        """Waits for the primary: to come, then to gather, then to do its part; as long for each."""
+        phase, start = 0, time.monotonic()
+        looked = start
+        for pause in self._pauses():
+            if self._store.has([f"{slot}/outcome"], self._rest(start)):
+                return
+            # How far the primary is matters only to those who wait long.
+            if time.monotonic() - looked >= min(_PHASE_SECONDS, self._rest(start)):
+                looked = time.monotonic()
+                while phase < 2 and self._store.has(
+                    [f"{slot}/{_PHASES[phase][0]}"], self._rest(start)
+                ):
+                    phase, start = phase + 1, looked
+            if time.monotonic() - start >= self._limit:
+                raise errors.CoordinationTimeoutError(
+                    f"Rank 0 did not {_PHASES[phase][1]} {what} within {self._limit:g} seconds: "
+                    "dead or stuck?",
+                    ranks=(0,),
+                )
+            time.sleep(pause)
+
+    def _rest(self, start: float) -> float:
+        """Seconds that are left of a wait; some always, for the store to answer."""
+        return max(start + self._limit - time.monotonic(), self._grace_seconds)
 
     def _subject(self, key: str) -> str:
         """What a closed slot was about."""
@@ -268,9 +293,7 @@ class Rounds:
 
     def _forget(self, current: list[str]) -> None:
         """Deletes this rank's keys of earlier rounds: whoever came this far needs them no more."""
-        for key in self._spent:
-            if key not in current:
-                self._store.delete(key, self._limit)
+        self._store.delete_soon([key for key in self._spent if key not in current])
         self._spent = list(current)
 
 
@@ -290,6 +313,10 @@ def _describe(error: BaseException, what: str) -> bytes:
         is_timeout = isinstance(error, errors.CoordinationTimeoutError)
         record = {"text": error.message, "ranks": error.ranks, "timeout": is_timeout}
     return json.dumps(record).encode()
+
+
+def _failed(what: str, error: BaseException) -> bytes:
+    return _entry(_ERROR, what, _text(error).encode())
 
 
 def _text(error: BaseException) -> str:

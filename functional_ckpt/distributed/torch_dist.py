@@ -7,6 +7,7 @@ each other.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import queue
 import threading
@@ -139,6 +140,22 @@ class _Store:
         """Sets a key."""
         self._call(self._store.set, key, value, seconds=seconds)
 
+    def set_unless(self, key: str, value: bytes, other: str, seconds: float) -> bool:
+        """Sets a key unless another is there; whether it did."""
+        store: Any = self._store
+
+        def attempt() -> bool:
+            if store.check([other]):
+                return False
+            store.set(key, value)
+            return True
+
+        return bool(self._call(attempt, seconds=seconds))
+
+    def set_soon(self, key: str, value: bytes) -> None:
+        """Sets a key before what is asked next; if that fails, so will what is asked next."""
+        self._calls.start(self._store.set, (key, value))
+
     def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
         """The values of keys that are there, in one round trip where the store can."""
         if self._is_extended:
@@ -150,14 +167,15 @@ class _Store:
         """Whether all the keys are there."""
         return bool(self._call(self._store.check, list(keys), seconds=seconds))
 
-    def delete(self, key: str, seconds: float) -> None:
-        """Deletes a key where the kind of store can; elsewhere it stays, a few bytes."""
-        try:
-            self._call(self._store.delete_key, key, seconds=seconds)
-        except errors.CheckpointError:
-            raise
-        except RuntimeError:
-            return
+    def delete_soon(self, keys: Sequence[str]) -> None:
+        """Deletes keys, where the kind of store can; elsewhere they stay: a few bytes."""
+        store = self._store
+
+        def attempt() -> None:
+            for key in keys:
+                store.delete_key(key)
+
+        self._calls.start(attempt, ())
 
     def _call(self, function: Callable[..., Any], *args: Any, seconds: float) -> Any:
         try:
@@ -199,13 +217,19 @@ class _Calls:
         thread.start()
         weakref.finalize(self, self._requests.put, None)
 
-    def call(self, function: Callable[..., Any], args: tuple[Any, ...], seconds: float) -> Any:
-        """The result; `CancelledError` when there is none in time."""
+    def start(self, function: Callable[..., Any], args: tuple[Any, ...]) -> futures.Future[Any]:
+        """Makes a call after those before."""
         future: futures.Future[Any] = futures.Future()
         self._requests.put((future, function, args))
+        return future
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], seconds: float) -> Any:
+        """The result; `CancelledError` when there is none in time."""
+        future = self.start(function, args)
         for patience in (seconds, _SECOND_LOOK_SECONDS):
-            done, _ = futures.wait([future], patience)
-            if done:
+            with contextlib.suppress(TimeoutError):
+                return future.result(patience)
+            if future.done():
                 return future.result()
         future.cancel()  # one that waits behind a call that is stuck is never begun
         raise futures.CancelledError

@@ -28,6 +28,17 @@ class MemoryStore:
             self.num_writes += 1
             self.values[key] = value
 
+    def set_unless(self, key: str, value: bytes, other: str, seconds: float) -> bool:
+        with self._mutex:
+            if other in self.values:
+                return False
+            self.num_writes += 1
+            self.values[key] = value
+            return True
+
+    def set_soon(self, key: str, value: bytes) -> None:
+        self.set(key, value, 1.0)
+
     def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
         with self._mutex:
             return [self.values[key] for key in keys]
@@ -36,10 +47,11 @@ class MemoryStore:
         with self._mutex:
             return all(key in self.values for key in keys)
 
-    def delete(self, key: str, seconds: float) -> None:
+    def delete_soon(self, keys: Sequence[str]) -> None:
         with self._mutex:
-            self.num_writes += 1
-            self.values.pop(key, None)
+            self.num_writes += len(keys)
+            for key in keys:
+                self.values.pop(key, None)
 
 
 class Group:
