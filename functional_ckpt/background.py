@@ -7,6 +7,7 @@ never lost.
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -88,12 +89,15 @@ class Committer:
             try:
                 work()
             except BaseException as error:  # noqa: BLE001 - told at the next call, whatever it is
-                _failed.append(commit)
+                # What was told is forgotten: its traceback holds on to the state that was staged.
+                _failed[:] = [*(each for each in _failed if not each.is_reported), commit]
                 future.set_exception(_as_save_error(step, error))
             else:
                 future.set_result(step)
 
         commit = self._commit = Commit(step, future)
+        _running.append(future)
+        future.add_done_callback(_running.remove)
         try:
             threading.Thread(target=run, name=f"commit-{step}", daemon=False).start()
         except RuntimeError:  # from Python 3.12 on, no thread starts while the interpreter ends
@@ -142,12 +146,22 @@ def _as_save_error(step: int, error: BaseException) -> errors.CheckpointError:
     return failure
 
 
+_running: list[futures.Future[int]] = []
 _failed: list[Commit] = []
+
+
+# A forked child has neither the threads nor the failures: they are its parent's to tell.
+os.register_at_fork(after_in_child=_running.clear)
+os.register_at_fork(after_in_child=_failed.clear)
 
 
 @atexit.register
 def _report_at_exit() -> None:
-    """A failure that no call was left to raise must not pass in silence."""
+    """A failure that no call was left to raise must not pass in silence.
+
+    The interpreter has waited for our threads by now, save for one that an exit handler started.
+    """
+    futures.wait(list(_running))
     for commit in _failed:
         if not commit.is_reported:
             sys.stderr.write(f"functional_ckpt: {commit.exception()}\n")

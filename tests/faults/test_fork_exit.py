@@ -1,0 +1,340 @@
+"""Forks, and every way out of the interpreter: a commit in flight is finished, errors are told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import functional_ckpt as fc
+import scripts
+from functional_ckpt import testing
+
+# ------------------------------------------------------------------------------------ forks
+
+FORK = """
+def fork(action):
+    '''What the action raises in a forked child: the name of the error, or 'nothing'.'''
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+            outcome = "nothing"
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {error}"
+        os.write(writing, outcome.encode())
+        os._exit(0)
+    os.close(writing)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, f"the child was aborted: {status}"
+    with os.fdopen(reading) as file:
+        return file.read()
+"""
+
+
+def test_a_forked_childs_use_is_an_error_and_the_parent_goes_on(tmp_path: Path) -> None:
+    result = scripts.run(
+        FORK
+        + """
+manager = fc.CheckpointManager(root, keep_policy=fc.policies.LatestN(2))
+manager.save(1, items(1), metrics={"a": 1.0}).result()
+calls = {
+    "save": lambda: manager.save(2, items(2)),
+    "should_save": lambda: manager.should_save(2),
+    "restore": lambda: manager.restore(1),
+    "metadata": lambda: manager.metadata(1),
+    "metrics": lambda: manager.metrics(1),
+    "all_steps": manager.all_steps,
+    "latest_step": manager.latest_step,
+    "best_step": lambda: manager.best_step("a"),
+    "delete": lambda: manager.delete(1),
+    "record_metrics": lambda: manager.record_metrics(1, {"b": 2}),
+    "reload": manager.reload,
+    "wait_for_new_step": lambda: manager.wait_for_new_step(timeout=0),
+    "wait_until_finished": manager.wait_until_finished,
+    "check_for_errors": manager.check_for_errors,
+    "reached_preemption": lambda: manager.reached_preemption(1),
+    "enter": manager.__enter__,
+    "fc.save": lambda: fc.save(root + "-pure", items(1)),
+    "fc.restore": lambda: fc.restore(root + "/1"),
+    "new manager": lambda: fc.CheckpointManager(root, read_only=True).restore(1),
+    "new writer": lambda: fc.CheckpointManager(root + "-new").save(1, items(1)),
+}
+for name, call in calls.items():
+    outcome = fork(call)
+    assert outcome.startswith("ForkedError"), (name, outcome)
+    assert "spawn" in outcome, (name, outcome)
+assert fork(manager.close) == "nothing"  # a child that cleans up does not take the parent's lock
+assert manager.all_steps() == [1]
+manager.save(2, items(2)).result()
+assert manager.restore(2)["tree"]["n"] == 2
+try:
+    fc.CheckpointManager(root)
+except fc.errors.LockedError as error:
+    assert str(os.getpid()) in str(error)
+else:
+    raise AssertionError("the lock is gone")
+manager.close()
+print("fine")
+""",
+        tmp_path / "run",
+    )
+    assert (result.returncode, result.stdout) == (0, "fine\n"), result.stderr
+
+
+def test_a_child_forked_before_any_use_may_save(tmp_path: Path) -> None:
+    result = scripts.run(
+        FORK
+        + """
+def action():
+    with fc.CheckpointManager(root) as manager:
+        manager.save(1, items(1))
+assert fork(action) == "nothing"
+assert fc.CheckpointManager(root, read_only=True).restore(1)["tree"]["n"] == 1
+""",
+        tmp_path / "run",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_dead_parents_lock_is_not_held_by_its_child(tmp_path: Path) -> None:
+    script = """
+manager = fc.CheckpointManager(root)
+manager.save(1, items(1)).result()
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+    time.sleep(100)
+    os._exit(0)
+time.sleep(100)
+"""
+    root = tmp_path / "run"
+    with subprocess.Popen(
+        scripts.command(script, root), stdout=subprocess.PIPE, text=True, env=scripts.environment()
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        try:
+            with pytest.raises(fc.errors.LockedError, match=str(parent.pid)):
+                fc.CheckpointManager(root)
+            os.kill(parent.pid, signal.SIGKILL)
+            parent.wait()
+            os.kill(child, 0)  # it lives
+            with fc.CheckpointManager(root) as manager:
+                assert manager.all_steps() == [1]
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_forked_loader_workers_beside_a_commit(tmp_path: Path) -> None:
+    result = scripts.run(
+        """
+class Squares(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+    def __getitem__(self, index):
+        return torch.tensor(index**2)
+
+with fc.CheckpointManager(root, storage=Slow()) as manager:
+    for step in range(2):
+        manager.save(step, items(step))
+        loader = torch.utils.data.DataLoader(
+            Squares(), batch_size=4, num_workers=2, multiprocessing_context="fork"
+        )
+        assert manager.is_saving_in_progress()
+        assert sum(int(batch.sum()) for batch in loader) == sum(i**2 for i in range(40))
+    assert manager.restore(0)["tree"]["n"] == 0
+    manager.wait_until_finished()
+    assert manager.all_steps() == [0, 1]
+""",
+        tmp_path / "run",
+    )
+    assert result.returncode == 0, result.stderr
+
+
+# ------------------------------------------------------------------------------------ ways out
+
+WAYS_OUT = {
+    "falls off the end": ("", 0, ""),
+    "sys.exit(3)": ("sys.exit(3)", 3, ""),
+    "an exception": ("raise KeyError('in the loop')", 1, "KeyError: 'in the loop'"),
+    "an exception inside with": (
+        "with manager:\n    raise KeyError('in the loop')",
+        1,
+        "KeyError: 'in the loop'",
+    ),
+    "sys.exit inside with": ("with manager:\n    sys.exit(3)", 3, ""),
+    "ctrl-c": ("os.kill(os.getpid(), signal.SIGINT); time.sleep(5)", -2, "KeyboardInterrupt"),
+    "an exit handler that saves": (
+        "import atexit\natexit.register(lambda: manager.save(2, items(2)))",
+        0,
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+def test_every_way_out_finishes_the_commit(way: str, tmp_path: Path) -> None:
+    last, code, message = WAYS_OUT[way]
+    result = scripts.run(
+        f"""
+manager = fc.CheckpointManager(root, storage=Slow())
+manager.save(1, items(1))
+assert manager.is_saving_in_progress()
+{last}
+""",
+        tmp_path / "run",
+    )
+    assert result.returncode == code, result.stderr
+    assert message in result.stderr
+    if not message:
+        assert result.stderr == ""
+    with fc.CheckpointManager(tmp_path / "run") as manager:  # and nobody holds the lock
+        assert manager.all_steps() == ([1, 2] if "saves" in way else [1])
+        for step in manager.all_steps():
+            assert manager.restore(step)["tree"]["n"] == step
+
+
+def test_a_forked_child_that_leaves_waits_for_nothing(tmp_path: Path) -> None:
+    result = scripts.run(
+        """
+manager = fc.CheckpointManager(root, storage=Slow())
+manager.save(1, items(1))
+pid = os.fork()
+if pid == 0:
+    sys.exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+manager.close()
+""",
+        tmp_path / "run",
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+FAIL = """
+storage = testing.FaultyStorage()
+manager = fc.CheckpointManager(root, storage=storage)
+manager.save(1, items(1)).result()
+storage.inject(testing.Fault(kinds=("rename",)))
+commit = manager.save(2, items(2))
+"""
+
+
+def test_a_failure_that_nobody_asks_about_is_printed(tmp_path: Path) -> None:
+    result = scripts.run(FAIL, tmp_path / "run")
+    assert result.returncode == 0
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("functional_ckpt: Saving step 2 failed in the background")
+    assert "Input/output error" in result.stderr
+
+
+@pytest.mark.parametrize("asked", ["commit.exception()", "manager.wait_until_finished()"])
+def test_a_failure_that_was_told_is_not_printed(asked: str, tmp_path: Path) -> None:
+    ask = f"""
+try:
+    {asked}
+except fc.errors.SaveError:
+    pass
+"""
+    result = scripts.run(FAIL + ask, tmp_path / "run")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_failure_beside_an_exception_is_a_note_on_it(tmp_path: Path) -> None:
+    result = scripts.run(FAIL + "with manager:\n    raise KeyError('loop')\n", tmp_path / "run")
+    assert result.returncode == 1
+    assert "KeyError: 'loop'\nWhile leaving the manager: Saving step 2 failed" in result.stderr
+
+
+def test_no_thread_can_start_while_the_interpreter_ends(tmp_path: Path) -> None:
+    """As from Python 3.12 on: the work is done on the threads there are."""
+    result = scripts.run(
+        """
+import atexit
+def start(self, *, original=threading.Thread.start):
+    raise RuntimeError("can't create new thread at interpreter shutdown")
+manager = fc.CheckpointManager(root)
+def last():
+    threading.Thread.start = start
+    manager.save(1, {**items(1), "big": {"x": torch.zeros(20_000_000)}})
+    manager.close()
+atexit.register(last)
+""",
+        tmp_path / "run",
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert fc.CheckpointManager(tmp_path / "run", read_only=True).all_steps() == [1]
+
+
+# ------------------------------------------------------------------------------------ telling once
+
+
+def items(number: int) -> dict[str, Any]:
+    return {"tree": {"w": torch.full((10,), float(number))}}
+
+
+TELLERS = {
+    "save": lambda manager: manager.save(3, items(3)),
+    "a save the policy refuses": lambda manager: manager.save(7, items(7)),
+    "check_for_errors": lambda manager: manager.check_for_errors(),
+    "wait_until_finished": lambda manager: manager.wait_until_finished(),
+    "close": lambda manager: manager.close(),
+}
+
+
+@pytest.mark.parametrize("teller", TELLERS)
+def test_a_background_failure_is_told_once_at_the_next_call(teller: str, tmp_path: Path) -> None:
+    storage = testing.FaultyStorage()
+    manager = fc.CheckpointManager(
+        tmp_path, storage=storage, save_policy=fc.policies.when(lambda info: info.step < 5)
+    )
+    storage.inject(testing.Fault(errno=errno.ENOSPC, kinds=("commit_arrays",)))
+    commit = manager.save(2, items(2))
+    assert commit is not None
+    while not commit.done():
+        time.sleep(0.01)
+    with pytest.raises(fc.errors.SaveError, match=r"step 2 .*No space left on device") as caught:
+        TELLERS[teller](manager)
+    assert caught.value.step == 2
+    if teller != "close":
+        manager.check_for_errors()
+        manager.wait_until_finished()
+        assert manager.all_steps() == []
+        assert manager.latest_step() is None
+        manager.save(2, items(2))  # the same step again: nothing of the first is in the way
+    manager.close()
+    manager.close()
+    expected = [] if teller == "close" else [2]
+    assert fc.CheckpointManager(tmp_path, read_only=True).all_steps() == expected
+
+
+def test_a_failure_told_by_its_handle_is_not_told_again(tmp_path: Path) -> None:
+    storage = testing.FaultyStorage()
+    with fc.CheckpointManager(tmp_path, storage=storage) as manager:
+        storage.inject(testing.Fault(kinds=("rename",)))
+        commit = manager.save(2, items(2))
+        assert commit is not None
+        error = commit.exception()
+        assert isinstance(error, fc.errors.SaveError)
+        assert repr(commit) == "<Commit of step 2: failed>"
+        with pytest.raises(fc.errors.SaveError):
+            commit.result()
+        manager.check_for_errors()
+
+
+def test_a_synchronous_save_raises_by_itself(tmp_path: Path) -> None:
+    storage = testing.FaultyStorage()
+    with fc.CheckpointManager(tmp_path, storage=storage, asynchronous=False) as manager:
+        storage.inject(testing.Fault(kinds=("rename",)))
+        with pytest.raises(fc.errors.SaveError, match="step 2"):
+            manager.save(2, items(2))
+        manager.check_for_errors()
+        commit = manager.save(2, items(2))
+        assert commit is not None and commit.done() and commit.result() == 2

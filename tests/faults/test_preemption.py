@@ -1,0 +1,134 @@
+"""SIGTERM: the next save is taken and committed, the loop ends by itself."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import functional_ckpt as fc
+import scripts
+
+LOOP = """
+chained = []
+if {chains}:
+    signal.signal(signal.SIGTERM, lambda number, frame: chained.append(number))
+before = signal.getsignal(signal.SIGTERM)
+with fc.CheckpointManager(
+    root, save_policy=[fc.policies.every(1000), fc.policies.Preemption()], on_busy={on_busy!r}
+) as manager:
+    for step in range(100_000):
+        if step == 20:
+            print("ready", flush=True)
+        time.sleep(0.002)
+        manager.save(step, items(step))
+        if manager.reached_preemption(step):
+            break
+    print("stopped", step, flush=True)
+assert signal.getsignal(signal.SIGTERM) is before
+print("chained", len(chained), flush=True)
+"""
+
+
+@pytest.mark.parametrize(("chains", "on_busy"), [(True, "wait"), (False, "skip")])
+def test_the_next_save_is_taken_and_the_loop_ends(
+    chains: bool, on_busy: str, tmp_path: Path
+) -> None:
+    script = LOOP.format(chains=chains, on_busy=on_busy)
+    with subprocess.Popen(
+        scripts.command(script, tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=scripts.environment(),
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGTERM)
+        output, trouble = child.communicate(timeout=60)
+    assert child.returncode == 0, trouble
+    stopped, chained = output.splitlines()
+    last = int(stopped.split()[1])
+    assert 20 <= last < 50_000
+    assert chained == f"chained {int(chains)}"
+    with fc.CheckpointManager(tmp_path) as manager:
+        assert manager.latest_step() == last
+        assert manager.restore()["tree"]["n"] == last
+
+
+class Signalled:
+    """A manager whose process is told to stop at will."""
+
+    def __init__(self, root: Path, policies: list[fc.policies.SavePolicy]) -> None:
+        self.manager = fc.CheckpointManager(root, save_policy=policies)
+
+    def save(self, step: int) -> bool:
+        return self.manager.save(step, {"tree": {"w": torch.zeros(3)}}) is not None
+
+    def stop(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_after_the_refused_save_waits_for_the_next_step(tmp_path: Path) -> None:
+    """Whoever left the loop at the signal alone would lose everything since the last save."""
+    one = Signalled(tmp_path, [fc.policies.every(100), fc.policies.Preemption()])
+    with one.manager as manager:
+        assert not one.save(1) and not manager.reached_preemption(1)
+        assert not one.save(2)
+        one.stop()
+        assert not manager.reached_preemption(2)
+        assert manager.should_save(3)
+        assert one.save(3) and manager.reached_preemption(3)
+    assert fc.CheckpointManager(tmp_path, read_only=True).all_steps() == [3]
+
+
+def test_without_the_policy_no_handler_is_installed(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with fc.CheckpointManager(tmp_path / "a", save_policy=fc.policies.every(2)) as manager:
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert not manager.reached_preemption(0)
+    policies = [fc.policies.Preemption()]
+    with fc.CheckpointManager(tmp_path / "b", save_policy=policies, read_only=True):
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_handler_installed_since_is_left_alone(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        manager = fc.CheckpointManager(tmp_path, save_policy=fc.policies.Preemption())
+        assert signal.getsignal(signal.SIGTERM) is not before
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        manager.close()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_handler_is_gone_when_opening_fails(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        fc.CheckpointManager(tmp_path),
+        pytest.raises(fc.errors.LockedError),
+    ):
+        fc.CheckpointManager(tmp_path, save_policy=fc.policies.Preemption())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_another_thread_cannot_ask_for_it(tmp_path: Path) -> None:
+    caught: list[BaseException] = []
+
+    def make() -> None:
+        try:
+            fc.CheckpointManager(tmp_path, save_policy=fc.policies.Preemption())
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    assert isinstance(caught[0], fc.errors.UsageError) and "main thread" in str(caught[0])
+    fc.CheckpointManager(tmp_path).close()  # and the lock was let go
