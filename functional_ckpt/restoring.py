@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import json
 import logging
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypeGuard, cast
+from typing import Any, Literal, TypeGuard, cast
 
 from functional_ckpt import errors, reader
-from functional_ckpt.core import plan, structure, union
+from functional_ckpt.core import plan, selection, structure, union
 from functional_ckpt.core.target import AS_SAVED
 from functional_ckpt.distributed.coordinator import Combine, Coordinator, SingleProcess
 from functional_ckpt.handlers.base import CheckpointItem, Handler, Registry
@@ -21,8 +20,6 @@ from functional_ckpt.storage.layout import OpenCheckpoint, OpenItem
 __all__ = ["Restored", "RestoreOptions", "restore_checkpoint"]
 
 _log = logging.getLogger("functional_ckpt")
-
-Selects: TypeAlias = Callable[[str], bool]
 
 
 class Restored(Mapping[str, Any]):
@@ -94,13 +91,6 @@ class RestoreOptions:
         if self.only is None:
             return None
         return (self.only,) if isinstance(self.only, str) else tuple(self.only)
-
-    def selects(self, item: str) -> Selects:
-        """Which leaves of an item are wanted, by name."""
-        patterns = self.patterns
-        if patterns is None or any(fnmatch.fnmatchcase(item, pattern) for pattern in patterns):
-            return lambda name: True
-        return lambda name: any(fnmatch.fnmatchcase(f"{item}.{name}", p) for p in patterns)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,51 +227,37 @@ def _match(
     options: RestoreOptions,
     group: Coordinator,
 ) -> list[_Matched]:
+    wanted = selection.Selection(options.patterns)
     if items is None:
-        matched = _match_as_saved(checkpoint, options, group)
+        found = [_match_as_saved(checkpoint, name, wanted, group) for name in checkpoint.items]
     else:
-        matched = [
-            _match_item(checkpoint, name, registry.bind(value, name), options, group)
+        found = [
+            _match_item(checkpoint, name, registry.bind(value, name), wanted, options, group)
             for name, value in items.items()
-            if _is_item_wanted(name, options)
+            if wanted.may_want(name)
         ]
-    _check_patterns(matched, options)
+    matched = [each for each in found if each is not None and wanted.found(each.name)]
+    if group.num_ranks == 1 or not matched:  # another rank may have what a pattern names
+        wanted.check_used()
     return matched
-
-
-def _is_item_wanted(name: str, options: RestoreOptions) -> bool:
-    patterns = options.patterns
-    return patterns is None or any(
-        fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, p.split(".")[0]) for p in patterns
-    )
-
-
-def _check_patterns(matched: Sequence[_Matched], options: RestoreOptions) -> None:
-    if options.patterns and not matched:
-        raise errors.UsageError(f"only={options.only!r} matches no item.")
 
 
 def _match_as_saved(
-    checkpoint: OpenCheckpoint, options: RestoreOptions, group: Coordinator
-) -> list[_Matched]:
-    matched: list[_Matched] = []
+    checkpoint: OpenCheckpoint, name: str, wanted: selection.Selection, group: Coordinator
+) -> _Matched | None:
+    """An item as it was saved, or what is wanted of it; None for nothing."""
     nothing = plan.RestoreReport()
-    for name, kind in checkpoint.items.items():
-        if not _is_item_wanted(name, options):
-            continue
-        if kind == "json":
-            binding: plan.Binding = plan.Given(checkpoint.json(name))
-            opened = None
-        else:
-            opened = checkpoint.tree(name)
-            root = plan.prune(_root_for(opened, group), options.selects(name))
-            if root is None:
-                continue
-            binding = plan.match(root, AS_SAVED, item=name).binding
-        matched.append(
-            _Matched(name=name, item=None, opened=opened, binding=binding, report=nothing)
-        )
-    return matched
+    if not wanted.may_want(name):
+        return None
+    if checkpoint.items[name] == "json":
+        given = plan.Given(checkpoint.json(name))
+        return _Matched(name=name, item=None, opened=None, binding=given, report=nothing)
+    opened = checkpoint.tree(name)
+    root = plan.prune(_root_for(opened, group), wanted.leaves_of(name))
+    if root is None:
+        return None
+    binding = plan.match(root, AS_SAVED, item=name).binding
+    return _Matched(name=name, item=None, opened=opened, binding=binding, report=nothing)
 
 
 def _root_for(opened: OpenItem, group: Coordinator) -> structure.Node:
@@ -313,9 +289,10 @@ def _match_item(
     checkpoint: OpenCheckpoint,
     name: str,
     item: CheckpointItem,
+    wanted: selection.Selection,
     options: RestoreOptions,
     group: Coordinator,
-) -> _Matched:
+) -> _Matched | None:
     kind = checkpoint.items.get(name)
     if kind is None:
         raise errors.StepNotFoundError(
@@ -327,6 +304,8 @@ def _match_item(
         )
     handler = item.handler
     if kind == "json":
+        if not wanted.wants_whole(name):
+            return None
         if handler.format != "json" and item.value is not None and item.value is not AS_SAVED:
             raise errors.MismatchError(
                 f"Item {name!r} was saved as JSON; give fc.Json(...) or None as its target.",
@@ -339,13 +318,13 @@ def _match_item(
         report = plan.RestoreReport()
         bound = item if handler.format == "json" else None
         return _Matched(name=name, item=bound, opened=None, binding=given, report=report)
+    if item.value is None or item.value is AS_SAVED:
+        return _match_as_saved(checkpoint, name, wanted, group)
     opened = checkpoint.tree(name)
     root = _root_for(opened, group)
+    selects = wanted.leaves_of(name)
+    plan.prune(root, selects)  # all that is stored is asked about, whatever the target turns out
     is_resized = _is_resized(opened.root, handler, group)
-    if item.value is None or item.value is AS_SAVED:
-        binding = plan.match(root, AS_SAVED, item=name).binding
-        report = plan.RestoreReport()
-        return _Matched(name=name, item=None, opened=opened, binding=binding, report=report)
     unexpected: tuple[str, ...] = ()
     try:
         target: Any = AS_SAVED
@@ -359,7 +338,6 @@ def _match_item(
         # Another rank may have a place for these.
         unexpected = tuple(error.unexpected)
         target = handler.target(item.value, plan.specs(root), strict=False)
-    selects = options.selects(name)
     outcome = plan.match(
         root,
         target,
