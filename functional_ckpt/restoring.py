@@ -228,6 +228,10 @@ def _match(
     group: Coordinator,
 ) -> list[_Matched]:
     wanted = selection.Selection(options.patterns)
+    if items is not None and not isinstance(items, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise errors.UsageError(
+            f"items must be a mapping of names to targets; got {type(items).__name__}."
+        )
     if items is None:
         found = [_match_as_saved(checkpoint, name, wanted, group) for name in checkpoint.items]
     else:

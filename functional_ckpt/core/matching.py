@@ -144,6 +144,9 @@ class _Matching:
         node = cast("structure.ArrayNode", saved)
         if node.spec.shape != shape:
             return self._differs(path, expected, _describe(saved), keep)
+        if fill and any(n > 1 and s == 0 for n, s in zip(shape, tensor.stride(), strict=True)):
+            shared = "memory for each element (it is expanded: clone() it)"
+            return self._differs(path, shared, _describe(saved), keep)
         if _stored_dtype(node) != dtype and not self.cast_to_target:
             hint = " (pass cast='target' to convert)"
             return self._differs(path, expected, _describe(saved) + hint, keep)

@@ -123,6 +123,20 @@ def test_memory_formats_and_strides_of_the_target_stay(manager: fc.CheckpointMan
     assert torch.equal(base[:, 1::2], torch.full((2, 3), -1.0)), "the columns between are others'"
 
 
+def test_an_expanded_tensor_cannot_be_filled(manager: fc.CheckpointManager) -> None:
+    model = make_model(2)
+    before = state_of(model)
+    expanded = torch.zeros(3).expand(2, 3)
+    with pytest.raises(errors.MismatchError, match=r"tree\['a'\].*clone\(\) it"):
+        manager.restore(1, {"model": model, "tree": {**tree(), "a": fc.Fill(expanded)}})
+    assert testing.differences(state_of(model), before) == []
+
+
+def test_items_that_are_no_mapping(manager: fc.CheckpointManager) -> None:
+    with pytest.raises(errors.UsageError, match="mapping of names to targets; got Linear"):
+        manager.restore(1, nn.Linear(1, 1))  # pyright: ignore[reportArgumentType]
+
+
 def test_a_pytree_is_imitated_and_not_touched(manager: fc.CheckpointManager) -> None:
     target: dict[str, Any] = {**tree(), "a": nn.Parameter(torch.zeros(2, 3)), "c": 0}
     target["b"][0].zero_()
