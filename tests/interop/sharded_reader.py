@@ -17,8 +17,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-jax.config.update("jax_enable_x64", True)
-
 ITEMS = ("model", "optimizer", "arrays")
 
 
@@ -66,6 +64,8 @@ def problems(leaf: Any, expected: Any, sharding: NamedSharding) -> list[str]:
 
 
 def main() -> None:
+    # Not at import: pytest imports this file when it looks for doctests.
+    jax.config.update("jax_enable_x64", True)
     checkpoints, step, known = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
     arrays = dict(np.load(known / "arrays.npz"))
