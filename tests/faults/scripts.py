@@ -22,8 +22,11 @@ def items(number):
 
 class Slow(testing.FaultyStorage):
     '''Takes its time to publish, so that a commit is surely under way.'''
+    publishing = threading.Event()
+
     def operation(self, kind, path):
         if kind == "rename" and "trash" not in path:
+            self.publishing.set()
             time.sleep(1.0)
         super().operation(kind, path)
 """

@@ -207,6 +207,7 @@ def test_a_forked_child_that_leaves_waits_for_nothing(tmp_path: Path) -> None:
         """
 manager = fc.CheckpointManager(root, storage=Slow())
 manager.save(1, items(1))
+Slow.publishing.wait()  # not inside TensorStore, whose own locks a child could never take
 pid = os.fork()
 if pid == 0:
     sys.exit(0)
