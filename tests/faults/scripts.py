@@ -9,8 +9,7 @@ import textwrap
 from pathlib import Path
 
 _PRELUDE = """
-import faulthandler, os, signal, sys, threading, time
-faulthandler.dump_traceback_later(100, exit=True)
+import os, signal, sys, threading, time
 import torch
 import functional_ckpt as fc
 from functional_ckpt import testing
