@@ -28,7 +28,7 @@ __all__ = ["KeyValueStore", "Rounds"]
 
 # How much longer the others wait than the primary, so that its verdict reaches them first.
 _GRACE_SECONDS = 2.0
-_LEAVE_SECONDS = 5.0
+_LEAVE_SECONDS = 2.0
 # How long to try to tell why one gives up; the store may be what does not answer.
 _LAST_WORD_SECONDS = 1.0
 _FIRST_PAUSE_SECONDS = 0.0002

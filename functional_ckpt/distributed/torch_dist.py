@@ -7,6 +7,7 @@ each other.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import queue
@@ -28,6 +29,8 @@ DEFAULT_TIMEOUT_SECONDS = 600.0
 _CONNECT_SECONDS = 60.0
 # A process that was stopped itself finds its time over and the answer waiting.
 _SECOND_LOOK_SECONDS = 0.5
+# How long leaving the interpreter waits for a store that may not answer any more.
+_LAST_SECONDS = 1.0
 
 
 def default_coordinator(
@@ -215,6 +218,7 @@ class _Calls:
             target=_serve, args=(self._requests,), name="store-calls", daemon=True
         )
         thread.start()
+        _servers[thread] = self._requests
         weakref.finalize(self, self._requests.put, None)
 
     def start(self, function: Callable[..., Any], args: tuple[Any, ...]) -> futures.Future[Any]:
@@ -233,6 +237,21 @@ class _Calls:
                 return future.result()
         future.cancel()  # one that waits behind a call that is stuck is never begun
         raise futures.CancelledError
+
+
+_servers: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[_Request | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@atexit.register
+def _finish() -> None:
+    """A thread that came back from a store into a dead interpreter would abort the process."""
+    servers = list(_servers.items())
+    for _, requests in servers:
+        requests.put(None)
+    for thread, _ in servers:
+        thread.join(_LAST_SECONDS)
 
 
 def _serve(requests: queue.SimpleQueue[_Request | None]) -> None:

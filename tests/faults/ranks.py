@@ -7,6 +7,7 @@ by files: what a rank tells is a line of `<rank>.jsonl`, what it waits for is a 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import errno
@@ -529,15 +530,27 @@ def main() -> None:
     import functional_ckpt.handlers.rng
     import functional_ckpt.manager  # noqa: F401 - the template pays for every import
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the children
+    children: dict[int, Path] = {}
+
+    def bury(*_: object) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while found := os.waitpid(-1, os.WNOHANG):
+                pid, status = found
+                if pid == 0 or pid not in children:
+                    return
+                put(children[pid], str(os.waitstatus_to_exitcode(status)))
+
     print("ready", flush=True)
     for line in sys.stdin:
+        request = json.loads(line)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         pid = os.fork()
         if pid == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            run_rank(json.loads(line))
-            sys.stderr.flush()
-            os._exit(0)
+            run_rank(request)
+            return  # and leaves the interpreter as every program does
+        children[pid] = Path(request["folder"], f"exit-{request['rank']}")
+        signal.signal(signal.SIGCHLD, bury)
+        bury()
         print(pid, flush=True)
 
 

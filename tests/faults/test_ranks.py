@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NUM_RANKS = 3
 # A rank waits its timeout, and two seconds more for the primary's word; the rest is a busy machine.
 LONGEST_SECONDS = TIMEOUT_SECONDS + 2 + 4
-NUM_AT_ONCE = 6
+NUM_AT_ONCE = 8
 
 
 class Launcher:
@@ -70,8 +70,7 @@ class Launcher:
     def run(self, job: str, **request: Any) -> Job:
         """Starts a job and waits until all of its ranks are done."""
         started = self.start(job, **request)
-        for rank in range(len(started.pids)):
-            started.wait(rank, "done")
+        started.finish(*range(len(started.pids)))
         return started
 
     def close(self) -> None:
@@ -119,6 +118,13 @@ class Job:
             time.sleep(0.02)
         self.kill()
         raise AssertionError(f"{self.folder.name}: rank {rank} hangs; it told {found}")
+
+    def finish(self, *ranks: int) -> None:
+        """Waits until the ranks are done and have left the interpreter in peace."""
+        for rank in ranks:
+            self.wait(rank, "done")
+            code = wait_for(self.folder / f"exit-{rank}")
+            assert code == "0", f"{self.folder.name}: rank {rank} exited with {code}"
 
     def all(self, event: str) -> list[dict[str, Any]]:
         """Every rank's event of that name."""
@@ -203,8 +209,7 @@ def play(launcher: Launcher, cell: Cell) -> Outcome:
     put(job.folder / "go", "leave" if cell.kind == "kill" else "on")
     if cell.kind != "kill":
         went_on = {rank: job.wait(rank, "went-on") for rank in living}
-    for rank in living:
-        job.wait(rank, "done")
+    job.finish(*living)
     return Outcome(cell, job.root, failed, went_on)
 
 
@@ -229,8 +234,7 @@ def aftermath(launcher: Launcher, outcomes: dict[Cell, Outcome | Exception]) -> 
     """What the next run, of two ranks, finds in each directory."""
     roots = [outcome.root for outcome in outcomes.values() if isinstance(outcome, Outcome)]
     job = launcher.start("aftermath", num_ranks=2, roots=roots)
-    for rank in range(2):
-        job.wait(rank, "done")
+    job.finish(0, 1)
     return {each["root"]: each for each in job.events(0) if each["event"] == "looked"}
 
 
@@ -376,7 +380,7 @@ def test_a_signal_to_one_rank_makes_all_save_the_same_step(
         found = job.wait(rank, "bounded")
         assert names_rank(found, 1), found
         assert found["seconds"] < 1 + 2 + 4
-        job.wait(rank, "done")
+    job.finish(0, 2)
 
 
 @pytest.mark.parametrize("connection", ["own", "shared"])
@@ -393,4 +397,4 @@ def test_managers_beside_and_after_each_other_leave_nothing_in_the_store(
 def test_the_host_of_the_store_leaves_last(launcher: Launcher) -> None:
     jobs = [launcher.start("last_words", host="first") for _ in range(4)]
     for job in jobs:
-        job.all("done")
+        job.finish(*range(NUM_RANKS))
