@@ -219,6 +219,7 @@ class Fault:
 
 def _end_or_stop(kind: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+    time.sleep(1)  # another thread may have been chosen for the signal: this one goes no further
 
 
 def matrix(this: Rank) -> None:
