@@ -203,7 +203,7 @@ def test_each_damaged_file_is_told_its_own_leaves(
             damaged = bytearray(content)
             damaged[start + 5] ^= 1
             (path / file).write_bytes(damaged)
-    assert len(owners) == 2
+    assert len(owners) >= 2  # at least one for each database; how many more is up to TensorStore
     assert sorted(itertools.chain(*owners.values())) == list("abcd")
     found = {each.file: list(each.leaves) for each in verify(path)}
     assert found == owners
