@@ -128,12 +128,13 @@ def choose_grid(
     shard = tuple(max(1, n) for n in (shard_shape or spec.shape))
     chunk = list(shard)
     for dim, size in enumerate(shard):
-        budget = max_chunk_bytes // (math.prod(chunk[dim + 1 :]) * spec.itemsize_bytes)
+        # A dim that could not be cut stays whole, and the next ones make up for it.
+        others = math.prod(chunk) // chunk[dim]
+        budget = max_chunk_bytes // (others * spec.itemsize_bytes)
         if budget >= size:
-            chunk[dim] = size
             break
         chunk[dim] = _split(size, max(1, budget), exact=size < spec.shape[dim])
-        if budget >= 1:
+        if math.prod(chunk) * spec.itemsize_bytes <= max_chunk_bytes:
             break
     return ChunkGrid(spec.shape, tuple(chunk))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 
 @pytest.fixture(params=VERSIONS, ids=lambda path: path.name)
-def golden(request: pytest.FixtureRequest) -> Path:
-    return request.param
+def golden(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    # A copy: a build system may show each file as a link, and a checkpoint's files are no links.
+    return Path(shutil.copytree(request.param, tmp_path / request.param.name))
 
 
 @pytest.fixture
