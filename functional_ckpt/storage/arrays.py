@@ -49,6 +49,7 @@ REFUSALS = (
     *(ArithmeticError, LookupError, MemoryError, OSError),
     *(RuntimeError, TypeError, ValueError),
 )
+_SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 # Below this a chunk is copied into the key-value store; above, zarr writes it without a copy.
 SMALL_CHUNK_BYTES = 128 * 1024
 _TREE_CACHE_BYTES = 2**30
@@ -128,12 +129,13 @@ class Database:
 
 
 def clear_error(path: str, error: Exception) -> errors.CheckpointError:
-    """What TensorStore's failure to write means to the caller."""
+    """TensorStore's refusal to write as one of ours, with the system's `errno` where it has one."""
     text = str(error)
-    if "No space left" in text:
-        return errors.StorageError(
-            f"Cannot write {path}: no space left on device.", errno=errno.ENOSPC, path=path
-        )
+    for code in _SYSTEM_ERRORS:
+        if os.strerror(code) in text:
+            return errors.StorageError(
+                f"Cannot write {path}: {os.strerror(code)} [errno {code}].", errno=code, path=path
+            )
     return errors.StorageError(f"TensorStore failed in {path}: {text.splitlines()[0]}", path=path)
 
 
