@@ -64,7 +64,7 @@ def save(
         storage.make_directory(tmp)
         report = writer.write(storage, tmp, staged)
         completing.complete(storage, tmp, lowered, [report], info, time.time_ns())
-        replaced = commit.publish(storage, tmp, final)
+        replaced = commit.publish(storage, tmp, final, overwrite=overwrite)
     except BaseException:
         commit.abandon(storage, tmp)
         raise

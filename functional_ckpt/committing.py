@@ -34,11 +34,18 @@ class StepWriter:
         steps: Where to.
         keep_policies: Which steps stay.
         coordinator: How the ranks agree; used from one thread at a time.
+        overwrite: Whether a step that is there may be replaced.
     """
 
     def __init__(
-        self, steps: Steps, keep_policies: Sequence[KeepPolicy], coordinator: Coordinator
+        self,
+        steps: Steps,
+        keep_policies: Sequence[KeepPolicy],
+        coordinator: Coordinator,
+        *,
+        overwrite: bool,
     ) -> None:
+        self._overwrite = overwrite
         self._steps = steps
         self._storage = steps.storage
         self._keep_policies = tuple(keep_policies)
@@ -128,7 +135,8 @@ class StepWriter:
         commit_time_ns = time.time_ns()
         completing.complete(self._storage, tmp, items, reports, info, commit_time_ns)
         final = tmp.removesuffix(commit.TMP_SUFFIX)
-        replaced = commit.publish(self._storage, tmp, final, self._steps.hidden)
+        hidden = self._steps.hidden
+        replaced = commit.publish(self._storage, tmp, final, hidden, overwrite=self._overwrite)
         return json.dumps({"commit_time_ns": commit_time_ns, "replaced": replaced}).encode()
 
     def _clean_up(self, step: int, replaced: str | None) -> None:

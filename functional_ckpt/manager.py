@@ -114,7 +114,9 @@ class CheckpointManager:
         self._coordinator = coordinator or default_coordinator(process_group)
         in_background = self._coordinator.background()
         self._planner = agreement.Planner(self._coordinator)
-        self._writer = committing.StepWriter(self._steps, self._keep_policies, in_background)
+        self._writer = committing.StepWriter(
+            self._steps, self._keep_policies, in_background, overwrite=overwrite
+        )
         self._decider = deciding.Decider(
             None
             if save_policy is None

@@ -104,7 +104,14 @@ def _folders(files: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda name: (not name, -name.count("/"), name))
 
 
-def publish(storage: LocalStorage, tmp: str, final: str, hidden: str | None = None) -> str | None:
+def publish(
+    storage: LocalStorage,
+    tmp: str,
+    final: str,
+    hidden: str | None = None,
+    *,
+    overwrite: bool = True,
+) -> str | None:
     """Makes the complete, durable directory `tmp` visible as `final`; durable when it returns.
 
     Args:
@@ -113,13 +120,15 @@ def publish(storage: LocalStorage, tmp: str, final: str, hidden: str | None = No
         final: Its name from now on. When it exists it is exchanged, never absent for a moment where
             the system can exchange; else journalled.
         hidden: The root's hidden directory, for the journal and the trash.
+        overwrite: Whether what is there may be replaced; it may have come since that was asked.
 
     Returns:
         Where the replaced directory is now, for the caller to remove; None when nothing was
         replaced.
 
     Raises:
-        StorageError: Nothing changed: `tmp` is still `tmp`, and what was `final` still is.
+        StepExistsError, StorageError: Nothing changed: `tmp` is still `tmp`, and what was `final`
+            still is.
     """
     parent = os.path.dirname(final)
     if not storage.exists(final):
@@ -127,6 +136,8 @@ def publish(storage: LocalStorage, tmp: str, final: str, hidden: str | None = No
         with _undoing(lambda: storage.rename(final, tmp)):
             storage.sync_directory(parent)
         return None
+    if not overwrite:
+        raise errors.StepExistsError(f"{final} has appeared since this save began.", path=final)
     if not storage.is_directory(final):
         raise errors.StorageError(
             f"Cannot write {final}: a file is there, and not a checkpoint. Move it away.",
