@@ -272,6 +272,24 @@ def test_a_file_that_appears_while_the_step_is_being_written(tmp_path: Path) -> 
             (tmp_path / "2").unlink()
 
 
+def test_a_directory_that_appears_while_the_step_is_being_written(tmp_path: Path) -> None:
+    """Another program's step is not overwritten by a manager that may not overwrite."""
+
+    class Rude(testing.FaultyStorage):
+        def operation(self, kind: str, path: str) -> None:
+            if kind == "commit_arrays":
+                (tmp_path / "2").mkdir(exist_ok=True)
+                (tmp_path / "2" / "file").write_text("precious")
+            super().operation(kind, path)
+
+    with (
+        fc.CheckpointManager(tmp_path, storage=Rude()) as manager,
+        pytest.raises(fc.errors.SaveError, match=r"step 2 .*appeared since"),
+    ):
+        manager.save(2, items(2)).result()  # type: ignore[union-attr]
+    assert (tmp_path / "2" / "file").read_text() == "precious"
+
+
 def test_files_where_the_hidden_directories_should_be(tmp_path: Path) -> None:
     (tmp_path / ".functional_ckpt").write_text("precious")
     with pytest.raises(fc.errors.StorageError, match="functional_ckpt"):

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 import functional_ckpt as fc
 import scripts
-from functional_ckpt import testing
 
 # ------------------------------------------------------------------------------------ forks
 
@@ -272,70 +267,3 @@ atexit.register(last)
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert fc.CheckpointManager(tmp_path / "run", read_only=True).all_steps() == [1]
-
-
-# ------------------------------------------------------------------------------------ telling once
-
-
-def items(number: int) -> dict[str, Any]:
-    return {"tree": {"w": torch.full((10,), float(number))}}
-
-
-TELLERS = {
-    "save": lambda manager: manager.save(3, items(3)),
-    "a save the policy refuses": lambda manager: manager.save(7, items(7)),
-    "check_for_errors": lambda manager: manager.check_for_errors(),
-    "wait_until_finished": lambda manager: manager.wait_until_finished(),
-    "close": lambda manager: manager.close(),
-}
-
-
-@pytest.mark.parametrize("teller", TELLERS)
-def test_a_background_failure_is_told_once_at_the_next_call(teller: str, tmp_path: Path) -> None:
-    storage = testing.FaultyStorage()
-    manager = fc.CheckpointManager(
-        tmp_path, storage=storage, save_policy=fc.policies.when(lambda info: info.step < 5)
-    )
-    storage.inject(testing.Fault(errno=errno.ENOSPC, kinds=("commit_arrays",)))
-    commit = manager.save(2, items(2))
-    assert commit is not None
-    while not commit.done():
-        time.sleep(0.01)
-    with pytest.raises(fc.errors.SaveError, match=r"step 2 .*No space left on device") as caught:
-        TELLERS[teller](manager)
-    assert caught.value.step == 2
-    if teller != "close":
-        manager.check_for_errors()
-        manager.wait_until_finished()
-        assert manager.all_steps() == []
-        assert manager.latest_step() is None
-        manager.save(2, items(2))  # the same step again: nothing of the first is in the way
-    manager.close()
-    manager.close()
-    expected = [] if teller == "close" else [2]
-    assert fc.CheckpointManager(tmp_path, read_only=True).all_steps() == expected
-
-
-def test_a_failure_told_by_its_handle_is_not_told_again(tmp_path: Path) -> None:
-    storage = testing.FaultyStorage()
-    with fc.CheckpointManager(tmp_path, storage=storage) as manager:
-        storage.inject(testing.Fault(kinds=("rename",)))
-        commit = manager.save(2, items(2))
-        assert commit is not None
-        error = commit.exception()
-        assert isinstance(error, fc.errors.SaveError)
-        assert repr(commit) == "<Commit of step 2: failed>"
-        with pytest.raises(fc.errors.SaveError):
-            commit.result()
-        manager.check_for_errors()
-
-
-def test_a_synchronous_save_raises_by_itself(tmp_path: Path) -> None:
-    storage = testing.FaultyStorage()
-    with fc.CheckpointManager(tmp_path, storage=storage, asynchronous=False) as manager:
-        storage.inject(testing.Fault(kinds=("rename",)))
-        with pytest.raises(fc.errors.SaveError, match="step 2"):
-            manager.save(2, items(2))
-        manager.check_for_errors()
-        commit = manager.save(2, items(2))
-        assert commit is not None and commit.done() and commit.result() == 2

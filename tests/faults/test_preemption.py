@@ -8,7 +8,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 
 import functional_ckpt as fc
 import scripts
@@ -58,32 +57,6 @@ def test_the_next_save_is_taken_and_the_loop_ends(
     with fc.CheckpointManager(tmp_path) as manager:
         assert manager.latest_step() == last
         assert manager.restore()["tree"]["n"] == last
-
-
-class Signalled:
-    """A manager whose process is told to stop at will."""
-
-    def __init__(self, root: Path, policies: list[fc.policies.SavePolicy]) -> None:
-        self.manager = fc.CheckpointManager(root, save_policy=policies)
-
-    def save(self, step: int) -> bool:
-        return self.manager.save(step, {"tree": {"w": torch.zeros(3)}}) is not None
-
-    def stop(self) -> None:
-        signal.raise_signal(signal.SIGTERM)
-
-
-def test_a_signal_after_the_refused_save_waits_for_the_next_step(tmp_path: Path) -> None:
-    """Whoever left the loop at the signal alone would lose everything since the last save."""
-    one = Signalled(tmp_path, [fc.policies.every(100), fc.policies.Preemption()])
-    with one.manager as manager:
-        assert not one.save(1) and not manager.reached_preemption(1)
-        assert not one.save(2)
-        one.stop()
-        assert not manager.reached_preemption(2)
-        assert manager.should_save(3)
-        assert one.save(3) and manager.reached_preemption(3)
-    assert fc.CheckpointManager(tmp_path, read_only=True).all_steps() == [3]
 
 
 def test_without_the_policy_no_handler_is_installed(tmp_path: Path) -> None:
