@@ -388,7 +388,7 @@ def try_everything(
                 assert testing.differences(dict(got), expected) == []
             assert SECRET not in shown(got) and "31337" not in shown(got)
     watch.allowed = None
-    assert watch.seen == []
+    assert watch.seen == [], watch.seen
     return refused
 
 
