@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import functools
-import logging
 import operator
 import os
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from functional_ckpt import (
-    agreement,
-    background,
-    committing,
-    completing,
-    deciding,
-    errors,
-    lowering,
-    restoring,
-    writer,
-)
+from functional_ckpt import background, errors, opening, restoring, saving
 from functional_ckpt.core import keep_policies as keep
 from functional_ckpt.core import keep_rule, names, save_rule
 from functional_ckpt.describing import StepMetadata, describe
-from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.distributed.coordinator import Coordinator, on_primary, together
 from functional_ckpt.distributed.torch_dist import default_coordinator
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.interop import orbax
 from functional_ckpt.steps import Steps
-from functional_ckpt.storage import commit, layout, staging
+from functional_ckpt.storage import layout
 from functional_ckpt.storage.paths import DirectoryLock, LocalStorage, resolve
 
 __all__ = ["CheckpointManager"]
-
-_log = logging.getLogger("functional_ckpt")
 
 
 class CheckpointManager:
@@ -88,48 +74,39 @@ class CheckpointManager:
         coordinator: Coordinator | None = None,
         storage: LocalStorage | None = None,
     ) -> None:
-        if on_busy not in ("wait", "skip"):
-            raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {on_busy!r}.")
         if process_group is not None and coordinator is not None:
             raise errors.UsageError("Give process_group or coordinator, not both.")
         self._storage = storage or LocalStorage()
+        self._registry = registry or default_registry()
+        self._read_only = read_only
+        self._pid = os.getpid()
+        self._closed = False
+        self._lock: DirectoryLock | None = None
         self._steps = Steps(
             self._storage,
             resolve(directory),
             names.as_name_format(step_name, adapt=orbax.adapt_name_format),
+            read_only=read_only,
         )
         self._keep_policies = keep_rule.keep_policies(
             () if keep_policy is None else keep_policy, adapt=orbax.adapt_keep_policy
         )
-        self._registry = registry or default_registry()
-        self._overwrite = overwrite
-        self._read_only = read_only
-        self._asynchronous = asynchronous
-        self._on_busy: Literal["wait", "skip"] = on_busy
-        self._pid = os.getpid()
-        self._closed = False
-        self._committer = background.Committer()
-        self._buffer = staging.StagingBuffer()
-        self._lock: DirectoryLock | None = None
-        self._coordinator = coordinator or default_coordinator(process_group)
-        in_background = self._coordinator.background()
-        self._planner = agreement.Planner(self._coordinator)
-        self._writer = committing.StepWriter(
-            self._steps, self._keep_policies, in_background, overwrite=overwrite
-        )
-        self._decider = deciding.Decider(
-            None
+        options = saving.SaveOptions(
+            save_rule=None
             if save_policy is None
             else save_rule.save_rule(save_policy, adapt=orbax.adapt_save_policy),
-            self._steps,
-            lambda: self._committer.step,
-            (self._coordinator, in_background),
+            keep_policies=self._keep_policies,
+            overwrite=overwrite,
+            asynchronous=asynchronous,
+            on_busy=on_busy,
         )
+        self._coordinator = coordinator or default_coordinator(process_group)
+        self._saver = saving.Saver(self._steps, self._registry, self._coordinator, options)
         try:
             if not read_only:
-                self._open()
-                self._decider.start()
-            self._together("looking into the directory", self._steps.reload)
+                self._lock = opening.take_over(self._steps, self._coordinator)
+                self._saver.decider.start()
+            together(self._coordinator, "looking into the directory", self._steps.reload)
         except BaseException:
             self._release()
             raise
@@ -139,7 +116,7 @@ class CheckpointManager:
     def should_save(self, step: int) -> bool:
         """Whether `save` would save this step now."""
         self._check_usable()
-        return self._decider.wants(_as_step(step))
+        return self._saver.decider.wants(_as_step(step))
 
     def save(
         self,
@@ -172,73 +149,13 @@ class CheckpointManager:
             UnsupportedLeafError: Something cannot be stored; nothing was written.
         """
         self._check_usable()
-        number = _as_step(step)
-        # Ranks may learn of a failure at different calls. None leaves the others alone in a round.
-        failure = self._committer.take_error()
-        if not self._decider.wants(number, force=force):
-            return self._refuse(number, failure)
-        self._check_writer()
-        skips = self._on_busy == "skip" and not self._decider.is_preempted(number)
-        if skips and self._is_any_busy(number):
-            _log.info("step %d skipped: another is still being committed", number)
-            return self._refuse(number, failure)
-        self._committer.wait()
-        failure = failure or self._committer.take_error()
-        prepared = failure or self._prepare(number, items, metrics, custom_metadata)
-        plan = self._planner.plan(
-            prepared if isinstance(prepared, BaseException) else prepared[0], number
+        return self._saver.save(
+            _as_step(step),
+            items,
+            metrics=metrics,
+            custom_metadata=custom_metadata,
+            force=force,
         )
-        if isinstance(prepared, BaseException):
-            raise prepared
-        lowered, info = prepared
-        try:
-            staged = writer.stage(lowered, plan, self._buffer if self._asynchronous else None)
-        except Exception as error:
-            self._writer.give_up(number, error)
-            raise
-        work = functools.partial(self._writer.commit, number, staged, info)
-        handle = self._committer.start(number, work)
-        if not self._asynchronous:
-            self._committer.wait()
-            self._committer.raise_error()
-        return handle
-
-    def _refuse(self, step: int, failure: BaseException | None) -> None:
-        """The step is not saved; an earlier one's failure is raised all the same."""
-        self._decider.refuse(step)
-        if failure is not None:
-            raise failure
-
-    def _is_any_busy(self, step: int) -> bool:
-        """Whether a rank is still committing; all ranks get the same answer."""
-        busy = b"1" if self._committer.is_busy else b""
-        group = self._coordinator
-        return group.exchange(f"whether to skip step {step}", busy, b"".join) != b""
-
-    def _prepare(
-        self,
-        step: int,
-        items: Mapping[str, Any],
-        metrics: Mapping[str, Any] | None,
-        custom_metadata: Mapping[str, Any] | None,
-    ) -> tuple[tuple[lowering.LoweredItem, ...], completing.CheckpointInfo] | BaseException:
-        """What this rank can do alone; an error is for all ranks to hear of, so it is returned."""
-        coordinator = self._coordinator
-        try:
-            if coordinator.rank == 0:
-                self._steps.check_free(step, overwrite=self._overwrite)
-            info = completing.CheckpointInfo(
-                step=step,
-                init_time_ns=time.time_ns(),
-                metrics=_as_json(metrics, "metrics"),
-                custom_metadata=_as_json(custom_metadata, "custom_metadata") or {},
-            )
-            lowered = lowering.lower(
-                items, self._registry, rank=coordinator.rank, ranks=coordinator.global_ranks
-            )
-        except Exception as error:  # noqa: BLE001 - handed to every rank by the planner, raised on this one
-            return error
-        return lowered, info
 
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step that are known only now; durable when it returns.
@@ -251,11 +168,12 @@ class CheckpointManager:
         """
         self._check_usable()
         number = _as_step(step)
-        checked = _as_json(metrics, "metrics") or {}
-        self._on_primary(
+        checked = saving.as_json(metrics, "metrics") or {}
+        on_primary(
+            self._coordinator,
             f"recording metrics of step {number}",
             functools.partial(self._steps.record, number, checked),
-            ready=functools.partial(self._existing, number),
+            ready=functools.partial(self._steps.existing, number),
         )
         if self._coordinator.rank:
             self._steps.reload()
@@ -263,16 +181,16 @@ class CheckpointManager:
     def delete(self, step: int) -> None:
         """Removes a step: out of sight in one rename, then from disk."""
         self._check_usable()
-        self._check_writer()
+        self._steps.check_writable()
         number = _as_step(step)
 
         def ready() -> None:
-            if self._committer.is_busy:
+            if self.is_saving_in_progress():
                 self.wait_until_finished()
-            self._existing(number)
+            self._steps.existing(number)
 
         discard = functools.partial(self._steps.discard, number)
-        self._on_primary(f"deleting step {number}", discard, ready=ready)
+        on_primary(self._coordinator, f"deleting step {number}", discard, ready=ready)
         if self._coordinator.rank:
             self._steps.reload()
 
@@ -334,7 +252,7 @@ class CheckpointManager:
         """The step that every rank restores; all ranks raise when one cannot, or means another."""
         value: bytes | BaseException
         try:
-            value = b"%d" % (self._latest() if step is None else self._existing(step))
+            value = b"%d" % self._number(step)
         except errors.CheckpointError as error:
             value = error
 
@@ -355,7 +273,7 @@ class CheckpointManager:
     def metadata(self, step: int | None = None) -> StepMetadata:
         """What is known of a step (None: the latest) without reading its arrays."""
         self._check_usable()
-        number = self._latest() if step is None else self._existing(step)
+        number = self._number(step)
         opened = layout.open_checkpoint(self._storage, self._steps.path(number), number)
         return describe(opened, self._steps.late_metrics(number) or None)
 
@@ -368,9 +286,7 @@ class CheckpointManager:
     def all_steps(self) -> list[int]:
         """The committed steps, ascending. A read-only manager looks at the directory anew."""
         self._check_usable()
-        if self._read_only:
-            return self._steps.on_disk()
-        return [info.step for info in self._steps.infos]
+        return self._steps.all()
 
     def latest_step(self) -> int | None:
         """The highest committed step, or None."""
@@ -438,18 +354,18 @@ class CheckpointManager:
 
     def is_saving_in_progress(self) -> bool:
         """Whether a commit is under way."""
-        return self._committer.is_busy
+        return self._saver.committer.is_busy
 
     def wait_until_finished(self) -> None:
         """Waits for the commit under way; raises its error."""
         self._check_usable()
-        self._committer.wait()
-        self._committer.raise_error()
+        self._saver.committer.wait()
+        self._saver.committer.raise_error()
 
     def check_for_errors(self) -> None:
         """Raises the error of a save that failed in the background, once."""
         self._check_usable()
-        self._committer.raise_error()
+        self._saver.committer.raise_error()
 
     def reached_preemption(self, step: int) -> bool:
         """Whether the process was told to stop (SIGTERM) and this step was the one to save.
@@ -459,16 +375,16 @@ class CheckpointManager:
         would lose the steps since the last save. The next `save` is taken.
         """
         self._check_usable()
-        return self._decider.is_preempted(_as_step(step))
+        return self._saver.decider.is_preempted(_as_step(step))
 
     def close(self) -> None:
         """Finishes the commit under way and lets the next writer in; raises an untold error."""
         if self._closed or os.getpid() != self._pid:
             return
-        self._committer.wait()
+        self._saver.committer.wait()
         self._closed = True
         self._release()
-        self._committer.raise_error()
+        self._saver.committer.raise_error()
 
     def __enter__(self) -> Self:
         self._check_usable()
@@ -489,65 +405,11 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------------------ parts
 
-    def _together(self, what: str, action: Callable[[], object]) -> None:
-        """Every rank does something; then all go on, or all raise."""
-        self._on_primary(what, lambda: None, ready=action)
-
-    def _on_primary(
-        self,
-        what: str,
-        action: Callable[[], object],
-        *,
-        ready: Callable[[], object] = lambda: None,
-    ) -> None:
-        """Every rank gets ready; when all are, the primary does something while the others wait."""
-
-        def act(_: Sequence[bytes]) -> bytes:
-            action()
-            return b""
-
-        value: bytes | BaseException = b""
-        try:
-            ready()
-        except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before it is raised here
-            value = error
-        self._coordinator.exchange(what, value, act)
-
-    def _open(self) -> None:
-        """Makes the job the writer of the directory, and sure that all ranks see the same one."""
-        group, hidden = self._coordinator, self._steps.hidden
-        mark = os.path.join(hidden, f"ranks.{uuid.uuid4().hex}.tmp")
-
-        def become_writer(_: Sequence[bytes]) -> bytes:
-            self._become_writer()
-            if group.num_ranks > 1:
-                self._storage.write(mark, b"")
-            return os.path.basename(mark).encode()
-
-        name = group.exchange("opening the directory", b"", become_writer).decode()
-        if group.num_ranks > 1:
-            self._on_primary(
-                "seeing one directory",
-                functools.partial(self._storage.remove, mark),
-                ready=lambda: commit.check_shared(
-                    self._storage, os.path.join(hidden, name), group.rank
-                ),
-            )
-
-    def _become_writer(self) -> None:
-        """Takes the directory over: locks it, then removes what a dead writer left."""
-        root, hidden = self._steps.root, self._steps.hidden
-        commit.make_root(self._storage, hidden)
-        self._lock = self._storage.lock(os.path.join(hidden, "lock"))
-        for line in commit.recover(self._storage, root, hidden):
-            _log.warning("%s: %s", root, line)
-
     def _release(self) -> None:
-        self._decider.stop()
+        self._saver.release()
         self._coordinator.leave()
         if self._lock is not None:
             self._lock.release()
-        self._buffer.release()
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -559,31 +421,9 @@ class CheckpointManager:
         if self._closed:
             raise errors.ClosedError("This CheckpointManager was closed.", path=self._steps.root)
 
-    def _check_writer(self) -> None:
-        if self._read_only:
-            raise errors.ReadOnlyError(
-                "This CheckpointManager was opened with read_only=True.", path=self._steps.root
-            )
-
-    def _latest(self) -> int:
-        latest = self.latest_step()
-        if latest is None:
-            raise errors.StepNotFoundError(
-                f"{self._steps.root} has no step yet.", path=self._steps.root
-            )
-        return latest
-
-    def _existing(self, step: int) -> int:
-        number = _as_step(step)
-        steps = self.all_steps()
-        if number not in steps:
-            shown = ", ".join(map(str, steps[-10:])) or "none"
-            raise errors.StepNotFoundError(
-                f"{self._steps.root} has no step {number}; the latest are: {shown}.",
-                step=number,
-                path=self._steps.root,
-            )
-        return number
+    def _number(self, step: int | None) -> int:
+        """The number of a step that exists; None for the latest."""
+        return self._steps.latest() if step is None else self._steps.existing(_as_step(step))
 
 
 def _as_step(step: Any) -> int:
@@ -594,13 +434,3 @@ def _as_step(step: Any) -> int:
     if number < 0 or isinstance(step, bool):
         raise errors.UsageError(f"A step must be an int >= 0; got {step!r}.")
     return number
-
-
-def _as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | None:
-    """The mapping, once it is known to be JSON."""
-    if value is None:
-        return None
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise errors.UsageError(f"{what} must be a mapping with str keys; got {value!r:.80}.")
-    lowering.to_json(dict(value), what)
-    return dict(value)

@@ -24,15 +24,21 @@ class Steps:
     What was committed through this object is remembered at once; what other processes do is seen by
     `reload`. Safe to use from the commit's thread beside the caller's.
 
+    Args:
+        read_only: Others write the directory: the lists of steps look at it anew.
+
     Attributes:
         storage: The file system.
         root: The directory.
         hidden: Where everything is that is no step.
     """
 
-    def __init__(self, storage: LocalStorage, root: str, names: NameFormat) -> None:
+    def __init__(
+        self, storage: LocalStorage, root: str, names: NameFormat, *, read_only: bool = False
+    ) -> None:
         self.storage = storage
         self.root = root
+        self._read_only = read_only
         self.hidden = os.path.join(root, commit.HIDDEN)
         self._names = names
         self._mutex = threading.Lock()
@@ -49,9 +55,37 @@ class Steps:
         with self._mutex:
             self._infos = found
 
-    def on_disk(self) -> list[int]:
-        """The steps that are there now, ascending."""
-        return list(history.list_steps(self.storage, self.root, self._names))
+    def all(self) -> list[int]:
+        """The committed steps, ascending."""
+        if self._read_only:
+            return list(history.list_steps(self.storage, self.root, self._names))
+        return [info.step for info in self._infos]
+
+    def latest(self) -> int:
+        """The highest committed step; raises `StepNotFoundError` where there is none."""
+        steps = self.all()
+        if not steps:
+            raise errors.StepNotFoundError(f"{self.root} has no step yet.", path=self.root)
+        return steps[-1]
+
+    def existing(self, step: int) -> int:
+        """The step, if it was committed; else raises `StepNotFoundError`."""
+        steps = self.all()
+        if step not in steps:
+            shown = ", ".join(map(str, steps[-10:])) or "none"
+            raise errors.StepNotFoundError(
+                f"{self.root} has no step {step}; the latest are: {shown}.",
+                step=step,
+                path=self.root,
+            )
+        return step
+
+    def check_writable(self) -> None:
+        """Raises `ReadOnlyError` where others write the directory."""
+        if self._read_only:
+            raise errors.ReadOnlyError(
+                "This CheckpointManager was opened with read_only=True.", path=self.root
+            )
 
     def path(self, step: int) -> str:
         """Where a step is, or will be."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Combine", "Coordinator", "SingleProcess"]
+__all__ = ["Combine", "Coordinator", "SingleProcess", "on_primary", "together"]
 
 Combine: TypeAlias = Callable[[Sequence[bytes]], bytes]
 
@@ -96,3 +96,29 @@ class SingleProcess:
 
     def leave(self) -> None:
         """Does nothing."""
+
+
+def together(coordinator: Coordinator, what: str, action: Callable[[], object]) -> None:
+    """Every rank does something; then all go on, or all raise."""
+    on_primary(coordinator, what, lambda: None, ready=action)
+
+
+def on_primary(
+    coordinator: Coordinator,
+    what: str,
+    action: Callable[[], object],
+    *,
+    ready: Callable[[], object] = lambda: None,
+) -> None:
+    """Every rank gets ready; when all are, the primary does something while the others wait."""
+
+    def act(_: Sequence[bytes]) -> bytes:
+        action()
+        return b""
+
+    value: bytes | BaseException = b""
+    try:
+        ready()
+    except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before it is raised here
+        value = error
+    coordinator.exchange(what, value, act)

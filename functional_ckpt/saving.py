@@ -1,0 +1,169 @@
+"""The caller's half of a save: decide, lower, plan, stage, and hand over to the background."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from functional_ckpt import (
+    agreement,
+    background,
+    committing,
+    completing,
+    deciding,
+    errors,
+    lowering,
+    writer,
+)
+from functional_ckpt.core.policy import KeepPolicy
+from functional_ckpt.core.save_rule import SaveRule
+from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.handlers.base import Registry
+from functional_ckpt.steps import Steps
+from functional_ckpt.storage import staging
+
+__all__ = ["SaveOptions", "Saver", "as_json"]
+
+_log = logging.getLogger("functional_ckpt")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions:
+    """How a manager saves; its arguments of the same names."""
+
+    save_rule: SaveRule | None
+    keep_policies: tuple[KeepPolicy, ...]
+    overwrite: bool
+    asynchronous: bool
+    on_busy: Literal["wait", "skip"]
+
+    def __post_init__(self) -> None:
+        if self.on_busy not in ("wait", "skip"):
+            raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {self.on_busy!r}.")
+
+
+class Saver:
+    """Saves the steps of one run, on every rank.
+
+    Attributes:
+        decider: Whether to save.
+        committer: What is under way in the background.
+    """
+
+    def __init__(
+        self, steps: Steps, registry: Registry, coordinator: Coordinator, options: SaveOptions
+    ) -> None:
+        self._steps = steps
+        self._registry = registry
+        self._coordinator = coordinator
+        self._options = options
+        self._buffer = staging.StagingBuffer()
+        self._planner = agreement.Planner(coordinator)
+        self.committer = background.Committer()
+        in_background = coordinator.background()
+        self._writer = committing.StepWriter(
+            steps, options.keep_policies, in_background, overwrite=options.overwrite
+        )
+        self.decider = deciding.Decider(
+            options.save_rule,
+            steps,
+            lambda: self.committer.step,
+            (coordinator, in_background),
+        )
+
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, Any] | None,
+        custom_metadata: Mapping[str, Any] | None,
+        force: bool,
+    ) -> background.Commit | None:
+        """Saves a step if the policy says so; `CheckpointManager.save` says what is what."""
+        # Ranks may learn of a failure at different calls. None leaves the others alone in a round.
+        failure = self.committer.take_error()
+        if not self.decider.wants(step, force=force):
+            return self._refuse(step, failure)
+        self._steps.check_writable()
+        skips = self._options.on_busy == "skip" and not self.decider.is_preempted(step)
+        if skips and self._is_any_busy(step):
+            _log.info("step %d skipped: another is still being committed", step)
+            return self._refuse(step, failure)
+        self.committer.wait()
+        failure = failure or self.committer.take_error()
+        prepared = failure or self._prepare(step, items, metrics, custom_metadata)
+        plan = self._planner.plan(
+            prepared if isinstance(prepared, BaseException) else prepared[0], step
+        )
+        if isinstance(prepared, BaseException):
+            raise prepared
+        lowered, info = prepared
+        try:
+            buffer = self._buffer if self._options.asynchronous else None
+            staged = writer.stage(lowered, plan, buffer)
+        except Exception as error:
+            self._writer.give_up(step, error)
+            raise
+        work = functools.partial(self._writer.commit, step, staged, info)
+        handle = self.committer.start(step, work)
+        if not self._options.asynchronous:
+            self.committer.wait()
+            self.committer.raise_error()
+        return handle
+
+    def release(self) -> None:
+        """Listens for signals no more, and gives the staging memory back."""
+        self.decider.stop()
+        self._buffer.release()
+
+    def _refuse(self, step: int, failure: BaseException | None) -> None:
+        """The step is not saved; an earlier one's failure is raised all the same."""
+        self.decider.refuse(step)
+        if failure is not None:
+            raise failure
+
+    def _is_any_busy(self, step: int) -> bool:
+        """Whether a rank is still committing; all ranks get the same answer."""
+        busy = b"1" if self.committer.is_busy else b""
+        group = self._coordinator
+        return group.exchange(f"whether to skip step {step}", busy, b"".join) != b""
+
+    def _prepare(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None,
+        custom_metadata: Mapping[str, Any] | None,
+    ) -> tuple[tuple[lowering.LoweredItem, ...], completing.CheckpointInfo] | BaseException:
+        """What this rank can do alone; an error is for all ranks to hear of, so it is returned."""
+        coordinator = self._coordinator
+        try:
+            if coordinator.rank == 0:
+                self._steps.check_free(step, overwrite=self._options.overwrite)
+            info = completing.CheckpointInfo(
+                step=step,
+                init_time_ns=time.time_ns(),
+                metrics=as_json(metrics, "metrics"),
+                custom_metadata=as_json(custom_metadata, "custom_metadata") or {},
+            )
+            lowered = lowering.lower(
+                items, self._registry, rank=coordinator.rank, ranks=coordinator.global_ranks
+            )
+        except Exception as error:  # noqa: BLE001 - handed to every rank by the planner, raised on this one
+            return error
+        return lowered, info
+
+
+def as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | None:
+    """The mapping, once it is known to be JSON; `what` it is, for the message."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise errors.UsageError(f"{what} must be a mapping with str keys; got {value!r:.80}.")
+    lowering.to_json(dict(value), what)
+    return dict(value)
