@@ -27,7 +27,7 @@ __all__ = [
 # 64 chunks.
 MAX_CHUNK_BYTES = 32 * 2**20
 # A reader verifies in units of this many bytes of a chunk's valid region (C order).
-DIGEST_BLOCK_BYTES = 256 * 2**10
+DIGEST_BLOCK_BYTES = 64 * 2**10
 
 
 # Up to here a chunk lives in a node of the database's tree, and nodes are compressed.

@@ -99,7 +99,7 @@ def test_one_record_fixes_every_file(checkpoint: Path) -> None:
     assert step["step"] == (7 if checkpoint.name == "7" else None)
     listed = {RECORD, *step["files"]}
     for item, record in tree_items(checkpoint):
-        assert record["item"] == item.name and record["digest_block_bytes"] == 262144
+        assert record["item"] == item.name and record["digest_block_bytes"] == 65536
         check_files(item, record)
         listed |= {f"{item.name}/{name}" for name in record["files"]}
     assert files_below(checkpoint) == listed
@@ -135,8 +135,8 @@ def test_every_chunk_has_the_bytes_of_its_digests(checkpoint: Path) -> None:
                     for c, n, i in zip(chunk_shape, shape, index, strict=True)
                 ]
                 block = np.ascontiguousarray(chunk[tuple(valid)]).tobytes()
-                for start in range(0, len(block), 262144):
-                    got = xxhash.xxh3_64_hexdigest(block[start : start + 262144])
+                for start in range(0, len(block), 65536):
+                    got = xxhash.xxh3_64_hexdigest(block[start : start + 65536])
                     assert got == next(expected), key
                 num_chunks += 1
             assert next(expected, None) is None
