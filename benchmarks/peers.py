@@ -7,112 +7,187 @@ stops.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["PEERS", "Peer", "sync_tree"]
+from benchmarks.workloads import State
 
-State = dict[str, torch.Tensor]
-
-
-def sync_tree(path: str) -> None:
-    """Syncs every file below a directory, then every directory, then its parent."""
-    folders = [os.path.dirname(path)]
-    for folder, _, names in os.walk(path):
-        folders.append(folder)
-        for name in names:
-            _sync(os.path.join(folder, name))
-    for folder in folders:
-        _sync(folder)
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+__all__ = ["PEERS", "Holder", "Peer", "as_numpy", "from_numpy"]
 
 
 class Peer:
-    """A system under measurement; `is_durable` says whether its own save already syncs all."""
+    """A system under measurement.
+
+    Attributes:
+        is_durable: Whether its own save already syncs every file and directory.
+    """
 
     is_durable = False
 
-    def save(self, state: State, path: str) -> None:
+    def bind(self, state: State) -> Any:
+        """What the user of this system has at hand, before any clock starts."""
+        return state
+
+    def save(self, bound: Any, path: str) -> None:
         """Saves into the new directory `path`."""
         raise NotImplementedError
 
-    def restore(self, state: State, path: str) -> None:
-        """Restores into the tensors of `state`, really copying every byte."""
+    def save_volatile(self, bound: Any, path: str) -> None:
+        """The same without syncing; only systems that are durable by themselves differ."""
+        self.save(bound, path)
+
+    def restore(self, bound: Any, path: str) -> None:
+        """Restores into the tensors that were bound, really copying every byte."""
+        raise NotImplementedError
+
+    def restore_new(self, path: str) -> Mapping[str, torch.Tensor]:
+        """Restores into new memory, without being told what is there."""
         raise NotImplementedError
 
 
 class TorchSave(Peer):
-    """torch.save and torch.load, memory-mapped."""
+    """torch.save and torch.load, memory-mapped: its fastest way to read."""
 
-    def save(self, state: State, path: str) -> None:
+    def save(self, bound: State, path: str) -> None:
         os.makedirs(path)
-        torch.save(state, os.path.join(path, "state.pt"))
+        torch.save(bound, os.path.join(path, "state.pt"))
 
-    def restore(self, state: State, path: str) -> None:
-        loaded = torch.load(os.path.join(path, "state.pt"), mmap=True, weights_only=True)
-        for name, tensor in state.items():
+    def restore(self, bound: State, path: str) -> None:
+        loaded = self._load(path)
+        for name, tensor in bound.items():
             tensor.copy_(loaded[name])
+
+    def restore_new(self, path: str) -> State:
+        return {name: tensor.clone() for name, tensor in self._load(path).items()}
+
+    def _load(self, path: str) -> State:
+        return torch.load(os.path.join(path, "state.pt"), mmap=True, weights_only=True)
 
 
 class Safetensors(Peer):
     """safetensors."""
 
-    def save(self, state: State, path: str) -> None:
+    def save(self, bound: State, path: str) -> None:
         from safetensors.torch import save_file
 
         os.makedirs(path)
-        save_file(state, os.path.join(path, "state.safetensors"))
+        save_file(bound, os.path.join(path, "state.safetensors"))
 
-    def restore(self, state: State, path: str) -> None:
+    def restore(self, bound: State, path: str) -> None:
         from safetensors import safe_open
 
         with safe_open(os.path.join(path, "state.safetensors"), framework="pt") as file:
-            for name, tensor in state.items():
+            for name, tensor in bound.items():
                 tensor.copy_(file.get_tensor(name))
+
+    def restore_new(self, path: str) -> State:
+        from safetensors.torch import load_file
+
+        # What load_file returns is mapped, not read.
+        loaded = load_file(os.path.join(path, "state.safetensors"))
+        return {name: tensor.clone() for name, tensor in loaded.items()}
 
 
 class Dcp(Peer):
-    """torch.distributed.checkpoint, four threads, its own syncing left to the measurement."""
+    """torch.distributed.checkpoint, four threads; its own syncing, of files only, is left out."""
 
-    def save(self, state: State, path: str) -> None:
+    def save(self, bound: State, path: str) -> None:
         import torch.distributed.checkpoint as dcp
 
         writer = dcp.FileSystemWriter(path, thread_count=4, sync_files=False)
-        dcp.save(dict(state), storage_writer=writer, no_dist=True)
+        dcp.save(dict(bound), storage_writer=writer, no_dist=True)
 
-    def restore(self, state: State, path: str) -> None:
+    def restore(self, bound: State, path: str) -> None:
         import torch.distributed.checkpoint as dcp
 
-        dcp.load(dict(state), storage_reader=dcp.FileSystemReader(path), no_dist=True)
+        dcp.load(dict(bound), storage_reader=self._reader(path), no_dist=True)
+
+    def restore_new(self, path: str) -> State:
+        from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+        from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+        found: State = {}  # the way of DCP's own converter to torch.save
+        planner = _EmptyStateDictLoadPlanner()
+        _load_state_dict(found, self._reader(path), planner=planner, no_dist=True)
+        return found
+
+    def _reader(self, path: str) -> Any:
+        import torch.distributed.checkpoint as dcp
+
+        return dcp.FileSystemReader(path)
+
+
+class DcpHuggingFace(Dcp):
+    """DCP with its safetensors files, whose reader maps them: the fastest of DCP's to restore."""
+
+    def save(self, bound: State, path: str) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        writer = dcp.HuggingFaceStorageWriter(path, save_distributed=True, thread_count=4)
+        dcp.save(dict(bound), storage_writer=writer, no_dist=True)
+
+    def _reader(self, path: str) -> Any:
+        import torch.distributed.checkpoint as dcp
+
+        return dcp.HuggingFaceStorageReader(path, thread_count=2)
 
 
 class Orbax(Peer):
     """orbax.checkpoint's StandardCheckpointer over numpy views; it does not sync."""
 
-    def save(self, state: State, path: str) -> None:
+    def bind(self, state: State) -> Any:
+        return {name: as_numpy(tensor) for name, tensor in state.items()}
+
+    def save(self, bound: Any, path: str) -> None:
         import orbax.checkpoint as ocp
 
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, {name: tensor.numpy() for name, tensor in state.items()})
+            checkpointer.save(path, bound)
 
-    def restore(self, state: State, path: str) -> None:
+    def restore(self, bound: Any, path: str) -> None:
         import orbax.checkpoint as ocp
 
         with ocp.StandardCheckpointer() as checkpointer:
-            target = {name: tensor.numpy() for name, tensor in state.items()}
-            loaded: Mapping[str, Any] = checkpointer.restore(path, target)
+            loaded: Mapping[str, Any] = checkpointer.restore(path, bound)
+        for name, array in bound.items():
+            array[...] = loaded[name]
+
+    def restore_new(self, path: str) -> State:
+        import orbax.checkpoint as ocp
+
+        with ocp.StandardCheckpointer() as checkpointer:
+            loaded: Mapping[str, Any] = checkpointer.restore(path)
+        return {name: from_numpy(array) for name, array in loaded.items()}
+
+
+class TorchCheckpointing(Peer):
+    """torch_checkpointing, synchronous; it writes past the page cache where it can."""
+
+    def __init__(self) -> None:
+        from torch_checkpointing import CheckpointManager
+
+        self._manager = CheckpointManager(CheckpointManager.Config.with_sync_save())
+
+    def save(self, bound: State, path: str) -> None:
+        self._manager.save(path, {"state": bound})
+
+    def restore(self, bound: State, path: str) -> None:
+        self._manager.load(path, into={"state": bound})
+
+    def restore_new(self, path: str) -> State:
+        loaded = self._manager.load(path, into={"state": None})["state"]
+        return {name: tensor.clone() for name, tensor in loaded.items()}  # mapped until here
+
+
+class Holder(torch.nn.Module):
+    """A module whose parameters are the tensors of a state: they share memory."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
         for name, tensor in state.items():
-            tensor.copy_(torch.from_numpy(loaded[name]))
+            self.register_parameter(name, torch.nn.Parameter(tensor))
 
 
 class Ours(Peer):
@@ -120,44 +195,64 @@ class Ours(Peer):
 
     is_durable = True
 
-    def save(self, state: State, path: str) -> None:
+    def bind(self, state: State) -> Holder:
+        return Holder(state)
+
+    def save(self, bound: Holder, path: str) -> None:
         import functional_ckpt as fc
 
-        fc.save(path, {"state": state})
+        fc.save(path, {"state": bound})
 
-    def restore(self, state: State, path: str) -> None:
+    def save_volatile(self, bound: Holder, path: str) -> None:
+        import functional_ckpt as fc
+        from functional_ckpt.storage.paths import LocalStorage
+
+        class Volatile(LocalStorage):
+            def sync(self, path: str) -> None:
+                del path
+
+            def sync_directory(self, path: str) -> None:
+                del path
+
+        fc.save(path, {"state": bound}, storage=Volatile())
+
+    def restore(self, bound: Holder, path: str) -> None:
         import functional_ckpt as fc
 
-        fc.restore(path, {"state": _InPlace(state)})
+        fc.restore(path, {"state": bound})
 
+    def restore_new(self, path: str) -> State:
+        import functional_ckpt as fc
 
-def _InPlace(state: State) -> Any:  # noqa: N802
-    """An item whose tensors are filled where they lie, as a module's are."""
-    import functional_ckpt as fc
-
-    class Handler(fc.Handler):
-        def lower(self, value: Any) -> Any:
-            return value
-
-        def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
-            return {name: fc.Fill(tensor) for name, tensor in value.items()}
-
-        def lift(self, value: Any, tree: Any) -> Any:
-            return value
-
-    return fc.CheckpointItem(state, Handler())
+        return dict(fc.restore(path)["state"])
 
 
 PEERS: Mapping[str, Callable[[], Peer]] = {
     "torch.save": TorchSave,
     "safetensors": Safetensors,
     "dcp": Dcp,
+    "dcp.huggingface": DcpHuggingFace,
     "orbax": Orbax,
+    "torch_checkpointing": TorchCheckpointing,
     "functional_ckpt": Ours,
 }
 
 
-def fresh(path: str) -> str:
-    """The path, with nothing there."""
-    shutil.rmtree(path, ignore_errors=True)
-    return path
+def as_numpy(tensor: torch.Tensor) -> Any:
+    """The tensor's memory as an array; numpy has no bfloat16 of its own."""
+    if tensor.dtype is not torch.bfloat16:
+        return tensor.numpy()
+    import ml_dtypes
+
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def from_numpy(array: Any) -> torch.Tensor:
+    """A tensor over an array's memory, or over a copy where it is read-only."""
+    import numpy as np
+
+    host = np.asarray(array)
+    host = host if host.flags.writeable else host.copy()
+    if host.dtype.name == "bfloat16":
+        return torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(host)

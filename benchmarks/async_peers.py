@@ -1,0 +1,249 @@
+"""How each system saves in the background: what blocks, what must be waited for, what restores."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks import peers
+from benchmarks.workloads import State
+
+__all__ = ["ASYNC_PEERS", "AsyncPeer", "SkipMeasure", "overlapped_option", "step_path"]
+
+
+class SkipMeasure(Exception):
+    """This cannot be measured here, and why; no failure."""
+
+
+def overlapped_option() -> dict[str, Any]:
+    """What asks our manager for staging that goes on after `save`.
+
+    Raises:
+        SkipMeasure: This version cannot.
+    """
+    import functional_ckpt as fc
+
+    if "staging" not in inspect.signature(fc.CheckpointManager).parameters:
+        raise SkipMeasure("this version has no staging='overlapped'")
+    return {"staging": "overlapped"}
+
+
+def step_path(root: str, step: int) -> str:
+    """Where a step lies, for everyone: systems that name steps themselves name them so."""
+    return os.path.join(root, str(step))
+
+
+class AsyncPeer:
+    """A system that saves in the background.
+
+    Attributes:
+        is_durable: Whether what `wait` waited for was synced.
+        is_overlapped: Whether `save` may return before the state is captured, so that `fence` must
+            be called before it changes.
+    """
+
+    is_durable = False
+    is_overlapped = False
+
+    def start(self, state: State, root: str) -> None:
+        """Gets ready, before any clock starts."""
+        self.state, self.root = state, root
+
+    def save(self, step: int) -> None:
+        """Starts a save; the time that this takes is what training is blocked."""
+        raise NotImplementedError
+
+    def fence(self) -> None:
+        """Waits until the state may change."""
+
+    def wait(self) -> None:
+        """Waits until the save is written."""
+        raise NotImplementedError
+
+    def restore(self, step: int) -> None:
+        """Restores into the state's tensors."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stops what runs in the background."""
+
+
+class DcpThread(AsyncPeer):
+    """dcp.async_save in a thread, with a DefaultStager that is reused."""
+
+    process = False
+
+    def start(self, state: State, root: str) -> None:
+        import torch.distributed as dist
+        from torch.distributed.checkpoint import staging
+
+        super().start(state, root)
+        if self.process:  # its process is told of a group
+            os.environ.setdefault("MASTER_ADDR", "localhost")
+            store = dist.TCPStore("localhost", 0, 1, is_master=True)
+            os.environ["MASTER_PORT"] = str(store.port)
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        self._stager = staging.DefaultStager(
+            staging.StagingOptions(
+                use_pinned_memory=False,
+                use_shared_memory=self.process,
+                use_async_staging=False,
+                use_non_blocking_copy=False,
+            )
+        )
+
+    def save(self, step: int) -> None:
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+        kind = AsyncCheckpointerType.PROCESS if self.process else AsyncCheckpointerType.THREAD
+        self._saving = dcp.async_save(
+            dict(self.state),
+            storage_writer=dcp.FileSystemWriter(
+                step_path(self.root, step), thread_count=4, sync_files=False
+            ),
+            async_checkpointer_type=kind,
+            async_stager=self._stager,
+            no_dist=not self.process,
+        )
+
+    def wait(self) -> None:
+        saving: Any = self._saving  # with a stager of its own thread, a pair of futures
+        getattr(saving, "upload_completion", saving).result()
+
+    def restore(self, step: int) -> None:
+        peers.Dcp().restore(self.state, step_path(self.root, step))
+
+    def close(self) -> None:
+        import torch.distributed as dist
+
+        self._stager.close()
+        if self.process:
+            dist.destroy_process_group()
+
+
+class DcpProcess(DcpThread):
+    """The same in a process of its own, which reads the stager's shared memory."""
+
+    process = True
+
+
+class OrbaxManager(AsyncPeer):
+    """orbax.checkpoint.CheckpointManager, asynchronous, over numpy views."""
+
+    def start(self, state: State, root: str) -> None:
+        import orbax.checkpoint as ocp
+
+        super().start(state, root)
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(root, options=options)
+        self._bound = {name: peers.as_numpy(tensor) for name, tensor in state.items()}
+
+    def save(self, step: int) -> None:
+        import orbax.checkpoint as ocp
+
+        args: Any = ocp.args
+        self._manager.save(step, args=args.StandardSave(self._bound))
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def restore(self, step: int) -> None:
+        import orbax.checkpoint as ocp
+
+        args: Any = ocp.args
+        loaded = self._manager.restore(step, args=args.StandardRestore(self._bound))
+        for name, array in self._bound.items():
+            array[...] = loaded[name]
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+class TorchCheckpointingEager(AsyncPeer):
+    """torch_checkpointing that stages before `save` returns."""
+
+    def start(self, state: State, root: str) -> None:
+        from torch_checkpointing import CheckpointManager
+        from torch_checkpointing.config import AsyncCheckpointSaverConfig
+        from torch_checkpointing.staging import CheckpointStagerConfig
+
+        super().start(state, root)
+        staging = CheckpointStagerConfig(use_async_staging=self.is_overlapped)
+        saver = AsyncCheckpointSaverConfig(staging_config=staging)
+        self._manager = CheckpointManager(CheckpointManager.Config(save=saver))
+
+    def save(self, step: int) -> None:
+        self._writing = self._manager.save(step_path(self.root, step), {"state": self.state})
+
+    def fence(self) -> None:
+        with self._manager.lock():
+            pass
+
+    def wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def restore(self, step: int) -> None:
+        self._manager.load(step_path(self.root, step), into={"state": self.state})
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+class TorchCheckpointingOverlapped(TorchCheckpointingEager):
+    """Its default: staging goes on after `save` returned, a lock guards the optimizer's step."""
+
+    is_overlapped = True
+
+
+class OursEager(AsyncPeer):
+    """functional_ckpt.CheckpointManager over a module."""
+
+    is_durable = True
+
+    def start(self, state: State, root: str) -> None:
+        super().start(state, root)
+        self.bound = peers.Holder(state)
+        self.manager = self._make(root)
+
+    def _make(self, root: str) -> Any:
+        import functional_ckpt as fc
+
+        options = overlapped_option() if self.is_overlapped else {}
+        return fc.CheckpointManager(root, **options)
+
+    def save(self, step: int) -> None:
+        self._commit = self.manager.save(step, {"state": self.bound})
+
+    def fence(self) -> None:
+        if self.is_overlapped:
+            self.manager.fence()
+
+    def wait(self) -> None:
+        self._commit.result()
+
+    def restore(self, step: int) -> None:
+        self.manager.restore(step, {"state": self.bound})
+
+    def close(self) -> None:
+        self.manager.close()
+
+
+class OursOverlapped(OursEager):
+    """The same with staging that goes on after `save` returned, until the fence."""
+
+    is_overlapped = True
+
+
+ASYNC_PEERS: Mapping[str, Callable[[], AsyncPeer]] = {
+    "dcp.thread": DcpThread,
+    "dcp.process": DcpProcess,
+    "orbax.manager": OrbaxManager,
+    "torch_checkpointing.eager": TorchCheckpointingEager,
+    "torch_checkpointing.overlapped": TorchCheckpointingOverlapped,
+    "functional_ckpt.eager": OursEager,
+    "functional_ckpt.overlapped": OursOverlapped,
+}

@@ -1,0 +1,152 @@
+"""What saving costs a training loop that computes on one thread.
+
+The loop runs a fixed number of steps: alone; while another process writes the same bytes, which is
+what the disk and the kernel take from anybody; and while it saves itself. A save begins every so
+many steps that the one before is durable by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from benchmarks import async_peers, files, meters, peers, workloads
+
+__all__ = ["NUM_SAVES", "measure", "steps_between"]
+
+NUM_SAVES = 3
+_STEP_SECONDS = 0.6
+_MARGIN = 1.6
+_SIDE = 1024
+
+
+def steps_between(durable_seconds: float, step_seconds: float) -> int:
+    """How many steps lie between two saves: longer than the durable write, with a margin."""
+    return max(3, math.ceil(_MARGIN * durable_seconds / step_seconds))
+
+
+def measure(workload: str, divisor: int, root: str) -> dict[str, Any]:
+    """Seconds of the same loop in every mode."""
+    torch.set_num_threads(1)
+    state = workloads.make(workload, divisor)
+    size = sum(tensor.nbytes for tensor in state.values())
+    module = peers.Holder(state)
+    step = _training_step(module, _STEP_SECONDS / min(divisor, 4))
+    step_seconds = min(meters.seconds(step) for _ in range(3))
+    managers = _managers(os.path.join(root, "ours"))
+    figures: dict[str, Any] = {"size_bytes": size, "step_seconds": step_seconds}
+    with _other_writer(size, root) as write_elsewhere:
+        items = {"state": module}
+        durable = write_elsewhere(True)  # each writes once before its clock starts
+        for number, manager in enumerate(managers.values()):
+            durable = max(
+                durable, meters.seconds(lambda m=manager, n=number: m.save(n, items).result())
+            )
+        between = steps_between(durable, step_seconds)
+        figures |= {"durable_seconds": durable, "steps_between_saves": between}
+        modes: dict[str, Callable[[int], object]] = {
+            "alone": lambda save: None,
+            "other": lambda save: write_elsewhere(False),
+        }
+        for name, manager in managers.items():
+            modes[name] = lambda save, manager=manager: manager.save(100 + save, items)
+        for name, save in modes.items():
+            os.sync()
+            figures[f"loop_{name}_seconds"] = meters.seconds(
+                lambda save=save: _loop(step, save, between)
+            )
+            for manager in managers.values():
+                manager.wait_until_finished()
+    for manager in managers.values():
+        manager.close()
+    return figures
+
+
+def _loop(step: Callable[[], None], save: Callable[[int], object], between: int) -> None:
+    for index in range(NUM_SAVES):
+        save(index)
+        for _ in range(between):
+            step()
+
+
+def _training_step(module: torch.nn.Module, wanted_seconds: float) -> Callable[[], None]:
+    """Forward and backward as a fixed number of products, then a step of a real optimizer."""
+    parameters = list(module.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=1e-4)
+    first, second = torch.rand(_SIDE, _SIDE), torch.rand(_SIDE, _SIDE)
+    torch.mm(first, second)
+    once = min(meters.seconds(lambda: torch.mm(first, second)) for _ in range(5))
+    products = max(1, round(wanted_seconds / once))
+    gradient = torch.rand_like(parameters[0])
+    turn = [0]
+
+    def step() -> None:
+        for _ in range(products):
+            torch.mm(first, second)
+        # One tensor learns in each step: the update of all would be most of a step on a CPU.
+        chosen = parameters[turn[0] % len(parameters)]
+        turn[0] += 1
+        chosen.grad = gradient
+        optimizer.step()
+        chosen.grad = None
+
+    return step
+
+
+def _managers(root: str) -> dict[str, Any]:
+    """Ours, in every way of staging that this version has."""
+    import functional_ckpt as fc
+
+    keep = fc.policies.LatestN(1)
+    found = {"eager": fc.CheckpointManager(os.path.join(root, "eager"), keep_policy=keep)}
+    with contextlib.suppress(async_peers.SkipMeasure):
+        overlapped = async_peers.overlapped_option()
+        found["overlapped"] = fc.CheckpointManager(
+            os.path.join(root, "overlapped"), keep_policy=keep, **overlapped
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _other_writer(size: int, root: str) -> Iterator[Callable[[bool], float]]:
+    """A process that writes and syncs as many bytes, of its own memory, whenever it is told."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_write_when_told, args=(theirs, size, root), daemon=True)
+    process.start()
+    ours.recv()
+
+    def write(wait: bool) -> float:
+        start = time.perf_counter()
+        ours.send("write")
+        if wait:
+            ours.recv()
+        return time.perf_counter() - start
+
+    try:
+        yield write
+    finally:
+        ours.send("stop")
+        process.join()
+
+
+def _write_when_told(connection: Connection, size: int, root: str) -> None:
+    data = os.urandom(2**20) * (size // 2**20)  # a plain write does not look at what it writes
+    path = files.fresh(os.path.join(root, "other"))
+    os.makedirs(path)
+    connection.send("ready")
+    while connection.recv() == "write":
+        with open(os.path.join(path, "data"), "wb", buffering=0) as file:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+        files.sync_tree(path)
+        connection.send("done")

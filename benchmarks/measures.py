@@ -1,0 +1,159 @@
+"""What is measured of one system with one workload, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from benchmarks import async_peers, files, meters, peers, workloads
+from benchmarks.workloads import State
+
+__all__ = ["NUM_SAVES", "measure_async", "measure_sync"]
+
+NUM_SAVES = 3
+
+
+class UnequalWorkError(Exception):
+    """A system did not restore the bytes that it was to save; its figures would mean nothing."""
+
+
+def measure_sync(peer_name: str, workload: str, divisor: int, root: str) -> dict[str, Any]:
+    """A save until written and until durable, and every way to restore it."""
+    peer = peers.PEERS[peer_name]()
+    path = os.path.join(root, "step")
+    _warm_up(peer, os.path.join(root, "warm"))
+    state = workloads.make(workload, divisor)
+    expected = workloads.digest(state)
+    bound = peer.bind(state)
+    figures: dict[str, Any] = {
+        "size_bytes": sum(tensor.nbytes for tensor in state.values()),
+        "digest": expected,
+    }
+    if peer.is_durable:
+        seconds = meters.seconds(lambda: peer.save_volatile(bound, path))
+        figures["save_seconds"] = seconds
+        files.sync_tree(path)  # the next save starts with a clean disk, as everyone's does
+        files.fresh(path)
+        files.sync_tree(root)
+    cpu = meters.cpu_seconds()
+    with meters.PeakMemory() as memory:
+        seconds = meters.seconds(lambda: peer.save(bound, path))
+        if peer.is_durable:
+            figures["save_durable_seconds"] = seconds
+        else:
+            figures["save_seconds"] = seconds
+            syncing = meters.seconds(lambda: files.sync_tree(path))
+            figures["save_durable_seconds"] = seconds + syncing
+    figures |= {
+        "save_cpu_seconds": meters.cpu_seconds() - cpu,
+        "save_peak_bytes": memory.peak,
+        "disk_bytes": sum(files.inodes(path).values()),
+        "num_files": len(list(files.walk_files(path))),
+    }
+    for temperature in ("warm", "cold"):
+        _clear(state)
+        if temperature == "cold":
+            figures["cold_resident"] = files.drop_cache(path)
+        cpu = meters.cpu_seconds()
+        with meters.PeakMemory() as memory:
+            seconds = meters.seconds(lambda: peer.restore(bound, path))
+        figures |= {
+            f"restore_{temperature}_seconds": seconds,
+            f"restore_{temperature}_cpu_seconds": meters.cpu_seconds() - cpu,
+            f"restore_{temperature}_peak_bytes": memory.peak,
+        }
+        _check(peer_name, state, expected)
+    return figures | _restore_new(peer_name, peer, path, expected)
+
+
+def _restore_new(peer_name: str, peer: peers.Peer, path: str, expected: str) -> dict[str, Any]:
+    loaded: list[Mapping[str, torch.Tensor]] = []
+    with meters.PeakMemory() as memory:
+        seconds = meters.seconds(lambda: loaded.append(peer.restore_new(path)))
+    _check(peer_name, loaded[0], expected)
+    return {"restore_new_seconds": seconds, "restore_new_peak_bytes": memory.peak}
+
+
+def measure_async(peer_name: str, workload: str, divisor: int, root: str) -> dict[str, Any]:
+    """Three saves in the background of a state that changes: blocked, durable, memory, disk."""
+    state = workloads.make(workload, divisor)
+    size = sum(tensor.nbytes for tensor in state.values())
+    peer = async_peers.ASYNC_PEERS[peer_name]()
+    peer.start(state, os.path.join(root, "steps"))
+    figures: dict[str, Any] = {"size_bytes": size}
+    known: set[int] = set()
+    base = meters.PeakMemory()
+    with base:
+        for index in range(NUM_SAVES):
+            expected = workloads.digest(state)
+            cpu = meters.cpu_seconds()
+            found = _save_once(peer, index, lambda: workloads.poke(state))
+            figures |= {f"{name}_{index + 1}_seconds": value for name, value in found.items()}
+            figures["cpu_seconds"] = meters.cpu_seconds() - cpu
+            path = async_peers.step_path(peer.root, index)
+            occupied = files.inodes(path)
+            figures["disk_bytes"] = sum(occupied.values())
+            figures["new_disk_bytes"] = sum(
+                size for inode, size in occupied.items() if inode not in known
+            )
+            known = set(occupied)
+            if index == 0:
+                figures["peak_1_bytes"] = base.peak
+            if index:
+                files.fresh(async_peers.step_path(peer.root, index - 1))
+            if index < NUM_SAVES - 1:
+                figures["changed_bytes"] = workloads.change(workload, state)
+    figures["peak_bytes"] = base.peak
+    figures["growth_bytes"] = max(0, base.peak - figures["peak_1_bytes"])
+    figures["num_files"] = len(list(files.walk_files(path)))
+    _clear(state)
+    peer.restore(NUM_SAVES - 1)
+    _check(peer_name, state, expected)
+    figures["digest"] = expected
+    peer.close()
+    return figures
+
+
+def _save_once(
+    peer: async_peers.AsyncPeer, step: int, disturb: Callable[[], object]
+) -> dict[str, float]:
+    """One save; right after its fence the state changes, which the step must not show."""
+    path = async_peers.step_path(peer.root, step)
+    figures: dict[str, float] = {}
+
+    def until_durable() -> None:
+        figures["blocked"] = meters.seconds(lambda: peer.save(step))
+        figures["fence"] = meters.seconds(peer.fence)
+        disturb()
+        peer.wait()
+        if not peer.is_durable:
+            files.sync_tree(path)
+
+    figures["durable"] = meters.seconds(until_durable)
+    return figures
+
+
+def _warm_up(peer: peers.Peer, path: str) -> None:
+    """Imports and what is built once are not what is compared."""
+    small = {"w": torch.rand(1000)}
+    bound = peer.bind(small)
+    peer.save(bound, path)
+    peer.restore(bound, path)
+    peer.restore_new(path)
+    files.fresh(path)
+
+
+def _clear(state: State) -> None:
+    for tensor in state.values():
+        tensor.zero_()
+
+
+def _check(peer_name: str, state: Mapping[str, torch.Tensor], expected: str) -> None:
+    found = workloads.digest(state)
+    if found != expected:
+        raise UnequalWorkError(
+            f"{peer_name} did not restore the bytes that were saved ({found}, not {expected})"
+        )
