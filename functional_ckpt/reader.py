@@ -14,9 +14,10 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 
-from functional_ckpt import memory
-from functional_ckpt.core import leaves, plan, tree, walk
+from functional_ckpt import memory, shared_reading
+from functional_ckpt.core import leaves, placement, plan, tree, walk
 from functional_ckpt.core.spec import Box
+from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.storage import arrays_read, threads
 from functional_ckpt.storage.layout import OpenItem
 
@@ -30,7 +31,11 @@ _BATCH_BYTES = 8 * 2**20
 
 
 def read_all(
-    bound: Sequence[tuple[OpenItem, plan.Binding]], *, verify: Verify, touched: Touched
+    bound: Sequence[tuple[OpenItem, plan.Binding]],
+    *,
+    verify: Verify,
+    touched: Touched,
+    sharing: Coordinator | None = None,
 ) -> list[Any]:
     """Reads everything that the bindings name and builds their values.
 
@@ -39,14 +44,16 @@ def read_all(
         verify: `during` checks each chunk as it is read; `before` checks all chunks first and so
             never writes a damaged byte into the target; `off` checks nothing.
         touched: Told when the first byte is about to go into the caller's memory.
+        sharing: The ranks that read for each other, if they do.
     """
     jobs = [_Jobs(item, binding, touched) for item, binding in bound]
     if verify == "before":
         threads.run_in_threads([task for job in jobs for task in job.verification()])
     verified = verify == "during"
-    threads.run_in_threads(
-        _batches([task for job in jobs for task in job.tasks(verified=verified)])
-    )
+    tasks = [task for job in jobs for task in job.tasks(verified=verified)]
+    if sharing is not None:
+        tasks = _without_shared(tasks, sharing)
+    threads.run_in_threads(_batches(tasks))
     return [job.assemble() for job in jobs]
 
 
@@ -58,11 +65,25 @@ class _Task:
         run: Reads it.
         request: Asks for it ahead, if it is small.
         size_bytes: How much it reads.
+        chunk: The region and the chunk of it that it reads; None for another program's array.
     """
 
     run: Callable[[], None]
     request: Callable[[], None] | None = None
     size_bytes: int = 0
+    chunk: tuple[shared_reading.Wanted, tuple[int, ...]] | None = None
+
+
+def _without_shared(tasks: Sequence[_Task], group: Coordinator) -> list[_Task]:
+    """Lets the ranks read for each other; what each has left to read by itself."""
+    wanted = {id(task.chunk[0]): task.chunk[0] for task in tasks if task.chunk is not None}
+    delivered = shared_reading.read_shared(group, list(wanted.values()))
+    places = {key: place for place, key in enumerate(wanted)}
+    return [
+        task
+        for task in tasks
+        if task.chunk is None or (places[id(task.chunk[0])], task.chunk[1]) not in delivered
+    ]
 
 
 def _batches(tasks: Sequence[_Task]) -> list[Callable[[], None]]:
@@ -119,11 +140,18 @@ class _Job:
                 digests=record.digests if verified else None,
                 box=piece.box,
             )
+            wanted = shared_reading.Wanted(
+                item=self.item.name,
+                database=self.item.database,
+                read=read,
+                deliver=functools.partial(self._take_part, piece),
+            )
             tasks += [
                 _Task(
                     functools.partial(self._read_part, read, piece.local, index),
                     functools.partial(arrays_read.request_part, self.item.database, read, index),
                     record.grid.box(index).num_elements * node.spec.itemsize_bytes,
+                    (wanted, index),
                 )
                 for index in record.grid.indices(piece.box)
             ]
@@ -133,6 +161,15 @@ class _Job:
     def _read_part(self, read: arrays_read.ArrayRead, local: Box, index: tuple[int, ...]) -> None:
         destination = self._open().array[local.slices()]
         arrays_read.read_part(self.item.database, read, index, destination)
+        self._count_part()
+
+    def _take_part(self, piece: placement.Piece, box: Box, values: Any) -> None:
+        """A part that another rank may have read."""
+        local = self._open().array[piece.local.slices()]
+        local[box.relative_to(piece.box.offset).slices()] = values
+        self._count_part()
+
+    def _count_part(self) -> None:
         with self._lock:
             self._num_parts -= 1
             is_last = self._num_parts == 0

@@ -19,8 +19,11 @@ __all__ = [
     "MAX_CHUNK_BYTES",
     "MAX_INLINE_BYTES",
     "ChunkGrid",
+    "asked_bytes",
     "choose_grid",
     "digest_offsets",
+    "run_in_chunk",
+    "whole_blocks",
 ]
 
 # Small enough that object stores and partial reads stay cheap, large enough that a 2 GiB state is
@@ -107,6 +110,48 @@ def digest_offsets(grid: ChunkGrid, itemsize_bytes: int) -> tuple[int, ...]:
     """Where each chunk's digests begin, in blocks, chunks in C order; the last is the total."""
     counts = (grid.num_digests(index, itemsize_bytes) for index in grid.indices())
     return tuple(itertools.accumulate(counts, initial=0))
+
+
+def run_in_chunk(
+    grid: ChunkGrid, index: tuple[int, ...], inside: Box, itemsize_bytes: int
+) -> tuple[int, int] | None:
+    """First byte and one past the last of a region that is one run of a chunk's bytes, else None.
+
+    A chunk that is cut off in a dim after the first is stored with gaps, so it is read whole.
+
+    Args:
+        grid: The array's chunks.
+        index: Which chunk.
+        inside: A region of the chunk, counted from the chunk's first element.
+        itemsize_bytes: Bytes of one element.
+    """
+    shape = grid.box(index).shape
+    if shape[1:] != grid.chunk_shape[1:]:
+        return None
+    partial = [dim for dim, size in enumerate(shape) if inside.shape[dim] != size]
+    if not partial or any(size != 1 for size in inside.shape[: partial[-1]]):
+        return None
+    start = 0
+    for offset, size in zip(inside.offset, shape, strict=True):
+        start = start * size + offset
+    return start * itemsize_bytes, (start + inside.num_elements) * itemsize_bytes
+
+
+def whole_blocks(start: int, end: int, size_bytes: int) -> tuple[int, int]:
+    """The digest blocks that a run of a chunk of `size_bytes` touches, as first byte and end."""
+    first = start // DIGEST_BLOCK_BYTES * DIGEST_BLOCK_BYTES
+    return first, min(-(-end // DIGEST_BLOCK_BYTES) * DIGEST_BLOCK_BYTES, size_bytes)
+
+
+def asked_bytes(grid: ChunkGrid, index: tuple[int, ...], box: Box, itemsize_bytes: int) -> int:
+    """Bytes that a verified read of a region asks of one chunk that it meets."""
+    chunk = grid.box(index)
+    size_bytes = chunk.num_elements * itemsize_bytes
+    run = run_in_chunk(grid, index, box.relative_to(chunk.offset), itemsize_bytes)
+    if run is None:
+        return size_bytes
+    first, end = whole_blocks(*run, size_bytes)
+    return end - first
 
 
 def choose_grid(

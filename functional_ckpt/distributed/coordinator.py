@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-__all__ = ["Combine", "Coordinator", "SingleProcess", "on_primary", "together"]
+import numpy as np
+
+__all__ = ["Bytes", "Channel", "Combine", "Coordinator", "SingleProcess", "on_primary", "together"]
 
 Combine: TypeAlias = Callable[[Sequence[bytes]], bytes]
+Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
+
+
+class Channel(Protocol):
+    """A way for large data between ranks; made when it is needed."""
+
+    def trade(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
+        """Every rank hands every rank something; all make the same calls.
+
+        Args:
+            outgoing: One-dimensional; for each rank, itself included.
+            incoming_bytes: How much comes from each rank.
+
+        Returns:
+            What came from each rank.
+
+        Raises:
+            CoordinationError: Another rank is gone, or did not come in time.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends it; whoever still waits in `trade` gets an error."""
+        ...
 
 
 @runtime_checkable
@@ -55,6 +81,10 @@ class Coordinator(Protocol):
         """The same group for another thread: the two never wait for each other."""
         ...
 
+    def channel(self) -> Channel:
+        """A channel between the ranks; every rank makes it."""
+        ...
+
     def hurry(self, seconds: float) -> None:
         """Waits no longer than this from now on, since peers may be about to die.
 
@@ -91,11 +121,24 @@ class SingleProcess:
         """Itself."""
         return self
 
+    def channel(self) -> Channel:
+        """One that leads back to itself."""
+        return _Loop()
+
     def hurry(self, seconds: float) -> None:
         """Does nothing."""
 
     def leave(self) -> None:
         """Does nothing."""
+
+
+class _Loop:
+    def trade(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
+        del incoming_bytes
+        return list(outgoing)
+
+    def close(self) -> None:
+        pass
 
 
 def together(coordinator: Coordinator, what: str, action: Callable[[], object]) -> None:

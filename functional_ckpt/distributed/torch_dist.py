@@ -13,14 +13,22 @@ import datetime
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent import futures
 from typing import Any, TypeAlias
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
 from functional_ckpt import errors
-from functional_ckpt.distributed.coordinator import Combine, Coordinator, SingleProcess
+from functional_ckpt.distributed.coordinator import (
+    Bytes,
+    Channel,
+    Combine,
+    Coordinator,
+    SingleProcess,
+)
 from functional_ckpt.distributed.rounds import Rounds
 
 __all__ = ["DEFAULT_TIMEOUT_SECONDS", "StoreCoordinator", "default_coordinator"]
@@ -103,6 +111,10 @@ class StoreCoordinator:
         other._setup(self._group, f"{self._prefix}/background", self._timeout_seconds)
         return other
 
+    def channel(self) -> Channel:
+        """See `Coordinator.channel`."""
+        return _GlooChannel(self.global_ranks, self._timeout_seconds)
+
     def hurry(self, seconds: float) -> None:
         """Shortens the timeout."""
         self._timeout_seconds = min(self._timeout_seconds, seconds)
@@ -111,6 +123,42 @@ class StoreCoordinator:
     def leave(self) -> None:
         """See `Coordinator.leave`."""
         self._rounds.leave()
+
+
+class _GlooChannel:
+    """A process group of our own, for as long as it is needed: the training's stays untouched."""
+
+    def __init__(self, global_ranks: Sequence[int], timeout_seconds: float) -> None:
+        with _clear_errors("connecting the ranks"):
+            self._group: Any = dist.new_group(
+                list(global_ranks),
+                backend="gloo",
+                timeout=datetime.timedelta(seconds=timeout_seconds),
+                use_local_synchronization=True,
+            )
+
+    def trade(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
+        """See `Channel.trade`."""
+        given = torch.from_numpy(np.concatenate(outgoing))
+        got = torch.empty(sum(incoming_bytes), dtype=torch.uint8)
+        with _clear_errors("handing data between the ranks"):
+            dist.all_to_all_single(
+                got, given, list(incoming_bytes), [len(each) for each in outgoing], self._group
+            )
+        return [each.numpy() for each in got.split(list(incoming_bytes))]
+
+    def close(self) -> None:
+        """See `Channel.close`."""
+        dist.destroy_process_group(self._group)
+
+
+@contextlib.contextmanager
+def _clear_errors(what: str) -> Generator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's own, and DistError
+        summary = str(error).partition("\n")[0]
+        raise errors.CoordinationError(f"A rank was lost while {what}: {summary}") from error
 
 
 class _Store:

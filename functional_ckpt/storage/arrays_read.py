@@ -11,7 +11,13 @@ import numpy as np
 import tensorstore as ts
 
 from functional_ckpt import errors
-from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
+from functional_ckpt.core.chunks import (
+    DIGEST_BLOCK_BYTES,
+    ChunkGrid,
+    digest_offsets,
+    run_in_chunk,
+    whole_blocks,
+)
 from functional_ckpt.core.spec import ArraySpec, Box, numpy_dtype
 from functional_ckpt.core.structure import key_prefix
 from functional_ckpt.storage.arrays import (
@@ -94,30 +100,12 @@ def read_part(
     inside = common.relative_to(chunk.offset)
     if common == chunk and part.flags.c_contiguous:
         _read_chunk(database, read, index, part)
-    elif (run := _run_in_chunk(read, index, inside)) is not None:
+    elif (run := run_in_chunk(read.grid, index, inside, read.spec.itemsize_bytes)) is not None:
         part[...] = _read_run(database, read, index, *run, part)
     else:
         whole = np.empty(chunk.shape, destination.dtype)  # bounded: one chunk per thread
         _read_chunk(database, read, index, whole)
         part[...] = whole[inside.slices()]
-
-
-def _run_in_chunk(read: ArrayRead, index: tuple[int, ...], inside: Box) -> tuple[int, int] | None:
-    """First byte and one past the last of a region that is one run of a chunk's bytes, else None.
-
-    A chunk that is cut off in a dim after the first is stored with gaps, so it is read whole.
-    """
-    shape = read.grid.box(index).shape
-    if shape[1:] != read.grid.chunk_shape[1:]:
-        return None
-    partial = [dim for dim, size in enumerate(shape) if inside.shape[dim] != size]
-    if not partial or any(size != 1 for size in inside.shape[: partial[-1]]):
-        return None
-    start = 0
-    for offset, size in zip(inside.offset, shape, strict=True):
-        start = start * size + offset
-    itemsize = read.spec.itemsize_bytes
-    return start * itemsize, (start + inside.num_elements) * itemsize
 
 
 def _read_run(
@@ -132,8 +120,7 @@ def _read_run(
     size_bytes = read.grid.box(index).num_elements * read.spec.itemsize_bytes
     first, last = start, end
     if read.digests is not None:
-        first = start // DIGEST_BLOCK_BYTES * DIGEST_BLOCK_BYTES
-        last = min(-(-end // DIGEST_BLOCK_BYTES) * DIGEST_BLOCK_BYTES, size_bytes)
+        first, last = whole_blocks(start, end, size_bytes)
     data = _read_key(database, read, index, first, last)
     if read.digests is not None:
         got = digest_blocks(np.frombuffer(data, np.uint8))

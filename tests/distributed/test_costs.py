@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import functional_ckpt as fc
 from functional_ckpt import agreement, lowering
-from functional_ckpt.distributed.coordinator import Combine, Coordinator
+from functional_ckpt.distributed.coordinator import Channel, Combine, Coordinator
 from functional_ckpt.distributed.torch_dist import default_coordinator
 from functional_ckpt.storage.arrays import Database
 
@@ -71,7 +71,11 @@ def save_sharded(
 
 
 def restore_counted(
-    directory: Path, shapes: Shapes, layout: tuple[int, ...], spread: Sequence[Any]
+    directory: Path,
+    shapes: Shapes,
+    share_reads: bool,
+    layout: tuple[int, ...],
+    spread: Sequence[Any],
 ) -> tuple[int, int]:
     """Bytes that this rank asked of storage, and bytes of its shards."""
     asked: list[int] = []
@@ -85,7 +89,8 @@ def restore_counted(
     Database.count = spy  # type: ignore[method-assign]
     try:
         with fc.CheckpointManager(directory, read_only=True) as manager:
-            manager.restore(0, {"tree": {name: fc.Fill(t) for name, t in tree.items()}})
+            target = {"tree": {name: fc.Fill(t) for name, t in tree.items()}}
+            manager.restore(0, target, share_reads=share_reads)
     finally:
         Database.count = count  # type: ignore[method-assign]
     return sum(asked), sum(4 * tensor.to_local().numel() for tensor in tree.values())
@@ -100,11 +105,13 @@ def overhead(
     saved: tuple[tuple[int, ...], Sequence[Any]],
     restored: tuple[tuple[int, ...], Sequence[Any]],
     shapes: Shapes = SHAPES,
+    *,
+    share_reads: bool = False,
 ) -> float:
     """Bytes asked of storage by all ranks, per byte of their shards."""
     sizes = [torch.Size(layout).numel() for layout, _ in (saved, restored)]
     workers.run(sizes[0], save_sharded, directory, shapes, *saved)
-    found = workers.run(sizes[1], restore_counted, directory, shapes, *restored)
+    found = workers.run(sizes[1], restore_counted, directory, shapes, share_reads, *restored)
     asked, wanted = (sum(column) for column in zip(*found, strict=True))
     assert wanted >= 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
     return asked / wanted
@@ -151,6 +158,24 @@ def test_replicas_each_read_the_whole(workers: Workers, tmp_path: Path) -> None:
     assert overhead(workers, tmp_path, saved, restored) <= 1.05
 
 
+@pytest.mark.parametrize(
+    ("saved", "restored", "bound"),
+    [
+        (((2,), ROWS), ((4,), COLUMNS), 1.0),
+        (((4,), COLUMNS), ((3,), ROWS), 1.0),
+        (((4,), ROWS), ((3,), ROWS), 1.0),
+        (((2,), ROWS), ((3,), (Replicate(),)), 1 / 3),
+        (((4,), ROWS), ((2, 2), (Replicate(), Shard(0))), 1 / 2),
+    ],
+    ids=["columns", "rows", "edges", "replicas", "hsdp"],
+)
+def test_ranks_that_read_for_each_other_ask_for_nothing_twice(
+    saved: Any, restored: Any, bound: float, workers: Workers, tmp_path: Path
+) -> None:
+    factor = overhead(workers, tmp_path, saved, restored, share_reads=True)
+    assert factor == pytest.approx(bound, abs=1e-3)
+
+
 # ------------------------------------------------------------------------------------ rounds
 
 
@@ -170,6 +195,9 @@ class Counting:
 
     def background(self) -> Coordinator:
         return Counting(self._inner.background(), self._rounds)
+
+    def channel(self) -> Channel:
+        return self._inner.channel()
 
     def hurry(self, seconds: float) -> None:
         self._inner.hurry(seconds)

@@ -12,6 +12,7 @@ import torch
 from gloo_workers import Workers
 
 import functional_ckpt as fc
+from functional_ckpt import shared_reading
 
 SAVED: tuple[meshes.Layout, ...] = ((), (1,), (2,), (4,), (2, 2), (6,), (2, 3), (3, 2))
 RESTORED: tuple[meshes.Layout, ...] = ((), (1,), (2,), (3,), (4,), (2, 2))
@@ -24,14 +25,16 @@ def save(directory: Path, layout: meshes.Layout) -> None:
         handle.result(60)
 
 
-def restore(directory: Path, saved: meshes.Layout, layout: meshes.Layout) -> list[str]:
+def restore(
+    directory: Path, saved: meshes.Layout, layout: meshes.Layout, **options: Any
+) -> list[str]:
     into = meshes.tree(layout, filled=False)
     pointers = {name: _memory(tensor) for name, tensor in into.items()}
     # Half of the tensors are filled where they lie, half are imitated.
     filled = set(list(into)[::2])
     target = {name: fc.Fill(t) if name in filled else t for name, t in into.items()}
     with fc.CheckpointManager(directory / _name(saved), read_only=True) as manager:
-        got = manager.restore(None, {"tree": target})["tree"]
+        got = manager.restore(None, {"tree": target}, **options)["tree"]
     moved = [name for name in filled if got[name] is not into[name]]
     moved += [name for name in filled if _memory(got[name]) != pointers[name]]
     touched = [name for name in into if name not in filled and _local(into[name]).any()]
@@ -68,6 +71,23 @@ def test_every_rank_gets_its_part(
     saved: meshes.Layout, layout: meshes.Layout, checkpoints: Path, workers: Workers
 ) -> None:
     assert workers.run(_size(layout), restore, checkpoints, saved, layout) == [[]] * _size(layout)
+
+
+def restore_sharing(directory: Path, saved: meshes.Layout, layout: meshes.Layout) -> list[str]:
+    size_bytes, shared_reading._ROUND_BYTES = shared_reading._ROUND_BYTES, 100  # many rounds
+    try:
+        return restore(directory, saved, layout, share_reads=True)
+    finally:
+        shared_reading._ROUND_BYTES = size_bytes
+
+
+@pytest.mark.parametrize("layout", [(2,), (3,), (2, 2)], ids=_name)
+@pytest.mark.parametrize("saved", [(), (4,), (2, 3)], ids=_name)
+def test_ranks_that_read_for_each_other_get_the_same(
+    saved: meshes.Layout, layout: meshes.Layout, checkpoints: Path, workers: Workers
+) -> None:
+    found = workers.run(_size(layout), restore_sharing, checkpoints, saved, layout)
+    assert found == [[]] * _size(layout)
 
 
 @pytest.mark.parametrize("saved", SAVED, ids=_name)
