@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import stat
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from functional_ckpt import errors
-from functional_ckpt.core import manifest, orbax_format, spec, structure
+from functional_ckpt.core import manifest, orbax_format, plain_json, spec, structure
 from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
 from functional_ckpt.verify_findings import Finding, Problem, Search, reason
 
@@ -271,7 +270,7 @@ def _compare_metadata(
     if value is None:
         return ("missing", "the array's zarr.json", "nothing")
     try:
-        record: Any = json.loads(value)
+        record: Any = plain_json.parse(value)
         found = {field: record[field] for field in _METADATA_FIELDS}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         return ("unreadable", "the array's zarr.json", f"{type(error).__name__}: {error}")

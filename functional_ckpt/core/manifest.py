@@ -17,7 +17,7 @@ from functional_ckpt import errors
 from functional_ckpt.core import nodes_json, structure
 from functional_ckpt.core import spec as spec_lib
 from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
-from functional_ckpt.core.plain_json import integer, string
+from functional_ckpt.core.plain_json import integer, parse, string
 
 __all__ = [
     "EXTENSION_FILE",
@@ -160,7 +160,7 @@ def unseal(data: bytes, path: object) -> dict[str, Json]:
             path=path,
         )
     try:
-        record = json.loads(data)
+        record = parse(data)
     except (ValueError, RecursionError) as error:
         raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
     if not isinstance(record, dict) or cast("Json", record).get("format") != _FORMAT:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
-from functional_ckpt.core import structure
+from functional_ckpt.core import plain_json, structure
 from functional_ckpt.core.spec import ArraySpec
 
 __all__ = [
@@ -182,7 +182,7 @@ def parse_tree(
         containers are as Orbax tells them: dicts with string keys, and lists.
     """
     try:
-        record = json.loads(data)
+        record = plain_json.parse(data)
         leaves: list[tuple[structure.KeyPath, structure.Node]] = []
         for entry in record["tree_metadata"].values():
             keys = tuple(_key(key) for key in entry["key_metadata"])

@@ -8,16 +8,25 @@ Free of torch. A value whose kind is known from where it stands is written bare 
 from __future__ import annotations
 
 import base64
+import json
 import struct
 from typing import Any, TypeAlias, cast
 
-__all__ = ["Json", "decode", "encode", "is_plain", "tag", "untag"]
+__all__ = ["Json", "decode", "encode", "is_plain", "parse", "tag", "untag"]
 
 Json: TypeAlias = Any
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 # What can be tagged is small: a context is not the place for a tree of data.
 _MAX_DEPTH = 100
+
+
+def parse(data: bytes) -> Json:
+    """JSON text in UTF-8; `ValueError` for anything else.
+
+    Of bytes, `json.loads` would guess other encodings, and load the codecs for them.
+    """
+    return json.loads(data.decode())
 
 
 def encode(value: object) -> Json:

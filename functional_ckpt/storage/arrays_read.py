@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -11,6 +10,7 @@ import numpy as np
 import tensorstore as ts
 
 from functional_ckpt import errors
+from functional_ckpt.core import plain_json
 from functional_ckpt.core.chunks import (
     DIGEST_BLOCK_BYTES,
     ChunkGrid,
@@ -215,7 +215,7 @@ def stored_spec(
         data = database.store.read(key).result()
         if data.state != "value":
             raise ValueError("missing")
-        record = json.loads(data.value)
+        record = plain_json.parse(data.value)
         dtype = record["data_type"] if is_zarr3 else _zarr2_dtype(record["dtype"])
         if not isinstance(dtype, str):
             raise ValueError(f"dtype {dtype!r}")

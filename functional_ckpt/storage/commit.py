@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterable
 
 from functional_ckpt import errors
+from functional_ckpt.core import plain_json
 from functional_ckpt.storage.paths import LocalStorage
 
 __all__ = [
@@ -250,7 +251,7 @@ def settle(storage: LocalStorage, root: str, hidden: str) -> list[str]:
     if not storage.exists(journal):
         return []
     try:
-        record = json.loads(storage.read(journal))
+        record = plain_json.parse(storage.read(journal))
         tmp, final = str(record["tmp"]), str(record["final"])
     except (ValueError, KeyError, TypeError) as error:
         raise errors.CorruptCheckpointError(

@@ -165,6 +165,10 @@ class Cell:
     @property
     def may_be_saved(self) -> bool:
         """Whether step 1 may end up whole on disk."""
+        if self.kind == "stall" and self.victim == 0 and self.host == "first":
+            # The others could not leave word that they had given up: when the primary wakes, it
+            # finds all that they wrote.
+            return self.point == "writing"
         is_late = self.point in ("merging", "renamed")
         return is_late and (self.is_remote or self.point == "renamed" or self.kind == "stall")
 
