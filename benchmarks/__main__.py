@@ -1,85 +1,165 @@
-"""`scripts/bench [--quick]`: each measurement in a child process, peers interleaved."""
+"""Measures this project beside its peers; each measurement in a process of its own.
+
+A run that was cut off goes on where it was when it is started again with the same folder.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
-import statistics
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peers, report, workloads
+from benchmarks import plots, report, results, schedule, summary
+from benchmarks.results import Result, Run, Task
 
-Figures = dict[str, list[dict[str, Any]]]
+_VERSIONS = (
+    "torch",
+    "tensorstore",
+    "orbax-checkpoint",
+    "jax",
+    "safetensors",
+    "torch-checkpointing",
+    "functional-ckpt",
+)
+_FREE_BYTES = 12 * 2**30
+_QUICK_DIVISOR = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints a table, and writes JSON and Markdown."""
-    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="an eighth of the data, fewer rounds")
-    parser.add_argument("--rounds", type=int, help="measurements of each (default 5, quick 3)")
-    parser.add_argument("--workloads", nargs="*", default=list(workloads.WORKLOADS))
-    parser.add_argument("--peers", nargs="*", default=list(peers.PEERS))
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
-    parser.add_argument("--dir", help="where to write the checkpoints (default: a temporary one)")
-    options = parser.parse_args(arguments)
-    rounds = options.rounds or (3 if options.quick else 5)
-    divisor = 8 if options.quick else 1
-    found: Figures = {}
-    with tempfile.TemporaryDirectory(dir=options.dir or os.getcwd(), prefix=".bench-") as root:
-        for index in range(rounds):
-            for name, words in _measurements(options.peers, options.workloads):
-                print(f"round {index + 1}/{rounds}: {name}", file=sys.stderr)
-                found.setdefault(name, []).append(_run([words[0], root, str(divisor), *words[1:]]))
-    machine = f"{os.cpu_count()} cores, {platform.system()} {platform.release()}"
-    summary = {
-        "machine": machine,
-        "rounds": rounds,
-        "quick": options.quick,
-        "medians": {name: _summary(figures) for name, figures in found.items()},
-        "figures": found,
-    }
-    text = report.markdown(summary)
+    """Measures what is not there yet, then writes the report."""
+    options = _options(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = "quick" if options.quick else "full"
-    (options.out / f"{stem}.json").write_text(json.dumps(summary, indent=1))
-    (options.out / f"{stem}.md").write_text(text)
+    path = options.out / "results.json"
+    run = Run(settings=_settings(_QUICK_DIVISOR if options.quick else 1))
+    if path.exists() and not options.fresh:
+        kept = results.load(path)
+        if not options.report and kept.settings != run.settings:
+            raise SystemExit(
+                f"{path} is of another run: {kept.settings} there, {run.settings} here. "
+                "Pass --fresh to replace it, or another --out."
+            )
+        run = kept
+    if not options.report:
+        run = _measure_all(run, path, options)
+    return _write_report(run, options.out)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    add = parser.add_argument
+    loads = list(dict.fromkeys(load for each in schedule.MEASURES.values() for load in each))
+    add("--quick", action="store_true", help="a sixteenth of the data, once")
+    add("--repeats", type=int, help="how often each is measured (default 5, quick 1)")
+    add("--minutes", type=float, help="start nothing after so long; the next call goes on")
+    add("--workloads", nargs="+", default=loads, choices=loads)
+    add("--peers", nargs="+", default=[], help="systems, or what their names begin with")
+    add("--measures", nargs="+", default=list(schedule.MEASURES), choices=list(schedule.MEASURES))
+    add("--out", type=Path, help="default docs/benchmarks; quick: runs/bench")
+    add("--dir", help="where checkpoints are written (default: the current directory's disk)")
+    add("--fresh", action="store_true", help="forget what was measured before")
+    add("--report", action="store_true", help="measure nothing, write the report anew")
+    options = parser.parse_args(arguments)
+    options.repeats = options.repeats or (1 if options.quick else 5)
+    options.out = options.out or Path("runs/bench" if options.quick else "docs/benchmarks")
+    return options
+
+
+def _settings(divisor: int) -> dict[str, Any]:
+    versions: dict[str, str] = {}
+    for name in _VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = (
+        f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, "
+        f"Python {platform.python_version()}"
+    )
+    return {"machine": machine, "divisor": divisor, "versions": versions}
+
+
+def _measure_all(run: Run, path: Path, options: argparse.Namespace) -> Run:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=options.dir or os.getcwd(), prefix=".bench-") as root:
+        for repeat in range(options.repeats):
+            for task in schedule.tasks(repeat, options.workloads, options.peers, options.measures):
+                if run.has(task, repeat):
+                    continue
+                if options.minutes and time.monotonic() - started > options.minutes * 60:
+                    print("time is up; the same command goes on from here", file=sys.stderr)
+                    return run
+                result = _measure(task, repeat, run.settings["divisor"], root)
+                run = run.with_result(result)
+                results.store(run, path)
+                note = result.error or result.skipped or ""
+                print(
+                    f"[{(time.monotonic() - started) / 60:5.1f} min] {repeat + 1}/"
+                    f"{options.repeats} {task.key} {result.wall_seconds:.0f} s {note[:200]}",
+                    file=sys.stderr,
+                )
+    return run
+
+
+def _measure(task: Task, repeat: int, divisor: int, root: str) -> Result:
+    """One child process; whatever it does, this returns."""
+    folder = tempfile.mkdtemp(dir=root)
+    started = time.perf_counter()
+    try:
+        if shutil.disk_usage(folder).free < _FREE_BYTES // divisor:
+            found = {"error": "there is too little room on the disk"}
+        else:
+            found = _run_child(task, divisor, folder, timeout_seconds=600)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.sync()  # what one wrote is not written in the next one's time
+    return Result(task=task, repeat=repeat, wall_seconds=time.perf_counter() - started, **found)
+
+
+def _run_child(task: Task, divisor: int, folder: str, *, timeout_seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.child", task.measure, task.workload, task.peer]
+    command += ["--divisor", str(divisor), "--root", folder]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        output, errors = child.communicate(timeout=timeout_seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        return {"error": f"no end after {timeout_seconds:.0f} s"}
+    for line in reversed(output.splitlines()):
+        if line.startswith("{"):
+            return json.loads(line)
+    last = errors.strip().splitlines()[-1:] or ["no output"]
+    return {"error": f"exit code {child.returncode}: {last[0]}"}
+
+
+def _write_report(run: Run, folder: Path) -> int:
+    found = summary.summarize(run)
+    drawn = plots.draw(found, folder)
+    text = report.markdown(found, drawn)
+    (folder / "index.md").write_text(text, encoding="utf-8")
+    (folder / "plots.txt").write_text(report.plots_markdown(found, drawn), encoding="utf-8")
     print(text)
     return 0
-
-
-def _measurements(names: Sequence[str], loads: Sequence[str]) -> list[tuple[str, list[str]]]:
-    listed = [("limits", ["limits"]), ("latency", ["latency"])]
-    for load in loads:
-        listed += [(f"{load}/{name}", [name, load]) for name in names]
-        listed.append((f"{load}/blocked", ["blocked", load]))
-    return listed
-
-
-def _run(words: Sequence[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.child", *words]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def _summary(figures: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    return {
-        key: {
-            "median": statistics.median(each[key] for each in figures),
-            "min": min(each[key] for each in figures),
-            "max": max(each[key] for each in figures),
-        }
-        for key in figures[0]
-    }
 
 
 if __name__ == "__main__":

@@ -173,7 +173,9 @@ class TorchCheckpointingEager(AsyncPeer):
         super().start(state, root)
         staging = CheckpointStagerConfig(use_async_staging=self.is_overlapped)
         saver = AsyncCheckpointSaverConfig(staging_config=staging)
-        self._manager = CheckpointManager(CheckpointManager.Config(save=saver))
+        self._manager = CheckpointManager(
+            CheckpointManager.Config(save=saver, storage_config=peers.buffered_files())
+        )
 
     def save(self, step: int) -> None:
         self._writing = self._manager.save(step_path(self.root, step), {"state": self.state})

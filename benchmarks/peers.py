@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.workloads import State
 
-__all__ = ["PEERS", "Holder", "Peer", "as_numpy", "from_numpy"]
+__all__ = ["PEERS", "Holder", "Peer", "as_numpy", "buffered_files", "from_numpy"]
 
 
 class Peer:
@@ -163,12 +163,17 @@ class Orbax(Peer):
 
 
 class TorchCheckpointing(Peer):
-    """torch_checkpointing, synchronous; it writes past the page cache where it can."""
+    """torch_checkpointing, synchronous."""
 
     def __init__(self) -> None:
         from torch_checkpointing import CheckpointManager
+        from torch_checkpointing.config import SyncCheckpointSaverConfig
 
-        self._manager = CheckpointManager(CheckpointManager.Config.with_sync_save())
+        self._manager = CheckpointManager(
+            CheckpointManager.Config(
+                save=SyncCheckpointSaverConfig(), storage_config=buffered_files()
+            )
+        )
 
     def save(self, bound: State, path: str) -> None:
         self._manager.save(path, {"state": bound})
@@ -236,6 +241,13 @@ PEERS: Mapping[str, Callable[[], Peer]] = {
     "torch_checkpointing": TorchCheckpointing,
     "functional_ckpt": Ours,
 }
+
+
+def buffered_files() -> Any:
+    """What keeps torch_checkpointing from O_DIRECT: its unaligned writes fail on ext4 (0.1.1)."""
+    from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+    return LocalFileSystemStorageConfig(use_direct_io=False)
 
 
 def as_numpy(tensor: torch.Tensor) -> Any:

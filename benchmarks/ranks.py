@@ -63,6 +63,7 @@ class RankTorchCheckpointing(RankPeer):
             CheckpointManager.Config(
                 items={"state": ItemSpec(resharder=DefaultResharder())},
                 save=SyncCheckpointSaverConfig(),
+                storage_config=peers.buffered_files(),
             )
         )
 
@@ -114,7 +115,10 @@ def measure(peer_name: str, workload: str, divisor: int, root: str) -> dict[str,
             process.join()
         if any(process.exitcode for process in ranks):
             raise RuntimeError(f"ranks ended with {[p.exitcode for p in ranks]}")
-        found = [json.load(open(os.path.join(scratch, f"{rank}.json"))) for rank in (0, 1)]
+        found: list[dict[str, Any]] = []
+        for rank in range(_NUM_RANKS):
+            with open(os.path.join(scratch, f"{rank}.json")) as file:
+                found.append(json.load(file))
     summed = {"size_bytes", "save_cpu_seconds", "save_peak_bytes"}
     path = os.path.join(root, "step")
     return {

@@ -1,111 +1,237 @@
-"""The measurements as Markdown: medians, spread, ratios to the best peer and to the limit."""
+"""A run as Markdown: the bars, then every figure with its spread and its ratios."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-__all__ = ["markdown"]
+from benchmarks.bars import Bar, bars
+from benchmarks.summary import GIB, MIB, Spread, Summary, is_ours, limit_seconds
 
-_COLUMNS = {
-    "save_durable_seconds": "durable save",
-    "restore_warm_seconds": "restore, warm",
-    "restore_cold_seconds": "restore, cold",
+__all__ = ["bars_table", "markdown", "plots_markdown"]
+
+# Figure -> how tables name it.
+_SYNC = {
+    "save_durable_seconds": "save, durable",
+    "save_seconds": "save, not synced",
+    "restore_warm_seconds": "restore in place, warm",
+    "restore_cold_seconds": "restore in place, cold",
+    "restore_new_seconds": "restore into new memory, warm",
 }
-_OURS = "functional_ckpt"
+_ASYNC = {
+    "blocked_1_seconds": "blocked, 1st save",
+    "blocked_3_seconds": "blocked, 3rd save",
+    "durable_3_seconds": "until durable, 3rd save",
+}
+_RESOURCES = {
+    "sync": {
+        "save_peak_bytes": "peak, save",
+        "restore_warm_peak_bytes": "peak, restore in place",
+        "restore_new_peak_bytes": "peak, restore new",
+    },
+    "async": {"peak_1_bytes": "peak, 1st save", "peak_bytes": "peak, three saves"},
+    "ranks": {"save_peak_bytes": "peak, save"},
+}
+_CPU = {"sync": "save_cpu_seconds", "async": "cpu_seconds", "ranks": "save_cpu_seconds"}
+_TITLES = {
+    "sync": "synchronous",
+    "async": "asynchronous, three saves of a state that changes",
+    "ranks": "two ranks, FSDP2 shards, synchronous",
+}
+_MAX_RESIDENT = 0.02
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
-    """The whole report."""
-    medians = summary["medians"]
-    size = "an eighth of the data" if summary["quick"] else "full size"
+def markdown(summary: Summary, plots: Sequence[str]) -> str:
+    """The whole report, as a page beside its plots."""
+    settings = summary.settings
+    repeats = max((s.count for f in summary.spreads.values() for s in f.values()), default=0)
+    size = f"a {settings['divisor']}th of the data" if settings["divisor"] > 1 else "full size"
     lines = [
         "# Measurements",
         "",
-        f"{summary['machine']}; {size}; medians of {summary['rounds']} rounds, each in a process "
-        "of its own, peers interleaved. Every save is synced, files and directories, before the "
-        "clock stops. GiB/s, with the slowest and fastest round in brackets. Gaps under a quarter "
-        "are ties here.",
+        "Written by `scripts/bench`; do not edit. [Performance](../performance.md) says what it "
+        "means.",
         "",
+        f"{settings['machine']}; {size}; medians of {repeats}, with the lowest and the highest in "
+        "brackets, each measured in a process of its own, systems in turn. "
+        + ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
+        + ".",
+        "",
+        "Durable: every file and directory is synced before the clock stops, by the system or "
+        "after it. *Of best* is the speed over that of the best other system, *of limit* over the raw "
+        "limit of the same run: copies for what stays in memory, the best raw write or cold read "
+        "for what does not.",
+        "",
+        *bars_table(bars(summary)),
+        *(f"![{name}]({name}.svg)\n" for name in plots),
+        *_limits(summary),
+        *_latency(summary),
+        *_loops(summary),
     ]
-    lines += _limits(medians["limits"])
-    loads = sorted({name.partition("/")[0] for name in medians if "/" in name})
-    for load in loads:
-        lines += _workload(load, medians)
-    lines += _latency(medians["latency"])
-    return "\n".join(lines) + "\n"
+    for measure in _TITLES:
+        for load in _workloads(summary, measure):
+            lines += _times(summary, measure, load)
+            lines += _resources(summary, measure, load)
+    return "\n".join([*lines, *_reasons(summary)]) + "\n"
 
 
-def _rate(size_bytes: float, seconds: float) -> float:
-    return size_bytes / seconds / 2**30
+def plots_markdown(summary: Summary, plots: Sequence[str]) -> str:
+    """The bars and the plots, for a page one folder above."""
+    text = [*bars_table(bars(summary)), *(f"![{name}](benchmarks/{name}.svg)\n" for name in plots)]
+    return "\n".join(text) + "\n"
 
 
-def _best(medians: Mapping[str, Any], peers: Sequence[str], key: str) -> float:
-    return min(medians[peer][key]["median"] for peer in peers)
-
-
-def _limits(limits: Mapping[str, Any]) -> list[str]:
-    size = limits["size_bytes"]["median"]
-    rows = ["## What the machine can do", "", "| | GiB/s |", "| --- | --- |"]
-    for key in limits:
-        if key.endswith("_seconds"):
-            name = key.removesuffix("_seconds").replace("_", " ")
-            rows.append(f"| {name} | {_rate(size, limits[key]['median']):.2f} |")
+def bars_table(found: Sequence[Bar]) -> list[str]:
+    """One row for each bar: the figure, the bar, reached or not."""
+    rows = ["## Bars", "", "| | measured | bar | |", "| --- | ---: | ---: | --- |"]
+    for bar in found:
+        measured = "" if bar.measured is None else _quantity(bar.measured, bar.unit)
+        word = {True: "reached", False: "**missed**", None: "not measured"}[bar.is_reached]
+        bound = f"{'≤' if bar.at_most else '≥'} {_quantity(bar.bound, bar.unit)}"
+        rows.append(f"| {bar.name} | {measured} | {bound} | {word} |")
     return [*rows, ""]
 
 
-def _workload(load: str, medians: Mapping[str, Any]) -> list[str]:
-    names = [n for n in medians if n.startswith(f"{load}/") and not n.endswith("/blocked")]
+def _quantity(value: float, unit: str) -> str:
+    return f"{value:.2f}x" if unit == "x" else f"{value:.3g} {unit}"
+
+
+def _workloads(summary: Summary, measure: str) -> list[str]:
+    found = [key.split("/")[1] for key in summary.spreads if key.startswith(f"{measure}/")]
+    return list(dict.fromkeys(found))
+
+
+def _seconds(spread: Spread) -> str:
+    return f"{_short(spread.median)} ({_short(spread.low)}–{_short(spread.high)})"
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.1 else f"{seconds:.2f} s"
+
+
+def _times(summary: Summary, measure: str, load: str) -> list[str]:
+    figures = _ASYNC if measure == "async" else _SYNC
     rows = [
-        f"## {load}",
+        f"## `{load}`, {_TITLES[measure]}",
         "",
-        "| system | " + " | ".join(_COLUMNS.values()) + " | peak memory, save | files |",
-        "| --- " * (len(_COLUMNS) + 3) + "|",
+        "| | system | seconds | GiB/s | of best | of limit |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
     ]
-    for name in names:
-        figures = medians[name]
-        size = figures["size_bytes"]["median"]
-        cells = [
-            f"{_rate(size, figures[key]['median']):.2f} ({_rate(size, figures[key]['max']):.2f}-"
-            f"{_rate(size, figures[key]['min']):.2f})"
-            for key in _COLUMNS
-        ]
-        peak = figures["save_peak_bytes"]["median"] / 2**20
-        files = int(figures["num_files"]["median"])
-        rows.append(
-            f"| {name.partition('/')[2]} | {' | '.join(cells)} | {peak:.0f} MiB | {files} |"
-        )
-    peers = [name for name in names if not name.endswith(_OURS)]
-    if peers and f"{load}/{_OURS}" in medians:
-        cells = [
-            f"{_best(medians, peers, key) / medians[f'{load}/{_OURS}'][key]['median']:.2f}x"
-            for key in _COLUMNS
-        ]
-        rows.append(f"| ours against the best peer | {' | '.join(cells)} | | |")
-    blocked = medians.get(f"{load}/blocked")
-    if blocked:
-        size = blocked["size_bytes"]["median"]
-        copy = medians["limits"]
-        ideal = copy["memcpy_2_threads_seconds"]["median"] * size / copy["size_bytes"]["median"]
-        third = blocked["blocked_3_seconds"]["median"]
-        rows += [
-            "",
-            f"An asynchronous save blocks {blocked['blocked_1_seconds']['median']:.3f} s the "
-            f"first time and {third:.3f} s the third, {third / ideal:.2f}x a two-thread "
-            "copy of the bytes.",
-        ]
+    for figure, title in figures.items():
+        best = summary.best_peer(measure, load, figure)
+        for peer in summary.peers(measure, load):
+            key = f"{measure}/{load}/{peer}"
+            spread = summary.spread(key, figure)
+            size = summary.median(key, "size_bytes")
+            if spread is None or size is None:
+                continue
+            if figure == "restore_cold_seconds" and not _was_cold(summary, key):
+                rows.append(f"| {title} | {_name(peer)} | the cache was not dropped | | | |")
+                continue
+            limit = limit_seconds(summary, figure, size)
+            cells = [
+                title,
+                _name(peer),
+                _seconds(spread),
+                f"{size / spread.median / GIB:.3g}",
+                f"{best[1] / spread.median:.2f}x" if best else "",
+                f"{limit / spread.median:.2f}x" if limit else "",
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
     return [*rows, ""]
 
 
-def _latency(latency: Mapping[str, Any]) -> list[str]:
-    refused = latency["refused_save_seconds"]["median"] * 1e6
-    tiny = latency["tiny_save_committed_seconds"]["median"] * 1e3
-    return [
-        "## Small costs",
+def _was_cold(summary: Summary, key: str) -> bool:
+    return (summary.median(key, "cold_resident") or 0) <= _MAX_RESIDENT
+
+
+def _name(peer: str) -> str:
+    return f"**{peer}**" if is_ours(peer) else peer
+
+
+def _resources(summary: Summary, measure: str, load: str) -> list[str]:
+    peaks = _RESOURCES[measure]
+    head = ["system", *peaks.values(), "CPU, save", "on disk", "files"]
+    if measure == "async":
+        head += ["new on disk, 3rd save", "fence, 3rd save"]
+    rows = [f"| {' | '.join(head)} |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
+    for peer in summary.peers(measure, load):
+        found = summary.spreads[f"{measure}/{load}/{peer}"]
+        size = found["size_bytes"].median
+        cells = [_name(peer)]
+        for figure in peaks:
+            spread = found.get(figure)
+            cells.append("" if spread is None else f"{spread.median / size:.2f}x")
+        cells += [
+            f"{found[_CPU[measure]].median:.2f} s",
+            f"{found['disk_bytes'].median / size:.3f}x",
+            f"{found['num_files'].median:.0f}",
+        ]
+        if measure == "async":
+            new = found["new_disk_bytes"].median / size
+            cells += [f"{new:.3f}x", _short(found["fence_3_seconds"].median)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return [*rows, ""]
+
+
+def _limits(summary: Summary) -> list[str]:
+    figures = summary.spreads.get("limits")
+    if figures is None:
+        return []
+    size = figures["size_bytes"].median
+    rows = [
+        "## What the machine can do",
         "",
-        "| | median | bar |",
-        "| --- | --- | --- |",
-        f"| `manager.save` refused by its policy | {refused:.1f} µs | 20 µs |",
-        f"| tiny `manager.save` until it is durable | {tiny:.1f} ms | 10 ms |",
+        f"{size / MIB:.0f} MiB; into warm memory, written and synced, read.",
         "",
+        "| threads or files | seconds | GiB/s |",
+        "| --- | --- | ---: |",
     ]
+    for name, spread in figures.items():
+        if name.endswith("_seconds"):
+            words = name.removesuffix("_seconds").replace("_", " ")
+            rows.append(f"| {words} | {_seconds(spread)} | {size / spread.median / GIB:.3g} |")
+    return [*rows, ""]
+
+
+def _latency(summary: Summary) -> list[str]:
+    figures = summary.spreads.get("latency")
+    if figures is None:
+        return []
+    rows = ["## Small costs", "", "| | seconds |", "| --- | --- |"]
+    for name, spread in figures.items():
+        words = name.removesuffix("_seconds").replace("_", " ")
+        rows.append(
+            f"| {words} | {spread.median * 1e6:.3g} µs ({spread.low * 1e6:.3g}–"
+            f"{spread.high * 1e6:.3g}) |"
+        )
+    return [*rows, ""]
+
+
+def _loops(summary: Summary) -> Iterator[str]:
+    """The loops on one thread, and everything of a GPU, figure by figure."""
+    for key, title in (
+        ("loop/big", "A training loop on one thread"),
+        ("cuda/big", "A GPU"),
+    ):
+        figures = summary.spreads.get(key)
+        if figures is None:
+            continue
+        beside = figures.get("loop_other_seconds")
+        yield from (f"## {title}", "", "| | | beside another writer |", "| --- | --- | ---: |")
+        for name, spread in figures.items():
+            ratio = ""
+            if beside is not None and name.startswith("loop_"):
+                ratio = f"{spread.median / beside.median:.3f}x"
+            value = _seconds(spread) if name.endswith("_seconds") else f"{spread.median:.0f}"
+            yield f"| {name.removesuffix('_seconds').replace('_', ' ')} | {value} | {ratio} |"
+        yield ""
+
+
+def _reasons(summary: Summary) -> list[str]:
+    if not summary.reasons:
+        return []
+    rows = ["## Not measured", "", "| | why |", "| --- | --- |"]
+    for key, reason in summary.reasons.items():
+        words = " ".join(reason.split()).replace("|", "\\|")
+        rows.append(f"| {key} | {words[:300]} |")
+    return [*rows, ""]

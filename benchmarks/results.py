@@ -1,0 +1,90 @@
+"""What was measured: one record for each child process, kept in one JSON file as the run goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Result", "Run", "Task", "load", "store"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One measurement: what, with which workload, of which system."""
+
+    measure: str
+    workload: str = "-"
+    peer: str = "-"
+
+    @property
+    def key(self) -> str:
+        """How it is named in tables and messages."""
+        return "/".join(part for part in (self.measure, self.workload, self.peer) if part != "-")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What came of a task, the n-th time; one of figures, skipped and error is set."""
+
+    task: Task
+    repeat: int
+    wall_seconds: float
+    figures: Mapping[str, Any] | None = None
+    skipped: str | None = None
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        if sum(part is not None for part in (self.figures, self.skipped, self.error)) != 1:
+            raise ValueError(f"{self.task.key} has not one of figures, skipped and error")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run of the benchmark, whole or not yet.
+
+    Attributes:
+        settings: What must be the same for results to be put together: versions, machine, sizes.
+        results: In the order in which they were measured.
+    """
+
+    settings: Mapping[str, Any]
+    results: tuple[Result, ...] = ()
+
+    def with_result(self, result: Result) -> Run:
+        """The run with one more result, in place of an earlier failure of the same."""
+        others = [
+            each
+            for each in self.results
+            if (each.task, each.repeat) != (result.task, result.repeat)
+        ]
+        return dataclasses.replace(self, results=(*others, result))
+
+    def has(self, task: Task, repeat: int) -> bool:
+        """Whether this needs no more measuring; what failed is tried again."""
+        return any(
+            each.task == task and each.repeat == repeat and each.error is None
+            for each in self.results
+        )
+
+
+def store(run: Run, path: Path) -> None:
+    """Writes a run; whoever reads the file meanwhile sees the one before."""
+    text = json.dumps(dataclasses.asdict(run), indent=1)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> Run:
+    """Reads what `store` wrote."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return Run(
+        settings=found["settings"],
+        results=tuple(
+            Result(**{**each, "task": Task(**each["task"])}) for each in found["results"]
+        ),
+    )

@@ -1,0 +1,63 @@
+"""Which measurements a run has, and in which order: systems in turn, never one after itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from benchmarks.results import Task
+
+__all__ = ["MEASURES", "SYSTEMS", "selects", "tasks"]
+
+_SYNC = ("torch.save", "safetensors", "dcp", "dcp.huggingface", "orbax", "torch_checkpointing")
+_ASYNC = (
+    "dcp.thread",
+    "dcp.process",
+    "orbax.manager",
+    "torch_checkpointing.eager",
+    "torch_checkpointing.overlapped",
+)
+SYSTEMS = {
+    "sync": (*_SYNC, "functional_ckpt"),
+    "async": (*_ASYNC, "functional_ckpt.eager", "functional_ckpt.overlapped"),
+    "ranks": ("dcp", "torch_checkpointing", "functional_ckpt"),
+}
+# Measure -> the workloads it is made with.
+MEASURES = {
+    "sync": ("big", "small", "tiny", "gpt2"),
+    "async": ("big", "small", "tiny", "gpt2", "frozen"),
+    "ranks": ("ranks",),
+    "loop": ("big",),
+    "cuda": ("big",),
+}
+
+
+def selects(wanted: Sequence[str], system: str) -> bool:
+    """Whether a system is asked for: by its name, or by what stands before a dot in it."""
+    return any(system == name or system.startswith(f"{name}.") for name in wanted)
+
+
+def tasks(
+    repeat: int, workloads: Sequence[str], peers: Sequence[str], measures: Sequence[str]
+) -> Iterator[Task]:
+    """One repeat; the limits and each system once.
+
+    Args:
+        repeat: Its number; systems begin with another one each time.
+        workloads: Those to measure.
+        peers: Systems to measure; none for all.
+        measures: Kinds of measurement.
+    """
+    yield Task(measure="limits")
+    yield Task(measure="latency")
+    yield Task(measure="tier")
+    for measure in measures:
+        for load in MEASURES[measure]:
+            if load not in workloads:
+                continue
+            if measure not in SYSTEMS:
+                yield Task(measure=measure, workload=load)
+                continue
+            systems = [s for s in SYSTEMS[measure] if not peers or selects(peers, s)]
+            turn = repeat % len(systems) if systems else 0
+            for system in (*systems[turn:], *systems[:turn]):
+                yield Task(measure=measure, workload=load, peer=system)
