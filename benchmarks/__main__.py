@@ -62,7 +62,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="a sixteenth of the data, once")
     add("--repeats", type=int, help="how often each is measured (default 5, quick 1)")
     add("--minutes", type=float, help="start nothing after so long; the next call goes on")
-    add("--workloads", nargs="+", default=loads, choices=loads)
+    add("--workloads", nargs="+", choices=loads, help="default all; quick: without small, frozen")
     add("--peers", nargs="+", default=[], help="systems, or what their names begin with")
     add("--measures", nargs="+", default=list(schedule.MEASURES), choices=list(schedule.MEASURES))
     add("--out", type=Path, help="default docs/benchmarks; quick: runs/bench")
@@ -71,6 +71,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--report", action="store_true", help="measure nothing, write the report anew")
     options = parser.parse_args(arguments)
     options.repeats = options.repeats or (1 if options.quick else 5)
+    few = [load for load in loads if load not in ("small", "frozen")]
+    options.workloads = options.workloads or (few if options.quick else loads)
     options.out = options.out or Path("runs/bench" if options.quick else "docs/benchmarks")
     return options
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks import async_peers, files, meters, peers, workloads
 from benchmarks.workloads import State
 
-__all__ = ["NUM_SAVES", "measure_async", "measure_sync"]
+__all__ = ["NUM_SAVES", "UnequalWorkError", "measure_async", "measure_sync"]
 
 NUM_SAVES = 3
 

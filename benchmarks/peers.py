@@ -182,8 +182,7 @@ class TorchCheckpointing(Peer):
         self._manager.load(path, into={"state": bound})
 
     def restore_new(self, path: str) -> State:
-        loaded = self._manager.load(path, into={"state": None})["state"]
-        return {name: tensor.clone() for name, tensor in loaded.items()}  # mapped until here
+        return self._manager.load(path, into={"state": None})["state"]  # read, not mapped
 
 
 class Holder(torch.nn.Module):

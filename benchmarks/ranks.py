@@ -51,17 +51,15 @@ class RankDcp(RankPeer):
 
 
 class RankTorchCheckpointing(RankPeer):
-    """torch_checkpointing, synchronous, able to reshard as the others are."""
+    """torch_checkpointing, synchronous, onto the same ranks: to reshard, 0.1.1 needs CUDA."""
 
     def start(self, module: torch.nn.Module) -> None:
-        from torch_checkpointing import CheckpointManager, ItemSpec
+        from torch_checkpointing import CheckpointManager
         from torch_checkpointing.config import SyncCheckpointSaverConfig
-        from torch_checkpointing.default_resharder import DefaultResharder
 
         super().start(module)
         self._manager = CheckpointManager(
             CheckpointManager.Config(
-                items={"state": ItemSpec(resharder=DefaultResharder())},
                 save=SyncCheckpointSaverConfig(),
                 storage_config=peers.buffered_files(),
             )

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from benchmarks.bars import Bar, bars
 from benchmarks.summary import GIB, MIB, Spread, Summary, is_ours, limit_seconds
 
-__all__ = ["bars_table", "markdown", "plots_markdown"]
+__all__ = ["SYNC", "bars_table", "markdown", "plots_markdown"]
 
 # Figure -> how tables name it.
-_SYNC = {
+SYNC = {
     "save_durable_seconds": "save, durable",
     "save_seconds": "save, not synced",
     "restore_warm_seconds": "restore in place, warm",
@@ -57,9 +57,9 @@ def markdown(summary: Summary, plots: Sequence[str]) -> str:
         + ".",
         "",
         "Durable: every file and directory is synced before the clock stops, by the system or "
-        "after it. *Of best* is the speed over that of the best other system, *of limit* over the raw "
-        "limit of the same run: copies for what stays in memory, the best raw write or cold read "
-        "for what does not.",
+        "after it. *Of best* is the speed over that of the best other system, *of limit* over the "
+        "raw limit of the same run: copies for what stays in memory, the best raw write or cold "
+        "read for what does not.",
         "",
         *bars_table(bars(summary)),
         *(f"![{name}]({name}.svg)\n" for name in plots),
@@ -109,7 +109,7 @@ def _short(seconds: float) -> str:
 
 
 def _times(summary: Summary, measure: str, load: str) -> list[str]:
-    figures = _ASYNC if measure == "async" else _SYNC
+    figures = _ASYNC if measure == "async" else SYNC
     rows = [
         f"## `{load}`, {_TITLES[measure]}",
         "",
