@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from functional_ckpt.core.names import CompositeStepName as CompositeStepName
     from functional_ckpt.core.names import StepName as StepName
     from functional_ckpt.core.plan import RestoreReport as RestoreReport
+    from functional_ckpt.core.progress import Progress as Progress
     from functional_ckpt.core.spec import ArraySpec as ArraySpec
     from functional_ckpt.core.target import AS_SAVED as AS_SAVED
     from functional_ckpt.core.target import Fill as Fill
@@ -61,6 +62,7 @@ _HOMES = {
     "Json": "handlers",
     "Module": "handlers",
     "Optimizer": "handlers",
+    "Progress": "core.progress",
     "PyTree": "handlers",
     "Registry": "handlers",
     "RestoreReport": "core.plan",
@@ -94,6 +96,7 @@ __all__ = [
     "Json",
     "Module",
     "Optimizer",
+    "Progress",
     "PyTree",
     "Registry",
     "RestoreReport",

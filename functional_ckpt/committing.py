@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from functional_ckpt import completing, errors, lowering, writer
+from functional_ckpt import completing, errors, history, lowering, writer
 from functional_ckpt.core import keep_rule
 from functional_ckpt.core.policy import KeepContext, KeepPolicy, StepInfo
 from functional_ckpt.distributed.coordinator import Coordinator
@@ -59,8 +59,10 @@ class StepWriter:
         lowered = [item.lowered for item in items]
         finish = functools.partial(self._finish, tmp, lowered, info)
         outcome = json.loads(self._write_shards(step, tmp, items, finish))
-        when = datetime.datetime.fromtimestamp(outcome["commit_time_ns"] / 1e9, datetime.UTC)
-        self._steps.remember(StepInfo(step=step, time=when, metrics=info.metrics))
+        when = history.commit_time(outcome["commit_time_ns"])
+        self._steps.remember(
+            StepInfo(step=step, time=when, metrics=info.metrics, progress=info.progress)
+        )
         if self._coordinator.rank == 0:
             _log.info("step %d committed", step)
         if self._keep_policies or outcome["replaced"] is not None:

@@ -13,9 +13,10 @@ from typing import Any
 from functional_ckpt import errors, lowering
 from functional_ckpt.core import manifest, orbax_format, structure, union
 from functional_ckpt.core.chunks import ChunkGrid
+from functional_ckpt.core.progress import Progress
 from functional_ckpt.lowering import LoweredItem
 from functional_ckpt.storage import arrays_write, commit, threads
-from functional_ckpt.storage.layout import JSON_FILE
+from functional_ckpt.storage.layout import JSON_FILE, PROGRESS_ITEM
 from functional_ckpt.storage.paths import LocalStorage
 from functional_ckpt.writer import SPREAD_BYTES, RankReport
 
@@ -30,12 +31,14 @@ class CheckpointInfo:
         step: The step, or None.
         init_time_ns: When the save began, nanoseconds since the epoch.
         metrics: Metrics, JSON.
+        progress: How far the training was.
         custom_metadata: The user's own metadata, JSON.
     """
 
     step: int | None
     init_time_ns: int
     metrics: Mapping[str, Any] | None = None
+    progress: Progress | None = None
     custom_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
 
@@ -74,8 +77,13 @@ def complete(
         storage.make_directory(os.path.join(directory, "metrics"))
         file = "metrics/metrics"
         files[file] = _write(storage, directory, file, lowering.to_json(info.metrics, "metrics"))
+    if info.progress is not None:
+        storage.make_directory(os.path.join(directory, PROGRESS_ITEM))
+        file = f"{PROGRESS_ITEM}/{JSON_FILE}"
+        text = lowering.to_json(info.progress.to_json(), PROGRESS_ITEM)
+        files[file] = _write(storage, directory, file, text)
     text = orbax_format.checkpoint_metadata(
-        names,
+        names if info.progress is None else {**names, PROGRESS_ITEM: "json"},
         init_time_ns=info.init_time_ns,
         commit_time_ns=commit_time_ns,
         custom_metadata=info.custom_metadata,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functional_ckpt import preemption
 from functional_ckpt.core import save_rule
 from functional_ckpt.core.policy import SaveContext, StepInfo
+from functional_ckpt.core.progress import Progress
 from functional_ckpt.distributed.coordinator import Combine, Coordinator
 from functional_ckpt.steps import Steps
 
@@ -45,6 +46,9 @@ class Decider:
         self._agreed = False
         self._refused: int | None = None
         self._asked: int | None = None
+        self._own: dict[int, StepInfo] = {}
+        self._origin: int | None = None
+        self._here: tuple[int, int] | None = None
 
     def start(self) -> None:
         """Listens for SIGTERM, if a policy waits for it."""
@@ -74,17 +78,32 @@ class Decider:
         """Notes that a step was not saved."""
         self._refused = step
 
-    def wants(self, step: int, *, force: bool = False) -> bool:
+    def saved(self, step: int, progress: Progress | None) -> None:
+        """Notes that this run is saving a step."""
+        now = datetime.datetime.now(datetime.UTC)
+        self._own[step] = StepInfo(step=step, time=now, progress=progress)
+        self._here = None if progress is None else (step, progress.batch)
+
+    def restored(self, step: int, progress: Progress | None) -> None:
+        """Notes that this run goes on from a step: later ones that it has not saved are not its."""
+        self._origin = step
+        self._here = None if progress is None else (step, progress.batch)
+
+    def wants(self, step: int, progress: Progress | None = None, *, force: bool = False) -> bool:
         """Whether to save; one round between the ranks only where the step alone does not tell.
 
         Args:
             step: The step.
+            progress: How far the training is at it. A batch that this run has just saved, or has
+                gone on from, is there already: the answer is no.
             force: The answer is yes, and the ranks still hear of a signal.
         """
+        if progress is not None and not force and (step, progress.batch) == self._here:
+            return False
         decided = True if force or self._rule is None else self._rule.decide_step(step)
         if self._rule is None or (decided is not None and not (decided and self._is_shared)):
             return bool(decided)
-        combine = functools.partial(self._decide, self._rule, step, bool(decided))
+        combine = functools.partial(self._decide, self._rule, step, progress, bool(decided))
         return self._ask(f"whether to save step {step}", step, combine)[:1] == _YES
 
     @property
@@ -107,20 +126,34 @@ class Decider:
             coordinator.hurry(_PREEMPTED_TIMEOUT_SECONDS)
 
     def _decide(
-        self, rule: save_rule.SaveRule, step: int, decided: bool, told: Sequence[bytes]
+        self,
+        rule: save_rule.SaveRule,
+        step: int,
+        progress: Progress | None,
+        decided: bool,
+        told: Sequence[bytes],
     ) -> bytes:
         """On the primary: what the policies say, and whether any rank was told to stop."""
         reached = _YES in told
         now = datetime.datetime.now(datetime.UTC)
-        known = self._steps.infos
         busy = self._busy_step()
-        if busy is not None:
-            known = (*known, StepInfo(step=busy, time=now))
         context = SaveContext(
             is_saving_in_progress=busy is not None,
             reached_preemption=reached,
             start_time=self._start_time,
         )
-        info = StepInfo(step=step, time=now)
+        info = StepInfo(step=step, time=now, progress=progress)
+        known = self._past(busy)
         wanted = decided or save_rule.decide_save(rule, info, known, context=context) is not None
         return (_YES if wanted else _NO) + (_YES if reached else _NO)
+
+    def _past(self, busy: int | None) -> tuple[StepInfo, ...]:
+        """The steps that came before in this run: saved by it, or no later than where it began."""
+        known = {
+            info.step: info
+            for info in self._steps.infos
+            if self._origin is None or info.step <= self._origin or info.step in self._own
+        }
+        if busy is not None:
+            known[busy] = self._own[busy]
+        return tuple(known[step] for step in sorted(known))

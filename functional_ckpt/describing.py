@@ -9,6 +9,7 @@ from typing import Any
 
 from functional_ckpt import history
 from functional_ckpt.core import plan
+from functional_ckpt.core.progress import Progress
 from functional_ckpt.storage import layout
 
 __all__ = ["StepMetadata", "describe"]
@@ -24,6 +25,7 @@ class StepMetadata:
         items: Name of each item -> its tree, with an `ArraySpec` for every array; the value of a
             JSON item.
         metrics: Its metrics, or None.
+        progress: How far the training was, or None where it does not say.
         custom_metadata: What the user saved beside it.
     """
 
@@ -31,20 +33,25 @@ class StepMetadata:
     time: datetime.datetime
     items: Mapping[str, Any]
     metrics: Mapping[str, Any] | None
+    progress: Progress | None
     custom_metadata: Mapping[str, Any]
 
 
-def describe(opened: layout.OpenCheckpoint, late: Mapping[str, Any] | None = None) -> StepMetadata:
-    """The metadata of an opened checkpoint."""
+def describe(
+    opened: layout.OpenCheckpoint, late: history.LateMetrics | None = None
+) -> StepMetadata:
+    """The metadata of an opened checkpoint, with what was measured `late`."""
     items = {
         name: opened.json(name) if kind == "json" else plan.specs(opened.tree(name).root)
         for name, kind in opened.items.items()
     }
-    info = history.read_step(opened.storage, opened.path, opened.step or 0, late)
+    info = history.read_step(opened.storage, opened.path, opened.step or 0)
+    info = history.with_late_metrics(info, late or {})
     return StepMetadata(
         step=opened.step,
         time=info.time,
         items=items,
         metrics=info.metrics,
+        progress=opened.progress,
         custom_metadata=opened.metadata.get("custom_metadata") or {},
     )

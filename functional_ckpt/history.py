@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
-from functional_ckpt.core import orbax_format
+from functional_ckpt.core import orbax_format, plain_json
 from functional_ckpt.core.names import NameFormat
 from functional_ckpt.core.policy import StepInfo
+from functional_ckpt.core.progress import Progress
 from functional_ckpt.storage.commit import HIDDEN
+from functional_ckpt.storage.layout import JSON_FILE, PROGRESS_ITEM
 from functional_ckpt.storage.paths import LocalStorage
 
-__all__ = ["late_metrics", "list_steps", "read_step", "scan", "write_late_metrics"]
+__all__ = [
+    "LateMetrics",
+    "commit_time",
+    "finite_metrics",
+    "late_metrics",
+    "list_steps",
+    "read_step",
+    "remove_late_metrics",
+    "scan",
+    "with_late_metrics",
+    "write_late_metrics",
+]
 
 _METRICS = "metrics"
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
+LateMetrics: TypeAlias = dict[tuple[int, int], Mapping[str, Any]]
+"""By step and by the time of its commit in microseconds since the epoch."""
 
 
 def list_steps(storage: LocalStorage, root: str, names: NameFormat) -> dict[int, str]:
@@ -35,27 +54,38 @@ def scan(storage: LocalStorage, root: str, names: NameFormat) -> list[StepInfo]:
     """The history of a directory, ascending."""
     late = late_metrics(storage, root)
     return [
-        read_step(storage, os.path.join(root, name), step, late.get(step))
+        with_late_metrics(read_step(storage, os.path.join(root, name), step), late)
         for step, name in list_steps(storage, root, names).items()
     ]
 
 
-def read_step(
-    storage: LocalStorage, path: str, step: int, late: Mapping[str, Any] | None = None
-) -> StepInfo:
+def read_step(storage: LocalStorage, path: str, step: int) -> StepInfo:
     """What policies need to know of one step, from its small files; damaged ones are left out.
 
     The time is that of the commit; where no metadata says it, the directory's own.
     """
     metadata = _read_json(storage, os.path.join(path, orbax_format.CHECKPOINT_METADATA_FILE))
-    metrics = _read_json(storage, os.path.join(path, _METRICS, "metrics"))
     nanoseconds = metadata.get("commit_timestamp_nsecs") if metadata else None
     if type(nanoseconds) is not int or not 0 <= nanoseconds < 2**62:
         nanoseconds = _directory_time_ns(path)
-    time = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC)
-    if late is not None:
-        metrics = {**(metrics or {}), **late}
-    return StepInfo(step=step, time=time, metrics=metrics)
+    return StepInfo(
+        step=step,
+        time=commit_time(nanoseconds),
+        metrics=_read_json(storage, os.path.join(path, _METRICS, "metrics")),
+        progress=_read_progress(storage, path),
+    )
+
+
+def commit_time(nanoseconds: int) -> datetime.datetime:
+    """The time of a commit, exact to the microsecond: late metrics know their commit by it."""
+    return _EPOCH + datetime.timedelta(microseconds=nanoseconds // 1000)
+
+
+def _read_progress(storage: LocalStorage, path: str) -> Progress | None:
+    record = _read_json(storage, os.path.join(path, PROGRESS_ITEM, JSON_FILE))
+    with contextlib.suppress(errors.UsageError):
+        return None if record is None else Progress.from_json(record)
+    return None  # another program's item of this name
 
 
 def _directory_time_ns(path: str) -> int:
@@ -67,37 +97,58 @@ def _directory_time_ns(path: str) -> int:
 
 def _read_json(storage: LocalStorage, path: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(storage.read(path))
+        record = plain_json.parse(storage.read(path))
     except (errors.StorageError, ValueError, RecursionError):
         return None
     return cast("dict[str, Any]", record) if isinstance(record, dict) else None
 
 
-def late_metrics(storage: LocalStorage, root: str) -> dict[int, Mapping[str, Any]]:
-    """Metrics recorded after their step was committed, by step."""
+def late_metrics(storage: LocalStorage, root: str) -> LateMetrics:
+    """Metrics recorded after their step was committed, by step and commit."""
     folder = os.path.join(root, HIDDEN, _METRICS)
-    found: dict[int, Mapping[str, Any]] = {}
+    found: LateMetrics = {}
     for name in storage.list(folder):
-        stem, dot, ending = name.partition(".")
-        if dot and ending == "json" and stem.isascii() and stem.isdigit():
+        step, _, rest = name.partition(".")
+        commit, dot, ending = rest.partition(".")
+        if dot and ending == "json" and all(x.isascii() and x.isdigit() for x in (step, commit)):
             record = _read_json(storage, os.path.join(folder, name))
             if record is not None:
-                found[int(stem)] = record
+                found[int(step), int(commit)] = record
     return found
 
 
+def with_late_metrics(info: StepInfo, late: LateMetrics) -> StepInfo:
+    """The step with what was recorded of it since; of another commit of its number, nothing."""
+    found = late.get((info.step, _commit_of(info)))
+    if found is None:
+        return info
+    return dataclasses.replace(info, metrics={**(info.metrics or {}), **found})
+
+
 def write_late_metrics(
-    storage: LocalStorage, root: str, step: int, metrics: Mapping[str, Any]
+    storage: LocalStorage, root: str, info: StepInfo, metrics: Mapping[str, Any]
 ) -> None:
     """Writes a step's late metrics beside the steps, atomically and durably."""
     folder = os.path.join(root, HIDDEN, _METRICS)
     storage.make_directory(folder)
-    storage.replace(os.path.join(folder, f"{step}.json"), json.dumps(dict(metrics)).encode())
+    path = os.path.join(folder, f"{info.step}.{_commit_of(info)}.json")
+    storage.replace(path, json.dumps(dict(metrics)).encode())
 
 
-def remove_late_metrics(storage: LocalStorage, root: str, step: int) -> None:
-    """Forgets the late metrics of a step that is gone or was written anew."""
-    storage.remove(os.path.join(root, HIDDEN, _METRICS, f"{step}.json"))
+def remove_late_metrics(
+    storage: LocalStorage, root: str, step: int, *, but_of: StepInfo | None = None
+) -> None:
+    """Removes the late metrics of a step that is gone, or of every commit of it but one."""
+    folder = os.path.join(root, HIDDEN, _METRICS)
+    kept = None if but_of is None else f"{step}.{_commit_of(but_of)}.json"
+    for name in storage.list(folder):
+        if name.startswith(f"{step}.") and name.endswith(".json") and name != kept:
+            storage.remove(os.path.join(folder, name))
+
+
+def _commit_of(info: StepInfo) -> int:
+    """What tells a commit from others of the same step: its time, microseconds since the epoch."""
+    return (info.time - _EPOCH) // datetime.timedelta(microseconds=1)
 
 
 def finite_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

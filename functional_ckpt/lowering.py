@@ -13,10 +13,11 @@ from functional_ckpt import errors
 from functional_ckpt.core import leaves, placement, structure, tree, union
 from functional_ckpt.handlers.base import CheckpointItem, Registry
 from functional_ckpt.storage import commit
+from functional_ckpt.storage.layout import PROGRESS_ITEM
 
 __all__ = ["RESERVED_NAMES", "LoweredItem", "Source", "check_item_name", "lower", "to_json"]
 
-RESERVED_NAMES = ("metrics", "metadata")
+RESERVED_NAMES = ("metrics", "metadata", PROGRESS_ITEM)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def check_item_name(name: object) -> str:
     if name in RESERVED_NAMES or name[0] in "_." or "/" in name or "\0" in name:
         raise errors.UsageError(
             f"Item name {name!r} is reserved: names may not contain '/', begin with '_' or '.', or "
-            f"be one of {', '.join(RESERVED_NAMES)} (metrics are given by save(metrics=...)).",
+            f"be one of {', '.join(RESERVED_NAMES)} (metrics and progress are arguments of save).",
             key_path=name,
         )
     if commit.TMP_SUFFIX in name or not name.isprintable() or len(name.encode()) > 200:

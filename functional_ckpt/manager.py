@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from functional_ckpt import background, errors, opening, restoring, saving
+from functional_ckpt import background, errors, history, opening, restoring, saving
 from functional_ckpt.core import keep_policies as keep
 from functional_ckpt.core import keep_rule, names, save_rule
+from functional_ckpt.core.progress import Progress
 from functional_ckpt.describing import StepMetadata, describe
 from functional_ckpt.distributed.coordinator import Coordinator, on_primary, together
 from functional_ckpt.distributed.torch_dist import default_coordinator
@@ -113,10 +114,10 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------------------ saving
 
-    def should_save(self, step: int) -> bool:
+    def should_save(self, step: int, *, progress: Progress | None = None) -> bool:
         """Whether `save` would save this step now."""
         self._check_usable()
-        return self._saver.decider.wants(_as_step(step))
+        return self._saver.decider.wants(_as_step(step), saving.checked_progress(progress))
 
     def save(
         self,
@@ -124,6 +125,7 @@ class CheckpointManager:
         items: Mapping[str, Any],
         *,
         metrics: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
         custom_metadata: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> background.Commit | None:
@@ -136,6 +138,8 @@ class CheckpointManager:
             step: Its number; any order.
             items: Name -> value or `CheckpointItem`.
             metrics: Measured at this step; JSON. Policies rank by them.
+            progress: How far the training is. Policies such as `every("1ep")` decide by it, and a
+                batch that was just saved, or that the run has gone on from, is not saved again.
             custom_metadata: Anything to keep beside it; JSON.
             force: Save whatever the policy says.
 
@@ -152,8 +156,7 @@ class CheckpointManager:
         return self._saver.save(
             _as_step(step),
             items,
-            metrics=metrics,
-            custom_metadata=custom_metadata,
+            about=saving.About(metrics=metrics, progress=progress, custom_metadata=custom_metadata),
             force=force,
         )
 
@@ -205,6 +208,7 @@ class CheckpointManager:
         strict: bool = True,
         cast: Literal["target"] | None = None,
         verify: Literal["during", "before", "off"] = "during",
+        share_reads: bool = False,
     ) -> restoring.Restored:
         """Restores a step.
 
@@ -220,6 +224,9 @@ class CheckpointManager:
             cast: `target` converts to the target's dtype.
             verify: When bytes are checked: `during` the read, all `before` the first is written,
                 or `off`.
+            share_reads: Whether ranks read for each other what several of them need: it is asked of
+                storage once and handed on over connections of their own. For replicas, for other
+                shardings than the saved one, for slow storage.
 
         Raises:
             StepNotFoundError: No such step or item.
@@ -228,17 +235,21 @@ class CheckpointManager:
                 into.
         """
         self._check_usable()
-        options = restoring.RestoreOptions(only=only, strict=strict, cast=cast, verify=verify)
+        options = restoring.RestoreOptions(
+            only=only, strict=strict, cast=cast, verify=verify, share_reads=share_reads
+        )
         number = self._agree_on_step(step)
         path = self._steps.path(number)
         try:
-            return restoring.restore_checkpoint(
+            restored = restoring.restore_checkpoint(
                 functools.partial(layout.open_checkpoint, self._storage, path, number),
                 items,
                 self._registry,
                 options,
                 self._coordinator,
             )
+            self._saver.decider.restored(number, restored.progress)
+            return restored
         except (errors.CorruptCheckpointError, errors.StorageError) as error:
             if not self._storage.is_directory(path):
                 raise errors.StepNotFoundError(
@@ -275,7 +286,7 @@ class CheckpointManager:
         self._check_usable()
         number = self._number(step)
         opened = layout.open_checkpoint(self._storage, self._steps.path(number), number)
-        return describe(opened, self._steps.late_metrics(number) or None)
+        return describe(opened, history.late_metrics(self._storage, self._steps.root))
 
     def metrics(self, step: int | None = None) -> Mapping[str, Any] | None:
         """The metrics of a step (None: the latest), late ones included, or None."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeGuard, cast
 
 from functional_ckpt import errors, reader
 from functional_ckpt.core import plan, selection, structure, union
+from functional_ckpt.core.progress import Progress
 from functional_ckpt.core.target import AS_SAVED
 from functional_ckpt.distributed.coordinator import Combine, Coordinator, SingleProcess
 from functional_ckpt.handlers.base import CheckpointItem, Handler, Registry
@@ -29,6 +30,7 @@ class Restored(Mapping[str, Any]):
         step: The step; None for a checkpoint without steps.
         report: What `strict=False` left out, all items together; false when nothing was.
         metrics: The metrics saved with it, or None.
+        progress: How far the training was, or None where the checkpoint does not say.
         custom_metadata: The user's own metadata.
     """
 
@@ -39,12 +41,14 @@ class Restored(Mapping[str, Any]):
         step: int | None,
         report: plan.RestoreReport,
         metrics: Mapping[str, Any] | None,
+        progress: Progress | None,
         custom_metadata: Mapping[str, Any],
     ) -> None:
         self._items = dict(items)
         self.step = step
         self.report = report
         self.metrics = metrics
+        self.progress = progress
         self.custom_metadata = custom_metadata
 
     def __getitem__(self, name: str) -> Any:
@@ -70,12 +74,14 @@ class RestoreOptions:
             keeps its own values there and the report names them.
         cast: `target` converts arrays to the target's dtype; None makes another dtype a mismatch.
         verify: `during` the read (default), all of it `before` the first byte is written, or `off`.
+        share_reads: Whether ranks read for each other what several of them need.
     """
 
     only: str | Sequence[str] | None = None
     strict: bool = True
     cast: Literal["target"] | None = None
     verify: reader.Verify = "during"
+    share_reads: bool = False
 
     def __post_init__(self) -> None:
         if self.cast not in (None, "target"):
@@ -134,7 +140,7 @@ def restore_checkpoint(
     if options.strict:
         plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
     with _together(group, "reading the checkpoint"):
-        values = _read(checkpoint, matched, options)
+        values = _read(checkpoint, matched, options, group)
         lifted = {
             each.name: _lift(each, value, group)
             for each, value in zip(matched, values, strict=True)
@@ -144,6 +150,7 @@ def restore_checkpoint(
         step=checkpoint.step,
         report=_merge(list(reports.values())),
         metrics=checkpoint.metrics,
+        progress=checkpoint.progress,
         custom_metadata=checkpoint.metadata.get("custom_metadata") or {},
     )
 
@@ -387,12 +394,17 @@ def _refused(name: str, item: CheckpointItem, error: errors.MismatchError) -> _M
 
 
 def _read(
-    checkpoint: OpenCheckpoint, matched: Sequence[_Matched], options: RestoreOptions
+    checkpoint: OpenCheckpoint,
+    matched: Sequence[_Matched],
+    options: RestoreOptions,
+    group: Coordinator,
 ) -> list[Any]:
     touched = reader.Touched()
+    sharing = group if options.share_reads and group.num_ranks > 1 else None
     trees = [(each.opened, each.binding) for each in matched if each.opened is not None]
     try:
-        values = iter(reader.read_all(trees, verify=options.verify, touched=touched))
+        found = reader.read_all(trees, verify=options.verify, touched=touched, sharing=sharing)
+        values = iter(found)
     except errors.CorruptCheckpointError as error:
         state = (
             "The target had already been written into: restore another step into it."

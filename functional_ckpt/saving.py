@@ -20,13 +20,14 @@ from functional_ckpt import (
     writer,
 )
 from functional_ckpt.core.policy import KeepPolicy
+from functional_ckpt.core.progress import Progress
 from functional_ckpt.core.save_rule import SaveRule
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import staging
 
-__all__ = ["SaveOptions", "Saver", "as_json"]
+__all__ = ["About", "SaveOptions", "Saver", "as_json", "checked_progress"]
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -44,6 +45,15 @@ class SaveOptions:
     def __post_init__(self) -> None:
         if self.on_busy not in ("wait", "skip"):
             raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {self.on_busy!r}.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What a step says besides its items; the arguments of `save` of the same names."""
+
+    metrics: Mapping[str, Any] | None
+    progress: Progress | None
+    custom_metadata: Mapping[str, Any] | None
 
 
 class Saver:
@@ -80,14 +90,14 @@ class Saver:
         step: int,
         items: Mapping[str, Any],
         *,
-        metrics: Mapping[str, Any] | None,
-        custom_metadata: Mapping[str, Any] | None,
+        about: About,
         force: bool,
     ) -> background.Commit | None:
         """Saves a step if the policy says so; `CheckpointManager.save` says what is what."""
+        progress = checked_progress(about.progress)
         # Ranks may learn of a failure at different calls. None leaves the others alone in a round.
         failure = self.committer.take_error()
-        if not self.decider.wants(step, force=force):
+        if not self.decider.wants(step, progress, force=force):
             return self._refuse(step, failure)
         self._steps.check_writable()
         skips = self._options.on_busy == "skip" and not self.decider.is_preempted(step)
@@ -96,7 +106,7 @@ class Saver:
             return self._refuse(step, failure)
         self.committer.wait()
         failure = failure or self.committer.take_error()
-        prepared = failure or self._prepare(step, items, metrics, custom_metadata)
+        prepared = failure or self._prepare(step, items, about)
         plan = self._planner.plan(
             prepared if isinstance(prepared, BaseException) else prepared[0], step
         )
@@ -109,6 +119,7 @@ class Saver:
         except Exception as error:
             self._writer.give_up(step, error)
             raise
+        self.decider.saved(step, progress)
         work = functools.partial(self._writer.commit, step, staged, info)
         handle = self.committer.start(step, work)
         if not self._options.asynchronous:
@@ -137,8 +148,7 @@ class Saver:
         self,
         step: int,
         items: Mapping[str, Any],
-        metrics: Mapping[str, Any] | None,
-        custom_metadata: Mapping[str, Any] | None,
+        about: About,
     ) -> tuple[tuple[lowering.LoweredItem, ...], completing.CheckpointInfo] | BaseException:
         """What this rank can do alone; an error is for all ranks to hear of, so it is returned."""
         coordinator = self._coordinator
@@ -148,8 +158,9 @@ class Saver:
             info = completing.CheckpointInfo(
                 step=step,
                 init_time_ns=time.time_ns(),
-                metrics=as_json(metrics, "metrics"),
-                custom_metadata=as_json(custom_metadata, "custom_metadata") or {},
+                metrics=as_json(about.metrics, "metrics"),
+                progress=about.progress,
+                custom_metadata=as_json(about.custom_metadata, "custom_metadata") or {},
             )
             lowered = lowering.lower(
                 items, self._registry, rank=coordinator.rank, ranks=coordinator.global_ranks
@@ -167,3 +178,10 @@ def as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | N
         raise errors.UsageError(f"{what} must be a mapping with str keys; got {value!r:.80}.")
     lowering.to_json(dict(value), what)
     return dict(value)
+
+
+def checked_progress(progress: Progress | None) -> Progress | None:
+    """The progress, once it is known to be one."""
+    if progress is not None and not isinstance(progress, Progress):
+        raise errors.UsageError(f"progress must be an fc.Progress or None; got {progress!r:.80}.")
+    return progress

@@ -126,24 +126,25 @@ class Steps:
     def with_late_metrics(self) -> tuple[StepInfo, ...]:
         """The steps with what was recorded of them since, by whatever process."""
         late = history.late_metrics(self.storage, self.root)
-        return tuple(_with_metrics(info, late.get(info.step)) for info in self._infos)
-
-    def late_metrics(self, step: int) -> Mapping[str, Any]:
-        """What was recorded of a step after its commit."""
-        return history.late_metrics(self.storage, self.root).get(step, {})
+        return tuple(history.with_late_metrics(info, late) for info in self._infos)
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step; durable when it returns."""
-        late = {**self.late_metrics(step), **metrics}
-        history.write_late_metrics(self.storage, self.root, step, late)
+        # What is on disk is asked: another process may have committed the step anew.
+        info = history.read_step(self.storage, self.path(step), step)
+        late = history.late_metrics(self.storage, self.root)
+        own = dataclasses.replace(info, metrics=None)
+        known = history.with_late_metrics(own, late).metrics or {}
+        history.write_late_metrics(self.storage, self.root, info, {**known, **metrics})
         with self._mutex:
             self._infos = tuple(
-                _with_metrics(info, metrics) if info.step == step else info for info in self._infos
+                _with_metrics(each, metrics) if each.step == step else each for each in self._infos
             )
 
     def forget_late_metrics(self, step: int) -> None:
-        """The step was written anew: what was measured of the old one counts no more."""
-        history.remove_late_metrics(self.storage, self.root, step)
+        """The step was written anew: what was measured of the old one is of no more use."""
+        info = next((each for each in self._infos if each.step == step), None)
+        history.remove_late_metrics(self.storage, self.root, step, but_of=info)
 
     def discard(self, step: int) -> None:
         """Removes a step: out of sight in one rename, then from disk."""
@@ -151,7 +152,7 @@ class Steps:
         try:
             if self.storage.exists(path):
                 commit.discard(self.storage, path, self.hidden)
-            self.forget_late_metrics(step)
+            history.remove_late_metrics(self.storage, self.root, step)
         except errors.CheckpointError as error:
             error.step = step
             raise
@@ -160,7 +161,5 @@ class Steps:
                 self.forget([step])
 
 
-def _with_metrics(info: StepInfo, late: Mapping[str, Any] | None) -> StepInfo:
-    if late is None:
-        return info
+def _with_metrics(info: StepInfo, late: Mapping[str, Any]) -> StepInfo:
     return dataclasses.replace(info, metrics={**(info.metrics or {}), **late})

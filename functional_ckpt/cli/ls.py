@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         if isinstance(target, targets.Root)
         else [target]
     )
-    rows = [_row(storage, each, late.get(each.step or 0)) for each in checkpoints]
+    rows = [_row(storage, each, late) for each in checkpoints]
     rows = [row for row in rows if storage.exists(row.checkpoint.path)]  # and was not just pruned
     best = _best(rows, arguments.best)
     if arguments.json:
@@ -68,9 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _row(
-    storage: LocalStorage, checkpoint: targets.Checkpoint, late: Mapping[str, Any] | None
-) -> _Row:
+def _row(storage: LocalStorage, checkpoint: targets.Checkpoint, late: history.LateMetrics) -> _Row:
     items: Mapping[str, str] = {}
     is_ours, problem, size_bytes = False, None, 0
     try:
@@ -79,9 +77,10 @@ def _row(
         items, is_ours = opened.items, opened.record is not None
     except errors.CheckpointError as error:
         problem = error.message.removeprefix(f"{checkpoint.path}: ")
+    info = history.read_step(storage, checkpoint.path, checkpoint.step or 0)
     return _Row(
         checkpoint=checkpoint,
-        info=history.read_step(storage, checkpoint.path, checkpoint.step or 0, late),
+        info=history.with_late_metrics(info, late),
         size_bytes=size_bytes,
         items=items,
         is_ours=is_ours,

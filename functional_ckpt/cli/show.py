@@ -53,12 +53,11 @@ def chosen_items(opened: layout.OpenCheckpoint, wanted: Sequence[str] | None) ->
 def _facts(opened: layout.OpenCheckpoint) -> dict[str, Any]:
     """What is known of the checkpoint besides its items."""
     root = os.path.dirname(opened.path)
-    late: Mapping[int, Mapping[str, Any]] = {}
+    late: history.LateMetrics = {}
     if opened.step is not None and opened.storage.exists(os.path.join(root, commit.HIDDEN)):
         late = history.late_metrics(opened.storage, root)
-    info = history.read_step(
-        opened.storage, opened.path, opened.step or 0, late.get(opened.step or 0)
-    )
+    info = history.read_step(opened.storage, opened.path, opened.step or 0)
+    info = history.with_late_metrics(info, late)
     return {
         "schema": "fckpt.show/1",
         "path": opened.path,
@@ -67,6 +66,7 @@ def _facts(opened: layout.OpenCheckpoint) -> dict[str, Any]:
         "writer": "other" if opened.record is None else "functional_ckpt",
         "size_bytes": opened.storage.total_bytes(opened.path),
         "metrics": None if info.metrics is None else dict(info.metrics),
+        "progress": None if info.progress is None else info.progress.to_json(),
         "custom_metadata": opened.metadata.get("custom_metadata") or {},
     }
 
@@ -109,6 +109,7 @@ def _print(
     printer.print(output.styled(_summary(printer, checkpoint, facts), "dim"))
     for title, record in (
         ("metrics", facts["metrics"]),
+        ("progress", {k: v for k, v in (facts["progress"] or {}).items() if v}),
         ("custom metadata", facts["custom_metadata"]),
     ):
         if record:

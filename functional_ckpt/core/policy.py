@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from functional_ckpt.core.progress import Progress
 from functional_ckpt.errors import UsageError
 
 __all__ = [
@@ -37,15 +38,14 @@ class StepInfo:
         step: Its number.
         time: When it was saved (or, for the step to decide about, now); with a time zone.
         metrics: What was measured at it; None if nothing was (yet).
-        progress: How far the training was, in units of `functional_ckpt.core.timespan.Unit`
-            (`{"epoch": 2, "token": 3e9}`); None if the training does not say. It is remembered
-            with the step, since a policy that saves every epoch has no other memory.
+        progress: How far the training was; None if it does not say. It is saved with the step,
+            since a policy that saves every epoch has no other memory.
     """
 
     step: int
     time: datetime.datetime
     metrics: Mapping[str, Any] | None = None
-    progress: Mapping[str, float] | None = None
+    progress: Progress | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for a negative step or a time without a time zone."""

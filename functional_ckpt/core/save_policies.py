@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, cast
 
 from functional_ckpt.core.policy import SaveContext, StepInfo, is_int, step_set
-from functional_ckpt.core.timespan import Timespan, TimespanLike, parse_timespan
+from functional_ckpt.core.timespan import Timespan, TimespanLike, Unit, parse_timespan
 from functional_ckpt.errors import UsageError
 
 __all__ = [
@@ -30,6 +30,11 @@ __all__ = [
 
 # 0.3 / 0.1 is 2.9999999999999996: a boundary is crossed by whoever is this close to it.
 _ROUNDING: Final = 1e-9
+_ADVICE: Final[dict[Unit, str]] = {
+    "sample": "Count them, progress.next_batch(samples=...)",
+    "token": "Count them, progress.next_batch(tokens=...)",
+    "duration": "Say how long it is, fc.Progress(max_duration=...)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +178,8 @@ class ElapsedInterval:
 class ProgressInterval:
     """Saves when the progress has crossed a multiple of the interval since the last save.
 
-    With `1ep`, a training that counts epochs saves at the first step of which `progress["epoch"]`
-    is 1 or more, then 2 or more, and so on; once per boundary, before and after a resume.
+    With `1ep`, a training saves at the first step at which 1 epoch or more is over, then 2 or more,
+    and so on; once per boundary, before and after a resume.
 
     Attributes:
         interval: In iterations, epochs, samples, tokens, or a fraction of the training.
@@ -194,23 +199,27 @@ class ProgressInterval:
         self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
     ) -> bool:
         """Returns whether a boundary was crossed; raises UsageError without progress."""
-        unit = self.interval.unit
-        if step.progress is None or unit not in step.progress:
-            known = "none" if step.progress is None else (", ".join(step.progress) or "none")
-            raise UsageError(
-                f"every({str(self.interval)!r}): expected the training's progress in {unit} units "
-                f"with step {step.step}; got {known}. Pass progress={{{unit!r}: ...}}, or save "
-                f"every so many steps or seconds",
-                step=step.step,
-            )
-        here = self._boundaries(step.progress[unit])
+        here = self._boundaries(self._count(step))
         # Steps beyond this one were left behind by a rollback: they are no memory of this run.
         for saved in reversed(previous_steps):
             if saved.step <= step.step:
                 # A step saved before progress was reported counts as the start of the training: at
                 # worst one save too many, never one too few.
-                return here > self._boundaries((saved.progress or {}).get(unit, 0))
+                before = saved.progress.count(self.interval.unit) if saved.progress else None
+                return here > self._boundaries(before or 0)
         return here > 0
+
+    def _count(self, step: StepInfo) -> float:
+        unit = self.interval.unit
+        count = step.progress.count(unit) if step.progress is not None else None
+        if count is None:
+            raise UsageError(
+                f"every({str(self.interval)!r}): expected the training's progress in {unit} units "
+                f"with step {step.step}; got {_what_is_told(step, unit)}, or save every so many "
+                "steps or seconds",
+                step=step.step,
+            )
+        return count
 
     def _boundaries(self, progress: float) -> int:
         interval = self.interval.value
@@ -250,6 +259,15 @@ def when(decide: Callable[[StepInfo], bool]) -> When:
     With several ranks the function is called on the primary alone, which decides for all.
     """
     return When(decide)
+
+
+def _what_is_told(step: StepInfo, unit: Unit) -> str:
+    """What was passed in place of the progress that is needed, and what to do."""
+    if step.progress is None:
+        return "none. Pass save(progress=fc.Progress(...))"
+    told = {key: value for key, value in step.progress.to_json().items() if value}
+    counts = ", ".join(f"{key}={value!r}" for key, value in told.items()) or "no count"
+    return f"{counts}. {_ADVICE[unit]}"
 
 
 def _check_interval(interval: Timespan, units: tuple[str, ...]) -> None:

@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from functional_ckpt import errors
-from functional_ckpt.core import chunks, manifest, orbax_format, structure
+from functional_ckpt.core import chunks, manifest, orbax_format, plain_json, structure
+from functional_ckpt.core.progress import Progress
 from functional_ckpt.core.spec import Box
 from functional_ckpt.storage.paths import LocalStorage
 
 if TYPE_CHECKING:
     from functional_ckpt.storage import arrays, arrays_read
 
-__all__ = ["JSON_FILE", "ArrayPlace", "OpenCheckpoint", "OpenItem", "open_checkpoint"]
+__all__ = [
+    "JSON_FILE",
+    "PROGRESS_ITEM",
+    "ArrayPlace",
+    "OpenCheckpoint",
+    "OpenItem",
+    "open_checkpoint",
+]
 
 JSON_FILE = "metadata"
+# Where a step says how far the training was: a JSON item to Orbax.
+PROGRESS_ITEM = "progress"
 _IGNORED = ("metrics", "descriptor", "array_metadatas")
 # The item of a directory that is an item itself, as Orbax's checkpointers write it.
 _BARE_ITEM = "default"
@@ -173,7 +182,7 @@ class OpenItem:
 
 def _load_json(storage: LocalStorage, path: str) -> Mapping[str, Any]:
     try:
-        record = json.loads(storage.read(path))
+        record = plain_json.parse(storage.read(path))
     except (ValueError, RecursionError) as error:
         raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
     if not isinstance(record, dict):
@@ -215,7 +224,7 @@ class OpenCheckpoint:
         self._check_small_file(f"{name}/{JSON_FILE}")
         path = os.path.join(self.path, name, JSON_FILE)
         try:
-            return json.loads(self.storage.read(path))
+            return plain_json.parse(self.storage.read(path))
         except (ValueError, RecursionError) as error:
             raise errors.CorruptCheckpointError(
                 f"{path}: not JSON ({error}).", path=path
@@ -229,6 +238,18 @@ class OpenCheckpoint:
             return None
         self._check_small_file("metrics/metrics")
         return _load_json(self.storage, path)
+
+    @property
+    def progress(self) -> Progress | None:
+        """How far the training was; None where the step does not say."""
+        file = f"{PROGRESS_ITEM}/{JSON_FILE}"
+        if self.record is None or file not in self.record.files or PROGRESS_ITEM in self.items:
+            return None
+        try:
+            return Progress.from_json(self.json(PROGRESS_ITEM))
+        except errors.UsageError as error:
+            path = os.path.join(self.path, file)
+            raise errors.CorruptCheckpointError(f"{path}: {error}.", path=path) from error
 
     def _check_small_file(self, name: str) -> None:
         """What our record says of a file must hold before anything in it is believed."""

@@ -236,7 +236,7 @@ def test_show_for_programs(saved: Path) -> None:
     record = json_of("show", saved, "--step", 10)
     assert set(record) == {
         *("schema", "path", "step", "time", "writer", "size_bytes", "metrics"),
-        *("custom_metadata", "items"),
+        *("progress", "custom_metadata", "items"),
     }
     assert record["schema"] == "fckpt.show/1"
     assert record["metrics"] == {"accuracy": 0.5, "val_loss": 0.1, "late": 7}

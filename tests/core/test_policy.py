@@ -19,6 +19,7 @@ from functional_ckpt import policies
 from functional_ckpt.core.keep_policies import rank_steps
 from functional_ckpt.core.keep_rule import AnyKeep, decide_keep, keep_policies, steps_to_prune
 from functional_ckpt.core.policy import KeepContext, SaveContext, SavePolicy, StepInfo, StepPolicy
+from functional_ckpt.core.progress import Progress
 from functional_ckpt.core.save_policies import ElapsedInterval, ProgressInterval
 from functional_ckpt.core.save_rule import AnySave, decide_save, save_rule
 from functional_ckpt.core.timespan import Timespan
@@ -33,10 +34,24 @@ def at(
     step: int,
     seconds: float = 0,
     metrics: Mapping[str, Any] | None = None,
-    progress: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
 ) -> StepInfo:
     time = START + datetime.timedelta(seconds=seconds)
     return StepInfo(step=step, time=time, metrics=metrics, progress=progress)
+
+
+def reached(amount: float, unit: str = "epoch") -> Progress:
+    """A training of 20 batches an epoch, or of 100 in all, that is so far."""
+    if unit == "duration":
+        return Progress(batch=round(amount * 1000), max_duration="1000ba")
+    if unit == "epoch":
+        return Progress(
+            epoch=int(amount),
+            batch=round(amount * 20),
+            batch_in_epoch=round(amount % 1 * 20),
+            batches_per_epoch=20,
+        )
+    return Progress(**{unit: int(amount)})
 
 
 def saves(
@@ -156,7 +171,7 @@ def _run(interval: str, progress: Sequence[float], restart_at: int | None = None
     for step, amount in enumerate(progress):
         if step == restart_at:
             policy = policies.every(interval)
-        info = at(step, progress={policy.interval.unit: amount})
+        info = at(step, progress=reached(amount, policy.interval.unit))
         if saves(policy, info, history):
             history.append(info)
     return [info.step for info in history]
@@ -193,28 +208,49 @@ def test_every_boundary_of_progress_is_saved_once(gains: list[int], interval: in
 
 def test_progress_after_a_rollback_and_without_memory() -> None:
     policy = policies.every("1ep")
-    history = [at(10, progress={"epoch": 1}), at(20, progress={"epoch": 2})]
+    history = [at(10, progress=reached(1)), at(20, progress=reached(2))]
     # Went back to step 10 and on: step 20 belongs to another run of the steps.
-    assert not saves(policy, at(15, progress={"epoch": 1.5}), history)
-    assert saves(policy, at(18, progress={"epoch": 2}), history)
-    assert not saves(policy, at(20, progress={"epoch": 2}), history)
+    assert not saves(policy, at(15, progress=reached(1.5)), history)
+    assert saves(policy, at(18, progress=reached(2)), history)
+    assert not saves(policy, at(20, progress=reached(2)), history)
     # A step saved before anyone reported progress.
-    assert saves(policy, at(15, progress={"epoch": 1}), [at(10)])
-    assert not saves(policy, at(15, progress={"epoch": 0}), [at(10)])
+    assert saves(policy, at(15, progress=reached(1)), [at(10)])
+    assert not saves(policy, at(15, progress=reached(0)), [at(10)])
 
 
 @pytest.mark.parametrize(
-    ("progress", "got"), [(None, "none"), ({}, "none"), ({"token": 5}, "token")]
+    ("interval", "progress", "message"),
+    [
+        ("1ep", None, "epoch units with step 7; got none. Pass save(progress=fc.Progress(...))"),
+        (
+            "5tok",
+            Progress(batch=3, sample=96),
+            "token units with step 7; got batch=3, sample=96. Count them, "
+            "progress.next_batch(tokens=...)",
+        ),
+        (
+            "1sp",
+            Progress(batch=1, token=5),
+            "sample units with step 7; got batch=1, token=5. Count them, "
+            "progress.next_batch(samples=...)",
+        ),
+        (
+            "0.1dur",
+            Progress(),
+            "duration units with step 7; got no count. Say how long it is, "
+            "fc.Progress(max_duration=...)",
+        ),
+    ],
 )
 def test_progress_that_nobody_reports_is_an_error(
-    progress: Mapping[str, float] | None, got: str
+    interval: str, progress: Progress | None, message: str
 ) -> None:
     message = (
-        "every('1ep'): expected the training's progress in epoch units with step 7; "
-        f"got {got}. Pass progress={{'epoch': ...}}, or save every so many steps or seconds"
+        f"every({interval!r}): expected the training's progress in {message}, or save every so "
+        "many steps or seconds"
     )
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$") as caught:
-        saves(policies.every("1ep"), at(7, progress=progress))
+        saves(policies.every(interval), at(7, progress=progress))
     assert caught.value.step == 7
 
 
