@@ -8,11 +8,11 @@ many steps that the one before is durable by then.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import multiprocessing
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -43,31 +43,41 @@ def measure(workload: str, divisor: int, root: str) -> dict[str, Any]:
     step_seconds = min(meters.seconds(step) for _ in range(3))
     managers = _managers(os.path.join(root, "ours"))
     figures: dict[str, Any] = {"size_bytes": size, "step_seconds": step_seconds}
-    with _other_writer(size, root) as write_elsewhere:
-        items = {"state": module}
-        durable = write_elsewhere(True)  # each writes once before its clock starts
-        for number, manager in enumerate(managers.values()):
-            durable = max(
-                durable, meters.seconds(lambda m=manager, n=number: m.save(n, items).result())
-            )
-        between = steps_between(durable, step_seconds)
-        figures |= {"durable_seconds": durable, "steps_between_saves": between}
-        modes: dict[str, Callable[[int], object]] = {
-            "alone": lambda save: None,
-            "other": lambda save: write_elsewhere(False),
-        }
-        for name, manager in managers.items():
-            modes[name] = lambda save, manager=manager: manager.save(100 + save, items)
-        for name, save in modes.items():
-            os.sync()
-            figures[f"loop_{name}_seconds"] = meters.seconds(
-                lambda save=save: _loop(step, save, between)
-            )
-            for manager in managers.values():
-                manager.wait_until_finished()
+    other = _OtherWriter(size, root)
+    items = {"state": module}
+
+    def write_elsewhere() -> None:
+        other.write()
+        other.wait()
+
+    durable = meters.seconds(write_elsewhere)  # each writes once before its clock starts
+    for manager in managers.values():
+        save = functools.partial(_save_and_wait, manager, items)
+        durable = max(durable, meters.seconds(save))
+    between = steps_between(durable, step_seconds)
+    figures |= {"durable_seconds": durable, "steps_between_saves": between}
+    modes: dict[str, Callable[[int], object]] = {
+        "alone": lambda save: None,
+        "other": lambda save: other.write(),
+    }
+    for name, manager in managers.items():
+        modes[name] = lambda save, manager=manager: manager.save(100 + save, items)
+    for name, begin in modes.items():
+        os.sync()
+        loop = functools.partial(_loop, step, begin, between)
+        figures[f"loop_{name}_seconds"] = meters.seconds(loop)
+        other.wait()
+        for manager in managers.values():
+            manager.wait_until_finished()
+    other.close()
     for manager in managers.values():
         manager.close()
     return figures
+
+
+def _save_and_wait(manager: Any, items: dict[str, Any]) -> None:
+    manager.save(0, items)
+    manager.wait_until_finished()
 
 
 def _loop(step: Callable[[], None], save: Callable[[int], object], between: int) -> None:
@@ -115,27 +125,34 @@ def _managers(root: str) -> dict[str, Any]:
     return found
 
 
-@contextlib.contextmanager
-def _other_writer(size: int, root: str) -> Iterator[Callable[[bool], float]]:
+class _OtherWriter:
     """A process that writes and syncs as many bytes, of its own memory, whenever it is told."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_write_when_told, args=(theirs, size, root), daemon=True)
-    process.start()
-    ours.recv()
 
-    def write(wait: bool) -> float:
-        start = time.perf_counter()
-        ours.send("write")
-        if wait:
-            ours.recv()
-        return time.perf_counter() - start
+    def __init__(self, size: int, root: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_write_when_told, args=(theirs, size, root), daemon=True
+        )
+        self._process.start()
+        self._connection.recv()
+        self._under_way = 0
 
-    try:
-        yield write
-    finally:
-        ours.send("stop")
-        process.join()
+    def write(self) -> None:
+        """Tells it to."""
+        self._connection.send("write")
+        self._under_way += 1
+
+    def wait(self) -> None:
+        """Waits until all is durable that it was told to write."""
+        for _ in range(self._under_way):
+            self._connection.recv()
+        self._under_way = 0
+
+    def close(self) -> None:
+        """Ends it."""
+        self._connection.send("stop")
+        self._process.join()
 
 
 def _write_when_told(connection: Connection, size: int, root: str) -> None:

@@ -61,6 +61,8 @@ def markdown(summary: Summary, plots: Sequence[str]) -> str:
         "raw limit of the same run: copies for what stays in memory, the best raw write or cold "
         "read for what does not.",
         "",
+        "## Bars",
+        "",
         *bars_table(bars(summary)),
         *(f"![{name}]({name}.svg)\n" for name in plots),
         *_limits(summary),
@@ -82,7 +84,7 @@ def plots_markdown(summary: Summary, plots: Sequence[str]) -> str:
 
 def bars_table(found: Sequence[Bar]) -> list[str]:
     """One row for each bar: the figure, the bar, reached or not."""
-    rows = ["## Bars", "", "| | measured | bar | |", "| --- | ---: | ---: | --- |"]
+    rows = ["| | measured | bar | |", "| --- | ---: | ---: | --- |"]
     for bar in found:
         measured = "" if bar.measured is None else _quantity(bar.measured, bar.unit)
         word = {True: "reached", False: "**missed**", None: "not measured"}[bar.is_reached]
