@@ -90,6 +90,7 @@ class StoreCoordinator:
         # The group keeps the store's server alive where this process hosts it.
         self._group = group
         self._timeout_seconds = timeout_seconds
+        self._num_channels = 0
         store = _Store(group.get_group_store(), self.rank)
         if prefix is None:
             # Every rank makes its coordinators of a group in the same order. The store counts them:
@@ -113,7 +114,10 @@ class StoreCoordinator:
 
     def channel(self) -> Channel:
         """See `Coordinator.channel`."""
-        return _GlooChannel(self.global_ranks, self._timeout_seconds)
+        self._num_channels += 1
+        prefix = f"{self._prefix}/channel/{self._num_channels}"
+        store = dist.PrefixStore(prefix, _clone(self._group.get_group_store()))  # pyright: ignore[reportPrivateImportUsage]
+        return _GlooChannel(store, self.rank, self.num_ranks, self._timeout_seconds)
 
     def hurry(self, seconds: float) -> None:
         """Shortens the timeout."""
@@ -126,30 +130,30 @@ class StoreCoordinator:
 
 
 class _GlooChannel:
-    """A process group of our own, for as long as it is needed: the training's stays untouched."""
+    """A gloo group that `torch.distributed` does not know of: the training's stay untouched.
 
-    def __init__(self, global_ranks: Sequence[int], timeout_seconds: float) -> None:
+    Groups of its own making it names by their ranks, and a second one of the same ranks would meet
+    in the store what the first has left there.
+    """
+
+    def __init__(self, store: Any, rank: int, num_ranks: int, timeout_seconds: float) -> None:
+        timeout = datetime.timedelta(seconds=timeout_seconds)
         with _clear_errors("connecting the ranks"):
-            self._group: Any = dist.new_group(
-                list(global_ranks),
-                backend="gloo",
-                timeout=datetime.timedelta(seconds=timeout_seconds),
-                use_local_synchronization=True,
-            )
+            make: Any = dist.ProcessGroupGloo  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+            self._group: Any = make(store, rank, num_ranks, timeout)
 
     def trade(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
         """See `Channel.trade`."""
         given = torch.from_numpy(np.concatenate(outgoing))
         got = torch.empty(sum(incoming_bytes), dtype=torch.uint8)
+        sizes = [len(each) for each in outgoing]
         with _clear_errors("handing data between the ranks"):
-            dist.all_to_all_single(
-                got, given, list(incoming_bytes), [len(each) for each in outgoing], self._group
-            )
+            self._group.alltoall_base(got, given, list(incoming_bytes), sizes).wait()
         return [each.numpy() for each in got.split(list(incoming_bytes))]
 
     def close(self) -> None:
         """See `Channel.close`."""
-        dist.destroy_process_group(self._group)
+        self._group = None
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias, cast
 
 import numpy as np
@@ -20,7 +19,15 @@ from functional_ckpt.core import spec as spec_lib
 from functional_ckpt.core.target import AS_SAVED
 from functional_ckpt.handlers.base import CheckpointItem, Handler
 
-__all__ = ["Generator", "GeneratorHandler", "GeneratorLike", "Rng", "RngHandler", "is_generator"]
+__all__ = [
+    "Generator",
+    "GeneratorHandler",
+    "GeneratorLike",
+    "RngHandler",
+    "check_generator",
+    "is_generator",
+    "python_state",
+]
 
 GeneratorLike: TypeAlias = (
     random.Random | np.random.Generator | np.random.RandomState | torch.Generator
@@ -63,7 +70,7 @@ class Generator(CheckpointItem):
     __slots__ = ()
 
     def __init__(self, value: GeneratorLike) -> None:
-        _check_generator(value, "value")
+        check_generator(value, "value")
         super().__init__(value, GeneratorHandler())
 
 
@@ -87,7 +94,7 @@ class RngHandler(Handler):
         """The states: `python`, `numpy`, `torch`, `cuda` (a list) and `generators` (by name)."""
         generators = cast("Mapping[str, GeneratorLike]", value)
         return {
-            "python": _python_state(random.getstate()),
+            "python": python_state(random.getstate()),
             "numpy": np.random.get_state(legacy=False),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -150,32 +157,6 @@ class RngHandler(Handler):
         ]
 
 
-class Rng(CheckpointItem):
-    """The process's generators: Python's, numpy's legacy one, torch's on the CPU and on CUDA.
-
-    Args:
-        generators: Further generators by name, set in place by restore.
-        same_devices: Whether another number of CUDA devices than at the save is an error; if not,
-            those that both have are restored.
-
-    Raises:
-        UsageError: Not a generator, or one without a state.
-    """
-
-    __slots__ = ()
-
-    def __init__(
-        self,
-        generators: Mapping[str, GeneratorLike] | None = None,
-        *,
-        same_devices: bool = True,
-    ) -> None:
-        given = dict(generators or {})
-        for name, generator in given.items():
-            _check_generator(generator, name)
-        super().__init__(MappingProxyType(given), RngHandler(same_devices=same_devices))
-
-
 def is_generator(value: object) -> bool:
     """Whether a value is a generator whose state can be saved."""
     return isinstance(
@@ -183,7 +164,8 @@ def is_generator(value: object) -> bool:
     ) and not isinstance(value, random.SystemRandom)
 
 
-def _check_generator(value: object, name: str) -> None:
+def check_generator(value: object, name: str) -> None:
+    """Raises `UsageError` unless the state of a value can be saved."""
     if not is_generator(value):
         raise errors.UsageError(
             f"{name}: expected a random.Random, numpy Generator or RandomState, or "
@@ -198,7 +180,7 @@ def _num_cuda_devices() -> int:
 
 def _state(generator: GeneratorLike) -> Any:
     if isinstance(generator, random.Random):
-        return _python_state(generator.getstate())
+        return python_state(generator.getstate())
     if isinstance(generator, np.random.RandomState):
         return generator.get_state(legacy=False)
     if isinstance(generator, np.random.Generator):
@@ -217,7 +199,8 @@ def _set_state(generator: GeneratorLike, state: Any) -> None:
         generator.set_state(state["torch"])
 
 
-def _python_state(state: tuple[Any, ...]) -> dict[str, Any]:
+def python_state(state: tuple[Any, ...]) -> dict[str, Any]:
+    """The state of a `random.Random` as an array and plain values."""
     version, words, gauss_next = state
     return {"version": version, "words": np.array(words, np.uint32), "gauss_next": gauss_next}
 

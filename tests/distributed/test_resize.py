@@ -80,6 +80,13 @@ def restore_rng(directory: Path) -> float:
     return torch.rand(()).item()
 
 
+def derive_rng(directory: Path) -> float:
+    torch.manual_seed(1000)
+    with fc.CheckpointManager(directory, read_only=True) as manager:
+        manager.restore(0, {"rng": fc.Rng(other_ranks="derive")})
+    return torch.rand(()).item()
+
+
 def restore_without_target(directory: Path) -> Any:
     with fc.CheckpointManager(directory, read_only=True) as manager:
         restored = manager.restore(0, {"queue": None, "note": None})
@@ -117,6 +124,17 @@ def test_without_a_target_everything_comes_back(workers: Workers, tmp_path: Path
     outcomes = workers.run(3, restore_without_target, tmp_path)
     assert [note for _, note in outcomes] == [{"rank": rank} for rank in range(3)]
     assert [len(queue["files"]) for queue, _ in outcomes] == [1, 2, 3]
+
+
+def test_derived_streams_differ_between_ranks_and_repeat(workers: Workers, tmp_path: Path) -> None:
+    workers.run(2, save, tmp_path)
+    drawn = workers.run(3, derive_rng, tmp_path)
+    assert len(set(drawn)) == 3
+    assert workers.run(3, derive_rng, tmp_path) == drawn
+    # As many as there were: each goes on with its own.
+    expected = [torch.rand((), generator=_seeded(rank)).item() for rank in range(2)]
+    assert workers.run(2, derive_rng, tmp_path) == expected
+    workers.run(1, derive_rng, tmp_path)
 
 
 def _seeded(seed: int) -> torch.Generator:

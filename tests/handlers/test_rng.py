@@ -145,3 +145,36 @@ def test_cuda_generators(save):
     assert torch.equal(torch.rand(3, device="cuda", generator=own), wanted[1])
     with pytest.raises(errors.MismatchError, match="own is torch's with 5056 bytes"):
         stored.restore(Rng({"own": torch.Generator()}))
+
+
+def _drawn(rng: Rng, states: object) -> list[float]:
+    rng.handler.lift(rng.value, states)
+    own = rng.value["own"]
+    assert isinstance(own, np.random.Generator)
+    return [random.random(), float(np.random.rand()), torch.rand(1).item(), float(own.random())]
+
+
+def test_other_ranks_derive_streams_of_their_own():
+    rng = Rng({"own": np.random.default_rng(5)}, other_ranks="derive")
+    trees = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        trees.append(rng.handler.lower(rng.value))
+    drawn = [_drawn(rng, rng.handler.resize(trees, rank, 3)) for rank in range(3)]
+    again = [_drawn(rng, rng.handler.resize(trees, rank, 3)) for rank in range(3)]
+    assert drawn == again
+    saved = [_drawn(rng, tree) for tree in trees]
+    every = [number for numbers in (*drawn, *saved[:1]) for number in numbers]
+    assert len(set(every)) == len(every)
+    # Any saved state counts, and so does the number of ranks.
+    torch.manual_seed(7)
+    others = [trees[0], rng.handler.lower(rng.value)]
+    assert _drawn(rng, rng.handler.resize(others, 0, 3)) != drawn[0]
+    assert _drawn(rng, rng.handler.resize(trees, 0, 4)) != drawn[0]
+
+
+def test_other_ranks_are_an_error_unless_asked():
+    with pytest.raises(errors.MismatchError, match="each of 2 ranks"):
+        Rng().handler.resize([None, None], 0, 3)
+    with pytest.raises(errors.UsageError, match="other_ranks"):
+        Rng(other_ranks="ignore")  # pyright: ignore[reportArgumentType]
