@@ -6,6 +6,7 @@ A run that was cut off goes on where it was when it is started again with the sa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -19,6 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from benchmarks import plots, report, results, schedule, summary
 from benchmarks.results import Result, Run, Task
@@ -89,7 +92,16 @@ def _settings(divisor: int) -> dict[str, Any]:
         f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, "
         f"Python {platform.python_version()}"
     )
-    return {"machine": machine, "divisor": divisor, "versions": versions}
+    code = xxhash.xxh3_64()
+    for folder in ("functional_ckpt", "benchmarks"):
+        for path in sorted(Path(folder).rglob("*.py")):
+            code.update(path.read_bytes())
+    return {
+        "machine": machine,
+        "divisor": divisor,
+        "versions": versions,
+        "code": code.hexdigest(),
+    }
 
 
 def _measure_all(run: Run, path: Path, options: argparse.Namespace) -> Run:
@@ -97,7 +109,7 @@ def _measure_all(run: Run, path: Path, options: argparse.Namespace) -> Run:
     with tempfile.TemporaryDirectory(dir=options.dir or os.getcwd(), prefix=".bench-") as root:
         for repeat in range(options.repeats):
             for task in schedule.tasks(repeat, options.workloads, options.peers, options.measures):
-                if run.has(task, repeat):
+                if run.has(task, repeat) or run.is_skipped(task):
                     continue
                 if options.minutes and time.monotonic() - started > options.minutes * 60:
                     print("time is up; the same command goes on from here", file=sys.stderr)
@@ -144,9 +156,11 @@ def _run_child(task: Task, divisor: int, folder: str, *, timeout_seconds: float)
     try:
         output, errors = child.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
         return {"error": f"no end after {timeout_seconds:.0f} s"}
+    finally:  # with whatever it started, and when we are told to stop ourselves
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
     for line in reversed(output.splitlines()):
         if line.startswith("{"):
             return json.loads(line)

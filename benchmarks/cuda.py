@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from benchmarks import async_peers, files, meters, peers, workloads
+from benchmarks.loop import steps_between
 
 __all__ = ["measure"]
 
 _SIDE = 8192
-_LOOP_STEPS = 60
 
 
 def measure(workload: str, divisor: int, root: str) -> dict[str, Any]:
@@ -21,7 +21,6 @@ def measure(workload: str, divisor: int, root: str) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise async_peers.SkipMeasure("there is no GPU")
     host = workloads.make(workload, divisor)
-    expected = workloads.digest(host)
     module = peers.Holder({name: tensor.cuda() for name, tensor in host.items()})
     figures: dict[str, Any] = {
         "size_bytes": sum(tensor.nbytes for tensor in host.values()),
@@ -34,9 +33,8 @@ def measure(workload: str, divisor: int, root: str) -> dict[str, Any]:
         except async_peers.SkipMeasure:
             continue
         path = os.path.join(root, name)
-        figures |= {
-            f"{name}_{key}": value for key, value in _ours(module, path, options, expected).items()
-        }
+        found = _ours(module, path, options)
+        figures |= {f"{name}_{key}": value for key, value in found.items()}
         files.fresh(path)
     return figures
 
@@ -61,12 +59,11 @@ def _bus(host: workloads.State, module: torch.nn.Module) -> dict[str, float]:
     }
 
 
-def _ours(
-    module: torch.nn.Module, path: str, options: dict[str, Any], expected: str
-) -> dict[str, float]:
+def _ours(module: torch.nn.Module, path: str, options: dict[str, Any]) -> dict[str, float]:
     import functional_ckpt as fc
 
     figures: dict[str, float] = {}
+    expected = _digest(module)
     with fc.CheckpointManager(path, keep_policy=fc.policies.LatestN(1), **options) as manager:
         for step in range(3):
             torch.cuda.synchronize()
@@ -82,24 +79,24 @@ def _ours(
             )
         _clear(module)
         figures["restore_warm_seconds"] = _timed(lambda: manager.restore(2, {"state": module}))
-        found = {name: p.detach().cpu() for name, p in module.named_parameters()}
-        if workloads.digest(found) != expected:
+        if _digest(module) != expected:
             raise RuntimeError("the bytes restored are not those that were saved")
         step = _training_step(module)
-        figures["loop_alone_seconds"] = _timed(lambda: _loop(step, lambda: None))
+        count = steps_between(figures["durable_3_seconds"], _timed(step))
+        figures["loop_alone_seconds"] = _timed(lambda: _loop(step, lambda: None, count))
         saving = [10]
 
         def save() -> None:
             saving[0] += 1
             manager.save(saving[0], {"state": module})
 
-        figures["loop_saving_seconds"] = _timed(lambda: _loop(step, save))
+        figures["loop_saving_seconds"] = _timed(lambda: _loop(step, save, count))
     return figures
 
 
-def _loop(step: Callable[[], None], save: Callable[[], None]) -> None:
+def _loop(step: Callable[[], None], save: Callable[[], None], count: int) -> None:
     save()
-    for _ in range(_LOOP_STEPS):
+    for _ in range(count):
         step()
 
 
@@ -116,6 +113,10 @@ def _training_step(module: torch.nn.Module) -> Callable[[], None]:
         optimizer.step()
 
     return step
+
+
+def _digest(module: torch.nn.Module) -> str:
+    return workloads.digest({name: p.detach().cpu() for name, p in module.named_parameters()})
 
 
 def _clear(module: torch.nn.Module) -> None:

@@ -70,6 +70,10 @@ class Run:
             for each in self.results
         )
 
+    def is_skipped(self, task: Task) -> bool:
+        """Whether it cannot be measured here; asking again would bring the same answer."""
+        return any(each.task == task and each.skipped is not None for each in self.results)
+
 
 def store(run: Run, path: Path) -> None:
     """Writes a run; whoever reads the file meanwhile sees the one before."""

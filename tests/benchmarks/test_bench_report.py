@@ -140,6 +140,14 @@ def test_the_page_has_every_figure_with_its_ratios() -> None:
     assert "| memcpy 2 threads" not in page and "| memcpy 2 | 0.20 s" in page
 
 
+def test_a_gpu_is_set_beside_its_bus() -> None:
+    found = made.result(
+        "cuda/big", size_bytes=7, pinned_d2h_seconds=0.2, eager_blocked_3_seconds=0.25
+    )
+    page = report.markdown(summary.summarize(made.run(found)), [])
+    assert "| eager blocked 3 | 0.25 s (0.25 s–0.25 s) | 1.250x | pinned d2h |" in page
+
+
 def test_the_page_of_a_run_that_has_hardly_begun() -> None:
     page = report.markdown(summary.summarize(Run(settings=made.SETTINGS)), [])
     assert "not measured" in page and "reached" not in page
@@ -171,6 +179,8 @@ def test_a_run_is_stored_and_goes_on(tmp_path: Path) -> None:
     assert run.has(task, 0) and not run.has(task, 1) and not run.has(task, 2)
     again = dataclasses.replace(made.sync("big", "dcp", 2.0, 1.0), repeat=1)
     assert run.with_result(again).has(task, 1)
+    skipped = dataclasses.replace(again, figures=None, skipped="no GPU")
+    assert not run.is_skipped(task) and run.with_result(skipped).is_skipped(task)
     assert len(run.with_result(again).results) == len(run.results)
 
 
