@@ -77,10 +77,23 @@ class Run:
 
 def store(run: Run, path: Path) -> None:
     """Writes a run; whoever reads the file meanwhile sees the one before."""
-    text = json.dumps(dataclasses.asdict(run), indent=1)
+    lines = ",\n".join(json.dumps(_as_json(each)) for each in run.results)
+    text = f'{{"settings": {json.dumps(dict(run.settings))},\n"results": [\n{lines}\n]}}\n'
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    """What is set, seven digits of it: there are hundreds of these in one file."""
+    found = {key: value for key, value in dataclasses.asdict(result).items() if value is not None}
+    found["wall_seconds"] = round(result.wall_seconds, 1)
+    if result.figures is not None:
+        found["figures"] = {
+            name: float(f"{value:.7g}") if isinstance(value, float) else value
+            for name, value in result.figures.items()
+        }
+    return found
 
 
 def load(path: Path) -> Run:
