@@ -46,7 +46,8 @@ class Decider:
         self._agreed = False
         self._refused: int | None = None
         self._asked: int | None = None
-        self._own: dict[int, StepInfo] = {}
+        self._own: set[int] = set()
+        self._last: StepInfo | None = None
         self._origin: int | None = None
         self._here: tuple[int, int] | None = None
 
@@ -81,12 +82,14 @@ class Decider:
     def saved(self, step: int, progress: Progress | None) -> None:
         """Notes that this run is saving a step."""
         now = datetime.datetime.now(datetime.UTC)
-        self._own[step] = StepInfo(step=step, time=now, progress=progress)
+        self._own.add(step)
+        self._last = StepInfo(step=step, time=now, progress=progress)
         self._here = None if progress is None else (step, progress.batch)
 
     def restored(self, step: int, progress: Progress | None) -> None:
-        """Notes that this run goes on from a step: later ones that it has not saved are not its."""
+        """Notes that this run goes on from a step: what lies beyond is of a run left behind."""
         self._origin = step
+        self._own.clear()
         self._here = None if progress is None else (step, progress.batch)
 
     def wants(self, step: int, progress: Progress | None = None, *, force: bool = False) -> bool:
@@ -154,6 +157,6 @@ class Decider:
             for info in self._steps.infos
             if self._origin is None or info.step <= self._origin or info.step in self._own
         }
-        if busy is not None:
-            known[busy] = self._own[busy]
+        if busy is not None and self._last is not None:
+            known[busy] = self._last
         return tuple(known[step] for step in sorted(known))
