@@ -56,7 +56,9 @@ _MAX_RESIDENT = 0.02
 def markdown(summary: Summary, plots: Sequence[str]) -> str:
     """The whole report, as a page beside its plots."""
     settings = summary.settings
-    repeats = max((s.count for f in summary.spreads.values() for s in f.values()), default=0)
+    counts = [spread.count for each in summary.spreads.values() for spread in each.values()]
+    fewest, most = min(counts, default=0), max(counts, default=0)
+    repeats = f"{most}" if fewest == most else f"{fewest} to {most}"
     size = f"a {settings['divisor']}th of the data" if settings["divisor"] > 1 else "full size"
     lines = [
         "# Measurements",
@@ -116,6 +118,8 @@ def _workloads(summary: Summary, measure: str) -> list[str]:
 
 
 def _seconds(spread: Spread) -> str:
+    if spread.count == 1:
+        return _short(spread.median)
     return f"{_short(spread.median)} ({_short(spread.low)}–{_short(spread.high)})"
 
 
