@@ -11,7 +11,7 @@ from benchmarks.summary import GIB, Summary, is_ours, limit_seconds
 __all__ = ["draw"]
 
 _OURS_COLOUR = "#3f51b5"
-_OTHERS = ("#9e9e9e", "#bdbdbd", "#8d6e63", "#a1887f", "#78909c", "#b0bec5")
+_OTHERS = ("#90a4ae", "#ffb74d", "#a1887f", "#81c784", "#ba68c8", "#e57373")
 _WORKLOADS = ("big", "small", "tiny", "gpt2")
 
 
