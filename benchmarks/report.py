@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks.bars import Bar, bars
-from benchmarks.summary import GIB, MIB, Spread, Summary, is_ours, limit_seconds
+from benchmarks.summary import GIB, MIB, Spread, Summary, is_ours, kind_of_staging, limit_seconds
 
 __all__ = ["SYNC", "bars_table", "markdown", "plots_markdown"]
 
@@ -135,9 +135,12 @@ def _times(summary: Summary, measure: str, load: str) -> list[str]:
         "| | system | seconds | GiB/s | of best | of limit |",
         "| --- | --- | --- | ---: | ---: | ---: |",
     ]
+    peers = summary.peers(measure, load)
     for figure, title in figures.items():
-        best = summary.best_peer(measure, load, figure)
-        for peer in summary.peers(measure, load):
+        for peer in peers:
+            alike = [p for p in peers if kind_of_staging(p) == kind_of_staging(peer)]
+            among = alike if figure.startswith("blocked") else peers
+            best = summary.best_peer(measure, load, figure, among=among)
             key = f"{measure}/{load}/{peer}"
             spread = summary.spread(key, figure)
             size = summary.median(key, "size_bytes")

@@ -106,6 +106,10 @@ def test_what_blocks_is_compared_among_systems_that_stage_alike() -> None:
     assert bar(run, "`big`: blocked in the third save, eager").measured == 1.25
     assert bar(run, "`big`: the same over the best peer (dcp.thread)").measured == 0.5
     assert bar(run, "`big`: blocked in the third save, overlapped").measured == pytest.approx(4.0)
+    page = report.markdown(summary.summarize(run), [])
+    ours = "| blocked, 3rd save | **functional_ckpt.{}** | {} | {} | {} |"
+    assert ours.format("eager", "0.25 s", "8", "2.00x") in page
+    assert ours.format("overlapped", "4 ms", "500", "0.25x") in page
 
 
 def test_a_loop_is_compared_with_one_beside_another_writer() -> None:
