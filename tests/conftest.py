@@ -1,11 +1,14 @@
-"""What every test runs under: a time limit that names the culprit; no accelerator for JAX."""
+"""What every test runs under: a time limit that names the culprit; no accelerator for JAX.
+
+What tests have measured (`figure`) is printed at the end of the run.
+"""
 
 from __future__ import annotations
 
 import faulthandler
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import hypothesis
 import pytest
@@ -40,3 +43,24 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Prints what a test has measured, in the summary: a function of the text."""
+    return lambda text: record_property("figure", text)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports: list[pytest.TestReport] = terminalreporter.getreports("passed")
+    figures = [
+        (report.nodeid.rpartition("/")[2], value)
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "figure"
+    ]
+    if figures:
+        terminalreporter.section("figures")
+    for name, value in figures:
+        terminalreporter.write_line(f"{name}: {value}")

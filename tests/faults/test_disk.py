@@ -7,7 +7,7 @@ import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def check(root: Path, step: int) -> None:
 
 
 def test_a_full_disk_loses_nothing_and_says_so(
-    small_disk: Path, capsys: pytest.CaptureFixture[str]
+    small_disk: Path, figure: Callable[[str], None]
 ) -> None:
     """Steps of 200 kB until the disk is full; then with room again; then overwriting when full."""
     root = small_disk / "run"
@@ -100,8 +100,7 @@ def test_a_full_disk_loses_nothing_and_says_so(
         manager.delete(saved[0])
         manager.save(full + 1, items(full + 1, 50_000)).result()  # type: ignore[union-attr]
         assert manager.all_steps() == [full, full + 1]
-    with capsys.disabled():
-        print(f"\n{small_disk}: {len(saved)} steps until it was full, 0 losses")
+    figure(f"{len(saved)} steps until it was full, 0 losses")
 
 
 def test_a_disk_with_no_byte_left_can_be_opened_and_cleared(small_disk: Path) -> None:

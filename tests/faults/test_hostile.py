@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hostile
@@ -23,7 +24,7 @@ assert sum(NUMBERS.values()) >= 1000
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", NUMBERS)
-def test_a_thousand_mutations(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_thousand_mutations(kind: str, figure: Callable[[str], None]) -> None:
     result = subprocess.run(
         [sys.executable, "-W", "ignore", hostile.__file__, kind, str(NUMBERS[kind])],
         capture_output=True,
@@ -36,11 +37,10 @@ def test_a_thousand_mutations(kind: str, capsys: pytest.CaptureFixture[str]) -> 
     assert counts["refused"] + counts["harmless"] == NUMBERS[kind]
     assert counts["refused"] > NUMBERS[kind] / 4
     assert counts["grown_kib"] < 300 * 1024
-    with capsys.disabled():
-        print(
-            f"\n{kind}: {NUMBERS[kind]} mutations, {counts['refused']} refused, "
-            f"{counts['harmless']} harmless, memory grew by {counts['grown_kib'] // 1024} MiB"
-        )
+    figure(
+        f"{kind}: {NUMBERS[kind]} mutations, {counts['refused']} refused, "
+        f"{counts['harmless']} harmless, memory grew by {counts['grown_kib'] // 1024} MiB"
+    )
 
 
 def test_a_database_that_points_outside_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def template() -> Iterator[Template]:
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_200_kills_lose_nothing(
-    tmp_path: Path, template: Template, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, template: Template, figure: Callable[[str], None]
 ) -> None:
     root = tmp_path / "run"
     choose = random.Random(0)
@@ -122,11 +122,10 @@ def test_200_kills_lose_nothing(
             check_next_writer(root, list(held))
     check_next_writer(root, list(check_steps(root, live, expected)))
     assert num_reported > NUM_KILLS and num_overwritten > NUM_KILLS / 10
-    with capsys.disabled():
-        print(
-            f"\n{NUM_KILLS} kills, {num_reported} steps reported ({num_overwritten} overwritten), "
-            f"{num_checked} steps checked, 0 losses"
-        )
+    figure(
+        f"{NUM_KILLS} kills, {num_reported} steps reported ({num_overwritten} overwritten), "
+        f"{num_checked} steps checked, 0 losses"
+    )
 
 
 def check_steps(root: Path, live: dict[str, Any], expected: dict[str, Any]) -> dict[int, int]:

@@ -73,7 +73,7 @@ def test_everything_is_read_and_said_to_be_without_digests(
     assert {each["has_digests"] for each in record["checkpoints"]} == {False}
     assert all(each["findings"] == [] for each in record["checkpoints"])
     assert main(["verify", str(orbax / name)]) == 0
-    assert "no digests to compare with" in capsys.readouterr().out
+    assert "no digests to compare with" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", ["v0_zarr3_ocdbt", "v0_zarr2_files"])
