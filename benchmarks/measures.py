@@ -49,8 +49,8 @@ def measure_sync(peer_name: str, workload: str, divisor: int, root: str) -> dict
     }
     for temperature in ("warm", "cold"):
         _clear(state)
-        if temperature == "cold":
-            figures["cold_resident"] = files.drop_cache(path)
+        prepare = files.drop_cache if temperature == "cold" else files.fill_cache
+        figures[f"{temperature}_resident"] = prepare(path)
         cpu = meters.cpu_seconds()
         with meters.PeakMemory() as memory:
             seconds = meters.seconds(lambda: peer.restore(bound, path))
@@ -69,6 +69,7 @@ def measure_sync(peer_name: str, workload: str, divisor: int, root: str) -> dict
 
 def _restore_new(peer_name: str, peer: peers.Peer, path: str, expected: str) -> dict[str, Any]:
     loaded: list[Mapping[str, torch.Tensor]] = []
+    files.fill_cache(path)
     with meters.PeakMemory() as memory:
         seconds = meters.seconds(lambda: loaded.append(peer.restore_new(path)))
     _check(peer_name, loaded[0], expected)

@@ -120,7 +120,7 @@ def measure(peer_name: str, workload: str, divisor: int, root: str) -> dict[str,
     summed = {"size_bytes", "save_cpu_seconds", "save_peak_bytes"}
     path = os.path.join(root, "step")
     return {
-        key: sum(each[key] for each in found) if key in summed else max(e[key] for e in found)
+        key: (sum if key in summed else max)(each[key] for each in found if key in each)
         for key in found[0]
         if key != "digest"
     } | {
@@ -177,9 +177,10 @@ def _measure_rank(peer: RankPeer, module: torch.nn.Module, path: str, rank: int)
         with torch.no_grad():
             for tensor in local.values():
                 tensor.zero_()
-        if temperature == "cold":
-            dist.barrier()
-            figures["cold_resident"] = files.drop_cache(path) if rank == 0 else 0.0
+        dist.barrier()
+        if rank == 0:
+            prepare = files.drop_cache if temperature == "cold" else files.fill_cache
+            figures[f"{temperature}_resident"] = prepare(path)
         figures[f"restore_{temperature}_seconds"] = timed(lambda: peer.restore(path))
         found = {name: p.to_local() for name, p in module.state_dict().items()}
         if workloads.digest(found) != expected:
