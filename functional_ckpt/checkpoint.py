@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from functional_ckpt import agreement, completing, errors, lowering, restoring, writer
+from functional_ckpt.core import renaming, selection
 from functional_ckpt.describing import StepMetadata, describe
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.handlers import default_registry
@@ -77,6 +78,8 @@ def restore(
     items: Mapping[str, Any] | None = None,
     *,
     only: str | Sequence[str] | None = None,
+    ignore: selection.Ignored | None = None,
+    key_map: renaming.KeyMap | None = None,
     strict: bool = True,
     cast: Literal["target"] | None = None,
     verify: Literal["during", "before", "off"] = "during",
@@ -84,7 +87,9 @@ def restore(
     storage: LocalStorage | None = None,
 ) -> restoring.Restored:
     """Restores the checkpoint in a directory, ours or Orbax's; see `CheckpointManager.restore`."""
-    options = restoring.RestoreOptions(only=only, strict=strict, cast=cast, verify=verify)
+    options = restoring.RestoreOptions(
+        only=only, ignore=ignore, key_map=key_map, strict=strict, cast=cast, verify=verify
+    )
     open_checkpoint = functools.partial(
         layout.open_checkpoint, storage or LocalStorage(), resolve(path)
     )

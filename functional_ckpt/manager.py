@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
-import operator
 import os
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 from functional_ckpt import background, errors, history, opening, restoring, saving
 from functional_ckpt.core import keep_policies as keep
-from functional_ckpt.core import keep_rule, names, save_rule
+from functional_ckpt.core import keep_rule, names, renaming, save_rule, selection
 from functional_ckpt.core.progress import Progress
 from functional_ckpt.describing import StepMetadata, describe
 from functional_ckpt.distributed.coordinator import Coordinator, on_primary, together
 from functional_ckpt.distributed.torch_dist import default_coordinator
+from functional_ckpt.fitting import RestoreArguments
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.interop import orbax
+from functional_ckpt.resuming import Resumer, as_step
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import layout
 from functional_ckpt.storage.paths import DirectoryLock, LocalStorage, resolve
@@ -103,6 +104,12 @@ class CheckpointManager:
         )
         self._coordinator = coordinator or default_coordinator(process_group)
         self._saver = saving.Saver(self._steps, self._registry, self._coordinator, options)
+        self._resumer = Resumer(
+            steps=self._steps,
+            registry=self._registry,
+            coordinator=self._coordinator,
+            decider=self._saver.decider,
+        )
         try:
             if not read_only:
                 self._lock = opening.take_over(self._steps, self._coordinator)
@@ -117,7 +124,7 @@ class CheckpointManager:
     def should_save(self, step: int, *, progress: Progress | None = None) -> bool:
         """Whether `save` would save this step now."""
         self._check_usable()
-        return self._saver.decider.wants(_as_step(step), saving.checked_progress(progress))
+        return self._saver.decider.wants(as_step(step), saving.checked_progress(progress))
 
     def save(
         self,
@@ -154,7 +161,7 @@ class CheckpointManager:
         """
         self._check_usable()
         return self._saver.save(
-            _as_step(step),
+            as_step(step),
             items,
             about=saving.About(metrics=metrics, progress=progress, custom_metadata=custom_metadata),
             force=force,
@@ -170,7 +177,7 @@ class CheckpointManager:
             StepNotFoundError: There is no such step.
         """
         self._check_usable()
-        number = _as_step(step)
+        number = as_step(step)
         checked = saving.as_json(metrics, "metrics") or {}
         on_primary(
             self._coordinator,
@@ -185,7 +192,7 @@ class CheckpointManager:
         """Removes a step: out of sight in one rename, then from disk."""
         self._check_usable()
         self._steps.check_writable()
-        number = _as_step(step)
+        number = as_step(step)
 
         def ready() -> None:
             if self.is_saving_in_progress():
@@ -205,6 +212,8 @@ class CheckpointManager:
         items: Mapping[str, Any] | None = None,
         *,
         only: str | Sequence[str] | None = None,
+        ignore: selection.Ignored | None = None,
+        key_map: renaming.KeyMap | None = None,
         strict: bool = True,
         cast: Literal["target"] | None = None,
         verify: Literal["during", "before", "off"] = "during",
@@ -220,6 +229,12 @@ class CheckpointManager:
             step: Its number; None for the latest.
             items: What to restore, and into what; None there takes the item as saved.
             only: Shell patterns on `item` or `item.leaf.name`.
+            ignore: Such patterns, or a function of such a name, of what is not read: the target
+                keeps its own. What matches nothing is an error.
+            key_map: Other names for what is stored, where the target calls it otherwise: a mapping
+                of old names (of leaves, or of all below) to new ones, `(regular expression,
+                replacement)` pairs, or a function, which may return None to leave a leaf out. Names
+                are `item.leaf.name`; a rule that renames nothing is an error.
             strict: Whether a difference is an error; if not, see `.report`.
             cast: `target` converts to the target's dtype.
             verify: When bytes are checked: `during` the read, all `before` the first is written,
@@ -236,50 +251,34 @@ class CheckpointManager:
         """
         self._check_usable()
         options = restoring.RestoreOptions(
-            only=only, strict=strict, cast=cast, verify=verify, share_reads=share_reads
+            only=only,
+            ignore=ignore,
+            key_map=key_map,
+            strict=strict,
+            cast=cast,
+            verify=verify,
+            share_reads=share_reads,
         )
-        number = self._agree_on_step(step)
-        path = self._steps.path(number)
-        try:
-            restored = restoring.restore_checkpoint(
-                functools.partial(layout.open_checkpoint, self._storage, path, number),
-                items,
-                self._registry,
-                options,
-                self._coordinator,
-            )
-            self._saver.decider.restored(number, restored.progress)
-            return restored
-        except (errors.CorruptCheckpointError, errors.StorageError) as error:
-            if not self._storage.is_directory(path):
-                raise errors.StepNotFoundError(
-                    f"Step {number} was removed while it was being read; restore another.",
-                    step=number,
-                    path=path,
-                ) from error
-            raise
+        return self._resumer.restore(step, items, options)
 
-    def _agree_on_step(self, step: int | None) -> int:
-        """The step that every rank restores; all ranks raise when one cannot, or means another."""
-        value: bytes | BaseException
-        try:
-            value = b"%d" % self._number(step)
-        except errors.CheckpointError as error:
-            value = error
+    def restore_or(
+        self, initial: Mapping[str, Any], **options: Unpack[RestoreArguments]
+    ) -> restoring.Restored:
+        """Goes on from the latest step if there is one, else begins with what it is given.
 
-        def combine(values: Sequence[bytes]) -> bytes:
-            # A rank may list a directory before or after the newest commit: the primary's latest
-            # counts.
-            for rank, found in enumerate(values):
-                if step is not None and found != values[0]:
-                    raise errors.CoordinationError(
-                        f"Rank {rank} restores step {found.decode()}, rank 0 step "
-                        f"{values[0].decode()}; every rank must make the same calls.",
-                        ranks=(rank,),
-                    )
-            return values[0]
+        The decision is logged, and is that of all ranks. Only a directory without steps is begun
+        anew: a step that cannot be restored is an error.
 
-        return int(self._coordinator.exchange("which step to restore", value, combine))
+        Args:
+            initial: The items, as `restore` takes them; where there is no step, their values come
+                back as they are, and `.step` is None.
+            options: As of `restore`.
+
+        Raises:
+            MismatchError, CorruptCheckpointError: As `restore` does.
+        """
+        self._check_usable()
+        return self._resumer.restore_or(initial, restoring.RestoreOptions(**options))
 
     def metadata(self, step: int | None = None) -> StepMetadata:
         """What is known of a step (None: the latest) without reading its arrays."""
@@ -386,7 +385,7 @@ class CheckpointManager:
         would lose the steps since the last save. The next `save` is taken.
         """
         self._check_usable()
-        return self._saver.decider.is_preempted(_as_step(step))
+        return self._saver.decider.is_preempted(as_step(step))
 
     def close(self) -> None:
         """Finishes the commit under way and lets the next writer in; raises an untold error."""
@@ -434,14 +433,4 @@ class CheckpointManager:
 
     def _number(self, step: int | None) -> int:
         """The number of a step that exists; None for the latest."""
-        return self._steps.latest() if step is None else self._steps.existing(_as_step(step))
-
-
-def _as_step(step: Any) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0 or isinstance(step, bool):
-        raise errors.UsageError(f"A step must be an int >= 0; got {step!r}.")
-    return number
+        return self._steps.latest() if step is None else self._steps.existing(as_step(step))

@@ -8,9 +8,11 @@ from typing import TypeAlias
 
 from functional_ckpt import errors
 
-__all__ = ["Selection", "Selects"]
+__all__ = ["Ignored", "Selection", "Selects"]
 
 Selects: TypeAlias = Callable[[str], bool]
+Ignored: TypeAlias = str | Sequence[str] | Selects
+"""What a restore leaves alone: patterns, or a function of a name."""
 
 
 class Selection:
@@ -18,21 +20,26 @@ class Selection:
 
     Args:
         patterns: Shell patterns; a `*` also matches dots. None wants everything.
+        ignored: Patterns, or a function, of what is left alone; None ignores nothing.
     """
 
-    def __init__(self, patterns: Sequence[str] | None) -> None:
+    def __init__(self, patterns: Sequence[str] | None, ignored: Ignored | None = None) -> None:
         self._patterns = patterns
+        self._ignored = (ignored,) if isinstance(ignored, str) else ignored
         self._used: set[str] = set()
+        self._used_ignored: set[str] = set()
         self._found: set[str] = set()
 
     def wants_whole(self, item: str) -> bool:
-        """Whether a pattern names the item itself."""
-        if self._patterns is None:
-            return True
-        return self._is_matched(item, item)
+        """Whether a pattern names the item itself, and none ignores it."""
+        if self._ignores(item):
+            return False
+        return self._patterns is None or self._is_matched(item, item)
 
     def may_want(self, item: str) -> bool:
         """Whether a pattern names the item, or could name a leaf of it."""
+        if self._ignores(item):
+            return False
         if self._patterns is None or self.wants_whole(item):
             return True
         # A part of a pattern that stands for "item." may end within a star.
@@ -45,8 +52,12 @@ class Selection:
     def leaves_of(self, item: str) -> Selects:
         """Which leaves of an item are wanted, by name."""
         if self.wants_whole(item):
-            return lambda name: True
-        return lambda name: self._is_matched(f"{item}.{name}", item)
+            if self._ignored is None:
+                return lambda name: True
+            return lambda name: not self._ignores(f"{item}.{name}")
+        return lambda name: (
+            not self._ignores(f"{item}.{name}") and self._is_matched(f"{item}.{name}", item)
+        )
 
     def found(self, item: str) -> bool:
         """Whether the item, or a leaf of it that was asked about, is wanted."""
@@ -56,11 +67,17 @@ class Selection:
         """Raises `UsageError` for a pattern that matched nothing, once all was asked about."""
         unused = [pattern for pattern in self._patterns or () if pattern not in self._used]
         if unused or self._patterns == ():
-            raise errors.UsageError(
-                f"only={list(self._patterns or ())!r}: "
-                f"{', '.join(map(repr, unused)) or 'no pattern'} matches no item and no leaf. A "
-                "pattern is matched with the item's name and with 'item.leaf.name'."
-            )
+            raise _matches_nothing("only", list(self._patterns or ()), unused)
+        ignored = self._ignored
+        if ignored is None:
+            return
+        if callable(ignored):
+            if not self._used_ignored:
+                raise _matches_nothing("ignore", ignored, ["it"])
+            return
+        unused = [pattern for pattern in ignored if pattern not in self._used_ignored]
+        if unused or not ignored:
+            raise _matches_nothing("ignore", list(ignored), unused)
 
     def _is_matched(self, name: str, item: str) -> bool:
         matching = [p for p in self._patterns or () if fnmatch.fnmatchcase(name, p)]
@@ -68,3 +85,22 @@ class Selection:
         if matching:
             self._found.add(item)
         return bool(matching)
+
+    def _ignores(self, name: str) -> bool:
+        ignored = self._ignored
+        if ignored is None:
+            return False
+        if callable(ignored):
+            matching = [name] if ignored(name) else []
+        else:
+            matching = [p for p in ignored if fnmatch.fnmatchcase(name, p)]
+        self._used_ignored.update(matching)
+        return bool(matching)
+
+
+def _matches_nothing(option: str, value: object, unused: Sequence[str]) -> errors.UsageError:
+    named = ", ".join(each if each == "it" else repr(each) for each in unused) or "no pattern"
+    return errors.UsageError(
+        f"{option}={value!r}: {named} matches no item and no leaf. A pattern is matched with the "
+        "item's name and with 'item.leaf.name'."
+    )
