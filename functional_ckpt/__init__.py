@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from functional_ckpt.checkpoint import metadata as metadata
     from functional_ckpt.checkpoint import restore as restore
     from functional_ckpt.checkpoint import save as save
+    from functional_ckpt.core.name_template import StepTemplate as StepTemplate
     from functional_ckpt.core.names import CompositeStepName as CompositeStepName
     from functional_ckpt.core.names import StepName as StepName
     from functional_ckpt.core.plan import RestoreReport as RestoreReport
@@ -70,6 +71,7 @@ _HOMES = {
     "Rng": "handlers",
     "StepMetadata": "describing",
     "StepName": "core.names",
+    "StepTemplate": "core.name_template",
     "Stateful": "handlers",
     "default_registry": "handlers",
     "errors": "",
@@ -105,6 +107,7 @@ __all__ = [
     "Stateful",
     "StepMetadata",
     "StepName",
+    "StepTemplate",
     "default_registry",
     "errors",
     "flags",

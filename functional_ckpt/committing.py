@@ -55,17 +55,16 @@ class StepWriter:
         self, step: int, items: Sequence[writer.StagedItem], info: completing.CheckpointInfo
     ) -> None:
         """Writes, commits and remembers a step, then removes what the policies let go."""
-        tmp = commit.temporary(self._steps.path(step))
         lowered = [item.lowered for item in items]
-        finish = functools.partial(self._finish, tmp, lowered, info)
-        outcome = json.loads(self._write_shards(step, tmp, items, finish))
+        finish = functools.partial(self._finish, lowered, info)
+        outcome = json.loads(self._write_shards(step, items, info, finish))
         when = history.commit_time(outcome["commit_time_ns"])
         self._steps.remember(
             StepInfo(step=step, time=when, metrics=info.metrics, progress=info.progress)
         )
         if self._coordinator.rank == 0:
             _log.info("step %d committed", step)
-        if self._keep_policies or outcome["replaced"] is not None:
+        if self._keep_policies or self._steps.latest_link or outcome["replaced"] is not None:
             self._clean_up(step, outcome["replaced"])
 
     def give_up(self, step: int, error: BaseException) -> None:
@@ -75,14 +74,14 @@ class StepWriter:
     def _write_shards(
         self,
         step: int,
-        tmp: str,
         items: Sequence[writer.StagedItem],
-        finish: Callable[[Sequence[writer.RankReport]], bytes],
+        info: completing.CheckpointInfo,
+        finish: Callable[[str, Sequence[writer.RankReport]], bytes],
     ) -> bytes:
         group = self._coordinator
-        begun = group.exchange(
-            f"beginning step {step}", b"", lambda _: self._begin(tmp, [i.lowered for i in items])
-        )
+        begin = functools.partial(self._begin, step, [item.lowered for item in items], info)
+        begun = json.loads(group.exchange(f"beginning step {step}", b"", lambda _: begin()))
+        tmp = os.path.join(self._steps.root, begun["directory"])
         reports: dict[int, writer.RankReport] = {}
         value: bytes | BaseException = b""
         try:
@@ -94,7 +93,7 @@ class StepWriter:
                 items,
                 rank=group.rank,
                 num_ranks=group.num_ranks,
-                known=json.loads(begun) if group.rank else None,
+                known=begun["digests"] if group.rank else None,
             )
             if group.rank:
                 writer.write_report(self._storage, tmp, group.rank, reports[group.rank])
@@ -106,7 +105,7 @@ class StepWriter:
                 reports[rank] = writer.read_report(self._storage, tmp, rank)
             if group.num_ranks > 1:
                 self._storage.remove(os.path.join(tmp, writer.REPORTS))
-            return finish([reports[rank] for rank in range(group.num_ranks)])
+            return finish(tmp, [reports[rank] for rank in range(group.num_ranks)])
 
         try:
             return group.exchange(f"writing step {step}", value, combine)
@@ -115,22 +114,30 @@ class StepWriter:
                 commit.abandon(self._storage, tmp)
             raise
 
-    def _begin(self, tmp: str, items: Sequence[lowering.LoweredItem]) -> bytes:
-        """On the primary: makes the temporary directory; says what structures look like here."""
+    def _begin(
+        self, step: int, items: Sequence[lowering.LoweredItem], info: completing.CheckpointInfo
+    ) -> bytes:
+        """On the primary: makes the temporary directory; says what structures look like here.
+
+        The directory's name is the primary's: ranks may count their time differently.
+        """
         commit.settle(self._storage, self._steps.root, self._steps.hidden)
+        tmp = commit.temporary(self._steps.new_path(step, info.progress))
         self._storage.remove(tmp)  # of an earlier save of this process that failed
         self._storage.make_directory(tmp)
-        if self._coordinator.num_ranks == 1:
-            return b"{}"
-        return json.dumps(
-            {item.name: writer.root_digest(item.root) for item in items if item.root is not None}
-        ).encode()
+        is_shared = self._coordinator.num_ranks > 1
+        digests = {
+            item.name: writer.root_digest(item.root)
+            for item in items
+            if item.root is not None and is_shared
+        }
+        return json.dumps({"directory": os.path.basename(tmp), "digests": digests}).encode()
 
     def _finish(
         self,
-        tmp: str,
         items: Sequence[lowering.LoweredItem],
         info: completing.CheckpointInfo,
+        tmp: str,
         reports: Sequence[writer.RankReport],
     ) -> bytes:
         """On the primary: completes and publishes; the step counts once this returns."""
@@ -145,6 +152,7 @@ class StepWriter:
         """What follows a commit; a failure here loses disk space, never a step."""
 
         def on_primary(_: Sequence[bytes]) -> bytes:
+            self._steps.point_latest()
             if replaced is not None:
                 self._steps.forget_late_metrics(step)
                 self._storage.remove(replaced)

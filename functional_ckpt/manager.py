@@ -42,6 +42,7 @@ class CheckpointManager:
         keep_policy: Which steps stay: a policy, or a list of which any says yes. Default: all.
         registry: Chooses handlers for plain values.
         step_name: How a step's directory is named.
+        latest_link: Name of a link in the directory to the latest step; None for no link.
         overwrite: Whether a step that exists may be saved again; it is replaced without a moment
             of loss.
         read_only: Restore and look only, beside a live writer if there is one.
@@ -68,6 +69,7 @@ class CheckpointManager:
         keep_policy: keep_rule.KeepPolicies | None = None,
         registry: Registry | None = None,
         step_name: names.NameFormat | None = None,
+        latest_link: str | None = None,
         overwrite: bool = False,
         read_only: bool = False,
         asynchronous: bool = True,
@@ -81,6 +83,7 @@ class CheckpointManager:
         self._storage = storage or LocalStorage()
         self._registry = registry or default_registry()
         self._read_only = read_only
+        self._overwrite = overwrite
         self._pid = os.getpid()
         self._closed = False
         self._lock: DirectoryLock | None = None
@@ -89,6 +92,7 @@ class CheckpointManager:
             resolve(directory),
             names.as_name_format(step_name, adapt=orbax.adapt_name_format),
             read_only=read_only,
+            latest_link=latest_link,
         )
         self._keep_policies = keep_rule.keep_policies(
             () if keep_policy is None else keep_policy, adapt=orbax.adapt_keep_policy
@@ -115,6 +119,8 @@ class CheckpointManager:
                 self._lock = opening.take_over(self._steps, self._coordinator)
                 self._saver.decider.start()
             together(self._coordinator, "looking into the directory", self._steps.reload)
+            if self._lock is not None:
+                self._steps.point_latest()  # a crash may have left it behind
         except BaseException:
             self._release()
             raise
@@ -151,8 +157,7 @@ class CheckpointManager:
             force: Save whatever the policy says.
 
         Returns:
-            A handle of the commit; None when the policy said no, or a commit is under way and
-            `on_busy` is `skip`.
+            A handle of the commit; None when the policy, or `on_busy="skip"`, said no.
 
         Raises:
             SaveError: An earlier save failed in the background.
@@ -166,6 +171,14 @@ class CheckpointManager:
             about=saving.About(metrics=metrics, progress=progress, custom_metadata=custom_metadata),
             force=force,
         )
+
+    def check_start(self, step: int) -> None:
+        """Raises `StepExistsError` where a run that begins at `step` would come to overwrite steps.
+
+        To be called before it begins; nothing happens where the manager has `overwrite`.
+        """
+        self._check_usable()
+        self._steps.check_start(as_step(step), overwrite=self._overwrite)
 
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step that are known only now; durable when it returns.

@@ -154,7 +154,7 @@ class Saver:
         coordinator = self._coordinator
         try:
             if coordinator.rank == 0:
-                self._steps.check_free(step, overwrite=self._options.overwrite)
+                self._steps.check_free(step, about.progress, overwrite=self._options.overwrite)
             info = completing.CheckpointInfo(
                 step=step,
                 init_time_ns=time.time_ns(),

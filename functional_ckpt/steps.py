@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -10,8 +11,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from functional_ckpt import errors, history
+from functional_ckpt.core import name_template
 from functional_ckpt.core.names import NameFormat
 from functional_ckpt.core.policy import StepInfo
+from functional_ckpt.core.progress import Progress
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.paths import LocalStorage
 
@@ -26,6 +29,7 @@ class Steps:
 
     Args:
         read_only: Others write the directory: the lists of steps look at it anew.
+        latest_link: Name of a link to the latest step; None for no link.
 
     Attributes:
         storage: The file system.
@@ -34,7 +38,13 @@ class Steps:
     """
 
     def __init__(
-        self, storage: LocalStorage, root: str, names: NameFormat, *, read_only: bool = False
+        self,
+        storage: LocalStorage,
+        root: str,
+        names: NameFormat,
+        *,
+        read_only: bool = False,
+        latest_link: str | None = None,
     ) -> None:
         self.storage = storage
         self.root = root
@@ -43,6 +53,13 @@ class Steps:
         self._names = names
         self._mutex = threading.Lock()
         self._infos: tuple[StepInfo, ...] = ()
+        if latest_link is not None and (
+            names.parse(latest_link) is not None or not _is_component(latest_link)
+        ):
+            raise errors.UsageError(
+                f"latest_link must be a name that no step has, without '/'; got {latest_link!r}."
+            )
+        self.latest_link = latest_link
 
     @property
     def infos(self) -> tuple[StepInfo, ...]:
@@ -88,13 +105,70 @@ class Steps:
             )
 
     def path(self, step: int) -> str:
-        """Where a step is, or will be."""
+        """Where a step is, or would be if its number alone says so."""
         candidates = [os.path.join(self.root, name) for name in self._names.names(step)]
-        return next((path for path in candidates if self.storage.exists(path)), candidates[0])
+        for path in candidates:
+            if self.storage.exists(path):
+                return path
+        if candidates:
+            return candidates[0]
+        name = history.list_steps(self.storage, self.root, self._names).get(step)
+        if name is None:
+            raise errors.StepNotFoundError(
+                f"{self.root} has no directory of step {step}.", step=step, path=self.root
+            )
+        return os.path.join(self.root, name)
 
-    def check_free(self, step: int, *, overwrite: bool) -> None:
+    def new_path(self, step: int, progress: Progress | None) -> str:
+        """Where a step is written: where it is, if it is replaced, else under a new name."""
+        with contextlib.suppress(errors.StepNotFoundError):
+            path = self.path(step)
+            if self.storage.exists(path):
+                return path
+        return os.path.join(self.root, name_template.new_name(self._names, step, progress))
+
+    def check_start(self, step: int, *, overwrite: bool) -> None:
+        """Raises `StepExistsError` where steps from `step` on would have to be overwritten."""
+        later = [each for each in self.all() if each >= step]
+        if later and not overwrite:
+            raise errors.StepExistsError(
+                f"{self.root} has {len(later)} steps from {step} on (up to {later[-1]}), which a "
+                f"run that begins at {step} would come to overwrite. Go on from step {later[-1]}, "
+                "give this run its own directory, delete them, or make the manager with "
+                "overwrite=True.",
+                step=later[0],
+                path=self.root,
+            )
+
+    def point_latest(self, *, without: int | None = None) -> None:
+        """Points the link to the latest step, atomically and durably.
+
+        Args:
+            without: A step that is about to be removed.
+        """
+        if self.latest_link is None:
+            return
+        link = os.path.join(self.root, self.latest_link)
+        is_there = self.storage.exists(link)
+        if is_there and not self.storage.is_link(link):
+            raise errors.StorageError(
+                f"Cannot make {link} a link to the latest step: something else is there. Move it "
+                "away, or give another latest_link.",
+                errno=errno.EEXIST,
+                path=link,
+            )
+        steps = [info.step for info in self._infos if info.step != without]
+        if steps:
+            name = os.path.basename(self.path(steps[-1]))
+            temporary = os.path.join(self.hidden, f"{self.latest_link}.tmp")
+            self.storage.replace_link(link, name, temporary)
+        elif is_there:
+            self.storage.remove(link)
+            self.storage.sync_directory(self.root)
+
+    def check_free(self, step: int, progress: Progress | None, *, overwrite: bool) -> None:
         """Raises `StepExistsError` when the step is there and may not be overwritten."""
-        path = self.path(step)
+        path = self.new_path(step, progress)
         if not self.storage.exists(path):
             return
         if not self.storage.is_directory(path):
@@ -150,6 +224,8 @@ class Steps:
         """Removes a step: out of sight in one rename, then from disk."""
         path = self.path(step)
         try:
+            if self._infos and self._infos[-1].step == step:
+                self.point_latest(without=step)
             if self.storage.exists(path):
                 commit.discard(self.storage, path, self.hidden)
             history.remove_late_metrics(self.storage, self.root, step)
@@ -163,3 +239,7 @@ class Steps:
 
 def _with_metrics(info: StepInfo, late: Mapping[str, Any]) -> StepInfo:
     return dataclasses.replace(info, metrics={**(info.metrics or {}), **late})
+
+
+def _is_component(name: str) -> bool:
+    return bool(name) and "/" not in name and not name.startswith((".", "_"))

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from functional_ckpt.errors import UsageError
 
-__all__ = ["CompositeStepName", "NameFormat", "StepName", "as_name_format"]
+__all__ = ["CompositeStepName", "NameFormat", "StepName", "as_name_format", "check_component"]
 
 _TMP_MARK: Final = ".orbax-checkpoint-tmp"
 # No file system takes a longer component, and `int()` refuses thousands of digits by raising.
@@ -155,10 +155,15 @@ def _check_prefix(prefix: str) -> None:
         raise UsageError(
             f"prefix of a step name: expected a non-empty string or None; got {prefix!r}"
         )
-    if prefix.startswith(".") or _TMP_MARK in prefix or re.search(r"[/\\\x00-\x1f\x7f]", prefix):
+    check_component("prefix of a step name", prefix)
+
+
+def check_component(what: str, text: str) -> None:
+    """Raises UsageError if a directory that is listed could not have a name that begins so."""
+    if text.startswith(".") or _TMP_MARK in text or re.search(r"[/\\\x00-\x1f\x7f]", text):
         raise UsageError(
-            "prefix of a step name: expected no leading dot (hidden), no slash, no control "
-            f"character and no {_TMP_MARK!r} (temporary); got {prefix!r}"
+            f"{what}: expected no leading dot (hidden), no slash, no control "
+            f"character and no {_TMP_MARK!r} (temporary); got {text!r}"
         )
 
 

@@ -93,6 +93,10 @@ class LocalStorage:
         """Whether a directory is at `path`."""
         return os.path.isdir(path)
 
+    def is_link(self, path: str) -> bool:
+        """Whether a symbolic link is at `path`."""
+        return os.path.islink(path)
+
     def list(self, path: str) -> list[str]:
         """Sorted names in a directory; empty when it does not exist."""
         self.operation("list", path)
@@ -172,15 +176,21 @@ class LocalStorage:
         self.rename(temporary, path)
         self.sync_directory(os.path.dirname(path))
 
-    def link_latest(self, path: str, target: str) -> None:
-        """Points the symbolic link `path` at `target`, atomically."""
+    def replace_link(self, path: str, target: str, temporary: str) -> None:
+        """Points the symbolic link `path` at `target`, atomically and durably.
+
+        Args:
+            path: The link.
+            target: A name in the link's directory.
+            temporary: Where the link is made first, in the same file system.
+        """
         self.operation("link", path)
-        temporary = f"{path}.{os.getpid()}.tmp"
         with _clear_errors("link", path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             os.symlink(target, temporary)
             os.replace(temporary, path)
+        self.sync_directory(os.path.dirname(path))
 
     def sync(self, path: str) -> None:
         """Makes the content of an existing file durable."""

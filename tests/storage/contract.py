@@ -106,7 +106,9 @@ class StorageContract:
     def test_latest_is_pointed_at_again(self, storage: LocalStorage, root: str) -> None:
         for target in ("1", "2"):
             storage.make_directory(os.path.join(root, target))
-            storage.link_latest(os.path.join(root, "latest"), target)
+            storage.replace_link(
+                os.path.join(root, "latest"), target, os.path.join(root, "latest.tmp")
+            )
             storage.write(os.path.join(root, "latest", "a"), target.encode())
         assert storage.read(os.path.join(root, "2", "a")) == b"2"
         assert storage.list(root) == ["1", "2", "latest"]
