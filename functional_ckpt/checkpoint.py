@@ -15,7 +15,8 @@ from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.storage import commit, layout
-from functional_ckpt.storage.paths import LocalStorage, resolve
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.connect import connect
 
 __all__ = ["metadata", "restore", "save"]
 
@@ -27,7 +28,7 @@ def save(
     custom_metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     registry: Registry | None = None,
-    storage: LocalStorage | None = None,
+    storage: Storage | None = None,
 ) -> None:
     """Saves items into a directory; whole and durable when it returns, absent when it raises.
 
@@ -43,8 +44,7 @@ def save(
         StepExistsError: Something is there and `overwrite` is False.
         UnsupportedLeafError: Something cannot be stored; nothing was written.
     """
-    storage = storage or LocalStorage()
-    final = resolve(path)
+    storage, final = connect(path, storage)
     if storage.exists(final) and not overwrite:
         raise errors.StepExistsError(
             f"{final} exists; pass overwrite=True to replace it, or choose another path.",
@@ -61,8 +61,7 @@ def save(
     staged = writer.stage(lowered, plan, None)
     tmp = commit.temporary(final)
     try:
-        storage.remove(tmp)
-        storage.make_directory(tmp)
+        tmp = commit.begin(storage, final)
         report = writer.write(storage, tmp, staged)
         completing.complete(storage, tmp, lowered, [report], info, time.time_ns())
         replaced = commit.publish(storage, tmp, final, overwrite=overwrite)
@@ -84,20 +83,18 @@ def restore(
     cast: Literal["target"] | None = None,
     verify: Literal["during", "before", "off"] = "during",
     registry: Registry | None = None,
-    storage: LocalStorage | None = None,
+    storage: Storage | None = None,
 ) -> restoring.Restored:
     """Restores the checkpoint in a directory, ours or Orbax's; see `CheckpointManager.restore`."""
     options = restoring.RestoreOptions(
         only=only, ignore=ignore, key_map=key_map, strict=strict, cast=cast, verify=verify
     )
-    open_checkpoint = functools.partial(
-        layout.open_checkpoint, storage or LocalStorage(), resolve(path)
-    )
+    open_checkpoint = functools.partial(layout.open_checkpoint, *connect(path, storage))
     return restoring.restore_checkpoint(
         open_checkpoint, items, registry or default_registry(), options
     )
 
 
-def metadata(path: str | os.PathLike[str], *, storage: LocalStorage | None = None) -> StepMetadata:
+def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) -> StepMetadata:
     """What is known of the checkpoint in a directory without reading its arrays."""
-    return describe(layout.open_checkpoint(storage or LocalStorage(), resolve(path)))
+    return describe(layout.open_checkpoint(*connect(path, storage)))

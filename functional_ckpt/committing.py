@@ -86,7 +86,7 @@ class StepWriter:
         value: bytes | BaseException = b""
         try:
             if group.rank:
-                commit.check_shared(self._storage, tmp, group.rank)
+                commit.check_shared(self._storage, commit.temporary(commit.final(tmp)), group.rank)
             reports[group.rank] = writer.write(
                 self._storage,
                 tmp,
@@ -122,9 +122,7 @@ class StepWriter:
         The directory's name is the primary's: ranks may count their time differently.
         """
         commit.settle(self._storage, self._steps.root, self._steps.hidden)
-        tmp = commit.temporary(self._steps.new_path(step, info.progress))
-        self._storage.remove(tmp)  # of an earlier save of this process that failed
-        self._storage.make_directory(tmp)
+        tmp = commit.begin(self._storage, self._steps.new_path(step, info.progress))
         is_shared = self._coordinator.num_ranks > 1
         digests = {
             item.name: writer.root_digest(item.root)
@@ -143,9 +141,10 @@ class StepWriter:
         """On the primary: completes and publishes; the step counts once this returns."""
         commit_time_ns = time.time_ns()
         completing.complete(self._storage, tmp, items, reports, info, commit_time_ns)
-        final = tmp.removesuffix(commit.TMP_SUFFIX)
         hidden = self._steps.hidden
-        replaced = commit.publish(self._storage, tmp, final, hidden, overwrite=self._overwrite)
+        replaced = commit.publish(
+            self._storage, tmp, commit.final(tmp), hidden, overwrite=self._overwrite
+        )
         return json.dumps({"commit_time_ns": commit_time_ns, "replaced": replaced}).encode()
 
     def _clean_up(self, step: int, replaced: str | None) -> None:

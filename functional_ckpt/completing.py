@@ -16,8 +16,8 @@ from functional_ckpt.core.chunks import ChunkGrid
 from functional_ckpt.core.progress import Progress
 from functional_ckpt.lowering import LoweredItem
 from functional_ckpt.storage import arrays_write, commit, threads
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.layout import JSON_FILE, PROGRESS_ITEM
-from functional_ckpt.storage.paths import LocalStorage
 from functional_ckpt.writer import SPREAD_BYTES, RankReport
 
 __all__ = ["CheckpointInfo", "complete"]
@@ -43,7 +43,7 @@ class CheckpointInfo:
 
 
 def complete(
-    storage: LocalStorage,
+    storage: Storage,
     directory: str,
     items: Sequence[LoweredItem],
     reports: Sequence[RankReport],
@@ -96,13 +96,13 @@ def complete(
     commit.sync_tree(storage, directory, storage.walk(directory))
 
 
-def _write(storage: LocalStorage, path: str, name: str, data: bytes) -> manifest.FileRecord:
+def _write(storage: Storage, path: str, name: str, data: bytes) -> manifest.FileRecord:
     storage.write(os.path.join(path, name), data)
     return manifest.FileRecord(len(data), manifest.digest_hex(data))
 
 
 def _complete_tree(
-    storage: LocalStorage,
+    storage: Storage,
     path: str,
     item: LoweredItem,
     root: structure.Node,
@@ -173,7 +173,7 @@ def _check_whole(
 
 
 def _write_own_scalars(
-    storage: LocalStorage,
+    storage: Storage,
     path: str,
     parts: Sequence[tuple[int, structure.Node]],
     united: structure.Node,
@@ -194,7 +194,7 @@ def _write_own_scalars(
     return children
 
 
-def _describe(storage: LocalStorage, path: str) -> dict[str, manifest.FileRecord]:
+def _describe(storage: Storage, path: str) -> dict[str, manifest.FileRecord]:
     """What every file of an item must be.
 
     Large ones are read back for their digests while they are being synced: the one waits for the

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
@@ -16,9 +17,10 @@ from functional_ckpt.core import orbax_format, plain_json
 from functional_ckpt.core.names import NameFormat
 from functional_ckpt.core.policy import StepInfo
 from functional_ckpt.core.progress import Progress
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.commit import HIDDEN
 from functional_ckpt.storage.layout import JSON_FILE, PROGRESS_ITEM
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.storage.threads import run_in_threads
 
 __all__ = [
     "LateMetrics",
@@ -40,26 +42,42 @@ LateMetrics: TypeAlias = dict[tuple[int, int], Mapping[str, Any]]
 """By step and by the time of its commit in microseconds since the epoch."""
 
 
-def list_steps(storage: LocalStorage, root: str, names: NameFormat) -> dict[int, str]:
+def list_steps(storage: Storage, root: str, names: NameFormat) -> dict[int, str]:
     """Step -> name of its directory, ascending; only committed steps have a step's name."""
+    named = [(step, name) for name in storage.list(root) if (step := names.parse(name)) is not None]
+    whole: set[str] = set()
+
+    def look(name: str) -> None:
+        if storage.is_whole(os.path.join(root, name)):
+            whole.add(name)
+
+    _run([functools.partial(look, name) for _, name in named], storage)
     found: dict[int, str] = {}
-    for name in storage.list(root):
-        step = names.parse(name)
-        if step is not None and storage.is_directory(os.path.join(root, name)):
+    for step, name in named:
+        if name in whole:
             found.setdefault(step, name)
     return dict(sorted(found.items()))
 
 
-def scan(storage: LocalStorage, root: str, names: NameFormat) -> list[StepInfo]:
+def _run(tasks: Sequence[Callable[[], None]], storage: Storage) -> None:
+    """Runs small requests, as many at a time as the store is made for."""
+    run_in_threads(tasks, storage.num_requests)
+
+
+def scan(storage: Storage, root: str, names: NameFormat) -> list[StepInfo]:
     """The history of a directory, ascending."""
     late = late_metrics(storage, root)
-    return [
-        with_late_metrics(read_step(storage, os.path.join(root, name), step), late)
-        for step, name in list_steps(storage, root, names).items()
-    ]
+    found: dict[int, StepInfo] = {}
+
+    def look(step: int, name: str) -> None:
+        found[step] = with_late_metrics(read_step(storage, os.path.join(root, name), step), late)
+
+    listed = list_steps(storage, root, names)
+    _run([functools.partial(look, step, name) for step, name in listed.items()], storage)
+    return [found[step] for step in listed]
 
 
-def read_step(storage: LocalStorage, path: str, step: int) -> StepInfo:
+def read_step(storage: Storage, path: str, step: int) -> StepInfo:
     """What policies need to know of one step, from its small files; damaged ones are left out.
 
     The time is that of the commit; where no metadata says it, the directory's own.
@@ -67,7 +85,7 @@ def read_step(storage: LocalStorage, path: str, step: int) -> StepInfo:
     metadata = _read_json(storage, os.path.join(path, orbax_format.CHECKPOINT_METADATA_FILE))
     nanoseconds = metadata.get("commit_timestamp_nsecs") if metadata else None
     if type(nanoseconds) is not int or not 0 <= nanoseconds < 2**62:
-        nanoseconds = _directory_time_ns(path)
+        nanoseconds = storage.modified_ns(path)
     return StepInfo(
         step=step,
         time=commit_time(nanoseconds),
@@ -81,21 +99,14 @@ def commit_time(nanoseconds: int) -> datetime.datetime:
     return _EPOCH + datetime.timedelta(microseconds=nanoseconds // 1000)
 
 
-def _read_progress(storage: LocalStorage, path: str) -> Progress | None:
+def _read_progress(storage: Storage, path: str) -> Progress | None:
     record = _read_json(storage, os.path.join(path, PROGRESS_ITEM, JSON_FILE))
     with contextlib.suppress(errors.UsageError):
         return None if record is None else Progress.from_json(record)
     return None  # another program's item of this name
 
 
-def _directory_time_ns(path: str) -> int:
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return 0  # removed by its writer while we looked
-
-
-def _read_json(storage: LocalStorage, path: str) -> dict[str, Any] | None:
+def _read_json(storage: Storage, path: str) -> dict[str, Any] | None:
     try:
         record = plain_json.parse(storage.read(path))
     except (errors.StorageError, ValueError, RecursionError):
@@ -103,7 +114,7 @@ def _read_json(storage: LocalStorage, path: str) -> dict[str, Any] | None:
     return cast("dict[str, Any]", record) if isinstance(record, dict) else None
 
 
-def late_metrics(storage: LocalStorage, root: str) -> LateMetrics:
+def late_metrics(storage: Storage, root: str) -> LateMetrics:
     """Metrics recorded after their step was committed, by step and commit."""
     folder = os.path.join(root, HIDDEN, _METRICS)
     found: LateMetrics = {}
@@ -126,7 +137,7 @@ def with_late_metrics(info: StepInfo, late: LateMetrics) -> StepInfo:
 
 
 def write_late_metrics(
-    storage: LocalStorage, root: str, info: StepInfo, metrics: Mapping[str, Any]
+    storage: Storage, root: str, info: StepInfo, metrics: Mapping[str, Any]
 ) -> None:
     """Writes a step's late metrics beside the steps, atomically and durably."""
     folder = os.path.join(root, HIDDEN, _METRICS)
@@ -136,7 +147,7 @@ def write_late_metrics(
 
 
 def remove_late_metrics(
-    storage: LocalStorage, root: str, step: int, *, but_of: StepInfo | None = None
+    storage: Storage, root: str, step: int, *, but_of: StepInfo | None = None
 ) -> None:
     """Removes the late metrics of a step that is gone, or of every commit of it but one."""
     folder = os.path.join(root, HIDDEN, _METRICS)

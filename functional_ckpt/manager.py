@@ -23,7 +23,8 @@ from functional_ckpt.interop import orbax
 from functional_ckpt.resuming import Resumer, as_step
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import layout
-from functional_ckpt.storage.paths import DirectoryLock, LocalStorage, resolve
+from functional_ckpt.storage.base import Lock, Storage
+from functional_ckpt.storage.connect import connect
 
 __all__ = ["CheckpointManager"]
 
@@ -36,7 +37,8 @@ class CheckpointManager:
     `wait_until_finished` or `close`. Use it from one thread.
 
     Args:
-        directory: Where the steps are; created by a writer.
+        directory: Where the steps are, a local path or the URI of an object store; created by a
+            writer.
         save_policy: When `save` saves: a policy, or a list of which any says yes. Default: every
             call.
         keep_policy: Which steps stay: a policy, or a list of which any says yes. Default: all.
@@ -76,20 +78,20 @@ class CheckpointManager:
         on_busy: Literal["wait", "skip"] = "wait",
         process_group: Any = None,
         coordinator: Coordinator | None = None,
-        storage: LocalStorage | None = None,
+        storage: Storage | None = None,
     ) -> None:
         if process_group is not None and coordinator is not None:
             raise errors.UsageError("Give process_group or coordinator, not both.")
-        self._storage = storage or LocalStorage()
+        self._storage, root = connect(directory, storage)
         self._registry = registry or default_registry()
         self._read_only = read_only
         self._overwrite = overwrite
         self._pid = os.getpid()
         self._closed = False
-        self._lock: DirectoryLock | None = None
+        self._lock: Lock | None = None
         self._steps = Steps(
             self._storage,
-            resolve(directory),
+            root,
             names.as_name_format(step_name, adapt=orbax.adapt_name_format),
             read_only=read_only,
             latest_link=latest_link,

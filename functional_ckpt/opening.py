@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from functional_ckpt.distributed.coordinator import Coordinator, on_primary
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import commit
-from functional_ckpt.storage.paths import DirectoryLock
+from functional_ckpt.storage.base import Lock
 
 __all__ = ["take_over"]
 
 _log = logging.getLogger("functional_ckpt")
 
 
-def take_over(steps: Steps, coordinator: Coordinator) -> DirectoryLock | None:
+def take_over(steps: Steps, coordinator: Coordinator) -> Lock | None:
     """Makes the job the writer of the directory, and sure that all its ranks see the same one.
 
     Returns:
@@ -29,7 +29,7 @@ def take_over(steps: Steps, coordinator: Coordinator) -> DirectoryLock | None:
     """
     storage, hidden = steps.storage, steps.hidden
     mark = os.path.join(hidden, f"ranks.{uuid.uuid4().hex}.tmp")
-    locks: list[DirectoryLock] = []
+    locks: list[Lock] = []
 
     def become_writer(_: Sequence[bytes]) -> bytes:
         locks.append(_lock_and_recover(steps))
@@ -52,7 +52,7 @@ def take_over(steps: Steps, coordinator: Coordinator) -> DirectoryLock | None:
     return locks[0] if locks else None
 
 
-def _lock_and_recover(steps: Steps) -> DirectoryLock:
+def _lock_and_recover(steps: Steps) -> Lock:
     """Takes the directory over: locks it, then removes what a dead writer left."""
     commit.make_root(steps.storage, steps.hidden)
     lock = steps.storage.lock(os.path.join(steps.hidden, "lock"))

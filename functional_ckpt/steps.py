@@ -16,7 +16,7 @@ from functional_ckpt.core.names import NameFormat
 from functional_ckpt.core.policy import StepInfo
 from functional_ckpt.core.progress import Progress
 from functional_ckpt.storage import commit
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.storage.base import Storage
 
 __all__ = ["Steps"]
 
@@ -39,7 +39,7 @@ class Steps:
 
     def __init__(
         self,
-        storage: LocalStorage,
+        storage: Storage,
         root: str,
         names: NameFormat,
         *,
@@ -171,6 +171,8 @@ class Steps:
         path = self.new_path(step, progress)
         if not self.storage.exists(path):
             return
+        if not self.storage.is_whole(path) and self.storage.is_directory(path):
+            return  # what a failed save left; `commit.begin` sees to it
         if not self.storage.is_directory(path):
             raise errors.StorageError(
                 f"Cannot save step {step}: {path} is a file, and not a checkpoint. Move it away.",

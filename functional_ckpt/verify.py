@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import functools
 import os
-import stat
 from collections.abc import Collection, Mapping
 
 from functional_ckpt import errors
 from functional_ckpt.core import manifest, orbax_format
 from functional_ckpt.core.manifest import EXTENSION_FILE, FileRecord
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.verify_arrays import ItemArrays
 from functional_ckpt.verify_findings import Finding, Problem, Progress, Search, reason
 from functional_ckpt.verify_foreign import verify_foreign
@@ -31,7 +30,7 @@ _THREADS_BYTES = 2**20
 
 
 def verify_checkpoint(
-    storage: LocalStorage,
+    storage: Storage,
     path: str,
     step: int | None = None,
     *,
@@ -69,12 +68,12 @@ def verify_checkpoint(
     return sorted(search.findings, key=lambda found: (found.item or "", found.file))
 
 
-def _is_item(storage: LocalStorage, path: str) -> bool:
+def _is_item(storage: Storage, path: str) -> bool:
     names = (EXTENSION_FILE, orbax_format.TREE_METADATA_FILE)
     return all(storage.exists(os.path.join(path, name)) for name in names)
 
 
-def _is_ours(storage: LocalStorage, path: str) -> bool:
+def _is_ours(storage: Storage, path: str) -> bool:
     """Whether this package wrote the checkpoint, even if its record is gone."""
     places = (path, *(os.path.join(path, name) for name in storage.list(path)))
     if any(storage.exists(os.path.join(place, EXTENSION_FILE)) for place in places):
@@ -112,8 +111,8 @@ def _step_record(search: Search, step: int | None) -> manifest.StepRecord | None
     """The checkpoint's own record; None, and a finding, where it cannot be believed."""
     path = os.path.join(search.path, EXTENSION_FILE)
     expected = "the record of a checkpoint" if step is None else f"the record of step {step}"
-    if not _is_regular(path):
-        search.add(None, EXTENSION_FILE, "missing", expected, _kind(path))
+    if not _is_regular(search.storage, path):
+        search.add(None, EXTENSION_FILE, "missing", expected, search.storage.kind(path))
         return None
     try:
         record = manifest.parse_step(search.storage.read(path), path)
@@ -139,8 +138,8 @@ def _item_record(
     file = f"{name}/{EXTENSION_FILE}"
     path = os.path.join(search.path, file)
     expected = f"the record of item {name!r}"
-    if not _is_regular(path):
-        search.add(name, file, "missing", expected, _kind(path))
+    if not _is_regular(search.storage, path):
+        search.add(name, file, "missing", expected, search.storage.kind(path))
         return None
     try:
         data = search.storage.read(path)
@@ -189,7 +188,7 @@ def _find_unlisted(
         is_unknowable = items[top] is None if top in items else step is None
         if name in expected or is_record or is_unknowable:
             continue
-        kind = _kind(os.path.join(search.path, name))
+        kind = search.storage.kind(os.path.join(search.path, name))
         search.add(_item_of(name), name, "unexpected", "no such file", kind)
 
 
@@ -211,8 +210,13 @@ class _Files:
         """Compares one file; safe from any thread."""
         expected = self.expected[name]
         path = os.path.join(self._search.path, name)
-        if not _is_regular(path):
-            self._add(name, "missing", f"a file of {expected.size_bytes:,} bytes", _kind(path))
+        if not _is_regular(self._search.storage, path):
+            self._add(
+                name,
+                "missing",
+                f"a file of {expected.size_bytes:,} bytes",
+                self._search.storage.kind(path),
+            )
             return
         try:
             got = self._search.storage.describe(path)
@@ -242,18 +246,5 @@ def _item_of(name: str) -> str | None:
     return top if slash and (top, rest) != ("metrics", "metrics") else None
 
 
-def _is_regular(path: str) -> bool:
-    return _kind(path) == "a file"
-
-
-def _kind(path: str) -> str:
-    """What is at a path, for people; links are not followed."""
-    try:
-        mode = os.lstat(path).st_mode
-    except OSError:
-        return "nothing"
-    if stat.S_ISREG(mode):
-        return "a file"
-    if stat.S_ISLNK(mode):
-        return "a link"
-    return "a directory" if stat.S_ISDIR(mode) else "a special file"
+def _is_regular(storage: Storage, path: str) -> bool:
+    return storage.kind(path) == "a file"

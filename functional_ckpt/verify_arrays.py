@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import stat
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -107,7 +106,7 @@ class ItemArrays:
             self._lose_everything(blocking[0], "it cannot be read safely")
             return []
         try:
-            database = arrays.open_for_reading(self._directory)
+            database = arrays.open_for_reading(self._directory, self._search.storage)
         except errors.CorruptCheckpointError as error:
             self._lose_everything(_MANIFEST, reason(error, self._directory))
             return []
@@ -118,11 +117,8 @@ class ItemArrays:
 
     def _would_block(self, name: str) -> bool:
         """Whether a file is a pipe or a device, which TensorStore would open and wait for."""
-        try:
-            mode = os.stat(os.path.join(self._directory, name)).st_mode
-        except OSError:
-            return False
-        return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+        path = os.path.join(self._directory, name)
+        return self._search.storage.kind(path, follow=True) == "a special file"
 
     def _lose_everything(self, file: str, why: str) -> None:
         names = (*(node.name for node in self._nodes), *(name for name, _, _ in self._scalars))
@@ -214,7 +210,7 @@ class ItemArrays:
 
         # Nothing is opened where a pipe may be waiting.
         is_open = any(failure.key is not None for failure in self._failures)
-        places = locate(self._directory) if is_open else None
+        places = locate(self._search.storage, self._directory) if is_open else None
         leaves: dict[str, set[str]] = {}
         first: dict[str, _Failure] = {}
         for failure in self._failures:

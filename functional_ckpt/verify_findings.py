@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 from functional_ckpt import errors
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.storage.base import Storage
 
 __all__ = ["Finding", "Problem", "Progress", "Search", "reason"]
 
@@ -75,7 +75,7 @@ class Search:
         total_bytes: How much there is to verify, as far as is known.
     """
 
-    def __init__(self, storage: LocalStorage, path: str, progress: Progress | None) -> None:
+    def __init__(self, storage: Storage, path: str, progress: Progress | None) -> None:
         self.storage = storage
         self.path = path
         self.findings: list[Finding] = []

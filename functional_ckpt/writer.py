@@ -33,7 +33,7 @@ from functional_ckpt.core import (
 from functional_ckpt.core.spec import Box, numpy_dtype
 from functional_ckpt.lowering import LoweredItem, Source
 from functional_ckpt.storage import arrays, arrays_write, staging
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.storage.base import Storage
 
 __all__ = ["RankReport", "StagedItem", "read_report", "stage", "write", "write_report"]
 
@@ -179,7 +179,7 @@ def _array_write(part: _Part, host: Array) -> arrays_write.ArrayWrite:
 
 
 def write(
-    storage: LocalStorage,
+    storage: Storage,
     directory: str,
     items: Sequence[StagedItem],
     *,
@@ -232,7 +232,7 @@ def root_digest(root: structure.Node) -> str:
     return manifest.digest_hex(json.dumps(nodes_json.to_json(root)).encode())
 
 
-def write_report(storage: LocalStorage, directory: str, rank: int, report: RankReport) -> None:
+def write_report(storage: Storage, directory: str, rank: int, report: RankReport) -> None:
     """Leaves what this rank wrote where the primary finds it."""
     folder = os.path.join(directory, REPORTS)
     storage.make_directory(folder)
@@ -247,7 +247,7 @@ def write_report(storage: LocalStorage, directory: str, rank: int, report: RankR
     storage.write(os.path.join(folder, f"{rank}.json"), manifest.seal(record))
 
 
-def read_report(storage: LocalStorage, directory: str, rank: int) -> RankReport:
+def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
     """What a rank left; `CoordinationError` when it is not here."""
     path = os.path.join(directory, REPORTS, f"{rank}.json")
     if not storage.exists(path):

@@ -11,7 +11,6 @@ from functional_ckpt import errors
 from functional_ckpt.cli import output, targets, trees
 from functional_ckpt.cli.comparing import Difference, compare_items, compare_json
 from functional_ckpt.storage import layout
-from functional_ckpt.storage.paths import LocalStorage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,9 +34,8 @@ class _ItemDiff:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the differences; 1 if there are any. Times, metrics and metadata are not compared."""
-    storage = LocalStorage()
-    pair = _pair(storage, arguments)
-    a, b = (layout.open_checkpoint(storage, each.path, each.step) for each in pair)
+    pair = _pair(arguments)
+    a, b = (each.open() for each in pair)
     names = _names(a, b, arguments.item)
     with output.progress_bar("comparing") as progress:
         diffs = _compare(a, b, names, progress)
@@ -49,14 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if is_equal else 1
 
 
-def _pair(storage: LocalStorage, arguments: argparse.Namespace) -> list[targets.Checkpoint]:
+def _pair(arguments: argparse.Namespace) -> list[targets.Checkpoint]:
     """`diff A B`, or two steps of one directory: `diff DIR 15 19`."""
     named: list[tuple[str, int | None]] = [(arguments.a, None), (arguments.b, None)]
     if arguments.number is not None:
         if not (arguments.b.isascii() and arguments.b.isdigit()):
             raise errors.UsageError(f"diff DIR STEP STEP: {arguments.b!r} is not a step's number")
         named = [(arguments.a, int(arguments.b)), (arguments.a, arguments.number)]
-    return [targets.checkpoint_of(storage, text, step, arguments.prefix) for text, step in named]
+    return [targets.checkpoint_of(text, step, arguments.prefix) for text, step in named]
 
 
 def _names(

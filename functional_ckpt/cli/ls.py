@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from functional_ckpt import errors, history
 from functional_ckpt.cli import output, targets
 from functional_ckpt.core.policy import StepInfo
-from functional_ckpt.storage import layout
-from functional_ckpt.storage.paths import LocalStorage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,15 +48,15 @@ class _Row:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the list; 0, also when a step is damaged: that is for `fckpt verify` to say."""
-    storage = LocalStorage()
-    target = targets.find(storage, arguments.directory, arguments.prefix)
+    target = targets.find(arguments.directory, arguments.prefix)
+    storage = target.storage
     late = history.late_metrics(storage, target.path) if isinstance(target, targets.Root) else {}
     checkpoints = (
         [target.checkpoint(step) for step in target.steps]
         if isinstance(target, targets.Root)
         else [target]
     )
-    rows = [_row(storage, each, late) for each in checkpoints]
+    rows = [_row(each, late) for each in checkpoints]
     rows = [row for row in rows if storage.exists(row.checkpoint.path)]  # and was not just pruned
     best = _best(rows, arguments.best)
     if arguments.json:
@@ -68,12 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _row(storage: LocalStorage, checkpoint: targets.Checkpoint, late: history.LateMetrics) -> _Row:
+def _row(checkpoint: targets.Checkpoint, late: history.LateMetrics) -> _Row:
+    storage = checkpoint.storage
     items: Mapping[str, str] = {}
     is_ours, problem, size_bytes = False, None, 0
     try:
         size_bytes = storage.total_bytes(checkpoint.path)
-        opened = layout.open_checkpoint(storage, checkpoint.path, checkpoint.step)
+        opened = checkpoint.open()
         items, is_ours = opened.items, opened.record is not None
     except errors.CheckpointError as error:
         problem = error.message.removeprefix(f"{checkpoint.path}: ")

@@ -13,7 +13,6 @@ from functional_ckpt import errors, history
 from functional_ckpt.cli import output, targets, trees
 from functional_ckpt.core import structure
 from functional_ckpt.storage import commit, layout
-from functional_ckpt.storage.paths import LocalStorage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,10 +23,9 @@ __all__ = ["chosen_items", "run"]
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the checkpoint's metadata and the tree of each item."""
-    storage = LocalStorage()
     step = arguments.number if arguments.step is None else arguments.step
-    checkpoint = targets.checkpoint_of(storage, arguments.checkpoint, step, arguments.prefix)
-    opened = layout.open_checkpoint(storage, checkpoint.path, checkpoint.step)
+    checkpoint = targets.checkpoint_of(arguments.checkpoint, step, arguments.prefix)
+    opened = checkpoint.open()
     names = chosen_items(opened, arguments.item)
     trees_of = {name: opened.tree(name) for name in names if opened.items[name] == "tree"}
     values = {name: opened.json(name) for name in names if opened.items[name] == "json"}

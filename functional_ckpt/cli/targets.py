@@ -11,7 +11,8 @@ from functional_ckpt import errors, history
 from functional_ckpt.core import manifest, orbax_format
 from functional_ckpt.core.names import CompositeStepName, NameFormat, StepName
 from functional_ckpt.storage import commit, layout
-from functional_ckpt.storage.paths import LocalStorage, resolve
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.connect import connect
 
 __all__ = ["Checkpoint", "Root", "checkpoint_of", "find"]
 
@@ -31,10 +32,12 @@ class Checkpoint:
     """One checkpoint.
 
     Attributes:
+        storage: The store that it is in.
         path: Its directory.
         step: Its step, where its name says one.
     """
 
+    storage: Storage
     path: str
     step: int | None
 
@@ -43,18 +46,24 @@ class Checkpoint:
         """What to call it."""
         return os.path.basename(self.path) if self.step is None else f"step {self.step}"
 
+    def open(self) -> layout.OpenCheckpoint:
+        """Opens it for reading."""
+        return layout.open_checkpoint(self.storage, self.path, self.step)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Root:
     """A directory of steps.
 
     Attributes:
+        storage: The store that it is in.
         path: The directory.
         names: How its steps are named.
         steps: Step -> name of its directory, ascending.
         unfinished: Directories of steps being written, or left by a crash.
     """
 
+    storage: Storage
     path: str
     names: NameFormat
     steps: Mapping[int, str]
@@ -67,36 +76,35 @@ class Root:
             raise errors.StepNotFoundError(
                 f"{self.path} has no step {step}; the latest are: {shown}", path=self.path
             )
-        return Checkpoint(path=os.path.join(self.path, self.steps[step]), step=step)
+        path = os.path.join(self.path, self.steps[step])
+        return Checkpoint(storage=self.storage, path=path, step=step)
 
 
-def find(storage: LocalStorage, text: str, prefix: str | None = None) -> Root | Checkpoint:
+def find(text: str, prefix: str | None = None) -> Root | Checkpoint:
     """What is at a path.
 
     Raises:
         StepNotFoundError: There is nothing.
         UsageError: It is neither steps nor a checkpoint.
     """
-    path = resolve(text)
+    storage, path = connect(text)
     if not storage.exists(path):
         raise errors.StepNotFoundError(f"{text}: there is no such directory", path=path)
     if not storage.is_directory(path):
         raise errors.UsageError(f"{text}: this is a file, not a checkpoint", path=path)
     if _is_marked(storage, path):
-        return Checkpoint(path=path, step=_step_of(storage, path))
+        return Checkpoint(storage=storage, path=path, step=_step_of(storage, path))
     root = _find_root(storage, path, prefix)
     if root is not None:
         return root
     if _holds_items(storage, path):
-        return Checkpoint(path=path, step=_step_of(storage, path))
+        return Checkpoint(storage=storage, path=path, step=_step_of(storage, path))
     raise errors.UsageError(f"{text}: neither a checkpoint nor a directory of steps", path=path)
 
 
-def checkpoint_of(
-    storage: LocalStorage, text: str, step: int | None = None, prefix: str | None = None
-) -> Checkpoint:
+def checkpoint_of(text: str, step: int | None = None, prefix: str | None = None) -> Checkpoint:
     """The one checkpoint at a path; of a directory of steps the one asked for, else the latest."""
-    target = find(storage, text, prefix)
+    target = find(text, prefix)
     if isinstance(target, Root):
         if step is None and not target.steps:
             raise errors.StepNotFoundError(f"{text} has no step yet", path=target.path)
@@ -109,11 +117,11 @@ def checkpoint_of(
     return target
 
 
-def _is_marked(storage: LocalStorage, path: str) -> bool:
+def _is_marked(storage: Storage, path: str) -> bool:
     return any(storage.exists(os.path.join(path, mark)) for mark in _MARKS)
 
 
-def _holds_items(storage: LocalStorage, path: str) -> bool:
+def _holds_items(storage: Storage, path: str) -> bool:
     """Whether it holds trees: a checkpoint whose own record is gone, or an old one of Orbax."""
     folders = [os.path.join(path, name) for name in storage.list(path)]
     return any(
@@ -123,7 +131,7 @@ def _holds_items(storage: LocalStorage, path: str) -> bool:
     )
 
 
-def _find_root(storage: LocalStorage, path: str, prefix: str | None) -> Root | None:
+def _find_root(storage: Storage, path: str, prefix: str | None) -> Root | None:
     listed = storage.list(path)
     formats: dict[str | None, dict[StepName, bool]] = {}
     for name in listed:
@@ -153,8 +161,9 @@ def _find_root(storage: LocalStorage, path: str, prefix: str | None) -> Root | N
     return _root(storage, path, names, listed)
 
 
-def _root(storage: LocalStorage, path: str, names: NameFormat, listed: list[str]) -> Root:
+def _root(storage: Storage, path: str, names: NameFormat, listed: list[str]) -> Root:
     return Root(
+        storage=storage,
         path=path,
         names=names,
         steps=history.list_steps(storage, path, names),
@@ -176,7 +185,7 @@ def _format_of(name: str) -> StepName | None:
     return found if found.parse(name) is not None else None
 
 
-def _step_of(storage: LocalStorage, path: str) -> int | None:
+def _step_of(storage: Storage, path: str) -> int | None:
     """The step that a checkpoint's name says, unless it was saved without one."""
     name = os.path.basename(os.path.realpath(path))
     found = _format_of(name)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output, targets
-from functional_ckpt.storage.paths import LocalStorage
 from functional_ckpt.verify import Finding, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -34,12 +32,11 @@ class _Result:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verifies every checkpoint named; 1 if one is damaged."""
-    storage = LocalStorage()
-    checkpoints = list(_checkpoints(storage, arguments))
+    checkpoints = list(_checkpoints(arguments))
     printer = None if arguments.json else output.Printer()
     results: list[_Result] = []
     for checkpoint in checkpoints:
-        result = _verify(storage, checkpoint)
+        result = _verify(checkpoint)
         if result is None:
             continue
         results.append(result)
@@ -54,22 +51,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if num_damaged else 0
 
 
-def _checkpoints(
-    storage: LocalStorage, arguments: argparse.Namespace
-) -> Iterator[targets.Checkpoint]:
+def _checkpoints(arguments: argparse.Namespace) -> Iterator[targets.Checkpoint]:
     for text in arguments.checkpoint:
-        target = targets.find(storage, text, arguments.prefix)
+        target = targets.find(text, arguments.prefix)
         if isinstance(target, targets.Checkpoint) or arguments.step is not None:
             for step in arguments.step or [None]:
-                yield targets.checkpoint_of(storage, text, step, arguments.prefix)
+                yield targets.checkpoint_of(text, step, arguments.prefix)
             continue
         if not target.steps:
             raise errors.StepNotFoundError(f"{text} has no step yet", path=target.path)
         yield from map(target.checkpoint, target.steps)
 
 
-def _verify(storage: LocalStorage, checkpoint: targets.Checkpoint) -> _Result | None:
+def _verify(checkpoint: targets.Checkpoint) -> _Result | None:
     """None where the step was removed by its writer in the meantime."""
+    storage = checkpoint.storage
     num_files, size_bytes = len(storage.walk(checkpoint.path)), storage.total_bytes(checkpoint.path)
     try:
         with output.progress_bar(f"verifying {checkpoint.title}") as progress:
@@ -83,7 +79,7 @@ def _verify(storage: LocalStorage, checkpoint: targets.Checkpoint) -> _Result | 
         findings = [
             Finding(item=None, file=".", problem="record", expected="a checkpoint", got=got)
         ]
-    if findings and not os.path.isdir(checkpoint.path):
+    if findings and not storage.is_directory(checkpoint.path):
         return None
     return _Result(
         checkpoint=checkpoint,

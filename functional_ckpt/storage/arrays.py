@@ -23,6 +23,8 @@ from functional_ckpt.core import orbax_format
 from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, MAX_INLINE_BYTES, ChunkGrid
 from functional_ckpt.core.spec import ArraySpec
 from functional_ckpt.core.structure import key_prefix
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.paths import LocalStorage
 
 __all__ = [
     "NO_CACHE",
@@ -53,6 +55,7 @@ _SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.E
 # Below this a chunk is copied into the key-value store; above, zarr writes it without a copy.
 SMALL_CHUNK_BYTES = 128 * 1024
 _TREE_CACHE_BYTES = 2**30
+_LOCAL = LocalStorage()
 NO_CACHE = {"total_bytes_limit": 0}
 _CONFIG = {
     "compression": {"id": "zstd"},
@@ -85,26 +88,28 @@ def check_process() -> None:
         )
 
 
-def write_context() -> Any:
+def write_context(storage: Storage) -> Any:
     """For writing and merging: what is written is synced by the caller."""
     check_process()
-    return ts.Context({"file_io_sync": False, "cache_pool": NO_CACHE})
+    return ts.Context({"file_io_sync": False, "cache_pool": NO_CACHE, **storage.context()})
 
 
-def read_context() -> Any:
+def read_context(storage: Storage) -> Any:
     """For reading: by memory map."""
     check_process()
     # Reads by memory map go straight from the page cache into the destination: 8-17 GiB/s against
     # 1-2. The cache is for the nodes of the tree (as large as they are): without it every read
     # decodes its node anew, which for 20,000 small arrays takes 9 ms a read instead of 0.3.
     cache = {"total_bytes_limit": _TREE_CACHE_BYTES}
-    return ts.Context({"file_io_mode": {"mode": "memmap"}, "cache_pool": cache})
+    how = {"file_io_mode": {"mode": "memmap"}, "cache_pool": cache}
+    return ts.Context({**how, **storage.context()})
 
 
 class Database:
     """An item's arrays, open for reading.
 
     Attributes:
+        storage: The store that it is in.
         directory: Where the item is.
         store: The key-value store.
         context: The TensorStore context it was opened with.
@@ -113,7 +118,8 @@ class Database:
         requested: Reads of small chunks that are under way, by key.
     """
 
-    def __init__(self, directory: str, store: Any, context: Any) -> None:
+    def __init__(self, storage: Storage, directory: str, store: Any, context: Any) -> None:
+        self.storage = storage
         self.directory = directory
         self.store = store
         self.context = context
@@ -128,9 +134,9 @@ class Database:
             self.bytes_asked += num_bytes
 
 
-def clear_error(path: str, error: Exception) -> errors.CheckpointError:
+def clear_error(storage: Storage, path: str, error: Exception) -> errors.CheckpointError:
     """TensorStore's refusal to write as one of ours, with the system's `errno` where it has one."""
-    text = str(error)
+    text = storage.redact(str(error))
     for code in _SYSTEM_ERRORS:
         if os.strerror(code) in text:
             return errors.StorageError(
@@ -139,51 +145,54 @@ def clear_error(path: str, error: Exception) -> errors.CheckpointError:
     return errors.StorageError(f"TensorStore failed in {path}: {text.splitlines()[0]}", path=path)
 
 
-def _files(directory: str) -> dict[str, str]:
-    """A directory as a key-value store; as a URL, a path with `%`, `?` or `#` would be another."""
-    return {"driver": "file", "path": f"{directory}/"}
-
-
-def open_database(directory: str, context: Any) -> Any:
+def open_database(storage: Storage, directory: str, context: Any) -> Any:
     """A database to write into, made when it is not there."""
-    spec = {"driver": "ocdbt", "base": _files(directory), "config": _CONFIG}
+    spec = {"driver": "ocdbt", "base": storage.kvstore(directory), "config": _CONFIG}
     try:
         return ts.KvStore.open(spec, context=context).result()
     except REFUSALS as error:
-        raise clear_error(directory, error) from error
+        raise clear_error(storage, directory, error) from error
 
 
-def open_for_reading(directory: str) -> Database:
+def open_for_reading(directory: str, storage: Storage = _LOCAL) -> Database:
     """The item's database, for `read_array`.
 
     Raises:
         CorruptCheckpointError: There is no readable database.
     """
-    if not os.path.exists(os.path.join(directory, "manifest.ocdbt")):
+    if not storage.exists(os.path.join(directory, "manifest.ocdbt")):
         raise errors.CorruptCheckpointError(
             f"{directory}: manifest.ocdbt is missing; the item's arrays cannot be found.",
             path=directory,
         )
-    spec = {"driver": "ocdbt", "base": _files(directory)}
-    context = read_context()
+    spec = {"driver": "ocdbt", "base": storage.kvstore(directory)}
+    context = read_context(storage)
     try:
-        return Database(directory, ts.KvStore.open(spec, context=context).result(), context)
+        store = ts.KvStore.open(spec, context=context).result()
+        return Database(storage, directory, store, context)
     except REFUSALS as error:
-        raise corrupt(directory, "manifest.ocdbt", error) from error
+        raise _corrupt(storage, directory, "manifest.ocdbt", error) from error
 
 
-def corrupt(directory: str, what: str, error: Exception) -> errors.CorruptCheckpointError:
+def corrupt(database: Database, what: str, error: Exception) -> errors.CorruptCheckpointError:
     """What TensorStore's failure to read means to the caller."""
+    return _corrupt(database.storage, database.directory, what, error)
+
+
+def _corrupt(
+    storage: Storage, directory: str, what: str, error: Exception
+) -> errors.CorruptCheckpointError:
+    text = storage.redact(str(error).splitlines()[0])
     return errors.CorruptCheckpointError(
-        f"{directory}: {what} cannot be read: {str(error).splitlines()[0]}", path=directory
+        f"{directory}: {what} cannot be read: {text}", path=directory
     )
 
 
-def open_files_for_reading(directory: str) -> Database:
+def open_files_for_reading(directory: str, storage: Storage = _LOCAL) -> Database:
     """An item whose arrays are plain zarr files (Orbax with OCDBT off)."""
-    context = read_context()
-    store = ts.KvStore.open(_files(directory), context=context).result()
-    return Database(directory, store, context)
+    context = read_context(storage)
+    store = ts.KvStore.open(storage.kvstore(directory), context=context).result()
+    return Database(storage, directory, store, context)
 
 
 def open_array(store: Any, name: str, spec: ArraySpec, grid: ChunkGrid, context: Any) -> Any:

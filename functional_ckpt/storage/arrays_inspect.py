@@ -10,6 +10,7 @@ import tensorstore as ts
 
 from functional_ckpt import errors
 from functional_ckpt.storage.arrays import Database
+from functional_ckpt.storage.base import Storage
 
 __all__ = ["Places", "locate", "read_values"]
 
@@ -39,18 +40,21 @@ def read_values(
         try:
             result = read.result()
         except (ValueError, OSError) as error:
-            text = f"{database.directory}: {key!r} cannot be read: {str(error).splitlines()[0]}"
+            why = database.storage.redact(str(error).splitlines()[0])
+            text = f"{database.directory}: {key!r} cannot be read: {why}"
             found.append(errors.CorruptCheckpointError(text, path=database.directory))
         else:
             found.append(bytes(result.value) if result.state == "value" else None)
     return found
 
 
-def locate(directory: str) -> Places:
+def locate(storage: Storage, directory: str) -> Places:
     """Walks the tree of the database in `directory`, around what is damaged."""
     files: dict[str, str] = {}
     unreadable: set[str] = set()
-    base: Any = ts.KvStore.open({"driver": "file", "path": f"{directory}/"}).result()
+    base: Any = ts.KvStore.open(
+        storage.kvstore(directory), context=ts.Context(dict(storage.context()))
+    ).result()
     try:
         manifest = ts.ocdbt.dump(base).result()
         location = manifest["versions"][-1]["root"].get("location")

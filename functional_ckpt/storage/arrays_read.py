@@ -140,7 +140,7 @@ def _read_key(
             request = database.store.read(key, byte_range=slice(first, last))
         result = request.result()
     except REFUSALS as error:
-        raise corrupt(database.directory, f"array {read.name!r}", error) from error
+        raise corrupt(database, f"array {read.name!r}", error) from error
     if result.state != "value" or len(result.value) != last - first:
         raise errors.CorruptCheckpointError(
             f"{database.directory}: chunk {key!r} is {result.state} with "
@@ -172,7 +172,7 @@ def _read_chunk(database: Database, read: ArrayRead, index: tuple[int, ...], out
                 database.arrays[read.name] = store
             ts.array(out).write(store[read.grid.box(index).slices()]).result()
         except REFUSALS as error:
-            raise corrupt(database.directory, f"array {read.name!r}", error) from error
+            raise corrupt(database, f"array {read.name!r}", error) from error
         database.count(out.nbytes)
     if read.digests is not None:
         _compare_digests(database, read, index, digest_blocks(out), 0)
@@ -253,4 +253,4 @@ def read_foreign_array(
             raise ValueError(f"shape {tuple(store.shape)}, expected {shape}")
         ts.array(destination).write(store[box.slices()]).result()
     except REFUSALS as error:
-        raise corrupt(database.directory, f"array {name!r}", error) from error
+        raise corrupt(database, f"array {name!r}", error) from error

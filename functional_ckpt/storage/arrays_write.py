@@ -33,7 +33,7 @@ from functional_ckpt.storage.arrays import (
     open_database,
     write_context,
 )
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.threads import run_in_threads
 
 __all__ = [
@@ -77,7 +77,7 @@ def child_names(rank: int, num_children: int) -> list[str]:
 
 
 def write_arrays(
-    storage: LocalStorage,
+    storage: Storage,
     item_directory: str,
     children: Sequence[str],
     arrays: Sequence[ArrayWrite],
@@ -101,8 +101,8 @@ def write_arrays(
     paths = [os.path.join(item_directory, child) if child else item_directory for child in children]
     for path in paths:
         storage.make_directory(path)
-    context = write_context()
-    databases = [_ChildDatabase(path, context) for path in paths]
+    context = write_context(storage)
+    databases = [_ChildDatabase(storage, path, context) for path in paths]
     digests: Digests = {}
     tasks: list[Callable[[], None]] = []
     for array in arrays:
@@ -124,22 +124,23 @@ def write_arrays(
             database.start_commit()
         for database in databases:
             database.finish_commit()
+        storage.put_arrays(item_directory)
     except REFUSALS as error:
         if isinstance(error, errors.CheckpointError):
             raise
-        raise clear_error(item_directory, error) from error
+        raise clear_error(storage, item_directory, error) from error
     return digests
 
 
 class _ChildDatabase:
     """A database under construction: one transaction, one commit, few files."""
 
-    def __init__(self, directory: str, context: Any) -> None:
+    def __init__(self, storage: Storage, directory: str, context: Any) -> None:
         self.directory = directory
         self.size_bytes = 0
         self._context = context
         self._transaction = ts.Transaction()
-        self._store = open_database(directory, context).with_transaction(self._transaction)
+        self._store = open_database(storage, directory, context).with_transaction(self._transaction)
         self._arrays: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._writes: list[Any] = []
@@ -211,7 +212,7 @@ def join_digests(parts: Iterable[Digests]) -> dict[str, str]:
 
 
 def merge_children(
-    storage: LocalStorage,
+    storage: Storage,
     item_directory: str,
     children: Sequence[str],
     tied: Mapping[str, tuple[str, ChunkGrid]],
@@ -226,19 +227,21 @@ def merge_children(
     """
     storage.operation("merge_arrays", item_directory)
     try:
-        context = write_context()
-        parent = open_database(item_directory, context)
+        context = write_context(storage)
+        parent = open_database(storage, item_directory, context)
         if children:
             transaction = ts.Transaction(atomic=True)
             target = parent.with_transaction(transaction)
             for child in children:
-                database = open_database(os.path.join(item_directory, child), context)
+                path = os.path.join(item_directory, child)
+                database = open_database(storage, path, context)
                 database.experimental_copy_range_to(target).result()
             transaction.commit_sync()
         if tied:
             _copy_tied(parent, tied)
+        storage.put_arrays(item_directory)
     except REFUSALS as error:
-        raise clear_error(item_directory, error) from error
+        raise clear_error(storage, item_directory, error) from error
 
 
 def _copy_tied(parent: Any, tied: Mapping[str, tuple[str, ChunkGrid]]) -> None:

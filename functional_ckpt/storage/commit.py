@@ -8,7 +8,7 @@
     <root>/.functional_ckpt/metrics/         metrics recorded after their step was committed
 
 A step becomes visible by one rename of a directory whose every byte is durable, and only then
-counts.
+counts. Where there is no rename, it does by a marker: `commit_objects`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from collections.abc import Callable, Generator, Iterable
 
 from functional_ckpt import errors
 from functional_ckpt.core import plain_json
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.storage import commit_objects
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.objects import ObjectStorage
 
 __all__ = [
     "HIDDEN",
     "TMP_SUFFIX",
     "abandon",
+    "begin",
     "check_shared",
     "discard",
+    "final",
     "make_root",
     "publish",
     "recover",
@@ -48,7 +52,7 @@ _STALE_SECONDS = 60.0
 _log = logging.getLogger("functional_ckpt")
 
 
-def make_root(storage: LocalStorage, path: str) -> None:
+def make_root(storage: Storage, path: str) -> None:
     """Creates a directory that will hold durable things, and its parents, durably."""
     missing: list[str] = []
     above = path
@@ -65,7 +69,22 @@ def temporary(final: str) -> str:
     return final + TMP_SUFFIX
 
 
-def check_shared(storage: LocalStorage, path: str, rank: int) -> None:
+def final(tmp: str) -> str:
+    """What will be the name of what is written at `tmp`, which is from `begin`."""
+    return tmp.removesuffix(TMP_SUFFIX)
+
+
+def begin(storage: Storage, final: str) -> str:
+    """Makes the empty place where a directory is written before it is published as `final`."""
+    tmp = temporary(final)
+    if isinstance(storage, ObjectStorage):
+        return commit_objects.begin(storage, tmp, final)
+    storage.remove(tmp)  # of an earlier save of this process that failed
+    storage.make_directory(tmp)
+    return tmp
+
+
+def check_shared(storage: Storage, path: str, rank: int) -> None:
     """Raises `CoordinationError` where `rank` does not see what the primary has just made.
 
     Network file systems remember for a while what was not there; listing the parent
@@ -84,11 +103,13 @@ def check_shared(storage: LocalStorage, path: str, rank: int) -> None:
         time.sleep(_SETTLE_SECONDS / 20)
 
 
-def sync_tree(storage: LocalStorage, directory: str, files: Iterable[str]) -> None:
+def sync_tree(storage: Storage, directory: str, files: Iterable[str]) -> None:
     """Makes `files` (relative paths) and every directory from theirs up to `directory` durable.
 
     All are synced after all were written: the first sync takes the others' metadata along.
     """
+    if isinstance(storage, ObjectStorage):
+        return  # an object is durable once it is written
     files = tuple(files)
     for name in files:
         storage.sync(os.path.join(directory, name))
@@ -106,7 +127,7 @@ def _folders(files: Iterable[str]) -> list[str]:
 
 
 def publish(
-    storage: LocalStorage,
+    storage: Storage,
     tmp: str,
     final: str,
     hidden: str | None = None,
@@ -117,7 +138,7 @@ def publish(
 
     Args:
         storage: The file system.
-        tmp: A directory whose content is durable.
+        tmp: A directory whose content is durable, from `begin`.
         final: Its name from now on. When it exists it is exchanged, never absent for a moment where
             the system can exchange; else journalled.
         hidden: The root's hidden directory, for the journal and the trash.
@@ -132,6 +153,11 @@ def publish(
             still is.
     """
     parent = os.path.dirname(final)
+    if isinstance(storage, ObjectStorage):
+        if tmp == final:
+            commit_objects.publish(storage, temporary(final), final)
+            return None
+        commit_objects.seal(storage, tmp)
     if not storage.exists(final):
         storage.rename(tmp, final)
         with _undoing(lambda: storage.rename(final, tmp)):
@@ -174,7 +200,7 @@ def _undoing(undo: Callable[[], object]) -> Generator[None]:
         raise
 
 
-def _replace_in_two(storage: LocalStorage, tmp: str, final: str, hidden: str) -> str:
+def _replace_in_two(storage: Storage, tmp: str, final: str, hidden: str) -> str:
     """Overwrites by two renames; the journal lets the next writer finish what a crash cut."""
     parent = os.path.dirname(final)
     _make_trash(storage, hidden)
@@ -198,21 +224,24 @@ def _replaced(hidden: str, final: str) -> str:
     return os.path.join(hidden, "trash", f"{os.path.basename(final)}.replaced")
 
 
-def _make_trash(storage: LocalStorage, hidden: str) -> str:
+def _make_trash(storage: Storage, hidden: str) -> str:
     trash = os.path.join(hidden, "trash")
     storage.make_directory(trash)
     return trash
 
 
-def discard(storage: LocalStorage, path: str, hidden: str) -> None:
-    """Takes a directory out of sight in one rename, then removes it; a crash leaves only trash."""
+def discard(storage: Storage, path: str, hidden: str) -> None:
+    """Takes a directory out of sight at once, then removes it; a crash leaves only trash."""
+    if isinstance(storage, ObjectStorage):
+        commit_objects.discard(storage, temporary(path), path)
+        return
     unique = f"{os.path.basename(path)}.{uuid.uuid4().hex[:8]}"
     target = os.path.join(_make_trash(storage, hidden), unique)
     storage.rename(path, target)
     storage.remove(target)
 
 
-def recover(storage: LocalStorage, root: str, hidden: str) -> list[str]:
+def recover(storage: Storage, root: str, hidden: str) -> list[str]:
     """Finishes or removes what a dead writer left; only the holder of the lock may call it.
 
     Returns:
@@ -221,7 +250,11 @@ def recover(storage: LocalStorage, root: str, hidden: str) -> list[str]:
     done = settle(storage, root, hidden)
     for name in storage.list(root):
         if TMP_SUFFIX in name and not name.startswith("."):
-            storage.remove(os.path.join(root, name))
+            path = os.path.join(root, name)
+            if isinstance(storage, ObjectStorage):
+                commit_objects.collect(storage, path, path.removesuffix(TMP_SUFFIX))
+            else:
+                storage.remove(path)
             done.append(f"removed unfinished {name}")
     trash = os.path.join(hidden, "trash")
     for name in storage.list(trash):
@@ -238,7 +271,7 @@ def recover(storage: LocalStorage, root: str, hidden: str) -> list[str]:
     return done
 
 
-def settle(storage: LocalStorage, root: str, hidden: str) -> list[str]:
+def settle(storage: Storage, root: str, hidden: str) -> list[str]:
     """Ends an overwrite in two renames that was cut; to be called before anything new is written.
 
     The two steps are both whole between the renames, and only there is the old one in the trash and
@@ -267,6 +300,9 @@ def settle(storage: LocalStorage, root: str, hidden: str) -> list[str]:
     done: list[str] = []
     source, target = os.path.join(root, tmp), os.path.join(root, final)
     if _is_between(storage, hidden, target):
+        if isinstance(storage, ObjectStorage):
+            storage.remove(target)  # a copy that was cut
+            source = source if storage.is_whole(source) else _replaced(hidden, target)
         storage.rename(source if storage.exists(source) else _replaced(hidden, target), target)
         storage.sync_directory(root)
         done.append(f"finished the replacement of {final}")
@@ -274,16 +310,20 @@ def settle(storage: LocalStorage, root: str, hidden: str) -> list[str]:
     return done
 
 
-def _is_between(storage: LocalStorage, hidden: str, final: str) -> bool:
+def _is_between(storage: Storage, hidden: str, final: str) -> bool:
     """Whether a step is out of sight, between the two renames of its overwrite."""
-    return storage.exists(_replaced(hidden, final)) and not storage.exists(final)
+    is_there = storage.is_whole if isinstance(storage, ObjectStorage) else storage.exists
+    return is_there(_replaced(hidden, final)) and not is_there(final)
 
 
-def abandon(storage: LocalStorage, tmp: str) -> None:
+def abandon(storage: Storage, tmp: str) -> None:
     """Removes what a failed save wrote; what cannot be removed now goes with the next writer."""
-    final = tmp.removesuffix(TMP_SUFFIX)
-    if _is_between(storage, os.path.join(os.path.dirname(final), HIDDEN), final):
+    path = final(tmp)
+    if _is_between(storage, os.path.join(os.path.dirname(path), HIDDEN), path):
         _log.warning("%s stays until the next save, which will end the overwrite", tmp)
+        return
+    if isinstance(storage, ObjectStorage):
+        commit_objects.abandon(storage, temporary(path), path)
         return
     try:
         storage.remove(tmp)

@@ -16,7 +16,7 @@ from functional_ckpt import errors
 from functional_ckpt.core import chunks, manifest, orbax_format, plain_json, structure
 from functional_ckpt.core.progress import Progress
 from functional_ckpt.core.spec import Box
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.storage.base import Storage
 
 if TYPE_CHECKING:
     from functional_ckpt.storage import arrays, arrays_read
@@ -63,7 +63,7 @@ class OpenItem:
         fills_missing: Whether chunks that are not there are zeros, and no damage.
     """
 
-    def __init__(self, storage: LocalStorage, path: str, name: str | None) -> None:
+    def __init__(self, storage: Storage, path: str, name: str | None) -> None:
         self.storage = storage
         self.path = path
         self.name = name or _BARE_ITEM
@@ -90,8 +90,8 @@ class OpenItem:
         from functional_ckpt.storage import arrays
 
         if self.record is None and not self._foreign_metadata.get("use_ocdbt", True):
-            return arrays.open_files_for_reading(self.path)
-        return arrays.open_for_reading(self.path)
+            return arrays.open_files_for_reading(self.path, self.storage)
+        return arrays.open_for_reading(self.path, self.storage)
 
     def record_of(self, node: structure.ArrayNode) -> ArrayPlace | None:
         """Grid and digests of an array; None when another program wrote it."""
@@ -180,7 +180,7 @@ class OpenItem:
         )
 
 
-def _load_json(storage: LocalStorage, path: str) -> Mapping[str, Any]:
+def _load_json(storage: Storage, path: str) -> Mapping[str, Any]:
     try:
         record = plain_json.parse(storage.read(path))
     except (ValueError, RecursionError) as error:
@@ -204,7 +204,7 @@ class OpenCheckpoint:
         is_bare: Whether the directory is itself its one item.
     """
 
-    storage: LocalStorage
+    storage: Storage
     path: str
     step: int | None
     items: Mapping[str, str]
@@ -268,7 +268,7 @@ class OpenCheckpoint:
             )
 
 
-def open_checkpoint(storage: LocalStorage, path: str, step: int | None = None) -> OpenCheckpoint:
+def open_checkpoint(storage: Storage, path: str, step: int | None = None) -> OpenCheckpoint:
     """Opens a checkpoint directory for reading.
 
     A directory that is one tree item, ours or Orbax's, is a checkpoint of one item, `default`.
@@ -279,6 +279,12 @@ def open_checkpoint(storage: LocalStorage, path: str, step: int | None = None) -
     """
     if not storage.is_directory(path):
         raise errors.StepNotFoundError(f"There is no checkpoint at {path}.", path=path, step=step)
+    if not storage.is_whole(path) and not storage.is_whole(os.path.dirname(path)):
+        raise errors.StepNotFoundError(
+            f"{path} was not written to its end: {orbax_format.COMMIT_FILE} is missing.",
+            path=path,
+            step=step,
+        )
     extension = os.path.join(path, manifest.EXTENSION_FILE)
     metadata_path = os.path.join(path, orbax_format.CHECKPOINT_METADATA_FILE)
     metadata = _load_json(storage, metadata_path) if storage.exists(metadata_path) else {}
@@ -320,9 +326,7 @@ def open_checkpoint(storage: LocalStorage, path: str, step: int | None = None) -
     return checkpoint
 
 
-def _check_foreign(
-    storage: LocalStorage, path: str, items: Mapping[str, str], step: int | None
-) -> None:
+def _check_foreign(storage: Storage, path: str, items: Mapping[str, str], step: int | None) -> None:
     """Without this a checkpoint of ours that lost its record would be read with less verified."""
     for name in items:
         if storage.exists(os.path.join(path, name, manifest.EXTENSION_FILE)):
@@ -335,7 +339,7 @@ def _check_foreign(
             )
 
 
-def _find_items(storage: LocalStorage, path: str) -> dict[str, str]:
+def _find_items(storage: Storage, path: str) -> dict[str, str]:
     """The items of a checkpoint that Orbax wrote: directories with one of its metadata files."""
     found: dict[str, str] = {}
     for name in storage.list(path):

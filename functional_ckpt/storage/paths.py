@@ -1,7 +1,8 @@
-"""The file system as the commit protocol sees it: few operations, announced, with clear errors.
+"""The file system as the commit protocol sees it, and what a path may look like.
 
-`LocalStorage` is a POSIX file system. Every operation passes through `operation`, which does
-nothing here and is what the fault-injecting storage of `functional_ckpt.testing` overrides.
+`LocalStorage` is a POSIX file system; `base.Storage` says what each operation is. Every operation
+passes through `operation`, which does nothing here and is what the fault-injecting storage of
+`functional_ckpt.testing` overrides.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import functools
 import json
 import mmap
 import os
+import re
 import shutil
 import socket
+import stat
 import time
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import xxhash
@@ -26,7 +29,7 @@ import xxhash
 from functional_ckpt import errors
 from functional_ckpt.core.manifest import FileRecord
 
-__all__ = ["DirectoryLock", "LocalStorage", "resolve"]
+__all__ = ["DirectoryLock", "LocalStorage", "describe_holder", "is_remote", "resolve"]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -35,26 +38,51 @@ _MAP_FROM_BYTES = 2**20
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
 def resolve(path: Any) -> str:
-    """An absolute local path for a string, `os.PathLike` or `epath.Path`.
+    """An absolute local path, or the URI of a remote one without a slash at its end.
+
+    Args:
+        path: A string, an `os.PathLike` or an `epath.Path`.
 
     Raises:
-        UsageError: The path is a URI of a scheme that is not stored locally.
+        UsageError: A URI that is none, or that holds credentials.
     """
-    if not isinstance(path, str):
-        from etils import epath  # late: it takes longer to load than a listing takes to print
-
-        path = epath.Path(path)
     text = os.fspath(path)
+    if not isinstance(text, str):
+        raise errors.UsageError(f"{text!r}: a path must be text, not bytes.")
     if text.startswith("file://"):
         text = text.removeprefix("file://")
-    if "://" in text:
+    if is_remote(text):
+        return _resolve_uri(text)
+    if _SCHEME.match(text):  # what pathlib makes of a URI
         raise errors.UsageError(
-            f"{text}: only local paths and file:// are supported; mount the store or give a local "
-            "directory.",
+            f"{text}: a URI has two slashes after its scheme. pathlib.Path removes one: give the "
+            "URI as a string.",
             path=text,
         )
     return os.path.abspath(os.path.expanduser(text))
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URI; those of `file://` have been resolved before."""
+    return "://" in path
+
+
+def _resolve_uri(text: str) -> str:
+    scheme, _, rest = text.partition("://")
+    bucket, *parts = rest.split("/")
+    if ":" in bucket.partition("@")[0] and "@" in bucket:
+        raise errors.UsageError(
+            f"{scheme}://...: credentials have no place in a URI, which is logged and stored; give "
+            "them in the environment."
+        )
+    names = [part for part in parts if part]
+    if not bucket or not scheme or not {".", ".."}.isdisjoint(names):
+        raise errors.UsageError(f"{text}: not a URI such as s3://bucket/run.", path=text)
+    return f"{scheme.lower()}://{'/'.join([bucket, *names])}"
 
 
 @contextlib.contextmanager
@@ -74,6 +102,8 @@ def _clear_errors(action: str, path: str) -> Generator[None]:
 class LocalStorage:
     """A POSIX file system. Stateless; safe to use from any thread."""
 
+    num_requests = 1
+
     def operation(self, kind: str, path: str) -> None:
         """Called before every operation that changes or reads the store."""
 
@@ -92,6 +122,22 @@ class LocalStorage:
     def is_directory(self, path: str) -> bool:
         """Whether a directory is at `path`."""
         return os.path.isdir(path)
+
+    def is_whole(self, path: str) -> bool:
+        """Whether a directory is at `path`: it has its name only since it is whole."""
+        return self.is_directory(path)
+
+    def kind(self, path: str, *, follow: bool = False) -> str:
+        """What is at a path, for people."""
+        try:
+            mode = (os.stat if follow else os.lstat)(path).st_mode
+        except OSError:
+            return "nothing"
+        if stat.S_ISREG(mode):
+            return "a file"
+        if stat.S_ISLNK(mode):
+            return "a link"
+        return "a directory" if stat.S_ISDIR(mode) else "a special file"
 
     def is_link(self, path: str) -> bool:
         """Whether a symbolic link is at `path`."""
@@ -114,6 +160,13 @@ class LocalStorage:
             links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
             found += [os.path.relpath(os.path.join(directory, n), path) for n in (*names, *links)]
         return sorted(found)
+
+    def modified_ns(self, path: str) -> int:
+        """When it was changed, nanoseconds since the epoch; 0 for what is not there."""
+        try:
+            return os.stat(path).st_mtime_ns
+        except OSError:
+            return 0
 
     def age_seconds(self, path: str) -> float:
         """How long ago a file was changed; zero for one that is not there any more."""
@@ -245,6 +298,23 @@ class LocalStorage:
         self.operation("lock", path)
         return DirectoryLock(path)
 
+    # -------------------------------------------------------------------------------- arrays
+
+    def kvstore(self, directory: str) -> Mapping[str, Any]:
+        """TensorStore's spec; as a URL, a path with `%`, `?` or `#` would be another."""
+        return {"driver": "file", "path": f"{directory}/"}
+
+    def context(self) -> Mapping[str, Any]:
+        """None but the defaults."""
+        return {}
+
+    def put_arrays(self, directory: str) -> None:
+        """Nothing: TensorStore wrote where it was told."""
+
+    def redact(self, text: str) -> str:
+        """The message as it is."""
+        return text
+
 
 @functools.cache
 def _renameat2() -> Any:
@@ -283,7 +353,7 @@ class DirectoryLock:
             ) from None
         with contextlib.suppress(OSError):  # on a full disk the lock still holds, without its note
             os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, _describe_holder(), 0)
+            os.pwrite(self._descriptor, describe_holder(), 0)
         _held.add(self)
 
     def close(self) -> None:
@@ -315,5 +385,6 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _describe_holder() -> bytes:
+def describe_holder() -> bytes:
+    """Who holds a lock, as other writers are told."""
     return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()

@@ -34,8 +34,21 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(tmp_path / "c") == str(tmp_path / "c")
     assert resolve(f"file://{tmp_path}/d") == str(tmp_path / "d")
     assert resolve("~/x") == "/home/me/x"
-    with pytest.raises(errors.UsageError, match="only local paths"):
-        resolve("gs://bucket/x")
+
+
+def test_resolve_uris() -> None:
+    assert resolve("gs://bucket/x/") == "gs://bucket/x"
+    assert resolve("S3://bucket//a/b") == "s3://bucket/a/b"
+    assert resolve("s3://bucket") == "s3://bucket"
+    assert resolve("oci://bucket@space/a") == "oci://bucket@space/a"
+    with pytest.raises(errors.UsageError, match="two slashes"):
+        resolve(Path("s3://bucket/x"))
+    for text in ("s3://", "s3:///x", "s3://b/../c"):
+        with pytest.raises(errors.UsageError, match="not a URI"):
+            resolve(text)
+    with pytest.raises(errors.UsageError, match="credentials") as caught:
+        resolve("s3://key:secret@bucket/x")
+    assert "secret" not in str(caught.value)
 
 
 def test_links_are_listed_and_never_followed(tmp_path: Path) -> None:

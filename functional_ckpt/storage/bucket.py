@@ -1,0 +1,166 @@
+"""A bucket: what every object store can do, and how a request that failed is tried again.
+
+Keys are paths without a slash at either end. `bucket_obstore` is the bucket of S3, GCS and all that
+speak as they do; `bucket_fsspec` and `bucket_libcloud` are those of other libraries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from functional_ckpt import errors
+
+__all__ = ["Absent", "Bucket", "Conflict", "Entry", "Refused", "Transient", "retrying"]
+
+_log = logging.getLogger("functional_ckpt")
+_T = TypeVar("_T")
+
+# Together about five minutes: an outage of a minute is waited out, one of an hour is an error.
+_MAX_ATTEMPTS = 40
+_MAX_SECONDS = 300.0
+_MAX_WAIT_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """What a store says of an object.
+
+    Attributes:
+        key: Its key.
+        size_bytes: Its size.
+        modified_ns: When it was written by the store's clock, nanoseconds since the epoch.
+        version: Changes with every write; None where the store has none.
+    """
+
+    key: str
+    size_bytes: int
+    modified_ns: int
+    version: str | None = None
+
+
+class Absent(Exception):
+    """There is no such object."""
+
+
+class Conflict(Exception):
+    """A condition on a write does not hold."""
+
+
+class Transient(Exception):
+    """A request failed that may go well when it is made again."""
+
+
+class Refused(Exception):
+    """A request that fails however often it is made: a permission, a bucket, a region, a token.
+
+    Attributes:
+        errno: What it would be on a file system.
+    """
+
+    def __init__(self, message: str, errno: int) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class Bucket(Protocol):
+    """Objects by key. Safe to use from any thread.
+
+    Every method raises `Refused` or `Transient`, and `Absent` where it needs an object.
+    """
+
+    @property
+    def uri(self) -> str:
+        """What its keys are below, such as `s3://bucket`."""
+        ...
+
+    def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+        """Bytes `begin` to `end` of an object, which has as many."""
+        ...
+
+    def head(self, key: str) -> Entry:
+        """What the store says of an object."""
+        ...
+
+    def list(self, folder: str) -> Iterable[Entry]:
+        """Every object below a folder, however deep; "" is the whole bucket."""
+        ...
+
+    def names(self, folder: str) -> Iterable[str]:
+        """Names of the objects and folders in a folder."""
+        ...
+
+    def write(self, key: str, data: bytes, *, replacing: str | None = None) -> Entry:
+        """Writes an object at once.
+
+        Args:
+            key: Its key.
+            data: Its content.
+            replacing: The version that it must replace: "" for none; None for whatever is there.
+
+        Raises:
+            Conflict: Something else is there.
+        """
+        ...
+
+    def copy(self, source: str, target: str) -> None:
+        """Copies an object within the store."""
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Deletes objects; those that are not there are passed over."""
+
+    def upload(self, path: str, key: str) -> None:
+        """Writes a file into an object; the store holds exactly its bytes when it returns."""
+
+    def download(self, key: str, path: str) -> None:
+        """Writes an object into a new file."""
+
+    def kvstore(self, folder: str) -> Mapping[str, Any] | None:
+        """TensorStore's spec of a folder; None where it has no driver for the store."""
+        ...
+
+    def context(self) -> Mapping[str, Any]:
+        """TensorStore's resources, credentials among them."""
+        ...
+
+    def redact(self, text: str) -> str:
+        """A message without the credentials that it may quote."""
+        ...
+
+
+def retrying(call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
+    """Makes a request until it goes well, waiting longer each time, by chance more or less.
+
+    Raises:
+        Transient: It never did.
+    """
+    try:
+        return call(*arguments, **options)  # tenacity is imported only when something fails
+    except Transient as error:
+        return _retry(functools.partial(call, *arguments, **options), error)
+
+
+def _retry(call: Callable[[], _T], error: Transient) -> _T:
+    try:
+        import tenacity
+    except ImportError:
+        raise errors.UsageError(
+            "Object stores need tenacity: pip install 'functional-ckpt[remote]'."
+        ) from error
+
+    def tell(state: tenacity.RetryCallState) -> None:
+        if state.attempt_number >= 3 and state.outcome is not None:
+            _log.warning("tried %d times: %s", state.attempt_number, state.outcome.exception())
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(Transient),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=_MAX_WAIT_SECONDS),
+        stop=tenacity.stop_any(
+            tenacity.stop_after_attempt(_MAX_ATTEMPTS), tenacity.stop_after_delay(_MAX_SECONDS)
+        ),
+        before_sleep=tell,
+        reraise=True,
+    )(call)

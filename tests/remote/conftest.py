@@ -1,0 +1,39 @@
+"""Servers for the tests of object stores, and the environment in which users would reach them."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))  # the contract is every backend's
+
+import servers
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Generator[str]:
+    """The URL of an S3 server."""
+    with servers.s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def s3(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new bucket of an S3 server that the environment leads to; its URI."""
+    set_environment(monkeypatch, s3_url)
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    servers.make_bucket(s3_url, name)
+    return f"s3://{name}"
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """What a user sets to reach the server at `url`."""
+    monkeypatch.setenv("S3_ENDPOINT_URL", url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.KEY_ID)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.SECRET)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
