@@ -79,7 +79,7 @@ class Run:
             *(sys.executable, EXAMPLES / "train_digits.py"),
             f"--workdir={self.workdir}",
             f"--num_steps={FLAGS.num_steps}",
-            f"--save_interval_steps={FLAGS.save_interval_steps}",
+            f"--ckpt_save_every={FLAGS.save_interval_steps}",
             f"--seed={FLAGS.seed}",
         ]
         self.workdir.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,7 @@ class Run:
             f"--text={self._text}",
             "--num_blocks=1",
             f"--num_steps={FLAGS.num_steps}",
-            f"--save_interval_steps={FLAGS.save_interval_steps}",
+            f"--ckpt_save_every={FLAGS.save_interval_steps}",
             f"--seed={FLAGS.seed}",
         ]
         self.workdir.mkdir(parents=True, exist_ok=True)

@@ -37,8 +37,8 @@ flags.DEFINE_integer("batch_size", 64, "Images in a batch.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 3e-3, "The peak of the schedule.", lower_bound=0.0)
 flags.DEFINE_float("ema_decay", 0.98, "Of the moving average of the weights.", 0.0, 1.0)
 flags.DEFINE_integer("seed", 0, "Of everything random.")
-flags.DEFINE_integer("save_interval_steps", 20, "Steps between checkpoints.", lower_bound=1)
-flags.DEFINE_integer("keep_latest", 3, "Checkpoints to keep beside the best one.", lower_bound=1)
+
+CKPT = fc.flags.define(required=False, save_every="20ba", keep_latest=3, keep_best="accuracy")
 
 # What a run cannot change on the way and still be the same run.
 FIXED = ("num_steps", "batch_size", "learning_rate", "ema_decay", "seed")
@@ -156,20 +156,18 @@ def train(workdir: Path) -> None:
         "config": fc.Json(config),
     }
 
-    with fc.CheckpointManager(
-        workdir / "checkpoints",
-        save_policy=[fc.policies.every(FLAGS.save_interval_steps), fc.policies.Preemption()],
-        keep_policy=[fc.policies.LatestN(FLAGS.keep_latest), fc.policies.best_n(1, "accuracy")],
+    with fc.flags.manager(
+        CKPT, directory=workdir / "checkpoints", save_policy=fc.policies.Preemption()
     ) as manager:
-        start = 0
         if (latest := manager.latest_step()) is not None:
             saved = manager.restore(latest, only="config")["config"]
             if saved != config:
                 raise app.UsageError(f"{workdir} holds a run with {saved}, not with {config}.")
-            restored = manager.restore(latest, items)  # objects are filled, pytrees come back new
-            items["ema"], average = restored["ema"], restored["ema"]["average"]
-            start = latest + 1
-            print(f"resumed after step {latest}", flush=True)
+        restored = fc.flags.restore(CKPT, manager, items)  # --ckpt_resume says from what
+        items["ema"], average = restored["ema"], restored["ema"]["average"]  # pytrees are new
+        start = restored.next_step
+        if restored.step is not None:
+            print(f"resumed after step {restored.step}", flush=True)
         curve = Curve(workdir / "curve.jsonl", start)
 
         batches = endless(loader)

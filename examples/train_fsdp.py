@@ -50,11 +50,11 @@ flags.DEFINE_integer("num_heads", 4, "Attention heads in a block.", lower_bound=
 flags.DEFINE_integer("num_blocks", 2, "Blocks of the transformer.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 3e-3, "The peak of the schedule.", lower_bound=0.0)
 flags.DEFINE_integer("seed", 0, "Of the weights and of the batches.")
-flags.DEFINE_integer("save_interval_steps", 20, "Steps between checkpoints.", lower_bound=1)
-flags.DEFINE_integer("keep_latest", 3, "Checkpoints to keep beside the best one.", lower_bound=1)
 flags.DEFINE_string(
     "restored_dir", None, "Save what was resumed from there too, gathered by rank 0, to compare."
 )
+
+CKPT = fc.flags.define(required=False, save_every="20ba", keep_latest=3, keep_best="loss:min")
 
 # What a run cannot change on the way and still be the same run; how many ranks there are, it can.
 FIXED = (
@@ -268,22 +268,18 @@ def train(workdir: Path, mesh: DeviceMesh) -> None:
         "config": fc.Json(config),
     }
 
-    with fc.CheckpointManager(
-        workdir / "checkpoints",
-        save_policy=[fc.policies.every(FLAGS.save_interval_steps), fc.policies.Preemption()],
-        keep_policy=[
-            fc.policies.LatestN(FLAGS.keep_latest),
-            fc.policies.best_n(1, "loss", mode="min"),
-        ],
+    with fc.flags.manager(
+        CKPT, directory=workdir / "checkpoints", save_policy=fc.policies.Preemption()
     ) as manager:
-        start = 0
         if (latest := manager.latest_step()) is not None:
             saved = manager.restore(latest, only="config")["config"]
             if saved != config:
                 raise app.UsageError(f"{workdir} holds a run with {saved}, not with {config}.")
-            manager.restore(latest, items)  # every rank reads what its own shards need
-            start = latest + 1
-            say(f"resumed after step {latest} on {mesh['dp'].size()} x {mesh['tp'].size()} ranks")
+        restored = fc.flags.restore(CKPT, manager, items)  # each rank reads what its shards need
+        start = restored.next_step
+        if restored.step is not None:
+            shape = f"{mesh['dp'].size()} x {mesh['tp'].size()} ranks"
+            say(f"resumed after step {restored.step} on {shape}")
             if FLAGS.restored_dir:
                 save_gathered(Path(FLAGS.restored_dir), model, items["optimizer"])
         curve = Curve(workdir / "curve.jsonl", start) if dist.get_rank() == 0 else None

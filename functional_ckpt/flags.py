@@ -1,23 +1,29 @@
 """absl flags for launch scripts; defined when `define` is called, never at import.
 
-CKPT = fc.flags.define()
+A launch script needs four lines:
 
-def main(argv):
-with fc.flags.manager(CKPT) as manager:
-restored = fc.flags.restore(CKPT, manager, items)
-start = 0 if restored is None else restored.step + 1
+    CKPT = fc.flags.define()
+    ...
+    with fc.flags.manager(CKPT) as manager:
+        restored = fc.flags.restore(CKPT, manager, items)
+        for step in range(restored.next_step, num_steps):
+            ...
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from absl import flags as absl_flags
 
-from functional_ckpt import checkpoint, errors, policies, restoring
+from functional_ckpt import checkpoint, errors, policies, restoring, resuming
+from functional_ckpt.handlers import default_registry
+from functional_ckpt.handlers.base import Registry
+from functional_ckpt.handlers.module import ModuleHandler
 from functional_ckpt.manager import CheckpointManager
 
 __all__ = ["CheckpointFlags", "define", "manager", "restore"]
@@ -37,7 +43,9 @@ class CheckpointFlags:
         keep_best: `metric`, `metric:max` or `metric:min`; keeps the best step.
         overwrite: Whether a step that exists may be saved again.
         asynchronous: Whether saves are committed in the background.
-        resume: `latest`, `none`, or the path of a checkpoint to start from.
+        resume: `latest`, `none`, or the path of a checkpoint to begin with.
+        weights_only: Whether modules alone are restored from such a path.
+        ignore: Patterns of the items and leaves that are not restored.
         strict: Whether a difference between checkpoint and target is an error.
     """
 
@@ -49,6 +57,8 @@ class CheckpointFlags:
     overwrite: absl_flags.FlagHolder[bool]
     asynchronous: absl_flags.FlagHolder[bool]
     resume: absl_flags.FlagHolder[str]
+    weights_only: absl_flags.FlagHolder[bool]
+    ignore: absl_flags.FlagHolder[list[str]]
     strict: absl_flags.FlagHolder[bool]
 
 
@@ -56,13 +66,22 @@ def define(
     prefix: str = "ckpt",
     *,
     directory: str | None = None,
+    required: bool = True,
+    save_every: str | None = None,
+    keep_latest: int | None = None,
+    keep_best: str | None = None,
     flag_values: absl_flags.FlagValues = absl_flags.FLAGS,
 ) -> CheckpointFlags:
     """Defines the flags of one checkpoint manager.
 
     Args:
         prefix: What the flags' names begin with, for scripts with several managers.
-        directory: The default directory; None makes the flag required.
+        directory: The default directory.
+        required: Whether the directory must be given where it has no default; if not, `manager`
+            must be told one.
+        save_every: The default of the flag.
+        keep_latest: The default of the flag.
+        keep_best: The default of the flag.
         flag_values: Where to define them.
 
     Raises:
@@ -77,55 +96,99 @@ def define(
 
     return CheckpointFlags(
         directory=absl_flags.DEFINE_string(
-            name("dir"), directory, "Directory of the steps.", required=directory is None, **where
+            name("dir"),
+            directory,
+            "Directory of the steps.",
+            required=required and directory is None,
+            **where,
         ),
         save_every=absl_flags.DEFINE_string(
-            name("save_every"), None, "Save every so often: 500, 500ba, 90m, 1h30m.", **where
+            name("save_every"),
+            save_every,
+            "Save every so many steps (500, 500ba), so often (90m, 1h30m), or by the progress that "
+            "the script reports (1ep, 3e4tok, 0.25dur); without it, whenever the script says so.",
+            **where,
         ),
         keep_latest=absl_flags.DEFINE_integer(
-            name("keep_latest"), None, "Keep this many of the newest steps.", lower_bound=1, **where
+            name("keep_latest"),
+            keep_latest,
+            "Keep this many of the newest steps; without it, all.",
+            lower_bound=1,
+            **where,
         ),
         keep_every=absl_flags.DEFINE_integer(
             name("keep_every"), None, "Keep the multiples of this step too.", lower_bound=1, **where
         ),
         keep_best=absl_flags.DEFINE_string(
             name("keep_best"),
-            None,
-            "Keep the best too: METRIC, METRIC:max, METRIC:min.",
+            keep_best,
+            "Keep the best too: METRIC (the highest is best), METRIC:max or METRIC:min.",
             **where,
         ),
         overwrite=absl_flags.DEFINE_bool(
-            name("overwrite"), False, "Allow saving a step that exists.", **where
+            name("overwrite"),
+            False,
+            "Allow replacing steps that exist; else a run that would is refused before it begins.",
+            **where,
         ),
         asynchronous=absl_flags.DEFINE_bool(
-            name("async"), True, "Commit in the background.", **where
+            name("async"), True, "Write and commit in the background.", **where
         ),
         resume=absl_flags.DEFINE_string(
-            name("resume"), "latest", "What to start from: latest, none, or a path.", **where
+            name("resume"),
+            "latest",
+            "What to begin with: latest (the latest step, if there is one), none, or the path of a "
+            "checkpoint, where the directory has no step yet.",
+            **where,
+        ),
+        weights_only=absl_flags.DEFINE_bool(
+            name("weights_only"),
+            False,
+            f"With --{name('resume')}=PATH: restore modules alone, as for fine-tuning.",
+            **where,
+        ),
+        ignore=absl_flags.DEFINE_list(
+            name("ignore"),
+            [],
+            "Restore neither these items nor these leaves: patterns such as model.head.*",
+            **where,
         ),
         strict=absl_flags.DEFINE_bool(
-            name("strict"), True, "Fail where checkpoint and target differ.", **where
+            name("strict"),
+            True,
+            "Fail where checkpoint and target differ; else restore what fits, and log the rest.",
+            **where,
         ),
     )
 
 
-def manager(defined: CheckpointFlags, **arguments: Any) -> CheckpointManager:
+def manager(
+    defined: CheckpointFlags,
+    *,
+    directory: str | os.PathLike[str] | None = None,
+    **arguments: Any,
+) -> CheckpointManager:
     """The manager that the flags describe.
 
     Args:
         defined: From `define`.
+        directory: Where the steps are if the flag does not say.
         arguments: Further arguments of `CheckpointManager`; policies are added to the flags'.
 
     Raises:
-        UsageError: The flags contradict each other.
+        UsageError: The flags are malformed or contradict each other; every problem is named.
     """
+    _check(defined)
+    where = defined.directory.value or directory
+    if where is None:
+        raise errors.UsageError(f"--{defined.directory.name} must say where the steps are.")
     save = [policies.every(_number(defined.save_every.value))] if defined.save_every.value else []
     keep = _keep(defined)
     for key, own in (("save_policy", save), ("keep_policy", keep)):
         given = arguments.pop(key, None)
         own += given if isinstance(given, (list, tuple)) else [] if given is None else [given]
     return CheckpointManager(
-        str(defined.directory.value),
+        where,
         save_policy=save or None,
         keep_policy=keep,
         overwrite=defined.overwrite.value,
@@ -135,30 +198,124 @@ def manager(defined: CheckpointFlags, **arguments: Any) -> CheckpointManager:
 
 
 def restore(
-    defined: CheckpointFlags, manager: CheckpointManager, items: Mapping[str, Any]
-) -> restoring.Restored | None:
-    """Restores what `--ckpt_resume` says, and logs it; None where there is nothing to resume."""
-    source = defined.resume.value
-    latest = manager.latest_step()
-    if source == "none" or (source == "latest" and latest is None):
-        _log.info("%s: starting anew (resume=%s)", manager.directory, source)
-        return None
+    defined: CheckpointFlags,
+    manager: CheckpointManager,
+    items: Mapping[str, Any],
+    *,
+    registry: Registry | None = None,
+) -> restoring.Restored:
+    """Begins as the flags say, and logs how: `.next_step` is the step to go on with.
+
+    Args:
+        defined: From `define`.
+        manager: Of the run.
+        items: As `CheckpointManager.restore_or` takes them: where nothing is restored, their values
+            come back as they are.
+        registry: Chooses handlers for plain values of a checkpoint elsewhere.
+
+    Raises:
+        UsageError: The flags contradict each other, or what is there.
+        StepExistsError: The run would begin anew over steps that exist, without overwrite.
+    """
+    _check(defined)
+    source, strict = defined.resume.value, defined.strict.value
+    ignore = defined.ignore.value or None
     if source == "latest":
-        _log.info("%s: resuming from step %s", manager.directory, latest)
-        return manager.restore(latest, items, strict=defined.strict.value)
-    if latest is not None:
-        raise errors.UsageError(
-            f"resume={source} would start over in {manager.directory}, which already has step "
-            f"{latest}; resume from latest, or give this run a new directory.",
-            path=manager.directory,
-            step=latest,
-        )
-    _log.info("%s: starting from %s", manager.directory, source)
-    return checkpoint.restore(source, items, strict=defined.strict.value)
+        restored = manager.restore_or(items, strict=strict, ignore=ignore)
+        _log_report(restored)
+        return restored
+    manager.check_start(0)
+    initial = resuming.begin_with(items)
+    if source == "none":
+        _log.info("%s: beginning with the initial values (resume=none)", manager.directory)
+        return initial
+    registry = registry or default_registry()
+    wanted = _weights(items, registry) if defined.weights_only.value else items
+    _log.info("%s: beginning with %s of %s", manager.directory, ", ".join(wanted), source)
+    found = checkpoint.restore(source, wanted, strict=strict, ignore=ignore, registry=registry)
+    _log_report(found)
+    return found.over(initial)
+
+
+def _log_report(restored: restoring.Restored) -> None:
+    if restored.report:
+        _log.warning("restored in part:\n%s", restored.report)
+
+
+def _weights(items: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+    found = {
+        name: value
+        for name, value in items.items()
+        if isinstance(registry.bind(value, name).handler, ModuleHandler)
+    }
+    if not found:
+        raise errors.UsageError(f"weights_only: none of the items is a module: {', '.join(items)}.")
+    return found
 
 
 def _number(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() else text
+
+
+def _check(defined: CheckpointFlags) -> None:
+    """Raises one error for everything that is wrong with the flags."""
+    problems = [*_malformed(defined), *_contradictions(defined)]
+    if problems:
+        raise errors.UsageError("The flags cannot be:\n  " + "\n  ".join(problems))
+
+
+def _malformed(defined: CheckpointFlags) -> list[str]:
+    problems: list[str] = []
+    if defined.save_every.value is not None:
+        try:
+            policies.every(_number(defined.save_every.value))
+        except errors.UsageError as error:
+            problems.append(f"--{defined.save_every.name}: {error}")
+    if defined.keep_best.value is not None:
+        metric, colon, mode = defined.keep_best.value.partition(":")
+        if not metric or (colon and mode not in ("max", "min")):
+            problems.append(
+                f"--{defined.keep_best.name}: expected METRIC, METRIC:max or METRIC:min; got "
+                f"{defined.keep_best.value!r}"
+            )
+    source = defined.resume.value
+    if source not in ("latest", "none") and not os.path.isdir(source):
+        problems.append(
+            f"--{defined.resume.name}: expected latest, none, or the directory of a checkpoint; "
+            f"got {source!r}, which is no directory"
+        )
+    return problems
+
+
+def _contradictions(defined: CheckpointFlags) -> list[str]:
+    problems: list[str] = []
+    source = defined.resume.value
+    resume = f"--{defined.resume.name}={source}"
+    if source == "none":
+        asked = {
+            defined.weights_only.name: defined.weights_only.value,
+            defined.ignore.name: bool(defined.ignore.value),
+            f"no{defined.strict.name}": not defined.strict.value,
+        }
+        problems += [
+            f"--{name} says how to restore, and {resume} restores nothing"
+            for name, is_given in asked.items()
+            if is_given
+        ]
+    elif source == "latest" and defined.weights_only.value:
+        problems.append(
+            f"--{defined.weights_only.name} with {resume}: a run that goes on without its "
+            f"optimizer is another run; give --{defined.resume.name}=PATH and a new directory"
+        )
+    interval, kept = defined.save_every.value, defined.keep_every.value
+    steps = None if interval is None else interval.removesuffix("ba")
+    num_steps = int(steps) if steps is not None and steps.isdigit() else 0
+    if kept is not None and num_steps and kept % num_steps:
+        problems.append(
+            f"--{defined.keep_every.name}={kept} is no multiple of "
+            f"--{defined.save_every.name}={interval}: most of these steps are never saved"
+        )
+    return problems
 
 
 def _keep(defined: CheckpointFlags) -> list[Any]:
@@ -168,12 +325,7 @@ def _keep(defined: CheckpointFlags) -> list[Any]:
     if defined.keep_every.value is not None:
         keep.append(policies.EveryNSteps(defined.keep_every.value))
     if defined.keep_best.value is not None:
-        metric, colon, mode = defined.keep_best.value.partition(":")
-        if not metric or (colon and mode not in ("max", "min")):
-            raise errors.UsageError(
-                f"{defined.keep_best.name} must be METRIC, METRIC:max or METRIC:min; got "
-                f"{defined.keep_best.value!r}."
-            )
+        metric, _, mode = defined.keep_best.value.partition(":")
         keep.append(policies.best_n(1, metric, mode="min" if mode == "min" else "max"))
     if keep and defined.keep_latest.value is None:
         keep.append(policies.LatestN(1))  # what a run resumes from

@@ -15,6 +15,7 @@ from functional_ckpt.core.progress import Progress
 from functional_ckpt.distributed.coordinator import Combine, Coordinator, SingleProcess
 from functional_ckpt.fitting import Matched, RestoreOptions, is_per_rank, match_items
 from functional_ckpt.handlers.base import Registry
+from functional_ckpt.storage import threads
 from functional_ckpt.storage.layout import OpenCheckpoint
 
 __all__ = ["RestoreOptions", "Restored", "restore_checkpoint"]
@@ -53,6 +54,17 @@ class Restored(Mapping[str, Any]):
         """The step to go on with: the one after `step`, or 0 where nothing was restored."""
         return 0 if self.step is None else self.step + 1
 
+    def over(self, others: Mapping[str, Any]) -> Restored:
+        """The same, with the values of `others` where nothing of a name was restored."""
+        return Restored(
+            {**others, **self._items},
+            step=self.step,
+            report=self.report,
+            metrics=self.metrics,
+            progress=self.progress,
+            custom_metadata=self.custom_metadata,
+        )
+
     def __getitem__(self, name: str) -> Any:
         return self._items[name]
 
@@ -86,7 +98,8 @@ def restore_checkpoint(
     group = coordinator or SingleProcess()
     with _together(group, "matching the checkpoint with the target", _is_asked_of_all) as round_:
         checkpoint = open_checkpoint()
-        matched = match_items(checkpoint, items, registry, options, group)
+        with threads.without_collecting():
+            matched = match_items(checkpoint, items, registry, options, group)
         reports = {each.name: each.report for each in matched}
         if options.strict and any(r.missing or r.mismatched for r in reports.values()):
             plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)

@@ -18,7 +18,7 @@ from functional_ckpt.handlers.base import CheckpointItem, Registry
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import layout
 
-__all__ = ["Resumer", "as_step"]
+__all__ = ["Resumer", "as_step", "begin_with"]
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -59,18 +59,7 @@ class Resumer:
             return self._restore(number, initial, options)
         self._tell("no step yet: beginning with the initial values")
         self._warn_of_others()
-        values = {
-            name: value.value if isinstance(value, CheckpointItem) else value
-            for name, value in initial.items()
-        }
-        return restoring.Restored(
-            values,
-            step=None,
-            report=plan.RestoreReport(),
-            metrics=None,
-            progress=None,
-            custom_metadata={},
-        )
+        return begin_with(initial)
 
     def _tell(self, text: str, *values: object) -> None:
         if self.coordinator.rank == 0:
@@ -138,6 +127,22 @@ class Resumer:
             return values[0]
 
         return int(self.coordinator.exchange("which step to restore", value, combine))
+
+
+def begin_with(initial: Mapping[str, Any]) -> restoring.Restored:
+    """What a run begins with where nothing is restored: the values that it was given."""
+    values = {
+        name: value.value if isinstance(value, CheckpointItem) else value
+        for name, value in initial.items()
+    }
+    return restoring.Restored(
+        values,
+        step=None,
+        report=plan.RestoreReport(),
+        metrics=None,
+        progress=None,
+        custom_metadata={},
+    )
 
 
 def as_step(step: Any) -> int:

@@ -60,7 +60,7 @@ def train(workdir: Path, save_interval_steps: int, *more: str) -> tuple[str, ...
     return (
         f"--workdir={workdir}",
         f"--num_steps={NUM_STEPS}",
-        f"--save_interval_steps={save_interval_steps}",
+        f"--ckpt_save_every={save_interval_steps}",
         *more,
     )
 

@@ -48,7 +48,7 @@ def train(num_ranks: int, workdir: Path, *more: str) -> str:
         "--width=12",
         "--hidden=10",
         "--num_heads=2",
-        "--save_interval_steps=4",
+        "--ckpt_save_every=4",
         *more,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from absl import flags as absl_flags
 
 import functional_ckpt as fc
@@ -51,37 +52,118 @@ def test_keeping_the_best_keeps_the_latest_too(tmp_path: Path) -> None:
         assert manager.all_steps() == [0, 3]
 
 
+def begin(values: dict[str, object], *arguments: str) -> fc.Restored:
+    defined = parse(*arguments)
+    with fc.flags.manager(defined) as manager:
+        return fc.flags.restore(defined, manager, values)
+
+
 def test_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "functional_ckpt")
-    defined = parse(f"--ckpt_dir={tmp_path / 'run'}")
-    with fc.flags.manager(defined) as manager:
-        assert fc.flags.restore(defined, manager, {"x": 0}) is None
-        assert "starting anew" in caplog.text
+    run, other, new = (f"--ckpt_dir={tmp_path / name}" for name in ("run", "other", "new"))
+    begun = begin({"x": 0}, run)
+    assert (begun.step, begun.next_step, begun["x"]) == (None, 0, 0)
+    assert "no step yet" in caplog.text
+    with fc.flags.manager(parse(run)) as manager:
         manager.save(7, {"x": 5})
-        manager.wait_until_finished()
-        restored = fc.flags.restore(defined, manager, {"x": 0})
-        assert restored is not None
-        assert (restored.step, restored["x"]) == (7, 5)
-        assert "resuming from step 7" in caplog.text
-    fc.save(tmp_path / "other", {"x": 9})
-    elsewhere = parse(f"--ckpt_dir={tmp_path / 'new'}", f"--ckpt_resume={tmp_path / 'other'}")
-    with fc.flags.manager(elsewhere) as manager:
-        restored = fc.flags.restore(elsewhere, manager, {"x": 0})
-        assert restored is not None
-        assert restored["x"] == 9
-    over = parse(f"--ckpt_dir={tmp_path / 'run'}", f"--ckpt_resume={tmp_path / 'other'}")
-    with (
-        fc.flags.manager(over) as manager,
-        pytest.raises(fc.errors.UsageError, match="already has step 7"),
-    ):
-        fc.flags.restore(over, manager, {"x": 0})
+    restored = begin({"x": 0}, run)
+    assert (restored.step, restored.next_step, restored["x"]) == (7, 8, 5)
+    assert "going on from step 7" in caplog.text
+
+    fc.save(tmp_path / "one", {"x": 9})
+    source = f"--ckpt_resume={tmp_path / 'one'}"
+    restored = begin({"x": 0}, new, source)
+    assert (restored.next_step, restored["x"]) == (0, 9)
+    assert begin({"x": 0}, other, f"--ckpt_resume={tmp_path / 'run' / '7'}")["x"] == 5
+    assert begin({"x": 0}, other, "--ckpt_resume=none")["x"] == 0
+    # A run is not begun anew over another, unless that is asked for.
+    for how in (source, "--ckpt_resume=none"):
+        with pytest.raises(fc.errors.StepExistsError, match="has 1 steps from 0 on"):
+            begin({"x": 0}, run, how)
+    assert begin({"x": 0}, run, "--ckpt_resume=none", "--ckpt_overwrite")["x"] == 0
 
 
-@pytest.mark.parametrize("value", ["loss:lowest", ":max", ""])
-def test_a_malformed_best_is_a_clear_error(value: str, tmp_path: Path) -> None:
-    defined = parse(f"--ckpt_dir={tmp_path}", f"--ckpt_keep_best={value}")
-    with pytest.raises(fc.errors.UsageError, match="METRIC"):
-        fc.flags.manager(defined)
+def test_weights_alone_and_what_is_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained, model = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    fc.save(tmp_path / "one", {"model": trained, "ema": {"x": 1}})
+    bias = model.bias.detach().clone()
+    restored = begin(
+        {"model": model, "ema": {"x": 0}},
+        f"--ckpt_dir={tmp_path / 'new'}",
+        f"--ckpt_resume={tmp_path / 'one'}",
+        "--ckpt_weights_only",
+        "--ckpt_ignore=model.bias",
+    )
+    assert restored["ema"] == {"x": 0}
+    assert torch.equal(model.weight, trained.weight)
+    assert torch.equal(model.bias, bias)
+    arguments = (f"--ckpt_dir={tmp_path / 'new'}", f"--ckpt_resume={tmp_path / 'one'}")
+    with pytest.raises(fc.errors.UsageError, match="none of the items is a module: ema"):
+        begin({"ema": {"x": 0}}, *arguments, "--ckpt_weights_only")
+    larger = torch.nn.Linear(2, 4)
+    with pytest.raises(fc.errors.MismatchError):
+        begin({"model": larger}, *arguments)
+    begin({"model": larger}, *arguments, "--nockpt_strict")
+    assert "restored in part" in caplog.text
+
+
+@pytest.mark.parametrize("interval", ["2", "2ba", "2BA"])
+def test_intervals_in_steps(tmp_path: Path, interval: str) -> None:
+    with fc.flags.manager(
+        parse(f"--ckpt_dir={tmp_path}", f"--ckpt_save_every={interval}")
+    ) as manager:
+        assert [step for step in range(5) if manager.should_save(step)] == [0, 2, 4]
+
+
+def test_intervals_in_time_and_progress(tmp_path: Path) -> None:
+    with fc.flags.manager(parse(f"--ckpt_dir={tmp_path}", "--ckpt_save_every=1h30m")) as manager:
+        assert not manager.should_save(1)
+    with fc.flags.manager(parse(f"--ckpt_dir={tmp_path}", "--ckpt_save_every=1ep")) as manager:
+        assert manager.should_save(5, progress=fc.Progress(epoch=1, batch=5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ckpt_save_every=often"], "--ckpt_save_every: time span: expected"),
+        (["--ckpt_save_every=0"], "--ckpt_save_every: interval in steps"),
+        (["--ckpt_keep_best=loss:lowest"], "--ckpt_keep_best: expected METRIC"),
+        (["--ckpt_keep_best=:max"], "--ckpt_keep_best: expected METRIC"),
+        (["--ckpt_keep_best="], "--ckpt_keep_best: expected METRIC"),
+        (["--ckpt_resume=/nowhere/at/all"], "'/nowhere/at/all', which is no directory"),
+        (
+            ["--ckpt_resume=none", "--ckpt_weights_only"],
+            "--ckpt_weights_only says how to restore, and --ckpt_resume=none restores nothing",
+        ),
+        (["--ckpt_resume=none", "--ckpt_ignore=a,b"], "--ckpt_ignore says how to restore"),
+        (["--ckpt_resume=none", "--nockpt_strict"], "--nockpt_strict says how to restore"),
+        (["--ckpt_weights_only"], "a run that goes on without its optimizer is another run"),
+        (
+            ["--ckpt_save_every=500ba", "--ckpt_keep_every=750"],
+            "--ckpt_keep_every=750 is no multiple of --ckpt_save_every=500ba",
+        ),
+        (
+            ["--ckpt_save_every=x", "--ckpt_keep_best=:", "--ckpt_weights_only"],
+            "--ckpt_save_every: .*\n  --ckpt_keep_best: .*\n  --ckpt_weights_only",
+        ),
+    ],
+)
+def test_what_the_flags_cannot_be_is_one_clear_error(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(fc.errors.UsageError, match=f"The flags cannot be:\n  .*{message}"):
+        fc.flags.manager(parse(f"--ckpt_dir={tmp_path / 'run'}", *arguments))
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_reads_well() -> None:
+    values = absl_flags.FlagValues()
+    fc.flags.define(flag_values=values)
+    text = values.get_help()
+    for flag in ("dir", "save_every", "keep_latest", "resume", "weights_only", "ignore", "async"):
+        assert f"--{'[no]' if flag in ('weights_only', 'async') else ''}ckpt_{flag}:" in text
 
 
 def test_the_directory_is_required_unless_it_has_a_default(tmp_path: Path) -> None:
@@ -89,6 +171,24 @@ def test_the_directory_is_required_unless_it_has_a_default(tmp_path: Path) -> No
         parse()
     with fc.flags.manager(parse(directory=str(tmp_path))) as manager:
         assert manager.directory == str(tmp_path)
+
+
+def test_a_script_may_have_a_directory_and_defaults_of_its_own(tmp_path: Path) -> None:
+    values = absl_flags.FlagValues()
+    defined = fc.flags.define(
+        required=False, save_every="2ba", keep_latest=1, keep_best="loss:min", flag_values=values
+    )
+    values(["program"])
+    with pytest.raises(fc.errors.UsageError, match="--ckpt_dir must say where the steps are"):
+        fc.flags.manager(defined)
+    with fc.flags.manager(defined, directory=tmp_path / "own") as manager:
+        for step in range(7):
+            manager.save(step, {"x": step}, metrics={"loss": abs(step - 2)})
+        manager.wait_until_finished()
+        assert manager.all_steps() == [2, 6]
+    values(["program", f"--ckpt_dir={tmp_path / 'given'}"])
+    with fc.flags.manager(defined, directory=tmp_path / "own") as manager:
+        assert manager.directory == str(tmp_path / "given")
 
 
 def test_a_bad_prefix_is_a_clear_error() -> None:
