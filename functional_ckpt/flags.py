@@ -29,6 +29,8 @@ from functional_ckpt.manager import CheckpointManager
 __all__ = ["CheckpointFlags", "define", "manager", "restore"]
 
 _log = logging.getLogger("functional_ckpt")
+# The flags are the script's that calls `define`: `--help` shows them among its own.
+absl_flags.disclaim_key_flags()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -166,6 +166,19 @@ def test_help_reads_well() -> None:
         assert f"--{'[no]' if flag in ('weights_only', 'async') else ''}ckpt_{flag}:" in text
 
 
+def test_the_help_of_a_script_has_them(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from absl import app\nimport functional_ckpt as fc\n"
+        "CKPT = fc.flags.define()\napp.run(lambda argv: None)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=False
+    )
+    assert "--ckpt_save_every: Save every so many steps (500, 500ba)" in done.stdout
+    assert "--[no]ckpt_weights_only" in done.stdout
+
+
 def test_the_directory_is_required_unless_it_has_a_default(tmp_path: Path) -> None:
     with pytest.raises(absl_flags.IllegalFlagValueError, match="ckpt_dir"):
         parse()
