@@ -187,6 +187,14 @@ def _sharding(mesh_shape: list[int], ranks: list[int], placements: list[Any]) ->
 def _plan(
     items: Sequence[LoweredItem], rank: int, ranks: tuple[int, ...], shardings: Shardings | None
 ) -> SavePlan:
+    if ranks == (0,) and not any(s.sharding for item in items for s in item.sources):
+        return {
+            item.name: ItemPlan(
+                arrays=tuple(write_plan.plan_alone(s.node.spec) for s in item.sources),
+                scalars=frozenset(_scalars(item)),
+            )
+            for item in items
+        }
     placed: list[tuple[str, Source, Sharding]] = []
     for item in items:
         for source in item.sources:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,11 @@ from functional_ckpt.core import manifest, orbax_format, structure, union
 from functional_ckpt.core.chunks import ChunkGrid
 from functional_ckpt.core.progress import Progress
 from functional_ckpt.lowering import LoweredItem
-from functional_ckpt.storage import arrays_write, commit, threads
+from functional_ckpt.storage import arrays_direct, arrays_write, commit, threads
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.layout import JSON_FILE, PROGRESS_ITEM
-from functional_ckpt.writer import SPREAD_BYTES, RankReport
+from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.writer import RankReport
 
 __all__ = ["CheckpointInfo", "complete"]
 
@@ -70,9 +70,10 @@ def complete(
             file = f"{item.name}/{JSON_FILE}"
             files[file] = _write(storage, directory, file, item.text)
         elif item.root is not None:
-            record = _complete_tree(storage, path, item, item.root, reports)
+            with threads.without_collecting():
+                text = _complete_tree(storage, path, item, item.root, reports).to_json()
             file = f"{item.name}/{manifest.EXTENSION_FILE}"
-            files[file] = _write(storage, directory, file, record.to_json())
+            files[file] = _write(storage, directory, file, text)
     if info.metrics is not None:
         storage.make_directory(os.path.join(directory, "metrics"))
         file = "metrics/metrics"
@@ -131,7 +132,14 @@ def _complete_tree(
     }
     children = [child for report in reports for child in report.children[item.name]]
     children += _write_own_scalars(storage, path, parts, united)
-    arrays_write.merge_children(storage, path, children, tied)
+    known = {name: file for report in reports for name, file in report.files[item.name].items()}
+    if children:  # else the one rank that there is has written into the item's own database
+        merged = None
+        if isinstance(storage, LocalStorage):
+            merged = arrays_direct.merge_children(storage, path, children, tied)
+        if merged is None:
+            arrays_write.merge_children(storage, path, children, tied)
+        known |= merged or {}
     _write(storage, path, orbax_format.TREE_METADATA_FILE, orbax_format.tree_metadata(united))
     if texts := orbax_format.strings(united):
         _write(storage, path, orbax_format.STRINGS_FILE, json.dumps(texts).encode())
@@ -143,7 +151,7 @@ def _complete_tree(
             name: manifest.ArrayRecord(grid.chunk_shape, joined.get(name, ""))
             for name, grid in grids.items()
         },
-        files=_describe(storage, path),
+        files=_describe(storage, path, known),
     )
 
 
@@ -190,26 +198,18 @@ def _write_own_scalars(
     if not own:
         return []
     children = arrays_write.child_names(len(parts), 1)
-    arrays_write.write_arrays(storage, path, children, (), own)
+    if isinstance(storage, LocalStorage):
+        arrays_direct.write_arrays(storage, path, children[0], (), own)
+    else:
+        arrays_write.write_arrays(storage, path, children, (), own)
     return children
 
 
-def _describe(storage: Storage, path: str) -> dict[str, manifest.FileRecord]:
-    """What every file of an item must be.
-
-    Large ones are read back for their digests while they are being synced: the one waits for the
-    processor, the other for the disk.
-    """
-    names = storage.walk(path)
-    found: dict[str, manifest.FileRecord] = {}
-
-    def describe() -> None:
-        for name in names:
-            found[name] = storage.describe(os.path.join(path, name))
-
-    if storage.total_bytes(path) < SPREAD_BYTES:
-        describe()
-    else:
-        sync = functools.partial(commit.sync_tree, storage, path, names)
-        threads.run_in_threads([sync, describe])
-    return found
+def _describe(
+    storage: Storage, path: str, known: Mapping[str, manifest.FileRecord]
+) -> dict[str, manifest.FileRecord]:
+    """What every file of an item must be; what is not known yet is read back."""
+    return {
+        name: known.get(name) or storage.describe(os.path.join(path, name))
+        for name in storage.walk(path)
+    }

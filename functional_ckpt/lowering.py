@@ -12,7 +12,7 @@ import torch
 from functional_ckpt import errors
 from functional_ckpt.core import leaves, placement, structure, tree, union
 from functional_ckpt.handlers.base import CheckpointItem, Registry
-from functional_ckpt.storage import commit
+from functional_ckpt.storage import commit, threads
 from functional_ckpt.storage.layout import PROGRESS_ITEM
 
 __all__ = ["RESERVED_NAMES", "LoweredItem", "Source", "check_item_name", "lower", "to_json"]
@@ -45,6 +45,7 @@ class LoweredItem:
         root: The structure; None for a JSON item.
         text: The text of a JSON item; None for a tree.
         sources: Its arrays.
+        tied: Leaves that share the bytes of one of these.
         per_rank: Whether every rank has a value of its own, under a key of its own.
     """
 
@@ -53,6 +54,7 @@ class LoweredItem:
     root: structure.Node | None
     text: bytes | None = None
     sources: tuple[Source, ...] = ()
+    tied: tuple[structure.ArrayNode, ...] = ()
     per_rank: bool = False
 
 
@@ -88,7 +90,8 @@ def lower(
             f"{items!r:.60}. Wrap a single value: {{'state': value}}."
         )
     bound = {check_item_name(name): registry.bind(value, name) for name, value in items.items()}
-    return tuple(_lower_item(name, item, rank, ranks) for name, item in bound.items())
+    with threads.without_collecting():
+        return tuple(_lower_item(name, item, rank, ranks) for name, item in bound.items())
 
 
 def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ...]) -> LoweredItem:
@@ -106,7 +109,14 @@ def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ..
             "fc.Stateful(value, per_rank=False), or save tensor.to_local()",
             key_path=name,
         )
-    return LoweredItem(name=name, handler=kind, root=flat.root, sources=sources, per_rank=per_rank)
+    return LoweredItem(
+        name=name,
+        handler=kind,
+        root=flat.root,
+        sources=sources,
+        tied=flat.tied,
+        per_rank=per_rank,
+    )
 
 
 def _source(item: str, node: structure.ArrayNode, value: object, ranks: tuple[int, ...]) -> Source:

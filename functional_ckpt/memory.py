@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 
-from functional_ckpt.core import leaves, placement, plan, structure
+from functional_ckpt.core import leaves, memory_of, placement, plan, structure
 from functional_ckpt.core.spec import Box
 
 __all__ = ["Place", "place_of"]
@@ -77,12 +77,19 @@ def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
     """Whether a read can go straight into the tensor's memory."""
     stored = str(node.detail.get("dtype", node.spec.dtype))
     return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-        and tensor.device.type == "cpu"
-        and tensor.layout == torch.strided
-        and not (tensor.is_conj() or tensor.is_neg())
+        (memory_of.is_ordinary(tensor) or _is_memory(tensor))
+        and tensor.is_cpu
         and stored == leaves.torch_dtype_name(tensor.dtype)
         and not any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    )
+
+
+def _is_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is strided over its own memory."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and tensor.layout == torch.strided
+        and not (tensor.is_conj() or tensor.is_neg())
     )
 
 

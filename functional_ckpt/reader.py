@@ -6,6 +6,7 @@ memory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -15,11 +16,12 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 
 from functional_ckpt import memory, shared_reading
-from functional_ckpt.core import leaves, placement, plan, tree, walk
+from functional_ckpt.core import leaves, memory_of, placement, plan, tree, walk
 from functional_ckpt.core.spec import Box
 from functional_ckpt.distributed.coordinator import Coordinator
-from functional_ckpt.storage import arrays_read, threads
+from functional_ckpt.storage import arrays_fetch, arrays_read, threads
 from functional_ckpt.storage.layout import OpenItem
+from functional_ckpt.storage.paths import LocalStorage
 
 __all__ = ["Verify", "read_all"]
 
@@ -50,11 +52,17 @@ def read_all(
     if verify == "before":
         threads.run_in_threads([task for job in jobs for task in job.verification()])
     verified = verify == "during"
-    tasks = [task for job in jobs for task in job.tasks(verified=verified)]
-    if sharing is not None:
-        tasks = _without_shared(tasks, sharing)
-    threads.run_in_threads(_batches(tasks))
-    return [job.assemble() for job in jobs]
+    with contextlib.ExitStack() as files:
+        fetches: list[Callable[[], None]] = []
+        if sharing is None:
+            for job in jobs:
+                fetches += job.fetch(files, verified=verified)
+        tasks = [task for job in jobs for task in job.tasks(verified=verified)]
+        if sharing is not None:
+            tasks = _without_shared(tasks, sharing)
+        threads.run_in_threads([*fetches, *_batches(tasks)])
+    with threads.without_collecting():
+        return [job.assemble() for job in jobs]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,6 +134,25 @@ class _Job:
         self._place: memory.Place | None = None
         self._num_parts = 1
 
+    def take(self, fetcher: arrays_fetch.Fetcher, *, verified: bool) -> bool:
+        """Has all of the array read with many others at once, where that is possible."""
+        node, record = self.binding.node, self.item.record
+        like = self.binding.like
+        if record is None or (like is not None and placement.sharding_of(like) is not None):
+            return False
+        self._place = memory.place_of(self.binding)
+        array = record.arrays[node.stored_name]
+        return fetcher.take(
+            arrays_fetch.Wanted(
+                name=node.stored_name,
+                spec=node.spec,
+                chunk_shape=array.chunk_shape,
+                digests=array.xxh3 if verified else None,
+                destination=self._place.array,
+                finish=self._finish,
+            )
+        )
+
     def tasks(self, *, verified: bool) -> list[_Task]:
         node = self.binding.node
         record = self.item.record_of(node)
@@ -195,9 +222,9 @@ class _Job:
     def _open(self) -> memory.Place:
         with self._lock:
             if self._place is None:
-                if self.binding.form == "fill":
-                    self._touched.value = True
                 self._place = memory.place_of(self.binding)
+            if self.binding.form == "fill":
+                self._touched.value = True
             return self._place
 
     def _finish(self) -> None:
@@ -211,6 +238,8 @@ class _Jobs:
     def __init__(self, item: OpenItem, binding: plan.Binding, touched: Touched) -> None:
         self.item = item
         self.binding = binding
+        self._touched = touched
+        self._fetched: set[int] = set()
         self._jobs: dict[Any, _Job] = {}
         self._of: dict[int, _Job] = {}
         for read in _reads(binding):
@@ -218,8 +247,30 @@ class _Jobs:
             job = self._jobs.setdefault(key, _Job(item, read, touched))
             self._of[id(read)] = job
 
+    def fetch(self, files: contextlib.ExitStack, *, verified: bool) -> list[Callable[[], None]]:
+        """Tasks that read all that can be read with much else at once; `tasks` reads the rest."""
+        storage = self.item.storage
+        if self.item.record is None or not self._jobs or not isinstance(storage, LocalStorage):
+            return []
+        database = self.item.database  # the one that is there must open in any case
+        fetcher = arrays_fetch.Fetcher(storage, self.item.path)
+        files.enter_context(fetcher)
+        with threads.without_collecting():
+            taken = [job for job in self._jobs.values() if job.take(fetcher, verified=verified)]
+            tasks = fetcher.tasks()
+        database.count(fetcher.size_bytes)
+        self._fetched = {id(job) for job in taken}
+        if not any(job.binding.form == "fill" for job in taken):
+            return tasks
+        return [functools.partial(self._touch_and, task) for task in tasks]
+
+    def _touch_and(self, task: Callable[[], None]) -> None:
+        self._touched.value = True
+        task()
+
     def tasks(self, *, verified: bool) -> list[_Task]:
-        return [task for job in self._jobs.values() for task in job.tasks(verified=verified)]
+        left = [job for job in self._jobs.values() if id(job) not in self._fetched]
+        return [task for job in left for task in job.tasks(verified=verified)]
 
     def verification(self) -> list[Callable[[], None]]:
         nodes = {job.binding.node.stored_name: job.binding.node for job in self._jobs.values()}
@@ -266,10 +317,10 @@ def _reads(binding: plan.Binding) -> Iterator[plan.ReadArray]:
 def _sharing(read: plan.ReadArray) -> tuple[object, ...]:
     """Leaves tied in the checkpoint share a read when they end in the same kind of memory."""
     if read.form == "fill":
-        return ("fill", id(read.like), leaves.identity(read.like))
+        return ("fill", id(read.like), memory_of.identity(read.like))
     if read.form == "tensor":
         like = cast("torch.Tensor", read.like)
         is_parameter = isinstance(like, torch.nn.Parameter)
-        tied = leaves.identity(like) if not like.is_meta else None
+        tied = memory_of.identity(like) if not like.is_meta else None
         return ("tensor", like.dtype, str(like.device), is_parameter, tied)
     return (read.form,)

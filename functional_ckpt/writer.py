@@ -30,18 +30,17 @@ from functional_ckpt.core import (
     structure,
     write_plan,
 )
-from functional_ckpt.core.spec import Box, numpy_dtype
+from functional_ckpt.core.chunks import ChunkGrid
+from functional_ckpt.core.spec import ArraySpec, Box, numpy_dtype
 from functional_ckpt.lowering import LoweredItem, Source
-from functional_ckpt.storage import arrays, arrays_write, staging
+from functional_ckpt.storage import arrays, arrays_direct, arrays_write, staging, threads
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.paths import LocalStorage
 
 __all__ = ["RankReport", "StagedItem", "read_report", "stage", "write", "write_report"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-# From here on a rank spreads an item over several databases, which costs files and buys bandwidth.
-SPREAD_BYTES = 64 * 2**20
-_NUM_CHILDREN = 2
 REPORTS = ".ranks"
 """Where ranks leave what they wrote for the primary; gone before the step is committed."""
 
@@ -76,12 +75,17 @@ class RankReport:
         chunk_shapes: Item -> array -> how it is cut; of the arrays whose metadata this rank wrote.
         roots: Item -> its structure as this rank has it; only where it may differ from the
             primary's.
+        files: Item -> what the files must be that this rank wrote, by path relative to the item;
+            of those it does not name, the primary finds out.
     """
 
     digests: Mapping[str, arrays_write.Digests]
     chunk_shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
     children: Mapping[str, tuple[str, ...]]
     roots: Mapping[str, structure.Node]
+    files: Mapping[str, Mapping[str, manifest.FileRecord]] = dataclasses.field(
+        default_factory=dict[str, Mapping[str, manifest.FileRecord]]
+    )
 
 
 # ------------------------------------------------------------------------------------ stage
@@ -110,6 +114,13 @@ def stage(
             until the write is done).
     """
     arrays.check_process()
+    with threads.without_collecting():
+        return _stage(items, plan, buffer)
+
+
+def _stage(
+    items: Sequence[LoweredItem], plan: SavePlan, buffer: staging.StagingBuffer | None
+) -> tuple[StagedItem, ...]:
     parts = [list(_parts(item, plan[item.name])) for item in items]
     flat = [part for item_parts in parts for part in item_parts]
     hosts = iter(_refer(flat) if buffer is None else _copy(flat, buffer))
@@ -129,8 +140,11 @@ def _parts(item: LoweredItem, plan: ItemPlan) -> Iterator[_Part]:
         is_owner = planned.is_owner
         for entry in planned.pieces:
             piece, grid = entry.piece, planned.grid
-            whole = len(entry.indices) == sum(1 for _ in grid.indices(piece.box))
-            for box in [piece.box] if whole else map(grid.box, entry.indices):
+            if entry.is_whole and piece.box.shape == source.tensor.shape:
+                yield _Part(source, planned, piece.box, source.tensor, is_owner)
+                is_owner = False
+                continue
+            for box in [piece.box] if entry.is_whole else map(grid.box, entry.indices):
                 start = piece.local.offset
                 local = Box(
                     tuple(
@@ -146,18 +160,23 @@ def _parts(item: LoweredItem, plan: ItemPlan) -> Iterator[_Part]:
 
 
 def _refer(parts: Sequence[_Part]) -> list[Array]:
-    return [leaves.host_view(part.view.cpu(), part.source.node.spec.dtype) for part in parts]
+    return [
+        leaves.host_view(part.view if part.view.is_cpu else part.view.cpu(), _dtype(part))
+        for part in parts
+    ]
+
+
+def _dtype(part: _Part) -> str:
+    return part.source.node.spec.dtype
 
 
 def _copy(parts: Sequence[_Part], buffer: staging.StagingBuffer) -> list[Array]:
-    slots = [
-        staging.Slot(part.box.shape, numpy_dtype(part.source.node.spec.dtype)) for part in parts
-    ]
+    slots = [staging.Slot(part.box.shape, numpy_dtype(_dtype(part))) for part in parts]
     hosts = buffer.reserve(slots)
     on_host: list[tuple[Array, Array]] = []
     for part, host in zip(parts, hosts, strict=True):
-        if part.view.device.type == "cpu":
-            on_host.append((host, leaves.host_view(part.view, part.source.node.spec.dtype)))
+        if part.view.is_cpu:
+            on_host.append((host, leaves.host_view(part.view, _dtype(part))))
         elif host.size:
             leaves.tensor_over(host).copy_(part.view)
     staging.copy_in_threads(on_host)
@@ -201,30 +220,54 @@ def write(
     children: dict[str, tuple[str, ...]] = {}
     chunk_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     roots: dict[str, structure.Node] = {}
+    files: dict[str, Mapping[str, manifest.FileRecord]] = {}
     for item in items:
         name, root = item.lowered.name, item.lowered.root
         if root is None:
             continue
         path = os.path.join(directory, name)
         storage.make_directory(path)
-        children[name] = _children(item, rank, num_ranks)
-        scalars = (s for s in orbax_format.scalar_leaves(root) if s[0] in item.scalars)
-        digests[name] = arrays_write.write_arrays(
-            storage, path, children[name] or ("",), item.writes, scalars
-        )
+        # One rank alone writes into the item's own database.
+        children[name] = () if num_ranks == 1 else tuple(arrays_write.child_names(rank, 1))
+        tied = tied_arrays(item) if num_ranks == 1 else {}
+        scalars = [s for s in orbax_format.scalar_leaves(root) if s[0] in item.scalars]
+        written = _write_arrays(storage, path, children[name], item.writes, scalars, tied)
+        digests[name], files[name] = written.digests, written.files
         chunk_shapes[name] = {w.name: w.grid.chunk_shape for w in item.writes if w.is_owner}
         if known is None or known.get(name) != root_digest(root):
             roots[name] = root
-    return RankReport(digests=digests, children=children, chunk_shapes=chunk_shapes, roots=roots)
+    return RankReport(
+        digests=digests, children=children, chunk_shapes=chunk_shapes, roots=roots, files=files
+    )
 
 
-def _children(item: StagedItem, rank: int, num_ranks: int) -> tuple[str, ...]:
-    """The databases this rank spreads an item over; none when the item's own takes everything."""
-    if item.size_bytes >= SPREAD_BYTES:
-        return tuple(arrays_write.child_names(rank, _NUM_CHILDREN))
-    if num_ranks == 1:
-        return ()
-    return tuple(arrays_write.child_names(rank, 1))
+def tied_arrays(item: StagedItem) -> dict[str, tuple[str, ChunkGrid]]:
+    """Name of every tied leaf -> name and grid of the array that holds its bytes."""
+    grids = {write.name: write.grid for write in item.writes}
+    return {
+        leaf.name: (leaf.tied_to, grids[leaf.tied_to])
+        for leaf in item.lowered.tied
+        if leaf.tied_to is not None
+    }
+
+
+def _write_arrays(
+    storage: Storage,
+    path: str,
+    children: Sequence[str],
+    arrays: Sequence[arrays_write.ArrayWrite],
+    scalars: Sequence[tuple[str, ArraySpec, object]],
+    tied: Mapping[str, tuple[str, ChunkGrid]],
+) -> arrays_direct.Written:
+    """Through our own hands where that works, else through TensorStore's."""
+    child = children[0] if children else ""
+    is_local = isinstance(storage, LocalStorage)
+    if is_local and arrays_direct.can_write(arrays, 2 * len(scalars)):
+        return arrays_direct.write_arrays(storage, path, child, arrays, scalars, tied)
+    digests = arrays_write.write_arrays(storage, path, [child], arrays, scalars)
+    if tied:
+        arrays_write.merge_children(storage, path, (), tied)
+    return arrays_direct.Written(digests=digests, files={})
 
 
 def root_digest(root: structure.Node) -> str:
@@ -243,6 +286,10 @@ def write_report(storage: Storage, directory: str, rank: int, report: RankReport
         "children": report.children,
         "chunk_shapes": report.chunk_shapes,
         "roots": {name: nodes_json.to_json(root) for name, root in report.roots.items()},
+        "files": {
+            item: {name: [file.size_bytes, file.xxh3] for name, file in files.items()}
+            for item, files in report.files.items()
+        },
     }
     storage.write(os.path.join(folder, f"{rank}.json"), manifest.seal(record))
 
@@ -272,4 +319,8 @@ def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
             for item, shapes in record["chunk_shapes"].items()
         },
         roots={name: nodes_json.from_json(node) for name, node in record["roots"].items()},
+        files={
+            item: {name: manifest.FileRecord(*file) for name, file in files.items()}
+            for item, files in record["files"].items()
+        },
     )

@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core import placement, structure
+from functional_ckpt.core import memory_of, placement, structure
 from functional_ckpt.core import spec as spec_lib
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable
 
 __all__ = [
     "Destination",
     "allocate",
     "array_node",
     "host_view",
-    "identity",
+    "ordinary_node",
     "plain_value",
     "source_of",
     "tensor_over",
@@ -45,6 +43,7 @@ _NUMPY_ONLY = ("int2", "int4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fn
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@functools.cache
 def torch_dtype_name(dtype: torch.dtype) -> str:
     """`torch.float32` -> `float32`."""
     return str(dtype).removeprefix("torch.")
@@ -113,6 +112,22 @@ def array_node(value: object, name: str) -> structure.ArrayNode | None:
     return None
 
 
+_MAX_DESCRIBED = 4096
+_described: dict[object, tuple[spec_lib.ArraySpec, Mapping[str, object]]] = {}
+
+
+def ordinary_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
+    """As `array_node`, for an ordinary tensor; those that are alike share what describes them."""
+    key = (type(tensor), tensor.shape, tensor.dtype, tensor.requires_grad)
+    described = _described.get(key)
+    if described is None:
+        node = _tensor_node(tensor, name)
+        if len(_described) >= _MAX_DESCRIBED:
+            _described.clear()
+        described = _described[key] = (node.spec, node.detail)
+    return structure.ArrayNode(kind="tensor", spec=described[0], name=name, detail=described[1])
+
+
 def _tensor_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
     dtype = torch_dtype_name(tensor.dtype)
     stored = _CARRIED_BY.get(dtype, dtype)
@@ -178,31 +193,6 @@ def _numpy_node(array: Array | np.generic, name: str) -> structure.ArrayNode:
     )
 
 
-def identity(value: object) -> Hashable | None:
-    """What two leaves share when they are the same memory read the same way; None: not shared."""
-    if isinstance(value, torch.Tensor):
-        if value.numel() == 0 or value.is_conj() or value.is_neg():
-            return None
-        local = placement.local_of(value)
-        pointer: Hashable = local.data_ptr()
-        if local.numel() == 0:
-            # This rank holds nothing of a sharded tensor, and there is no pointer to nothing: all
-            # ranks must agree on what is tied, so the (empty) storage stands in for it.
-            pointer = (local.untyped_storage()._cdata, local.storage_offset())
-        return (
-            "torch",
-            str(value.device),
-            pointer,
-            tuple(value.shape),
-            value.stride(),
-            value.dtype,
-        )
-    if isinstance(value, np.ndarray) and value.size:
-        pointer = value.__array_interface__["data"][0]
-        return ("numpy", pointer, value.shape, value.strides, value.dtype.str)
-    return None
-
-
 # ------------------------------------------------------------------------------------ node to bytes
 
 
@@ -213,7 +203,10 @@ def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
     foreign-endian numpy arrays, numpy scalars and bytes.
     """
     if isinstance(value, torch.Tensor):
-        tensor = placement.local_of(value).detach().resolve_conj().resolve_neg()
+        if memory_of.is_ordinary(value):
+            tensor = value.detach()
+        else:
+            tensor = placement.local_of(value).detach().resolve_conj().resolve_neg()
         if "dtype" in node.detail:
             tensor = tensor.view(_torch_dtype(node.spec.dtype))
         return tensor
@@ -244,21 +237,26 @@ def tensor_over(array: Array) -> torch.Tensor:
 
 def host_view(tensor: torch.Tensor, dtype: str) -> Array:
     """A numpy array of storage dtype `dtype` over the memory of a CPU tensor; no copy."""
+    target, carrier = _host_dtypes(tensor.dtype, dtype)
     tensor = tensor.detach()
-    target = spec_lib.numpy_dtype(dtype)
-    if _is_registered(target) or tensor.dtype in (torch.complex32,) or _is_carried(tensor.dtype):
-        tensor = tensor.view(_INT_OF_SIZE[target.itemsize])
+    if carrier is not None:
+        tensor = tensor.view(carrier)
     array = cast("Array", tensor.numpy())
     return array if array.dtype == target else array.view(target)
+
+
+@functools.cache
+def _host_dtypes(dtype: torch.dtype, stored: str) -> tuple[np.dtype[Any], torch.dtype | None]:
+    """The numpy dtype of what is stored; what a tensor is viewed as that numpy does not know."""
+    target = spec_lib.numpy_dtype(stored)
+    if _is_registered(target) or torch_dtype_name(dtype) in _CARRIED_BY:
+        return target, _INT_OF_SIZE[target.itemsize]
+    return target, None
 
 
 def _is_registered(dtype: np.dtype[Any]) -> bool:
     """Whether it is one of ml_dtypes, whose kinds differ (float8_e5m2 is `f`, others `V`)."""
     return dtype.isbuiltin == 2
-
-
-def _is_carried(dtype: torch.dtype) -> bool:
-    return torch_dtype_name(dtype) in _CARRIED_BY
 
 
 # ----------------------------------------------------------------------------------- bytes to value

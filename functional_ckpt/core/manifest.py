@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -241,12 +242,10 @@ def _check_arrays(root: structure.Node, arrays: Mapping[str, ArrayRecord]) -> No
             continue
         expected.add(leaf.name)
         specs[leaf.name] = leaf.spec
-        grid = ChunkGrid(leaf.spec.shape, arrays[leaf.name].chunk_shape)
-        blocks = _num_blocks(grid, leaf.spec.itemsize_bytes, len(arrays[leaf.name].xxh3) // 16)
-        if len(arrays[leaf.name].xxh3) != 16 * blocks:
-            raise ValueError(
-                f"array {leaf.name!r} has {len(arrays[leaf.name].xxh3)} digits of digest"
-            )
+        array = arrays[leaf.name]
+        blocks = _num_blocks(leaf.spec, array.chunk_shape, len(array.xxh3) // 16)
+        if len(array.xxh3) != 16 * blocks:
+            raise ValueError(f"array {leaf.name!r} has {len(array.xxh3)} digits of digest")
     if expected != set(arrays):
         raise ValueError(f"arrays {sorted(expected ^ set(arrays))} are listed once only")
     for leaf in tied:
@@ -254,12 +253,14 @@ def _check_arrays(root: structure.Node, arrays: Mapping[str, ArrayRecord]) -> No
             raise ValueError(f"{leaf.name!r} is tied to {leaf.tied_to!r}, which is not the same")
 
 
-def _num_blocks(grid: ChunkGrid, itemsize_bytes: int, recorded: int) -> int:
+@functools.lru_cache(maxsize=4096)
+def _num_blocks(spec: spec_lib.ArraySpec, chunk_shape: tuple[int, ...], recorded: int) -> int:
+    grid = ChunkGrid(spec.shape, chunk_shape)
     if (
         grid.num_chunks > recorded
     ):  # a hostile shape may have 2^62 chunks: do not count them one by one
         return grid.num_chunks
-    return digest_offsets(grid, itemsize_bytes)[-1]
+    return digest_offsets(grid, spec.itemsize_bytes)[-1]
 
 
 # ------------------------------------------------------------------------------------ small parts

@@ -8,6 +8,7 @@ how many children follow it (sequences) or their keys (all others):
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any, TypeAlias
@@ -103,7 +104,7 @@ def _array(
     kind: str, payload: Json, detail: dict[str, object], tied_to: Json, path: structure.KeyPath
 ) -> structure.ArrayNode:
     dtype, sizes = payload
-    spec = ArraySpec(shape(sizes), string(dtype))
+    spec = _spec(shape(sizes), string(dtype))
     if kind == "tensor":
         _check_tensor(spec, detail)
     elif (dtype := detail.get("dtype")) is not None and not _NUMPY_DTYPE.fullmatch(string(dtype)):
@@ -115,6 +116,11 @@ def _array(
         detail=detail,
         tied_to=None if tied_to is None else string(tied_to),
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _spec(shape: tuple[int, ...], dtype: str) -> ArraySpec:
+    return ArraySpec(shape, dtype)
 
 
 def _check_tensor(spec: ArraySpec, detail: dict[str, object]) -> None:

@@ -36,6 +36,7 @@ _FOREIGN = dict.fromkeys(("int2", "int4", "float4_e2m1fn", "float8_e3m4", "float
 
 
 @functools.cache
+@functools.cache
 def numpy_dtype(name: str) -> np.dtype:
     """The numpy dtype of a storage dtype's name; `UsageError` for a name that is not in the table.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core import leaves, structure, walk
+from functional_ckpt.core import leaves, memory_of, structure, walk
 from functional_ckpt.core.containers import Opened, close_container, open_container
 from functional_ckpt.core.structure import ROOT_NAME, Key, KeyPath, leaf_name
 
@@ -33,10 +33,12 @@ class FlatTree:
         root: The structure, with every array named.
         arrays: For each array that holds its own bytes: its name, node and live value, in tree
             order.
+        tied: The others, which share the bytes of one of these.
     """
 
     root: structure.Node
     arrays: tuple[tuple[structure.ArrayNode, object], ...]
+    tied: tuple[structure.ArrayNode, ...] = ()
 
 
 def flatten(value: object, *, item: str = "") -> FlatTree:
@@ -53,7 +55,7 @@ def flatten(value: object, *, item: str = "") -> FlatTree:
     state = _Flattening(item)
     root = walk.fold((value, ()), state.visit)
     state.raise_problems()
-    return FlatTree(root=root, arrays=tuple(state.arrays))
+    return FlatTree(root=root, arrays=tuple(state.arrays), tied=tuple(state.tied))
 
 
 _Place: TypeAlias = tuple[object, KeyPath]
@@ -66,6 +68,7 @@ class _Flattening:
     def __init__(self, item: str) -> None:
         self.item = item
         self.arrays: list[tuple[structure.ArrayNode, object]] = []
+        self.tied: list[structure.ArrayNode] = []
         self.problems: list[tuple[str, str]] = []
         self.collisions: list[tuple[str, str]] = []
         self.paths: dict[str, KeyPath] = {}
@@ -74,6 +77,8 @@ class _Flattening:
 
     def visit(self, place: _Place) -> walk.Visit[_Place, structure.Node]:
         value, path = place
+        if memory_of.is_ordinary(value):
+            return walk.leaf(self._ordinary(cast("torch.Tensor", value), path))
         try:
             if (plain := leaves.value_node(value)) is not None:
                 self._take_name(path)
@@ -90,6 +95,14 @@ class _Flattening:
         else:
             self._add_problem(path, _why_unsupported(value))
         return walk.leaf(_NOTHING)
+
+    def _ordinary(self, tensor: torch.Tensor, path: KeyPath) -> structure.Node:
+        try:
+            name = self._take_name(path)
+            return self._array(leaves.ordinary_node(tensor, name), tensor)
+        except errors.UsageError as error:
+            self._add_problem(path, error.message)
+            return _NOTHING
 
     def _branch(
         self, value: object, opened: Opened, path: KeyPath
@@ -113,7 +126,7 @@ class _Flattening:
             if (other := seen.setdefault(str(key.value), key)) is not key:
                 self._add_collision((*path, other), (*path, key))
 
-    def _take_name(self, path: KeyPath) -> None:
+    def _take_name(self, path: KeyPath) -> str:
         name = leaf_name(path)
         try:
             name.encode()
@@ -123,11 +136,13 @@ class _Flattening:
             ) from None
         if (other := self.paths.setdefault(structure.key_prefix(name), path)) is not path:
             self._add_collision(other, path)
+        return name
 
     def _array(self, node: structure.ArrayNode, value: object) -> structure.ArrayNode:
-        key = leaves.identity(value)
+        key = memory_of.identity(value)
         if key is not None and (owner := self.owners.setdefault(key, node.name)) != node.name:
-            return dataclasses.replace(node, tied_to=owner)
+            self.tied.append(dataclasses.replace(node, tied_to=owner))
+            return self.tied[-1]
         self.arrays.append((node, value))
         return node
 

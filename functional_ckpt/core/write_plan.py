@@ -8,6 +8,7 @@ holds the same. Free of torch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
@@ -16,7 +17,7 @@ from functional_ckpt.core.chunks import MAX_CHUNK_BYTES, ChunkGrid, choose_grid
 from functional_ckpt.core.placement import Piece, Sharding
 from functional_ckpt.core.spec import ArraySpec
 
-__all__ = ["PlannedArray", "PlannedPiece", "ShardedArray", "plan_writes"]
+__all__ = ["PlannedArray", "PlannedPiece", "ShardedArray", "plan_alone", "plan_writes"]
 
 Index: TypeAlias = tuple[int, ...]
 
@@ -49,10 +50,12 @@ class PlannedPiece:
     Attributes:
         piece: Where it is.
         indices: The chunks, in C order.
+        is_whole: Whether these are all that the piece has.
     """
 
     piece: Piece
     indices: tuple[Index, ...]
+    is_whole: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,15 +83,23 @@ def plan_writes(arrays: Sequence[ShardedArray], rank: int) -> tuple[PlannedArray
     mine = _deal(arrays, grids, rank)
     planned: list[PlannedArray] = []
     for place, (array, grid) in enumerate(zip(arrays, grids, strict=True)):
-        pieces = tuple(
-            PlannedPiece(piece, indices)
-            for piece in array.sharding.pieces(array.spec.shape, rank)
-            if (indices := tuple(i for i in grid.indices(piece.box) if (place, i) in mine))
-        )
+        pieces: list[PlannedPiece] = []
+        for piece in array.sharding.pieces(array.spec.shape, rank):
+            every = tuple(grid.indices(piece.box))
+            indices = tuple(index for index in every if (place, index) in mine)
+            if indices:
+                pieces.append(PlannedPiece(piece, indices, len(indices) == len(every)))
         first = (place, (0,) * len(array.spec.shape))
         is_owner = first in mine if grid.num_chunks else rank == min(array.sharding.ranks)
-        planned.append(PlannedArray(grid, pieces, is_owner))
+        planned.append(PlannedArray(grid, tuple(pieces), is_owner))
     return tuple(planned)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_alone(spec: ArraySpec) -> PlannedArray:
+    """What the only rank writes of an array: all of it."""
+    array = ShardedArray("", "", spec, Sharding.replicated((0,)))
+    return plan_writes([array], 0)[0]
 
 
 def _grid(array: ShardedArray) -> ChunkGrid:

@@ -13,7 +13,7 @@ import torch
 from torch.nn import parameter
 
 from functional_ckpt import errors
-from functional_ckpt.core import leaves
+from functional_ckpt.core import memory_of
 from functional_ckpt.core import spec as spec_lib
 from functional_ckpt.core.target import AS_SAVED, Fill
 from functional_ckpt.handlers import wrappers
@@ -196,8 +196,8 @@ def _is_same(tensor: torch.Tensor, value: object) -> bool:
         return False
     if tensor.layout != torch.strided or value.layout != torch.strided:
         return False
-    key = leaves.identity(value)
-    return key is not None and key == leaves.identity(tensor)
+    key = memory_of.identity(value)
+    return key is not None and key == memory_of.identity(tensor)
 
 
 def _is_uninitialized(value: object) -> bool:

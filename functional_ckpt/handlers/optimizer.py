@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core import leaves, placement
+from functional_ckpt.core import leaves, memory_of, placement
 from functional_ckpt.core import spec as spec_lib
 from functional_ckpt.core import tree as tree_lib
 from functional_ckpt.core.structure import Names
@@ -158,7 +158,7 @@ class _Matching:
 
     def __init__(self, own: State) -> None:
         counts = collections.Counter(
-            leaves.identity(tensor) for tensor in _tensors([own["state"], own["param_groups"]])
+            memory_of.identity(tensor) for tensor in _tensors([own["state"], own["param_groups"]])
         )
         # Memory that two live entries share is not filled: in the checkpoint the two may differ.
         self.aliased: frozenset[Hashable] = frozenset(
@@ -200,7 +200,7 @@ class _Matching:
             and _is_strided(live)
             and tuple(live.shape) == saved.shape
             and leaves.torch_dtype_name(live.dtype) == saved.dtype
-            and leaves.identity(live) not in self.aliased
+            and memory_of.identity(live) not in self.aliased
         )
 
 

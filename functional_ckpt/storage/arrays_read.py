@@ -33,6 +33,7 @@ from functional_ckpt.storage.arrays import (
 
 __all__ = [
     "ArrayRead",
+    "compare_digests",
     "read_array",
     "read_foreign_array",
     "read_part",
@@ -124,7 +125,7 @@ def _read_run(
     data = _read_key(database, read, index, first, last)
     if read.digests is not None:
         got = digest_blocks(np.frombuffer(data, np.uint8))
-        _compare_digests(database, read, index, got, first // DIGEST_BLOCK_BYTES)
+        compare_digests(database.directory, read, index, got, first // DIGEST_BLOCK_BYTES)
     wanted = np.frombuffer(data, np.uint8, end - start, start - first)
     return wanted.view(like.dtype).reshape(like.shape)
 
@@ -175,11 +176,11 @@ def _read_chunk(database: Database, read: ArrayRead, index: tuple[int, ...], out
             raise corrupt(database, f"array {read.name!r}", error) from error
         database.count(out.nbytes)
     if read.digests is not None:
-        _compare_digests(database, read, index, digest_blocks(out), 0)
+        compare_digests(database.directory, read, index, digest_blocks(out), 0)
 
 
-def _compare_digests(
-    database: Database, read: ArrayRead, index: tuple[int, ...], got: str, first_block: int
+def compare_digests(
+    directory: str, read: ArrayRead, index: tuple[int, ...], got: str, first_block: int
 ) -> None:
     """Raises unless `got` are the digests of a chunk from block `first_block` on."""
     offsets = digest_offsets(read.grid, read.spec.itemsize_bytes)
@@ -189,11 +190,11 @@ def _compare_digests(
         return
     block = next(i for i in range(0, len(got), 16) if got[i : i + 16] != expected[i : i + 16])
     raise errors.CorruptCheckpointError(
-        f"{database.directory}: array {read.name!r}, chunk {read.grid.key(index)!r}, bytes from "
+        f"{directory}: array {read.name!r}, chunk {read.grid.key(index)!r}, bytes from "
         f"{(first_block + block // 16) * DIGEST_BLOCK_BYTES}: expected digest "
         f"{expected[block : block + 16]}, got {got[block : block + 16]}. The data changed after it "
         "was written; restore another step.",
-        path=database.directory,
+        path=directory,
         key_path=read.name,
     )
 

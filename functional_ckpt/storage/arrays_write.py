@@ -42,6 +42,7 @@ __all__ = [
     "child_names",
     "join_digests",
     "merge_children",
+    "padded",
     "write_arrays",
 ]
 
@@ -186,12 +187,12 @@ def _write_chunk(
     found[array.grid.position(index)] = digest_blocks(data)
     if data.nbytes <= SMALL_CHUNK_BYTES:
         key = f"{key_prefix(array.name)}{array.grid.key(index)}"
-        database.put(key, _padded(data, array.grid).tobytes())
+        database.put(key, padded(data, array.grid).tobytes())
     else:
         database.put_array(array, box, data)
 
 
-def _padded(data: Array, grid: ChunkGrid) -> Array:
+def padded(data: Array, grid: ChunkGrid) -> Array:
     """An edge chunk with zeros up to the full chunk shape, as zarr stores it."""
     if data.shape == grid.chunk_shape:
         return data

@@ -29,7 +29,14 @@ import xxhash
 from functional_ckpt import errors
 from functional_ckpt.core.manifest import FileRecord
 
-__all__ = ["DirectoryLock", "LocalStorage", "describe_holder", "is_remote", "resolve"]
+__all__ = [
+    "DirectoryLock",
+    "LocalStorage",
+    "clear_errors",
+    "describe_holder",
+    "is_remote",
+    "resolve",
+]
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -86,7 +93,8 @@ def _resolve_uri(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _clear_errors(action: str, path: str) -> Generator[None]:
+def clear_errors(action: str, path: str) -> Generator[None]:
+    """Turns the system's refusal of what is done inside into a `StorageError`."""
     try:
         yield
     except OSError as error:
@@ -112,8 +120,17 @@ class LocalStorage:
     def read(self, path: str) -> bytes:
         """The content of a file."""
         self.operation("read", path)
-        with _clear_errors("read", path), open(path, "rb") as file:
+        with clear_errors("read", path), open(path, "rb") as file:
             return file.read()
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        """Part of a regular file; shorter where the file ends."""
+        self.operation("read", path)
+        with clear_errors("read", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with open(descriptor, "rb") as file:
+                size_bytes = os.fstat(descriptor).st_size
+                return os.pread(file.fileno(), max(0, min(length, size_bytes - offset)), offset)
 
     def exists(self, path: str) -> bool:
         """Whether anything is at `path`."""
@@ -146,7 +163,7 @@ class LocalStorage:
     def list(self, path: str) -> list[str]:
         """Sorted names in a directory; empty when it does not exist."""
         self.operation("list", path)
-        with _clear_errors("list", path):
+        with clear_errors("list", path):
             try:
                 return sorted(os.listdir(path))
             except FileNotFoundError:
@@ -178,7 +195,7 @@ class LocalStorage:
     def describe(self, path: str) -> FileRecord:
         """Size and digest of a regular file."""
         self.operation("read", path)
-        with _clear_errors("read", path):
+        with clear_errors("read", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             with open(descriptor, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -194,7 +211,7 @@ class LocalStorage:
         while todo:
             # What disappears while we look counts for nothing.
             with (
-                _clear_errors("list", path),
+                clear_errors("list", path),
                 contextlib.suppress(FileNotFoundError),
                 os.scandir(todo.pop()) as entries,
             ):
@@ -210,13 +227,13 @@ class LocalStorage:
     def make_directory(self, path: str) -> None:
         """Creates a directory and its parents; nothing happens when it exists."""
         self.operation("make_directory", path)
-        with _clear_errors("create directory", path):
+        with clear_errors("create directory", path):
             os.makedirs(path, exist_ok=True)
 
     def write(self, path: str, data: bytes) -> None:
         """Creates a file; neither its content nor its entry is durable before they are synced."""
         self.operation("write", path)
-        with _clear_errors("write", path):
+        with clear_errors("write", path):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             with open(os.open(path, flags, 0o666), "wb") as file:
                 file.write(data)
@@ -238,7 +255,7 @@ class LocalStorage:
             temporary: Where the link is made first, in the same file system.
         """
         self.operation("link", path)
-        with _clear_errors("link", path):
+        with clear_errors("link", path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             os.symlink(target, temporary)
@@ -248,7 +265,7 @@ class LocalStorage:
     def sync(self, path: str) -> None:
         """Makes the content of an existing file durable."""
         self.operation("sync", path)
-        with _clear_errors("sync", path):
+        with clear_errors("sync", path):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)
@@ -262,7 +279,7 @@ class LocalStorage:
     def rename(self, source: str, target: str) -> None:
         """Renames a file or directory; a directory never replaces one that has entries."""
         self.operation("rename", target)
-        with _clear_errors("rename to", target):
+        with clear_errors("rename to", target):
             os.rename(source, target)
 
     def exchange(self, first: str, second: str) -> bool:
@@ -286,7 +303,7 @@ class LocalStorage:
     def remove(self, path: str) -> None:
         """Removes a file, or a directory and all in it; nothing happens when it is absent."""
         self.operation("remove", path)
-        with _clear_errors("remove", path):
+        with clear_errors("remove", path):
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path)
             else:
@@ -331,7 +348,7 @@ class DirectoryLock:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        with _clear_errors("open the lock", path):
+        with clear_errors("open the lock", path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import math
 import mmap
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -21,8 +21,7 @@ _ALIGNMENT_BYTES = 64
 _PIECE_BYTES = 8 * 2**20
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """Room for one array.
 
     Attributes:
@@ -36,7 +35,7 @@ class Slot:
     @property
     def size_bytes(self) -> int:
         """Bytes of the array."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class StagingBuffer:
@@ -48,30 +47,40 @@ class StagingBuffer:
     def __init__(self) -> None:
         self._arena: Any = None
         self.size_bytes = 0
+        self._slots: list[Slot] = []
+        self._arrays: list[Array] = []
 
     def reserve(self, slots: Sequence[Slot]) -> list[Array]:
         """An array for every slot, over memory that stays valid until the next call."""
+        if self._arena is None or slots != self._slots:
+            self._slots, self._arrays = list(slots), []
+            self._arrays = self._carve(slots)
+        return self._arrays
+
+    def _carve(self, slots: Sequence[Slot]) -> list[Array]:
         offsets: list[int] = []
         end = 0
-        for slot in slots:
+        sizes = [slot.size_bytes for slot in slots]
+        for size_bytes in sizes:
             offsets.append(end)
-            end += -(-slot.size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+            end += -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         if end > self.size_bytes:
             self._arena = None  # the old memory goes before the new comes
             self._arena = mmap.mmap(-1, end)
             self.size_bytes = end
         arrays: list[Array] = []
-        for slot, offset in zip(slots, offsets, strict=True):
-            if slot.size_bytes == 0:
-                arrays.append(np.empty(slot.shape, slot.dtype))
+        for (shape, dtype), size_bytes, offset in zip(slots, sizes, offsets, strict=True):
+            if size_bytes == 0:
+                arrays.append(np.empty(shape, dtype))
                 continue
-            flat = np.frombuffer(self._arena, np.uint8, slot.size_bytes, offset)
-            arrays.append(flat.view(slot.dtype).reshape(slot.shape))
+            flat = np.frombuffer(self._arena, np.uint8, size_bytes, offset)
+            arrays.append(flat.view(dtype).reshape(shape))
         return arrays
 
     def release(self) -> None:
         """Gives the memory back once nothing refers to it."""
         self._arena, self.size_bytes = None, 0
+        self._slots, self._arrays = [], []
 
 
 def copy_in_threads(copies: Sequence[tuple[Array, Array]]) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 
 from functional_ckpt import errors
-from functional_ckpt.core import leaves
+from functional_ckpt.core import leaves, memory_of
 from functional_ckpt.core.spec import ArraySpec
 from functional_ckpt.core.structure import ArrayNode
 from functional_ckpt.testing import differences, strategies
@@ -81,7 +81,7 @@ def test_subclasses_of_plain_types_are_not_plain() -> None:
 )
 def test_identity(first, second, is_shared: bool) -> None:
     tensor = torch.arange(9.0).reshape(3, 3)
-    one, other = leaves.identity(first(tensor)), leaves.identity(second(tensor))
+    one, other = memory_of.identity(first(tensor)), memory_of.identity(second(tensor))
     assert (one is not None and one == other) == is_shared
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt import testing, writer
-from functional_ckpt.storage import commit
+from functional_ckpt import testing
+from functional_ckpt.storage import arrays_direct, commit
 
 Action = Callable[[fc.CheckpointManager], Any]
 
@@ -85,8 +85,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "several databases":
-        monkeypatch.setattr(writer, "SPREAD_BYTES", 0)
+    if request.param == "several files":
+        monkeypatch.setattr(arrays_direct, "BYTES_PER_FILE", 1)
     return request.param
 
 
@@ -187,7 +187,7 @@ def check_next_writer(root: Path, held: dict[int, int], *, saves: bool = True) -
 
 @pytest.mark.parametrize(
     ("case", "layout"),
-    [*((case, "one database") for case in CASES), ("save", "several databases")],
+    [*((case, "one database") for case in CASES), ("save", "several files")],
     indirect=["layout"],
 )
 @pytest.mark.parametrize("mode", ["once", "lasting"])
@@ -197,7 +197,7 @@ def test_a_failure_loses_nothing_and_is_told_once(
     layout: str,
     template: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    figure: Callable[[str], None],
 ) -> None:
     act, may_hold = CASES[case]
     num_trials = 0
@@ -225,13 +225,12 @@ def test_a_failure_loses_nothing_and_is_told_once(
             held = check_steps(trial.root, {**may_hold, **pruned})
         trial.close()
         check_next_writer(trial.root, held, saves=trial.manager is None)
-    with capsys.disabled():
-        print(f"\n{case}, {mode}, {layout}: {num_trials} operations failed, 0 losses")
+    figure(f"{case}, {mode}, {layout}: {num_trials} operations failed, 0 losses")
 
 
 @pytest.mark.parametrize(
     ("case", "layout"),
-    [*((case, "one database") for case in CASES), ("overwrite", "several databases")],
+    [*((case, "one database") for case in CASES), ("overwrite", "several files")],
     indirect=["layout"],
 )
 def test_a_crash_at_any_operation_loses_nothing(

@@ -1,0 +1,151 @@
+"""Large files written and read at the speed of the disk: few system calls, and no page cache.
+
+A writer gathers what it is given in one aligned buffer and hands whole buffers to the disk. The
+digest of the file is taken on the way, so that nobody has to read it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import mmap
+import os
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import xxhash
+
+from functional_ckpt.core.manifest import FileRecord
+from functional_ckpt.storage.paths import LocalStorage, clear_errors
+
+__all__ = ["DataFile"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_BLOCK_BYTES = 4096
+_BUFFER_BYTES = 4 * 2**20
+# Smaller files are not worth going around the page cache, from which they may soon be read.
+_DIRECT_FROM_BYTES = 16 * 2**20
+_NO_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+class DataFile:
+    """A new file that is written from its first byte to its last. Use it from one thread.
+
+    Args:
+        storage: Told that it is made.
+        path: Where; its directory is there.
+        size_bytes: How large it will be.
+
+    Raises:
+        StorageError: The file system refused; also by the other methods.
+    """
+
+    def __init__(self, storage: LocalStorage, path: str, size_bytes: int) -> None:
+        storage.operation("write_data", path)
+        self._path = path
+        self._hash = xxhash.xxh3_64()
+        self._written = 0
+        self._filled = 0
+        blocks = -(-min(size_bytes, _BUFFER_BYTES) // _BLOCK_BYTES)
+        self._memory = mmap.mmap(-1, max(1, blocks) * _BLOCK_BYTES)
+        self._buffer = np.frombuffer(self._memory, np.uint8)
+        self._is_direct = size_bytes >= _DIRECT_FROM_BYTES
+        with clear_errors("write", path):
+            self._descriptor = self._open()
+            if self._is_direct:
+                _reserve(self._descriptor, size_bytes)
+
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        if self._is_direct:
+            try:
+                return os.open(self._path, flags | os.O_DIRECT, 0o666)
+            except OSError as error:
+                if error.errno not in _NO_DIRECT:
+                    raise
+                self._is_direct = False
+        return os.open(self._path, flags, 0o666)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes given so far."""
+        return self._written + self._filled
+
+    def append(self, data: Array) -> int:
+        """Adds bytes, a flat array of uint8, and returns where they begin."""
+        offset, start, count = self.size_bytes, 0, len(data)
+        room = len(self._buffer)
+        while start < count:
+            taken = min(count - start, room - self._filled)
+            end = self._filled + taken
+            self._buffer[self._filled : end] = data[start : start + taken]
+            self._filled, start = end, start + taken
+            if end == room:
+                self._flush()
+        return offset
+
+    def _flush(self) -> None:
+        count = self._filled
+        view = memoryview(self._memory)[:count]
+        self._hash.update(view)
+        with clear_errors("write", self._path):
+            if self._is_direct and count % _BLOCK_BYTES:
+                # Only whole blocks go around the page cache: the rest of the file goes through it.
+                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+                self._is_direct = False
+            done = 0
+            while done < count:
+                done += os.pwrite(self._descriptor, view[done:], self._written + done)
+        self._written += count
+        self._filled = 0
+
+    def finish(self) -> FileRecord:
+        """Writes what is left, and returns what the file must be; durable once it is synced."""
+        if self._filled:
+            self._flush()
+        with clear_errors("write", self._path):
+            os.ftruncate(self._descriptor, self._written)
+        return FileRecord(self._written, self._hash.hexdigest())
+
+    def close(self) -> None:
+        """Gives file and memory back; safe to call twice."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+        self._buffer = np.empty(0, np.uint8)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _reserve(descriptor: int, size_bytes: int) -> None:
+    """Finds room for the whole file at once; a file system that cannot is asked as we go."""
+    function = _fallocate()
+    if function is None or function(descriptor, 0, 0, size_bytes) == 0:
+        return
+    code = ctypes.get_errno()
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        raise OSError(code, os.strerror(code))
+
+
+@functools.cache
+def _fallocate() -> Any:
+    with contextlib.suppress(AttributeError, OSError):
+        function = ctypes.CDLL(None, use_errno=True).fallocate
+        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        return function
+    return None
