@@ -25,12 +25,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import compare
-from absl import app, flags
-from rich.console import Console
-from rich.markup import escape
+import demonstrating
+from absl import flags
+from demonstrating import TMP_SUFFIX, DemoError, console
 from rich.table import Table
-
-import functional_ckpt as fc
 
 FLAGS = flags.FLAGS
 
@@ -42,12 +40,6 @@ flags.DEFINE_integer("seed", 0, "Of the training and of the moments of the kills
 flags.DEFINE_bool("compare_only", False, "Train nothing: look at the two runs that are there.")
 
 EXAMPLES = Path(__file__).resolve().parent
-TMP_SUFFIX = ".orbax-checkpoint-tmp"
-console = Console(highlight=False)
-
-
-class DemoError(Exception):
-    """Something did not go as it must."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,15 +222,5 @@ def demo(workdir: Path) -> None:
     console.print(f"[bold green]Nothing was lost.[/] {seconds:.0f} s, everything is in {workdir}")
 
 
-def main(args: list[str]) -> None:
-    if args[1:]:
-        raise app.UsageError(f"Unknown arguments: {' '.join(args[1:])}")
-    try:
-        demo(Path(FLAGS.workdir))
-    except (DemoError, fc.CheckpointError) as error:
-        console.print("[bold red]Failed.[/]", escape(str(error)))
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    demonstrating.run(demo)

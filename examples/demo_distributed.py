@@ -30,10 +30,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import compare
+import demonstrating
 import torch
-from absl import app, flags
-from rich.console import Console
-from rich.markup import escape
+from absl import flags
+from demonstrating import TMP_SUFFIX, DemoError, console
 from rich.table import Table
 from rich.text import Text
 
@@ -51,14 +51,8 @@ flags.DEFINE_bool("compare_only", False, "Train nothing: look at the two runs th
 
 EXAMPLES = Path(__file__).resolve().parent
 ROOT = EXAMPLES.parent
-TMP_SUFFIX = ".orbax-checkpoint-tmp"
 TIMEOUT_SECONDS = 600.0
 COLOURS = ("cyan", "magenta", "yellow")
-console = Console(highlight=False)
-
-
-class DemoError(Exception):
-    """Something did not go as it must."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -387,15 +381,5 @@ def demo(workdir: Path) -> None:
     )
 
 
-def main(args: list[str]) -> None:
-    if args[1:]:
-        raise app.UsageError(f"Unknown arguments: {' '.join(args[1:])}")
-    try:
-        demo(Path(FLAGS.workdir))
-    except (DemoError, fc.CheckpointError) as error:
-        console.print("[bold red]Failed.[/]", escape(str(error)))
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    demonstrating.run(demo)

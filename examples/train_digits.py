@@ -10,7 +10,6 @@ optimizer, random numbers, place in the data, and loss curve.
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (what everyone calls it)
 from absl import app, flags
+from curve import Curve
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -62,23 +62,6 @@ class Classifier(nn.Module):
         x = F.dropout(F.max_pool2d(x, 2).flatten(1), 0.2, self.training)
         x = F.dropout(self.hidden(x).relu(), 0.3, self.training)
         return self.output(x)
-
-
-class Curve:
-    """The loss curve: a JSON line for each step, flushed at once, cut to the step resumed from."""
-
-    def __init__(self, path: Path, num_steps: int) -> None:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if len(lines) < num_steps:
-            raise ValueError(
-                f"{path} ends after {len(lines)} steps, the checkpoint after {num_steps}."
-            )
-        path.write_text("".join(lines[:num_steps]))
-        self._file = path.open("a")
-
-    def add(self, **values: float) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:

@@ -13,7 +13,6 @@ order in which floats are added.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 (what everyone calls it)
 from absl import app, flags
+from curve import Curve
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -206,23 +206,6 @@ class Trainee:
     def evaluate(self, windows: torch.Tensor) -> float:
         """The mean loss of windows that are not trained on."""
         return self.mean(self.loss(windows))
-
-
-class Curve:
-    """The loss curve: a JSON line for each step, flushed at once, cut to the step resumed from."""
-
-    def __init__(self, path: Path, num_steps: int) -> None:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if len(lines) < num_steps:
-            raise ValueError(
-                f"{path} ends after {len(lines)} steps, the checkpoint after {num_steps}."
-            )
-        path.write_text("".join(lines[:num_steps]))
-        self._file = path.open("a")
-
-    def add(self, **values: float) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
 
 
 def gathered(tree: Any) -> Any:
