@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from functional_ckpt import agreement, completing, errors, lowering, restoring, writer
+from functional_ckpt import agreement, completing, errors, lowering, restoring, stager, writer
 from functional_ckpt.core import renaming, selection
 from functional_ckpt.describing import StepMetadata, describe
 from functional_ckpt.distributed.coordinator import SingleProcess
@@ -58,7 +58,7 @@ def save(
     lowering.to_json(info.custom_metadata, "custom_metadata")
     lowered = lowering.lower(items, registry or default_registry())
     plan = agreement.Planner(SingleProcess()).plan(lowered, None)
-    staged = writer.stage(lowered, plan, None)
+    staged = stager.stage(lowered, plan, None)
     tmp = commit.temporary(final)
     try:
         tmp = commit.begin(storage, final)

@@ -15,10 +15,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from functional_ckpt import completing, errors, history, lowering, writer
+from functional_ckpt import completing, errors, history, lowering, stager, writer
 from functional_ckpt.core import keep_rule
 from functional_ckpt.core.policy import KeepContext, KeepPolicy, StepInfo
 from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.fence import PendingCopy
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import commit
 
@@ -52,9 +53,26 @@ class StepWriter:
         self._coordinator = coordinator
 
     def commit(
-        self, step: int, items: Sequence[writer.StagedItem], info: completing.CheckpointInfo
+        self,
+        step: int,
+        items: Sequence[stager.StagedItem],
+        info: completing.CheckpointInfo,
+        pending: PendingCopy | None = None,
     ) -> None:
-        """Writes, commits and remembers a step, then removes what the policies let go."""
+        """Writes, commits and remembers a step, then removes what the policies let go.
+
+        Args:
+            step: Its number.
+            items: What to write.
+            info: What is written besides.
+            pending: What is left to be copied first.
+        """
+        if pending is not None:
+            try:
+                pending.run()
+            except Exception as error:
+                self.give_up(step, error)
+                raise
         lowered = [item.lowered for item in items]
         finish = functools.partial(self._finish, lowered, info)
         outcome = json.loads(self._write_shards(step, items, info, finish))
@@ -74,7 +92,7 @@ class StepWriter:
     def _write_shards(
         self,
         step: int,
-        items: Sequence[writer.StagedItem],
+        items: Sequence[stager.StagedItem],
         info: completing.CheckpointInfo,
         finish: Callable[[str, Sequence[writer.RankReport]], bytes],
     ) -> bytes:

@@ -46,6 +46,8 @@ class LoweredItem:
         text: The text of a JSON item; None for a tree.
         sources: Its arrays.
         tied: Leaves that share the bytes of one of these.
+        optimizers: Whose steps alone change what it holds below `state`.
+        value: The live object.
         per_rank: Whether every rank has a value of its own, under a key of its own.
     """
 
@@ -55,6 +57,8 @@ class LoweredItem:
     text: bytes | None = None
     sources: tuple[Source, ...] = ()
     tied: tuple[structure.ArrayNode, ...] = ()
+    optimizers: tuple[Any, ...] = ()
+    value: Any = None
     per_rank: bool = False
 
 
@@ -115,6 +119,8 @@ def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ..
         root=flat.root,
         sources=sources,
         tied=flat.tied,
+        optimizers=tuple(item.handler.optimizers(item.value)),
+        value=item.value,
         per_rank=per_rank,
     )
 

@@ -50,6 +50,9 @@ class CheckpointManager:
         read_only: Restore and look only, beside a live writer if there is one.
         asynchronous: Whether `save` returns once the state is staged; if not, it returns when it
             is durable.
+        staging: When a save copies the state: all of it before it returns (`eager`), or what only
+            optimizer steps change afterwards, until the next step waits for it (`overlapped`; see
+            `fence`).
         on_busy: What a save does while another is being committed: `wait` for it, or `skip` this
             one.
         process_group: The ranks that save and restore together: a group of torch.distributed, for
@@ -75,6 +78,7 @@ class CheckpointManager:
         overwrite: bool = False,
         read_only: bool = False,
         asynchronous: bool = True,
+        staging: Literal["eager", "overlapped"] = "eager",
         on_busy: Literal["wait", "skip"] = "wait",
         process_group: Any = None,
         coordinator: Coordinator | None = None,
@@ -106,6 +110,7 @@ class CheckpointManager:
             keep_policies=self._keep_policies,
             overwrite=overwrite,
             asynchronous=asynchronous,
+            staging=staging,
             on_busy=on_busy,
         )
         self._coordinator = coordinator or default_coordinator(process_group)
@@ -380,6 +385,15 @@ class CheckpointManager:
     def is_saving_in_progress(self) -> bool:
         """Whether a commit is under way."""
         return self._saver.committer.is_busy
+
+    def fence(self) -> None:
+        """Waits until the state is copied that a save with `staging="overlapped"` left behind.
+
+        Steps of torch's optimizers and `load_state_dict` do so themselves. Call it before anything
+        else that changes parameters or optimizer state: by hand, by way of `.data` or a numpy view.
+        """
+        self._check_usable()
+        self._saver.fence()
 
     def wait_until_finished(self) -> None:
         """Waits for the commit under way; raises its error."""

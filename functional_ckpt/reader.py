@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 
-from functional_ckpt import memory, shared_reading
+from functional_ckpt import fence, memory, shared_reading
 from functional_ckpt.core import leaves, memory_of, placement, plan, tree, walk
 from functional_ckpt.core.spec import Box
 from functional_ckpt.distributed.coordinator import Coordinator
@@ -48,6 +48,7 @@ def read_all(
         touched: Told when the first byte is about to go into the caller's memory.
         sharing: The ranks that read for each other, if they do.
     """
+    fence.wait_for_all()  # what is read may go where another save is still copying from
     jobs = [_Jobs(item, binding, touched) for item, binding in bound]
     if verify == "before":
         threads.run_in_threads([task for job in jobs for task in job.verification()])

@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
+
 from functional_ckpt import (
     agreement,
     background,
@@ -17,12 +19,13 @@ from functional_ckpt import (
     deciding,
     errors,
     lowering,
-    writer,
+    stager,
 )
 from functional_ckpt.core.policy import KeepPolicy
 from functional_ckpt.core.progress import Progress
 from functional_ckpt.core.save_rule import SaveRule
 from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.fence import Fence, PendingCopy
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import staging
@@ -41,8 +44,15 @@ class SaveOptions:
     overwrite: bool
     asynchronous: bool
     on_busy: Literal["wait", "skip"]
+    staging: Literal["eager", "overlapped"] = "eager"
 
     def __post_init__(self) -> None:
+        if self.staging not in ("eager", "overlapped"):
+            raise errors.UsageError(
+                f"staging must be 'eager' or 'overlapped'; got {self.staging!r}."
+            )
+        if self.staging == "overlapped" and not self.asynchronous:
+            raise errors.UsageError("staging='overlapped' needs asynchronous=True.")
         if self.on_busy not in ("wait", "skip"):
             raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {self.on_busy!r}.")
 
@@ -72,6 +82,7 @@ class Saver:
         self._coordinator = coordinator
         self._options = options
         self._buffer = staging.StagingBuffer()
+        self._fence = Fence() if options.staging == "overlapped" else None
         self._planner = agreement.Planner(coordinator)
         self.committer = background.Committer()
         in_background = coordinator.background()
@@ -114,21 +125,41 @@ class Saver:
             raise prepared
         lowered, info = prepared
         try:
-            buffer = self._buffer if self._options.asynchronous else None
-            staged = writer.stage(lowered, plan, buffer)
+            staged, pending = self._stage(step, lowered, plan)
         except Exception as error:
             self._writer.give_up(step, error)
             raise
         self.decider.saved(step, progress)
-        work = functools.partial(self._writer.commit, step, staged, info)
+        work = functools.partial(self._writer.commit, step, staged, info, pending)
         handle = self.committer.start(step, work)
         if not self._options.asynchronous:
             self.committer.wait()
             self.committer.raise_error()
         return handle
 
+    def _stage(
+        self, step: int, lowered: tuple[lowering.LoweredItem, ...], plan: agreement.SavePlan
+    ) -> tuple[tuple[stager.StagedItem, ...], PendingCopy | None]:
+        """What to write, and what of it is still to be copied."""
+        if self._fence is None:
+            buffer = self._buffer if self._options.asynchronous else None
+            return stager.stage(lowered, plan, buffer), None
+        staged, pending = stager.stage_overlapped(lowered, plan, self._buffer, step)
+        modules = [item.value for item in lowered if isinstance(item.value, torch.nn.Module)]
+        loadable = [each for module in modules for each in module.modules()]
+        optimizers = [optimizer for item in lowered for optimizer in item.optimizers]
+        self._fence.raise_for(pending, [*loadable, *optimizers])
+        return staged, pending
+
+    def fence(self) -> None:
+        """Returns when nothing is left to be copied."""
+        if self._fence is not None:
+            self._fence.wait()
+
     def release(self) -> None:
         """Listens for signals no more, and gives the staging memory back."""
+        if self._fence is not None:
+            self._fence.lower()
         self.decider.stop()
         self._buffer.release()
 

@@ -14,55 +14,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
 from functional_ckpt import errors
-from functional_ckpt.agreement import ItemPlan, SavePlan
 from functional_ckpt.core import (
-    leaves,
     manifest,
     nodes_json,
     orbax_format,
     structure,
-    write_plan,
 )
 from functional_ckpt.core.chunks import ChunkGrid
-from functional_ckpt.core.spec import ArraySpec, Box, numpy_dtype
-from functional_ckpt.lowering import LoweredItem, Source
-from functional_ckpt.storage import arrays, arrays_direct, arrays_write, staging, threads
+from functional_ckpt.core.spec import ArraySpec
+from functional_ckpt.stager import StagedItem
+from functional_ckpt.storage import arrays_direct, arrays_write
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.paths import LocalStorage
 
-__all__ = ["RankReport", "StagedItem", "read_report", "stage", "write", "write_report"]
+__all__ = ["RankReport", "read_report", "write", "write_report"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 REPORTS = ".ranks"
 """Where ranks leave what they wrote for the primary; gone before the step is committed."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StagedItem:
-    """An item whose bytes will not change any more.
-
-    Attributes:
-        lowered: What it was lowered to.
-        writes: Host arrays that this rank writes.
-        scalars: Names of the plain numbers that this rank writes for Orbax.
-    """
-
-    lowered: LoweredItem
-    writes: tuple[arrays_write.ArrayWrite, ...]
-    scalars: frozenset[str]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all that this rank writes of it."""
-        return sum(write.data.nbytes for write in self.writes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,112 +61,6 @@ class RankReport:
     roots: Mapping[str, structure.Node]
     files: Mapping[str, Mapping[str, manifest.FileRecord]] = dataclasses.field(
         default_factory=dict[str, Mapping[str, manifest.FileRecord]]
-    )
-
-
-# ------------------------------------------------------------------------------------ stage
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Part:
-    """A region that this rank writes of one array, as a view of the live tensor."""
-
-    source: Source
-    planned: write_plan.PlannedArray
-    box: Box
-    view: torch.Tensor
-    is_owner: bool
-
-
-def stage(
-    items: Sequence[LoweredItem], plan: SavePlan, buffer: staging.StagingBuffer | None
-) -> tuple[StagedItem, ...]:
-    """Copies what this rank will write into host memory of our own, in one pass.
-
-    Args:
-        items: What to stage.
-        plan: This rank's part.
-        buffer: Where to; None to refer to CPU memory as it is (the caller promises not to change it
-            until the write is done).
-    """
-    arrays.check_process()
-    with threads.without_collecting():
-        return _stage(items, plan, buffer)
-
-
-def _stage(
-    items: Sequence[LoweredItem], plan: SavePlan, buffer: staging.StagingBuffer | None
-) -> tuple[StagedItem, ...]:
-    parts = [list(_parts(item, plan[item.name])) for item in items]
-    flat = [part for item_parts in parts for part in item_parts]
-    hosts = iter(_refer(flat) if buffer is None else _copy(flat, buffer))
-    return tuple(
-        StagedItem(
-            lowered=item,
-            writes=tuple(_array_write(part, next(hosts)) for part in item_parts),
-            scalars=plan[item.name].scalars,
-        )
-        for item, item_parts in zip(items, parts, strict=True)
-    )
-
-
-def _parts(item: LoweredItem, plan: ItemPlan) -> Iterator[_Part]:
-    """Whole pieces where this rank writes all of one, single chunks where replicas share it."""
-    for source, planned in zip(item.sources, plan.arrays, strict=True):
-        is_owner = planned.is_owner
-        for entry in planned.pieces:
-            piece, grid = entry.piece, planned.grid
-            if entry.is_whole and piece.box.shape == source.tensor.shape:
-                yield _Part(source, planned, piece.box, source.tensor, is_owner)
-                is_owner = False
-                continue
-            for box in [piece.box] if entry.is_whole else map(grid.box, entry.indices):
-                start = piece.local.offset
-                local = Box(
-                    tuple(
-                        o - p + s
-                        for o, p, s in zip(box.offset, piece.box.offset, start, strict=True)
-                    ),
-                    box.shape,
-                )
-                yield _Part(source, planned, box, source.tensor[local.slices()], is_owner)
-                is_owner = False
-        if is_owner:  # an array without elements still has metadata
-            yield _Part(source, planned, Box.whole(source.node.spec.shape), source.tensor, True)
-
-
-def _refer(parts: Sequence[_Part]) -> list[Array]:
-    return [
-        leaves.host_view(part.view if part.view.is_cpu else part.view.cpu(), _dtype(part))
-        for part in parts
-    ]
-
-
-def _dtype(part: _Part) -> str:
-    return part.source.node.spec.dtype
-
-
-def _copy(parts: Sequence[_Part], buffer: staging.StagingBuffer) -> list[Array]:
-    slots = [staging.Slot(part.box.shape, numpy_dtype(_dtype(part))) for part in parts]
-    hosts = buffer.reserve(slots)
-    on_host: list[tuple[Array, Array]] = []
-    for part, host in zip(parts, hosts, strict=True):
-        if part.view.is_cpu:
-            on_host.append((host, leaves.host_view(part.view, _dtype(part))))
-        elif host.size:
-            leaves.tensor_over(host).copy_(part.view)
-    staging.copy_in_threads(on_host)
-    return hosts
-
-
-def _array_write(part: _Part, host: Array) -> arrays_write.ArrayWrite:
-    return arrays_write.ArrayWrite(
-        name=part.source.node.name,
-        spec=part.source.node.spec,
-        grid=part.planned.grid,
-        box=part.box,
-        data=host,
-        is_owner=part.is_owner,
     )
 
 

@@ -52,6 +52,15 @@ class Handler(abc.ABC):
         del saved, strict
         return self.lower(value)
 
+    def optimizers(self, value: Any) -> Sequence[Any]:
+        """The torch optimizers whose steps alone change what this item holds below `state`.
+
+        A save with `staging="overlapped"` copies that, and the parameters that they update, while
+        training goes on to their next step.
+        """
+        del value
+        return ()
+
     def resize(self, trees: Sequence[Any], rank: int, num_ranks: int) -> Any:
         """The tree of one rank out of those of every rank that saved, when their number changed.
 

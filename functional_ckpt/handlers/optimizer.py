@@ -71,6 +71,11 @@ class OptimizerHandler(Handler):
         ]
         return cast("State", tree_lib.map_leaves(_off_graph, lowered))
 
+    def optimizers(self, value: Any) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizer, and the one that wraps it."""
+        named = cast("NamedOptimizer", value)
+        return (named.optimizer,) if named.outer is None else (named.optimizer, named.outer)
+
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> State:
         """What the checkpoint holds, with the live tensors in their places.
 

@@ -332,18 +332,18 @@ def _fail(path: str) -> None:
 
 def unsaveable(this: Rank) -> None:
     """Staging fails on one rank: the others, who already began, are told."""
-    import functional_ckpt.writer as writer
+    import functional_ckpt.stager as stager
 
-    original = writer.stage
+    original = stager.stage
 
     def stage(*arguments: Any) -> Any:
         raise MemoryError("injected")
 
     with this.manager() as manager:
         if this.rank == this.request["victim"]:
-            writer.stage = stage
+            stager.stage = stage
         found = attempt(lambda: save(manager, 0, items_of(0, this.rank)))
-        writer.stage = original
+        stager.stage = original
         this.tell(event="saved", **found)
         save(manager, 1, items_of(1, this.rank))
         assert manager.all_steps() == [1]

@@ -1,0 +1,194 @@
+"""The only copy of a save: what this rank writes, out of live tensors into our own host memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from functional_ckpt.agreement import ItemPlan, SavePlan
+from functional_ckpt.core import leaves, placement, write_plan
+from functional_ckpt.core.spec import Box, numpy_dtype
+from functional_ckpt.fence import PendingCopy, storage_of, storages_of
+from functional_ckpt.lowering import LoweredItem, Source
+from functional_ckpt.storage import arrays, arrays_write, staging, threads
+
+__all__ = ["StagedItem", "stage", "stage_overlapped"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StagedItem:
+    """An item whose bytes will not change any more.
+
+    Attributes:
+        lowered: What it was lowered to.
+        writes: Host arrays that this rank writes.
+        scalars: Names of the plain numbers that this rank writes for Orbax.
+    """
+
+    lowered: LoweredItem
+    writes: tuple[arrays_write.ArrayWrite, ...]
+    scalars: frozenset[str]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all that this rank writes of it."""
+        return sum(write.data.nbytes for write in self.writes)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Part:
+    """A region that this rank writes of one array, as a view of the live tensor."""
+
+    source: Source
+    planned: write_plan.PlannedArray
+    box: Box
+    view: torch.Tensor
+    is_owner: bool
+
+
+def stage(
+    items: Sequence[LoweredItem], plan: SavePlan, buffer: staging.StagingBuffer | None
+) -> tuple[StagedItem, ...]:
+    """Copies what this rank will write into host memory of our own, in one pass.
+
+    Args:
+        items: What to stage.
+        plan: This rank's part.
+        buffer: Where to; None to refer to CPU memory as it is (the caller promises not to change it
+            until the write is done).
+    """
+    arrays.check_process()
+    with threads.without_collecting():
+        parts = [list(_parts(item, plan[item.name])) for item in items]
+        flat = [part for item_parts in parts for part in item_parts]
+        if buffer is None:
+            return _staged(items, plan, parts, _refer(flat))
+        hosts = buffer.reserve([_slot(part) for part in flat])
+        staged = _staged(items, plan, parts, hosts)
+    _copy(list(zip(flat, hosts, strict=True)))
+    return staged
+
+
+def stage_overlapped(
+    items: Sequence[LoweredItem], plan: SavePlan, buffer: staging.StagingBuffer, step: int
+) -> tuple[tuple[StagedItem, ...], PendingCopy]:
+    """As `stage`, but leaves to be copied what only a step of the items' optimizers changes.
+
+    That is the memory of the parameters that they update, and their state; all else (buffers,
+    learning rates, averages, generators) is copied at once.
+    """
+    arrays.check_process()
+    optimizers = [optimizer for item in items for optimizer in item.optimizers]
+    storages = storages_of(optimizers)
+    now: list[tuple[_Part, Array]] = []
+    later: list[tuple[_Part, Array]] = []
+    with threads.without_collecting():
+        parts = [list(_parts(item, plan[item.name])) for item in items]
+        hosts = buffer.reserve([_slot(part) for item_parts in parts for part in item_parts])
+        staged = _staged(items, plan, parts, hosts)
+        remaining = iter(hosts)
+        for item, item_parts in zip(items, parts, strict=True):
+            for part in item_parts:
+                waits = _waits(item, part.source, storages)
+                (later if waits else now).append((part, next(remaining)))
+    pending = PendingCopy(functools.partial(_copy, later), optimizers, step)
+    for part, _ in later:
+        pending.watch(part.source.node.name, part.source.tensor)
+    for parameter in (p for o in optimizers for group in o.param_groups for p in group["params"]):
+        pending.watch("a parameter", parameter, placement.local_of(parameter))
+    _copy(now)
+    return staged, pending
+
+
+def _waits(item: LoweredItem, source: Source, storages: frozenset[int]) -> bool:
+    """Whether only a step, or `load_state_dict`, of the items' optimizers changes a leaf."""
+    if not source.tensor.is_cpu or not source.tensor.numel():
+        return False
+    if item.optimizers:
+        return source.node.name.startswith("state.")  # the learning rate is the scheduler's too
+    return storage_of(source.tensor) in storages
+
+
+def _staged(
+    items: Sequence[LoweredItem],
+    plan: SavePlan,
+    parts: Sequence[Sequence[_Part]],
+    hosts: Sequence[Array],
+) -> tuple[StagedItem, ...]:
+    remaining = iter(hosts)
+    return tuple(
+        StagedItem(
+            lowered=item,
+            writes=tuple(_array_write(part, next(remaining)) for part in item_parts),
+            scalars=plan[item.name].scalars,
+        )
+        for item, item_parts in zip(items, parts, strict=True)
+    )
+
+
+def _parts(item: LoweredItem, plan: ItemPlan) -> Iterator[_Part]:
+    """Whole pieces where this rank writes all of one, single chunks where replicas share it."""
+    for source, planned in zip(item.sources, plan.arrays, strict=True):
+        is_owner = planned.is_owner
+        for entry in planned.pieces:
+            piece, grid = entry.piece, planned.grid
+            if entry.is_whole and piece.box.shape == source.tensor.shape:
+                yield _Part(source, planned, piece.box, source.tensor, is_owner)
+                is_owner = False
+                continue
+            for box in [piece.box] if entry.is_whole else map(grid.box, entry.indices):
+                start = piece.local.offset
+                local = Box(
+                    tuple(
+                        o - p + s
+                        for o, p, s in zip(box.offset, piece.box.offset, start, strict=True)
+                    ),
+                    box.shape,
+                )
+                yield _Part(source, planned, box, source.tensor[local.slices()], is_owner)
+                is_owner = False
+        if is_owner:  # an array without elements still has metadata
+            yield _Part(source, planned, Box.whole(source.node.spec.shape), source.tensor, True)
+
+
+def _refer(parts: Sequence[_Part]) -> list[Array]:
+    return [
+        leaves.host_view(part.view if part.view.is_cpu else part.view.cpu(), _dtype(part))
+        for part in parts
+    ]
+
+
+def _dtype(part: _Part) -> str:
+    return part.source.node.spec.dtype
+
+
+def _slot(part: _Part) -> staging.Slot:
+    return staging.Slot(part.box.shape, numpy_dtype(_dtype(part)))
+
+
+def _copy(parts: Sequence[tuple[_Part, Array]]) -> None:
+    on_host: list[tuple[Array, Array]] = []
+    for part, host in parts:
+        if part.view.is_cpu:
+            on_host.append((host, leaves.host_view(part.view, _dtype(part))))
+        elif host.size:
+            leaves.tensor_over(host).copy_(part.view)
+    staging.copy_in_threads(on_host)
+
+
+def _array_write(part: _Part, host: Array) -> arrays_write.ArrayWrite:
+    return arrays_write.ArrayWrite(
+        name=part.source.node.name,
+        spec=part.source.node.spec,
+        grid=part.planned.grid,
+        box=part.box,
+        data=host,
+        is_owner=part.is_owner,
+    )
