@@ -53,6 +53,8 @@ class CheckpointManager:
         staging: When a save copies the state: all of it before it returns (`eager`), or what only
             optimizer steps change afterwards, until the next step waits for it (`overlapped`; see
             `fence`).
+        staging_budget_bytes: The most host memory that saves may stage in; what is beyond it is
+            written before `save` returns. None for as much as the state takes.
         on_busy: What a save does while another is being committed: `wait` for it, or `skip` this
             one.
         process_group: The ranks that save and restore together: a group of torch.distributed, for
@@ -79,6 +81,7 @@ class CheckpointManager:
         read_only: bool = False,
         asynchronous: bool = True,
         staging: Literal["eager", "overlapped"] = "eager",
+        staging_budget_bytes: int | None = None,
         on_busy: Literal["wait", "skip"] = "wait",
         process_group: Any = None,
         coordinator: Coordinator | None = None,
@@ -111,6 +114,7 @@ class CheckpointManager:
             overwrite=overwrite,
             asynchronous=asynchronous,
             staging=staging,
+            staging_budget_bytes=staging_budget_bytes,
             on_busy=on_busy,
         )
         self._coordinator = coordinator or default_coordinator(process_group)

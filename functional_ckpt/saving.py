@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -45,6 +45,7 @@ class SaveOptions:
     asynchronous: bool
     on_busy: Literal["wait", "skip"]
     staging: Literal["eager", "overlapped"] = "eager"
+    staging_budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.staging not in ("eager", "overlapped"):
@@ -53,6 +54,17 @@ class SaveOptions:
             )
         if self.staging == "overlapped" and not self.asynchronous:
             raise errors.UsageError("staging='overlapped' needs asynchronous=True.")
+        budget_bytes = self.staging_budget_bytes
+        if budget_bytes is not None:
+            if type(budget_bytes) is not int or budget_bytes < 0:
+                raise errors.UsageError(
+                    f"staging_budget_bytes must be a number of bytes; got {budget_bytes!r}."
+                )
+            if self.staging == "overlapped":
+                raise errors.UsageError(
+                    "staging_budget_bytes is for staging='eager': overlapped staging needs room "
+                    "for everything that it copies later."
+                )
         if self.on_busy not in ("wait", "skip"):
             raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {self.on_busy!r}.")
 
@@ -125,13 +137,15 @@ class Saver:
             raise prepared
         lowered, info = prepared
         try:
-            staged, pending = self._stage(step, lowered, plan)
+            staged, pending, through = self._stage(step, lowered, plan)
         except Exception as error:
             self._writer.give_up(step, error)
             raise
         self.decider.saved(step, progress)
         work = functools.partial(self._writer.commit, step, staged, info, pending)
-        handle = self.committer.start(step, work)
+        handle = self.committer.start(step, work if through is None else _releasing(through, work))
+        if through is not None:
+            through.wait()
         if not self._options.asynchronous:
             self.committer.wait()
             self.committer.raise_error()
@@ -139,17 +153,21 @@ class Saver:
 
     def _stage(
         self, step: int, lowered: tuple[lowering.LoweredItem, ...], plan: agreement.SavePlan
-    ) -> tuple[tuple[stager.StagedItem, ...], PendingCopy | None]:
-        """What to write, and what of it is still to be copied."""
+    ) -> tuple[tuple[stager.StagedItem, ...], PendingCopy | None, stager.WriteThrough | None]:
+        """What to write, what of it is still to be copied, and what `save` must wait for."""
+        budget_bytes = self._options.staging_budget_bytes
+        if self._fence is None and self._options.asynchronous and budget_bytes is not None:
+            staged, through = stager.stage_within(lowered, plan, self._buffer, budget_bytes)
+            return staged, None, through
         if self._fence is None:
             buffer = self._buffer if self._options.asynchronous else None
-            return stager.stage(lowered, plan, buffer), None
+            return stager.stage(lowered, plan, buffer), None, None
         staged, pending = stager.stage_overlapped(lowered, plan, self._buffer, step)
         modules = [item.value for item in lowered if isinstance(item.value, torch.nn.Module)]
         loadable = [each for module in modules for each in module.modules()]
         optimizers = [optimizer for item in lowered for optimizer in item.optimizers]
         self._fence.raise_for(pending, [*loadable, *optimizers])
-        return staged, pending
+        return staged, pending, None
 
     def fence(self) -> None:
         """Returns when nothing is left to be copied."""
@@ -199,6 +217,18 @@ class Saver:
         except Exception as error:  # noqa: BLE001 - handed to every rank by the planner, raised on this one
             return error
         return lowered, info
+
+
+def _releasing(through: stager.WriteThrough, work: Callable[[], None]) -> Callable[[], None]:
+    """The work, after which nobody waits any more, however it ends."""
+
+    def run() -> None:
+        try:
+            work()
+        finally:
+            through.release()
+
+    return run
 
 
 def as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -17,7 +18,7 @@ from functional_ckpt.fence import PendingCopy, storage_of, storages_of
 from functional_ckpt.lowering import LoweredItem, Source
 from functional_ckpt.storage import arrays, arrays_write, staging, threads
 
-__all__ = ["StagedItem", "stage", "stage_overlapped"]
+__all__ = ["StagedItem", "WriteThrough", "stage", "stage_overlapped", "stage_within"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -37,9 +38,37 @@ class StagedItem:
     scalars: frozenset[str]
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of all that this rank writes of it."""
-        return sum(write.data.nbytes for write in self.writes)
+    def is_awaited(self) -> bool:
+        """Whether somebody waits until it is written."""
+        return any(write.taken is not None for write in self.writes)
+
+
+class WriteThrough:
+    """What a save writes from live memory, because it is more than may be staged.
+
+    Args:
+        size_bytes: Bytes of it.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self._left_bytes = size_bytes
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+
+    def taken(self, num_bytes: int) -> None:
+        """So many bytes are on their way to the disk."""
+        with self._lock:
+            self._left_bytes -= num_bytes
+            if self._left_bytes <= 0:
+                self._done.set()
+
+    def release(self) -> None:
+        """Nothing more will be taken."""
+        self._done.set()
+
+    def wait(self) -> None:
+        """Returns when the live memory may change."""
+        self._done.wait()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,6 +103,50 @@ def stage(
         staged = _staged(items, plan, parts, hosts)
     _copy(list(zip(flat, hosts, strict=True)))
     return staged
+
+
+def stage_within(
+    items: Sequence[LoweredItem], plan: SavePlan, buffer: staging.StagingBuffer, budget_bytes: int
+) -> tuple[tuple[StagedItem, ...], WriteThrough | None]:
+    """As `stage`, with at most so many bytes of host memory; the rest refers to live memory.
+
+    Returns:
+        The items, and what to wait for before live memory changes; None for nothing.
+    """
+    arrays.check_process()
+    parts = [list(_parts(item, plan[item.name])) for item in items]
+    flat = [part for item_parts in parts for part in item_parts]
+    left = budget_bytes
+    copied: list[_Part] = []
+    referred: list[_Part] = []
+    for part in flat:
+        size_bytes = _slot(part).size_bytes + staging.ALIGNMENT_BYTES
+        is_within = size_bytes <= left
+        left -= size_bytes if is_within else 0
+        (copied if is_within else referred).append(part)
+    hosts = buffer.reserve([_slot(part) for part in copied])
+    _copy(list(zip(copied, hosts, strict=True)))
+    live = _refer(referred)
+    places = {
+        id(part): host for part, host in zip((*copied, *referred), (*hosts, *live), strict=True)
+    }
+    staged = _staged(items, plan, parts, [places[id(part)] for part in flat])
+    if not referred:
+        return staged, None
+    through = WriteThrough(sum(array.nbytes for array in live))
+    awaited = {id(array) for array in live}
+    return tuple(
+        dataclasses.replace(
+            item,
+            writes=tuple(
+                dataclasses.replace(write, taken=through.taken)
+                if id(write.data) in awaited
+                else write
+                for write in item.writes
+            ),
+        )
+        for item in staged
+    ), through
 
 
 def stage_overlapped(

@@ -91,7 +91,7 @@ def write(
     chunk_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     roots: dict[str, structure.Node] = {}
     files: dict[str, Mapping[str, manifest.FileRecord]] = {}
-    for item in items:
+    for item in sorted(items, key=lambda item: not item.is_awaited):
         name, root = item.lowered.name, item.lowered.root
         if root is None:
             continue
@@ -135,6 +135,9 @@ def _write_arrays(
     if is_local and arrays_direct.can_write(arrays, 2 * len(scalars)):
         return arrays_direct.write_arrays(storage, path, child, arrays, scalars, tied)
     digests = arrays_write.write_arrays(storage, path, [child], arrays, scalars)
+    for array in arrays:
+        if array.taken is not None:
+            array.taken(array.data.nbytes)
     if tied:
         arrays_write.merge_children(storage, path, (), tied)
     return arrays_direct.Written(digests=digests, files={})

@@ -161,6 +161,8 @@ def _spread(arrays: Sequence[ArrayWrite]) -> list[list[_Chunk]]:
             box = chunk[1]
             size = array.data.nbytes if box is None else box.num_elements * array.data.itemsize
             filled += size
+    for group in groups:  # what somebody waits for comes first
+        group.sort(key=lambda chunk: chunk[0].taken is None)
     return groups
 
 
@@ -220,6 +222,8 @@ class _Part:
                 found = digests[array.name] = {}
             offset = file.size_bytes
             found[position] = _digest_and_append(file, data, array.grid)
+            if array.taken is not None:
+                array.taken(data.nbytes)
             prefix = key_prefix(array.name).encode()
             add(prefix + key, self.place, offset, file.size_bytes - offset)
         if is_whole:

@@ -62,6 +62,8 @@ class ArrayWrite:
         box: The region `data` holds; its edges lie on the grid, or at the array's end.
         data: Host memory of the region, unchanged until the write is done; may be strided.
         is_owner: Whether this writer also writes the array's metadata.
+        taken: Told how many bytes of `data` are not needed any more, if somebody waits to change
+            them; on any thread.
     """
 
     name: str
@@ -70,6 +72,7 @@ class ArrayWrite:
     box: Box
     data: Array
     is_owner: bool = True
+    taken: Callable[[int], None] | None = None
 
 
 def child_names(rank: int, num_children: int) -> list[str]:

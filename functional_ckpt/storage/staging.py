@@ -12,11 +12,11 @@ import numpy as np
 
 from functional_ckpt.storage.threads import run_in_threads
 
-__all__ = ["Slot", "StagingBuffer", "copy_in_threads"]
+__all__ = ["ALIGNMENT_BYTES", "Slot", "StagingBuffer", "copy_in_threads"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-_ALIGNMENT_BYTES = 64
+ALIGNMENT_BYTES = 64
 # Copies are cut so that threads finish together.
 _PIECE_BYTES = 8 * 2**20
 
@@ -63,7 +63,7 @@ class StagingBuffer:
         sizes = [slot.size_bytes for slot in slots]
         for size_bytes in sizes:
             offsets.append(end)
-            end += -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+            end += -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         if end > self.size_bytes:
             self._arena = None  # the old memory goes before the new comes
             self._arena = mmap.mmap(-1, end)
