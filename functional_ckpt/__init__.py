@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from functional_ckpt.handlers import default_registry as default_registry
     from functional_ckpt.manager import CheckpointManager as CheckpointManager
     from functional_ckpt.restoring import Restored as Restored
+    from functional_ckpt.tiers import Tier as Tier
 
 # Where each public name lives; imported when first used: the command line starts without torch.
 _HOMES = {
@@ -73,6 +74,7 @@ _HOMES = {
     "StepName": "core.names",
     "StepTemplate": "core.name_template",
     "Stateful": "handlers",
+    "Tier": "tiers",
     "default_registry": "handlers",
     "errors": "",
     "flags": "",
@@ -105,6 +107,7 @@ __all__ = [
     "Restored",
     "Rng",
     "Stateful",
+    "Tier",
     "StepMetadata",
     "StepName",
     "StepTemplate",

@@ -22,6 +22,7 @@ from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.fence import PendingCopy
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import commit
+from functional_ckpt.uploading import Uploads
 
 __all__ = ["StepWriter"]
 
@@ -36,6 +37,9 @@ class StepWriter:
         keep_policies: Which steps stay.
         coordinator: How the ranks agree; used from one thread at a time.
         overwrite: Whether a step that is there may be replaced.
+
+    Attributes:
+        uploads: Where committed steps go from here; on the primary, if there are further tiers.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class StepWriter:
         overwrite: bool,
     ) -> None:
         self._overwrite = overwrite
+        self.uploads: Uploads | None = None
         self._steps = steps
         self._storage = steps.storage
         self._keep_policies = tuple(keep_policies)
@@ -77,13 +82,13 @@ class StepWriter:
         finish = functools.partial(self._finish, lowered, info)
         outcome = json.loads(self._write_shards(step, items, info, finish))
         when = history.commit_time(outcome["commit_time_ns"])
-        self._steps.remember(
-            StepInfo(step=step, time=when, metrics=info.metrics, progress=info.progress)
-        )
+        committed = StepInfo(step=step, time=when, metrics=info.metrics, progress=info.progress)
+        self._steps.remember(committed)
         if self._coordinator.rank == 0:
             _log.info("step %d committed", step)
-        if self._keep_policies or self._steps.latest_link or outcome["replaced"] is not None:
-            self._clean_up(step, outcome["replaced"])
+        is_more_to_do = self._keep_policies or self._steps.latest_link or self._steps.further
+        if is_more_to_do or outcome["replaced"] is not None:
+            self._clean_up(committed, outcome["replaced"])
 
     def give_up(self, step: int, error: BaseException) -> None:
         """Instead of `commit`, where staging failed: tells the other ranks and raises."""
@@ -165,11 +170,14 @@ class StepWriter:
         )
         return json.dumps({"commit_time_ns": commit_time_ns, "replaced": replaced}).encode()
 
-    def _clean_up(self, step: int, replaced: str | None) -> None:
+    def _clean_up(self, info: StepInfo, replaced: str | None) -> None:
         """What follows a commit; a failure here loses disk space, never a step."""
+        step = info.step
 
         def on_primary(_: Sequence[bytes]) -> bytes:
             self._steps.point_latest()
+            if self.uploads is not None:
+                self.uploads.committed(info)
             if replaced is not None:
                 self._steps.forget_late_metrics(step)
                 self._storage.remove(replaced)
@@ -192,6 +200,9 @@ class StepWriter:
         known = self._steps.with_late_metrics()
         context = KeepContext(now=datetime.datetime.now(datetime.UTC))
         steps = keep_rule.steps_to_prune(self._keep_policies, known, context=context)
+        if self.uploads is not None:
+            held_back = self.uploads.held_back()
+            steps = [step for step in steps if step not in held_back]
         for step in steps:
             self._steps.discard(step)
             _log.info("step %d pruned", step)

@@ -25,6 +25,8 @@ from functional_ckpt.steps import Steps
 from functional_ckpt.storage import layout
 from functional_ckpt.storage.base import Lock, Storage
 from functional_ckpt.storage.connect import connect
+from functional_ckpt.tiers import Tier, open_tiers
+from functional_ckpt.uploading import Uploads
 
 __all__ = ["CheckpointManager"]
 
@@ -45,6 +47,8 @@ class CheckpointManager:
         registry: Chooses handlers for plain values.
         step_name: How a step's directory is named.
         latest_link: Name of a link in the directory to the latest step; None for no link.
+        tiers: Where committed steps are copied to in the background, the nearest first; see `Tier`.
+            What `directory` holds no more is restored from there.
         overwrite: Whether a step that exists may be saved again; it is replaced without a moment
             of loss.
         read_only: Restore and look only, beside a live writer if there is one.
@@ -77,6 +81,7 @@ class CheckpointManager:
         registry: Registry | None = None,
         step_name: names.NameFormat | None = None,
         latest_link: str | None = None,
+        tiers: Sequence[Tier] = (),
         overwrite: bool = False,
         read_only: bool = False,
         asynchronous: bool = True,
@@ -96,10 +101,12 @@ class CheckpointManager:
         self._pid = os.getpid()
         self._closed = False
         self._lock: Lock | None = None
+        self._uploads: Uploads | None = None
+        step_names = names.as_name_format(step_name, adapt=orbax.adapt_name_format)
         self._steps = Steps(
             self._storage,
             root,
-            names.as_name_format(step_name, adapt=orbax.adapt_name_format),
+            step_names,
             read_only=read_only,
             latest_link=latest_link,
         )
@@ -130,6 +137,10 @@ class CheckpointManager:
                 self._lock = opening.take_over(self._steps, self._coordinator)
                 self._saver.decider.start()
             together(self._coordinator, "looking into the directory", self._steps.reload)
+            self._uploads = open_tiers(
+                self._steps, tiers, step_names, self._coordinator, read_only=read_only
+            )
+            self._saver.upload_by(self._uploads)
             if self._lock is not None:
                 self._steps.point_latest()  # a crash may have left it behind
         except BaseException:
@@ -308,8 +319,9 @@ class CheckpointManager:
         """What is known of a step (None: the latest) without reading its arrays."""
         self._check_usable()
         number = self._number(step)
-        opened = layout.open_checkpoint(self._storage, self._steps.path(number), number)
-        return describe(opened, history.late_metrics(self._storage, self._steps.root))
+        holder = self._steps.holders(number)[0]
+        opened = layout.open_checkpoint(holder.storage, holder.path(number), number)
+        return describe(opened, history.late_metrics(holder.storage, holder.root))
 
     def metrics(self, step: int | None = None) -> Mapping[str, Any] | None:
         """The metrics of a step (None: the latest), late ones included, or None."""
@@ -347,7 +359,7 @@ class CheckpointManager:
                     "best_step() needs a metric's name, or a keep policy best_n(n, name)."
                 )
             by, mode = best.metric, best.mode
-        ranked = keep.rank_steps(self._steps.infos, by, mode=mode)
+        ranked = keep.rank_steps(self._steps.everywhere(), by, mode=mode)
         return ranked[0].step if ranked else None
 
     def reload(self) -> None:
@@ -400,15 +412,18 @@ class CheckpointManager:
         self._saver.fence()
 
     def wait_until_finished(self) -> None:
-        """Waits for the commit under way; raises its error."""
+        """Waits for the commit under way and for the tiers; raises what failed."""
         self._check_usable()
         self._saver.committer.wait()
-        self._saver.committer.raise_error()
+        self._raise_errors()
+        if self._uploads is not None:
+            self._uploads.wait()
+            self._uploads.raise_error()
 
     def check_for_errors(self) -> None:
         """Raises the error of a save that failed in the background, once."""
         self._check_usable()
-        self._saver.committer.raise_error()
+        self._raise_errors()
 
     def reached_preemption(self, step: int) -> bool:
         """Whether the process was told to stop (SIGTERM) and this step was the one to save.
@@ -426,8 +441,10 @@ class CheckpointManager:
             return
         self._saver.committer.wait()
         self._closed = True
+        if self._uploads is not None:
+            self._uploads.close()
         self._release()
-        self._saver.committer.raise_error()
+        self._raise_errors()
 
     def __enter__(self) -> Self:
         self._check_usable()
@@ -448,7 +465,14 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------------------ parts
 
+    def _raise_errors(self) -> None:
+        self._saver.committer.raise_error()
+        if self._uploads is not None:
+            self._uploads.raise_error()
+
     def _release(self) -> None:
+        if self._uploads is not None:
+            self._uploads.release()
         self._saver.release()
         self._coordinator.leave()
         if self._lock is not None:

@@ -85,7 +85,20 @@ class Resumer:
     def _restore(
         self, step: int, items: Mapping[str, Any] | None, options: RestoreOptions
     ) -> restoring.Restored:
-        storage, path = self.steps.storage, self.steps.path(step)
+        """From the nearest tier that holds it; from the next where that one cannot be read."""
+        *nearer, last = self.steps.holders(step)
+        failures = (errors.CorruptCheckpointError, errors.StorageError, errors.CoordinationError)
+        for holder in nearer:
+            try:
+                return self._restore_from(holder, step, items, options)
+            except failures as error:
+                _log.warning("step %d: going on to the next tier: %s", step, error)
+        return self._restore_from(last, step, items, options)
+
+    def _restore_from(
+        self, holder: Steps, step: int, items: Mapping[str, Any] | None, options: RestoreOptions
+    ) -> restoring.Restored:
+        storage, path = holder.storage, holder.path(step)
         try:
             restored = restoring.restore_checkpoint(
                 functools.partial(layout.open_checkpoint, storage, path, step),

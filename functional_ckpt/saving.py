@@ -29,6 +29,7 @@ from functional_ckpt.fence import Fence, PendingCopy
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import staging
+from functional_ckpt.uploading import Uploads
 
 __all__ = ["About", "SaveOptions", "Saver", "as_json", "checked_progress"]
 
@@ -173,6 +174,10 @@ class Saver:
         """Returns when nothing is left to be copied."""
         if self._fence is not None:
             self._fence.wait()
+
+    def upload_by(self, uploads: Uploads | None) -> None:
+        """Committed steps go to further tiers from now on."""
+        self._writer.uploads = uploads
 
     def release(self) -> None:
         """Listens for signals no more, and gives the staging memory back."""

@@ -35,6 +35,7 @@ class Steps:
         storage: The file system.
         root: The directory.
         hidden: Where everything is that is no step.
+        further: The steps of further tiers, the nearest first; also there what is asked for may be.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Steps:
         self._names = names
         self._mutex = threading.Lock()
         self._infos: tuple[StepInfo, ...] = ()
+        self.further: tuple[Steps, ...] = ()
         if latest_link is not None and (
             names.parse(latest_link) is not None or not _is_component(latest_link)
         ):
@@ -71,12 +73,28 @@ class Steps:
         found = tuple(history.scan(self.storage, self.root, self._names))
         with self._mutex:
             self._infos = found
+        for each in self.further:
+            each.reload()
 
     def all(self) -> list[int]:
-        """The committed steps, ascending."""
+        """The committed steps of every tier, ascending."""
+        found = self._own()
+        return sorted({*found, *(s for each in self.further for s in each.all())})
+
+    def _own(self) -> list[int]:
         if self._read_only:
             return list(history.list_steps(self.storage, self.root, self._names))
         return [info.step for info in self._infos]
+
+    def holders(self, step: int) -> list[Steps]:
+        """The tiers that hold a step, the nearest first; this one where none does."""
+        found = [each for each in (self, *self.further) if step in each._own()]
+        return found or [self]
+
+    def everywhere(self) -> tuple[StepInfo, ...]:
+        """The steps of every tier as last seen, ascending."""
+        infos = {info.step: info for each in (*reversed(self.further), self) for info in each.infos}
+        return tuple(infos[step] for step in sorted(infos))
 
     def latest(self) -> int:
         """The highest committed step; raises `StepNotFoundError` where there is none."""

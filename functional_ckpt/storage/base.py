@@ -64,6 +64,10 @@ class Storage(Protocol):
         """Sorted paths, relative to `path`, of the files below it; links are never followed."""
         ...
 
+    def sizes(self, path: str) -> dict[str, int]:
+        """The size of every file below `path`, by its path relative to that."""
+        ...
+
     def modified_ns(self, path: str) -> int:
         """When it was changed, nanoseconds since the epoch; 0 where that is not known."""
         ...
@@ -111,6 +115,9 @@ class Storage(Protocol):
     def lock(self, path: str) -> Lock:
         """Takes the writer's lock at `path`; `LockedError` names the holder."""
         ...
+
+    def put_file(self, source: str, path: str) -> None:
+        """Copies a file of the local file system into the store, all of it or none."""
 
     def kvstore(self, directory: str) -> Mapping[str, Any]:
         """TensorStore's spec of a directory, where arrays are read and written."""

@@ -20,7 +20,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 
 from functional_ckpt import errors
 from functional_ckpt.core import plain_json
@@ -241,15 +241,21 @@ def discard(storage: Storage, path: str, hidden: str) -> None:
     storage.remove(target)
 
 
-def recover(storage: Storage, root: str, hidden: str) -> list[str]:
+def recover(storage: Storage, root: str, hidden: str, *, but: Collection[str] = ()) -> list[str]:
     """Finishes or removes what a dead writer left; only the holder of the lock may call it.
+
+    Args:
+        storage: The file system.
+        root: The directory of the steps.
+        hidden: Its hidden directory.
+        but: Names of steps whose unfinished state is to stay.
 
     Returns:
         What was done, one line each, for the log.
     """
     done = settle(storage, root, hidden)
     for name in storage.list(root):
-        if TMP_SUFFIX in name and not name.startswith("."):
+        if TMP_SUFFIX in name and not name.startswith(".") and final(name) not in but:
             path = os.path.join(root, name)
             if isinstance(storage, ObjectStorage):
                 commit_objects.collect(storage, path, path.removesuffix(TMP_SUFFIX))

@@ -32,6 +32,8 @@ LEASE_SECONDS = 60.0
 _RENEW_SECONDS = LEASE_SECONDS / 4
 _LOOK_SECONDS = 2.0
 _log = logging.getLogger("functional_ckpt")
+# Leases of this process that it has given up, though the store could not be told.
+_given_up: set[str] = set()
 
 
 def take(bucket: Bucket, key: str) -> Lease:
@@ -92,7 +94,9 @@ def _is_here(holder: dict[str, Any]) -> bool:
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether the holder is a process of this machine that has ended."""
+    """Whether the holder is a process of this machine that has ended, or gave it up."""
+    if holder.get("lease") in _given_up:
+        return True
     pid = holder.get("pid")
     if not _is_here(holder) or type(pid) is not int:
         return False
@@ -176,6 +180,7 @@ class Lease:
         if self.is_released or os.getpid() != self._pid:
             return
         self.is_released = True
+        _given_up.add(self._token)
         self._stop.set()
         with self._mutex:
             try:

@@ -115,9 +115,13 @@ class ObjectStorage:
 
     def walk(self, path: str) -> list[str]:
         """Sorted paths, relative to `path`, of the objects below it but for markers."""
+        return sorted(self.sizes(path))
+
+    def sizes(self, path: str) -> dict[str, int]:
+        """The size of every object below `path` but for markers, by its relative path."""
         self.operation("list", path)
         start = len(self._key(path)) + 1 if self._key(path) else 0
-        return sorted(entry.key[start:] for entry in self._below(path))
+        return {entry.key[start:]: entry.size_bytes for entry in self._below(path)}
 
     def modified_ns(self, path: str) -> int:
         """When an object, or the newest below `path`, was written; 0 for what is not there."""
@@ -146,8 +150,7 @@ class ObjectStorage:
 
     def total_bytes(self, path: str) -> int:
         """Sum of the sizes of every object below `path`."""
-        self.operation("list", path)
-        return sum(entry.size_bytes for entry in self._below(path))
+        return sum(self.sizes(path).values())
 
     # -------------------------------------------------------------------------------- writing
 
@@ -284,11 +287,6 @@ class ObjectStorage:
         """Uploads a local file; the store holds exactly its bytes when it returns."""
         self.operation("write", path)
         self._ask("write", path, lambda: self._bucket.upload(source, self._key(path)))
-
-    def get_file(self, path: str, target: str) -> None:
-        """Downloads an object into a new local file."""
-        self.operation("read", path)
-        self._ask("read", path, lambda: self._bucket.download(self._key(path), target))
 
     def _download(self, directory: str, key: str, path: str) -> None:
         self._ask("read", directory, lambda: self._bucket.download(key, path))

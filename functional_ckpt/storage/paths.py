@@ -178,6 +178,10 @@ class LocalStorage:
             found += [os.path.relpath(os.path.join(directory, n), path) for n in (*names, *links)]
         return sorted(found)
 
+    def sizes(self, path: str) -> dict[str, int]:
+        """The size of every file below `path`, by its path relative to that."""
+        return {name: os.lstat(os.path.join(path, name)).st_size for name in self.walk(path)}
+
     def modified_ns(self, path: str) -> int:
         """When it was changed, nanoseconds since the epoch; 0 for what is not there."""
         try:
@@ -275,6 +279,15 @@ class LocalStorage:
     def sync_directory(self, path: str) -> None:
         """Makes the entries of a directory durable."""
         self.sync(path)
+
+    def put_file(self, source: str, path: str) -> None:
+        """Copies a file; under its name only when all of it is there."""
+        self.make_directory(os.path.dirname(path))
+        self.operation("write", path)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        with clear_errors("write", path):
+            shutil.copyfile(source, temporary)
+        self.rename(temporary, path)
 
     def rename(self, source: str, target: str) -> None:
         """Renames a file or directory; a directory never replaces one that has entries."""

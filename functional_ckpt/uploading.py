@@ -1,0 +1,358 @@
+"""Committed steps on their way to further tiers: promised, copied, verified, published.
+
+What was promised is written down beside the steps before anything is pruned, so that a restart goes
+on with it. An upload that was cut goes on as well: files that arrived whole are not sent again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.core import keep_rule, manifest, save_rule
+from functional_ckpt.core.policy import KeepContext, KeepPolicy, SaveContext, StepInfo
+from functional_ckpt.steps import Steps
+from functional_ckpt.storage import commit, commit_objects
+from functional_ckpt.storage.base import Lock
+from functional_ckpt.storage.objects import ObjectStorage
+from functional_ckpt.storage.threads import run_in_threads
+
+__all__ = ["FarTier", "Uploads"]
+
+_STATE = "uploads.json"
+_NUM_FILES = 4
+_FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
+_log = logging.getLogger("functional_ckpt")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FarTier:
+    """A tier that steps are uploaded to.
+
+    Attributes:
+        steps: Its steps.
+        rule: Which committed steps go there; None for all.
+        keep: Which stay there; none for all.
+        max_delay_seconds: How long a step may be late without an error; None for ever.
+    """
+
+    steps: Steps
+    rule: save_rule.SaveRule | None
+    keep: tuple[KeepPolicy, ...]
+    max_delay_seconds: float | None
+
+
+class Uploads:
+    """The uploads from a first tier to others; on the primary of a writer.
+
+    Args:
+        near: The steps of the first tier.
+        far: The others.
+    """
+
+    def __init__(self, near: Steps, far: Sequence[FarTier]) -> None:
+        self._near = near
+        self._far = tuple(far)
+        self._locks: list[Lock] = []
+        self._mutex = threading.Condition()
+        # By root of the tier: steps that it was promised, and those that were decided about.
+        self._promised: dict[str, list[int]] = {each.steps.root: [] for each in far}
+        self._considered: dict[str, list[int]] = {each.steps.root: [] for each in far}
+        self._failed: set[str] = set()
+        self._error: errors.CheckpointError | None = None
+        self._told: set[tuple[str, int]] = set()
+        self._closing = False
+
+    # ---------------------------------------------------------------------------- the caller's
+
+    def begin(self) -> None:
+        """Takes the tiers over, and goes on with what was promised."""
+        self._read_state()
+        here = {info.step for info in self._near.infos}
+        for each in self._far:
+            root = each.steps.root
+            self._promised[root] = [step for step in self._promised[root] if step in here]
+            each.steps.reload()
+        for info in self._near.infos:
+            self._consider(info)
+        self._write_state()
+        for each in self._far:
+            self._take_over(each)
+        for each in self._far:
+            work = functools.partial(self._work, each)
+            threading.Thread(target=work, name="upload", daemon=True).start()
+
+    def committed(self, info: StepInfo) -> None:
+        """The first tier holds a step: promises it to those that want it."""
+        with self._mutex:
+            for considered in self._considered.values():
+                if info.step in considered:  # it was overwritten
+                    considered.remove(info.step)
+            self._consider(info)
+            self._write_state()
+            self._mutex.notify_all()
+
+    def held_back(self) -> set[int]:
+        """The steps that must not be removed from the first tier yet."""
+        with self._mutex:
+            return {step for steps in self._promised.values() for step in steps}
+
+    def wait(self) -> None:
+        """Waits until everything promised has arrived, or something has failed for good."""
+        with self._mutex:
+            while self._error is None and not self._is_idle():
+                self._mutex.wait(0.5)
+
+    def raise_error(self) -> None:
+        """Raises, once, why a tier has waited for longer than it may."""
+        with self._mutex:
+            error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Waits for what is under way; what fails now goes on when the directory is next opened."""
+        with self._mutex:
+            self._closing = True
+            self._mutex.notify_all()
+            while not self._is_idle():
+                self._mutex.wait(0.5)
+        self.release()
+
+    def release(self) -> None:
+        """Lets other writers into the tiers."""
+        self._closing = True
+        for lock in self._locks:
+            lock.release()
+
+    def _is_idle(self) -> bool:
+        return all(
+            not steps or (self._closing and root in self._failed)
+            for root, steps in self._promised.items()
+        )
+
+    # ---------------------------------------------------------------------------- promises
+
+    def _take_over(self, far: FarTier) -> None:
+        storage, root, hidden = far.steps.storage, far.steps.root, far.steps.hidden
+        commit.make_root(storage, hidden)
+        self._locks.append(storage.lock(os.path.join(hidden, "lock")))
+        promised = {os.path.basename(self._near.path(s)) for s in self._promised[root]}
+        for line in commit.recover(storage, root, hidden, but=promised):
+            _log.warning("%s: %s", root, line)
+
+    def _consider(self, info: StepInfo) -> None:
+        for far in self._far:
+            root = far.steps.root
+            if info.step in self._considered[root]:
+                continue
+            self._considered[root].append(info.step)
+            if self._wants(far, info) and info.step not in self._promised[root]:
+                self._promised[root].append(info.step)
+
+    def _wants(self, far: FarTier, info: StepInfo) -> bool:
+        if far.rule is None:
+            return True
+        if (decided := far.rule.decide_step(info.step)) is not None:
+            return decided
+        promised = self._promised[far.steps.root]
+        known = {each.step: each for each in self._near.infos if each.step in promised}
+        known |= {each.step: each for each in far.steps.infos}
+        known.pop(info.step, None)
+        history = [known[step] for step in sorted(known)]
+        return save_rule.decide_save(far.rule, info, history, context=SaveContext()) is not None
+
+    def _read_state(self) -> None:
+        path = os.path.join(self._near.hidden, _STATE)
+        with contextlib.suppress(errors.StorageError, ValueError, AttributeError):
+            record: Any = json.loads(self._near.storage.read(path))
+            for name, into in (("promised", self._promised), ("considered", self._considered)):
+                for root in into:
+                    into[root] = [int(step) for step in record.get(name, {}).get(root, [])]
+
+    def _write_state(self) -> None:
+        here = {info.step for info in self._near.infos}
+        for root, steps in self._considered.items():
+            self._considered[root] = [step for step in steps if step in here]
+        record = {"promised": self._promised, "considered": self._considered}
+        path = os.path.join(self._near.hidden, _STATE)
+        self._near.storage.replace(path, json.dumps(record).encode())
+
+    # ---------------------------------------------------------------------------- the work
+
+    def _work(self, far: FarTier) -> None:
+        """Uploads what is promised to one tier, the oldest first, until the end."""
+        root, wait, since = far.steps.root, _FIRST_WAIT_SECONDS, None
+        while (step := self._next(root)) is not None:
+            try:
+                self._deliver(far, step)
+            except Exception as error:  # noqa: BLE001 - told by a warning, or raised when it is too late
+                since = since or time.monotonic()
+                self._fail(far, step, error, time.monotonic() - since)
+                if self._closing:
+                    return
+                time.sleep(wait)
+                wait = min(2 * wait, _LAST_WAIT_SECONDS)
+            else:
+                wait, since = _FIRST_WAIT_SECONDS, None
+                with self._mutex:
+                    self._promised[root].remove(step)
+                    self._write_state()
+                    self._mutex.notify_all()
+
+    def _next(self, root: str) -> int | None:
+        with self._mutex:
+            while not self._promised[root] and not self._closing:
+                self._mutex.wait()
+            return next(iter(self._promised[root]), None)
+
+    def _fail(self, far: FarTier, step: int, error: Exception, late_seconds: float) -> None:
+        root = far.steps.root
+        _log.warning("step %d is not in %s yet: %s", step, root, error)
+        with self._mutex:
+            if self._closing:
+                self._failed.add(root)
+                _log.warning("%s: the upload goes on when this run's manager is made again", root)
+            is_damaged = isinstance(error, errors.CorruptCheckpointError)
+            if is_damaged:
+                self._promised[root].remove(step)  # never, and others are waiting behind it
+                self._write_state()
+            bound = far.max_delay_seconds
+            is_late = bound is not None and late_seconds >= bound
+            is_final = is_damaged or is_late or isinstance(error, errors.LockedError)
+            if is_final and (root, step) not in self._told:
+                self._told.add((root, step))
+                self._error = errors.SaveError(
+                    f"Step {step} cannot be copied to {root}: {error}", step=step, path=root
+                )
+                self._error.__cause__ = error
+            self._mutex.notify_all()
+
+    def _deliver(self, far: FarTier, step: int) -> None:
+        source = self._near.path(step)
+        if not self._near.storage.is_whole(source):
+            return  # deleted by the user in the meantime
+        final = os.path.join(far.steps.root, os.path.basename(source))
+        started = time.monotonic()
+        num_bytes = _Upload(self._near, far.steps, source, final, step).run()
+        info = next((each for each in self._near.infos if each.step == step), None)
+        if info is not None:
+            far.steps.remember(info)
+        far.steps.point_latest()
+        seconds = max(time.monotonic() - started, 1e-9)
+        rate = num_bytes / 2**20 / seconds
+        _log.info("step %d is in %s: %.1f MiB/s", step, far.steps.root, rate)
+        self._prune(far)
+
+    def _prune(self, far: FarTier) -> None:
+        if not far.keep:
+            return
+        known, now = far.steps.with_late_metrics(), datetime.datetime.now(datetime.UTC)
+        for step in keep_rule.steps_to_prune(far.keep, known, context=KeepContext(now=now)):
+            far.steps.discard(step)
+            _log.info("step %d pruned from %s", step, far.steps.root)
+
+
+class _Upload:
+    """One step on its way to one tier."""
+
+    def __init__(self, near: Steps, far: Steps, source: str, final: str, step: int) -> None:
+        self._near, self._far = near.storage, far.storage
+        self._hidden = far.hidden
+        self._source, self._final, self._step = source, final, step
+        self._tmp = commit.temporary(final)
+        self._place = final if isinstance(far.storage, ObjectStorage) else self._tmp
+        self._note = commit_objects.note(self._tmp)
+
+    def run(self) -> int:
+        """Uploads what is missing and publishes the step.
+
+        Returns:
+            How many bytes were sent.
+
+        Raises:
+            StorageError: A store refused, or could not be reached.
+            CorruptCheckpointError: The step in the first tier is not what was committed.
+        """
+        identity = self._identity(self._near, self._source)
+        if self._far.is_whole(self._final):
+            if self._identity(self._far, self._final) == identity:
+                self._far.remove(self._tmp)  # the note, where only its removal was cut
+                return 0
+            commit.discard(self._far, self._final, self._hidden)  # that of a step since replaced
+        self._begin(identity)
+        sizes = self._near.sizes(self._source)
+        present = self._far.sizes(self._place)
+        missing = [name for name, size in sizes.items() if present.get(name) != size]
+        expected = self._expected()
+        run_in_threads(
+            [functools.partial(self._send, name, expected.get(name)) for name in missing],
+            _NUM_FILES,
+        )
+        self._check_arrived(sizes, identity)
+        self._publish()
+        return sum(sizes[name] for name in missing)
+
+    def _identity(self, storage: Any, path: str) -> str:
+        """What tells this commit of the step from any other: its record names every digest."""
+        return manifest.digest_hex(storage.read(os.path.join(path, manifest.EXTENSION_FILE)))
+
+    def _begin(self, identity: str) -> None:
+        """Goes on with what was begun of this very commit; clears away anything else."""
+        token = json.dumps({"token": identity}).encode()
+        if self._far.exists(self._note) and self._far.read(self._note) == token:
+            return
+        if isinstance(self._far, ObjectStorage):
+            commit_objects.begin(self._far, self._tmp, self._final)
+        else:
+            self._far.remove(self._tmp)
+            self._far.make_directory(self._tmp)
+        self._far.write(self._note, token)
+
+    def _expected(self) -> dict[str, manifest.FileRecord]:
+        """What the step's records say of its files."""
+        path = os.path.join(self._source, manifest.EXTENSION_FILE)
+        record = manifest.parse_step(self._near.read(path), path)
+        found = dict(record.files)
+        for item, kind in record.items.items():
+            if kind == "tree":
+                path = os.path.join(self._source, item, manifest.EXTENSION_FILE)
+                files = manifest.parse_item(self._near.read(path), path).files
+                found |= {f"{item}/{name}": file for name, file in files.items()}
+        return found
+
+    def _send(self, name: str, expected: manifest.FileRecord | None) -> None:
+        source = os.path.join(self._source, name)
+        if expected is not None and self._near.describe(source) != expected:
+            raise errors.CorruptCheckpointError(
+                f"{source} has changed since it was committed; it is not copied.",
+                path=source,
+                step=self._step,
+            )
+        self._far.put_file(source, os.path.join(self._place, name))
+
+    def _check_arrived(self, sizes: dict[str, int], identity: str) -> None:
+        arrived = self._far.sizes(self._place)
+        wrong = [name for name, size in sizes.items() if arrived.get(name) != size]
+        if wrong or self._identity(self._near, self._source) != identity:
+            raise errors.StorageError(
+                f"{self._final}: {len(wrong)} files did not arrive as they were sent, or the step "
+                "was replaced meanwhile; it is sent again.",
+                path=self._final,
+            )
+
+    def _publish(self) -> None:
+        if not isinstance(self._far, ObjectStorage):
+            self._far.remove(self._note)
+            commit.sync_tree(self._far, self._tmp, self._far.walk(self._tmp))
+        commit.publish(self._far, self._place, self._final, self._hidden, overwrite=False)

@@ -1,0 +1,240 @@
+"""Steps saved near and kept far: nothing is lost on the way, and nobody waits for the network."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import set_environment
+from proxy import Proxy
+
+import functional_ckpt as fc
+from functional_ckpt import errors, uploading, verify
+from functional_ckpt.storage import bucket
+from functional_ckpt.storage.connect import connect
+from functional_ckpt.testing import differences
+
+# The whole count: FUNCTIONAL_CKPT_UPLOAD_KILLS=50 pytest tests/remote/test_tiers.py -k killed
+_NUM_KILLS = int(os.environ.get("FUNCTIONAL_CKPT_UPLOAD_KILLS", "3"))
+
+
+def _state(step: int) -> dict[str, object]:
+    return {"state": {"w": torch.full((100, 100), float(step)), "n": step}}
+
+
+def _steps(path: object) -> list[int]:
+    with fc.CheckpointManager(path, read_only=True) as manager:
+        return manager.all_steps()
+
+
+@pytest.fixture(params=["s3", "local"])
+def far(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A second tier: an object store, or another directory."""
+    if request.param == "local":
+        return str(tmp_path / "far")
+    return f"{request.getfixturevalue('s3')}/run"
+
+
+def test_a_run_with_two_tiers(far: str, tmp_path: Path) -> None:
+    near = tmp_path / "near"
+    tier = fc.Tier(path=far, save=fc.policies.every(2), keep=fc.policies.LatestN(3))
+    with fc.CheckpointManager(near, keep_policy=[fc.policies.LatestN(1)], tiers=[tier]) as manager:
+        for step in range(8):
+            manager.save(step, _state(step), metrics={"loss": float(step)})
+            manager.wait_until_finished()
+        assert manager.all_steps() == [2, 4, 6, 7] and manager.latest_step() == 7
+        for step in (4, 7):
+            assert not differences(manager.restore(step)["state"], _state(step)["state"])
+        assert manager.metrics(4) == {"loss": 4.0}
+        assert manager.best_step("loss", mode="min") == 2
+    assert _steps(near) == [7]
+    assert _steps(far) == [2, 4, 6]
+    storage, root = connect(far)
+    for step in (2, 4, 6):
+        assert verify.verify_checkpoint(storage, f"{root}/{step}", step) == []
+    assert fc.restore(f"{far}/latest")["state"]["n"] == 6
+
+
+def test_a_new_machine_goes_on_from_the_far_tier(far: str, tmp_path: Path) -> None:
+    tiers = [fc.Tier(path=far)]
+    with fc.CheckpointManager(tmp_path / "one", tiers=tiers) as manager:
+        manager.save(3, _state(3))
+    with fc.CheckpointManager(tmp_path / "other", tiers=tiers) as manager:
+        assert manager.latest_step() == 3
+        assert manager.restore()["state"]["n"] == 3
+        manager.save(4, _state(4))
+    assert _steps(far) == [3, 4]
+
+
+def test_restore_falls_back_when_the_near_step_is_damaged(far: str, tmp_path: Path) -> None:
+    near = tmp_path / "near"
+    with fc.CheckpointManager(near, tiers=[fc.Tier(path=far)]) as manager:
+        manager.save(1, _state(1))
+        manager.wait_until_finished()
+        for file in (near / "1" / "state" / "d").iterdir():
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+            file.write_bytes(data)
+        with pytest.raises(errors.CheckpointError):
+            fc.restore(near / "1")
+        target = {"w": torch.zeros(100, 100), "n": 0}
+        restored = manager.restore(1, {"state": target})
+        assert not differences(restored["state"], _state(1)["state"])
+
+
+def test_what_has_changed_near_is_not_copied(far: str, tmp_path: Path) -> None:
+    near = tmp_path / "near"
+    with fc.CheckpointManager(near) as manager:
+        manager.save(1, _state(1))
+        manager.save(2, _state(2))
+    (near / "1" / "state" / "_METADATA").write_bytes(b"{}")
+    manager = fc.CheckpointManager(near, tiers=[fc.Tier(path=far)])
+    with pytest.raises(errors.SaveError, match="changed since it was committed"):
+        manager.wait_until_finished()
+    manager.close()
+    assert _steps(far) == [2]
+
+
+def test_a_step_saved_anew_replaces_the_copy(far: str, tmp_path: Path) -> None:
+    with fc.CheckpointManager(
+        tmp_path / "near", overwrite=True, tiers=[fc.Tier(path=far)]
+    ) as manager:
+        manager.save(1, _state(1))
+        manager.wait_until_finished()
+        manager.save(1, _state(11))
+    assert fc.restore(f"{far}/1")["state"]["n"] == 11
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are given up after half a second, and made again soon."""
+    monkeypatch.setattr(bucket, "_MAX_SECONDS", 0.5)
+    monkeypatch.setattr(uploading, "_FIRST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(uploading, "_LAST_WAIT_SECONDS", 0.1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_outage_delays_uploads_and_nothing_else(
+    s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    proxy = Proxy(s3_url)
+    set_environment(monkeypatch, proxy.url)
+    near = tmp_path / "near"
+    with fc.CheckpointManager(
+        near, keep_policy=[fc.policies.LatestN(1)], tiers=[fc.Tier(path=f"{s3}/run")]
+    ) as manager:
+        proxy.is_down = True
+        for step in range(4):
+            manager.save(step, _state(step)).result()
+        assert _steps(near) == [0, 1, 2, 3]  # none is pruned before the tier has it
+        time.sleep(1.5)
+        manager.check_for_errors()
+        proxy.is_down = False
+        manager.wait_until_finished()
+        manager.save(4, _state(4)).result()
+        assert _steps(near) in ([4], [3, 4])
+    assert _steps(f"{s3}/run") == [0, 1, 2, 3, 4]
+    proxy.close()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_bound_on_the_delay_raises(
+    s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    proxy = Proxy(s3_url)
+    set_environment(monkeypatch, proxy.url)
+    tier = fc.Tier(path=f"{s3}/run", max_delay_seconds=0.2)
+    manager = fc.CheckpointManager(tmp_path / "near", tiers=[tier])
+    proxy.is_down = True
+    manager.save(1, _state(1)).result()
+    with pytest.raises(errors.SaveError, match="cannot be copied"):
+        manager.wait_until_finished()
+    manager.close()  # the step stays promised
+    proxy.is_down = False
+    with fc.CheckpointManager(tmp_path / "near", tiers=[tier]) as manager:
+        manager.wait_until_finished()
+    assert _steps(f"{s3}/run") == [1]
+    proxy.close()
+
+
+def test_files_that_arrived_are_not_sent_again(
+    s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    near, run = tmp_path / "near", f"{s3}/run"
+    state = {f"item{i}": {"w": torch.randn(250_000)} for i in range(6)}
+    with fc.CheckpointManager(near) as manager:
+        manager.save(1, state)
+    with fc.CheckpointManager(near, tiers=[fc.Tier(path=run)]) as manager:
+        manager.wait_until_finished()
+    store = connect(run)[0]
+    note = f"{run}/1.orbax-checkpoint-tmp/.unfinished"  # as if it had been cut before its end
+    identity = uploading.manifest.digest_hex((near / "1" / "_FUNCTIONAL_CKPT").read_bytes())
+    store.write(note, f'{{"token": "{identity}"}}'.encode())
+    store.remove(f"{run}/1/commit_success.txt")
+    store.remove(f"{run}/1/item3")
+    (near / ".functional_ckpt" / "uploads.json").unlink()
+    proxy = Proxy(s3_url)
+    set_environment(monkeypatch, proxy.url)
+    with fc.CheckpointManager(near, tiers=[fc.Tier(path=run)]) as manager:
+        manager.wait_until_finished()
+    assert 1e6 < proxy.traffic.up_bytes < 1.1e6
+    assert torch.equal(fc.restore(f"{run}/1")["item3"]["w"], state["item3"]["w"])
+    proxy.close()
+
+
+def test_training_does_not_wait_for_a_slow_store(
+    s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    proxy = Proxy(s3_url)
+    set_environment(monkeypatch, proxy.url)
+    proxy.up_bytes_per_second = 1e6
+    with fc.CheckpointManager(tmp_path / "near", tiers=[fc.Tier(path=f"{s3}/run")]) as manager:
+        started = time.monotonic()
+        manager.save(1, {"w": {"w": torch.randn(1_000_000)}}).result()
+        saved = time.monotonic() - started
+        manager.wait_until_finished()
+        uploaded = time.monotonic() - started
+    assert uploaded > 3.5 and saved < uploaded / 2
+    proxy.close()
+
+
+@pytest.mark.timeout(1800 if _NUM_KILLS > 10 else 300)
+def test_killed_in_the_middle_of_uploads(
+    s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every step that was reported is whole in one tier or the other; in the end, in both."""
+    near, run, rng = tmp_path / "near", f"{s3}/run", random.Random(0)
+    script = str(Path(__file__).parent / "upload_forever.py")
+    reported = -1
+    for _ in range(_NUM_KILLS):
+        process = subprocess.Popen(
+            [sys.executable, script, str(near), run],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        for _ in range(rng.randint(1, 4)):
+            reported = int(process.stdout.readline())
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        reported = max([reported, *map(int, process.stdout.read().split())])
+        process.stdout.close()
+        process.wait()
+        for step in _steps(run):
+            values = fc.restore(f"{run}/{step}")["state"]
+            assert float(values["w"].min()) == float(values["w"].max()) == step
+    with fc.CheckpointManager(near, tiers=[fc.Tier(path=run)]) as manager:
+        manager.wait_until_finished()
+        steps = manager.all_steps()
+    assert set(range(reported + 1)) <= set(steps) and set(steps) == set(_steps(run))
+    store = connect(run)[0]
+    assert not [name for name in store.list(run) if "tmp" in name]
+    for step in _steps(run):
+        assert verify.verify_checkpoint(store, f"{run}/{step}", step) == []
