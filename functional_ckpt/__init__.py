@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from functional_ckpt import errors as errors
     from functional_ckpt import flags as flags
+    from functional_ckpt import hooks as hooks
     from functional_ckpt import policies as policies
     from functional_ckpt.background import Commit as Commit
     from functional_ckpt.checkpoint import metadata as metadata
@@ -78,6 +79,7 @@ _HOMES = {
     "default_registry": "handlers",
     "errors": "",
     "flags": "",
+    "hooks": "",
     "metadata": "checkpoint",
     "policies": "",
     "restore": "checkpoint",
@@ -114,6 +116,7 @@ __all__ = [
     "default_registry",
     "errors",
     "flags",
+    "hooks",
     "metadata",
     "policies",
     "restore",

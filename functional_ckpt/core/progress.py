@@ -155,7 +155,7 @@ class Progress:
             # After its last batch an epoch is over, whether or not `next_epoch` was called by then;
             # one that is longer than it was said to be is not over twice.
             inside = min(self.batch_in_epoch, self.batches_per_epoch)
-            return self.epoch + inside / self.batches_per_epoch
+            return (self.epoch * self.batches_per_epoch + inside) / self.batches_per_epoch
         value: int = getattr(self, unit)
         uncounted = unit in ("sample", "token") and value == 0 and self.batch > 0
         return None if uncounted else value
