@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from functional_ckpt import errors as errors
     from functional_ckpt import flags as flags
+    from functional_ckpt import interop as interop
     from functional_ckpt import hooks as hooks
     from functional_ckpt import policies as policies
     from functional_ckpt.background import Commit as Commit
@@ -79,6 +80,7 @@ _HOMES = {
     "default_registry": "handlers",
     "errors": "",
     "flags": "",
+    "interop": "",
     "hooks": "",
     "metadata": "checkpoint",
     "policies": "",
@@ -116,6 +118,7 @@ __all__ = [
     "default_registry",
     "errors",
     "flags",
+    "interop",
     "hooks",
     "metadata",
     "policies",

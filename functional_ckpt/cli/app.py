@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from functional_ckpt import errors
@@ -144,7 +144,33 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("b", help="what to compare it with; or a step of A, and then")
     diff.add_argument("number", nargs="?", type=_step, metavar="STEP", help="another step of A")
     diff.add_argument("--item", metavar="NAME", action="append", help="only this item")
+    _add_conversions(add)
     return parser
+
+
+def _add_conversions(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    convert = add("convert", "Turn a checkpoint of another program into a step")
+    convert.add_argument("source", help="a file or directory of any known format")
+    convert.add_argument("destination", help="the checkpoint to create; must not exist")
+    convert.add_argument(
+        "--format", metavar="NAME", help="the source's format, where it is unclear"
+    )
+    convert.add_argument("--item", metavar="NAME", action="append", help="only this item")
+    convert.add_argument(
+        "--step", type=_step, metavar="N", help="add step N to a directory of steps instead"
+    )
+    export = add("export", "Write a step as another program's checkpoint")
+    export.add_argument(
+        "checkpoint", help="a checkpoint, or a manager's directory (its latest step)"
+    )
+    export.add_argument("destination", help="the file or directory to create; must not exist")
+    export.add_argument("--to", required=True, choices=("safetensors", "torch", "hf", "dcp"))
+    export.add_argument("--step", type=_step, metavar="N", help="this step of the directory")
+    export.add_argument("--item", metavar="NAME", action="append", help="only this item")
+    export.add_argument("--max-shard-size", metavar="SIZE", help="of a file (hf), such as 2GB")
+    export.add_argument("--key-prefix", metavar="TEXT", help="put before every name (hf)")
+    export.add_argument("--variant", metavar="NAME", help="put into the files' names (hf)")
+    export.add_argument("--config", metavar="FILE", help="copied as config.json (hf)")
 
 
 def _step(text: str) -> int:

@@ -1,1 +1,39 @@
-"""Other libraries' formats and objects; each module is the only importer of its peer."""
+"""Other libraries' formats and objects; each module is the only importer of its peer.
+
+`open` finds out what a checkpoint of another program is and opens it as items. The modules below it
+are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from functional_ckpt.interop import huggingface as huggingface
+    from functional_ckpt.interop.detecting import FORMATS as FORMATS
+    from functional_ckpt.interop.detecting import open as open
+    from functional_ckpt.interop.source import Format as Format
+    from functional_ckpt.interop.source import Source as Source
+
+_HOMES = {
+    "FORMATS": "detecting",
+    "Format": "source",
+    "Source": "source",
+    "huggingface": "",
+    "open": "detecting",
+}
+
+__all__ = ["FORMATS", "Format", "Source", "huggingface", "open"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{home or name}")
+    return getattr(module, name) if home else module
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,53 @@
+"""`fckpt convert`: a checkpoint of another program becomes a step."""
+
+from __future__ import annotations
+
+import argparse
+
+from functional_ckpt import errors
+from functional_ckpt.cli import output
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Opens the source, saves its items, says what there is now."""
+    from functional_ckpt import checkpoint  # late: torch, which a listing does not need
+    from functional_ckpt.interop import creating, detecting
+    from functional_ckpt.manager import CheckpointManager
+    from functional_ckpt.storage.paths import LocalStorage, resolve
+
+    creating.check_apart(arguments.source, arguments.destination)
+    storage, path = LocalStorage(), resolve(arguments.destination)
+    if arguments.step is None and storage.exists(path):
+        raise errors.StepExistsError(
+            f"{path} exists and is never overwritten; choose another path, or --step N to add a "
+            "step to a directory of steps",
+            path=path,
+        )
+    source = detecting.open(arguments.source, arguments.format)
+    for name in arguments.item or ():
+        if name not in source:
+            raise errors.StepNotFoundError(
+                f"{arguments.source} ({source.format}) has no item {name!r}; it has "
+                f"{', '.join(source)}",
+                path=source.path,
+            )
+    items = {name: source[name] for name in arguments.item or source}
+    if arguments.step is None:
+        checkpoint.save(path, items)
+    else:
+        with CheckpointManager(path) as manager:
+            if arguments.step in manager.all_steps():
+                raise errors.StepExistsError(
+                    f"{path} has step {arguments.step} already", path=path, step=arguments.step
+                )
+            manager.save(arguments.step, items, force=True)
+    facts = {"path": path, "step": arguments.step, "format": source.format, "items": list(items)}
+    if arguments.json:
+        output.as_json({"schema": "fckpt.convert/1", **facts})
+    else:
+        where = path if arguments.step is None else f"{path}, step {arguments.step}"
+        text = f"{source.path} ({source.format}) -> {where}: items {', '.join(items)}"
+        print(output.printable(text))
+    return 0

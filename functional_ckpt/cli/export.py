@@ -1,0 +1,100 @@
+"""`fckpt export`: a step becomes what another program opens."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from functional_ckpt import errors
+from functional_ckpt.cli import output, targets
+from functional_ckpt.storage import layout
+from functional_ckpt.storage.paths import LocalStorage
+
+if TYPE_CHECKING:
+    from functional_ckpt.interop.source import Source
+
+__all__ = ["run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the items asked for; says what there is now."""
+    from functional_ckpt.interop import creating, detecting  # late: torch
+
+    storage = LocalStorage()
+    checkpoint = targets.checkpoint_of(
+        storage, arguments.checkpoint, arguments.step, arguments.prefix
+    )
+    creating.check_apart(checkpoint.path, arguments.destination)
+    _check_options(arguments)
+    opened = layout.open_checkpoint(storage, checkpoint.path, checkpoint.step)
+    for name in arguments.item or ():
+        if name not in opened.items:
+            raise errors.StepNotFoundError(
+                f"{opened.path} has no item {name!r}; it has {', '.join(opened.items)}",
+                path=opened.path,
+            )
+    if arguments.to in ("hf", "safetensors"):
+        items = [_weights_item(arguments, opened)]
+        _export_weights(arguments, checkpoint.path, items[0])
+    else:
+        source = detecting.open(checkpoint.path, "step")
+        items = list(arguments.item or source)
+        _export_tree(arguments, source, items)
+    facts = {"path": arguments.destination, "format": arguments.to, "items": items}
+    if arguments.json:
+        output.as_json({"schema": "fckpt.export/1", "checkpoint": checkpoint.path, **facts})
+    else:
+        text = f"{checkpoint.path} -> {arguments.destination} ({arguments.to}): "
+        print(output.printable(text + f"items {', '.join(items)}"))
+    return 0
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """What only a directory of weights has is an error elsewhere."""
+    for name in ("max_shard_size", "variant", "config", "key_prefix"):
+        if arguments.to != "hf" and getattr(arguments, name) is not None:
+            option = name.replace("_", "-")
+            raise errors.UsageError(f"--{option} is for --to hf, not for --to {arguments.to}")
+
+
+def _weights_item(arguments: argparse.Namespace, opened: layout.OpenCheckpoint) -> str:
+    named = arguments.item or (["model"] if "model" in opened.items else list(opened.items))
+    if len(named) != 1:
+        raise errors.UsageError(
+            f"--to {arguments.to} writes the weights of one item: choose one with --item of "
+            f"{', '.join(opened.items)}",
+            path=opened.path,
+        )
+    return str(named[0])
+
+
+def _export_weights(arguments: argparse.Namespace, path: str, item: str) -> None:
+    from functional_ckpt.interop import creating, huggingface, safetensors, weights
+
+    if arguments.to == "hf":
+        huggingface.export(
+            path,
+            arguments.destination,
+            item=item,
+            max_shard_size=arguments.max_shard_size or "5GB",
+            key_prefix=arguments.key_prefix or "",
+            variant=arguments.variant,
+            config=arguments.config,
+        )
+        return
+    given = weights.of_step(path, item)
+    safetensors.require(given.dtypes.items(), arguments.destination)
+    with creating.created(arguments.destination) as tmp:
+        safetensors.write(given.fetch(given.sizes), given.tied, tmp)
+
+
+def _export_tree(arguments: argparse.Namespace, source: Source, items: list[str]) -> None:
+    from functional_ckpt.interop import dcp, torch_save
+
+    content: dict[str, Any] = {name: source[name] for name in items}
+    if arguments.to == "dcp":
+        dcp.save(content, arguments.destination)
+    else:
+        # one item alone is what load_state_dict takes
+        alone = arguments.item and len(items) == 1
+        torch_save.save(content[items[0]] if alone else content, arguments.destination)

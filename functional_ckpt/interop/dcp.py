@@ -1,0 +1,230 @@
+"""PyTorch's distributed checkpoints (`torch.distributed.checkpoint`), read without running pickles.
+
+Their index, `.metadata`, is a pickle of records: it is read into inert ones. The tensors lie in the
+`.distcp` files as streams of `torch.save` and are read by `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import io
+import math
+import os
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.interop import torch_save
+from functional_ckpt.interop.creating import created
+from functional_ckpt.interop.pickles import read_inert
+from functional_ckpt.interop.source import Format, Source, items_of
+
+__all__ = ["FORMAT", "save"]
+
+_INDEX = ".metadata"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Where one stored piece of an entry lies."""
+
+    file: str
+    start: int
+    length: int
+    offset: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """One entry of the flattened state dict."""
+
+    name: str
+    keys: tuple[Any, ...]
+    shape: tuple[int, ...] | None
+    """None for a value that is no tensor."""
+    parts: tuple[_Part, ...]
+
+
+def fits(path: str) -> bool:
+    """Whether it is a directory with the index of a distributed checkpoint."""
+    return os.path.isfile(os.path.join(path, _INDEX))
+
+
+def _open(path: str) -> Source:
+    items = items_of(_nest(_entries(path)), path, _is_tensor)
+    openers = {name: functools.partial(_read_tree, path, node) for name, node in items.items()}
+    return Source(path, "dcp", openers)
+
+
+# ------------------------------------------------------------------------------------------ index
+
+
+def _entries(path: str) -> list[_Entry]:
+    index = os.path.join(path, _INDEX)
+    with open(index, "rb") as file:
+        metadata = read_inert(file.read(), index)
+    try:
+        stored = _parts(metadata.storage_data, path)
+        keys = cast("Mapping[str, Any]", getattr(metadata, "planner_data", None) or {})
+        return [
+            _Entry(
+                name=name,
+                keys=tuple(keys.get(name, (name,))),
+                shape=tuple(record.size) if hasattr(record, "size") else None,
+                parts=tuple(stored.get(name, ())),
+            )
+            for name, record in metadata.state_dict_metadata.items()
+        ]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise errors.CorruptCheckpointError(
+            f"{index}: not the index of a distributed checkpoint ({error}).", path=index
+        ) from error
+
+
+def _parts(storage_data: Any, path: str) -> dict[str, list[_Part]]:
+    found: dict[str, list[_Part]] = {}
+    for where, info in storage_data.items():
+        if getattr(info, "transform_descriptors", None):
+            raise errors.UsageError(
+                f"{path}: {where.fqn} was written through a transform (compression or encryption), "
+                "which cannot be read; save it again without.",
+                path=path,
+            )
+        name = str(info.relative_path)
+        if os.path.isabs(name) or ".." in name.split("/"):
+            raise errors.CorruptCheckpointError(
+                f"{path}: its index names the file {name!r}, outside of it.", path=path
+            )
+        if not os.path.isfile(os.path.join(path, name)):
+            raise errors.CorruptCheckpointError(
+                f"{path}: its index names the file {name!r}, which is not there.", path=path
+            )
+        part = _Part(
+            file=os.path.join(path, name),
+            start=int(info.offset),
+            length=int(info.length),
+            offset=tuple(getattr(where, "offset", None) or ()),
+        )
+        found.setdefault(where.fqn, []).append(part)
+    return found
+
+
+def _nest(entries: Sequence[_Entry]) -> dict[Any, Any]:
+    root: dict[Any, Any] = {}
+    for entry in entries:
+        node = root
+        for key in entry.keys[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                break
+        else:
+            node[entry.keys[-1]] = entry
+            continue
+        raise errors.CorruptCheckpointError(f"{entry.name}: its place is taken by another entry.")
+    return root
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, _Entry) and node.shape is not None
+
+
+def _is_list(node: Mapping[Any, Any], name: object) -> bool:
+    """Whether it was a list: both a list's places and an optimizer's parameters are numbers."""
+    return bool(node) and name != "state" and list(node) == list(range(len(node)))
+
+
+# ------------------------------------------------------------------------------------------ values
+
+
+def _read_tree(path: str, node: Any, name: object = None) -> Any:
+    if isinstance(node, _Entry):
+        return _read_entry(path, node)
+    children = {key: _read_tree(path, child, key) for key, child in node.items()}
+    return list(children.values()) if _is_list(node, name) else children
+
+
+def _read_entry(path: str, entry: _Entry) -> Any:
+    if entry.shape is None:
+        if len(entry.parts) != 1:
+            raise _lost(path, entry, f"{len(entry.parts)} pieces of what can only be one")
+        return _read_part(path, entry, entry.parts[0])
+    full: torch.Tensor | None = None
+    num_elements = 0
+    for part in entry.parts:
+        piece = _read_part(path, entry, part)
+        if not isinstance(piece, torch.Tensor) or len(part.offset) != len(entry.shape):
+            raise _lost(path, entry, "a piece that does not belong to it")
+        if tuple(piece.shape) == entry.shape:
+            return piece
+        ends = [start + size for start, size in zip(part.offset, piece.shape, strict=True)]
+        if min(part.offset) < 0 or any(e > s for e, s in zip(ends, entry.shape, strict=True)):
+            raise _lost(path, entry, "a piece that reaches beyond it")
+        if full is None:
+            _check_size(path, entry, piece)
+            full = torch.empty(entry.shape, dtype=piece.dtype)
+        slices = tuple(slice(s, e) for s, e in zip(part.offset, ends, strict=True))
+        full[slices].copy_(piece)
+        num_elements += piece.numel()
+    if full is None or num_elements != full.numel():
+        raise _lost(path, entry, f"{num_elements} of {math.prod(entry.shape)} elements")
+    return full
+
+
+def _check_size(path: str, entry: _Entry, piece: torch.Tensor) -> None:
+    """An index cannot ask for more memory than there are bytes on disk."""
+    shape = cast("tuple[int, ...]", entry.shape)
+    if math.prod(shape) * piece.element_size() > sum(part.length for part in entry.parts):
+        raise _lost(path, entry, f"too few bytes for the shape {list(shape)}")
+
+
+def _read_part(path: str, entry: _Entry, part: _Part) -> Any:
+    with open(part.file, "rb") as file:
+        file.seek(part.start)
+        data = file.read(part.length)
+    if len(data) != part.length:
+        raise _lost(path, entry, f"{len(data)} of {part.length} bytes")
+    return torch_save.load_stream(io.BytesIO(data), f"{part.file} ({entry.name})")
+
+
+def _lost(path: str, entry: _Entry, got: str) -> errors.CheckpointError:
+    return errors.CorruptCheckpointError(
+        f"{path}: {entry.name!r} is not whole: its files hold {got}.",
+        path=path,
+        key_path=entry.name,
+    )
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a new directory with `torch.distributed.checkpoint`, as one process.
+
+    Args:
+        content: A state dict: tensors and plain values in dicts and lists, under str keys.
+        path: The directory to create.
+
+    Raises:
+        StepExistsError: Something is there.
+    """
+    checkpoint: Any = importlib.import_module("torch.distributed.checkpoint")
+    with created(path) as tmp, _quiet():
+        checkpoint.save(
+            dict(content), storage_writer=checkpoint.FileSystemWriter(tmp), no_dist=True
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+FORMAT = Format(name="dcp", about="torch.distributed.checkpoint", fits=fits, open=_open)

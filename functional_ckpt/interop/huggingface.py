@@ -1,0 +1,389 @@
+"""Directories of weights as `transformers` writes them and its `from_pretrained` opens them.
+
+    config.json
+    model.safetensors                        one file, or
+    model-00001-of-00002.safetensors ...     shards of at most `max_shard_size`, and
+    model.safetensors.index.json             which name lies in which; written last
+
+`pytorch_model.bin` and its shards, in torch.save's format, likewise. A variant goes before the
+suffix: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, cast
+
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.interop import safetensors, torch_save, weights
+from functional_ckpt.interop.creating import created
+from functional_ckpt.interop.source import Format, Source, match_files
+from functional_ckpt.interop.weights import Weights
+from functional_ckpt.storage.paths import LocalStorage, resolve
+
+__all__ = ["FORMAT", "export", "load", "save"]
+
+Config: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
+FileFormat: TypeAlias = Literal["safetensors", "bin"]
+
+_STEMS: Mapping[str, str] = {"safetensors": "model", "bin": "pytorch_model"}
+_UNITS: Mapping[str, int] = {
+    "": 1,
+    **{unit: 1000**n for n, unit in enumerate(("KB", "MB", "GB", "TB"), 1)},
+    **{unit: 1024**n for n, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)},
+}
+_DEFAULT_SHARD = "5GB"
+# Weights, their shards and their indexes, of any variant.
+_FILE = re.compile(
+    r"(model|pytorch_model)(\.[\w-]+?)?(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
+)
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def save(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = _DEFAULT_SHARD,
+    key_prefix: str = "",
+    variant: str | None = None,
+    format: FileFormat = "safetensors",
+    config: Config | None = None,
+) -> None:
+    """Writes a module, or a tree of tensors, into a new directory.
+
+    Of tensors that share memory one is written, under the name that the model keeps for it.
+
+    Args:
+        model: A module, a state dict or any tree of tensors (names are joined by dots).
+        path: The directory to create.
+        max_shard_size: Bytes of a file, as a number or like `"5GB"`, `"200MB"`, `"1GiB"`; a larger
+            tensor has a file to itself.
+        key_prefix: Put before every name.
+        variant: Put into the files' names.
+        format: `safetensors`, or `bin` for torch.save.
+        config: What to write as `config.json`: a mapping, or a file to copy, or a directory with
+            one; None for the module's own, where it has one.
+
+    Raises:
+        StepExistsError: Something is there; it is left as it is.
+        UnsupportedLeafError: Something cannot be written; nothing was.
+    """
+    tied = _tied_names(model)
+    texts = {} if config is not None else _own_config(model)
+    given = weights.of_value(model, keep=lambda name: name not in tied)
+    options = _Options.of(max_shard_size, key_prefix, variant, format)
+    _write(given, path, options, texts if config is None else _read_config(config))
+
+
+def export(
+    step: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    item: str = "model",
+    max_shard_size: int | str = _DEFAULT_SHARD,
+    key_prefix: str = "",
+    variant: str | None = None,
+    format: FileFormat = "safetensors",
+    config: Config | None = None,
+) -> None:
+    """Writes an item of a step into a new directory, reading one file's tensors at a time.
+
+    No model is built, and no more than one file's tensors are in memory. Otherwise like `save`.
+
+    Args:
+        step: The step's directory.
+        path: The directory to create.
+        item: The item that holds the weights.
+        max_shard_size: Bytes of a file.
+        key_prefix: Put before every name.
+        variant: Put into the files' names.
+        format: `safetensors` or `bin`.
+        config: What to write as `config.json`; None for no such file.
+    """
+    options = _Options.of(max_shard_size, key_prefix, variant, format)
+    texts = {} if config is None else _read_config(config)
+    _write(weights.of_step(step, item), path, options, texts)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    max_shard_bytes: int
+    key_prefix: str
+    variant: str | None
+    format: FileFormat
+
+    @classmethod
+    def of(
+        cls, max_shard_size: int | str, key_prefix: str, variant: str | None, format: str
+    ) -> _Options:
+        if format not in _STEMS:
+            raise errors.UsageError(f"format must be 'safetensors' or 'bin'; got {format!r}.")
+        if variant is not None and not re.fullmatch(r"[\w-]+", variant):
+            raise errors.UsageError(f"variant must be letters, digits, _ or -; got {variant!r}.")
+        return cls(
+            max_shard_bytes=_parse_size(max_shard_size),
+            key_prefix=key_prefix,
+            variant=variant,
+            format=cast("FileFormat", format),
+        )
+
+    @property
+    def stem(self) -> str:
+        return ".".join(filter(None, (_STEMS[self.format], self.variant)))
+
+    @property
+    def index(self) -> str:
+        parts = (_STEMS[self.format], self.format, "index", self.variant, "json")
+        return ".".join(filter(None, parts))
+
+
+def _parse_size(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([A-Z]*)", str(size).strip().upper())
+    if match is None or match[2] not in _UNITS or int(match[1]) < 1 or isinstance(size, bool):
+        raise errors.UsageError(
+            f"max_shard_size must be bytes, or like '5GB', '200MB' or '1GiB'; got {size!r}."
+        )
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _write(
+    given: Weights, path: str | os.PathLike[str], options: _Options, texts: Mapping[str, str]
+) -> None:
+    if options.format == "safetensors":
+        safetensors.require(given.dtypes.items(), path)
+    shards = _shards(given.sizes, options.max_shard_bytes)
+    storage = LocalStorage()
+    with created(path, storage) as tmp:
+        storage.make_directory(tmp)
+        for name, text in texts.items():
+            storage.write(os.path.join(tmp, name), text.encode())
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+            file = f"{options.stem}{part}.{options.format}"
+            written = _write_shard(given, names, os.path.join(tmp, file), options)
+            weight_map |= dict.fromkeys(written, file)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(given.sizes.values())},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            text = json.dumps(index, indent=2) + "\n"
+            storage.write(os.path.join(tmp, options.index), text.encode())
+
+
+def _shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Names in order, cut where a file would grow beyond its limit."""
+    shards: list[list[str]] = []
+    total = 0
+    for name, size in sizes.items():
+        if not shards or total + size > max_bytes:
+            shards.append([])
+            total = 0
+        shards[-1].append(name)
+        total += size
+    return shards
+
+
+def _write_shard(given: Weights, names: Sequence[str], path: str, options: _Options) -> list[str]:
+    """Writes one file; returns the names that it holds."""
+    prefix = options.key_prefix
+    tensors = {prefix + name: tensor for name, tensor in given.fetch(names).items()}
+    tied = {prefix + name: prefix + kept for name, kept in given.tied.items() if kept in names}
+    if options.format == "safetensors":
+        safetensors.write(tensors, tied, path)
+        return list(tensors)
+    compact = {
+        name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in tensors.items()
+    }
+    torch.save(compact | {name: compact[kept] for name, kept in tied.items()}, path)
+    return [*tensors, *tied]
+
+
+def _is_part(tensor: torch.Tensor) -> bool:
+    # torch.save writes the whole memory that a tensor is a view of
+    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+
+
+def _tied_names(model: Any) -> frozenset[str]:
+    """The names that a transformers model says it ties to another parameter, and does not save."""
+    found: Any = getattr(model, "all_tied_weights_keys", None)
+    return frozenset(found or getattr(model, "_tied_weights_keys", None) or ())
+
+
+def _own_config(model: Any) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for attribute, file in (("config", "config.json"), ("generation_config",) * 2):
+        own = getattr(model, attribute, None)
+        if not isinstance(model, torch.nn.Module) or not hasattr(own, "to_json_string"):
+            continue
+        record = json.loads(cast("Any", own).to_json_string())
+        if file == "config.json":
+            record["architectures"] = record.get("architectures") or [type(model).__name__]
+        name = file if file.endswith(".json") else f"{file}.json"
+        texts[name] = json.dumps(record, indent=2, sort_keys=True) + "\n"
+    return texts
+
+
+def _read_config(config: Config) -> dict[str, str]:
+    if isinstance(config, Mapping):
+        try:
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        except (TypeError, ValueError) as error:
+            raise errors.UsageError(f"config is not JSON: {error}.") from error
+        return {"config.json": text}
+    path = resolve(config)
+    if os.path.isdir(path):
+        path = os.path.join(path, "config.json")
+    _load_json(path)
+    with open(path, encoding="utf-8") as file:
+        return {"config.json": file.read()}
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    key_prefix: str = "",
+    variant: str | None = None,
+    format: FileFormat | None = None,
+) -> dict[str, torch.Tensor]:
+    """The tensors in a directory by name, memory-mapped: none is read before it is used.
+
+    Args:
+        path: The directory.
+        key_prefix: What every name begins with; it is taken off.
+        variant: Which variant.
+        format: Which format, where there are two.
+
+    Raises:
+        StepNotFoundError: There are no such weights.
+        UsageError: There are weights in two formats, and `format` does not say which.
+        CorruptCheckpointError: A shard is missing or damaged, or the index is not of these files.
+    """
+    directory = resolve(path)
+    file = _choose(directory, variant, format)
+    if not file.endswith(".json"):
+        tensors = _load_file(os.path.join(directory, file))
+    else:
+        tensors = _load_shards(directory, file)
+    bad = [name for name in tensors if not name.startswith(key_prefix)]
+    if bad:
+        raise errors.MismatchError(
+            f"{directory}: these names do not begin with {key_prefix!r}: {', '.join(bad[:8])}.",
+            unexpected=bad,
+            path=directory,
+        )
+    return {name.removeprefix(key_prefix): tensor for name, tensor in tensors.items()}
+
+
+def _choose(directory: str, variant: str | None, format: str | None) -> str:
+    """The file to begin with: the weights, or their index."""
+    found: list[str] = []
+    for kind in _STEMS:
+        options = _Options.of(1, "", variant, kind)
+        names = (f"{options.stem}.{kind}", options.index)
+        here = [name for name in names if os.path.isfile(os.path.join(directory, name))]
+        found += here if format in (None, kind) else []
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise errors.UsageError(
+            f"{directory}: weights in two formats or twice: {', '.join(found)}; choose with "
+            "format='safetensors' or 'bin', or move the others away.",
+            path=directory,
+        )
+    there = match_files(directory, lambda name: _FILE.fullmatch(name) is not None)
+    raise errors.StepNotFoundError(
+        f"{directory}: there are no weights"
+        + (f" of variant {variant!r}" if variant else "")
+        + (f" in format {format!r}" if format else "")
+        + (f", nor an index of: {', '.join(there[:8])}." if there else "."),
+        path=directory,
+    )
+
+
+def _load_shards(directory: str, index: str) -> dict[str, torch.Tensor]:
+    path = os.path.join(directory, index)
+    weight_map = _load_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise errors.CorruptCheckpointError(f"{path}: it has no weight_map.", path=path)
+    placed = cast("dict[str, str]", weight_map)
+    files = list(dict.fromkeys(placed.values()))
+    check_files(directory, index, files)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors |= _load_file(os.path.join(directory, file))
+    lost = [f"{name} ({file})" for name, file in placed.items() if name not in tensors]
+    if lost:
+        raise errors.CorruptCheckpointError(
+            f"{path}: it names tensors that their files do not hold: {', '.join(lost[:8])}.",
+            path=path,
+        )
+    return tensors
+
+
+def check_files(directory: str, index: str, files: Iterable[object]) -> None:
+    """Raises `CorruptCheckpointError` where an index names a file that is not beside it."""
+    for file in files:
+        if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
+            raise errors.CorruptCheckpointError(
+                f"{os.path.join(directory, index)}: {file!r} is not the name of a file beside it.",
+                path=directory,
+            )
+        if not os.path.isfile(os.path.join(directory, file)):
+            raise errors.CorruptCheckpointError(
+                f"{os.path.join(directory, index)}: it names {file}, which is not there; the "
+                "checkpoint is incomplete.",
+                path=directory,
+            )
+
+
+def _load_file(path: str) -> dict[str, torch.Tensor]:
+    if path.endswith(".safetensors"):
+        tensors, metadata = safetensors.load(path)
+        safetensors.retie(tensors, metadata)
+        return tensors
+    content = torch_save.load(path)
+    if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
+        raise errors.CorruptCheckpointError(f"{path}: not names and tensors.", path=path)
+    return dict(cast("Mapping[str, torch.Tensor]", content))
+
+
+def _load_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+    except FileNotFoundError as error:
+        raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path) from error
+    except (ValueError, RecursionError) as error:
+        raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
+    if not isinstance(record, dict):
+        raise errors.CorruptCheckpointError(f"{path}: not a JSON object.", path=path)
+    return cast("dict[str, Any]", record)
+
+
+def fits(path: str) -> bool:
+    """Whether it is a directory with weights, or shards of them, under these names."""
+    return bool(match_files(path, lambda name: _FILE.fullmatch(name) is not None))
+
+
+def _open(path: str) -> Source:
+    tensors = load(path)
+    return Source(path, "huggingface", {"model": lambda: tensors})
+
+
+FORMAT = Format(
+    name="huggingface", about="a directory of Hugging Face transformers", fits=fits, open=_open
+)

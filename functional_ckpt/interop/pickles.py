@@ -1,0 +1,71 @@
+"""The only module that names `pickle`: records without behaviour, and the error.
+
+PyTorch's distributed checkpoints keep their index in a pickle. It is read into inert records:
+whatever class or function the pickle names, nothing of it is imported and nothing of it is run.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+from typing import Any
+
+import torch
+
+from functional_ckpt import errors
+
+__all__ = ["Record", "UnpicklingError", "read_inert"]
+
+UnpicklingError = pickle.UnpicklingError
+
+
+class Record:
+    """Stands for an object of any class: keeps what it was built with, and does nothing.
+
+    Attributes:
+        arguments: What its class or function was called with.
+    """
+
+    kind = ""
+
+    def __new__(cls, *arguments: Any) -> Record:
+        """Takes any arguments, as unpickling gives them."""
+        record = super().__new__(cls)
+        record.arguments = arguments
+        return record
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        """Keeps fields; a state that is no dict of fields, or a pair of them, is dropped."""
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict):
+                self.__dict__.update(part)
+
+
+class _Inert(pickle.Unpickler):
+    def find_class(self, module: str, name: str, /) -> Any:
+        if module == "torch":
+            if name == "Size":
+                return tuple
+            if isinstance(dtype := getattr(torch, name, None), torch.dtype):
+                return dtype
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        return type(name, (Record,), {"kind": f"{module}.{name}"})
+
+
+def read_inert(data: bytes, path: str) -> Any:
+    """The content of a pickle with a `Record` in place of every object.
+
+    Raises:
+        CorruptCheckpointError: It is not a pickle, or a broken one.
+    """
+    try:
+        return _Inert(io.BytesIO(data)).load()
+    except (UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise errors.CorruptCheckpointError(
+            f"{path}: unreadable ({type(error).__name__}: {error}).", path=path
+        ) from error

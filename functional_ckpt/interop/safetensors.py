@@ -1,0 +1,121 @@
+"""Files of safetensors, memory-mapped when read. The only importer of safetensors."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.interop.source import Format, Source
+
+__all__ = ["DTYPES", "FORMAT", "fits", "load", "require", "retie", "write"]
+
+DTYPES = (
+    *("bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"),
+)
+"""What the format has a name for."""
+
+
+def _library(module: str = "safetensors") -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise errors.UsageError(
+            "safetensors is not installed: pip install 'functional-ckpt[huggingface]'."
+        ) from error
+
+
+def fits(path: str) -> bool:
+    """Whether it is a file that begins as the format says: a length, then a JSON object."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return (
+        len(start) == 9
+        and start[8:] == b"{"
+        and int.from_bytes(start[:8], "little") <= os.path.getsize(path) - 8
+    )
+
+
+def load(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file, memory-mapped, and its metadata.
+
+    Raises:
+        StepNotFoundError: There is no such file.
+        CorruptCheckpointError: It is broken, or no such file.
+    """
+    if not os.path.isfile(path):
+        raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path)
+    library = _library()
+    try:
+        with library.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except (library.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise errors.CorruptCheckpointError(
+            f"{path}: safetensors cannot read it ({error}).", path=path
+        ) from error
+
+
+def retie(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Adds the names that were left out because they share another's memory."""
+    for name, kept in metadata.items():
+        if kept in tensors and name not in tensors:
+            tensors[name] = tensors[kept]
+
+
+def write(tensors: Mapping[str, torch.Tensor], tied: Mapping[str, str], path: str) -> None:
+    """Writes a file; nothing is durable yet.
+
+    Args:
+        tensors: Names and tensors of `DTYPES`.
+        tied: Name that is left out -> the name under which its memory is stored; kept in the
+            file's metadata, as huggingface_hub does.
+        path: The file to create.
+    """
+    compact = {name: _compact(tensor) for name, tensor in tensors.items()}
+    open(path, "wb").close()  # safetensors makes files that only their owner may read
+    _library("safetensors.torch").save_file(compact, path, metadata={"format": "pt", **tied})
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with a memory of its own, and no more of it than it shows."""
+    tensor = tensor.detach().cpu().contiguous()
+    is_whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if is_whole else tensor.clone()
+
+
+def require(names: Iterable[tuple[str, str]], path: object) -> None:
+    """Raises `UnsupportedLeafError` naming what the format cannot hold.
+
+    Args:
+        names: Names and torch dtypes.
+        path: The file or directory that was to be written.
+    """
+    _library()
+    bad = [f"{name} ({dtype})" for name, dtype in names if dtype not in DTYPES]
+    if bad:
+        raise errors.UnsupportedLeafError(
+            f"{path}: safetensors has no such dtype: {', '.join(bad[:8])}; convert the tensor, or "
+            "write torch's own format.",
+            path=path,
+        )
+
+
+def _open(path: str) -> Source:
+    def read() -> dict[str, torch.Tensor]:
+        tensors, metadata = load(path)
+        retie(tensors, metadata)
+        return tensors
+
+    return Source(path, "safetensors", {"model": read})
+
+
+FORMAT = Format(name="safetensors", about="a file of safetensors", fits=fits, open=_open)

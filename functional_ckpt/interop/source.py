@@ -1,0 +1,107 @@
+"""What another program's checkpoint opens as: items by name, each read when it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+
+from functional_ckpt import errors, lowering
+
+__all__ = ["Format", "Source", "items_of", "match_files"]
+
+
+class Source(Mapping[str, Any]):
+    """Items by name, for `fc.save` or to look into; an item is opened when it is first asked for.
+
+    Tensors are memory-mapped where the format allows: what is not used is not read, and what is
+    saved is not held twice.
+
+    Attributes:
+        path: Where they come from.
+        format: Name of the format.
+    """
+
+    def __init__(self, path: str, format: str, items: Mapping[str, Callable[[], Any]]) -> None:
+        self.path = path
+        self.format = format
+        self._openers = dict(items)
+        self._opened: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._openers:
+            raise KeyError(name)
+        if name not in self._opened:
+            self._opened[name] = self._openers[name]()
+        return self._opened[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._openers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._openers)
+
+    def __len__(self) -> int:
+        return len(self._openers)
+
+    def __repr__(self) -> str:
+        return f"Source({self.path!r}, format={self.format!r}, items={list(self._openers)})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A format that can be opened.
+
+    Attributes:
+        name: What a user calls it.
+        about: What it is, for people.
+        fits: Whether the file or directory at a path looks like it; reads no more than names and
+            headers.
+        open: Opens it.
+        refines: Names of more general formats that fit wherever this one does, and give way to it.
+    """
+
+    name: str
+    about: str
+    fits: Callable[[str], bool]
+    open: Callable[[str], Source]
+    refines: tuple[str, ...] = ()
+
+
+def items_of(
+    content: Any, path: str, is_tensor: Callable[[Any], bool] = torch.is_tensor
+) -> dict[str, Any]:
+    """The items in what one file holds.
+
+    A mapping of names to tensors is one item, `model`. In any other mapping each entry is an item,
+    and what is no mapping, or has a key that no item can be called by, is one item, `state`.
+    """
+    if not isinstance(content, Mapping):
+        return {"state": content}
+    entries = cast("Mapping[Any, Any]", content)
+    if not entries:
+        raise errors.CorruptCheckpointError(f"{path}: it holds nothing.", path=path)
+    if all(is_tensor(value) for value in entries.values()):
+        return {"model": dict(entries)}
+    if all(_is_item_name(name) for name in entries):
+        return dict(entries)
+    return {"state": dict(entries)}
+
+
+def _is_item_name(name: object) -> bool:
+    try:
+        lowering.check_item_name(name)
+    except errors.UsageError:
+        return False
+    return True
+
+
+def match_files(path: str, matches: Callable[[str], bool]) -> list[str]:
+    """Sorted names of a directory's entries that match; none where it is no directory."""
+    try:
+        return sorted(name for name in os.listdir(path) if matches(name))
+    except OSError:
+        return []

@@ -1,0 +1,160 @@
+"""Files of `torch.save`, read by `torch.load(weights_only=True)` and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import zipfile
+from collections.abc import Generator, Mapping
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.interop.creating import created
+from functional_ckpt.interop.pickles import UnpicklingError
+from functional_ckpt.interop.source import Format, Source, items_of
+
+__all__ = ["FORMAT", "TensorReference", "fits", "load", "load_stream", "save"]
+
+_ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02"
+
+
+class TensorReference:
+    """Stands in a file of torch_xla's serialization for a tensor in a file of its own.
+
+    Attributes:
+        tid: Its number.
+    """
+
+    tid: int
+
+
+def _numpy_globals() -> list[Any]:
+    """What pickled numpy arrays are made of (RNG states hold them): data, and no code."""
+    rebuild: Any = np.zeros(1).__reduce__()[0]
+    scalar: Any = cast("Any", np.float64(0)).__reduce__()[0]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["All"]}
+    return [
+        np.ndarray,
+        np.dtype,
+        *kinds,
+        # numpy 1 and 2 call the same functions by different names
+        *((rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+        *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    ]
+
+
+_GLOBALS = [*_numpy_globals(), (TensorReference, "torch_xla.utils.serialization.TensorReference")]
+
+
+def fits(path: str) -> bool:
+    """Whether it is a file that `torch.save` may have written."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start == _ZIP:
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+        return True  # broken: torch.load says how
+    return start.startswith(_LEGACY)
+
+
+def load(path: str) -> Any:
+    """What a file of `torch.save` holds; its tensors are memory-mapped on the CPU.
+
+    Raises:
+        StepNotFoundError: There is no such file.
+        UsageError: It holds a pickled object; nothing was loaded.
+        CorruptCheckpointError: It is broken, or no such file.
+    """
+    if not os.path.isfile(path):
+        raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path)
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == _ZIP  # older files cannot be mapped
+    return load_stream(path, path, mmap=is_zip)
+
+
+def load_stream(file: str | BinaryIO, what: str, *, mmap: bool = False) -> Any:
+    """What `torch.save` wrote into a file or a stream; `load` says what it raises.
+
+    Args:
+        file: A path, or a stream.
+        what: What to call it in errors.
+        mmap: Whether to map it, which takes a path.
+    """
+    with _clear_errors(what), torch.serialization.safe_globals(_GLOBALS):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+@contextlib.contextmanager
+def _clear_errors(path: str) -> Generator[None]:
+    try:
+        yield
+    except UnpicklingError as error:
+        # "Unsupported global: GLOBAL a.b.C was not ..." or "Unsupported class a.b.C"
+        found = re.search(r"(?:GLOBAL|class|load) ([\w.]+\.[\w.]+)", str(error))
+        if found is None:
+            raise _unreadable(path, error) from error
+        raise errors.UsageError(
+            f"{path}: it holds a pickled object, {found[1]}, which is never loaded, because that "
+            "can run any code. Where you trust the file, load it with that class at hand, save "
+            "what you need of it as tensors and plain values with torch.save, and open that file.",
+            path=path,
+        ) from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, errors.CheckpointError):
+            raise
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> errors.CheckpointError:
+    first = str(error).strip().partition("\n")[0]
+    return errors.CorruptCheckpointError(
+        f"{path}: torch.load cannot read it ({type(error).__name__}: {first:.200}); the file is "
+        "damaged, or was not written by torch.save.",
+        path=path,
+    )
+
+
+def save(content: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a new file with `torch.save`, so that `torch.load(weights_only=True)` reads it.
+
+    Args:
+        content: Tensors and plain values in dicts, lists and tuples.
+        path: The file to create.
+
+    Raises:
+        StepExistsError: Something is there.
+        UnsupportedLeafError: There is something that torch.save would pickle; nothing was written.
+    """
+    with created(path) as tmp:
+        try:
+            torch.save(content, tmp)
+            torch.load(tmp, map_location="cpu", weights_only=True, mmap=True)
+        except (UnpicklingError, TypeError, AttributeError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise errors.UnsupportedLeafError(
+                f"{os.fspath(path)}: torch.save would have to pickle an object in it, and "
+                f"torch.load(weights_only=True) would refuse it ({first:.200}). Choose the items "
+                "to write, or leave it out.",
+                path=path,
+            ) from error
+
+
+def _open(path: str) -> Source:
+    items = items_of(load(path), path)
+    openers = {name: functools.partial(_plain, item) for name, item in items.items()}
+    return Source(path, "torch", openers)
+
+
+def _plain(item: Any) -> Any:
+    """A state dict as the dict that it is: an OrderedDict carries the module's versions too."""
+    return dict(cast("Mapping[Any, Any]", item)) if hasattr(item, "_metadata") else item
+
+
+FORMAT = Format(name="torch", about="a file of torch.save", fits=fits, open=_open)

@@ -1,0 +1,125 @@
+"""Named tensors, in memory or in a step: known at once, fetched in parts to be written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+
+from functional_ckpt import errors, reader
+from functional_ckpt.core import leaves, placement, plan, structure, tree
+from functional_ckpt.core.target import AS_SAVED
+from functional_ckpt.handlers import default_registry
+from functional_ckpt.storage import layout
+from functional_ckpt.storage.paths import LocalStorage, resolve
+
+__all__ = ["Weights", "of_step", "of_value"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Tensors by name; what shares memory is known by the first of its names.
+
+    Attributes:
+        sizes: Name -> bytes, of each tensor that holds its own bytes, in order.
+        dtypes: Name -> torch dtype, of the same.
+        tied: Further name -> the name under which its bytes are.
+        fetch: Names -> their tensors on the CPU.
+    """
+
+    sizes: Mapping[str, int]
+    dtypes: Mapping[str, str]
+    tied: Mapping[str, str]
+    fetch: Callable[[Collection[str]], dict[str, torch.Tensor]]
+
+
+def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> Weights:
+    """The tensors of a module, of a state dict or of any tree of tensors, by dotted name.
+
+    Args:
+        value: What `fc.save` takes as an item.
+        keep: Which of several names of one memory to know it by; the first that is kept.
+
+    Raises:
+        UnsupportedLeafError: It holds something else than whole tensors.
+    """
+    item = default_registry().bind(value)
+    lowered = item.handler.lower(item.value)
+    if isinstance(lowered, Mapping):  # names to keep come first, and so own what is tied
+        first = [name for name in lowered if keep(str(name))]
+        lowered = {name: lowered[name] for name in [*first, *lowered]}
+    flat = tree.flatten(lowered)
+    owned = dict(zip((node.name for node, _ in flat.arrays), flat.arrays, strict=True))
+    spread = [name for name, (_, array) in owned.items() if placement.sharding_of(array)]
+    if spread:
+        raise errors.UnsupportedLeafError(
+            f"{spread[0]} is a DTensor, of which each rank has a part: save a step with every "
+            "rank, then export that.",
+            key_path=spread[0],
+        )
+
+    def fetch(names: Collection[str]) -> dict[str, torch.Tensor]:
+        return {name: leaves.source_of(owned[name][1], owned[name][0]) for name in names}
+
+    return _weights(flat.root, fetch, "the value")
+
+
+def of_step(path: str | os.PathLike[str], item: str) -> Weights:
+    """The tensors of one item of a step; only what is fetched is read.
+
+    Raises:
+        StepNotFoundError: There is no such step or item.
+        UnsupportedLeafError: The item holds something else than tensors.
+    """
+    opened = layout.open_checkpoint(LocalStorage(), resolve(path))
+    if opened.items.get(item) != "tree":
+        trees = [name for name, kind in opened.items.items() if kind == "tree"]
+        raise errors.StepNotFoundError(
+            f"{opened.path} has no item {item!r} that holds arrays; it has {', '.join(trees)}.",
+            path=opened.path,
+            key_path=item,
+        )
+    saved = opened.tree(item)
+
+    def fetch(names: Collection[str]) -> dict[str, torch.Tensor]:
+        wanted = frozenset(names)
+        root = plan.prune(saved.root, wanted.__contains__)
+        if root is None:
+            return {}
+        binding = plan.match(root, AS_SAVED, item=item).binding
+        touched = reader.Touched()
+        (value,) = reader.read_all([(saved, binding)], verify="during", touched=touched)
+        found = {node.name: (node, array) for node, array in tree.flatten(value).arrays}
+        return {name: leaves.source_of(found[name][1], found[name][0]) for name in names}
+
+    return _weights(saved.root, fetch, f"{opened.path}, item {item}")
+
+
+def _weights(
+    root: structure.Node, fetch: Callable[[Collection[str]], dict[str, torch.Tensor]], what: str
+) -> Weights:
+    sizes: dict[str, int] = {}
+    dtypes: dict[str, str] = {}
+    tied: dict[str, str] = {}
+    others: list[str] = []
+    for path, node in structure.iter_leaves(root):
+        if isinstance(node, structure.BranchNode):
+            continue  # an empty container holds no weights
+        if not isinstance(node, structure.ArrayNode) or node.kind not in ("tensor", "ndarray"):
+            others.append(structure.leaf_name(path))
+        elif node.tied_to is not None:
+            tied[node.name] = node.tied_to
+        else:
+            sizes[node.name] = node.spec.size_bytes
+            dtypes[node.name] = str(node.detail.get("dtype", node.spec.dtype))
+    if others or not sizes:
+        named = f": {', '.join(others[:8])} hold none" if others else ""
+        raise errors.UnsupportedLeafError(
+            f"{what}: expected tensors under names and nothing else{named}. Choose the item that "
+            "holds the weights.",
+            key_path=others[0] if others else None,
+        )
+    return Weights(sizes=sizes, dtypes=dtypes, tied=tied, fetch=fetch)
