@@ -76,10 +76,10 @@ def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> Place:
 def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
     """Whether a read can go straight into the tensor's memory."""
     stored = str(node.detail.get("dtype", node.spec.dtype))
-    return (
-        (memory_of.is_ordinary(tensor) or _is_memory(tensor))
-        and tensor.is_cpu
-        and stored == leaves.torch_dtype_name(tensor.dtype)
+    if not tensor.is_cpu or stored != leaves.torch_dtype_name(tensor.dtype):
+        return False
+    return memory_of.is_ordinary(tensor) or (
+        _is_memory(tensor)
         and not any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     )
 

@@ -6,6 +6,7 @@ memory.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -49,7 +50,8 @@ def read_all(
         sharing: The ranks that read for each other, if they do.
     """
     fence.wait_for_all()  # what is read may go where another save is still copying from
-    jobs = [_Jobs(item, binding, touched) for item, binding in bound]
+    with threads.without_collecting():
+        jobs = [_Jobs(item, binding, touched) for item, binding in bound]
     if verify == "before":
         threads.run_in_threads([task for job in jobs for task in job.verification()])
     verified = verify == "during"
@@ -58,7 +60,8 @@ def read_all(
         if sharing is None:
             for job in jobs:
                 fetches += job.fetch(files, verified=verified)
-        tasks = [task for job in jobs for task in job.tasks(verified=verified)]
+        with threads.without_collecting():
+            tasks = [task for job in jobs for task in job.tasks(verified=verified)]
         if sharing is not None:
             tasks = _without_shared(tasks, sharing)
         threads.run_in_threads([*fetches, *_batches(tasks)])
@@ -123,15 +126,19 @@ class Touched:
     value: bool = False
 
 
+_counting = threading.Lock()  # one for all: a lock for each of ten thousands of arrays costs more
+
+
 class _Job:
     """One array on its way into memory; its chunks may arrive on several threads."""
+
+    __slots__ = ("_num_parts", "_place", "_touched", "binding", "item", "value")
 
     def __init__(self, item: OpenItem, binding: plan.ReadArray, touched: Touched) -> None:
         self.item = item
         self.binding = binding
         self.value: Any = None
         self._touched = touched
-        self._lock = threading.Lock()
         self._place: memory.Place | None = None
         self._num_parts = 1
 
@@ -198,7 +205,7 @@ class _Job:
         self._count_part()
 
     def _count_part(self) -> None:
-        with self._lock:
+        with _counting:
             self._num_parts -= 1
             is_last = self._num_parts == 0
         if is_last:
@@ -221,7 +228,7 @@ class _Job:
         self._finish()
 
     def _open(self) -> memory.Place:
-        with self._lock:
+        with _counting:
             if self._place is None:
                 self._place = memory.place_of(self.binding)
             if self.binding.form == "fill":
@@ -243,8 +250,11 @@ class _Jobs:
         self._fetched: set[int] = set()
         self._jobs: dict[Any, _Job] = {}
         self._of: dict[int, _Job] = {}
-        for read in _reads(binding):
-            key = (read.node.stored_name, *_sharing(read))
+        reads = list(_reads(binding))
+        times = collections.Counter(read.node.stored_name for read in reads)
+        for read in reads:
+            name = read.node.stored_name
+            key = (name,) if times[name] == 1 else (name, *_sharing(read))
             job = self._jobs.setdefault(key, _Job(item, read, touched))
             self._of[id(read)] = job
 

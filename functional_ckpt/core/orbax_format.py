@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
+from json.encoder import encode_basestring_ascii
 from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
@@ -91,7 +92,7 @@ def tree_metadata(root: structure.Node) -> bytes:
             value = _array_metadata(leaf.spec.shape)
         else:
             value = json.dumps(_value_metadata(leaf))
-        name = json.dumps(str(tuple([str(key.value) for key in path])))
+        name = encode_basestring_ascii(str(tuple([str(key.value) for key in path])))
         keys = ", ".join([_key_metadata(str(key.value), key.kind) for key in path])
         tree.append(f'{name}: {{"key_metadata": [{keys}], "value_metadata": {value}}}')
     record = {
@@ -119,9 +120,9 @@ def _value_metadata(leaf: structure.Node) -> Json:
     return {"value_type": stored_as, "skip_deserialize": is_empty}
 
 
-@functools.lru_cache(maxsize=4096)
 def _key_metadata(key: str, kind: str) -> str:
-    return json.dumps({"key": key, "key_type": _SEQUENCE_KEY if kind == "index" else _DICT_KEY})
+    key_type = _SEQUENCE_KEY if kind == "index" else _DICT_KEY
+    return f'{{"key": {encode_basestring_ascii(key)}, "key_type": {key_type}}}'
 
 
 def strings(root: structure.Node) -> dict[str, str]:

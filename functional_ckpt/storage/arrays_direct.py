@@ -7,6 +7,7 @@ take this road (too many keys for one node, storage that is no file system) take
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -37,7 +38,7 @@ from functional_ckpt.storage.arrays_ocdbt import (
 from functional_ckpt.storage.arrays_write import ArrayWrite, Digests, padded
 from functional_ckpt.storage.data_files import DataFile
 from functional_ckpt.storage.paths import LocalStorage
-from functional_ckpt.storage.threads import run_in_threads
+from functional_ckpt.storage.threads import run_in_threads, without_collecting
 
 __all__ = [
     "BYTES_PER_FILE",
@@ -55,6 +56,8 @@ _FOLDER = "d"
 # One file for each so many bytes: several writers keep the disk busy while others hash and copy.
 BYTES_PER_FILE = 32 * 2**20
 _MAX_FILES = 4
+# What is written in less than a second or so.
+_QUICK_BYTES = 256 * 2**20
 # Hashed and copied while it is in the cache.
 _STEP_BYTES = 2**20
 
@@ -105,6 +108,21 @@ def write_arrays(
     """
     path = os.path.join(item_directory, child) if child else item_directory
     storage.make_directory(os.path.join(path, _FOLDER))
+    with contextlib.ExitStack() as pause:
+        if sum(array.data.nbytes for array in arrays) < _QUICK_BYTES:
+            pause.enter_context(without_collecting())
+        return _write_arrays(storage, item_directory, child, arrays, scalars, tied or {})
+
+
+def _write_arrays(
+    storage: LocalStorage,
+    item_directory: str,
+    child: str,
+    arrays: Sequence[ArrayWrite],
+    scalars: Iterable[tuple[str, ArraySpec, object]],
+    tied: Mapping[str, tuple[str, ChunkGrid]],
+) -> Written:
+    path = os.path.join(item_directory, child) if child else item_directory
     groups = _spread(arrays)
     names = [f"{_FOLDER}/{uuid.uuid4().hex}" for _ in groups]
     parts = [_Part(place, os.path.join(path, name)) for place, name in enumerate(names)]
@@ -120,7 +138,7 @@ def write_arrays(
         for part in others:
             last.entries.extend(part.entries)
         last.add_metadata(arrays, scalars)
-        last.tie(tied or {})
+        last.tie(tied)
         storage.operation("commit_arrays", item_directory)
         files = last.complete(storage, path, names)
         for part in others:

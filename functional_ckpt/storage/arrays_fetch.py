@@ -16,7 +16,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, cast
 
 import numpy as np
 import xxhash
@@ -25,7 +25,6 @@ from functional_ckpt import errors
 from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, ChunkGrid
 from functional_ckpt.core.spec import ArraySpec, Box
 from functional_ckpt.core.structure import key_prefix
-from functional_ckpt.storage.arrays import as_bytes
 from functional_ckpt.storage.arrays_direct import is_inside, read_entries
 from functional_ckpt.storage.arrays_read import ArrayRead, compare_digests
 from functional_ckpt.storage.paths import LocalStorage, clear_errors
@@ -176,7 +175,7 @@ class Fetcher:
 
     def _read_run(self, run: Sequence[_Value]) -> None:
         """Values that lie side by side."""
-        views = [as_bytes(value[3]) for value in run]
+        views = [memoryview(cast("Any", value[3])) for value in run]
         total = run[-1][1] + run[-1][2] - run[0][1]
         with clear_errors("read", self._directory):
             got = os.preadv(self._descriptors[run[0][0]], views, run[0][1])
@@ -190,7 +189,7 @@ class Fetcher:
             self._count(value)
 
     def _read_large(self, value: _Value) -> None:
-        view = as_bytes(value[3])
+        view = memoryview(cast("Any", value[3]))
         digests = value[5].wanted.digests
         for start in range(0, value[2], _STEP_BYTES):
             step = view[start : start + _STEP_BYTES]

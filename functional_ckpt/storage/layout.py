@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from functional_ckpt import errors
 from functional_ckpt.core import chunks, manifest, orbax_format, plain_json, structure
 from functional_ckpt.core.progress import Progress
-from functional_ckpt.core.spec import Box
+from functional_ckpt.core.spec import ArraySpec, Box
 from functional_ckpt.storage.base import Storage
 
 if TYPE_CHECKING:
@@ -132,12 +132,9 @@ class OpenItem:
 
         Small chunks may be compressed, but each has a digest in the record, which bounds them.
         """
+        arrays = {} if self.record is None else self.record.arrays
         wanted = sum(
-            node.spec.size_bytes
-            for node in self.array_nodes()
-            if (place := self.record_of(node)) is not None
-            and math.prod(place.grid.chunk_shape) * node.spec.itemsize_bytes
-            > chunks.MAX_INLINE_BYTES
+            _stored_bytes(node.spec, arrays[node.name].chunk_shape) for node in self.array_nodes()
         )
         stored = self.storage.total_bytes(self.path)
         if wanted > stored:
@@ -178,6 +175,13 @@ class OpenItem:
             )[0],
             texts=cast("Mapping[str, str]", texts),
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _stored_bytes(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> int:
+    """Bytes that an array takes on disk for certain: small chunks may be compressed."""
+    chunk_bytes = math.prod(chunk_shape) * spec.itemsize_bytes
+    return spec.size_bytes if chunk_bytes > chunks.MAX_INLINE_BYTES else 0
 
 
 def _load_json(storage: Storage, path: str) -> Mapping[str, Any]:
