@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from functional_ckpt import errors as errors
     from functional_ckpt import flags as flags
-    from functional_ckpt import interop as interop
     from functional_ckpt import hooks as hooks
+    from functional_ckpt import interop as interop
     from functional_ckpt import policies as policies
     from functional_ckpt.background import Commit as Commit
     from functional_ckpt.checkpoint import metadata as metadata

@@ -171,6 +171,14 @@ def _add_conversions(add: Callable[[str, str], argparse.ArgumentParser]) -> None
     export.add_argument("--key-prefix", metavar="TEXT", help="put before every name (hf)")
     export.add_argument("--variant", metavar="NAME", help="put into the files' names (hf)")
     export.add_argument("--config", metavar="FILE", help="copied as config.json (hf)")
+    zero = add("convert_zero", "Cut a ZeRO-1 optimizer's state for another number of ranks")
+    zero.add_argument("--input_dir", required=True, metavar="DIR", help="a tag's folder, or a step")
+    zero.add_argument("--output_dir", required=True, metavar="DIR", help="must not exist")
+    zero.add_argument("--num_workers", type=_depth, default=1, metavar="N", help="threads")
+    zero.add_argument("--dp_size", type=_depth, metavar="N", help="data-parallel ranks to cut for")
+    kind = zero.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--convert_to_full", action="store_true", help="merge all ranks' shards")
+    kind.add_argument("--convert_to_sharded", action="store_true", help="cut for --dp_size ranks")
 
 
 def _step(text: str) -> int:

@@ -21,9 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     from functional_ckpt.interop import creating, detecting  # late: torch
 
     storage = LocalStorage()
-    checkpoint = targets.checkpoint_of(
-        storage, arguments.checkpoint, arguments.step, arguments.prefix
-    )
+    checkpoint = targets.checkpoint_of(arguments.checkpoint, arguments.step, arguments.prefix)
     creating.check_apart(checkpoint.path, arguments.destination)
     _check_options(arguments)
     opened = layout.open_checkpoint(storage, checkpoint.path, checkpoint.step)

@@ -6,7 +6,16 @@ import os
 from collections.abc import Sequence
 
 from functional_ckpt import errors
-from functional_ckpt.interop import dcp, huggingface, safetensors, saved_step, torch_save
+from functional_ckpt.interop import (
+    colossalai,
+    composer,
+    dcp,
+    huggingface,
+    neuronx,
+    safetensors,
+    saved_step,
+    torch_save,
+)
 from functional_ckpt.interop.source import Format, Source
 from functional_ckpt.storage.paths import resolve
 
@@ -18,6 +27,9 @@ FORMATS: tuple[Format, ...] = (
     safetensors.FORMAT,
     torch_save.FORMAT,
     dcp.FORMAT,
+    neuronx.FORMAT,
+    colossalai.FORMAT,
+    composer.FORMAT,
 )
 """Every format that can be opened."""
 

@@ -1,0 +1,164 @@
+"""Checkpoints of neuronx-distributed, one folder for each tag.
+
+<tag>/model/dp_rank_00_tp_rank_00_pp_rank_00.pt    a rank's state dict, and beside it
+<tag>/model/....pt.tensors/tensor_0.pt             its tensors, where xser was used
+<tag>/optim/dp_rank_01_tp_rank_00_pp_rank_00.pt    of ZeRO-1 one file for each rank
+<tag>/optim/full_tp_rank_00_pp_rank_00.pt          of ZeRO-1, merged
+<tag>/scheduler.pt  user_content.pt  checkpoint  done
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.interop import torch_save
+from functional_ckpt.interop.source import Format, Source, match_files
+
+__all__ = ["FORMAT", "Rank", "load", "parse_ranks", "save"]
+
+_FILE = re.compile(r"(?:full|dp_rank_(\d+))_tp_rank_(\d+)_pp_rank_(\d+)")
+_SUFFIX = ".pt"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Rank:
+    """Whose a file is.
+
+    Attributes:
+        tp: Tensor-parallel rank.
+        pp: Pipeline-parallel rank.
+        dp: Data-parallel rank; None for the merged state of all.
+    """
+
+    tp: int
+    pp: int
+    dp: int | None
+
+    @property
+    def stem(self) -> str:
+        """Its file's name, without the suffix."""
+        first = "full" if self.dp is None else f"dp_rank_{self.dp:02d}"
+        return f"{first}_tp_rank_{self.tp:02d}_pp_rank_{self.pp:02d}"
+
+    @classmethod
+    def parse(cls, stem: str) -> Rank | None:
+        """The rank that a file's name says; None where it says none."""
+        match = _FILE.fullmatch(stem)
+        if match is None:
+            return None
+        dp = None if match[1] is None else int(match[1])
+        return cls(tp=int(match[2]), pp=int(match[3]), dp=dp)
+
+
+def parse_ranks(stems: Iterable[str], where: str) -> dict[Rank, str]:
+    """The ranks that names say, every one of a whole grid.
+
+    Raises:
+        CorruptCheckpointError: One is missing, or full and sharded states are mixed.
+    """
+    found = {rank: stem for stem in stems if (rank := Rank.parse(stem)) is not None}
+    if not found:
+        raise errors.CorruptCheckpointError(
+            f"{where}: there are no files of ranks, such as dp_rank_00_tp_rank_00_pp_rank_00.pt.",
+            path=where,
+        )
+    if len({rank.dp is None for rank in found}) == 2:
+        raise errors.CorruptCheckpointError(
+            f"{where}: it holds merged and sharded states; keep those of one kind.", path=where
+        )
+    dps: list[int | None] = [None]
+    if None not in {rank.dp for rank in found}:
+        dps = list(range(max(rank.dp or 0 for rank in found) + 1))
+    missing = [
+        rank.stem
+        for tp in range(max(rank.tp for rank in found) + 1)
+        for pp in range(max(rank.pp for rank in found) + 1)
+        for dp in dps
+        if (rank := Rank(tp=tp, pp=pp, dp=dp)) not in found
+    ]
+    if missing:
+        raise errors.CorruptCheckpointError(
+            f"{where}: the files of these ranks are missing: {', '.join(missing[:8])}.", path=where
+        )
+    return dict(sorted(found.items(), key=lambda entry: entry[1]))
+
+
+def load(path: str) -> Any:
+    """One rank's file, with the tensors that xser put into files of their own."""
+    return _resolve(torch_save.load(path), f"{path}.tensors")
+
+
+def _resolve(value: Any, folder: str) -> Any:
+    if isinstance(value, torch_save.TensorReference):
+        return torch_save.load(os.path.join(folder, f"tensor_{int(value.tid)}.pt"))
+    if isinstance(value, Mapping):
+        return {key: _resolve(each, folder) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_resolve(each, folder) for each in value)
+    return value
+
+
+def save(state: Any, path: str) -> None:
+    """Writes one rank's file, not durably; its own tensors only, however large their memory."""
+    torch.save(state, path)
+
+
+def stems(folder: str) -> list[str]:
+    """The names, without suffix, of the files of ranks in a folder."""
+    return [name.removesuffix(_SUFFIX) for name in match_files(folder, _is_rank_file)]
+
+
+def _is_rank_file(name: str) -> bool:
+    return name.endswith(_SUFFIX) and _FILE.fullmatch(name.removesuffix(_SUFFIX)) is not None
+
+
+def fits(path: str) -> bool:
+    """Whether it is the folder of a tag."""
+    return any(stems(os.path.join(path, folder)) for folder in ("model", "optim"))
+
+
+def _open(path: str) -> Source:
+    if os.path.exists(os.path.join(path, "checkpoint")) and not os.path.exists(
+        os.path.join(path, "done")
+    ):
+        raise errors.CorruptCheckpointError(
+            f"{path}: there is no file `done`: saving it did not end. Take another tag.", path=path
+        )
+    openers: dict[str, Any] = {}
+    for item, folder in (("model", "model"), ("optimizer", "optim")):
+        here = os.path.join(path, folder)
+        if found := stems(here):
+            parse_ranks(found, here)  # a missing rank is found before anything is read
+            read = _read_model if item == "model" else _read_ranks
+            openers[item] = functools.partial(read, here)
+    for item in ("scheduler", "user_content"):
+        if os.path.exists(file := os.path.join(path, f"{item}.pt")):
+            openers[item] = functools.partial(torch_save.load, file)
+    return Source(path, "neuronx", openers)
+
+
+def _read_ranks(folder: str) -> dict[str, Any]:
+    ranks = parse_ranks(stems(folder), folder)
+    return {stem: load(os.path.join(folder, stem + _SUFFIX)) for stem in ranks.values()}
+
+
+def _read_model(folder: str) -> dict[str, Any]:
+    """The state dict; by rank where tensor parallelism cut it (the files do not say how)."""
+    by_rank = _read_ranks(folder)
+    if len({rank.tp for rank in parse_ranks(by_rank, folder)}) > 1:
+        return by_rank
+    whole: dict[str, Any] = {}
+    for state in by_rank.values():  # pipeline stages hold different names
+        whole |= state
+    return whole
+
+
+FORMAT = Format(name="neuronx", about="a tag of neuronx-distributed", fits=fits, open=_open)
