@@ -82,7 +82,10 @@ def convert(
         num_workers,
         path,
     )
-    save(resolve(destination), {**{n: step[n] for n in step if n != item}, item: written})
+    save(
+        resolve(destination),
+        {**{n: step[n] for n in step if n != item}, item: dict(sorted(written.items()))},
+    )
     return num_written
 
 

@@ -147,7 +147,7 @@ def test_bad_directories_are_named(tmp_path: Path) -> None:
     shard = tmp_path / "x" / "model-00002-of-00002.safetensors"
     data = shard.read_bytes()
     shard.unlink()
-    with pytest.raises(errors.CorruptCheckpointError, match="00002-of-00002.*not there"):
+    with pytest.raises(errors.CorruptCheckpointError, match=r"00002-of-00002.*not there"):
         fc.interop.open(tmp_path / "x")
     shard.write_bytes(data[:-4])
     with pytest.raises(errors.CorruptCheckpointError, match="safetensors cannot read it"):
@@ -163,7 +163,7 @@ def test_bad_directories_are_named(tmp_path: Path) -> None:
     with pytest.raises(errors.CorruptCheckpointError, match="not the name of a file beside it"):
         fc.interop.open(tmp_path / "x")
     index.write_text('{"weight_map": {"c": "model-00001-of-00002.safetensors"}}')
-    with pytest.raises(errors.CorruptCheckpointError, match="c .*00001"):
+    with pytest.raises(errors.CorruptCheckpointError, match=r"c .*00001"):
         fc.interop.open(tmp_path / "x")
     index.unlink()
     with pytest.raises(errors.StepNotFoundError, match="nor an index of: model-00001"):
