@@ -273,3 +273,21 @@ def test_functional_training_resumed_equals_uninterrupted(tmp_path: Path) -> Non
 def test_functional_example_runs_from_the_command_line(tmp_path: Path) -> None:
     flags = (f"--workdir={tmp_path}", "--num_steps=4", "--save_interval_steps=2")
     assert "saving step 4: loss" in finish("functional_state", *flags)
+
+
+# ---------------------------------------------------------------------- fine_tune.py
+
+
+def test_fine_tuning_begins_with_the_base_and_goes_on(tmp_path: Path) -> None:
+    flags = (f"--workdir={tmp_path}", "--num_epochs=2")
+    output = finish("fine_tune", *flags)
+    losses = [float(line.rpartition(" ")[2]) for line in output.splitlines() if "loss" in line]
+    assert len(losses) == 4
+    assert losses[2] < 0.6 * losses[0]  # the body knows something already
+    assert os.readlink(tmp_path / "fine" / "latest") == "ep2-ba58"
+    assert "loss" not in finish("fine_tune", *flags)  # nothing is left to do
+    again = finish("fine_tune", f"--workdir={tmp_path}", "--num_epochs=3")
+    assert [line.partition(",")[0] for line in again.splitlines() if "loss" in line] == [
+        "base: epoch 3",
+        "fine: epoch 3",
+    ]
