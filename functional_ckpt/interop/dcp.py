@@ -146,6 +146,9 @@ def _read_tree(path: str, node: Any, name: object = None) -> Any:
     if isinstance(node, _Entry):
         return _read_entry(path, node)
     children = {key: _read_tree(path, child, key) for key, child in node.items()}
+    if name == "state" and all(type(key) is str and key.isdecimal() for key in children):
+        # of an optimizer, by number of parameter; PyTorch writes every key as a str
+        return {int(key): child for key, child in children.items()}
     return list(children.values()) if _is_list(node, name) else children
 
 

@@ -1,0 +1,311 @@
+"""Every known format is found out, opened as items and turned into a step; and written again."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch.distributed import checkpoint as dcp
+
+import functional_ckpt as fc
+from functional_ckpt import errors
+from functional_ckpt.cli import main
+from functional_ckpt.testing import equality
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+WEIGHTS = {
+    "w": torch.arange(12.0).reshape(3, 4),
+    "h": torch.ones(5, dtype=torch.bfloat16),
+    "n": torch.tensor(7),
+}
+
+
+def differences(got: Any, expected: Any) -> list[str]:
+    """As bits; in any order of the names, which safetensors sorts."""
+    if isinstance(got, dict) and isinstance(expected, dict) and got.keys() == expected.keys():
+        got = {key: got[key] for key in expected}
+    return equality.differences(got, expected)
+
+
+def adam() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def make_safetensors(path: Path) -> dict[str, Any]:
+    safetensors.torch.save_file(WEIGHTS, path)
+    return {"model": WEIGHTS}
+
+
+def make_state_dict(path: Path) -> dict[str, Any]:
+    model, _ = adam()
+    torch.save(model.state_dict(), path)
+    return {"model": dict(model.state_dict())}
+
+
+def make_old_torch(path: Path) -> dict[str, Any]:
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False)
+    return {"model": WEIGHTS}
+
+
+def make_training_file(path: Path) -> dict[str, Any]:
+    model, optimizer = adam()
+    parts = {"epoch": 3, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(parts, path)
+    return parts | {"model": dict(model.state_dict())}
+
+
+def make_dcp(path: Path) -> dict[str, Any]:
+    model, optimizer = adam()
+    state = {
+        "model": dict(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "epoch": 3,
+        "names": ["a", "b"],
+        "pair": (1, 2.5),
+    }
+    dcp.save(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+def make_composer(path: Path) -> dict[str, Any]:
+    model, optimizer = adam()
+    state = {
+        "model": model.state_dict(),
+        "optimizers": {"AdamW": optimizer.state_dict()},
+        "schedulers": {},
+        "timestamp": {"Timestamp": {"epoch": 1, "batch": 500}},
+        "rank_zero_seed": 17,
+        "run_name": "run",
+        "metadata": {"composer_env_info": {"composer_version": "0.28"}},
+    }
+    rng = [
+        {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": torch.get_rng_state(),
+        }
+    ]
+    torch.save({"state": state, "rng": rng}, path)
+    metadata = state.pop("metadata")
+    return {**state, "model": dict(model.state_dict()), "composer_metadata": metadata, "rng": rng}
+
+
+def make_colossalai(path: Path) -> dict[str, Any]:
+    model, optimizer = adam()
+    tensors = dict(model.state_dict())
+    packed = optimizer.state_dict()
+    for folder in ("modeling", "optimizer"):
+        (path / folder).mkdir(parents=True)
+    halves = [dict(list(tensors.items())[:2]), dict(list(tensors.items())[2:])]
+    weight_map: dict[str, str] = {}
+    optim_map: dict[str, str] = {}
+    for number, half in enumerate(halves, 1):
+        name = f"pytorch_model-{number:05d}.bin"
+        torch.save(half, path / "modeling" / name)
+        weight_map |= dict.fromkeys(half, name)
+        name = f"pytorch_optim-{number:05d}.bin"
+        part = {key: packed["state"][key] for key in ((0, 1), (2, 3))[number - 1]}
+        torch.save(part, path / "optimizer" / name)
+        optim_map |= dict.fromkeys(map(str, part), name)
+    write_index(path / "modeling" / "pytorch_model.bin.index.json", weight_map, {})
+    groups = {"param_groups": "pytorch_optim_group.bin"}
+    write_index(path / "optimizer" / "pytorch_optim.bin.index.json", optim_map, groups)
+    torch.save(packed["param_groups"], path / "optimizer" / "pytorch_optim_group.bin")
+    torch.save({"last_epoch": 2}, path / "lr_scheduler")
+    return {"model": tensors, "optimizer": packed, "lr_scheduler": {"last_epoch": 2}}
+
+
+def write_index(path: Path, weight_map: dict[str, str], metadata: dict[str, Any]) -> None:
+    record = {"metadata": {"total_size": 1, **metadata}, "weight_map": weight_map}
+    path.write_text(json.dumps(record))
+
+
+def make_neuronx(path: Path) -> dict[str, Any]:
+    tensors = dict(adam()[0].state_dict())
+    (path / "model").mkdir(parents=True)
+    for pp, names in enumerate((("0.weight", "0.bias"), ("1.weight", "1.bias"))):
+        stage = {name: tensors[name] for name in names}
+        torch.save(stage, path / "model" / f"dp_rank_00_tp_rank_00_pp_rank_{pp:02d}.pt")
+    torch.save({"last_epoch": 2}, path / "scheduler.pt")
+    (path / "done").write_text("1")
+    return {"model": tensors, "scheduler": {"last_epoch": 2}}
+
+
+def make_orbax(path: Path) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    tree = {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.resolve(), tree)
+    return {"default": {"w": torch.from_numpy(tree["w"])}}
+
+
+MAKERS: dict[str, tuple[str, Any]] = {
+    "weights.safetensors": ("safetensors", make_safetensors),
+    "model.pt": ("torch", make_state_dict),
+    "old.pt": ("torch", make_old_torch),
+    "training.pt": ("torch", make_training_file),
+    "dcp": ("dcp", make_dcp),
+    "ep1-ba500-rank0.pt": ("composer", make_composer),
+    "epoch-0": ("colossalai", make_colossalai),
+    "step_10": ("neuronx", make_neuronx),
+    "orbax": ("step", make_orbax),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_format_is_found_and_becomes_a_step(tmp_path: Path, name: str) -> None:
+    format, make = MAKERS[name]
+    expected = make(tmp_path / name)
+    source = fc.interop.open(tmp_path / name)
+    assert source.format == format
+    assert set(source) == set(expected)
+    for item, value in expected.items():
+        assert differences(source[item], value) == [], item
+    assert main(["convert", str(tmp_path / name), str(tmp_path / "converted")]) == 0
+    restored = fc.restore(tmp_path / "converted")
+    for item, value in expected.items():
+        assert differences(restored[item], value) == [], item
+    named = fc.interop.open(tmp_path / name, format)
+    assert named.format == format
+
+
+def test_a_converted_model_restores_into_a_module(tmp_path: Path) -> None:
+    make_dcp(tmp_path / "dcp")
+    fc.save(tmp_path / "step", fc.interop.open(tmp_path / "dcp"))
+    model, _ = adam()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    fc.restore(tmp_path / "step", {"model": model})
+    assert differences(dict(model.state_dict()), expected) == []
+
+
+def test_convert_adds_a_step_to_a_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_safetensors(tmp_path / "w.safetensors")
+    source, run = str(tmp_path / "w.safetensors"), str(tmp_path / "run")
+    assert main(["convert", source, run, "--step", "7"]) == 0
+    with fc.CheckpointManager(run) as manager:
+        assert differences(manager.restore(7)["model"], WEIGHTS) == []
+    assert main(["convert", source, run, "--step", "7"]) == 2
+    assert main(["convert", source, run]) == 2
+    assert "never overwritten" in capsys.readouterr().err
+    assert main(["convert", source, str(tmp_path / "x"), "--item", "optimizer"]) == 2
+    assert "has no item 'optimizer'; it has model" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch", "hf", "dcp"])
+def test_what_is_exported_opens_again(tmp_path: Path, to: str) -> None:
+    tied = {**WEIGHTS, "same": WEIGHTS["w"]}
+    fc.save(tmp_path / "step", {"model": tied, "epoch": 3})
+    arguments = ["export", str(tmp_path / "step"), str(tmp_path / "out"), "--to", to]
+    assert main(arguments) == 0
+    source = fc.interop.open(tmp_path / "out")
+    assert differences(source["model"], tied) == []
+    assert main(arguments) == 2
+    if to == "torch":
+        loaded = torch.load(tmp_path / "out", weights_only=True)
+        assert loaded["epoch"] == 3
+    elif to == "dcp":
+        target = {"model": {name: torch.zeros_like(tensor) for name, tensor in tied.items()}}
+        dcp.load(target, checkpoint_id=tmp_path / "out", no_dist=True)
+        assert differences(target["model"], tied) == []
+    elif to == "safetensors":
+        assert safetensors.torch.load_file(tmp_path / "out").keys() == WEIGHTS.keys()
+
+
+def test_export_refuses_what_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fc.save(
+        tmp_path / "step", {"a": WEIGHTS, "b": {"epoch": 3}, "z": {"z": torch.ones(1).cfloat()}}
+    )
+    step, out = str(tmp_path / "step"), str(tmp_path / "out")
+    for arguments, message in (
+        (["--to", "hf"], "choose one with --item of a, b, z"),
+        (["--to", "hf", "--item", "b"], "expected tensors"),
+        (["--to", "hf", "--item", "q"], "no item 'q'"),
+        (["--to", "dcp", "--variant", "x"], "--variant is for --to hf"),
+        (["--to", "hf", "--item", "a", "--max-shard-size", "big"], "max_shard_size"),
+    ):
+        assert main(["export", step, out, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["export", step, str(tmp_path / "step" / "in"), "--to", "torch"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]
+
+
+def test_a_pickled_object_is_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "bad.pt")
+    with pytest.raises(errors.UsageError, match=r"bad\.pt: .*torch\.nn\.modules\.linear\.Linear"):
+        fc.interop.open(tmp_path / "bad.pt")
+    assert main(["convert", str(tmp_path / "bad.pt"), str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_index_that_is_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
+    make_dcp(tmp_path / "dcp")
+    mark = tmp_path / "ran"
+    # GLOBAL os.system, its argument, REDUCE
+    attack = b"cos\nsystem\n(Vtouch " + str(mark).encode() + b"\ntR."
+    (tmp_path / "dcp" / ".metadata").write_bytes(attack)
+    with pytest.raises(errors.CorruptCheckpointError, match="not the index"):
+        fc.interop.open(tmp_path / "dcp")
+    assert not mark.exists()
+
+
+def test_a_damaged_dcp_is_refused(tmp_path: Path) -> None:
+    make_dcp(tmp_path / "dcp")
+    file = tmp_path / "dcp" / "__0_0.distcp"
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(errors.CorruptCheckpointError, match="is not whole"):
+        fc.save(tmp_path / "x", fc.interop.open(tmp_path / "dcp"))
+    file.unlink()
+    with pytest.raises(errors.CorruptCheckpointError, match="distcp', which is not there"):
+        fc.interop.open(tmp_path / "dcp")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_shard_of_colossalai_is_named(tmp_path: Path) -> None:
+    make_colossalai(tmp_path / "x")
+    (tmp_path / "x" / "optimizer" / "pytorch_optim-00002.bin").unlink()
+    with pytest.raises(errors.CorruptCheckpointError, match=r"optim-00002\.bin, which is not"):
+        fc.interop.open(tmp_path / "x")
+
+
+def test_ambiguity_lists_the_candidates(tmp_path: Path) -> None:
+    make_dcp(tmp_path / "x")
+    safetensors.torch.save_file(WEIGHTS, tmp_path / "x" / "model.safetensors")
+    with pytest.raises(errors.UsageError, match=r"'huggingface' .*'dcp' .*format="):
+        fc.interop.open(tmp_path / "x")
+    assert list(fc.interop.open(tmp_path / "x", "huggingface")) == ["model"]
+    assert "epoch" in fc.interop.open(tmp_path / "x", "dcp")
+
+
+def test_what_is_nothing_known_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(errors.StepNotFoundError, match="no such file"):
+        fc.interop.open(tmp_path / "nothing")
+    with pytest.raises(errors.UsageError, match="nothing here looks like"):
+        fc.interop.open(tmp_path)
+    (tmp_path / "x.pt").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(errors.CorruptCheckpointError, match=r"torch\.load cannot read it"):
+        fc.interop.open(tmp_path / "x.pt")
+    with pytest.raises(errors.UsageError, match="no format 'onnx'"):
+        fc.interop.open(tmp_path, "onnx")
+    with pytest.raises(errors.UsageError, match="does not look like"):
+        fc.interop.open(tmp_path / "x.pt", "safetensors")
