@@ -142,9 +142,16 @@ class Saver:
         except Exception as error:
             self._writer.give_up(step, error)
             raise
-        self.decider.saved(step, progress)
         work = functools.partial(self._writer.commit, step, staged, info, pending)
-        handle = self.committer.start(step, work if through is None else _releasing(through, work))
+        try:
+            self.decider.saved(step, progress)
+            handle = self.committer.start(
+                step, work if through is None else _releasing(through, work)
+            )
+        except BaseException:
+            if pending is not None:
+                pending.give_up()  # else the next step would wait for ever
+            raise
         if through is not None:
             through.wait()
         if not self._options.asynchronous:

@@ -67,6 +67,9 @@ class RankReport:
 # ------------------------------------------------------------------------------------ write
 
 
+_NOTHING = arrays_direct.Written(digests={}, files={})
+
+
 def write(
     storage: Storage,
     directory: str,
@@ -97,11 +100,14 @@ def write(
             continue
         path = os.path.join(directory, name)
         storage.make_directory(path)
-        # One rank alone writes into the item's own database.
-        children[name] = () if num_ranks == 1 else tuple(arrays_write.child_names(rank, 1))
         tied = tied_arrays(item) if num_ranks == 1 else {}
         scalars = [s for s in orbax_format.scalar_leaves(root) if s[0] in item.scalars]
-        written = _write_arrays(storage, path, children[name], item.writes, scalars, tied)
+        # One rank alone writes into the item's own database, and who has nothing has none.
+        has_child = num_ranks > 1 and (item.writes or scalars)
+        children[name] = tuple(arrays_write.child_names(rank, 1)) if has_child else ()
+        written = _NOTHING
+        if has_child or num_ranks == 1:
+            written = _write_arrays(storage, path, children[name], item.writes, scalars, tied)
         digests[name], files[name] = written.digests, written.files
         chunk_shapes[name] = {w.name: w.grid.chunk_shape for w in item.writes if w.is_owner}
         if known is None or known.get(name) != root_digest(root):

@@ -66,7 +66,10 @@ class StagingBuffer:
             end += -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         if end > self.size_bytes:
             self._arena = None  # the old memory goes before the new comes
-            self._arena = mmap.mmap(-1, end)
+            # Private memory is a quarter cheaper to touch first. A forked child (a data loader's
+            # worker) has no use for it, and would have every page of it copied at the next save.
+            self._arena = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._arena.madvise(mmap.MADV_DONTFORK)
             self.size_bytes = end
         arrays: list[Array] = []
         for (shape, dtype), size_bytes, offset in zip(slots, sizes, offsets, strict=True):
