@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from functional_ckpt import errors
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.bucket import Bucket
 from functional_ckpt.storage.objects import ObjectStorage
@@ -45,7 +44,13 @@ def _bucket(uri: str) -> Bucket:
         return _gcs(root, name)
     if scheme == "oci":
         return _oci(root, name)
-    raise errors.UsageError(f"{uri}: no store is known by {scheme}://.", path=uri)
+    if scheme == "libcloud":
+        from functional_ckpt.storage import bucket_libcloud
+
+        return bucket_libcloud.open_libcloud(root, name)
+    from functional_ckpt.storage import bucket_fsspec
+
+    return bucket_fsspec.open_fsspec(root, name)
 
 
 # Credentials are read at every call: they may be set, or renewed, after this module was imported.

@@ -81,7 +81,7 @@ def is_remote(path: str) -> bool:
 def _resolve_uri(text: str) -> str:
     scheme, _, rest = text.partition("://")
     bucket, *parts = rest.split("/")
-    if ":" in bucket.partition("@")[0] and "@" in bucket:
+    if "@" in bucket and ":" in bucket.partition("@")[0]:
         raise errors.UsageError(
             f"{scheme}://...: credentials have no place in a URI, which is logged and stored; give "
             "them in the environment."

@@ -30,6 +30,14 @@ def s3(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"s3://{name}"
 
 
+@pytest.fixture
+def libcloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A container of Libcloud's local provider; its URI."""
+    (tmp_path / "top" / "bucket").mkdir(parents=True)
+    monkeypatch.setenv("LIBCLOUD_KEY", str(tmp_path / "top"))
+    return "libcloud://local:bucket"
+
+
 def set_environment(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """What a user sets to reach the server at `url`."""
     monkeypatch.setenv("S3_ENDPOINT_URL", url)

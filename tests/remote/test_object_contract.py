@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import uuid
+
 import pytest
 from contract import StorageContract
 
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.connect import connect
+
+
+class TestFsspec(StorageContract):
+    """A protocol that TensorStore has no driver for."""
+
+    @pytest.fixture
+    def storage(self, root: str) -> Storage:
+        return connect(root)[0]
+
+    @pytest.fixture
+    def root(self) -> str:
+        return f"memory://bucket-{uuid.uuid4().hex[:8]}/run"
+
+
+class TestLibcloud(StorageContract):
+    """Its provider that keeps containers in a directory."""
+
+    @pytest.fixture
+    def storage(self, libcloud: str) -> Storage:
+        return connect(libcloud)[0]
+
+    @pytest.fixture
+    def root(self, libcloud: str) -> str:
+        return f"{libcloud}/run"
 
 
 class TestS3(StorageContract):

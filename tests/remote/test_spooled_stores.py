@@ -1,0 +1,43 @@
+"""Stores that TensorStore has no driver for: arrays go by way of a local copy."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+import torch
+
+import functional_ckpt as fc
+from functional_ckpt import errors, verify
+from functional_ckpt.storage.connect import connect
+from functional_ckpt.testing import differences
+
+
+@pytest.mark.parametrize("kind", ["fsspec", "libcloud"])
+def test_a_run(kind: str, request: pytest.FixtureRequest) -> None:
+    top = (
+        f"memory://bucket-{uuid.uuid4().hex[:8]}"
+        if kind == "fsspec"
+        else request.getfixturevalue("libcloud")
+    )
+    run = f"{top}/run"
+    state = {"w": torch.randn(200, 300), "tied": torch.arange(10), "n": 3}
+    with fc.CheckpointManager(run, keep_policy=[fc.policies.LatestN(2)], overwrite=True) as manager:
+        for step in range(3):
+            manager.save(step, {"state": {**state, "n": step}}, metrics={"a": step}).result()
+        manager.save(2, {"state": state}).result()
+        assert manager.all_steps() == [1, 2]
+        with pytest.raises(errors.LockedError):
+            fc.CheckpointManager(run)
+    store = connect(run)[0]  # another, which has no copies
+    assert verify.verify_checkpoint(store, f"{run}/2", 2) == []
+    assert not differences(fc.restore(f"{run}/2")["state"], state)
+
+
+def test_providers_and_protocols_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(errors.UsageError, match="PROVIDER:CONTAINER"):
+        fc.restore("libcloud://bucket/run")
+    with pytest.raises(errors.UsageError, match="no provider"):
+        fc.restore("libcloud://nobody:bucket/run")
+    with pytest.raises(errors.UsageError, match="no store is known by nothing://"):
+        fc.restore("nothing://bucket/run")
