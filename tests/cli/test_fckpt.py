@@ -163,7 +163,7 @@ def test_ls_for_programs(saved: Path) -> None:
 def test_ls_shows_what_is_unfinished_and_what_is_damaged(root: Path) -> None:
     (root / "30.orbax-checkpoint-tmp").mkdir()
     (root / "10" / "_FUNCTIONAL_CKPT").write_text("{}")
-    text = output_of("ls", root)
+    text = output_of("ls", root, COLUMNS="400")
     assert "30.orbax-checkpoint-tmp: unfinished" in text
     assert columns(text, "10")[-1] == "damaged"
     assert "step 10 is damaged: " in text
@@ -212,7 +212,7 @@ def test_steps_of_two_names_must_be_chosen_between(tmp_path: Path) -> None:
 
 
 def test_show_draws_the_tree(saved: Path) -> None:
-    text = output_of("show", saved)
+    text = output_of("show", saved, COLUMNS="400")  # wide enough for any place of the tests
     assert text.splitlines()[0] == str(saved / "20")
     assert "step 20" in text
     assert "accuracy=1, val_loss=nan" in text
