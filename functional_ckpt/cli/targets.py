@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -154,6 +155,9 @@ def _find_root(storage: Storage, path: str, prefix: str | None) -> Root | None:
         )
     is_root = any(storage.exists(os.path.join(path, mark)) for mark in _ROOT_MARKS)
     if not formats:
+        recorded = _recorded(storage, path, listed) if not prefix else None
+        if recorded is not None:
+            return _root(storage, path, recorded, listed)
         return _root(storage, path, StepName(), listed) if is_root else None
     (known,) = formats.values()
     read = tuple(known)
@@ -169,6 +173,44 @@ def _root(storage: Storage, path: str, names: NameFormat, listed: list[str]) -> 
         steps=history.list_steps(storage, path, names),
         unfinished=tuple(name for name in listed if commit.TMP_SUFFIX in name),
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Recorded:
+    """Names that tell their step to those alone who know the template; the records say it too.
+
+    Attributes:
+        steps: Name -> step.
+    """
+
+    steps: Mapping[str, int]
+
+    def build_name(self, step: int) -> str:
+        """The name of a step that is there."""
+        return next(name for name, found in self.steps.items() if found == step)
+
+    def names(self, step: int) -> tuple[str, ...]:
+        """Every name that means the step."""
+        return tuple(name for name, found in self.steps.items() if found == step)
+
+    def parse(self, name: str) -> int | None:
+        """The step that a name means."""
+        return self.steps.get(name)
+
+
+def _recorded(storage: Storage, path: str, listed: list[str]) -> _Recorded | None:
+    """The steps of a directory by their records; None where it has none."""
+    found: dict[str, int] = {}
+    for name in listed:
+        record = os.path.join(path, name, manifest.EXTENSION_FILE)
+        if commit.TMP_SUFFIX in name or storage.is_link(os.path.join(path, name)):
+            continue
+        if storage.exists(record):
+            with contextlib.suppress(errors.CheckpointError):
+                step = manifest.parse_step(storage.read(record), record).step
+                if step is not None:
+                    found[name] = step
+    return _Recorded(found) if found else None
 
 
 def _format_of(name: str) -> StepName | None:

@@ -605,3 +605,19 @@ def test_a_narrow_terminal_loses_no_leaf_name(root: Path) -> None:
     file = damage(root / "20")
     text = output_of("verify", root, "--step", "20", code=1, COLUMNS="40")
     assert file.replace("/", "") in re.sub(r"[\s/]", "", text)
+
+
+def test_steps_under_names_of_a_template(tmp_path: Path) -> None:
+    names = fc.StepTemplate(template="ep{epoch}-ba{batch}")
+    with fc.CheckpointManager(tmp_path, step_name=names, latest_link="latest") as manager:
+        for batch in (9, 10):
+            progress = fc.Progress(epoch=2, batch=batch)
+            manager.save(batch, {"state": {"x": torch.ones(2)}}, progress=progress)
+    listed = json_of("ls", tmp_path)
+    assert [each["step"] for each in listed["steps"]] == [9, 10]
+    assert listed["latest"] == 10
+    shown = json_of("show", tmp_path)
+    assert shown["path"] == str(tmp_path / "ep2-ba10")
+    assert shown["progress"]["epoch"] == 2
+    assert "progress  epoch=2, batch=10" in output_of("show", tmp_path / "latest")
+    assert json_of("verify", tmp_path)["ok"]
