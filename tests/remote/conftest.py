@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "storage"))  # the contract is every backend's
+# The contract is every backend's; processes for ranks are those of tests/distributed.
+for folder in ("storage", "distributed"):
+    sys.path.append(str(Path(__file__).parents[1] / folder))
 
 import servers
 

@@ -1,0 +1,42 @@
+"""What ranks do on an object store; run by `gloo_workers.Workers`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import functional_ckpt as fc
+
+
+def _model(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(30, 50), torch.nn.ReLU(), torch.nn.Linear(50, 7))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model:
+        if isinstance(layer, torch.nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def save(environ: Mapping[str, str], run: str, seed: int) -> list[int]:
+    """Saves FSDP2's shards; the steps that are there."""
+    os.environ.update(environ)
+    with fc.CheckpointManager(run) as manager:
+        manager.save(5, {"model": _model(seed)})
+        manager.wait_until_finished()
+        return manager.all_steps()
+
+
+def restore(environ: Mapping[str, str], run: str, seed: int) -> bool:
+    """Restores them into another number of shards; whether all is as it was."""
+    os.environ.update(environ)
+    model, expected = _model(seed + 1), _model(seed)
+    with fc.CheckpointManager(run) as manager:
+        manager.restore(5, {"model": model})
+    pairs = zip(model.parameters(), expected.parameters(), strict=True)
+    return all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in pairs)

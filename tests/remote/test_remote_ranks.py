@@ -1,0 +1,31 @@
+"""Ranks on an object store: each writes its shards, and reads those of others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+
+import pytest
+import rank_jobs
+import torch
+from gloo_workers import Workers
+
+import functional_ckpt as fc
+
+
+@pytest.fixture(scope="module")
+def workers() -> Generator[Workers]:
+    started = Workers()
+    yield started
+    started.close()
+
+
+def test_four_ranks_save_and_two_restore(s3: str, workers: Workers) -> None:
+    names = ("S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
+    environ = {name: os.environ[name] for name in names}
+    run = f"{s3}/run"
+    assert workers.run(4, rank_jobs.save, environ, run, 3) == [[5]] * 4
+    assert workers.run(2, rank_jobs.restore, environ, run, 3) == [True] * 2
+    whole = fc.restore(f"{run}/5")["model"]
+    torch.manual_seed(3)
+    assert torch.equal(whole["0.weight"], torch.nn.Linear(30, 50).weight)
