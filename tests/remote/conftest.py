@@ -8,12 +8,11 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import servers
 
 # The contract is every backend's; processes for ranks are those of tests/distributed.
 for folder in ("storage", "distributed"):
     sys.path.append(str(Path(__file__).parents[1] / folder))
-
-import servers
 
 
 @pytest.fixture(scope="session")
