@@ -7,7 +7,8 @@ from typing import Any
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.bucket import Bucket
 from functional_ckpt.storage.objects import ObjectStorage
-from functional_ckpt.storage.paths import LocalStorage, is_remote, resolve
+from functional_ckpt.storage.paths import LocalStorage, resolve
+from functional_ckpt.storage.uris import is_remote
 
 __all__ = ["connect"]
 

@@ -28,13 +28,13 @@ import xxhash
 
 from functional_ckpt import errors
 from functional_ckpt.core.manifest import FileRecord
+from functional_ckpt.storage.uris import is_remote, resolve_uri
 
 __all__ = [
     "DirectoryLock",
     "LocalStorage",
     "clear_errors",
     "describe_holder",
-    "is_remote",
     "resolve",
 ]
 
@@ -43,8 +43,6 @@ _RENAME_EXCHANGE = 2
 # Mapping a file costs more than reading it until it is about this large.
 _MAP_FROM_BYTES = 2**20
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
-
-
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
@@ -63,7 +61,7 @@ def resolve(path: Any) -> str:
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     if is_remote(text):
-        return _resolve_uri(text)
+        return resolve_uri(text)
     if _SCHEME.match(text):  # what pathlib makes of a URI
         raise errors.UsageError(
             f"{text}: a URI has two slashes after its scheme. pathlib.Path removes one: give the "
@@ -71,25 +69,6 @@ def resolve(path: Any) -> str:
             path=text,
         )
     return os.path.abspath(os.path.expanduser(text))
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URI; those of `file://` have been resolved before."""
-    return "://" in path
-
-
-def _resolve_uri(text: str) -> str:
-    scheme, _, rest = text.partition("://")
-    bucket, *parts = rest.split("/")
-    if "@" in bucket and ":" in bucket.partition("@")[0]:
-        raise errors.UsageError(
-            f"{scheme}://...: credentials have no place in a URI, which is logged and stored; give "
-            "them in the environment."
-        )
-    names = [part for part in parts if part]
-    if not bucket or not scheme or not {".", ".."}.isdisjoint(names):
-        raise errors.UsageError(f"{text}: not a URI such as s3://bucket/run.", path=text)
-    return f"{scheme.lower()}://{'/'.join([bucket, *names])}"
 
 
 @contextlib.contextmanager
