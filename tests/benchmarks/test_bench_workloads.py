@@ -131,7 +131,9 @@ def test_hard_links_occupy_the_disk_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["anonymous", "shared"])
 def test_memory_that_is_let_go_is_in_the_peak(where: str) -> None:
     def hold() -> None:
-        held = mmap.mmap(-1, 32 * MIB) if where == "shared" else bytearray(32 * MIB)
+        # Not from the heap, which may hold as much already.
+        kind = mmap.MAP_SHARED if where == "shared" else mmap.MAP_PRIVATE
+        held = mmap.mmap(-1, 32 * MIB, flags=kind | mmap.MAP_ANONYMOUS)
         for offset in range(0, 32 * MIB, 4096):
             held[offset] = 1
         time.sleep(0.05)
