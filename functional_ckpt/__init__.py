@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from functional_ckpt import flags as flags
     from functional_ckpt import hooks as hooks
     from functional_ckpt import interop as interop
+    from functional_ckpt import listeners as listeners
     from functional_ckpt import policies as policies
     from functional_ckpt.background import Commit as Commit
     from functional_ckpt.checkpoint import metadata as metadata
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from functional_ckpt.core.target import Fill as Fill
     from functional_ckpt.describing import StepMetadata as StepMetadata
     from functional_ckpt.errors import CheckpointError as CheckpointError
+    from functional_ckpt.events import Event as Event
     from functional_ckpt.handlers import CheckpointItem as CheckpointItem
     from functional_ckpt.handlers import Generator as Generator
     from functional_ckpt.handlers import Handler as Handler
@@ -59,6 +61,7 @@ _HOMES = {
     "CheckpointManager": "manager",
     "Commit": "background",
     "CompositeStepName": "core.names",
+    "Event": "events",
     "Fill": "core.target",
     "Metric": "handlers",
     "Generator": "handlers",
@@ -82,6 +85,7 @@ _HOMES = {
     "flags": "",
     "interop": "",
     "hooks": "",
+    "listeners": "",
     "metadata": "checkpoint",
     "policies": "",
     "restore": "checkpoint",
@@ -97,6 +101,7 @@ __all__ = [
     "CheckpointManager",
     "Commit",
     "CompositeStepName",
+    "Event",
     "Fill",
     "Metric",
     "Generator",
@@ -120,6 +125,7 @@ __all__ = [
     "flags",
     "interop",
     "hooks",
+    "listeners",
     "metadata",
     "policies",
     "restore",

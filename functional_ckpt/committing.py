@@ -86,6 +86,8 @@ class StepWriter:
         self._steps.remember(committed)
         if self._coordinator.rank == 0:
             _log.info("step %d committed", step)
+            seconds = (outcome["commit_time_ns"] - info.init_time_ns) / 1e9
+            self._steps.tell("committed", step, seconds=seconds)
         is_more_to_do = self._keep_policies or self._steps.latest_link or self._steps.further
         if is_more_to_do or outcome["replaced"] is not None:
             self._clean_up(committed, outcome["replaced"])
@@ -110,6 +112,7 @@ class StepWriter:
         try:
             if group.rank:
                 commit.check_shared(self._storage, commit.temporary(commit.final(tmp)), group.rank)
+            started = time.monotonic()
             reports[group.rank] = writer.write(
                 self._storage,
                 tmp,
@@ -118,6 +121,9 @@ class StepWriter:
                 num_ranks=group.num_ranks,
                 known=begun["digests"] if group.rank else None,
             )
+            num_bytes = sum(item.num_bytes for item in items)
+            seconds = time.monotonic() - started
+            self._steps.tell("written", step, seconds=seconds, num_bytes=num_bytes)
             if group.rank:
                 writer.write_report(self._storage, tmp, group.rank, reports[group.rank])
         except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before it is raised here
@@ -204,6 +210,5 @@ class StepWriter:
             held_back = self.uploads.held_back()
             steps = [step for step in steps if step not in held_back]
         for step in steps:
-            self._steps.discard(step)
-            _log.info("step %d pruned", step)
+            self._steps.prune(step)
         return list(steps)

@@ -10,9 +10,10 @@ from typing import Any
 from functional_ckpt import history
 from functional_ckpt.core import plan
 from functional_ckpt.core.progress import Progress
+from functional_ckpt.steps import Steps
 from functional_ckpt.storage import layout
 
-__all__ = ["StepMetadata", "describe"]
+__all__ = ["StepMetadata", "describe", "describe_step"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,3 +56,11 @@ def describe(
         progress=opened.progress,
         custom_metadata=opened.metadata.get("custom_metadata") or {},
     )
+
+
+def describe_step(steps: Steps, step: int | None) -> StepMetadata:
+    """The metadata of a step, None for the latest, from the nearest tier that holds it."""
+    number = steps.latest() if step is None else steps.existing(step)
+    holder = steps.holders(number)[0]
+    opened = layout.open_checkpoint(holder.storage, holder.path(number), number)
+    return describe(opened, history.late_metrics(holder.storage, holder.root))

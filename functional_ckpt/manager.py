@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import functools
 import os
-import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
-from functional_ckpt import background, errors, history, opening, restoring, saving
+from functional_ckpt import background, errors, opening, restoring, saving
 from functional_ckpt.core import keep_policies as keep
 from functional_ckpt.core import keep_rule, names, renaming, save_rule, selection
 from functional_ckpt.core.progress import Progress
-from functional_ckpt.describing import StepMetadata, describe
+from functional_ckpt.describing import StepMetadata, describe_step
 from functional_ckpt.distributed.coordinator import Coordinator, on_primary, together
-from functional_ckpt.distributed.torch_dist import default_coordinator
+from functional_ckpt.events import Events, Listeners
 from functional_ckpt.fitting import RestoreArguments
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.interop import orbax
 from functional_ckpt.resuming import Resumer, as_step
 from functional_ckpt.steps import Steps
-from functional_ckpt.storage import layout
 from functional_ckpt.storage.base import Lock, Storage
 from functional_ckpt.storage.connect import connect
 from functional_ckpt.tiers import Tier, open_tiers
-from functional_ckpt.uploading import Uploads
 
 __all__ = ["CheckpointManager"]
 
@@ -65,6 +62,8 @@ class CheckpointManager:
             a replica that checkpoints alone; None for the default group, if there is one. Each of
             its ranks makes its manager, and calls its methods, in the same order.
         coordinator: How they agree, in place of `process_group`.
+        on_event: Called with an `Event` when a step was staged, written, committed, uploaded or
+            pruned; a function or several, which must be quick. What they raise is logged.
         storage: The file system; tests inject faults here.
 
     Raises:
@@ -90,23 +89,22 @@ class CheckpointManager:
         on_busy: Literal["wait", "skip"] = "wait",
         process_group: Any = None,
         coordinator: Coordinator | None = None,
+        on_event: Listeners | None = None,
         storage: Storage | None = None,
     ) -> None:
-        if process_group is not None and coordinator is not None:
-            raise errors.UsageError("Give process_group or coordinator, not both.")
-        self._storage, root = connect(directory, storage)
+        connected, root = connect(directory, storage)
         self._registry = registry or default_registry()
         self._read_only = read_only
         self._overwrite = overwrite
-        self._pid = os.getpid()
-        self._closed = False
+        self._pid, self._closed = os.getpid(), False
         self._lock: Lock | None = None
-        self._uploads: Uploads | None = None
         step_names = names.as_name_format(step_name, adapt=orbax.adapt_name_format)
+        events = Events(on_event)
         self._steps = Steps(
-            self._storage,
+            connected,
             root,
             step_names,
+            events,
             read_only=read_only,
             latest_link=latest_link,
         )
@@ -124,7 +122,8 @@ class CheckpointManager:
             staging_budget_bytes=staging_budget_bytes,
             on_busy=on_busy,
         )
-        self._coordinator = coordinator or default_coordinator(process_group)
+        self._coordinator = opening.coordinator_of(coordinator, process_group)
+        events.rank = self._coordinator.rank
         self._saver = saving.Saver(self._steps, self._registry, self._coordinator, options)
         self._resumer = Resumer(
             steps=self._steps,
@@ -137,10 +136,9 @@ class CheckpointManager:
                 self._lock = opening.take_over(self._steps, self._coordinator)
                 self._saver.decider.start()
             together(self._coordinator, "looking into the directory", self._steps.reload)
-            self._uploads = open_tiers(
-                self._steps, tiers, step_names, self._coordinator, read_only=read_only
+            self._saver.upload_by(
+                open_tiers(self._steps, tiers, step_names, self._coordinator, read_only=read_only)
             )
-            self._saver.upload_by(self._uploads)
             if self._lock is not None:
                 self._steps.point_latest()  # a crash may have left it behind
         except BaseException:
@@ -214,14 +212,10 @@ class CheckpointManager:
         self._check_usable()
         number = as_step(step)
         checked = saving.as_json(metrics, "metrics") or {}
-        on_primary(
-            self._coordinator,
-            f"recording metrics of step {number}",
-            functools.partial(self._steps.record, number, checked),
-            ready=functools.partial(self._steps.existing, number),
-        )
-        if self._coordinator.rank:
-            self._steps.reload()
+        record = functools.partial(self._steps.record, number, checked)
+        ready = functools.partial(self._steps.existing, number)
+        what, then = f"recording metrics of step {number}", self._steps.reload
+        on_primary(self._coordinator, what, record, ready=ready, then=then)
 
     def delete(self, step: int) -> None:
         """Removes a step: out of sight in one rename, then from disk."""
@@ -235,9 +229,8 @@ class CheckpointManager:
             self._steps.existing(number)
 
         discard = functools.partial(self._steps.discard, number)
-        on_primary(self._coordinator, f"deleting step {number}", discard, ready=ready)
-        if self._coordinator.rank:
-            self._steps.reload()
+        what, then = f"deleting step {number}", self._steps.reload
+        on_primary(self._coordinator, what, discard, ready=ready, then=then)
 
     # ------------------------------------------------------------------------------ restoring
 
@@ -318,10 +311,7 @@ class CheckpointManager:
     def metadata(self, step: int | None = None) -> StepMetadata:
         """What is known of a step (None: the latest) without reading its arrays."""
         self._check_usable()
-        number = self._number(step)
-        holder = self._steps.holders(number)[0]
-        opened = layout.open_checkpoint(holder.storage, holder.path(number), number)
-        return describe(opened, history.late_metrics(holder.storage, holder.root))
+        return describe_step(self._steps, None if step is None else as_step(step))
 
     def metrics(self, step: int | None = None) -> Mapping[str, Any] | None:
         """The metrics of a step (None: the latest), late ones included, or None."""
@@ -336,8 +326,7 @@ class CheckpointManager:
 
     def latest_step(self) -> int | None:
         """The highest committed step, or None."""
-        steps = self.all_steps()
-        return steps[-1] if steps else None
+        return max(self.all_steps(), default=None)
 
     def best_step(
         self, metric: str | None = None, *, mode: Literal["max", "min"] = "max"
@@ -351,16 +340,7 @@ class CheckpointManager:
         self._check_usable()
         if self._read_only:
             self.reload()
-        by: Any = metric
-        if by is None:
-            best = next((p for p in self._keep_policies if isinstance(p, keep.BestN)), None)
-            if best is None:
-                raise errors.UsageError(
-                    "best_step() needs a metric's name, or a keep policy best_n(n, name)."
-                )
-            by, mode = best.metric, best.mode
-        ranked = keep.rank_steps(self._steps.everywhere(), by, mode=mode)
-        return ranked[0].step if ranked else None
+        return keep.best_step(self._steps.everywhere(), metric, mode, self._keep_policies)
 
     def reload(self) -> None:
         """Reads the history from disk anew."""
@@ -380,16 +360,8 @@ class CheckpointManager:
         Returns:
             The latest step, or None when the time is up.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            self.reload()
-            latest = self.latest_step()
-            if latest is not None and (after is None or latest > after):
-                return latest
-            if deadline is not None and time.monotonic() >= deadline:
-                return None
-            rest = poll if deadline is None else min(poll, deadline - time.monotonic())
-            time.sleep(max(0.0, rest))
+        self._check_usable()
+        return self._steps.wait_for_new(after, timeout, poll)
 
     @property
     def directory(self) -> str:
@@ -414,16 +386,12 @@ class CheckpointManager:
     def wait_until_finished(self) -> None:
         """Waits for the commit under way and for the tiers; raises what failed."""
         self._check_usable()
-        self._saver.committer.wait()
-        self._raise_errors()
-        if self._uploads is not None:
-            self._uploads.wait()
-            self._uploads.raise_error()
+        self._saver.wait()
 
     def check_for_errors(self) -> None:
         """Raises the error of a save that failed in the background, once."""
         self._check_usable()
-        self._raise_errors()
+        self._saver.raise_errors()
 
     def reached_preemption(self, step: int) -> bool:
         """Whether the process was told to stop (SIGTERM) and this step was the one to save.
@@ -441,10 +409,9 @@ class CheckpointManager:
             return
         self._saver.committer.wait()
         self._closed = True
-        if self._uploads is not None:
-            self._uploads.close()
+        self._saver.finish_uploads()
         self._release()
-        self._raise_errors()
+        self._saver.raise_errors()
 
     def __enter__(self) -> Self:
         self._check_usable()
@@ -465,14 +432,7 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------------------ parts
 
-    def _raise_errors(self) -> None:
-        self._saver.committer.raise_error()
-        if self._uploads is not None:
-            self._uploads.raise_error()
-
     def _release(self) -> None:
-        if self._uploads is not None:
-            self._uploads.release()
         self._saver.release()
         self._coordinator.leave()
         if self._lock is not None:
@@ -487,7 +447,3 @@ class CheckpointManager:
             )
         if self._closed:
             raise errors.ClosedError("This CheckpointManager was closed.", path=self._steps.root)
-
-    def _number(self, step: int | None) -> int:
-        """The number of a step that exists; None for the latest."""
-        return self._steps.latest() if step is None else self._steps.existing(as_step(step))

@@ -1,4 +1,4 @@
-"""How a job becomes the writer of a directory."""
+"""Who opens a directory together, and how such a job becomes its writer."""
 
 from __future__ import annotations
 
@@ -7,15 +7,27 @@ import logging
 import os
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
+from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import Coordinator, on_primary
+from functional_ckpt.distributed.torch_dist import default_coordinator
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Lock
 
-__all__ = ["take_over"]
+__all__ = ["coordinator_of", "take_over"]
 
 _log = logging.getLogger("functional_ckpt")
+
+
+def coordinator_of(coordinator: Coordinator | None, process_group: Any) -> Coordinator:
+    """The coordinator that was given, or that of a process group; None for the default group."""
+    if coordinator is None:
+        return default_coordinator(process_group)
+    if process_group is not None:
+        raise errors.UsageError("Give process_group or coordinator, not both.")
+    return coordinator
 
 
 def take_over(steps: Steps, coordinator: Coordinator) -> Lock | None:

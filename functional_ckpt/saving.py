@@ -118,6 +118,7 @@ class Saver:
         force: bool,
     ) -> background.Commit | None:
         """Saves a step if the policy says so; `CheckpointManager.save` says what is what."""
+        started = time.monotonic()
         progress = checked_progress(about.progress)
         # Ranks may learn of a failure at different calls. None leaves the others alone in a round.
         failure = self.committer.take_error()
@@ -144,6 +145,9 @@ class Saver:
             raise
         work = functools.partial(self._writer.commit, step, staged, info, pending)
         try:
+            num_bytes = sum(item.num_bytes for item in staged)
+            seconds = time.monotonic() - started
+            self._steps.tell("staged", step, seconds=seconds, num_bytes=num_bytes)
             self.decider.saved(step, progress)
             handle = self.committer.start(
                 step, work if through is None else _releasing(through, work)
@@ -186,8 +190,29 @@ class Saver:
         """Committed steps go to further tiers from now on."""
         self._writer.uploads = uploads
 
+    def wait(self) -> None:
+        """Waits for the commit under way and for the tiers; raises what failed."""
+        self.committer.wait()
+        self.raise_errors()
+        if (uploads := self._writer.uploads) is not None:
+            uploads.wait()
+            uploads.raise_error()
+
+    def raise_errors(self) -> None:
+        """Raises, once, what failed in the background."""
+        self.committer.raise_error()
+        if (uploads := self._writer.uploads) is not None:
+            uploads.raise_error()
+
+    def finish_uploads(self) -> None:
+        """Waits for what is on its way to further tiers; what fails now waits for the next run."""
+        if (uploads := self._writer.uploads) is not None:
+            uploads.close()
+
     def release(self) -> None:
         """Listens for signals no more, and gives the staging memory back."""
+        if (uploads := self._writer.uploads) is not None:
+            uploads.release()
         if self._fence is not None:
             self._fence.lower()
         self.decider.stop()

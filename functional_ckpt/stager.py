@@ -38,6 +38,11 @@ class StagedItem:
     scalars: frozenset[str]
 
     @property
+    def num_bytes(self) -> int:
+        """How much this rank writes of its arrays."""
+        return sum(write.data.nbytes for write in self.writes)
+
+    @property
     def is_awaited(self) -> bool:
         """Whether somebody waits until it is written."""
         return any(write.taken is not None for write in self.writes)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import logging
 import os
 import threading
+import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,10 +17,13 @@ from functional_ckpt.core import name_template
 from functional_ckpt.core.names import NameFormat
 from functional_ckpt.core.policy import StepInfo
 from functional_ckpt.core.progress import Progress
+from functional_ckpt.events import Events, Kind
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
 
 __all__ = ["Steps"]
+
+_log = logging.getLogger("functional_ckpt")
 
 
 class Steps:
@@ -28,12 +33,14 @@ class Steps:
     `reload`. Safe to use from the commit's thread beside the caller's.
 
     Args:
+        events: Told what happens to the steps; None for nobody.
         read_only: Others write the directory: the lists of steps look at it anew.
         latest_link: Name of a link to the latest step; None for no link.
 
     Attributes:
         storage: The file system.
         root: The directory.
+        events: Where what happens to the steps is told.
         hidden: Where everything is that is no step.
         further: The steps of further tiers, the nearest first; also there what is asked for may be.
     """
@@ -43,11 +50,13 @@ class Steps:
         storage: Storage,
         root: str,
         names: NameFormat,
+        events: Events | None = None,
         *,
         read_only: bool = False,
         latest_link: str | None = None,
     ) -> None:
         self.storage = storage
+        self.events = events or Events()
         self.root = root
         self._read_only = read_only
         self.hidden = os.path.join(root, commit.HIDDEN)
@@ -114,6 +123,19 @@ class Steps:
                 path=self.root,
             )
         return step
+
+    def wait_for_new(self, after: int | None, timeout: float | None, poll: float) -> int | None:
+        """Waits until there is a step above `after`; the latest, or None when the time is up."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self.reload()
+            latest = max(self.all(), default=None)
+            if latest is not None and (after is None or latest > after):
+                return latest
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
+            rest = poll if deadline is None else min(poll, deadline - time.monotonic())
+            time.sleep(max(0.0, rest))
 
     def check_writable(self) -> None:
         """Raises `ReadOnlyError` where others write the directory."""
@@ -239,6 +261,24 @@ class Steps:
         """The step was written anew: what was measured of the old one is of no more use."""
         info = next((each for each in self._infos if each.step == step), None)
         history.remove_late_metrics(self.storage, self.root, step, but_of=info)
+
+    def tell(
+        self,
+        kind: Kind,
+        step: int,
+        *,
+        seconds: float | None = None,
+        num_bytes: int | None = None,
+    ) -> None:
+        """Tells the listeners what happened to a step here."""
+        self.events.tell(kind, step, self.root, seconds=seconds, num_bytes=num_bytes)
+
+    def prune(self, step: int) -> None:
+        """Removes a step that the run can do without, and says so."""
+        started = time.monotonic()
+        self.discard(step)
+        _log.info("step %d pruned from %s", step, self.root)
+        self.tell("pruned", step, seconds=time.monotonic() - started)
 
     def discard(self, step: int) -> None:
         """Removes a step: out of sight in one rename, then from disk."""

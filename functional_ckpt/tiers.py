@@ -15,6 +15,7 @@ from functional_ckpt import errors
 from functional_ckpt.core import keep_rule, save_rule
 from functional_ckpt.core.names import NameFormat
 from functional_ckpt.distributed.coordinator import Coordinator, on_primary
+from functional_ckpt.events import Events
 from functional_ckpt.interop import orbax
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage.base import Storage
@@ -72,7 +73,7 @@ def open_tiers(
     if not tiers:
         return None
     is_writer = coordinator.rank == 0 and not read_only
-    far = [_open(tier, names, is_writer=is_writer) for tier in tiers]
+    far = [_open(tier, names, near.events, is_writer=is_writer) for tier in tiers]
     near.further = tuple(each.steps for each in far)
     uploads = Uploads(near, far) if is_writer else None
     try:
@@ -90,13 +91,13 @@ def _nothing() -> None:
     pass
 
 
-def _open(tier: Tier, names: NameFormat, *, is_writer: bool) -> FarTier:
+def _open(tier: Tier, names: NameFormat, events: Events, *, is_writer: bool) -> FarTier:
     storage, root = connect(tier.path, tier.storage)
     rule = None
     if tier.save is not None:
         rule = save_rule.save_rule(tier.save, adapt=orbax.adapt_save_policy)
     return FarTier(
-        steps=Steps(storage, root, names, read_only=not is_writer, latest_link="latest"),
+        steps=Steps(storage, root, names, events, read_only=not is_writer, latest_link="latest"),
         rule=rule,
         keep=keep_rule.keep_policies(
             () if tier.keep is None else tier.keep, adapt=orbax.adapt_keep_policy

@@ -1,7 +1,7 @@
 """Committed steps on their way to further tiers: promised, copied, verified, published.
 
 What was promised is written down beside the steps before anything is pruned, so that a restart goes
-on with it. An upload that was cut goes on as well: files that arrived whole are not sent again.
+on with it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.core import keep_rule, manifest, save_rule
+from functional_ckpt.core import keep_rule, save_rule
 from functional_ckpt.core.policy import KeepContext, KeepPolicy, SaveContext, StepInfo
 from functional_ckpt.steps import Steps
-from functional_ckpt.storage import commit, commit_objects
+from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Lock
-from functional_ckpt.storage.objects import ObjectStorage
-from functional_ckpt.storage.threads import run_in_threads
+from functional_ckpt.uploading_step import Upload
 
 __all__ = ["FarTier", "Uploads"]
 
 _STATE = "uploads.json"
-_NUM_FILES = 4
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
 _log = logging.getLogger("functional_ckpt")
 
@@ -244,7 +242,7 @@ class Uploads:
             return  # deleted by the user in the meantime
         final = os.path.join(far.steps.root, os.path.basename(source))
         started = time.monotonic()
-        num_bytes = _Upload(self._near, far.steps, source, final, step).run()
+        num_bytes = Upload(self._near, far.steps, source, final, step).run()
         info = next((each for each in self._near.infos if each.step == step), None)
         if info is not None:
             far.steps.remember(info)
@@ -252,6 +250,7 @@ class Uploads:
         seconds = max(time.monotonic() - started, 1e-9)
         rate = num_bytes / 2**20 / seconds
         _log.info("step %d is in %s: %.1f MiB/s", step, far.steps.root, rate)
+        far.steps.tell("uploaded", step, seconds=seconds, num_bytes=num_bytes)
         self._prune(far)
 
     def _prune(self, far: FarTier) -> None:
@@ -259,100 +258,4 @@ class Uploads:
             return
         known, now = far.steps.with_late_metrics(), datetime.datetime.now(datetime.UTC)
         for step in keep_rule.steps_to_prune(far.keep, known, context=KeepContext(now=now)):
-            far.steps.discard(step)
-            _log.info("step %d pruned from %s", step, far.steps.root)
-
-
-class _Upload:
-    """One step on its way to one tier."""
-
-    def __init__(self, near: Steps, far: Steps, source: str, final: str, step: int) -> None:
-        self._near, self._far = near.storage, far.storage
-        self._hidden = far.hidden
-        self._source, self._final, self._step = source, final, step
-        self._tmp = commit.temporary(final)
-        self._place = final if isinstance(far.storage, ObjectStorage) else self._tmp
-        self._note = commit_objects.note(self._tmp)
-
-    def run(self) -> int:
-        """Uploads what is missing and publishes the step.
-
-        Returns:
-            How many bytes were sent.
-
-        Raises:
-            StorageError: A store refused, or could not be reached.
-            CorruptCheckpointError: The step in the first tier is not what was committed.
-        """
-        identity = self._identity(self._near, self._source)
-        if self._far.is_whole(self._final):
-            if self._identity(self._far, self._final) == identity:
-                self._far.remove(self._tmp)  # the note, where only its removal was cut
-                return 0
-            commit.discard(self._far, self._final, self._hidden)  # that of a step since replaced
-        self._begin(identity)
-        sizes = self._near.sizes(self._source)
-        present = self._far.sizes(self._place)
-        missing = [name for name, size in sizes.items() if present.get(name) != size]
-        expected = self._expected()
-        run_in_threads(
-            [functools.partial(self._send, name, expected.get(name)) for name in missing],
-            _NUM_FILES,
-        )
-        self._check_arrived(sizes, identity)
-        self._publish()
-        return sum(sizes[name] for name in missing)
-
-    def _identity(self, storage: Any, path: str) -> str:
-        """What tells this commit of the step from any other: its record names every digest."""
-        return manifest.digest_hex(storage.read(os.path.join(path, manifest.EXTENSION_FILE)))
-
-    def _begin(self, identity: str) -> None:
-        """Goes on with what was begun of this very commit; clears away anything else."""
-        token = json.dumps({"token": identity}).encode()
-        if self._far.exists(self._note) and self._far.read(self._note) == token:
-            return
-        if isinstance(self._far, ObjectStorage):
-            commit_objects.begin(self._far, self._tmp, self._final)
-        else:
-            self._far.remove(self._tmp)
-            self._far.make_directory(self._tmp)
-        self._far.write(self._note, token)
-
-    def _expected(self) -> dict[str, manifest.FileRecord]:
-        """What the step's records say of its files."""
-        path = os.path.join(self._source, manifest.EXTENSION_FILE)
-        record = manifest.parse_step(self._near.read(path), path)
-        found = dict(record.files)
-        for item, kind in record.items.items():
-            if kind == "tree":
-                path = os.path.join(self._source, item, manifest.EXTENSION_FILE)
-                files = manifest.parse_item(self._near.read(path), path).files
-                found |= {f"{item}/{name}": file for name, file in files.items()}
-        return found
-
-    def _send(self, name: str, expected: manifest.FileRecord | None) -> None:
-        source = os.path.join(self._source, name)
-        if expected is not None and self._near.describe(source) != expected:
-            raise errors.CorruptCheckpointError(
-                f"{source} has changed since it was committed; it is not copied.",
-                path=source,
-                step=self._step,
-            )
-        self._far.put_file(source, os.path.join(self._place, name))
-
-    def _check_arrived(self, sizes: dict[str, int], identity: str) -> None:
-        arrived = self._far.sizes(self._place)
-        wrong = [name for name, size in sizes.items() if arrived.get(name) != size]
-        if wrong or self._identity(self._near, self._source) != identity:
-            raise errors.StorageError(
-                f"{self._final}: {len(wrong)} files did not arrive as they were sent, or the step "
-                "was replaced meanwhile; it is sent again.",
-                path=self._final,
-            )
-
-    def _publish(self) -> None:
-        if not isinstance(self._far, ObjectStorage):
-            self._far.remove(self._note)
-            commit.sync_tree(self._far, self._tmp, self._far.walk(self._tmp))
-        commit.publish(self._far, self._place, self._final, self._hidden, overwrite=False)
+            far.steps.prune(step)

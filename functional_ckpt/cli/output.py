@@ -8,8 +8,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
+
+from functional_ckpt import bars
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -178,22 +179,6 @@ def no_progress(done: int, total: int) -> None:
     """Tells nobody."""
 
 
-@contextlib.contextmanager
-def progress_bar(title: str) -> Generator[Progress]:
+def progress_bar(title: str) -> contextlib.AbstractContextManager[Progress]:
     """A bar on standard error while the work lasts, if that is a terminal; else nothing."""
-    if not sys.stderr.isatty():
-        yield no_progress
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.DownloadColumn(binary_units=True),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(printable(title), total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    return bars.bar(printable(title))

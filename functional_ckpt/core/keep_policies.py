@@ -272,6 +272,32 @@ def rank_steps(
     return [history[index] for index in reversed(order) if not _is_worst(values[index])]
 
 
+def best_step(
+    history: Sequence[StepInfo],
+    metric: Metric | None,
+    mode: Literal["max", "min"],
+    policies: Sequence[object],
+) -> int | None:
+    """Returns the best step, or None where no step has the metric.
+
+    Args:
+        history: Steps in ascending order.
+        metric: As of `rank_steps`; None for that, and the mode, of the first `BestN` policy.
+        mode: Whether the highest or the lowest is best.
+        policies: The keep policies.
+
+    Raises:
+        UsageError: There is no metric and no such policy.
+    """
+    if metric is None:
+        best = next((each for each in policies if isinstance(each, BestN)), None)
+        if best is None:
+            raise UsageError("best_step() needs a metric's name, or a keep policy best_n(n, name).")
+        metric, mode = best.metric, best.mode
+    ranked = rank_steps(history, metric, mode=mode)
+    return ranked[0].step if ranked else None
+
+
 def _ascending(values: Sequence[float | None], mode: str) -> list[int]:
     """The indices from worst to best; equal values stay in their order, so the newer is better."""
 

@@ -152,8 +152,17 @@ def on_primary(
     action: Callable[[], object],
     *,
     ready: Callable[[], object] = lambda: None,
+    then: Callable[[], object] = lambda: None,
 ) -> None:
-    """Every rank gets ready; when all are, the primary does something while the others wait."""
+    """Every rank gets ready; when all are, the primary does something while the others wait.
+
+    Args:
+        coordinator: How they wait.
+        what: What it is, for messages.
+        action: What the primary does.
+        ready: What every rank does first.
+        then: What the others do when it is done.
+    """
 
     def act(_: Sequence[bytes]) -> bytes:
         action()
@@ -165,3 +174,5 @@ def on_primary(
     except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before it is raised here
         value = error
     coordinator.exchange(what, value, act)
+    if coordinator.rank:
+        then()

@@ -16,6 +16,7 @@ from proxy import Proxy
 
 import functional_ckpt as fc
 from functional_ckpt import errors, uploading, verify
+from functional_ckpt.core import manifest
 from functional_ckpt.storage import bucket
 from functional_ckpt.storage.connect import connect
 from functional_ckpt.testing import differences
@@ -174,7 +175,7 @@ def test_files_that_arrived_are_not_sent_again(
         manager.wait_until_finished()
     store = connect(run)[0]
     note = f"{run}/1.orbax-checkpoint-tmp/.unfinished"  # as if it had been cut before its end
-    identity = uploading.manifest.digest_hex((near / "1" / "_FUNCTIONAL_CKPT").read_bytes())
+    identity = manifest.digest_hex((near / "1" / "_FUNCTIONAL_CKPT").read_bytes())
     store.write(note, f'{{"token": "{identity}"}}'.encode())
     store.remove(f"{run}/1/commit_success.txt")
     store.remove(f"{run}/1/item3")

@@ -1,0 +1,74 @@
+"""Bars on a terminal for what takes long: bytes, rate and time left."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = ["Shown", "bar"]
+
+Shown: TypeAlias = Callable[[int, int], None]
+"""Bytes that are done, and bytes in all."""
+
+
+@contextlib.contextmanager
+def bar(title: str) -> Generator[Shown]:
+    """A bar on standard error while the work lasts, if that is a terminal; else nothing.
+
+    Bars of several threads share one display.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():  # pyright: ignore[reportUnnecessaryComparison]
+        yield _nobody
+        return
+    board = _enter()
+    task = board.add_task(title, total=None)
+    try:
+        yield lambda done, total: board.update(task, completed=done, total=total)
+    finally:
+        board.refresh()
+        board.remove_task(task)
+        _leave(board)
+
+
+def _nobody(done: int, total: int) -> None:
+    """Tells nobody."""
+
+
+_mutex = threading.Lock()
+_board: Progress | None = None
+_num_bars = 0
+
+
+def _enter() -> Progress:
+    global _board, _num_bars
+    from rich import progress
+    from rich.console import Console
+
+    with _mutex:
+        if _board is None:
+            columns = (
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(),
+                progress.DownloadColumn(binary_units=True),
+                progress.TransferSpeedColumn(),
+                progress.TimeRemainingColumn(),
+            )
+            _board = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+            _board.start()
+        _num_bars += 1
+        return _board
+
+
+def _leave(board: Progress) -> None:
+    global _board, _num_bars
+    with _mutex:
+        _num_bars -= 1
+        if _num_bars == 0:
+            board.stop()
+            _board = None

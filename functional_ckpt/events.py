@@ -1,0 +1,135 @@
+"""What happens to steps, one record each time, for whoever listens.
+
+A listener is any callable that takes an `Event`. It is called at once, in the thread in which the
+step got that far: it must be quick, and may be called from several threads at a time. What goes
+wrong in it is logged; a save never fails for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+from collections.abc import Sequence
+from typing import Literal, Protocol, TypeAlias, get_args
+
+from functional_ckpt import errors
+
+__all__ = ["Event", "Events", "Kind", "Listener", "Listeners"]
+
+Kind: TypeAlias = Literal["staged", "written", "committed", "uploaded", "pruned"]
+
+_log = logging.getLogger("functional_ckpt")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """A step got further.
+
+    Attributes:
+        kind: `staged`: this rank's part was copied, and `save` is about to return; `written`: this
+            rank's part is in storage; `committed`: the step is whole and durable; `uploaded`: a
+            further tier holds it; `pruned`: it was removed, because no policy keeps it or to make
+            room. The last three are the primary's alone.
+        step: Its number.
+        directory: Where: the directory of the manager, or that of a further tier.
+        rank: Of the process that says so, among those that save together.
+        seconds: How long it took; of `committed`, since `save` was called. None: not measured.
+        num_bytes: Bytes of arrays staged or written by this rank, or bytes sent. None: not
+            measured.
+        time: When it was over, UTC.
+    """
+
+    kind: Kind
+    step: int
+    directory: str
+    rank: int = 0
+    seconds: float | None = None
+    num_bytes: int | None = None
+    time: datetime.datetime = dataclasses.field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC)
+    )
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a kind that is none, and for amounts below zero."""
+        if self.kind not in get_args(Kind):
+            raise errors.UsageError(f"kind must be one of {get_args(Kind)}; got {self.kind!r}.")
+        for name in ("seconds", "num_bytes"):
+            amount = getattr(self, name)
+            if amount is not None and not amount >= 0:
+                raise errors.UsageError(f"{name} must be None or >= 0; got {amount!r}.")
+
+    def __str__(self) -> str:
+        """The event as a line of a log."""
+        where = "from" if self.kind == "pruned" else "in" if self.kind == "committed" else "to"
+        text = f"step {self.step} {self.kind}"
+        if self.kind != "staged":
+            text += f" {where} {self.directory}"
+        if self.num_bytes is not None:
+            text += f", {self.num_bytes / 2**20:.1f} MiB"
+        if self.seconds is not None:
+            text += f", {self.seconds:.3f} s"
+        return text
+
+
+class Listener(Protocol):
+    """Whoever is told what happens to steps."""
+
+    def __call__(self, event: Event, /) -> object:
+        """Takes note of it, quickly; may be called from several threads at a time."""
+        ...
+
+
+Listeners: TypeAlias = Listener | Sequence[Listener]
+
+
+class Events:
+    """Tells listeners what happens to steps.
+
+    Args:
+        listeners: One or several; None for nobody.
+
+    Attributes:
+        rank: Of this process, among those that save together.
+
+    Raises:
+        UsageError: One of them cannot be called.
+    """
+
+    def __init__(self, listeners: Listeners | None = None) -> None:
+        several = isinstance(listeners, Sequence)
+        self._listeners: tuple[Listener, ...] = (
+            () if listeners is None else tuple(listeners) if several else (listeners,)
+        )
+        self.rank = 0
+        for each in self._listeners:
+            if not callable(each):
+                raise errors.UsageError(
+                    f"on_event must be a function of an Event, or a list of such; got {each!r:.80}."
+                )
+
+    def tell(
+        self,
+        kind: Kind,
+        step: int,
+        directory: str,
+        *,
+        seconds: float | None = None,
+        num_bytes: int | None = None,
+    ) -> None:
+        """Tells every listener; never raises what they raise."""
+        if not self._listeners:
+            return
+        event = Event(
+            kind=kind,
+            step=step,
+            directory=directory,
+            rank=self.rank,
+            seconds=None if seconds is None else max(0.0, seconds),
+            num_bytes=num_bytes,
+        )
+        for each in self._listeners:
+            try:
+                each(event)
+            except Exception:  # noqa: BLE001 - logged: no save fails for its listeners
+                _log.exception("a listener of on_event failed at: %s", event)
