@@ -8,6 +8,7 @@ reported before the parent directory is durable.
 from __future__ import annotations
 
 import datetime
+import errno
 import functools
 import json
 import logging
@@ -80,7 +81,7 @@ class StepWriter:
                 raise
         lowered = [item.lowered for item in items]
         finish = functools.partial(self._finish, lowered, info)
-        outcome = json.loads(self._write_shards(step, items, info, finish))
+        outcome = json.loads(self._write_with_room(step, items, info, finish))
         when = history.commit_time(outcome["commit_time_ns"])
         committed = StepInfo(step=step, time=when, metrics=info.metrics, progress=info.progress)
         self._steps.remember(committed)
@@ -95,6 +96,39 @@ class StepWriter:
     def give_up(self, step: int, error: BaseException) -> None:
         """Instead of `commit`, where staging failed: tells the other ranks and raises."""
         self._coordinator.exchange(f"beginning step {step}", error, b"".join)
+
+    def _write_with_room(
+        self,
+        step: int,
+        items: Sequence[stager.StagedItem],
+        info: completing.CheckpointInfo,
+        finish: Callable[[str, Sequence[writer.RankReport]], bytes],
+    ) -> bytes:
+        """Writes and publishes; once more where a disk was full and further tiers made room."""
+        try:
+            return self._write_shards(step, items, info, finish)
+        except errors.CheckpointError as error:
+            if not self._steps.further or isinstance(error, errors.CoordinationTimeoutError):
+                raise
+            # Live memory, which a bounded save writes from, may have changed by now.
+            is_fixed = not any(item.is_awaited for item in items)
+            state = b"live" if not is_fixed else b"full" if _is_full(error) else b""
+            what = f"making room for step {step}"
+            removed = json.loads(self._coordinator.exchange(what, state, self._make_room))
+            self._steps.forget(removed)
+            if not removed:
+                raise
+        return self._write_shards(step, items, info, finish)
+
+    def _make_room(self, states: Sequence[bytes]) -> bytes:
+        """On the primary: removes the steps that further tiers hold, if a rank's disk is full."""
+        if self.uploads is None or b"full" not in states or b"live" in states:
+            return b"[]"
+        steps = self.uploads.held_elsewhere()
+        for step in steps:
+            self._steps.prune(step)
+        _log.warning("%s is full: removed %s", self._steps.root, steps or "nothing")
+        return json.dumps(steps).encode()
 
     def _write_shards(
         self,
@@ -212,3 +246,12 @@ class StepWriter:
         for step in steps:
             self._steps.prune(step)
         return list(steps)
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is what went wrong."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False

@@ -105,6 +105,19 @@ class Uploads:
         with self._mutex:
             return {step for steps in self._promised.values() for step in steps}
 
+    def held_elsewhere(self) -> list[int]:
+        """The steps that the first tier can do without: their tiers hold them, and say so now."""
+        waiting = self.held_back()
+        found: set[int] = set()
+        for far in self._far:
+            held = {info.step for info in far.steps.infos}
+            steps = [s.step for s in self._near.infos if s.step in held and s.step not in waiting]
+            with contextlib.suppress(errors.CheckpointError):  # it cannot be asked now
+                for step in steps:
+                    if far.steps.storage.is_whole(far.steps.path(step)):
+                        found.add(step)
+        return sorted(found)
+
     def wait(self) -> None:
         """Waits until everything promised has arrived, or something has failed for good."""
         with self._mutex:

@@ -123,6 +123,72 @@ def test_a_disk_with_no_byte_left_can_be_opened_and_cleared(small_disk: Path) ->
     check(root, 3)
 
 
+# -------------------------------------------------------------------- full, with a further tier
+
+_TIERED_SIZE = 200_000  # 0.8 MB, on a disk of 4 MiB (tmpfs) or somewhat less than 8 (ext4)
+_NUM_TIERED = 24
+
+
+def test_a_full_disk_lets_go_of_what_a_further_tier_holds(small_disk: Path, tmp_path: Path) -> None:
+    near, far, seen = small_disk / "run", tmp_path / "far", list[fc.Event]()
+    with fc.CheckpointManager(near, tiers=[fc.Tier(path=far)], on_event=seen.append) as manager:
+        for step in range(_NUM_TIERED):
+            manager.save(step, items(step, _TIERED_SIZE))
+            manager.wait_until_finished()
+        assert manager.all_steps() == list(range(_NUM_TIERED))
+        for step in (0, _NUM_TIERED - 1):
+            restored = manager.restore(step)["tree"]
+            assert restored["n"] == step and float(restored["w"][-1]) == step
+    pruned = [event for event in seen if event.kind == "pruned"]
+    assert pruned and {event.directory for event in pruned} == {str(near)}
+    with fc.CheckpointManager(near, read_only=True) as manager:
+        steps = manager.all_steps()
+        assert steps and steps == list(range(steps[0], _NUM_TIERED))
+    with fc.CheckpointManager(far, read_only=True) as manager:
+        assert manager.all_steps() == list(range(_NUM_TIERED))
+
+
+def test_what_is_nowhere_else_is_not_given_up(small_disk: Path, tmp_path: Path) -> None:
+    """Only every other step goes further: the others stay, and in the end the error says so."""
+    near = small_disk / "run"
+    tier = fc.Tier(path=tmp_path / "far", save=fc.policies.every(2))
+    manager = fc.CheckpointManager(near, tiers=[tier])
+    for step in range(_NUM_TIERED):
+        commit = manager.save(step, items(step, _TIERED_SIZE))
+        assert commit is not None
+        if (error := commit.exception()) is not None:
+            break
+        manager.wait_until_finished()
+    else:
+        pytest.fail("the disk was never full")
+    assert isinstance(error, fc.errors.SaveError) and error.step == step
+    assert "No space left on device" in str(error)
+    cause = error.__cause__
+    assert isinstance(cause, fc.errors.StorageError) and cause.errno == errno.ENOSPC
+    assert set(range(1, step, 2)) <= set(manager.all_steps())
+    for each in manager.all_steps():
+        assert manager.restore(each)["tree"]["n"] == each
+    manager.close()
+    with fc.CheckpointManager(near, read_only=True) as alone:
+        assert alone.all_steps() == list(range(1, step, 2))
+
+
+def test_a_copy_that_is_gone_makes_no_room(small_disk: Path, tmp_path: Path) -> None:
+    """The tier is asked, not remembered: somebody has removed its steps."""
+    near, far = small_disk / "run", tmp_path / "far"
+    manager = fc.CheckpointManager(near, tiers=[fc.Tier(path=far)])
+    manager.save(0, items(0, _TIERED_SIZE))
+    manager.wait_until_finished()
+    (far / "0").rename(tmp_path / "elsewhere")
+    with pytest.raises(fc.errors.SaveError, match="No space left on device"):
+        manager.save(1, items(1, 10 * _TIERED_SIZE)).result()  # type: ignore[union-attr]
+    assert manager.restore(0)["tree"]["n"] == 0
+    manager.close()
+
+
+# ------------------------------------------------------------------------------ read-only
+
+
 @pytest.fixture
 def frozen(tmp_path: Path) -> Iterator[Path]:
     """A run in a directory that became read-only, by a bind mount: permissions do not bind root."""
