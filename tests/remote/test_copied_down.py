@@ -1,0 +1,71 @@
+"""A step's prefix, copied down by a client that knows nothing of us, is a checkpoint of Orbax."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import obstore
+import orbax.checkpoint as ocp
+import pytest
+import servers
+import torch
+from obstore.store import S3Store
+from orbax.checkpoint import v1
+
+import functional_ckpt as fc
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    # Orbax warns that a checkpoint is read without a sharding; that is what is wanted here.
+    pytest.mark.filterwarnings("ignore:.*[Ss]harding.*:UserWarning"),
+]
+
+
+def _copy_down(url: str, bucket: str, prefix: str, to: Path) -> int:
+    """Every object below a prefix becomes a file; how many there are."""
+    store = S3Store(
+        bucket,
+        endpoint=url,
+        access_key_id=servers.KEY_ID,
+        secret_access_key=servers.SECRET,
+        region="us-east-1",
+        client_options={"allow_http": True},
+    )
+    names = [str(each["path"]) for page in obstore.list(store, f"{prefix}/") for each in page]
+    for name in names:
+        path = to / name.removeprefix(f"{prefix}/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(obstore.get(store, name).bytes()))
+    return len(names)
+
+
+@pytest.mark.parametrize("how", ["straight", "by a tier"])
+def test_orbax_opens_a_step_copied_down(how: str, s3: str, s3_url: str, tmp_path: Path) -> None:
+    weights = torch.randn(300, 200)
+    module = torch.nn.Linear(4, 3)
+    items = {
+        "state": {"w": weights, "half": weights[:7].bfloat16(), "n": 5, "list": [1, torch.ones(2)]},
+        "model": module,
+        "config": fc.Json({"lr": 0.1}),
+    }
+    run = f"{s3}/run"
+    first = run if how == "straight" else tmp_path / "near"
+    tiers = [] if how == "straight" else [fc.Tier(path=run)]
+    with fc.CheckpointManager(first, tiers=tiers) as manager:
+        manager.save(7, items, metrics={"loss": 0.5})
+    copied = tmp_path / "copied"
+    assert _copy_down(s3_url, s3.removeprefix("s3://"), "run/7", copied / "7") > 5
+
+    state = ocp.PyTreeCheckpointer().restore(copied / "7" / "state")
+    np.testing.assert_array_equal(state["w"], weights.numpy())
+    assert str(state["half"].dtype) == "bfloat16"
+    np.testing.assert_array_equal(
+        np.asarray(state["half"]).astype(np.float32), weights[:7].bfloat16().float().numpy()
+    )
+    assert state["n"] == 5 and state["list"][0] == 1
+    model = v1.load(copied / "7", checkpointable_name="model")
+    np.testing.assert_array_equal(model["weight"], module.weight.detach().numpy())
+    with ocp.CheckpointManager(copied) as theirs:
+        assert theirs.all_steps() == [7]
+        assert theirs.metrics(7) == {"loss": 0.5}
