@@ -298,7 +298,8 @@ class _Part:
         node = encode_leaf(names, self.entries)
         offset = file.append(np.frombuffer(node, np.uint8))
         self.record = file.finish()
-        storage.sync(self._path)
+        if file.is_large:  # a small one is synced with all the others, in one go of the journal
+            storage.sync(self._path)
         place = Node(names[self.place], offset, len(node))
         manifest = encode_manifest(place, self.entries, time.time_ns())
         storage.write(os.path.join(path, MANIFEST), manifest)

@@ -41,6 +41,9 @@ class DataFile:
         path: Where; its directory is there.
         size_bytes: How large it will be.
 
+    Attributes:
+        is_large: Whether it is worth going around the page cache.
+
     Raises:
         StorageError: The file system refused; also by the other methods.
     """
@@ -54,7 +57,7 @@ class DataFile:
         blocks = -(-min(size_bytes, _BUFFER_BYTES) // _BLOCK_BYTES)
         self._memory = mmap.mmap(-1, max(1, blocks) * _BLOCK_BYTES)
         self._buffer = np.frombuffer(self._memory, np.uint8)
-        self._is_direct = size_bytes >= _DIRECT_FROM_BYTES
+        self.is_large = self._is_direct = size_bytes >= _DIRECT_FROM_BYTES
         with clear_errors("write", path):
             self._descriptor = self._open()
             if self._is_direct:
