@@ -186,3 +186,13 @@ def _latency(summary: Summary) -> Iterator[Bar]:
         found = summary.median("latency", figure)
         measured = None if found is None else found * factor
         yield Bar(name=name, measured=measured, bound=bound, unit=unit, at_most=True)
+    yield Bar(
+        name="a save beside a tier of 10 MB/s, against one without a tier",
+        measured=_ratio(
+            summary.median("tier", "save_of_32_mib_with_slow_tier_seconds"),
+            summary.median("tier", "save_of_32_mib_seconds"),
+        ),
+        bound=1.1,
+        unit="x",
+        at_most=True,
+    )

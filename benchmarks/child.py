@@ -23,7 +23,7 @@ _OPTIONAL = ("jax", "orbax", "safetensors", "torch_checkpointing")
 
 
 def _measures() -> Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]]:
-    from benchmarks import cuda, latency, limits, loop, measures, ranks
+    from benchmarks import cuda, latency, limits, loop, measures, ranks, tier
 
     return {
         "limits": lambda to: limits.measure(to.divisor, to.root),
@@ -32,7 +32,7 @@ def _measures() -> Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]]:
         "async": lambda to: measures.measure_async(to.peer, to.workload, to.divisor, to.root),
         "ranks": lambda to: ranks.measure(to.peer, to.workload, to.divisor, to.root),
         "loop": lambda to: loop.measure(to.workload, to.divisor, to.root),
-        "tier": lambda to: latency.measure_tier(to.root),
+        "tier": lambda to: tier.measure(to.divisor, to.root),
         "cuda": lambda to: cuda.measure(to.workload, to.divisor, to.root),
     }
 

@@ -1,18 +1,15 @@
-"""The manager's small costs: a save refused by policy, a tiny one until durable, a slow tier."""
+"""The manager's small costs: a save refused by policy, a tiny one until durable."""
 
 from __future__ import annotations
 
-import inspect
 import os
 import statistics
-from typing import Any
 
 import torch
 
 from benchmarks import files, meters
-from benchmarks.async_peers import SkipMeasure
 
-__all__ = ["measure", "measure_tier"]
+__all__ = ["measure"]
 
 
 def measure(root: str) -> dict[str, float]:
@@ -39,13 +36,3 @@ def measure(root: str) -> dict[str, float]:
         "refused_save_seconds": statistics.median(refused),
         "tiny_save_committed_seconds": statistics.median(tiny[10:]),
     }
-
-
-def measure_tier(root: str) -> dict[str, Any]:
-    """Seconds blocked while a second, remote tier is slow: it must not be noticed."""
-    import functional_ckpt as fc
-
-    del root
-    if not {"remote", "tiers"} & set(inspect.signature(fc.CheckpointManager).parameters):
-        raise SkipMeasure("this version has no remote tier")
-    raise SkipMeasure("the throttled tier is not measured yet")

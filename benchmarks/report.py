@@ -216,8 +216,13 @@ def _limits(summary: Summary) -> list[str]:
 
 
 def _latency(summary: Summary) -> list[str]:
-    figures = summary.spreads.get("latency")
-    if figures is None:
+    figures = {
+        name: spread
+        for key in ("latency", "tier")
+        for name, spread in (summary.spreads.get(key) or {}).items()
+        if name.endswith("_seconds")
+    }
+    if not figures:
         return []
     rows = ["## Small costs", "", "| | seconds |", "| --- | --- |"]
     for name, spread in figures.items():

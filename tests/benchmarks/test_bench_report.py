@@ -194,3 +194,13 @@ def test_a_run_is_stored_and_goes_on(tmp_path: Path) -> None:
 def test_a_result_is_one_of_three() -> None:
     with pytest.raises(ValueError, match="limits has not one of"):
         Result(task=Task(measure="limits"), repeat=0, wall_seconds=0.0)
+
+
+def test_a_slow_tier_is_held_against_none() -> None:
+    figures = {"save_of_32_mib_seconds": 0.010, "save_of_32_mib_with_slow_tier_seconds": 0.0104}
+    run = made.run(made.result("tier", 0, **figures))
+    found = bar(run, "a save beside a tier of 10 MB/s")
+    assert found.measured == pytest.approx(1.04) and found.is_reached
+    assert bar(made.run(), "a save beside a tier of 10 MB/s").measured is None
+    page = report.markdown(summary.summarize(run), [])
+    assert "| save of 32 mib with slow tier | 1.04e+04 µs" in page

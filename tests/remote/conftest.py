@@ -41,8 +41,6 @@ def libcloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """What a user sets to reach the server at `url`."""
-    monkeypatch.setenv("S3_ENDPOINT_URL", url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.KEY_ID)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.SECRET)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    for name, value in servers.environment(url).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)

@@ -31,7 +31,8 @@ class Proxy:
     Attributes:
         traffic: What passed so far.
         trouble: Chance of trouble with a request; 0 for none.
-        up_bytes_per_second: How fast it takes what clients send; None for as fast as it comes.
+        up_bytes_per_second: How fast it takes what clients send, all together; None for as fast as
+            it comes.
         is_down: Whether every request is refused for now.
         refusal: Status and body of every answer; None to ask the server.
         troubles: How often what went wrong.
@@ -46,6 +47,7 @@ class Proxy:
         self.troubles: dict[str, int] = {}
         self._server = url.removeprefix("http://")
         self._random = random.Random(seed)
+        self._free_at = 0.0
         self._mutex = threading.Lock()
         proxy = self
 
@@ -93,7 +95,7 @@ class Proxy:
     def _handle(self, request: http.server.BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         if self.up_bytes_per_second is not None:
-            time.sleep(len(body) / self.up_bytes_per_second)
+            self._hold_back(len(body) / self.up_bytes_per_second)
         if self.refusal is not None:
             self._answer(request, self.refusal[0], [], self.refusal[1])
             return
@@ -119,6 +121,13 @@ class Proxy:
             return
         cut = len(data) // 2 if trouble == "truncate" else None
         self._answer(request, status, headers, data, cut=cut)
+
+    def _hold_back(self, seconds: float) -> None:
+        """What all clients send passes one after the other, for as long as the limit is there."""
+        with self._mutex:
+            passed = self._free_at = max(self._free_at, time.monotonic()) + seconds
+        while self.up_bytes_per_second is not None and (left := passed - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
 
     def _ask(
         self, request: http.server.BaseHTTPRequestHandler, body: bytes

@@ -46,6 +46,16 @@ def _running(script: str) -> Generator[tuple[str, int]]:
         process.stdout.close()
 
 
+def environment(url: str) -> dict[str, str]:
+    """What a user sets to reach the S3 server at `url`."""
+    return {
+        "S3_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_REGION": "us-east-1",
+    }
+
+
 def make_bucket(url: str, name: str) -> None:
     """Makes a bucket of the S3 server, as no client of ours does."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
