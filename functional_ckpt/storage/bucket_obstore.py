@@ -76,7 +76,9 @@ def open_gcs(uri: str, name: str, environ: Mapping[str, str] = os.environ) -> Ob
     endpoint = environ.get("STORAGE_EMULATOR_HOST")
     options: dict[str, Any] = {}
     if endpoint:
-        options = {"base_url": endpoint, "skip_signature": True}
+        # A token all the same: without one, writes ask this machine's own service account.
+        anonymous = {"token": "anonymous", "expires_at": None}
+        options = {"base_url": endpoint, "credential_provider": lambda: anonymous}
         # TensorStore's driver reads these two; there is no other way to tell it.
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", endpoint)
         os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anonymous")
