@@ -155,7 +155,9 @@ def test_a_child_measures_ours(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     figures = json.loads(done.stdout.splitlines()[-1])["figures"]
     assert figures["size_bytes"] == 20 * 4096 <= figures["disk_bytes"]
-    assert all(value > 0 for name, value in figures.items() if name.endswith("_seconds"))
+    times = {name: value for name, value in figures.items() if name.endswith("_seconds")}
+    # The clock of the processor may not have moved.
+    assert all(value > 0 or "_cpu_" in name for name, value in times.items()), times
 
 
 @pytest.mark.parametrize("peer", ["torch.save", "safetensors", "functional_ckpt"])
