@@ -21,6 +21,11 @@ def pytest_tests(name, deps = [], data = [], tags = [], size = "medium", srcs = 
         srcs = native.glob(["*.py"], allow_empty = True, exclude = ["test_*.py"]),
         deps = deps,
     )
+    native.filegroup(
+        name = "tests",
+        srcs = native.glob(["test_*.py"], allow_empty = True),
+        visibility = ["//tests:__subpackages__"],
+    )
     for src in srcs or native.glob(["test_*.py"], allow_empty = True):
         py_test(
             name = src[:-len(".py")],

@@ -194,7 +194,7 @@ with fc.CheckpointManager(sys.argv[1] + "/near", tiers=[fc.Tier(path=sys.argv[1]
 
 def _stderr_on_a_terminal(script: str, *arguments: str) -> str:
     leader, follower = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "200"}
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "400"}
     with subprocess.Popen(
         [sys.executable, "-c", script, *arguments], stderr=follower, env=environment
     ) as process:
