@@ -394,8 +394,8 @@ def test_managers_beside_and_after_each_other_leave_nothing_in_the_store(
     job = launcher.run("many_managers", connection=connection)
     for found in job.all("keys"):
         counts: Sequence[int] = found["counts"]
-        # The other ranks may be a round further or behind when one counts.
-        assert max(counts[10:]) <= max(counts[:10]) + 2, counts
+        # The other ranks may be some rounds further or behind when one counts; a leak would be one a manager.
+        assert max(counts[10:]) <= max(counts[:10]) + 5, counts
 
 
 def test_the_host_of_the_store_leaves_last(launcher: Launcher) -> None:

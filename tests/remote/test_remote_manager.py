@@ -165,7 +165,7 @@ def test_one_writer_at_a_time(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
         # Another machine takes it over, as it may when the lease has run out.
         store = _store(run)
         store.write(f"{run}/.functional_ckpt/lock", b'{"pid": 1, "lease": "other"}')
-        for each in manager._storage._leases:
+        for each in manager._steps.storage._leases:
             each._try_to_renew()
         with pytest.raises(errors.SaveError, match="another writer took it over"):
             manager.save(1, _state(1)).result()
