@@ -394,7 +394,7 @@ def test_managers_beside_and_after_each_other_leave_nothing_in_the_store(
     job = launcher.run("many_managers", connection=connection)
     for found in job.all("keys"):
         counts: Sequence[int] = found["counts"]
-        # The other ranks may be some rounds further or behind when one counts; a leak would be one a manager.
+        # The others may be some rounds further or behind; a leak would be one for each manager.
         assert max(counts[10:]) <= max(counts[:10]) + 5, counts
 
 
