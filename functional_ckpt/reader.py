@@ -265,7 +265,7 @@ class _Jobs:
             return []
         database = self.item.database  # the one that is there must open in any case
         fetcher = arrays_fetch.Fetcher(storage, self.item.path)
-        files.enter_context(fetcher)
+        files.callback(fetcher.close)
         with threads.without_collecting():
             taken = [job for job in self._jobs.values() if job.take(fetcher, verified=verified)]
             tasks = fetcher.tasks()

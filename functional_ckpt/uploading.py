@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.core import keep_rule, save_rule
+from functional_ckpt.core import keep_rule, plain_json, save_rule
 from functional_ckpt.core.policy import KeepContext, KeepPolicy, SaveContext, StepInfo
 from functional_ckpt.steps import Steps
 from functional_ckpt.storage import commit
@@ -186,7 +186,7 @@ class Uploads:
     def _read_state(self) -> None:
         path = os.path.join(self._near.hidden, _STATE)
         with contextlib.suppress(errors.StorageError, ValueError, AttributeError):
-            record: Any = json.loads(self._near.storage.read(path))
+            record: Any = plain_json.parse(self._near.storage.read(path))
             for name, into in (("promised", self._promised), ("considered", self._considered)):
                 for root in into:
                     into[root] = [int(step) for step in record.get(name, {}).get(root, [])]

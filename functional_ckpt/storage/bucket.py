@@ -6,15 +6,27 @@ speak as they do; `bucket_fsspec` and `bucket_libcloud` are those of other libra
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
+import xxhash
+
 from functional_ckpt import errors
 
-__all__ = ["Absent", "Bucket", "Conflict", "Entry", "Refused", "Transient", "retrying"]
+__all__ = [
+    "Absent",
+    "Bucket",
+    "Conflict",
+    "CopiedBucket",
+    "Entry",
+    "Refused",
+    "Transient",
+    "retrying",
+]
 
 _log = logging.getLogger("functional_ckpt")
 _T = TypeVar("_T")
@@ -129,6 +141,49 @@ class Bucket(Protocol):
     def redact(self, text: str) -> str:
         """A message without the credentials that it may quote."""
         ...
+
+
+class CopiedBucket(abc.ABC):
+    """What buckets share that TensorStore cannot read: arrays take the way of a local copy.
+
+    Nor do their libraries list folders, or tell versions, alike: a version is a digest.
+    """
+
+    @abc.abstractmethod
+    def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+        """See `Bucket.read`."""
+
+    @abc.abstractmethod
+    def list(self, folder: str) -> Iterable[Entry]:
+        """See `Bucket.list`."""
+
+    def names(self, folder: str) -> Iterable[str]:
+        """Names of the objects and folders in a folder."""
+        return {each.key[len(folder) :].lstrip("/").split("/")[0] for each in self.list(folder)}
+
+    def kvstore(self, folder: str) -> Mapping[str, Any] | None:
+        """None: TensorStore has no driver for it."""
+        return None
+
+    def context(self) -> Mapping[str, Any]:
+        """None but the defaults."""
+        return {}
+
+    def check_version(self, key: str, replacing: str | None) -> None:
+        """Raises `Conflict` unless an object is what a write must replace; see `Bucket.write`."""
+        if replacing is None:
+            return
+        try:
+            version = xxhash.xxh3_64_hexdigest(self.read(key))
+        except Absent:
+            version = ""
+        if version != replacing:
+            raise Conflict(key)
+
+    @staticmethod
+    def written(key: str, data: bytes) -> Entry:
+        """What is known of an object that was just written."""
+        return Entry(key, len(data), 0, xxhash.xxh3_64_hexdigest(data))
 
 
 def retrying(call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:

@@ -13,10 +13,8 @@ import os
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
-import xxhash
-
 from functional_ckpt import errors
-from functional_ckpt.storage.bucket import Absent, Conflict, Entry, Refused, Transient
+from functional_ckpt.storage.bucket import Absent, CopiedBucket, Entry, Refused, Transient
 
 __all__ = ["FsspecBucket", "open_fsspec"]
 
@@ -43,7 +41,7 @@ def open_fsspec(uri: str, name: str) -> FsspecBucket:
     return FsspecBucket(uri, system, name)
 
 
-class FsspecBucket:
+class FsspecBucket(CopiedBucket):
     """A bucket behind fsspec; see `bucket.Bucket`."""
 
     def __init__(self, uri: str, system: Any, top: str) -> None:
@@ -74,25 +72,14 @@ class FsspecBucket:
             return [entry for entry in entries if entry.key.startswith(folder)]
         return []
 
-    def names(self, folder: str) -> Iterable[str]:
-        """Names of the objects and folders in a folder."""
-        return {each.key[len(folder) :].lstrip("/").split("/")[0] for each in self.list(folder)}
-
     def write(self, key: str, data: bytes, *, replacing: str | None = None) -> Entry:
         """Writes an object."""
         with self._clear(key):
-            if replacing is not None and self._version(key) != replacing:
-                raise Conflict(key)
+            self.check_version(key, replacing)
             path = self._path(key)
             self._system.makedirs(os.path.dirname(path), exist_ok=True)
             self._system.pipe_file(path, data)
-        return Entry(key, len(data), 0, xxhash.xxh3_64_hexdigest(data))
-
-    def _version(self, key: str) -> str:
-        try:
-            return xxhash.xxh3_64_hexdigest(self.read(key))
-        except Absent:
-            return ""
+        return self.written(key, data)
 
     def copy(self, source: str, target: str) -> None:
         """Copies an object."""
@@ -124,14 +111,6 @@ class FsspecBucket:
         """Writes an object into a new file."""
         with self._clear(key):
             self._system.get_file(self._path(key), path)
-
-    def kvstore(self, folder: str) -> Mapping[str, Any] | None:
-        """None: TensorStore has no driver of fsspec's."""
-        return None
-
-    def context(self) -> Mapping[str, Any]:
-        """None but the defaults."""
-        return {}
 
     def redact(self, text: str) -> str:
         """The message as it is: fsspec's own errors name no credentials that we know."""

@@ -17,11 +17,9 @@ import warnings
 from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
-import xxhash
-
 from functional_ckpt import errors
 from functional_ckpt.storage import access
-from functional_ckpt.storage.bucket import Absent, Conflict, Entry, Refused, Transient
+from functional_ckpt.storage.bucket import Absent, CopiedBucket, Entry, Refused, Transient
 
 __all__ = ["LibcloudBucket", "open_libcloud"]
 
@@ -61,7 +59,7 @@ def open_libcloud(uri: str, name: str, environ: Mapping[str, str] = os.environ) 
         ) from None
 
 
-class LibcloudBucket:
+class LibcloudBucket(CopiedBucket):
     """A container behind Libcloud; see `bucket.Bucket`."""
 
     def __init__(self, uri: str, driver: Any, container: Any, secrets: tuple[str, ...]) -> None:
@@ -97,25 +95,14 @@ class LibcloudBucket:
             found = self._driver.iterate_container_objects(self._container, prefix=prefix)
             return [_entry(each) for each in found]
 
-    def names(self, folder: str) -> Iterable[str]:
-        """Names of the objects and folders in a folder."""
-        return {each.key[len(folder) :].lstrip("/").split("/")[0] for each in self.list(folder)}
-
     def write(self, key: str, data: bytes, *, replacing: str | None = None) -> Entry:
         """Writes an object; a condition is looked at first: two writers may both pass."""
-        if replacing is not None and self._version(key) != replacing:
-            raise Conflict(key)
+        self.check_version(key, replacing)
         with tempfile.NamedTemporaryFile() as file:  # an empty stream is no object to some drivers
             file.write(data)
             file.flush()
             self.upload(file.name, key)
-        return Entry(key, len(data), 0, xxhash.xxh3_64_hexdigest(data))
-
-    def _version(self, key: str) -> str:
-        try:
-            return xxhash.xxh3_64_hexdigest(self.read(key))
-        except Absent:
-            return ""
+        return self.written(key, data)
 
     def copy(self, source: str, target: str) -> None:
         """Copies an object by way of this machine."""
@@ -141,14 +128,6 @@ class LibcloudBucket:
         """Writes an object into a new file."""
         with self._clear(key):
             self._driver.download_object(self._get(key), path, overwrite_existing=True)
-
-    def kvstore(self, folder: str) -> Mapping[str, Any] | None:
-        """None: TensorStore has no driver of Libcloud's."""
-        return None
-
-    def context(self) -> Mapping[str, Any]:
-        """None but the defaults."""
-        return {}
 
     def redact(self, text: str) -> str:
         """A message without the account's key."""

@@ -18,6 +18,7 @@ import os
 import uuid
 
 from functional_ckpt import errors
+from functional_ckpt.core import plain_json
 from functional_ckpt.storage.objects import MARKER, ObjectStorage
 
 __all__ = ["abandon", "begin", "collect", "discard", "note", "publish", "seal"]
@@ -75,7 +76,7 @@ def seal(storage: ObjectStorage, tmp: str) -> None:
 def _mark(storage: ObjectStorage, tmp: str) -> bytes:
     """The marker's content; the note's token tells whose it is."""
     try:
-        token = json.loads(storage.read(note(tmp)))["token"]
+        token = plain_json.parse(storage.read(note(tmp)))["token"]
     except (errors.StorageError, ValueError, KeyError, TypeError):
         token = ""
     return json.dumps({"writer": "functional_ckpt", "token": token}).encode()

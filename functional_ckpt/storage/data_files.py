@@ -13,8 +13,7 @@ import fcntl
 import functools
 import mmap
 import os
-from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import xxhash
@@ -122,17 +121,6 @@ class DataFile:
         if descriptor >= 0:
             os.close(descriptor)
         self._buffer = np.empty(0, np.uint8)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _reserve(descriptor: int, size_bytes: int) -> None:

@@ -16,6 +16,7 @@ import uuid
 from typing import Any, cast
 
 from functional_ckpt import errors
+from functional_ckpt.core import plain_json
 from functional_ckpt.storage.bucket import (
     Absent,
     Bucket,
@@ -74,7 +75,7 @@ def _look(bucket: Bucket, key: str) -> tuple[Entry, dict[str, Any]] | None:
     except Absent:
         return None
     try:
-        holder = json.loads(text)
+        holder = plain_json.parse(text)
     except ValueError:
         holder = {}
     return entry, cast("dict[str, Any]", holder if isinstance(holder, dict) else {})

@@ -457,7 +457,9 @@ def many_managers(this: Rank) -> None:
         counts: list[int] = []
         for step in range(3, 23):
             save(manager, step, {"own": {"rank": this.rank}})
+            dist.barrier()  # every rank has been told that the step is saved
             counts.append(store.num_keys())
+            dist.barrier()  # and none goes on before all have counted
             assert manager.all_steps()[-2:] == [step - 1, step]
             assert len(manager.all_steps()) == 2
     this.tell(event="keys", counts=counts)

@@ -394,8 +394,8 @@ def test_managers_beside_and_after_each_other_leave_nothing_in_the_store(
     job = launcher.run("many_managers", connection=connection)
     for found in job.all("keys"):
         counts: Sequence[int] = found["counts"]
-        # The others may be some rounds further or behind; a leak would be one for each manager.
-        assert max(counts[10:]) <= max(counts[:10]) + 5, counts
+        # A rank may still be about to delete what its last rounds have left.
+        assert max(counts[10:]) <= max(counts[:10]) + 2, counts
 
 
 def test_the_host_of_the_store_leaves_last(launcher: Launcher) -> None:

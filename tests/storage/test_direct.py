@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -168,7 +169,9 @@ def test_a_data_file_holds_what_it_was_given(
     data = np.random.default_rng(0).integers(0, 255, size_bytes, np.uint8)
     path = tmp_path / "x"
     cuts = [0, size_bytes // 3, size_bytes // 3, size_bytes // 3 + size_bytes // 2, size_bytes]
-    with data_files.DataFile(STORAGE, str(path), size_bytes * (1 + promised)) as file:
+    with contextlib.closing(
+        data_files.DataFile(STORAGE, str(path), size_bytes * (1 + promised))
+    ) as file:
         for start, end in itertools.pairwise(cuts):
             assert file.append(data[start:end]) == start
         record = file.finish()
@@ -191,7 +194,7 @@ def test_a_file_system_without_direct_writes(
 
     monkeypatch.setattr(data_files.os, "open", refuse)
     data = np.arange(2**22, dtype=np.int64).view(np.uint8)
-    with data_files.DataFile(STORAGE, str(tmp_path / "x"), len(data)) as file:
+    with contextlib.closing(data_files.DataFile(STORAGE, str(tmp_path / "x"), len(data))) as file:
         file.append(data)
         file.finish()
     assert (tmp_path / "x").read_bytes() == data.tobytes()
