@@ -5,6 +5,9 @@ not wait until they are copied: the copy runs in the background, and whoever is 
 waits for what is left of it. torch calls us before every step of every optimizer; `load_state_dict`
 of the modules and optimizers involved is fenced too. After the copy the tensors are asked whether
 they were changed all the same, which fails the save.
+
+What lies on a CUDA device is copied by the device, and a step only enqueues work: so a step does
+not wait on the host for that. It makes the device run it after the copy.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from functional_ckpt import errors
 from functional_ckpt.core import placement
+from functional_ckpt.device_copies import Transfers
 
 __all__ = ["Fence", "PendingCopy", "storage_of", "storages_of", "wait_for_all"]
 
@@ -66,13 +70,24 @@ class PendingCopy:
     """What is left to copy of one save.
 
     Args:
-        copy: Copies it all; called once, in the background.
+        copy: Copies it all, or enqueues it as `transfers`; called once, in the background.
         optimizers: Whose steps must wait for it.
         step: The step being saved.
+        transfers: The part of it that devices copy.
     """
 
-    def __init__(self, copy: Callable[[], None], optimizers: Sequence[Any], step: int) -> None:
+    def __init__(
+        self,
+        copy: Callable[[], None],
+        optimizers: Sequence[Any],
+        step: int,
+        transfers: Transfers,
+    ) -> None:
         self._step = step
+        self._transfers = transfers
+        self._is_enqueued = threading.Event()
+        self._looking = threading.Lock()
+        self._changed: list[str] | None = None
         self._copy: Callable[[], None] | None = copy
         self._watched: list[_Watched] = []
         self._storages = storages_of(optimizers)
@@ -95,7 +110,9 @@ class PendingCopy:
         try:
             if self._copy is not None:
                 self._copy()
-            changed = [name for each in self._watched if (name := each.name_if_changed())]
+            self._is_enqueued.set()
+            self._transfers.synchronize()
+            changed = self._names_of_changed()
         finally:
             self.give_up()
         if changed:
@@ -108,15 +125,39 @@ class PendingCopy:
                 step=self._step,
             )
 
+    def _names_of_changed(self) -> list[str]:
+        """What was changed before the first step that was let through; from then on, all may."""
+        with self._looking:
+            if self._changed is None:
+                watched = self._watched
+                self._changed = [name for each in watched if (name := each.name_if_changed())]
+            return self._changed
+
     def give_up(self) -> None:
         """Lets everyone through; nothing is copied any more."""
-        self._copy = None
-        self._watched = []
-        self._done.set()
+        try:
+            self._transfers.synchronize()  # of a copy that failed, some may be under way
+        finally:
+            self._copy = None
+            self._watched = []
+            self._is_enqueued.set()
+            self._done.set()
 
     def wait(self) -> None:
         """Returns when all is copied."""
         self._done.wait()
+
+    def wait_to_step(self) -> None:
+        """Returns when a step may begin that runs where the calling thread's current streams do.
+
+        The parts of it that run on a device run there after the copy.
+        """
+        if not self._transfers or torch.compiler.is_dynamo_compiling():
+            self.wait()  # events of ours are nothing to trace
+            return
+        self._is_enqueued.wait()
+        self._names_of_changed()
+        self._transfers.hold_back()
 
     @property
     def is_done(self) -> bool:
@@ -149,12 +190,18 @@ class Fence:
                 self._handles.append(register(_before_load))
 
     def wait(self, optimizer: Any = None) -> None:
-        """Returns when what the optimizer updates (None: everything) is copied."""
+        """Returns when a step of the optimizer may begin; None: when everything is copied.
+
+        Only steps are let through ahead of a device. Whoever else waits may write on any stream,
+        from any thread, or from the host.
+        """
         pending = self._pending
         if pending is None or pending.is_done:
             return
-        if optimizer is None or pending.concerns(optimizer):
+        if optimizer is None:
             pending.wait()
+        elif pending.concerns(optimizer):
+            pending.wait_to_step()
 
     def lower(self) -> None:
         """Holds nothing up any more, and takes its hooks back."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from functional_ckpt import errors
+from functional_ckpt import device_copies, errors
 from functional_ckpt.core import leaves, placement, structure, tree, union
 from functional_ckpt.handlers.base import CheckpointItem, Registry
 from functional_ckpt.storage import commit, threads
@@ -93,6 +93,7 @@ def lower(
             f"items must be a non-empty mapping of names to values; got {type(items).__name__} "
             f"{items!r:.60}. Wrap a single value: {{'state': value}}."
         )
+    device_copies.check_not_capturing()
     bound = {check_item_name(name): registry.bind(value, name) for name, value in items.items()}
     with threads.without_collecting():
         return tuple(_lower_item(name, item, rank, ranks) for name, item in bound.items())

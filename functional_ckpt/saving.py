@@ -28,7 +28,6 @@ from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.fence import Fence, PendingCopy
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.steps import Steps
-from functional_ckpt.storage import staging
 from functional_ckpt.uploading import Uploads
 
 __all__ = ["About", "SaveOptions", "Saver", "as_json", "checked_progress"]
@@ -94,7 +93,7 @@ class Saver:
         self._registry = registry
         self._coordinator = coordinator
         self._options = options
-        self._buffer = staging.StagingBuffer()
+        self._room = stager.Room()
         self._fence = Fence() if options.staging == "overlapped" else None
         self._planner = agreement.Planner(coordinator)
         self.committer = background.Committer()
@@ -169,12 +168,12 @@ class Saver:
         """What to write, what of it is still to be copied, and what `save` must wait for."""
         budget_bytes = self._options.staging_budget_bytes
         if self._fence is None and self._options.asynchronous and budget_bytes is not None:
-            staged, through = stager.stage_within(lowered, plan, self._buffer, budget_bytes)
+            staged, through = stager.stage_within(lowered, plan, self._room, budget_bytes)
             return staged, None, through
         if self._fence is None:
-            buffer = self._buffer if self._options.asynchronous else None
-            return stager.stage(lowered, plan, buffer), None, None
-        staged, pending = stager.stage_overlapped(lowered, plan, self._buffer, step)
+            room = self._room if self._options.asynchronous else None
+            return stager.stage(lowered, plan, room), None, None
+        staged, pending = stager.stage_overlapped(lowered, plan, self._room, step)
         modules = [item.value for item in lowered if isinstance(item.value, torch.nn.Module)]
         loadable = [each for module in modules for each in module.modules()]
         optimizers = [optimizer for item in lowered for optimizer in item.optimizers]
@@ -216,7 +215,7 @@ class Saver:
         if self._fence is not None:
             self._fence.lower()
         self.decider.stop()
-        self._buffer.release()
+        self._room.release()
 
     def _refuse(self, step: int, failure: BaseException | None) -> None:
         """The step is not saved; an earlier one's failure is raised all the same."""

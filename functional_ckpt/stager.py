@@ -1,4 +1,8 @@
-"""The only copy of a save: what this rank writes, out of live tensors into our own host memory."""
+"""The only copy of a save: what this rank writes, out of live tensors into our own host memory.
+
+On the host several threads copy; from a CUDA device a stream of its own does, into memory whose
+pages are locked.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from functional_ckpt import device_copies
 from functional_ckpt.agreement import ItemPlan, SavePlan
 from functional_ckpt.core import leaves, placement, write_plan
 from functional_ckpt.core.spec import Box, numpy_dtype
@@ -18,7 +23,7 @@ from functional_ckpt.fence import PendingCopy, storage_of, storages_of
 from functional_ckpt.lowering import LoweredItem, Source
 from functional_ckpt.storage import arrays, arrays_write, staging, threads
 
-__all__ = ["StagedItem", "WriteThrough", "stage", "stage_overlapped", "stage_within"]
+__all__ = ["Room", "StagedItem", "WriteThrough", "stage", "stage_overlapped", "stage_within"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -46,6 +51,44 @@ class StagedItem:
     def is_awaited(self) -> bool:
         """Whether somebody waits until it is written."""
         return any(write.taken is not None for write in self.writes)
+
+
+class Room:
+    """Where saves are staged, and what copies to there; kept from save to save.
+
+    Attributes:
+        streams: What copies from devices.
+    """
+
+    def __init__(self) -> None:
+        self.streams = device_copies.SideStreams()
+        self._ordinary = staging.StagingBuffer()
+        self._locked = staging.StagingBuffer()
+
+    @property
+    def size_bytes(self) -> int:
+        """Host memory that is kept."""
+        return self._ordinary.size_bytes + self._locked.size_bytes
+
+    def reserve(self, parts: Sequence[_Part]) -> list[Array]:
+        """An array for every part; what comes from a device that streams gets locked pages."""
+        streamed = [part for part in parts if device_copies.is_streamed(part.view)]
+        if not streamed:
+            return self._ordinary.reserve([_slot(part) for part in parts])
+        locked = self._locked.reserve([_slot(part) for part in streamed])
+        self._locked.lock(device_copies.lock_pages)
+        others = [part for part in parts if not device_copies.is_streamed(part.view)]
+        ordinary = self._ordinary.reserve([_slot(part) for part in others])
+        places = {
+            id(part): host
+            for part, host in zip((*streamed, *others), (*locked, *ordinary), strict=True)
+        }
+        return [places[id(part)] for part in parts]
+
+    def release(self) -> None:
+        """Gives the memory back once nothing refers to it."""
+        self._ordinary.release()
+        self._locked.release()
 
 
 class WriteThrough:
@@ -88,30 +131,30 @@ class _Part:
 
 
 def stage(
-    items: Sequence[LoweredItem], plan: SavePlan, buffer: staging.StagingBuffer | None
+    items: Sequence[LoweredItem], plan: SavePlan, room: Room | None
 ) -> tuple[StagedItem, ...]:
     """Copies what this rank will write into host memory of our own, in one pass.
 
     Args:
         items: What to stage.
         plan: This rank's part.
-        buffer: Where to; None to refer to CPU memory as it is (the caller promises not to change it
+        room: Where to; None to refer to CPU memory as it is (the caller promises not to change it
             until the write is done).
     """
     arrays.check_process()
     with threads.without_collecting():
         parts = [list(_parts(item, plan[item.name])) for item in items]
         flat = [part for item_parts in parts for part in item_parts]
-        if buffer is None:
+        if room is None:
             return _staged(items, plan, parts, _refer(flat))
-        hosts = buffer.reserve([_slot(part) for part in flat])
+        hosts = room.reserve(flat)
         staged = _staged(items, plan, parts, hosts)
-    _copy(list(zip(flat, hosts, strict=True)))
+    _copy(list(zip(flat, hosts, strict=True)), room)
     return staged
 
 
 def stage_within(
-    items: Sequence[LoweredItem], plan: SavePlan, buffer: staging.StagingBuffer, budget_bytes: int
+    items: Sequence[LoweredItem], plan: SavePlan, room: Room, budget_bytes: int
 ) -> tuple[tuple[StagedItem, ...], WriteThrough | None]:
     """As `stage`, with at most so many bytes of host memory; the rest refers to live memory.
 
@@ -129,8 +172,8 @@ def stage_within(
         is_within = size_bytes <= left
         left -= size_bytes if is_within else 0
         (copied if is_within else referred).append(part)
-    hosts = buffer.reserve([_slot(part) for part in copied])
-    _copy(list(zip(copied, hosts, strict=True)))
+    hosts = room.reserve(copied)
+    _copy(list(zip(copied, hosts, strict=True)), room)
     live = _refer(referred)
     places = {
         id(part): host for part, host in zip((*copied, *referred), (*hosts, *live), strict=True)
@@ -155,7 +198,7 @@ def stage_within(
 
 
 def stage_overlapped(
-    items: Sequence[LoweredItem], plan: SavePlan, buffer: staging.StagingBuffer, step: int
+    items: Sequence[LoweredItem], plan: SavePlan, room: Room, step: int
 ) -> tuple[tuple[StagedItem, ...], PendingCopy]:
     """As `stage`, but leaves to be copied what only a step of the items' optimizers changes.
 
@@ -169,25 +212,29 @@ def stage_overlapped(
     later: list[tuple[_Part, Array]] = []
     with threads.without_collecting():
         parts = [list(_parts(item, plan[item.name])) for item in items]
-        hosts = buffer.reserve([_slot(part) for item_parts in parts for part in item_parts])
+        hosts = room.reserve([part for item_parts in parts for part in item_parts])
         staged = _staged(items, plan, parts, hosts)
         remaining = iter(hosts)
         for item, item_parts in zip(items, parts, strict=True):
             for part in item_parts:
                 waits = _waits(item, part.source, storages)
                 (later if waits else now).append((part, next(remaining)))
-    pending = PendingCopy(functools.partial(_copy, later), optimizers, step)
+    transfers = _begin(later, room)
+    pending = PendingCopy(
+        functools.partial(_start_copy, later, transfers), optimizers, step, transfers
+    )
     for part, _ in later:
         pending.watch(part.source.node.name, part.source.tensor)
     for parameter in (p for o in optimizers for group in o.param_groups for p in group["params"]):
         pending.watch("a parameter", parameter, placement.local_of(parameter))
-    _copy(now)
+    _copy(now, room)
     return staged, pending
 
 
 def _waits(item: LoweredItem, source: Source, storages: frozenset[int]) -> bool:
     """Whether only a step, or `load_state_dict`, of the items' optimizers changes a leaf."""
-    if not source.tensor.is_cpu or not source.tensor.numel():
+    tensor = source.tensor
+    if not (tensor.is_cpu or device_copies.is_streamed(tensor)) or not tensor.numel():
         return False
     if item.optimizers:
         return source.node.name.startswith("state.")  # the learning rate is the scheduler's too
@@ -251,13 +298,33 @@ def _slot(part: _Part) -> staging.Slot:
     return staging.Slot(part.box.shape, numpy_dtype(_dtype(part)))
 
 
-def _copy(parts: Sequence[tuple[_Part, Array]]) -> None:
+def _begin(parts: Sequence[tuple[_Part, Array]], room: Room) -> device_copies.Transfers:
+    """Copies from the devices as they are now."""
+    views = (part.view for part, host in parts if host.size)
+    return room.streams.begin({v.device for v in views if device_copies.is_streamed(v)})
+
+
+def _copy(parts: Sequence[tuple[_Part, Array]], room: Room) -> None:
+    transfers = _begin(parts, room)
+    try:
+        _start_copy(parts, transfers)
+    finally:
+        transfers.synchronize()
+
+
+def _start_copy(parts: Sequence[tuple[_Part, Array]], transfers: device_copies.Transfers) -> None:
+    """Copies what is on the host; what is on a device is under way then, beside it."""
     on_host: list[tuple[Array, Array]] = []
+    on_device: list[tuple[torch.Tensor, torch.Tensor]] = []
     for part, host in parts:
-        if part.view.is_cpu:
+        if device_copies.is_streamed(part.view):
+            if host.size:
+                on_device.append((leaves.tensor_over(host), part.view))
+        elif part.view.is_cpu:
             on_host.append((host, leaves.host_view(part.view, _dtype(part))))
         elif host.size:
             leaves.tensor_over(host).copy_(part.view)
+    transfers.enqueue(on_device)
     staging.copy_in_threads(on_host)
 
 

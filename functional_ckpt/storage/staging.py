@@ -6,7 +6,7 @@ import functools
 import math
 import mmap
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -38,6 +38,18 @@ class Slot(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class _Arena(mmap.mmap):
+    """Memory whose pages may be locked, for as long as anything refers to it."""
+
+    is_lock_tried = False
+    unlock: Callable[[], None] | None = None
+
+    def __del__(self) -> None:
+        """Comes before the memory goes, which must not go while it is locked."""
+        if self.unlock is not None:
+            self.unlock()
+
+
 class StagingBuffer:
     """One arena of host memory, grown when needed and then used again.
 
@@ -45,7 +57,7 @@ class StagingBuffer:
     """
 
     def __init__(self) -> None:
-        self._arena: Any = None
+        self._arena: _Arena | None = None
         self.size_bytes = 0
         self._slots: list[Slot] = []
         self._arrays: list[Array] = []
@@ -68,7 +80,7 @@ class StagingBuffer:
             self._arena = None  # the old memory goes before the new comes
             # Private memory is a quarter cheaper to touch first. A forked child (a data loader's
             # worker) has no use for it, and would have every page of it copied at the next save.
-            self._arena = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._arena = _Arena(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self._arena.madvise(mmap.MADV_DONTFORK)
             self.size_bytes = end
         arrays: list[Array] = []
@@ -76,9 +88,22 @@ class StagingBuffer:
             if size_bytes == 0:
                 arrays.append(np.empty(shape, dtype))
                 continue
-            flat = np.frombuffer(self._arena, np.uint8, size_bytes, offset)
+            flat = np.frombuffer(cast("Any", self._arena), np.uint8, size_bytes, offset)
             arrays.append(flat.view(dtype).reshape(shape))
         return arrays
+
+    def lock(self, lock: Callable[[int, int], Callable[[], None] | None]) -> None:
+        """Has the memory's pages locked, if that was not tried yet.
+
+        Args:
+            lock: Locks so many bytes at an address, and returns what undoes it; None where it
+                cannot.
+        """
+        arena = self._arena
+        if arena is not None and not arena.is_lock_tried:
+            arena.is_lock_tried = True
+            whole = np.frombuffer(cast("Any", arena), np.uint8)
+            arena.unlock = lock(whole.__array_interface__["data"][0], self.size_bytes)
 
     def release(self) -> None:
         """Gives the memory back once nothing refers to it."""
