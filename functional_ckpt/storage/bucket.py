@@ -1,7 +1,8 @@
 """A bucket: what every object store can do, and how a request that failed is tried again.
 
-Keys are paths without a slash at either end. `bucket_obstore` is the bucket of S3, GCS and all that
-speak as they do; `bucket_fsspec` and `bucket_libcloud` are those of other libraries.
+Keys are paths without a slash at either end. `bucket_obstore` is the bucket of S3 and of all that
+speaks as it does, `bucket_gcs` that of GCS; `bucket_fsspec` and `bucket_libcloud` are those of
+other libraries.
 """
 
 from __future__ import annotations

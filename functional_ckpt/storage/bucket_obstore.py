@@ -1,4 +1,4 @@
-"""Buckets of S3, of GCS and of all that speak as they do; the only importer of obstore."""
+"""Buckets of S3 and of all that speaks as it does; the only importer of obstore."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from functional_ckpt import errors
 from functional_ckpt.storage import access
 from functional_ckpt.storage.bucket import Absent, Conflict, Entry, Refused, Transient
 
-__all__ = ["ObstoreBucket", "open_gcs", "open_s3"]
+__all__ = ["ObstoreBucket", "open_s3"]
 
 _PART_BYTES = 8 * 2**20
 # A request that got no answer is made again: by `bucket.retrying`, which also sees to uploads.
@@ -39,6 +39,10 @@ _FINAL = {
         "invalid URL|builder error|MissingCredentials"
     ),
     "permission denied": "AccessDenied|AllAccessDisabled|403 Forbidden|401 Unauthorized",
+    # All of status 400 but what a bad network makes of a good request.
+    "the request is refused": (
+        "400 Bad Request(?!(?s:.*)(RequestTimeout|IncompleteBody|BadDigest|ContentSHA256Mismatch))"
+    ),
 }
 
 
@@ -69,23 +73,6 @@ def open_s3(uri: str, name: str, found: access.S3Access) -> ObstoreBucket:
     return ObstoreBucket(
         uri, store, spec, context, secrets=found.secrets, conditional=found.conditional
     )
-
-
-def open_gcs(uri: str, name: str, environ: Mapping[str, str] = os.environ) -> ObstoreBucket:
-    """A bucket of GCS, by application default credentials or those of a test server."""
-    endpoint = environ.get("STORAGE_EMULATOR_HOST")
-    options: dict[str, Any] = {}
-    if endpoint:
-        # A token all the same: without one, writes ask this machine's own service account.
-        anonymous = {"token": "anonymous", "expires_at": None}
-        options = {"base_url": endpoint, "credential_provider": lambda: anonymous}
-        # TensorStore's driver reads these two; there is no other way to tell it.
-        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", endpoint)
-        os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anonymous")
-    store = _obstore().store.GCSStore(
-        name, **options, client_options=_client(endpoint), retry_config=_RETRIES
-    )
-    return ObstoreBucket(uri, store, {"driver": "gcs", "bucket": name}, {})
 
 
 def _obstore() -> Any:

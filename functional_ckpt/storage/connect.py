@@ -64,11 +64,11 @@ def _s3(root: str, name: str) -> Bucket:
 
 
 def _gcs(root: str, name: str) -> Bucket:
-    from functional_ckpt.storage import access, bucket_obstore
+    from functional_ckpt.storage import access, bucket_gcs, bucket_obstore
 
     found = access.gcs_access()
     if found is None:
-        return bucket_obstore.open_gcs(root, name)
+        return bucket_gcs.open_gcs(root, name)
     return bucket_obstore.open_s3(root, name, found)
 
 

@@ -23,6 +23,16 @@ class TestFsspec(StorageContract):
         return f"memory://bucket-{uuid.uuid4().hex[:8]}/run"
 
 
+class TestGcs(StorageContract):
+    @pytest.fixture
+    def storage(self, gcs: str) -> Storage:
+        return connect(gcs)[0]
+
+    @pytest.fixture
+    def root(self, gcs: str) -> str:
+        return f"{gcs}/run"
+
+
 class TestLibcloud(StorageContract):
     """Its provider that keeps containers in a directory."""
 

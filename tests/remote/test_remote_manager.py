@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import servers
 import torch
-from conftest import set_environment
+from conftest import set_environment, set_gcs_environment
 from proxy import Proxy
 
 import functional_ckpt as fc
@@ -37,8 +37,8 @@ def _store(uri: str) -> ObjectStorage:
     return store
 
 
-def test_a_run(s3: str) -> None:
-    run = f"{s3}/some/run"
+def test_a_run(bucket: str) -> None:
+    run = f"{bucket}/some/run"
     with fc.CheckpointManager(
         run, keep_policy=[fc.policies.LatestN(2)], overwrite=True, latest_link="latest"
     ) as manager:
@@ -68,16 +68,16 @@ def test_a_run(s3: str) -> None:
     assert fc.restore(f"{run}/latest")["config"] == {"seed": 4}
 
 
-def test_targets_are_filled_in_place(s3: str) -> None:
+def test_targets_are_filled_in_place(bucket: str) -> None:
     module = torch.nn.Linear(8, 8)
     saved = module.weight.detach().clone()
-    fc.save(f"{s3}/one", {"model": module})
+    fc.save(f"{bucket}/one", {"model": module})
     with torch.no_grad():
         module.weight.zero_()
-    fc.restore(f"{s3}/one", {"model": module})
+    fc.restore(f"{bucket}/one", {"model": module})
     assert torch.equal(module.weight, saved)
     with pytest.raises(errors.StepExistsError):
-        fc.save(f"{s3}/one", {"model": module})
+        fc.save(f"{bucket}/one", {"model": module})
 
 
 def test_step_names(s3: str) -> None:
@@ -89,8 +89,8 @@ def test_step_names(s3: str) -> None:
         assert manager.latest_step() == 12
 
 
-def test_the_command_line(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run = f"{s3}/run"
+def test_the_command_line(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = f"{bucket}/run"
     with fc.CheckpointManager(run) as manager:
         for step in (1, 2):
             manager.save(step, _state(step)).result()
@@ -110,8 +110,8 @@ def test_the_command_line(s3: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", f"{run}/2"]) == 1
 
 
-def test_no_step_without_its_marker(s3: str) -> None:
-    run = f"{s3}/run"
+def test_no_step_without_its_marker(bucket: str) -> None:
+    run = f"{bucket}/run"
     with fc.CheckpointManager(run) as manager:
         manager.save(1, _state(1)).result()
         manager.save(2, _state(2)).result()
@@ -126,8 +126,8 @@ def test_no_step_without_its_marker(s3: str) -> None:
     assert _store(run).exists(f"{run}/2/tree/manifest.ocdbt")
 
 
-def test_the_next_writer_collects_what_a_crash_left(s3: str) -> None:
-    run = f"{s3}/run"
+def test_the_next_writer_collects_what_a_crash_left(bucket: str) -> None:
+    run = f"{bucket}/run"
     with fc.CheckpointManager(run) as manager:
         manager.save(1, _state(1)).result()
     store = _store(run)
@@ -142,8 +142,8 @@ def test_the_next_writer_collects_what_a_crash_left(s3: str) -> None:
         assert store.list(run) == [".functional_ckpt", "1"]
 
 
-def test_a_cut_overwrite_is_ended(s3: str) -> None:
-    run = f"{s3}/run"
+def test_a_cut_overwrite_is_ended(bucket: str) -> None:
+    run = f"{bucket}/run"
     with fc.CheckpointManager(run) as manager:
         manager.save(1, _state(1)).result()
     store = _store(run)
@@ -157,8 +157,8 @@ def test_a_cut_overwrite_is_ended(s3: str) -> None:
         assert manager.restore(1)["config"] == {"seed": 1}
 
 
-def test_one_writer_at_a_time(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = f"{s3}/run"
+def test_one_writer_at_a_time(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = f"{bucket}/run"
     with fc.CheckpointManager(run) as manager:
         with pytest.raises(errors.LockedError, match=f'"pid": {os.getpid()}'):
             fc.CheckpointManager(run)
@@ -204,6 +204,7 @@ def test_what_can_never_work_fails_at_once(
         (400, "ExpiredToken", "token has expired"),
         (400, "AuthorizationHeaderMalformed", "another region"),
         (301, "PermanentRedirect", "another region"),
+        (400, "InvalidArgument", "the request is refused"),
         (404, "NoSuchBucket", "no such bucket"),
     ],
 )
@@ -224,6 +225,42 @@ def test_refusals_are_told_apart_and_hide_the_key(
     for secret in (servers.KEY_ID, servers.SECRET):
         assert secret not in str(caught.value) and secret not in repr(caught.value)
     proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "meaning"),
+    [
+        (400, "the request is refused"),
+        (401, "the endpoint or the credentials cannot be used"),
+        (403, "permission denied"),
+        (404, "no such bucket"),
+    ],
+)
+def test_refusals_of_gcs_are_told_apart(
+    status: int, meaning: str, gcs: str, gcs_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = Proxy(gcs_url)
+    proxy.refusal = (status, b'{"error": {"message": "its own words"}}')
+    set_gcs_environment(monkeypatch, proxy.url)
+    started = time.monotonic()
+    with pytest.raises(errors.StorageError, match=meaning):
+        fc.CheckpointManager(f"{gcs}/run")
+    assert time.monotonic() - started < 5
+    proxy.close()
+
+
+def test_gcs_needs_credentials_and_a_url(
+    gcs: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(errors.StorageError, match="no such bucket"):
+        fc.CheckpointManager("gs://no-such-bucket/run")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:1")
+    with pytest.raises(errors.UsageError, match="STORAGE_EMULATOR_HOST must begin with http://"):
+        fc.CheckpointManager(f"{gcs}/run")
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "absent.json"))
+    with pytest.raises(errors.StorageError, match=r"absent.json was not found.*GCS_KEY"):
+        fc.CheckpointManager(f"{gcs}/run")
 
 
 def test_no_credentials_are_stored(s3: str) -> None:

@@ -20,10 +20,11 @@ def workers() -> Generator[Workers]:
     started.close()
 
 
-def test_four_ranks_save_and_two_restore(s3: str, workers: Workers) -> None:
+def test_four_ranks_save_and_two_restore(bucket: str, workers: Workers) -> None:
     names = ("S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
+    names = names if bucket.startswith("s3:") else ("STORAGE_EMULATOR_HOST",)
     environ = {name: os.environ[name] for name in names}
-    run = f"{s3}/run"
+    run = f"{bucket}/run"
     assert workers.run(4, rank_jobs.save, environ, run, 3) == [[5]] * 4
     assert workers.run(2, rank_jobs.restore, environ, run, 3) == [True] * 2
     whole = fc.restore(f"{run}/5")["model"]
