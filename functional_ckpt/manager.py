@@ -212,9 +212,9 @@ class CheckpointManager:
         self._check_usable()
         number = as_step(step)
         checked = saving.as_json(metrics, "metrics") or {}
-        record = functools.partial(self._steps.record, number, checked)
+        record = functools.partial(self._saver.record, number, checked)
         ready = functools.partial(self._steps.existing, number)
-        what, then = f"recording metrics of step {number}", self._steps.reload
+        what, then = f"recording metrics of step {number}", self._steps.reload_here
         on_primary(self._coordinator, what, record, ready=ready, then=then)
 
     def delete(self, step: int) -> None:
@@ -229,7 +229,7 @@ class CheckpointManager:
             self._steps.existing(number)
 
         discard = functools.partial(self._steps.discard, number)
-        what, then = f"deleting step {number}", self._steps.reload
+        what, then = f"deleting step {number}", self._steps.reload_here
         on_primary(self._coordinator, what, discard, ready=ready, then=then)
 
     # ------------------------------------------------------------------------------ restoring

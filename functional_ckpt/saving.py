@@ -189,6 +189,19 @@ class Saver:
         """Committed steps go to further tiers from now on."""
         self._writer.uploads = uploads
 
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """On the primary: records metrics of a committed step in the tiers that hold it.
+
+        The first tier's go to the others as its steps do; what it does not hold is recorded there.
+        """
+        nearest, *others = self._steps.holders(step)
+        nearest.record(step, metrics)
+        if nearest is not self._steps:
+            for each in others:
+                each.record(step, metrics)
+        elif (uploads := self._writer.uploads) is not None:
+            uploads.recorded()
+
     def wait(self) -> None:
         """Waits for the commit under way and for the tiers; raises what failed."""
         self.committer.wait()

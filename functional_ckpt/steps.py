@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from functional_ckpt import errors, history
@@ -63,6 +63,7 @@ class Steps:
         self._names = names
         self._mutex = threading.Lock()
         self._infos: tuple[StepInfo, ...] = ()
+        self._num_changes = 0
         self.further: tuple[Steps, ...] = ()
         if latest_link is not None and (
             names.parse(latest_link) is not None or not _is_component(latest_link)
@@ -78,12 +79,30 @@ class Steps:
         return self._infos
 
     def reload(self) -> None:
-        """Reads everything from disk anew."""
-        found = tuple(history.scan(self.storage, self.root, self._names))
-        with self._mutex:
-            self._infos = found
+        """Reads everything from disk anew, in every tier."""
+        self.reload_here()
         for each in self.further:
             each.reload()
+
+    def reload_here(self) -> None:
+        """Reads everything in this directory anew; no other tier is asked, which may be far."""
+        while not self._reread():
+            pass
+
+    def _reread(self) -> bool:
+        """Reads the steps from disk; whether nothing was remembered or forgotten meanwhile."""
+        num_changes = self._num_changes
+        found = tuple(history.scan(self.storage, self.root, self._names))
+        with self._mutex:
+            if num_changes != self._num_changes:
+                return False
+            self._infos = found
+        return True
+
+    def _change(self, infos: Iterable[StepInfo]) -> None:
+        """With the mutex held: other steps than those that are being read from disk."""
+        self._infos = tuple(infos)
+        self._num_changes += 1
 
     def all(self) -> list[int]:
         """The committed steps of every tier, ascending."""
@@ -232,12 +251,12 @@ class Steps:
         """A step was committed."""
         with self._mutex:
             others = [each for each in self._infos if each.step != info.step]
-            self._infos = tuple(sorted([*others, info], key=lambda each: each.step))
+            self._change(sorted([*others, info], key=lambda each: each.step))
 
     def forget(self, steps: Collection[int]) -> None:
         """Steps were removed."""
         with self._mutex:
-            self._infos = tuple(each for each in self._infos if each.step not in steps)
+            self._change(each for each in self._infos if each.step not in steps)
 
     def with_late_metrics(self) -> tuple[StepInfo, ...]:
         """The steps with what was recorded of them since, by whatever process."""
@@ -246,16 +265,23 @@ class Steps:
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step; durable when it returns."""
+        info, known = self._recorded(step)
+        history.write_late_metrics(self.storage, self.root, info, {**known, **metrics})
+        with self._mutex:
+            self._change(
+                _with_metrics(each, metrics) if each.step == step else each for each in self._infos
+            )
+
+    def recorded(self, step: int) -> Mapping[str, Any]:
+        """What was recorded of a step since it was committed, by whatever process."""
+        return self._recorded(step)[1]
+
+    def _recorded(self, step: int) -> tuple[StepInfo, Mapping[str, Any]]:
         # What is on disk is asked: another process may have committed the step anew.
         info = history.read_step(self.storage, self.path(step), step)
         late = history.late_metrics(self.storage, self.root)
         own = dataclasses.replace(info, metrics=None)
-        known = history.with_late_metrics(own, late).metrics or {}
-        history.write_late_metrics(self.storage, self.root, info, {**known, **metrics})
-        with self._mutex:
-            self._infos = tuple(
-                _with_metrics(each, metrics) if each.step == step else each for each in self._infos
-            )
+        return info, history.with_late_metrics(own, late).metrics or {}
 
     def forget_late_metrics(self, step: int) -> None:
         """The step was written anew: what was measured of the old one is of no more use."""

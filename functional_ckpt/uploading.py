@@ -83,6 +83,7 @@ class Uploads:
             each.steps.reload()
         for info in self._near.infos:
             self._consider(info)
+        self._promise_metrics()
         self._write_state()
         for each in self._far:
             self._take_over(each)
@@ -97,8 +98,16 @@ class Uploads:
                 if info.step in considered:  # it was overwritten
                     considered.remove(info.step)
             self._consider(info)
+            self._promise_metrics()
             self._write_state()
             self._mutex.notify_all()
+
+    def recorded(self) -> None:
+        """Metrics were recorded, by whatever process: they go where their steps are."""
+        with self._mutex:
+            if self._promise_metrics():
+                self._write_state()
+                self._mutex.notify_all()
 
     def held_back(self) -> set[int]:
         """The steps that must not be removed from the first tier yet."""
@@ -120,6 +129,7 @@ class Uploads:
 
     def wait(self) -> None:
         """Waits until everything promised has arrived, or something has failed for good."""
+        self.recorded()  # an evaluator beside this process may have
         with self._mutex:
             while self._error is None and not self._is_idle():
                 self._mutex.wait(0.5)
@@ -171,6 +181,19 @@ class Uploads:
             if self._wants(far, info) and info.step not in self._promised[root]:
                 self._promised[root].append(info.step)
 
+    def _promise_metrics(self) -> bool:
+        """Promises steps anew whose metrics are not where their copies are; whether there are."""
+        infos, found = self._near.with_late_metrics(), False
+        for far in self._far:
+            promised = self._promised[far.steps.root]
+            held = {(info.step, info.time): info for info in far.steps.infos}
+            for info in infos:
+                copy = held.get((info.step, info.time))
+                if copy is not None and _lacks(copy, info) and info.step not in promised:
+                    promised.append(info.step)
+                    found = True
+        return found
+
     def _wants(self, far: FarTier, info: StepInfo) -> bool:
         if far.rule is None:
             return True
@@ -185,11 +208,26 @@ class Uploads:
 
     def _read_state(self) -> None:
         path = os.path.join(self._near.hidden, _STATE)
-        with contextlib.suppress(errors.StorageError, ValueError, AttributeError):
+        if not self._near.storage.exists(path):
+            return
+        try:
             record: Any = plain_json.parse(self._near.storage.read(path))
-            for name, into in (("promised", self._promised), ("considered", self._considered)):
-                for root in into:
-                    into[root] = [int(step) for step in record.get(name, {}).get(root, [])]
+            promised, considered = (
+                {
+                    root: [int(step) for step in record[name].get(root, [])]
+                    for root in self._promised
+                }
+                for name in ("promised", "considered")
+            )
+        except (errors.StorageError, ValueError, TypeError, KeyError, AttributeError) as error:
+            _log.warning(
+                "%s cannot be read (%s: %s): which steps go to further tiers is considered anew",
+                path,
+                type(error).__name__,
+                error,
+            )
+        else:
+            self._promised, self._considered = promised, considered
 
     def _write_state(self) -> None:
         here = {info.step for info in self._near.infos}
@@ -218,6 +256,7 @@ class Uploads:
                 wait, since = _FIRST_WAIT_SECONDS, None
                 with self._mutex:
                     self._promised[root].remove(step)
+                    self._promise_metrics()  # recorded while it was on its way
                     self._write_state()
                     self._mutex.notify_all()
 
@@ -256,14 +295,16 @@ class Uploads:
         final = os.path.join(far.steps.root, os.path.basename(source))
         started = time.monotonic()
         num_bytes = Upload(self._near, far.steps, source, final, step).run()
-        info = next((each for each in self._near.infos if each.step == step), None)
-        if info is not None:
+        is_new = True  # else it was there, and metrics of it are new
+        for info in (each for each in self._near.infos if each.step == step):
+            is_new = all((each.step, each.time) != (step, info.time) for each in far.steps.infos)
             far.steps.remember(info)
+            far.steps.forget_late_metrics(step)
+            if late := self._near.recorded(step):
+                far.steps.record(step, late)
         far.steps.point_latest()
-        seconds = max(time.monotonic() - started, 1e-9)
-        rate = num_bytes / 2**20 / seconds
-        _log.info("step %d is in %s: %.1f MiB/s", step, far.steps.root, rate)
-        far.steps.tell("uploaded", step, seconds=seconds, num_bytes=num_bytes)
+        if is_new:
+            _tell(far, step, max(time.monotonic() - started, 1e-9), num_bytes)
         self._prune(far)
 
     def _prune(self, far: FarTier) -> None:
@@ -272,3 +313,18 @@ class Uploads:
         known, now = far.steps.with_late_metrics(), datetime.datetime.now(datetime.UTC)
         for step in keep_rule.steps_to_prune(far.keep, known, context=KeepContext(now=now)):
             far.steps.prune(step)
+
+
+def _tell(far: FarTier, step: int, seconds: float, num_bytes: int) -> None:
+    rate = num_bytes / 2**20 / seconds
+    _log.info("step %d is in %s: %.1f MiB/s", step, far.steps.root, rate)
+    far.steps.tell("uploaded", step, seconds=seconds, num_bytes=num_bytes)
+
+
+def _lacks(copy: StepInfo, info: StepInfo) -> bool:
+    """Whether a step has metrics that a copy of it has not, or others; nan is like nan."""
+    there = copy.metrics or {}
+    return any(
+        name not in there or json.dumps(there[name]) != json.dumps(value)
+        for name, value in (info.metrics or {}).items()
+    )

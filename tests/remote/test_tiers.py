@@ -38,6 +38,11 @@ def _steps(path: object) -> list[int]:
         return manager.all_steps()
 
 
+def _metrics(path: str, step: int) -> dict[str, object]:
+    with fc.CheckpointManager(path, read_only=True) as manager:
+        return dict(manager.metrics(step) or {})
+
+
 @pytest.fixture(params=["s3", "local"])
 def far(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A second tier: an object store, or another directory."""
@@ -75,6 +80,72 @@ def test_a_new_machine_goes_on_from_the_far_tier(far: str, tmp_path: Path) -> No
         assert manager.restore()["state"]["n"] == 3
         manager.save(4, _state(4))
     assert _steps(far) == [3, 4]
+
+
+def test_late_metrics_go_where_their_steps_are(far: str, tmp_path: Path) -> None:
+    near = tmp_path / "near"
+    tier = fc.Tier(path=far, keep=[fc.policies.LatestN(2), fc.policies.best_n(1, "eye")])
+    kept = [fc.policies.LatestN(1)]
+    uploaded: list[int] = []
+
+    def see(event: fc.Event) -> None:
+        if event.kind == "uploaded":
+            uploaded.append(event.step)
+
+    with fc.CheckpointManager(near, keep_policy=kept, tiers=[tier], on_event=see) as manager:
+        manager.save(1, _state(1), metrics={"loss": 1.0})
+        manager.wait_until_finished()
+        manager.record_metrics(1, {"eye": 0.9, "bad": float("nan")})
+        with fc.CheckpointManager(near, read_only=True) as evaluator:  # another process, say
+            evaluator.record_metrics(1, {"ear": 0.5})
+        manager.wait_until_finished()
+        assert _metrics(far, 1).keys() == {"loss", "eye", "bad", "ear"}
+        for step in (2, 3, 4):
+            manager.save(step, _state(step))
+            manager.wait_until_finished()
+        assert _steps(far) == [1, 3, 4] and _steps(near) == [4]
+        manager.record_metrics(1, {"later": 7})  # the first tier has it no more
+        assert _metrics(far, 1)["later"] == 7 and manager.best_step("later") == 1
+        assert uploaded == [1, 2, 3, 4]
+    with fc.CheckpointManager(near, read_only=True) as evaluator:
+        evaluator.record_metrics(4, {"eye": 1.0})  # while nobody uploads
+    assert _metrics(far, 4) == {}
+    with fc.CheckpointManager(near, keep_policy=kept, tiers=[tier]) as manager:
+        manager.wait_until_finished()
+        assert _metrics(far, 4) == {"eye": 1.0} and manager.best_step("eye") == 4
+
+
+def test_a_step_saved_anew_has_no_metrics_of_the_old(far: str, tmp_path: Path) -> None:
+    tiers = [fc.Tier(path=far)]
+    with fc.CheckpointManager(tmp_path / "near", overwrite=True, tiers=tiers) as manager:
+        manager.save(1, _state(1)).result()
+        manager.record_metrics(1, {"eye": 0.9})
+        manager.wait_until_finished()
+        manager.save(1, _state(2)).result()
+        manager.wait_until_finished()
+        assert _metrics(far, 1) == {}
+    storage, root = connect(far)
+    assert storage.list(f"{root}/.functional_ckpt/metrics") == []
+
+
+def test_a_damaged_record_of_promises_is_told(
+    far: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    near = tmp_path / "near"
+    with fc.CheckpointManager(near) as manager:
+        manager.save(1, _state(1))
+    file = near / ".functional_ckpt" / "uploads.json"
+    for text in ("{", "[]", '{"promised": {}, "considered": 3}'):
+        file.write_text(text)
+        caplog.clear()
+        with fc.CheckpointManager(near, tiers=[fc.Tier(path=far)]):
+            pass
+        assert f"{file} cannot be read" in caplog.text and "considered anew" in caplog.text
+    assert _steps(far) == [1]
+    caplog.clear()
+    with fc.CheckpointManager(near, tiers=[fc.Tier(path=far)]):
+        pass
+    assert "cannot be read" not in caplog.text
 
 
 def test_restore_falls_back_when_the_near_step_is_damaged(far: str, tmp_path: Path) -> None:
@@ -145,6 +216,30 @@ def test_an_outage_delays_uploads_and_nothing_else(
         manager.save(4, _state(4)).result()
         assert _steps(near) in ([4], [3, 4])
     assert _steps(f"{s3}/run") == [0, 1, 2, 3, 4]
+    proxy.close()
+
+
+@pytest.mark.usefixtures("quick")
+def test_metrics_recorded_in_an_outage_arrive_after_it(
+    s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    proxy = Proxy(s3_url)
+    set_environment(monkeypatch, proxy.url)
+    near, options = tmp_path / "near", {"keep_policy": [fc.policies.LatestN(1)]}
+    tiers = [fc.Tier(path=f"{s3}/run")]
+    with fc.CheckpointManager(near, tiers=tiers, **options) as manager:
+        manager.save(0, _state(0))
+        manager.wait_until_finished()
+        proxy.is_down = True
+        started = time.monotonic()
+        manager.record_metrics(0, {"late": 1})
+        assert time.monotonic() - started < 0.4  # no tier is waited for
+        manager.save(1, _state(1)).result()
+        assert _steps(near) == [0, 1]  # nor is the step pruned before its metrics have arrived
+    proxy.is_down = False
+    with fc.CheckpointManager(near, tiers=tiers, **options) as manager:
+        manager.wait_until_finished()
+    assert _metrics(f"{s3}/run", 0) == {"late": 1} and _steps(f"{s3}/run") == [0, 1]
     proxy.close()
 
 
