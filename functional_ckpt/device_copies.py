@@ -1,4 +1,4 @@
-"""Copies from a device into host memory that run beside the training, on a stream of their own.
+"""Copies between a device and host memory that run by themselves, on a stream of their own.
 
 Nothing here knows what is saved, or who has to wait. The host's pages are locked where the driver
 lets us, for only then does a copy run by itself; a copy into others is as right, and holds up the
@@ -13,14 +13,26 @@ import contextlib
 import functools
 import logging
 import os
+import queue
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from functional_ckpt import errors
+from functional_ckpt.storage import staging
 
-__all__ = ["SideStreams", "Transfers", "check_not_capturing", "is_streamed", "lock_pages"]
+__all__ = [
+    "Bounce",
+    "SideStreams",
+    "Transfers",
+    "check_not_capturing",
+    "is_streamed",
+    "lock_pages",
+]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -37,7 +49,7 @@ def module_of(device: torch.device) -> Any:
     return torch.get_device_module(device)
 
 
-# ------------------------------------------------------------------------------------ streams
+# ------------------------------------------------------------------------------------ from a device
 
 
 class SideStreams:
@@ -122,6 +134,90 @@ class Transfers:
         """
         for end in self._ends.values():
             end.synchronize()
+
+
+# ------------------------------------------------------------------------------------ to a device
+
+_NUM_SLOTS = 4  # while two threads read into two, the others are on their way
+_SLOT_BYTES = 8 * 2**20  # of whole blocks of digests
+
+
+class _Slot:
+    """Host memory that is filled, and filled again once the device has it."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        self.sent: Any = None
+
+    def wait(self) -> None:
+        """Returns when the memory may be filled."""
+        if self.sent is not None:
+            self.sent.synchronize()
+            self.sent = None
+
+
+class Bounce:
+    """A few pieces of host memory through which any number of bytes goes to devices.
+
+    Close it before anyone uses what was sent.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, Any] = {}
+        self._memory = staging.StagingBuffer()
+        self._slots: list[_Slot] = []
+        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+
+    def prepare(self, device: torch.device) -> None:
+        """What is sent to a device comes after what the calling thread asked of it until now."""
+        if not self._slots:
+            room = staging.Slot((_SLOT_BYTES,), np.dtype(np.uint8))
+            self._slots = [_Slot(array) for array in self._memory.reserve([room] * _NUM_SLOTS)]
+            self._memory.lock(lock_pages)
+            for slot in self._slots:
+                self._free.put(slot)
+        if device not in self._streams:
+            module = module_of(device)
+            stream = self._streams[device] = module.Stream(device)
+            stream.wait_event(module.current_stream(device).record_event())
+
+    def send(
+        self, target: torch.Tensor, start: int, size_bytes: int, fill: Callable[[Array], None]
+    ) -> None:
+        """Sends bytes to a device; any thread may.
+
+        Args:
+            target: The bytes there, of a device that was prepared.
+            start: Which is the first to change.
+            size_bytes: How many are.
+            fill: Writes them into the memory it is given, of at most 8 MiB at a time, from the
+                first to the last.
+        """
+        stream, module = self._streams[target.device], module_of(target.device)
+        for begin in range(start, start + size_bytes, _SLOT_BYTES):
+            end = min(begin + _SLOT_BYTES, start + size_bytes)
+            slot = self._free.get()
+            try:
+                slot.wait()
+                piece = slot.array[: end - begin]
+                fill(piece)
+                sent = module.Event(blocking=True)
+                try:
+                    with module.stream(stream):
+                        target[begin:end].copy_(torch.from_numpy(piece), non_blocking=True)
+                finally:
+                    sent.record(stream)
+                    slot.sent = sent
+            finally:
+                self._free.put(slot)
+
+    def close(self) -> None:
+        """Returns when all is there, and gives the memory back."""
+        for slot in self._slots:
+            slot.wait()
+        self._slots = []
+        self._free = queue.SimpleQueue()
+        self._memory.release()
 
 
 # ------------------------------------------------------------------------------------ graphs

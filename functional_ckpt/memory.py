@@ -9,10 +9,11 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 
+from functional_ckpt import device_copies
 from functional_ckpt.core import leaves, memory_of, placement, plan, structure
 from functional_ckpt.core.spec import Box
 
-__all__ = ["Place", "place_of"]
+__all__ = ["Place", "Sent", "place_of", "sent_of"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -28,6 +29,19 @@ class Place:
 
     array: Array
     finish: Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sent:
+    """Memory on a device for an array.
+
+    Attributes:
+        target: Its bytes.
+        value: The restored value, over them.
+    """
+
+    target: torch.Tensor
+    value: torch.Tensor
 
 
 def pieces_of(read: plan.ReadArray) -> tuple[placement.Piece, ...]:
@@ -73,10 +87,28 @@ def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> Place:
     return Place(detour.array, finish)
 
 
+def sent_of(read: plan.ReadArray) -> Sent | None:
+    """What is filled by sending it what is stored; None where it is not so simple."""
+    if read.form not in ("fill", "tensor"):
+        return None
+    like = cast("torch.Tensor", read.like)
+    if not device_copies.is_streamed(like) or not memory_of.is_ordinary(like):
+        return None
+    if _dtype_of(read.node) != leaves.torch_dtype_name(like.dtype):
+        return None
+    value = like
+    if read.form == "tensor":
+        value = leaves.dress(torch.empty_like(like.detach()), leaves.dressing(like))
+    return Sent(value.detach().view(-1).view(torch.uint8), value)
+
+
+def _dtype_of(node: structure.ArrayNode) -> str:
+    return str(node.detail.get("dtype", node.spec.dtype))
+
+
 def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
     """Whether a read can go straight into the tensor's memory."""
-    stored = str(node.detail.get("dtype", node.spec.dtype))
-    if not tensor.is_cpu or stored != leaves.torch_dtype_name(tensor.dtype):
+    if not tensor.is_cpu or _dtype_of(node) != leaves.torch_dtype_name(tensor.dtype):
         return False
     return memory_of.is_ordinary(tensor) or (
         _is_memory(tensor)

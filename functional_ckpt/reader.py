@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 
-from functional_ckpt import fence, memory, shared_reading
+from functional_ckpt import device_copies, fence, memory, shared_reading
 from functional_ckpt.core import leaves, memory_of, placement, plan, tree, walk
 from functional_ckpt.core.spec import Box
 from functional_ckpt.distributed.coordinator import Coordinator
@@ -57,9 +57,11 @@ def read_all(
     verified = verify == "during"
     with contextlib.ExitStack() as files:
         fetches: list[Callable[[], None]] = []
+        bounce = device_copies.Bounce()
+        files.callback(bounce.close)
         if sharing is None:
             for job in jobs:
-                fetches += job.fetch(files, verified=verified)
+                fetches += job.fetch(files, bounce, verified=verified)
         with threads.without_collecting():
             tasks = [task for job in jobs for task in job.tasks(verified=verified)]
         if sharing is not None:
@@ -142,13 +144,19 @@ class _Job:
         self._place: memory.Place | None = None
         self._num_parts = 1
 
-    def take(self, fetcher: arrays_fetch.Fetcher, *, verified: bool) -> bool:
+    def take(
+        self, fetcher: arrays_fetch.Fetcher, bounce: device_copies.Bounce, *, verified: bool
+    ) -> bool:
         """Has all of the array read with many others at once, where that is possible."""
         node, record = self.binding.node, self.item.record
         like = self.binding.like
         if record is None or (like is not None and placement.sharding_of(like) is not None):
             return False
-        self._place = memory.place_of(self.binding)
+        sent = memory.sent_of(self.binding)
+        if sent is not None:
+            bounce.prepare(sent.target.device)
+        else:
+            self._place = memory.place_of(self.binding)
         array = record.arrays[node.stored_name]
         return fetcher.take(
             arrays_fetch.Wanted(
@@ -156,8 +164,9 @@ class _Job:
                 spec=node.spec,
                 chunk_shape=array.chunk_shape,
                 digests=array.xxh3 if verified else None,
-                destination=self._place.array,
-                finish=self._finish,
+                destination=None if self._place is None else self._place.array,
+                finish=self._finish if sent is None else functools.partial(self._finish_sent, sent),
+                send=None if sent is None else functools.partial(bounce.send, sent.target),
             )
         )
 
@@ -235,6 +244,9 @@ class _Job:
                 self._touched.value = True
             return self._place
 
+    def _finish_sent(self, sent: memory.Sent) -> None:
+        self.value = sent.value
+
     def _finish(self) -> None:
         self.value = self._open().finish()
         self._place = None
@@ -258,7 +270,9 @@ class _Jobs:
             job = self._jobs.setdefault(key, _Job(item, read, touched))
             self._of[id(read)] = job
 
-    def fetch(self, files: contextlib.ExitStack, *, verified: bool) -> list[Callable[[], None]]:
+    def fetch(
+        self, files: contextlib.ExitStack, bounce: device_copies.Bounce, *, verified: bool
+    ) -> list[Callable[[], None]]:
         """Tasks that read all that can be read with much else at once; `tasks` reads the rest."""
         storage = self.item.storage
         if self.item.record is None or not self._jobs or not isinstance(storage, LocalStorage):
@@ -267,7 +281,8 @@ class _Jobs:
         fetcher = arrays_fetch.Fetcher(storage, self.item.path)
         files.callback(fetcher.close)
         with threads.without_collecting():
-            taken = [job for job in self._jobs.values() if job.take(fetcher, verified=verified)]
+            jobs = self._jobs.values()
+            taken = [job for job in jobs if job.take(fetcher, bounce, verified=verified)]
             tasks = fetcher.tasks()
         database.count(fetcher.size_bytes)
         self._fetched = {id(job) for job in taken}

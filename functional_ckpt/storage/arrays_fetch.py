@@ -47,16 +47,19 @@ class Wanted:
         spec: Shape and dtype.
         chunk_shape: How it is cut.
         digests: 16 hex digits per digest block, or None to read unverified.
-        destination: Contiguous host memory.
+        destination: Contiguous host memory; None where `send` takes the bytes.
         finish: Called once all of it is there, on any thread.
+        send: Takes so many bytes, beginning so many after the array's first. It gets them by
+            having memory of its own filled, piece by piece, on the thread that calls it.
     """
 
     name: str
     spec: ArraySpec
     chunk_shape: tuple[int, ...]
     digests: str | None
-    destination: Array
+    destination: Array | None
     finish: Callable[[], None]
+    send: Callable[[int, int, Callable[[Array], None]], None] | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -68,8 +71,9 @@ class _Pending:
     is_one: bool
 
 
-_Value: TypeAlias = "tuple[int, int, int, Array, int, _Pending]"
-"""File, offset, bytes, where they go, which chunk of its array it is, and the array."""
+_Value: TypeAlias = "tuple[int, int, int, Array | None, int, _Pending]"
+"""File, offset, bytes, where they go (None: they are sent), which chunk of its array it is, and the
+array."""
 
 
 class Fetcher:
@@ -98,16 +102,17 @@ class Fetcher:
 
     def take(self, wanted: Wanted) -> bool:
         """Whether it will read this array; if not, somebody else has to."""
-        if not self._places or not wanted.destination.flags.c_contiguous:
+        place = wanted.destination
+        if not self._places or (place is not None and not place.flags.c_contiguous):
             return False
         shape, chunk_shape = wanted.spec.shape, wanted.chunk_shape
         if chunk_shape[1:] != shape[1:] or not wanted.spec.num_elements:
             return False  # chunks are not runs of the array's bytes
-        flat = wanted.destination.reshape(-1).view(np.uint8)
+        flat = None if place is None else place.reshape(-1).view(np.uint8)
         prefix = key_prefix(wanted.name).encode()
         size_bytes, stored_bytes, keys = _cut(shape, chunk_shape, wanted.spec.itemsize_bytes)
         pending = _Pending(wanted, len(keys), len(keys) == 1)
-        for place, key in enumerate(keys):
+        for number, key in enumerate(keys):
             at = self._places.get(prefix + key)
             if at is None or at[2] != stored_bytes:
                 state = "missing" if at is None else f"of {at[2]} bytes"
@@ -117,9 +122,10 @@ class Fetcher:
                     path=self._directory,
                     key_path=wanted.name,
                 )
-            start = place * stored_bytes
-            part = flat if len(keys) == 1 else flat[start : start + stored_bytes]
-            self._values.append((at[0], at[1], len(part), part, place, pending))
+            start = number * stored_bytes
+            end = size_bytes if len(keys) == 1 else min(start + stored_bytes, size_bytes)
+            part = None if flat is None else flat if len(keys) == 1 else flat[start:end]
+            self._values.append((at[0], at[1], end - start, part, number, pending))
         self.size_bytes += size_bytes
         return True
 
@@ -162,6 +168,9 @@ class Fetcher:
     def _read(self, batch: Sequence[_Value]) -> None:
         run: list[_Value] = []
         for value in batch:
+            if value[3] is None:
+                self._send(value)
+                continue
             if value[2] > _STEP_BYTES:
                 self._read_large(value)
                 continue
@@ -188,14 +197,30 @@ class Fetcher:
             self._count(value)
 
     def _read_large(self, value: _Value) -> None:
-        view = memoryview(cast("Any", value[3]))
-        digests = value[5].wanted.digests
-        for start in range(0, value[2], _STEP_BYTES):
-            step = view[start : start + _STEP_BYTES]
-            self._fill(value, step, start)
-            if digests is not None:
-                self._verify(value, step, start, digests)
+        self._read_steps(value, 0, memoryview(cast("Any", value[3])))
         self._count(value)
+
+    def _send(self, value: _Value) -> None:
+        wanted = value[5].wanted
+        done = 0
+
+        def fill(memory: Array) -> None:
+            nonlocal done
+            self._read_steps(value, done, memoryview(cast("Any", memory)))
+            done += len(memory)
+
+        if wanted.send is not None:
+            wanted.send(value[4] * _stored_bytes(wanted), value[2], fill)
+        self._count(value)
+
+    def _read_steps(self, value: _Value, begin: int, view: memoryview) -> None:
+        """Reads, from a byte of the value on, as much as the view takes."""
+        digests = value[5].wanted.digests
+        for start in range(0, len(view), _STEP_BYTES):
+            step = view[start : start + _STEP_BYTES]
+            self._fill(value, step, begin + start)
+            if digests is not None:
+                self._verify(value, step, begin + start, digests)
 
     def _fill(self, value: _Value, view: memoryview, start: int) -> None:
         done = 0
@@ -225,10 +250,7 @@ class Fetcher:
         first = start // DIGEST_BLOCK_BYTES
         begin = first
         if value[4]:
-            _, stored_bytes, _ = _cut(
-                wanted.spec.shape, wanted.chunk_shape, wanted.spec.itemsize_bytes
-            )
-            begin += value[4] * -(-stored_bytes // DIGEST_BLOCK_BYTES)
+            begin += value[4] * -(-_stored_bytes(wanted) // DIGEST_BLOCK_BYTES)
         if digests[16 * begin : 16 * begin + len(got)] != got:
             read = ArrayRead(
                 name=wanted.name,
@@ -255,6 +277,11 @@ class Fetcher:
         """Gives the files back."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+
+
+def _stored_bytes(wanted: Wanted) -> int:
+    """How much a whole chunk is."""
+    return _cut(wanted.spec.shape, wanted.chunk_shape, wanted.spec.itemsize_bytes)[1]
 
 
 @functools.lru_cache(maxsize=4096)

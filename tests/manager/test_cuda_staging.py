@@ -22,6 +22,7 @@ from functional_ckpt import device_copies, errors
 from functional_ckpt.testing import differences
 
 SECONDS = 0.2
+SLOT_BYTES = 2**19
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -46,6 +47,14 @@ class Device:
     def check_held_back(self, num_times: int) -> None:
         """The device of threads counts who found a copy under way when asked to run after it."""
         assert self._lagging is None or self._lagging.host.num_held_back == num_times
+
+    def check_unlocked(self, num_times: int) -> None:
+        """What threads still hold on to that are about to end is given back as well."""
+        for thread in threading.enumerate():
+            if thread.name.startswith("commit-"):
+                thread.join()
+        gc.collect()
+        assert self.num_unlocked == num_times
 
 
 def count_locks(device: Device, monkeypatch: pytest.MonkeyPatch, *, really: bool) -> None:
@@ -285,8 +294,7 @@ def test_pages_are_locked_once_and_used_again(tmp_path: Path, device: Device, st
         manager.save(3, {**items, "more": torch.zeros(2**16, device=device.name)}).result()
         assert device.locked[1] >= size_bytes + 2**18 and len(device.locked) == 2
     del manager
-    gc.collect()
-    assert device.num_unlocked == 2
+    device.check_unlocked(2)
 
 
 def test_pages_that_cannot_be_locked(
@@ -300,6 +308,90 @@ def test_pages_that_cannot_be_locked(
         a_step(device, model, optimizer)
         manager.wait_until_finished()
         assert differences(on_host(manager.restore(1)), expected) == []
+
+
+# ------------------------------------------------------------------------------------ back again
+
+
+def all_sorts(device: Device) -> dict[str, torch.Tensor]:
+    """Tensors below a slot's size and above it, of some dtypes, layouts and ranks."""
+    torch.manual_seed(1)
+    values = {
+        "large": torch.rand(3, 50_000, 7),
+        "bf16": torch.rand(999).to(torch.bfloat16),
+        "flags": torch.rand(100) > 0.5,
+        "complex": torch.rand(50, dtype=torch.complex64),
+        "scalar": torch.rand(()),
+        "none": torch.rand(0, 4),
+        "strided": torch.rand(6, 8).t(),
+        "uint8": torch.randint(0, 255, (4097,), dtype=torch.uint8),
+    }
+    return {name: value.to(device.name) for name, value in values.items()}
+
+
+def a_module_of(values: dict[str, torch.Tensor]) -> torch.nn.Module:
+    module = torch.nn.Module()
+    for name, value in values.items():
+        module.register_buffer(name, value)
+    return module
+
+
+@pytest.mark.parametrize("is_in_place", [True, False])
+@pytest.mark.parametrize("verify", ["during", "off"])
+def test_what_lies_on_a_device_is_restored(
+    tmp_path: Path,
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    verify: Any,
+    is_in_place: bool,
+) -> None:
+    device.lag(0.02)
+    monkeypatch.setattr(device_copies, "_SLOT_BYTES", SLOT_BYTES)
+    values = all_sorts(device)
+    expected = {name: value.cpu().clone() for name, value in values.items()}
+    fc.save(tmp_path / "all", {"all": values})
+    for value in values.values():
+        value.zero_()
+    if is_in_place:
+        fc.restore(tmp_path / "all", {"all": a_module_of(values)}, verify=verify)
+        found = values
+    else:
+        found = dict(fc.restore(tmp_path / "all", {"all": values}, verify=verify)["all"])
+        assert not any(value.any() for value in values.values())
+    assert {value.device.type for value in found.values()} == {torch.device(device.name).type}
+    assert differences({name: value.cpu() for name, value in found.items()}, expected) == []
+    assert device.locked == [4 * SLOT_BYTES]
+    device.check_unlocked(1)
+
+
+def test_an_array_of_several_chunks_goes_to_a_device(tmp_path: Path, device: Device) -> None:
+    value = torch.rand(11 * 2**20, device=device.name)
+    fc.save(tmp_path / "all", {"all": {"value": value}})
+    found = fc.restore(tmp_path / "all", {"all": {"value": torch.zeros_like(value)}})
+    assert torch.equal(found["all"]["value"], value)
+
+
+def test_a_damaged_array_is_found_on_the_way_to_a_device(tmp_path: Path, device: Device) -> None:
+    values = {"a": torch.rand(5000, device=device.name), "b": torch.rand(99, device=device.name)}
+    fc.save(tmp_path / "all", {"all": values})
+    [data] = [path for path in (tmp_path / "all/all").rglob("d/*") if path.stat().st_size > 2e4]
+    raw = bytearray(data.read_bytes())
+    at = raw.find(values["a"].cpu().numpy().tobytes())
+    raw[at + 12_345] ^= 1
+    data.write_bytes(raw)
+    with pytest.raises(errors.CorruptCheckpointError, match="'a'"):
+        fc.restore(tmp_path / "all", {"all": values})
+
+
+def test_a_state_is_restored_where_it_is(tmp_path: Path, device: Device) -> None:
+    model, optimizer, items = trained(device)
+    expected = moment(tmp_path / "moment", items)
+    with fc.CheckpointManager(tmp_path / "run", staging="overlapped") as manager:
+        manager.save(1, items)
+        a_step(device, model, optimizer)
+        manager.wait_until_finished()
+        manager.restore(1, items)
+        assert differences(moment(tmp_path / "moment", items), expected) == []
 
 
 # ------------------------------------------------------------------------------------ CUDA alone
@@ -333,17 +425,3 @@ def test_no_save_while_a_graph_is_captured(tmp_path: Path) -> None:
                 manager.save(1, {"weight": weight})
         manager.save(2, {"weight": weight}).result()
         assert manager.all_steps() == [2]
-
-
-@on_cuda
-@pytest.mark.parametrize("staging", ["eager", "overlapped"])
-def test_restored_onto_the_device(tmp_path: Path, staging: Any) -> None:
-    found = Device("cuda", None)
-    model, optimizer, items = trained(found)
-    expected = moment(tmp_path / "moment", items)
-    with fc.CheckpointManager(tmp_path / "run", staging=staging) as manager:
-        manager.save(1, items)
-        a_step(found, model, optimizer)
-        manager.restore(1, items)
-        assert {p.device.type for p in model.parameters()} == {"cuda"}
-        assert differences(moment(tmp_path / "moment", items), expected) == []
