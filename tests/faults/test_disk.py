@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import disks
 import pytest
 import torch
 
@@ -23,37 +22,11 @@ def items(number: int, size: int = 1000) -> dict[str, Any]:
     return {"tree": {"w": torch.full((size,), float(number)), "n": number}}
 
 
-def mount(*arguments: str) -> None:
-    result = subprocess.run(["mount", *arguments], capture_output=True, text=True)
-    if result.returncode:
-        pytest.skip(f"cannot mount here: {result.stderr.strip()}")
-
-
-def unmount(path: Path) -> None:
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
 @pytest.fixture(params=["ext4", "tmpfs"])
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A file system of a few MiB: ext4 in a loop-mounted file, and memory."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting needs root")
-    place = tmp_path / "disk"
-    place.mkdir()
-    if request.param == "tmpfs":
-        mount("-t", "tmpfs", "-o", "size=4m", "none", str(place))
-    else:
-        if shutil.which("mkfs.ext4") is None:
-            pytest.skip("there is no mkfs.ext4")
-        image = tmp_path / "image"
-        image.write_bytes(b"")
-        os.truncate(image, 8 * 2**20)
-        subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True, capture_output=True)
-        mount("-o", "loop", str(image), str(place))
-    try:
+    """A file system of a few MiB."""
+    with disks.small(request.param, tmp_path) as place:
         yield place
-    finally:
-        unmount(place)
 
 
 def check(root: Path, step: int) -> None:
@@ -203,12 +176,12 @@ def frozen(tmp_path: Path) -> Iterator[Path]:
         root.chmod(0o755)
         (root / ".functional_ckpt").chmod(0o755)
         return
-    mount("--bind", str(root), str(root))
+    disks.mount("--bind", str(root), str(root))
     try:
-        mount("-o", "remount,bind,ro", str(root))
+        disks.mount("-o", "remount,bind,ro", str(root))
         yield root
     finally:
-        unmount(root)
+        disks.unmount(root)
 
 
 def test_a_read_only_directory_can_be_read_and_says_so_to_writers(frozen: Path) -> None:
@@ -232,25 +205,25 @@ def test_a_directory_that_becomes_read_only_while_saving(tmp_path: Path) -> None
         pytest.skip("mounting needs root")
     root = tmp_path / "run"
     root.mkdir()
-    mount("-t", "tmpfs", "none", str(root))
+    disks.mount("-t", "tmpfs", "none", str(root))
     try:
         with fc.CheckpointManager(root) as manager:
             manager.save(1, items(1)).result()  # type: ignore[union-attr]
             lock = manager._lock  # pyright: ignore[reportPrivateUsage]
             assert lock is not None
             lock.close()  # an open file would keep the mount writable
-            mount("-o", "remount,ro", str(root))
+            disks.mount("-o", "remount,ro", str(root))
             with pytest.raises(fc.errors.SaveError, match=r"step 2 .*Read-only file system"):
                 manager.save(2, items(2)).result()  # type: ignore[union-attr]
             with pytest.raises(fc.errors.StorageError, match="Read-only file system"):
                 manager.delete(1)
             assert manager.all_steps() == [1]
             assert manager.restore(1)["tree"]["n"] == 1
-            mount("-o", "remount,rw", str(root))
+            disks.mount("-o", "remount,rw", str(root))
             manager.save(2, items(2)).result()  # type: ignore[union-attr]
             assert manager.all_steps() == [1, 2]
     finally:
-        unmount(root)
+        disks.unmount(root)
 
 
 def test_without_permission_the_error_says_so(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import servers
 
-# The contract is every backend's; processes for ranks are those of tests/distributed.
-for folder in ("storage", "distributed"):
+# The contract is every backend's; processes for ranks are those of tests/distributed, and small
+# disks those of tests/faults.
+for folder in ("storage", "distributed", "faults"):
     sys.path.append(str(Path(__file__).parents[1] / folder))
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import functional_ckpt as fc
 
@@ -29,6 +30,17 @@ def save(environ: Mapping[str, str], run: str, seed: int) -> list[int]:
     with fc.CheckpointManager(run) as manager:
         manager.save(5, {"model": _model(seed)})
         manager.wait_until_finished()
+        return manager.all_steps()
+
+
+def fill(near: str, far: str, num_steps: int) -> list[int]:
+    """Saves more than the first tier has room for; the steps that are somewhere."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with fc.CheckpointManager(near, tiers=[fc.Tier(path=far)]) as manager:
+        for step in range(num_steps):
+            value = distribute_tensor(torch.full((200, 1000), float(step)), mesh, [Shard(0)])
+            manager.save(step, {"tree": {"w": value}}).result()
+            manager.wait_until_finished()
         return manager.all_steps()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
+import disks
 import pytest
 import rank_jobs
 import torch
@@ -30,3 +32,20 @@ def test_four_ranks_save_and_two_restore(bucket: str, workers: Workers) -> None:
     whole = fc.restore(f"{run}/5")["model"]
     torch.manual_seed(3)
     assert torch.equal(whole["0.weight"], torch.nn.Linear(30, 50).weight)
+
+
+def test_a_full_disk_of_ranks_lets_go_of_what_a_further_tier_holds(
+    workers: Workers, tmp_path: Path
+) -> None:
+    """Steps of 0.8 MB on 4 MiB: whichever rank finds no room, all of them write again."""
+    far, num_steps = tmp_path / "far", 8
+    with disks.small("tmpfs", tmp_path) as disk:
+        near = disk / "run"
+        outcomes = workers.run(2, rank_jobs.fill, str(near), str(far), num_steps)
+        with fc.CheckpointManager(near, read_only=True) as manager:
+            left = manager.all_steps()
+    assert outcomes == [list(range(num_steps))] * 2
+    assert left and left == list(range(left[0], num_steps)) and left[0] > 0
+    for step in range(num_steps):
+        whole = fc.restore(far / str(step))["tree"]["w"]
+        assert float(whole.min()) == float(whole.max()) == step
