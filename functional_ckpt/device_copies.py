@@ -203,7 +203,9 @@ class Bounce:
                 fill(piece)
                 sent = module.Event(blocking=True)
                 try:
-                    with module.stream(stream):
+                    # Inference mode is a thread's own, and may have been on where this was made.
+                    is_inference = target.is_inference()
+                    with module.stream(stream), torch.inference_mode(is_inference):
                         target[begin:end].copy_(torch.from_numpy(piece), non_blocking=True)
                 finally:
                     sent.record(stream)

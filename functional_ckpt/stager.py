@@ -65,11 +65,6 @@ class Room:
         self._ordinary = staging.StagingBuffer()
         self._locked = staging.StagingBuffer()
 
-    @property
-    def size_bytes(self) -> int:
-        """Host memory that is kept."""
-        return self._ordinary.size_bytes + self._locked.size_bytes
-
     def reserve(self, parts: Sequence[_Part]) -> list[Array]:
         """An array for every part; what comes from a device that streams gets locked pages."""
         streamed = [part for part in parts if device_copies.is_streamed(part.view)]
