@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import set_environment
+from conftest import set_environment, set_gcs_environment
 from proxy import Proxy
 
 import functional_ckpt as fc
@@ -15,7 +16,7 @@ from functional_ckpt import errors, verify
 from functional_ckpt.storage.connect import connect
 
 # The whole count: FUNCTIONAL_CKPT_BAD_NETWORK_SAVES=200 pytest tests/remote/test_bad_network.py
-_NUM_SAVES = int(os.environ.get("FUNCTIONAL_CKPT_BAD_NETWORK_SAVES", "5"))
+_NUM_SAVES = int(os.environ.get("FUNCTIONAL_CKPT_BAD_NETWORK_SAVES", "3"))
 
 
 def _state(step: int) -> dict[str, object]:
@@ -29,10 +30,17 @@ def _is_equal(restored: object, step: int) -> bool:
 
 
 @pytest.mark.timeout(3600 if _NUM_SAVES > 20 else 300)
-def test_saves_and_restores(s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    proxy = Proxy(s3_url, trouble=0.08, seed=8)
-    set_environment(monkeypatch, proxy.url)
-    run, rng = f"{s3}/run", random.Random(1)
+@pytest.mark.parametrize(("kind", "lead"), [("s3", set_environment), ("gcs", set_gcs_environment)])
+def test_saves_and_restores(
+    kind: str,
+    lead: Callable[[pytest.MonkeyPatch, str], None],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket: str = request.getfixturevalue(kind)
+    proxy = Proxy(request.getfixturevalue(f"{kind}_url"), trouble=0.08, seed=8)
+    lead(monkeypatch, proxy.url)
+    run, rng = f"{bucket}/run", random.Random(1)
     reported: list[int] = []
     with fc.CheckpointManager(run, keep_policy=[fc.policies.LatestN(8)]) as manager:
         for step in range(_NUM_SAVES):
