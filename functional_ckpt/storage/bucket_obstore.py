@@ -41,7 +41,8 @@ _FINAL = {
     "permission denied": "AccessDenied|AllAccessDisabled|403 Forbidden|401 Unauthorized",
     # All of status 400 but what a bad network makes of a good request.
     "the request is refused": (
-        "400 Bad Request(?!(?s:.*)(RequestTimeout|IncompleteBody|BadDigest|ContentSHA256Mismatch))"
+        "400 Bad Request(?!(?s:.*)(RequestTimeout|IncompleteBody|BadDigest|ContentSHA256Mismatch|"
+        "InvalidPart))"
     ),
 }
 

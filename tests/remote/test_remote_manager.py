@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from functional_ckpt import cli, errors
 from functional_ckpt.storage import lease
 from functional_ckpt.storage.connect import connect
 from functional_ckpt.storage.objects import MARKER, ObjectStorage
+from functional_ckpt.storage.paths import LocalStorage
 from functional_ckpt.testing import differences
 
 
@@ -227,6 +230,19 @@ def test_refusals_are_told_apart_and_hide_the_key(
     proxy.close()
 
 
+def test_what_may_pass_is_waited_for(s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of status 400 too, where the network is what was wrong with the request."""
+    proxy = Proxy(s3_url)
+    proxy.refusal = (400, b"<Error><Code>RequestTimeout</Code></Error>")
+    set_environment(monkeypatch, proxy.url)
+    timer = threading.Timer(0.5, lambda: setattr(proxy, "refusal", None))
+    timer.start()
+    with fc.CheckpointManager(f"{s3}/run") as manager:
+        assert manager.all_steps() == [] and proxy.refusal is None
+    timer.join()
+    proxy.close()
+
+
 @pytest.mark.parametrize(
     ("status", "meaning"),
     [
@@ -257,10 +273,25 @@ def test_gcs_needs_credentials_and_a_url(
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:1")
     with pytest.raises(errors.UsageError, match="STORAGE_EMULATOR_HOST must begin with http://"):
         fc.CheckpointManager(f"{gcs}/run")
+    with monkeypatch.context() as patch, pytest.raises(errors.UsageError, match=r"ckpt\[gcs\]"):
+        patch.setitem(sys.modules, "google.cloud.storage", None)
+        fc.CheckpointManager(f"{gcs}/run")
     monkeypatch.delenv("STORAGE_EMULATOR_HOST")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "absent.json"))
     with pytest.raises(errors.StorageError, match=r"absent.json was not found.*GCS_KEY"):
         fc.CheckpointManager(f"{gcs}/run")
+
+
+def test_a_large_file_arrives_whole(bucket: str, tmp_path: Path) -> None:
+    """In parts, of which the last is a smaller one."""
+    file, target, back = tmp_path / "file", f"{bucket}/run/file", tmp_path / "back"
+    file.write_bytes(torch.randn(5_000_000).numpy().tobytes())
+    store = _store(bucket)
+    store.put_file(str(file), target)
+    assert store.describe(target) == LocalStorage().describe(str(file))
+    store.rename(f"{bucket}/run", f"{bucket}/moved")
+    store._bucket.download("moved/file", str(back))
+    assert back.read_bytes() == file.read_bytes()
 
 
 def test_no_credentials_are_stored(s3: str) -> None:
@@ -304,21 +335,28 @@ def test_credentials_from_elsewhere(
     assert not differences(fc.restore(uri[where])["tree"], _state(1)["tree"])
 
 
-def test_a_small_part_reads_little(s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "lead"), [("s3", set_environment), ("gcs", set_gcs_environment)])
+def test_a_small_part_reads_little(
+    kind: str,
+    lead: Callable[[pytest.MonkeyPatch, str], None],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = f"{request.getfixturevalue(kind)}/one"
     state = {
         "large": {f"layer{i}": torch.randn(1024, 2048) for i in range(6)},
         "small": {"bias": torch.randn(64)},
     }
-    fc.save(f"{s3}/one", state)
-    total = _store(s3).total_bytes(f"{s3}/one")
+    fc.save(one, state)
+    total = _store(one).total_bytes(one)
     assert total > 48e6
-    proxy = Proxy(s3_url)
-    set_environment(monkeypatch, proxy.url)
-    restored = fc.restore(f"{s3}/one", only="small")
+    proxy = Proxy(request.getfixturevalue(f"{kind}_url"))
+    lead(monkeypatch, proxy.url)
+    restored = fc.restore(one, only="small")
     assert torch.equal(restored["small"]["bias"], state["small"]["bias"])
     assert 0 < proxy.traffic.down_bytes < 0.02 * total
     proxy.traffic.down_bytes = 0
-    restored = fc.restore(f"{s3}/one", only="large.layer3")
+    restored = fc.restore(one, only="large.layer3")
     assert torch.equal(restored["large"]["layer3"], state["large"]["layer3"])
     assert 8e6 < proxy.traffic.down_bytes < 0.2 * total
     proxy.close()
