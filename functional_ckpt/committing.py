@@ -7,6 +7,7 @@ reported before the parent directory is durable.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import functools
@@ -124,9 +125,11 @@ class StepWriter:
         """On the primary: removes the steps that further tiers hold, if a rank's disk is full."""
         if self.uploads is None or b"full" not in states or b"live" in states:
             return b"[]"
-        steps = self.uploads.held_elsewhere()
-        for step in steps:
-            self._steps.prune(step)
+        held = self.uploads.held_elsewhere()
+        with self.uploads.still() as promised:
+            steps = [step for step in held if step not in promised]
+            for step in steps:
+                self._steps.prune(step)
         _log.warning("%s is full: removed %s", self._steps.root, steps or "nothing")
         return json.dumps(steps).encode()
 
@@ -240,12 +243,12 @@ class StepWriter:
         known = self._steps.with_late_metrics()
         context = KeepContext(now=datetime.datetime.now(datetime.UTC))
         steps = keep_rule.steps_to_prune(self._keep_policies, known, context=context)
-        if self.uploads is not None:
-            held_back = self.uploads.held_back()
-            steps = [step for step in steps if step not in held_back]
-        for step in steps:
-            self._steps.prune(step)
-        return list(steps)
+        alone = contextlib.nullcontext(()) if self.uploads is None else self.uploads.still()
+        with alone as promised:
+            steps = [step for step in steps if step not in promised]
+            for step in steps:
+                self._steps.prune(step)
+        return steps
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -194,13 +195,16 @@ class Saver:
 
         The first tier's go to the others as its steps do; what it does not hold is recorded there.
         """
-        nearest, *others = self._steps.holders(step)
-        nearest.record(step, metrics)
-        if nearest is not self._steps:
-            for each in others:
-                each.record(step, metrics)
-        elif (uploads := self._writer.uploads) is not None:
-            uploads.recorded()
+        uploads = self._writer.uploads
+        with contextlib.nullcontext() if uploads is None else uploads.still():
+            holders = self._steps.holders(step)
+            if holders[0] is self._steps:
+                self._steps.record(step, metrics)
+                if uploads is not None:
+                    uploads.recorded()  # before anybody can remove the step
+                return
+        for each in holders:
+            each.record(step, metrics)
 
     def wait(self) -> None:
         """Waits for the commit under way and for the tiers; raises what failed."""

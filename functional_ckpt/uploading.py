@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from functional_ckpt import errors
@@ -63,6 +63,7 @@ class Uploads:
         self._far = tuple(far)
         self._locks: list[Lock] = []
         self._mutex = threading.Condition()
+        self._alone = threading.Lock()
         # By root of the tier: steps that it was promised, and those that were decided about.
         self._promised: dict[str, list[int]] = {each.steps.root: [] for each in far}
         self._considered: dict[str, list[int]] = {each.steps.root: [] for each in far}
@@ -109,18 +110,24 @@ class Uploads:
                 self._write_state()
                 self._mutex.notify_all()
 
-    def held_back(self) -> set[int]:
-        """The steps that must not be removed from the first tier yet."""
-        with self._mutex:
-            return {step for steps in self._promised.values() for step in steps}
+    @contextlib.contextmanager
+    def still(self) -> Generator[set[int]]:
+        """Whoever removes steps from the first tier, or records metrics of them, is alone.
+
+        Yields:
+            The steps that must not be removed yet.
+        """
+        with self._alone:
+            with self._mutex:
+                promised = {step for steps in self._promised.values() for step in steps}
+            yield promised
 
     def held_elsewhere(self) -> list[int]:
-        """The steps that the first tier can do without: their tiers hold them, and say so now."""
-        waiting = self.held_back()
+        """The steps that further tiers hold, and say so now."""
         found: set[int] = set()
         for far in self._far:
             held = {info.step for info in far.steps.infos}
-            steps = [s.step for s in self._near.infos if s.step in held and s.step not in waiting]
+            steps = [info.step for info in self._near.infos if info.step in held]
             with contextlib.suppress(errors.CheckpointError):  # it cannot be asked now
                 for step in steps:
                     if far.steps.storage.is_whole(far.steps.path(step)):
