@@ -23,7 +23,7 @@ from typing import Any
 
 import xxhash
 
-from benchmarks import plots, report, results, schedule, summary
+from benchmarks import files, plots, report, results, schedule, summary
 from benchmarks.results import Result, Run, Task
 
 _VERSIONS = (
@@ -130,10 +130,13 @@ def _measure(task: Task, repeat: int, divisor: int, root: str) -> Result:
     """One child process; whatever it does, this returns."""
     folder = tempfile.mkdtemp(dir=root)
     started = time.perf_counter()
+    found: dict[str, Any]
     try:
         if shutil.disk_usage(folder).free < _FREE_BYTES // divisor:
             found = {"error": "there is too little room on the disk"}
         else:
+            if divisor == 1:
+                files.fill_free_memory(os.path.join(root, "no-data"))
             found = _run_child(task, divisor, folder, timeout_seconds=600)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -7,10 +7,19 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from benchmarks import peers
 from benchmarks.workloads import State
 
-__all__ = ["ASYNC_PEERS", "AsyncPeer", "SkipMeasure", "overlapped_option", "step_path"]
+__all__ = [
+    "ASYNC_PEERS",
+    "AsyncPeer",
+    "SkipMeasure",
+    "overlapped_items",
+    "overlapped_option",
+    "step_path",
+]
 
 
 class SkipMeasure(Exception):
@@ -28,6 +37,17 @@ def overlapped_option() -> dict[str, Any]:
     if "staging" not in inspect.signature(fc.CheckpointManager).parameters:
         raise SkipMeasure("this version has no staging='overlapped'")
     return {"staging": "overlapped"}
+
+
+def overlapped_items(module: torch.nn.Module) -> tuple[dict[str, Any], torch.optim.Optimizer]:
+    """A module and the optimizer that updates it, which has no state; and that optimizer.
+
+    Without one in the same save nothing is known to stand still, and nothing is overlapped.
+    """
+    import functional_ckpt as fc
+
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
+    return {"state": module, "optimizer": fc.Optimizer(optimizer, module)}, optimizer
 
 
 def step_path(root: str, step: int) -> str:
@@ -207,18 +227,19 @@ class OursEager(AsyncPeer):
     is_durable = True
 
     def start(self, state: State, root: str) -> None:
-        super().start(state, root)
-        self.bound = peers.Holder(state)
-        self.manager = self._make(root)
-
-    def _make(self, root: str) -> Any:
         import functional_ckpt as fc
 
-        options = overlapped_option() if self.is_overlapped else {}
-        return fc.CheckpointManager(root, **options)
+        super().start(state, root)
+        module = peers.Holder(state)
+        self.items: dict[str, Any] = {"state": module}
+        options: dict[str, Any] = {}
+        if self.is_overlapped:
+            self.items, _ = overlapped_items(module)
+            options = overlapped_option()
+        self.manager = fc.CheckpointManager(root, **options)
 
     def save(self, step: int) -> None:
-        self._commit = self.manager.save(step, {"state": self.bound})
+        self._commit = self.manager.save(step, self.items)
 
     def fence(self) -> None:
         if self.is_overlapped:
@@ -228,7 +249,7 @@ class OursEager(AsyncPeer):
         self._commit.result()
 
     def restore(self, step: int) -> None:
-        self.manager.restore(step, {"state": self.bound})
+        self.manager.restore(step, self.items)
 
     def close(self) -> None:
         self.manager.close()

@@ -39,12 +39,12 @@ def measure(workload: str, divisor: int, root: str) -> dict[str, Any]:
     state = workloads.make(workload, divisor)
     size = sum(tensor.nbytes for tensor in state.values())
     module = peers.Holder(state)
-    step = _training_step(module, _STEP_SECONDS / min(divisor, 4))
+    items, optimizer = async_peers.overlapped_items(module)
+    step = _training_step(optimizer, _STEP_SECONDS / min(divisor, 4))
     step_seconds = min(meters.seconds(step) for _ in range(3))
     managers = _managers(os.path.join(root, "ours"))
     figures: dict[str, Any] = {"size_bytes": size, "step_seconds": step_seconds}
     other = _OtherWriter(size, root)
-    items = {"state": module}
 
     def write_elsewhere() -> None:
         other.write()
@@ -88,10 +88,9 @@ def _loop(step: Callable[[], None], save: Callable[[int], object], between: int)
             step()
 
 
-def _training_step(module: torch.nn.Module, wanted_seconds: float) -> Callable[[], None]:
+def _training_step(optimizer: torch.optim.Optimizer, wanted_seconds: float) -> Callable[[], None]:
     """Forward and backward as a fixed number of products, then a step of a real optimizer."""
-    parameters = list(module.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=1e-4)
+    parameters: list[torch.Tensor] = optimizer.param_groups[0]["params"]
     first, second = torch.rand(_SIDE, _SIDE), torch.rand(_SIDE, _SIDE)
     torch.mm(first, second)
     once = min(meters.seconds(lambda: torch.mm(first, second)) for _ in range(5))

@@ -101,8 +101,6 @@ def measure_async(peer_name: str, workload: str, divisor: int, root: str) -> dic
             known = set(occupied)
             if index == 0:
                 figures["peak_1_bytes"] = base.peak
-            if index:
-                files.fresh(async_peers.step_path(peer.root, index - 1))
             if index < NUM_SAVES - 1:
                 figures["changed_bytes"] = workloads.change(workload, state)
     figures["peak_bytes"] = base.peak

@@ -33,7 +33,7 @@ __all__ = ["Fetcher", "Wanted"]
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 # Read and verified while it is in the cache.
-_STEP_BYTES = 512 * 2**10
+_STEP_BYTES = 2**20
 _BATCH_BYTES = 8 * 2**20
 _BATCH_VALUES = 512  # the system takes up to 1,024 places in one call
 

@@ -1,7 +1,8 @@
 """Large files written and read at the speed of the disk: few system calls, and no page cache.
 
-A writer gathers what it is given in one aligned buffer and hands whole buffers to the disk. The
-digest of the file is taken on the way, so that nobody has to read it back.
+A writer gathers what it is given in an aligned buffer and hands whole buffers to the disk, which
+has one while the next is filled. The digest of the file is taken on the way, so that nobody has to
+read it back.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import fcntl
 import functools
 import mmap
 import os
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import xxhash
 
 from functional_ckpt.core.manifest import FileRecord
 from functional_ckpt.storage.paths import LocalStorage, clear_errors
+from functional_ckpt.storage.threads import WriteBehind
 
 __all__ = ["DataFile"]
 
@@ -54,8 +56,9 @@ class DataFile:
         self._written = 0
         self._filled = 0
         blocks = -(-min(size_bytes, _BUFFER_BYTES) // _BLOCK_BYTES)
-        self._memory = mmap.mmap(-1, max(1, blocks) * _BLOCK_BYTES)
-        self._buffer = np.frombuffer(self._memory, np.uint8)
+        self._buffer = _pages(max(1, blocks) * _BLOCK_BYTES)
+        self._behind: WriteBehind | None = None
+        self._other: Array | None = None  # the buffer that is being written
         self.is_large = self._is_direct = size_bytes >= _DIRECT_FROM_BYTES
         with clear_errors("write", path):
             self._descriptor = self._open()
@@ -92,35 +95,58 @@ class DataFile:
         return offset
 
     def _flush(self) -> None:
-        count = self._filled
-        view = memoryview(self._memory)[:count]
+        view = memoryview(cast("Any", self._buffer[: self._filled]))
         self._hash.update(view)
+        write = functools.partial(self._write, view, self._written)
+        self._written += self._filled
+        self._filled = 0
+        if not self.is_large:
+            write()
+            return
+        if self._behind is None:
+            self._behind = WriteBehind()
+            self._other = _pages(len(self._buffer))
+        self._behind.run(write)
+        self._buffer, self._other = cast("Array", self._other), self._buffer
+
+    def _write(self, view: memoryview, offset: int) -> None:
         with clear_errors("write", self._path):
-            if self._is_direct and count % _BLOCK_BYTES:
+            if self._is_direct and len(view) % _BLOCK_BYTES:
                 # Only whole blocks go around the page cache: the rest of the file goes through it.
                 flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
                 fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
                 self._is_direct = False
             done = 0
-            while done < count:
-                done += os.pwrite(self._descriptor, view[done:], self._written + done)
-        self._written += count
-        self._filled = 0
+            while done < len(view):
+                done += os.pwrite(self._descriptor, view[done:], offset + done)
 
     def finish(self) -> FileRecord:
         """Writes what is left, and returns what the file must be; durable once it is synced."""
         if self._filled:
             self._flush()
+        if self._behind is not None:
+            self._behind.wait()
         with clear_errors("write", self._path):
             os.ftruncate(self._descriptor, self._written)
         return FileRecord(self._written, self._hash.hexdigest())
 
     def close(self) -> None:
         """Gives file and memory back; safe to call twice."""
+        if self._behind is not None:
+            self._behind.close()
+            self._behind = None
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
-        self._buffer = np.empty(0, np.uint8)
+        self._buffer, self._other = np.empty(0, np.uint8), None
+
+
+def _pages(size_bytes: int) -> Array:
+    """Memory on page boundaries; huge pages, of which the disk is told in a few pieces."""
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):  # a kernel, or a system, without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _reserve(descriptor: int, size_bytes: int) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 
-__all__ = ["run_in_threads", "without_collecting"]
+__all__ = ["WriteBehind", "run_in_threads", "without_collecting"]
 
 _NUM_THREADS = 2
 
@@ -50,6 +51,57 @@ def run_in_threads(tasks: Sequence[Callable[[], None]], num_threads: int = _NUM_
         thread.join()
     if failures:
         raise failures[0]
+
+
+class WriteBehind:
+    """Makes calls in a thread of its own, one after the other, while the caller goes on.
+
+    Use it from one thread, and close it.
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._is_under_way = False
+        self._thread: threading.Thread | None = threading.Thread(target=self._work)
+        try:
+            self._thread.start()
+        except RuntimeError:  # from Python 3.12 on, no thread starts while the interpreter ends
+            self._thread = None
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Begins a call once the one before it has returned; raises what that one raised."""
+        self.wait()
+        if self._thread is None:
+            call()
+            return
+        self._is_under_way = True
+        self._calls.put(call)
+
+    def wait(self) -> None:
+        """Returns when the last call has returned; raises what it raised."""
+        if not self._is_under_way:
+            return
+        self._is_under_way = False
+        failure = self._results.get()
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Ends the thread, after the call that is under way; its error is not told any more."""
+        if self._thread is not None:
+            self._calls.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            try:
+                call()
+            except BaseException as failure:  # noqa: BLE001 - raised where it is waited for
+                self._results.put(failure)
+            else:
+                self._results.put(None)
 
 
 _pausing = threading.Lock()
