@@ -35,7 +35,7 @@ _VERSIONS = (
     "torch-checkpointing",
     "functional-ckpt",
 )
-_FREE_BYTES = 12 * 2**30
+_FREE_BYTES = 20 * 2**30
 _QUICK_DIVISOR = 16
 
 
@@ -114,20 +114,22 @@ def _measure_all(run: Run, path: Path, options: argparse.Namespace) -> Run:
                 if options.minutes and time.monotonic() - started > options.minutes * 60:
                     print("time is up; the same command goes on from here", file=sys.stderr)
                     return run
-                result = _measure(task, repeat, run.settings["divisor"], root)
-                run = run.with_result(result)
+                rounds = min(schedule.ROUNDS.get(task.measure, 1), options.repeats - repeat)
+                found = _measure(task, repeat, run.settings["divisor"], root, rounds)
+                for result in found:
+                    run = run.with_result(result)
                 results.store(run, path)
-                note = result.error or result.skipped or ""
+                note = found[0].error or found[0].skipped or ""
                 print(
-                    f"[{(time.monotonic() - started) / 60:5.1f} min] {repeat + 1}/"
-                    f"{options.repeats} {task.key} {result.wall_seconds:.0f} s {note[:200]}",
+                    f"[{(time.monotonic() - started) / 60:5.1f} min] {repeat + len(found)}/"
+                    f"{options.repeats} {task.key} {found[0].wall_seconds:.0f} s {note[:200]}",
                     file=sys.stderr,
                 )
     return run
 
 
-def _measure(task: Task, repeat: int, divisor: int, root: str) -> Result:
-    """One child process; whatever it does, this returns."""
+def _measure(task: Task, repeat: int, divisor: int, root: str, rounds: int) -> list[Result]:
+    """One child process, and a result for each of its rounds; whatever it does, this returns."""
     folder = tempfile.mkdtemp(dir=root)
     started = time.perf_counter()
     found: dict[str, Any]
@@ -137,16 +139,24 @@ def _measure(task: Task, repeat: int, divisor: int, root: str) -> Result:
         else:
             if divisor == 1:
                 files.fill_free_memory(os.path.join(root, "no-data"))
-            found = _run_child(task, divisor, folder, timeout_seconds=600)
+            found = _run_child(task, divisor, folder, rounds, timeout_seconds=600)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.sync()  # what one wrote is not written in the next one's time
-    return Result(task=task, repeat=repeat, wall_seconds=time.perf_counter() - started, **found)
+    wall_seconds = time.perf_counter() - started
+    if "rounds" not in found:
+        return [Result(task=task, repeat=repeat, wall_seconds=wall_seconds, **found)]
+    return [
+        Result(task=task, repeat=repeat + index, wall_seconds=wall_seconds, figures=figures)
+        for index, figures in enumerate(found["rounds"])
+    ]
 
 
-def _run_child(task: Task, divisor: int, folder: str, *, timeout_seconds: float) -> dict[str, Any]:
+def _run_child(
+    task: Task, divisor: int, folder: str, rounds: int, *, timeout_seconds: float
+) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.child", task.measure, task.workload, task.peer]
-    command += ["--divisor", str(divisor), "--root", folder]
+    command += ["--divisor", str(divisor), "--root", folder, "--rounds", str(rounds)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     child = subprocess.Popen(
         command,

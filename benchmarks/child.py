@@ -6,6 +6,7 @@ Prints one line of JSON last: the figures, or why there are none.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import sys
@@ -22,14 +23,19 @@ __all__ = ["main"]
 _OPTIONAL = ("jax", "orbax", "safetensors", "torch_checkpointing")
 
 
-def _measures() -> Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]]:
+def _measures() -> Mapping[
+    str, Callable[[argparse.Namespace], dict[str, Any] | list[dict[str, Any]]]
+]:
     from benchmarks import cuda, latency, limits, loop, measures, ranks, tier
 
+    def rounds(measure: Any, to: argparse.Namespace) -> list[dict[str, Any]]:
+        return measure(to.peer, to.workload, to.divisor, to.root, to.rounds)
+
     return {
-        "limits": lambda to: limits.measure(to.divisor, to.root),
+        "limits": lambda to: [limits.measure(to.divisor, to.root) for _ in range(to.rounds)],
         "latency": lambda to: latency.measure(to.root),
-        "sync": lambda to: measures.measure_sync(to.peer, to.workload, to.divisor, to.root),
-        "async": lambda to: measures.measure_async(to.peer, to.workload, to.divisor, to.root),
+        "sync": functools.partial(rounds, measures.measure_sync),
+        "async": functools.partial(rounds, measures.measure_async),
         "ranks": lambda to: ranks.measure(to.peer, to.workload, to.divisor, to.root),
         "loop": lambda to: loop.measure(to.workload, to.divisor, to.root),
         "tier": lambda to: tier.measure(to.divisor, to.root),
@@ -38,18 +44,20 @@ def _measures() -> Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures and prints `{"figures": ...}`, `{"skipped": why}` or `{"error": what}`."""
+    """Measures and prints `{"rounds": [...]}`, `{"skipped": why}` or `{"error": what}`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("measure")
     parser.add_argument("workload")
     parser.add_argument("peer")
     parser.add_argument("--divisor", type=int, default=1)
     parser.add_argument("--root", required=True)
+    parser.add_argument("--rounds", type=int, default=1)
     to = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        found: dict[str, Any] = {"figures": _measures()[to.measure](to)}
+        figures = _measures()[to.measure](to)
+        found: dict[str, Any] = {"rounds": figures if isinstance(figures, list) else [figures]}
     except SkipMeasure as reason:
         found = {"skipped": str(reason)}
     except ModuleNotFoundError as error:

@@ -20,12 +20,21 @@ class UnequalWorkError(Exception):
     """A system did not restore the bytes that it was to save; its figures would mean nothing."""
 
 
-def measure_sync(peer_name: str, workload: str, divisor: int, root: str) -> dict[str, Any]:
-    """A save until written and until durable, and every way to restore it."""
+def measure_sync(
+    peer_name: str, workload: str, divisor: int, root: str, rounds: int = 1
+) -> list[dict[str, Any]]:
+    """A save until written and until durable, and every way to restore it; so many times."""
     peer = peers.PEERS[peer_name]()
-    path = os.path.join(root, "step")
     _warm_up(peer, os.path.join(root, "warm"))
     state = workloads.make(workload, divisor)
+    found: list[dict[str, Any]] = []
+    for _ in range(rounds):
+        found.append(_round_sync(peer_name, peer, state, os.path.join(root, "step")))
+        files.fresh(os.path.join(root, "step"))
+    return found
+
+
+def _round_sync(peer_name: str, peer: peers.Peer, state: State, path: str) -> dict[str, Any]:
     expected = workloads.digest(state)
     bound = peer.bind(state)
     figures: dict[str, Any] = {
@@ -76,22 +85,36 @@ def _restore_new(peer_name: str, peer: peers.Peer, path: str, expected: str) -> 
     return {"restore_new_seconds": seconds, "restore_new_peak_bytes": memory.peak}
 
 
-def measure_async(peer_name: str, workload: str, divisor: int, root: str) -> dict[str, Any]:
-    """Three saves in the background of a state that changes: blocked, durable, memory, disk."""
+def measure_async(
+    peer_name: str, workload: str, divisor: int, root: str, rounds: int = 1
+) -> list[dict[str, Any]]:
+    """Three saves in the background of a state that changes: blocked, durable, memory, disk.
+
+    Each further round is one more save, whose figures are another third save's.
+    """
     state = workloads.make(workload, divisor)
     size = sum(tensor.nbytes for tensor in state.values())
     peer = async_peers.ASYNC_PEERS[peer_name]()
     peer.start(state, os.path.join(root, "steps"))
     figures: dict[str, Any] = {"size_bytes": size}
+    rest: list[dict[str, Any]] = []
     known: set[int] = set()
+    num_saves = NUM_SAVES + rounds - 1
+    first = expected = ""
     base = meters.PeakMemory()
     with base:
-        for index in range(NUM_SAVES):
+        for index in range(num_saves):
             expected = workloads.digest(state)
+            first = first or expected
             cpu = meters.cpu_seconds()
             found = _save_once(peer, index, lambda: workloads.poke(state))
-            figures |= {f"{name}_{index + 1}_seconds": value for name, value in found.items()}
-            figures["cpu_seconds"] = meters.cpu_seconds() - cpu
+            number = min(index + 1, NUM_SAVES)
+            named = {f"{name}_{number}_seconds": value for name, value in found.items()}
+            named["cpu_seconds"] = meters.cpu_seconds() - cpu
+            if index < NUM_SAVES:
+                figures |= named
+            else:
+                rest.append(named)
             path = async_peers.step_path(peer.root, index)
             occupied = files.inodes(path)
             figures["disk_bytes"] = sum(occupied.values())
@@ -101,17 +124,18 @@ def measure_async(peer_name: str, workload: str, divisor: int, root: str) -> dic
             known = set(occupied)
             if index == 0:
                 figures["peak_1_bytes"] = base.peak
-            if index < NUM_SAVES - 1:
+            if index < num_saves - 1:
                 figures["changed_bytes"] = workloads.change(workload, state)
     figures["peak_bytes"] = base.peak
     figures["growth_bytes"] = max(0, base.peak - figures["peak_1_bytes"])
     figures["num_files"] = len(list(files.walk_files(path)))
     _clear(state)
-    peer.restore(NUM_SAVES - 1)
+    peer.restore(num_saves - 1)
     _check(peer_name, state, expected)
-    figures["digest"] = expected
     peer.close()
-    return figures
+    # Rounds end with other bytes: the first save's are compared among systems.
+    figures["digest"] = first
+    return [figures, *rest]
 
 
 def _save_once(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.results import Task
 
-__all__ = ["MEASURES", "SYSTEMS", "selects", "tasks"]
+__all__ = ["MEASURES", "ROUNDS", "SYSTEMS", "selects", "tasks"]
 
 _SYNC = ("torch.save", "safetensors", "dcp", "dcp.huggingface", "orbax", "torch_checkpointing")
 # A second way of one system, where it says nothing new.
@@ -23,6 +23,8 @@ SYSTEMS = {
     "async": (*_ASYNC, "functional_ckpt.eager", "functional_ckpt.overlapped"),
     "ranks": ("dcp", "torch_checkpointing", "functional_ckpt"),
 }
+# Measure -> how often one process measures: what it needs to begin costs more than a round.
+ROUNDS = {"sync": 3, "async": 3, "limits": 3}
 # Measure -> the workloads it is made with.
 MEASURES = {
     "sync": ("big", "small", "tiny", "gpt2"),

@@ -300,6 +300,7 @@ def allocate(node: structure.ArrayNode, device: torch.device | None = None) -> D
     return Destination(new.array, finish)
 
 
+_ALIGNED_FROM_BYTES = 2**20
 _UNFIT = (TypeError, ValueError, OverflowError, RuntimeError, MemoryError)
 
 
@@ -324,7 +325,7 @@ def _allocate(node: structure.ArrayNode, device: torch.device | None) -> Destina
         destination = host_view(tensor, node.spec.dtype)
         return Destination(destination, lambda: dress(tensor, node.detail, device))
     dtype = spec_lib.numpy_dtype(node.spec.dtype)
-    array = np.empty(node.spec.shape, dtype, order="C" if _is_text(node) else _order(node))
+    array = _new_array(node, dtype)
     if node.kind == "bytes":
         return Destination(array, array.tobytes)
     if node.kind in ("ndarray", "tensor"):
@@ -334,6 +335,19 @@ def _allocate(node: structure.ArrayNode, device: torch.device | None) -> Destina
     if node.kind == "number":
         return Destination(array, lambda: array[()].item())
     raise errors.CorruptCheckpointError(f"Unknown kind of array {node.kind!r}.", key_path=node.name)
+
+
+def _new_array(node: structure.ArrayNode, dtype: np.dtype[Any]) -> Array:
+    """An uninitialised array of the node's shape and layout; large ones in memory of torch's.
+
+    That begins at a multiple of 64 bytes, numpy's 16 bytes behind a page, where some processors
+    have the kernel copy what is read at a quarter of the speed.
+    """
+    order = "C" if _is_text(node) else _order(node)
+    if node.spec.size_bytes < _ALIGNED_FROM_BYTES:
+        return np.empty(node.spec.shape, dtype, order=order)
+    flat = torch.empty(node.spec.size_bytes, dtype=torch.uint8).numpy().view(dtype)
+    return flat.reshape(node.spec.shape, order=order)
 
 
 def new_tensor(node: structure.ArrayNode) -> torch.Tensor:
