@@ -67,7 +67,7 @@ def markdown(summary: Summary, plots: Sequence[str]) -> str:
         "means.",
         "",
         f"{settings['machine']}; {size}; medians of {repeats}, with the lowest and the highest in "
-        "brackets, each measured in a process of its own, systems in turn. "
+        "brackets, up to three rounds in a process of its own, systems in turn. "
         + ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
         + ".",
         "",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,30 @@ def test_threads_stop_at_the_first_error_and_raise_it() -> None:
     assert len(done) < 1_000
     threads.run_in_threads([work] * 10)
     threads.run_in_threads([])
+
+
+def test_calls_behind_come_one_after_the_other_and_their_error_once() -> None:
+    done: list[int] = []
+    caller = threading.get_ident()
+
+    def fail() -> None:
+        raise ValueError("behind")
+
+    behind = threads.WriteBehind()
+    try:
+        for number in range(50):
+            behind.run(lambda number=number: done.append(number))
+        behind.run(lambda: done.append(-threading.get_ident()))
+        behind.wait()
+        assert done[:-1] == list(range(50)) and done[-1] != -caller
+        behind.run(fail)
+        with pytest.raises(ValueError, match="behind"):
+            behind.run(lambda: done.append(50))
+        behind.wait()
+        assert len(done) == 51
+    finally:
+        behind.close()
+        behind.close()
 
 
 def test_digests_of_a_block_are_those_of_the_valid_region(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import time
@@ -211,6 +212,19 @@ def test_a_refused_write_is_a_storage_error(tmp_path: Path) -> None:
     write = write_of("a", np.zeros(3), (3,))
     with pytest.raises(errors.StorageError):
         arrays_direct.write_arrays(storage, str(tmp_path), "", [write])
+
+
+@pytest.mark.parametrize("num_buffers", [1, 2, 6])
+def test_a_write_that_fails_behind_the_writer_is_told(num_buffers: int) -> None:
+    """The device that is always full takes nothing; a later call says so, or the last."""
+    data = np.ones(num_buffers * 4 * 2**20, np.uint8)
+    with (
+        contextlib.closing(data_files.DataFile(STORAGE, "/dev/full", 2**26)) as file,
+        pytest.raises(errors.StorageError, match="/dev/full") as caught,
+    ):
+        file.append(data)
+        file.finish()
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_twenty_thousand_small_arrays_take_microseconds_each(tmp_path: Path) -> None:
