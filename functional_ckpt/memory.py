@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from functional_ckpt import device_copies
-from functional_ckpt.core import leaves, memory_of, placement, plan, structure
+from functional_ckpt.core import destinations, leaves, memory_of, placement, plan, structure
 from functional_ckpt.core.spec import Box
 
 __all__ = ["Place", "Sent", "place_of", "sent_of"]
@@ -61,7 +61,7 @@ def place_of(read: plan.ReadArray) -> Place:
     node = read.node
     if read.form == "ndarray":
         node = dataclasses.replace(node, kind="ndarray", detail={})
-    new = leaves.allocate(node)
+    new = destinations.allocate(node)
     return Place(new.array, new.finish)
 
 
@@ -77,7 +77,7 @@ def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> Place:
     local = cast("torch.Tensor", placement.local_of(tensor))
     if _is_direct(node, local):
         return Place(leaves.host_view(local, node.spec.dtype), lambda: tensor)
-    detour = leaves.allocate(_local_node(node, tensor))
+    detour = destinations.allocate(_local_node(node, tensor))
 
     def finish() -> torch.Tensor:
         with torch.no_grad():
@@ -98,7 +98,7 @@ def sent_of(read: plan.ReadArray) -> Sent | None:
         return None
     value = like
     if read.form == "tensor":
-        value = leaves.dress(torch.empty_like(like.detach()), leaves.dressing(like))
+        value = destinations.dress(torch.empty_like(like.detach()), leaves.dressing(like))
     return Sent(value.detach().view(-1).view(torch.uint8), value)
 
 
@@ -127,13 +127,15 @@ def _is_memory(tensor: torch.Tensor) -> bool:
 
 def _imitate(node: structure.ArrayNode, like: torch.Tensor) -> Place:
     """New memory with dtype, device and sharding of `like`; for a meta tensor on the CPU."""
-    new = leaves.allocate(_local_node(node, like))
+    new = destinations.allocate(_local_node(node, like))
 
     def finish() -> Any:
         local = cast("torch.Tensor", new.finish()).to(like.dtype)
         mesh = getattr(like, "device_mesh", None)
         if mesh is None:
-            return leaves.dress(local, leaves.dressing(like), None if like.is_meta else like.device)
+            return destinations.dress(
+                local, leaves.dressing(like), None if like.is_meta else like.device
+            )
         tensor = cast("Any", like).__class__.from_local(
             local.to(mesh.device_type),
             mesh,
@@ -142,6 +144,6 @@ def _imitate(node: structure.ArrayNode, like: torch.Tensor) -> Place:
             shape=like.shape,
             stride=like.stride(),
         )
-        return leaves.dress(tensor, leaves.dressing(like))
+        return destinations.dress(tensor, leaves.dressing(like))
 
     return Place(new.array, finish)

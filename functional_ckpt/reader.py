@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 
 from functional_ckpt import device_copies, fence, memory, shared_reading
-from functional_ckpt.core import leaves, memory_of, placement, plan, tree, walk
+from functional_ckpt.core import destinations, memory_of, placement, plan, tree, walk
 from functional_ckpt.core.spec import Box
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.storage import arrays_fetch, arrays_read, threads
@@ -316,7 +316,7 @@ class _Jobs:
         job = self._of[id(binding)]
         if binding.form == "as_saved" and binding.node.detail != job.binding.node.detail:
             # tied, but one is a Parameter and the other its plain view
-            return leaves.dress(cast("torch.Tensor", job.value).detach(), binding.node.detail)
+            return destinations.dress(cast("torch.Tensor", job.value).detach(), binding.node.detail)
         return job.value
 
 
@@ -326,7 +326,7 @@ def _build(binding: plan.Build, children: Sequence[Any]) -> Any:
         with torch.no_grad():
             return binding.into.copy_(value)
     if isinstance(binding.like, torch.Tensor) and isinstance(value, torch.Tensor):
-        return leaves.dress(value, {}, binding.like.device)
+        return destinations.dress(value, {}, binding.like.device)
     return value
 
 

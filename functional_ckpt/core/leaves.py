@@ -1,17 +1,14 @@
-"""Tensors, numpy arrays and plain values as leaves: what is stored, and how it is built again.
+"""Tensors, numpy arrays and plain values as leaves: what of them is stored.
 
-A leaf codec is two pure halves. `encode` turns a value into a node and a *source*, a tensor over
-the caller's own memory from which the bytes will be copied. `allocate` turns a stored node into a
-*destination*, an array that restore fills, and `finish`, which makes the value out of it.
+A leaf codec is two pure halves. This one turns a value into a node and a *source*, a tensor over
+the caller's own memory from which the bytes will be copied; `destinations` is the other.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import errno
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias, cast
+from collections.abc import Mapping
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -21,14 +18,15 @@ from functional_ckpt.core import memory_of, placement, structure
 from functional_ckpt.core import spec as spec_lib
 
 __all__ = [
-    "Destination",
-    "allocate",
+    "NUMPY_ONLY",
     "array_node",
+    "dressing",
     "host_view",
     "ordinary_node",
     "plain_value",
     "source_of",
     "tensor_over",
+    "torch_dtype",
     "torch_dtype_name",
     "value_node",
 ]
@@ -39,7 +37,7 @@ _CARRIED_BY = spec_lib.CARRIED_BY
 # numpy kinds without a zarr counterpart: datetimes as their 64-bit counts.
 _NUMPY_CARRIED_BY = {"M": "int64", "m": "int64"}
 # Dtypes that other programs store and torch has not: these come back as numpy arrays of ml_dtypes.
-_NUMPY_ONLY = ("int2", "int4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fnuz")
+NUMPY_ONLY = ("int2", "int4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fnuz")
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -49,7 +47,12 @@ def torch_dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _torch_dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
+    """`float32` -> `torch.float32`.
+
+    Raises:
+        UsageError: This torch has none of that name.
+    """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise errors.UsageError(f"This torch {torch.__version__} has no dtype {name!r}.")
@@ -83,7 +86,7 @@ def value_node(value: object) -> structure.ValueNode | None:
 def plain_value(node: structure.ValueNode) -> object:
     """The value of a value node."""
     if node.kind == "torch_dtype":
-        return _torch_dtype(str(node.value))
+        return torch_dtype(str(node.value))
     if node.kind == "torch_device":
         try:
             return torch.device(str(node.value))
@@ -131,7 +134,7 @@ def ordinary_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
 def _tensor_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
     dtype = torch_dtype_name(tensor.dtype)
     stored = _CARRIED_BY.get(dtype, dtype)
-    if stored not in spec_lib.STORAGE_DTYPES or stored in _NUMPY_ONLY:
+    if stored not in spec_lib.STORAGE_DTYPES or stored in NUMPY_ONLY:
         raise errors.UnsupportedLeafError(
             f"dtype {tensor.dtype} cannot be stored (torch itself cannot copy it); "
             "convert the tensor to an ordinary dtype, or leave it out of the item"
@@ -208,7 +211,7 @@ def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
         else:
             tensor = placement.local_of(value).detach().resolve_conj().resolve_neg()
         if "dtype" in node.detail:
-            tensor = tensor.view(_torch_dtype(node.spec.dtype))
+            tensor = tensor.view(torch_dtype(node.spec.dtype))
         return tensor
     if isinstance(value, bytes):
         return torch.from_numpy(np.frombuffer(value, np.uint8).copy())
@@ -231,7 +234,7 @@ def tensor_over(array: Array) -> torch.Tensor:
     if _is_registered(array.dtype):  # ml_dtypes register as void: go through an integer as wide
         carrier = torch.from_numpy(array.view(np.dtype(f"i{array.itemsize}")))
         name = array.dtype.name
-        return carrier if name in _NUMPY_ONLY else carrier.view(_torch_dtype(name))
+        return carrier if name in NUMPY_ONLY else carrier.view(torch_dtype(name))
     return torch.from_numpy(array)
 
 
@@ -259,109 +262,6 @@ def _is_registered(dtype: np.dtype[Any]) -> bool:
     return dtype.isbuiltin == 2
 
 
-# ----------------------------------------------------------------------------------- bytes to value
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Destination:
-    """Memory that restore fills, and the value it becomes.
-
-    Attributes:
-        array: Host memory of the node's spec; may be strided.
-        finish: Called once after the last byte is in `array`; returns the restored value.
-    """
-
-    array: Array
-    finish: Callable[[], object]
-
-
-def allocate(node: structure.ArrayNode, device: torch.device | None = None) -> Destination:
-    """New memory for an array as it was saved: the same kind, dtype and layout.
-
-    Args:
-        node: What was stored.
-        device: Where a tensor shall live; None for the CPU.
-
-    Raises:
-        CorruptCheckpointError: No such array can exist (`finish` raises it too).
-        StorageError: There is not enough memory.
-    """
-    try:
-        new = _allocate(node, device)
-    except _UNFIT as error:
-        raise _unfit(node, error) from error
-
-    def finish() -> object:
-        try:
-            return new.finish()
-        except _UNFIT as error:
-            raise _unfit(node, error) from error
-
-    return Destination(new.array, finish)
-
-
-_ALIGNED_FROM_BYTES = 2**20
-_UNFIT = (TypeError, ValueError, OverflowError, RuntimeError, MemoryError)
-
-
-def _unfit(node: structure.ArrayNode, error: Exception) -> errors.CheckpointError:
-    if isinstance(error, errors.CheckpointError):
-        return error
-    if isinstance(error, MemoryError) or "allocate" in str(error):
-        return errors.StorageError(
-            f"There is no memory for {node.name!r} of {node.spec.size_bytes} bytes: {error}",
-            errno=errno.ENOMEM,
-            key_path=node.name,
-        )
-    return errors.CorruptCheckpointError(
-        f"What is stored as {node.name!r} cannot be built: {type(error).__name__}: {error}",
-        key_path=node.name,
-    )
-
-
-def _allocate(node: structure.ArrayNode, device: torch.device | None) -> Destination:
-    if node.kind == "tensor" and node.spec.dtype not in _NUMPY_ONLY:
-        tensor = new_tensor(node)
-        destination = host_view(tensor, node.spec.dtype)
-        return Destination(destination, lambda: dress(tensor, node.detail, device))
-    dtype = spec_lib.numpy_dtype(node.spec.dtype)
-    array = _new_array(node, dtype)
-    if node.kind == "bytes":
-        return Destination(array, array.tobytes)
-    if node.kind in ("ndarray", "tensor"):
-        return Destination(array, lambda: _numpy_value(array, node))
-    if node.kind == "numpy_scalar":
-        return Destination(array, lambda: _numpy_value(array, node)[()])
-    if node.kind == "number":
-        return Destination(array, lambda: array[()].item())
-    raise errors.CorruptCheckpointError(f"Unknown kind of array {node.kind!r}.", key_path=node.name)
-
-
-def _new_array(node: structure.ArrayNode, dtype: np.dtype[Any]) -> Array:
-    """An uninitialised array of the node's shape and layout; large ones in memory of torch's.
-
-    That begins at a multiple of 64 bytes, numpy's 16 bytes behind a page, where some processors
-    have the kernel copy what is read at a quarter of the speed.
-    """
-    order = "C" if _is_text(node) else _order(node)
-    if node.spec.size_bytes < _ALIGNED_FROM_BYTES:
-        return np.empty(node.spec.shape, dtype, order=order)
-    flat = torch.empty(node.spec.size_bytes, dtype=torch.uint8).numpy().view(dtype)
-    return flat.reshape(node.spec.shape, order=order)
-
-
-def new_tensor(node: structure.ArrayNode) -> torch.Tensor:
-    """An uninitialised CPU tensor of the node's torch dtype, shape and layout."""
-    name = str(node.detail.get("dtype", node.spec.dtype))
-    strides = node.detail.get("strides")
-    carrier = _torch_dtype(node.spec.dtype)
-    if isinstance(strides, list):
-        tensor = torch.empty_strided(node.spec.shape, cast("list[int]", strides), dtype=carrier)
-    else:
-        tensor = torch.empty(node.spec.shape, dtype=carrier)
-    return tensor.view(_torch_dtype(name)) if name != node.spec.dtype else tensor
-
-
 def dressing(tensor: torch.Tensor) -> dict[str, object]:
     """What makes a tensor a Parameter, a Buffer or a leaf that wants a gradient, as a detail."""
     if isinstance(tensor, torch.nn.Parameter):
@@ -370,44 +270,3 @@ def dressing(tensor: torch.Tensor) -> dict[str, object]:
     if isinstance(tensor, torch.nn.Buffer):
         detail["buffer"] = "persistent" if tensor.persistent else "transient"
     return detail
-
-
-def dress(
-    tensor: torch.Tensor, detail: Mapping[str, object], device: torch.device | None = None
-) -> torch.Tensor:
-    """A filled CPU tensor as the leaf it was: on its device, dressed as `dressing` said."""
-    if device is not None and device != tensor.device:
-        tensor = tensor.to(device)
-    if detail.get("parameter"):
-        requires_grad = bool(detail.get("requires_grad", True))
-        return torch.nn.Parameter(tensor, requires_grad=requires_grad)
-    if "buffer" in detail:
-        tensor = torch.nn.Buffer(tensor, persistent=detail["buffer"] == "persistent")
-    if detail.get("requires_grad"):
-        tensor.requires_grad_()
-    return tensor
-
-
-def _order(node: structure.ArrayNode) -> Literal["C", "F"]:
-    return "F" if node.detail.get("order") == "F" else "C"
-
-
-def _is_text(node: structure.ArrayNode) -> bool:
-    """Whether it is an array of strings, whose last dim on disk is the bytes of one string."""
-    return str(node.detail.get("dtype", ""))[1:2] in ("S", "U")
-
-
-def _numpy_value(array: Array, node: structure.ArrayNode) -> Array:
-    name = node.detail.get("dtype")
-    if name is None:
-        return array
-    dtype = np.dtype(str(name))
-    if dtype.kind in "SU":
-        shape = node.spec.shape[:-1]
-        if not dtype.itemsize:
-            return np.zeros(shape, dtype)
-        native = np.ndarray(shape, dtype.newbyteorder("="), array.tobytes())
-        return native.astype(dtype, order=_order(node))
-    if dtype.kind in "Mm":
-        return array.view(dtype.newbyteorder("=")).astype(dtype, copy=False)
-    return array.astype(dtype)

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core import leaves, placement, plain_json, structure
+from functional_ckpt.core import destinations, leaves, placement, plain_json, structure
 
 __all__ = ["KINDS", "Parts", "build_tensor", "open_tensor"]
 
@@ -107,7 +107,7 @@ def build_tensor(node: structure.BranchNode, children: Sequence[Any], like: obje
         # made; under `-W error` saying it again would keep a program from its own checkpoint.
         warnings.simplefilter("ignore")
         built = _BUILDERS[node.kind](node, children, like)
-    return leaves.dress(built, node.detail) if isinstance(built, torch.Tensor) else built
+    return destinations.dress(built, node.detail) if isinstance(built, torch.Tensor) else built
 
 
 def _shape(node: structure.BranchNode) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from functional_ckpt.core import leaves, manifest, plan, tree
+from functional_ckpt.core import destinations, leaves, manifest, plan, tree
 from functional_ckpt.core.chunks import choose_grid, digest_offsets
 
 Bytes = dict[str, Any]
@@ -26,7 +26,7 @@ def build(binding: plan.Binding, arrays: Bytes) -> Any:
     if isinstance(binding, plan.Given):
         return binding.value
     if isinstance(binding, plan.ReadArray):
-        destination = leaves.allocate(binding.node)
+        destination = destinations.allocate(binding.node)
         destination.array[...] = arrays[binding.node.stored_name]
         return destination.finish()
     children = [build(child, arrays) for child in binding.children]

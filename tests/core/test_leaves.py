@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 
 from functional_ckpt import errors
-from functional_ckpt.core import leaves, memory_of
+from functional_ckpt.core import destinations, leaves, memory_of
 from functional_ckpt.core.spec import ArraySpec
 from functional_ckpt.core.structure import ArrayNode
 from functional_ckpt.testing import differences, strategies
@@ -19,7 +19,7 @@ from functional_ckpt.testing import differences, strategies
 def test_a_tensor_through_its_bytes(tensor: torch.Tensor) -> None:
     node = leaves.array_node(tensor, "t")
     assert node is not None and node.spec.shape == tuple(tensor.shape)
-    destination = leaves.allocate(node)
+    destination = destinations.allocate(node)
     destination.array[...] = leaves.host_view(leaves.source_of(tensor, node), node.spec.dtype)
     restored = destination.finish()
     assert differences(restored, tensor) == []
@@ -97,12 +97,12 @@ def test_a_dtype_of_another_torch_is_named() -> None:
         kind="tensor", spec=ArraySpec((2,), "uint8"), name="t", detail={"dtype": "float3"}
     )
     with pytest.raises(errors.UsageError, match="has no dtype 'float3'"):
-        leaves.allocate(node)
+        destinations.allocate(node)
 
 
 def test_what_only_numpy_has_comes_back_as_numpy() -> None:
     node = ArrayNode(kind="tensor", spec=ArraySpec((2,), "int4"), name="t")
-    destination = leaves.allocate(node)
+    destination = destinations.allocate(node)
     destination.array[...] = [-8, 7]
     assert [int(x) for x in destination.finish()] == [-8, 7]
 
@@ -116,7 +116,7 @@ def test_dressing_is_undone_by_dress() -> None:
         torch.ones(2, requires_grad=True),
         torch.ones(2),
     ):
-        dressed = leaves.dress(tensor.detach().clone(), leaves.dressing(tensor))
+        dressed = destinations.dress(tensor.detach().clone(), leaves.dressing(tensor))
         assert leaves.dressing(dressed) == leaves.dressing(tensor)
         assert dressed.requires_grad == tensor.requires_grad
 
@@ -126,6 +126,6 @@ def test_strides_are_kept_only_where_memory_is_gapless() -> None:
     gappy = leaves.array_node(torch.ones(4, 6)[:, ::2], "t")
     assert dense is not None and gappy is not None
     assert dense.detail == {"strides": [1, 12, 4]} and gappy.detail == {}
-    value = leaves.allocate(dense).finish()
+    value = destinations.allocate(dense).finish()
     assert isinstance(value, torch.Tensor) and value.stride() == (1, 12, 4)
     assert math.prod(value.shape) == 24

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from functional_ckpt.core import leaves, structure, tree
+from functional_ckpt.core import destinations, leaves, structure, tree
 from functional_ckpt.core.target import AS_SAVED, Fill
 from functional_ckpt.handlers import CheckpointItem, default_registry
 
@@ -71,7 +71,7 @@ class Stored:
 
     def _new(self, node: structure.ArrayNode, ties: dict[str, Any]) -> Any:
         if node.stored_name not in ties:
-            destination = leaves.allocate(node)
+            destination = destinations.allocate(node)
             destination.array[...] = self.arrays[node.stored_name]
             ties[node.stored_name] = destination.finish()
         return ties[node.stored_name]
