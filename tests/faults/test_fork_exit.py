@@ -167,7 +167,7 @@ WAYS_OUT = {
     ),
     "sys.exit inside with": ("with manager:\n    sys.exit(3)", 3, ""),
     "ctrl-c": (
-        # A shell's job in the background is started with the signal ignored, and so are these tests.
+        # What a shell runs in the background is started with the signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(5)",
         -2,
