@@ -106,7 +106,9 @@ def _settings(divisor: int) -> dict[str, Any]:
 
 def _measure_all(run: Run, path: Path, options: argparse.Namespace) -> Run:
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=options.dir or os.getcwd(), prefix=".bench-") as root:
+    directory = options.dir or os.getcwd()
+    os.makedirs(directory, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".bench-") as root:
         for repeat in range(options.repeats):
             for task in schedule.tasks(repeat, options.workloads, options.peers, options.measures):
                 if run.has(task, repeat) or run.is_skipped(task):

@@ -2,7 +2,8 @@
 
 The loop runs a fixed number of steps: alone; while another process writes the same bytes, which is
 what the disk and the kernel take from anybody; and while it saves itself. A save begins every so
-many steps that the one before is durable by then.
+many steps that the one before is durable by then. The modes take turns, a save each: a machine
+that is slower for a minute is slower for all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks import async_peers, files, meters, peers, workloads
 
 __all__ = ["NUM_SAVES", "measure", "steps_between"]
 
-NUM_SAVES = 3
+NUM_SAVES = 4
 _STEP_SECONDS = 0.6
 _MARGIN = 1.6
 _SIDE = 1024
@@ -63,13 +64,15 @@ def measure(workload: str, divisor: int, root: str) -> dict[str, Any]:
     }
     for name, manager in managers.items():
         modes[name] = lambda save, manager=manager: manager.save(100 + save, items)
-    for name, begin in modes.items():
-        os.sync()
-        loop = functools.partial(_loop, step, begin, between)
-        figures[f"loop_{name}_seconds"] = meters.seconds(loop)
-        other.wait()
-        for manager in managers.values():
-            manager.wait_until_finished()
+    for save in range(NUM_SAVES):
+        for name in [*modes][save % len(modes) :] + [*modes][: save % len(modes)]:
+            os.sync()
+            interval = functools.partial(_interval, step, modes[name], save, between)
+            key = f"loop_{name}_seconds"
+            figures[key] = figures.get(key, 0.0) + meters.seconds(interval)
+            other.wait()
+            for manager in managers.values():
+                manager.wait_until_finished()
     other.close()
     for manager in managers.values():
         manager.close()
@@ -81,11 +84,12 @@ def _save_and_wait(manager: Any, items: dict[str, Any], step: int) -> None:
     manager.wait_until_finished()
 
 
-def _loop(step: Callable[[], None], save: Callable[[int], object], between: int) -> None:
-    for index in range(NUM_SAVES):
-        save(index)
-        for _ in range(between):
-            step()
+def _interval(
+    step: Callable[[], None], begin: Callable[[int], object], save: int, between: int
+) -> None:
+    begin(save)
+    for _ in range(between):
+        step()
 
 
 def _training_step(optimizer: torch.optim.Optimizer, wanted_seconds: float) -> Callable[[], None]:

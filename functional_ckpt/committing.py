@@ -23,7 +23,7 @@ from functional_ckpt.core.policy import KeepContext, KeepPolicy, StepInfo
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.fence import PendingCopy
 from functional_ckpt.steps import Steps
-from functional_ckpt.storage import commit
+from functional_ckpt.storage import arrays_direct, commit
 from functional_ckpt.uploading import Uploads
 
 __all__ = ["StepWriter"]
@@ -39,6 +39,7 @@ class StepWriter:
         keep_policies: Which steps stay.
         coordinator: How the ranks agree; used from one thread at a time.
         overwrite: Whether a step that is there may be replaced.
+        num_threads: How many are busy writing, where nobody waits for it.
 
     Attributes:
         uploads: Where committed steps go from here; on the primary, if there are further tiers.
@@ -51,8 +52,10 @@ class StepWriter:
         coordinator: Coordinator,
         *,
         overwrite: bool,
+        num_threads: int,
     ) -> None:
         self._overwrite = overwrite
+        self._num_threads = num_threads
         self.uploads: Uploads | None = None
         self._steps = steps
         self._storage = steps.storage
@@ -150,6 +153,7 @@ class StepWriter:
             if group.rank:
                 commit.check_shared(self._storage, commit.temporary(commit.final(tmp)), group.rank)
             started = time.monotonic()
+            is_awaited = any(item.is_awaited for item in items)
             reports[group.rank] = writer.write(
                 self._storage,
                 tmp,
@@ -157,6 +161,7 @@ class StepWriter:
                 rank=group.rank,
                 num_ranks=group.num_ranks,
                 known=begun["digests"] if group.rank else None,
+                num_threads=arrays_direct.NUM_THREADS if is_awaited else self._num_threads,
             )
             num_bytes = sum(item.num_bytes for item in items)
             seconds = time.monotonic() - started

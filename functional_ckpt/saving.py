@@ -29,6 +29,7 @@ from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.fence import Fence, PendingCopy
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.steps import Steps
+from functional_ckpt.storage import arrays_direct, threads
 from functional_ckpt.uploading import Uploads
 
 __all__ = ["About", "SaveOptions", "Saver", "as_json", "checked_progress"]
@@ -99,8 +100,13 @@ class Saver:
         self._planner = agreement.Planner(coordinator)
         self.committer = background.Committer()
         in_background = coordinator.background()
+        busy = threads.num_spare_cores() if options.asynchronous else arrays_direct.NUM_THREADS
         self._writer = committing.StepWriter(
-            steps, options.keep_policies, in_background, overwrite=options.overwrite
+            steps,
+            options.keep_policies,
+            in_background,
+            overwrite=options.overwrite,
+            num_threads=min(busy, arrays_direct.NUM_THREADS),
         )
         self.decider = deciding.Decider(
             options.save_rule,

@@ -215,9 +215,10 @@ def stage_overlapped(
                 waits = _waits(item, part.source, storages)
                 (later if waits else now).append((part, next(remaining)))
     transfers = _begin(later, room)
-    pending = PendingCopy(
-        functools.partial(_start_copy, later, transfers), optimizers, step, transfers
-    )
+    # Beside the forward pass, which keeps a core.
+    num_threads = min(staging.NUM_THREADS, threads.num_spare_cores())
+    copy = functools.partial(_start_copy, later, transfers, num_threads)
+    pending = PendingCopy(copy, optimizers, step, transfers)
     for part, _ in later:
         pending.watch(part.source.node.name, part.source.tensor)
     for parameter in (p for o in optimizers for group in o.param_groups for p in group["params"]):
@@ -307,7 +308,11 @@ def _copy(parts: Sequence[tuple[_Part, Array]], room: Room) -> None:
         transfers.synchronize()
 
 
-def _start_copy(parts: Sequence[tuple[_Part, Array]], transfers: device_copies.Transfers) -> None:
+def _start_copy(
+    parts: Sequence[tuple[_Part, Array]],
+    transfers: device_copies.Transfers,
+    num_threads: int = staging.NUM_THREADS,
+) -> None:
     """Copies what is on the host; what is on a device is under way then, beside it."""
     on_host: list[tuple[Array, Array]] = []
     on_device: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -320,7 +325,7 @@ def _start_copy(parts: Sequence[tuple[_Part, Array]], transfers: device_copies.T
         elif host.size:
             leaves.tensor_over(host).copy_(part.view)
     transfers.enqueue(on_device)
-    staging.copy_in_threads(on_host)
+    staging.copy_in_threads(on_host, num_threads)
 
 
 def _array_write(part: _Part, host: Array) -> arrays_write.ArrayWrite:

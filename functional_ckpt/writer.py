@@ -78,6 +78,7 @@ def write(
     rank: int = 0,
     num_ranks: int = 1,
     known: Mapping[str, str] | None = None,
+    num_threads: int = arrays_direct.NUM_THREADS,
 ) -> RankReport:
     """Writes this rank's chunks of every item below `directory`; nothing is durable yet.
 
@@ -88,6 +89,7 @@ def write(
         rank: This rank.
         num_ranks: All ranks; one alone may write into the items' own databases.
         known: Digest of each item's structure on the primary: what equals it need not be reported.
+        num_threads: How many are busy at a time.
     """
     digests: dict[str, arrays_write.Digests] = {}
     children: dict[str, tuple[str, ...]] = {}
@@ -107,7 +109,9 @@ def write(
         children[name] = tuple(arrays_write.child_names(rank, 1)) if has_child else ()
         written = _NOTHING
         if has_child or num_ranks == 1:
-            written = _write_arrays(storage, path, children[name], item.writes, scalars, tied)
+            written = _write_arrays(
+                storage, path, children[name], item.writes, scalars, tied, num_threads
+            )
         digests[name], files[name] = written.digests, written.files
         chunk_shapes[name] = {w.name: w.grid.chunk_shape for w in item.writes if w.is_owner}
         if known is None or known.get(name) != root_digest(root):
@@ -134,12 +138,15 @@ def _write_arrays(
     arrays: Sequence[arrays_write.ArrayWrite],
     scalars: Sequence[tuple[str, ArraySpec, object]],
     tied: Mapping[str, tuple[str, ChunkGrid]],
+    num_threads: int,
 ) -> arrays_direct.Written:
     """Through our own hands where that works, else through TensorStore's."""
     child = children[0] if children else ""
     is_local = isinstance(storage, LocalStorage)
     if is_local and arrays_direct.can_write(arrays, 2 * len(scalars)):
-        return arrays_direct.write_arrays(storage, path, child, arrays, scalars, tied)
+        return arrays_direct.write_arrays(
+            storage, path, child, arrays, scalars, tied, num_threads=num_threads
+        )
     digests = arrays_write.write_arrays(storage, path, [child], arrays, scalars)
     for array in arrays:
         if array.taken is not None:

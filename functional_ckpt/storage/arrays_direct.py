@@ -42,6 +42,7 @@ from functional_ckpt.storage.threads import run_in_threads, without_collecting
 
 __all__ = [
     "BYTES_PER_FILE",
+    "NUM_THREADS",
     "Written",
     "can_write",
     "merge_children",
@@ -56,6 +57,8 @@ _FOLDER = "d"
 # One file for each so many bytes: several writers keep the disk busy while others hash and copy.
 BYTES_PER_FILE = 32 * 2**20
 _MAX_FILES = 4
+NUM_THREADS = _MAX_FILES
+"""As many as the disk likes."""
 # What is written in less than a second or so.
 _QUICK_BYTES = 256 * 2**20
 # Hashed and copied while it is in the cache.
@@ -92,6 +95,8 @@ def write_arrays(
     arrays: Sequence[ArrayWrite],
     scalars: Iterable[tuple[str, ArraySpec, object]] = (),
     tied: Mapping[str, tuple[str, ChunkGrid]] | None = None,
+    *,
+    num_threads: int = NUM_THREADS,
 ) -> Written:
     """Writes arrays into one database, in one or several data files.
 
@@ -102,6 +107,7 @@ def write_arrays(
         arrays: What to write.
         scalars: 0-dim arrays given by value: name, spec, value.
         tied: Name of a tied leaf -> name and grid of the array that holds its bytes.
+        num_threads: How many are busy, each with a file of its own.
 
     Raises:
         StorageError: The file system refused.
@@ -111,7 +117,9 @@ def write_arrays(
     with contextlib.ExitStack() as pause:
         if sum(array.data.nbytes for array in arrays) < _QUICK_BYTES:
             pause.enter_context(without_collecting())
-        return _write_arrays(storage, item_directory, child, arrays, scalars, tied or {})
+        return _write_arrays(
+            storage, item_directory, child, arrays, scalars, tied or {}, num_threads
+        )
 
 
 def _write_arrays(
@@ -121,6 +129,7 @@ def _write_arrays(
     arrays: Sequence[ArrayWrite],
     scalars: Iterable[tuple[str, ArraySpec, object]],
     tied: Mapping[str, tuple[str, ChunkGrid]],
+    num_threads: int,
 ) -> Written:
     path = os.path.join(item_directory, child) if child else item_directory
     groups = _spread(arrays)
@@ -133,7 +142,7 @@ def _write_arrays(
             )
             for part, group in zip(parts, groups, strict=True)
         ]
-        run_in_threads(tasks, len(tasks))
+        run_in_threads(tasks, num_threads)
         *others, last = parts
         for part in others:
             last.entries.extend(part.entries)

@@ -12,11 +12,13 @@ import numpy as np
 
 from functional_ckpt.storage.threads import run_in_threads
 
-__all__ = ["ALIGNMENT_BYTES", "Slot", "StagingBuffer", "copy_in_threads"]
+__all__ = ["ALIGNMENT_BYTES", "NUM_THREADS", "Slot", "StagingBuffer", "copy_in_threads"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 ALIGNMENT_BYTES = 64
+NUM_THREADS = 2
+"""As many as it takes to keep the memory busy."""
 # Copies are cut so that threads finish together.
 _PIECE_BYTES = 8 * 2**20
 
@@ -111,7 +113,7 @@ class StagingBuffer:
         self._slots, self._arrays = [], []
 
 
-def copy_in_threads(copies: Sequence[tuple[Array, Array]]) -> None:
+def copy_in_threads(copies: Sequence[tuple[Array, Array]], num_threads: int = NUM_THREADS) -> None:
     """Copies each second array into the first, of the same shape and dtype, on several threads."""
     tasks: list[Callable[[], None]] = []
     batch: list[tuple[Array, Array]] = []
@@ -125,7 +127,7 @@ def copy_in_threads(copies: Sequence[tuple[Array, Array]]) -> None:
                 batch, batch_bytes = [], 0
     if batch:
         tasks.append(functools.partial(_copy_all, batch))
-    run_in_threads(tasks)
+    run_in_threads(tasks, num_threads)
 
 
 def _pieces(target: Array, source: Array) -> list[tuple[Array, Array]]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 
-__all__ = ["WriteBehind", "run_in_threads", "without_collecting"]
+__all__ = ["WriteBehind", "num_spare_cores", "run_in_threads", "without_collecting"]
 
 _NUM_THREADS = 2
+
+
+def num_spare_cores() -> int:
+    """How many threads can be busy beside a program that computes on one core; at least one."""
+    return max(1, (os.cpu_count() or 1) - 1)
 
 
 def run_in_threads(tasks: Sequence[Callable[[], None]], num_threads: int = _NUM_THREADS) -> None:

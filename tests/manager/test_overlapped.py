@@ -39,13 +39,13 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     copied = threading.Event()
     original = staging.copy_in_threads
 
-    def late(copies: Any) -> None:
+    def late(copies: Any, *more: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             time.sleep(SECONDS)
-            original(copies)
+            original(copies, *more)
             copied.set()
         else:
-            original(copies)
+            original(copies, *more)
 
     monkeypatch.setattr(stager.staging, "copy_in_threads", late)
     yield copied

@@ -94,9 +94,9 @@ def test_a_path_out_of_the_database_is_not_followed(tmp_path: Path, file: str) -
 # ------------------------------------------------------------------------------------ arrays
 
 
-@pytest.mark.parametrize("bytes_per_file", [1, 2**30])
+@pytest.mark.parametrize(("bytes_per_file", "num_threads"), [(1, 4), (1, 1), (2**30, 4)])
 def test_tensorstore_reads_the_same_as_from_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_per_file: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_per_file: int, num_threads: int
 ) -> None:
     monkeypatch.setattr(arrays_direct, "BYTES_PER_FILE", bytes_per_file)
     rng = np.random.default_rng(0)
@@ -111,7 +111,9 @@ def test_tensorstore_reads_the_same_as_from_its_own(
     scalars = [("n", ArraySpec((), "int64"), 7)]
     tied = {"b": ("a.b/", writes[1].grid)}
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    written = arrays_direct.write_arrays(STORAGE, str(ours), "", writes, scalars, tied)
+    written = arrays_direct.write_arrays(
+        STORAGE, str(ours), "", writes, scalars, tied, num_threads=num_threads
+    )
     digests = arrays_write.write_arrays(STORAGE, str(theirs), [""], writes, scalars)
     arrays_write.merge_children(STORAGE, str(theirs), (), tied)
     assert {name: found for name, found in written.digests.items() if found} == {
