@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from functional_ckpt import errors
-from functional_ckpt.core import manifest, orbax_format, union, write_plan
+from functional_ckpt.core import manifest, union, write_plan
 from functional_ckpt.core.placement import DimShard, Sharding
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.lowering import LoweredItem, Source
+from functional_ckpt.storage import threads
 
 __all__ = ["ItemPlan", "Planner", "SavePlan"]
 
@@ -73,7 +74,8 @@ class Planner:
         self, items: Sequence[LoweredItem], every: Sequence[LoweredItem], step: int | None
     ) -> SavePlan:
         coordinator = self._coordinator
-        signature = _signature(items)
+        with threads.without_collecting():
+            signature = _signature(items)
         head = json.dumps([step, sorted(item.name for item in every)]).encode()
         is_known = b"1" if signature == self._signature else b"0"
         # A plan holds for what all ranks have: after a failed round nobody can say if it still
@@ -91,7 +93,8 @@ class Planner:
             own = _to_bytes(dict(_held(items)))
             what = f"the leaves of step {step}"
             shardings = _from_bytes(coordinator.exchange(what, own, _unite))
-        self._plan = _plan(items, coordinator.rank, ranks, shardings)
+        with threads.without_collecting():
+            self._plan = _plan(items, coordinator.rank, ranks, shardings)
         self._signature = signature
         return self._plan
 
@@ -131,20 +134,19 @@ def _signature(items: Sequence[LoweredItem]) -> bytes:
         (
             item.name,
             [
-                (s.node.name, s.node.spec, places.setdefault(s.sharding, len(places)))
+                (
+                    s.node.name,
+                    s.node.spec.shape,
+                    s.node.spec.dtype,
+                    places.setdefault(s.sharding, len(places)),
+                )
                 for s in item.sources
             ],
-            _scalars(item),
+            [name for name, _, _ in item.scalars],
         )
         for item in items
     ]
     return manifest.digest_hex(repr((described, list(places))).encode()).encode()
-
-
-def _scalars(item: LoweredItem) -> list[str]:
-    if item.root is None:
-        return []
-    return [name for name, _, _ in orbax_format.scalar_leaves(item.root)]
 
 
 def _held(items: Sequence[LoweredItem]) -> Iterator[tuple[str, Sharding | None]]:
@@ -152,7 +154,7 @@ def _held(items: Sequence[LoweredItem]) -> Iterator[tuple[str, Sharding | None]]
     for item in items:
         for source in item.sources:
             yield f"{item.name}/{source.node.name}", source.sharding
-        for name in _scalars(item):
+        for name, _, _ in item.scalars:
             yield f"{item.name}/{name}", None
 
 
@@ -191,7 +193,7 @@ def _plan(
         return {
             item.name: ItemPlan(
                 arrays=tuple(write_plan.plan_alone(s.node.spec) for s in item.sources),
-                scalars=frozenset(_scalars(item)),
+                scalars=frozenset(name for name, _, _ in item.scalars),
             )
             for item in items
         }
@@ -222,7 +224,7 @@ def _plan(
         item.name: ItemPlan(
             arrays=tuple(by_name[item.name, source.node.name] for source in item.sources),
             scalars=frozenset(
-                name for name in _scalars(item) if _writes_scalar(item, name, rank, shardings)
+                name for name, _, _ in item.scalars if _writes_scalar(item, name, rank, shardings)
             ),
         )
         for item in items

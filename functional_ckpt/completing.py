@@ -123,7 +123,7 @@ def _complete_tree(
         name: shape for report in reports for name, shape in report.chunk_shapes[item.name].items()
     }
     grids = {
-        node.name: ChunkGrid(node.spec.shape, shapes[node.name])
+        node.name: _grid(node.spec.shape, shapes[node.name])
         for node in nodes
         if node.tied_to is None and node.name in shapes
     }
@@ -179,6 +179,11 @@ def _check_whole(
             ranks=ranks,
             key_path=node.name,
         )
+
+
+@functools.lru_cache(maxsize=4096)
+def _grid(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> ChunkGrid:
+    return ChunkGrid(shape, chunk_shape)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 from functional_ckpt import device_copies, errors
-from functional_ckpt.core import leaves, placement, structure, tree, union
+from functional_ckpt.core import (
+    leaves,
+    memory_of,
+    orbax_format,
+    placement,
+    structure,
+    tree,
+    union,
+)
+from functional_ckpt.core.spec import ArraySpec
 from functional_ckpt.handlers.base import CheckpointItem, Registry
 from functional_ckpt.storage import commit, threads
 from functional_ckpt.storage.layout import PROGRESS_ITEM
@@ -46,6 +55,7 @@ class LoweredItem:
         text: The text of a JSON item; None for a tree.
         sources: Its arrays.
         tied: Leaves that share the bytes of one of these.
+        scalars: Name, spec and value of the plain numbers, which Orbax reads as arrays.
         optimizers: Whose steps alone change what it holds below `state`.
         value: The live object.
         per_rank: Whether every rank has a value of its own, under a key of its own.
@@ -57,6 +67,7 @@ class LoweredItem:
     text: bytes | None = None
     sources: tuple[Source, ...] = ()
     tied: tuple[structure.ArrayNode, ...] = ()
+    scalars: tuple[tuple[str, ArraySpec, object], ...] = ()
     optimizers: tuple[Any, ...] = ()
     value: Any = None
     per_rank: bool = False
@@ -120,6 +131,7 @@ def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ..
         root=flat.root,
         sources=sources,
         tied=flat.tied,
+        scalars=tuple(orbax_format.scalar_leaves(flat.root)),
         optimizers=tuple(item.handler.optimizers(item.value)),
         value=item.value,
         per_rank=per_rank,
@@ -137,7 +149,7 @@ def _source(item: str, node: structure.ArrayNode, value: object, ranks: tuple[in
 
 
 def _sharding(value: object, ranks: tuple[int, ...]) -> placement.Sharding | None:
-    sharding = placement.sharding_of(value)
+    sharding = None if memory_of.is_plain(value) else placement.sharding_of(value)
     if sharding is None:
         return None
     is_world = ranks == tuple(range(len(ranks)))

@@ -150,7 +150,9 @@ class _Job:
         """Has all of the array read with many others at once, where that is possible."""
         node, record = self.binding.node, self.item.record
         like = self.binding.like
-        if record is None or (like is not None and placement.sharding_of(like) is not None):
+        if record is None:
+            return False
+        if not (memory_of.is_plain(like) or placement.sharding_of(like) is None):
             return False
         sent = memory.sent_of(self.binding)
         if sent is not None:

@@ -109,10 +109,11 @@ def restore_checkpoint(
         plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
     with _together(group, "reading the checkpoint"):
         values = _read(checkpoint, matched, options, group)
-        lifted = {
-            each.name: _lift(each, value, group)
-            for each, value in zip(matched, values, strict=True)
-        }
+        with threads.without_collecting():
+            lifted = {
+                each.name: _lift(each, value, group)
+                for each, value in zip(matched, values, strict=True)
+            }
     return Restored(
         lifted,
         step=checkpoint.step,

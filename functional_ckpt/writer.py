@@ -23,7 +23,6 @@ from functional_ckpt import errors
 from functional_ckpt.core import (
     manifest,
     nodes_json,
-    orbax_format,
     structure,
 )
 from functional_ckpt.core.chunks import ChunkGrid
@@ -103,7 +102,7 @@ def write(
         path = os.path.join(directory, name)
         storage.make_directory(path)
         tied = tied_arrays(item) if num_ranks == 1 else {}
-        scalars = [s for s in orbax_format.scalar_leaves(root) if s[0] in item.scalars]
+        scalars = [scalar for scalar in item.lowered.scalars if scalar[0] in item.scalars]
         # One rank alone writes into the item's own database, and who has nothing has none.
         has_child = num_ranks > 1 and (item.writes or scalars)
         children[name] = tuple(arrays_write.child_names(rank, 1)) if has_child else ()

@@ -206,10 +206,11 @@ def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
     foreign-endian numpy arrays, numpy scalars and bytes.
     """
     if isinstance(value, torch.Tensor):
-        if memory_of.is_ordinary(value):
-            tensor = value.detach()
-        else:
-            tensor = placement.local_of(value).detach().resolve_conj().resolve_neg()
+        # Detached even if it wants no gradient: `.data` may give the live one other memory.
+        local = value if memory_of.is_plain(value) else placement.local_of(value)
+        tensor = local.detach()
+        if tensor.is_conj() or tensor.is_neg():
+            tensor = tensor.resolve_conj().resolve_neg()
         if "dtype" in node.detail:
             tensor = tensor.view(torch_dtype(node.spec.dtype))
         return tensor
@@ -241,7 +242,8 @@ def tensor_over(array: Array) -> torch.Tensor:
 def host_view(tensor: torch.Tensor, dtype: str) -> Array:
     """A numpy array of storage dtype `dtype` over the memory of a CPU tensor; no copy."""
     target, carrier = _host_dtypes(tensor.dtype, dtype)
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if carrier is not None:
         tensor = tensor.view(carrier)
     array = cast("Array", tensor.numpy())

@@ -12,9 +12,14 @@ from functional_ckpt.core import placement
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-__all__ = ["identity", "is_ordinary"]
+__all__ = ["identity", "is_ordinary", "is_plain"]
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is of torch's own class: no DTensor, no other subclass."""
+    return type(value) in _ORDINARY
 
 
 def is_ordinary(value: object) -> bool:

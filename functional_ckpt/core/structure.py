@@ -24,6 +24,7 @@ __all__ = [
     "Names",
     "Node",
     "ValueNode",
+    "is_unicode",
     "iter_leaves",
     "join",
     "key_prefix",
@@ -127,7 +128,7 @@ Node: TypeAlias = ValueNode | ArrayNode | BranchNode
 
 def join(path: KeyPath) -> str:
     """The name of a leaf on disk: its keys joined by dots (Orbax's rule)."""
-    return ".".join(str(key.value) for key in path)
+    return ".".join([str(key.value) for key in path])
 
 
 def leaf_name(path: KeyPath) -> str:
@@ -137,6 +138,17 @@ def leaf_name(path: KeyPath) -> str:
     ('a.0', 'value')
     """
     return join(path) if path else ROOT_NAME
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a name can be written: it has no lone surrogates."""
+    if name.isascii():
+        return True
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def key_prefix(name: str) -> str:

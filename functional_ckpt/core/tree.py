@@ -128,12 +128,10 @@ class _Flattening:
 
     def _take_name(self, path: KeyPath) -> str:
         name = leaf_name(path)
-        try:
-            name.encode()
-        except UnicodeEncodeError:
+        if not structure.is_unicode(name):
             raise errors.UnsupportedLeafError(
                 f"the name {name!r} is not valid Unicode (lone surrogate); rename the key"
-            ) from None
+            )
         if (other := self.paths.setdefault(structure.key_prefix(name), path)) is not path:
             self._add_collision(other, path)
         return name

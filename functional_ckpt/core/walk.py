@@ -35,6 +35,9 @@ def fold(root: T, visit: Callable[[T], Visit[T, R]]) -> R:
         remaining, results, build = stack[-1]
         for child in remaining:
             children, build_child = visit(child)
+            if children == ():  # most nodes are leaves, which need no place on the stack
+                results.append(build_child([]))
+                continue
             stack.append((iter(children), [], build_child))
             break
         else:

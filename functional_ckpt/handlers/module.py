@@ -162,8 +162,13 @@ class _Entry:
 def _entries(module: torch.nn.Module) -> dict[str, _Entry]:
     own = {name: slot for name, slot in wrappers.slots(module) if slot.persistent}
     entries: dict[str, _Entry] = {}
+    prefixes: dict[str, str] = {}
     for raw_name, value in _state_dict(module).items():
-        name = wrappers.clean_name(module, raw_name)
+        prefix, _, last = raw_name.rpartition(".")
+        start = prefixes.get(prefix)
+        if start is None:
+            start = prefixes[prefix] = wrappers.clean_prefix(module, prefix)
+        name = start + last
         slot = own.get(name)
         is_own = slot is not None and _is_same(slot.tensor, value)
         if name in entries:

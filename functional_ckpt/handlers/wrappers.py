@@ -10,7 +10,7 @@ import torch
 
 from functional_ckpt.handlers import classes
 
-__all__ = ["Slot", "clean_name", "slots"]
+__all__ = ["Slot", "clean_prefix", "slots"]
 
 # The class of a wrapper -> the attribute under which it holds the wrapped module. Only these are
 # stripped: a user's own attribute that happens to be called `module` is part of the name.
@@ -39,14 +39,16 @@ class Slot(NamedTuple):
     """False for a buffer that is not part of the state dict."""
 
 
-def clean_name(root: torch.nn.Module, name: str) -> str:
-    """A dotted name below `root` without the attributes of wrappers on the way.
+def clean_prefix(root: torch.nn.Module, prefix: str) -> str:
+    """What the names of a module's own tensors begin with: its dotted path below `root` and a dot.
+
+    The attributes of wrappers on the way are left out, and so is the dot after an empty path.
 
     Wrappers whose own hooks have removed their attribute already (activation checkpointing) are
     stepped over.
     """
     module: torch.nn.Module | None = root
-    parts = name.split(".")
+    parts = prefix.split(".") if prefix else []
     kept: list[str] = []
     while parts:
         attribute = _wrapped_attribute(module)
@@ -58,14 +60,13 @@ def clean_name(root: torch.nn.Module, name: str) -> str:
         kept.append(parts[0])
         module = None if module is None else module._modules.get(parts[0])
         del parts[0]
-    return ".".join(kept)
+    return "".join([f"{part}." for part in kept])
 
 
 def slots(root: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
     """Every parameter and buffer under every clean name it has, in the state dict's order."""
     for prefix, module in root.named_modules(remove_duplicate=False):
-        start = clean_name(root, prefix) if prefix else ""
-        start = f"{start}." if start else ""
+        start = clean_prefix(root, prefix)
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 yield start + attribute, Slot(module, attribute, parameter, True)

@@ -25,7 +25,6 @@ from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, ChunkGrid
 from functional_ckpt.core.manifest import FileRecord
 from functional_ckpt.core.spec import ArraySpec, Box, numpy_dtype
 from functional_ckpt.core.structure import key_prefix
-from functional_ckpt.storage.arrays import as_bytes
 from functional_ckpt.storage.arrays_ocdbt import (
     MAX_KEYS,
     Entries,
@@ -329,11 +328,11 @@ def _digest_and_append(file: DataFile, data: Array, grid: ChunkGrid) -> str:
         file.append(full.reshape(-1).view(np.uint8))
     elif len(flat) <= DIGEST_BLOCK_BYTES:
         file.append(flat)
-        return xxhash.xxh3_64_hexdigest(as_bytes(flat)) if len(flat) else ""
+        return xxhash.xxh3_64_hexdigest(flat.data) if len(flat) else ""
     found: list[str] = []
     for start in range(0, len(flat), _STEP_BYTES):
         step = flat[start : start + _STEP_BYTES]
-        view = as_bytes(step)
+        view = step.data
         found += [
             xxhash.xxh3_64_hexdigest(view[at : at + DIGEST_BLOCK_BYTES])
             for at in range(0, len(step), DIGEST_BLOCK_BYTES)
