@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import time
 import uuid
@@ -25,6 +26,7 @@ from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, ChunkGrid
 from functional_ckpt.core.manifest import FileRecord
 from functional_ckpt.core.spec import ArraySpec, Box, numpy_dtype
 from functional_ckpt.core.structure import key_prefix
+from functional_ckpt.storage.arrays import digest_blocks
 from functional_ckpt.storage.arrays_ocdbt import (
     MAX_KEYS,
     Entries,
@@ -62,6 +64,7 @@ NUM_THREADS = _MAX_FILES
 _QUICK_BYTES = 256 * 2**20
 # Hashed and copied while it is in the cache.
 _STEP_BYTES = 2**20
+_ZEROS = np.zeros(_STEP_BYTES, np.uint8)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,22 +326,22 @@ class _Part:
 def _digest_and_append(file: DataFile, data: Array, grid: ChunkGrid) -> str:
     """Adds a chunk, and returns the digests of its valid region."""
     flat = data.reshape(-1).view(np.uint8)
-    if data.shape != grid.chunk_shape:
-        full = padded(data, grid)
-        file.append(full.reshape(-1).view(np.uint8))
-    elif len(flat) <= DIGEST_BLOCK_BYTES:
+    missing_bytes = 0
+    if data.shape != grid.chunk_shape:  # at the array's end
+        missing_bytes = math.prod(grid.chunk_shape) * data.itemsize - len(flat)
+        if data.shape[1:] != grid.chunk_shape[1:]:
+            file.append(padded(data, grid).reshape(-1).view(np.uint8))
+            return digest_blocks(flat)
+    if not missing_bytes and len(flat) <= DIGEST_BLOCK_BYTES:
         file.append(flat)
         return xxhash.xxh3_64_hexdigest(flat.data) if len(flat) else ""
     found: list[str] = []
     for start in range(0, len(flat), _STEP_BYTES):
         step = flat[start : start + _STEP_BYTES]
-        view = step.data
-        found += [
-            xxhash.xxh3_64_hexdigest(view[at : at + DIGEST_BLOCK_BYTES])
-            for at in range(0, len(step), DIGEST_BLOCK_BYTES)
-        ]
-        if data.shape == grid.chunk_shape:
-            file.append(step)
+        found.append(digest_blocks(step))
+        file.append(step)
+    for start in range(0, missing_bytes, _STEP_BYTES):
+        file.append(_ZEROS[: missing_bytes - start])
     return "".join(found)
 
 

@@ -167,6 +167,7 @@ class Fetcher:
 
     def _read(self, batch: Sequence[_Value]) -> None:
         run: list[_Value] = []
+        run_bytes = 0
         for value in batch:
             if value[3] is None:
                 self._send(value)
@@ -174,15 +175,18 @@ class Fetcher:
             if value[2] > _STEP_BYTES:
                 self._read_large(value)
                 continue
-            if run and (run[-1][0] != value[0] or run[-1][1] + run[-1][2] != value[1]):
-                self._read_run(run)
-                run = []
+            is_next = run and run[-1][0] == value[0] and run[-1][1] + run[-1][2] == value[1]
+            if not is_next or run_bytes + value[2] > _STEP_BYTES:
+                if run:
+                    self._read_run(run)
+                run, run_bytes = [], 0
             run.append(value)
+            run_bytes += value[2]
         if run:
             self._read_run(run)
 
     def _read_run(self, run: Sequence[_Value]) -> None:
-        """Values that lie side by side."""
+        """Values that lie side by side, of one step together."""
         views = [memoryview(cast("Any", value[3])) for value in run]
         total = run[-1][1] + run[-1][2] - run[0][1]
         with clear_errors("read", self._directory):

@@ -103,6 +103,8 @@ def test_tensorstore_reads_the_same_as_from_its_own(
     writes = [
         write_of("a", rng.random((50, 3)), (50, 3)),
         write_of("a.b/", rng.random((7, 1000, 40)), (3, 1000, 40)),
+        write_of("corner", rng.random((5, 7)), (3, 4)),
+        write_of("edge", rng.random((30_001, 9)), (20_000, 9)),
         write_of("empty", np.empty((0, 3)), (1, 3)),
         write_of("scalar", np.array(3.5), ()),
         write_of("strided", rng.random((70, 90)).T, (45, 70)),
