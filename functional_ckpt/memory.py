@@ -111,8 +111,7 @@ def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
     if not tensor.is_cpu or _dtype_of(node) != leaves.torch_dtype_name(tensor.dtype):
         return False
     return memory_of.is_ordinary(tensor) or (
-        _is_memory(tensor)
-        and not any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        _is_memory(tensor) and not memory_of.is_expanded(tensor)
     )
 
 

@@ -106,7 +106,7 @@ class Saver:
             options.keep_policies,
             in_background,
             overwrite=options.overwrite,
-            num_threads=min(busy, arrays_direct.NUM_THREADS),
+            num_threads=busy,
         )
         self.decider = deciding.Decider(
             options.save_rule,

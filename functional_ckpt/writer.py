@@ -20,11 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from functional_ckpt import errors
-from functional_ckpt.core import (
-    manifest,
-    nodes_json,
-    structure,
-)
+from functional_ckpt.core import manifest, nodes_json, structure
 from functional_ckpt.core.chunks import ChunkGrid
 from functional_ckpt.core.spec import ArraySpec
 from functional_ckpt.stager import StagedItem

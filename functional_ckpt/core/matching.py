@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 
-from functional_ckpt.core import leaves, structure, tree, walk
+from functional_ckpt.core import leaves, memory_of, structure, tree, walk
 from functional_ckpt.core.bindings import Binding, Bound, Build, Given, ReadArray
 from functional_ckpt.core.report import RestoreReport
 from functional_ckpt.core.spec import ArraySpec
@@ -144,7 +144,7 @@ class _Matching:
         node = cast("structure.ArrayNode", saved)
         if node.spec.shape != shape:
             return self._differs(path, expected, _describe(saved), keep)
-        if fill and not tensor.is_contiguous() and _is_expanded(tensor):
+        if fill and not tensor.is_contiguous() and memory_of.is_expanded(tensor):
             shared = "memory for each element (it is expanded: clone() it)"
             return self._differs(path, shared, _describe(saved), keep)
         if _stored_dtype(node) != dtype and not self.cast_to_target:
@@ -260,11 +260,6 @@ def _own_leaf(target: Any) -> Any:
     if isinstance(target, Fill):
         return target.tensor
     return None if target is AS_SAVED else target
-
-
-def _is_expanded(tensor: torch.Tensor) -> bool:
-    """Whether several elements lie in one place."""
-    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _describe(node: structure.Node) -> str:

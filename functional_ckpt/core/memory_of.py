@@ -12,7 +12,7 @@ from functional_ckpt.core import placement
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-__all__ = ["identity", "is_ordinary", "is_plain"]
+__all__ = ["identity", "is_expanded", "is_ordinary", "is_plain"]
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
@@ -33,6 +33,11 @@ def is_ordinary(value: object) -> bool:
         and not getattr(tensor, "_is_buffer", False)  # torch.nn.Buffer has no class of its own
         and not (tensor.is_meta or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
     )
+
+
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether several elements lie in one place."""
+    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def identity(value: object) -> Hashable | None:

@@ -57,9 +57,8 @@ MANIFEST = "manifest.ocdbt"
 _FOLDER = "d"
 # One file for each so many bytes: several writers keep the disk busy while others hash and copy.
 BYTES_PER_FILE = 32 * 2**20
-_MAX_FILES = 4
-NUM_THREADS = _MAX_FILES
-"""As many as the disk likes."""
+NUM_THREADS = 4
+"""As many as the disk likes, each with a file of its own."""
 # What is written in less than a second or so.
 _QUICK_BYTES = 256 * 2**20
 # Hashed and copied while it is in the cache.
@@ -178,7 +177,7 @@ _Chunk: TypeAlias = "tuple[ArrayWrite, Box | None, bytes, int]"
 def _spread(arrays: Sequence[ArrayWrite]) -> list[list[_Chunk]]:
     """The chunks of each data file: neighbours stay together, and all files are of like size."""
     total = sum(array.data.nbytes for array in arrays)
-    count = min(_MAX_FILES, max(1, total // BYTES_PER_FILE))
+    count = min(NUM_THREADS, max(1, total // BYTES_PER_FILE))
     limit = -(-total // count)
     groups: list[list[_Chunk]] = [[]]
     filled = 0
