@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
+import operator
 import os
 import stat
 import threading
@@ -35,6 +37,8 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 # Read and verified while it is in the cache.
 _STEP_BYTES = 2**20
 _BATCH_BYTES = 8 * 2**20
+# So many batches are asked for ahead: what a disk takes to work at its full speed.
+_NUM_AHEAD = 8
 _BATCH_VALUES = 512  # the system takes up to 1,024 places in one call
 
 
@@ -134,7 +138,22 @@ class Fetcher:
         self._values.sort(key=lambda value: value[:2])
         for file in sorted({value[0] for value in self._values}):
             self._descriptors[file] = self._open(self._files[file])
-        return [functools.partial(self._read, batch) for batch in self._batches()]
+        batches = list(self._batches())
+        for batch in batches[:_NUM_AHEAD]:
+            self._announce(batch)
+        return [
+            functools.partial(self._read, batch, batches[place : place + 1])
+            for place, batch in enumerate(batches, _NUM_AHEAD)
+        ]
+
+    def _announce(self, batch: Sequence[_Value]) -> None:
+        """Has the disk fetch what will be read soon, while what it has fetched is verified."""
+        for file, found in itertools.groupby(batch, key=operator.itemgetter(0)):
+            values = list(found)
+            begin, end = values[0][1], values[-1][1] + values[-1][2]
+            with contextlib.suppress(OSError, AttributeError):  # advice that need not be taken
+                descriptor = self._descriptors[file]
+                os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _open(self, file: str) -> int:
         path = os.path.join(self._directory, file)
@@ -165,7 +184,9 @@ class Fetcher:
         if batch:
             yield batch
 
-    def _read(self, batch: Sequence[_Value]) -> None:
+    def _read(self, batch: Sequence[_Value], ahead: Sequence[Sequence[_Value]]) -> None:
+        for later in ahead:
+            self._announce(later)
         run: list[_Value] = []
         run_bytes = 0
         for value in batch:
