@@ -141,7 +141,7 @@ def stage(
         parts = [list(_parts(item, plan[item.name])) for item in items]
         flat = [part for item_parts in parts for part in item_parts]
         if room is None:
-            return _staged(items, plan, parts, _refer(flat))
+            return _staged(items, plan, parts, _refer(flat), is_staged=False)
         hosts = room.reserve(flat)
         staged = _staged(items, plan, parts, hosts)
     _copy(list(zip(flat, hosts, strict=True)), room)
@@ -182,7 +182,7 @@ def stage_within(
         dataclasses.replace(
             item,
             writes=tuple(
-                dataclasses.replace(write, taken=through.taken)
+                dataclasses.replace(write, taken=through.taken, is_staged=False)
                 if id(write.data) in awaited
                 else write
                 for write in item.writes
@@ -242,12 +242,14 @@ def _staged(
     plan: SavePlan,
     parts: Sequence[Sequence[_Part]],
     hosts: Sequence[Array],
+    *,
+    is_staged: bool = True,
 ) -> tuple[StagedItem, ...]:
     remaining = iter(hosts)
     return tuple(
         StagedItem(
             lowered=item,
-            writes=tuple(_array_write(part, next(remaining)) for part in item_parts),
+            writes=tuple(_array_write(part, next(remaining), is_staged) for part in item_parts),
             scalars=plan[item.name].scalars,
         )
         for item, item_parts in zip(items, parts, strict=True)
@@ -328,7 +330,7 @@ def _start_copy(
     staging.copy_in_threads(on_host, num_threads)
 
 
-def _array_write(part: _Part, host: Array) -> arrays_write.ArrayWrite:
+def _array_write(part: _Part, host: Array, is_staged: bool) -> arrays_write.ArrayWrite:
     return arrays_write.ArrayWrite(
         name=part.source.node.name,
         spec=part.source.node.spec,
@@ -336,4 +338,5 @@ def _array_write(part: _Part, host: Array) -> arrays_write.ArrayWrite:
         box=part.box,
         data=host,
         is_owner=part.is_owner,
+        is_staged=is_staged,
     )

@@ -243,19 +243,19 @@ class _Part:
             data = array.data
             if box is not None:
                 data = data[box.relative_to(array.box.offset).slices()]
+            is_lent = array.is_staged
             if not data.flags.c_contiguous:
-                data = np.ascontiguousarray(data)  # bounded: one chunk per thread
+                data, is_lent = np.ascontiguousarray(data), False  # one chunk per thread
             found = digests.get(array.name)
             if found is None:
                 found = digests[array.name] = {}
-            offset = file.size_bytes
-            found[position] = _digest_and_append(file, data, array.grid)
+            place, found[position] = _append(file, data, array.grid, is_lent=is_lent)
             if array.taken is not None:
                 array.taken(data.nbytes)
-            prefix = key_prefix(array.name).encode()
-            add(prefix + key, self.place, offset, file.size_bytes - offset)
+            add(key_prefix(array.name).encode() + key, self.place, *place)
         if is_whole:
             self.record = file.finish()
+            file.close()  # its memory is for the next one
             storage.sync(self._path)  # while the others are still writing
 
     def add_metadata(
@@ -322,26 +322,30 @@ class _Part:
             self._file.close()
 
 
-def _digest_and_append(file: DataFile, data: Array, grid: ChunkGrid) -> str:
-    """Adds a chunk, and returns the digests of its valid region."""
+def _append(
+    file: DataFile, data: Array, grid: ChunkGrid, *, is_lent: bool
+) -> tuple[tuple[int, int], str]:
+    """Adds a chunk; returns its offset and stored bytes, and the digests of its valid region."""
     flat = data.reshape(-1).view(np.uint8)
     missing_bytes = 0
     if data.shape != grid.chunk_shape:  # at the array's end
         missing_bytes = math.prod(grid.chunk_shape) * data.itemsize - len(flat)
         if data.shape[1:] != grid.chunk_shape[1:]:
-            file.append(padded(data, grid).reshape(-1).view(np.uint8))
-            return digest_blocks(flat)
+            whole = padded(data, grid).reshape(-1).view(np.uint8)
+            return (file.append(whole), len(whole)), digest_blocks(flat)
     if not missing_bytes and len(flat) <= DIGEST_BLOCK_BYTES:
-        file.append(flat)
-        return xxhash.xxh3_64_hexdigest(flat.data) if len(flat) else ""
+        digest = xxhash.xxh3_64_hexdigest(flat.data) if len(flat) else ""
+        return (file.append(flat), len(flat)), digest
     found: list[str] = []
+    begin = -1
     for start in range(0, len(flat), _STEP_BYTES):
         step = flat[start : start + _STEP_BYTES]
         found.append(digest_blocks(step))
-        file.append(step)
+        offset = file.append(step, is_lent=is_lent)
+        begin = offset if begin < 0 else begin
     for start in range(0, missing_bytes, _STEP_BYTES):
         file.append(_ZEROS[: missing_bytes - start])
-    return "".join(found)
+    return (begin, len(flat) + missing_bytes), "".join(found)
 
 
 @functools.lru_cache(maxsize=4096)

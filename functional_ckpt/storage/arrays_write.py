@@ -62,6 +62,8 @@ class ArrayWrite:
         box: The region `data` holds; its edges lie on the grid, or at the array's end.
         data: Host memory of the region, unchanged until the write is done; may be strided.
         is_owner: Whether this writer also writes the array's metadata.
+        is_staged: Whether `data` is memory of our own, in large pages, from which the disk is
+            served best.
         taken: Told how many bytes of `data` are not needed any more, if somebody waits to change
             them; on any thread.
     """
@@ -72,6 +74,7 @@ class ArrayWrite:
     box: Box
     data: Array
     is_owner: bool = True
+    is_staged: bool = False
     taken: Callable[[int], None] | None = None
 
 

@@ -1,8 +1,10 @@
 """Large files written and read at the speed of the disk: few system calls, and no page cache.
 
-A writer gathers what it is given in an aligned buffer and hands whole buffers to the disk, which
-has one while the next is filled. The digest of the file is taken on the way, so that nobody has to
-read it back.
+A writer hands the disk some MiB at a time, in blocks that are aligned in memory and in the file. Of
+large data that its owner lends, only the ends are copied: its place in the file is chosen so that
+the rest can be written from where it lies. All else is gathered in a buffer, of which there are
+two: while the disk has one, the other is filled. The digest of the file is taken on the way, so
+that nobody has to read it back.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import fcntl
 import functools
 import mmap
 import os
+from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import xxhash
 
 from functional_ckpt.core.manifest import FileRecord
+from functional_ckpt.storage import huge_pages
 from functional_ckpt.storage.paths import LocalStorage, clear_errors
 from functional_ckpt.storage.threads import WriteBehind
 
@@ -29,6 +33,9 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _BLOCK_BYTES = 4096
 _BUFFER_BYTES = 4 * 2**20
+# Smaller data is copied in less time than it takes to cut off its ends.
+_LENT_FROM_BYTES = 128 * 2**10
+_ZEROS = np.zeros(_BLOCK_BYTES, np.uint8)
 # Smaller files are not worth going around the page cache, from which they may soon be read.
 _DIRECT_FROM_BYTES = 16 * 2**20
 _NO_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -40,7 +47,7 @@ class DataFile:
     Args:
         storage: Told that it is made.
         path: Where; its directory is there.
-        size_bytes: How large it will be.
+        size_bytes: How much data there will be.
 
     Attributes:
         is_large: Whether it is worth going around the page cache.
@@ -54,11 +61,13 @@ class DataFile:
         self._path = path
         self._hash = xxhash.xxh3_64()
         self._written = 0
-        self._filled = 0
+        self._segments: list[memoryview] = []  # what is written next, all of it whole blocks
+        self._gathered = 0
+        self._begin = self._filled = 0  # of what the buffer holds beyond that
         blocks = -(-min(size_bytes, _BUFFER_BYTES) // _BLOCK_BYTES)
         self._buffer = _pages(max(1, blocks) * _BLOCK_BYTES)
         self._behind: WriteBehind | None = None
-        self._other: Array | None = None  # the buffer that is being written
+        self._other: Array | None = None  # the buffer that was full before
         self.is_large = self._is_direct = size_bytes >= _DIRECT_FROM_BYTES
         with clear_errors("write", path):
             self._descriptor = self._open()
@@ -78,13 +87,39 @@ class DataFile:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes given so far."""
-        return self._written + self._filled
+        """Where the next data will lie, or a little further."""
+        return self._written + self._gathered + self._filled - self._begin
 
-    def append(self, data: Array) -> int:
-        """Adds bytes, a flat array of uint8, and returns where they begin."""
-        offset, start, count = self.size_bytes, 0, len(data)
-        room = len(self._buffer)
+    def append(self, data: Array, *, is_lent: bool = False) -> int:
+        """Adds bytes and returns where they begin.
+
+        Args:
+            data: A flat array of uint8.
+            is_lent: Whether it will stay as it is until the file is finished, so that it need not
+                be copied.
+        """
+        if is_lent and self.is_large and len(data) >= _LENT_FROM_BYTES:
+            return self._append_lent(data)
+        offset = self.size_bytes
+        self._copy(data)
+        return offset
+
+    def _append_lent(self, data: Array) -> int:
+        address: int = data.__array_interface__["data"][0]
+        self._copy(_ZEROS[: (address - self.size_bytes) % _BLOCK_BYTES])
+        offset = self.size_bytes
+        head = -address % _BLOCK_BYTES
+        tail = (len(data) - head) % _BLOCK_BYTES
+        self._copy(data[:head])
+        self._gather_buffer()
+        self._gather(data[head : len(data) - tail])
+        if self._gathered >= _BUFFER_BYTES:
+            self._flush()
+        self._copy(data[len(data) - tail :])
+        return offset
+
+    def _copy(self, data: Array) -> None:
+        start, count, room = 0, len(data), len(self._buffer)
         while start < count:
             taken = min(count - start, room - self._filled)
             end = self._filled + taken
@@ -92,37 +127,57 @@ class DataFile:
             self._filled, start = end, start + taken
             if end == room:
                 self._flush()
-        return offset
+                self._turn()
+
+    def _gather_buffer(self) -> None:
+        if self._filled > self._begin:
+            self._gather(self._buffer[self._begin : self._filled])
+            self._begin = self._filled
+
+    def _gather(self, data: Array) -> None:
+        segment = memoryview(cast("Any", data))
+        self._hash.update(segment)
+        self._segments.append(segment)
+        self._gathered += len(segment)
 
     def _flush(self) -> None:
-        view = memoryview(cast("Any", self._buffer[: self._filled]))
-        self._hash.update(view)
-        write = functools.partial(self._write, view, self._written)
-        self._written += self._filled
-        self._filled = 0
+        self._gather_buffer()
+        segments, self._segments = self._segments, []
+        write = functools.partial(self._write, segments, self._gathered, self._written)
+        self._written += self._gathered
+        self._gathered = 0
         if not self.is_large:
             write()
             return
         if self._behind is None:
             self._behind = WriteBehind()
-            self._other = _pages(len(self._buffer))
-        self._behind.run(write)
-        self._buffer, self._other = cast("Array", self._other), self._buffer
+        self._behind.run(write)  # waits for what came from the other buffer
 
-    def _write(self, view: memoryview, offset: int) -> None:
+    def _turn(self) -> None:
+        self._begin = self._filled = 0
+        if self.is_large:
+            other = _pages(len(self._buffer)) if self._other is None else self._other
+            self._buffer, self._other = other, self._buffer
+
+    def _write(self, segments: Sequence[memoryview], size_bytes: int, offset: int) -> None:
         with clear_errors("write", self._path):
-            if self._is_direct and len(view) % _BLOCK_BYTES:
+            if self._is_direct and size_bytes % _BLOCK_BYTES:
                 # Only whole blocks go around the page cache: the rest of the file goes through it.
                 flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
                 fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
                 self._is_direct = False
-            done = 0
-            while done < len(view):
-                done += os.pwrite(self._descriptor, view[done:], offset + done)
+            left = list(segments)
+            while left:
+                done = os.pwritev(self._descriptor, left, offset)
+                offset += done
+                while left and done >= len(left[0]):
+                    done -= len(left.pop(0))
+                if done:
+                    left[0] = left[0][done:]
 
     def finish(self) -> FileRecord:
         """Writes what is left, and returns what the file must be; durable once it is synced."""
-        if self._filled:
+        if self.size_bytes > self._written:
             self._flush()
         if self._behind is not None:
             self._behind.wait()
@@ -138,14 +193,13 @@ class DataFile:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
-        self._buffer, self._other = np.empty(0, np.uint8), None
+        self._buffer, self._other, self._segments = np.empty(0, np.uint8), None, []
 
 
 def _pages(size_bytes: int) -> Array:
-    """Memory on page boundaries; huge pages, of which the disk is told in a few pieces."""
+    """Memory on page boundaries."""
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError, AttributeError):  # a kernel, or a system, without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    huge_pages.prefer(memory)
     return np.frombuffer(memory, np.uint8)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
+from functional_ckpt.storage import huge_pages
 from functional_ckpt.storage.threads import run_in_threads
 
 __all__ = ["ALIGNMENT_BYTES", "NUM_THREADS", "Slot", "StagingBuffer", "copy_in_threads"]
@@ -84,6 +85,7 @@ class StagingBuffer:
             # worker) has no use for it, and would have every page of it copied at the next save.
             self._arena = _Arena(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self._arena.madvise(mmap.MADV_DONTFORK)
+            huge_pages.prefer(self._arena)  # the disk gets it from here
             self.size_bytes = end
         arrays: list[Array] = []
         for (shape, dtype), size_bytes, offset in zip(slots, sizes, offsets, strict=True):

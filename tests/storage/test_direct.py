@@ -8,6 +8,7 @@ import errno
 import itertools
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +95,19 @@ def test_a_path_out_of_the_database_is_not_followed(tmp_path: Path, file: str) -
 # ------------------------------------------------------------------------------------ arrays
 
 
+@pytest.mark.parametrize("is_staged", [False, True])
 @pytest.mark.parametrize(("bytes_per_file", "num_threads"), [(1, 4), (1, 1), (2**30, 4)])
 def test_tensorstore_reads_the_same_as_from_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_per_file: int, num_threads: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bytes_per_file: int,
+    num_threads: int,
+    is_staged: bool,
 ) -> None:
     monkeypatch.setattr(arrays_direct, "BYTES_PER_FILE", bytes_per_file)
+    if is_staged:  # as large files are written, from where the data lies
+        monkeypatch.setattr(data_files, "_DIRECT_FROM_BYTES", 1)
+        monkeypatch.setattr(data_files, "_LENT_FROM_BYTES", 2 * 4096)
     rng = np.random.default_rng(0)
     writes = [
         write_of("a", rng.random((50, 3)), (50, 3)),
@@ -110,6 +119,7 @@ def test_tensorstore_reads_the_same_as_from_its_own(
         write_of("strided", rng.random((70, 90)).T, (45, 70)),
         write_of("same", rng.random((50, 3)), (50, 3)),
     ]
+    writes = [dataclasses.replace(write, is_staged=is_staged) for write in writes]
     scalars = [("n", ArraySpec((), "int64"), 7)]
     tied = {"b": ("a.b/", writes[1].grid)}
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -187,6 +197,53 @@ def test_a_data_file_holds_what_it_was_given(
     )
 
 
+@given(
+    sizes=st.lists(
+        st.sampled_from([0, 1, 63, 4096, 2**20, 2**20 + 4160, 3 * 2**20 + 7]), max_size=9
+    ),
+    begins=st.lists(st.integers(0, 5000), min_size=9, max_size=9),
+    lent=st.lists(st.booleans(), min_size=9, max_size=9),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_data_file_writes_from_where_lent_data_lies(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: Sequence[int],
+    begins: Sequence[int],
+    lent: Sequence[bool],
+) -> None:
+    """Wherever it begins in memory: every byte is at its place, and the digest is the file's."""
+    path = tmp_path_factory.mktemp("lent") / "x"
+    random = np.random.default_rng(len(sizes))
+    values = [
+        random.integers(0, 255, begin + size, np.uint8)[begin:]
+        for begin, size in zip(begins, sizes, strict=False)
+    ]
+    with contextlib.closing(data_files.DataFile(STORAGE, str(path), 2**26)) as file:
+        offsets = [
+            file.append(value, is_lent=is_lent)
+            for value, is_lent in zip(values, lent, strict=False)
+        ]
+        record = file.finish()
+    written = path.read_bytes()
+    end = 0
+    for offset, value in zip(offsets, values, strict=True):
+        assert 0 <= offset - end < 4096
+        end = offset + len(value)
+        assert written[offset:end] == value.tobytes()
+    assert (record.size_bytes, record.xxh3) == (end, xxhash.xxh3_64_hexdigest(written))
+    assert len(written) == end
+
+
+def test_lent_data_is_not_copied(tmp_path: Path) -> None:
+    """What changes before it is written, against the promise, shows in the file."""
+    data = np.zeros(2 * 2**20, np.uint8)
+    with contextlib.closing(data_files.DataFile(STORAGE, str(tmp_path / "x"), 2**26)) as file:
+        file.append(data, is_lent=True)
+        data[2**20] = 1
+        file.finish()
+    assert (tmp_path / "x").read_bytes().count(1) == 1
+
+
 def test_a_file_system_without_direct_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,10 +256,12 @@ def test_a_file_system_without_direct_writes(
 
     monkeypatch.setattr(data_files.os, "open", refuse)
     data = np.arange(2**22, dtype=np.int64).view(np.uint8)
-    with contextlib.closing(data_files.DataFile(STORAGE, str(tmp_path / "x"), len(data))) as file:
-        file.append(data)
-        file.finish()
-    assert (tmp_path / "x").read_bytes() == data.tobytes()
+    for is_lent in (False, True):
+        path = tmp_path / f"x{is_lent}"
+        with contextlib.closing(data_files.DataFile(STORAGE, str(path), len(data))) as file:
+            begin = file.append(data, is_lent=is_lent)
+            file.finish()
+        assert path.read_bytes()[begin:] == data.tobytes()
 
 
 def test_a_refused_write_is_a_storage_error(tmp_path: Path) -> None:
