@@ -280,9 +280,9 @@ class _Jobs:
         if self.item.record is None or not self._jobs or not isinstance(storage, LocalStorage):
             return []
         database = self.item.database  # the one that is there must open in any case
-        fetcher = arrays_fetch.Fetcher(storage, self.item.path)
-        files.callback(fetcher.close)
         with threads.without_collecting():
+            fetcher = arrays_fetch.Fetcher(storage, self.item.path)
+            files.callback(fetcher.close)
             jobs = self._jobs.values()
             taken = [job for job in jobs if job.take(fetcher, bounce, verified=verified)]
             tasks = fetcher.tasks()

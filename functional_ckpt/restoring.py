@@ -97,8 +97,8 @@ def restore_checkpoint(
     """
     group = coordinator or SingleProcess()
     with _together(group, "matching the checkpoint with the target", _is_asked_of_all) as round_:
-        checkpoint = open_checkpoint()
         with threads.without_collecting():
+            checkpoint = open_checkpoint()
             matched = match_items(checkpoint, items, registry, options, group)
         reports = {each.name: each.report for each in matched}
         if options.strict and any(r.missing or r.mismatched for r in reports.values()):
