@@ -236,7 +236,8 @@ class _Part:
             (array.data.nbytes if box is None else box.num_elements * array.data.itemsize)
             for array, box, _, _ in chunks
         )
-        self._file = file = DataFile(storage, self._path, size_bytes)
+        is_lent = all(array.is_staged for array, _, _, _ in chunks)
+        self._file = file = DataFile(storage, self._path, size_bytes, is_lent=is_lent)
         operation, digests, add = storage.operation, self.digests, self.entries.add
         for array, box, key, position in chunks:
             operation("write_array", f"{item_directory}/{array.name}")

@@ -48,6 +48,7 @@ class DataFile:
         storage: Told that it is made.
         path: Where; its directory is there.
         size_bytes: How much data there will be.
+        is_lent: Whether nearly all of it will be lent, so that little goes through the buffer.
 
     Attributes:
         is_large: Whether it is worth going around the page cache.
@@ -56,7 +57,9 @@ class DataFile:
         StorageError: The file system refused; also by the other methods.
     """
 
-    def __init__(self, storage: LocalStorage, path: str, size_bytes: int) -> None:
+    def __init__(
+        self, storage: LocalStorage, path: str, size_bytes: int, *, is_lent: bool = False
+    ) -> None:
         storage.operation("write_data", path)
         self._path = path
         self._hash = xxhash.xxh3_64()
@@ -65,7 +68,8 @@ class DataFile:
         self._gathered = 0
         self._begin = self._filled = 0  # of what the buffer holds beyond that
         blocks = -(-min(size_bytes, _BUFFER_BYTES) // _BLOCK_BYTES)
-        self._buffer = _pages(max(1, blocks) * _BLOCK_BYTES)
+        self._prefers_huge = not is_lent  # of a huge page, all is taken at the first touch
+        self._buffer = self._pages(max(1, blocks) * _BLOCK_BYTES)
         self._behind: WriteBehind | None = None
         self._other: Array | None = None  # the buffer that was full before
         self.is_large = self._is_direct = size_bytes >= _DIRECT_FROM_BYTES
@@ -84,6 +88,13 @@ class DataFile:
                     raise
                 self._is_direct = False
         return os.open(self._path, flags, 0o666)
+
+    def _pages(self, size_bytes: int) -> Array:
+        """Memory on page boundaries."""
+        memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if self._prefers_huge:
+            huge_pages.prefer(memory)
+        return np.frombuffer(memory, np.uint8)
 
     @property
     def size_bytes(self) -> int:
@@ -156,7 +167,7 @@ class DataFile:
     def _turn(self) -> None:
         self._begin = self._filled = 0
         if self.is_large:
-            other = _pages(len(self._buffer)) if self._other is None else self._other
+            other = self._pages(len(self._buffer)) if self._other is None else self._other
             self._buffer, self._other = other, self._buffer
 
     def _write(self, segments: Sequence[memoryview], size_bytes: int, offset: int) -> None:
@@ -194,13 +205,6 @@ class DataFile:
         if descriptor >= 0:
             os.close(descriptor)
         self._buffer, self._other, self._segments = np.empty(0, np.uint8), None, []
-
-
-def _pages(size_bytes: int) -> Array:
-    """Memory on page boundaries."""
-    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    huge_pages.prefer(memory)
-    return np.frombuffer(memory, np.uint8)
 
 
 def _reserve(descriptor: int, size_bytes: int) -> None:
