@@ -170,6 +170,9 @@ class Fetcher:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise errors.CorruptCheckpointError(f"{path} is no regular file.", path=path)
+        with contextlib.suppress(OSError, AttributeError):  # advice that need not be taken
+            # Read once: the kernel need not note, page by page, which of them to keep.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_NOREUSE)
         return descriptor
 
     def _batches(self) -> Iterator[list[_Value]]:
