@@ -31,11 +31,10 @@ from functional_ckpt.storage.arrays_ocdbt import (
     MAX_KEYS,
     Entries,
     Node,
-    decode_leaf,
-    decode_manifest,
     encode_leaf,
     encode_manifest,
 )
+from functional_ckpt.storage.arrays_tree import MANIFEST, read_entries
 from functional_ckpt.storage.arrays_write import ArrayWrite, Digests, padded
 from functional_ckpt.storage.data_files import DataFile
 from functional_ckpt.storage.paths import LocalStorage
@@ -47,13 +46,11 @@ __all__ = [
     "Written",
     "can_write",
     "merge_children",
-    "read_entries",
     "write_arrays",
 ]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-MANIFEST = "manifest.ocdbt"
 _FOLDER = "d"
 # One file for each so many bytes: several writers keep the disk busy while others hash and copy.
 BYTES_PER_FILE = 32 * 2**20
@@ -236,8 +233,8 @@ class _Part:
             (array.data.nbytes if box is None else box.num_elements * array.data.itemsize)
             for array, box, _, _ in chunks
         )
-        is_lent = all(array.is_staged for array, _, _, _ in chunks)
-        self._file = file = DataFile(storage, self._path, size_bytes, is_lent=is_lent)
+        are_lent = all(array.is_staged for array, _, _, _ in chunks)
+        self._file = file = DataFile(storage, self._path, size_bytes, is_lent=are_lent)
         operation, digests, add = storage.operation, self.digests, self.entries.add
         for array, box, key, position in chunks:
             operation("write_array", f"{item_directory}/{array.name}")
@@ -338,15 +335,14 @@ def _append(
         digest = xxhash.xxh3_64_hexdigest(flat.data) if len(flat) else ""
         return (file.append(flat), len(flat)), digest
     found: list[str] = []
-    begin = -1
+    offsets: list[int] = []
     for start in range(0, len(flat), _STEP_BYTES):
         step = flat[start : start + _STEP_BYTES]
         found.append(digest_blocks(step))
-        offset = file.append(step, is_lent=is_lent)
-        begin = offset if begin < 0 else begin
+        offsets.append(file.append(step, is_lent=is_lent))
     for start in range(0, missing_bytes, _STEP_BYTES):
         file.append(_ZEROS[: missing_bytes - start])
-    return (begin, len(flat) + missing_bytes), "".join(found)
+    return (offsets[0], len(flat) + missing_bytes), "".join(found)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -389,17 +385,3 @@ def merge_children(
         return part.complete(storage, item_directory, names)
     finally:
         part.close()
-
-
-def read_entries(storage: LocalStorage, directory: str) -> tuple[list[str], Entries] | None:
-    """Data files and entries of a database that is one plain leaf; None where it is another."""
-    place = decode_manifest(storage.read(os.path.join(directory, MANIFEST)))
-    if place is None or not is_inside(place.file):
-        return None
-    data = storage.read_range(os.path.join(directory, place.file), place.offset, place.length)
-    return decode_leaf(data)
-
-
-def is_inside(file: str) -> bool:
-    """Whether a data file's path leads nowhere but below its database."""
-    return all(part not in ("", ".", "..") and "\0" not in part for part in file.split("/"))

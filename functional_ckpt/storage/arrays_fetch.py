@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import operator
 import os
 import stat
 import threading
@@ -26,8 +25,8 @@ from functional_ckpt import errors
 from functional_ckpt.core.chunks import DIGEST_BLOCK_BYTES, ChunkGrid
 from functional_ckpt.core.spec import ArraySpec, Box
 from functional_ckpt.core.structure import key_prefix
-from functional_ckpt.storage.arrays_direct import is_inside, read_entries
 from functional_ckpt.storage.arrays_read import ArrayRead, compare_digests
+from functional_ckpt.storage.arrays_tree import is_inside, read_entries
 from functional_ckpt.storage.paths import LocalStorage, clear_errors
 
 __all__ = ["Fetcher", "Wanted"]
@@ -39,6 +38,7 @@ _STEP_BYTES = 2**20
 _BATCH_BYTES = 8 * 2**20
 # So many batches are asked for ahead: what a disk takes to work at its full speed.
 _NUM_AHEAD = 8
+_PADDING_BYTES = 4096
 _BATCH_VALUES = 512  # the system takes up to 1,024 places in one call
 
 
@@ -141,19 +141,13 @@ class Fetcher:
         batches = list(self._batches())
         for batch in batches[:_NUM_AHEAD]:
             self._announce(batch)
-        return [
-            functools.partial(self._read, batch, batches[place : place + 1])
-            for place, batch in enumerate(batches, _NUM_AHEAD)
-        ]
+        pairs = itertools.zip_longest(batches, batches[_NUM_AHEAD:], fillvalue=())
+        return [functools.partial(self._read, batch, later) for batch, later in pairs]
 
     def _announce(self, batch: Sequence[_Value]) -> None:
         """Has the disk fetch what will be read soon, while what it has fetched is verified."""
-        for file, found in itertools.groupby(batch, key=operator.itemgetter(0)):
-            values = list(found)
-            begin, end = values[0][1], values[-1][1] + values[-1][2]
-            with contextlib.suppress(OSError, AttributeError):  # advice that need not be taken
-                descriptor = self._descriptors[file]
-                os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+        for file, begin, end in _spans(batch):
+            _advise(self._descriptors[file], begin, end - begin, "POSIX_FADV_WILLNEED")
 
     def _open(self, file: str) -> int:
         path = os.path.join(self._directory, file)
@@ -170,9 +164,8 @@ class Fetcher:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise errors.CorruptCheckpointError(f"{path} is no regular file.", path=path)
-        with contextlib.suppress(OSError, AttributeError):  # advice that need not be taken
-            # Read once: the kernel need not note, page by page, which of them to keep.
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_NOREUSE)
+        # Read once: the kernel need not note, page by page, which of them to keep.
+        _advise(descriptor, 0, 0, "POSIX_FADV_NOREUSE")
         return descriptor
 
     def _batches(self) -> Iterator[list[_Value]]:
@@ -187,9 +180,8 @@ class Fetcher:
         if batch:
             yield batch
 
-    def _read(self, batch: Sequence[_Value], ahead: Sequence[Sequence[_Value]]) -> None:
-        for later in ahead:
-            self._announce(later)
+    def _read(self, batch: Sequence[_Value], later: Sequence[_Value]) -> None:
+        self._announce(later)
         run: list[_Value] = []
         run_bytes = 0
         for value in batch:
@@ -305,6 +297,25 @@ class Fetcher:
         """Gives the files back."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+
+
+def _spans(batch: Sequence[_Value]) -> Iterator[tuple[int, int, int]]:
+    """File, begin and end of what lies side by side, but for a block's padding between values."""
+    file = begin = end = -1
+    for value in batch:
+        if value[0] != file or value[1] - end > _PADDING_BYTES:
+            if file >= 0:
+                yield file, begin, end
+            file, begin = value[0], value[1]
+        end = value[1] + value[2]
+    if file >= 0:
+        yield file, begin, end
+
+
+def _advise(descriptor: int, offset: int, size_bytes: int, advice: str) -> None:
+    """Tells the kernel; it need not listen, nor have a name for it."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.posix_fadvise(descriptor, offset, size_bytes, getattr(os, advice))
 
 
 def _stored_bytes(wanted: Wanted) -> int:

@@ -10,11 +10,10 @@ import tensorstore as ts
 
 from functional_ckpt import errors
 from functional_ckpt.storage.arrays import Database
+from functional_ckpt.storage.arrays_tree import MANIFEST
 from functional_ckpt.storage.base import Storage
 
 __all__ = ["Places", "locate", "read_values"]
-
-_MANIFEST = "manifest.ocdbt"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ def locate(storage: Storage, directory: str) -> Places:
         manifest = ts.ocdbt.dump(base).result()
         location = manifest["versions"][-1]["root"].get("location")
     except (ValueError, OSError, KeyError, IndexError):
-        return Places({}, frozenset([_MANIFEST]))
+        return Places({}, frozenset([MANIFEST]))
     todo: list[tuple[str, bytes]] = [] if location is None else [(location, b"")]
     while todo:
         location, prefix = todo.pop()

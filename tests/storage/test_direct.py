@@ -21,7 +21,14 @@ from hypothesis import strategies as st
 from functional_ckpt import errors, testing
 from functional_ckpt.core.chunks import ChunkGrid
 from functional_ckpt.core.spec import ArraySpec, Box
-from functional_ckpt.storage import arrays_direct, arrays_ocdbt, arrays_write, data_files
+from functional_ckpt.storage import (
+    arrays_direct,
+    arrays_fetch,
+    arrays_ocdbt,
+    arrays_tree,
+    arrays_write,
+    data_files,
+)
 from functional_ckpt.storage.paths import LocalStorage
 
 STORAGE = LocalStorage()
@@ -81,7 +88,7 @@ def test_what_tensorstore_wrote_is_left_to_it(tmp_path: Path) -> None:
     store = store_of(tmp_path)
     store["a/c/0"] = b"x" * 2000
     store["b"] = b"inline"
-    assert arrays_direct.read_entries(STORAGE, str(tmp_path)) is None
+    assert arrays_tree.read_entries(STORAGE, str(tmp_path)) is None
 
 
 @pytest.mark.parametrize("file", ["../x", "/etc/passwd", "d/../../x", ""])
@@ -89,7 +96,7 @@ def test_a_path_out_of_the_database_is_not_followed(tmp_path: Path, file: str) -
     entries = arrays_ocdbt.Entries([b"a"], [0], [0], [1])
     manifest = arrays_ocdbt.encode_manifest(arrays_ocdbt.Node(file, 0, 9), entries, 1)
     (tmp_path / "manifest.ocdbt").write_bytes(manifest)
-    assert arrays_direct.read_entries(STORAGE, str(tmp_path)) is None
+    assert arrays_tree.read_entries(STORAGE, str(tmp_path)) is None
 
 
 # ------------------------------------------------------------------------------------ arrays
@@ -141,6 +148,38 @@ def test_tensorstore_reads_the_same_as_from_its_own(
     assert set(written.files) == {
         os.path.relpath(path, ours) for path in ours.rglob("*") if path.is_file()
     }
+
+
+def test_only_what_is_wanted_is_asked_for_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = np.random.default_rng(0).random((16, 2**13))
+    names = [f"{number:02}" for number in range(len(data))]
+    writes = [write_of(name, row, row.shape) for name, row in zip(names, data, strict=True)]
+    arrays_direct.write_arrays(STORAGE, str(tmp_path), "", writes)
+    asked: list[int] = []
+
+    def advise(descriptor: int, offset: int, size_bytes: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            asked.append(size_bytes)
+
+    monkeypatch.setattr(arrays_fetch.os, "posix_fadvise", advise)
+    read = np.zeros_like(data)
+    with contextlib.closing(arrays_fetch.Fetcher(STORAGE, str(tmp_path))) as fetcher:
+        for place in (0, 1, 2, 15):
+            wanted = arrays_fetch.Wanted(
+                name=names[place],
+                spec=writes[place].spec,
+                chunk_shape=data[place].shape,
+                digests=None,
+                destination=read[place],
+                finish=lambda: None,
+            )
+            assert fetcher.take(wanted)
+        for task in fetcher.tasks():
+            task()
+    assert asked == [3 * data[0].nbytes, data[0].nbytes]
+    assert np.array_equal(read[[0, 1, 2, 15]], data[[0, 1, 2, 15]]) and not read[3:15].any()
 
 
 def test_children_are_merged_without_their_data(tmp_path: Path) -> None:
