@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,8 +29,7 @@ __all__ = ["RESERVED_NAMES", "LoweredItem", "Source", "check_item_name", "lower"
 RESERVED_NAMES = ("metrics", "metadata", PROGRESS_ITEM)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """An array that holds its own bytes.
 
     Attributes:

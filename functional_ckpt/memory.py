@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -18,8 +18,7 @@ __all__ = ["Place", "Sent", "place_of", "sent_of"]
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Host memory for what this rank restores of an array.
 
     Attributes:

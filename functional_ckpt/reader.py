@@ -250,7 +250,8 @@ class _Job:
         self.value = sent.value
 
     def _finish(self) -> None:
-        self.value = self._open().finish()
+        place = self._place  # all but nothing at all was read into one
+        self.value = (self._open() if place is None else place).finish()
         self._place = None
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -114,8 +114,7 @@ class WriteThrough:
         self._done.wait()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(NamedTuple):
     """A region that this rank writes of one array, as a view of the live tensor."""
 
     source: Source
@@ -182,7 +181,7 @@ def stage_within(
         dataclasses.replace(
             item,
             writes=tuple(
-                dataclasses.replace(write, taken=through.taken, is_staged=False)
+                write._replace(taken=through.taken, is_staged=False)
                 if id(write.data) in awaited
                 else write
                 for write in item.writes
@@ -331,9 +330,10 @@ def _start_copy(
 
 
 def _array_write(part: _Part, host: Array, is_staged: bool) -> arrays_write.ArrayWrite:
+    node = part.source.node
     return arrays_write.ArrayWrite(
-        name=part.source.node.name,
-        spec=part.source.node.spec,
+        name=node.name,
+        spec=node.spec,
         grid=part.planned.grid,
         box=part.box,
         data=host,

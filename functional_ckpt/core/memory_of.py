@@ -45,20 +45,17 @@ def identity(value: object) -> Hashable | None:
     if isinstance(value, torch.Tensor):
         if value.numel() == 0 or value.is_conj() or value.is_neg():
             return None
-        local = value if type(value) in _ORDINARY else placement.local_of(value)
-        pointer: Hashable = local.data_ptr()
-        if local.numel() == 0:
-            # This rank holds nothing of a sharded tensor, and there is no pointer to nothing: all
-            # ranks must agree on what is tied, so the (empty) storage stands in for it.
-            pointer = (local.untyped_storage()._cdata, local.storage_offset())
-        return (
-            "torch",
-            value.device,
-            pointer,
-            tuple(value.shape),
-            value.stride(),
-            value.dtype,
-        )
+        pointer: Hashable
+        if type(value) in _ORDINARY:
+            pointer = value.data_ptr()
+        else:
+            local = placement.local_of(value)
+            pointer = local.data_ptr()
+            if local.numel() == 0:
+                # This rank holds nothing of a sharded tensor, and there is no pointer to nothing:
+                # all ranks must agree on what is tied, so the (empty) storage stands in for it.
+                pointer = (local.untyped_storage()._cdata, local.storage_offset())
+        return ("torch", value.device, pointer, value.shape, value.stride(), value.dtype)
     if isinstance(value, np.ndarray) and value.size:
         pointer = value.__array_interface__["data"][0]
         return ("numpy", pointer, value.shape, value.strides, value.dtype.str)

@@ -173,11 +173,20 @@ def pretty(path: KeyPath, root: str = "") -> str:
 
 def iter_leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
     """Every leaf with its key path, depth first; an empty container counts as a leaf."""
-    todo: list[tuple[KeyPath, Node]] = [(path, node)]
+    if not isinstance(node, BranchNode) or not node.children:
+        yield path, node
+        return
+    todo: list[tuple[KeyPath, Iterator[tuple[Key, Node]]]] = [(path, _pairs(node))]
     while todo:
-        place, current = todo.pop()
-        if isinstance(current, BranchNode) and current.children:
-            pairs = zip(reversed(current.keys), reversed(current.children), strict=True)
-            todo.extend(((*place, key), child) for key, child in pairs)
+        path, pairs = todo[-1]
+        for key, child in pairs:
+            if isinstance(child, BranchNode) and child.children:
+                todo.append(((*path, key), _pairs(child)))
+                break
+            yield (*path, key), child
         else:
-            yield place, current
+            todo.pop()
+
+
+def _pairs(node: BranchNode) -> Iterator[tuple[Key, Node]]:
+    return zip(node.keys, node.children, strict=True)

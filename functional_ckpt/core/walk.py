@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 __all__ = ["Visit", "fold", "leaf"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-Visit: TypeAlias = tuple[Iterable[T], Callable[[list[R]], R]]
-"""What becomes of a node: its children, and how their results are put together."""
+Visit: TypeAlias = tuple[Iterable[T], Callable[[list[R]], R]] | tuple[None, R]
+"""What becomes of a node: its children, and how their results are put together; or its result."""
 
 
-def leaf(result: Any) -> Visit[Any, Any]:
+def leaf(result: R) -> tuple[None, R]:
     """A node without children, whose result is known."""
-    return (), lambda _: result
+    return None, result
 
 
 def fold(root: T, visit: Callable[[T], Visit[T, R]]) -> R:
@@ -29,16 +29,20 @@ def fold(root: T, visit: Callable[[T], Visit[T, R]]) -> R:
     >>> fold([1, [2, 3]], lambda node: leaf(node) if isinstance(node, int) else (node, sum))
     6
     """
-    children, build = visit(root)
-    stack: list[tuple[Iterator[T], list[R], Callable[[list[R]], R]]] = [(iter(children), [], build)]
+    found = visit(root)
+    if found[0] is None:
+        return found[1]
+    stack: list[tuple[Iterator[T], list[R], Callable[[list[R]], R]]] = [
+        (iter(found[0]), [], found[1])
+    ]
     while True:
         remaining, results, build = stack[-1]
         for child in remaining:
-            children, build_child = visit(child)
-            if children == ():  # most nodes are leaves, which need no place on the stack
-                results.append(build_child([]))
+            found = visit(child)
+            if found[0] is None:
+                results.append(found[1])
                 continue
-            stack.append((iter(children), [], build_child))
+            stack.append((iter(found[0]), [], found[1]))
             break
         else:
             stack.pop()

@@ -7,7 +7,7 @@ import fnmatch
 import inspect
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn import parameter
@@ -144,8 +144,7 @@ class Module(CheckpointItem):
         super().__init__(value, handler)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
+class _Entry(NamedTuple):
     """One entry of a module's state dict."""
 
     raw_name: str
@@ -205,8 +204,8 @@ def _is_same(tensor: torch.Tensor, value: object) -> bool:
     return key is not None and key == memory_of.identity(tensor)
 
 
-def _is_uninitialized(value: object) -> bool:
-    return isinstance(value, (parameter.UninitializedParameter, parameter.UninitializedBuffer))
+def _is_uninitialized(value: Any) -> bool:
+    return parameter.is_lazy(value)
 
 
 def _detached(value: Any) -> Any:

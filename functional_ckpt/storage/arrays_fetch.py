@@ -16,7 +16,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import xxhash
@@ -42,8 +42,7 @@ _PADDING_BYTES = 4096
 _BATCH_VALUES = 512  # the system takes up to 1,024 places in one call
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class Wanted(NamedTuple):
     """A whole array and where it goes.
 
     Attributes:

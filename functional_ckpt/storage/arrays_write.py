@@ -8,13 +8,12 @@ the commit.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import tensorstore as ts
@@ -51,8 +50,7 @@ Digests: TypeAlias = "dict[str, dict[int, str]]"
 """Array name -> place of a chunk in C order -> its digests."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ArrayWrite:
+class ArrayWrite(NamedTuple):
     """One region of one array, to be written.
 
     Attributes:
@@ -209,12 +207,16 @@ def padded(data: Array, grid: ChunkGrid) -> Array:
 
 def join_digests(parts: Iterable[Digests]) -> dict[str, str]:
     """The digests of whole arrays out of what the writers found, chunks in C order."""
-    merged: Digests = {}
-    for part in parts:
+    first, *others = parts
+    merged = first
+    if others:
+        merged = {name: dict(chunks) for name, chunks in first.items()}
+    for part in others:
         for name, chunks in part.items():
             merged.setdefault(name, {}).update(chunks)
     return {
-        name: "".join(chunks[place] for place in sorted(chunks)) for name, chunks in merged.items()
+        name: "".join([chunks[place] for place in sorted(chunks)])
+        for name, chunks in merged.items()
     }
 
 

@@ -35,6 +35,8 @@ _BLOCK_BYTES = 4096
 _BUFFER_BYTES = 4 * 2**20
 # Smaller data is copied in less time than it takes to cut off its ends.
 _LENT_FROM_BYTES = 128 * 2**10
+# To copy less is done before another thread could take over the interpreter, and give it back.
+_COPIED_ALONE_BYTES = 64 * 2**10
 _ZEROS = np.zeros(_BLOCK_BYTES, np.uint8)
 # Smaller files are not worth going around the page cache, from which they may soon be read.
 _DIRECT_FROM_BYTES = 16 * 2**20
@@ -134,7 +136,10 @@ class DataFile:
         while start < count:
             taken = min(count - start, room - self._filled)
             end = self._filled + taken
-            self._buffer[self._filled : end] = data[start : start + taken]
+            if taken < _COPIED_ALONE_BYTES:  # numpy would offer the interpreter to others first
+                self._buffer.data[self._filled : end] = data.data[start : start + taken]
+            else:
+                self._buffer[self._filled : end] = data[start : start + taken]
             self._filled, start = end, start + taken
             if end == room:
                 self._flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import itertools
 import os
@@ -126,7 +125,7 @@ def test_tensorstore_reads_the_same_as_from_its_own(
         write_of("strided", rng.random((70, 90)).T, (45, 70)),
         write_of("same", rng.random((50, 3)), (50, 3)),
     ]
-    writes = [dataclasses.replace(write, is_staged=is_staged) for write in writes]
+    writes = [write._replace(is_staged=is_staged) for write in writes]
     scalars = [("n", ArraySpec((), "int64"), 7)]
     tied = {"b": ("a.b/", writes[1].grid)}
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
@@ -332,7 +331,7 @@ def test_a_write_that_fails_behind_the_writer_is_told(num_buffers: int) -> None:
 def test_twenty_thousand_small_arrays_take_microseconds_each(tmp_path: Path) -> None:
     data = np.random.default_rng(0).random((20_000, 8))
     writes = [
-        dataclasses.replace(write_of("x", row, (8,)), name=f"layers.{place}.weight")
+        write_of("x", row, (8,))._replace(name=f"layers.{place}.weight")
         for place, row in enumerate(data)
     ]
     begun = time.process_time()
