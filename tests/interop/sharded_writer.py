@@ -8,6 +8,7 @@ each array was sharded (`placements.json`).
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -128,5 +129,14 @@ def main() -> None:
     dist.destroy_process_group()
 
 
+def end_groups() -> None:
+    """Groups that a model's cycles keep alive would end with the interpreter.
+
+    A thread of gloo's that lets go of a tensor at that moment aborts the process.
+    """
+    gc.collect()
+
+
 if __name__ == "__main__":
     main()
+    end_groups()
