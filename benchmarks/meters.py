@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import threading
+import atexit
+import functools
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
 __all__ = ["PeakMemory", "cpu_seconds", "seconds"]
-
-_INTERVAL_SECONDS = 0.004
-_CHILDREN_EVERY = 50  # listing them costs milliseconds
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -26,6 +28,8 @@ def cpu_seconds() -> float:
     times = psutil.Process().cpu_times()
     total = times.user + times.system + times.children_user + times.children_system
     for child in psutil.Process().children(recursive=True):
+        if child.pid == _watcher().pid:
+            continue
         try:
             times = child.cpu_times()
         except psutil.NoSuchProcess:
@@ -34,55 +38,56 @@ def cpu_seconds() -> float:
     return total
 
 
-def held_bytes(pid: int | str = "self", *, with_shared: bool = True) -> int:
-    """Memory without a file behind it: anonymous, and shared (mmap(-1), /dev/shm) as well."""
-    fields: dict[str, str] = {}
-    try:
-        with open(f"/proc/{pid}/status") as file:
-            fields = dict(line.split(":", 1) for line in file)
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    names = ("RssAnon", "RssShmem") if with_shared else ("RssAnon",)
-    return sum(int(fields[name].split()[0]) * 1024 for name in names if name in fields)
+@functools.cache
+def _watcher() -> subprocess.Popen[bytes]:
+    """It lives as long as this process, so that its CPU time can be told from the others'."""
+    watcher = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.memory", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        cwd=Path(__file__).parents[1],
+    )
+    atexit.register(watcher.communicate)  # closes its pipes, upon which it ends
+    return watcher
+
+
+def _ask_watcher(byte: bytes) -> list[int]:
+    """Where it started from, the peak above that, and what is held above it now; in bytes."""
+    watcher = _watcher()
+    if watcher.stdin is None or watcher.stdout is None:
+        raise RuntimeError("a process without pipes cannot be asked")
+    watcher.stdin.write(byte)
+    answer = watcher.stdout.readline()
+    if not answer:
+        raise RuntimeError(f"the process that watches memory ended: {watcher.wait()}")
+    return [int(word) for word in answer.split()]
 
 
 class PeakMemory:
-    """The most memory held above that at the start; a thread looks every few milliseconds.
+    """The most memory held above that at the start, seen every few milliseconds; one at a time.
 
     Attributes:
         start: Bytes held at the beginning.
-        peak: Bytes held above that, at most.
         end: Bytes held above that when it was left.
     """
 
     def __init__(self) -> None:
-        self.start = self.peak = self.end = 0
-        self._children = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.start = self.end = self._peak = 0
+        self._is_watching = False
 
     def __enter__(self) -> PeakMemory:
-        self._look_at_children()
-        self.start = held_bytes() + self._children
-        self._thread.start()
+        self.start, _, _ = _ask_watcher(b"b")
+        self._is_watching = True
         return self
 
-    def _look_at_children(self) -> None:
-        # What they share with us is counted here already.
-        children = psutil.Process().children(recursive=True)
-        self._children = sum(held_bytes(child.pid, with_shared=False) for child in children)
-
-    def _watch(self) -> None:
-        count = 0
-        while not self._done.wait(_INTERVAL_SECONDS):
-            count += 1
-            if count % _CHILDREN_EVERY == 0:
-                self._look_at_children()
-            self.peak = max(self.peak, held_bytes() + self._children - self.start)
+    @property
+    def peak(self) -> int:
+        """Bytes held above those at the start, at most, until now."""
+        if self._is_watching:
+            _, self._peak, self.end = _ask_watcher(b"p")
+        return self._peak
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self._look_at_children()
-        self.end = held_bytes() + self._children - self.start
-        self.peak = max(self.peak, self.end)
+        _, self._peak, self.end = _ask_watcher(b"p")
+        self._is_watching = False

@@ -3,12 +3,13 @@
 A writer hands the disk some MiB at a time, in blocks that are aligned in memory and in the file. Of
 large data that its owner lends, only the ends are copied: its place in the file is chosen so that
 the rest can be written from where it lies. All else is gathered in a buffer, of which there are
-two: while the disk has one, the other is filled. The digest of the file is taken on the way, so
-that nobody has to read it back.
+three: the disk has one, another is ready for the moment it is done with it, and the third is
+filled. The digest of the file is taken on the way, so that nobody has to read it back.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import errno
@@ -33,6 +34,9 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _BLOCK_BYTES = 4096
 _BUFFER_BYTES = 4 * 2**20
+# Full buffers: one that is being written, and one that waits. With one alone the disk would wait
+# for the thread that fills them to be told, and to answer.
+_MAX_FULL = 2
 # Smaller data is copied in less time than it takes to cut off its ends.
 _LENT_FROM_BYTES = 128 * 2**10
 # To copy less is done before another thread could take over the interpreter, and give it back.
@@ -73,7 +77,7 @@ class DataFile:
         self._prefers_huge = not is_lent  # of a huge page, all is taken at the first touch
         self._buffer = self._pages(max(1, blocks) * _BLOCK_BYTES)
         self._behind: WriteBehind | None = None
-        self._other: Array | None = None  # the buffer that was full before
+        self._full: collections.deque[Array] = collections.deque()  # handed on before
         self.is_large = self._is_direct = size_bytes >= _DIRECT_FROM_BYTES
         with clear_errors("write", path):
             self._descriptor = self._open()
@@ -166,14 +170,15 @@ class DataFile:
             write()
             return
         if self._behind is None:
-            self._behind = WriteBehind()
-        self._behind.run(write)  # waits for what came from the other buffer
+            self._behind = WriteBehind(_MAX_FULL)
+        self._behind.run(write)  # waits for what came from the next buffer
 
     def _turn(self) -> None:
         self._begin = self._filled = 0
         if self.is_large:
-            other = self._pages(len(self._buffer)) if self._other is None else self._other
-            self._buffer, self._other = other, self._buffer
+            self._full.append(self._buffer)
+            is_free = len(self._full) > _MAX_FULL
+            self._buffer = self._full.popleft() if is_free else self._pages(len(self._buffer))
 
     def _write(self, segments: Sequence[memoryview], size_bytes: int, offset: int) -> None:
         with clear_errors("write", self._path):
@@ -209,7 +214,8 @@ class DataFile:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
-        self._buffer, self._other, self._segments = np.empty(0, np.uint8), None, []
+        self._buffer, self._segments = np.empty(0, np.uint8), []
+        self._full.clear()
 
 
 def _reserve(descriptor: int, size_bytes: int) -> None:

@@ -63,12 +63,16 @@ class WriteBehind:
     """Makes calls in a thread of its own, one after the other, while the caller goes on.
 
     Use it from one thread, and close it.
+
+    Args:
+        max_calls: How many may be under way: one that is being made, and others that wait for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_calls: int) -> None:
+        self._max_calls = max_calls
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self._is_under_way = False
+        self._num_under_way = 0
         self._thread: threading.Thread | None = threading.Thread(target=self._work)
         try:
             self._thread.start()
@@ -76,25 +80,28 @@ class WriteBehind:
             self._thread = None
 
     def run(self, call: Callable[[], None]) -> None:
-        """Begins a call once the one before it has returned; raises what that one raised."""
-        self.wait()
+        """Has a call made once there is room for it; raises what one before it raised."""
         if self._thread is None:
             call()
             return
-        self._is_under_way = True
+        while self._num_under_way >= self._max_calls:
+            self._wait_for_one()
+        self._num_under_way += 1
         self._calls.put(call)
 
     def wait(self) -> None:
-        """Returns when the last call has returned; raises what it raised."""
-        if not self._is_under_way:
-            return
-        self._is_under_way = False
+        """Returns when the last call has returned; raises what one of them raised."""
+        while self._num_under_way:
+            self._wait_for_one()
+
+    def _wait_for_one(self) -> None:
+        self._num_under_way -= 1
         failure = self._results.get()
         if failure is not None:
             raise failure
 
     def close(self) -> None:
-        """Ends the thread, after the call that is under way; its error is not told any more."""
+        """Ends the thread after what is under way; errors of that are not told any more."""
         if self._thread is not None:
             self._calls.put(None)
             self._thread.join()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -284,14 +285,15 @@ def test_threads_stop_at_the_first_error_and_raise_it() -> None:
     threads.run_in_threads([])
 
 
-def test_calls_behind_come_one_after_the_other_and_their_error_once() -> None:
+@pytest.mark.parametrize("max_calls", [1, 2, 5])
+def test_calls_behind_come_one_after_the_other_and_their_error_once(max_calls: int) -> None:
     done: list[int] = []
     caller = threading.get_ident()
 
     def fail() -> None:
         raise ValueError("behind")
 
-    behind = threads.WriteBehind()
+    behind = threads.WriteBehind(max_calls)
     try:
         for number in range(50):
             behind.run(lambda number=number: done.append(number))
@@ -299,13 +301,41 @@ def test_calls_behind_come_one_after_the_other_and_their_error_once() -> None:
         behind.wait()
         assert done[:-1] == list(range(50)) and done[-1] != -caller
         behind.run(fail)
-        with pytest.raises(ValueError, match="behind"):
+        for _ in range(max_calls - 1):
             behind.run(lambda: done.append(50))
+        with pytest.raises(ValueError, match="behind"):
+            behind.run(lambda: done.append(-1))
         behind.wait()
-        assert len(done) == 51
+        assert done[51:] == [50] * (max_calls - 1)
     finally:
         behind.close()
         behind.close()
+
+
+@pytest.mark.parametrize("max_calls", [1, 2, 5])
+def test_no_more_calls_than_agreed_are_behind(max_calls: int) -> None:
+    """Whoever fills buffers in turn relies on it."""
+    may_end = threading.Semaphore(0)
+    handed_on = threading.Semaphore(0)
+
+    def hand_on() -> None:
+        with contextlib.closing(threads.WriteBehind(max_calls)) as behind:
+            for _ in range(max_calls + 2):
+                behind.run(may_end.acquire)
+                handed_on.release()
+
+    thread = threading.Thread(target=hand_on)
+    thread.start()
+    try:
+        for _ in range(max_calls):
+            assert handed_on.acquire(timeout=30)
+        assert not handed_on.acquire(timeout=0.05)
+        may_end.release()
+        assert handed_on.acquire(timeout=30)
+        assert not handed_on.acquire(timeout=0.05)
+    finally:
+        may_end.release(max_calls + 2)
+        thread.join()
 
 
 def test_digests_of_a_block_are_those_of_the_valid_region(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -270,6 +271,30 @@ def test_a_data_file_writes_from_where_lent_data_lies(
         assert written[offset:end] == value.tobytes()
     assert (record.size_bytes, record.xxh3) == (end, xxhash.xxh3_64_hexdigest(written))
     assert len(written) == end
+
+
+def test_a_buffer_is_filled_again_only_when_it_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is far behind, and data of many buffers, some of it lent."""
+    write = os.pwritev
+
+    def write_late(*arguments: Any) -> int:
+        time.sleep(0.02)
+        return write(*arguments)
+
+    monkeypatch.setattr(data_files.os, "pwritev", write_late)
+    data = np.random.default_rng(0).integers(0, 255, 50 * 2**20 + 5, np.uint8)
+    pieces = np.array_split(data, 17)
+    with contextlib.closing(
+        data_files.DataFile(STORAGE, str(tmp_path / "x"), len(data) + 17 * 4096)
+    ) as file:
+        offsets = [file.append(piece, is_lent=place % 5 == 1) for place, piece in enumerate(pieces)]
+        record = file.finish()
+    written = (tmp_path / "x").read_bytes()
+    assert record.xxh3 == xxhash.xxh3_64_hexdigest(written)
+    for offset, piece in zip(offsets, pieces, strict=True):
+        assert written[offset : offset + len(piece)] == piece.tobytes()
 
 
 def test_lent_data_is_not_copied(tmp_path: Path) -> None:
