@@ -209,7 +209,7 @@ class Ours(Peer):
 
     def save_volatile(self, bound: Holder, path: str) -> None:
         import functional_ckpt as fc
-        from functional_ckpt.storage.paths import LocalStorage
+        from functional_ckpt.storage.local import LocalStorage
 
         class Volatile(LocalStorage):
             def sync(self, path: str) -> None:

@@ -19,12 +19,17 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from functional_ckpt import agreement, completing, lowering, writer
-from functional_ckpt.core import chunks, manifest, orbax_format, placement, structure, union
-from functional_ckpt.core.placement import DimShard, Sharding
-from functional_ckpt.core.spec import ArraySpec, Box
-from functional_ckpt.storage import arrays_write
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.core.arrays import chunks
+from functional_ckpt.core.arrays import sharding as sharding_lib
+from functional_ckpt.core.arrays.sharding import DimShard, Sharding
+from functional_ckpt.core.arrays.spec import ArraySpec, Box
+from functional_ckpt.core.records import merge_ranks, records
+from functional_ckpt.core.records import orbax as orbax_lib
+from functional_ckpt.core.tree import structure
+from functional_ckpt.format import write_tensorstore
+from functional_ckpt.saving import finalize, lower, write
+from functional_ckpt.saving import plan as plan_lib
+from functional_ckpt.storage.local import LocalStorage
 
 ITEM = "model"
 MESHES: dict[str, Callable[[int], tuple[tuple[int, ...], tuple[DimShard | None, ...]]]] = {
@@ -60,11 +65,16 @@ def measure(mesh: str, num_ranks: int, num_tensors: int) -> dict[str, Any]:
     mesh_shape, cuts = MESHES[mesh](num_ranks)
     ranks = tuple(range(num_ranks))
     item = lowered(Sharding(mesh_shape, ranks, cuts), num_tensors)
-    for cached in (placement._places, placement._runs, placement._unit, chunks.digest_offsets):
+    for cached in (
+        sharding_lib._places,
+        sharding_lib._runs,
+        sharding_lib._unit,
+        chunks.digest_offsets,
+    ):
         cached.cache_clear()
-    signature_seconds, _ = timed(lambda: agreement._signature([item]))
-    plan_seconds, plan = timed(lambda: agreement._plan([item], num_ranks - 1, ranks, None))
-    again_seconds, _ = timed(lambda: agreement._plan([item], num_ranks - 1, ranks, None))
+    signature_seconds, _ = timed(lambda: plan_lib._signature([item]))
+    plan_seconds, plan = timed(lambda: plan_lib._plan([item], num_ranks - 1, ranks, None))
+    again_seconds, _ = timed(lambda: plan_lib._plan([item], num_ranks - 1, ranks, None))
     return {
         "signature_seconds": signature_seconds,
         "plan_seconds": plan_seconds,
@@ -72,26 +82,24 @@ def measure(mesh: str, num_ranks: int, num_tensors: int) -> dict[str, Any]:
     } | primary(item, plan[ITEM], num_ranks)
 
 
-def lowered(sharding: Sharding, num_tensors: int) -> lowering.LoweredItem:
+def lowered(sharding: Sharding, num_tensors: int) -> lower.LoweredItem:
     """Layers of a model of 8 billion parameters, as one rank of a sharded job holds them."""
     shapes = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (4096,)]
     empty = torch.empty(0)
-    sources: list[lowering.Source] = []
+    sources: list[lower.Source] = []
     for place in range(num_tensors):
         spec = ArraySpec(shapes[place % len(shapes)], "bfloat16")
         node = structure.ArrayNode(kind="tensor", spec=spec, name=f"layers.{place}.weight")
-        sources.append(lowering.Source(node, empty, sharding))
+        sources.append(lower.Source(node, empty, sharding))
     root = structure.BranchNode(
         kind="dict",
         keys=tuple(structure.Key(source.node.name) for source in sources),
         children=tuple(source.node for source in sources),
     )
-    return lowering.LoweredItem(
-        name=ITEM, handler="ModuleHandler", root=root, sources=tuple(sources)
-    )
+    return lower.LoweredItem(name=ITEM, handler="ModuleHandler", root=root, sources=tuple(sources))
 
 
-def primary(item: lowering.LoweredItem, plan: agreement.ItemPlan, num_ranks: int) -> dict[str, Any]:
+def primary(item: lower.LoweredItem, plan: plan_lib.ItemPlan, num_ranks: int) -> dict[str, Any]:
     """What rank 0 does with the reports of all: read, unite, check, join, write."""
     grids = {s.node.name: a.grid for s, a in zip(item.sources, plan.arrays, strict=True)}
     with tempfile.TemporaryDirectory() as directory:
@@ -101,34 +109,34 @@ def primary(item: lowering.LoweredItem, plan: agreement.ItemPlan, num_ranks: int
         for rank in range(num_ranks):
             report = made_up_report(item, grids, rank, num_ranks)
             seconds, _ = timed(
-                functools.partial(writer.write_report, storage, directory, rank, report)
+                functools.partial(write.write_report, storage, directory, rank, report)
             )
             write_seconds += seconds
         num_bytes = storage.total_bytes(directory)
         read_seconds, reports = timed(
-            lambda: [writer.read_report(storage, directory, rank) for rank in range(num_ranks)]
+            lambda: [write.read_report(storage, directory, rank) for rank in range(num_ranks)]
         )
     root = cast("structure.Node", item.root)
     unite_seconds, united = timed(
-        lambda: union.unite([(rank, root) for rank in range(num_ranks)], item=ITEM)
+        lambda: merge_ranks.unite([(rank, root) for rank in range(num_ranks)], item=ITEM)
     )
     nodes = [source.node for source in item.sources]
-    check_seconds, _ = timed(lambda: completing._check_whole(ITEM, nodes, grids, reports))
+    check_seconds, _ = timed(lambda: finalize._check_whole(ITEM, nodes, grids, reports))
     join_seconds, joined = timed(
-        lambda: arrays_write.join_digests([report.digests[ITEM] for report in reports])
+        lambda: write_tensorstore.join_digests([report.digests[ITEM] for report in reports])
     )
-    record = manifest.ItemRecord(
+    record = records.ItemRecord(
         item=ITEM,
         handler=item.handler,
         root=united,
         arrays={
-            name: manifest.ArrayRecord(g.chunk_shape, joined.get(name, ""))
+            name: records.ArrayRecord(g.chunk_shape, joined.get(name, ""))
             for name, g in grids.items()
         },
     )
     record_seconds, text = timed(record.to_json)
-    orbax_seconds, orbax = timed(lambda: orbax_format.tree_metadata(united))
-    parse_seconds, _ = timed(lambda: manifest.parse_item(text, "record"))
+    orbax_seconds, orbax = timed(lambda: orbax_lib.tree_metadata(united))
+    parse_seconds, _ = timed(lambda: records.parse_item(text, "record"))
     return {
         "shards": sum(grid.num_chunks for grid in grids.values()),
         "one_report_write_seconds": round(write_seconds / num_ranks, 4),
@@ -146,8 +154,8 @@ def primary(item: lowering.LoweredItem, plan: agreement.ItemPlan, num_ranks: int
 
 
 def made_up_report(
-    item: lowering.LoweredItem, grids: dict[str, chunks.ChunkGrid], rank: int, num_ranks: int
-) -> writer.RankReport:
+    item: lower.LoweredItem, grids: dict[str, chunks.ChunkGrid], rank: int, num_ranks: int
+) -> write.RankReport:
     """Every chunk is told of once, by one rank, in digests of its true length."""
     digests: dict[str, dict[int, str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -161,7 +169,7 @@ def made_up_report(
             digests[source.node.name] = dict.fromkeys(places, "0123456789abcdef" * num_digests)
         if rank == 0:
             shapes[source.node.name] = grid.chunk_shape
-    return writer.RankReport(
+    return write.RankReport(
         digests={ITEM: digests},
         chunk_shapes={ITEM: shapes},
         children={ITEM: (f"ocdbt.process_{rank}_0",)},
@@ -179,7 +187,7 @@ def merge(num_ranks: int, num_tensors: int) -> float:
         for rank, child in enumerate(children):
             data = np.full((1, 600), rank, np.int16)
             writes = [
-                arrays_write.ArrayWrite(
+                write_tensorstore.ArrayWrite(
                     name=f"layers.{place}.weight",
                     spec=spec,
                     grid=grid,
@@ -189,8 +197,10 @@ def merge(num_ranks: int, num_tensors: int) -> float:
                 )
                 for place in range(num_tensors)
             ]
-            arrays_write.write_arrays(storage, directory, [child], writes)
-        seconds, _ = timed(lambda: arrays_write.merge_children(storage, directory, children, {}))
+            write_tensorstore.write_arrays(storage, directory, [child], writes)
+        seconds, _ = timed(
+            lambda: write_tensorstore.merge_children(storage, directory, children, {})
+        )
     return seconds
 
 

@@ -20,7 +20,7 @@ from benchmarks.async_peers import SkipMeasure
 
 __all__ = ["measure"]
 
-_REMOTE = Path(__file__).parents[1] / "tests" / "remote"
+_SUPPORT = Path(__file__).parents[1] / "tests" / "support"
 _BYTES_PER_SECOND = 10e6
 _NUM_SAVES, _NUM_WARM = 10, 2
 _SLOW = """
@@ -43,7 +43,7 @@ def measure(divisor: int, root: str) -> dict[str, float]:
     missing = [name for name in ("moto", "obstore") if importlib.util.find_spec(name) is None]
     if missing:
         raise SkipMeasure(f"{missing[0]} is not installed")
-    sys.path.append(str(_REMOTE))
+    sys.path.append(str(_SUPPORT))
     import servers
 
     items = {"model": {"w": torch.rand(8 * 2**20 // divisor)}}
@@ -66,7 +66,7 @@ def _slowed(url: str) -> Generator[tuple[str, subprocess.Popen[str]]]:
     """A proxy before the store, and its process."""
     command = [sys.executable, "-c", _SLOW, url, str(_BYTES_PER_SECOND)]
     with subprocess.Popen(
-        command, cwd=_REMOTE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command, cwd=_SUPPORT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         if process.stdout is None:
             raise RuntimeError("the proxy has no output")

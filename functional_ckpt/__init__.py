@@ -21,19 +21,13 @@ if TYPE_CHECKING:
     from functional_ckpt import interop as interop
     from functional_ckpt import listeners as listeners
     from functional_ckpt import policies as policies
-    from functional_ckpt.background import Commit as Commit
     from functional_ckpt.checkpoint import metadata as metadata
     from functional_ckpt.checkpoint import restore as restore
     from functional_ckpt.checkpoint import save as save
-    from functional_ckpt.core.name_template import StepTemplate as StepTemplate
-    from functional_ckpt.core.names import CompositeStepName as CompositeStepName
-    from functional_ckpt.core.names import StepName as StepName
-    from functional_ckpt.core.plan import RestoreReport as RestoreReport
-    from functional_ckpt.core.progress import Progress as Progress
-    from functional_ckpt.core.spec import ArraySpec as ArraySpec
-    from functional_ckpt.core.target import AS_SAVED as AS_SAVED
-    from functional_ckpt.core.target import Fill as Fill
-    from functional_ckpt.describing import StepMetadata as StepMetadata
+    from functional_ckpt.core.arrays.spec import ArraySpec as ArraySpec
+    from functional_ckpt.core.restore_plan.plan import RestoreReport as RestoreReport
+    from functional_ckpt.core.tree.placeholders import AS_SAVED as AS_SAVED
+    from functional_ckpt.core.tree.placeholders import Fill as Fill
     from functional_ckpt.errors import CheckpointError as CheckpointError
     from functional_ckpt.events import Event as Event
     from functional_ckpt.handlers import CheckpointItem as CheckpointItem
@@ -49,37 +43,43 @@ if TYPE_CHECKING:
     from functional_ckpt.handlers import Stateful as Stateful
     from functional_ckpt.handlers import default_registry as default_registry
     from functional_ckpt.manager import CheckpointManager as CheckpointManager
-    from functional_ckpt.restoring import Restored as Restored
-    from functional_ckpt.tiers import Tier as Tier
+    from functional_ckpt.policies.progress import Progress as Progress
+    from functional_ckpt.restoring.restore import Restored as Restored
+    from functional_ckpt.saving.background import Commit as Commit
+    from functional_ckpt.steps.metadata import StepMetadata as StepMetadata
+    from functional_ckpt.steps.names import CompositeStepName as CompositeStepName
+    from functional_ckpt.steps.names import StepName as StepName
+    from functional_ckpt.steps.template import StepTemplate as StepTemplate
+    from functional_ckpt.steps.tiers import Tier as Tier
 
 # Where each public name lives; imported when first used: the command line starts without torch.
 _HOMES = {
-    "AS_SAVED": "core.target",
-    "ArraySpec": "core.spec",
+    "AS_SAVED": "core.tree.placeholders",
+    "ArraySpec": "core.arrays.spec",
     "CheckpointError": "errors",
     "CheckpointItem": "handlers",
     "CheckpointManager": "manager",
-    "Commit": "background",
-    "CompositeStepName": "core.names",
+    "Commit": "saving.background",
+    "CompositeStepName": "steps.names",
     "Event": "events",
-    "Fill": "core.target",
+    "Fill": "core.tree.placeholders",
     "Metric": "handlers",
     "Generator": "handlers",
     "Handler": "handlers",
     "Json": "handlers",
     "Module": "handlers",
     "Optimizer": "handlers",
-    "Progress": "core.progress",
+    "Progress": "policies.progress",
     "PyTree": "handlers",
     "Registry": "handlers",
-    "RestoreReport": "core.plan",
-    "Restored": "restoring",
+    "RestoreReport": "core.restore_plan.plan",
+    "Restored": "restoring.restore",
     "Rng": "handlers",
-    "StepMetadata": "describing",
-    "StepName": "core.names",
-    "StepTemplate": "core.name_template",
+    "StepMetadata": "steps.metadata",
+    "StepName": "steps.names",
+    "StepTemplate": "steps.template",
     "Stateful": "handlers",
-    "Tier": "tiers",
+    "Tier": "steps.tiers",
     "default_registry": "handlers",
     "errors": "",
     "flags": "",

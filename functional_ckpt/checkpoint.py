@@ -8,15 +8,19 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from functional_ckpt import agreement, completing, errors, lowering, restoring, stager, writer
-from functional_ckpt.core import renaming, selection
-from functional_ckpt.describing import StepMetadata, describe
+from functional_ckpt import errors
+from functional_ckpt.core.restore_plan import rename, select
 from functional_ckpt.distributed.coordinator import SingleProcess
+from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
-from functional_ckpt.storage import commit, layout
+from functional_ckpt.restoring import restore as restore_lib
+from functional_ckpt.saving import finalize, lower, stage, write
+from functional_ckpt.saving import plan as plan_lib
+from functional_ckpt.steps.metadata import StepMetadata, describe
+from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.connect import connect
+from functional_ckpt.storage.open import connect
 
 __all__ = ["metadata", "restore", "save"]
 
@@ -52,18 +56,18 @@ def save(
         )
     if storage.exists(final) and not storage.is_directory(final):
         raise errors.UsageError(f"{final} is a file, not a checkpoint.", path=final)
-    info = completing.CheckpointInfo(
+    info = finalize.CheckpointInfo(
         step=None, init_time_ns=time.time_ns(), custom_metadata=dict(custom_metadata or {})
     )
-    lowering.to_json(info.custom_metadata, "custom_metadata")
-    lowered = lowering.lower(items, registry or default_registry())
-    plan = agreement.Planner(SingleProcess()).plan(lowered, None)
-    staged = stager.stage(lowered, plan, None)
+    lower.to_json(info.custom_metadata, "custom_metadata")
+    lowered = lower.lower(items, registry or default_registry())
+    plan = plan_lib.Planner(SingleProcess()).plan(lowered, None)
+    staged = stage.stage(lowered, plan, None)
     tmp = commit.temporary(final)
     try:
         tmp = commit.begin(storage, final)
-        report = writer.write(storage, tmp, staged)
-        completing.complete(storage, tmp, lowered, [report], info, time.time_ns())
+        report = write.write(storage, tmp, staged)
+        finalize.complete(storage, tmp, lowered, [report], info, time.time_ns())
         replaced = commit.publish(storage, tmp, final, overwrite=overwrite)
     except BaseException:
         commit.abandon(storage, tmp)
@@ -77,24 +81,24 @@ def restore(
     items: Mapping[str, Any] | None = None,
     *,
     only: str | Sequence[str] | None = None,
-    ignore: selection.Ignored | None = None,
-    key_map: renaming.KeyMap | None = None,
+    ignore: select.Ignored | None = None,
+    key_map: rename.KeyMap | None = None,
     strict: bool = True,
     cast: Literal["target"] | None = None,
     verify: Literal["during", "before", "off"] = "during",
     registry: Registry | None = None,
     storage: Storage | None = None,
-) -> restoring.Restored:
+) -> restore_lib.Restored:
     """Restores the checkpoint in a directory, ours or Orbax's; see `CheckpointManager.restore`."""
-    options = restoring.RestoreOptions(
+    options = restore_lib.RestoreOptions(
         only=only, ignore=ignore, key_map=key_map, strict=strict, cast=cast, verify=verify
     )
-    open_checkpoint = functools.partial(layout.open_checkpoint, *connect(path, storage))
-    return restoring.restore_checkpoint(
+    open_checkpoint = functools.partial(checkpoint_dir.open_checkpoint, *connect(path, storage))
+    return restore_lib.restore_checkpoint(
         open_checkpoint, items, registry or default_registry(), options
     )
 
 
 def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) -> StepMetadata:
     """What is known of the checkpoint in a directory without reading its arrays."""
-    return describe(layout.open_checkpoint(*connect(path, storage)))
+    return describe(checkpoint_dir.open_checkpoint(*connect(path, storage)))

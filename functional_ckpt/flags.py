@@ -20,11 +20,13 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from functional_ckpt import checkpoint, errors, policies, restoring, resuming
+from functional_ckpt import checkpoint, errors, policies
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.handlers.module import ModuleHandler
 from functional_ckpt.manager import CheckpointManager
+from functional_ckpt.restoring import restore as restore_lib
+from functional_ckpt.restoring import restorer
 
 __all__ = ["CheckpointFlags", "define", "manager", "restore"]
 
@@ -205,7 +207,7 @@ def restore(
     items: Mapping[str, Any],
     *,
     registry: Registry | None = None,
-) -> restoring.Restored:
+) -> restore_lib.Restored:
     """Begins as the flags say, and logs how: `.next_step` is the step to go on with.
 
     Args:
@@ -227,7 +229,7 @@ def restore(
         _log_report(restored)
         return restored
     manager.check_start(0)
-    initial = resuming.begin_with(items)
+    initial = restorer.begin_with(items)
     if source == "none":
         _log.info("%s: beginning with the initial values (resume=none)", manager.directory)
         return initial
@@ -239,7 +241,7 @@ def restore(
     return found.over(initial)
 
 
-def _log_report(restored: restoring.Restored) -> None:
+def _log_report(restored: restore_lib.Restored) -> None:
     if restored.report:
         _log.warning("restored in part:\n%s", restored.report)
 

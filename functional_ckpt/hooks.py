@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.background import Commit
-from functional_ckpt.core.progress import Progress
 from functional_ckpt.manager import CheckpointManager
+from functional_ckpt.policies.progress import Progress
+from functional_ckpt.saving.background import Commit
 
 __all__ = ["SaveHook"]
 

@@ -8,22 +8,23 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
-from functional_ckpt import background, errors, opening, restoring, saving
-from functional_ckpt.core import keep_policies as keep
-from functional_ckpt.core import keep_rule, names, renaming, save_rule, selection
-from functional_ckpt.core.progress import Progress
-from functional_ckpt.describing import StepMetadata, describe_step
+from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import Coordinator, on_primary, together
 from functional_ckpt.events import Events, Listeners
-from functional_ckpt.fitting import RestoreArguments
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
-from functional_ckpt.interop import orbax
-from functional_ckpt.resuming import Resumer, as_step
-from functional_ckpt.steps import Steps
+from functional_ckpt.policies import keep, rules
+from functional_ckpt.policies.progress import Progress
+from functional_ckpt.restoring import restore as restore_lib
+from functional_ckpt.restoring.match import RestoreArguments
+from functional_ckpt.restoring.restorer import Resumer, as_step
+from functional_ckpt.saving import background, saver
+from functional_ckpt.steps import acquire, names, orbax_adapters
+from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.metadata import StepMetadata, describe_step
+from functional_ckpt.steps.tiers import Tier, open_tiers
 from functional_ckpt.storage.base import Lock, Storage
-from functional_ckpt.storage.connect import connect
-from functional_ckpt.tiers import Tier, open_tiers
+from functional_ckpt.storage.open import connect
 
 __all__ = ["CheckpointManager"]
 
@@ -36,28 +37,23 @@ class CheckpointManager:
     `wait_until_finished` or `close`. Use it from one thread.
 
     Args:
-        directory: Where the steps are, a local path or the URI of an object store; created by a
-            writer.
-        save_policy: When `save` saves: a policy, or a list of which any says yes. Default: every
-            call.
-        keep_policy: Which steps stay: a policy, or a list of which any says yes. Default: all.
+        directory: A local path or the URI of an object store; created by a writer.
+        save_policy: When `save` saves: a policy, or a list of them (any). Default: every call.
+        keep_policy: Which steps stay: a policy, or a list of them (any). Default: all.
         registry: Chooses handlers for plain values.
         step_name: How a step's directory is named.
         latest_link: Name of a link in the directory to the latest step; None for no link.
         tiers: Where committed steps are copied to in the background, the nearest first; see `Tier`.
             What `directory` holds no more is restored from there.
-        overwrite: Whether a step that exists may be saved again; it is replaced without a moment
-            of loss.
+        overwrite: Whether a step that exists may be saved again; it is replaced atomically.
         read_only: Restore and look only, beside a live writer if there is one.
-        asynchronous: Whether `save` returns once the state is staged; if not, it returns when it
-            is durable.
+        asynchronous: Whether `save` returns once the state is staged, not when it is durable.
         staging: When a save copies the state: all of it before it returns (`eager`), or what only
             optimizer steps change afterwards, until the next step waits for it (`overlapped`; see
             `fence`).
         staging_budget_bytes: The most host memory that saves may stage in; what is beyond it is
-            written before `save` returns. None for as much as the state takes.
-        on_busy: What a save does while another is being committed: `wait` for it, or `skip` this
-            one.
+            written before `save` returns. None: no bound.
+        on_busy: What a save does during another's commit: `wait` for it, or `skip` this one.
         process_group: The ranks that save and restore together: a group of torch.distributed, for
             a replica that checkpoints alone; None for the default group, if there is one. Each of
             its ranks makes its manager, and calls its methods, in the same order.
@@ -75,8 +71,8 @@ class CheckpointManager:
         self,
         directory: str | os.PathLike[str],
         *,
-        save_policy: save_rule.SavePolicies | None = None,
-        keep_policy: keep_rule.KeepPolicies | None = None,
+        save_policy: rules.SavePolicies | None = None,
+        keep_policy: rules.KeepPolicies | None = None,
         registry: Registry | None = None,
         step_name: names.NameFormat | None = None,
         latest_link: str | None = None,
@@ -93,47 +89,30 @@ class CheckpointManager:
         storage: Storage | None = None,
     ) -> None:
         connected, root = connect(directory, storage)
-        self._registry = registry or default_registry()
-        self._read_only = read_only
-        self._overwrite = overwrite
+        registry = registry or default_registry()
         self._pid, self._closed = os.getpid(), False
         self._lock: Lock | None = None
-        step_names = names.as_name_format(step_name, adapt=orbax.adapt_name_format)
+        step_names = names.as_name_format(step_name, adapt=orbax_adapters.adapt_name_format)
         events = Events(on_event)
         self._steps = Steps(
-            connected,
-            root,
-            step_names,
-            events,
-            read_only=read_only,
-            latest_link=latest_link,
+            connected, root, step_names, events, read_only=read_only, latest_link=latest_link
         )
-        self._keep_policies = keep_rule.keep_policies(
-            () if keep_policy is None else keep_policy, adapt=orbax.adapt_keep_policy
-        )
-        options = saving.SaveOptions(
-            save_rule=None
-            if save_policy is None
-            else save_rule.save_rule(save_policy, adapt=orbax.adapt_save_policy),
-            keep_policies=self._keep_policies,
+        self._options = saver.SaveOptions(
+            save_rule=orbax_adapters.adapted_save_rule(save_policy),
+            keep_policies=orbax_adapters.adapted_keep_policies(keep_policy),
             overwrite=overwrite,
             asynchronous=asynchronous,
             staging=staging,
             staging_budget_bytes=staging_budget_bytes,
             on_busy=on_busy,
         )
-        self._coordinator = opening.coordinator_of(coordinator, process_group)
+        self._coordinator = acquire.coordinator_of(coordinator, process_group)
         events.rank = self._coordinator.rank
-        self._saver = saving.Saver(self._steps, self._registry, self._coordinator, options)
-        self._resumer = Resumer(
-            steps=self._steps,
-            registry=self._registry,
-            coordinator=self._coordinator,
-            decider=self._saver.decider,
-        )
+        self._saver = saver.Saver(self._steps, registry, self._coordinator, self._options)
+        self._resumer = Resumer(self._steps, registry, self._coordinator, self._saver.decider)
         try:
             if not read_only:
-                self._lock = opening.take_over(self._steps, self._coordinator)
+                self._lock = acquire.take_over(self._steps, self._coordinator)
                 self._saver.decider.start()
             together(self._coordinator, "looking into the directory", self._steps.reload)
             self._saver.upload_by(
@@ -150,7 +129,7 @@ class CheckpointManager:
     def should_save(self, step: int, *, progress: Progress | None = None) -> bool:
         """Whether `save` would save this step now."""
         self._check_usable()
-        return self._saver.decider.wants(as_step(step), saving.checked_progress(progress))
+        return self._saver.decider.wants(as_step(step), saver.checked_progress(progress))
 
     def save(
         self,
@@ -188,7 +167,7 @@ class CheckpointManager:
         return self._saver.save(
             as_step(step),
             items,
-            about=saving.About(metrics=metrics, progress=progress, custom_metadata=custom_metadata),
+            about=saver.About(metrics=metrics, progress=progress, custom_metadata=custom_metadata),
             force=force,
         )
 
@@ -198,7 +177,7 @@ class CheckpointManager:
         To be called before it begins; nothing happens where the manager has `overwrite`.
         """
         self._check_usable()
-        self._steps.check_start(as_step(step), overwrite=self._overwrite)
+        self._steps.check_start(as_step(step), overwrite=self._options.overwrite)
 
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step that are known only now; durable when it returns.
@@ -211,7 +190,7 @@ class CheckpointManager:
         """
         self._check_usable()
         number = as_step(step)
-        checked = saving.as_json(metrics, "metrics") or {}
+        checked = saver.as_json(metrics, "metrics") or {}
         record = functools.partial(self._saver.record, number, checked)
         ready = functools.partial(self._steps.existing, number)
         what, then = f"recording metrics of step {number}", self._steps.reload_here
@@ -238,15 +217,8 @@ class CheckpointManager:
         self,
         step: int | None = None,
         items: Mapping[str, Any] | None = None,
-        *,
-        only: str | Sequence[str] | None = None,
-        ignore: selection.Ignored | None = None,
-        key_map: renaming.KeyMap | None = None,
-        strict: bool = True,
-        cast: Literal["target"] | None = None,
-        verify: Literal["during", "before", "off"] = "during",
-        share_reads: bool = False,
-    ) -> restoring.Restored:
+        **options: Unpack[RestoreArguments],
+    ) -> restore_lib.Restored:
         """Restores a step.
 
         Without `items`, everything comes back as it was saved, as pytrees of CPU tensors. With
@@ -256,20 +228,8 @@ class CheckpointManager:
         Args:
             step: Its number; None for the latest.
             items: What to restore, and into what; None there takes the item as saved.
-            only: Shell patterns on `item` or `item.leaf.name`.
-            ignore: Such patterns, or a function of such a name, of what is not read: the target
-                keeps its own. What matches nothing is an error.
-            key_map: Other names for what is stored, where the target calls it otherwise: a mapping
-                of old names (of leaves, or of all below) to new ones, `(regular expression,
-                replacement)` pairs, or a function, which may return None to leave a leaf out. Names
-                are `item.leaf.name`; a rule that renames nothing is an error.
-            strict: Whether a difference is an error; if not, see `.report`.
-            cast: `target` converts to the target's dtype.
-            verify: When bytes are checked: `during` the read, all `before` the first is written,
-                or `off`.
-            share_reads: Whether ranks read for each other what several of them need: it is asked of
-                storage once and handed on over connections of their own. For replicas, for other
-                shardings than the saved one, for slow storage.
+            options: The fields of `RestoreOptions`: `only`, `ignore`, `key_map`, `strict`, `cast`,
+                `verify`, `share_reads`.
 
         Raises:
             StepNotFoundError: No such step or item.
@@ -278,20 +238,11 @@ class CheckpointManager:
                 into.
         """
         self._check_usable()
-        options = restoring.RestoreOptions(
-            only=only,
-            ignore=ignore,
-            key_map=key_map,
-            strict=strict,
-            cast=cast,
-            verify=verify,
-            share_reads=share_reads,
-        )
-        return self._resumer.restore(step, items, options)
+        return self._resumer.restore(step, items, restore_lib.RestoreOptions(**options))
 
     def restore_or(
         self, initial: Mapping[str, Any], **options: Unpack[RestoreArguments]
-    ) -> restoring.Restored:
+    ) -> restore_lib.Restored:
         """Goes on from the latest step if there is one, else begins with what it is given.
 
         The decision is logged, and is that of all ranks. Only a directory without steps is begun
@@ -306,7 +257,7 @@ class CheckpointManager:
             MismatchError, CorruptCheckpointError: As `restore` does.
         """
         self._check_usable()
-        return self._resumer.restore_or(initial, restoring.RestoreOptions(**options))
+        return self._resumer.restore_or(initial, restore_lib.RestoreOptions(**options))
 
     def metadata(self, step: int | None = None) -> StepMetadata:
         """What is known of a step (None: the latest) without reading its arrays."""
@@ -338,9 +289,9 @@ class CheckpointManager:
             mode: Whether the highest or the lowest is best.
         """
         self._check_usable()
-        if self._read_only:
+        if self._steps.read_only:
             self.reload()
-        return keep.best_step(self._steps.everywhere(), metric, mode, self._keep_policies)
+        return keep.best_step(self._steps.everywhere(), metric, mode, self._options.keep_policies)
 
     def reload(self) -> None:
         """Reads the history from disk anew."""
@@ -429,8 +380,6 @@ class CheckpointManager:
             if error is None:
                 raise
             error.add_note(f"While leaving the manager: {failure}")
-
-    # ------------------------------------------------------------------------------ parts
 
     def _release(self) -> None:
         self._saver.release()

@@ -8,18 +8,20 @@ Python. It finds
 1. a module without a floor, one that imports from a floor above its own, and one that imports from
    another package on its own floor;
 2. a library used by anyone but the one module that may know it;
-3. I/O, clocks, threads and randomness inside ``core/``, which is pure;
+3. I/O, clocks, threads and randomness inside ``core/`` and ``policies/``, which are pure;
 4. modules that must start fast and yet import torch, themselves or by way of others;
 5. cycles between modules.
 
 Run ``python scripts/floors.py [ROOT]``; it exits 1 after printing one line per violation.
+``--table`` prints the floors, top down, as Markdown: docs/design/001 holds that table, and a test
+compares the two.
 """
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,66 +31,39 @@ PACKAGE = "functional_ckpt"
 # Module path (relative to the package, shell pattern) -> floor. The first match counts.
 FLOORS: dict[str, int] = {
     "errors.py": 0,
-    "core/__init__.py": 0,
-    "core/structure.py": 1,
-    "core/spec.py": 1,
-    "core/plan*.py": 3,
-    "core/*": 2,
-    "storage/__init__.py": 0,
-    "storage/*": 3,
-    "distributed/__init__.py": 0,
-    "distributed/coordinator.py": 2,
-    "distributed/*": 3,
+    "core/arrays/*": 1,
+    "core/tree/*": 2,
+    "core/*": 3,
+    "policies/*": 3,
+    "events.py": 3,
+    "distributed/coordinator.py": 3,
+    "distributed/*": 4,
     "handlers/*": 4,
-    "background.py": 4,
-    "bars.py": 4,
-    "events.py": 4,
-    "history.py": 4,
-    "preemption.py": 4,
-    "steps.py": 5,
-    "describing.py": 5,
-    "lowering.py": 5,
-    "agreement.py": 5,
-    "device_copies.py": 5,
-    "fence.py": 5,
-    "stager.py": 5,
-    "writer.py": 5,
-    "completing.py": 5,
-    "committing.py": 5,
-    "deciding.py": 5,
-    "memory.py": 5,
-    "opening.py": 5,
-    "reader.py": 5,
-    "fitting.py": 5,
-    "restoring.py": 5,
-    "resuming.py": 5,
-    "saving.py": 5,
-    "shared_reading.py": 5,
-    "uploading*.py": 5,
-    "verify*.py": 5,
-    "interop/__init__.py": 7,
-    "interop/lightning.py": 7,
-    "interop/orbax.py": 5,
-    "interop/trainer.py": 7,
-    "manager.py": 6,
-    "policies.py": 6,
-    "tiers.py": 6,
-    "interop/*": 6,
-    "checkpoint.py": 7,
-    "flags.py": 7,
-    "hooks.py": 7,
-    "listeners.py": 7,
-    "testing/*": 7,
-    "cli/*": 8,
-    "__init__.py": 9,
+    "runtime/*": 4,
+    "storage/buckets/*": 5,
+    "storage/*": 6,
+    "format/*": 7,
+    "steps/*": 8,
+    "verify/*": 8,
+    "saving/*": 9,
+    "restoring/*": 9,
+    "manager.py": 10,
+    "checkpoint.py": 10,
+    "interop/*": 11,
+    "flags.py": 11,
+    "hooks.py": 11,
+    "listeners.py": 11,
+    "testing/*": 11,
+    "cli/*": 12,
+    "__init__.py": 13,
 }
 
 # Library -> the only modules that may name it. An empty tuple: nobody.
 SOLE_IMPORTERS: dict[str, tuple[str, ...]] = {
-    "tensorstore": ("storage/arrays.py", "storage/arrays_*.py"),
-    "torch.distributed": ("distributed/torch_dist.py",),
-    "torch.utils._pytree": ("core/containers.py",),
-    "orbax": ("interop/orbax.py",),
+    "tensorstore": ("format/*",),
+    "torch.distributed": ("distributed/torch_store.py",),
+    "torch.utils._pytree": ("core/tree/containers.py",),
+    "orbax": ("steps/orbax_adapters.py",),
     "jax": (),
     "jaxlib": (),
     "pickle": ("interop/pickles.py",),  # into inert records: nothing it names is imported or run
@@ -98,33 +73,23 @@ SOLE_IMPORTERS: dict[str, tuple[str, ...]] = {
 TORCH_FREE: tuple[str, ...] = (
     "__init__.py",
     "errors.py",
-    "core/structure.py",
-    "core/spec.py",
-    "core/chunks.py",
-    "core/manifest.py",
-    "core/nodes_json.py",
-    "core/plain_json.py",
-    "core/walk.py",
-    "core/policy.py",
-    "core/time*.py",
-    "core/keep_*.py",
-    "core/save_*.py",
-    "core/orbax_format.py",
-    "core/names.py",
-    "storage/paths.py",
-    "storage/arrays.py",
-    "storage/arrays_*.py",
-    "storage/commit.py",
-    "storage/layout.py",
     "events.py",
-    "history.py",
-    "verify*.py",
-    "policies.py",
+    "policies/*",
+    "core/arrays/*",
+    "core/records/*",
+    "core/tree/structure.py",
+    "core/tree/plain_json.py",
+    "core/tree/walk.py",
+    "storage/*",
+    "format/*",
+    "steps/names.py",
+    "steps/history.py",
+    "verify/*",
     "cli/*",
 )
 
-# What has no place in core/, which computes and does nothing else.
-PURE = "core/*"
+# Folders that compute and do nothing else, and what has no place in them.
+PURE: tuple[str, ...] = ("core/*", "policies/*")
 IMPURE_MODULES = frozenset(
     {"absl", "asyncio", "atexit", "concurrent", "etils", "fcntl", "glob", "http", "io", "logging"}
     | {"mmap", "multiprocessing", "os", "pathlib", "queue", "random", "rich", "sched", "secrets"}
@@ -313,16 +278,17 @@ def _library_violations(module: Module) -> Iterator[Violation]:
 
 
 def _purity_violations(module: Module) -> Iterator[Violation]:
-    if not fnmatchcase(module.path, PURE):
+    if not any(fnmatchcase(module.path, pattern) for pattern in PURE):
         return
+    folder = module.path.partition("/")[0]
     for item in module.imports:
         if (library := item.name.partition(".")[0]) in IMPURE_MODULES:
-            message = f"core is pure and has no use for {library}"
+            message = f"{folder} is pure and has no use for {library}"
             yield Violation(path=module.path, line=item.line, message=message)
     for name, line in module.calls:
         if name in IMPURE_CALLS:
             yield Violation(
-                path=module.path, line=line, message=f"core is pure and cannot call {name}()"
+                path=module.path, line=line, message=f"{folder} is pure and cannot call {name}()"
             )
 
 
@@ -377,9 +343,33 @@ def _is_in(name: str, library: str) -> bool:
     return name == library or name.startswith(f"{library}.")
 
 
-def main(arguments: Iterable[str]) -> int:
-    """Prints every violation below the checkout named, or this one; the exit code says if any."""
-    root = Path(next(iter(arguments), Path(__file__).resolve().parent.parent))
+def _first_sentence(doc: str) -> str:
+    paragraph = doc.partition("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+def table(root: Path) -> str:
+    """Returns FLOORS as Markdown, top down: the number, the row, what its docstring says of it."""
+    package = root / PACKAGE
+    rows = ["| floor | modules | what they do |", "| --- | --- | --- |"]
+    for pattern, floor in sorted(FLOORS.items(), key=lambda row: (-row[1], row[0])):
+        home = package / pattern.replace("*", "__init__.py")
+        doc = ast.get_docstring(ast.parse(home.read_text(encoding="utf-8"))) or ""
+        rows.append(f"| {floor} | `{pattern}` | {_first_sentence(doc)} |")
+    return "\n".join(rows) + "\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints every violation below the checkout named, or this one; the exit code says if any.
+
+    With `--table`, prints the floors as the table of docs/design/001.
+    """
+    root = Path(__file__).resolve().parent.parent
+    if "--table" in arguments:
+        print(table(root), end="")
+        return 0
+    if arguments:
+        root = Path(arguments[0])
     num_modules, violations = check(root)
     for violation in violations:
         print(violation)

@@ -19,6 +19,9 @@ DEFAULT_TIMEOUT_SECONDS = 300.0
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# pytest reads every conftest.py as it is; collected for doctests too, those of two folders clash.
+collect_ignore_glob = ["**/conftest.py"]
+
 # The machine's speed is not a property under test, and a failure must be repeatable from CI's log.
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")

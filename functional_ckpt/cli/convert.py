@@ -13,11 +13,11 @@ __all__ = ["run"]
 def run(arguments: argparse.Namespace) -> int:
     """Opens the source, saves its items, says what there is now."""
     from functional_ckpt import checkpoint  # late: torch, which a listing does not need
-    from functional_ckpt.interop import creating, detecting
+    from functional_ckpt.interop import atomic_output, detect
     from functional_ckpt.manager import CheckpointManager
-    from functional_ckpt.storage.paths import LocalStorage, resolve
+    from functional_ckpt.storage.local import LocalStorage, resolve
 
-    creating.check_apart(arguments.source, arguments.destination)
+    atomic_output.check_apart(arguments.source, arguments.destination)
     storage, path = LocalStorage(), resolve(arguments.destination)
     if arguments.step is None and storage.exists(path):
         raise errors.StepExistsError(
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
             "step to a directory of steps",
             path=path,
         )
-    source = detecting.open(arguments.source, arguments.format)
+    source = detect.open(arguments.source, arguments.format)
     for name in arguments.item or ():
         if name not in source:
             raise errors.StepNotFoundError(

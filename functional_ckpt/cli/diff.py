@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output, targets, trees
-from functional_ckpt.cli.comparing import Difference, compare_items, compare_json
-from functional_ckpt.storage import layout
+from functional_ckpt.cli.compare import Difference, compare_items, compare_json
+from functional_ckpt.format import checkpoint_dir
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,7 +58,7 @@ def _pair(arguments: argparse.Namespace) -> list[targets.Checkpoint]:
 
 
 def _names(
-    a: layout.OpenCheckpoint, b: layout.OpenCheckpoint, wanted: Sequence[str] | None
+    a: checkpoint_dir.OpenCheckpoint, b: checkpoint_dir.OpenCheckpoint, wanted: Sequence[str] | None
 ) -> list[str]:
     names = list({**a.items, **b.items})
     for name in wanted or ():
@@ -70,8 +70,8 @@ def _names(
 
 
 def _compare(
-    a: layout.OpenCheckpoint,
-    b: layout.OpenCheckpoint,
+    a: checkpoint_dir.OpenCheckpoint,
+    b: checkpoint_dir.OpenCheckpoint,
     names: Sequence[str],
     progress: Callable[[int, int], None],
 ) -> dict[str, _ItemDiff]:

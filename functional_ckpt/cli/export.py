@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output, targets
-from functional_ckpt.storage import layout
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.storage.local import LocalStorage
 
 if TYPE_CHECKING:
     from functional_ckpt.interop.source import Source
@@ -18,13 +18,13 @@ __all__ = ["run"]
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the items asked for; says what there is now."""
-    from functional_ckpt.interop import creating, detecting  # late: torch
+    from functional_ckpt.interop import atomic_output, detect
 
     storage = LocalStorage()
     checkpoint = targets.checkpoint_of(arguments.checkpoint, arguments.step, arguments.prefix)
-    creating.check_apart(checkpoint.path, arguments.destination)
+    atomic_output.check_apart(checkpoint.path, arguments.destination)
     _check_options(arguments)
-    opened = layout.open_checkpoint(storage, checkpoint.path, checkpoint.step)
+    opened = checkpoint_dir.open_checkpoint(storage, checkpoint.path, checkpoint.step)
     for name in arguments.item or ():
         if name not in opened.items:
             raise errors.StepNotFoundError(
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         items = [_weights_item(arguments, opened)]
         _export_weights(arguments, checkpoint.path, items[0])
     else:
-        source = detecting.open(checkpoint.path, "step")
+        source = detect.open(checkpoint.path, "step")
         items = list(arguments.item or source)
         _export_tree(arguments, source, items)
     facts = {"path": arguments.destination, "format": arguments.to, "items": items}
@@ -55,7 +55,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
             raise errors.UsageError(f"--{option} is for --to hf, not for --to {arguments.to}")
 
 
-def _weights_item(arguments: argparse.Namespace, opened: layout.OpenCheckpoint) -> str:
+def _weights_item(arguments: argparse.Namespace, opened: checkpoint_dir.OpenCheckpoint) -> str:
     named = arguments.item or (["model"] if "model" in opened.items else list(opened.items))
     if len(named) != 1:
         raise errors.UsageError(
@@ -67,7 +67,7 @@ def _weights_item(arguments: argparse.Namespace, opened: layout.OpenCheckpoint) 
 
 
 def _export_weights(arguments: argparse.Namespace, path: str, item: str) -> None:
-    from functional_ckpt.interop import creating, huggingface, safetensors, weights
+    from functional_ckpt.interop import atomic_output, huggingface, safetensors, weights
 
     if arguments.to == "hf":
         huggingface.export(
@@ -82,7 +82,7 @@ def _export_weights(arguments: argparse.Namespace, path: str, item: str) -> None
         return
     given = weights.of_step(path, item)
     safetensors.require(given.dtypes.items(), arguments.destination)
-    with creating.created(arguments.destination) as tmp:
+    with atomic_output.created(arguments.destination) as tmp:
         safetensors.write(given.fetch(given.sizes), given.tied, tmp)
 
 

@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from functional_ckpt import errors, history
+from functional_ckpt import errors
 from functional_ckpt.cli import output, targets
-from functional_ckpt.core.policy import StepInfo
+from functional_ckpt.policies.base import StepInfo
+from functional_ckpt.steps import history
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,14 +10,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from functional_ckpt import bars
+from functional_ckpt.runtime import progress_bars
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
     from rich.text import Text
 
-    from functional_ckpt.verify_findings import Progress
+    from functional_ckpt.verify.findings import Progress
 
 __all__ = [
     "Printer",
@@ -181,4 +181,4 @@ def no_progress(done: int, total: int) -> None:
 
 def progress_bar(title: str) -> contextlib.AbstractContextManager[Progress]:
     """A bar on standard error while the work lasts, if that is a terminal; else nothing."""
-    return bars.bar(printable(title))
+    return progress_bars.bar(printable(title))

@@ -9,10 +9,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from functional_ckpt import errors, history
+from functional_ckpt import errors
 from functional_ckpt.cli import output, targets, trees
-from functional_ckpt.core import structure
-from functional_ckpt.storage import commit, layout
+from functional_ckpt.core.tree import structure
+from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.steps import history
+from functional_ckpt.storage import commit
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def chosen_items(opened: layout.OpenCheckpoint, wanted: Sequence[str] | None) -> list[str]:
+def chosen_items(opened: checkpoint_dir.OpenCheckpoint, wanted: Sequence[str] | None) -> list[str]:
     """The items to look at; `StepNotFoundError` for one that is not there."""
     for name in wanted or ():
         if name not in opened.items:
@@ -48,7 +50,7 @@ def chosen_items(opened: layout.OpenCheckpoint, wanted: Sequence[str] | None) ->
     return [name for name in opened.items if not wanted or name in wanted]
 
 
-def _facts(opened: layout.OpenCheckpoint) -> dict[str, Any]:
+def _facts(opened: checkpoint_dir.OpenCheckpoint) -> dict[str, Any]:
     """What is known of the checkpoint besides its items."""
     root = os.path.dirname(opened.path)
     late: history.LateMetrics = {}
@@ -70,7 +72,7 @@ def _facts(opened: layout.OpenCheckpoint) -> dict[str, Any]:
 
 
 def _item_records(
-    names: Sequence[str], trees_of: Mapping[str, layout.OpenItem], values: Mapping[str, Any]
+    names: Sequence[str], trees_of: Mapping[str, checkpoint_dir.OpenItem], values: Mapping[str, Any]
 ) -> dict[str, Any]:
     records: dict[str, Any] = {}
     for name in names:
@@ -96,7 +98,7 @@ def _print(
     checkpoint: targets.Checkpoint,
     facts: Mapping[str, Any],
     names: Sequence[str],
-    trees_of: Mapping[str, layout.OpenItem],
+    trees_of: Mapping[str, checkpoint_dir.OpenItem],
     values: Mapping[str, Any],
     depth: int | None,
 ) -> None:

@@ -8,22 +8,24 @@ import os
 import re
 from collections.abc import Mapping
 
-from functional_ckpt import errors, history
-from functional_ckpt.core import manifest, orbax_format
-from functional_ckpt.core.names import CompositeStepName, NameFormat, StepName
-from functional_ckpt.storage import commit, layout
+from functional_ckpt import errors
+from functional_ckpt.core.records import orbax, records
+from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.steps import history
+from functional_ckpt.steps.names import CompositeStepName, NameFormat, StepName
+from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.connect import connect
+from functional_ckpt.storage.open import connect
 
 __all__ = ["Checkpoint", "Root", "checkpoint_of", "find"]
 
 _STEP_NAME = re.compile(r"(?:(?P<prefix>.+)_)?(?P<digits>[0-9]+)")
 # One of these says that a directory is a checkpoint.
 _MARKS = (
-    manifest.EXTENSION_FILE,
-    orbax_format.CHECKPOINT_METADATA_FILE,
-    orbax_format.TREE_METADATA_FILE,
-    orbax_format.COMMIT_FILE,
+    records.EXTENSION_FILE,
+    orbax.CHECKPOINT_METADATA_FILE,
+    orbax.TREE_METADATA_FILE,
+    orbax.COMMIT_FILE,
 )
 _ROOT_MARKS = (commit.HIDDEN, "metadata/_ROOT_METADATA")
 
@@ -47,9 +49,9 @@ class Checkpoint:
         """What to call it."""
         return os.path.basename(self.path) if self.step is None else f"step {self.step}"
 
-    def open(self) -> layout.OpenCheckpoint:
+    def open(self) -> checkpoint_dir.OpenCheckpoint:
         """Opens it for reading."""
-        return layout.open_checkpoint(self.storage, self.path, self.step)
+        return checkpoint_dir.open_checkpoint(self.storage, self.path, self.step)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +128,8 @@ def _holds_items(storage: Storage, path: str) -> bool:
     """Whether it holds trees: a checkpoint whose own record is gone, or an old one of Orbax."""
     folders = [os.path.join(path, name) for name in storage.list(path)]
     return any(
-        storage.exists(os.path.join(folder, orbax_format.TREE_METADATA_FILE))
-        and not storage.exists(os.path.join(folder, orbax_format.CHECKPOINT_METADATA_FILE))
+        storage.exists(os.path.join(folder, orbax.TREE_METADATA_FILE))
+        and not storage.exists(os.path.join(folder, orbax.CHECKPOINT_METADATA_FILE))
         for folder in folders
     )
 
@@ -202,12 +204,12 @@ def _recorded(storage: Storage, path: str, listed: list[str]) -> _Recorded | Non
     """The steps of a directory by their records; None where it has none."""
     found: dict[str, int] = {}
     for name in listed:
-        record = os.path.join(path, name, manifest.EXTENSION_FILE)
+        record = os.path.join(path, name, records.EXTENSION_FILE)
         if commit.TMP_SUFFIX in name or storage.is_link(os.path.join(path, name)):
             continue
         if storage.exists(record):
             with contextlib.suppress(errors.CheckpointError):
-                step = manifest.parse_step(storage.read(record), record).step
+                step = records.parse_step(storage.read(record), record).step
                 if step is not None:
                     found[name] = step
     return _Recorded(found) if found else None
@@ -234,7 +236,7 @@ def _step_of(storage: Storage, path: str) -> int | None:
     if found is None:
         return None
     try:
-        record = layout.open_checkpoint(storage, path).record
+        record = checkpoint_dir.open_checkpoint(storage, path).record
     except errors.CheckpointError:
         record = None
     return None if record is not None and record.step is None else found.parse(name)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from functional_ckpt.core import structure
+from functional_ckpt.core.tree import structure
 
 __all__ = ["Row", "describe", "dtype_of", "leaf_records", "rows", "totals"]
 

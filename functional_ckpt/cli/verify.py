@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output, targets
-from functional_ckpt.verify import Finding, verify_checkpoint
+from functional_ckpt.verify.checkpoint import Finding, verify_checkpoint
 
 if TYPE_CHECKING:
     from rich.padding import Padding

@@ -1,1 +1,5 @@
-"""Pure logic: pytrees as structures, chunk grids, records, plans and policies; no I/O, no clock."""
+"""Pure logic: computes with data, does no I/O, reads no clock, starts no thread.
+
+`arrays` cuts arrays into chunks, `tree` takes pytrees apart, `records` describes what is on disk,
+`restore_plan` decides what a restore does with each leaf.
+"""

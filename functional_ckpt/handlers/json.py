@@ -7,7 +7,7 @@ import math
 from typing import Any, ClassVar, Literal, cast
 
 from functional_ckpt import errors
-from functional_ckpt.core.target import AS_SAVED
+from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.handlers.base import CheckpointItem, Handler
 
 __all__ = ["Json", "JsonHandler"]

@@ -13,10 +13,10 @@ import torch
 from torch.nn import parameter
 
 from functional_ckpt import errors
-from functional_ckpt.core import memory_of
-from functional_ckpt.core import spec as spec_lib
-from functional_ckpt.core.target import AS_SAVED, Fill
-from functional_ckpt.handlers import wrappers
+from functional_ckpt.core.arrays import spec as spec_lib
+from functional_ckpt.core.tree import memory
+from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
+from functional_ckpt.handlers import module_names
 from functional_ckpt.handlers.base import CheckpointItem, Handler
 
 __all__ = ["Module", "ModuleHandler"]
@@ -159,14 +159,14 @@ class _Entry(NamedTuple):
 
 
 def _entries(module: torch.nn.Module) -> dict[str, _Entry]:
-    own = {name: slot for name, slot in wrappers.slots(module) if slot.persistent}
+    own = {name: slot for name, slot in module_names.slots(module) if slot.persistent}
     entries: dict[str, _Entry] = {}
     prefixes: dict[str, str] = {}
     for raw_name, value in _state_dict(module).items():
         prefix, _, last = raw_name.rpartition(".")
         start = prefixes.get(prefix)
         if start is None:
-            start = prefixes[prefix] = wrappers.clean_prefix(module, prefix)
+            start = prefixes[prefix] = module_names.clean_prefix(module, prefix)
         name = start + last
         slot = own.get(name)
         is_own = slot is not None and _is_same(slot.tensor, value)
@@ -200,8 +200,8 @@ def _is_same(tensor: torch.Tensor, value: object) -> bool:
         return False
     if tensor.layout != torch.strided or value.layout != torch.strided:
         return False
-    key = memory_of.identity(value)
-    return key is not None and key == memory_of.identity(tensor)
+    key = memory.identity(value)
+    return key is not None and key == memory.identity(tensor)
 
 
 def _is_uninitialized(value: Any) -> bool:
@@ -259,7 +259,7 @@ def _check_meta(module: torch.nn.Module, state: Mapping[str, _Entry], *, whole: 
         )
     if not whole:
         return
-    left = [n for n, slot in wrappers.slots(module) if slot.tensor.is_meta and n not in state]
+    left = [n for n, slot in module_names.slots(module) if slot.tensor.is_meta and n not in state]
     if left:
         raise errors.UsageError(
             f"On the meta device and not part of the state dict: {_some(left)}; no checkpoint has "

@@ -15,14 +15,15 @@ from typing import Any, cast
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core import leaves, memory_of, placement
-from functional_ckpt.core import spec as spec_lib
-from functional_ckpt.core import tree as tree_lib
-from functional_ckpt.core.structure import Names
-from functional_ckpt.core.target import AS_SAVED, Fill
-from functional_ckpt.handlers import classes, parameters
+from functional_ckpt.core.arrays import sharding
+from functional_ckpt.core.arrays import spec as spec_lib
+from functional_ckpt.core.tree import encode, memory
+from functional_ckpt.core.tree import flatten as tree_lib
+from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
+from functional_ckpt.core.tree.structure import Names
+from functional_ckpt.handlers import classes, optimizer_names
 from functional_ckpt.handlers.base import CheckpointItem, Handler
-from functional_ckpt.handlers.parameters import NamedOptimizer, State
+from functional_ckpt.handlers.optimizer_names import NamedOptimizer, State
 
 __all__ = ["NamedOptimizer", "Optimizer", "OptimizerHandler"]
 
@@ -49,7 +50,7 @@ class OptimizerHandler(Handler):
     def lower(self, value: Any) -> State:
         """State and groups by name, as live references."""
         named = cast("NamedOptimizer", value)
-        names = parameters.group_names(named)
+        names = optimizer_names.group_names(named)
         packed: Mapping[str, Any] = named.optimizer.state_dict()
         if not {"state", "param_groups"} <= packed.keys():
             raise errors.UsageError(
@@ -58,10 +59,10 @@ class OptimizerHandler(Handler):
                 "save it with fc.Stateful(optimizer)."
             )
         flat = [name for group in names for name in group]
-        lowered: State = {k: v for k, v in packed.items() if k not in parameters.RESERVED}
+        lowered: State = {k: v for k, v in packed.items() if k not in optimizer_names.RESERVED}
         shared = {key: entry for key, entry in packed["state"].items() if type(key) is not int}
         if shared:
-            lowered[parameters.SHARED] = shared
+            lowered[optimizer_names.SHARED] = shared
         lowered["state"] = {
             flat[key]: entry for key, entry in packed["state"].items() if type(key) is int
         }
@@ -90,11 +91,11 @@ class OptimizerHandler(Handler):
         """
         named = cast("NamedOptimizer", value)
         own = self.lower(value)
-        parameters.check_layout(saved)
+        optimizer_names.check_layout(saved)
         if strict:
-            parameters.check_same_parameters(own, saved, named.optimizer)
+            optimizer_names.check_same_parameters(own, saved, named.optimizer)
         match = _Matching(own)
-        by_name = parameters.by_name(named)
+        by_name = optimizer_names.by_name(named)
         # State of a parameter that is not here (of another pipeline stage) is not read.
         known = {name for group in own["param_groups"] for name in group["params"]}
         return {
@@ -163,7 +164,7 @@ class _Matching:
 
     def __init__(self, own: State) -> None:
         counts = collections.Counter(
-            memory_of.identity(tensor) for tensor in _tensors([own["state"], own["param_groups"]])
+            memory.identity(tensor) for tensor in _tensors([own["state"], own["param_groups"]])
         )
         # Memory that two live entries share is not filled: in the checkpoint the two may differ.
         self.aliased: frozenset[Hashable] = frozenset(
@@ -204,8 +205,8 @@ class _Matching:
             isinstance(saved, spec_lib.ArraySpec)
             and _is_strided(live)
             and tuple(live.shape) == saved.shape
-            and leaves.torch_dtype_name(live.dtype) == saved.dtype
-            and memory_of.identity(live) not in self.aliased
+            and encode.torch_dtype_name(live.dtype) == saved.dtype
+            and memory.identity(live) not in self.aliased
         )
 
 
@@ -227,7 +228,7 @@ def _is_strided(tensor: torch.Tensor) -> bool:
 
 def _new_shard(parameter: torch.Tensor | None, saved: spec_lib.ArraySpec) -> Any:
     """Memory for state that a sharded parameter does not have yet: sharded as the parameter is."""
-    if parameter is None or parameter.is_meta or placement.sharding_of(parameter) is None:
+    if parameter is None or parameter.is_meta or sharding.sharding_of(parameter) is None:
         return AS_SAVED
     if tuple(parameter.shape) != saved.shape or saved.shape == ():
         return AS_SAVED
@@ -252,7 +253,7 @@ def _restore_options(optimizer: torch.optim.Optimizer, tree: State) -> None:
 def _restore_state(named: NamedOptimizer, tree: State) -> None:
     optimizer = named.optimizer
     restored = _restored_state(named, tree)
-    if parameters.loads_its_own_way(optimizer):
+    if optimizer_names.loads_its_own_way(optimizer):
         optimizer.load_state_dict(_packed(optimizer, restored, tree))
         return
     for parameter, entry in restored.items():
@@ -263,7 +264,7 @@ def _restore_state(named: NamedOptimizer, tree: State) -> None:
     state = cast("dict[Any, Any]", optimizer.state)
     for key in [key for key in state if type(key) is str]:
         del state[key]
-    state.update(tree.get(parameters.SHARED, {}))
+    state.update(tree.get(optimizer_names.SHARED, {}))
 
 
 def _as_run_wants(live: Any, option: Any) -> Any:
@@ -306,7 +307,7 @@ def _restored_state(named: NamedOptimizer, tree: State) -> dict[torch.Tensor, An
     """Each parameter that the checkpoint knows -> its state; None where it had none yet."""
     known = {name for group in tree["param_groups"] for name in group["params"]}
     state: dict[torch.Tensor, Any] = {}
-    names = parameters.group_names(named)
+    names = optimizer_names.group_names(named)
     for group, params in zip(named.optimizer.param_groups, names, strict=True):
         for parameter, name in zip(group["params"], params, strict=True):
             if name in tree["state"]:
@@ -321,8 +322,8 @@ def _packed(
     optimizer: torch.optim.Optimizer, restored: Mapping[torch.Tensor, Any], tree: State
 ) -> State:
     """The restored state in the layout of the optimizer's own `state_dict`."""
-    packed: State = {k: v for k, v in tree.items() if k not in parameters.RESERVED}
-    packed["state"] = dict(tree.get(parameters.SHARED, {}))
+    packed: State = {k: v for k, v in tree.items() if k not in optimizer_names.RESERVED}
+    packed["state"] = dict(tree.get(optimizer_names.SHARED, {}))
     packed["param_groups"] = []
     index = 0
     for group in optimizer.param_groups:

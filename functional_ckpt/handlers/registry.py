@@ -8,11 +8,11 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.handlers.base import Registry
-from functional_ckpt.handlers.metric import Metric, is_metric
 from functional_ckpt.handlers.module import Module
 from functional_ckpt.handlers.pytree import PyTree
 from functional_ckpt.handlers.rng import Generator, is_generator
 from functional_ckpt.handlers.stateful import Stateful, is_stateful
+from functional_ckpt.handlers.torchmetrics import Metric, is_metric
 
 __all__ = ["default_registry"]
 

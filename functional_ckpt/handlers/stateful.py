@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from functional_ckpt import errors
-from functional_ckpt.core.target import AS_SAVED
+from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.handlers import classes
 from functional_ckpt.handlers.base import CheckpointItem, Handler
 

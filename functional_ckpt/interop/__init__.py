@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from functional_ckpt.interop import huggingface as huggingface
-    from functional_ckpt.interop.detecting import FORMATS as FORMATS
-    from functional_ckpt.interop.detecting import open as open
+    from functional_ckpt.interop.detect import FORMATS as FORMATS
+    from functional_ckpt.interop.detect import open as open
     from functional_ckpt.interop.source import Format as Format
     from functional_ckpt.interop.source import Source as Source
 
 _HOMES = {
-    "FORMATS": "detecting",
+    "FORMATS": "detect",
     "Format": "source",
     "Source": "source",
     "huggingface": "",
-    "open": "detecting",
+    "open": "detect",
 }
 
 __all__ = ["FORMATS", "Format", "Source", "huggingface", "open"]

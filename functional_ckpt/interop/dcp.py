@@ -21,7 +21,7 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.interop import torch_save
-from functional_ckpt.interop.creating import created
+from functional_ckpt.interop.atomic_output import created
 from functional_ckpt.interop.pickles import read_inert
 from functional_ckpt.interop.source import Format, Source, items_of
 

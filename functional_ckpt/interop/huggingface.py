@@ -22,10 +22,10 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.interop import safetensors, torch_save, weights
-from functional_ckpt.interop.creating import created
+from functional_ckpt.interop.atomic_output import created
 from functional_ckpt.interop.source import Format, Source, match_files
 from functional_ckpt.interop.weights import Weights
-from functional_ckpt.storage.paths import LocalStorage, resolve
+from functional_ckpt.storage.local import LocalStorage, resolve
 
 __all__ = ["FORMAT", "export", "load", "save"]
 

@@ -18,9 +18,9 @@ import os
 from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.core.progress import Progress
 from functional_ckpt.handlers import PyTree, Rng
 from functional_ckpt.manager import CheckpointManager
+from functional_ckpt.policies.progress import Progress
 
 try:
     from lightning.pytorch import callbacks

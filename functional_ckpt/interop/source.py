@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import torch
 
-from functional_ckpt import errors, lowering
+from functional_ckpt import errors
+from functional_ckpt.saving import lower
 
 __all__ = ["Format", "Source", "items_of", "match_files"]
 
@@ -93,7 +94,7 @@ def items_of(
 
 def _is_item_name(name: object) -> bool:
     try:
-        lowering.check_item_name(name)
+        lower.check_item_name(name)
     except errors.UsageError:
         return False
     return True

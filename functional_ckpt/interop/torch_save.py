@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.interop.creating import created
+from functional_ckpt.interop.atomic_output import created
 from functional_ckpt.interop.pickles import UnpicklingError
 from functional_ckpt.interop.source import Format, Source, items_of
 

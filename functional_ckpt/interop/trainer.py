@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.core.progress import Progress
 from functional_ckpt.handlers import Json, Module, Optimizer, Rng, Stateful
 from functional_ckpt.manager import CheckpointManager
+from functional_ckpt.policies.progress import Progress
 
 try:
     import transformers

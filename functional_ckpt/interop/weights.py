@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 
-from functional_ckpt import errors, reader
-from functional_ckpt.core import leaves, placement, plan, structure, tree
-from functional_ckpt.core.target import AS_SAVED
+from functional_ckpt import errors
+from functional_ckpt.core.arrays import sharding
+from functional_ckpt.core.restore_plan import select
+from functional_ckpt.core.restore_plan.match import match
+from functional_ckpt.core.tree import encode, flatten, structure
+from functional_ckpt.core.tree.placeholders import AS_SAVED
+from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers import default_registry
-from functional_ckpt.storage import layout
-from functional_ckpt.storage.paths import LocalStorage, resolve
+from functional_ckpt.restoring import read
+from functional_ckpt.storage.local import LocalStorage, resolve
 
 __all__ = ["Weights", "of_step", "of_value"]
 
@@ -51,9 +55,9 @@ def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> 
     if isinstance(lowered, Mapping):  # names to keep come first, and so own what is tied
         first = [name for name in lowered if keep(str(name))]
         lowered = {name: lowered[name] for name in [*first, *lowered]}
-    flat = tree.flatten(lowered)
+    flat = flatten.flatten(lowered)
     owned = dict(zip((node.name for node, _ in flat.arrays), flat.arrays, strict=True))
-    spread = [name for name, (_, array) in owned.items() if placement.sharding_of(array)]
+    spread = [name for name, (_, array) in owned.items() if sharding.sharding_of(array)]
     if spread:
         raise errors.UnsupportedLeafError(
             f"{spread[0]} is a DTensor, of which each rank has a part: save a step with every "
@@ -62,7 +66,7 @@ def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> 
         )
 
     def fetch(names: Collection[str]) -> dict[str, torch.Tensor]:
-        return {name: leaves.source_of(owned[name][1], owned[name][0]) for name in names}
+        return {name: encode.source_of(owned[name][1], owned[name][0]) for name in names}
 
     return _weights(flat.root, fetch, "the value")
 
@@ -74,7 +78,7 @@ def of_step(path: str | os.PathLike[str], item: str) -> Weights:
         StepNotFoundError: There is no such step or item.
         UnsupportedLeafError: The item holds something else than tensors.
     """
-    opened = layout.open_checkpoint(LocalStorage(), resolve(path))
+    opened = checkpoint_dir.open_checkpoint(LocalStorage(), resolve(path))
     if opened.items.get(item) != "tree":
         trees = [name for name, kind in opened.items.items() if kind == "tree"]
         raise errors.StepNotFoundError(
@@ -86,14 +90,14 @@ def of_step(path: str | os.PathLike[str], item: str) -> Weights:
 
     def fetch(names: Collection[str]) -> dict[str, torch.Tensor]:
         wanted = frozenset(names)
-        root = plan.prune(saved.root, wanted.__contains__)
+        root = select.prune(saved.root, wanted.__contains__)
         if root is None:
             return {}
-        binding = plan.match(root, AS_SAVED, item=item).binding
-        touched = reader.Touched()
-        (value,) = reader.read_all([(saved, binding)], verify="during", touched=touched)
-        found = {node.name: (node, array) for node, array in tree.flatten(value).arrays}
-        return {name: leaves.source_of(found[name][1], found[name][0]) for name in names}
+        binding = match(root, AS_SAVED, item=item).binding
+        touched = read.Touched()
+        (value,) = read.read_all([(saved, binding)], verify="during", touched=touched)
+        found = {node.name: (node, array) for node, array in flatten.flatten(value).arrays}
+        return {name: encode.source_of(found[name][1], found[name][0]) for name in names}
 
     return _weights(saved.root, fetch, f"{opened.path}, item {item}")
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from functional_ckpt import errors
-from functional_ckpt.interop import neuronx, saved_step, zero
-from functional_ckpt.interop.creating import check_apart, created
+from functional_ckpt.interop import native, neuronx, zero
+from functional_ckpt.interop.atomic_output import check_apart, created
 from functional_ckpt.interop.neuronx import Rank
 from functional_ckpt.interop.source import Source
-from functional_ckpt.storage.paths import LocalStorage, resolve
+from functional_ckpt.storage.local import LocalStorage, resolve
 
 __all__ = ["convert"]
 
@@ -65,12 +65,12 @@ def convert(
                 neuronx.save(state, os.path.join(out, f"{rank.stem}.pt"))
 
             return _convert(states.ranks, states.read, write, dp_size, num_workers, folder)
-    if not saved_step.FORMAT.fits(path):
+    if not native.FORMAT.fits(path):
         raise errors.UsageError(
             f"{path}: neither a tag of neuronx-distributed with a folder {_FOLDER!r} nor a step.",
             path=path,
         )
-    step = saved_step.FORMAT.open(path)
+    step = native.FORMAT.open(path)
     item, found = _find_item(step)
     ranks = neuronx.parse_ranks(found, path)
     written: dict[str, Any] = {}

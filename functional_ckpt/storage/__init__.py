@@ -1,1 +1,1 @@
-"""Files, databases and the commit protocol."""
+"""Where files live (local disks, object stores) and how a directory of them is committed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from functional_ckpt.core.manifest import FileRecord
+from functional_ckpt.core.records.records import FileRecord
 
 __all__ = ["Lock", "Storage"]
 

@@ -23,10 +23,10 @@ import uuid
 from collections.abc import Callable, Collection, Generator, Iterable
 
 from functional_ckpt import errors
-from functional_ckpt.core import plain_json
-from functional_ckpt.storage import commit_objects
+from functional_ckpt.core.tree import plain_json
+from functional_ckpt.storage import commit_marker
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.objects import ObjectStorage
+from functional_ckpt.storage.object_store import ObjectStorage
 
 __all__ = [
     "HIDDEN",
@@ -78,7 +78,7 @@ def begin(storage: Storage, final: str) -> str:
     """Makes the empty place where a directory is written before it is published as `final`."""
     tmp = temporary(final)
     if isinstance(storage, ObjectStorage):
-        return commit_objects.begin(storage, tmp, final)
+        return commit_marker.begin(storage, tmp, final)
     storage.remove(tmp)  # of an earlier save of this process that failed
     storage.make_directory(tmp)
     return tmp
@@ -155,9 +155,9 @@ def publish(
     parent = os.path.dirname(final)
     if isinstance(storage, ObjectStorage):
         if tmp == final:
-            commit_objects.publish(storage, temporary(final), final)
+            commit_marker.publish(storage, temporary(final), final)
             return None
-        commit_objects.seal(storage, tmp)
+        commit_marker.seal(storage, tmp)
     if not storage.exists(final):
         storage.rename(tmp, final)
         with _undoing(lambda: storage.rename(final, tmp)):
@@ -233,7 +233,7 @@ def _make_trash(storage: Storage, hidden: str) -> str:
 def discard(storage: Storage, path: str, hidden: str) -> None:
     """Takes a directory out of sight at once, then removes it; a crash leaves only trash."""
     if isinstance(storage, ObjectStorage):
-        commit_objects.discard(storage, temporary(path), path)
+        commit_marker.discard(storage, temporary(path), path)
         return
     unique = f"{os.path.basename(path)}.{uuid.uuid4().hex[:8]}"
     target = os.path.join(_make_trash(storage, hidden), unique)
@@ -258,7 +258,7 @@ def recover(storage: Storage, root: str, hidden: str, *, but: Collection[str] = 
         if TMP_SUFFIX in name and not name.startswith(".") and final(name) not in but:
             path = os.path.join(root, name)
             if isinstance(storage, ObjectStorage):
-                commit_objects.collect(storage, path, path.removesuffix(TMP_SUFFIX))
+                commit_marker.collect(storage, path, path.removesuffix(TMP_SUFFIX))
             else:
                 storage.remove(path)
             done.append(f"removed unfinished {name}")
@@ -329,7 +329,7 @@ def abandon(storage: Storage, tmp: str) -> None:
         _log.warning("%s stays until the next save, which will end the overwrite", tmp)
         return
     if isinstance(storage, ObjectStorage):
-        commit_objects.abandon(storage, temporary(path), path)
+        commit_marker.abandon(storage, temporary(path), path)
         return
     try:
         storage.remove(tmp)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from functional_ckpt.core import leaves, tree
+from functional_ckpt.core.tree import encode, flatten
 
 __all__ = ["differences"]
 
@@ -37,7 +37,7 @@ def _differences(got: Any, expected: Any, where: str) -> Iterator[str]:
         yield from _tensor_differences(got, expected, where)
     elif isinstance(expected, (np.ndarray, np.generic)):
         yield from _array_differences(got, cast("Any", expected), where)
-    elif (opened := tree.open_container(expected)) is not None:
+    elif (opened := flatten.open_container(expected)) is not None:
         yield from _container_differences(got, opened, where)
     elif isinstance(expected, (float, complex)):
         if np.array(got).tobytes() != np.array(expected).tobytes():
@@ -57,8 +57,8 @@ def _are_named_alike(got: Any, expected: Any) -> bool:
     )
 
 
-def _container_differences(got: Any, expected: tree.Opened, where: str) -> Iterator[str]:
-    found = tree.open_container(got)
+def _container_differences(got: Any, expected: flatten.Opened, where: str) -> Iterator[str]:
+    found = flatten.open_container(got)
     if found is None or found.keys != expected.keys or found.detail != expected.detail:
         yield f"{where}: got {_show(found)}, expected {_show(expected)}"
         return
@@ -70,7 +70,7 @@ def _container_differences(got: Any, expected: tree.Opened, where: str) -> Itera
 
 
 def _tensor_differences(got: torch.Tensor, expected: torch.Tensor, where: str) -> Iterator[str]:
-    opened = tree.open_container(expected)
+    opened = flatten.open_container(expected)
     if got.layout != expected.layout or got.is_quantized != expected.is_quantized:
         yield f"{where}: got {_show(got)}, expected {_show(expected)}"
         return
@@ -95,11 +95,11 @@ def _tensor_differences(got: torch.Tensor, expected: torch.Tensor, where: str) -
 
 
 def _bits(tensor: torch.Tensor) -> Any:
-    node = leaves.array_node(tensor, "value")
+    node = encode.array_node(tensor, "value")
     if node is None:
         raise TypeError(f"not a strided tensor: {_show(tensor)}")
-    source = leaves.source_of(tensor, node).cpu()
-    host = np.ascontiguousarray(leaves.host_view(source, node.spec.dtype))
+    source = encode.source_of(tensor, node).cpu()
+    host = np.ascontiguousarray(encode.host_view(source, node.spec.dtype))
     return host.reshape(-1).view(np.uint8).reshape(host.size, host.itemsize)
 
 

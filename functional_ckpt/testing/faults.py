@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from functional_ckpt import errors
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.storage.local import LocalStorage
 
 __all__ = ["CHANGES", "Crash", "Fault", "FaultyStorage", "Operation"]
 

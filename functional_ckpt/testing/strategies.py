@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from functional_ckpt.core import spec
+from functional_ckpt.core.arrays import spec
 
 __all__ = ["TENSOR_DTYPES", "item_names", "keys", "plain_values", "pytrees", "tensors"]
 

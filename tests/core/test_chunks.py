@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functional_ckpt import errors
-from functional_ckpt.core.chunks import (
+from functional_ckpt.core.arrays.chunks import (
     DIGEST_BLOCK_BYTES,
     MAX_CHUNK_BYTES,
     ChunkGrid,
     choose_grid,
     digest_offsets,
 )
-from functional_ckpt.core.spec import ArraySpec, Box
+from functional_ckpt.core.arrays.spec import ArraySpec, Box
 
 SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
 BUDGETS = st.sampled_from((1, 4, 16, 64, 256, 4096, MAX_CHUNK_BYTES))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from functional_ckpt.core import plain_json
+from functional_ckpt.core.tree import plain_json
 
 SCALARS = st.one_of(
     st.none(),

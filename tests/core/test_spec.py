@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functional_ckpt import errors
-from functional_ckpt.core.spec import MAX_NUM_DIMS, STORAGE_DTYPES, ArraySpec, Box, numpy_dtype
+from functional_ckpt.core.arrays.spec import (
+    MAX_NUM_DIMS,
+    STORAGE_DTYPES,
+    ArraySpec,
+    Box,
+    numpy_dtype,
+)
 
 SIZES = st.integers(0, 6)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from functional_ckpt.core import walk
+from functional_ckpt.core.tree import walk
 
 
 def _visit(seen: list[Any]) -> Any:

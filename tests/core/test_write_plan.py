@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mesh_shapes import MESHES, SIZES
 
-from functional_ckpt.core import chunks
-from functional_ckpt.core.placement import DimShard, Sharding
-from functional_ckpt.core.spec import ArraySpec
-from functional_ckpt.core.write_plan import PlannedArray, ShardedArray, plan_writes
+from functional_ckpt.core.arrays import chunks
+from functional_ckpt.core.arrays.sharding import DimShard, Sharding
+from functional_ckpt.core.arrays.spec import ArraySpec
+from functional_ckpt.core.arrays.write_plan import PlannedArray, ShardedArray, plan_writes
 
 MIB = 2**20
 

@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import functional_ckpt as fc
-from functional_ckpt import agreement, lowering
 from functional_ckpt.distributed.coordinator import Channel, Combine, Coordinator
-from functional_ckpt.distributed.torch_dist import default_coordinator
-from functional_ckpt.storage.arrays import Database
+from functional_ckpt.distributed.torch_store import default_coordinator
+from functional_ckpt.format.database import Database
+from functional_ckpt.saving import lower
+from functional_ckpt.saving import plan as plan_lib
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 # A transformer of 64 MiB: embeddings, and six blocks of attention, feed-forward and norms.
@@ -249,14 +250,14 @@ def test_rounds_do_not_grow_with_the_leaves(alike: bool, workers: Workers, tmp_p
 
 
 def plan_thrice() -> list[bool]:
-    planner = agreement.Planner(default_coordinator())
+    planner = plan_lib.Planner(default_coordinator())
     ranks = tuple(range(dist.get_world_size()))
     rank = dist.get_rank()
     registry = fc.default_registry()
     plans: list[Any] = []
     for step, extra in enumerate((0, 0, 1, 1)):
         tree = {f"leaf{i}": torch.ones(2) for i in range(5 + extra * rank)}
-        items = lowering.lower({"tree": tree}, registry, rank=rank, ranks=ranks)
+        items = lower.lower({"tree": tree}, registry, rank=rank, ranks=ranks)
         plans.append(planner.plan(items, step)["tree"])
     return [plans[0] is plans[1], plans[1] is plans[2], plans[2] is plans[3]]
 
@@ -270,12 +271,12 @@ def plan_after_a_failure() -> list[int]:
     """Rank 1 fails in the middle of planning: nobody takes a stale plan for good afterwards."""
     rank = dist.get_rank()
     rounds: list[tuple[str, int]] = []
-    planner = agreement.Planner(Counting(default_coordinator(), rounds))
+    planner = plan_lib.Planner(Counting(default_coordinator(), rounds))
     registry = fc.default_registry()
 
     def lowered(num_leaves: int) -> Any:
         tree = {f"leaf{i}": torch.ones(2) for i in range(num_leaves)}
-        return lowering.lower({"tree": tree}, registry, rank=rank, ranks=(0, 1))
+        return lower.lower({"tree": tree}, registry, rank=rank, ranks=(0, 1))
 
     planner.plan(lowered(3), 0)
     try:

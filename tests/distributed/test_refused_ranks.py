@@ -48,7 +48,7 @@ def test_an_unfinished_sum_is_named(workers: Workers, tmp_path: Path) -> None:
 
 
 def save_in_replicas(directory: Path) -> list[float]:
-    from functional_ckpt.distributed.torch_dist import default_coordinator
+    from functional_ckpt.distributed.torch_store import default_coordinator
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
     replica = mesh.get_local_rank("replica")

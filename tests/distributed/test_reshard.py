@@ -12,7 +12,7 @@ import torch
 from gloo_workers import Workers
 
 import functional_ckpt as fc
-from functional_ckpt import shared_reading
+from functional_ckpt.restoring import shared_read
 
 SAVED: tuple[meshes.Layout, ...] = ((), (1,), (2,), (4,), (2, 2), (6,), (2, 3), (3, 2))
 RESTORED: tuple[meshes.Layout, ...] = ((), (1,), (2,), (3,), (4,), (2, 2))
@@ -74,11 +74,11 @@ def test_every_rank_gets_its_part(
 
 
 def restore_sharing(directory: Path, saved: meshes.Layout, layout: meshes.Layout) -> list[str]:
-    size_bytes, shared_reading._ROUND_BYTES = shared_reading._ROUND_BYTES, 100  # many rounds
+    size_bytes, shared_read._ROUND_BYTES = shared_read._ROUND_BYTES, 100  # many rounds
     try:
         return restore(directory, saved, layout, share_reads=True)
     finally:
-        shared_reading._ROUND_BYTES = size_bytes
+        shared_read._ROUND_BYTES = size_bytes
 
 
 @pytest.mark.parametrize("layout", [(2,), (3,), (2, 2)], ids=_name)

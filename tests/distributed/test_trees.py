@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 import functional_ckpt as fc
-from functional_ckpt.storage.paths import LocalStorage
-from functional_ckpt.verify import verify_checkpoint
+from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.verify.checkpoint import verify_checkpoint
 
 MIB = 2**20
 

@@ -26,9 +26,10 @@ import torch
 from hypothesis import strategies as st
 
 import functional_ckpt as fc
-from functional_ckpt import testing, verify
-from functional_ckpt.core import manifest
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt import testing
+from functional_ckpt.core.records import records
+from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.verify import checkpoint
 
 MEMORY_BYTES = 2 * 2**30
 EXTENSION = "_FUNCTIONAL_CKPT"
@@ -90,7 +91,7 @@ class Site:
         data = seal(record)
         (self.path / "tree" / EXTENSION).write_bytes(data)
         step = json.loads((self.path / EXTENSION).read_bytes())
-        step["files"][f"tree/{EXTENSION}"] = [len(data), manifest.digest_hex(data)]
+        step["files"][f"tree/{EXTENSION}"] = [len(data), records.digest_hex(data)]
         self.seal_step(step)
 
     def seal_step(self, record: dict[str, Any]) -> None:
@@ -101,7 +102,7 @@ def seal(record: dict[str, Any]) -> bytes:
     """As `manifest.seal`, for what the JSON encoder would refuse."""
     record.pop("xxh3", None)
     body = dump(record)[:-1]
-    return body + f', "xxh3": "{manifest.digest_hex(body)}"}}'.encode()
+    return body + f', "xxh3": "{records.digest_hex(body)}"}}'.encode()
 
 
 def dump(record: Any) -> bytes:
@@ -282,7 +283,7 @@ def small_json(site: Site, choose: random.Random, value: Any) -> None:
     (site.path / name).write_bytes(data)
     if (site.path / EXTENSION).exists():
         step = json.loads((site.path / EXTENSION).read_bytes())
-        step["files"][name] = [len(data), manifest.digest_hex(data)]
+        step["files"][name] = [len(data), records.digest_hex(data)]
         site.seal_step(step)
 
 
@@ -361,7 +362,7 @@ def try_everything(
     is_changed = expected is not None and contents(path) != contents(path.with_name("good"))
 
     def verified() -> None:
-        findings = verify.verify_checkpoint(LocalStorage(), str(path))
+        findings = checkpoint.verify_checkpoint(LocalStorage(), str(path))
         # Of our own checkpoints not one bit may change unseen.
         assert findings or not is_changed, "verify saw nothing"
 

@@ -27,10 +27,11 @@ import torch
 import torch.distributed as dist
 
 import functional_ckpt as fc
-from functional_ckpt import deciding, errors
-from functional_ckpt.distributed import torch_dist
-from functional_ckpt.distributed.torch_dist import StoreCoordinator
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt import errors
+from functional_ckpt.distributed import torch_store
+from functional_ckpt.distributed.torch_store import StoreCoordinator
+from functional_ckpt.steps import decide
+from functional_ckpt.storage.local import LocalStorage
 
 TIMEOUT_SECONDS = 4.0
 PATIENCE_SECONDS = 90.0
@@ -332,7 +333,7 @@ def _fail(path: str) -> None:
 
 def unsaveable(this: Rank) -> None:
     """Staging fails on one rank: the others, who already began, are told."""
-    import functional_ckpt.stager as stager
+    import functional_ckpt.saving.stage as stager
 
     original = stager.stage
 
@@ -428,7 +429,7 @@ def many_managers(this: Rank) -> None:
     """Managers beside and after each other, on groups of any kind; the store does not fill up."""
     assert this.num_ranks == 3
     if this.request["connection"] == "shared":  # as with stores that cannot be cloned
-        torch_dist._clone = lambda store: store
+        torch_store._clone = lambda store: store
     # Not all ranks have been in the same groups before.
     pair = dist.new_group([2, 0], backend="gloo")
     if this.rank != 1:
@@ -519,7 +520,7 @@ def run_rank(request: Mapping[str, Any]) -> None:
     """The life of a forked process."""
     faulthandler.dump_traceback_later(PATIENCE_SECONDS + 20, exit=True)
     this = Rank(request)
-    deciding._PREEMPTED_TIMEOUT_SECONDS = request.get("preempted_seconds", 20.0)
+    decide._PREEMPTED_TIMEOUT_SECONDS = request.get("preempted_seconds", 20.0)
     try:
         this.join()
         JOBS[request["job"]](this)

@@ -17,7 +17,8 @@ import torch
 
 import functional_ckpt as fc
 from functional_ckpt import testing
-from functional_ckpt.storage import arrays_direct, commit
+from functional_ckpt.format import write_direct
+from functional_ckpt.storage import commit
 
 Action = Callable[[fc.CheckpointManager], Any]
 
@@ -86,7 +87,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "several files":
-        monkeypatch.setattr(arrays_direct, "BYTES_PER_FILE", 1)
+        monkeypatch.setattr(write_direct, "BYTES_PER_FILE", 1)
     return request.param
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt.storage import arrays_direct
+from functional_ckpt.format import write_direct
 
 KEEP = 3
 
@@ -81,7 +81,7 @@ def save_until_killed(items: dict[str, Any], root: str, seed: int, version: int)
     """Saves for ever, new steps and those that are there again; reports what is durable."""
     choose = random.Random(seed)
     # Both layouts: one database for each item, and several that are merged.
-    arrays_direct.BYTES_PER_FILE = choose.choice((1000, 2**30))
+    write_direct.BYTES_PER_FILE = choose.choice((1000, 2**30))
     with fc.CheckpointManager(
         root, keep_policy=fc.policies.LatestN(KEEP), overwrite=True
     ) as manager:

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt import verify
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.testing.equality import differences
+from functional_ckpt.verify import checkpoint
 
 HERE = Path(__file__).parent
 VERSIONS = sorted(path for path in HERE.glob("v*") if path.is_dir())
@@ -133,7 +133,7 @@ def test_what_needs_a_target(golden: Path) -> None:
 
 @pytest.mark.parametrize("part", ["run/7", "save", "spread"])
 def test_every_byte_is_the_one_that_was_written(golden: Path, part: str) -> None:
-    assert verify.verify_checkpoint(LocalStorage(), str(golden / part)) == []
+    assert checkpoint.verify_checkpoint(LocalStorage(), str(golden / part)) == []
 
 
 @pytest.mark.parametrize("name", ORBAX)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from functional_ckpt.core import destinations, leaves, structure, tree
-from functional_ckpt.core.target import AS_SAVED, Fill
+from functional_ckpt.core.tree import decode, encode, flatten, structure
+from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
 from functional_ckpt.handlers import CheckpointItem, default_registry
 
 
@@ -42,8 +42,8 @@ class Stored:
         if isinstance(node, structure.ArrayNode):
             return array(node)
         if isinstance(node, structure.ValueNode):
-            return leaves.plain_value(node)
-        return tree.close_container(node, [self._build(child, array) for child in node.children])
+            return encode.plain_value(node)
+        return flatten.close_container(node, [self._build(child, array) for child in node.children])
 
     def _fill(
         self, node: structure.Node, target: Any, ties: dict[str, Any], *, strict: bool = True
@@ -53,8 +53,8 @@ class Stored:
         if isinstance(node, structure.ArrayNode):
             return self._array(node, target)
         if isinstance(node, structure.ValueNode):
-            return leaves.plain_value(node)
-        opened = tree.open_container(target)
+            return encode.plain_value(node)
+        opened = flatten.open_container(target)
         assert opened is not None, f"expected a container for {node.keys}, got {target!r}"
         wanted = dict(zip([key.value for key in opened.keys], opened.children, strict=True))
         pairs = zip(node.keys, node.children, strict=True)
@@ -67,11 +67,11 @@ class Stored:
         node = dataclasses.replace(
             node, keys=tuple(stored[key][0] for key in wanted), children=tuple(children)
         )
-        return tree.close_container(node, children, target)
+        return flatten.close_container(node, children, target)
 
     def _new(self, node: structure.ArrayNode, ties: dict[str, Any]) -> Any:
         if node.stored_name not in ties:
-            destination = destinations.allocate(node)
+            destination = decode.allocate(node)
             destination.array[...] = self.arrays[node.stored_name]
             ties[node.stored_name] = destination.finish()
         return ties[node.stored_name]
@@ -79,10 +79,10 @@ class Stored:
     def _array(self, node: structure.ArrayNode, target: Any) -> Any:
         wanted = target.tensor if isinstance(target, Fill) else target
         assert tuple(wanted.shape) == node.spec.shape, (node.name, wanted.shape, node.spec)
-        assert leaves.torch_dtype_name(wanted.dtype) == node.spec.dtype, node.name
+        assert encode.torch_dtype_name(wanted.dtype) == node.spec.dtype, node.name
         if not isinstance(target, Fill):
             return self._new(node, {})
-        view = leaves.host_view(wanted, node.spec.dtype)
+        view = encode.host_view(wanted, node.spec.dtype)
         view[...] = self.arrays[node.stored_name]
         return wanted
 
@@ -94,9 +94,9 @@ def _save(value: Any) -> Stored:
     if item.handler.format == "json":
         text = json.dumps(lowered, allow_nan=False)
         return Stored(root=structure.ValueNode(kind="none", value=None), arrays={}, text=text)
-    flat = tree.flatten(lowered)
+    flat = flatten.flatten(lowered)
     arrays = {
-        node.name: leaves.host_view(leaves.source_of(value, node), node.spec.dtype).copy()
+        node.name: encode.host_view(encode.source_of(value, node), node.spec.dtype).copy()
         for node, value in flat.arrays
     }
     return Stored(root=flat.root, arrays=arrays)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from functional_ckpt import errors
-from functional_ckpt.core.target import Fill
+from functional_ckpt.core.tree.placeholders import Fill
 from functional_ckpt.handlers import CheckpointItem, Module, ModuleHandler
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from functional_ckpt import errors
-from functional_ckpt.core.target import Fill
+from functional_ckpt.core.tree.placeholders import Fill
 from functional_ckpt.handlers import Module, Optimizer, OptimizerHandler
 
 O = torch.optim  # noqa: E741

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import functional_ckpt as fc
-from functional_ckpt.interop import lightning as fc_lightning
+from functional_ckpt.interop import lightning as lightning_lib
 
 NUM_EPOCHS = 3
 
@@ -61,14 +61,14 @@ def run(root: Path, kill_at: int | None = None, **options: Any) -> Module:
     options = {"save_policy": fc.policies.every("1ep"), **options}
     with fc.CheckpointManager(root / "ckpt", **options) as manager, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of workers, loggers and log intervals
-        io = fc_lightning.ManagerIO(manager)
+        io = lightning_lib.ManagerIO(manager)
         trainer = lightning.Trainer(
             default_root_dir=str(root),
             max_epochs=NUM_EPOCHS,
             accelerator="cpu",
             devices=1,
             plugins=[io],
-            callbacks=[fc_lightning.SaveCallback(io), Kill(manager, kill_at)],
+            callbacks=[lightning_lib.SaveCallback(io), Kill(manager, kill_at)],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

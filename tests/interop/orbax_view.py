@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from functional_ckpt.core import leaves, spec
+from functional_ckpt.core.arrays import spec
+from functional_ckpt.core.tree import encode
 
 
 def as_orbax(value: Any) -> Any:
@@ -24,9 +25,9 @@ def as_orbax(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return _tensor(value)
     if isinstance(value, (np.ndarray, np.generic)):
-        node = leaves.array_node(value, "x")
+        node = encode.array_node(value, "x")
         assert node is not None
-        return leaves.host_view(leaves.source_of(value, node), node.spec.dtype)
+        return encode.host_view(encode.source_of(value, node), node.spec.dtype)
     if isinstance(value, bytes):
         return np.frombuffer(value, np.uint8)
     if isinstance(value, complex):
@@ -48,7 +49,7 @@ def _tensor(tensor: torch.Tensor) -> Any:
             "zero_point": tensor.q_zero_point(),
         }
     tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    name = leaves.torch_dtype_name(tensor.dtype)
+    name = encode.torch_dtype_name(tensor.dtype)
     carrier = {"complex32": "int32", "float4_e2m1fn_x2": "uint8"}.get(name, name)
     size = tensor.element_size()
     integers = {

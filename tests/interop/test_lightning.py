@@ -15,7 +15,7 @@ pytest.importorskip("lightning")
 
 import lightning_run
 
-from functional_ckpt.interop import lightning as fc_lightning
+from functional_ckpt.interop import lightning
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_steps_within_an_epoch(whole: lightning_run.Module, tmp_path: Path) -> N
 
 def test_paths_that_are_no_steps_are_refused(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path / "ckpt") as manager:
-        io = fc_lightning.ManagerIO(manager)
+        io = lightning.ManagerIO(manager)
         assert io.latest() is None
         for path in (tmp_path / "last.ckpt", tmp_path / "ckpt" / "last", tmp_path / "7"):
             with pytest.raises(fc.errors.UsageError, match="the number of a step"):

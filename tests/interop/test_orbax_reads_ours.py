@@ -17,7 +17,7 @@ from orbax.checkpoint import v1
 from orbax_view import as_orbax, differences
 
 import functional_ckpt as fc
-from functional_ckpt.storage import arrays_direct
+from functional_ckpt.format import write_direct
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -317,7 +317,7 @@ def _read_by_all(path: Path) -> list[Any]:
 
 
 def test_an_item_spread_over_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrays_direct, "BYTES_PER_FILE", 1)
+    monkeypatch.setattr(write_direct, "BYTES_PER_FILE", 1)
     torch.manual_seed(2)
     tree = pytree()
     fc.save(tmp_path / "x", {"state": tree})
@@ -330,7 +330,7 @@ def test_a_large_item(tmp_path: Path) -> None:
     """Arrays of several chunks, ragged ones among them, in more than one database."""
     generator = torch.Generator().manual_seed(0)
     big = torch.randn(5_000, 4_099, generator=generator)
-    assert big.nbytes > 2 * arrays_direct.BYTES_PER_FILE
+    assert big.nbytes > 2 * write_direct.BYTES_PER_FILE
     tree = {
         "big": big,
         "tied": big,
@@ -350,7 +350,7 @@ def test_arrays_that_compress_well_inside_the_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorStore keeps chunks of up to 1 KiB in compressed nodes: fewer bytes than in memory."""
-    monkeypatch.setattr(arrays_direct, "MAX_KEYS", 0)
+    monkeypatch.setattr(write_direct, "MAX_KEYS", 0)
     tree = {f"x{index}": torch.zeros(256) for index in range(2000)}
     fc.save(tmp_path / "x", {"state": tree})
     item = tmp_path / "x" / "state"

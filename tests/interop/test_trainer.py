@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 import trainer_run
 import transformers
 
-from functional_ckpt.interop import trainer as fc_trainer
+from functional_ckpt.interop import trainer as trainer_lib
 
 
 def losses(trainer: transformers.Trainer) -> dict[int, float]:
@@ -85,4 +85,4 @@ def test_a_checkpoint_of_the_trainers_own_is_refused(tmp_path: Path) -> None:
         fc.CheckpointManager(tmp_path) as manager,
         pytest.raises(fc.errors.UsageError, match="leave resume_from_checkpoint out"),
     ):
-        fc_trainer.train(None, manager, resume_from_checkpoint=True)  # type: ignore[arg-type]
+        trainer_lib.train(None, manager, resume_from_checkpoint=True)  # type: ignore[arg-type]

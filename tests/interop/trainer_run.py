@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 import functional_ckpt as fc
-from functional_ckpt.interop import trainer as fc_trainer
+from functional_ckpt.interop import trainer as trainer_lib
 
 NUM_STEPS = 14
 
@@ -76,9 +76,9 @@ def run(root: Path, kill_at: int | None = None, **options: Any) -> transformers.
             model=Model(),
             args=arguments,
             train_dataset=Data(),
-            callbacks=[fc_trainer.ManagerCallback(manager), Kill(manager, kill_at)],
+            callbacks=[trainer_lib.ManagerCallback(manager), Kill(manager, kill_at)],
         )
-        fc_trainer.train(trainer, manager)
+        trainer_lib.train(trainer, manager)
     return trainer
 
 

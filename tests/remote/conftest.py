@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import uuid
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 import servers
-
-# The contract is every backend's; processes for ranks are those of tests/distributed, and small
-# disks those of tests/faults.
-for folder in ("storage", "distributed", "faults"):
-    sys.path.append(str(Path(__file__).parents[1] / folder))
+from remote_environment import set_environment, set_gcs_environment
 
 
 @pytest.fixture(scope="session")
@@ -60,18 +55,3 @@ def libcloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "top" / "bucket").mkdir(parents=True)
     monkeypatch.setenv("LIBCLOUD_KEY", str(tmp_path / "top"))
     return "libcloud://local:bucket"
-
-
-def set_environment(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """What a user sets to reach the server at `url`."""
-    for name, value in servers.environment(url).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
-
-
-def set_gcs_environment(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """What a user sets to reach a GCS server that is not Google's."""
-    # TensorStore's variables are set by us in turn: so they are put back after the test.
-    for name in ("TENSORSTORE_GCS_HTTP_URL", "GOOGLE_AUTH_TOKEN_FOR_TESTING", "GCS_KEY"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)

@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import set_environment, set_gcs_environment
 from proxy import Proxy
+from remote_environment import set_environment, set_gcs_environment
 
 import functional_ckpt as fc
-from functional_ckpt import errors, verify
-from functional_ckpt.storage.connect import connect
+from functional_ckpt import errors
+from functional_ckpt.storage.open import connect
+from functional_ckpt.verify import checkpoint
 
 # The whole count: FUNCTIONAL_CKPT_BAD_NETWORK_SAVES=200 pytest tests/remote/test_bad_network.py
 _NUM_SAVES = int(os.environ.get("FUNCTIONAL_CKPT_BAD_NETWORK_SAVES", "3"))
@@ -61,7 +62,7 @@ def test_saves_and_restores(
         assert kept == reported[-8:]
     store = connect(run)[0]
     for step in kept:
-        assert verify.verify_checkpoint(store, f"{run}/{step}", step) == []
+        assert checkpoint.verify_checkpoint(store, f"{run}/{step}", step) == []
     assert not [name for name in store.list(run) if "tmp" in name]
     print(f"{len(reported)} saves and restores of {_NUM_SAVES}, troubles: {proxy.troubles}")
     proxy.close()

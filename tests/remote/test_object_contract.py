@@ -8,7 +8,7 @@ import pytest
 from contract import StorageContract
 
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.connect import connect
+from functional_ckpt.storage.open import connect
 
 
 class TestFsspec(StorageContract):

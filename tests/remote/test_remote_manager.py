@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import servers
 import torch
-from conftest import set_environment, set_gcs_environment
 from proxy import Proxy
+from remote_environment import set_environment, set_gcs_environment
 
 import functional_ckpt as fc
 from functional_ckpt import cli, errors
-from functional_ckpt.storage import lease
-from functional_ckpt.storage.connect import connect
-from functional_ckpt.storage.objects import MARKER, ObjectStorage
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.storage.buckets import lease
+from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.object_store import MARKER, ObjectStorage
+from functional_ckpt.storage.open import connect
 from functional_ckpt.testing import differences
 
 

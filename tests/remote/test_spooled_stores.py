@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt import errors, verify
-from functional_ckpt.storage.connect import connect
+from functional_ckpt import errors
+from functional_ckpt.storage.open import connect
 from functional_ckpt.testing import differences
+from functional_ckpt.verify import checkpoint
 
 
 @pytest.mark.parametrize("kind", ["fsspec", "libcloud"])
@@ -30,7 +31,7 @@ def test_a_run(kind: str, request: pytest.FixtureRequest) -> None:
         with pytest.raises(errors.LockedError):
             fc.CheckpointManager(run)
     store = connect(run)[0]  # another, which has no copies
-    assert verify.verify_checkpoint(store, f"{run}/2", 2) == []
+    assert checkpoint.verify_checkpoint(store, f"{run}/2", 2) == []
     assert not differences(fc.restore(f"{run}/2")["state"], state)
 
 

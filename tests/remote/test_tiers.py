@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import set_environment
 from proxy import Proxy
+from remote_environment import set_environment
 
 import functional_ckpt as fc
-from functional_ckpt import errors, history, uploading, verify
-from functional_ckpt.core import manifest, names
-from functional_ckpt.interop import orbax
-from functional_ckpt.storage import bucket
-from functional_ckpt.storage.connect import connect
+from functional_ckpt import errors
+from functional_ckpt.core.records import records
+from functional_ckpt.steps import history, names, orbax_adapters, uploads
+from functional_ckpt.storage.buckets import base as base_lib
+from functional_ckpt.storage.open import connect
 from functional_ckpt.testing import differences
+from functional_ckpt.verify import checkpoint
 
 # The whole count: FUNCTIONAL_CKPT_UPLOAD_KILLS=50 pytest tests/remote/test_tiers.py -k killed
 _NUM_KILLS = int(os.environ.get("FUNCTIONAL_CKPT_UPLOAD_KILLS", "3"))
@@ -67,7 +68,7 @@ def test_a_run_with_two_tiers(far: str, tmp_path: Path) -> None:
     assert _steps(far) == [2, 4, 6]
     storage, root = connect(far)
     for step in (2, 4, 6):
-        assert verify.verify_checkpoint(storage, f"{root}/{step}", step) == []
+        assert checkpoint.verify_checkpoint(storage, f"{root}/{step}", step) == []
     assert fc.restore(f"{far}/latest")["state"]["n"] == 6
 
 
@@ -190,9 +191,9 @@ def test_a_step_saved_anew_replaces_the_copy(far: str, tmp_path: Path) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests are given up after half a second, and made again soon."""
-    monkeypatch.setattr(bucket, "_MAX_SECONDS", 0.5)
-    monkeypatch.setattr(uploading, "_FIRST_WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(uploading, "_LAST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(base_lib, "_MAX_SECONDS", 0.5)
+    monkeypatch.setattr(uploads, "_FIRST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(uploads, "_LAST_WAIT_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("quick")
@@ -274,7 +275,7 @@ def test_files_that_arrived_are_not_sent_again(
         manager.wait_until_finished()
     store = connect(run)[0]
     note = f"{run}/1.orbax-checkpoint-tmp/.unfinished"  # as if it had been cut before its end
-    identity = manifest.digest_hex((near / "1" / "_FUNCTIONAL_CKPT").read_bytes())
+    identity = records.digest_hex((near / "1" / "_FUNCTIONAL_CKPT").read_bytes())
     store.write(note, f'{{"token": "{identity}"}}'.encode())
     store.remove(f"{run}/1/commit_success.txt")
     store.remove(f"{run}/1/item3")
@@ -309,7 +310,7 @@ def test_killed_in_the_middle_of_uploads(first: int, s3: str, tmp_path: Path) ->
     """Every step that was reported is whole in one tier or the other; in the end, in both."""
     near, run, rng = tmp_path / "near", f"{s3}/run", random.Random(first)
     store, root = connect(run)
-    names_of_steps = names.as_name_format(None, adapt=orbax.adapt_name_format)
+    names_of_steps = names.as_name_format(None, adapt=orbax_adapters.adapt_name_format)
     checked: set[int] = set()
     script = str(Path(__file__).parent / "upload_forever.py")
     reported = -1
@@ -340,4 +341,4 @@ def test_killed_in_the_middle_of_uploads(first: int, s3: str, tmp_path: Path) ->
     assert set(range(reported + 1)) <= set(steps) and set(steps) == set(_steps(run))
     assert not [name for name in store.list(run) if "tmp" in name]
     for step in _steps(run):
-        assert verify.verify_checkpoint(store, f"{run}/{step}", step) == []
+        assert checkpoint.verify_checkpoint(store, f"{run}/{step}", step) == []

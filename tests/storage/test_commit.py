@@ -11,7 +11,7 @@ import pytest
 
 from functional_ckpt import errors
 from functional_ckpt.storage import commit
-from functional_ckpt.storage.paths import LocalStorage
+from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.testing import Crash, Fault, FaultyStorage
 
 

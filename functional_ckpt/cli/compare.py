@@ -1,0 +1,311 @@
+"""The differences between two items: structures, then digests, then bytes where those differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from functional_ckpt.cli import trees
+from functional_ckpt.core.arrays.chunks import ChunkGrid, digest_offsets
+from functional_ckpt.core.arrays.spec import ArraySpec, Box, numpy_dtype
+from functional_ckpt.core.tree import structure
+from functional_ckpt.format.checkpoint_dir import OpenItem
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Difference", "compare_items", "compare_json"]
+
+Kind: TypeAlias = Literal["only in a", "only in b", "kind", "value", "data"]
+# How much of each of two arrays is held in memory at a time, where their chunks differ.
+_SLAB_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One leaf that differs.
+
+    Attributes:
+        leaf: Its name.
+        kind: `only in a`, `only in b`; another `kind` of leaf, container, dtype or shape; another
+            plain `value`; other `data` in an array.
+        a: What the first has, for people; None where it has nothing.
+        b: What the second has.
+        num_different: For data, how many elements differ.
+        num_elements: For data, how many there are.
+        max_abs: For data, the largest absolute difference; NaN where one of two is not a number;
+            None where what is stored is no number (raw bytes, packed dtypes).
+    """
+
+    leaf: str
+    kind: Kind
+    a: str | None
+    b: str | None
+    num_different: int | None = None
+    num_elements: int | None = None
+    max_abs: float | None = None
+
+
+def compare_items(
+    a: OpenItem, b: OpenItem, advance: Callable[[int], None]
+) -> Iterator[Difference | None]:
+    """Compares two items leaf by leaf: yields a difference, or None for an equal leaf.
+
+    Args:
+        a: The first.
+        b: The second.
+        advance: Told of bytes of arrays that are done with.
+    """
+    is_exact = a.record is not None and b.record is not None
+    leaves_a, leaves_b = _leaves(a.root, is_exact=is_exact), _leaves(b.root, is_exact=is_exact)
+    if is_exact:
+        yield from _compare_containers(a.root, b.root)
+    for key, (name, leaf) in leaves_a.items():
+        other = leaves_b.get(key)
+        if other is None:
+            text = trees.describe(leaf)
+            yield Difference(leaf=name, kind="only in a", a=text, b=None)
+        else:
+            yield _compare_leaves(name, a, leaf, b, other[1], advance)
+    for key, (name, leaf) in leaves_b.items():
+        if key not in leaves_a:
+            text = trees.describe(leaf)
+            yield Difference(leaf=name, kind="only in b", a=None, b=text)
+
+
+def _leaves(
+    root: structure.Node, *, is_exact: bool
+) -> dict[tuple[object, ...], tuple[str, structure.Node]]:
+    """Leaves by key path. Orbax knows no keys but strings; ours tell `3` from `"3"` and `True`."""
+    found: dict[tuple[object, ...], tuple[str, structure.Node]] = {}
+    for path, leaf in structure.iter_leaves(root):
+        keys = tuple((type(k.value), k.value) if is_exact else str(k.value) for k in path)
+        found[keys] = (structure.leaf_name(path), leaf)
+    return found
+
+
+def _compare_containers(a: structure.Node, b: structure.Node) -> Iterator[Difference]:
+    """Containers at the same place that are of another kind."""
+    todo: list[tuple[structure.KeyPath, structure.Node, structure.Node]] = [((), a, b)]
+    while todo:
+        path, first, second = todo.pop()
+        if not isinstance(first, structure.BranchNode) or not isinstance(
+            second, structure.BranchNode
+        ):
+            continue
+        is_same = (first.kind, first.detail) == (second.kind, second.detail)
+        if not is_same and first.children and second.children:  # empty ones are leaves
+            name = structure.join(path) or "(the item itself)"
+            yield Difference(leaf=name, kind="kind", a=_container(first), b=_container(second))
+        others = {
+            (type(k.value), k.value): n for k, n in zip(second.keys, second.children, strict=True)
+        }
+        for key, child in zip(first.keys, first.children, strict=True):
+            if (other := others.get((type(key.value), key.value))) is not None:
+                todo.append(((*path, key), child, other))
+
+
+def _container(node: structure.BranchNode) -> str:
+    detail = ", ".join(f"{key}={value}" for key, value in node.detail.items())
+    return f"{node.kind} ({detail})" if detail else node.kind
+
+
+def _compare_leaves(
+    name: str,
+    a: OpenItem,
+    leaf_a: structure.Node,
+    b: OpenItem,
+    leaf_b: structure.Node,
+    advance: Callable[[int], None],
+) -> Difference | None:
+    value_a, value_b = _plain(a, leaf_a), _plain(b, leaf_b)
+    if isinstance(value_a, structure.ValueNode) and isinstance(value_b, structure.ValueNode):
+        if value_a.kind == value_b.kind and _same(value_a.value, value_b.value):
+            return None
+        kind: Kind = "value" if value_a.kind == value_b.kind else "kind"
+        texts = trees.describe(value_a), trees.describe(value_b)
+        return Difference(leaf=name, kind=kind, a=texts[0], b=texts[1])
+    texts = trees.describe(leaf_a), trees.describe(leaf_b)
+    if isinstance(leaf_a, structure.ArrayNode) and isinstance(leaf_b, structure.ArrayNode):
+        is_same = leaf_a.spec == leaf_b.spec and trees.dtype_of(leaf_a) == trees.dtype_of(leaf_b)
+        if is_same:
+            return _compare_data(name, _Array(a, leaf_a), _Array(b, leaf_b), advance)
+    elif texts == texts[::-1] and type(leaf_a) is type(leaf_b):
+        return None
+    return Difference(leaf=name, kind="kind", a=texts[0], b=texts[1])
+
+
+def _plain(item: OpenItem, leaf: structure.Node) -> structure.Node:
+    """A number that another program stored as an array is a plain number again."""
+    if not isinstance(leaf, structure.ArrayNode) or leaf.kind != "number":
+        return leaf
+    value: Any = _Array(item, leaf).read(Box.whole(leaf.spec.shape)).item()
+    return structure.ValueNode(kind=type(value).__name__, value=value)
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return a.hex() == b.hex()  # NaN equals NaN, and 0.0 is not -0.0
+    return a == b
+
+
+# ------------------------------------------------------------------------------------ arrays
+
+
+class _Array:
+    """One stored array, read by regions."""
+
+    def __init__(self, item: OpenItem, node: structure.ArrayNode) -> None:
+        self.item = item
+        self.node = node
+        self.place = item.record_of(node)
+
+    def digests(self, grid: ChunkGrid, index: tuple[int, ...]) -> str | None:
+        """What is recorded of a chunk; None where nothing is or where chunks are cut otherwise."""
+        if self.place is None or self.place.grid != grid:
+            return None
+        offsets = digest_offsets(grid, self.node.spec.itemsize_bytes)
+        place = grid.position(index)
+        return self.place.digests[16 * offsets[place] : 16 * offsets[place + 1]]
+
+    def read(self, box: Box) -> np.ndarray[Any, Any]:
+        """A region, verified where there is something to compare it with."""
+        import numpy as np
+
+        from functional_ckpt.format import read_tensorstore
+
+        node = self.node
+        data = np.empty(box.shape, numpy_dtype(node.spec.dtype))
+        if self.place is None:
+            read_tensorstore.read_foreign_array(
+                self.item.database,
+                node.name,
+                data,
+                box=box,
+                shape=node.spec.shape,
+                is_zarr3=self.item.is_zarr3,
+                fills_missing=self.item.fills_missing,
+            )
+            return data
+        read = read_tensorstore.ArrayRead(
+            name=node.stored_name,
+            spec=node.spec,
+            grid=self.place.grid,
+            digests=self.place.digests,
+            box=box,
+        )
+        read_tensorstore.read_array(self.item.database, read, data)
+        return data
+
+
+def _compare_data(
+    name: str, a: _Array, b: _Array, advance: Callable[[int], None]
+) -> Difference | None:
+    """Compares two arrays of one spec; equal digests spare the reading."""
+    spec = a.node.spec
+    grid = a.place.grid if a.place is not None else _slabs(spec)
+    num_different, largest = 0, 0.0
+    for index in grid.indices():
+        box = grid.box(index)
+        advance(box.num_elements * spec.itemsize_bytes)
+        digest = a.digests(grid, index)
+        if digest is not None and digest == b.digests(grid, index):
+            continue
+        count, most = _measure(a.read(box), b.read(box))
+        num_different += count
+        largest = max(largest, most, key=_nan_first)
+    if not num_different:
+        return None
+    text = trees.describe(a.node)
+    return Difference(
+        leaf=name,
+        kind="data",
+        a=text,
+        b=text,
+        num_different=num_different,
+        num_elements=spec.num_elements,
+        max_abs=largest if _is_numeric(a.node) else None,
+    )
+
+
+def _nan_first(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _slabs(spec: ArraySpec) -> ChunkGrid:
+    """A grid of our own over an array that another program wrote."""
+    if not spec.shape or spec.size_bytes <= _SLAB_BYTES:
+        return ChunkGrid(spec.shape, tuple(max(1, size) for size in spec.shape))
+    rows = max(1, _SLAB_BYTES * spec.shape[0] // spec.size_bytes)
+    return ChunkGrid(spec.shape, (rows, *spec.shape[1:]))
+
+
+def _is_numeric(node: structure.ArrayNode) -> bool:
+    """Whether what is stored are the numbers themselves, and not their bits or raw bytes."""
+    return node.kind != "bytes" and trees.dtype_of(node) == node.spec.dtype
+
+
+def _measure(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> tuple[int, float]:
+    """How many elements differ in their bits, and by how much at most."""
+    import numpy as np
+
+    bits = np.dtype(f"u{a.itemsize}") if a.itemsize <= 8 else np.dtype("u8")
+    differ = np.atleast_1d(a).view(bits) != np.atleast_1d(b).view(bits)
+    if a.itemsize > 8:  # complex128: either part
+        differ = differ.reshape(*np.atleast_1d(a).shape, 2).any(axis=-1)
+    if not differ.any():
+        return 0, 0.0
+    x, y = np.atleast_1d(a)[differ], np.atleast_1d(b)[differ]
+    if x.dtype.kind in "iu":
+        gaps = np.where(x > y, x, y).astype(np.uint64) - np.where(x > y, y, x).astype(np.uint64)
+        return int(differ.sum()), float(gaps.max())
+    wide = np.complex128 if x.dtype.kind == "c" else np.float64
+    with np.errstate(all="ignore"):
+        gaps = np.abs(x.astype(wide) - y.astype(wide))
+    both = np.isnan(x.astype(wide)) & np.isnan(y.astype(wide))
+    return int(differ.sum()), float(np.where(both, 0.0, gaps).max())
+
+
+# ------------------------------------------------------------------------------------ JSON
+
+
+def compare_json(a: Any, b: Any) -> Iterator[Difference | None]:
+    """Compares two JSON values leaf by leaf."""
+    todo: list[tuple[str, Any, Any]] = [("", a, b)]
+    while todo:
+        name, first, second = todo.pop()
+        children = _children(first), _children(second)
+        if children[0] is None or children[1] is None or type(first) is not type(second):
+            is_equal = type(first) is type(second) and first == second
+            where = name or "(the value itself)"
+            yield (
+                None
+                if is_equal
+                else Difference(leaf=where, kind="value", a=_text(first), b=_text(second))
+            )
+            continue
+        for key in reversed(list({**children[0], **children[1]})):
+            place = f"{name}.{key}" if name else key
+            if key not in children[1]:
+                yield Difference(leaf=place, kind="only in a", a=_text(children[0][key]), b=None)
+            elif key not in children[0]:
+                yield Difference(leaf=place, kind="only in b", a=None, b=_text(children[1][key]))
+            else:
+                todo.append((place, children[0][key], children[1][key]))
+
+
+def _children(value: Any) -> Mapping[str, Any] | None:
+    if isinstance(value, dict):
+        return value  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list):
+        return {str(index): each for index, each in enumerate(value)}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return None
+
+
+def _text(value: Any) -> str:
+    import json
+
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,199 @@
+"""How an array is cut into chunks: each has exactly one writer and is contiguous in its shard.
+
+Pure arithmetic on shapes; free of torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+from functional_ckpt import errors
+from functional_ckpt.core.arrays.spec import ArraySpec, Box
+
+__all__ = [
+    "DIGEST_BLOCK_BYTES",
+    "MAX_CHUNK_BYTES",
+    "MAX_INLINE_BYTES",
+    "ChunkGrid",
+    "asked_bytes",
+    "choose_grid",
+    "digest_offsets",
+    "run_in_chunk",
+    "whole_blocks",
+]
+
+# Small enough that object stores and partial reads stay cheap, large enough that a 2 GiB state is
+# 64 chunks.
+MAX_CHUNK_BYTES = 32 * 2**20
+# A reader verifies in units of this many bytes of a chunk's valid region (C order).
+DIGEST_BLOCK_BYTES = 64 * 2**10
+
+
+# Up to here a chunk lives in a node of the database's tree, and nodes are compressed.
+MAX_INLINE_BYTES = 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChunkGrid:
+    """A regular grid over an array, as zarr has it: edge chunks are stored padded to full shape.
+
+    Attributes:
+        shape: Shape of the array.
+        chunk_shape: Shape of one chunk; at least 1 in every dim.
+    """
+
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.chunk_shape) or any(
+            type(size) is not int or size < 1 for size in self.chunk_shape
+        ):
+            raise errors.UsageError(f"Chunk shape {self.chunk_shape} does not fit {self.shape}.")
+
+    @property
+    def num_chunks_per_dim(self) -> tuple[int, ...]:
+        """Chunks along each dim; zero where the dim is empty."""
+        return tuple(-(-n // c) for n, c in zip(self.shape, self.chunk_shape, strict=True))
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks in the grid; a 0-dim array has one, an array with an empty dim none."""
+        return math.prod(self.num_chunks_per_dim)
+
+    def box(self, index: tuple[int, ...]) -> Box:
+        """The valid region of chunk `index`: edge chunks are cut at the array's end."""
+        offset = tuple(i * c for i, c in zip(index, self.chunk_shape, strict=True))
+        shape = tuple(
+            min(c, n - o) for c, n, o in zip(self.chunk_shape, self.shape, offset, strict=True)
+        )
+        return Box(offset, shape)
+
+    def is_padded(self, index: tuple[int, ...]) -> bool:
+        """Whether chunk `index` reaches over the array's end."""
+        return self.box(index).shape != self.chunk_shape
+
+    def indices(self, region: Box | None = None) -> Iterator[tuple[int, ...]]:
+        """Indices of the chunks that meet `region` (default: all), in C order."""
+        if self.num_chunks == 0 or (region is not None and math.prod(region.shape) == 0):
+            return iter(())
+        region = region or Box.whole(self.shape)
+        return itertools.product(
+            *(
+                range(o // c, -(-e // c))
+                for o, e, c in zip(region.offset, region.end, self.chunk_shape, strict=True)
+            )
+        )
+
+    def position(self, index: tuple[int, ...]) -> int:
+        """Place of chunk `index` in C order."""
+        place = 0
+        for i, n in zip(index, self.num_chunks_per_dim, strict=True):
+            place = place * n + i
+        return place
+
+    def key(self, index: tuple[int, ...]) -> str:
+        """Zarr v3's default chunk key, relative to the array: `c/0/1`, or `c` for a 0-dim array."""
+        return "/".join(("c", *map(str, index)))
+
+    def num_digests(self, index: tuple[int, ...], itemsize_bytes: int) -> int:
+        """Digest blocks of chunk `index`."""
+        return -(-self.box(index).num_elements * itemsize_bytes // DIGEST_BLOCK_BYTES)
+
+
+@functools.lru_cache(maxsize=65536)
+def digest_offsets(grid: ChunkGrid, itemsize_bytes: int) -> tuple[int, ...]:
+    """Where each chunk's digests begin, in blocks, chunks in C order; the last is the total."""
+    counts = (grid.num_digests(index, itemsize_bytes) for index in grid.indices())
+    return tuple(itertools.accumulate(counts, initial=0))
+
+
+def run_in_chunk(
+    grid: ChunkGrid, index: tuple[int, ...], inside: Box, itemsize_bytes: int
+) -> tuple[int, int] | None:
+    """First byte and one past the last of a region that is one run of a chunk's bytes, else None.
+
+    A chunk that is cut off in a dim after the first is stored with gaps, so it is read whole.
+
+    Args:
+        grid: The array's chunks.
+        index: Which chunk.
+        inside: A region of the chunk, counted from the chunk's first element.
+        itemsize_bytes: Bytes of one element.
+    """
+    shape = grid.box(index).shape
+    if shape[1:] != grid.chunk_shape[1:]:
+        return None
+    partial = [dim for dim, size in enumerate(shape) if inside.shape[dim] != size]
+    if not partial or any(size != 1 for size in inside.shape[: partial[-1]]):
+        return None
+    start = 0
+    for offset, size in zip(inside.offset, shape, strict=True):
+        start = start * size + offset
+    return start * itemsize_bytes, (start + inside.num_elements) * itemsize_bytes
+
+
+def whole_blocks(start: int, end: int, size_bytes: int) -> tuple[int, int]:
+    """The digest blocks that a run of a chunk of `size_bytes` touches, as first byte and end."""
+    first = start // DIGEST_BLOCK_BYTES * DIGEST_BLOCK_BYTES
+    return first, min(-(-end // DIGEST_BLOCK_BYTES) * DIGEST_BLOCK_BYTES, size_bytes)
+
+
+def asked_bytes(grid: ChunkGrid, index: tuple[int, ...], box: Box, itemsize_bytes: int) -> int:
+    """Bytes that a verified read of a region asks of one chunk that it meets."""
+    chunk = grid.box(index)
+    size_bytes = chunk.num_elements * itemsize_bytes
+    run = run_in_chunk(grid, index, box.relative_to(chunk.offset), itemsize_bytes)
+    if run is None:
+        return size_bytes
+    first, end = whole_blocks(*run, size_bytes)
+    return end - first
+
+
+def choose_grid(
+    spec: ArraySpec,
+    shard_shape: tuple[int, ...] | None = None,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> ChunkGrid:
+    """A grid whose chunks are at most `max_chunk_bytes`, cut along the leading dims first.
+
+    Args:
+        spec: The global array.
+        shard_shape: The regular division between writers, `ceil(n / k)` per dim; None for one
+            writer. A chunk never reaches over a shard's edge, so it has one writer.
+        max_chunk_bytes: Bound on the bytes of a chunk (one element may exceed it).
+
+    >>> choose_grid(ArraySpec((50257, 768), "float32")).chunk_shape
+    (10052, 768)
+    """
+    shard = tuple(max(1, n) for n in (shard_shape or spec.shape))
+    chunk = list(shard)
+    for dim, size in enumerate(shard):
+        # A dim that could not be cut stays whole, and the next ones make up for it.
+        others = math.prod(chunk) // chunk[dim]
+        budget = max_chunk_bytes // (others * spec.itemsize_bytes)
+        if budget >= size:
+            break
+        chunk[dim] = _split(size, max(1, budget), exact=size < spec.shape[dim])
+        if math.prod(chunk) * spec.itemsize_bytes <= max_chunk_bytes:
+            break
+    return ChunkGrid(spec.shape, tuple(chunk))
+
+
+def _split(size: int, budget: int, *, exact: bool) -> int:
+    """The largest even part of `size` up to `budget`; a divisor where shards share the dim."""
+    if not exact:
+        return -(-size // -(-size // budget))
+    best = max(d for d in _divisors(size) if d <= budget)
+    # A size with no useful divisor (a prime, say) is not worth thousands of slivers: keep it whole.
+    return best if best * 8 >= budget else size
+
+
+def _divisors(number: int) -> Iterator[int]:
+    for low in range(1, math.isqrt(number) + 1):
+        if number % low == 0:
+            yield from (low, number // low)

@@ -1,0 +1,306 @@
+"""Which rank holds which part of a global array: device meshes and placements as plain data.
+
+Facts about DTensor (torch 2.13, tried on real meshes): placements apply to the mesh dims from left
+to right; `Shard` cuts what is left of a dim into parts of ceil(n / k), the last ones smaller or
+empty; `_StridedShard` with the split factor f first cuts it into f such parts and gives every rank
+its share of each. Free of torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from functional_ckpt import errors
+from functional_ckpt.core.arrays.spec import Box
+
+__all__ = ["DimShard", "Piece", "Sharding", "local_of", "pieces_of", "sharding_of"]
+
+Run: TypeAlias = tuple[int, int]
+"""First index and one past the last of a stretch of a dim."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DimShard:
+    """One mesh dim cuts one dim of the array.
+
+    Attributes:
+        dim: The dim of the array.
+        split_factor: 1 for `Shard`; the split factor of `_StridedShard`.
+    """
+
+    dim: int
+    split_factor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of the global array and where it lies in a rank's local tensor.
+
+    Attributes:
+        box: In the global array.
+        local: In the local tensor; of the same shape.
+    """
+
+    box: Box
+    local: Box
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sharding:
+    """How an array is spread over ranks.
+
+    Attributes:
+        mesh_shape: Ranks along each mesh dim.
+        ranks: The global ranks in the mesh, in C order.
+        placements: For each mesh dim what it cuts, or None where it replicates.
+    """
+
+    mesh_shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    placements: tuple[DimShard | None, ...]
+
+    def __post_init__(self) -> None:
+        is_whole = math.prod(self.mesh_shape) == len(self.ranks)
+        if not is_whole or len(self.placements) != len(self.mesh_shape):
+            raise errors.UsageError(
+                f"A mesh of shape {self.mesh_shape} with {len(self.ranks)} ranks and "
+                f"{len(self.placements)} placements."
+            )
+
+    @classmethod
+    def replicated(cls, ranks: tuple[int, ...]) -> Sharding:
+        """The whole array on each of `ranks`."""
+        return cls((len(ranks),), ranks, (None,))
+
+    def coordinate(self, rank: int) -> tuple[int, ...] | None:
+        """Where a rank is in the mesh; None for a rank outside it."""
+        place = _places(self.ranks).get(rank)
+        if place is None:
+            return None
+        coordinate: list[int] = []
+        for size in reversed(self.mesh_shape):
+            place, here = divmod(place, size)
+            coordinate.append(here)
+        return tuple(reversed(coordinate))
+
+    def pieces(self, shape: tuple[int, ...], rank: int) -> tuple[Piece, ...]:
+        """What a rank holds of an array of `shape`, in the order of its local tensor."""
+        coordinate = self.coordinate(rank)
+        return () if coordinate is None else self.pieces_at(shape, coordinate)
+
+    def pieces_at(self, shape: tuple[int, ...], coordinate: tuple[int, ...]) -> tuple[Piece, ...]:
+        """What the rank at a mesh coordinate holds."""
+        runs = [
+            _runs(size, self._cuts(dim), self._coordinate_of(dim, coordinate))
+            for dim, size in enumerate(shape)
+        ]
+        return tuple(_combine(runs))
+
+    def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+        """Shape of a rank's local tensor."""
+        coordinate = self.coordinate(rank)
+        if coordinate is None:
+            return (0,) * len(shape)
+        return tuple(
+            sum(
+                end - start
+                for start, end in _runs(size, self._cuts(dim), self._coordinate_of(dim, coordinate))
+            )
+            for dim, size in enumerate(shape)
+        )
+
+    def renumbered(self, group: tuple[int, ...]) -> Sharding:
+        """The same sharding with ranks counted within a group of processes.
+
+        Raises:
+            UnsupportedLeafError: The mesh has a rank outside the group.
+        """
+        if self.ranks == group == tuple(range(len(group))):
+            return self
+        places = _places(group)
+        outside = [rank for rank in self.ranks if rank not in places]
+        if outside:
+            raise errors.UnsupportedLeafError(
+                f"the DTensor's mesh has rank {outside[0]}, which is outside the process group "
+                f"that saves ({len(group)} ranks); give a process_group that holds the whole mesh"
+            )
+        ranks = tuple(places[rank] for rank in self.ranks)
+        return dataclasses.replace(self, ranks=ranks)
+
+    def units(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Per dim a length that divides every edge between ranks; the whole dim where none cuts it.
+
+        A chunk that divides the unit never reaches over an edge, so it has one writer.
+        """
+        return tuple(_unit(size, self._cuts(dim)) for dim, size in enumerate(shape))
+
+    @property
+    def num_replicas(self) -> int:
+        """How many ranks hold the same of it."""
+        return math.prod(
+            size for size, cut in zip(self.mesh_shape, self.placements, strict=True) if cut is None
+        )
+
+    def replicas(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold exactly what `rank` holds, itself included, ascending."""
+        coordinate = self.coordinate(rank)
+        if coordinate is None:
+            return ()
+        choices = [
+            range(size) if cut is None else (here,)
+            for size, cut, here in zip(self.mesh_shape, self.placements, coordinate, strict=True)
+        ]
+        return tuple(sorted(self._rank_at(at) for at in itertools.product(*choices)))
+
+    def _rank_at(self, coordinate: tuple[int, ...]) -> int:
+        place = 0
+        for here, size in zip(coordinate, self.mesh_shape, strict=True):
+            place = place * size + here
+        return self.ranks[place]
+
+    def _cuts(self, dim: int) -> tuple[tuple[int, int], ...]:
+        """`(ranks, split factor)` of every mesh dim that cuts `dim`, from left to right."""
+        return tuple(
+            (size, cut.split_factor)
+            for size, cut in zip(self.mesh_shape, self.placements, strict=True)
+            if cut is not None and cut.dim == dim
+        )
+
+    def _coordinate_of(self, dim: int, coordinate: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(
+            here
+            for here, cut in zip(coordinate, self.placements, strict=True)
+            if cut is not None and cut.dim == dim
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(ranks: tuple[int, ...]) -> dict[int, int]:
+    return {rank: place for place, rank in enumerate(ranks)}
+
+
+@functools.lru_cache(maxsize=65536)
+def _runs(
+    size: int, cuts: tuple[tuple[int, int], ...], coordinate: tuple[int, ...]
+) -> tuple[Run, ...]:
+    """The stretches of a dim that one coordinate holds, in local order."""
+    runs: list[Run] = [(0, size)] if size else []
+    for (num_ranks, split_factor), here in zip(cuts, coordinate, strict=True):
+        length = sum(end - start for start, end in runs)
+        taken: list[Run] = []
+        for start, end in _parts(0, length, split_factor):
+            low, high = _part(start, end, num_ranks, here)
+            taken += _slice_runs(runs, low, high)
+        runs = _join(taken)
+    return tuple(runs)
+
+
+def _parts(start: int, end: int, count: int) -> Iterator[Run]:
+    for index in range(count):
+        yield _part(start, end, count, index)
+
+
+def _part(start: int, end: int, count: int, index: int) -> Run:
+    step = -(-(end - start) // count)
+    return min(start + index * step, end), min(start + (index + 1) * step, end)
+
+
+def _slice_runs(runs: list[Run], low: int, high: int) -> Iterator[Run]:
+    """The stretches at positions `low` to `high` of the sequence that `runs` spell out."""
+    position = 0
+    for start, end in runs:
+        first = max(low - position, 0)
+        last = min(high - position, end - start)
+        if first < last:
+            yield start + first, start + last
+        position += end - start
+
+
+def _join(runs: list[Run]) -> list[Run]:
+    """Neighbouring stretches as one."""
+    joined: list[Run] = []
+    for start, end in runs:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+@functools.lru_cache(maxsize=65536)
+def _unit(size: int, cuts: tuple[tuple[int, int], ...]) -> int:
+    if not cuts or size == 0:
+        return size
+    if len(cuts) == 1 and cuts[0][1] == 1:
+        return -(-size // cuts[0][0])
+    unit = 0
+    for coordinate in itertools.product(*(range(num_ranks) for num_ranks, _ in cuts)):
+        for edges in _runs(size, cuts, coordinate):
+            for edge in edges:
+                if edge != size:
+                    unit = math.gcd(unit, edge)
+    return unit or size
+
+
+def _combine(runs: list[tuple[Run, ...]]) -> Iterator[Piece]:
+    """The boxes that are products of one stretch in every dim."""
+    places: list[list[tuple[int, Run]]] = []
+    for stretches in runs:
+        position, placed = 0, []
+        for start, end in stretches:
+            placed.append((position, (start, end)))
+            position += end - start
+        places.append(placed)
+    for choice in itertools.product(*places):
+        shape = tuple(end - start for _, (start, end) in choice)
+        yield Piece(
+            box=Box(tuple(start for _, (start, _) in choice), shape),
+            local=Box(tuple(position for position, _ in choice), shape),
+        )
+
+
+def sharding_of(tensor: Any) -> Sharding | None:
+    """The sharding of a DTensor, read off its mesh and placements; None for any other tensor.
+
+    Raises:
+        UnsupportedLeafError: A placement that holds partial sums.
+    """
+    mesh = getattr(tensor, "device_mesh", None)
+    placements = getattr(tensor, "placements", None)
+    if mesh is None or placements is None:
+        return None
+    ranks = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
+    return Sharding(tuple(mesh.mesh.shape), ranks, tuple(map(_as_data, placements)))
+
+
+def pieces_of(tensor: Any) -> tuple[Piece, ...]:
+    """What this rank holds of a tensor: the whole, or its part of a DTensor."""
+    shape = tuple(tensor.shape)
+    sharding = sharding_of(tensor)
+    if sharding is None:
+        return (Piece(Box.whole(shape), Box.whole(shape)),)
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return ()
+    return sharding.pieces_at(shape, tuple(coordinate))
+
+
+def local_of(tensor: Any) -> Any:
+    """What this rank holds of a DTensor; any other tensor as it is."""
+    return tensor if getattr(tensor, "device_mesh", None) is None else tensor.detach().to_local()
+
+
+def _as_data(placement: Any) -> DimShard | None:
+    if placement.is_replicate():
+        return None
+    if placement.is_partial():
+        raise errors.UnsupportedLeafError(
+            f"the DTensor has the placement {placement!r}, an unfinished sum; "
+            "redistribute it to Replicate() or Shard(dim) before saving"
+        )
+    return DimShard(placement.dim, int(getattr(placement, "split_factor", 1)))

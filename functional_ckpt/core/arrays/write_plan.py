@@ -1,0 +1,139 @@
+"""Who writes which chunk: each has one writer, and replicas share the work evenly. Pure.
+
+Every rank works out its own part from shardings alone, and all parts fit together without a word
+between the ranks: each considers only the chunks that it holds, in the same order as everyone who
+holds the same. Free of torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+from functional_ckpt.core.arrays.chunks import MAX_CHUNK_BYTES, ChunkGrid, choose_grid
+from functional_ckpt.core.arrays.sharding import Piece, Sharding
+from functional_ckpt.core.arrays.spec import ArraySpec
+
+__all__ = ["PlannedArray", "PlannedPiece", "ShardedArray", "plan_alone", "plan_writes"]
+
+Index: TypeAlias = tuple[int, ...]
+
+# Eight replicas that share 2 GiB in full chunks have eight each, and none more than one more.
+_REPLICAS_PER_FULL_CHUNK = 8
+_MIN_SHARED_CHUNK_BYTES = 4 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShardedArray:
+    """An array as all ranks know it.
+
+    Attributes:
+        item: The item it belongs to.
+        name: Its name there.
+        spec: The whole array.
+        sharding: Who holds what.
+    """
+
+    item: str
+    name: str
+    spec: ArraySpec
+    sharding: Sharding
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlannedPiece:
+    """A piece of a rank's local tensor and the chunks of it that this rank writes.
+
+    Attributes:
+        piece: Where it is.
+        indices: The chunks, in C order.
+        is_whole: Whether these are all that the piece has.
+    """
+
+    piece: Piece
+    indices: tuple[Index, ...]
+    is_whole: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlannedArray:
+    """One rank's part in writing an array.
+
+    Attributes:
+        grid: The array's chunks.
+        pieces: What to write; empty when other ranks write it all.
+        is_owner: Whether this rank writes the array's metadata.
+    """
+
+    grid: ChunkGrid
+    pieces: tuple[PlannedPiece, ...]
+    is_owner: bool
+
+
+def plan_writes(arrays: Sequence[ShardedArray], rank: int) -> tuple[PlannedArray, ...]:
+    """What `rank` writes of each array.
+
+    The chunks that the same set of replicas holds are dealt out largest first, each to the replica
+    with the least work so far.
+    """
+    grids = [_grid(array) for array in arrays]
+    mine = _deal(arrays, grids, rank)
+    planned: list[PlannedArray] = []
+    for place, (array, grid) in enumerate(zip(arrays, grids, strict=True)):
+        pieces: list[PlannedPiece] = []
+        for piece in array.sharding.pieces(array.spec.shape, rank):
+            every = tuple(grid.indices(piece.box))
+            indices = tuple(index for index in every if (place, index) in mine)
+            if indices:
+                pieces.append(PlannedPiece(piece, indices, len(indices) == len(every)))
+        first = (place, (0,) * len(array.spec.shape))
+        is_owner = first in mine if grid.num_chunks else rank == min(array.sharding.ranks)
+        planned.append(PlannedArray(grid, tuple(pieces), is_owner))
+    return tuple(planned)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_alone(spec: ArraySpec) -> PlannedArray:
+    """What the only rank writes of an array: all of it."""
+    array = ShardedArray("", "", spec, Sharding.replicated((0,)))
+    return plan_writes([array], 0)[0]
+
+
+def _grid(array: ShardedArray) -> ChunkGrid:
+    """The array's chunks: smaller where many replicas share them, so that loads come out even."""
+    units = array.sharding.units(array.spec.shape)
+    shares = -(-array.sharding.num_replicas // _REPLICAS_PER_FULL_CHUNK)
+    return choose_grid(array.spec, units, max(MAX_CHUNK_BYTES // shares, _MIN_SHARED_CHUNK_BYTES))
+
+
+def _deal(
+    arrays: Sequence[ShardedArray], grids: Sequence[ChunkGrid], rank: int
+) -> set[tuple[int, Index]]:
+    """The chunks that fall to `rank`, as (place of the array, index)."""
+    mine: set[tuple[int, Index]] = set()
+    shared: dict[tuple[int, ...], list[tuple[int, int, Index]]] = {}
+    for place, (array, grid) in enumerate(zip(arrays, grids, strict=True)):
+        replicas = array.sharding.replicas(rank)
+        for index in _held(array, grid, rank):
+            if len(replicas) == 1:
+                mine.add((place, index))
+            else:
+                size_bytes = grid.box(index).num_elements * array.spec.itemsize_bytes
+                shared.setdefault(replicas, []).append((-size_bytes, place, index))
+    for replicas, chunks in shared.items():
+        loads = [(0, replica) for replica in replicas]
+        heapq.heapify(loads)
+        for negative_bytes, place, index in sorted(chunks):
+            load, replica = heapq.heappop(loads)
+            heapq.heappush(loads, (load - negative_bytes, replica))
+            if replica == rank:
+                mine.add((place, index))
+    return mine
+
+
+def _held(array: ShardedArray, grid: ChunkGrid, rank: int) -> Iterator[Index]:
+    for piece in array.sharding.pieces(array.spec.shape, rank):
+        yield from grid.indices(piece.box)

@@ -1,0 +1,1 @@
+"""The records of a checkpoint as data: ours, Orbax's, and how those of several ranks merge."""

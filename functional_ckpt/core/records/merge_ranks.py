@@ -1,0 +1,195 @@
+"""One structure out of what the ranks hold: pipeline stages, per-rank values, replicas. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import TypeAlias, cast
+
+from functional_ckpt import errors
+from functional_ckpt.core.arrays.sharding import Sharding
+from functional_ckpt.core.tree import structure, walk
+from functional_ckpt.core.tree.structure import ArrayNode, BranchNode, Key, KeyPath, Node, ValueNode
+
+__all__ = ["for_rank", "rank_key", "unite", "unite_shardings"]
+
+_MAPPINGS = ("dict", "ordered_dict", "default_dict", "counter")
+Parts: TypeAlias = "Sequence[tuple[int, Node]]"
+
+
+def rank_key(rank: int) -> str:
+    """The key under which a rank's own value is stored."""
+    return f"rank_{rank}"
+
+
+def unite(parts: Parts, *, item: str) -> Node:
+    """The structure of which every rank holds a part.
+
+    Dicts are united key by key, lists of names name by name. Plain values that differ are kept for
+    every rank that has one. Arrays of one name must be the same on every rank.
+
+    Raises:
+        CoordinationError: Two ranks hold different things under one key path; names both.
+    """
+    return _Uniting(item, len(parts)).unite([((rank,), node) for rank, node in parts], ())
+
+
+Held: TypeAlias = "list[tuple[tuple[int, ...], Node]]"
+"""Ranks, and what all of them hold; in order of the first of the ranks."""
+_Branches: TypeAlias = "list[tuple[tuple[int, ...], BranchNode]]"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Uniting:
+    """What one `unite` call knows everywhere."""
+
+    item: str
+    num_ranks: int
+
+    def unite(self, held: Held, path: KeyPath) -> Node:
+        first = held[0][1]
+        alike: list[int] = []
+        others: Held = []
+        for ranks, node in held:
+            if node is first or node == first:
+                alike += ranks
+            else:
+                others.append((ranks, node))
+        if not others:
+            return first
+        held = [(tuple(sorted(alike)), first), *others]
+        nodes = [node for _, node in held]
+        if all(isinstance(node, BranchNode) for node in nodes):
+            return self._unite_branches(cast("_Branches", held), path)
+        if all(isinstance(node, ValueNode) for node in nodes):
+            return self._keep_all(held)
+        for ranks, node in others:
+            if not _is_same_array(first, node):
+                raise self._conflict(path, held[0], (ranks, node))
+        return first
+
+    def _keep_all(self, held: Held) -> Node:
+        """One value for each of the ranks that have one."""
+        pairs = sorted((rank, place) for place, (ranks, _) in enumerate(held) for rank in ranks)
+        return BranchNode(
+            kind="per_rank",
+            keys=tuple(Key(rank_key(rank)) for rank, _ in pairs),
+            children=tuple(held[place][1] for _, place in pairs),
+            # Other ranks, which have none, are told from another number of ranks.
+            detail={} if len(pairs) == self.num_ranks else {"num_ranks": self.num_ranks},
+        )
+
+    def _unite_branches(self, held: _Branches, path: KeyPath) -> Node:
+        first = held[0][1]
+        for ranks, node in held[1:]:
+            if (node.kind, node.detail) != (first.kind, first.detail):
+                raise self._conflict(path, held[0], (ranks, node))
+        if first.detail.get(structure.UNITED):
+            return _unite_names(held)
+        children: dict[Key, Held] = {}
+        for ranks, node in held:
+            if first.kind not in _MAPPINGS and node.keys != first.keys:
+                raise self._conflict(path, held[0], (ranks, node))
+            for key, child in zip(node.keys, node.children, strict=True):
+                children.setdefault(key, []).append((ranks, child))
+        united = tuple(self.unite(each, (*path, key)) for key, each in children.items())
+        return dataclasses.replace(first, keys=tuple(children), children=united)
+
+    def _conflict(
+        self,
+        path: KeyPath,
+        first: tuple[tuple[int, ...], Node],
+        second: tuple[tuple[int, ...], Node],
+    ) -> errors.CoordinationError:
+        where = structure.pretty(path, self.item)
+        rank, other = first[0][0], second[0][0]
+        return errors.CoordinationError(
+            f"{where}: rank {rank} holds {_describe(first[1])}, rank {other} holds "
+            f"{_describe(second[1])}. Give them different names, or save what belongs to each rank "
+            "as an item of its own (fc.Stateful(value, per_rank=True)).",
+            ranks=(rank, other),
+            key_path=where,
+        )
+
+
+def _is_same_array(one: Node, other: Node) -> bool:
+    if not isinstance(one, ArrayNode) or not isinstance(other, ArrayNode):
+        return False
+    return (one.spec, one.kind, one.tied_to) == (other.spec, other.kind, other.tied_to)
+
+
+def _unite_names(held: _Branches) -> Node:
+    """The names of every rank, each once, in order of the ranks."""
+    children: list[Node] = []
+    known: set[object] = set()
+    for child in itertools.chain(*(node.children for _, node in held)):
+        value = child.value if isinstance(child, ValueNode) else None
+        if value not in known:
+            known.add(value)
+            children.append(child)
+    keys = tuple(Key(index, "index") for index in range(len(children)))
+    return dataclasses.replace(held[0][1], keys=keys, children=tuple(children))
+
+
+def _describe(node: Node) -> str:
+    if isinstance(node, ArrayNode):
+        return f"{node.kind} {node.spec}"
+    if isinstance(node, ValueNode):
+        return f"{node.kind} {node.value!r:.40}"
+    return f"a {node.kind} of {len(node.children)}"
+
+
+def unite_shardings(parts: Sequence[tuple[int, Sharding | None]]) -> Sharding:
+    """Who holds what of an array that the ranks hold in different shardings, or plain.
+
+    Meshes of one shape that have no rank in common are replicas of each other: FSDP2 shards what
+    tensor parallelism leaves alone (norms) over another mesh on every tensor-parallel rank. Of
+    shardings that do not fit together, that of the first rank counts; the others write nothing.
+
+    Args:
+        parts: `(rank, sharding)` of every rank that has the array; None where it is plain.
+    """
+    first = parts[0][1]
+    if first is None:
+        return Sharding.replicated(tuple(rank for rank, sharding in parts if sharding is None))
+    replicas = [first]
+    taken = set(first.ranks)
+    for _, sharding in parts:
+        if sharding is None or not taken.isdisjoint(sharding.ranks):
+            continue
+        if (sharding.mesh_shape, sharding.placements) == (first.mesh_shape, first.placements):
+            replicas.append(sharding)
+            taken.update(sharding.ranks)
+    if len(replicas) == 1:
+        return first
+    return Sharding(
+        (len(replicas), *first.mesh_shape),
+        tuple(rank for replica in replicas for rank in replica.ranks),
+        (None, *first.placements),
+    )
+
+
+def for_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> Node:
+    """The structure as one rank restores it: its own of every value that was saved per rank.
+
+    With another number of ranks, the values of rank 0 are taken; `dropped` is told their key paths.
+    """
+
+    def visit(place: tuple[Node, KeyPath]) -> walk.Visit[tuple[Node, KeyPath], Node]:
+        node, path = place
+        if not isinstance(node, BranchNode):
+            return walk.leaf(node)
+        if node.kind == "per_rank":
+            own = {key.value: child for key, child in zip(node.keys, node.children, strict=True)}
+            if node.detail.get("num_ranks", len(own)) != num_ranks:
+                dropped.append(structure.pretty(path))
+                return walk.leaf(node.children[0])
+            # A rank that had none, and asks for it all the same, takes the first one's.
+            return walk.leaf(own.get(rank_key(rank), node.children[0]))
+        pairs = zip(node.children, node.keys, strict=True)
+        return [
+            (child, (*path, key)) for child, key in pairs
+        ], lambda children: dataclasses.replace(node, children=tuple(children))
+
+    return walk.fold((root, ()), visit)

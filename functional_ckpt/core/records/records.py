@@ -1,0 +1,297 @@
+"""The records on disk and their JSON: our extension of Orbax's format. Pure; free of torch.
+
+`docs/format.md` is normative; `core/records/orbax.py` has what Orbax itself reads and writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, TypeAlias, cast
+
+import xxhash
+
+from functional_ckpt import errors
+from functional_ckpt.core.arrays import spec as spec_lib
+from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
+from functional_ckpt.core.records import structure_json
+from functional_ckpt.core.tree import structure
+from functional_ckpt.core.tree.plain_json import integer, parse, string
+
+__all__ = [
+    "EXTENSION_FILE",
+    "ArrayRecord",
+    "FileRecord",
+    "ItemRecord",
+    "StepRecord",
+    "digest_hex",
+    "parse_item",
+    "parse_step",
+    "seal",
+    "unseal",
+]
+
+Json: TypeAlias = Any
+
+EXTENSION_FILE = "_FUNCTIONAL_CKPT"
+_FORMAT = "functional_ckpt"
+_VERSION = 1
+_SEAL = ', "xxh3": "{}"}}'
+_SEAL_BYTES = len(_SEAL.format("0" * 16))
+_HEX = re.compile(r"[0-9a-f]*")
+
+
+def digest_hex(data: Any) -> str:
+    """xxh3 (64 bits, seed 0) of a bytes-like object as 16 hex digits."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What a file of a checkpoint must be.
+
+    Attributes:
+        size_bytes: Its size.
+        xxh3: Digest of its content, 16 hex digits.
+    """
+
+    size_bytes: int
+    xxh3: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArrayRecord:
+    """How one array is cut and what its bytes must be.
+
+    Attributes:
+        chunk_shape: Shape of one chunk.
+        xxh3: For every chunk in C order, for every `DIGEST_BLOCK_BYTES` of its valid region, 16 hex
+            digits; all in one string.
+    """
+
+    chunk_shape: tuple[int, ...]
+    xxh3: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ItemRecord:
+    """Everything about a tree item except the bytes of its arrays.
+
+    Attributes:
+        item: The item's name.
+        handler: Name of the handler that lowered it, for people.
+        root: The structure.
+        arrays: For each array that holds bytes, by name: its grid and digests.
+        files: Every other file of the item's directory.
+    """
+
+    item: str
+    handler: str
+    root: structure.Node
+    arrays: Mapping[str, ArrayRecord]
+    files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """The sealed text of the item's extension file."""
+        record = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "item": self.item,
+            "handler": self.handler,
+            "digest_block_bytes": DIGEST_BLOCK_BYTES,
+            "structure": structure_json.to_json(self.root),
+            "arrays": {
+                name: [list(array.chunk_shape), array.xxh3] for name, array in self.arrays.items()
+            },
+            "files": _files_to_json(self.files),
+        }
+        return seal(record)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What a whole checkpoint must be.
+
+    Attributes:
+        step: The step, or None for a checkpoint without steps.
+        items: Name of each item -> its format, `tree` or `json`.
+        files: Every file outside the tree items' directories, and each tree item's extension file.
+    """
+
+    step: int | None
+    items: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+
+    def to_json(self) -> bytes:
+        """The sealed text of the checkpoint's extension file."""
+        return seal(
+            {
+                "format": _FORMAT,
+                "version": _VERSION,
+                "step": self.step,
+                "items": dict(self.items),
+                "files": _files_to_json(self.files),
+            }
+        )
+
+
+# ------------------------------------------------------------------------------------ sealed text
+
+
+def seal(record: Mapping[str, Json]) -> bytes:
+    """JSON text of a record whose last member is the digest of everything before it."""
+    body = json.dumps(record, separators=(",", ":"), allow_nan=False)[:-1]
+    return (body + _SEAL.format(digest_hex(body.encode()))).encode()
+
+
+def unseal(data: bytes, path: object) -> dict[str, Json]:
+    """The record of a sealed text.
+
+    Raises:
+        CorruptCheckpointError: The text was changed, cut, or is of a version this package does not
+            know.
+    """
+    body, mark = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+    if mark != _SEAL.format(digest_hex(body)).encode():
+        raise errors.CorruptCheckpointError(
+            f"{path}: its content does not match its own digest; the file was changed or cut "
+            "short.",
+            path=path,
+        )
+    try:
+        record = parse(data)
+    except (ValueError, RecursionError) as error:
+        raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
+    if not isinstance(record, dict) or cast("Json", record).get("format") != _FORMAT:
+        raise errors.CorruptCheckpointError(f"{path}: not a {_FORMAT} record.", path=path)
+    known = cast("dict[str, Json]", record)
+    if known.get("version") != _VERSION:
+        raise errors.CorruptCheckpointError(
+            f"{path}: format version {known.get('version')!r}; this package reads version "
+            f"{_VERSION}. Use the version of functional_ckpt that wrote it, or a later one.",
+            path=path,
+        )
+    return known
+
+
+def parse_item(data: bytes, path: object) -> ItemRecord:
+    """The record in an item's extension file; `CorruptCheckpointError` for anything else."""
+    record = unseal(data, path)
+    with _Parsing(path):
+        if record["digest_block_bytes"] != DIGEST_BLOCK_BYTES:
+            raise ValueError(f"digest blocks of {record['digest_block_bytes']!r} bytes")
+        root = structure_json.from_json(record["structure"])
+        arrays = {
+            string(name): ArrayRecord(structure_json.shape(shape), _hex(digests))
+            for name, (shape, digests) in record["arrays"].items()
+        }
+        _check_arrays(root, arrays)
+        return ItemRecord(
+            item=string(record["item"]),
+            handler=string(record["handler"]),
+            root=root,
+            arrays=arrays,
+            files=_files_from_json(record["files"]),
+        )
+
+
+def parse_step(data: bytes, path: object) -> StepRecord:
+    """The record in a checkpoint's extension file; `CorruptCheckpointError` for anything else."""
+    record = unseal(data, path)
+    with _Parsing(path):
+        step = record["step"]
+        if step is not None and (type(step) is not int or step < 0):
+            raise ValueError(f"step {step!r}")
+        items = {_item_name(name): string(kind) for name, kind in record["items"].items()}
+        if not set(items.values()) <= {"tree", "json"}:
+            raise ValueError(f"items {items!r}")
+        return StepRecord(step=step, items=items, files=_files_from_json(record["files"]))
+
+
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+class _Parsing:
+    """Turns whatever a malformed record raises into one clear error."""
+
+    def __init__(self, path: object) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, _MALFORMED):
+            raise errors.CorruptCheckpointError(
+                f"{self.path}: malformed record ({type(error).__name__}: {error}).", path=self.path
+            ) from error
+
+
+def _check_arrays(root: structure.Node, arrays: Mapping[str, ArrayRecord]) -> None:
+    """Every array has a record that fits it, and nothing else has one."""
+    expected: set[str] = set()
+    specs: dict[str, spec_lib.ArraySpec] = {}
+    tied: list[structure.ArrayNode] = []
+    for _, leaf in structure.iter_leaves(root):
+        if not isinstance(leaf, structure.ArrayNode):
+            continue
+        if leaf.tied_to is not None:
+            tied.append(leaf)
+            continue
+        expected.add(leaf.name)
+        specs[leaf.name] = leaf.spec
+        array = arrays[leaf.name]
+        blocks = _num_blocks(leaf.spec, array.chunk_shape, len(array.xxh3) // 16)
+        if len(array.xxh3) != 16 * blocks:
+            raise ValueError(f"array {leaf.name!r} has {len(array.xxh3)} digits of digest")
+    if expected != set(arrays):
+        raise ValueError(f"arrays {sorted(expected ^ set(arrays))} are listed once only")
+    for leaf in tied:
+        if specs.get(str(leaf.tied_to)) != leaf.spec:
+            raise ValueError(f"{leaf.name!r} is tied to {leaf.tied_to!r}, which is not the same")
+
+
+@functools.lru_cache(maxsize=4096)
+def _num_blocks(spec: spec_lib.ArraySpec, chunk_shape: tuple[int, ...], recorded: int) -> int:
+    grid = ChunkGrid(spec.shape, chunk_shape)
+    if (
+        grid.num_chunks > recorded
+    ):  # a hostile shape may have 2^62 chunks: do not count them one by one
+        return grid.num_chunks
+    return digest_offsets(grid, spec.itemsize_bytes)[-1]
+
+
+# ------------------------------------------------------------------------------------ small parts
+
+
+def _files_to_json(files: Mapping[str, FileRecord]) -> Json:
+    return {name: [file.size_bytes, file.xxh3] for name, file in sorted(files.items())}
+
+
+def _files_from_json(record: Json) -> dict[str, FileRecord]:
+    return {
+        _relative(name): FileRecord(integer(size), _hex(digest))
+        for name, (size, digest) in record.items()
+    }
+
+
+def _relative(name: Json) -> str:
+    parts = string(name).split("/")
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise ValueError(f"{name!r} is not a path inside the checkpoint")
+    return name
+
+
+def _item_name(name: Json) -> str:
+    if _relative(name) != name or "/" in name:
+        raise ValueError(f"{name!r} is not an item name")
+    return name
+
+
+def _hex(value: Json) -> str:
+    if not _HEX.fullmatch(string(value)):
+        raise ValueError(f"{value!r} is not a digest")
+    return value

@@ -1,0 +1,287 @@
+"""A stored structure and a target, side by side: every leaf is bound, or told not to fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+
+from functional_ckpt.core.arrays.spec import ArraySpec
+from functional_ckpt.core.restore_plan.plan import (
+    Binding,
+    Bound,
+    Build,
+    Given,
+    ReadArray,
+    RestoreReport,
+)
+from functional_ckpt.core.tree import encode, flatten, memory, structure, walk
+from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
+from functional_ckpt.core.tree.structure import KeyPath
+
+__all__ = [
+    "match",
+]
+
+_LEAVES = (Fill, torch.Tensor)
+_Pair: TypeAlias = tuple[structure.Node | None, Any, KeyPath]
+"""What is stored (None for nothing), what the target has there, and where."""
+
+
+def match(
+    saved: structure.Node,
+    target: Any,
+    *,
+    item: str,
+    cast_to_target: bool = False,
+    selects: Callable[[str], bool] | None = None,
+) -> Bound:
+    """Binds every leaf of a target to what is stored for it.
+
+    Args:
+        saved: The stored structure.
+        target: A pytree as `Handler.target` returns it.
+        item: The item's name, for messages.
+        cast_to_target: Whether an array of another dtype may be converted to the target's.
+        selects: Which stored leaves the target is about, by name; the others are left alone.
+    """
+    matching = _Matching(item, cast_to_target, selects or (lambda name: True))
+    binding = walk.fold((saved, target, ()), matching.visit)
+    return Bound(
+        binding=binding,
+        report=RestoreReport(
+            missing=tuple(matching.missing),
+            unexpected=tuple(matching.unexpected),
+            mismatched=tuple(matching.mismatched),
+        ),
+    )
+
+
+class _Matching:
+    """The mutable state of one `match` call."""
+
+    def __init__(self, item: str, cast_to_target: bool, selects: Callable[[str], bool]) -> None:
+        self.item = item
+        self.cast_to_target = cast_to_target
+        self.selects = selects
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+        self.mismatched: list[str] = []
+
+    def visit(self, place: _Pair) -> walk.Visit[_Pair, Binding]:
+        saved, target, path = place
+        if saved is None:
+            return walk.leaf(self._absent(target, path))
+        if target is AS_SAVED:
+            return walk.leaf(_as_saved(saved))
+        if not self._is_wanted(saved, target, path):
+            return walk.leaf(Given(_own_value(target)))
+        opened = None if isinstance(target, _LEAVES) else flatten.open_container(target)
+        if opened is None:
+            return walk.leaf(self._bind_leaf(saved, target, path))
+        if not isinstance(saved, structure.BranchNode):
+            return walk.leaf(self._differs(path, f"a {opened.kind}", _describe(saved), target))
+        return self._bind_container(saved, target, opened, path)
+
+    def _bind_leaf(self, saved: structure.Node, target: Any, path: KeyPath) -> Binding:
+        if isinstance(target, Fill):
+            return self._bind_tensor(saved, target.tensor, path, fill=True)
+        if isinstance(target, torch.Tensor):
+            return self._bind_tensor(saved, target, path, fill=False)
+        if isinstance(saved, structure.ArrayNode):
+            return self._bind_array(saved, target, path)
+        return self._bind_value(saved, target, path)
+
+    def _is_wanted(self, saved: structure.Node, target: Any, path: KeyPath) -> bool:
+        is_leaf = not isinstance(saved, structure.BranchNode) or isinstance(target, _LEAVES)
+        return not is_leaf or self.selects(structure.leaf_name(path))
+
+    # -------------------------------------------------------------------------- containers
+
+    def _bind_container(
+        self, saved: structure.BranchNode, target: Any, opened: flatten.Opened, path: KeyPath
+    ) -> walk.Visit[_Pair, Binding]:
+        """Children are paired by what their keys read as: others know no keys but strings."""
+        pairs = list(zip(saved.keys, saved.children, strict=True))
+        stored = {str(key.value): child for key, child in pairs}
+        wanted = {str(key.value) for key in opened.keys}
+        for key, child in pairs:
+            if str(key.value) not in wanted:
+                self._not_expected(child, (*path, key))
+        children: list[_Pair] = [
+            (stored.get(str(key.value)), child, (*path, key))
+            for key, child in zip(opened.keys, opened.children, strict=True)
+        ]
+        return children, lambda bound: Build(node=opened.node(), children=tuple(bound), like=target)
+
+    def _not_expected(self, node: structure.Node, path: KeyPath) -> None:
+        for inner, _ in structure.iter_leaves(node, path):
+            if self.selects(structure.leaf_name(inner)):
+                self.unexpected.append(structure.pretty(inner, self.item))
+
+    def _absent(self, target: Any, path: KeyPath) -> Binding:
+        todo: list[tuple[Any, KeyPath]] = [(target, path)]
+        while todo:
+            current, place = todo.pop()
+            opened = None if isinstance(current, _LEAVES) else flatten.open_container(current)
+            if opened is not None and opened.children:
+                pairs = zip(reversed(opened.keys), reversed(opened.children), strict=True)
+                todo.extend((child, (*place, key)) for key, child in pairs)
+            elif current is not AS_SAVED and self.selects(structure.leaf_name(place)):
+                self.missing.append(structure.pretty(place, self.item))
+        return Given(_own_value(target))
+
+    # -------------------------------------------------------------------------- leaves
+
+    def _bind_tensor(
+        self, saved: structure.Node, tensor: torch.Tensor, path: KeyPath, *, fill: bool
+    ) -> Binding:
+        keep = Fill(tensor) if fill else tensor
+        opened = None if tensor.is_meta else flatten.open_container(tensor)
+        if opened is not None:
+            return self._bind_parts(saved, tensor, opened, path, fill=fill)
+        dtype, shape = encode.torch_dtype_name(tensor.dtype), tuple(tensor.shape)
+        expected = f"tensor {dtype}{list(shape)}"
+        if not isinstance(saved, structure.ArrayNode) or saved.kind in ("bytes", "number"):
+            is_number = isinstance(saved, structure.ArrayNode) and saved.kind == "number"
+            if not (is_number and shape == ()):
+                return self._differs(path, expected, _describe(saved), keep)
+        node = cast("structure.ArrayNode", saved)
+        if node.spec.shape != shape:
+            return self._differs(path, expected, _describe(saved), keep)
+        if fill and not tensor.is_contiguous() and memory.is_expanded(tensor):
+            shared = "memory for each element (it is expanded: clone() it)"
+            return self._differs(path, shared, _describe(saved), keep)
+        if _stored_dtype(node) != dtype and not self.cast_to_target:
+            hint = " (pass cast='target' to convert)"
+            return self._differs(path, expected, _describe(saved) + hint, keep)
+        return ReadArray(node=node, form="fill" if fill else "tensor", like=tensor)
+
+    def _bind_parts(
+        self,
+        saved: structure.Node,
+        tensor: torch.Tensor,
+        opened: flatten.Opened,
+        path: KeyPath,
+        *,
+        fill: bool,
+    ) -> Binding:
+        """Sparse, quantized and subclass tensors: built from their parts as saved, of any size."""
+        keep = Fill(tensor) if fill else tensor
+        if not isinstance(saved, structure.BranchNode) or saved.kind != opened.kind:
+            return self._differs(path, f"a {opened.kind} tensor", _describe(saved), keep)
+        if saved.detail.get("shape") != opened.detail.get("shape"):
+            return self._differs(
+                path, f"shape {opened.detail.get('shape')}", f"{saved.detail.get('shape')}", keep
+            )
+        stored = dict(zip(saved.keys, saved.children, strict=True))
+        for key, part in zip(opened.keys, opened.children, strict=True):
+            expected, got = _dtype_of(part), stored.get(key)
+            if expected is not None and (got is None or _stored_dtype(got) != expected):
+                found = "nothing" if got is None else _describe(got)
+                return self._differs((*path, key), f"dtype {expected}", found, keep)
+        children = tuple(_as_saved(child) for child in saved.children)
+        dressing = ("parameter", "requires_grad", "buffer")
+        detail = {key: value for key, value in saved.detail.items() if key not in dressing}
+        return Build(
+            node=dataclasses.replace(saved, detail={**detail, **encode.dressing(tensor)}),
+            children=children,
+            like=tensor,
+            into=tensor if fill else None,
+        )
+
+    def _bind_array(self, saved: structure.ArrayNode, target: Any, path: KeyPath) -> Binding:
+        if isinstance(target, ArraySpec):
+            if target != saved.spec:
+                return self._differs(path, str(target), str(saved.spec), target)
+            return ReadArray(node=saved, form="as_saved")
+        if isinstance(target, (np.ndarray, np.generic)):
+            wanted = encode.array_node(target, saved.name)
+            if (
+                wanted is None
+                or wanted.spec != saved.spec
+                or _stored_dtype(wanted) != _stored_dtype(saved)
+            ):
+                expected = f"ndarray {target.dtype}{list(target.shape)}"
+                return self._differs(path, expected, _describe(saved), target)
+            return ReadArray(
+                node=saved, form="as_saved" if saved.kind == wanted.kind else "ndarray"
+            )
+        is_number = type(target) in (bool, int, float, complex)
+        if (saved.kind == "bytes" and type(target) is bytes) or (
+            saved.kind == "number" and (is_number or target is None)
+        ):
+            return ReadArray(node=saved, form="as_saved")
+        return self._differs(path, _describe_value(target), _describe(saved), target)
+
+    def _bind_value(self, saved: structure.Node, target: Any, path: KeyPath) -> Binding:
+        wanted = encode.value_node(target)
+        if wanted is None:
+            expected = _describe_value(target)
+            return self._differs(path, expected, _describe(saved), target)
+        if not isinstance(saved, structure.ValueNode):
+            return self._differs(path, _describe_value(target), _describe(saved), target)
+        numbers = ("none", "bool", "int", "float", "complex")
+        if saved.kind != wanted.kind and not (saved.kind in numbers and wanted.kind in numbers):
+            return self._differs(path, _describe_value(target), _describe(saved), target)
+        return Given(encode.plain_value(saved))
+
+    def _differs(self, path: KeyPath, expected: str, got: str, target: Any) -> Binding:
+        where = structure.pretty(path, self.item)
+        self.mismatched.append(f"{where}: the target expects {expected}, the checkpoint has {got}")
+        return Given(_own_value(target))
+
+
+def _as_saved(root: structure.Node) -> Binding:
+    def visit(node: structure.Node) -> walk.Visit[structure.Node, Binding]:
+        if isinstance(node, structure.ValueNode):
+            return walk.leaf(Given(encode.plain_value(node)))
+        if isinstance(node, structure.ArrayNode):
+            return walk.leaf(ReadArray(node=node, form="as_saved"))
+        return node.children, lambda bound: Build(node=node, children=tuple(bound))
+
+    return walk.fold(root, visit)
+
+
+def _dtype_of(part: object) -> str | None:
+    """The dtype of a part that is one tensor; None for numbers and for parts made of parts."""
+    if not isinstance(part, torch.Tensor) or flatten.open_container(part) is not None:
+        return None
+    return encode.torch_dtype_name(part.dtype)
+
+
+def _stored_dtype(node: structure.Node) -> str | None:
+    if not isinstance(node, structure.ArrayNode):
+        return None
+    return str(node.detail.get("dtype", node.spec.dtype))
+
+
+def _own_value(target: Any) -> Any:
+    """What a target keeps when the checkpoint has nothing for it."""
+    return flatten.map_leaves(_own_leaf, target)
+
+
+def _own_leaf(target: Any) -> Any:
+    if isinstance(target, Fill):
+        return target.tensor
+    return None if target is AS_SAVED else target
+
+
+def _describe(node: structure.Node) -> str:
+    if isinstance(node, structure.ArrayNode):
+        return f"{node.kind} {_stored_dtype(node)}{list(node.spec.shape)}"
+    if isinstance(node, structure.ValueNode):
+        return "None" if node.kind == "none" else f"{node.kind} {_short(node.value)}"
+    return f"a {node.kind} of {len(node.children)}"
+
+
+def _describe_value(value: Any) -> str:
+    return "None" if value is None else f"{type(value).__name__} {_short(value)}"
+
+
+def _short(value: object) -> str:
+    # Python refuses to print integers of more than 4,300 digits in decimal.
+    return f"{hex(value) if type(value) is int and value.bit_length() > 128 else repr(value):.40}"

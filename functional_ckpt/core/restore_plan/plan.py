@@ -1,0 +1,132 @@
+"""What a restore does for each leaf and container, as data: the outcome of matching."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from functional_ckpt import errors
+from functional_ckpt.core.tree import structure
+
+__all__ = [
+    "Binding",
+    "Bound",
+    "Build",
+    "Given",
+    "ReadArray",
+    "RestoreReport",
+    "raise_report",
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Given:
+    """A leaf whose value is known without reading."""
+
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ReadArray:
+    """An array to be read.
+
+    Attributes:
+        node: What is stored.
+        form: What becomes of it: `as_saved`, `tensor` (new), `ndarray` (new), or `fill`.
+        like: The tensor to fill or imitate, for `fill` and `tensor`.
+    """
+
+    node: structure.ArrayNode
+    form: Literal["as_saved", "tensor", "ndarray", "fill"]
+    like: Any = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """A container to be built from its children.
+
+    Attributes:
+        node: What is stored, or a node of the target's own keys.
+        children: Their bindings.
+        like: The target's container, or None to build what was saved.
+        into: A tensor that receives the built value by `copy_`, for tensors made of parts.
+    """
+
+    node: structure.BranchNode
+    children: tuple[Binding, ...]
+    like: Any = None
+    into: Any = None
+
+
+Binding: TypeAlias = Given | ReadArray | Build
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """The outcome of `match`.
+
+    Attributes:
+        binding: What to do for the whole item.
+        report: What did not fit.
+    """
+
+    binding: Binding
+    report: RestoreReport
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreReport:
+    """What a restore left out, as `item['key']` texts; all empty when checkpoint and target agree.
+
+    Attributes:
+        missing: Expected by the target, absent from the checkpoint; the target kept its own value.
+        unexpected: In the checkpoint, without a place in the target; not read.
+        mismatched: Different in kind, shape or dtype; the target kept its own value.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        parts = {
+            "missing from the checkpoint": self.missing,
+            "not expected by the target": self.unexpected,
+            "different": self.mismatched,
+        }
+        lines = [f"  {what}: {leaf}" for what, found in parts.items() for leaf in found]
+        return "\n".join(lines) or "  everything matched"
+
+
+def raise_report(reports: Mapping[str, RestoreReport], *, step: int | None, path: str) -> None:
+    """Raises one `MismatchError` for everything that did not fit, in all items."""
+    missing = [leaf for report in reports.values() for leaf in report.missing]
+    unexpected = [leaf for report in reports.values() for leaf in report.unexpected]
+    mismatched = [leaf for report in reports.values() for leaf in report.mismatched]
+    if not (missing or unexpected or mismatched):
+        return
+    body = "\n".join(str(report) for report in reports.values() if report)
+    where = "checkpoint" if step is None else f"step {step}"
+    raise errors.MismatchError(
+        f"Cannot restore {where} of {path} into the target; nothing was touched.\n"
+        f"{_shorten(body)}\n"
+        "Give a target that fits, choose leaves with only=, or pass strict=False to keep the "
+        "target's own values for these.",
+        missing=missing,
+        unexpected=unexpected,
+        mismatched=mismatched,
+        step=step,
+        path=path,
+    )
+
+
+def _shorten(text: str, num_lines: int = 200) -> str:
+    lines: Sequence[str] = text.splitlines()
+    if len(lines) <= num_lines:
+        return text
+    more = f"  ... and {len(lines) - num_lines} more (see the error's fields)"
+    return "\n".join([*lines[:num_lines], more])

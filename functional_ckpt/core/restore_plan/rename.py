@@ -1,0 +1,255 @@
+"""Other names for what is stored: a structure whose leaves are where a target looks for them.
+
+Names are `item.leaf.name`, as everywhere in a restore; a leaf stays in its item.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from functional_ckpt import errors
+from functional_ckpt.core.tree import composite, structure
+from functional_ckpt.core.tree.structure import Key, KeyPath
+
+__all__ = [
+    "KeyMap",
+    "Renaming",
+]
+
+KeyMap: TypeAlias = (
+    Mapping[str, str] | Sequence[tuple[str | re.Pattern[str], str]] | Callable[[str], str | None]
+)
+"""How stored names become the target's.
+
+A mapping renames leaves, and all leaves below a name; the longest name counts. A sequence of
+`(regular expression, replacement)` pairs is applied one after the other, as `re.sub` does. A
+function is given each name and returns the new one, or None to leave the leaf out.
+"""
+
+_Leaf: TypeAlias = tuple[KeyPath, structure.Node]
+
+
+class Renaming:
+    """Renames leaves, and remembers which of its rules did: a typo must not pass in silence.
+
+    Args:
+        key_map: The rules.
+
+    Raises:
+        UsageError: They are no rules.
+    """
+
+    def __init__(self, key_map: KeyMap) -> None:
+        self._rules = _rules(key_map)
+        self._used: set[int] = set()
+
+    def rename(self, root: structure.Node, item: str) -> structure.Node | None:
+        """The structure of an item with its leaves under their new names; None if none is left.
+
+        Raises:
+            UsageError: Two leaves would get one name, or a leaf would leave its item or its list.
+        """
+        branches: dict[KeyPath, structure.BranchNode] = {}
+        leaves = list(_leaves(root, branches))
+        renamed: dict[KeyPath, tuple[structure.Node, KeyPath]] = {}
+        for path, node in leaves:
+            new_path = self._new_path(path, item)
+            if new_path is None:
+                continue
+            if new_path in renamed:
+                first, second = (
+                    f"{item}.{structure.leaf_name(each)}" for each in (renamed[new_path][1], path)
+                )
+                raise errors.UsageError(
+                    f"key_map gives {first!r} and {second!r} one name, "
+                    f"{item + '.' + structure.leaf_name(new_path)!r}.",
+                    key_path=second,
+                )
+            renamed[new_path] = (node, path)
+        if all(path in renamed and renamed[path][1] == path for path, _ in leaves):
+            return root  # nothing was renamed, or left out
+        if not renamed:
+            return None
+        entries = [(path, node) for path, (node, _) in renamed.items()]
+        return _grow(entries, (), branches, item)
+
+    def check_used(self) -> None:
+        """Raises `UsageError` for a rule that renamed nothing, once everything was renamed."""
+        unused = [n for index, n in enumerate(self._rules.names) if index not in self._used]
+        if unused or not self._rules.names:
+            raise errors.UsageError(
+                f"key_map: {', '.join(unused) or 'no rule'} renames no leaf of the checkpoint. A "
+                "rule is given names such as 'item.leaf.name'."
+            )
+
+    def _new_path(self, path: KeyPath, item: str) -> KeyPath | None:
+        name = f"{item}.{structure.leaf_name(path)}"
+        new, used = self._rules.apply(name)
+        self._used |= used
+        if new is None or new == name:
+            return None if new is None else path
+        if not new or not new.startswith(f"{item}.") or len(new) == len(item) + 1 or not path:
+            raise errors.UsageError(
+                f"key_map renames {name!r} to {new!r}: a leaf stays in its item; expected a name "
+                f"that begins with {item + '.'!r}.",
+                key_path=name,
+            )
+        return _respelled(path, new.removeprefix(f"{item}."), name)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Rules:
+    """A key map of whatever form.
+
+    Attributes:
+        names: What each rule is called in messages.
+        apply: Returns the new name of a leaf, and the indices of the rules that made it.
+    """
+
+    names: tuple[str, ...]
+    apply: Callable[[str], tuple[str | None, set[int]]]
+
+
+def _rules(key_map: KeyMap) -> _Rules:
+    if callable(key_map):
+        return _by_function(key_map)
+    if isinstance(key_map, Mapping):
+        return _by_prefix(key_map)
+    return _by_expressions(key_map)
+
+
+def _by_function(function: Callable[[str], str | None]) -> _Rules:
+    def apply(name: str) -> tuple[str | None, set[int]]:
+        new = function(name)
+        return new, set() if new == name else {0}
+
+    return _Rules(names=(f"{getattr(function, '__name__', function)}()",), apply=apply)
+
+
+def _by_prefix(names: Mapping[str, str]) -> _Rules:
+    if not all(isinstance(text, str) and text for pair in names.items() for text in pair):
+        raise errors.UsageError(
+            f"key_map: expected a mapping of names to names; got {names!r:.200}"
+        )
+    pairs = list(names.items())
+
+    def apply(name: str) -> tuple[str | None, set[int]]:
+        fitting = [
+            (len(old), index)
+            for index, (old, _) in enumerate(pairs)
+            if f"{name}.".startswith(f"{old}.")
+        ]
+        if not fitting:
+            return name, set()
+        _, index = max(fitting)
+        old, new = pairs[index]
+        return new + name[len(old) :], {index}
+
+    return _Rules(names=tuple(repr(old) for old in names), apply=apply)
+
+
+def _by_expressions(key_map: Sequence[tuple[str | re.Pattern[str], str]]) -> _Rules:
+    try:
+        rules = [(re.compile(pattern), replacement) for pattern, replacement in key_map]
+    except (TypeError, ValueError, re.error) as error:
+        raise errors.UsageError(
+            "key_map: expected a mapping of names to names, (regular expression, replacement) "
+            f"pairs or a function; got {key_map!r:.200} ({error})"
+        ) from error
+
+    def apply(name: str) -> tuple[str | None, set[int]]:
+        used: set[int] = set()
+        for index, (pattern, replacement) in enumerate(rules):
+            try:
+                name, count = pattern.subn(replacement, name)
+            except (re.error, IndexError) as error:
+                raise errors.UsageError(
+                    f"key_map: {replacement!r} cannot replace {pattern.pattern!r}: {error}"
+                ) from error
+            if count:
+                used.add(index)
+        return name, used
+
+    return _Rules(names=tuple(repr(rule.pattern) for rule, _ in rules), apply=apply)
+
+
+def _leaves(root: structure.Node, branches: dict[KeyPath, structure.BranchNode]) -> list[_Leaf]:
+    """Every leaf with its path, a leaf made of parts as one; notes the containers above them."""
+    found: list[_Leaf] = []
+    todo: list[_Leaf] = [((), root)]
+    while todo:
+        path, node = todo.pop()
+        is_branch = isinstance(node, structure.BranchNode)
+        if is_branch and node.children and node.kind not in composite.KINDS:
+            branches[path] = node
+            pairs = zip(reversed(node.keys), reversed(node.children), strict=True)
+            todo.extend(((*path, key), child) for key, child in pairs)
+        else:
+            found.append((path, node))
+    return found
+
+
+def _respelled(path: KeyPath, new: str, name: str) -> KeyPath:
+    """The keys of a path after its name was changed: those at both ends that are still there stay.
+
+    What lies between is one key if it was one with a dot in it, or the only one (the names of a
+    state dict); else a key for each part.
+    """
+    texts = [str(key.value) for key in path]
+    start, end = 0, len(path)
+    while start < end and new.startswith(f"{texts[start]}."):
+        new = new.removeprefix(f"{texts[start]}.")
+        start += 1
+    while end > start and f".{new}".endswith(f".{texts[end - 1]}"):
+        new = new[: -len(texts[end - 1])].removesuffix(".")
+        end -= 1
+    if start == end < len(path) and new and (len(path) == 1 or "." in texts[end]):
+        new = f"{new}.{texts[end]}"  # what was put before such a key belongs to it
+        end += 1
+    changed = path[start:end]
+    if any(key.kind == "index" for key in changed):
+        raise errors.UsageError(
+            f"key_map renames {name!r}: the items of a list or tuple have no names to change.",
+            key_path=name,
+        )
+    is_one = len(path) == 1 or (len(changed) == 1 and "." in texts[start])
+    middle = [new] if is_one else new.split(".") if new else []
+    return (*path[:start], *map(Key, middle), *path[end:])
+
+
+def _grow(
+    entries: Sequence[_Leaf],
+    path: KeyPath,
+    branches: Mapping[KeyPath, structure.BranchNode],
+    item: str,
+) -> structure.Node:
+    """The containers above some leaves: of the kind that was there, else dicts."""
+    groups: dict[Key, list[_Leaf]] = {}
+    for place, node in entries:
+        if len(place) == len(path):
+            if len(entries) > 1:
+                raise errors.UsageError(
+                    f"key_map makes {item + '.' + structure.leaf_name(path)!r} a leaf and a "
+                    "container of leaves.",
+                    key_path=structure.pretty(path, item),
+                )
+            return node
+        groups.setdefault(place[len(path)], []).append((place, node))
+    keys = tuple(groups)
+    was = branches.get(path)
+    if was is None:
+        was = structure.BranchNode(kind="dict", keys=(), children=())
+    elif was.kind not in _DICTS and keys != was.keys:
+        raise errors.UsageError(
+            f"key_map changes the members of {structure.pretty(path, item)}, a {was.kind}; only "
+            "those of dicts have names to change.",
+            key_path=structure.pretty(path, item),
+        )
+    children = tuple(_grow(groups[key], (*path, key), branches, item) for key in keys)
+    return dataclasses.replace(was, keys=keys, children=children)
+
+
+_DICTS = ("dict", "ordered_dict", "default_dict", "counter")

@@ -1,0 +1,176 @@
+"""Which items and leaves a restore is about: shell patterns on `item` or `item.leaf.name`."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
+
+from functional_ckpt import errors
+from functional_ckpt.core.tree import composite, encode, flatten, structure, walk
+from functional_ckpt.core.tree.structure import KeyPath
+
+__all__ = [
+    "Ignored",
+    "Selection",
+    "Selects",
+    "prune",
+    "specs",
+]
+
+Selects: TypeAlias = Callable[[str], bool]
+Ignored: TypeAlias = str | Sequence[str] | Selects
+"""What a restore leaves alone: patterns, or a function of a name."""
+
+
+class Selection:
+    """Says what is wanted, and remembers what it was asked about: a typo must not pass in silence.
+
+    Args:
+        patterns: Shell patterns; a `*` also matches dots. None wants everything.
+        ignored: Patterns, or a function, of what is left alone; None ignores nothing.
+    """
+
+    def __init__(self, patterns: Sequence[str] | None, ignored: Ignored | None = None) -> None:
+        self._patterns = patterns
+        self._ignored = (ignored,) if isinstance(ignored, str) else ignored
+        self._used: set[str] = set()
+        self._used_ignored: set[str] = set()
+        self._found: set[str] = set()
+
+    def wants_whole(self, item: str) -> bool:
+        """Whether a pattern names the item itself, and none ignores it."""
+        if self._ignores(item):
+            return False
+        return self._patterns is None or self._is_matched(item, item)
+
+    def may_want(self, item: str) -> bool:
+        """Whether a pattern names the item, or could name a leaf of it."""
+        if self._ignores(item):
+            return False
+        if self._patterns is None or self.wants_whole(item):
+            return True
+        # A part of a pattern that stands for "item." may end within a star.
+        return any(
+            fnmatch.fnmatchcase(f"{item}.", pattern[:end])
+            for pattern in self._patterns
+            for end in range(1, len(pattern) + 1)
+        )
+
+    def leaves_of(self, item: str) -> Selects:
+        """Which leaves of an item are wanted, by name."""
+        if self.wants_whole(item):
+            if self._ignored is None:
+                return lambda name: True
+            return lambda name: not self._ignores(f"{item}.{name}")
+        return lambda name: (
+            not self._ignores(f"{item}.{name}") and self._is_matched(f"{item}.{name}", item)
+        )
+
+    def found(self, item: str) -> bool:
+        """Whether the item, or a leaf of it that was asked about, is wanted."""
+        return self._patterns is None or item in self._found
+
+    def check_used(self) -> None:
+        """Raises `UsageError` for a pattern that matched nothing, once all was asked about."""
+        unused = [pattern for pattern in self._patterns or () if pattern not in self._used]
+        if unused or self._patterns == ():
+            raise _matches_nothing("only", list(self._patterns or ()), unused)
+        ignored = self._ignored
+        if ignored is None:
+            return
+        if callable(ignored):
+            if not self._used_ignored:
+                raise _matches_nothing("ignore", ignored, ["it"])
+            return
+        unused = [pattern for pattern in ignored if pattern not in self._used_ignored]
+        if unused or not ignored:
+            raise _matches_nothing("ignore", list(ignored), unused)
+
+    def _is_matched(self, name: str, item: str) -> bool:
+        matching = [p for p in self._patterns or () if fnmatch.fnmatchcase(name, p)]
+        self._used.update(matching)
+        if matching:
+            self._found.add(item)
+        return bool(matching)
+
+    def _ignores(self, name: str) -> bool:
+        ignored = self._ignored
+        if ignored is None:
+            return False
+        if callable(ignored):
+            matching = [name] if ignored(name) else []
+        else:
+            matching = [p for p in ignored if fnmatch.fnmatchcase(name, p)]
+        self._used_ignored.update(matching)
+        return bool(matching)
+
+
+def _matches_nothing(option: str, value: object, unused: Sequence[str]) -> errors.UsageError:
+    named = ", ".join(each if each == "it" else repr(each) for each in unused) or "no pattern"
+    return errors.UsageError(
+        f"{option}={value!r}: {named} matches no item and no leaf. A pattern is matched with the "
+        "item's name and with 'item.leaf.name'."
+    )
+
+
+_PARTS = composite.KINDS
+_Place: TypeAlias = tuple[structure.Node, KeyPath]
+
+
+def specs(node: structure.Node) -> Any:
+    """The tree a structure describes, with an `ArraySpec` in place of every array."""
+    return walk.fold(node, _visit_specs)
+
+
+def _visit_specs(node: structure.Node) -> walk.Visit[structure.Node, Any]:
+    if isinstance(node, structure.ArrayNode):
+        return walk.leaf(node.spec)
+    if isinstance(node, structure.ValueNode):
+        return walk.leaf(encode.plain_value(node))
+
+    def build(children: list[Any]) -> Any:
+        if node.kind in _PARTS or node.kind == "registered":  # neither is made of specs
+            return dict(zip([key.value for key in node.keys], children, strict=True))
+        return flatten.close_container(node, children)
+
+    return node.children, build
+
+
+def prune(
+    node: structure.Node, keep: Callable[[str], bool], path: KeyPath = ()
+) -> structure.Node | None:
+    """The part of a structure whose leaf names `keep` accepts; None when nothing is left.
+
+    A dict loses the keys that are left out; in a sequence, named tuple or registered node None
+    takes their place.
+    """
+
+    def visit(place: _Place) -> walk.Visit[_Place, structure.Node | None]:
+        current, where = place
+        is_leaf = not isinstance(current, structure.BranchNode) or not current.children
+        if is_leaf or current.kind in _PARTS:
+            return walk.leaf(current if keep(structure.leaf_name(where)) else None)
+        branch = cast("structure.BranchNode", current)
+        pairs = zip(branch.children, branch.keys, strict=True)
+        return [(child, (*where, key)) for child, key in pairs], functools.partial(_pruned, branch)
+
+    return walk.fold((node, path), visit)
+
+
+def _pruned(
+    node: structure.BranchNode, children: Sequence[structure.Node | None]
+) -> structure.Node | None:
+    if all(child is None for child in children):
+        return None
+    pairs = list(zip(node.keys, children, strict=True))
+    if node.kind in ("dict", "ordered_dict", "default_dict", "counter"):
+        pairs = [(key, child) for key, child in pairs if child is not None]
+    nothing = structure.ValueNode(kind="none", value=None)
+    return dataclasses.replace(
+        node,
+        keys=tuple(key for key, _ in pairs),
+        children=tuple(child or nothing for _, child in pairs),
+    )

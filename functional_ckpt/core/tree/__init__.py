@@ -1,0 +1,1 @@
+"""Pytrees as structures: flattened into named leaves, encoded for storage, and decoded again."""

@@ -1,0 +1,268 @@
+"""Containers taken apart and put together again: the only user of `torch.utils._pytree`.
+
+`open_container` and `close_container` are the two halves; saving, matching against a target and
+rebuilding all go through them.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch.utils import _pytree
+
+from functional_ckpt import errors
+from functional_ckpt.core.tree import composite, plain_json, structure
+from functional_ckpt.core.tree.structure import Key
+
+__all__ = ["Opened", "close_container", "open_container", "registered_name"]
+
+_PLAIN_KEYS = (str, int, bool, float, bytes, type(None))
+# Python refuses to print longer integers, and keys are printed: they are part of names.
+_MAX_KEY_BITS = 10_000
+_FACTORIES: Mapping[str, Callable[[], object]] = MappingProxyType(
+    {"list": list, "dict": dict, "int": int, "float": float, "str": str, "bool": bool, "set": set}
+)
+# What code of others raises when it is given data that does not fit.
+_UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A container taken apart: what a `BranchNode` says of it, and its live children."""
+
+    kind: str
+    keys: tuple[Key, ...]
+    children: tuple[Any, ...]
+    detail: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+    def node(self, children: Sequence[structure.Node] = ()) -> structure.BranchNode:
+        """The node of this container, with the children's nodes."""
+        return structure.BranchNode(
+            kind=self.kind, keys=self.keys, children=tuple(children), detail=self.detail
+        )
+
+
+# ------------------------------------------------------------------------------------ opening
+
+
+def open_container(value: object) -> Opened | None:
+    """Takes a container or a tensor made of parts apart; None when `value` is a leaf.
+
+    Raises:
+        UnsupportedLeafError: A container that could not be built again.
+    """
+    if isinstance(value, torch.Tensor):
+        return _open_tensor(value)
+    kind = type(value)
+    if kind is dict or kind is collections.OrderedDict:
+        return _open_mapping("dict" if kind is dict else "ordered_dict", value)
+    if kind is collections.Counter:
+        return _open_mapping("counter", value)
+    if kind is collections.defaultdict:
+        factory = cast("collections.defaultdict[Any, Any]", value).default_factory
+        name = getattr(factory, "__name__", None)
+        if factory is not None and _FACTORIES.get(str(name)) is not factory:
+            raise errors.UnsupportedLeafError(
+                f"defaultdict with the factory {factory!r} cannot be built again; pass dict(value)"
+            )
+        return _open_mapping("default_dict", value, {"factory": name})
+    if kind is list or kind is tuple or kind is torch.Size:
+        name = "torch_size" if kind is torch.Size else kind.__name__
+        return _open_sequence(name, cast("Sequence[Any]", value))
+    if kind is structure.Names:
+        return _open_sequence("list", cast("Sequence[Any]", value), {structure.UNITED: True})
+    if kind is collections.deque:
+        queue = cast("collections.deque[Any]", value)
+        return _open_sequence("deque", queue, {"maxlen": queue.maxlen})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return _open_named_tuple(value)
+    return _open_registered(value)
+
+
+def _open_tensor(tensor: torch.Tensor) -> Opened | None:
+    opened = composite.open_tensor(tensor)
+    if opened is None:
+        return None
+    kind, children, detail = opened
+    keys = tuple(Key(name) for name in children)
+    return Opened(kind=kind, keys=keys, children=tuple(children.values()), detail=detail)
+
+
+def _open_mapping(kind: str, value: Any, detail: Mapping[str, object] | None = None) -> Opened:
+    mapping = cast("Mapping[Any, Any]", value)
+    for key in mapping:
+        _check_key(key)
+    return Opened(
+        kind=kind,
+        keys=tuple(Key(key) for key in mapping),
+        children=tuple(mapping.values()),
+        detail=detail or {},
+    )
+
+
+def _check_key(key: object) -> None:
+    if type(key) is int and key.bit_length() > _MAX_KEY_BITS:
+        raise errors.UnsupportedLeafError(f"a dict key of {key.bit_length()} bits is too long")
+    if type(key) in _PLAIN_KEYS:
+        return
+    if type(key) is tuple and plain_json.is_plain(key):
+        for part in cast("tuple[object, ...]", key):
+            _check_key(part)
+        return
+    raise errors.UnsupportedLeafError(
+        f"dict key {key!r:.80} of type {type(key).__name__} cannot be stored; "
+        "keys may be str, int, bool, float, bytes, None or tuples of these"
+    )
+
+
+def _open_sequence(
+    kind: str, value: Iterable[Any], detail: Mapping[str, object] | None = None
+) -> Opened:
+    children = tuple(value)
+    keys = tuple(Key(index, "index") for index in range(len(children)))
+    return Opened(kind=kind, keys=keys, children=children, detail=detail or {})
+
+
+def _open_named_tuple(value: tuple[Any, ...]) -> Opened:
+    fields = cast("tuple[str, ...]", value._fields)  # pyright: ignore[reportAttributeAccessIssue]
+    return Opened(
+        kind="named_tuple",
+        keys=tuple(Key(field) for field in fields),
+        children=tuple(value),
+        detail={"type": type(value).__name__},
+    )
+
+
+def _open_registered(value: object) -> Opened | None:
+    definition = _pytree.SUPPORTED_NODES.get(type(value))
+    if definition is None:
+        return None
+    flat, context = definition.flatten_fn(value)
+    children = tuple(flat)
+    keys = tuple(Key(index, "index") for index in range(len(children)))
+    if definition.flatten_with_keys_fn is not None:
+        # For the keys alone: the context that comes with them is not always the one that
+        # unflatten_fn takes (torch's own register_dataclass is a case in point).
+        pairs, _ = definition.flatten_with_keys_fn(value)
+        keys = tuple(_entry_key(entry, index) for index, (entry, _) in enumerate(pairs))
+    detail: dict[str, object] = {"type": registered_name(type(value))}
+    if plain_json.is_plain(context):
+        detail["context"] = plain_json.tag(context)
+    return Opened(kind="registered", keys=keys, children=children, detail=detail)
+
+
+def _entry_key(entry: object, index: int) -> Key:
+    if isinstance(entry, _pytree.SequenceKey):
+        return Key(entry.idx, "index")
+    if isinstance(entry, _pytree.MappingKey):
+        _check_key(entry.key)
+        return Key(entry.key)
+    if isinstance(entry, _pytree.GetAttrKey):
+        return Key(entry.name)
+    return Key(index, "index")
+
+
+def registered_name(kind: type) -> str:
+    """What a registered node type is stored under; it is looked up at restore, never imported."""
+    serialized = _pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
+    name = serialized.serialized_type_name if serialized is not None else None
+    if name in (None, _pytree.NO_SERIALIZED_TYPE_NAME_FOUND):
+        return f"{kind.__module__}.{kind.__qualname__}"
+    return str(name)
+
+
+# ------------------------------------------------------------------------------------ closing
+
+
+def close_container(
+    node: structure.BranchNode, children: Sequence[Any], like: object = None
+) -> Any:
+    """Builds a container again; the opposite of `open_container`.
+
+    Args:
+        node: What was stored.
+        children: The restored children, one per key.
+        like: A container of the wanted type, whose own type and context win over the stored ones;
+            None to build what was saved. A registered or named-tuple type that this process does
+            not know comes back as a dict of its fields and a fresh named tuple.
+
+    Raises:
+        CorruptCheckpointError: What was stored cannot be put together.
+    """
+    if like is not None and not isinstance(like, torch.Tensor):
+        return _close_like(node, children, like)
+    try:
+        if node.kind in composite.KINDS:
+            return composite.build_tensor(node, children, like)
+        return _BUILDERS[node.kind](node, children)
+    except _UNFIT as error:
+        raise errors.CorruptCheckpointError(
+            f"What is stored as {node.kind!r:.80} cannot be put together: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _close_like(node: structure.BranchNode, children: Sequence[Any], like: object) -> Any:
+    kind: Any = type(like)
+    if isinstance(like, dict):
+        pairs = zip([key.value for key in node.keys], children, strict=True)
+        if isinstance(like, collections.defaultdict):
+            return collections.defaultdict(like.default_factory, pairs)
+        if isinstance(like, collections.Counter):
+            return kind(dict(pairs))  # a Counter of pairs would count the pairs
+        return kind(pairs)
+    if isinstance(like, tuple) and hasattr(like, "_fields"):
+        return kind(*children)
+    if isinstance(like, collections.deque):
+        return collections.deque(children, like.maxlen)
+    if isinstance(like, (list, tuple)):
+        return kind(children)
+    definition = _pytree.SUPPORTED_NODES[kind]
+    _, context = definition.flatten_fn(like)
+    return definition.unflatten_fn(list(children), context)
+
+
+def _build_mapping(node: structure.BranchNode, children: Sequence[Any]) -> Any:
+    pairs = zip([key.value for key in node.keys], children, strict=True)
+    if node.kind == "ordered_dict":
+        return collections.OrderedDict(pairs)
+    if node.kind == "counter":
+        return collections.Counter(dict(pairs))
+    if node.kind == "default_dict":
+        return collections.defaultdict(_FACTORIES.get(str(node.detail.get("factory"))), pairs)
+    return dict(pairs)
+
+
+def _build_sequence(node: structure.BranchNode, children: Sequence[Any]) -> Any:
+    if node.kind == "deque":
+        return collections.deque(children, cast("int | None", node.detail.get("maxlen")))
+    kinds: dict[str, type] = {"list": list, "tuple": tuple, "torch_size": torch.Size}
+    return kinds[node.kind](children)
+
+
+def _build_named_tuple(node: structure.BranchNode, children: Sequence[Any]) -> Any:
+    make: Any = collections.namedtuple  # its fields are data here
+    return make(str(node.detail["type"]), [str(key.value) for key in node.keys])(*children)
+
+
+def _build_registered(node: structure.BranchNode, children: Sequence[Any]) -> Any:
+    for kind, definition in _pytree.SUPPORTED_NODES.items():
+        if registered_name(kind) == node.detail["type"] and "context" in node.detail:
+            context = plain_json.untag(node.detail["context"])
+            return definition.unflatten_fn(list(children), context)
+    return dict(zip([key.value for key in node.keys], children, strict=True))
+
+
+_BUILDERS: Mapping[str, Callable[[structure.BranchNode, Sequence[Any]], Any]] = MappingProxyType(
+    {
+        **dict.fromkeys(("dict", "ordered_dict", "default_dict", "counter"), _build_mapping),
+        **dict.fromkeys(("list", "tuple", "torch_size", "deque"), _build_sequence),
+        "named_tuple": _build_named_tuple,
+        "registered": _build_registered,
+    }
+)

@@ -1,0 +1,275 @@
+"""Tensors, numpy arrays and plain values as leaves: what of them is stored.
+
+A leaf codec is two pure halves. This one turns a value into a node and a *source*, a tensor over
+the caller's own memory from which the bytes will be copied; `destinations` is the other.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.core.arrays import sharding
+from functional_ckpt.core.arrays import spec as spec_lib
+from functional_ckpt.core.tree import memory, structure
+
+__all__ = [
+    "NUMPY_ONLY",
+    "array_node",
+    "dressing",
+    "host_view",
+    "ordinary_node",
+    "plain_value",
+    "source_of",
+    "tensor_over",
+    "torch_dtype",
+    "torch_dtype_name",
+    "value_node",
+]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_CARRIED_BY = spec_lib.CARRIED_BY
+# numpy kinds without a zarr counterpart: datetimes as their 64-bit counts.
+_NUMPY_CARRIED_BY = {"M": "int64", "m": "int64"}
+# Dtypes that other programs store and torch has not: these come back as numpy arrays of ml_dtypes.
+NUMPY_ONLY = ("int2", "int4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fnuz")
+_INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@functools.cache
+def torch_dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` -> `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`float32` -> `torch.float32`.
+
+    Raises:
+        UsageError: This torch has none of that name.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise errors.UsageError(f"This torch {torch.__version__} has no dtype {name!r}.")
+    return dtype
+
+
+# ---------------------------------------------------------------------------------------- values
+
+
+_PLAIN_KINDS: Mapping[type, str] = {
+    type(None): "none",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    complex: "complex",
+    str: "str",
+}
+
+
+def value_node(value: object) -> structure.ValueNode | None:
+    """The node of a plain value; None for anything else, subclasses of plain types included."""
+    if (kind := _PLAIN_KINDS.get(type(value))) is not None:
+        return structure.ValueNode(kind=kind, value=value)
+    if isinstance(value, torch.dtype):
+        return structure.ValueNode(kind="torch_dtype", value=torch_dtype_name(value))
+    if isinstance(value, torch.device):
+        return structure.ValueNode(kind="torch_device", value=str(value))
+    return None
+
+
+def plain_value(node: structure.ValueNode) -> object:
+    """The value of a value node."""
+    if node.kind == "torch_dtype":
+        return torch_dtype(str(node.value))
+    if node.kind == "torch_device":
+        try:
+            return torch.device(str(node.value))
+        except RuntimeError as error:
+            raise errors.CorruptCheckpointError(f"Not a device: {node.value!r:.80}.") from error
+    return node.value
+
+
+# ------------------------------------------------------------------------------------ array to node
+
+
+def array_node(value: object, name: str) -> structure.ArrayNode | None:
+    """The node of a strided tensor, a numpy array or scalar, or bytes; None for anything else.
+
+    Raises:
+        UnsupportedLeafError: The value is an array whose dtype or data cannot be carried.
+    """
+    if isinstance(value, torch.Tensor):
+        return _tensor_node(value, name)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _numpy_node(value, name)
+    if type(value) is bytes:
+        return structure.ArrayNode(
+            kind="bytes", spec=spec_lib.ArraySpec((len(value),), "uint8"), name=name
+        )
+    return None
+
+
+_MAX_DESCRIBED = 4096
+_described: dict[object, tuple[spec_lib.ArraySpec, Mapping[str, object]]] = {}
+
+
+def ordinary_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
+    """As `array_node`, for an ordinary tensor; those that are alike share what describes them."""
+    key = (type(tensor), tensor.shape, tensor.dtype, tensor.requires_grad)
+    described = _described.get(key)
+    if described is None:
+        node = _tensor_node(tensor, name)
+        if len(_described) >= _MAX_DESCRIBED:
+            _described.clear()
+        described = _described[key] = (node.spec, node.detail)
+    return structure.ArrayNode(kind="tensor", spec=described[0], name=name, detail=described[1])
+
+
+def _tensor_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
+    dtype = torch_dtype_name(tensor.dtype)
+    stored = _CARRIED_BY.get(dtype, dtype)
+    if stored not in spec_lib.STORAGE_DTYPES or stored in NUMPY_ONLY:
+        raise errors.UnsupportedLeafError(
+            f"dtype {tensor.dtype} cannot be stored (torch itself cannot copy it); "
+            "convert the tensor to an ordinary dtype, or leave it out of the item"
+        )
+    detail: dict[str, object] = {}
+    if dtype != stored:
+        detail["dtype"] = dtype
+    detail |= dressing(tensor)
+    is_sharded = sharding.sharding_of(tensor) is not None
+    if not is_sharded and not tensor.is_contiguous() and _is_dense(tensor):
+        # channels_last and transposed layouts come back with the same strides; other views come
+        # back compact.
+        detail["strides"] = list(tensor.stride())
+    return structure.ArrayNode(
+        kind="tensor",
+        spec=spec_lib.ArraySpec(tuple(tensor.shape), stored),
+        name=name,
+        detail=detail,
+    )
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill one gapless block of memory in some order of the dims."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return tensor.numel() > 0
+
+
+def _numpy_node(array: Array | np.generic, name: str) -> structure.ArrayNode:
+    kind = "ndarray" if isinstance(array, np.ndarray) else "numpy_scalar"
+    if kind == "ndarray" and type(array) is not np.ndarray:
+        raise errors.UnsupportedLeafError(
+            f"{type(array).__name__} is a subclass of numpy.ndarray whose extra state would be "
+            "lost; pass numpy.asarray(value)"
+        )
+    detail: dict[str, object] = {}
+    dtype = array.dtype
+    stored = _NUMPY_CARRIED_BY.get(dtype.kind) or dtype.name
+    shape: tuple[int, ...] = tuple(array.shape)
+    if dtype.kind in "MmSU" or not dtype.isnative:
+        detail["dtype"] = dtype.str
+        stored = _NUMPY_CARRIED_BY.get(dtype.kind) or dtype.newbyteorder("=").name
+    if dtype.kind in "SU":
+        stored, shape = "uint8", (*shape, dtype.itemsize)
+    if stored not in spec_lib.STORAGE_DTYPES:
+        raise errors.UnsupportedLeafError(
+            f"numpy dtype {dtype} cannot be stored; convert it to a numeric dtype, or use lists or "
+            "fc.Json"
+        )
+    if isinstance(array, np.ndarray) and array.flags.f_contiguous and not array.flags.c_contiguous:
+        detail["order"] = "F"
+    return structure.ArrayNode(
+        kind=kind, spec=spec_lib.ArraySpec(shape, stored), name=name, detail=detail
+    )
+
+
+# ------------------------------------------------------------------------------------ node to bytes
+
+
+def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
+    """A tensor over the value's own memory, of the torch twin of the node's storage dtype.
+
+    Copies only what has no memory of its own to show: conj and neg views, read-only or
+    foreign-endian numpy arrays, numpy scalars and bytes.
+    """
+    if isinstance(value, torch.Tensor):
+        # Detached even if it wants no gradient: `.data` may give the live one other memory.
+        local = value if memory.is_plain(value) else sharding.local_of(value)
+        tensor = local.detach()
+        if tensor.is_conj() or tensor.is_neg():
+            tensor = tensor.resolve_conj().resolve_neg()
+        if "dtype" in node.detail:
+            tensor = tensor.view(torch_dtype(node.spec.dtype))
+        return tensor
+    if isinstance(value, bytes):
+        return torch.from_numpy(np.frombuffer(value, np.uint8).copy())
+    array = np.asarray(value)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.dtype.kind in "SU":  # each element becomes a row of bytes
+        data = bytearray(array.tobytes())[: node.spec.size_bytes]  # an empty scalar grows to U1
+        array = np.array(data, np.uint8).reshape(node.spec.shape)
+    stored = spec_lib.numpy_dtype(node.spec.dtype)
+    if array.dtype != stored:
+        array = array.view(stored)
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    return tensor_over(array)
+
+
+def tensor_over(array: Array) -> torch.Tensor:
+    """A tensor sharing a numpy array's memory, whatever its dtype."""
+    if _is_registered(array.dtype):  # ml_dtypes register as void: go through an integer as wide
+        carrier = torch.from_numpy(array.view(np.dtype(f"i{array.itemsize}")))
+        name = array.dtype.name
+        return carrier if name in NUMPY_ONLY else carrier.view(torch_dtype(name))
+    return torch.from_numpy(array)
+
+
+def host_view(tensor: torch.Tensor, dtype: str) -> Array:
+    """A numpy array of storage dtype `dtype` over the memory of a CPU tensor; no copy."""
+    target, carrier = _host_dtypes(tensor.dtype, dtype)
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if carrier is not None:
+        tensor = tensor.view(carrier)
+    array = cast("Array", tensor.numpy())
+    return array if array.dtype == target else array.view(target)
+
+
+@functools.cache
+def _host_dtypes(dtype: torch.dtype, stored: str) -> tuple[np.dtype[Any], torch.dtype | None]:
+    """The numpy dtype of what is stored; what a tensor is viewed as that numpy does not know."""
+    target = spec_lib.numpy_dtype(stored)
+    if _is_registered(target) or torch_dtype_name(dtype) in _CARRIED_BY:
+        return target, _INT_OF_SIZE[target.itemsize]
+    return target, None
+
+
+def _is_registered(dtype: np.dtype[Any]) -> bool:
+    """Whether it is one of ml_dtypes, whose kinds differ (float8_e5m2 is `f`, others `V`)."""
+    return dtype.isbuiltin == 2
+
+
+def dressing(tensor: torch.Tensor) -> dict[str, object]:
+    """What makes a tensor a Parameter, a Buffer or a leaf that wants a gradient, as a detail."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return {"parameter": True, **({} if tensor.requires_grad else {"requires_grad": False})}
+    detail: dict[str, object] = {"requires_grad": True} if tensor.requires_grad else {}
+    if isinstance(tensor, torch.nn.Buffer):
+        detail["buffer"] = "persistent" if tensor.persistent else "transient"
+    return detail

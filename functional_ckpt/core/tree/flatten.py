@@ -1,0 +1,194 @@
+"""Whole pytrees: flattened into a structure and the arrays it holds, and mapped leaf by leaf."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.core.tree import encode, memory, structure, walk
+from functional_ckpt.core.tree.containers import Opened, close_container, open_container
+from functional_ckpt.core.tree.structure import ROOT_NAME, Key, KeyPath, leaf_name
+
+__all__ = [
+    "ROOT_NAME",
+    "FlatTree",
+    "Opened",
+    "close_container",
+    "flatten",
+    "leaf_name",
+    "map_leaves",
+    "open_container",
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FlatTree:
+    """A value taken apart for saving.
+
+    Attributes:
+        root: The structure, with every array named.
+        arrays: For each array that holds its own bytes: its name, node and live value, in tree
+            order.
+        tied: The others, which share the bytes of one of these.
+    """
+
+    root: structure.Node
+    arrays: tuple[tuple[structure.ArrayNode, object], ...]
+    tied: tuple[structure.ArrayNode, ...] = ()
+
+
+def flatten(value: object, *, item: str = "") -> FlatTree:
+    """Takes a value apart into a structure and the arrays it holds; copies nothing.
+
+    Args:
+        value: Any pytree.
+        item: The item's name, for messages.
+
+    Raises:
+        UnsupportedLeafError: Naming every leaf that cannot be carried and the ways out.
+        NameCollisionError: Leaves would share one name on disk; all of them are named.
+    """
+    state = _Flattening(item)
+    root = walk.fold((value, ()), state.visit)
+    state.raise_problems()
+    return FlatTree(root=root, arrays=tuple(state.arrays), tied=tuple(state.tied))
+
+
+_Place: TypeAlias = tuple[object, KeyPath]
+_NOTHING = structure.ValueNode(kind="none", value=None)
+
+
+class _Flattening:
+    """The mutable state of one `flatten` call."""
+
+    def __init__(self, item: str) -> None:
+        self.item = item
+        self.arrays: list[tuple[structure.ArrayNode, object]] = []
+        self.tied: list[structure.ArrayNode] = []
+        self.problems: list[tuple[str, str]] = []
+        self.collisions: list[tuple[str, str]] = []
+        self.paths: dict[str, KeyPath] = {}
+        self.owners: dict[Any, str] = {}
+        self.open_ids: set[int] = set()
+
+    def visit(self, place: _Place) -> walk.Visit[_Place, structure.Node]:
+        value, path = place
+        if memory.is_ordinary(value):
+            return walk.leaf(self._ordinary(cast("torch.Tensor", value), path))
+        try:
+            if (plain := encode.value_node(value)) is not None:
+                self._take_name(path)
+                return walk.leaf(plain)
+            if id(value) in self.open_ids:
+                raise errors.UnsupportedLeafError("the container contains itself")
+            if (opened := open_container(value)) is not None:
+                return self._branch(value, opened, path)
+            if (array := encode.array_node(value, leaf_name(path))) is not None:
+                self._take_name(path)
+                return walk.leaf(self._array(array, value))
+        except errors.UsageError as error:
+            self._add_problem(path, error.message)
+        else:
+            self._add_problem(path, _why_unsupported(value))
+        return walk.leaf(_NOTHING)
+
+    def _ordinary(self, tensor: torch.Tensor, path: KeyPath) -> structure.Node:
+        try:
+            name = self._take_name(path)
+            return self._array(encode.ordinary_node(tensor, name), tensor)
+        except errors.UsageError as error:
+            self._add_problem(path, error.message)
+            return _NOTHING
+
+    def _branch(
+        self, value: object, opened: Opened, path: KeyPath
+    ) -> walk.Visit[_Place, structure.Node]:
+        if not opened.children:
+            self._take_name(path)
+        self._check_keys(opened.keys, path)
+        self.open_ids.add(id(value))
+
+        def build(children: list[structure.Node]) -> structure.Node:
+            self.open_ids.discard(id(value))
+            return opened.node(children)
+
+        pairs = zip(opened.keys, opened.children, strict=True)
+        return [(child, (*path, key)) for key, child in pairs], build
+
+    def _check_keys(self, keys: tuple[Key, ...], path: KeyPath) -> None:
+        """Two keys that read the same are two branches of one name, even if no leaf collides."""
+        seen: dict[str, Key] = {}
+        for key in keys:
+            if (other := seen.setdefault(str(key.value), key)) is not key:
+                self._add_collision((*path, other), (*path, key))
+
+    def _take_name(self, path: KeyPath) -> str:
+        name = leaf_name(path)
+        if not structure.is_unicode(name):
+            raise errors.UnsupportedLeafError(
+                f"the name {name!r} is not valid Unicode (lone surrogate); rename the key"
+            )
+        if (other := self.paths.setdefault(structure.key_prefix(name), path)) is not path:
+            self._add_collision(other, path)
+        return name
+
+    def _array(self, node: structure.ArrayNode, value: object) -> structure.ArrayNode:
+        key = memory.identity(value)
+        if key is not None and (owner := self.owners.setdefault(key, node.name)) != node.name:
+            self.tied.append(dataclasses.replace(node, tied_to=owner))
+            return self.tied[-1]
+        self.arrays.append((node, value))
+        return node
+
+    def _add_problem(self, path: KeyPath, why: str) -> None:
+        self.problems.append((structure.pretty(path, self.item) or "the value", why))
+
+    def _add_collision(self, first: KeyPath, second: KeyPath) -> None:
+        where, other = (structure.pretty(path, self.item) for path in (second, first))
+        why = f"would be stored as {leaf_name(second)!r}, as {other} would; rename one of the keys"
+        if (where, why) not in self.collisions:
+            self.collisions.append((where, why))
+
+    def raise_problems(self) -> None:
+        found = [*self.problems, *self.collisions]
+        if not found:
+            return
+        kind = errors.UnsupportedLeafError if self.problems else errors.NameCollisionError
+        lines = [f"  {where}: {why}" for where, why in found]
+        plural = "leaf" if len(lines) == 1 else "leaves"
+        raise kind(
+            f"{len(lines)} {plural} cannot be saved:\n" + "\n".join(lines), key_path=found[0][0]
+        )
+
+
+def _why_unsupported(value: object) -> str:
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, torch.nn.Module) or hasattr(value, "state_dict"):
+        return f"{kind} is a stateful object; give it as an item of its own, not inside a pytree"
+    if isinstance(value, (set, frozenset)):
+        return f"{kind} has no order; pass sorted(value) as a list"
+    if callable(value):
+        return (
+            f"{kind} is code, and code is never stored; leave it out and build it again after "
+            "restore"
+        )
+    return (
+        f"{kind} is not a tensor, array, plain value or container; convert it, register its class "
+        "as a pytree node (torch.utils._pytree), or register a handler (registry.with_handler)"
+    )
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """A copy of the pytree with `function` applied to every leaf (None and plain values too)."""
+
+    def visit(current: Any) -> walk.Visit[Any, Any]:
+        opened = None if isinstance(current, torch.Tensor) else open_container(current)
+        if opened is None:
+            return walk.leaf(function(current))
+        return opened.children, lambda children: close_container(opened.node(), children, current)
+
+    return walk.fold(value, visit)

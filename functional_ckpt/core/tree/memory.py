@@ -1,0 +1,62 @@
+"""What memory a leaf is: its own rows and nothing else, or shared with another leaf."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+
+from functional_ckpt.core.arrays import sharding
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+__all__ = ["identity", "is_expanded", "is_ordinary", "is_plain"]
+
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is of torch's own class: no DTensor, no other subclass."""
+    return type(value) in _ORDINARY
+
+
+def is_ordinary(value: object) -> bool:
+    """Whether a tensor is nothing but rows of its own memory: most are, and they are quick."""
+    if type(value) not in _ORDINARY:
+        return False
+    tensor = cast("torch.Tensor", value)
+    return (
+        tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not getattr(tensor, "_is_buffer", False)  # torch.nn.Buffer has no class of its own
+        and not (tensor.is_meta or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+    )
+
+
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether several elements lie in one place."""
+    return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def identity(value: object) -> Hashable | None:
+    """What two leaves share when they are the same memory read the same way; None: not shared."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() == 0 or value.is_conj() or value.is_neg():
+            return None
+        pointer: Hashable
+        if type(value) in _ORDINARY:
+            pointer = value.data_ptr()
+        else:
+            local = sharding.local_of(value)
+            pointer = local.data_ptr()
+            if local.numel() == 0:
+                # This rank holds nothing of a sharded tensor, and there is no pointer to nothing:
+                # all ranks must agree on what is tied, so the (empty) storage stands in for it.
+                pointer = (local.untyped_storage()._cdata, local.storage_offset())
+        return ("torch", value.device, pointer, value.shape, value.stride(), value.dtype)
+    if isinstance(value, np.ndarray) and value.size:
+        pointer = value.__array_interface__["data"][0]
+        return ("numpy", pointer, value.shape, value.strides, value.dtype.str)
+    return None

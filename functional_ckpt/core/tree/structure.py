@@ -1,0 +1,192 @@
+"""The shape of an item as data: nodes of a pytree whose leaves are values or array specs.
+
+A *structure* says everything about a lowered item except the bytes of its arrays: containers and
+their types, keys and their types, plain values, and for each array where it is stored. It is what
+restore validates against and what the manifest writes as JSON. Free of torch, so that the command
+line can read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Literal, TypeAlias
+
+from functional_ckpt.core.arrays import spec as spec_lib
+
+__all__ = [
+    "ROOT_NAME",
+    "UNITED",
+    "ArrayNode",
+    "BranchNode",
+    "Key",
+    "KeyPath",
+    "Names",
+    "Node",
+    "ValueNode",
+    "is_unicode",
+    "iter_leaves",
+    "join",
+    "key_prefix",
+    "leaf_name",
+    "pretty",
+]
+
+# The name on disk of an item that is one bare leaf.
+ROOT_NAME = "value"
+# Detail of a list of names.
+UNITED = "united"
+
+
+class Names(list[str]):
+    """A list of names of which ranks may hold different ones: they are united, like a dict's keys.
+
+    It comes back as a plain list.
+    """
+
+    __slots__ = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Key:
+    """One step from a container to a child.
+
+    Attributes:
+        value: The dict key, the index or the field name.
+        kind: `index` for sequences, `key` for everything else.
+    """
+
+    value: Hashable
+    kind: Literal["index", "key"] = "key"
+
+
+KeyPath: TypeAlias = tuple[Key, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ValueNode:
+    """A leaf whose value lives in the record itself.
+
+    Attributes:
+        kind: `none`, `bool`, `int`, `float`, `complex`, `str`, `torch_dtype`, `torch_device`.
+        value: The value (a name, for the last two).
+    """
+
+    kind: str
+    value: object
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayNode:
+    """A leaf whose bytes are stored in chunks.
+
+    Attributes:
+        kind: What it is in memory: `tensor`, `ndarray`, `numpy_scalar`, `bytes`; or `number`, a
+            Python number that another program stored as a 0-dim array.
+        spec: Global shape and dtype on disk.
+        name: The array's name on disk; for a tied leaf its own name, at which the same bytes are
+            visible too.
+        detail: What the kind needs beyond the spec (the torch dtype where it differs, `parameter`,
+            `requires_grad`, `strides` ...): JSON values.
+        tied_to: Name of the array that holds the bytes, for a leaf that shares another's memory.
+    """
+
+    kind: str
+    spec: spec_lib.ArraySpec
+    name: str
+    detail: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    tied_to: str | None = None
+
+    @property
+    def stored_name(self) -> str:
+        """Name of the array that holds the bytes."""
+        return self.tied_to or self.name
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BranchNode:
+    """A container.
+
+    Attributes:
+        kind: `dict`, `ordered_dict`, `default_dict`, `list`, `tuple`, `named_tuple`, `deque`,
+            `torch_size`, `registered` (a registered pytree node), `per_rank` (a value that differs
+            between ranks, one child for each), or a leaf made of parts:
+            `sparse_coo`, `sparse_csr` and its kin, `quantized`, `subclass`.
+        keys: One key per child.
+        children: The children, in order.
+        detail: What the kind needs to be built again: JSON values.
+    """
+
+    kind: str
+    keys: tuple[Key, ...]
+    children: tuple[Node, ...]
+    detail: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+
+Node: TypeAlias = ValueNode | ArrayNode | BranchNode
+
+
+def join(path: KeyPath) -> str:
+    """The name of a leaf on disk: its keys joined by dots (Orbax's rule)."""
+    return ".".join([str(key.value) for key in path])
+
+
+def leaf_name(path: KeyPath) -> str:
+    """The name on disk of the leaf at `path`.
+
+    >>> leaf_name((Key("a"), Key(0, "index"))), leaf_name(())
+    ('a.0', 'value')
+    """
+    return join(path) if path else ROOT_NAME
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a name can be written: it has no lone surrogates."""
+    if name.isascii():
+        return True
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def key_prefix(name: str) -> str:
+    """What the keys of an array begin with: TensorStore's rule, which is Orbax's.
+
+    >>> key_prefix("a.b"), key_prefix("a/"), key_prefix("/")
+    ('a.b/', 'a/', '')
+    """
+    if name in ("", "/"):
+        return ""
+    return name if name.endswith("/") else f"{name}/"
+
+
+def pretty(path: KeyPath, root: str = "") -> str:
+    """The key path as a person would write it.
+
+    >>> pretty((Key("state"), Key(0), Key(1, "index")), "optimizer")
+    "optimizer['state'][0][1]"
+    """
+    return root + "".join(f"[{key.value!r}]" for key in path)
+
+
+def iter_leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
+    """Every leaf with its key path, depth first; an empty container counts as a leaf."""
+    if not isinstance(node, BranchNode) or not node.children:
+        yield path, node
+        return
+    todo: list[tuple[KeyPath, Iterator[tuple[Key, Node]]]] = [(path, _pairs(node))]
+    while todo:
+        path, pairs = todo[-1]
+        for key, child in pairs:
+            if isinstance(child, BranchNode) and child.children:
+                todo.append(((*path, key), _pairs(child)))
+                break
+            yield (*path, key), child
+        else:
+            todo.pop()
+
+
+def _pairs(node: BranchNode) -> Iterator[tuple[Key, Node]]:
+    return zip(node.keys, node.children, strict=True)

@@ -1,0 +1,237 @@
+"""Large files written and read at the speed of the disk: few system calls, and no page cache.
+
+A writer hands the disk some MiB at a time, in blocks that are aligned in memory and in the file. Of
+large data that its owner lends, only the ends are copied: its place in the file is chosen so that
+the rest can be written from where it lies. All else is gathered in a buffer, of which there are
+three: the disk has one, another is ready for the moment it is done with it, and the third is
+filled. The digest of the file is taken on the way, so that nobody has to read it back.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import mmap
+import os
+from collections.abc import Sequence
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import xxhash
+
+from functional_ckpt.core.records.records import FileRecord
+from functional_ckpt.runtime import host_memory
+from functional_ckpt.runtime.threads import WriteBehind
+from functional_ckpt.storage.local import LocalStorage, clear_errors
+
+__all__ = ["DataFile"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_BLOCK_BYTES = 4096
+_BUFFER_BYTES = 4 * 2**20
+# Full buffers: one that is being written, and one that waits. With one alone the disk would wait
+# for the thread that fills them to be told, and to answer.
+_MAX_FULL = 2
+# Smaller data is copied in less time than it takes to cut off its ends.
+_LENT_FROM_BYTES = 128 * 2**10
+# To copy less is done before another thread could take over the interpreter, and give it back.
+_COPIED_ALONE_BYTES = 64 * 2**10
+_ZEROS = np.zeros(_BLOCK_BYTES, np.uint8)
+# Smaller files are not worth going around the page cache, from which they may soon be read.
+_DIRECT_FROM_BYTES = 16 * 2**20
+_NO_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+class DataFile:
+    """A new file that is written from its first byte to its last. Use it from one thread.
+
+    Args:
+        storage: Told that it is made.
+        path: Where; its directory is there.
+        size_bytes: How much data there will be.
+        is_lent: Whether nearly all of it will be lent, so that little goes through the buffer.
+
+    Attributes:
+        is_large: Whether it is worth going around the page cache.
+
+    Raises:
+        StorageError: The file system refused; also by the other methods.
+    """
+
+    def __init__(
+        self, storage: LocalStorage, path: str, size_bytes: int, *, is_lent: bool = False
+    ) -> None:
+        storage.operation("write_data", path)
+        self._path = path
+        self._hash = xxhash.xxh3_64()
+        self._written = 0
+        self._segments: list[memoryview] = []  # what is written next, all of it whole blocks
+        self._gathered = 0
+        self._begin = self._filled = 0  # of what the buffer holds beyond that
+        blocks = -(-min(size_bytes, _BUFFER_BYTES) // _BLOCK_BYTES)
+        self._prefers_huge = not is_lent  # of a huge page, all is taken at the first touch
+        self._buffer = self._pages(max(1, blocks) * _BLOCK_BYTES)
+        self._behind: WriteBehind | None = None
+        self._full: collections.deque[Array] = collections.deque()  # handed on before
+        self.is_large = self._is_direct = size_bytes >= _DIRECT_FROM_BYTES
+        with clear_errors("write", path):
+            self._descriptor = self._open()
+            if self._is_direct:
+                _reserve(self._descriptor, size_bytes)
+
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        if self._is_direct:
+            try:
+                return os.open(self._path, flags | os.O_DIRECT, 0o666)
+            except OSError as error:
+                if error.errno not in _NO_DIRECT:
+                    raise
+                self._is_direct = False
+        return os.open(self._path, flags, 0o666)
+
+    def _pages(self, size_bytes: int) -> Array:
+        """Memory on page boundaries."""
+        memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if self._prefers_huge:
+            host_memory.prefer(memory)
+        return np.frombuffer(memory, np.uint8)
+
+    @property
+    def size_bytes(self) -> int:
+        """Where the next data will lie, or a little further."""
+        return self._written + self._gathered + self._filled - self._begin
+
+    def append(self, data: Array, *, is_lent: bool = False) -> int:
+        """Adds bytes and returns where they begin.
+
+        Args:
+            data: A flat array of uint8.
+            is_lent: Whether it will stay as it is until the file is finished, so that it need not
+                be copied.
+        """
+        if is_lent and self.is_large and len(data) >= _LENT_FROM_BYTES:
+            return self._append_lent(data)
+        offset = self.size_bytes
+        self._copy(data)
+        return offset
+
+    def _append_lent(self, data: Array) -> int:
+        address: int = data.__array_interface__["data"][0]
+        self._copy(_ZEROS[: (address - self.size_bytes) % _BLOCK_BYTES])
+        offset = self.size_bytes
+        head = -address % _BLOCK_BYTES
+        tail = (len(data) - head) % _BLOCK_BYTES
+        self._copy(data[:head])
+        self._gather_buffer()
+        self._gather(data[head : len(data) - tail])
+        if self._gathered >= _BUFFER_BYTES:
+            self._flush()
+        self._copy(data[len(data) - tail :])
+        return offset
+
+    def _copy(self, data: Array) -> None:
+        start, count, room = 0, len(data), len(self._buffer)
+        while start < count:
+            taken = min(count - start, room - self._filled)
+            end = self._filled + taken
+            if taken < _COPIED_ALONE_BYTES:  # numpy would offer the interpreter to others first
+                self._buffer.data[self._filled : end] = data.data[start : start + taken]
+            else:
+                self._buffer[self._filled : end] = data[start : start + taken]
+            self._filled, start = end, start + taken
+            if end == room:
+                self._flush()
+                self._turn()
+
+    def _gather_buffer(self) -> None:
+        if self._filled > self._begin:
+            self._gather(self._buffer[self._begin : self._filled])
+            self._begin = self._filled
+
+    def _gather(self, data: Array) -> None:
+        segment = memoryview(cast("Any", data))
+        self._hash.update(segment)
+        self._segments.append(segment)
+        self._gathered += len(segment)
+
+    def _flush(self) -> None:
+        self._gather_buffer()
+        segments, self._segments = self._segments, []
+        write = functools.partial(self._write, segments, self._gathered, self._written)
+        self._written += self._gathered
+        self._gathered = 0
+        if not self.is_large:
+            write()
+            return
+        if self._behind is None:
+            self._behind = WriteBehind(_MAX_FULL)
+        self._behind.run(write)  # waits for what came from the next buffer
+
+    def _turn(self) -> None:
+        self._begin = self._filled = 0
+        if self.is_large:
+            self._full.append(self._buffer)
+            is_free = len(self._full) > _MAX_FULL
+            self._buffer = self._full.popleft() if is_free else self._pages(len(self._buffer))
+
+    def _write(self, segments: Sequence[memoryview], size_bytes: int, offset: int) -> None:
+        with clear_errors("write", self._path):
+            if self._is_direct and size_bytes % _BLOCK_BYTES:
+                # Only whole blocks go around the page cache: the rest of the file goes through it.
+                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+                self._is_direct = False
+            left = list(segments)
+            while left:
+                done = os.pwritev(self._descriptor, left, offset)
+                offset += done
+                while left and done >= len(left[0]):
+                    done -= len(left.pop(0))
+                if done:
+                    left[0] = left[0][done:]
+
+    def finish(self) -> FileRecord:
+        """Writes what is left, and returns what the file must be; durable once it is synced."""
+        if self.size_bytes > self._written:
+            self._flush()
+        if self._behind is not None:
+            self._behind.wait()
+        with clear_errors("write", self._path):
+            os.ftruncate(self._descriptor, self._written)
+        return FileRecord(self._written, self._hash.hexdigest())
+
+    def close(self) -> None:
+        """Gives file and memory back; safe to call twice."""
+        if self._behind is not None:
+            self._behind.close()
+            self._behind = None
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+        self._buffer, self._segments = np.empty(0, np.uint8), []
+        self._full.clear()
+
+
+def _reserve(descriptor: int, size_bytes: int) -> None:
+    """Finds room for the whole file at once; a file system that cannot is asked as we go."""
+    function = _fallocate()
+    if function is None or function(descriptor, 0, 0, size_bytes) == 0:
+        return
+    code = ctypes.get_errno()
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        raise OSError(code, os.strerror(code))
+
+
+@functools.cache
+def _fallocate() -> Any:
+    with contextlib.suppress(AttributeError, OSError):
+        function = ctypes.CDLL(None, use_errno=True).fallocate
+        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        return function
+    return None

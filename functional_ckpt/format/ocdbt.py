@@ -1,0 +1,386 @@
+"""OCDBT databases as bytes: a tree of keys that point into data files, encoded and decoded whole.
+
+TensorStore builds such a tree key by key, at 10 microseconds each and one writer per database. Who
+knows all keys and where their values lie can write the same tree in one go: a leaf node, and a
+manifest that names it. The format is TensorStore's (its page on the `ocdbt` driver describes it),
+and TensorStore reads the result; what is not a single plain leaf is left to TensorStore.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import struct
+import threading
+import uuid
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import tensorstore as ts
+
+from functional_ckpt.core.arrays.chunks import MAX_INLINE_BYTES
+from functional_ckpt.format.database import check_process
+from functional_ckpt.storage.local import LocalStorage
+
+__all__ = [
+    "Entries",
+    "MANIFEST",
+    "MAX_KEYS",
+    "MAX_NODE_BYTES",
+    "Node",
+    "decode_leaf",
+    "decode_manifest",
+    "encode_leaf",
+    "encode_manifest",
+    "is_inside",
+    "read_entries",
+]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+MAX_NODE_BYTES = 100_000_000
+# A leaf of so many keys stays below the largest node that the manifest promises.
+MAX_KEYS = 250_000
+_MANIFEST_MAGIC = 0x0CDB3A2A
+_NODE_MAGIC = 0x0CDB20DE
+_HEADER = struct.Struct(">I")
+_LENGTH = struct.Struct("<Q")
+_HEADER_BYTES = 4 + 8 + 1 + 1
+_FOOTER_BYTES = 4
+_MAX_VARINT_BYTES = 10
+_FEW = 32
+# Records up to this size are checked with an array that is kept.
+_REUSED_BYTES = 64 * 2**10
+
+
+@dataclasses.dataclass(slots=True)
+class Entries:
+    """Keys and where their values lie, column by column.
+
+    Attributes:
+        keys: The keys, in any order, each once.
+        files: For each key, the place of its data file in the table of files.
+        offsets: Where the value begins in that file.
+        lengths: Bytes of the value.
+    """
+
+    keys: list[bytes] = dataclasses.field(default_factory=list[bytes])
+    files: list[int] = dataclasses.field(default_factory=list[int])
+    offsets: list[int] = dataclasses.field(default_factory=list[int])
+    lengths: list[int] = dataclasses.field(default_factory=list[int])
+
+    def add(self, key: bytes, file: int, offset: int, length: int) -> None:
+        """Adds one key."""
+        self.keys.append(key)
+        self.files.append(file)
+        self.offsets.append(offset)
+        self.lengths.append(length)
+
+    def extend(self, other: Entries) -> None:
+        """Adds all of another's."""
+        self.keys += other.keys
+        self.files += other.files
+        self.offsets += other.offsets
+        self.lengths += other.lengths
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Node:
+    """Where a node is.
+
+    Attributes:
+        file: Its data file, relative to the database.
+        offset: Its first byte there.
+        length: Its bytes.
+    """
+
+    file: str
+    offset: int
+    length: int
+
+
+# ------------------------------------------------------------------------------------ encoding
+
+
+def encode_leaf(files: Sequence[str], entries: Entries) -> bytes:
+    """The leaf node of all entries.
+
+    Args:
+        files: The table of data files, relative to the database.
+        entries: At least one, at most `MAX_KEYS`.
+    """
+    keys = entries.keys
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    ordered = [keys[place] for place in order]
+    shared = [0] * len(ordered)
+    suffixes: list[bytes] = []
+    previous = b""
+    for place, key in enumerate(ordered):
+        # Neighbours are chunks of one array: all before the chunk's key is common to them.
+        end = previous.rfind(b"/") + 1
+        if end and key.startswith(previous[:end]):
+            shared[place] = end
+            suffixes.append(key[end:])
+        else:
+            suffixes.append(key)
+        previous = key
+    at = np.array(order)
+    body = b"".join(
+        (
+            b"\0",
+            _encode_files(files),
+            _varints([len(ordered)]),
+            _varints(shared[1:]),
+            _varints([len(suffix) for suffix in suffixes]),
+            *suffixes,
+            _varints(np.array(entries.lengths, np.uint64)[at]),
+            b"\1" * len(ordered),
+            _varints(np.array(entries.files, np.uint64)[at]),
+            _varints(np.array(entries.offsets, np.uint64)[at]),
+        )
+    )
+    return _seal(_NODE_MAGIC, body)
+
+
+def encode_manifest(node: Node, entries: Entries, time_ns: int) -> bytes:
+    """The manifest of a database of one version, whose root is a leaf.
+
+    Args:
+        node: Where the leaf is.
+        entries: What is in it.
+        time_ns: When it was written, nanoseconds since the epoch.
+    """
+    config = b"".join(
+        (
+            uuid.uuid4().bytes,
+            _varints([0, MAX_INLINE_BYTES, MAX_NODE_BYTES]),
+            b"\4",  # arity of the tree of versions, as a power of two
+            _varints([1]) + struct.pack("<i", 0),  # who adds to it compresses nodes with zstd
+        )
+    )
+    version = b"".join(
+        (
+            _varints([1, 1]) + b"\0",  # one version, the first; the height of its root
+            _varints([0, node.offset, node.length]),
+            _varints([len(entries.keys), node.length, sum(entries.lengths)]),
+            _LENGTH.pack(time_ns),
+        )
+    )
+    return _seal(_MANIFEST_MAGIC, config + _encode_files([node.file]) + version + _varints([0]))
+
+
+def _encode_files(files: Sequence[str]) -> bytes:
+    paths = [file.encode() for file in files]
+    zeros = [0] * len(paths)
+    return b"".join(
+        (
+            _varints([len(paths)]),
+            _varints(zeros[1:]),
+            _varints([len(path) for path in paths]),
+            _varints(zeros),  # no part of a path is handed down to children
+            *paths,
+        )
+    )
+
+
+def _varints(values: Any) -> bytes:
+    """Seven bits a byte, the lowest first; the top bit says that more follow."""
+    if len(values) < _FEW:  # numpy's calls would cost more than the numbers
+        return b"".join(map(_varint, map(int, values)))
+    numbers = np.asarray(values, np.uint64)
+    widths = np.ones(numbers.shape, np.int64)
+    for place in range(1, _MAX_VARINT_BYTES):
+        widths += numbers >= np.uint64(1) << np.uint64(7 * place)
+    ends = np.cumsum(widths)
+    encoded = np.empty(int(ends[-1]), np.uint8)
+    for place in range(int(widths.max())):
+        has = widths > place
+        digits = (numbers[has] >> np.uint64(7 * place)).astype(np.uint8) & 0x7F
+        more = (widths[has] > place + 1).astype(np.uint8) << 7
+        encoded[(ends - widths)[has] + place] = digits | more
+    return encoded.tobytes()
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
+
+
+def _seal(magic: int, body: bytes) -> bytes:
+    length = _HEADER_BYTES + len(body) + _FOOTER_BYTES
+    content = _HEADER.pack(magic) + _LENGTH.pack(length) + b"\0\0" + body
+    return content + _crc32c(content)
+
+
+def _crc32c(data: bytes) -> bytes:
+    """TensorStore's own: its zarr codec of that name puts it behind the bytes."""
+    check_process()
+    if len(data) > _REUSED_BYTES:
+        return _check(_checker(len(data)), data)
+    with _checking:
+        return _check(_reused_checker(len(data)), data)
+
+
+def _check(array: Any, data: bytes) -> bytes:
+    array.write(np.frombuffer(data, np.uint8)).result()
+    return array.kvstore.read("c/0").result().value[-_FOOTER_BYTES:]
+
+
+def _checker(size_bytes: int) -> Any:
+    codecs = [{"name": "bytes"}, {"name": "crc32c"}]
+    grid = {"name": "regular", "configuration": {"chunk_shape": [size_bytes]}}
+    metadata = {
+        "shape": [size_bytes],
+        "data_type": "uint8",
+        "chunk_grid": grid,
+        "codecs": codecs,
+    }
+    spec = {
+        "driver": "zarr3",
+        "kvstore": "memory://",
+        "metadata": metadata,
+        "store_data_equal_to_fill_value": True,
+    }
+    return ts.open(spec, create=True, context=ts.Context()).result()
+
+
+# Steps of one run have records of few sizes, and to open an array takes longer than to write it.
+_reused_checker = functools.lru_cache(maxsize=64)(_checker)
+_checking = threading.Lock()
+
+
+# ------------------------------------------------------------------------------------ decoding
+
+
+class _Unread(Exception):
+    """Not what this module writes: TensorStore may know better."""
+
+
+class _Reader:
+    """What is left of an encoded record."""
+
+    def __init__(self, magic: int, data: bytes) -> None:
+        self._data = np.frombuffer(data, np.uint8)
+        self._end = len(data) - _FOOTER_BYTES
+        self._at = _HEADER_BYTES
+        is_plain = data[12:_HEADER_BYTES] == b"\0\0"
+        if self._end < self._at or data[:4] != _HEADER.pack(magic) or not is_plain:
+            raise _Unread
+        if _LENGTH.unpack_from(data, 4)[0] != len(data) or _crc32c(data[: self._end]) != data[-4:]:
+            raise _Unread
+
+    def take(self, count: int) -> bytes:
+        """So many bytes."""
+        if not 0 <= count <= self._end - self._at:
+            raise _Unread
+        self._at += count
+        return self._data[self._at - count : self._at].tobytes()
+
+    def varints(self, count: int) -> Array:
+        """So many numbers, as int64."""
+        if not count:
+            return np.empty(0, np.int64)
+        left = self._data[self._at : min(self._end, self._at + count * _MAX_VARINT_BYTES)]
+        ends = np.flatnonzero(left < 0x80)[:count] + 1
+        if len(ends) < count:
+            raise _Unread
+        widths = np.diff(ends, prepend=0)
+        if widths.max() > 9:  # beyond 63 bits
+            raise _Unread
+        numbers = np.zeros(count, np.int64)
+        starts = ends - widths
+        for place in range(int(widths.max())):
+            has = widths > place
+            digits = left[starts[has] + place].astype(np.int64) & 0x7F
+            numbers[has] |= digits << (7 * place)
+        self._at += int(ends[-1])
+        return numbers
+
+    def varint(self) -> int:
+        """One number."""
+        return int(self.varints(1)[0])
+
+    def files(self) -> list[str]:
+        """A table of data files."""
+        count = self.varint()
+        if count > self._end:
+            raise _Unread
+        shared = self.varints(max(0, count - 1)).tolist()
+        lengths = self.varints(count).tolist()
+        self.varints(count)
+        paths: list[bytes] = []
+        for length, common in zip(lengths, [0, *shared], strict=count > 0):
+            paths.append((paths[-1][:common] if paths else b"") + self.take(length))
+        return [path.decode() for path in paths]
+
+
+def decode_manifest(data: bytes) -> Node | None:
+    """Where the one leaf of a database is; None where it is no database of one plain leaf."""
+    try:
+        reader = _Reader(_MANIFEST_MAGIC, data)
+        reader.take(16)
+        if reader.varint() != 0:
+            return None
+        reader.varints(2)
+        reader.take(1)
+        if reader.varint():
+            reader.take(4)
+        files = reader.files()
+        num_versions = reader.varint()
+        if num_versions != 1 or reader.varint() < 1 or reader.take(1) != b"\0":
+            return None
+        file, offset, length = reader.varints(3).tolist()
+        return Node(files[file], offset, length)
+    except (_Unread, UnicodeDecodeError, IndexError, ValueError):
+        return None
+
+
+def decode_leaf(data: bytes) -> tuple[list[str], Entries] | None:
+    """Files and entries of a leaf node; None where it holds values itself, or is none."""
+    try:
+        reader = _Reader(_NODE_MAGIC, data)
+        if reader.take(1) != b"\0":
+            return None
+        files = reader.files()
+        count = reader.varint()
+        if not 0 < count <= len(data):
+            return None
+        shared = [0, *reader.varints(count - 1).tolist()]
+        suffix_lengths = reader.varints(count).tolist()
+        keys: list[bytes] = []
+        previous = b""
+        for common, length in zip(shared, suffix_lengths, strict=True):
+            previous = previous[:common] + reader.take(length)
+            keys.append(previous)
+        lengths = reader.varints(count).tolist()
+        if reader.take(count) != b"\1" * count:
+            return None
+        places, offsets = reader.varints(count), reader.varints(count)
+        if places.max() >= len(files):
+            return None
+        return files, Entries(keys, places.tolist(), offsets.tolist(), lengths)
+    except (_Unread, UnicodeDecodeError, ValueError):
+        return None
+
+
+MANIFEST = "manifest.ocdbt"
+
+
+def read_entries(storage: LocalStorage, directory: str) -> tuple[list[str], Entries] | None:
+    """Data files and entries of a database that is one plain leaf; None where it is another."""
+    place = decode_manifest(storage.read(os.path.join(directory, MANIFEST)))
+    if place is None or not is_inside(place.file):
+        return None
+    data = storage.read_range(os.path.join(directory, place.file), place.offset, place.length)
+    return decode_leaf(data)
+
+
+def is_inside(file: str) -> bool:
+    """Whether a data file's path leads nowhere but below its database."""
+    return all(part not in ("", ".", "..") and "\0" not in part for part in file.split("/"))

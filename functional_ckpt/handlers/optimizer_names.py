@@ -1,0 +1,170 @@
+"""The parameters of an optimizer: their names, and whether they are those of the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias, cast
+
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.handlers import module_names
+
+__all__ = [
+    "RESERVED",
+    "SHARED",
+    "NamedOptimizer",
+    "State",
+    "by_name",
+    "check_layout",
+    "check_same_parameters",
+    "group_names",
+    "loads_its_own_way",
+]
+
+State: TypeAlias = dict[Any, Any]
+
+# State whose key is not a parameter.
+SHARED = "shared_state"
+RESERVED = ("state", "param_groups", SHARED)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NamedOptimizer:
+    """An optimizer and where its parameters' names come from.
+
+    Attributes:
+        optimizer: Any `torch.optim.Optimizer`.
+        model: A module, or `(name, parameter)` pairs.
+        outer: The ZeRO optimizer of which `optimizer` updates this rank's share; else None.
+    """
+
+    optimizer: torch.optim.Optimizer
+    model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]
+    outer: torch.optim.Optimizer | None = None
+
+
+def group_names(named: NamedOptimizer) -> list[list[str]]:
+    """The names of each group's parameters, in the groups' order."""
+    names = _names(named.model)
+    unknown = [
+        f"param_groups[{index}]['params'][{place}] {tuple(parameter.shape)}"
+        for index, group in enumerate(named.optimizer.param_groups)
+        for place, parameter in enumerate(group["params"])
+        if id(parameter) not in names
+    ]
+    if unknown:
+        raise errors.UsageError(
+            "The optimizer updates parameters that the model does not have: "
+            f"{', '.join(unknown)}. Pass the module that holds all of them, or "
+            "(name, parameter) pairs."
+        )
+    groups = [[names[id(p)] for p in group["params"]] for group in named.optimizer.param_groups]
+    _check_state_keys(named.optimizer, names)
+    return groups
+
+
+def by_name(named: NamedOptimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's parameters by name."""
+    return {
+        name: parameter
+        for group, names in zip(named.optimizer.param_groups, group_names(named), strict=True)
+        for parameter, name in zip(group["params"], names, strict=True)
+    }
+
+
+def _names(model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]) -> dict[int, str]:
+    """The `id` of each parameter -> its first name."""
+    pairs: Iterable[tuple[str, torch.Tensor]]
+    if isinstance(model, torch.nn.Module):
+        pairs = ((name, slot.tensor) for name, slot in module_names.slots(model))
+    else:
+        pairs = model
+    names: dict[int, str] = {}
+    owners: dict[str, int] = {}
+    for name, parameter in pairs:
+        if owners.setdefault(name, id(parameter)) != id(parameter):
+            raise errors.UsageError(f"Two parameters are named {name!r}.", key_path=name)
+        names.setdefault(id(parameter), name)
+    return names
+
+
+def _check_state_keys(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+    grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for key in cast("Mapping[Any, Any]", optimizer.state):
+        if isinstance(key, torch.Tensor):
+            if id(key) not in grouped:
+                name = names.get(id(key), "a tensor the model does not have")
+                raise errors.UsageError(
+                    f"The optimizer has state for {name}, which is in none of its groups; "
+                    "delete it (del optimizer.state[parameter]) or put the parameter back."
+                )
+        elif type(key) is not str:
+            raise errors.UsageError(
+                f"The optimizer has state under the key {key!r}; "
+                "only parameters and str keys can be saved."
+            )
+
+
+def loads_its_own_way(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `load_state_dict` is overridden or has hooks."""
+    return (
+        type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict
+        or bool(optimizer._optimizer_load_state_dict_pre_hooks)
+        or bool(optimizer._optimizer_load_state_dict_post_hooks)
+    )
+
+
+def check_layout(saved: Any) -> None:
+    """Raises `MismatchError` for a tree that is not an optimizer's."""
+    if (
+        isinstance(saved, dict)
+        and isinstance(saved.get("state"), dict)
+        and isinstance(saved.get("param_groups"), list)
+        and all(isinstance(g, dict) and "params" in g for g in saved["param_groups"])
+    ):
+        return
+    raise errors.MismatchError(
+        "Not an optimizer saved by parameter name: expected "
+        "{'state': {...}, 'param_groups': [...]}, got "
+        f"{sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__}."
+    )
+
+
+def check_same_parameters(own: State, saved: State, optimizer: torch.optim.Optimizer) -> None:
+    """Raises `MismatchError` unless both have the same parameters in the same groups."""
+    here, there = _membership(own), _membership(saved)
+    missing = [name for name in here if name not in there]
+    unexpected = [name for name in there if name not in here]
+    if not loads_its_own_way(optimizer):  # else its hooks may know what to do with them
+        unexpected += [str(key) for key in saved if key not in own and key not in RESERVED]
+    moved = [
+        f"{name}: in group {there[name]} of the checkpoint, in group {here[name]} here"
+        for name in here
+        if name in there and here[name] != there[name]
+    ]
+    counts = [len(tree["param_groups"]) for tree in (own, saved)]
+    if counts[0] != counts[1]:
+        moved.append(f"param_groups: {counts[1]} in the checkpoint, {counts[0]} here")
+    if isinstance(optimizer, torch.optim.LBFGS) and not missing and list(here) != list(there):
+        moved.append("params: LBFGS flattens them in order, and the order differs")
+    if not (missing or unexpected or moved):
+        return
+    lines = [
+        *(f"  not in the checkpoint: {name}" for name in missing),
+        *(f"  only in the checkpoint: {name}" for name in unexpected),
+        *(f"  {line}" for line in moved),
+    ]
+    raise errors.MismatchError(
+        "The optimizer's parameters are not the checkpoint's:\n" + "\n".join(lines),
+        missing=missing,
+        unexpected=unexpected,
+        mismatched=moved,
+    )
+
+
+def _membership(tree: State) -> dict[str, int]:
+    return {
+        name: index for index, group in enumerate(tree["param_groups"]) for name in group["params"]
+    }

@@ -1,0 +1,60 @@
+"""New files and directories, whole and durable when they appear, absent when anything fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator
+
+from functional_ckpt import errors
+from functional_ckpt.storage import commit
+from functional_ckpt.storage.local import LocalStorage, resolve
+
+__all__ = ["check_apart", "created"]
+
+
+@contextlib.contextmanager
+def created(path: str | os.PathLike[str], storage: LocalStorage | None = None) -> Generator[str]:
+    """Gives a temporary path to write a file or a directory at, and commits it at the end.
+
+    Args:
+        path: What the file or directory will be called.
+        storage: The file system.
+
+    Yields:
+        The temporary path. Nothing is there yet.
+
+    Raises:
+        StepExistsError: Something is at `path`; it is left as it is.
+    """
+    storage = storage or LocalStorage()
+    final = resolve(path)
+    if storage.exists(final):
+        raise errors.StepExistsError(
+            f"{final} exists and is never overwritten; remove it or choose another path.",
+            path=final,
+        )
+    commit.make_root(storage, os.path.dirname(final))
+    tmp = commit.temporary(final)
+    try:
+        storage.remove(tmp)
+        yield tmp
+        if storage.is_directory(tmp):
+            commit.sync_tree(storage, tmp, storage.walk(tmp))
+        else:
+            storage.sync(tmp)
+        commit.publish(storage, tmp, final, overwrite=False)
+    except BaseException:
+        commit.abandon(storage, tmp)
+        raise
+
+
+def check_apart(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
+    """Raises `UsageError` where one of two paths is, or lies inside, the other."""
+    first, second = (os.path.realpath(resolve(path)) for path in (source, destination))
+    if os.path.commonpath([first, second]) in (first, second):
+        raise errors.UsageError(
+            f"{second} and {first} overlap: what is read is never written into; choose another "
+            "destination.",
+            path=second,
+        )

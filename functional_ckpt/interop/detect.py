@@ -1,0 +1,92 @@
+"""Opening a checkpoint of any known format, found out from what is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from functional_ckpt import errors
+from functional_ckpt.interop import (
+    colossalai,
+    composer,
+    dcp,
+    huggingface,
+    native,
+    neuronx,
+    safetensors,
+    torch_save,
+)
+from functional_ckpt.interop.source import Format, Source
+from functional_ckpt.storage.local import resolve
+
+__all__ = ["FORMATS", "candidates", "open"]
+
+FORMATS: tuple[Format, ...] = (
+    native.FORMAT,
+    huggingface.FORMAT,
+    safetensors.FORMAT,
+    torch_save.FORMAT,
+    dcp.FORMAT,
+    neuronx.FORMAT,
+    colossalai.FORMAT,
+    composer.FORMAT,
+)
+"""Every format that can be opened."""
+
+
+def candidates(path: str, formats: Sequence[Format] = FORMATS) -> list[Format]:
+    """The formats that what is at a path looks like; a more special one hides the general."""
+    fitting = [format for format in formats if format.fits(path)]
+    refined = {name for format in fitting for name in format.refines}
+    return [format for format in fitting if format.name not in refined]
+
+
+def open(
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    formats: Sequence[Format] = FORMATS,
+) -> Source:
+    """Opens a checkpoint of another program as items: a mapping that `fc.save` takes as it is.
+
+    Args:
+        path: A file or a directory.
+        format: Name of its format; None to find out.
+        formats: What to choose from; add a `Format` of your own.
+
+    Returns:
+        Items by name. Each is read when it is first asked for, its tensors when they are used.
+
+    Raises:
+        StepNotFoundError: There is nothing.
+        UsageError: It looks like no known format, or like several: they are listed.
+        CorruptCheckpointError: It is incomplete or damaged.
+    """
+    place = resolve(path)
+    if not os.path.exists(place):
+        raise errors.StepNotFoundError(f"{place}: there is no such file or directory.", path=place)
+    by_name = {each.name: each for each in formats}
+    if format is not None:
+        if format not in by_name:
+            raise errors.UsageError(
+                f"There is no format {format!r}; known are {', '.join(by_name)}.", path=place
+            )
+        if not by_name[format].fits(place):
+            raise errors.UsageError(
+                f"{place} does not look like {by_name[format].about} ({format!r}).", path=place
+            )
+        return by_name[format].open(place)
+    found = candidates(place, formats)
+    if len(found) == 1:
+        return found[0].open(place)
+    if found:
+        listed = "; ".join(f"{each.name!r} ({each.about})" for each in found)
+        raise errors.UsageError(
+            f"{place} may be any of {listed}; say which with format=.", path=place
+        )
+    known = "; ".join(f"{each.name!r} ({each.about})" for each in formats)
+    raise errors.UsageError(
+        f"{place}: nothing here looks like a known checkpoint. Give the file or the directory of "
+        f"one checkpoint. Known are: {known}.",
+        path=place,
+    )

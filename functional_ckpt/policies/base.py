@@ -1,0 +1,172 @@
+"""What a policy is: the records it reads and the two protocols, Orbax's.
+
+A policy is a pure function of what it is given: the history of the steps that are on disk, the
+step at hand and, in a context, whatever only the outside world knows (the clock, a signal). It
+holds no state, so it decides the same after a restart as before.
+
+The policies themselves are in `save_policies` and `keep_policies`; `save_rule` and `keep_rule`
+decide by several at once.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from functional_ckpt.errors import UsageError
+from functional_ckpt.policies.progress import Progress
+
+__all__ = [
+    "KeepContext",
+    "KeepPolicy",
+    "SaveContext",
+    "SavePolicy",
+    "StepInfo",
+    "StepPolicy",
+    "is_int",
+    "step_set",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInfo:
+    """A step as policies see it: one that is on disk, or the one to decide about.
+
+    Attributes:
+        step: Its number.
+        time: When it was saved (or, for the step to decide about, now); with a time zone.
+        metrics: What was measured at it; None if nothing was (yet).
+        progress: How far the training was; None if it does not say. It is saved with the step,
+            since a policy that saves every epoch has no other memory.
+    """
+
+    step: int
+    time: datetime.datetime
+    metrics: Mapping[str, Any] | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a negative step or a time without a time zone."""
+        if not is_int(self.step) or self.step < 0:
+            raise UsageError(f"step: expected an int, zero or more; got {self.step!r}")
+        _check_zone("time of a step", self.time)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveContext:
+    """What a save policy cannot know from the steps.
+
+    Attributes:
+        is_saving_in_progress: An earlier save is still being committed in the background.
+        reached_preemption: The process was told that it will be killed.
+        start_time: When this run began, with a time zone: the first interval in seconds is counted
+            from here if nothing was saved since. None: an interval in seconds is over at once if
+            nothing was ever saved.
+    """
+
+    is_saving_in_progress: bool = False
+    reached_preemption: bool = False
+    start_time: datetime.datetime | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a start time without a time zone."""
+        if self.start_time is not None:
+            _check_zone("start_time", self.start_time)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepContext:
+    """What a keep policy cannot know from the steps.
+
+    Attributes:
+        now: The time of the decision, with a time zone.
+    """
+
+    now: datetime.datetime
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a time without a time zone."""
+        _check_zone("now", self.now)
+
+
+class SavePolicy(Protocol):
+    """Decides whether a step is saved.
+
+    A class may set `step_only = True` and add `fires_at` (see `StepPolicy`): then it is decided on
+    every rank by itself. Any other policy is decided by the primary for all.
+    """
+
+    def should_save(
+        self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+    ) -> bool:
+        """Returns whether to save.
+
+        Args:
+            step: The step at hand.
+            previous_steps: The steps that exist, ascending, with the one being committed.
+            context: What the outside world says.
+        """
+        ...
+
+
+@runtime_checkable
+class StepPolicy(Protocol):
+    """A save policy that depends on the number of the step and nothing else."""
+
+    @property
+    def step_only(self) -> Literal[True]:
+        """Says that `fires_at` is the whole decision."""
+        ...
+
+    def fires_at(self, step: int) -> bool:
+        """Returns whether to save this step."""
+        ...
+
+    def should_save(
+        self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+    ) -> bool:
+        """Returns `fires_at(step.step)`."""
+        ...
+
+
+class KeepPolicy(Protocol):
+    """Decides which steps stay on disk."""
+
+    def should_preserve(
+        self, checkpoints: Sequence[StepInfo], /, *, context: KeepContext
+    ) -> Sequence[bool]:
+        """Returns one answer for each of the steps, which come in ascending order."""
+        ...
+
+
+def is_int(value: object) -> bool:
+    """Returns whether the value is an int and not, by accident, a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def step_set(what: str, steps: Iterable[int]) -> range | frozenset[int]:
+    """Returns the steps for quick look-up, a range as it is; raises UsageError for non-steps."""
+    if isinstance(steps, range):
+        wrong = [end for end in (steps[:1] and (steps[0], steps[-1])) if end < 0]
+        members = steps
+    else:
+        try:
+            members = frozenset(steps)
+        except TypeError:
+            raise UsageError(f"{what}: expected several ints; got {steps!r}") from None
+        wrong = [step for step in members if not is_int(step) or step < 0]
+    if wrong:
+        raise UsageError(f"{what}: expected ints, zero or more; got {wrong[0]!r} among them")
+    return members
+
+
+def _check_zone(what: str, time: object) -> None:
+    if not isinstance(time, datetime.datetime):
+        raise UsageError(f"{what}: expected a datetime with a time zone; got {time!r}")
+    if time.tzinfo is None:
+        raise UsageError(
+            f"{what}: expected a datetime with a time zone, as `datetime.now(timezone.utc)`; "
+            f"got {time!r} without one"
+        )

@@ -1,0 +1,364 @@
+"""Which steps to keep: the keep policies.
+
+They decide as Orbax's preservation policies of the same names do, save for what loses
+checkpoints there: a metric that is missing or not a number ranks worst (there it breaks the
+ranking or raises), keeping zero steps is an error (there it keeps none, or all), and the clock is
+passed in.
+"""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from functional_ckpt.errors import UsageError
+from functional_ckpt.policies.base import KeepContext, StepInfo, is_int, step_set
+from functional_ckpt.policies.timespan import Timespan, TimespanLike, parse_timespan
+
+__all__ = [
+    "BestN",
+    "CustomSteps",
+    "EveryNSeconds",
+    "EveryNSteps",
+    "LatestDuration",
+    "LatestN",
+    "Metric",
+    "PreserveAll",
+    "best_n",
+    "preserve_all",
+    "rank_steps",
+]
+
+Metric: TypeAlias = str | Callable[[Mapping[str, Any]], float]
+"""Which number ranks a step: the key of a metric, or a function of all metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreserveAll:
+    """Keeps everything."""
+
+    def should_preserve(
+        self, checkpoints: Sequence[StepInfo], /, *, context: KeepContext
+    ) -> list[bool]:
+        """Returns True for each step."""
+        return [True] * len(checkpoints)
+
+
+@dataclass(frozen=True, slots=True)
+class LatestN:
+    """Keeps the `n` steps with the highest numbers.
+
+    Attributes:
+        n: At least 1; None keeps all.
+    """
+
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for less than one step."""
+        _check_count("n of LatestN", self.n)
+
+    def should_preserve(
+        self, checkpoints: Sequence[StepInfo], /, *, context: KeepContext
+    ) -> list[bool]:
+        """Returns True for the last n steps."""
+        return _last(len(checkpoints), self.n)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class LatestDuration:
+    """Keeps what was saved within some time before now, and every step after the first such.
+
+    Attributes:
+        duration: How far back, as a timedelta or a time string (`"24h"`).
+    """
+
+    duration: Timespan
+
+    def __init__(self, duration: TimespanLike) -> None:
+        """Raises UsageError for what is no wall-clock time."""
+        span = parse_timespan(duration)
+        if span.unit != "second" or not span.value:
+            raise UsageError(
+                f"duration: expected a wall-clock time above zero, such as '24h'; got {span}"
+            )
+        object.__setattr__(self, "duration", span)
+
+    def should_preserve(
+        self, checkpoints: Sequence[StepInfo], /, *, context: KeepContext
+    ) -> list[bool]:
+        """Returns True from the first step on that is young enough at `context.now`."""
+        for index, info in enumerate(checkpoints):
+            if (context.now - info.time).total_seconds() <= self.duration.value:
+                return [False] * index + [True] * (len(checkpoints) - index)
+        return [False] * len(checkpoints)
+
+
+@dataclass(frozen=True, slots=True)
+class EveryNSeconds:
+    """Keeps the first step, then each that was saved so long or longer after the last one kept.
+
+    Attributes:
+        interval_secs: In seconds, more than zero.
+    """
+
+    interval_secs: float
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for anything but a positive number."""
+        seconds = self.interval_secs
+        if not (is_int(seconds) or isinstance(seconds, float)) or not 0 < seconds < math.inf:
+            raise UsageError(
+                f"interval_secs: expected a number of seconds above zero; got {seconds!r}"
+            )
+
+    def should_preserve(
+        self, checkpoints: Sequence[StepInfo], /, *, context: KeepContext
+    ) -> list[bool]:
+        """Returns True for the first step and each that is far enough from the last one kept."""
+        kept: list[bool] = []
+        last: datetime.datetime | None = None
+        for info in checkpoints:
+            keep = last is None or (info.time - last).total_seconds() >= self.interval_secs
+            last = info.time if keep else last
+            kept.append(keep)
+        return kept
+
+
+@dataclass(frozen=True, slots=True)
+class EveryNSteps:
+    """Keeps steps at an interval.
+
+    Attributes:
+        interval_steps: At least 1.
+        exact_interval: True keeps the multiples of the interval; False keeps the first step, then
+            each that is so far or farther from the last one kept.
+        max_to_keep: How many of these to keep at most, the newest; None keeps all of them.
+    """
+
+    interval_steps: int
+    exact_interval: bool = True
+    max_to_keep: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for an interval or a number below 1."""
+        if not is_int(self.interval_steps) or self.interval_steps < 1:
+            raise UsageError(
+                f"interval_steps: expected an int of at least 1; got {self.interval_steps!r}"
+            )
+        _check_count("max_to_keep of EveryNSteps", self.max_to_keep)
+
+    def should_preserve(
+        self, checkpoints: Sequence[StepInfo], /, *, context: KeepContext
+    ) -> list[bool]:
+        """Returns True for the steps at the interval."""
+        kept: list[int] = []
+        last: int | None = None
+        for index, info in enumerate(checkpoints):
+            if self.exact_interval:
+                keep = info.step % self.interval_steps == 0
+            else:
+                keep = last is None or info.step - last >= self.interval_steps
+            if keep:
+                kept.append(index)
+                last = info.step
+        chosen = set(kept if self.max_to_keep is None else kept[-self.max_to_keep :])
+        return [index in chosen for index in range(len(checkpoints))]
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class CustomSteps:
+    """Keeps the given steps.
+
+    Attributes:
+        steps: Their numbers; any iterable is accepted, a range is kept as it is.
+    """
+
+    steps: range | frozenset[int]
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        """Raises UsageError for a negative step or what is no int."""
+        object.__setattr__(self, "steps", step_set("steps to keep", steps))
+
+    def should_preserve(
+        self, checkpoints: Sequence[StepInfo], /, *, context: KeepContext
+    ) -> list[bool]:
+        """Returns True for each of the given steps."""
+        return [info.step in self.steps for info in checkpoints]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestN:
+    """Keeps the `n` steps with the best metric; of equal ones, the newer.
+
+    A step whose metric is missing, nan or no number ranks below all others: it is kept only while
+    there are fewer than `n` better ones.
+
+    Attributes:
+        metric: The key of the metric, or a function of all metrics that returns the number.
+        mode: Whether the highest (`max`) or the lowest (`min`) is best.
+        n: At least 1; None keeps all.
+        keep_without_metrics: Keep, beside the best, every step whose metric is not known yet (as
+            when evaluation comes later). Such steps stay until their metric is recorded.
+    """
+
+    metric: Metric
+    mode: Literal["max", "min"] = "max"
+    n: int | None = None
+    keep_without_metrics: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a number below 1, another mode, or what can be no metric."""
+        _check_count("n of BestN", self.n)
+        _check_metric(self.metric, self.mode)
+
+    def should_preserve(
+        self, checkpoints: Sequence[StepInfo], /, *, context: KeepContext
+    ) -> list[bool]:
+        """Returns True for the best n steps."""
+        if self.n is None:
+            return [True] * len(checkpoints)
+        values = [_value(info, self.metric) for info in checkpoints]
+        order = _ascending(values, self.mode)
+        kept = set(order[-self.n :])
+        if self.keep_without_metrics:
+            # The unknown ones have places of their own and do not take any of the n.
+            known = [index for index in order if values[index] is not None]
+            unknown = {index for index, value in enumerate(values) if value is None}
+            kept = unknown.union(known[-self.n :])
+        return [index in kept for index in range(len(checkpoints))]
+
+
+def best_n(
+    n: int,
+    metric: Metric,
+    *,
+    mode: Literal["max", "min"] = "max",
+    keep_without_metrics: bool = False,
+) -> BestN:
+    """Returns the policy that keeps the `n` steps with the best metric.
+
+    >>> best_n(1, "loss", mode="min")
+    BestN(metric='loss', mode='min', n=1, keep_without_metrics=False)
+    """
+    return BestN(metric=metric, mode=mode, n=n, keep_without_metrics=keep_without_metrics)
+
+
+def preserve_all() -> PreserveAll:
+    """Returns the policy that keeps everything."""
+    return PreserveAll()
+
+
+def rank_steps(
+    history: Sequence[StepInfo], metric: Metric, *, mode: Literal["max", "min"] = "max"
+) -> list[StepInfo]:
+    """Returns the steps that have the metric, the best first; of equal ones, the newer first.
+
+    Args:
+        history: Steps in ascending order.
+        metric: The key of the metric, or a function of all metrics that returns the number.
+        mode: Whether the highest or the lowest is best.
+
+    Raises:
+        UsageError: The mode or the metric is neither.
+    """
+    _check_metric(metric, mode)
+    values = [_value(info, metric) for info in history]
+    order = _ascending(values, mode)
+    return [history[index] for index in reversed(order) if not _is_worst(values[index])]
+
+
+def best_step(
+    history: Sequence[StepInfo],
+    metric: Metric | None,
+    mode: Literal["max", "min"],
+    policies: Sequence[object],
+) -> int | None:
+    """Returns the best step, or None where no step has the metric.
+
+    Args:
+        history: Steps in ascending order.
+        metric: As of `rank_steps`; None for that, and the mode, of the first `BestN` policy.
+        mode: Whether the highest or the lowest is best.
+        policies: The keep policies.
+
+    Raises:
+        UsageError: There is no metric and no such policy.
+    """
+    if metric is None:
+        best = next((each for each in policies if isinstance(each, BestN)), None)
+        if best is None:
+            raise UsageError("best_step() needs a metric's name, or a keep policy best_n(n, name).")
+        metric, mode = best.metric, best.mode
+    ranked = rank_steps(history, metric, mode=mode)
+    return ranked[0].step if ranked else None
+
+
+def _ascending(values: Sequence[float | None], mode: str) -> list[int]:
+    """The indices from worst to best; equal values stay in their order, so the newer is better."""
+
+    def key(index: int) -> tuple[bool, float]:
+        value = values[index]
+        if value is None or _is_worst(value):
+            return (False, 0.0)
+        return (True, value if mode == "max" else -value)
+
+    return sorted(range(len(values)), key=key)
+
+
+def _is_worst(value: float | None) -> bool:
+    return value is None or math.isnan(value)
+
+
+def _value(info: StepInfo, metric: Metric) -> float | None:
+    """The number that ranks a step: None if it is not known, nan if it is no number."""
+    if info.metrics is None:
+        return None
+    if isinstance(metric, str):
+        value = info.metrics.get(metric)
+    else:
+        try:
+            value = metric(info.metrics)
+        except LookupError:
+            return None
+        except (TypeError, ValueError, AttributeError, ArithmeticError):
+            # What odd data can cause: one such step must not end a run while it prunes.
+            return math.nan
+    if value is None:
+        return None
+    try:
+        return math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: a tensor of several
+        return math.nan
+
+
+def _check_metric(metric: object, mode: object) -> None:
+    if mode not in ("max", "min"):
+        raise UsageError(f"mode: expected 'max' or 'min'; got {mode!r}")
+    if isinstance(metric, str):
+        return
+    if not callable(metric):
+        raise UsageError(f"metric: expected a key or a function of all metrics; got {metric!r}")
+    try:
+        inspect.signature(metric).bind({})
+    except ValueError:
+        pass  # A builtin without a signature: it will be seen at the first ranking.
+    except TypeError as error:
+        # Found here, since a TypeError while ranking is taken for odd metrics.
+        raise UsageError(
+            f"metric: expected a function of one argument, all metrics; got {metric!r} ({error})"
+        ) from None
+
+
+def _check_count(what: str, count: object) -> None:
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise UsageError(f"{what}: expected an int of at least 1, or None for all; got {count!r}")
+
+
+def _last(total: int, n: int | None) -> list[bool]:
+    kept = total if n is None else min(n, total)
+    return [False] * (total - kept) + [True] * kept

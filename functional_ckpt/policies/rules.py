@@ -1,0 +1,274 @@
+"""Whether to save: the decision of several save policies together."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias, cast
+
+from functional_ckpt.errors import UsageError
+from functional_ckpt.policies.base import (
+    KeepContext,
+    KeepPolicy,
+    SaveContext,
+    SavePolicy,
+    StepInfo,
+    StepPolicy,
+)
+
+__all__ = [
+    "AnyKeep",
+    "AnySave",
+    "KeepPolicies",
+    "SavePolicies",
+    "SaveRule",
+    "decide_keep",
+    "decide_save",
+    "keep_policies",
+    "save_rule",
+    "steps_to_prune",
+]
+
+SavePolicies: TypeAlias = SavePolicy | Sequence[SavePolicy]
+"""What users pass: one policy, or a list that saves whenever any of them does."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnySave:
+    """Saves whenever one of several policies does, as a list of them does.
+
+    Attributes:
+        policies: Asked in this order.
+    """
+
+    policies: tuple[SavePolicy, ...]
+
+    def should_save(
+        self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+    ) -> bool:
+        """Returns whether any policy wants the save."""
+        return any(
+            policy.should_save(step, previous_steps, context=context) for policy in self.policies
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRule:
+    """A user's save policies, flattened and sorted by what they need to know.
+
+    Attributes:
+        policies: All of them, in the user's order.
+        by_step: Those that depend on the step alone: decided by every rank for itself.
+        by_state: The others: decided by the primary for all.
+    """
+
+    policies: tuple[SavePolicy, ...]
+    by_step: tuple[StepPolicy, ...]
+    by_state: tuple[SavePolicy, ...]
+
+    @property
+    def step_only(self) -> bool:
+        """Whether no rank ever has to ask another."""
+        return not self.by_state
+
+    def decide_step(self, step: int) -> bool | None:
+        """Decides from the number of the step, in well under a microsecond.
+
+        Returns:
+            True to save, False not to, None if that depends on more: then ask `decide_save`.
+        """
+        for policy in self.by_step:
+            if policy.fires_at(step):
+                return True
+        return None if self.by_state else False
+
+
+def save_rule(
+    policies: SavePolicies, *, adapt: Callable[[Any], Any] = lambda policy: policy
+) -> SaveRule:
+    """Returns the rule that saves whenever any of the policies does.
+
+    Args:
+        policies: One policy or a sequence of them (sequences within are flattened). An empty one
+            never saves: only forced saves happen.
+        adapt: Called with each policy first, to let others' objects in.
+
+    Raises:
+        UsageError: One of them is no save policy; the message says which.
+    """
+    flat = tuple(_flatten(policies, adapt, "save_policy"))
+    by_step: list[StepPolicy] = []
+    by_state: list[SavePolicy] = []
+    for policy in flat:
+        if isinstance(policy, StepPolicy) and policy.step_only:
+            by_step.append(policy)
+        else:
+            by_state.append(policy)
+    return SaveRule(policies=flat, by_step=tuple(by_step), by_state=tuple(by_state))
+
+
+def decide_save(
+    rule: SaveRule, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+) -> SavePolicy | None:
+    """Returns the first policy that wants the step saved, None if there is none.
+
+    Args:
+        rule: The policies.
+        step: The step at hand.
+        previous_steps: The steps that exist, ascending, with the one being committed: without that
+            one, a policy that counts seconds would ask for a second save while it is on its way.
+        context: What the outside world says.
+    """
+    for policy in rule.policies:
+        if policy.should_save(step, previous_steps, context=context):
+            return policy
+    return None
+
+
+def _flatten(policies: Any, adapt: Callable[[Any], Any], place: str) -> list[SavePolicy]:
+    policy = adapt(policies)
+    if isinstance(policy, AnySave):
+        return _flatten(policy.policies, adapt, place)
+    if isinstance(policy, (list, tuple)):
+        return [
+            each
+            for index, member in enumerate(cast("Sequence[Any]", policy))
+            for each in _flatten(member, adapt, f"{place}[{index}]")
+        ]
+    if isinstance(policy, type) or not callable(getattr(policy, "should_save", None)):
+        raise UsageError(f"{place}: expected a save policy{_save_advice(policy)}; got {policy!r}")
+    if getattr(policy, "step_only", False) and not callable(getattr(policy, "fires_at", None)):
+        raise UsageError(
+            f"{place}: expected `fires_at(step)` of a policy whose `step_only` is true; "
+            f"{policy!r} has none"
+        )
+    return [policy]
+
+
+def _save_advice(policy: object) -> str:
+    if isinstance(policy, (int, str, datetime.timedelta)) and not isinstance(policy, bool):
+        return f", such as every({policy!r})"
+    if isinstance(policy, type):
+        return f", an instance such as {policy.__name__}(...)"
+    if hasattr(policy, "should_preserve"):
+        return " (this one belongs in keep_policy)"
+    if callable(policy):
+        return ", such as when(function)"
+    return " or a list of them"
+
+
+KeepPolicies: TypeAlias = KeepPolicy | Sequence[KeepPolicy]
+"""What users pass: one policy, or a list that keeps what any of them keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnyKeep:
+    """Keeps what one of several policies keeps, as a list does; everything if there is none.
+
+    Attributes:
+        policies: All are asked.
+    """
+
+    policies: tuple[KeepPolicy, ...]
+
+    def should_preserve(
+        self, checkpoints: Sequence[StepInfo], /, *, context: KeepContext
+    ) -> list[bool]:
+        """Returns True for each step that any policy keeps."""
+        if not self.policies:
+            return [True] * len(checkpoints)
+        answers = [_ask(policy, checkpoints, context) for policy in self.policies]
+        return [any(each) for each in zip(*answers, strict=True)]
+
+
+def keep_policies(
+    policies: KeepPolicies, *, adapt: Callable[[Any], Any] = lambda policy: policy
+) -> tuple[KeepPolicy, ...]:
+    """Returns a user's keep policies as a tuple.
+
+    Args:
+        policies: One policy or a sequence of them; an empty one keeps everything.
+        adapt: Called with each policy first, to let others' objects in.
+
+    Raises:
+        UsageError: One of them is no keep policy; the message says which.
+    """
+    if isinstance(policies, (list, tuple)):
+        members = cast("Sequence[Any]", policies)
+        return tuple(
+            _checked(each, adapt, f"keep_policy[{index}]") for index, each in enumerate(members)
+        )
+    return (_checked(policies, adapt, "keep_policy"),)
+
+
+def decide_keep(
+    policies: Sequence[KeepPolicy], history: Sequence[StepInfo], *, context: KeepContext
+) -> tuple[bool, ...]:
+    """Returns, for each step, whether it stays: if any policy keeps it, or if it is the newest.
+
+    Args:
+        policies: None at all keeps everything.
+        history: The steps on disk, ascending and each once.
+        context: The clock.
+
+    Raises:
+        UsageError: A policy does not answer once for each step, or the history is out of order.
+    """
+    for before, after in pairwise(history):
+        if before.step >= after.step:
+            raise UsageError(
+                f"history: expected each step once, in ascending order; got {after.step} "
+                f"after {before.step}"
+            )
+    if not history:
+        return ()
+    kept = AnyKeep(tuple(policies)).should_preserve(history, context=context)
+    # Whatever the policies say: a run must always be able to go on from where it was.
+    return (*kept[:-1], True)
+
+
+def steps_to_prune(
+    policies: Sequence[KeepPolicy], history: Sequence[StepInfo], *, context: KeepContext
+) -> tuple[int, ...]:
+    """Returns the numbers of the steps that may go, the oldest first; never the newest.
+
+    The arguments and errors are those of `decide_keep`.
+    """
+    kept = decide_keep(policies, history, context=context)
+    return tuple(info.step for info, keep in zip(history, kept, strict=True) if not keep)
+
+
+def _ask(
+    policy: KeepPolicy, checkpoints: Sequence[StepInfo], context: KeepContext
+) -> Sequence[bool]:
+    answer: Any = policy.should_preserve(checkpoints, context=context)
+    # A single bool, or a list that is too short, would silently decide about the wrong steps.
+    if not hasattr(answer, "__len__") or len(answer) != len(checkpoints):
+        raise UsageError(
+            f"keep policy {policy!r}: expected {len(checkpoints)} answers, one for each step; "
+            f"got {answer!r}"
+        )
+    return answer
+
+
+def _checked(policy: Any, adapt: Callable[[Any], Any], place: str) -> KeepPolicy:
+    if isinstance(policy, (list, tuple)):
+        return AnyKeep(keep_policies(cast("Sequence[Any]", policy), adapt=adapt))
+    adapted = adapt(policy)
+    if isinstance(adapted, type) or not callable(getattr(adapted, "should_preserve", None)):
+        raise UsageError(f"{place}: expected a keep policy{_keep_advice(adapted)}; got {adapted!r}")
+    return adapted
+
+
+def _keep_advice(policy: object) -> str:
+    if isinstance(policy, int) and not isinstance(policy, bool):
+        return f", such as LatestN({policy})"
+    if isinstance(policy, str):
+        return f", such as best_n(1, {policy!r})"
+    if isinstance(policy, type):
+        return f", an instance such as {policy.__name__}(...)"
+    if hasattr(policy, "should_save"):
+        return " (this one belongs in save_policy)"
+    return " or a list of them"

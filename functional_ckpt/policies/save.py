@@ -1,0 +1,277 @@
+"""When to save: the save policies.
+
+`FixedInterval`, `SpecificSteps`, `InitialSave` and `Preemption` decide as Orbax's policies of those
+names do; intervals in time and progress, and `when`, are ours.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal, cast
+
+from functional_ckpt.errors import UsageError
+from functional_ckpt.policies.base import SaveContext, StepInfo, is_int, step_set
+from functional_ckpt.policies.timespan import Timespan, TimespanLike, Unit, parse_timespan
+
+__all__ = [
+    "ElapsedInterval",
+    "FixedInterval",
+    "InitialSave",
+    "Preemption",
+    "ProgressInterval",
+    "SpecificSteps",
+    "When",
+    "every",
+    "when",
+]
+
+# 0.3 / 0.1 is 2.9999999999999996: a boundary is crossed by whoever is this close to it.
+_ROUNDING: Final = 1e-9
+_ADVICE: Final[dict[Unit, str]] = {
+    "sample": "Count them, progress.next_batch(samples=...)",
+    "token": "Count them, progress.next_batch(tokens=...)",
+    "duration": "Say how long it is, fc.Progress(max_duration=...)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FixedInterval:
+    """Saves every step that is a multiple of `interval`, step 0 included.
+
+    Attributes:
+        interval: In steps, at least 1.
+    """
+
+    interval: int
+    step_only: ClassVar[Literal[True]] = True
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for anything but a positive int."""
+        if not is_int(self.interval) or self.interval < 1:
+            raise UsageError(
+                f"interval in steps: expected an int of at least 1; got {self.interval!r}"
+            )
+
+    def fires_at(self, step: int) -> bool:
+        """Returns whether the interval divides the step."""
+        return step % self.interval == 0
+
+    def should_save(
+        self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+    ) -> bool:
+        """Returns whether the interval divides the step."""
+        return step.step % self.interval == 0
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class SpecificSteps:
+    """Saves the given steps.
+
+    Attributes:
+        steps: Their numbers; any iterable is accepted, a range is kept as it is.
+    """
+
+    steps: range | frozenset[int]
+    step_only: ClassVar[Literal[True]] = True
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        """Raises UsageError for a negative step or what is no int."""
+        object.__setattr__(self, "steps", step_set("steps to save", steps))
+
+    def fires_at(self, step: int) -> bool:
+        """Returns whether the step is one of them."""
+        return step in self.steps
+
+    def should_save(
+        self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+    ) -> bool:
+        """Returns whether the step is one of them."""
+        return step.step in self.steps
+
+
+@dataclass(frozen=True, slots=True)
+class InitialSave:
+    """Saves as soon as possible if there is no checkpoint at all."""
+
+    def should_save(
+        self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+    ) -> bool:
+        """Returns whether nothing was saved before."""
+        return not previous_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """Saves once the process was told that it will be killed."""
+
+    def should_save(
+        self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+    ) -> bool:
+        """Returns whether the signal came."""
+        return context.reached_preemption
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """Saves when a function of the step says so.
+
+    Attributes:
+        decide: Called with the step at hand.
+    """
+
+    decide: Callable[[StepInfo], bool]
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for what cannot be called."""
+        if not callable(self.decide):
+            raise UsageError(f"when(): expected a function of a StepInfo; got {self.decide!r}")
+
+    def should_save(
+        self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+    ) -> bool:
+        """Returns what the function says."""
+        return bool(self.decide(step))
+
+
+@dataclass(frozen=True, slots=True)
+class ElapsedInterval:
+    """Saves when some time has passed since the last save, or since the run began if later.
+
+    The last save is the youngest of the history, whatever its number (an older step may have been
+    overwritten); steps dated in the future, as after a clock was set back, are ignored.
+
+    Attributes:
+        interval: In seconds.
+    """
+
+    interval: Timespan
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for another unit, zero, or more than a calendar can hold."""
+        _check_interval(self.interval, ("second",))
+        try:
+            datetime.timedelta(seconds=self.interval.value)
+        except OverflowError:
+            raise UsageError(
+                f"interval: expected a time below a million years; got {self.interval}"
+            ) from None
+
+    def should_save(
+        self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+    ) -> bool:
+        """Returns whether the interval is over at `step.time`."""
+        now = step.time
+        # The history is asked for its youngest step rather than its last: after a rollback the last
+        # one may be older than what was saved since, and every step would be saved.
+        times = [saved.time for saved in previous_steps if saved.time <= now]
+        if context.start_time is not None and context.start_time <= now:
+            times.append(context.start_time)
+        if not times:
+            return True
+        return (now - max(times)).total_seconds() >= self.interval.value
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressInterval:
+    """Saves when the progress has crossed a multiple of the interval since the last save.
+
+    With `1ep`, a training saves at the first step at which 1 epoch or more is over, then 2 or more,
+    and so on; once per boundary, before and after a resume.
+
+    Attributes:
+        interval: In iterations, epochs, samples, tokens, or a fraction of the training.
+    """
+
+    interval: Timespan
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for another unit, zero, or more than the whole training."""
+        _check_interval(self.interval, ("iteration", "epoch", "sample", "token", "duration"))
+        if self.interval.unit == "duration" and self.interval.value > 1:
+            raise UsageError(
+                f"interval: expected at most the whole training, 1dur; got {self.interval}"
+            )
+
+    def should_save(
+        self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+    ) -> bool:
+        """Returns whether a boundary was crossed; raises UsageError without progress."""
+        here = self._boundaries(self._count(step))
+        # Steps beyond this one were left behind by a rollback: they are no memory of this run.
+        for saved in reversed(previous_steps):
+            if saved.step <= step.step:
+                # A step saved before progress was reported counts as the start of the training: at
+                # worst one save too many, never one too few.
+                before = saved.progress.count(self.interval.unit) if saved.progress else None
+                return here > self._boundaries(before or 0)
+        return here > 0
+
+    def _count(self, step: StepInfo) -> float:
+        unit = self.interval.unit
+        count = step.progress.count(unit) if step.progress is not None else None
+        if count is None:
+            raise UsageError(
+                f"every({str(self.interval)!r}): expected the training's progress in {unit} units "
+                f"with step {step.step}; got {_what_is_told(step, unit)}, or save every so many "
+                "steps or seconds",
+                step=step.step,
+            )
+        return count
+
+    def _boundaries(self, progress: float) -> int:
+        interval = self.interval.value
+        if isinstance(progress, int) and isinstance(interval, int):
+            return progress // interval
+        return math.floor(progress / interval + _ROUNDING)
+
+
+def every(interval: TimespanLike) -> FixedInterval | ElapsedInterval | ProgressInterval:
+    """Returns the policy that saves at an interval.
+
+    Args:
+        interval: Of steps (`500`, `"500ba"`: every step number that the interval divides, step 0
+            included); of time (`"90m"`, `"1h20m40s"`, a timedelta: so long after the last save); or
+            of the training's progress (`"1ep"`, `"3e4tok"`, `"0.25dur"`: at the first step after
+            each multiple). None keeps state: the history on disk is the memory.
+
+    Raises:
+        UsageError: It is no time span, or zero.
+
+    >>> every("500ba")
+    FixedInterval(interval=500)
+    >>> every("90m").interval
+    Timespan(value=5400, unit='second')
+    """
+    span = parse_timespan(interval)
+    if span.unit == "batch":
+        return FixedInterval(cast(int, span.value))
+    if span.unit == "second":
+        return ElapsedInterval(span)
+    return ProgressInterval(span)
+
+
+def when(decide: Callable[[StepInfo], bool]) -> When:
+    """Returns the policy that saves whenever `decide(step_info)` is true.
+
+    With several ranks the function is called on the primary alone, which decides for all.
+    """
+    return When(decide)
+
+
+def _what_is_told(step: StepInfo, unit: Unit) -> str:
+    """What was passed in place of the progress that is needed, and what to do."""
+    if step.progress is None:
+        return "none. Pass save(progress=fc.Progress(...))"
+    told = {key: value for key, value in step.progress.to_json().items() if value}
+    counts = ", ".join(f"{key}={value!r}" for key, value in told.items()) or "no count"
+    return f"{counts}. {_ADVICE[unit]}"
+
+
+def _check_interval(interval: Timespan, units: tuple[str, ...]) -> None:
+    if not isinstance(interval, Timespan) or interval.unit not in units:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UsageError(f"interval: expected a Timespan in {' or '.join(units)}; got {interval!r}")
+    if not interval.value:
+        raise UsageError(f"interval: expected more than zero; got {interval}")

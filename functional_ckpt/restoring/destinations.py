@@ -1,0 +1,145 @@
+"""Where a restored array goes: the target's own memory where possible, else new memory like it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import numpy as np
+import torch
+
+from functional_ckpt.core.arrays import sharding
+from functional_ckpt.core.arrays.spec import Box
+from functional_ckpt.core.restore_plan import plan
+from functional_ckpt.core.tree import decode, encode, memory, structure
+from functional_ckpt.runtime import device_copies
+
+__all__ = ["Place", "Sent", "place_of", "sent_of"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+class Place(NamedTuple):
+    """Host memory for what this rank restores of an array.
+
+    Attributes:
+        array: The memory, of the local shape; may be strided.
+        finish: Called once after the last byte is there; returns the restored value.
+    """
+
+    array: Array
+    finish: Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sent:
+    """Memory on a device for an array.
+
+    Attributes:
+        target: Its bytes.
+        value: The restored value, over them.
+    """
+
+    target: torch.Tensor
+    value: torch.Tensor
+
+
+def pieces_of(read: plan.ReadArray) -> tuple[sharding.Piece, ...]:
+    """The regions to read and where each lies in the place's array."""
+    if read.like is not None:
+        return sharding.pieces_of(read.like)
+    whole = Box.whole(read.node.spec.shape)
+    return (sharding.Piece(whole, whole),)
+
+
+def place_of(read: plan.ReadArray) -> Place:
+    """The memory for one array."""
+    if read.form == "fill":
+        return _fill(read.node, cast("torch.Tensor", read.like))
+    if read.form == "tensor":
+        return _imitate(read.node, cast("torch.Tensor", read.like))
+    node = read.node
+    if read.form == "ndarray":
+        node = dataclasses.replace(node, kind="ndarray", detail={})
+    new = decode.allocate(node)
+    return Place(new.array, new.finish)
+
+
+def _local_node(node: structure.ArrayNode, tensor: torch.Tensor) -> structure.ArrayNode:
+    """What this rank restores, as an array of its own: the stored dtype, the local shape."""
+    local = sharding.local_of(tensor)
+    detail = {key: value for key, value in node.detail.items() if key == "dtype"}
+    spec = dataclasses.replace(node.spec, shape=tuple(local.shape))
+    return dataclasses.replace(node, kind="tensor", spec=spec, detail=detail)
+
+
+def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> Place:
+    local = cast("torch.Tensor", sharding.local_of(tensor))
+    if _is_direct(node, local):
+        return Place(encode.host_view(local, node.spec.dtype), lambda: tensor)
+    detour = decode.allocate(_local_node(node, tensor))
+
+    def finish() -> torch.Tensor:
+        with torch.no_grad():
+            local.copy_(cast("torch.Tensor", detour.finish()))
+        return tensor
+
+    return Place(detour.array, finish)
+
+
+def sent_of(read: plan.ReadArray) -> Sent | None:
+    """What is filled by sending it what is stored; None where it is not so simple."""
+    if read.form not in ("fill", "tensor"):
+        return None
+    like = cast("torch.Tensor", read.like)
+    if not device_copies.is_streamed(like) or not memory.is_ordinary(like):
+        return None
+    if _dtype_of(read.node) != encode.torch_dtype_name(like.dtype):
+        return None
+    value = like
+    if read.form == "tensor":
+        value = decode.dress(torch.empty_like(like.detach()), encode.dressing(like))
+    return Sent(value.detach().view(-1).view(torch.uint8), value)
+
+
+def _dtype_of(node: structure.ArrayNode) -> str:
+    return str(node.detail.get("dtype", node.spec.dtype))
+
+
+def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
+    """Whether a read can go straight into the tensor's memory."""
+    if not tensor.is_cpu or _dtype_of(node) != encode.torch_dtype_name(tensor.dtype):
+        return False
+    return memory.is_ordinary(tensor) or (_is_memory(tensor) and not memory.is_expanded(tensor))
+
+
+def _is_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is strided over its own memory."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and tensor.layout == torch.strided
+        and not (tensor.is_conj() or tensor.is_neg())
+    )
+
+
+def _imitate(node: structure.ArrayNode, like: torch.Tensor) -> Place:
+    """New memory with dtype, device and sharding of `like`; for a meta tensor on the CPU."""
+    new = decode.allocate(_local_node(node, like))
+
+    def finish() -> Any:
+        local = cast("torch.Tensor", new.finish()).to(like.dtype)
+        mesh = getattr(like, "device_mesh", None)
+        if mesh is None:
+            return decode.dress(local, encode.dressing(like), None if like.is_meta else like.device)
+        tensor = cast("Any", like).__class__.from_local(
+            local.to(mesh.device_type),
+            mesh,
+            cast("Any", like).placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+        return decode.dress(tensor, encode.dressing(like))
+
+    return Place(new.array, finish)

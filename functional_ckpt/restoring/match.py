@@ -1,0 +1,303 @@
+"""What each item of a checkpoint is matched with, before anything is read or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, TypeGuard
+
+from functional_ckpt import errors
+from functional_ckpt.core.records import merge_ranks
+from functional_ckpt.core.restore_plan import plan, rename, select
+from functional_ckpt.core.restore_plan import select as select_lib
+from functional_ckpt.core.restore_plan.match import match
+from functional_ckpt.core.tree import structure
+from functional_ckpt.core.tree.placeholders import AS_SAVED
+from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
+from functional_ckpt.handlers.base import CheckpointItem, Handler, Registry
+from functional_ckpt.restoring import read
+
+__all__ = ["Matched", "RestoreArguments", "RestoreOptions", "is_per_rank", "match_items"]
+
+_log = logging.getLogger("functional_ckpt")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreOptions:
+    """How to restore.
+
+    Attributes:
+        only: Shell patterns on `item` or `item.leaf.name`; None for everything.
+        ignore: Such patterns, or a function of such a name, of what is not read: the target keeps
+            its own. What matches nothing is an error.
+        key_map: Other names for what is stored, where the target calls it otherwise: a mapping of
+            old names (of leaves, or of all below) to new ones, `(regular expression, replacement)`
+            pairs, or a function, which may return None to leave a leaf out. Names are
+            `item.leaf.name`; `only` and `ignore` see the new ones; a rule that renames nothing is
+            an error.
+        strict: Whether anything missing, unexpected or mismatched is an error; if not, the target
+            keeps its own values there and the report names them.
+        cast: `target` converts arrays to the target's dtype; None makes another dtype a mismatch.
+        verify: When bytes are checked: `during` the read (default), all `before` the first is
+            written into the target, or `off`.
+        share_reads: Whether ranks read for each other what several of them need: it is asked of
+            storage once and handed on over connections of their own. For replicas, for other
+            shardings than the saved one, for slow storage.
+    """
+
+    only: str | Sequence[str] | None = None
+    ignore: select_lib.Ignored | None = None
+    key_map: rename.KeyMap | None = None
+    strict: bool = True
+    cast: Literal["target"] | None = None
+    verify: read.Verify = "during"
+    share_reads: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cast not in (None, "target"):
+            raise errors.UsageError(f"cast must be 'target' or None; got {self.cast!r}.")
+        if self.verify not in ("during", "before", "off"):
+            raise errors.UsageError(
+                f"verify must be 'during', 'before' or 'off'; got {self.verify!r}."
+            )
+
+    @property
+    def patterns(self) -> tuple[str, ...] | None:
+        """`only` as a tuple."""
+        if self.only is None:
+            return None
+        return (self.only,) if isinstance(self.only, str) else tuple(self.only)
+
+
+class RestoreArguments(TypedDict, total=False):
+    """The fields of `RestoreOptions`, as keyword arguments of calls that hand them on."""
+
+    only: str | Sequence[str] | None
+    ignore: select_lib.Ignored | None
+    key_map: rename.KeyMap | None
+    strict: bool
+    cast: Literal["target"] | None
+    verify: read.Verify
+    share_reads: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Matched:
+    """One item, ready to be read.
+
+    Attributes:
+        name: Its name.
+        item: What it is restored into; None for an item as saved.
+        opened: Its tree; None where the binding says everything.
+        binding: What to do for each leaf.
+        report: What did not fit.
+        is_resized: Whether it was saved for each of another number of ranks.
+    """
+
+    name: str
+    item: CheckpointItem | None
+    opened: OpenItem | None
+    binding: plan.Binding
+    report: plan.RestoreReport
+    is_resized: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What a restore asks of a checkpoint."""
+
+    checkpoint: OpenCheckpoint
+    options: RestoreOptions
+    wanted: select_lib.Selection
+    renamed: rename.Renaming | None
+    group: Coordinator
+
+    def root_of(self, opened: OpenItem, name: str) -> structure.Node | None:
+        """The structure of an item, under the names that the target knows; None for nothing."""
+        root = _root_for(opened, self.group)
+        return root if self.renamed is None else self.renamed.rename(root, name)
+
+    def check_used(self) -> None:
+        """Raises `UsageError` for a pattern, or a rule for names, that was of no use."""
+        if self.renamed is not None:
+            self.renamed.check_used()
+        self.wanted.check_used()
+
+
+def match_items(
+    checkpoint: OpenCheckpoint,
+    items: Mapping[str, Any] | None,
+    registry: Registry,
+    options: RestoreOptions,
+    group: Coordinator,
+) -> list[Matched]:
+    """Matches what is asked of a checkpoint with what it holds; nothing is read or touched.
+
+    Args:
+        checkpoint: What to restore.
+        items: Into what; None restores everything as saved.
+        registry: Chooses handlers for plain values.
+        options: How.
+        group: The ranks; each matches its own part.
+    """
+    asked = _Asked(
+        checkpoint=checkpoint,
+        options=options,
+        wanted=select_lib.Selection(options.patterns, options.ignore),
+        renamed=None if options.key_map is None else rename.Renaming(options.key_map),
+        group=group,
+    )
+    wanted = asked.wanted
+    if items is not None and not isinstance(items, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise errors.UsageError(
+            f"items must be a mapping of names to targets; got {type(items).__name__}."
+        )
+    if items is None:
+        found = [_match_as_saved(asked, name) for name in checkpoint.items]
+    else:
+        found = [
+            _match_item(asked, name, registry.bind(value, name))
+            for name, value in items.items()
+            if wanted.may_want(name)
+        ]
+    matched = [each for each in found if each is not None and wanted.found(each.name)]
+    if group.num_ranks == 1 or not matched:  # another rank may have what a pattern names
+        asked.check_used()
+    return matched
+
+
+def _match_as_saved(asked: _Asked, name: str) -> Matched | None:
+    """An item as it was saved, or what is wanted of it; None for nothing."""
+    nothing = plan.RestoreReport()
+    if not asked.wanted.may_want(name):
+        return None
+    if asked.checkpoint.items[name] == "json":
+        given = plan.Given(asked.checkpoint.json(name))
+        return Matched(name=name, item=None, opened=None, binding=given, report=nothing)
+    opened = asked.checkpoint.tree(name)
+    root = asked.root_of(opened, name)
+    if root is not None:
+        root = select.prune(root, asked.wanted.leaves_of(name))
+    if root is None:
+        return None
+    binding = match(root, AS_SAVED, item=name).binding
+    return Matched(name=name, item=None, opened=opened, binding=binding, report=nothing)
+
+
+def _root_for(opened: OpenItem, group: Coordinator) -> structure.Node:
+    """The structure as this rank restores it: its own part of what was saved per rank.
+
+    An item that was saved per rank by another number of ranks comes back whole, as a dict of all.
+    """
+    root = opened.root
+    if is_per_rank(root) and len(root.children) != group.num_ranks:
+        return dataclasses.replace(root, kind="dict")
+    dropped: list[str] = []
+    root = merge_ranks.for_rank(root, group.rank, group.num_ranks, dropped)
+    if dropped:
+        _log.warning(
+            "%s: %d plain values were saved for each of another number of ranks (%s, ...); those "
+            "of rank 0 are taken",
+            opened.path,
+            len(dropped),
+            dropped[0],
+        )
+    return root
+
+
+def is_per_rank(root: structure.Node) -> TypeGuard[structure.BranchNode]:
+    """Whether an item holds a value for each rank that saved it."""
+    return isinstance(root, structure.BranchNode) and root.kind == "per_rank"
+
+
+def _match_item(asked: _Asked, name: str, item: CheckpointItem) -> Matched | None:
+    checkpoint, wanted, options, group = asked.checkpoint, asked.wanted, asked.options, asked.group
+    kind = checkpoint.items.get(name)
+    if kind is None:
+        raise errors.StepNotFoundError(
+            f"{checkpoint.path} has no item {name!r}; it has "
+            f"{', '.join(sorted(checkpoint.items))}.",
+            step=checkpoint.step,
+            path=checkpoint.path,
+            key_path=name,
+        )
+    handler = item.handler
+    if kind == "json":
+        if not wanted.wants_whole(name):
+            return None
+        if handler.format != "json" and item.value is not None and item.value is not AS_SAVED:
+            raise errors.MismatchError(
+                f"Item {name!r} was saved as JSON; give fc.Json(...) or None as its target.",
+                mismatched=[name],
+                step=checkpoint.step,
+                path=checkpoint.path,
+                key_path=name,
+            )
+        given = plan.Given(checkpoint.json(name))
+        report = plan.RestoreReport()
+        bound = item if handler.format == "json" else None
+        return Matched(name=name, item=bound, opened=None, binding=given, report=report)
+    if item.value is None or item.value is AS_SAVED:
+        return _match_as_saved(asked, name)
+    opened = checkpoint.tree(name)
+    root = asked.root_of(opened, name) or structure.BranchNode(kind="dict", keys=(), children=())
+    selects = wanted.leaves_of(name)
+    select.prune(root, selects)  # all that is stored is asked about, whatever the target turns out
+    is_resized = _is_resized(opened.root, handler, group)
+    unexpected: tuple[str, ...] = ()
+    try:
+        target: Any = AS_SAVED
+        if is_resized:
+            _check_resizable(name, opened.root, handler, group)
+        else:
+            target = handler.target(item.value, select.specs(root), strict=options.strict)
+    except errors.MismatchError as error:
+        if group.num_ranks == 1 or error.missing or error.mismatched or not error.unexpected:
+            return _refused(name, item, error)
+        # Another rank may have a place for these.
+        unexpected = tuple(error.unexpected)
+        target = handler.target(item.value, select.specs(root), strict=False)
+    outcome = match(
+        root,
+        target,
+        item=name,
+        cast_to_target=options.cast == "target",
+        selects=lambda leaf: selects(leaf) and handler.selects(leaf),
+    )
+    return Matched(
+        name=name,
+        item=item,
+        opened=opened,
+        binding=outcome.binding,
+        report=dataclasses.replace(
+            outcome.report, unexpected=(*unexpected, *outcome.report.unexpected)
+        ),
+        is_resized=is_resized,
+    )
+
+
+def _is_resized(root: structure.Node, handler: Handler, group: Coordinator) -> bool:
+    """Whether each rank's state was saved by another number of ranks (one is not wrapped)."""
+    num_saved = len(root.children) if is_per_rank(root) else 1
+    return (handler.per_rank or is_per_rank(root)) and num_saved != group.num_ranks
+
+
+def _check_resizable(name: str, root: structure.Node, handler: Handler, group: Coordinator) -> None:
+    """A handler that cannot resize says so before anything is read."""
+    if type(handler).resize is Handler.resize:
+        num_saved = len(root.children) if is_per_rank(root) else 1
+        handler.resize([None] * num_saved, group.rank, group.num_ranks)
+
+
+def _refused(name: str, item: CheckpointItem, error: errors.MismatchError) -> Matched:
+    """A mismatch that the handler found: reported with the others, and the item left alone."""
+    mismatched = error.mismatched
+    if not (error.missing or error.unexpected or error.mismatched):
+        mismatched = (f"{name}: {error.message}",)
+    report = plan.RestoreReport(
+        missing=error.missing, unexpected=error.unexpected, mismatched=mismatched
+    )
+    given = plan.Given(item.value)
+    return Matched(name=name, item=None, opened=None, binding=given, report=report)

@@ -1,0 +1,237 @@
+"""Restoring a checkpoint into items: everything is matched first, then read, then lifted."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+from functional_ckpt import errors
+from functional_ckpt.core.restore_plan import plan
+from functional_ckpt.distributed.coordinator import Combine, Coordinator, SingleProcess
+from functional_ckpt.format.checkpoint_dir import OpenCheckpoint
+from functional_ckpt.handlers.base import Registry
+from functional_ckpt.policies.progress import Progress
+from functional_ckpt.restoring import read
+from functional_ckpt.restoring.match import Matched, RestoreOptions, is_per_rank, match_items
+from functional_ckpt.runtime import threads
+
+__all__ = ["RestoreOptions", "Restored", "restore_checkpoint"]
+
+
+class Restored(Mapping[str, Any]):
+    """The items of a restored checkpoint, by name.
+
+    Attributes:
+        step: The step; None for a checkpoint without steps, and for initial values.
+        report: What `strict=False` left out, all items together; false when nothing was.
+        metrics: The metrics saved with it, or None.
+        progress: How far the training was, or None where the checkpoint does not say.
+        custom_metadata: The user's own metadata.
+    """
+
+    def __init__(
+        self,
+        items: Mapping[str, Any],
+        *,
+        step: int | None,
+        report: plan.RestoreReport,
+        metrics: Mapping[str, Any] | None,
+        progress: Progress | None,
+        custom_metadata: Mapping[str, Any],
+    ) -> None:
+        self._items = dict(items)
+        self.step = step
+        self.report = report
+        self.metrics = metrics
+        self.progress = progress
+        self.custom_metadata = custom_metadata
+
+    @property
+    def next_step(self) -> int:
+        """The step to go on with: the one after `step`, or 0 where nothing was restored."""
+        return 0 if self.step is None else self.step + 1
+
+    def over(self, others: Mapping[str, Any]) -> Restored:
+        """The same, with the values of `others` where nothing of a name was restored."""
+        return Restored(
+            {**others, **self._items},
+            step=self.step,
+            report=self.report,
+            metrics=self.metrics,
+            progress=self.progress,
+            custom_metadata=self.custom_metadata,
+        )
+
+    def __getitem__(self, name: str) -> Any:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return f"Restored(step={self.step}, items={sorted(self._items)})"
+
+
+def restore_checkpoint(
+    open_checkpoint: Callable[[], OpenCheckpoint],
+    items: Mapping[str, Any] | None,
+    registry: Registry,
+    options: RestoreOptions,
+    coordinator: Coordinator | None = None,
+) -> Restored:
+    """Restores a checkpoint: as saved without `items`, else into them.
+
+    Every rank opens it and matches its own part, then all go on or all raise; likewise after
+    reading.
+
+    Raises:
+        StepNotFoundError: An item is asked for that the checkpoint does not hold.
+        MismatchError: Something does not fit; nothing was touched.
+        CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written into.
+    """
+    group = coordinator or SingleProcess()
+    with _together(group, "matching the checkpoint with the target", _is_asked_of_all) as round_:
+        with threads.without_collecting():
+            checkpoint = open_checkpoint()
+            matched = match_items(checkpoint, items, registry, options, group)
+        reports = {each.name: each.report for each in matched}
+        if options.strict and any(r.missing or r.mismatched for r in reports.values()):
+            plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
+        round_.value = b"1" if any(report.unexpected for report in reports.values()) else b""
+    reports = _unexpected_by_all(reports, group, may_be=round_.outcome == b"1")
+    if options.strict:
+        plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
+    with _together(group, "reading the checkpoint"):
+        values = _read(checkpoint, matched, options, group)
+        with threads.without_collecting():
+            lifted = {
+                each.name: _lift(each, value, group)
+                for each, value in zip(matched, values, strict=True)
+            }
+    return Restored(
+        lifted,
+        step=checkpoint.step,
+        report=_merge(list(reports.values())),
+        metrics=checkpoint.metrics,
+        progress=checkpoint.progress,
+        custom_metadata=checkpoint.metadata.get("custom_metadata") or {},
+    )
+
+
+@dataclasses.dataclass(slots=True)
+class _Round:
+    """What a rank gives to the round at the end of a block, and what comes of it."""
+
+    value: bytes = b""
+    outcome: bytes = b""
+
+
+@contextlib.contextmanager
+def _together(group: Coordinator, what: str, combine: Combine = lambda _: b"") -> Generator[_Round]:
+    """All ranks come through the block, or all raise: the error of a rank reaches every other."""
+    round_ = _Round()
+    try:
+        yield round_
+    except Exception as error:
+        group.exchange(what, error, combine)
+        raise
+    round_.outcome = group.exchange(what, round_.value, combine)
+
+
+def _is_asked_of_all(values: Sequence[bytes]) -> bytes:
+    return b"1" if all(values) else b""
+
+
+def _unexpected_by_all(
+    reports: Mapping[str, plan.RestoreReport], group: Coordinator, *, may_be: bool
+) -> dict[str, plan.RestoreReport]:
+    """The reports without what another rank has a place for: of another pipeline stage, say.
+
+    Args:
+        reports: This rank's.
+        group: The ranks.
+        may_be: Whether every rank met something unexpected; if not, nothing was to all.
+    """
+    common: dict[str, list[str]] = {}
+    if may_be:
+        own = json.dumps({name: report.unexpected for name, report in reports.items()})
+        what = "which leaves no rank expects"
+        common = json.loads(zlib.decompress(group.exchange(what, _packed(own), _intersect)))
+    return {
+        name: dataclasses.replace(report, unexpected=tuple(common.get(name, ())))
+        for name, report in reports.items()
+    }
+
+
+def _intersect(values: Sequence[bytes]) -> bytes:
+    found = [json.loads(zlib.decompress(value)) for value in values]
+    first, others = found[0], found[1:]
+    for name, leaves in first.items():
+        for other in others:
+            wanted = set(other.get(name, ()))
+            leaves = [leaf for leaf in leaves if leaf in wanted]
+        first[name] = leaves
+    return _packed(json.dumps(first))
+
+
+def _packed(text: str) -> bytes:
+    return zlib.compress(text.encode(), 1)
+
+
+def _lift(matched: Matched, value: Any, group: Coordinator) -> Any:
+    if matched.item is None:
+        return value
+    handler = matched.item.handler
+    if matched.is_resized:
+        # What one rank saved alone is not wrapped in a dict of ranks.
+        is_wrapped = matched.opened is not None and is_per_rank(matched.opened.root)
+        trees = list(value.values()) if is_wrapped else [value]
+        value = handler.resize(trees, group.rank, group.num_ranks)
+    return handler.lift(matched.item.value, value)
+
+
+def _read(
+    checkpoint: OpenCheckpoint,
+    matched: Sequence[Matched],
+    options: RestoreOptions,
+    group: Coordinator,
+) -> list[Any]:
+    touched = read.Touched()
+    sharing = group if options.share_reads and group.num_ranks > 1 else None
+    trees = [(each.opened, each.binding) for each in matched if each.opened is not None]
+    try:
+        found = read.read_all(trees, verify=options.verify, touched=touched, sharing=sharing)
+        values = iter(found)
+    except errors.CorruptCheckpointError as error:
+        state = (
+            "The target had already been written into: restore another step into it."
+            if touched.value
+            else "The target was not touched."
+        )
+        raise errors.CorruptCheckpointError(
+            f"{error.message} {state}",
+            touched=touched.value,
+            step=checkpoint.step,
+            path=error.path,
+            key_path=error.key_path,
+        ) from error
+    # What has no tree was known without reading.
+    return [
+        cast("plan.Given", each.binding).value if each.opened is None else next(values)
+        for each in matched
+    ]
+
+
+def _merge(reports: Sequence[plan.RestoreReport]) -> plan.RestoreReport:
+    return plan.RestoreReport(
+        missing=tuple(leaf for report in reports for leaf in report.missing),
+        unexpected=tuple(leaf for report in reports for leaf in report.unexpected),
+        mismatched=tuple(leaf for report in reports for leaf in report.mismatched),
+    )

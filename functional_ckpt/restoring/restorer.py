@@ -1,0 +1,173 @@
+"""Which step a run goes on from: the ranks agree on one, or begin with what they have."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.core.restore_plan import plan
+from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.handlers.base import CheckpointItem, Registry
+from functional_ckpt.restoring import restore as restore_lib
+from functional_ckpt.restoring.match import RestoreOptions
+from functional_ckpt.steps import decide
+from functional_ckpt.steps.directory import Steps
+
+__all__ = ["Resumer", "as_step", "begin_with"]
+
+_log = logging.getLogger("functional_ckpt")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resumer:
+    """Restores the steps of one run, on every rank.
+
+    Attributes:
+        steps: The steps.
+        registry: Chooses handlers for plain values.
+        coordinator: How the ranks agree.
+        decider: Told where the run goes on from.
+    """
+
+    steps: Steps
+    registry: Registry
+    coordinator: Coordinator
+    decider: decide.Decider
+
+    def restore(
+        self, step: int | None, items: Mapping[str, Any] | None, options: RestoreOptions
+    ) -> restore_lib.Restored:
+        """Restores a step; `CheckpointManager.restore` says what is what."""
+        return self._restore(self._agree(step), items, options)
+
+    def restore_or(
+        self, initial: Mapping[str, Any], options: RestoreOptions
+    ) -> restore_lib.Restored:
+        """Restores the latest step, or gives what was passed back where there is none."""
+        if not isinstance(initial, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise errors.UsageError(
+                f"initial must be a mapping of names to values; got {type(initial).__name__}."
+            )
+        what = "whether there is a step to go on from"
+        found = self.coordinator.exchange(what, b"%d" % len(self.steps.all()), lambda v: v[0])
+        if found != b"0":
+            number = self._agree(None)
+            self._tell("going on from step %d, the latest of %d", number, int(found))
+            return self._restore(number, initial, options)
+        self._tell("no step yet: beginning with the initial values")
+        self._warn_of_others()
+        return begin_with(initial)
+
+    def _tell(self, text: str, *values: object) -> None:
+        if self.coordinator.rank == 0:
+            _log.info(f"%s: {text}", self.steps.root, *values)
+
+    def _warn_of_others(self) -> None:
+        """A run that begins anew beside what looks like steps may have lost its way."""
+        storage, root = self.steps.storage, self.steps.root
+        others = [
+            name
+            for name in storage.list(root)
+            if not name.startswith(".") and storage.is_directory(os.path.join(root, name))
+        ]
+        if others and self.coordinator.rank == 0:
+            _log.warning(
+                "%s: beginning anew, though there are %d directories that are no steps under this "
+                "manager's step_name (%s)",
+                root,
+                len(others),
+                ", ".join(others[:5]),
+            )
+
+    def _restore(
+        self, step: int, items: Mapping[str, Any] | None, options: RestoreOptions
+    ) -> restore_lib.Restored:
+        """From the nearest tier that holds it; from the next where that one cannot be read."""
+        *nearer, last = self.steps.holders(step)
+        failures = (errors.CorruptCheckpointError, errors.StorageError, errors.CoordinationError)
+        for holder in nearer:
+            try:
+                return self._restore_from(holder, step, items, options)
+            except failures as error:
+                _log.warning("step %d: going on to the next tier: %s", step, error)
+        return self._restore_from(last, step, items, options)
+
+    def _restore_from(
+        self, holder: Steps, step: int, items: Mapping[str, Any] | None, options: RestoreOptions
+    ) -> restore_lib.Restored:
+        storage, path = holder.storage, holder.path(step)
+        try:
+            restored = restore_lib.restore_checkpoint(
+                functools.partial(checkpoint_dir.open_checkpoint, storage, path, step),
+                items,
+                self.registry,
+                options,
+                self.coordinator,
+            )
+        except (errors.CorruptCheckpointError, errors.StorageError) as error:
+            if not storage.is_directory(path):
+                raise errors.StepNotFoundError(
+                    f"Step {step} was removed while it was being read; restore another.",
+                    step=step,
+                    path=path,
+                ) from error
+            raise
+        self.decider.restored(step, restored.progress)
+        return restored
+
+    def _agree(self, step: int | None) -> int:
+        """The step that every rank restores; all ranks raise when one cannot, or means another."""
+        value: bytes | BaseException
+        try:
+            number = self.steps.latest() if step is None else self.steps.existing(as_step(step))
+            value = b"%d" % number
+        except errors.CheckpointError as error:
+            value = error
+
+        def combine(values: Sequence[bytes]) -> bytes:
+            # A rank may list a directory before or after the newest commit: the primary's latest
+            # counts.
+            for rank, found in enumerate(values):
+                if step is not None and found != values[0]:
+                    raise errors.CoordinationError(
+                        f"Rank {rank} restores step {found.decode()}, rank 0 step "
+                        f"{values[0].decode()}; every rank must make the same calls.",
+                        ranks=(rank,),
+                    )
+            return values[0]
+
+        return int(self.coordinator.exchange("which step to restore", value, combine))
+
+
+def begin_with(initial: Mapping[str, Any]) -> restore_lib.Restored:
+    """What a run begins with where nothing is restored: the values that it was given."""
+    values = {
+        name: value.value if isinstance(value, CheckpointItem) else value
+        for name, value in initial.items()
+    }
+    return restore_lib.Restored(
+        values,
+        step=None,
+        report=plan.RestoreReport(),
+        metrics=None,
+        progress=None,
+        custom_metadata={},
+    )
+
+
+def as_step(step: Any) -> int:
+    """The number of a step, once it is known to be one."""
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0 or isinstance(step, bool):
+        raise errors.UsageError(f"A step must be an int >= 0; got {step!r}.")
+    return number

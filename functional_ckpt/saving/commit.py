@@ -1,0 +1,268 @@
+"""The background half of a save: every rank writes, the primary completes, publishes and prunes.
+
+Two rounds between the ranks, whatever they save: the primary makes the temporary directory, then
+gathers what everyone wrote. A third, where something is to be removed afterwards. Nothing is
+reported before the parent directory is durable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import functools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from functional_ckpt import errors
+from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.format import write_direct
+from functional_ckpt.policies import rules
+from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
+from functional_ckpt.runtime.fence import PendingCopy
+from functional_ckpt.saving import finalize, lower, stage, write
+from functional_ckpt.steps import history
+from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.uploads import Uploads
+from functional_ckpt.storage import commit
+
+__all__ = ["StepWriter"]
+
+_log = logging.getLogger("functional_ckpt")
+
+
+class StepWriter:
+    """Commits staged steps, on every rank.
+
+    Args:
+        steps: Where to.
+        keep_policies: Which steps stay.
+        coordinator: How the ranks agree; used from one thread at a time.
+        overwrite: Whether a step that is there may be replaced.
+        num_threads: How many are busy writing, where nobody waits for it.
+
+    Attributes:
+        uploads: Where committed steps go from here; on the primary, if there are further tiers.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        keep_policies: Sequence[KeepPolicy],
+        coordinator: Coordinator,
+        *,
+        overwrite: bool,
+        num_threads: int,
+    ) -> None:
+        self._overwrite = overwrite
+        self._num_threads = num_threads
+        self.uploads: Uploads | None = None
+        self._steps = steps
+        self._storage = steps.storage
+        self._keep_policies = tuple(keep_policies)
+        self._coordinator = coordinator
+
+    def commit(
+        self,
+        step: int,
+        items: Sequence[stage.StagedItem],
+        info: finalize.CheckpointInfo,
+        pending: PendingCopy | None = None,
+    ) -> None:
+        """Writes, commits and remembers a step, then removes what the policies let go.
+
+        Args:
+            step: Its number.
+            items: What to write.
+            info: What is written besides.
+            pending: What is left to be copied first.
+        """
+        if pending is not None:
+            try:
+                pending.run()
+            except Exception as error:
+                self.give_up(step, error)
+                raise
+        lowered = [item.lowered for item in items]
+        finish = functools.partial(self._finish, lowered, info)
+        outcome = json.loads(self._write_with_room(step, items, info, finish))
+        when = history.commit_time(outcome["commit_time_ns"])
+        committed = StepInfo(step=step, time=when, metrics=info.metrics, progress=info.progress)
+        self._steps.remember(committed)
+        if self._coordinator.rank == 0:
+            _log.info("step %d committed", step)
+            seconds = (outcome["commit_time_ns"] - info.init_time_ns) / 1e9
+            self._steps.tell("committed", step, seconds=seconds)
+        is_more_to_do = self._keep_policies or self._steps.latest_link or self._steps.further
+        if is_more_to_do or outcome["replaced"] is not None:
+            self._clean_up(committed, outcome["replaced"])
+
+    def give_up(self, step: int, error: BaseException) -> None:
+        """Instead of `commit`, where staging failed: tells the other ranks and raises."""
+        self._coordinator.exchange(f"beginning step {step}", error, b"".join)
+
+    def _write_with_room(
+        self,
+        step: int,
+        items: Sequence[stage.StagedItem],
+        info: finalize.CheckpointInfo,
+        finish: Callable[[str, Sequence[write.RankReport]], bytes],
+    ) -> bytes:
+        """Writes and publishes; once more where a disk was full and further tiers made room."""
+        try:
+            return self._write_shards(step, items, info, finish)
+        except errors.CheckpointError as error:
+            if not self._steps.further or isinstance(error, errors.CoordinationTimeoutError):
+                raise
+            # Live memory, which a bounded save writes from, may have changed by now.
+            is_fixed = not any(item.is_awaited for item in items)
+            state = b"live" if not is_fixed else b"full" if _is_full(error) else b""
+            what = f"making room for step {step}"
+            removed = json.loads(self._coordinator.exchange(what, state, self._make_room))
+            self._steps.forget(removed)
+            if not removed:
+                raise
+        return self._write_shards(step, items, info, finish)
+
+    def _make_room(self, states: Sequence[bytes]) -> bytes:
+        """On the primary: removes the steps that further tiers hold, if a rank's disk is full."""
+        if self.uploads is None or b"full" not in states or b"live" in states:
+            return b"[]"
+        held = self.uploads.held_elsewhere()
+        with self.uploads.still() as promised:
+            steps = [step for step in held if step not in promised]
+            for step in steps:
+                self._steps.prune(step)
+        _log.warning("%s is full: removed %s", self._steps.root, steps or "nothing")
+        return json.dumps(steps).encode()
+
+    def _write_shards(
+        self,
+        step: int,
+        items: Sequence[stage.StagedItem],
+        info: finalize.CheckpointInfo,
+        finish: Callable[[str, Sequence[write.RankReport]], bytes],
+    ) -> bytes:
+        group = self._coordinator
+        begin = functools.partial(self._begin, step, [item.lowered for item in items], info)
+        begun = json.loads(group.exchange(f"beginning step {step}", b"", lambda _: begin()))
+        tmp = os.path.join(self._steps.root, begun["directory"])
+        reports: dict[int, write.RankReport] = {}
+        value: bytes | BaseException = b""
+        try:
+            if group.rank:
+                commit.check_shared(self._storage, commit.temporary(commit.final(tmp)), group.rank)
+            started = time.monotonic()
+            is_awaited = any(item.is_awaited for item in items)
+            reports[group.rank] = write.write(
+                self._storage,
+                tmp,
+                items,
+                rank=group.rank,
+                num_ranks=group.num_ranks,
+                known=begun["digests"] if group.rank else None,
+                num_threads=write_direct.NUM_THREADS if is_awaited else self._num_threads,
+            )
+            num_bytes = sum(item.num_bytes for item in items)
+            seconds = time.monotonic() - started
+            self._steps.tell("written", step, seconds=seconds, num_bytes=num_bytes)
+            if group.rank:
+                write.write_report(self._storage, tmp, group.rank, reports[group.rank])
+        except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before it is raised here
+            value = error
+
+        def combine(_: Sequence[bytes]) -> bytes:
+            for rank in range(1, group.num_ranks):
+                reports[rank] = write.read_report(self._storage, tmp, rank)
+            if group.num_ranks > 1:
+                self._storage.remove(os.path.join(tmp, write.REPORTS))
+            return finish(tmp, [reports[rank] for rank in range(group.num_ranks)])
+
+        try:
+            return group.exchange(f"writing step {step}", value, combine)
+        except BaseException:
+            if group.rank == 0:
+                commit.abandon(self._storage, tmp)
+            raise
+
+    def _begin(
+        self, step: int, items: Sequence[lower.LoweredItem], info: finalize.CheckpointInfo
+    ) -> bytes:
+        """On the primary: makes the temporary directory; says what structures look like here.
+
+        The directory's name is the primary's: ranks may count their time differently.
+        """
+        commit.settle(self._storage, self._steps.root, self._steps.hidden)
+        tmp = commit.begin(self._storage, self._steps.new_path(step, info.progress))
+        is_shared = self._coordinator.num_ranks > 1
+        digests = {
+            item.name: write.root_digest(item.root)
+            for item in items
+            if item.root is not None and is_shared
+        }
+        return json.dumps({"directory": os.path.basename(tmp), "digests": digests}).encode()
+
+    def _finish(
+        self,
+        items: Sequence[lower.LoweredItem],
+        info: finalize.CheckpointInfo,
+        tmp: str,
+        reports: Sequence[write.RankReport],
+    ) -> bytes:
+        """On the primary: completes and publishes; the step counts once this returns."""
+        commit_time_ns = time.time_ns()
+        finalize.complete(self._storage, tmp, items, reports, info, commit_time_ns)
+        hidden = self._steps.hidden
+        replaced = commit.publish(
+            self._storage, tmp, commit.final(tmp), hidden, overwrite=self._overwrite
+        )
+        return json.dumps({"commit_time_ns": commit_time_ns, "replaced": replaced}).encode()
+
+    def _clean_up(self, info: StepInfo, replaced: str | None) -> None:
+        """What follows a commit; a failure here loses disk space, never a step."""
+        step = info.step
+
+        def on_primary(_: Sequence[bytes]) -> bytes:
+            self._steps.point_latest()
+            if self.uploads is not None:
+                self.uploads.committed(info)
+            if replaced is not None:
+                self._steps.forget_late_metrics(step)
+                self._storage.remove(replaced)
+            return json.dumps(self._prune()).encode()
+
+        try:
+            pruned = self._coordinator.exchange(f"cleaning up after step {step}", b"", on_primary)
+        except Exception as error:
+            raise errors.SaveError(
+                f"Step {step} was committed, but cleaning up after it failed: {error}",
+                step=step,
+                path=self._steps.root,
+            ) from error
+        self._steps.forget(json.loads(pruned))
+
+    def _prune(self) -> list[int]:
+        """On the primary: removes what the policies let go, and returns it."""
+        if not self._keep_policies:
+            return []
+        known = self._steps.with_late_metrics()
+        context = KeepContext(now=datetime.datetime.now(datetime.UTC))
+        steps = rules.steps_to_prune(self._keep_policies, known, context=context)
+        alone = contextlib.nullcontext(()) if self.uploads is None else self.uploads.still()
+        with alone as promised:
+            steps = [step for step in steps if step not in promised]
+            for step in steps:
+                self._steps.prune(step)
+        return steps
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is what went wrong."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False

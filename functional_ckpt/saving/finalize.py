@@ -1,0 +1,230 @@
+"""The primary's part of a save: one global item out of every rank's chunks, then its metadata."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.core.arrays.chunks import ChunkGrid
+from functional_ckpt.core.records import merge_ranks, orbax, records
+from functional_ckpt.core.tree import structure
+from functional_ckpt.format import write_direct, write_tensorstore
+from functional_ckpt.format.checkpoint_dir import JSON_FILE, PROGRESS_ITEM
+from functional_ckpt.policies.progress import Progress
+from functional_ckpt.runtime import threads
+from functional_ckpt.saving import lower
+from functional_ckpt.saving.lower import LoweredItem
+from functional_ckpt.saving.write import RankReport
+from functional_ckpt.storage import commit
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.local import LocalStorage
+
+__all__ = ["CheckpointInfo", "complete"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """What is written about a checkpoint besides its items.
+
+    Attributes:
+        step: The step, or None.
+        init_time_ns: When the save began, nanoseconds since the epoch.
+        metrics: Metrics, JSON.
+        progress: How far the training was.
+        custom_metadata: The user's own metadata, JSON.
+    """
+
+    step: int | None
+    init_time_ns: int
+    metrics: Mapping[str, Any] | None = None
+    progress: Progress | None = None
+    custom_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+
+def complete(
+    storage: Storage,
+    directory: str,
+    items: Sequence[LoweredItem],
+    reports: Sequence[RankReport],
+    info: CheckpointInfo,
+    commit_time_ns: int,
+) -> None:
+    """Merges, writes every metadata file, and makes all of `directory` durable.
+
+    Args:
+        storage: The file system.
+        directory: The checkpoint, with every rank's chunks in it.
+        items: The primary's items.
+        reports: What each rank wrote, in order of rank.
+        info: What to write about the checkpoint.
+        commit_time_ns: The time to write as that of the commit, nanoseconds since the epoch.
+    """
+    names: dict[str, str] = {}
+    files: dict[str, records.FileRecord] = {}
+    for item in items:
+        names[item.name] = "json" if item.root is None else "tree"
+        path = os.path.join(directory, item.name)
+        if item.text is not None:
+            storage.make_directory(path)
+            file = f"{item.name}/{JSON_FILE}"
+            files[file] = _write(storage, directory, file, item.text)
+        elif item.root is not None:
+            with threads.without_collecting():
+                text = _complete_tree(storage, path, item, item.root, reports).to_json()
+            file = f"{item.name}/{records.EXTENSION_FILE}"
+            files[file] = _write(storage, directory, file, text)
+    if info.metrics is not None:
+        storage.make_directory(os.path.join(directory, "metrics"))
+        file = "metrics/metrics"
+        files[file] = _write(storage, directory, file, lower.to_json(info.metrics, "metrics"))
+    if info.progress is not None:
+        storage.make_directory(os.path.join(directory, PROGRESS_ITEM))
+        file = f"{PROGRESS_ITEM}/{JSON_FILE}"
+        text = lower.to_json(info.progress.to_json(), PROGRESS_ITEM)
+        files[file] = _write(storage, directory, file, text)
+    text = orbax.checkpoint_metadata(
+        names if info.progress is None else {**names, PROGRESS_ITEM: "json"},
+        init_time_ns=info.init_time_ns,
+        commit_time_ns=commit_time_ns,
+        custom_metadata=info.custom_metadata,
+        metrics=info.metrics,
+    )
+    name = orbax.CHECKPOINT_METADATA_FILE
+    files[name] = _write(storage, directory, name, text)
+    step = records.StepRecord(step=info.step, items=names, files=files)
+    _write(storage, directory, records.EXTENSION_FILE, step.to_json())
+    commit.sync_tree(storage, directory, storage.walk(directory))
+
+
+def _write(storage: Storage, path: str, name: str, data: bytes) -> records.FileRecord:
+    storage.write(os.path.join(path, name), data)
+    return records.FileRecord(len(data), records.digest_hex(data))
+
+
+def _complete_tree(
+    storage: Storage,
+    path: str,
+    item: LoweredItem,
+    root: structure.Node,
+    reports: Sequence[RankReport],
+) -> records.ItemRecord:
+    """Makes one tree item whole but for its record, which is returned."""
+    parts = [(rank, report.roots.get(item.name, root)) for rank, report in enumerate(reports)]
+    united = merge_ranks.unite(parts, item=item.name)
+    if item.per_rank and isinstance(united, structure.BranchNode):
+        united = dataclasses.replace(united, kind="per_rank")
+    joined = write_tensorstore.join_digests([report.digests[item.name] for report in reports])
+    nodes = [
+        leaf for _, leaf in structure.iter_leaves(united) if isinstance(leaf, structure.ArrayNode)
+    ]
+    shapes = {
+        name: shape for report in reports for name, shape in report.chunk_shapes[item.name].items()
+    }
+    grids = {
+        node.name: _grid(node.spec.shape, shapes[node.name])
+        for node in nodes
+        if node.tied_to is None and node.name in shapes
+    }
+    _check_whole(item.name, nodes, grids, reports)
+    tied = {
+        node.name: (node.tied_to, grids[node.tied_to]) for node in nodes if node.tied_to is not None
+    }
+    children = [child for report in reports for child in report.children[item.name]]
+    children += _write_own_scalars(storage, path, parts, united)
+    known = {name: file for report in reports for name, file in report.files[item.name].items()}
+    if children:  # else the one rank that there is has written into the item's own database
+        merged = None
+        if isinstance(storage, LocalStorage):
+            merged = write_direct.merge_children(storage, path, children, tied)
+        if merged is None:
+            write_tensorstore.merge_children(storage, path, children, tied)
+        known |= merged or {}
+    _write(storage, path, orbax.TREE_METADATA_FILE, orbax.tree_metadata(united))
+    if texts := orbax.strings(united):
+        _write(storage, path, orbax.STRINGS_FILE, json.dumps(texts).encode())
+    return records.ItemRecord(
+        item=item.name,
+        handler=item.handler,
+        root=united,
+        arrays={
+            name: records.ArrayRecord(grid.chunk_shape, joined.get(name, ""))
+            for name, grid in grids.items()
+        },
+        files=_describe(storage, path, known),
+    )
+
+
+def _check_whole(
+    item: str,
+    nodes: Sequence[structure.ArrayNode],
+    grids: Mapping[str, ChunkGrid],
+    reports: Sequence[RankReport],
+) -> None:
+    """Raises unless every array's metadata and chunks were written, and by one rank only."""
+    written: collections.Counter[str] = collections.Counter()
+    for report in reports:
+        for name, chunks in report.digests[item].items():
+            written[name] += len(chunks)
+    for node in nodes:
+        grid = grids.get(node.name)
+        if node.tied_to is not None or (grid and written[node.name] == _num_chunks(grid)):
+            continue
+        ranks = [r for r, report in enumerate(reports) if report.digests[item].get(node.name)]
+        expected = "" if grid is None else f" for {grid.num_chunks}"
+        raise errors.CoordinationError(
+            f"{item}: {node.name!r} is not whole, or was written twice: ranks {ranks} wrote "
+            f"{written[node.name]} chunks{expected}. Every rank of a DTensor's mesh must save it.",
+            ranks=ranks,
+            key_path=node.name,
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _grid(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> ChunkGrid:
+    return ChunkGrid(shape, chunk_shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _num_chunks(grid: ChunkGrid) -> int:
+    return grid.num_chunks
+
+
+def _write_own_scalars(
+    storage: Storage,
+    path: str,
+    parts: Sequence[tuple[int, structure.Node]],
+    united: structure.Node,
+) -> list[str]:
+    """Plain numbers that differ between ranks, under the names that they have in the whole.
+
+    No rank knew before that they differ. Orbax reads them as arrays.
+    """
+    roots = {id(root): root for _, root in parts}.values()
+    if len(roots) == 1:
+        return []
+    written = {name for root in roots for name, _, _ in orbax.scalar_leaves(root)}
+    own = [scalar for scalar in orbax.scalar_leaves(united) if scalar[0] not in written]
+    if not own:
+        return []
+    children = write_tensorstore.child_names(len(parts), 1)
+    if isinstance(storage, LocalStorage):
+        write_direct.write_arrays(storage, path, children[0], (), own)
+    else:
+        write_tensorstore.write_arrays(storage, path, children, (), own)
+    return children
+
+
+def _describe(
+    storage: Storage, path: str, known: Mapping[str, records.FileRecord]
+) -> dict[str, records.FileRecord]:
+    """What every file of an item must be; what is not known yet is read back."""
+    return {
+        name: known.get(name) or storage.describe(os.path.join(path, name))
+        for name in storage.walk(path)
+    }

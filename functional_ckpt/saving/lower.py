@@ -1,0 +1,160 @@
+"""Items taken apart for saving: structures, and the live tensors that hold their bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.core.arrays import sharding as sharding_lib
+from functional_ckpt.core.arrays.spec import ArraySpec
+from functional_ckpt.core.records import merge_ranks, orbax
+from functional_ckpt.core.tree import encode, flatten, memory, structure
+from functional_ckpt.format.checkpoint_dir import PROGRESS_ITEM
+from functional_ckpt.handlers.base import CheckpointItem, Registry
+from functional_ckpt.runtime import device_copies, threads
+from functional_ckpt.storage import commit
+
+__all__ = ["RESERVED_NAMES", "LoweredItem", "Source", "check_item_name", "lower", "to_json"]
+
+RESERVED_NAMES = ("metrics", "metadata", PROGRESS_ITEM)
+
+
+class Source(NamedTuple):
+    """An array that holds its own bytes.
+
+    Attributes:
+        node: The whole array.
+        tensor: What this rank holds of it: the local tensor of a DTensor, else all of it.
+        sharding: Who holds what; None for a plain array, which every rank that has it holds whole.
+    """
+
+    node: structure.ArrayNode
+    tensor: torch.Tensor
+    sharding: sharding_lib.Sharding | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoweredItem:
+    """An item taken apart, still in the caller's memory.
+
+    Attributes:
+        name: The item's name.
+        handler: Name of the handler's class, for people.
+        root: The structure; None for a JSON item.
+        text: The text of a JSON item; None for a tree.
+        sources: Its arrays.
+        tied: Leaves that share the bytes of one of these.
+        scalars: Name, spec and value of the plain numbers, which Orbax reads as arrays.
+        optimizers: Whose steps alone change what it holds below `state`.
+        value: The live object.
+        per_rank: Whether every rank has a value of its own, under a key of its own.
+    """
+
+    name: str
+    handler: str
+    root: structure.Node | None
+    text: bytes | None = None
+    sources: tuple[Source, ...] = ()
+    tied: tuple[structure.ArrayNode, ...] = ()
+    scalars: tuple[tuple[str, ArraySpec, object], ...] = ()
+    optimizers: tuple[Any, ...] = ()
+    value: Any = None
+    per_rank: bool = False
+
+
+def check_item_name(name: object) -> str:
+    """The name, if an item may have it; else `UsageError`."""
+    if not isinstance(name, str) or not name:
+        raise errors.UsageError(f"An item's name must be a non-empty str; got {name!r}.")
+    if name in RESERVED_NAMES or name[0] in "_." or "/" in name or "\0" in name:
+        raise errors.UsageError(
+            f"Item name {name!r} is reserved: names may not contain '/', begin with '_' or '.', or "
+            f"be one of {', '.join(RESERVED_NAMES)} (metrics and progress are arguments of save).",
+            key_path=name,
+        )
+    if commit.TMP_SUFFIX in name or not name.isprintable() or len(name.encode()) > 200:
+        raise errors.UsageError(f"Item name {name!r} cannot be a directory's name.", key_path=name)
+    return name
+
+
+def lower(
+    items: Mapping[str, Any], registry: Registry, *, rank: int = 0, ranks: tuple[int, ...] = (0,)
+) -> tuple[LoweredItem, ...]:
+    """Takes every item apart, or raises before anything is written; copies nothing.
+
+    Args:
+        items: What to save.
+        registry: Chooses handlers.
+        rank: This process within the group that saves.
+        ranks: The global ranks of the group.
+    """
+    if not isinstance(items, Mapping) or not items:
+        raise errors.UsageError(
+            f"items must be a non-empty mapping of names to values; got {type(items).__name__} "
+            f"{items!r:.60}. Wrap a single value: {{'state': value}}."
+        )
+    device_copies.check_not_capturing()
+    bound = {check_item_name(name): registry.bind(value, name) for name, value in items.items()}
+    with threads.without_collecting():
+        return tuple(_lower_item(name, item, rank, ranks) for name, item in bound.items())
+
+
+def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ...]) -> LoweredItem:
+    kind = type(item.handler).__name__
+    lowered = item.handler.lower(item.value)
+    if item.handler.format == "json":
+        return LoweredItem(name=name, handler=kind, root=None, text=to_json(lowered, name))
+    per_rank = item.handler.per_rank and len(ranks) > 1
+    flat = flatten.flatten(
+        {merge_ranks.rank_key(rank): lowered} if per_rank else lowered, item=name
+    )
+    sources = tuple(_source(name, node, value, ranks) for node, value in flat.arrays)
+    if per_rank and (spread := next((s for s in sources if s.sharding is not None), None)):
+        raise errors.UnsupportedLeafError(
+            f"{name}: {spread.node.name!r} is a DTensor, of which each rank has a part, but every "
+            "rank has a state of its own in this item; save it with "
+            "fc.Stateful(value, per_rank=False), or save tensor.to_local()",
+            key_path=name,
+        )
+    return LoweredItem(
+        name=name,
+        handler=kind,
+        root=flat.root,
+        sources=sources,
+        tied=flat.tied,
+        scalars=tuple(orbax.scalar_leaves(flat.root)),
+        optimizers=tuple(item.handler.optimizers(item.value)),
+        value=item.value,
+        per_rank=per_rank,
+    )
+
+
+def _source(item: str, node: structure.ArrayNode, value: object, ranks: tuple[int, ...]) -> Source:
+    try:
+        return Source(node, encode.source_of(value, node), _sharding(value, ranks))
+    except errors.UnsupportedLeafError as error:
+        if error.key_path is not None:
+            raise
+        where = f"{item}.{node.name}"
+        raise errors.UnsupportedLeafError(f"{where}: {error.message}", key_path=where) from error
+
+
+def _sharding(value: object, ranks: tuple[int, ...]) -> sharding_lib.Sharding | None:
+    sharding = None if memory.is_plain(value) else sharding_lib.sharding_of(value)
+    if sharding is None:
+        return None
+    is_world = ranks == tuple(range(len(ranks)))
+    return sharding if is_world and max(sharding.ranks) < len(ranks) else sharding.renumbered(ranks)
+
+
+def to_json(value: Any, what: str) -> bytes:
+    """JSON text of a value; `UsageError` names what cannot be written."""
+    try:
+        return json.dumps(value).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise errors.UsageError(f"{what} is not JSON: {error}.", key_path=what) from error

@@ -1,0 +1,302 @@
+"""The caller's half of a save: decide, lower, plan, stage, and hand over to the background."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.format import write_direct
+from functional_ckpt.handlers.base import Registry
+from functional_ckpt.policies.base import KeepPolicy
+from functional_ckpt.policies.progress import Progress
+from functional_ckpt.policies.rules import SaveRule
+from functional_ckpt.runtime import threads
+from functional_ckpt.runtime.fence import Fence, PendingCopy
+from functional_ckpt.saving import background, commit, finalize, lower, stage
+from functional_ckpt.saving import plan as plan_lib
+from functional_ckpt.steps import decide
+from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.uploads import Uploads
+
+__all__ = ["About", "SaveOptions", "Saver", "as_json", "checked_progress"]
+
+_log = logging.getLogger("functional_ckpt")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SaveOptions:
+    """How a manager saves; its arguments of the same names."""
+
+    save_rule: SaveRule | None
+    keep_policies: tuple[KeepPolicy, ...]
+    overwrite: bool
+    asynchronous: bool
+    on_busy: Literal["wait", "skip"]
+    staging: Literal["eager", "overlapped"] = "eager"
+    staging_budget_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.staging not in ("eager", "overlapped"):
+            raise errors.UsageError(
+                f"staging must be 'eager' or 'overlapped'; got {self.staging!r}."
+            )
+        if self.staging == "overlapped" and not self.asynchronous:
+            raise errors.UsageError("staging='overlapped' needs asynchronous=True.")
+        budget_bytes = self.staging_budget_bytes
+        if budget_bytes is not None:
+            if type(budget_bytes) is not int or budget_bytes < 0:
+                raise errors.UsageError(
+                    f"staging_budget_bytes must be a number of bytes; got {budget_bytes!r}."
+                )
+            if self.staging == "overlapped":
+                raise errors.UsageError(
+                    "staging_budget_bytes is for staging='eager': overlapped staging needs room "
+                    "for everything that it copies later."
+                )
+        if self.on_busy not in ("wait", "skip"):
+            raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {self.on_busy!r}.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What a step says besides its items; the arguments of `save` of the same names."""
+
+    metrics: Mapping[str, Any] | None
+    progress: Progress | None
+    custom_metadata: Mapping[str, Any] | None
+
+
+class Saver:
+    """Saves the steps of one run, on every rank.
+
+    Attributes:
+        decider: Whether to save.
+        committer: What is under way in the background.
+    """
+
+    def __init__(
+        self, steps: Steps, registry: Registry, coordinator: Coordinator, options: SaveOptions
+    ) -> None:
+        self._steps = steps
+        self._registry = registry
+        self._coordinator = coordinator
+        self._options = options
+        self._room = stage.Room()
+        self._fence = Fence() if options.staging == "overlapped" else None
+        self._planner = plan_lib.Planner(coordinator)
+        self.committer = background.Committer()
+        in_background = coordinator.background()
+        busy = threads.num_spare_cores() if options.asynchronous else write_direct.NUM_THREADS
+        self._writer = commit.StepWriter(
+            steps,
+            options.keep_policies,
+            in_background,
+            overwrite=options.overwrite,
+            num_threads=busy,
+        )
+        self.decider = decide.Decider(
+            options.save_rule,
+            steps,
+            lambda: self.committer.step,
+            (coordinator, in_background),
+        )
+
+    def save(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        *,
+        about: About,
+        force: bool,
+    ) -> background.Commit | None:
+        """Saves a step if the policy says so; `CheckpointManager.save` says what is what."""
+        started = time.monotonic()
+        progress = checked_progress(about.progress)
+        # Ranks may learn of a failure at different calls. None leaves the others alone in a round.
+        failure = self.committer.take_error()
+        if not self.decider.wants(step, progress, force=force):
+            return self._refuse(step, failure)
+        self._steps.check_writable()
+        skips = self._options.on_busy == "skip" and not self.decider.is_preempted(step)
+        if skips and self._is_any_busy(step):
+            _log.info("step %d skipped: another is still being committed", step)
+            return self._refuse(step, failure)
+        self.committer.wait()
+        failure = failure or self.committer.take_error()
+        prepared = failure or self._prepare(step, items, about)
+        plan = self._planner.plan(
+            prepared if isinstance(prepared, BaseException) else prepared[0], step
+        )
+        if isinstance(prepared, BaseException):
+            raise prepared
+        lowered, info = prepared
+        try:
+            staged, pending, through = self._stage(step, lowered, plan)
+        except Exception as error:
+            self._writer.give_up(step, error)
+            raise
+        work = functools.partial(self._writer.commit, step, staged, info, pending)
+        try:
+            num_bytes = sum(item.num_bytes for item in staged)
+            seconds = time.monotonic() - started
+            self._steps.tell("staged", step, seconds=seconds, num_bytes=num_bytes)
+            self.decider.saved(step, progress)
+            handle = self.committer.start(
+                step, work if through is None else _releasing(through, work)
+            )
+        except BaseException:
+            if pending is not None:
+                pending.give_up()  # else the next step would wait for ever
+            raise
+        if through is not None:
+            through.wait()
+        if not self._options.asynchronous:
+            self.committer.wait()
+            self.committer.raise_error()
+        return handle
+
+    def _stage(
+        self, step: int, lowered: tuple[lower.LoweredItem, ...], plan: plan_lib.SavePlan
+    ) -> tuple[tuple[stage.StagedItem, ...], PendingCopy | None, stage.WriteThrough | None]:
+        """What to write, what of it is still to be copied, and what `save` must wait for."""
+        budget_bytes = self._options.staging_budget_bytes
+        if self._fence is None and self._options.asynchronous and budget_bytes is not None:
+            staged, through = stage.stage_within(lowered, plan, self._room, budget_bytes)
+            return staged, None, through
+        if self._fence is None:
+            room = self._room if self._options.asynchronous else None
+            return stage.stage(lowered, plan, room), None, None
+        staged, pending = stage.stage_overlapped(lowered, plan, self._room, step)
+        modules = [item.value for item in lowered if isinstance(item.value, torch.nn.Module)]
+        loadable = [each for module in modules for each in module.modules()]
+        optimizers = [optimizer for item in lowered for optimizer in item.optimizers]
+        self._fence.raise_for(pending, [*loadable, *optimizers])
+        return staged, pending, None
+
+    def fence(self) -> None:
+        """Returns when nothing is left to be copied."""
+        if self._fence is not None:
+            self._fence.wait()
+
+    def upload_by(self, uploads: Uploads | None) -> None:
+        """Committed steps go to further tiers from now on."""
+        self._writer.uploads = uploads
+
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """On the primary: records metrics of a committed step in the tiers that hold it.
+
+        The first tier's go to the others as its steps do; what it does not hold is recorded there.
+        """
+        uploads = self._writer.uploads
+        with contextlib.nullcontext() if uploads is None else uploads.still():
+            holders = self._steps.holders(step)
+            if holders[0] is self._steps:
+                self._steps.record(step, metrics)
+                if uploads is not None:
+                    uploads.recorded()  # before anybody can remove the step
+                return
+        for each in holders:
+            each.record(step, metrics)
+
+    def wait(self) -> None:
+        """Waits for the commit under way and for the tiers; raises what failed."""
+        self.committer.wait()
+        self.raise_errors()
+        if (uploads := self._writer.uploads) is not None:
+            uploads.wait()
+            uploads.raise_error()
+
+    def raise_errors(self) -> None:
+        """Raises, once, what failed in the background."""
+        self.committer.raise_error()
+        if (uploads := self._writer.uploads) is not None:
+            uploads.raise_error()
+
+    def finish_uploads(self) -> None:
+        """Waits for what is on its way to further tiers; what fails now waits for the next run."""
+        if (uploads := self._writer.uploads) is not None:
+            uploads.close()
+
+    def release(self) -> None:
+        """Listens for signals no more, and gives the staging memory back."""
+        if (uploads := self._writer.uploads) is not None:
+            uploads.release()
+        if self._fence is not None:
+            self._fence.lower()
+        self.decider.stop()
+        self._room.release()
+
+    def _refuse(self, step: int, failure: BaseException | None) -> None:
+        """The step is not saved; an earlier one's failure is raised all the same."""
+        self.decider.refuse(step)
+        if failure is not None:
+            raise failure
+
+    def _is_any_busy(self, step: int) -> bool:
+        """Whether a rank is still committing; all ranks get the same answer."""
+        busy = b"1" if self.committer.is_busy else b""
+        group = self._coordinator
+        return group.exchange(f"whether to skip step {step}", busy, b"".join) != b""
+
+    def _prepare(
+        self,
+        step: int,
+        items: Mapping[str, Any],
+        about: About,
+    ) -> tuple[tuple[lower.LoweredItem, ...], finalize.CheckpointInfo] | BaseException:
+        """What this rank can do alone; an error is for all ranks to hear of, so it is returned."""
+        coordinator = self._coordinator
+        try:
+            if coordinator.rank == 0:
+                self._steps.check_free(step, about.progress, overwrite=self._options.overwrite)
+            info = finalize.CheckpointInfo(
+                step=step,
+                init_time_ns=time.time_ns(),
+                metrics=as_json(about.metrics, "metrics"),
+                progress=about.progress,
+                custom_metadata=as_json(about.custom_metadata, "custom_metadata") or {},
+            )
+            lowered = lower.lower(
+                items, self._registry, rank=coordinator.rank, ranks=coordinator.global_ranks
+            )
+        except Exception as error:  # noqa: BLE001 - handed to every rank by the planner, raised on this one
+            return error
+        return lowered, info
+
+
+def _releasing(through: stage.WriteThrough, work: Callable[[], None]) -> Callable[[], None]:
+    """The work, after which nobody waits any more, however it ends."""
+
+    def run() -> None:
+        try:
+            work()
+        finally:
+            through.release()
+
+    return run
+
+
+def as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | None:
+    """The mapping, once it is known to be JSON; `what` it is, for the message."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise errors.UsageError(f"{what} must be a mapping with str keys; got {value!r:.80}.")
+    lower.to_json(dict(value), what)
+    return dict(value)
+
+
+def checked_progress(progress: Progress | None) -> Progress | None:
+    """The progress, once it is known to be one."""
+    if progress is not None and not isinstance(progress, Progress):
+        raise errors.UsageError(f"progress must be an fc.Progress or None; got {progress!r:.80}.")
+    return progress

@@ -1,0 +1,208 @@
+"""Writing one checkpoint directory, every rank its part: stage, write, report.
+
+    lower     values -> structures and sources              the caller's thread, copies nothing
+    plan      who writes what                               the caller's thread, a round trip
+    stage     sources -> host arrays                        the caller's thread, the only copy
+    write     host arrays -> chunks in this rank's databases     the background, every rank
+    complete  merge, metadata, digests, sync                the background, the primary
+
+The manager and `fc.save` share it; `lowering`, `agreement` and `completing` hold the other parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from functional_ckpt import errors
+from functional_ckpt.core.arrays.chunks import ChunkGrid
+from functional_ckpt.core.arrays.spec import ArraySpec
+from functional_ckpt.core.records import records, structure_json
+from functional_ckpt.core.tree import structure
+from functional_ckpt.format import write_direct, write_tensorstore
+from functional_ckpt.saving.stage import StagedItem
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.local import LocalStorage
+
+__all__ = ["RankReport", "read_report", "write", "write_report"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+REPORTS = ".ranks"
+"""Where ranks leave what they wrote for the primary; gone before the step is committed."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """What one rank wrote.
+
+    Attributes:
+        digests: Item -> the digests of its chunks.
+        children: Item -> the databases it used, relative to the item.
+        chunk_shapes: Item -> array -> how it is cut; of the arrays whose metadata this rank wrote.
+        roots: Item -> its structure as this rank has it; only where it may differ from the
+            primary's.
+        files: Item -> what the files must be that this rank wrote, by path relative to the item;
+            of those it does not name, the primary finds out.
+    """
+
+    digests: Mapping[str, write_tensorstore.Digests]
+    chunk_shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    children: Mapping[str, tuple[str, ...]]
+    roots: Mapping[str, structure.Node]
+    files: Mapping[str, Mapping[str, records.FileRecord]] = dataclasses.field(
+        default_factory=dict[str, Mapping[str, records.FileRecord]]
+    )
+
+
+# ------------------------------------------------------------------------------------ write
+
+
+_NOTHING = write_direct.Written(digests={}, files={})
+
+
+def write(
+    storage: Storage,
+    directory: str,
+    items: Sequence[StagedItem],
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    known: Mapping[str, str] | None = None,
+    num_threads: int = write_direct.NUM_THREADS,
+) -> RankReport:
+    """Writes this rank's chunks of every item below `directory`; nothing is durable yet.
+
+    Args:
+        storage: The file system.
+        directory: The checkpoint.
+        items: What to write.
+        rank: This rank.
+        num_ranks: All ranks; one alone may write into the items' own databases.
+        known: Digest of each item's structure on the primary: what equals it need not be reported.
+        num_threads: How many are busy at a time.
+    """
+    digests: dict[str, write_tensorstore.Digests] = {}
+    children: dict[str, tuple[str, ...]] = {}
+    chunk_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    roots: dict[str, structure.Node] = {}
+    files: dict[str, Mapping[str, records.FileRecord]] = {}
+    for item in sorted(items, key=lambda item: not item.is_awaited):
+        name, root = item.lowered.name, item.lowered.root
+        if root is None:
+            continue
+        path = os.path.join(directory, name)
+        storage.make_directory(path)
+        tied = tied_arrays(item) if num_ranks == 1 else {}
+        scalars = [scalar for scalar in item.lowered.scalars if scalar[0] in item.scalars]
+        # One rank alone writes into the item's own database, and who has nothing has none.
+        has_child = num_ranks > 1 and (item.writes or scalars)
+        children[name] = tuple(write_tensorstore.child_names(rank, 1)) if has_child else ()
+        written = _NOTHING
+        if has_child or num_ranks == 1:
+            written = _write_arrays(
+                storage, path, children[name], item.writes, scalars, tied, num_threads
+            )
+        digests[name], files[name] = written.digests, written.files
+        chunk_shapes[name] = {w.name: w.grid.chunk_shape for w in item.writes if w.is_owner}
+        if known is None or known.get(name) != root_digest(root):
+            roots[name] = root
+    return RankReport(
+        digests=digests, children=children, chunk_shapes=chunk_shapes, roots=roots, files=files
+    )
+
+
+def tied_arrays(item: StagedItem) -> dict[str, tuple[str, ChunkGrid]]:
+    """Name of every tied leaf -> name and grid of the array that holds its bytes."""
+    grids = {write.name: write.grid for write in item.writes}
+    return {
+        leaf.name: (leaf.tied_to, grids[leaf.tied_to])
+        for leaf in item.lowered.tied
+        if leaf.tied_to is not None
+    }
+
+
+def _write_arrays(
+    storage: Storage,
+    path: str,
+    children: Sequence[str],
+    arrays: Sequence[write_tensorstore.ArrayWrite],
+    scalars: Sequence[tuple[str, ArraySpec, object]],
+    tied: Mapping[str, tuple[str, ChunkGrid]],
+    num_threads: int,
+) -> write_direct.Written:
+    """Through our own hands where that works, else through TensorStore's."""
+    child = children[0] if children else ""
+    is_local = isinstance(storage, LocalStorage)
+    if is_local and write_direct.can_write(arrays, 2 * len(scalars)):
+        return write_direct.write_arrays(
+            storage, path, child, arrays, scalars, tied, num_threads=num_threads
+        )
+    digests = write_tensorstore.write_arrays(storage, path, [child], arrays, scalars)
+    for array in arrays:
+        if array.taken is not None:
+            array.taken(array.data.nbytes)
+    if tied:
+        write_tensorstore.merge_children(storage, path, (), tied)
+    return write_direct.Written(digests=digests, files={})
+
+
+def root_digest(root: structure.Node) -> str:
+    """A digest by which ranks compare structures, values included."""
+    return records.digest_hex(json.dumps(structure_json.to_json(root)).encode())
+
+
+def write_report(storage: Storage, directory: str, rank: int, report: RankReport) -> None:
+    """Leaves what this rank wrote where the primary finds it."""
+    folder = os.path.join(directory, REPORTS)
+    storage.make_directory(folder)
+    record = {
+        "format": "functional_ckpt",
+        "version": 1,
+        "digests": report.digests,
+        "children": report.children,
+        "chunk_shapes": report.chunk_shapes,
+        "roots": {name: structure_json.to_json(root) for name, root in report.roots.items()},
+        "files": {
+            item: {name: [file.size_bytes, file.xxh3] for name, file in files.items()}
+            for item, files in report.files.items()
+        },
+    }
+    storage.write(os.path.join(folder, f"{rank}.json"), records.seal(record))
+
+
+def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
+    """What a rank left; `CoordinationError` when it is not here."""
+    path = os.path.join(directory, REPORTS, f"{rank}.json")
+    if not storage.exists(path):
+        raise errors.CoordinationError(
+            f"Rank {rank} says it has written, but {path} is not there: it sees another directory. "
+            "Every rank must save to one shared file system.",
+            ranks=(rank,),
+            path=path,
+        )
+    record = records.unseal(storage.read(path), path)
+    return RankReport(
+        digests={
+            item: {
+                name: {int(place): text for place, text in chunks.items()}
+                for name, chunks in found.items()
+            }
+            for item, found in record["digests"].items()
+        },
+        children={item: tuple(names) for item, names in record["children"].items()},
+        chunk_shapes={
+            item: {name: tuple(shape) for name, shape in shapes.items()}
+            for item, shapes in record["chunk_shapes"].items()
+        },
+        roots={name: structure_json.from_json(node) for name, node in record["roots"].items()},
+        files={
+            item: {name: records.FileRecord(*file) for name, file in files.items()}
+            for item, files in record["files"].items()
+        },
+    )

@@ -1,0 +1,162 @@
+"""Whether to save a step: each rank for itself if its number tells, else the primary for all."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Callable, Sequence
+
+from functional_ckpt.distributed.coordinator import Combine, Coordinator
+from functional_ckpt.policies import rules
+from functional_ckpt.policies.base import SaveContext, StepInfo
+from functional_ckpt.policies.progress import Progress
+from functional_ckpt.steps import preemption
+from functional_ckpt.steps.directory import Steps
+
+__all__ = ["Decider"]
+
+# After a SIGTERM a peer may be gone for good, and the agent kills what is left after 30 seconds.
+_PREEMPTED_TIMEOUT_SECONDS = 20.0
+_YES, _NO = b"1", b"0"
+
+
+class Decider:
+    """Asks the save policies.
+
+    Args:
+        rule: The policies; None saves every step.
+        steps: The history.
+        busy_step: Returns the step that is being committed, or None.
+        coordinators: Told to hurry once the job is about to be killed; the first decides.
+    """
+
+    def __init__(
+        self,
+        rule: rules.SaveRule | None,
+        steps: Steps,
+        busy_step: Callable[[], int | None],
+        coordinators: Sequence[Coordinator],
+    ) -> None:
+        self._rule = rule
+        self._steps = steps
+        self._busy_step = busy_step
+        self._coordinators = tuple(coordinators)
+        self._watch = preemption.Watch(self._hurry)
+        self._start_time = datetime.datetime.now(datetime.UTC)
+        self._agreed = False
+        self._refused: int | None = None
+        self._asked: int | None = None
+        self._own: set[int] = set()
+        self._last: StepInfo | None = None
+        self._origin: int | None = None
+        self._here: tuple[int, int] | None = None
+
+    def start(self) -> None:
+        """Listens for SIGTERM, if a policy waits for it."""
+        if self._rule is not None and any(map(preemption.is_preemption, self._rule.policies)):
+            self._watch.start()
+
+    def stop(self) -> None:
+        """Listens no more."""
+        self._watch.stop()
+
+    def is_preempted(self, step: int) -> bool:
+        """Whether the job was told to stop and `step` is, or can still be, saved.
+
+        False for a step that was just refused: the signal came too late for it, and whoever left
+        the loop now would lose the steps since the last save. With many ranks all get the same
+        answer: that of the decision about this step, or where there was none, one round's.
+        """
+        if step == self._refused:
+            return False
+        if not self._is_shared:
+            return self._watch.is_reached
+        if self._asked != step and not self._agreed:
+            self._ask(f"whether to stop at step {step}", step, b"".join)
+        return self._agreed
+
+    def refuse(self, step: int) -> None:
+        """Notes that a step was not saved."""
+        self._refused = step
+
+    def saved(self, step: int, progress: Progress | None) -> None:
+        """Notes that this run is saving a step."""
+        now = datetime.datetime.now(datetime.UTC)
+        self._own.add(step)
+        self._last = StepInfo(step=step, time=now, progress=progress)
+        self._here = None if progress is None else (step, progress.batch)
+
+    def restored(self, step: int, progress: Progress | None) -> None:
+        """Notes that this run goes on from a step: what lies beyond is of a run left behind."""
+        self._origin = step
+        self._own.clear()
+        self._here = None if progress is None else (step, progress.batch)
+
+    def wants(self, step: int, progress: Progress | None = None, *, force: bool = False) -> bool:
+        """Whether to save; one round between the ranks only where the step alone does not tell.
+
+        Args:
+            step: The step.
+            progress: How far the training is at it. A batch that this run has just saved, or has
+                gone on from, is there already: the answer is no.
+            force: The answer is yes, and the ranks still hear of a signal.
+        """
+        if progress is not None and not force and (step, progress.batch) == self._here:
+            return False
+        decided = True if force or self._rule is None else self._rule.decide_step(step)
+        if self._rule is None or (decided is not None and not (decided and self._is_shared)):
+            return bool(decided)
+        combine = functools.partial(self._decide, self._rule, step, progress, bool(decided))
+        return self._ask(f"whether to save step {step}", step, combine)[:1] == _YES
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether a signal to one rank concerns others."""
+        return self._watch.is_on and self._coordinators[0].num_ranks > 1
+
+    def _ask(self, what: str, step: int, combine: Combine) -> bytes:
+        """One round in which every rank says if it was told to stop: `_YES` ends the outcome."""
+        self._asked = step
+        told = _YES if self._watch.is_reached else b""
+        verdict = self._coordinators[0].exchange(what, told, combine)
+        if verdict[-1:] == _YES:
+            self._agreed = True
+            self._hurry()
+        return verdict
+
+    def _hurry(self) -> None:
+        for coordinator in self._coordinators:
+            coordinator.hurry(_PREEMPTED_TIMEOUT_SECONDS)
+
+    def _decide(
+        self,
+        rule: rules.SaveRule,
+        step: int,
+        progress: Progress | None,
+        decided: bool,
+        told: Sequence[bytes],
+    ) -> bytes:
+        """On the primary: what the policies say, and whether any rank was told to stop."""
+        reached = _YES in told
+        now = datetime.datetime.now(datetime.UTC)
+        busy = self._busy_step()
+        context = SaveContext(
+            is_saving_in_progress=busy is not None,
+            reached_preemption=reached,
+            start_time=self._start_time,
+        )
+        info = StepInfo(step=step, time=now, progress=progress)
+        known = self._past(busy)
+        wanted = decided or rules.decide_save(rule, info, known, context=context) is not None
+        return (_YES if wanted else _NO) + (_YES if reached else _NO)
+
+    def _past(self, busy: int | None) -> tuple[StepInfo, ...]:
+        """The steps that came before in this run: saved by it, or no later than where it began."""
+        known = {
+            info.step: info
+            for info in self._steps.infos
+            if self._origin is None or info.step <= self._origin or info.step in self._own
+        }
+        if busy is not None and self._last is not None:
+            known[busy] = self._last
+        return tuple(known[step] for step in sorted(known))

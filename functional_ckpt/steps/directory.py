@@ -1,0 +1,331 @@
+"""The steps of one run: their directory, their names and what is remembered of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.events import Events, Kind
+from functional_ckpt.policies.base import StepInfo
+from functional_ckpt.policies.progress import Progress
+from functional_ckpt.steps import history, template
+from functional_ckpt.steps.names import NameFormat
+from functional_ckpt.storage import commit
+from functional_ckpt.storage.base import Storage
+
+__all__ = ["Steps"]
+
+_log = logging.getLogger("functional_ckpt")
+
+
+class Steps:
+    """A directory of steps.
+
+    What was committed through this object is remembered at once; what other processes do is seen by
+    `reload`. Safe to use from the commit's thread beside the caller's.
+
+    Args:
+        events: Told what happens to the steps; None for nobody.
+        read_only: Others write the directory: the lists of steps look at it anew.
+        latest_link: Name of a link to the latest step; None for no link.
+
+    Attributes:
+        storage: The file system.
+        root: The directory.
+        events: Where what happens to the steps is told.
+        hidden: Where everything is that is no step.
+        further: The steps of further tiers, the nearest first; also there what is asked for may be.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        root: str,
+        names: NameFormat,
+        events: Events | None = None,
+        *,
+        read_only: bool = False,
+        latest_link: str | None = None,
+    ) -> None:
+        self.storage = storage
+        self.events = events or Events()
+        self.root = root
+        self.read_only = read_only
+        self.hidden = os.path.join(root, commit.HIDDEN)
+        self._names = names
+        self._mutex = threading.Lock()
+        self._infos: tuple[StepInfo, ...] = ()
+        self._num_changes = 0
+        self.further: tuple[Steps, ...] = ()
+        if latest_link is not None and (
+            names.parse(latest_link) is not None or not _is_component(latest_link)
+        ):
+            raise errors.UsageError(
+                f"latest_link must be a name that no step has, without '/'; got {latest_link!r}."
+            )
+        self.latest_link = latest_link
+
+    @property
+    def infos(self) -> tuple[StepInfo, ...]:
+        """The steps as last seen, ascending."""
+        return self._infos
+
+    def reload(self) -> None:
+        """Reads everything from disk anew, in every tier."""
+        self.reload_here()
+        for each in self.further:
+            each.reload()
+
+    def reload_here(self) -> None:
+        """Reads everything in this directory anew; no other tier is asked, which may be far."""
+        while not self._reread():
+            pass
+
+    def _reread(self) -> bool:
+        """Reads the steps from disk; whether nothing was remembered or forgotten meanwhile."""
+        num_changes = self._num_changes
+        found = tuple(history.scan(self.storage, self.root, self._names))
+        with self._mutex:
+            if num_changes != self._num_changes:
+                return False
+            self._infos = found
+        return True
+
+    def _change(self, infos: Iterable[StepInfo]) -> None:
+        """With the mutex held: other steps than those that are being read from disk."""
+        self._infos = tuple(infos)
+        self._num_changes += 1
+
+    def all(self) -> list[int]:
+        """The committed steps of every tier, ascending."""
+        found = self._own()
+        return sorted({*found, *(s for each in self.further for s in each.all())})
+
+    def _own(self) -> list[int]:
+        if self.read_only:
+            return list(history.list_steps(self.storage, self.root, self._names))
+        return [info.step for info in self._infos]
+
+    def holders(self, step: int) -> list[Steps]:
+        """The tiers that hold a step, the nearest first; this one where none does."""
+        found = [each for each in (self, *self.further) if step in each._own()]
+        return found or [self]
+
+    def everywhere(self) -> tuple[StepInfo, ...]:
+        """The steps of every tier as last seen, ascending."""
+        infos = {info.step: info for each in (*reversed(self.further), self) for info in each.infos}
+        return tuple(infos[step] for step in sorted(infos))
+
+    def latest(self) -> int:
+        """The highest committed step; raises `StepNotFoundError` where there is none."""
+        steps = self.all()
+        if not steps:
+            raise errors.StepNotFoundError(f"{self.root} has no step yet.", path=self.root)
+        return steps[-1]
+
+    def existing(self, step: int) -> int:
+        """The step, if it was committed; else raises `StepNotFoundError`."""
+        steps = self.all()
+        if step not in steps:
+            shown = ", ".join(map(str, steps[-10:])) or "none"
+            raise errors.StepNotFoundError(
+                f"{self.root} has no step {step}; the latest are: {shown}.",
+                step=step,
+                path=self.root,
+            )
+        return step
+
+    def wait_for_new(self, after: int | None, timeout: float | None, poll: float) -> int | None:
+        """Waits until there is a step above `after`; the latest, or None when the time is up."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self.reload()
+            latest = max(self.all(), default=None)
+            if latest is not None and (after is None or latest > after):
+                return latest
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
+            rest = poll if deadline is None else min(poll, deadline - time.monotonic())
+            time.sleep(max(0.0, rest))
+
+    def check_writable(self) -> None:
+        """Raises `ReadOnlyError` where others write the directory."""
+        if self.read_only:
+            raise errors.ReadOnlyError(
+                "This CheckpointManager was opened with read_only=True.", path=self.root
+            )
+
+    def path(self, step: int) -> str:
+        """Where a step is, or would be if its number alone says so."""
+        candidates = [os.path.join(self.root, name) for name in self._names.names(step)]
+        for path in candidates:
+            if self.storage.exists(path):
+                return path
+        if candidates:
+            return candidates[0]
+        name = history.list_steps(self.storage, self.root, self._names).get(step)
+        if name is None:
+            raise errors.StepNotFoundError(
+                f"{self.root} has no directory of step {step}.", step=step, path=self.root
+            )
+        return os.path.join(self.root, name)
+
+    def new_path(self, step: int, progress: Progress | None) -> str:
+        """Where a step is written: where it is, if it is replaced, else under a new name."""
+        with contextlib.suppress(errors.StepNotFoundError):
+            path = self.path(step)
+            if self.storage.exists(path):
+                return path
+        return os.path.join(self.root, template.new_name(self._names, step, progress))
+
+    def check_start(self, step: int, *, overwrite: bool) -> None:
+        """Raises `StepExistsError` where steps from `step` on would have to be overwritten."""
+        later = [each for each in self.all() if each >= step]
+        if later and not overwrite:
+            raise errors.StepExistsError(
+                f"{self.root} has {len(later)} steps from {step} on (up to {later[-1]}), which a "
+                f"run that begins at {step} would come to overwrite. Go on from step {later[-1]}, "
+                "give this run its own directory, delete them, or make the manager with "
+                "overwrite=True.",
+                step=later[0],
+                path=self.root,
+            )
+
+    def point_latest(self, *, without: int | None = None) -> None:
+        """Points the link to the latest step, atomically and durably.
+
+        Args:
+            without: A step that is about to be removed.
+        """
+        if self.latest_link is None:
+            return
+        link = os.path.join(self.root, self.latest_link)
+        is_there = self.storage.exists(link)
+        if is_there and not self.storage.is_link(link):
+            raise errors.StorageError(
+                f"Cannot make {link} a link to the latest step: something else is there. Move it "
+                "away, or give another latest_link.",
+                errno=errno.EEXIST,
+                path=link,
+            )
+        steps = [info.step for info in self._infos if info.step != without]
+        if steps:
+            name = os.path.basename(self.path(steps[-1]))
+            temporary = os.path.join(self.hidden, f"{self.latest_link}.tmp")
+            self.storage.replace_link(link, name, temporary)
+        elif is_there:
+            self.storage.remove(link)
+            self.storage.sync_directory(self.root)
+
+    def check_free(self, step: int, progress: Progress | None, *, overwrite: bool) -> None:
+        """Raises `StepExistsError` when the step is there and may not be overwritten."""
+        path = self.new_path(step, progress)
+        if not self.storage.exists(path):
+            return
+        if not self.storage.is_whole(path) and self.storage.is_directory(path):
+            return  # what a failed save left; `commit.begin` sees to it
+        if not self.storage.is_directory(path):
+            raise errors.StorageError(
+                f"Cannot save step {step}: {path} is a file, and not a checkpoint. Move it away.",
+                errno=errno.ENOTDIR,
+                step=step,
+                path=path,
+            )
+        if not overwrite:
+            raise errors.StepExistsError(
+                f"Step {step} exists in {self.root}. Make the manager with overwrite=True to "
+                "replace it, delete it, or save another step.",
+                step=step,
+                path=path,
+            )
+
+    def remember(self, info: StepInfo) -> None:
+        """A step was committed."""
+        with self._mutex:
+            others = [each for each in self._infos if each.step != info.step]
+            self._change(sorted([*others, info], key=lambda each: each.step))
+
+    def forget(self, steps: Collection[int]) -> None:
+        """Steps were removed."""
+        with self._mutex:
+            self._change(each for each in self._infos if each.step not in steps)
+
+    def with_late_metrics(self) -> tuple[StepInfo, ...]:
+        """The steps with what was recorded of them since, by whatever process."""
+        late = history.late_metrics(self.storage, self.root)
+        return tuple(history.with_late_metrics(info, late) for info in self._infos)
+
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records metrics of a committed step; durable when it returns."""
+        info, known = self._recorded(step)
+        history.write_late_metrics(self.storage, self.root, info, {**known, **metrics})
+        with self._mutex:
+            self._change(
+                _with_metrics(each, metrics) if each.step == step else each for each in self._infos
+            )
+
+    def recorded(self, step: int) -> Mapping[str, Any]:
+        """What was recorded of a step since it was committed, by whatever process."""
+        return self._recorded(step)[1]
+
+    def _recorded(self, step: int) -> tuple[StepInfo, Mapping[str, Any]]:
+        # What is on disk is asked: another process may have committed the step anew.
+        info = history.read_step(self.storage, self.path(step), step)
+        late = history.late_metrics(self.storage, self.root)
+        own = dataclasses.replace(info, metrics=None)
+        return info, history.with_late_metrics(own, late).metrics or {}
+
+    def forget_late_metrics(self, step: int) -> None:
+        """The step was written anew: what was measured of the old one is of no more use."""
+        info = next((each for each in self._infos if each.step == step), None)
+        history.remove_late_metrics(self.storage, self.root, step, but_of=info)
+
+    def tell(
+        self,
+        kind: Kind,
+        step: int,
+        *,
+        seconds: float | None = None,
+        num_bytes: int | None = None,
+    ) -> None:
+        """Tells the listeners what happened to a step here."""
+        self.events.tell(kind, step, self.root, seconds=seconds, num_bytes=num_bytes)
+
+    def prune(self, step: int) -> None:
+        """Removes a step that the run can do without, and says so."""
+        started = time.monotonic()
+        self.discard(step)
+        _log.info("step %d pruned from %s", step, self.root)
+        self.tell("pruned", step, seconds=time.monotonic() - started)
+
+    def discard(self, step: int) -> None:
+        """Removes a step: out of sight in one rename, then from disk."""
+        path = self.path(step)
+        try:
+            if self._infos and self._infos[-1].step == step:
+                self.point_latest(without=step)
+            if self.storage.exists(path):
+                commit.discard(self.storage, path, self.hidden)
+            history.remove_late_metrics(self.storage, self.root, step)
+        except errors.CheckpointError as error:
+            error.step = step
+            raise
+        finally:
+            if not self.storage.exists(path):  # out of sight, however far its removal came
+                self.forget([step])
+
+
+def _with_metrics(info: StepInfo, late: Mapping[str, Any]) -> StepInfo:
+    return dataclasses.replace(info, metrics={**(info.metrics or {}), **late})
+
+
+def _is_component(name: str) -> bool:
+    return bool(name) and "/" not in name and not name.startswith((".", "_"))

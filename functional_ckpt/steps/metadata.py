@@ -1,0 +1,66 @@
+"""What is known of a checkpoint without reading its arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+from functional_ckpt.core.restore_plan import select
+from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.policies.progress import Progress
+from functional_ckpt.steps import history
+from functional_ckpt.steps.directory import Steps
+
+__all__ = ["StepMetadata", "describe", "describe_step"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetadata:
+    """What is known of a step without reading its arrays.
+
+    Attributes:
+        step: Its number; None for a checkpoint without steps.
+        time: When it was committed.
+        items: Name of each item -> its tree, with an `ArraySpec` for every array; the value of a
+            JSON item.
+        metrics: Its metrics, or None.
+        progress: How far the training was, or None where it does not say.
+        custom_metadata: What the user saved beside it.
+    """
+
+    step: int | None
+    time: datetime.datetime
+    items: Mapping[str, Any]
+    metrics: Mapping[str, Any] | None
+    progress: Progress | None
+    custom_metadata: Mapping[str, Any]
+
+
+def describe(
+    opened: checkpoint_dir.OpenCheckpoint, late: history.LateMetrics | None = None
+) -> StepMetadata:
+    """The metadata of an opened checkpoint, with what was measured `late`."""
+    items = {
+        name: opened.json(name) if kind == "json" else select.specs(opened.tree(name).root)
+        for name, kind in opened.items.items()
+    }
+    info = history.read_step(opened.storage, opened.path, opened.step or 0)
+    info = history.with_late_metrics(info, late or {})
+    return StepMetadata(
+        step=opened.step,
+        time=info.time,
+        items=items,
+        metrics=info.metrics,
+        progress=opened.progress,
+        custom_metadata=opened.metadata.get("custom_metadata") or {},
+    )
+
+
+def describe_step(steps: Steps, step: int | None) -> StepMetadata:
+    """The metadata of a step, None for the latest, from the nearest tier that holds it."""
+    number = steps.latest() if step is None else steps.existing(step)
+    holder = steps.holders(number)[0]
+    opened = checkpoint_dir.open_checkpoint(holder.storage, holder.path(number), number)
+    return describe(opened, history.late_metrics(holder.storage, holder.root))

@@ -1,0 +1,70 @@
+"""SIGTERM as a request to save once more: the only user of signal handlers."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.policies.save import Preemption
+
+__all__ = ["Watch", "is_preemption"]
+
+
+class Watch:
+    """Whether the process was told to stop.
+
+    Args:
+        on_reached: Called by the signal handler, at every SIGTERM.
+
+    Attributes:
+        is_reached: True from the first SIGTERM on.
+    """
+
+    def __init__(self, on_reached: Callable[[], None] = lambda: None) -> None:
+        self.is_reached = False
+        self._on_reached = on_reached
+        self._previous: Any = None
+        self._installed = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the handler is installed."""
+        return self._installed
+
+    def start(self) -> None:
+        """Installs the handler; the one that was there is called after ours."""
+        if threading.current_thread() is not threading.main_thread():
+            raise errors.UsageError(
+                "policies.Preemption() needs the main thread: signal handlers can be installed "
+                "only there."
+            )
+        self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+        self._installed = True
+
+    def stop(self) -> None:
+        """Puts the previous handler back, unless somebody replaced ours since."""
+        if not self._installed:
+            return
+        self._installed = False
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGTERM) == self._on_signal:
+            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.is_reached = True
+        self._on_reached()
+        previous: Callable[[int, FrameType | None], Any] | Any = self._previous
+        if callable(previous):
+            previous(number, frame)
+
+
+def is_preemption(policy: object) -> bool:
+    """Whether a policy (ours or Orbax's) waits for SIGTERM."""
+    return (
+        isinstance(policy, Preemption)
+        or "Preemption" in type(getattr(policy, "policy", policy)).__name__
+    )

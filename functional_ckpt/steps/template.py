@@ -1,0 +1,219 @@
+"""Step names written with variables, as Composer's: `ep{epoch}-ba{batch}`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import string
+from collections.abc import Callable
+from typing import Final
+
+from functional_ckpt.errors import UsageError
+from functional_ckpt.policies.progress import Progress
+from functional_ckpt.steps.names import CompositeStepName, NameFormat, check_component
+
+__all__ = ["StepTemplate", "new_name"]
+
+# Variable -> what it says of a progress. Times are in whole seconds.
+_OF_PROGRESS: Final[dict[str, Callable[[Progress], int]]] = {
+    "iteration": lambda progress: progress.iteration,
+    "epoch": lambda progress: progress.epoch,
+    "batch": lambda progress: progress.batch,
+    "batch_in_epoch": lambda progress: progress.batch_in_epoch,
+    "sample": lambda progress: progress.sample,
+    "sample_in_epoch": lambda progress: progress.sample_in_epoch,
+    "token": lambda progress: progress.token,
+    "token_in_epoch": lambda progress: progress.token_in_epoch,
+    "total_wct": lambda progress: int(progress.total_seconds),
+    "epoch_wct": lambda progress: int(progress.epoch_seconds),
+    "batch_wct": lambda progress: int(progress.batch_seconds),
+}
+# All ranks share a step's directory, which the primary names.
+_OF_PRIMARY: Final = ("rank", "local_rank", "node_rank")
+_OF_RUN: Final = ("run_name", "world_size", "local_world_size")
+_VARIABLES: Final = ("step", *_OF_PROGRESS, *_OF_PRIMARY, *_OF_RUN)
+_DIGITS: Final = "0123456789"  # stands for a number of any length
+_PADDED = re.compile(r"(?:0([1-9][0-9]?))?d?")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Field:
+    """A variable in a template.
+
+    Attributes:
+        name: Which.
+        width: Digits to fill with zeros, or 1.
+    """
+
+    name: str
+    width: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepTemplate:
+    """Names of steps with Composer's variables.
+
+    Of the progress, which `save` must then be given: `iteration`, `epoch`, `batch`, `sample`,
+    `token`, `batch_in_epoch`, `sample_in_epoch`, `token_in_epoch`, and the wall-clock times
+    `total_wct`, `epoch_wct`, `batch_wct` in whole seconds. Of the run: `run_name`, `world_size`,
+    `local_world_size`. `rank`, `local_rank` and `node_rank` are the primary's, 0: ranks share a
+    step's directory. `{step}`, or `{batch}` where steps are batches, tells a step by its name, so
+    one of them must be there. `{batch:06d}` fills with zeros.
+
+    Attributes:
+        template: The name, with variables in braces.
+        run_name: What `{run_name}` is.
+        world_size: What `{world_size}` is.
+        local_world_size: What `{local_world_size}` is.
+
+    >>> names = StepTemplate(template="ep{epoch}-ba{batch:04d}")
+    >>> names.name_of(500, Progress(epoch=2, batch=500))
+    'ep2-ba0500'
+    >>> names.parse("ep2-ba0500")
+    500
+    """
+
+    template: str
+    run_name: str | None = None
+    world_size: int | None = None
+    local_world_size: int | None = None
+    _parts: tuple[str | _Field, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    _pattern: re.Pattern[str] = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for unknown variables, and for names that do not tell their step."""
+        if not isinstance(self.template, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(f"template of step names: expected a string; got {self.template!r}")
+        parts = tuple(_parsed(self.template))
+        names = [part.name for part in parts if isinstance(part, _Field)]
+        for name in _OF_RUN:
+            if name in names and getattr(self, name) is None:
+                raise UsageError(
+                    f"template of step names {self.template!r}: expected {name}=... with it"
+                )
+        if not {"step", "batch"} & set(names):
+            raise UsageError(
+                f"template of step names {self.template!r}: expected {{step}} or {{batch}} in it; "
+                "nothing else tells which step a name is of"
+            )
+        object.__setattr__(self, "_parts", parts)
+        object.__setattr__(self, "_pattern", self._compiled(parts))
+        check_component("template of step names", self._text(dict.fromkeys(names, 0)))
+
+    def name_of(self, step: int, progress: Progress | None) -> str:
+        """Returns the name of a step at which the training is so far.
+
+        Raises:
+            UsageError: The name needs a progress and there is none, or its batch is not the step.
+        """
+        # A run goes on with another number of ranks: on disk these are numbers like any other.
+        values: dict[str, int] = {
+            "step": step,
+            "world_size": self.world_size or 0,
+            "local_world_size": self.local_world_size or 0,
+        }
+        for part in self._parts:
+            if isinstance(part, _Field) and part.name in _OF_PROGRESS:
+                if progress is None:
+                    raise UsageError(
+                        f"step name {self.template!r}: {{{part.name}}} needs "
+                        f"save(progress=fc.Progress(...)) with step {step}",
+                        step=step,
+                    )
+                values[part.name] = _OF_PROGRESS[part.name](progress)
+        if self._key == "batch" and values["batch"] != step:
+            raise UsageError(
+                f"step name {self.template!r}: {{batch}} stands for the step; expected step "
+                f"{values['batch']} at batch {values['batch']}, got step {step}. Number the steps "
+                "by batches, or put {step} into the template",
+                step=step,
+            )
+        return self._text(values)
+
+    def build_name(self, step: int) -> str:
+        """Returns the name of a step where no progress is needed for it."""
+        return self.name_of(step, None)
+
+    def names(self, step: int) -> tuple[str, ...]:
+        """Returns nothing: which names a step may have, only the directory tells."""
+        del step
+        return ()
+
+    def parse(self, name: str) -> int | None:
+        """Returns the step of a name that the template makes, else None."""
+        match = self._pattern.fullmatch(name) if len(name) <= 255 else None
+        if match is None:
+            return None
+        fields = [part for part in self._parts if isinstance(part, _Field)]
+        counts = [field for field in fields if self._fixed(field.name) is None]
+        values = {field.name: int(text) for field, text in zip(counts, match.groups(), strict=True)}
+        # Padded otherwise, or with two values for one variable, it is not a name of ours.
+        return values[self._key] if self._text(values) == name else None
+
+    @property
+    def _key(self) -> str:
+        is_told = any(isinstance(part, _Field) and part.name == "step" for part in self._parts)
+        return "step" if is_told else "batch"
+
+    def _fixed(self, name: str) -> str | None:
+        """The text of a variable that is the same for all steps."""
+        if name in _OF_PRIMARY:
+            return "0"
+        return self.run_name if name == "run_name" else None
+
+    def _text(self, values: dict[str, int]) -> str:
+        return "".join(
+            part
+            if isinstance(part, str)
+            else self._fixed(part.name) or f"{values[part.name]:0{part.width}d}"
+            for part in self._parts
+        )
+
+    def _compiled(self, parts: tuple[str | _Field, ...]) -> re.Pattern[str]:
+        pattern, before = "", ""
+        for part in parts:
+            text = part if isinstance(part, str) else self._fixed(part.name)
+            is_beside = before[-1:].isdigit() and (text is None or text[:1].isdigit())
+            if is_beside and (text is None or before == _DIGITS):
+                raise UsageError(
+                    f"template of step names {self.template!r}: expected something other than "
+                    "digits beside each number; else a name can be read in two ways"
+                )
+            pattern += "([0-9]+)" if text is None else re.escape(text)
+            before = _DIGITS if text is None else text or before
+        return re.compile(pattern)
+
+
+def new_name(names: NameFormat, step: int, progress: Progress | None) -> str:
+    """Returns the name under which a step is written now."""
+    if isinstance(names, CompositeStepName):
+        return new_name(names.write, step, progress)
+    if isinstance(names, StepTemplate):
+        return names.name_of(step, progress)
+    return names.build_name(step)
+
+
+def _parsed(template: str) -> list[str | _Field]:
+    parts: list[str | _Field] = []
+    try:
+        found = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UsageError(f"template of step names {template!r}: {error}") from error
+    for literal, name, spec, conversion in found:
+        if literal:
+            parts.append(literal)
+        if name is None:
+            continue
+        if name not in _VARIABLES:
+            raise UsageError(
+                f"template of step names {template!r}: expected variables out of "
+                f"{', '.join(_VARIABLES)}; got {{{name}}}"
+            )
+        padded = _PADDED.fullmatch(spec or "")
+        if padded is None or conversion or (spec and name in (*_OF_RUN, *_OF_PRIMARY)):
+            raise UsageError(
+                f"template of step names {template!r}: expected {{{name}}} or, for counts, "
+                f"{{{name}:06d}}; got {spec or conversion!r} in it"
+            )
+        parts.append(_Field(name, int(padded[1] or 1)))
+    return parts

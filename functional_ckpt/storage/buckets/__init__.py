@@ -1,0 +1,1 @@
+"""Object stores behind one interface, each backed by the client library of its provider."""

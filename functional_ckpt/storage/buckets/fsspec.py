@@ -1,0 +1,147 @@
+"""Buckets of any protocol that fsspec knows; arrays take the way of a local copy.
+
+fsspec has no conditional writes: two writers that look at the same instant may both find nothing.
+The lease, which both must hold, is taken in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import os
+from collections.abc import Generator, Iterable, Mapping
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.storage.buckets.base import Absent, CopiedBucket, Entry, Refused, Transient
+
+__all__ = ["FsspecBucket", "open_fsspec"]
+
+_PART_BYTES = 8 * 2**20
+
+
+def open_fsspec(uri: str, name: str) -> FsspecBucket:
+    """The top of a store of fsspec's; options are those of its own configuration.
+
+    Raises:
+        UsageError: fsspec, or what it needs for this protocol, is not installed.
+    """
+    protocol = uri.partition("://")[0]
+    try:
+        import fsspec
+
+        system: Any = fsspec.filesystem(protocol)
+    except (ImportError, ValueError) as error:
+        raise errors.UsageError(
+            f"{uri}: no store is known by {protocol}://. It is one of s3, gs, oci, libcloud or "
+            f"what fsspec knows, which says: {error}",
+            path=uri,
+        ) from error
+    return FsspecBucket(uri, system, name)
+
+
+class FsspecBucket(CopiedBucket):
+    """A bucket behind fsspec; see `bucket.Bucket`."""
+
+    def __init__(self, uri: str, system: Any, top: str) -> None:
+        self.uri = uri
+        self._system = system
+        self._top = top
+
+    def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+        """Bytes `begin` to `end` of an object."""
+        with self._clear(key):
+            return bytes(self._system.cat_file(self._path(key), start=begin, end=end))
+
+    def head(self, key: str) -> Entry:
+        """What the store says of an object."""
+        with self._clear(key):
+            info = self._system.info(self._path(key))
+            if info["type"] == "directory":
+                raise Absent(key)
+            return self._entry(info)
+
+    def list(self, folder: str) -> Iterable[Entry]:
+        """Every object below a folder."""
+        with self._clear(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            self._system.invalidate_cache()
+            found = self._system.find(self._path(folder), detail=True).values()
+            folder = f"{folder}/" if folder else ""
+            entries = (self._entry(info) for info in found if info["type"] != "directory")
+            return [entry for entry in entries if entry.key.startswith(folder)]
+        return []
+
+    def write(self, key: str, data: bytes, *, replacing: str | None = None) -> Entry:
+        """Writes an object."""
+        with self._clear(key):
+            self.check_version(key, replacing)
+            path = self._path(key)
+            self._system.makedirs(os.path.dirname(path), exist_ok=True)
+            self._system.pipe_file(path, data)
+        return self.written(key, data)
+
+    def copy(self, source: str, target: str) -> None:
+        """Copies an object."""
+        with self._clear(source):
+            self._system.makedirs(os.path.dirname(self._path(target)), exist_ok=True)
+            self._system.copy(self._path(source), self._path(target))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Deletes objects."""
+        for key in keys:
+            with self._clear(key), contextlib.suppress(FileNotFoundError):
+                self._system.rm_file(self._path(key))
+
+    def upload(self, path: str, key: str) -> None:
+        """Writes a file into an object, and reads it back: nothing else says that it arrived."""
+        with self._clear(key):
+            self._system.makedirs(os.path.dirname(self._path(key)), exist_ok=True)
+            self._system.put_file(path, self._path(key))
+            with open(path, "rb") as file:
+                begin = 0
+                while part := file.read(_PART_BYTES):
+                    if self.read(key, begin, begin + len(part)) != part:
+                        raise Transient(f"{key} did not arrive as it was sent")
+                    begin += len(part)
+            if self.head(key).size_bytes != begin:
+                raise Transient(f"{key} did not arrive as it was sent")
+
+    def download(self, key: str, path: str) -> None:
+        """Writes an object into a new file."""
+        with self._clear(key):
+            self._system.get_file(self._path(key), path)
+
+    def redact(self, text: str) -> str:
+        """The message as it is: fsspec's own errors name no credentials that we know."""
+        return text
+
+    def _path(self, key: str) -> str:
+        return f"{self._top}/{key}" if key else self._top
+
+    def _entry(self, info: Mapping[str, Any]) -> Entry:
+        path = str(info["name"])
+        start = path.find(f"{self._top}/") + len(self._top) + 1
+        return Entry(path[start:], int(info["size"] or 0), _modified_ns(info), None)
+
+    @contextlib.contextmanager
+    def _clear(self, key: str) -> Generator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise Absent(key) from None
+        except PermissionError as error:
+            raise Refused(f"permission denied ({error})", errno.EACCES) from None
+        except (OSError, TimeoutError) as error:
+            raise Transient(f"{self.uri}: {error}") from None
+
+
+def _modified_ns(info: Mapping[str, Any]) -> int:
+    """By whatever name the protocol calls it; 0 where it says nothing."""
+    for name in ("mtime", "last_modified", "LastModified", "modified", "created"):
+        value: Any = info.get(name)
+        if isinstance(value, datetime.datetime):
+            return int(value.timestamp() * 1e9)
+        if isinstance(value, (int, float)):
+            return int(value * 1e9)
+    return 0

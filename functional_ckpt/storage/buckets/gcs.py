@@ -1,0 +1,246 @@
+"""Buckets of Google Cloud Storage, behind Google's own library; its only importer.
+
+It is asked by application default credentials. An object's version is its generation, on which
+writes can be conditional; what is sent and what is read whole is compared by CRC32C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import os
+from collections.abc import Generator, Iterable, Mapping
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.runtime.threads import run_in_threads
+from functional_ckpt.storage.buckets import credentials
+from functional_ckpt.storage.buckets.base import Absent, Conflict, Entry, Refused, Transient
+
+__all__ = ["GcsBucket", "open_gcs"]
+
+_PART_BYTES = 16 * 2**20
+_NUM_CONNECTIONS = 64
+_TIMEOUT_SECONDS = (5, 60)  # to connect; between two pieces of an answer
+_UPLOAD_SECONDS = 60.0
+_MISSING_BUCKET = "bucket does not exist"
+_FIELDS = "name,size,updated,generation"
+
+
+def open_gcs(uri: str, name: str, environ: Mapping[str, str] = os.environ) -> GcsBucket:
+    """The bucket `name` of GCS, or of the server that STORAGE_EMULATOR_HOST names.
+
+    Raises:
+        UsageError: Google's library is not installed, or the server's name is no URL.
+        StorageError: There are no application default credentials.
+    """
+    try:
+        storage: Any = importlib.import_module("google.cloud.storage")
+        auth: Any = importlib.import_module("google.auth.exceptions")
+        requests: Any = importlib.import_module("requests.adapters")
+    except ImportError as error:
+        raise errors.UsageError(
+            "gs:// by application default credentials needs google-cloud-storage: "
+            "pip install 'functional-ckpt[gcs]'."
+        ) from error
+    emulator = environ.get("STORAGE_EMULATOR_HOST")
+    if emulator:
+        _tell_tensorstore(emulator)
+    try:
+        client = storage.Client(project=None)
+    except auth.GoogleAuthError as error:
+        text = " ".join(str(error).split())
+        raise errors.StorageError(
+            f"Cannot open {uri}: {text} Or set GCS_KEY and GCS_SECRET, an HMAC key.",
+            errno=errno.EACCES,
+            path=uri,
+        ) from None
+    # Nothing is traced, so nothing need be known of the bucket: it asked again after each 404.
+    client._bucket_metadata_cache = None
+    for scheme in ("https://", "http://"):  # as many connections as there may be requests at a time
+        client._http.mount(scheme, requests.HTTPAdapter(pool_maxsize=_NUM_CONNECTIONS))
+    return GcsBucket(uri, name, client)
+
+
+def _tell_tensorstore(emulator: str) -> None:
+    """Leads TensorStore's driver to the server: it has variables of its own, and nothing else."""
+    if not emulator.startswith(("http://", "https://")):
+        raise errors.UsageError(
+            f"STORAGE_EMULATOR_HOST must begin with http:// or https://; got {emulator!r}."
+        )
+    os.environ["TENSORSTORE_GCS_HTTP_URL"] = emulator
+    # Without a token it would look for this machine's account first.
+    os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "anonymous"
+
+
+class GcsBucket:
+    """A bucket behind Google's library; see `bucket.Bucket`."""
+
+    def __init__(self, uri: str, name: str, client: Any) -> None:
+        self.uri = uri
+        self._name = name
+        self._client = client
+        self._bucket = client.bucket(name)
+        # `bucket.retrying` makes requests again, but for parts of an upload that has begun.
+        self._options = {"timeout": _TIMEOUT_SECONDS, "retry": None}
+
+    def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+        """Bytes `begin` to `end` of an object."""
+        if begin == end:
+            return b""
+        last = None if end is None else end - 1
+        with self._clear(key):
+            data = self._bucket.blob(key).download_as_bytes(
+                start=begin or None, end=last, raw_download=True, **self._options
+            )
+        if end is not None and len(data) != end - begin:
+            raise Transient(f"{key}: {len(data)} bytes came of {end - begin}")
+        return data
+
+    def head(self, key: str) -> Entry:
+        """What the store says of an object."""
+        with self._clear(key):
+            blob = self._bucket.blob(key)
+            blob.reload(**self._options)
+            return _entry(blob)
+
+    def list(self, folder: str) -> Iterable[Entry]:
+        """Every object below a folder."""
+        with self._clear(folder, of_bucket=True):
+            found = self._blobs(folder, fields=f"items({_FIELDS}),nextPageToken")
+            return [_entry(blob) for blob in found if not blob.name.endswith("/")]
+
+    def names(self, folder: str) -> Iterable[str]:
+        """Names of the objects and folders in a folder."""
+        with self._clear(folder, of_bucket=True):
+            found = self._blobs(folder, fields="items(name),prefixes,nextPageToken", delimiter="/")
+            # A name that ends with a slash is what the console makes of an empty folder.
+            keys = [blob.name for blob in found if not blob.name.endswith("/")]
+            return {key.rstrip("/").rpartition("/")[2] for key in [*keys, *found.prefixes]}
+
+    def _blobs(self, folder: str, **options: Any) -> Any:
+        prefix = f"{folder}/" if folder else None
+        return self._client.list_blobs(self._bucket, prefix=prefix, **options, **self._options)
+
+    def write(self, key: str, data: bytes, *, replacing: str | None = None) -> Entry:
+        """Writes an object at once."""
+        generation = None if replacing is None else int(replacing or 0)
+        with self._clear(key):
+            blob = self._bucket.blob(key)
+            blob.upload_from_string(
+                data,
+                "application/octet-stream",
+                if_generation_match=generation,
+                **self._options,
+            )
+            return _entry(blob)
+
+    def copy(self, source: str, target: str) -> None:
+        """Copies an object within the store."""
+        with self._clear(source):
+            token, blob = None, self._bucket.blob(source)
+            while True:  # a large one may take several requests
+                token, _, _ = self._bucket.blob(target).rewrite(blob, token=token, **self._options)
+                if token is None:
+                    return
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Deletes objects, several at a time."""
+        run_in_threads([lambda key=key: self._delete(key) for key in keys], _NUM_CONNECTIONS // 4)
+
+    def _delete(self, key: str) -> None:
+        with contextlib.suppress(Absent), self._clear(key):
+            self._bucket.blob(key).delete(**self._options)
+
+    def upload(self, path: str, key: str) -> None:
+        """Writes a file into an object in parts; the library compares the whole's CRC32C."""
+        retry: Any = importlib.import_module("google.cloud.storage.retry")
+        with self._clear(key):
+            blob = self._bucket.blob(key, chunk_size=_PART_BYTES)
+            blob.upload_from_filename(
+                path,
+                "application/octet-stream",
+                timeout=_TIMEOUT_SECONDS,
+                retry=retry.DEFAULT_RETRY.with_timeout(_UPLOAD_SECONDS),
+            )
+        if blob.size != os.path.getsize(path):
+            raise Transient(f"{key}: {blob.size} bytes arrived of {os.path.getsize(path)}")
+
+    def download(self, key: str, path: str) -> None:
+        """Writes an object into a new file."""
+        with self._clear(key):
+            self._bucket.blob(key).download_to_filename(path, raw_download=True, **self._options)
+
+    def kvstore(self, folder: str) -> Mapping[str, Any]:
+        """TensorStore's spec of a folder."""
+        return {
+            "driver": "gcs",
+            "bucket": self._name,
+            "path": f"{folder}/" if folder else "",
+        }
+
+    def context(self) -> Mapping[str, Any]:
+        """None but the defaults: TensorStore finds the same credentials."""
+        return {}
+
+    def redact(self, text: str) -> str:
+        """A message without the token that requests carry."""
+        token = getattr(self._client._credentials, "token", None)
+        return credentials.redact(text, (token,) if token else ())
+
+    @contextlib.contextmanager
+    def _clear(self, key: str, *, of_bucket: bool = False) -> Generator[None]:
+        """Says what an error means; `of_bucket` when only the bucket can be what is absent."""
+        from google.api_core import exceptions as api
+        from google.auth import exceptions as auth
+        from google.cloud.storage import exceptions as storage
+        from requests import exceptions as http
+        from urllib3 import exceptions as connections
+
+        try:
+            yield
+        except api.NotFound as error:
+            if of_bucket or _MISSING_BUCKET in str(error):
+                raise self._refused("there is no such bucket", error, errno.ENOENT) from None
+            raise Absent(key) from None
+        except api.PreconditionFailed:
+            raise Conflict(key) from None
+        except (api.Unauthorized, api.Forbidden, auth.RefreshError) as error:
+            if getattr(error, "retryable", False):  # the server of tokens was busy
+                raise self._transient(error) from None
+            raise self._refused("permission denied", error, errno.EACCES) from None
+        except (http.InvalidURL, http.InvalidSchema, auth.InvalidOperation) as error:
+            text = "the endpoint or the credentials cannot be used"
+            raise self._refused(text, error, errno.EACCES) from None
+        except (api.ServerError, api.TooManyRequests, api.RetryError) as error:
+            raise self._transient(error) from None
+        except api.ClientError as error:
+            if error.code in (408, 409, 410):  # too slow; another at the same time; a session ended
+                raise self._transient(error) from None
+            raise self._refused("the request is refused", error, errno.EINVAL) from None
+        except (
+            api.GoogleAPIError,
+            auth.GoogleAuthError,
+            storage.DataCorruption,
+            storage.InvalidResponse,
+            http.RequestException,
+            connections.HTTPError,
+            ConnectionError,
+        ) as error:
+            raise self._transient(error) from None
+
+    def _refused(self, meaning: str, error: Exception, code: int) -> Refused:
+        return Refused(f"{meaning} ({self._short(error)})", code)
+
+    def _transient(self, error: Exception) -> Transient:
+        return Transient(f"{self.uri}: {self._short(error)}")
+
+    def _short(self, error: Exception) -> str:
+        return self.redact(" ".join(str(error).split()))[:300]
+
+
+def _entry(blob: Any) -> Entry:
+    generation = None if blob.generation is None else str(blob.generation)
+    modified_ns = int(blob.updated.timestamp() * 1e9)
+    return Entry(blob.name, int(blob.size), modified_ns, generation)

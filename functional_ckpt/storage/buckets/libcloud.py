@@ -1,0 +1,167 @@
+"""Buckets of the providers of Apache Libcloud: `libcloud://PROVIDER:CONTAINER/path`.
+
+The provider's account is LIBCLOUD_KEY and LIBCLOUD_SECRET; LIBCLOUD_REGION and LIBCLOUD_HOST where
+it needs them. Arrays take the way of a local copy, and a driver is used by one thread at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import email.utils
+import errno
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Generator, Iterable, Mapping
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.storage.buckets import credentials
+from functional_ckpt.storage.buckets.base import Absent, CopiedBucket, Entry, Refused, Transient
+
+__all__ = ["LibcloudBucket", "open_libcloud"]
+
+
+def open_libcloud(uri: str, name: str, environ: Mapping[str, str] = os.environ) -> LibcloudBucket:
+    """A container of a provider, such as `local:bucket` or `azure_blobs:bucket`.
+
+    Raises:
+        UsageError: Libcloud is not installed, or there is no such provider.
+    """
+    provider, _, container = name.partition(":")
+    if not container:
+        raise errors.UsageError(f"{uri}: expected libcloud://PROVIDER:CONTAINER/path.", path=uri)
+    try:
+        from libcloud.storage import providers
+    except ImportError as error:
+        raise errors.UsageError(
+            "libcloud:// needs Apache Libcloud: pip install 'functional-ckpt[libcloud]'."
+        ) from error
+    options = {
+        option: environ[variable]
+        for option, variable in (("region", "LIBCLOUD_REGION"), ("host", "LIBCLOUD_HOST"))
+        if environ.get(variable)
+    }
+    key, secret = environ.get("LIBCLOUD_KEY", ""), environ.get("LIBCLOUD_SECRET")
+    secrets = tuple(text for text in (key, secret) if text and provider != "local")
+    try:
+        make: Any = providers.get_driver(provider)
+        driver: Any = make(key, secret, **options) if secret else make(key, **options)
+        return LibcloudBucket(uri, driver, driver.get_container(container), secrets)
+    except AttributeError as error:
+        raise errors.UsageError(f"{uri}: Libcloud has no provider {provider!r}.") from error
+    except Exception as error:  # noqa: BLE001 - providers raise what their libraries do
+        text = credentials.redact(f"{type(error).__name__}: {error}", secrets)
+        raise errors.StorageError(
+            f"Cannot open {uri}: {text}.", errno=errno.EACCES, path=uri
+        ) from None
+
+
+class LibcloudBucket(CopiedBucket):
+    """A container behind Libcloud; see `bucket.Bucket`."""
+
+    def __init__(self, uri: str, driver: Any, container: Any, secrets: tuple[str, ...]) -> None:
+        self.uri = uri
+        self._driver = driver
+        self._container = container
+        self._secrets = secrets
+        self._mutex = threading.RLock()
+
+    def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+        """Bytes `begin` to `end` of an object."""
+        with self._clear(key):
+            found = self._get(key)
+            if begin == (found.size if end is None else end):
+                return b""
+            if begin == 0 and end in (None, found.size):
+                parts = self._driver.download_object_as_stream(found)
+            else:
+                parts = self._driver.download_object_range_as_stream(found, begin, end)
+            return b"".join(parts)
+
+    def head(self, key: str) -> Entry:
+        """What the store says of an object."""
+        with self._clear(key):
+            return _entry(self._get(key))
+
+    def list(self, folder: str) -> Iterable[Entry]:
+        """Every object below a folder."""
+        with self._clear(folder), warnings.catch_warnings():
+            # Drivers that list everything and then leave out say so at every call.
+            warnings.filterwarnings("ignore", "Driver .* native object filtering", UserWarning)
+            prefix = f"{folder}/" if folder else None
+            found = self._driver.iterate_container_objects(self._container, prefix=prefix)
+            return [_entry(each) for each in found]
+
+    def write(self, key: str, data: bytes, *, replacing: str | None = None) -> Entry:
+        """Writes an object; a condition is looked at first: two writers may both pass."""
+        self.check_version(key, replacing)
+        with tempfile.NamedTemporaryFile() as file:  # an empty stream is no object to some drivers
+            file.write(data)
+            file.flush()
+            self.upload(file.name, key)
+        return self.written(key, data)
+
+    def copy(self, source: str, target: str) -> None:
+        """Copies an object by way of this machine."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "object")
+            self.download(source, path)
+            self.upload(path, target)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Deletes objects."""
+        for key in keys:
+            with contextlib.suppress(Absent), self._clear(key):
+                self._driver.delete_object(self._get(key))
+
+    def upload(self, path: str, key: str) -> None:
+        """Writes a file into an object; Libcloud compares the digest that the store reports."""
+        with self._clear(key):
+            self._driver.upload_object(path, self._container, key)
+            if self.head(key).size_bytes != os.path.getsize(path):
+                raise Transient(f"{key} did not arrive as it was sent")
+
+    def download(self, key: str, path: str) -> None:
+        """Writes an object into a new file."""
+        with self._clear(key):
+            self._driver.download_object(self._get(key), path, overwrite_existing=True)
+
+    def redact(self, text: str) -> str:
+        """A message without the account's key."""
+        return credentials.redact(text, self._secrets)
+
+    def _get(self, key: str) -> Any:
+        return self._driver.get_object(self._container.name, key)
+
+    @contextlib.contextmanager
+    def _clear(self, key: str) -> Generator[None]:
+        from libcloud.common import types as common
+        from libcloud.storage import types as storage
+
+        try:
+            with self._mutex:  # a driver has one connection
+                yield
+        except storage.ObjectHashMismatchError as error:
+            raise Transient(self.redact(f"{self.uri}: {error}")) from None
+        except storage.ObjectError:  # there is none, or a folder to drivers that have folders
+            raise Absent(key) from None
+        except (common.InvalidCredsError, storage.ContainerDoesNotExistError) as error:
+            raise Refused(self.redact(str(error)), errno.EACCES) from None
+        except (common.LibcloudError, OSError) as error:
+            raise Transient(self.redact(f"{self.uri}: {error}")) from None
+
+
+def _entry(found: Any) -> Entry:
+    modified: Any = found.extra.get("last_modified") or found.extra.get("modify_time")
+    seconds = 0.0
+    if isinstance(modified, (int, float)):
+        seconds = float(modified)
+    elif isinstance(modified, str):
+        with contextlib.suppress(ValueError, TypeError):
+            seconds = email.utils.parsedate_to_datetime(modified).timestamp()
+        with contextlib.suppress(ValueError):
+            seconds = datetime.datetime.fromisoformat(modified).timestamp()
+    return Entry(str(found.name), int(found.size), int(seconds * 1e9), None)

@@ -1,0 +1,81 @@
+"""Local copies of objects, for stores that TensorStore has no driver for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+
+from functional_ckpt.storage.buckets.base import Entry
+
+__all__ = ["Spool"]
+
+
+class Spool:
+    """A temporary folder of copies, removed with its storage. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._root: str | None = None
+        self._known: dict[str, tuple[int, int]] = {}
+        self._mutex = threading.RLock()
+
+    def directory(self, key: str) -> str:
+        """The local folder of the objects below `key`, made."""
+        with self._mutex:
+            if self._root is None:
+                self._root = tempfile.mkdtemp(prefix="functional-ckpt-")
+                weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
+        path = os.path.join(self._root, key)
+        os.makedirs(path, exist_ok=True)
+        return path
+
+    def fetch(self, entry: Entry, download: Callable[[str, str], None]) -> None:
+        """Makes sure that the copy of an object is here and as new as the object."""
+        stamp = (entry.size_bytes, entry.modified_ns)
+        with self._mutex:
+            path = os.path.join(self.directory(os.path.dirname(entry.key)), _name(entry.key))
+            if self._known.get(entry.key) in (stamp, _OURS) and os.path.exists(path):
+                return
+            download(entry.key, path)
+            self._known[entry.key] = stamp
+
+    def unsent(self, key: str) -> list[tuple[str, str]]:
+        """Key and path of the files below `key` that are here and not in the store."""
+        top = self.directory(key)
+        found: list[tuple[str, str]] = []
+        for folder, _, names in os.walk(top):
+            for name in names:
+                path = os.path.join(folder, name)
+                each = os.path.join(key, os.path.relpath(path, top))
+                if self._known.get(each) is None or name == _CHANGING:
+                    found.append((each, path))
+        return found
+
+    def sent(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Files are in the store now; `pairs` of path and key."""
+        with self._mutex:
+            self._known.update({key: _OURS for _, key in pairs})
+
+    def forget(self, key: str) -> None:
+        """Removes the copies of what is at or below `key`."""
+        with self._mutex:
+            if self._root is None:
+                return
+            shutil.rmtree(os.path.join(self._root, key), ignore_errors=True)
+            self._known = {
+                name: stamp
+                for name, stamp in self._known.items()
+                if name != key and not name.startswith(f"{key}/")
+            }
+
+
+# The one file of a database that is written anew.
+_CHANGING = "manifest.ocdbt"
+_OURS = (-1, -1)
+
+
+def _name(key: str) -> str:
+    return key.rpartition("/")[2]

@@ -1,0 +1,420 @@
+"""The file system as the commit protocol sees it, and what a path may look like.
+
+`LocalStorage` is a POSIX file system; `base.Storage` says what each operation is. Every operation
+passes through `operation`, which does nothing here and is what the fault-injecting storage of
+`functional_ckpt.testing` overrides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import json
+import mmap
+import os
+import re
+import shutil
+import socket
+import stat
+import time
+import weakref
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import xxhash
+
+from functional_ckpt import errors
+from functional_ckpt.core.records.records import FileRecord
+
+__all__ = [
+    "DirectoryLock",
+    "LocalStorage",
+    "clear_errors",
+    "describe_holder",
+    "is_remote",
+    "resolve",
+    "resolve_uri",
+]
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+# Mapping a file costs more than reading it until it is about this large.
+_MAP_FROM_BYTES = 2**20
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def resolve(path: Any) -> str:
+    """An absolute local path, or the URI of a remote one without a slash at its end.
+
+    Args:
+        path: A string, an `os.PathLike` or an `epath.Path`.
+
+    Raises:
+        UsageError: A URI that is none, or that holds credentials.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise errors.UsageError(f"{text!r}: a path must be text, not bytes.")
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if is_remote(text):
+        return resolve_uri(text)
+    if _SCHEME.match(text):  # what pathlib makes of a URI
+        raise errors.UsageError(
+            f"{text}: a URI has two slashes after its scheme. pathlib.Path removes one: give the "
+            "URI as a string.",
+            path=text,
+        )
+    return os.path.abspath(os.path.expanduser(text))
+
+
+@contextlib.contextmanager
+def clear_errors(action: str, path: str) -> Generator[None]:
+    """Turns the system's refusal of what is done inside into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, errors.CheckpointError):
+            raise
+        raise errors.StorageError(
+            f"Cannot {action} {path}: {error.strerror or error} [errno {error.errno}].",
+            errno=error.errno,
+            path=path,
+        ) from error
+
+
+class LocalStorage:
+    """A POSIX file system. Stateless; safe to use from any thread."""
+
+    num_requests = 1
+
+    def operation(self, kind: str, path: str) -> None:
+        """Called before every operation that changes or reads the store."""
+
+    # -------------------------------------------------------------------------------- reading
+
+    def read(self, path: str) -> bytes:
+        """The content of a file."""
+        self.operation("read", path)
+        with clear_errors("read", path), open(path, "rb") as file:
+            return file.read()
+
+    def read_range(self, path: str, offset: int, length: int) -> bytes:
+        """Part of a regular file; shorter where the file ends."""
+        self.operation("read", path)
+        with clear_errors("read", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with open(descriptor, "rb") as file:
+                size_bytes = os.fstat(descriptor).st_size
+                return os.pread(file.fileno(), max(0, min(length, size_bytes - offset)), offset)
+
+    def exists(self, path: str) -> bool:
+        """Whether anything is at `path`."""
+        return os.path.lexists(path)
+
+    def is_directory(self, path: str) -> bool:
+        """Whether a directory is at `path`."""
+        return os.path.isdir(path)
+
+    def is_whole(self, path: str) -> bool:
+        """Whether a directory is at `path`: it has its name only since it is whole."""
+        return self.is_directory(path)
+
+    def kind(self, path: str, *, follow: bool = False) -> str:
+        """What is at a path, for people."""
+        try:
+            mode = (os.stat if follow else os.lstat)(path).st_mode
+        except OSError:
+            return "nothing"
+        if stat.S_ISREG(mode):
+            return "a file"
+        if stat.S_ISLNK(mode):
+            return "a link"
+        return "a directory" if stat.S_ISDIR(mode) else "a special file"
+
+    def is_link(self, path: str) -> bool:
+        """Whether a symbolic link is at `path`."""
+        return os.path.islink(path)
+
+    def list(self, path: str) -> list[str]:
+        """Sorted names in a directory; empty when it does not exist."""
+        self.operation("list", path)
+        with clear_errors("list", path):
+            try:
+                return sorted(os.listdir(path))
+            except FileNotFoundError:
+                return []
+
+    def walk(self, path: str) -> list[str]:
+        """Sorted paths, relative to `path`, of the files below it; links are never followed."""
+        self.operation("list", path)
+        found: list[str] = []
+        for directory, folders, names in os.walk(path):
+            links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
+            found += [os.path.relpath(os.path.join(directory, n), path) for n in (*names, *links)]
+        return sorted(found)
+
+    def sizes(self, path: str) -> dict[str, int]:
+        """The size of every file below `path`, by its path relative to that."""
+        return {name: os.lstat(os.path.join(path, name)).st_size for name in self.walk(path)}
+
+    def modified_ns(self, path: str) -> int:
+        """When it was changed, nanoseconds since the epoch; 0 for what is not there."""
+        try:
+            return os.stat(path).st_mtime_ns
+        except OSError:
+            return 0
+
+    def age_seconds(self, path: str) -> float:
+        """How long ago a file was changed; zero for one that is not there any more."""
+        try:
+            return time.time() - os.lstat(path).st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def describe(self, path: str) -> FileRecord:
+        """Size and digest of a regular file."""
+        self.operation("read", path)
+        with clear_errors("read", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with open(descriptor, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < _MAP_FROM_BYTES:
+                    return FileRecord(size, xxhash.xxh3_64_hexdigest(file.read()))
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                    return FileRecord(size, xxhash.xxh3_64_hexdigest(view))
+
+    def total_bytes(self, path: str) -> int:
+        """Sum of the sizes of every file below `path`."""
+        self.operation("list", path)
+        total, todo = 0, [path]
+        while todo:
+            # What disappears while we look counts for nothing.
+            with (
+                clear_errors("list", path),
+                contextlib.suppress(FileNotFoundError),
+                os.scandir(todo.pop()) as entries,
+            ):
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_size
+        return total
+
+    # -------------------------------------------------------------------------------- writing
+
+    def make_directory(self, path: str) -> None:
+        """Creates a directory and its parents; nothing happens when it exists."""
+        self.operation("make_directory", path)
+        with clear_errors("create directory", path):
+            os.makedirs(path, exist_ok=True)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Creates a file; neither its content nor its entry is durable before they are synced."""
+        self.operation("write", path)
+        with clear_errors("write", path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            with open(os.open(path, flags, 0o666), "wb") as file:
+                file.write(data)
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Writes a file durably; a reader, and a crash, see the old content or the new."""
+        temporary = f"{path}.{os.getpid()}.tmp"
+        self.write(temporary, data)
+        self.sync(temporary)
+        self.rename(temporary, path)
+        self.sync_directory(os.path.dirname(path))
+
+    def replace_link(self, path: str, target: str, temporary: str) -> None:
+        """Points the symbolic link `path` at `target`, atomically and durably.
+
+        Args:
+            path: The link.
+            target: A name in the link's directory.
+            temporary: Where the link is made first, in the same file system.
+        """
+        self.operation("link", path)
+        with clear_errors("link", path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            os.symlink(target, temporary)
+            os.replace(temporary, path)
+        self.sync_directory(os.path.dirname(path))
+
+    def sync(self, path: str) -> None:
+        """Makes the content of an existing file durable."""
+        self.operation("sync", path)
+        with clear_errors("sync", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def sync_directory(self, path: str) -> None:
+        """Makes the entries of a directory durable."""
+        self.sync(path)
+
+    def put_file(self, source: str, path: str) -> None:
+        """Copies a file; under its name only when all of it is there."""
+        self.make_directory(os.path.dirname(path))
+        self.operation("write", path)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        with clear_errors("write", path):
+            shutil.copyfile(source, temporary)
+        self.rename(temporary, path)
+
+    def rename(self, source: str, target: str) -> None:
+        """Renames a file or directory; a directory never replaces one that has entries."""
+        self.operation("rename", target)
+        with clear_errors("rename to", target):
+            os.rename(source, target)
+
+    def exchange(self, first: str, second: str) -> bool:
+        """Swaps two paths in one atomic step; False where the system cannot."""
+        self.operation("exchange", second)
+        rename = _renameat2()
+        if rename is None:
+            return False
+        a, b = os.fsencode(first), os.fsencode(second)
+        if rename(_AT_FDCWD, a, _AT_FDCWD, b, _RENAME_EXCHANGE) == 0:
+            return True
+        code = ctypes.get_errno()
+        if code in _UNSUPPORTED:
+            return False
+        raise errors.StorageError(
+            f"Cannot exchange {first} and {second}: {os.strerror(code)} [errno {code}].",
+            errno=code,
+            path=second,
+        )
+
+    def remove(self, path: str) -> None:
+        """Removes a file, or a directory and all in it; nothing happens when it is absent."""
+        self.operation("remove", path)
+        with clear_errors("remove", path):
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    def lock(self, path: str) -> DirectoryLock:
+        """Takes the writer's lock at `path`; `LockedError` names the holder."""
+        self.operation("lock", path)
+        return DirectoryLock(path)
+
+    # -------------------------------------------------------------------------------- arrays
+
+    def kvstore(self, directory: str) -> Mapping[str, Any]:
+        """TensorStore's spec; as a URL, a path with `%`, `?` or `#` would be another."""
+        return {"driver": "file", "path": f"{directory}/"}
+
+    def context(self) -> Mapping[str, Any]:
+        """None but the defaults."""
+        return {}
+
+    def put_arrays(self, directory: str) -> None:
+        """Nothing: TensorStore wrote where it was told."""
+
+    def redact(self, text: str) -> str:
+        """The message as it is."""
+        return text
+
+
+@functools.cache
+def _renameat2() -> Any:
+    library = ctypes.CDLL(None, use_errno=True)
+    return getattr(library, "renameat2", None)
+
+
+class DirectoryLock:
+    """An exclusive `flock`, which the kernel releases when the process dies.
+
+    A forked child would share the lock and outlive its parent with it, so the descriptor is closed
+    there.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with clear_errors("open the lock", path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._descriptor, 4096, 0).decode(errors="replace").strip()
+            os.close(self._descriptor)
+            self._descriptor = -1
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise errors.StorageError(
+                    f"Cannot lock {path}: {error.strerror} [errno {error.errno}].",
+                    errno=error.errno,
+                    path=path,
+                ) from error
+            raise errors.LockedError(
+                f"Another live writer holds {os.path.dirname(os.path.dirname(path))}: "
+                f"{holder or 'unknown'}. Stop it, give this run its own directory, or open the "
+                "directory with read_only=True.",
+                path=path,
+            ) from None
+        with contextlib.suppress(OSError):  # on a full disk the lock still holds, without its note
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, describe_holder(), 0)
+        _held.add(self)
+
+    def close(self) -> None:
+        """Closes this process's descriptor, without unlocking for others who share it."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def release(self) -> None:
+        """Lets the next writer in; safe to call twice."""
+        if self._descriptor >= 0:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        self.close()
+
+    def __del__(self) -> None:
+        # `os` may be gone when the interpreter ends; the kernel closes the descriptor then.
+        if getattr(self, "_descriptor", -1) >= 0 and os is not None:
+            self.close()
+
+
+_held: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for lock in list(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def describe_holder() -> bytes:
+    """Who holds a lock, as other writers are told."""
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URI; those of `file://` have been resolved before."""
+    return "://" in path
+
+
+def resolve_uri(text: str) -> str:
+    """A URI without a slash at its end; raises UsageError for what is none."""
+    scheme, _, rest = text.partition("://")
+    bucket, *parts = rest.split("/")
+    if "@" in bucket and ":" in bucket.partition("@")[0]:
+        raise errors.UsageError(
+            f"{scheme}://...: credentials have no place in a URI, which is logged and stored; give "
+            "them in the environment."
+        )
+    names = [part for part in parts if part]
+    if not bucket or not scheme or not {".", ".."}.isdisjoint(names):
+        raise errors.UsageError(f"{text}: not a URI such as s3://bucket/run.", path=text)
+    return f"{scheme.lower()}://{'/'.join([bucket, *names])}"

@@ -1,0 +1,78 @@
+"""From a path to the store that it is in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.buckets.base import Bucket
+from functional_ckpt.storage.local import LocalStorage, is_remote, resolve
+from functional_ckpt.storage.object_store import ObjectStorage
+
+__all__ = ["connect"]
+
+
+def connect(path: Any, storage: Storage | None = None) -> tuple[Storage, str]:
+    """The store of a path, and the path as the store knows it.
+
+    Args:
+        path: A local path, or a URI: `s3://bucket/run`, `gs://`, `oci://bucket@namespace/run`,
+            `libcloud://`, or that of any protocol of fsspec.
+        storage: The store, if the caller has made it.
+
+    Raises:
+        UsageError: The URI cannot be used.
+        StorageError: The store refuses, now and for ever: no such bucket, no permission.
+    """
+    resolved = resolve(path)
+    if storage is not None:
+        return storage, resolved
+    if not is_remote(resolved):
+        return LocalStorage(), resolved
+    remote = ObjectStorage(_bucket(resolved))
+    remote.probe()
+    return remote, remote.follow(resolved)
+
+
+def _bucket(uri: str) -> Bucket:
+    scheme, _, rest = uri.partition("://")
+    name = rest.partition("/")[0]
+    root = f"{scheme}://{name}"
+    if scheme in ("s3", "s3a"):
+        return _s3(root, name)
+    if scheme in ("gs", "gcs"):
+        return _gcs(root, name)
+    if scheme == "oci":
+        return _oci(root, name)
+    if scheme == "libcloud":
+        from functional_ckpt.storage.buckets import libcloud
+
+        return libcloud.open_libcloud(root, name)
+    from functional_ckpt.storage.buckets import fsspec as fsspec_lib
+
+    return fsspec_lib.open_fsspec(root, name)
+
+
+# Credentials are read at every call: they may be set, or renewed, after this module was imported.
+
+
+def _s3(root: str, name: str) -> Bucket:
+    from functional_ckpt.storage.buckets import credentials, s3
+
+    return s3.open_s3(root, name, credentials.s3_access())
+
+
+def _gcs(root: str, name: str) -> Bucket:
+    from functional_ckpt.storage.buckets import credentials, gcs, s3
+
+    found = credentials.gcs_access()
+    if found is None:
+        return gcs.open_gcs(root, name)
+    return s3.open_s3(root, name, found)
+
+
+def _oci(root: str, name: str) -> Bucket:
+    from functional_ckpt.storage.buckets import credentials, s3
+
+    bucket, _, namespace = name.partition("@")
+    return s3.open_s3(root, bucket, credentials.oci_access(namespace))

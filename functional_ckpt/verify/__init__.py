@@ -1,0 +1,8 @@
+"""Verification: reads a checkpoint back and says which leaf and which file is damaged."""
+
+from __future__ import annotations
+
+from functional_ckpt.verify.checkpoint import verify_checkpoint
+from functional_ckpt.verify.findings import Finding
+
+__all__ = ["Finding", "verify_checkpoint"]

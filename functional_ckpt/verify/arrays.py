@@ -1,0 +1,317 @@
+"""Verification of an item's arrays: all its database holds, under every name, as readers get it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from functional_ckpt import errors
+from functional_ckpt.core.arrays import spec
+from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
+from functional_ckpt.core.records import orbax, records
+from functional_ckpt.core.tree import plain_json, structure
+from functional_ckpt.verify.findings import Finding, Problem, Search, reason
+
+if TYPE_CHECKING:
+    from functional_ckpt.format import database as database_lib
+    from functional_ckpt.format import read_tensorstore
+    from functional_ckpt.format.inspect import Places
+
+__all__ = ["ItemArrays"]
+
+# Values up to this size are read many at a time, straight from the key-value store.
+_SMALL_BYTES = 128 * 1024
+_BATCH = 512
+_MANIFEST = "manifest.ocdbt"
+_METADATA_FIELDS = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs")
+
+Difference: TypeAlias = tuple[Problem, str, str]
+"""Problem, expected, got."""
+Check: TypeAlias = "Callable[[bytes | None], Difference | None]"
+"""Compares the value of a key, None where there is none."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Failure:
+    """A value of the database that is not what was written."""
+
+    leaf: str
+    key: str | None
+    """None where it is all of the database."""
+    difference: Difference
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Value:
+    """A value to be read and compared."""
+
+    leaf: str
+    key: str
+    check: Check
+    size_bytes: int = 0
+    """What counts as progress."""
+
+
+class ItemArrays:
+    """The arrays of one item, compared with its record.
+
+    Args:
+        search: Where findings go.
+        item: Name of the item.
+        record: Its record.
+
+    Attributes:
+        size_bytes: Bytes that will be read.
+    """
+
+    def __init__(self, search: Search, item: str, record: records.ItemRecord) -> None:
+        self.size_bytes = 0
+        self._search = search
+        self._item = item
+        self._record = record
+        self._directory = os.path.join(search.path, item)
+        self._failures: list[_Failure] = []
+        self._culprit = _MANIFEST  # of failures without a key
+        leaves = structure.iter_leaves(record.root)
+        self._nodes = [leaf for _, leaf in leaves if isinstance(leaf, structure.ArrayNode)]
+        self._scalars = list(orbax.scalar_leaves(record.root))
+        if self._check_sizes():
+            self.size_bytes = sum(node.spec.size_bytes for node in self._nodes)
+        else:
+            self._nodes, self._scalars = [], []
+
+    def _check_sizes(self) -> bool:
+        """No record makes us allocate more than its files hold: chunks are not compressed."""
+        wanted = sum(node.spec.size_bytes for node in self._nodes if node.tied_to is None)
+        stored = sum(file.size_bytes for file in self._record.files.values())
+        if wanted <= stored:
+            return True
+        self._search.add(
+            self._item,
+            f"{self._item}/{records.EXTENSION_FILE}",
+            "record",
+            f"files for {wanted:,} bytes of arrays",
+            f"files of {stored:,} bytes",
+        )
+        return False
+
+    def tasks(self) -> list[Callable[[], None]]:
+        """What to run, on any thread; nothing is raised."""
+        if not self._nodes and not self._scalars:
+            return []
+        from functional_ckpt.format import database as database_lib
+
+        blocking = [name for name in self._record.files if self._would_block(name)]
+        if blocking:
+            self._lose_everything(blocking[0], "it cannot be read safely")
+            return []
+        try:
+            database = database_lib.open_for_reading(self._directory, self._search.storage)
+        except errors.CorruptCheckpointError as error:
+            self._lose_everything(_MANIFEST, reason(error, self._directory))
+            return []
+        values = list(self._small_values())
+        batches = (values[start : start + _BATCH] for start in range(0, len(values), _BATCH))
+        tasks = [functools.partial(self._check_values, database, batch) for batch in batches]
+        return [*tasks, *self._large_chunks(database)]
+
+    def _would_block(self, name: str) -> bool:
+        """Whether a file is a pipe or a device, which TensorStore would open and wait for."""
+        path = os.path.join(self._directory, name)
+        return self._search.storage.kind(path, follow=True) == "a special file"
+
+    def _lose_everything(self, file: str, why: str) -> None:
+        names = (*(node.name for node in self._nodes), *(name for name, _, _ in self._scalars))
+        difference: Difference = ("unreadable", "a database", why)
+        self._failures += [_Failure(name, None, difference) for name in names]
+        self._culprit = file
+
+    # ---------------------------------------------------------------------------- small values
+
+    def _small_values(self) -> Iterator[_Value]:
+        for name, array, value in self._scalars:
+            yield _metadata(name, array, ())
+            key = f"{structure.key_prefix(name)}c"
+            yield _Value(name, key, functools.partial(_compare_number, array, value))
+        for node in self._nodes:
+            place = self._record.arrays[node.stored_name]
+            yield _metadata(node.name, node.spec, place.chunk_shape)
+            grid = ChunkGrid(node.spec.shape, place.chunk_shape)
+            for index in grid.indices():
+                if _is_small(node.spec, grid, index):
+                    key = f"{structure.key_prefix(node.name)}{grid.key(index)}"
+                    check = functools.partial(_compare_chunk, node.spec, grid, index, place.xxh3)
+                    yield _Value(node.name, key, check, _size_bytes(node.spec, grid, index))
+
+    def _check_values(self, database: database_lib.Database, values: list[_Value]) -> None:
+        from functional_ckpt.format.inspect import read_values
+
+        found = read_values(database, [value.key for value in values])
+        for value, got in zip(values, found, strict=True):
+            if isinstance(got, errors.CorruptCheckpointError):
+                why: Difference | None = (
+                    "unreadable",
+                    "what was written",
+                    reason(got, self._directory),
+                )
+            else:
+                why = value.check(got)
+            if why is not None:
+                self._failures.append(_Failure(value.leaf, value.key, why))
+        self._search.advance(sum(value.size_bytes for value in values))
+
+    # ---------------------------------------------------------------------------- large chunks
+
+    def _large_chunks(self, database: database_lib.Database) -> Iterator[Callable[[], None]]:
+        from functional_ckpt.format import read_tensorstore
+
+        for node in self._nodes:
+            place = self._record.arrays[node.stored_name]
+            grid = ChunkGrid(node.spec.shape, place.chunk_shape)
+            # Under its own name, not its owner's: a tied leaf must resolve to the same bytes.
+            read = read_tensorstore.ArrayRead(
+                name=node.name,
+                spec=node.spec,
+                grid=grid,
+                digests=place.xxh3,
+                box=spec.Box.whole(node.spec.shape),
+            )
+            for index in grid.indices():
+                if not _is_small(node.spec, grid, index):
+                    yield functools.partial(self._check_chunk, database, read, index)
+
+    def _check_chunk(
+        self,
+        database: database_lib.Database,
+        read: read_tensorstore.ArrayRead,
+        index: tuple[int, ...],
+    ) -> None:
+        from functional_ckpt.format import read_tensorstore
+
+        try:
+            read_tensorstore.verify_part(database, read, index)
+        except (errors.CheckpointError, MemoryError, ValueError) as error:
+            key = f"{structure.key_prefix(read.name)}{read.grid.key(index)}"
+            why = reason(error, self._directory)
+            self._failures.append(
+                _Failure(read.name, key, ("mismatch", "the bytes that were written", why))
+            )
+        self._search.advance(_size_bytes(read.spec, read.grid, index))
+
+    # ---------------------------------------------------------------------------- blame
+
+    def blame(self, damaged: dict[str, Finding]) -> None:
+        """Tells each damaged file the leaves it takes with it.
+
+        Args:
+            damaged: Finding of each damaged file, by path in the checkpoint; what no damaged file
+                explains is added to it.
+        """
+        if not self._failures:
+            return
+        from functional_ckpt.format.inspect import locate
+
+        # Nothing is opened where a pipe may be waiting.
+        is_open = any(failure.key is not None for failure in self._failures)
+        places = locate(self._search.storage, self._directory) if is_open else None
+        leaves: dict[str, set[str]] = {}
+        first: dict[str, _Failure] = {}
+        for failure in self._failures:
+            suspects = self._suspects(failure, places)
+            guilty = [file for file in suspects if f"{self._item}/{file}" in damaged]
+            for file in guilty or suspects[:1]:
+                leaves.setdefault(file, set()).add(failure.leaf)
+                first.setdefault(file, failure)
+        for file, names in leaves.items():
+            path = f"{self._item}/{file}"
+            finding = damaged.get(path)
+            if finding is None:
+                problem, expected, got = first[file].difference
+                finding = Finding(
+                    item=self._item, file=path, problem=problem, expected=expected, got=got
+                )
+            damaged[path] = dataclasses.replace(finding, leaves=tuple(sorted(names)))
+
+    def _suspects(self, failure: _Failure, places: Places | None) -> list[str]:
+        """The files that may be the cause."""
+        if failure.key is None or places is None:
+            return [self._culprit]
+        known = places.files.get(failure.key)
+        if known is not None:
+            # A tree that leads to a file that was never there is the wrong tree.
+            return [known if known in self._record.files else _MANIFEST]
+        # What the tree does not lead to any more lies behind the part of it that cannot be read.
+        lost = sorted(places.unreadable & self._record.files.keys())
+        return lost or [_MANIFEST]
+
+
+# ------------------------------------------------------------------------------------ comparisons
+
+
+def _is_small(array: spec.ArraySpec, grid: ChunkGrid, index: tuple[int, ...]) -> bool:
+    return _size_bytes(array, grid, index) <= _SMALL_BYTES and not grid.is_padded(index)
+
+
+def _size_bytes(array: spec.ArraySpec, grid: ChunkGrid, index: tuple[int, ...]) -> int:
+    """Bytes of a chunk's valid region."""
+    return grid.box(index).num_elements * array.itemsize_bytes
+
+
+def _metadata(name: str, array: spec.ArraySpec, chunk_shape: tuple[int, ...]) -> _Value:
+    key = f"{structure.key_prefix(name)}zarr.json"
+    return _Value(name, key, functools.partial(_compare_metadata, array, chunk_shape))
+
+
+def _compare_metadata(
+    array: spec.ArraySpec, chunk_shape: tuple[int, ...], value: bytes | None
+) -> Difference | None:
+    """What Orbax reads of an array must say what our record says."""
+    if value is None:
+        return ("missing", "the array's zarr.json", "nothing")
+    try:
+        record: Any = plain_json.parse(value)
+        found = {field: record[field] for field in _METADATA_FIELDS}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return ("unreadable", "the array's zarr.json", f"{type(error).__name__}: {error}")
+    wanted = orbax.zarr3_metadata(array, chunk_shape)
+    for field, got in found.items():
+        if got != wanted[field]:
+            return ("mismatch", f"{field} {wanted[field]} in zarr.json", f"{got!r:.80}")
+    return None
+
+
+def _compare_number(
+    array: spec.ArraySpec, number: object, value: bytes | None
+) -> Difference | None:
+    """A plain number is in our record; the copy that Orbax reads must be the same."""
+    import numpy as np
+
+    if value == np.array(number, spec.numpy_dtype(array.dtype)).tobytes():
+        return None
+    got = "nothing" if value is None else f"the bytes {value[:16].hex()}"
+    return ("mismatch", f"the number {number!r}", got)
+
+
+def _compare_chunk(
+    array: spec.ArraySpec,
+    grid: ChunkGrid,
+    index: tuple[int, ...],
+    digests: str,
+    value: bytes | None,
+) -> Difference | None:
+    if value is None:
+        return ("missing", f"chunk {grid.key(index)}", "nothing")
+    size_bytes = _size_bytes(array, grid, index)
+    if len(value) != size_bytes:
+        return ("mismatch", f"a chunk of {size_bytes:,} bytes", f"{len(value):,} bytes")
+    offsets = digest_offsets(grid, array.itemsize_bytes)
+    place = grid.position(index)
+    expected = digests[16 * offsets[place] : 16 * offsets[place + 1]]
+    got = "".join(
+        records.digest_hex(value[start : start + DIGEST_BLOCK_BYTES])
+        for start in range(0, len(value), DIGEST_BLOCK_BYTES)
+    )
+    return None if got == expected else ("mismatch", f"digest {expected}", f"digest {got}")

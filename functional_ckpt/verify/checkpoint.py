@@ -1,0 +1,251 @@
+"""Verification of a checkpoint on disk: what is damaged, and which leaves it takes. Free of torch.
+
+    the checkpoint's record   its own seal, its step
+    every file listed         there, regular, of its size, with its digest
+    every file not listed     is none
+    every array               its stored metadata and each chunk, as a reader gets it
+
+Files are compared first: that finds any flipped bit. Arrays are then read through the database,
+which tells the leaves that a damaged file takes with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Collection, Mapping
+
+from functional_ckpt import errors
+from functional_ckpt.core.records import orbax
+from functional_ckpt.core.records import records as records_lib
+from functional_ckpt.core.records.records import EXTENSION_FILE, FileRecord
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.verify.arrays import ItemArrays
+from functional_ckpt.verify.findings import Finding, Problem, Progress, Search, reason
+from functional_ckpt.verify.foreign import verify_foreign
+
+__all__ = ["Finding", "Problem", "Progress", "verify_checkpoint"]
+
+# Below this a second thread takes longer to start than it saves.
+_THREADS_BYTES = 2**20
+
+
+def verify_checkpoint(
+    storage: Storage,
+    path: str,
+    step: int | None = None,
+    *,
+    progress: Progress | None = None,
+) -> list[Finding]:
+    """Compares a checkpoint with what was written.
+
+    Args:
+        storage: Where it is.
+        path: Its directory: a step's, or one without steps; ours or Orbax's.
+        step: The step it is found as; None if its place does not say.
+        progress: Told how far it is.
+
+    Returns:
+        What is wrong, sorted by item and file; empty when every byte is as it was written.
+
+    Raises:
+        StepNotFoundError: There is no directory at `path`.
+        UsageError: It is an item's directory, of a checkpoint of ours.
+        CorruptCheckpointError: The directory is no checkpoint at all.
+    """
+    if not storage.is_directory(path):
+        raise errors.StepNotFoundError(f"There is no checkpoint at {path}.", path=path, step=step)
+    if _is_item(storage, path):
+        raise errors.UsageError(
+            f"{path} is one item; verify its checkpoint {os.path.dirname(path)}, which says what "
+            "the item's record must be.",
+            path=path,
+        )
+    search = Search(storage, path, progress)
+    if _is_ours(storage, path):
+        _verify_ours(search, step)
+    else:
+        verify_foreign(search, step)
+    return sorted(search.findings, key=lambda found: (found.item or "", found.file))
+
+
+def _is_item(storage: Storage, path: str) -> bool:
+    names = (EXTENSION_FILE, orbax.TREE_METADATA_FILE)
+    return all(storage.exists(os.path.join(path, name)) for name in names)
+
+
+def _is_ours(storage: Storage, path: str) -> bool:
+    """Whether this package wrote the checkpoint, even if its record is gone."""
+    places = (path, *(os.path.join(path, name) for name in storage.list(path)))
+    if any(storage.exists(os.path.join(place, EXTENSION_FILE)) for place in places):
+        return True
+    try:
+        return b"functional_ckpt" in storage.read(os.path.join(path, orbax.COMMIT_FILE))
+    except errors.StorageError:
+        return False
+
+
+def _verify_ours(search: Search, step: int | None) -> None:
+    from functional_ckpt.runtime.threads import run_in_threads
+
+    on_disk = search.storage.walk(search.path)
+    record = _step_record(search, step)
+    items = {name: _item_record(search, name, record) for name in _tree_items(record, on_disk)}
+    files = _Files(search, _expected_files(record, items))
+    arrays = [ItemArrays(search, name, item) for name, item in items.items() if item is not None]
+    search.total_bytes = sum(file.size_bytes for file in files.expected.values())
+    search.total_bytes += sum(each.size_bytes for each in arrays)
+    num_threads = 2 if search.total_bytes > _THREADS_BYTES else 1
+    compare = [functools.partial(files.compare, name) for name in files.expected]
+    run_in_threads(compare, num_threads)
+    _find_unlisted(search, record, items, on_disk, files.expected)
+    run_in_threads([task for each in arrays for task in each.tasks()], num_threads)
+    for each in arrays:
+        each.blame(files.damaged)
+    search.findings += files.damaged.values()
+
+
+# ------------------------------------------------------------------------------------ records
+
+
+def _step_record(search: Search, step: int | None) -> records_lib.StepRecord | None:
+    """The checkpoint's own record; None, and a finding, where it cannot be believed."""
+    path = os.path.join(search.path, EXTENSION_FILE)
+    expected = "the record of a checkpoint" if step is None else f"the record of step {step}"
+    if not _is_regular(search.storage, path):
+        search.add(None, EXTENSION_FILE, "missing", expected, search.storage.kind(path))
+        return None
+    try:
+        record = records_lib.parse_step(search.storage.read(path), path)
+    except errors.CheckpointError as error:
+        search.add(None, EXTENSION_FILE, "record", expected, reason(error, path))
+        return None
+    if step is not None and record.step != step:
+        got = "one without a step" if record.step is None else f"that of step {record.step}"
+        search.add(None, EXTENSION_FILE, "swapped", expected, got)
+    return record
+
+
+def _tree_items(record: records_lib.StepRecord | None, on_disk: Collection[str]) -> list[str]:
+    if record is not None:
+        return [name for name, kind in record.items.items() if kind == "tree"]
+    return [name.split("/")[0] for name in on_disk if name.split("/")[1:] == [EXTENSION_FILE]]
+
+
+def _item_record(
+    search: Search, name: str, step: records_lib.StepRecord | None
+) -> records_lib.ItemRecord | None:
+    """The record of a tree item; None, and a finding, where it cannot be believed."""
+    file = f"{name}/{EXTENSION_FILE}"
+    path = os.path.join(search.path, file)
+    expected = f"the record of item {name!r}"
+    if not _is_regular(search.storage, path):
+        search.add(name, file, "missing", expected, search.storage.kind(path))
+        return None
+    try:
+        data = search.storage.read(path)
+        record = records_lib.parse_item(data, path)
+    except errors.CheckpointError as error:
+        search.add(name, file, "record", expected, reason(error, path))
+        return None
+    if record.item != name:
+        search.add(name, file, "swapped", expected, f"that of item {record.item!r}")
+    elif step is not None and step.files.get(file) != _describe(data):
+        search.add(name, file, "swapped", expected, "that of the same item in another save")
+    return record
+
+
+def _describe(data: bytes) -> FileRecord:
+    return FileRecord(len(data), records_lib.digest_hex(data))
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+def _expected_files(
+    step: records_lib.StepRecord | None, items: Mapping[str, records_lib.ItemRecord | None]
+) -> dict[str, FileRecord]:
+    """Every file that is listed, but for the records, which were compared when they were read."""
+    listed = {} if step is None else step.files
+    records = {f"{item}/{EXTENSION_FILE}" for item in items}
+    expected = {name: file for name, file in listed.items() if name not in records}
+    for item, record in items.items():
+        if record is not None:
+            expected |= {f"{item}/{name}": file for name, file in record.files.items()}
+    return expected
+
+
+def _find_unlisted(
+    search: Search,
+    step: records_lib.StepRecord | None,
+    items: Mapping[str, records_lib.ItemRecord | None],
+    on_disk: Collection[str],
+    expected: Collection[str],
+) -> None:
+    for name in on_disk:
+        top = name.split("/")[0]
+        is_record = name == EXTENSION_FILE or (top in items and name == f"{top}/{EXTENSION_FILE}")
+        # Which files belong to a record that cannot be believed, nobody knows.
+        is_unknowable = items[top] is None if top in items else step is None
+        if name in expected or is_record or is_unknowable:
+            continue
+        kind = search.storage.kind(os.path.join(search.path, name))
+        search.add(_item_of(name), name, "unexpected", "no such file", kind)
+
+
+class _Files:
+    """Compares files with what is recorded of them.
+
+    Attributes:
+        expected: What is recorded, by path in the checkpoint.
+        damaged: A finding for each file that differs.
+    """
+
+    def __init__(self, search: Search, expected: Mapping[str, FileRecord]) -> None:
+        self.expected = expected
+        self.damaged: dict[str, Finding] = {}
+        self._search = search
+        self._owners = {file: name for name, file in expected.items() if file.size_bytes}
+
+    def compare(self, name: str) -> None:
+        """Compares one file; safe from any thread."""
+        expected = self.expected[name]
+        path = os.path.join(self._search.path, name)
+        if not _is_regular(self._search.storage, path):
+            self._add(
+                name,
+                "missing",
+                f"a file of {expected.size_bytes:,} bytes",
+                self._search.storage.kind(path),
+            )
+            return
+        try:
+            got = self._search.storage.describe(path)
+        except errors.StorageError as error:
+            self._add(name, "unreadable", "a file that can be read", reason(error, path))
+            return
+        self._search.advance(got.size_bytes)
+        if got == expected:
+            return
+        if (owner := self._owners.get(got)) is not None:
+            self._add(name, "swapped", "its own content", f"that of {owner}")
+        elif got.size_bytes != expected.size_bytes:
+            sizes = f"{expected.size_bytes:,} bytes", f"{got.size_bytes:,} bytes"
+            self._add(name, "size", *sizes)
+        else:
+            self._add(name, "content", f"digest {expected.xxh3}", f"digest {got.xxh3}")
+
+    def _add(self, name: str, problem: Problem, expected: str, got: str) -> None:
+        self.damaged[name] = Finding(
+            item=_item_of(name), file=name, problem=problem, expected=expected, got=got
+        )
+
+
+def _item_of(name: str) -> str | None:
+    """The item that a file belongs to, by its path in the checkpoint."""
+    top, slash, rest = name.partition("/")
+    return top if slash and (top, rest) != ("metrics", "metrics") else None
+
+
+def _is_regular(storage: Storage, path: str) -> bool:
+    return storage.kind(path) == "a file"

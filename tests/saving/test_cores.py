@@ -1,0 +1,48 @@
+"""What runs in the background leaves a core to the training loop."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import functional_ckpt as fc
+from functional_ckpt.format import write_direct
+from functional_ckpt.storage.local import LocalStorage
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "asynchronous", "expected"),
+    [(1, True, 1), (2, True, 1), (3, True, 2), (64, True, 4), (None, True, 1), (1, False, 4)],
+)
+def test_so_many_files_are_written_at_a_time(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_cores: int | None,
+    asynchronous: bool,
+    expected: int,
+) -> None:
+    busy: set[int] = set()
+    most: list[int] = []
+
+    class Watched(LocalStorage):
+        def operation(self, name: str, path: str) -> None:
+            if name == "write_array":
+                busy.add(threading.get_ident())
+                most.append(len(busy))
+                time.sleep(0.1)  # so long that every other thread has begun
+                busy.discard(threading.get_ident())
+
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    monkeypatch.setattr(write_direct, "BYTES_PER_FILE", 1)
+    tree: dict[str, Any] = {name: torch.randn(100) for name in "abcdefgh"}
+    manager = fc.CheckpointManager(tmp_path, storage=Watched(), asynchronous=asynchronous)
+    with manager:
+        manager.save(0, {"tree": tree})
+    assert len(most) == len(tree)
+    assert max(most) == expected

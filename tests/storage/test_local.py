@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from contract import StorageContract
+
+from functional_ckpt import errors
+from functional_ckpt.storage.local import LocalStorage, resolve
+from functional_ckpt.testing import FaultyStorage
+
+
+class TestLocalStorage(StorageContract):
+    @pytest.fixture
+    def storage(self) -> LocalStorage:
+        return LocalStorage()
+
+
+class TestStorageThatCannotExchange(StorageContract):
+    """As file systems without `renameat2` are."""
+
+    @pytest.fixture
+    def storage(self) -> LocalStorage:
+        return FaultyStorage(can_exchange=False)
+
+
+def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert resolve("a/../b") == str(tmp_path / "b")
+    assert resolve(tmp_path / "c") == str(tmp_path / "c")
+    assert resolve(f"file://{tmp_path}/d") == str(tmp_path / "d")
+    assert resolve("~/x") == "/home/me/x"
+
+
+def test_resolve_uris() -> None:
+    assert resolve("gs://bucket/x/") == "gs://bucket/x"
+    assert resolve("S3://bucket//a/b") == "s3://bucket/a/b"
+    assert resolve("s3://bucket") == "s3://bucket"
+    assert resolve("oci://bucket@space/a") == "oci://bucket@space/a"
+    with pytest.raises(errors.UsageError, match="two slashes"):
+        resolve(Path("s3://bucket/x"))
+    for text in ("s3://", "s3:///x", "s3://b/../c"):
+        with pytest.raises(errors.UsageError, match="not a URI"):
+            resolve(text)
+    with pytest.raises(errors.UsageError, match="credentials") as caught:
+        resolve("s3://key:secret@bucket/x")
+    assert "secret" not in str(caught.value)
+
+
+def test_links_are_listed_and_never_followed(tmp_path: Path) -> None:
+    storage = LocalStorage()
+    outside = tmp_path / "outside"
+    (outside / "d").mkdir(parents=True)
+    (outside / "secret").write_bytes(b"secret")
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "link").symlink_to(outside / "secret")
+    (inside / "folder").symlink_to(outside)
+    assert storage.walk(str(inside)) == ["folder", "link"]
+    with pytest.raises(errors.StorageError):
+        storage.describe(str(inside / "link"))
+    storage.remove(str(inside))
+    assert (outside / "secret").read_bytes() == b"secret"
+
+
+def test_a_file_where_a_directory_should_be(tmp_path: Path) -> None:
+    storage = LocalStorage()
+    (tmp_path / "f").write_bytes(b"")
+    for path in ("f", "f/x"):
+        with pytest.raises(errors.StorageError, match="Cannot create directory"):
+            storage.make_directory(str(tmp_path / path))
+    with pytest.raises(errors.StorageError, match="Cannot list"):
+        storage.list(str(tmp_path / "f"))
+
+
+_HOLD = """
+import sys, time
+from functional_ckpt.storage.local import LocalStorage
+lock = LocalStorage().lock(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_process_ends_with_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    process = subprocess.Popen([sys.executable, "-c", _HOLD, path], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        with pytest.raises(errors.LockedError, match=f'"pid": {process.pid}'):
+            LocalStorage().lock(path)
+    finally:
+        process.kill()
+        process.communicate()
+    LocalStorage().lock(path).release()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_neither_keeps_nor_breaks_the_lock(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    lock = LocalStorage().lock(path)
+    release, wait = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(wait)
+        lock.release()  # what a child's cleanup might do
+        os.read(release, 1)  # until the parent is done
+        os._exit(0)
+    try:
+        with pytest.raises(errors.LockedError):
+            LocalStorage().lock(path)
+        lock.release()
+        LocalStorage().lock(path).release()  # though the child lives
+    finally:
+        os.close(wait)
+        os.waitpid(child, 0)
+        os.close(release)
