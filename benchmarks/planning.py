@@ -67,7 +67,7 @@ def measure(mesh: str, num_ranks: int, num_tensors: int) -> dict[str, Any]:
     item = lowered(Sharding(mesh_shape, ranks, cuts), num_tensors)
     for cached in (
         sharding_lib._places,
-        sharding_lib._runs,
+        sharding_lib._intervals,
         sharding_lib._unit,
         chunks.digest_offsets,
     ):
@@ -118,7 +118,7 @@ def primary(item: lower.LoweredItem, plan: plan_lib.ItemPlan, num_ranks: int) ->
         )
     root = cast("structure.Node", item.root)
     unite_seconds, united = timed(
-        lambda: merge_ranks.unite([(rank, root) for rank in range(num_ranks)], item=ITEM)
+        lambda: merge_ranks.merge_ranks([(rank, root) for rank in range(num_ranks)], item=ITEM)
     )
     nodes = [source.node for source in item.sources]
     check_seconds, _ = timed(lambda: finalize._check_whole(ITEM, nodes, grids, reports))
@@ -193,7 +193,7 @@ def merge(num_ranks: int, num_tensors: int) -> float:
                     grid=grid,
                     box=Box((rank, 0), (1, 600)),
                     data=data,
-                    is_owner=rank == 0,
+                    writes_metadata=rank == 0,
                 )
                 for place in range(num_tensors)
             ]

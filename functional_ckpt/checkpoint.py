@@ -17,7 +17,7 @@ from functional_ckpt.handlers.base import Registry
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.saving import finalize, lower, stage, write
 from functional_ckpt.saving import plan as plan_lib
-from functional_ckpt.steps.metadata import StepMetadata, describe
+from functional_ckpt.steps.metadata import StepMetadata, checkpoint_metadata
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
@@ -61,13 +61,13 @@ def save(
     )
     lower.to_json(info.custom_metadata, "custom_metadata")
     lowered = lower.lower(items, registry or default_registry())
-    plan = plan_lib.Planner(SingleProcess()).plan(lowered, None)
+    plan = plan_lib.SavePlanner(SingleProcess()).plan(lowered, None)
     staged = stage.stage(lowered, plan, None)
-    tmp = commit.temporary(final)
+    tmp = commit.tmp_path(final)
     try:
-        tmp = commit.begin(storage, final)
+        tmp = commit.create_tmp(storage, final)
         report = write.write(storage, tmp, staged)
-        finalize.complete(storage, tmp, lowered, [report], info, time.time_ns())
+        finalize.finalize(storage, tmp, lowered, [report], info, time.time_ns())
         replaced = commit.publish(storage, tmp, final, overwrite=overwrite)
     except BaseException:
         commit.abandon(storage, tmp)
@@ -101,4 +101,4 @@ def restore(
 
 def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) -> StepMetadata:
     """What is known of the checkpoint in a directory without reading its arrays."""
-    return describe(checkpoint_dir.open_checkpoint(*connect(path, storage)))
+    return checkpoint_metadata(checkpoint_dir.open_checkpoint(*connect(path, storage)))

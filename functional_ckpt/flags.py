@@ -229,7 +229,7 @@ def restore(
         _log_report(restored)
         return restored
     manager.check_start(0)
-    initial = restorer.begin_with(items)
+    initial = restorer.initial_values(items)
     if source == "none":
         _log.info("%s: beginning with the initial values (resume=none)", manager.directory)
         return initial
@@ -238,7 +238,7 @@ def restore(
     _log.info("%s: beginning with %s of %s", manager.directory, ", ".join(wanted), source)
     found = checkpoint.restore(source, wanted, strict=strict, ignore=ignore, registry=registry)
     _log_report(found)
-    return found.over(initial)
+    return found.with_defaults(initial)
 
 
 def _log_report(restored: restore_lib.Restored) -> None:

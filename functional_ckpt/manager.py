@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
 from functional_ckpt import errors
-from functional_ckpt.distributed.coordinator import Coordinator, on_primary, together
+from functional_ckpt.distributed.coordinator import Coordinator, run_on_all, run_on_primary
 from functional_ckpt.events import Events, Listeners
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
@@ -17,11 +17,11 @@ from functional_ckpt.policies import keep, rules
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
-from functional_ckpt.restoring.restorer import Resumer, as_step
+from functional_ckpt.restoring.restorer import Restorer, check_step
 from functional_ckpt.saving import background, saver
 from functional_ckpt.steps import acquire, names, orbax_adapters
 from functional_ckpt.steps.directory import Steps
-from functional_ckpt.steps.metadata import StepMetadata, describe_step
+from functional_ckpt.steps.metadata import StepMetadata, step_metadata
 from functional_ckpt.steps.tiers import Tier, open_tiers
 from functional_ckpt.storage.base import Lock, Storage
 from functional_ckpt.storage.open import connect
@@ -109,17 +109,17 @@ class CheckpointManager:
         self._coordinator = acquire.coordinator_of(coordinator, process_group)
         events.rank = self._coordinator.rank
         self._saver = saver.Saver(self._steps, registry, self._coordinator, self._options)
-        self._resumer = Resumer(self._steps, registry, self._coordinator, self._saver.decider)
+        self._resumer = Restorer(self._steps, registry, self._coordinator, self._saver.decider)
         try:
             if not read_only:
-                self._lock = acquire.take_over(self._steps, self._coordinator)
+                self._lock = acquire.acquire_writer_lock(self._steps, self._coordinator)
                 self._saver.decider.start()
-            together(self._coordinator, "looking into the directory", self._steps.reload)
+            run_on_all(self._coordinator, "looking into the directory", self._steps.reload)
             self._saver.upload_by(
                 open_tiers(self._steps, tiers, step_names, self._coordinator, read_only=read_only)
             )
             if self._lock is not None:
-                self._steps.point_latest()  # a crash may have left it behind
+                self._steps.update_latest_link()  # a crash may have left it behind
         except BaseException:
             self._release()
             raise
@@ -129,7 +129,7 @@ class CheckpointManager:
     def should_save(self, step: int, *, progress: Progress | None = None) -> bool:
         """Whether `save` would save this step now."""
         self._check_usable()
-        return self._saver.decider.wants(as_step(step), saver.checked_progress(progress))
+        return self._saver.decider.should_save(check_step(step), saver.checked_progress(progress))
 
     def save(
         self,
@@ -165,9 +165,11 @@ class CheckpointManager:
         """
         self._check_usable()
         return self._saver.save(
-            as_step(step),
+            check_step(step),
             items,
-            about=saver.About(metrics=metrics, progress=progress, custom_metadata=custom_metadata),
+            about=saver.StepExtras(
+                metrics=metrics, progress=progress, custom_metadata=custom_metadata
+            ),
             force=force,
         )
 
@@ -177,7 +179,7 @@ class CheckpointManager:
         To be called before it begins; nothing happens where the manager has `overwrite`.
         """
         self._check_usable()
-        self._steps.check_start(as_step(step), overwrite=self._options.overwrite)
+        self._steps.check_start(check_step(step), overwrite=self._options.overwrite)
 
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step that are known only now; durable when it returns.
@@ -189,27 +191,27 @@ class CheckpointManager:
             StepNotFoundError: There is no such step.
         """
         self._check_usable()
-        number = as_step(step)
+        number = check_step(step)
         checked = saver.as_json(metrics, "metrics") or {}
         record = functools.partial(self._saver.record, number, checked)
         ready = functools.partial(self._steps.existing, number)
-        what, then = f"recording metrics of step {number}", self._steps.reload_here
-        on_primary(self._coordinator, what, record, ready=ready, then=then)
+        what, then = f"recording metrics of step {number}", self._steps.reload_local
+        run_on_primary(self._coordinator, what, record, prepare=ready, after=then)
 
     def delete(self, step: int) -> None:
         """Removes a step: out of sight in one rename, then from disk."""
         self._check_usable()
         self._steps.check_writable()
-        number = as_step(step)
+        number = check_step(step)
 
         def ready() -> None:
             if self.is_saving_in_progress():
                 self.wait_until_finished()
             self._steps.existing(number)
 
-        discard = functools.partial(self._steps.discard, number)
-        what, then = f"deleting step {number}", self._steps.reload_here
-        on_primary(self._coordinator, what, discard, ready=ready, then=then)
+        discard = functools.partial(self._steps.delete, number)
+        what, then = f"deleting step {number}", self._steps.reload_local
+        run_on_primary(self._coordinator, what, discard, prepare=ready, after=then)
 
     # ------------------------------------------------------------------------------ restoring
 
@@ -262,7 +264,7 @@ class CheckpointManager:
     def metadata(self, step: int | None = None) -> StepMetadata:
         """What is known of a step (None: the latest) without reading its arrays."""
         self._check_usable()
-        return describe_step(self._steps, None if step is None else as_step(step))
+        return step_metadata(self._steps, None if step is None else check_step(step))
 
     def metrics(self, step: int | None = None) -> Mapping[str, Any] | None:
         """The metrics of a step (None: the latest), late ones included, or None."""
@@ -291,7 +293,7 @@ class CheckpointManager:
         self._check_usable()
         if self._steps.read_only:
             self.reload()
-        return keep.best_step(self._steps.everywhere(), metric, mode, self._options.keep_policies)
+        return keep.best_step(self._steps.all_infos(), metric, mode, self._options.keep_policies)
 
     def reload(self) -> None:
         """Reads the history from disk anew."""
@@ -352,7 +354,7 @@ class CheckpointManager:
         would lose the steps since the last save. The next `save` is taken.
         """
         self._check_usable()
-        return self._saver.decider.is_preempted(as_step(step))
+        return self._saver.decider.is_preempted(check_step(step))
 
     def close(self) -> None:
         """Finishes the commit under way and lets the next writer in; raises an untold error."""
@@ -383,7 +385,7 @@ class CheckpointManager:
 
     def _release(self) -> None:
         self._saver.release()
-        self._coordinator.leave()
+        self._coordinator.close()
         if self._lock is not None:
             self._lock.release()
 

@@ -17,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     from functional_ckpt.manager import CheckpointManager
     from functional_ckpt.storage.local import LocalStorage, resolve
 
-    atomic_output.check_apart(arguments.source, arguments.destination)
+    atomic_output.check_disjoint(arguments.source, arguments.destination)
     storage, path = LocalStorage(), resolve(arguments.destination)
     if arguments.step is None and storage.exists(path):
         raise errors.StepExistsError(

@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     storage = LocalStorage()
     checkpoint = targets.checkpoint_of(arguments.checkpoint, arguments.step, arguments.prefix)
-    atomic_output.check_apart(checkpoint.path, arguments.destination)
+    atomic_output.check_disjoint(checkpoint.path, arguments.destination)
     _check_options(arguments)
     opened = checkpoint_dir.open_checkpoint(storage, checkpoint.path, checkpoint.step)
     for name in arguments.item or ():
@@ -82,7 +82,7 @@ def _export_weights(arguments: argparse.Namespace, path: str, item: str) -> None
         return
     given = weights.of_step(path, item)
     safetensors.require(given.dtypes.items(), arguments.destination)
-    with atomic_output.created(arguments.destination) as tmp:
+    with atomic_output.atomic_output(arguments.destination) as tmp:
         safetensors.write(given.fetch(given.sizes), given.tied, tmp)
 
 

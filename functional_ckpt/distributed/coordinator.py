@@ -7,7 +7,15 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-__all__ = ["Bytes", "Channel", "Combine", "Coordinator", "SingleProcess", "on_primary", "together"]
+__all__ = [
+    "Bytes",
+    "Channel",
+    "Combine",
+    "Coordinator",
+    "SingleProcess",
+    "run_on_primary",
+    "run_on_all",
+]
 
 Combine: TypeAlias = Callable[[Sequence[bytes]], bytes]
 Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
@@ -16,7 +24,7 @@ Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 class Channel(Protocol):
     """A way for large data between ranks; made when it is needed."""
 
-    def trade(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
+    def all_to_all(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
         """Every rank hands every rank something; all make the same calls.
 
         Args:
@@ -32,7 +40,7 @@ class Channel(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends it; whoever still waits in `trade` gets an error."""
+        """Ends it; whoever still waits in `all_to_all` gets an error."""
         ...
 
 
@@ -59,7 +67,7 @@ class Coordinator(Protocol):
         """The ranks of the whole job that these processes are, in order."""
         ...
 
-    def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
+    def gather_broadcast(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
         """Every rank gives a value, the primary combines them, every rank gets the outcome.
 
         All ranks make the same calls in the same order.
@@ -85,14 +93,14 @@ class Coordinator(Protocol):
         """A channel between the ranks; every rank makes it."""
         ...
 
-    def hurry(self, seconds: float) -> None:
+    def shorten_timeout(self, seconds: float) -> None:
         """Waits no longer than this from now on, since peers may be about to die.
 
         Signal handlers may call it.
         """
         ...
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """The last call: others may still be reading what this process said last, or hosts."""
         ...
 
@@ -110,7 +118,7 @@ class SingleProcess:
     def __init__(self, global_rank: int = 0) -> None:
         self.global_ranks = (global_rank,)
 
-    def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
+    def gather_broadcast(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
         """Combines the one value."""
         del what
         if isinstance(value, BaseException):
@@ -125,15 +133,15 @@ class SingleProcess:
         """One that leads back to itself."""
         return _Loop()
 
-    def hurry(self, seconds: float) -> None:
+    def shorten_timeout(self, seconds: float) -> None:
         """Does nothing."""
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Does nothing."""
 
 
 class _Loop:
-    def trade(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
+    def all_to_all(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
         del incoming_bytes
         return list(outgoing)
 
@@ -141,18 +149,18 @@ class _Loop:
         pass
 
 
-def together(coordinator: Coordinator, what: str, action: Callable[[], object]) -> None:
+def run_on_all(coordinator: Coordinator, what: str, action: Callable[[], object]) -> None:
     """Every rank does something; then all go on, or all raise."""
-    on_primary(coordinator, what, lambda: None, ready=action)
+    run_on_primary(coordinator, what, lambda: None, prepare=action)
 
 
-def on_primary(
+def run_on_primary(
     coordinator: Coordinator,
     what: str,
     action: Callable[[], object],
     *,
-    ready: Callable[[], object] = lambda: None,
-    then: Callable[[], object] = lambda: None,
+    prepare: Callable[[], object] = lambda: None,
+    after: Callable[[], object] = lambda: None,
 ) -> None:
     """Every rank gets ready; when all are, the primary does something while the others wait.
 
@@ -160,8 +168,8 @@ def on_primary(
         coordinator: How they wait.
         what: What it is, for messages.
         action: What the primary does.
-        ready: What every rank does first.
-        then: What the others do when it is done.
+        prepare: What every rank does first.
+        after: What the others do when it is done.
     """
 
     def act(_: Sequence[bytes]) -> bytes:
@@ -170,9 +178,9 @@ def on_primary(
 
     value: bytes | BaseException = b""
     try:
-        ready()
+        prepare()
     except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before it is raised here
         value = error
-    coordinator.exchange(what, value, act)
+    coordinator.gather_broadcast(what, value, act)
     if coordinator.rank:
-        then()
+        after()

@@ -91,12 +91,12 @@ class Rounds:
         self._spent: list[str] = []
         self._longest_pause = max(_LONGEST_PAUSE_SECONDS, num_ranks / _POLLS_PER_SECOND)
 
-    def hurry(self, seconds: float) -> None:
+    def shorten_timeout(self, seconds: float) -> None:
         """Waits no longer than this from now on, waits under way included; signal handlers may."""
         self._timeout_seconds = min(self._timeout_seconds, seconds)
 
-    def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
-        """See `Coordinator.exchange`."""
+    def gather_broadcast(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
+        """See `Coordinator.gather_broadcast`."""
         while True:
             slot, self._next = self._next, self._next + 1
             if self._rank == 0:
@@ -106,7 +106,7 @@ class Rounds:
             if outcome is not None:
                 return outcome
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """The last call: the primary, which may host the store, leaves after the others.
 
         Never fails, and waits a few seconds at most.

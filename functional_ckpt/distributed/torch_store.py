@@ -102,9 +102,9 @@ class StoreCoordinator:
             store, rank=self.rank, num_ranks=self.num_ranks, timeout_seconds=timeout_seconds
         )
 
-    def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
-        """See `Coordinator.exchange`."""
-        return self._rounds.exchange(what, value, combine)
+    def gather_broadcast(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
+        """See `Coordinator.gather_broadcast`."""
+        return self._rounds.gather_broadcast(what, value, combine)
 
     def background(self) -> Coordinator:
         """A coordinator over a store connection of its own."""
@@ -119,14 +119,14 @@ class StoreCoordinator:
         store = dist.PrefixStore(prefix, _clone(self._group.get_group_store()))  # pyright: ignore[reportPrivateImportUsage]
         return _GlooChannel(store, self.rank, self.num_ranks, self._timeout_seconds)
 
-    def hurry(self, seconds: float) -> None:
+    def shorten_timeout(self, seconds: float) -> None:
         """Shortens the timeout."""
         self._timeout_seconds = min(self._timeout_seconds, seconds)
-        self._rounds.hurry(seconds)
+        self._rounds.shorten_timeout(seconds)
 
-    def leave(self) -> None:
-        """See `Coordinator.leave`."""
-        self._rounds.leave()
+    def close(self) -> None:
+        """See `Coordinator.close`."""
+        self._rounds.close()
 
 
 class _GlooChannel:
@@ -142,8 +142,8 @@ class _GlooChannel:
             make: Any = dist.ProcessGroupGloo  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
             self._group: Any = make(store, rank, num_ranks, timeout)
 
-    def trade(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
-        """See `Channel.trade`."""
+    def all_to_all(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
+        """See `Channel.all_to_all`."""
         given = torch.from_numpy(np.concatenate(outgoing))
         got = torch.empty(sum(incoming_bytes), dtype=torch.uint8)
         sizes = [len(each) for each in outgoing]

@@ -269,7 +269,7 @@ class OpenCheckpoint:
         expected = self.record.files.get(name)
         if expected is None or not self.storage.exists(path):
             raise errors.CorruptCheckpointError(f"{path}: the file is missing.", path=path)
-        if (got := self.storage.describe(path)) != expected:
+        if (got := self.storage.checksum(path)) != expected:
             raise errors.CorruptCheckpointError(
                 f"{path}: expected {expected.size_bytes} bytes with digest {expected.xxh3}, got "
                 f"{got.size_bytes} with {got.xxh3}; the file was changed or swapped.",
@@ -289,7 +289,7 @@ def open_checkpoint(storage: Storage, path: str, step: int | None = None) -> Ope
     """
     if not storage.is_directory(path):
         raise errors.StepNotFoundError(f"There is no checkpoint at {path}.", path=path, step=step)
-    if not storage.is_whole(path) and not storage.is_whole(os.path.dirname(path)):
+    if not storage.is_committed(path) and not storage.is_committed(os.path.dirname(path)):
         raise errors.StepNotFoundError(
             f"{path} was not written to its end: {orbax.COMMIT_FILE} is missing.",
             path=path,

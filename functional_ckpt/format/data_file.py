@@ -25,7 +25,7 @@ import xxhash
 
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.runtime import host_memory
-from functional_ckpt.runtime.threads import WriteBehind
+from functional_ckpt.runtime.threads import BackgroundWriter
 from functional_ckpt.storage.local import LocalStorage, clear_errors
 
 __all__ = ["DataFile"]
@@ -76,7 +76,7 @@ class DataFile:
         blocks = -(-min(size_bytes, _BUFFER_BYTES) // _BLOCK_BYTES)
         self._prefers_huge = not is_lent  # of a huge page, all is taken at the first touch
         self._buffer = self._pages(max(1, blocks) * _BLOCK_BYTES)
-        self._behind: WriteBehind | None = None
+        self._behind: BackgroundWriter | None = None
         self._full: collections.deque[Array] = collections.deque()  # handed on before
         self.is_large = self._is_direct = size_bytes >= _DIRECT_FROM_BYTES
         with clear_errors("write", path):
@@ -170,7 +170,7 @@ class DataFile:
             write()
             return
         if self._behind is None:
-            self._behind = WriteBehind(_MAX_FULL)
+            self._behind = BackgroundWriter(_MAX_FULL)
         self._behind.run(write)  # waits for what came from the next buffer
 
     def _turn(self) -> None:

@@ -29,7 +29,7 @@ from functional_ckpt.format.ocdbt import is_inside, read_entries
 from functional_ckpt.format.read_tensorstore import ArrayRead, compare_digests
 from functional_ckpt.storage.local import LocalStorage, clear_errors
 
-__all__ = ["Fetcher", "Wanted"]
+__all__ = ["DirectReader", "ReadRequest"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -42,7 +42,7 @@ _PADDING_BYTES = 4096
 _BATCH_VALUES = 512  # the system takes up to 1,024 places in one call
 
 
-class Wanted(NamedTuple):
+class ReadRequest(NamedTuple):
     """A whole array and where it goes.
 
     Attributes:
@@ -69,17 +69,17 @@ class Wanted(NamedTuple):
 class _Pending:
     """An array under way."""
 
-    wanted: Wanted
+    wanted: ReadRequest
     num_values: int
     is_one: bool
 
 
-_Value: TypeAlias = "tuple[int, int, int, Array | None, int, _Pending]"
+_Extent: TypeAlias = "tuple[int, int, int, Array | None, int, _Pending]"
 """File, offset, bytes, where they go (None: they are sent), which chunk of its array it is, and the
 array."""
 
 
-class Fetcher:
+class DirectReader:
     """Reads arrays of one item. Use it once, and close it.
 
     Args:
@@ -91,7 +91,7 @@ class Fetcher:
         self._directory = directory
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
-        self._values: list[_Value] = []
+        self._values: list[_Extent] = []
         self._places: dict[bytes, tuple[int, int, int]] = {}
         self._files: list[str] = []
         self.size_bytes = 0
@@ -103,7 +103,7 @@ class Fetcher:
             columns = zip(entries.files, entries.offsets, entries.lengths, strict=True)
             self._places = dict(zip(entries.keys, columns, strict=True))
 
-    def take(self, wanted: Wanted) -> bool:
+    def add(self, wanted: ReadRequest) -> bool:
         """Whether it will read this array; if not, somebody else has to."""
         place = wanted.destination
         if not self._places or (place is not None and not place.flags.c_contiguous):
@@ -143,7 +143,7 @@ class Fetcher:
         pairs = itertools.zip_longest(batches, batches[_NUM_AHEAD:], fillvalue=())
         return [functools.partial(self._read, batch, later) for batch, later in pairs]
 
-    def _announce(self, batch: Sequence[_Value]) -> None:
+    def _announce(self, batch: Sequence[_Extent]) -> None:
         """Has the disk fetch what will be read soon, while what it has fetched is verified."""
         for file, begin, end in _spans(batch):
             _advise(self._descriptors[file], begin, end - begin, "POSIX_FADV_WILLNEED")
@@ -167,8 +167,8 @@ class Fetcher:
         _advise(descriptor, 0, 0, "POSIX_FADV_NOREUSE")
         return descriptor
 
-    def _batches(self) -> Iterator[list[_Value]]:
-        batch: list[_Value] = []
+    def _batches(self) -> Iterator[list[_Extent]]:
+        batch: list[_Extent] = []
         filled = 0
         for value in self._values:
             if batch and (filled >= _BATCH_BYTES or len(batch) >= _BATCH_VALUES):
@@ -179,9 +179,9 @@ class Fetcher:
         if batch:
             yield batch
 
-    def _read(self, batch: Sequence[_Value], later: Sequence[_Value]) -> None:
+    def _read(self, batch: Sequence[_Extent], later: Sequence[_Extent]) -> None:
         self._announce(later)
-        run: list[_Value] = []
+        run: list[_Extent] = []
         run_bytes = 0
         for value in batch:
             if value[3] is None:
@@ -200,7 +200,7 @@ class Fetcher:
         if run:
             self._read_run(run)
 
-    def _read_run(self, run: Sequence[_Value]) -> None:
+    def _read_run(self, run: Sequence[_Extent]) -> None:
         """Values that lie side by side, of one step together."""
         views = [memoryview(cast("Any", value[3])) for value in run]
         total = run[-1][1] + run[-1][2] - run[0][1]
@@ -215,11 +215,11 @@ class Fetcher:
                 self._verify(value, view, 0, digests)
             self._count(value)
 
-    def _read_large(self, value: _Value) -> None:
+    def _read_large(self, value: _Extent) -> None:
         self._read_steps(value, 0, memoryview(cast("Any", value[3])))
         self._count(value)
 
-    def _send(self, value: _Value) -> None:
+    def _send(self, value: _Extent) -> None:
         wanted = value[5].wanted
         done = 0
 
@@ -232,7 +232,7 @@ class Fetcher:
             wanted.send(value[4] * _stored_bytes(wanted), value[2], fill)
         self._count(value)
 
-    def _read_steps(self, value: _Value, begin: int, view: memoryview) -> None:
+    def _read_steps(self, value: _Extent, begin: int, view: memoryview) -> None:
         """Reads, from a byte of the value on, as much as the view takes."""
         digests = value[5].wanted.digests
         for start in range(0, len(view), _STEP_BYTES):
@@ -241,7 +241,7 @@ class Fetcher:
             if digests is not None:
                 self._verify(value, step, begin + start, digests)
 
-    def _fill(self, value: _Value, view: memoryview, start: int) -> None:
+    def _fill(self, value: _Extent, view: memoryview, start: int) -> None:
         done = 0
         while done < len(view):
             with clear_errors("read", self._directory):
@@ -257,7 +257,7 @@ class Fetcher:
                 )
             done += got
 
-    def _verify(self, value: _Value, view: memoryview, start: int, digests: str) -> None:
+    def _verify(self, value: _Extent, view: memoryview, start: int, digests: str) -> None:
         if len(view) <= DIGEST_BLOCK_BYTES:
             got = xxhash.xxh3_64_hexdigest(view)
         else:
@@ -281,7 +281,7 @@ class Fetcher:
             index = (value[4], *(0 for _ in wanted.spec.shape[1:])) if wanted.spec.shape else ()
             compare_digests(self._directory, read, index, got, first)
 
-    def _count(self, value: _Value) -> None:
+    def _count(self, value: _Extent) -> None:
         pending = value[5]
         if pending.is_one:
             pending.wanted.finish()
@@ -298,7 +298,7 @@ class Fetcher:
             os.close(self._descriptors.popitem()[1])
 
 
-def _spans(batch: Sequence[_Value]) -> Iterator[tuple[int, int, int]]:
+def _spans(batch: Sequence[_Extent]) -> Iterator[tuple[int, int, int]]:
     """File, begin and end of what lies side by side, but for a block's padding between values."""
     file = begin = end = -1
     for value in batch:
@@ -317,7 +317,7 @@ def _advise(descriptor: int, offset: int, size_bytes: int, advice: str) -> None:
         os.posix_fadvise(descriptor, offset, size_bytes, getattr(os, advice))
 
 
-def _stored_bytes(wanted: Wanted) -> int:
+def _stored_bytes(wanted: ReadRequest) -> int:
     """How much a whole chunk is."""
     return _cut(wanted.spec.shape, wanted.chunk_shape, wanted.spec.itemsize_bytes)[1]
 

@@ -38,7 +38,7 @@ from functional_ckpt.format.ocdbt import (
     read_entries,
 )
 from functional_ckpt.format.write_tensorstore import ArrayWrite, Digests, padded
-from functional_ckpt.runtime.threads import run_in_threads, without_collecting
+from functional_ckpt.runtime.threads import gc_paused, run_in_threads
 from functional_ckpt.storage.local import LocalStorage
 
 __all__ = [
@@ -115,7 +115,7 @@ def write_arrays(
     storage.make_directory(os.path.join(path, _FOLDER))
     with contextlib.ExitStack() as pause:
         if sum(array.data.nbytes for array in arrays) < _QUICK_BYTES:
-            pause.enter_context(without_collecting())
+            pause.enter_context(gc_paused())
         return _write_arrays(
             storage, item_directory, child, arrays, scalars, tied or {}, num_threads
         )
@@ -188,7 +188,7 @@ def _spread(arrays: Sequence[ArrayWrite]) -> list[list[_Chunk]]:
             size = array.data.nbytes if box is None else box.num_elements * array.data.itemsize
             filled += size
     for group in groups:  # what somebody waits for comes first
-        group.sort(key=lambda chunk: chunk[0].taken is None)
+        group.sort(key=lambda chunk: chunk[0].on_copied is None)
     return groups
 
 
@@ -234,7 +234,7 @@ class _Part:
             (array.data.nbytes if box is None else box.num_elements * array.data.itemsize)
             for array, box, _, _ in chunks
         )
-        are_lent = all(array.is_staged for array, _, _, _ in chunks)
+        are_lent = all(array.is_stable for array, _, _, _ in chunks)
         self._file = file = DataFile(storage, self._path, size_bytes, is_lent=are_lent)
         operation, digests, add = storage.operation, self.digests, self.entries.add
         for array, box, key, position in chunks:
@@ -242,15 +242,15 @@ class _Part:
             data = array.data
             if box is not None:
                 data = data[box.relative_to(array.box.offset).slices()]
-            is_lent = array.is_staged
+            is_lent = array.is_stable
             if not data.flags.c_contiguous:
                 data, is_lent = np.ascontiguousarray(data), False  # one chunk per thread
             found = digests.get(array.name)
             if found is None:
                 found = digests[array.name] = {}
             place, found[position] = _append(file, data, array.grid, is_lent=is_lent)
-            if array.taken is not None:
-                array.taken(data.nbytes)
+            if array.on_copied is not None:
+                array.on_copied(data.nbytes)
             add(key_prefix(array.name).encode() + key, self.place, *place)
         if is_whole:
             self.record = file.finish()
@@ -262,7 +262,7 @@ class _Part:
     ) -> None:
         """Every array's `zarr.json`: those that are alike are stored once."""
         for array in arrays:
-            if array.is_owner:
+            if array.writes_metadata:
                 self._put(
                     key_prefix(array.name) + "zarr.json",
                     _metadata(array.spec, array.grid.chunk_shape),

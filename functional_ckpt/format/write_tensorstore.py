@@ -71,9 +71,9 @@ class ArrayWrite(NamedTuple):
     grid: ChunkGrid
     box: Box
     data: Array
-    is_owner: bool = True
-    is_staged: bool = False
-    taken: Callable[[int], None] | None = None
+    writes_metadata: bool = True
+    is_stable: bool = False
+    on_copied: Callable[[int], None] | None = None
 
 
 def child_names(rank: int, num_children: int) -> list[str]:
@@ -113,7 +113,7 @@ def write_arrays(
     for array in arrays:
         storage.operation("write_array", os.path.join(item_directory, array.name))
         place = min(databases, key=lambda database: database.size_bytes)
-        if array.is_owner:
+        if array.writes_metadata:
             place.put_metadata(array.name, array.spec, array.grid.chunk_shape)
         found = digests.setdefault(array.name, {})
         for index in array.grid.indices(array.box):
@@ -129,7 +129,7 @@ def write_arrays(
             database.start_commit()
         for database in databases:
             database.finish_commit()
-        storage.put_arrays(item_directory)
+        storage.flush_arrays(item_directory)
     except REFUSALS as error:
         if isinstance(error, errors.CheckpointError):
             raise
@@ -248,7 +248,7 @@ def merge_children(
             transaction.commit_sync()
         if tied:
             _copy_tied(parent, tied)
-        storage.put_arrays(item_directory)
+        storage.flush_arrays(item_directory)
     except REFUSALS as error:
         raise clear_error(storage, item_directory, error) from error
 

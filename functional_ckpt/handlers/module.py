@@ -200,8 +200,8 @@ def _is_same(tensor: torch.Tensor, value: object) -> bool:
         return False
     if tensor.layout != torch.strided or value.layout != torch.strided:
         return False
-    key = memory.identity(value)
-    return key is not None and key == memory.identity(tensor)
+    key = memory.storage_key(value)
+    return key is not None and key == memory.storage_key(tensor)
 
 
 def _is_uninitialized(value: Any) -> bool:

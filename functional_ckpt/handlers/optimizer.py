@@ -20,7 +20,7 @@ from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.tree import encode, memory
 from functional_ckpt.core.tree import flatten as tree_lib
 from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
-from functional_ckpt.core.tree.structure import Names
+from functional_ckpt.core.tree.structure import MergedNames
 from functional_ckpt.handlers import classes, optimizer_names
 from functional_ckpt.handlers.base import CheckpointItem, Handler
 from functional_ckpt.handlers.optimizer_names import NamedOptimizer, State
@@ -67,7 +67,7 @@ class OptimizerHandler(Handler):
             flat[key]: entry for key, entry in packed["state"].items() if type(key) is int
         }
         lowered["param_groups"] = [
-            {**{k: v for k, v in group.items() if k not in _NAMING}, "params": Names(params)}
+            {**{k: v for k, v in group.items() if k not in _NAMING}, "params": MergedNames(params)}
             for group, params in zip(packed["param_groups"], names, strict=True)
         ]
         return cast("State", tree_lib.map_leaves(_off_graph, lowered))
@@ -164,7 +164,7 @@ class _Matching:
 
     def __init__(self, own: State) -> None:
         counts = collections.Counter(
-            memory.identity(tensor) for tensor in _tensors([own["state"], own["param_groups"]])
+            memory.storage_key(tensor) for tensor in _tensors([own["state"], own["param_groups"]])
         )
         # Memory that two live entries share is not filled: in the checkpoint the two may differ.
         self.aliased: frozenset[Hashable] = frozenset(
@@ -206,7 +206,7 @@ class _Matching:
             and _is_strided(live)
             and tuple(live.shape) == saved.shape
             and encode.torch_dtype_name(live.dtype) == saved.dtype
-            and memory.identity(live) not in self.aliased
+            and memory.storage_key(live) not in self.aliased
         )
 
 

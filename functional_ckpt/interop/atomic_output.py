@@ -10,11 +10,13 @@ from functional_ckpt import errors
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.local import LocalStorage, resolve
 
-__all__ = ["check_apart", "created"]
+__all__ = ["check_disjoint", "atomic_output"]
 
 
 @contextlib.contextmanager
-def created(path: str | os.PathLike[str], storage: LocalStorage | None = None) -> Generator[str]:
+def atomic_output(
+    path: str | os.PathLike[str], storage: LocalStorage | None = None
+) -> Generator[str]:
     """Gives a temporary path to write a file or a directory at, and commits it at the end.
 
     Args:
@@ -34,8 +36,8 @@ def created(path: str | os.PathLike[str], storage: LocalStorage | None = None) -
             f"{final} exists and is never overwritten; remove it or choose another path.",
             path=final,
         )
-    commit.make_root(storage, os.path.dirname(final))
-    tmp = commit.temporary(final)
+    commit.makedirs_durable(storage, os.path.dirname(final))
+    tmp = commit.tmp_path(final)
     try:
         storage.remove(tmp)
         yield tmp
@@ -49,7 +51,7 @@ def created(path: str | os.PathLike[str], storage: LocalStorage | None = None) -
         raise
 
 
-def check_apart(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
+def check_disjoint(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
     """Raises `UsageError` where one of two paths is, or lies inside, the other."""
     first, second = (os.path.realpath(resolve(path)) for path in (source, destination))
     if os.path.commonpath([first, second]) in (first, second):

@@ -80,8 +80,8 @@ def _read_optimizer(folder: str) -> dict[str, Any]:
 
 FORMAT = Format(
     name="colossalai",
-    about="a sharded checkpoint of ColossalAI",
-    fits=fits,
+    description="a sharded checkpoint of ColossalAI",
+    matches=fits,
     open=_open,
-    refines=("huggingface",),
+    supersedes=("huggingface",),
 )

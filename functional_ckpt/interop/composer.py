@@ -42,8 +42,8 @@ def _open(path: str) -> Source:
 
 FORMAT = Format(
     name="composer",
-    about="a file of MosaicML Composer",
-    fits=fits,
+    description="a file of MosaicML Composer",
+    matches=fits,
     open=_open,
-    refines=("torch",),
+    supersedes=("torch",),
 )

@@ -21,7 +21,7 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.interop import torch_save
-from functional_ckpt.interop.atomic_output import created
+from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.pickles import read_inert
 from functional_ckpt.interop.source import Format, Source, items_of
 
@@ -217,7 +217,7 @@ def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         StepExistsError: Something is there.
     """
     checkpoint: Any = importlib.import_module("torch.distributed.checkpoint")
-    with created(path) as tmp, _quiet():
+    with atomic_output(path) as tmp, _quiet():
         checkpoint.save(
             dict(content), storage_writer=checkpoint.FileSystemWriter(tmp), no_dist=True
         )
@@ -230,4 +230,4 @@ def _quiet() -> Generator[None]:
         yield
 
 
-FORMAT = Format(name="dcp", about="torch.distributed.checkpoint", fits=fits, open=_open)
+FORMAT = Format(name="dcp", description="torch.distributed.checkpoint", matches=fits, open=_open)

@@ -36,8 +36,8 @@ FORMATS: tuple[Format, ...] = (
 
 def candidates(path: str, formats: Sequence[Format] = FORMATS) -> list[Format]:
     """The formats that what is at a path looks like; a more special one hides the general."""
-    fitting = [format for format in formats if format.fits(path)]
-    refined = {name for format in fitting for name in format.refines}
+    fitting = [format for format in formats if format.matches(path)]
+    refined = {name for format in fitting for name in format.supersedes}
     return [format for format in fitting if format.name not in refined]
 
 
@@ -71,20 +71,21 @@ def open(
             raise errors.UsageError(
                 f"There is no format {format!r}; known are {', '.join(by_name)}.", path=place
             )
-        if not by_name[format].fits(place):
+        if not by_name[format].matches(place):
             raise errors.UsageError(
-                f"{place} does not look like {by_name[format].about} ({format!r}).", path=place
+                f"{place} does not look like {by_name[format].description} ({format!r}).",
+                path=place,
             )
         return by_name[format].open(place)
     found = candidates(place, formats)
     if len(found) == 1:
         return found[0].open(place)
     if found:
-        listed = "; ".join(f"{each.name!r} ({each.about})" for each in found)
+        listed = "; ".join(f"{each.name!r} ({each.description})" for each in found)
         raise errors.UsageError(
             f"{place} may be any of {listed}; say which with format=.", path=place
         )
-    known = "; ".join(f"{each.name!r} ({each.about})" for each in formats)
+    known = "; ".join(f"{each.name!r} ({each.description})" for each in formats)
     raise errors.UsageError(
         f"{place}: nothing here looks like a known checkpoint. Give the file or the directory of "
         f"one checkpoint. Known are: {known}.",

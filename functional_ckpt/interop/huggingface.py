@@ -22,7 +22,7 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.interop import safetensors, torch_save, weights
-from functional_ckpt.interop.atomic_output import created
+from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.source import Format, Source, match_files
 from functional_ckpt.interop.weights import Weights
 from functional_ckpt.storage.local import LocalStorage, resolve
@@ -162,7 +162,7 @@ def _write(
         safetensors.require(given.dtypes.items(), path)
     shards = _shards(given.sizes, options.max_shard_bytes)
     storage = LocalStorage()
-    with created(path, storage) as tmp:
+    with atomic_output(path, storage) as tmp:
         storage.make_directory(tmp)
         for name, text in texts.items():
             storage.write(os.path.join(tmp, name), text.encode())
@@ -385,5 +385,8 @@ def _open(path: str) -> Source:
 
 
 FORMAT = Format(
-    name="huggingface", about="a directory of Hugging Face transformers", fits=fits, open=_open
+    name="huggingface",
+    description="a directory of Hugging Face transformers",
+    matches=fits,
+    open=_open,
 )

@@ -51,5 +51,5 @@ def _read(path: str, name: str) -> Any:
 
 
 FORMAT = Format(
-    name="step", about="a checkpoint of this package or of Orbax", fits=fits, open=_open
+    name="step", description="a checkpoint of this package or of Orbax", matches=fits, open=_open
 )

@@ -161,4 +161,6 @@ def _read_model(folder: str) -> dict[str, Any]:
     return whole
 
 
-FORMAT = Format(name="neuronx", about="a tag of neuronx-distributed", fits=fits, open=_open)
+FORMAT = Format(
+    name="neuronx", description="a tag of neuronx-distributed", matches=fits, open=_open
+)

@@ -118,4 +118,4 @@ def _open(path: str) -> Source:
     return Source(path, "safetensors", {"model": read})
 
 
-FORMAT = Format(name="safetensors", about="a file of safetensors", fits=fits, open=_open)
+FORMAT = Format(name="safetensors", description="a file of safetensors", matches=fits, open=_open)

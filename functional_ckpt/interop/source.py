@@ -66,10 +66,10 @@ class Format:
     """
 
     name: str
-    about: str
-    fits: Callable[[str], bool]
+    description: str
+    matches: Callable[[str], bool]
     open: Callable[[str], Source]
-    refines: tuple[str, ...] = ()
+    supersedes: tuple[str, ...] = ()
 
 
 def items_of(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.interop.atomic_output import created
+from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.pickles import UnpicklingError
 from functional_ckpt.interop.source import Format, Source, items_of
 
@@ -132,7 +132,7 @@ def save(content: Any, path: str | os.PathLike[str]) -> None:
         StepExistsError: Something is there.
         UnsupportedLeafError: There is something that torch.save would pickle; nothing was written.
     """
-    with created(path) as tmp:
+    with atomic_output(path) as tmp:
         try:
             torch.save(content, tmp)
             torch.load(tmp, map_location="cpu", weights_only=True, mmap=True)
@@ -157,4 +157,4 @@ def _plain(item: Any) -> Any:
     return dict(cast("Mapping[Any, Any]", item)) if hasattr(item, "_metadata") else item
 
 
-FORMAT = Format(name="torch", about="a file of torch.save", fits=fits, open=_open)
+FORMAT = Format(name="torch", description="a file of torch.save", matches=fits, open=_open)

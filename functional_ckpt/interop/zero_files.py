@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.interop import native, neuronx, zero
-from functional_ckpt.interop.atomic_output import check_apart, created
+from functional_ckpt.interop.atomic_output import atomic_output, check_disjoint
 from functional_ckpt.interop.neuronx import Rank
 from functional_ckpt.interop.source import Source
 from functional_ckpt.storage.local import LocalStorage, resolve
@@ -51,13 +51,13 @@ def convert(
         CorruptCheckpointError: The shards do not fit together; nothing was written.
     """
     path = resolve(source)
-    check_apart(path, destination)
+    check_disjoint(path, destination)
     if not os.path.isdir(path):
         raise errors.StepNotFoundError(f"{path}: there is no such directory.", path=path)
     folder = os.path.join(path, _FOLDER)
     if neuronx.stems(folder):
         states = _FolderStates(folder)
-        with created(destination) as tmp:
+        with atomic_output(destination) as tmp:
             out = os.path.join(tmp, _FOLDER)
             LocalStorage().make_directory(out)
 
@@ -65,7 +65,7 @@ def convert(
                 neuronx.save(state, os.path.join(out, f"{rank.stem}.pt"))
 
             return _convert(states.ranks, states.read, write, dp_size, num_workers, folder)
-    if not native.FORMAT.fits(path):
+    if not native.FORMAT.matches(path):
         raise errors.UsageError(
             f"{path}: neither a tag of neuronx-distributed with a folder {_FOLDER!r} nor a step.",
             path=path,

@@ -4,8 +4,8 @@ A policy is a pure function of what it is given: the history of the steps that a
 step at hand and, in a context, whatever only the outside world knows (the clock, a signal). It
 holds no state, so it decides the same after a restart as before.
 
-The policies themselves are in `save_policies` and `keep_policies`; `save_rule` and `keep_rule`
-decide by several at once.
+The policies themselves are in `save` and `keep`; `rules` decides by
+several at once.
 """
 
 from __future__ import annotations

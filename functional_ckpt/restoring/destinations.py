@@ -15,12 +15,12 @@ from functional_ckpt.core.restore_plan import plan
 from functional_ckpt.core.tree import decode, encode, memory, structure
 from functional_ckpt.runtime import device_copies
 
-__all__ = ["Place", "Sent", "place_of", "sent_of"]
+__all__ = ["HostDestination", "DeviceDestination", "host_destination", "device_destination"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
-class Place(NamedTuple):
+class HostDestination(NamedTuple):
     """Host memory for what this rank restores of an array.
 
     Attributes:
@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Sent:
+class DeviceDestination:
     """Memory on a device for an array.
 
     Attributes:
@@ -53,17 +53,17 @@ def pieces_of(read: plan.ReadArray) -> tuple[sharding.Piece, ...]:
     return (sharding.Piece(whole, whole),)
 
 
-def place_of(read: plan.ReadArray) -> Place:
+def host_destination(read: plan.ReadArray) -> HostDestination:
     """The memory for one array."""
     if read.form == "fill":
         return _fill(read.node, cast("torch.Tensor", read.like))
     if read.form == "tensor":
-        return _imitate(read.node, cast("torch.Tensor", read.like))
+        return _like(read.node, cast("torch.Tensor", read.like))
     node = read.node
     if read.form == "ndarray":
         node = dataclasses.replace(node, kind="ndarray", detail={})
     new = decode.allocate(node)
-    return Place(new.array, new.finish)
+    return HostDestination(new.array, new.finish)
 
 
 def _local_node(node: structure.ArrayNode, tensor: torch.Tensor) -> structure.ArrayNode:
@@ -74,10 +74,10 @@ def _local_node(node: structure.ArrayNode, tensor: torch.Tensor) -> structure.Ar
     return dataclasses.replace(node, kind="tensor", spec=spec, detail=detail)
 
 
-def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> Place:
+def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> HostDestination:
     local = cast("torch.Tensor", sharding.local_of(tensor))
     if _is_direct(node, local):
-        return Place(encode.host_view(local, node.spec.dtype), lambda: tensor)
+        return HostDestination(encode.host_view(local, node.spec.dtype), lambda: tensor)
     detour = decode.allocate(_local_node(node, tensor))
 
     def finish() -> torch.Tensor:
@@ -85,22 +85,22 @@ def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> Place:
             local.copy_(cast("torch.Tensor", detour.finish()))
         return tensor
 
-    return Place(detour.array, finish)
+    return HostDestination(detour.array, finish)
 
 
-def sent_of(read: plan.ReadArray) -> Sent | None:
+def device_destination(read: plan.ReadArray) -> DeviceDestination | None:
     """What is filled by sending it what is stored; None where it is not so simple."""
     if read.form not in ("fill", "tensor"):
         return None
     like = cast("torch.Tensor", read.like)
-    if not device_copies.is_streamed(like) or not memory.is_ordinary(like):
+    if not device_copies.is_streamed(like) or not memory.is_contiguous_strided(like):
         return None
     if _dtype_of(read.node) != encode.torch_dtype_name(like.dtype):
         return None
     value = like
     if read.form == "tensor":
-        value = decode.dress(torch.empty_like(like.detach()), encode.dressing(like))
-    return Sent(value.detach().view(-1).view(torch.uint8), value)
+        value = decode.apply_tensor_role(torch.empty_like(like.detach()), encode.tensor_role(like))
+    return DeviceDestination(value.detach().view(-1).view(torch.uint8), value)
 
 
 def _dtype_of(node: structure.ArrayNode) -> str:
@@ -111,7 +111,9 @@ def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
     """Whether a read can go straight into the tensor's memory."""
     if not tensor.is_cpu or _dtype_of(node) != encode.torch_dtype_name(tensor.dtype):
         return False
-    return memory.is_ordinary(tensor) or (_is_memory(tensor) and not memory.is_expanded(tensor))
+    return memory.is_contiguous_strided(tensor) or (
+        _is_memory(tensor) and not memory.is_expanded(tensor)
+    )
 
 
 def _is_memory(tensor: torch.Tensor) -> bool:
@@ -123,7 +125,7 @@ def _is_memory(tensor: torch.Tensor) -> bool:
     )
 
 
-def _imitate(node: structure.ArrayNode, like: torch.Tensor) -> Place:
+def _like(node: structure.ArrayNode, like: torch.Tensor) -> HostDestination:
     """New memory with dtype, device and sharding of `like`; for a meta tensor on the CPU."""
     new = decode.allocate(_local_node(node, like))
 
@@ -131,7 +133,9 @@ def _imitate(node: structure.ArrayNode, like: torch.Tensor) -> Place:
         local = cast("torch.Tensor", new.finish()).to(like.dtype)
         mesh = getattr(like, "device_mesh", None)
         if mesh is None:
-            return decode.dress(local, encode.dressing(like), None if like.is_meta else like.device)
+            return decode.apply_tensor_role(
+                local, encode.tensor_role(like), None if like.is_meta else like.device
+            )
         tensor = cast("Any", like).__class__.from_local(
             local.to(mesh.device_type),
             mesh,
@@ -140,6 +144,6 @@ def _imitate(node: structure.ArrayNode, like: torch.Tensor) -> Place:
             shape=like.shape,
             stride=like.stride(),
         )
-        return decode.dress(tensor, encode.dressing(like))
+        return decode.apply_tensor_role(tensor, encode.tensor_role(like))
 
-    return Place(new.array, finish)
+    return HostDestination(new.array, finish)

@@ -19,7 +19,7 @@ from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
 from functional_ckpt.handlers.base import CheckpointItem, Handler, Registry
 from functional_ckpt.restoring import read
 
-__all__ = ["Matched", "RestoreArguments", "RestoreOptions", "is_per_rank", "match_items"]
+__all__ = ["MatchedItem", "RestoreArguments", "RestoreOptions", "is_per_rank", "match_items"]
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -84,7 +84,7 @@ class RestoreArguments(TypedDict, total=False):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Matched:
+class MatchedItem:
     """One item, ready to be read.
 
     Attributes:
@@ -105,7 +105,7 @@ class Matched:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Asked:
+class _Request:
     """What a restore asks of a checkpoint."""
 
     checkpoint: OpenCheckpoint
@@ -132,7 +132,7 @@ def match_items(
     registry: Registry,
     options: RestoreOptions,
     group: Coordinator,
-) -> list[Matched]:
+) -> list[MatchedItem]:
     """Matches what is asked of a checkpoint with what it holds; nothing is read or touched.
 
     Args:
@@ -142,7 +142,7 @@ def match_items(
         options: How.
         group: The ranks; each matches its own part.
     """
-    asked = _Asked(
+    asked = _Request(
         checkpoint=checkpoint,
         options=options,
         wanted=select_lib.Selection(options.patterns, options.ignore),
@@ -160,22 +160,22 @@ def match_items(
         found = [
             _match_item(asked, name, registry.bind(value, name))
             for name, value in items.items()
-            if wanted.may_want(name)
+            if wanted.may_include(name)
         ]
-    matched = [each for each in found if each is not None and wanted.found(each.name)]
+    matched = [each for each in found if each is not None and wanted.has_match(each.name)]
     if group.num_ranks == 1 or not matched:  # another rank may have what a pattern names
         asked.check_used()
     return matched
 
 
-def _match_as_saved(asked: _Asked, name: str) -> Matched | None:
+def _match_as_saved(asked: _Request, name: str) -> MatchedItem | None:
     """An item as it was saved, or what is wanted of it; None for nothing."""
     nothing = plan.RestoreReport()
-    if not asked.wanted.may_want(name):
+    if not asked.wanted.may_include(name):
         return None
     if asked.checkpoint.items[name] == "json":
         given = plan.Given(asked.checkpoint.json(name))
-        return Matched(name=name, item=None, opened=None, binding=given, report=nothing)
+        return MatchedItem(name=name, item=None, opened=None, binding=given, report=nothing)
     opened = asked.checkpoint.tree(name)
     root = asked.root_of(opened, name)
     if root is not None:
@@ -183,7 +183,7 @@ def _match_as_saved(asked: _Asked, name: str) -> Matched | None:
     if root is None:
         return None
     binding = match(root, AS_SAVED, item=name).binding
-    return Matched(name=name, item=None, opened=opened, binding=binding, report=nothing)
+    return MatchedItem(name=name, item=None, opened=opened, binding=binding, report=nothing)
 
 
 def _root_for(opened: OpenItem, group: Coordinator) -> structure.Node:
@@ -195,7 +195,7 @@ def _root_for(opened: OpenItem, group: Coordinator) -> structure.Node:
     if is_per_rank(root) and len(root.children) != group.num_ranks:
         return dataclasses.replace(root, kind="dict")
     dropped: list[str] = []
-    root = merge_ranks.for_rank(root, group.rank, group.num_ranks, dropped)
+    root = merge_ranks.select_rank(root, group.rank, group.num_ranks, dropped)
     if dropped:
         _log.warning(
             "%s: %d plain values were saved for each of another number of ranks (%s, ...); those "
@@ -212,7 +212,7 @@ def is_per_rank(root: structure.Node) -> TypeGuard[structure.BranchNode]:
     return isinstance(root, structure.BranchNode) and root.kind == "per_rank"
 
 
-def _match_item(asked: _Asked, name: str, item: CheckpointItem) -> Matched | None:
+def _match_item(asked: _Request, name: str, item: CheckpointItem) -> MatchedItem | None:
     checkpoint, wanted, options, group = asked.checkpoint, asked.wanted, asked.options, asked.group
     kind = checkpoint.items.get(name)
     if kind is None:
@@ -225,7 +225,7 @@ def _match_item(asked: _Asked, name: str, item: CheckpointItem) -> Matched | Non
         )
     handler = item.handler
     if kind == "json":
-        if not wanted.wants_whole(name):
+        if not wanted.includes_item(name):
             return None
         if handler.format != "json" and item.value is not None and item.value is not AS_SAVED:
             raise errors.MismatchError(
@@ -238,7 +238,7 @@ def _match_item(asked: _Asked, name: str, item: CheckpointItem) -> Matched | Non
         given = plan.Given(checkpoint.json(name))
         report = plan.RestoreReport()
         bound = item if handler.format == "json" else None
-        return Matched(name=name, item=bound, opened=None, binding=given, report=report)
+        return MatchedItem(name=name, item=bound, opened=None, binding=given, report=report)
     if item.value is None or item.value is AS_SAVED:
         return _match_as_saved(asked, name)
     opened = checkpoint.tree(name)
@@ -255,7 +255,7 @@ def _match_item(asked: _Asked, name: str, item: CheckpointItem) -> Matched | Non
             target = handler.target(item.value, select.specs(root), strict=options.strict)
     except errors.MismatchError as error:
         if group.num_ranks == 1 or error.missing or error.mismatched or not error.unexpected:
-            return _refused(name, item, error)
+            return _mismatched(name, item, error)
         # Another rank may have a place for these.
         unexpected = tuple(error.unexpected)
         target = handler.target(item.value, select.specs(root), strict=False)
@@ -266,7 +266,7 @@ def _match_item(asked: _Asked, name: str, item: CheckpointItem) -> Matched | Non
         cast_to_target=options.cast == "target",
         selects=lambda leaf: selects(leaf) and handler.selects(leaf),
     )
-    return Matched(
+    return MatchedItem(
         name=name,
         item=item,
         opened=opened,
@@ -291,7 +291,7 @@ def _check_resizable(name: str, root: structure.Node, handler: Handler, group: C
         handler.resize([None] * num_saved, group.rank, group.num_ranks)
 
 
-def _refused(name: str, item: CheckpointItem, error: errors.MismatchError) -> Matched:
+def _mismatched(name: str, item: CheckpointItem, error: errors.MismatchError) -> MatchedItem:
     """A mismatch that the handler found: reported with the others, and the item left alone."""
     mismatched = error.mismatched
     if not (error.missing or error.unexpected or error.mismatched):
@@ -300,4 +300,4 @@ def _refused(name: str, item: CheckpointItem, error: errors.MismatchError) -> Ma
         missing=error.missing, unexpected=error.unexpected, mismatched=mismatched
     )
     given = plan.Given(item.value)
-    return Matched(name=name, item=None, opened=None, binding=given, report=report)
+    return MatchedItem(name=name, item=None, opened=None, binding=given, report=report)

@@ -40,7 +40,7 @@ def read_all(
     bound: Sequence[tuple[OpenItem, plan.Binding]],
     *,
     verify: Verify,
-    touched: Touched,
+    touched: TargetState,
     sharing: Coordinator | None = None,
 ) -> list[Any]:
     """Reads everything that the bindings name and builds their values.
@@ -53,24 +53,24 @@ def read_all(
         sharing: The ranks that read for each other, if they do.
     """
     fence.wait_for_all()  # what is read may go where another save is still copying from
-    with threads.without_collecting():
-        jobs = [_Jobs(item, binding, touched) for item, binding in bound]
+    with threads.gc_paused():
+        jobs = [_ItemRead(item, binding, touched) for item, binding in bound]
     if verify == "before":
         threads.run_in_threads([task for job in jobs for task in job.verification()])
     verified = verify == "during"
     with contextlib.ExitStack() as files:
         fetches: list[Callable[[], None]] = []
-        bounce = device_copies.Bounce()
+        bounce = device_copies.PinnedBuffers()
         files.callback(bounce.close)
         if sharing is None:
             for job in jobs:
                 fetches += job.fetch(files, bounce, verified=verified)
-        with threads.without_collecting():
+        with threads.gc_paused():
             tasks = [task for job in jobs for task in job.tasks(verified=verified)]
         if sharing is not None:
             tasks = _without_shared(tasks, sharing)
         threads.run_in_threads([*fetches, *_batches(tasks)])
-    with threads.without_collecting():
+    with threads.gc_paused():
         return [job.assemble() for job in jobs]
 
 
@@ -88,7 +88,7 @@ class _Task:
     run: Callable[[], None]
     request: Callable[[], None] | None = None
     size_bytes: int = 0
-    chunk: tuple[shared_read.Wanted, tuple[int, ...]] | None = None
+    chunk: tuple[shared_read.SharedRequest, tuple[int, ...]] | None = None
 
 
 def _without_shared(tasks: Sequence[_Task], group: Coordinator) -> list[_Task]:
@@ -125,7 +125,7 @@ def _run_batch(tasks: Sequence[_Task]) -> None:
 
 
 @dataclasses.dataclass(slots=True)
-class Touched:
+class TargetState:
     """Whether a restore has begun to write into the caller's objects."""
 
     value: bool = False
@@ -134,21 +134,25 @@ class Touched:
 _counting = threading.Lock()  # one for all: a lock for each of ten thousands of arrays costs more
 
 
-class _Job:
+class _ArrayRead:
     """One array on its way into memory; its chunks may arrive on several threads."""
 
     __slots__ = ("_num_parts", "_place", "_touched", "binding", "item", "value")
 
-    def __init__(self, item: OpenItem, binding: plan.ReadArray, touched: Touched) -> None:
+    def __init__(self, item: OpenItem, binding: plan.ReadArray, touched: TargetState) -> None:
         self.item = item
         self.binding = binding
         self.value: Any = None
         self._touched = touched
-        self._place: destinations.Place | None = None
+        self._place: destinations.HostDestination | None = None
         self._num_parts = 1
 
-    def take(
-        self, fetcher: read_direct.Fetcher, bounce: device_copies.Bounce, *, verified: bool
+    def accept(
+        self,
+        fetcher: read_direct.DirectReader,
+        bounce: device_copies.PinnedBuffers,
+        *,
+        verified: bool,
     ) -> bool:
         """Has all of the array read with many others at once, where that is possible."""
         node, record = self.binding.node, self.item.record
@@ -157,14 +161,14 @@ class _Job:
             return False
         if not (memory.is_plain(like) or sharding.sharding_of(like) is None):
             return False
-        sent = destinations.sent_of(self.binding)
+        sent = destinations.device_destination(self.binding)
         if sent is not None:
             bounce.prepare(sent.target.device)
         else:
-            self._place = destinations.place_of(self.binding)
+            self._place = destinations.host_destination(self.binding)
         array = record.arrays[node.stored_name]
-        return fetcher.take(
-            read_direct.Wanted(
+        return fetcher.add(
+            read_direct.ReadRequest(
                 name=node.stored_name,
                 spec=node.spec,
                 chunk_shape=array.chunk_shape,
@@ -189,11 +193,11 @@ class _Job:
                 digests=record.digests if verified else None,
                 box=piece.box,
             )
-            wanted = shared_read.Wanted(
+            wanted = shared_read.SharedRequest(
                 item=self.item.name,
                 database=self.item.database,
                 read=read,
-                deliver=functools.partial(self._take_part, piece),
+                deliver=functools.partial(self._accept_part, piece),
             )
             tasks += [
                 _Task(
@@ -216,7 +220,7 @@ class _Job:
         read_tensorstore.read_part(self.item.database, read, index, destination)
         self._count_part()
 
-    def _take_part(self, piece: sharding.Piece, box: Box, values: Any) -> None:
+    def _accept_part(self, piece: sharding.Piece, box: Box, values: Any) -> None:
         """A part that another rank may have read."""
         local = self._open().array[piece.local.slices()]
         local[box.relative_to(piece.box.offset).slices()] = values
@@ -245,15 +249,15 @@ class _Job:
                 )
         self._finish()
 
-    def _open(self) -> destinations.Place:
+    def _open(self) -> destinations.HostDestination:
         with _counting:
             if self._place is None:
-                self._place = destinations.place_of(self.binding)
+                self._place = destinations.host_destination(self.binding)
             if self.binding.form == "fill":
                 self._touched.value = True
             return self._place
 
-    def _finish_sent(self, sent: destinations.Sent) -> None:
+    def _finish_sent(self, sent: destinations.DeviceDestination) -> None:
         self.value = sent.value
 
     def _finish(self) -> None:
@@ -262,37 +266,37 @@ class _Job:
         self._place = None
 
 
-class _Jobs:
+class _ItemRead:
     """Every array of one item, each read once however many leaves are tied to it."""
 
-    def __init__(self, item: OpenItem, binding: plan.Binding, touched: Touched) -> None:
+    def __init__(self, item: OpenItem, binding: plan.Binding, touched: TargetState) -> None:
         self.item = item
         self.binding = binding
         self._touched = touched
         self._fetched: set[int] = set()
-        self._jobs: dict[Any, _Job] = {}
-        self._of: dict[int, _Job] = {}
+        self._jobs: dict[Any, _ArrayRead] = {}
+        self._of: dict[int, _ArrayRead] = {}
         reads = list(_reads(binding))
         times = collections.Counter(read.node.stored_name for read in reads)
         for read in reads:
             name = read.node.stored_name
             key = (name,) if times[name] == 1 else (name, *_sharing(read))
-            job = self._jobs.setdefault(key, _Job(item, read, touched))
+            job = self._jobs.setdefault(key, _ArrayRead(item, read, touched))
             self._of[id(read)] = job
 
     def fetch(
-        self, files: contextlib.ExitStack, bounce: device_copies.Bounce, *, verified: bool
+        self, files: contextlib.ExitStack, bounce: device_copies.PinnedBuffers, *, verified: bool
     ) -> list[Callable[[], None]]:
         """Tasks that read all that can be read with much else at once; `tasks` reads the rest."""
         storage = self.item.storage
         if self.item.record is None or not self._jobs or not isinstance(storage, LocalStorage):
             return []
         database = self.item.database  # the one that is there must open in any case
-        with threads.without_collecting():
-            fetcher = read_direct.Fetcher(storage, self.item.path)
+        with threads.gc_paused():
+            fetcher = read_direct.DirectReader(storage, self.item.path)
             files.callback(fetcher.close)
             jobs = self._jobs.values()
-            taken = [job for job in jobs if job.take(fetcher, bounce, verified=verified)]
+            taken = [job for job in jobs if job.accept(fetcher, bounce, verified=verified)]
             tasks = fetcher.tasks()
         database.count(fetcher.size_bytes)
         self._fetched = {id(job) for job in taken}
@@ -326,17 +330,19 @@ class _Jobs:
         job = self._of[id(binding)]
         if binding.form == "as_saved" and binding.node.detail != job.binding.node.detail:
             # tied, but one is a Parameter and the other its plain view
-            return decode.dress(cast("torch.Tensor", job.value).detach(), binding.node.detail)
+            return decode.apply_tensor_role(
+                cast("torch.Tensor", job.value).detach(), binding.node.detail
+            )
         return job.value
 
 
 def _build(binding: plan.Build, children: Sequence[Any]) -> Any:
-    value = flatten.close_container(binding.node, children, binding.like)
+    value = flatten.unflatten_one_level(binding.node, children, binding.like)
     if binding.into is not None:
         with torch.no_grad():
             return binding.into.copy_(value)
     if isinstance(binding.like, torch.Tensor) and isinstance(value, torch.Tensor):
-        return decode.dress(value, {}, binding.like.device)
+        return decode.apply_tensor_role(value, {}, binding.like.device)
     return value
 
 
@@ -353,10 +359,10 @@ def _reads(binding: plan.Binding) -> Iterator[plan.ReadArray]:
 def _sharing(read: plan.ReadArray) -> tuple[object, ...]:
     """Leaves tied in the checkpoint share a read when they end in the same kind of memory."""
     if read.form == "fill":
-        return ("fill", id(read.like), memory.identity(read.like))
+        return ("fill", id(read.like), memory.storage_key(read.like))
     if read.form == "tensor":
         like = cast("torch.Tensor", read.like)
         is_parameter = isinstance(like, torch.nn.Parameter)
-        tied = memory.identity(like) if not like.is_meta else None
+        tied = memory.storage_key(like) if not like.is_meta else None
         return ("tensor", like.dtype, str(like.device), is_parameter, tied)
     return (read.form,)

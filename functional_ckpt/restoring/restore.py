@@ -16,7 +16,7 @@ from functional_ckpt.format.checkpoint_dir import OpenCheckpoint
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import read
-from functional_ckpt.restoring.match import Matched, RestoreOptions, is_per_rank, match_items
+from functional_ckpt.restoring.match import MatchedItem, RestoreOptions, is_per_rank, match_items
 from functional_ckpt.runtime import threads
 
 __all__ = ["RestoreOptions", "Restored", "restore_checkpoint"]
@@ -55,7 +55,7 @@ class Restored(Mapping[str, Any]):
         """The step to go on with: the one after `step`, or 0 where nothing was restored."""
         return 0 if self.step is None else self.step + 1
 
-    def over(self, others: Mapping[str, Any]) -> Restored:
+    def with_defaults(self, others: Mapping[str, Any]) -> Restored:
         """The same, with the values of `others` where nothing of a name was restored."""
         return Restored(
             {**others, **self._items},
@@ -98,7 +98,7 @@ def restore_checkpoint(
     """
     group = coordinator or SingleProcess()
     with _together(group, "matching the checkpoint with the target", _is_asked_of_all) as round_:
-        with threads.without_collecting():
+        with threads.gc_paused():
             checkpoint = open_checkpoint()
             matched = match_items(checkpoint, items, registry, options, group)
         reports = {each.name: each.report for each in matched}
@@ -110,7 +110,7 @@ def restore_checkpoint(
         plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
     with _together(group, "reading the checkpoint"):
         values = _read(checkpoint, matched, options, group)
-        with threads.without_collecting():
+        with threads.gc_paused():
             lifted = {
                 each.name: _lift(each, value, group)
                 for each, value in zip(matched, values, strict=True)
@@ -140,9 +140,9 @@ def _together(group: Coordinator, what: str, combine: Combine = lambda _: b"") -
     try:
         yield round_
     except Exception as error:
-        group.exchange(what, error, combine)
+        group.gather_broadcast(what, error, combine)
         raise
-    round_.outcome = group.exchange(what, round_.value, combine)
+    round_.outcome = group.gather_broadcast(what, round_.value, combine)
 
 
 def _is_asked_of_all(values: Sequence[bytes]) -> bytes:
@@ -163,7 +163,7 @@ def _unexpected_by_all(
     if may_be:
         own = json.dumps({name: report.unexpected for name, report in reports.items()})
         what = "which leaves no rank expects"
-        common = json.loads(zlib.decompress(group.exchange(what, _packed(own), _intersect)))
+        common = json.loads(zlib.decompress(group.gather_broadcast(what, _packed(own), _intersect)))
     return {
         name: dataclasses.replace(report, unexpected=tuple(common.get(name, ())))
         for name, report in reports.items()
@@ -185,7 +185,7 @@ def _packed(text: str) -> bytes:
     return zlib.compress(text.encode(), 1)
 
 
-def _lift(matched: Matched, value: Any, group: Coordinator) -> Any:
+def _lift(matched: MatchedItem, value: Any, group: Coordinator) -> Any:
     if matched.item is None:
         return value
     handler = matched.item.handler
@@ -199,11 +199,11 @@ def _lift(matched: Matched, value: Any, group: Coordinator) -> Any:
 
 def _read(
     checkpoint: OpenCheckpoint,
-    matched: Sequence[Matched],
+    matched: Sequence[MatchedItem],
     options: RestoreOptions,
     group: Coordinator,
 ) -> list[Any]:
-    touched = read.Touched()
+    touched = read.TargetState()
     sharing = group if options.share_reads and group.num_ranks > 1 else None
     trees = [(each.opened, each.binding) for each in matched if each.opened is not None]
     try:

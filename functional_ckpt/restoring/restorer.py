@@ -20,13 +20,13 @@ from functional_ckpt.restoring.match import RestoreOptions
 from functional_ckpt.steps import decide
 from functional_ckpt.steps.directory import Steps
 
-__all__ = ["Resumer", "as_step", "begin_with"]
+__all__ = ["Restorer", "check_step", "initial_values"]
 
 _log = logging.getLogger("functional_ckpt")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Resumer:
+class Restorer:
     """Restores the steps of one run, on every rank.
 
     Attributes:
@@ -39,7 +39,7 @@ class Resumer:
     steps: Steps
     registry: Registry
     coordinator: Coordinator
-    decider: decide.Decider
+    decider: decide.SaveDecider
 
     def restore(
         self, step: int | None, items: Mapping[str, Any] | None, options: RestoreOptions
@@ -56,14 +56,16 @@ class Resumer:
                 f"initial must be a mapping of names to values; got {type(initial).__name__}."
             )
         what = "whether there is a step to go on from"
-        found = self.coordinator.exchange(what, b"%d" % len(self.steps.all()), lambda v: v[0])
+        found = self.coordinator.gather_broadcast(
+            what, b"%d" % len(self.steps.all()), lambda v: v[0]
+        )
         if found != b"0":
             number = self._agree(None)
             self._tell("going on from step %d, the latest of %d", number, int(found))
             return self._restore(number, initial, options)
         self._tell("no step yet: beginning with the initial values")
         self._warn_of_others()
-        return begin_with(initial)
+        return initial_values(initial)
 
     def _tell(self, text: str, *values: object) -> None:
         if self.coordinator.rank == 0:
@@ -90,7 +92,7 @@ class Resumer:
         self, step: int, items: Mapping[str, Any] | None, options: RestoreOptions
     ) -> restore_lib.Restored:
         """From the nearest tier that holds it; from the next where that one cannot be read."""
-        *nearer, last = self.steps.holders(step)
+        *nearer, last = self.steps.tiers_with(step)
         failures = (errors.CorruptCheckpointError, errors.StorageError, errors.CoordinationError)
         for holder in nearer:
             try:
@@ -119,14 +121,14 @@ class Resumer:
                     path=path,
                 ) from error
             raise
-        self.decider.restored(step, restored.progress)
+        self.decider.mark_resumed(step, restored.progress)
         return restored
 
     def _agree(self, step: int | None) -> int:
         """The step that every rank restores; all ranks raise when one cannot, or means another."""
         value: bytes | BaseException
         try:
-            number = self.steps.latest() if step is None else self.steps.existing(as_step(step))
+            number = self.steps.latest() if step is None else self.steps.existing(check_step(step))
             value = b"%d" % number
         except errors.CheckpointError as error:
             value = error
@@ -143,10 +145,10 @@ class Resumer:
                     )
             return values[0]
 
-        return int(self.coordinator.exchange("which step to restore", value, combine))
+        return int(self.coordinator.gather_broadcast("which step to restore", value, combine))
 
 
-def begin_with(initial: Mapping[str, Any]) -> restore_lib.Restored:
+def initial_values(initial: Mapping[str, Any]) -> restore_lib.Restored:
     """What a run begins with where nothing is restored: the values that it was given."""
     values = {
         name: value.value if isinstance(value, CheckpointItem) else value
@@ -162,7 +164,7 @@ def begin_with(initial: Mapping[str, Any]) -> restore_lib.Restored:
     )
 
 
-def as_step(step: Any) -> int:
+def check_step(step: Any) -> int:
     """The number of a step, once it is known to be one."""
     try:
         number = operator.index(step)

@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from functional_ckpt.core.arrays.chunks import ChunkGrid
-from functional_ckpt.core.arrays.read_plan import SharedChunk, StoredArray, Want, plan_sharing
+from functional_ckpt.core.arrays.read_plan import Region, SharedChunk, StoredArray, plan_sharing
 from functional_ckpt.core.arrays.spec import ArraySpec, Box, numpy_dtype
 from functional_ckpt.distributed.coordinator import Bytes, Coordinator
 from functional_ckpt.format import read_tensorstore
 from functional_ckpt.format.database import Database
 from functional_ckpt.runtime import threads
 
-__all__ = ["Wanted", "read_shared"]
+__all__ = ["SharedRequest", "read_shared"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -28,7 +28,7 @@ _ROUND_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class SharedRequest:
     """A region that this rank restores.
 
     Attributes:
@@ -44,12 +44,14 @@ class Wanted:
     deliver: Callable[[Box, Array], None]
 
     @property
-    def want(self) -> Want:
+    def want(self) -> Region:
         """As the plan knows it."""
-        return Want(f"{self.item}/{self.read.name}", self.read.box)
+        return Region(f"{self.item}/{self.read.name}", self.read.box)
 
 
-def read_shared(group: Coordinator, wanted: Sequence[Wanted]) -> set[tuple[int, tuple[int, ...]]]:
+def read_shared(
+    group: Coordinator, wanted: Sequence[SharedRequest]
+) -> set[tuple[int, tuple[int, ...]]]:
     """Reads and delivers what ranks share; every rank calls it.
 
     Each round ends in a word between the ranks, so that a failure on one is an error on all.
@@ -70,7 +72,7 @@ def read_shared(group: Coordinator, wanted: Sequence[Wanted]) -> set[tuple[int, 
         for number, chunks in enumerate(rounds):
             own = [chunk for chunk in chunks if chunk.reader == group.rank]
             outgoing = _read_round(group, own, sources, f"{number + 1} of {len(rounds)}")
-            incoming = channel.trade(outgoing, _incoming_bytes(chunks, arrays, group))
+            incoming = channel.all_to_all(outgoing, _incoming_bytes(chunks, arrays, group))
             _deliver(chunks, incoming, wanted, group.rank)
     finally:
         channel.close()
@@ -84,8 +86,8 @@ def read_shared(group: Coordinator, wanted: Sequence[Wanted]) -> set[tuple[int, 
 
 
 def _exchange_wants(
-    group: Coordinator, wanted: Sequence[Wanted]
-) -> tuple[Mapping[str, StoredArray], list[list[Want]]]:
+    group: Coordinator, wanted: Sequence[SharedRequest]
+) -> tuple[Mapping[str, StoredArray], list[list[Region]]]:
     """What every rank wants, and the arrays that it is of."""
     arrays = {
         each.want.array: (each.read.spec.shape, each.read.spec.dtype, each.read.grid.chunk_shape)
@@ -99,19 +101,22 @@ def _exchange_wants(
         every = {name: array for arrays, _ in told for name, array in arrays.items()}
         return zlib.compress(json.dumps([every, [wants for _, wants in told]]).encode(), 1)
 
-    found, wants = json.loads(zlib.decompress(group.exchange("who reads what", packed, unite)))
+    found, wants = json.loads(
+        zlib.decompress(group.gather_broadcast("who reads what", packed, unite))
+    )
     return {
         name: StoredArray(
             spec=ArraySpec(tuple(shape), dtype), grid=ChunkGrid(tuple(shape), tuple(chunk_shape))
         )
         for name, (shape, dtype, chunk_shape) in found.items()
     }, [
-        [Want(name, Box(tuple(offset), tuple(shape))) for name, offset, shape in of] for of in wants
+        [Region(name, Box(tuple(offset), tuple(shape))) for name, offset, shape in of]
+        for of in wants
     ]
 
 
 def _read_round(
-    group: Coordinator, own: Sequence[SharedChunk], sources: Mapping[str, Wanted], which: str
+    group: Coordinator, own: Sequence[SharedChunk], sources: Mapping[str, SharedRequest], which: str
 ) -> list[Bytes]:
     """Reads this rank's chunks of a round; what each rank gets of them."""
     chunks: list[Array] = [np.empty(0)] * len(own)
@@ -130,7 +135,7 @@ def _read_round(
         threads.run_in_threads([functools.partial(read, place) for place in range(len(own))])
     except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before it is raised here
         value = error
-    group.exchange(f"reading what ranks share, {which}", value, lambda _: b"")
+    group.gather_broadcast(f"reading what ranks share, {which}", value, lambda _: b"")
     outgoing: list[list[Array]] = [[np.empty(0, np.uint8)] for _ in range(group.num_ranks)]
     for chunk, whole in zip(own, chunks, strict=True):
         offset = sources[chunk.array].read.grid.box(chunk.index).offset
@@ -153,7 +158,10 @@ def _incoming_bytes(
 
 
 def _deliver(
-    chunks: Sequence[SharedChunk], incoming: Sequence[Bytes], wanted: Sequence[Wanted], rank: int
+    chunks: Sequence[SharedChunk],
+    incoming: Sequence[Bytes],
+    wanted: Sequence[SharedRequest],
+    rank: int,
 ) -> None:
     """Takes apart what came, in the order in which the readers put it together."""
     begun = [0] * len(incoming)

@@ -24,8 +24,8 @@ from functional_ckpt import errors
 from functional_ckpt.runtime import host_memory
 
 __all__ = [
-    "Bounce",
-    "SideStreams",
+    "PinnedBuffers",
+    "CopyStreams",
     "Transfers",
     "check_not_capturing",
     "is_streamed",
@@ -52,7 +52,7 @@ def module_of(device: torch.device) -> Any:
 # ------------------------------------------------------------------------------------ from a device
 
 
-class SideStreams:
+class CopyStreams:
     """One stream for each device, made when it is first needed and then kept."""
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class Transfers:
                 end.record(stream)
                 self._ends[device] = end
 
-    def hold_back(self) -> None:
+    def make_stream_wait(self) -> None:
         """What the calling thread enqueues from now on runs after the copies; the host goes on.
 
         Nothing that is being captured into a graph runs now, nor may it wait for what is not in
@@ -156,7 +156,7 @@ class _Slot:
             self.sent = None
 
 
-class Bounce:
+class PinnedBuffers:
     """A few pieces of host memory through which any number of bytes goes to devices.
 
     Close it before anyone uses what was sent.

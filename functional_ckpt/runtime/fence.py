@@ -157,7 +157,7 @@ class PendingCopy:
             return
         self._is_enqueued.wait()
         self._names_of_changed()
-        self._transfers.hold_back()
+        self._transfers.make_stream_wait()
 
     @property
     def is_done(self) -> bool:
@@ -175,7 +175,7 @@ class Fence:
         _fences.add(self)
         _install()
 
-    def raise_for(self, pending: PendingCopy, loadable: Iterable[Any]) -> None:
+    def arm(self, pending: PendingCopy, loadable: Iterable[Any]) -> None:
         """From now on, changes wait for this copy.
 
         Args:
@@ -203,7 +203,7 @@ class Fence:
         elif pending.concerns(optimizer):
             pending.wait_to_step()
 
-    def lower(self) -> None:
+    def disarm(self) -> None:
         """Holds nothing up any more, and takes its hooks back."""
         self.wait()
         self._pending = None

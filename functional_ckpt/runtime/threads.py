@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 
-__all__ = ["WriteBehind", "num_spare_cores", "run_in_threads", "without_collecting"]
+__all__ = ["BackgroundWriter", "num_spare_cores", "run_in_threads", "gc_paused"]
 
 _NUM_THREADS = 2
 
@@ -59,7 +59,7 @@ def run_in_threads(tasks: Sequence[Callable[[], None]], num_threads: int = _NUM_
         raise failures[0]
 
 
-class WriteBehind:
+class BackgroundWriter:
     """Makes calls in a thread of its own, one after the other, while the caller goes on.
 
     Use it from one thread, and close it.
@@ -123,7 +123,7 @@ _was_enabled = False
 
 
 @contextlib.contextmanager
-def without_collecting() -> Generator[None]:
+def gc_paused() -> Generator[None]:
     """Lets Python's cycle collector rest while records are made by ten thousands.
 
     None of them is garbage, and each time it looked through every object of the program for some:

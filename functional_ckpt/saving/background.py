@@ -15,7 +15,7 @@ from concurrent import futures
 
 from functional_ckpt import errors
 
-__all__ = ["Commit", "Committer"]
+__all__ = ["Commit", "CommitThread"]
 
 
 class Commit:
@@ -64,7 +64,7 @@ class Commit:
         return f"<Commit of step {self.step}: {state}>"
 
 
-class Committer:
+class CommitThread:
     """Runs one commit at a time and remembers an error until it was told."""
 
     def __init__(self) -> None:

@@ -29,12 +29,12 @@ from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.uploads import Uploads
 from functional_ckpt.storage import commit
 
-__all__ = ["StepWriter"]
+__all__ = ["StepCommitter"]
 
 _log = logging.getLogger("functional_ckpt")
 
 
-class StepWriter:
+class StepCommitter:
     """Commits staged steps, on every rank.
 
     Args:
@@ -84,27 +84,27 @@ class StepWriter:
             try:
                 pending.run()
             except Exception as error:
-                self.give_up(step, error)
+                self.abort(step, error)
                 raise
         lowered = [item.lowered for item in items]
         finish = functools.partial(self._finish, lowered, info)
-        outcome = json.loads(self._write_with_room(step, items, info, finish))
+        outcome = json.loads(self._write_or_free_space(step, items, info, finish))
         when = history.commit_time(outcome["commit_time_ns"])
         committed = StepInfo(step=step, time=when, metrics=info.metrics, progress=info.progress)
         self._steps.remember(committed)
         if self._coordinator.rank == 0:
             _log.info("step %d committed", step)
             seconds = (outcome["commit_time_ns"] - info.init_time_ns) / 1e9
-            self._steps.tell("committed", step, seconds=seconds)
-        is_more_to_do = self._keep_policies or self._steps.latest_link or self._steps.further
+            self._steps.emit("committed", step, seconds=seconds)
+        is_more_to_do = self._keep_policies or self._steps.latest_link or self._steps.remote
         if is_more_to_do or outcome["replaced"] is not None:
             self._clean_up(committed, outcome["replaced"])
 
-    def give_up(self, step: int, error: BaseException) -> None:
+    def abort(self, step: int, error: BaseException) -> None:
         """Instead of `commit`, where staging failed: tells the other ranks and raises."""
-        self._coordinator.exchange(f"beginning step {step}", error, b"".join)
+        self._coordinator.gather_broadcast(f"beginning step {step}", error, b"".join)
 
-    def _write_with_room(
+    def _write_or_free_space(
         self,
         step: int,
         items: Sequence[stage.StagedItem],
@@ -115,24 +115,24 @@ class StepWriter:
         try:
             return self._write_shards(step, items, info, finish)
         except errors.CheckpointError as error:
-            if not self._steps.further or isinstance(error, errors.CoordinationTimeoutError):
+            if not self._steps.remote or isinstance(error, errors.CoordinationTimeoutError):
                 raise
             # Live memory, which a bounded save writes from, may have changed by now.
-            is_fixed = not any(item.is_awaited for item in items)
+            is_fixed = not any(item.blocks_caller for item in items)
             state = b"live" if not is_fixed else b"full" if _is_full(error) else b""
             what = f"making room for step {step}"
-            removed = json.loads(self._coordinator.exchange(what, state, self._make_room))
+            removed = json.loads(self._coordinator.gather_broadcast(what, state, self._free_space))
             self._steps.forget(removed)
             if not removed:
                 raise
         return self._write_shards(step, items, info, finish)
 
-    def _make_room(self, states: Sequence[bytes]) -> bytes:
+    def _free_space(self, states: Sequence[bytes]) -> bytes:
         """On the primary: removes the steps that further tiers hold, if a rank's disk is full."""
         if self.uploads is None or b"full" not in states or b"live" in states:
             return b"[]"
         held = self.uploads.held_elsewhere()
-        with self.uploads.still() as promised:
+        with self.uploads.exclusive() as promised:
             steps = [step for step in held if step not in promised]
             for step in steps:
                 self._steps.prune(step)
@@ -148,15 +148,17 @@ class StepWriter:
     ) -> bytes:
         group = self._coordinator
         begin = functools.partial(self._begin, step, [item.lowered for item in items], info)
-        begun = json.loads(group.exchange(f"beginning step {step}", b"", lambda _: begin()))
+        begun = json.loads(group.gather_broadcast(f"beginning step {step}", b"", lambda _: begin()))
         tmp = os.path.join(self._steps.root, begun["directory"])
         reports: dict[int, write.RankReport] = {}
         value: bytes | BaseException = b""
         try:
             if group.rank:
-                commit.check_shared(self._storage, commit.temporary(commit.final(tmp)), group.rank)
+                commit.check_visible(
+                    self._storage, commit.tmp_path(commit.final_path(tmp)), group.rank
+                )
             started = time.monotonic()
-            is_awaited = any(item.is_awaited for item in items)
+            is_awaited = any(item.blocks_caller for item in items)
             reports[group.rank] = write.write(
                 self._storage,
                 tmp,
@@ -168,7 +170,7 @@ class StepWriter:
             )
             num_bytes = sum(item.num_bytes for item in items)
             seconds = time.monotonic() - started
-            self._steps.tell("written", step, seconds=seconds, num_bytes=num_bytes)
+            self._steps.emit("written", step, seconds=seconds, num_bytes=num_bytes)
             if group.rank:
                 write.write_report(self._storage, tmp, group.rank, reports[group.rank])
         except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before it is raised here
@@ -182,7 +184,7 @@ class StepWriter:
             return finish(tmp, [reports[rank] for rank in range(group.num_ranks)])
 
         try:
-            return group.exchange(f"writing step {step}", value, combine)
+            return group.gather_broadcast(f"writing step {step}", value, combine)
         except BaseException:
             if group.rank == 0:
                 commit.abandon(self._storage, tmp)
@@ -195,8 +197,8 @@ class StepWriter:
 
         The directory's name is the primary's: ranks may count their time differently.
         """
-        commit.settle(self._storage, self._steps.root, self._steps.hidden)
-        tmp = commit.begin(self._storage, self._steps.new_path(step, info.progress))
+        commit.finish_overwrite(self._storage, self._steps.root, self._steps.hidden)
+        tmp = commit.create_tmp(self._storage, self._steps.new_path(step, info.progress))
         is_shared = self._coordinator.num_ranks > 1
         digests = {
             item.name: write.root_digest(item.root)
@@ -214,10 +216,10 @@ class StepWriter:
     ) -> bytes:
         """On the primary: completes and publishes; the step counts once this returns."""
         commit_time_ns = time.time_ns()
-        finalize.complete(self._storage, tmp, items, reports, info, commit_time_ns)
+        finalize.finalize(self._storage, tmp, items, reports, info, commit_time_ns)
         hidden = self._steps.hidden
         replaced = commit.publish(
-            self._storage, tmp, commit.final(tmp), hidden, overwrite=self._overwrite
+            self._storage, tmp, commit.final_path(tmp), hidden, overwrite=self._overwrite
         )
         return json.dumps({"commit_time_ns": commit_time_ns, "replaced": replaced}).encode()
 
@@ -226,7 +228,7 @@ class StepWriter:
         step = info.step
 
         def on_primary(_: Sequence[bytes]) -> bytes:
-            self._steps.point_latest()
+            self._steps.update_latest_link()
             if self.uploads is not None:
                 self.uploads.committed(info)
             if replaced is not None:
@@ -235,7 +237,9 @@ class StepWriter:
             return json.dumps(self._prune()).encode()
 
         try:
-            pruned = self._coordinator.exchange(f"cleaning up after step {step}", b"", on_primary)
+            pruned = self._coordinator.gather_broadcast(
+                f"cleaning up after step {step}", b"", on_primary
+            )
         except Exception as error:
             raise errors.SaveError(
                 f"Step {step} was committed, but cleaning up after it failed: {error}",
@@ -251,7 +255,7 @@ class StepWriter:
         known = self._steps.with_late_metrics()
         context = KeepContext(now=datetime.datetime.now(datetime.UTC))
         steps = rules.steps_to_prune(self._keep_policies, known, context=context)
-        alone = contextlib.nullcontext(()) if self.uploads is None else self.uploads.still()
+        alone = contextlib.nullcontext(()) if self.uploads is None else self.uploads.exclusive()
         with alone as promised:
             steps = [step for step in steps if step not in promised]
             for step in steps:

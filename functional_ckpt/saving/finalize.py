@@ -25,7 +25,7 @@ from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 
-__all__ = ["CheckpointInfo", "complete"]
+__all__ = ["CheckpointInfo", "finalize"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class CheckpointInfo:
     custom_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
 
-def complete(
+def finalize(
     storage: Storage,
     directory: str,
     items: Sequence[LoweredItem],
@@ -75,8 +75,8 @@ def complete(
             file = f"{item.name}/{JSON_FILE}"
             files[file] = _write(storage, directory, file, item.text)
         elif item.root is not None:
-            with threads.without_collecting():
-                text = _complete_tree(storage, path, item, item.root, reports).to_json()
+            with threads.gc_paused():
+                text = _finalize_item(storage, path, item, item.root, reports).to_json()
             file = f"{item.name}/{records.EXTENSION_FILE}"
             files[file] = _write(storage, directory, file, text)
     if info.metrics is not None:
@@ -107,7 +107,7 @@ def _write(storage: Storage, path: str, name: str, data: bytes) -> records.FileR
     return records.FileRecord(len(data), records.digest_hex(data))
 
 
-def _complete_tree(
+def _finalize_item(
     storage: Storage,
     path: str,
     item: LoweredItem,
@@ -116,7 +116,7 @@ def _complete_tree(
 ) -> records.ItemRecord:
     """Makes one tree item whole but for its record, which is returned."""
     parts = [(rank, report.roots.get(item.name, root)) for rank, report in enumerate(reports)]
-    united = merge_ranks.unite(parts, item=item.name)
+    united = merge_ranks.merge_ranks(parts, item=item.name)
     if item.per_rank and isinstance(united, structure.BranchNode):
         united = dataclasses.replace(united, kind="per_rank")
     joined = write_tensorstore.join_digests([report.digests[item.name] for report in reports])
@@ -225,6 +225,6 @@ def _describe(
 ) -> dict[str, records.FileRecord]:
     """What every file of an item must be; what is not known yet is read back."""
     return {
-        name: known.get(name) or storage.describe(os.path.join(path, name))
+        name: known.get(name) or storage.checksum(os.path.join(path, name))
         for name in storage.walk(path)
     }

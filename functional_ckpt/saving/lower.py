@@ -100,7 +100,7 @@ def lower(
         )
     device_copies.check_not_capturing()
     bound = {check_item_name(name): registry.bind(value, name) for name, value in items.items()}
-    with threads.without_collecting():
+    with threads.gc_paused():
         return tuple(_lower_item(name, item, rank, ranks) for name, item in bound.items())
 
 
@@ -149,7 +149,11 @@ def _sharding(value: object, ranks: tuple[int, ...]) -> sharding_lib.Sharding | 
     if sharding is None:
         return None
     is_world = ranks == tuple(range(len(ranks)))
-    return sharding if is_world and max(sharding.ranks) < len(ranks) else sharding.renumbered(ranks)
+    return (
+        sharding
+        if is_world and max(sharding.ranks) < len(ranks)
+        else sharding.to_group_ranks(ranks)
+    )
 
 
 def to_json(value: Any, what: str) -> bytes:

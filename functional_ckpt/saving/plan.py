@@ -22,7 +22,7 @@ from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.runtime import threads
 from functional_ckpt.saving.lower import LoweredItem, Source
 
-__all__ = ["ItemPlan", "Planner", "SavePlan"]
+__all__ = ["ItemPlan", "SavePlanner", "SavePlan"]
 
 Shardings: TypeAlias = "dict[str, Sharding]"
 """`item/leaf` -> which ranks hold what of the leaf, all ranks considered."""
@@ -44,7 +44,7 @@ class ItemPlan:
 SavePlan: TypeAlias = dict[str, ItemPlan]
 
 
-class Planner:
+class SavePlanner:
     """Plans saves for one rank; remembers the last plan, since structures rarely change."""
 
     def __init__(self, coordinator: Coordinator) -> None:
@@ -65,7 +65,7 @@ class Planner:
         """
         coordinator = self._coordinator
         if isinstance(items, BaseException):
-            coordinator.exchange(f"the plan of step {step}", items, _first)
+            coordinator.gather_broadcast(f"the plan of step {step}", items, _first)
             raise items  # unreachable: exchange raises what it was given
         shared = [item for item in items if not item.per_rank]
         own = [item for item in items if item.per_rank]
@@ -75,15 +75,15 @@ class Planner:
         self, items: Sequence[LoweredItem], every: Sequence[LoweredItem], step: int | None
     ) -> SavePlan:
         coordinator = self._coordinator
-        with threads.without_collecting():
+        with threads.gc_paused():
             signature = _signature(items)
         head = json.dumps([step, sorted(item.name for item in every)]).encode()
         is_known = b"1" if signature == self._signature else b"0"
         # A plan holds for what all ranks have: after a failed round nobody can say if it still
         # does.
         self._signature = b""
-        verdict = coordinator.exchange(
-            f"the plan of step {step}", b"%d\n" % len(head) + head + is_known + signature, _judge
+        verdict = coordinator.gather_broadcast(
+            f"the plan of step {step}", b"%d\n" % len(head) + head + is_known + signature, _compare
         )
         if verdict == b"as before":
             self._signature = signature
@@ -91,16 +91,16 @@ class Planner:
         ranks = tuple(range(coordinator.num_ranks))
         shardings: Shardings | None = None
         if verdict != b"alike":
-            own = _to_bytes(dict(_held(items)))
+            own = _to_bytes(dict(_local_shardings(items)))
             what = f"the leaves of step {step}"
-            shardings = _from_bytes(coordinator.exchange(what, own, _unite))
-        with threads.without_collecting():
+            shardings = _from_bytes(coordinator.gather_broadcast(what, own, _merge_shardings))
+        with threads.gc_paused():
             self._plan = _plan(items, coordinator.rank, ranks, shardings)
         self._signature = signature
         return self._plan
 
 
-def _judge(values: Sequence[bytes]) -> bytes:
+def _compare(values: Sequence[bytes]) -> bytes:
     """On the primary: whether the structures are alike, as before, or must be exchanged."""
     heads: list[bytes] = []
     signatures: list[bytes] = []
@@ -150,7 +150,7 @@ def _signature(items: Sequence[LoweredItem]) -> bytes:
     return records.digest_hex(repr((described, list(places))).encode()).encode()
 
 
-def _held(items: Sequence[LoweredItem]) -> Iterator[tuple[str, Sharding | None]]:
+def _local_shardings(items: Sequence[LoweredItem]) -> Iterator[tuple[str, Sharding | None]]:
     """`item/leaf` and its sharding, None for a plain value, of all that this rank might write."""
     for item in items:
         for source in item.sources:
@@ -159,13 +159,13 @@ def _held(items: Sequence[LoweredItem]) -> Iterator[tuple[str, Sharding | None]]
             yield f"{item.name}/{name}", None
 
 
-def _unite(values: Sequence[bytes]) -> bytes:
+def _merge_shardings(values: Sequence[bytes]) -> bytes:
     """On the primary: one sharding for every leaf that any rank holds."""
     held: dict[str, list[tuple[int, Sharding | None]]] = {}
     for rank, value in enumerate(values):
         for name, sharding in _from_bytes(value).items():
             held.setdefault(name, []).append((rank, sharding))
-    return _to_bytes({name: merge_ranks.unite_shardings(parts) for name, parts in held.items()})
+    return _to_bytes({name: merge_ranks.merge_shardings(parts) for name, parts in held.items()})
 
 
 def _to_bytes(shardings: Mapping[str, Sharding | None]) -> bytes:

@@ -27,7 +27,7 @@ from functional_ckpt.steps import decide
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.uploads import Uploads
 
-__all__ = ["About", "SaveOptions", "Saver", "as_json", "checked_progress"]
+__all__ = ["StepExtras", "SaveOptions", "Saver", "as_json", "checked_progress"]
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -67,7 +67,7 @@ class SaveOptions:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class About:
+class StepExtras:
     """What a step says besides its items; the arguments of `save` of the same names."""
 
     metrics: Mapping[str, Any] | None
@@ -90,20 +90,20 @@ class Saver:
         self._registry = registry
         self._coordinator = coordinator
         self._options = options
-        self._room = stage.Room()
+        self._room = stage.StagingMemory()
         self._fence = Fence() if options.staging == "overlapped" else None
-        self._planner = plan_lib.Planner(coordinator)
-        self.committer = background.Committer()
+        self._planner = plan_lib.SavePlanner(coordinator)
+        self.committer = background.CommitThread()
         in_background = coordinator.background()
         busy = threads.num_spare_cores() if options.asynchronous else write_direct.NUM_THREADS
-        self._writer = commit.StepWriter(
+        self._writer = commit.StepCommitter(
             steps,
             options.keep_policies,
             in_background,
             overwrite=options.overwrite,
             num_threads=busy,
         )
-        self.decider = decide.Decider(
+        self.decider = decide.SaveDecider(
             options.save_rule,
             steps,
             lambda: self.committer.step,
@@ -115,7 +115,7 @@ class Saver:
         step: int,
         items: Mapping[str, Any],
         *,
-        about: About,
+        about: StepExtras,
         force: bool,
     ) -> background.Commit | None:
         """Saves a step if the policy says so; `CheckpointManager.save` says what is what."""
@@ -123,7 +123,7 @@ class Saver:
         progress = checked_progress(about.progress)
         # Ranks may learn of a failure at different calls. None leaves the others alone in a round.
         failure = self.committer.take_error()
-        if not self.decider.wants(step, progress, force=force):
+        if not self.decider.should_save(step, progress, force=force):
             return self._refuse(step, failure)
         self._steps.check_writable()
         skips = self._options.on_busy == "skip" and not self.decider.is_preempted(step)
@@ -142,14 +142,14 @@ class Saver:
         try:
             staged, pending, through = self._stage(step, lowered, plan)
         except Exception as error:
-            self._writer.give_up(step, error)
+            self._writer.abort(step, error)
             raise
         work = functools.partial(self._writer.commit, step, staged, info, pending)
         try:
             num_bytes = sum(item.num_bytes for item in staged)
             seconds = time.monotonic() - started
-            self._steps.tell("staged", step, seconds=seconds, num_bytes=num_bytes)
-            self.decider.saved(step, progress)
+            self._steps.emit("staged", step, seconds=seconds, num_bytes=num_bytes)
+            self.decider.mark_saved(step, progress)
             handle = self.committer.start(
                 step, work if through is None else _releasing(through, work)
             )
@@ -166,7 +166,7 @@ class Saver:
 
     def _stage(
         self, step: int, lowered: tuple[lower.LoweredItem, ...], plan: plan_lib.SavePlan
-    ) -> tuple[tuple[stage.StagedItem, ...], PendingCopy | None, stage.WriteThrough | None]:
+    ) -> tuple[tuple[stage.StagedItem, ...], PendingCopy | None, stage.CopyLatch | None]:
         """What to write, what of it is still to be copied, and what `save` must wait for."""
         budget_bytes = self._options.staging_budget_bytes
         if self._fence is None and self._options.asynchronous and budget_bytes is not None:
@@ -179,7 +179,7 @@ class Saver:
         modules = [item.value for item in lowered if isinstance(item.value, torch.nn.Module)]
         loadable = [each for module in modules for each in module.modules()]
         optimizers = [optimizer for item in lowered for optimizer in item.optimizers]
-        self._fence.raise_for(pending, [*loadable, *optimizers])
+        self._fence.arm(pending, [*loadable, *optimizers])
         return staged, pending, None
 
     def fence(self) -> None:
@@ -197,8 +197,8 @@ class Saver:
         The first tier's go to the others as its steps do; what it does not hold is recorded there.
         """
         uploads = self._writer.uploads
-        with contextlib.nullcontext() if uploads is None else uploads.still():
-            holders = self._steps.holders(step)
+        with contextlib.nullcontext() if uploads is None else uploads.exclusive():
+            holders = self._steps.tiers_with(step)
             if holders[0] is self._steps:
                 self._steps.record(step, metrics)
                 if uploads is not None:
@@ -231,13 +231,13 @@ class Saver:
         if (uploads := self._writer.uploads) is not None:
             uploads.release()
         if self._fence is not None:
-            self._fence.lower()
+            self._fence.disarm()
         self.decider.stop()
         self._room.release()
 
     def _refuse(self, step: int, failure: BaseException | None) -> None:
         """The step is not saved; an earlier one's failure is raised all the same."""
-        self.decider.refuse(step)
+        self.decider.mark_skipped(step)
         if failure is not None:
             raise failure
 
@@ -245,13 +245,13 @@ class Saver:
         """Whether a rank is still committing; all ranks get the same answer."""
         busy = b"1" if self.committer.is_busy else b""
         group = self._coordinator
-        return group.exchange(f"whether to skip step {step}", busy, b"".join) != b""
+        return group.gather_broadcast(f"whether to skip step {step}", busy, b"".join) != b""
 
     def _prepare(
         self,
         step: int,
         items: Mapping[str, Any],
-        about: About,
+        about: StepExtras,
     ) -> tuple[tuple[lower.LoweredItem, ...], finalize.CheckpointInfo] | BaseException:
         """What this rank can do alone; an error is for all ranks to hear of, so it is returned."""
         coordinator = self._coordinator
@@ -273,7 +273,7 @@ class Saver:
         return lowered, info
 
 
-def _releasing(through: stage.WriteThrough, work: Callable[[], None]) -> Callable[[], None]:
+def _releasing(through: stage.CopyLatch, work: Callable[[], None]) -> Callable[[], None]:
     """The work, after which nobody waits any more, however it ends."""
 
     def run() -> None:

@@ -24,7 +24,7 @@ from functional_ckpt.runtime.fence import PendingCopy, storage_of, storages_of
 from functional_ckpt.saving.lower import LoweredItem, Source
 from functional_ckpt.saving.plan import ItemPlan, SavePlan
 
-__all__ = ["Room", "StagedItem", "WriteThrough", "stage", "stage_overlapped", "stage_within"]
+__all__ = ["StagingMemory", "StagedItem", "CopyLatch", "stage", "stage_overlapped", "stage_within"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -49,12 +49,12 @@ class StagedItem:
         return sum(write.data.nbytes for write in self.writes)
 
     @property
-    def is_awaited(self) -> bool:
+    def blocks_caller(self) -> bool:
         """Whether somebody waits until it is written."""
-        return any(write.taken is not None for write in self.writes)
+        return any(write.on_copied is not None for write in self.writes)
 
 
-class Room:
+class StagingMemory:
     """Where saves are staged, and what copies to there; kept from save to save.
 
     Attributes:
@@ -62,7 +62,7 @@ class Room:
     """
 
     def __init__(self) -> None:
-        self.streams = device_copies.SideStreams()
+        self.streams = device_copies.CopyStreams()
         self._ordinary = host_memory.StagingBuffer()
         self._locked = host_memory.StagingBuffer()
 
@@ -87,7 +87,7 @@ class Room:
         self._locked.release()
 
 
-class WriteThrough:
+class CopyLatch:
     """What a save writes from live memory, because it is more than may be staged.
 
     Args:
@@ -99,7 +99,7 @@ class WriteThrough:
         self._lock = threading.Lock()
         self._done = threading.Event()
 
-    def taken(self, num_bytes: int) -> None:
+    def count_down(self, num_bytes: int) -> None:
         """So many bytes are on their way to the disk."""
         with self._lock:
             self._left_bytes -= num_bytes
@@ -126,7 +126,7 @@ class _Part(NamedTuple):
 
 
 def stage(
-    items: Sequence[LoweredItem], plan: SavePlan, room: Room | None
+    items: Sequence[LoweredItem], plan: SavePlan, room: StagingMemory | None
 ) -> tuple[StagedItem, ...]:
     """Copies what this rank will write into host memory of our own, in one pass.
 
@@ -137,7 +137,7 @@ def stage(
             until the write is done).
     """
     database.check_process()
-    with threads.without_collecting():
+    with threads.gc_paused():
         parts = [list(_parts(item, plan[item.name])) for item in items]
         flat = [part for item_parts in parts for part in item_parts]
         if room is None:
@@ -149,8 +149,8 @@ def stage(
 
 
 def stage_within(
-    items: Sequence[LoweredItem], plan: SavePlan, room: Room, budget_bytes: int
-) -> tuple[tuple[StagedItem, ...], WriteThrough | None]:
+    items: Sequence[LoweredItem], plan: SavePlan, room: StagingMemory, budget_bytes: int
+) -> tuple[tuple[StagedItem, ...], CopyLatch | None]:
     """As `stage`, with at most so many bytes of host memory; the rest refers to live memory.
 
     Returns:
@@ -176,13 +176,13 @@ def stage_within(
     staged = _staged(items, plan, parts, [places[id(part)] for part in flat])
     if not referred:
         return staged, None
-    through = WriteThrough(sum(array.nbytes for array in live))
+    through = CopyLatch(sum(array.nbytes for array in live))
     awaited = {id(array) for array in live}
     return tuple(
         dataclasses.replace(
             item,
             writes=tuple(
-                write._replace(taken=through.taken, is_staged=False)
+                write._replace(taken=through.count_down, is_staged=False)
                 if id(write.data) in awaited
                 else write
                 for write in item.writes
@@ -193,7 +193,7 @@ def stage_within(
 
 
 def stage_overlapped(
-    items: Sequence[LoweredItem], plan: SavePlan, room: Room, step: int
+    items: Sequence[LoweredItem], plan: SavePlan, room: StagingMemory, step: int
 ) -> tuple[tuple[StagedItem, ...], PendingCopy]:
     """As `stage`, but leaves to be copied what only a step of the items' optimizers changes.
 
@@ -205,7 +205,7 @@ def stage_overlapped(
     storages = storages_of(optimizers)
     now: list[tuple[_Part, Array]] = []
     later: list[tuple[_Part, Array]] = []
-    with threads.without_collecting():
+    with threads.gc_paused():
         parts = [list(_parts(item, plan[item.name])) for item in items]
         hosts = room.reserve([part for item_parts in parts for part in item_parts])
         staged = _staged(items, plan, parts, hosts)
@@ -296,13 +296,13 @@ def _slot(part: _Part) -> host_memory.Slot:
     return host_memory.Slot(part.box.shape, numpy_dtype(_dtype(part)))
 
 
-def _begin(parts: Sequence[tuple[_Part, Array]], room: Room) -> device_copies.Transfers:
+def _begin(parts: Sequence[tuple[_Part, Array]], room: StagingMemory) -> device_copies.Transfers:
     """Copies from the devices as they are now."""
     views = (part.view for part, host in parts if host.size)
     return room.streams.begin({v.device for v in views if device_copies.is_streamed(v)})
 
 
-def _copy(parts: Sequence[tuple[_Part, Array]], room: Room) -> None:
+def _copy(parts: Sequence[tuple[_Part, Array]], room: StagingMemory) -> None:
     transfers = _begin(parts, room)
     try:
         _start_copy(parts, transfers)
@@ -338,6 +338,6 @@ def _array_write(part: _Part, host: Array, is_staged: bool) -> write_tensorstore
         grid=part.planned.grid,
         box=part.box,
         data=host,
-        is_owner=part.is_owner,
-        is_staged=is_staged,
+        writes_metadata=part.is_owner,
+        is_stable=is_staged,
     )

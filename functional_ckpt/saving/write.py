@@ -4,9 +4,9 @@
     plan      who writes what                               the caller's thread, a round trip
     stage     sources -> host arrays                        the caller's thread, the only copy
     write     host arrays -> chunks in this rank's databases     the background, every rank
-    complete  merge, metadata, digests, sync                the background, the primary
+    finalize  merge, metadata, digests, sync                the background, the primary
 
-The manager and `fc.save` share it; `lowering`, `agreement` and `completing` hold the other parts.
+The manager and `fc.save` share it; `lower`, `plan` and `finalize` hold the other parts.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def write(
     chunk_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     roots: dict[str, structure.Node] = {}
     files: dict[str, Mapping[str, records.FileRecord]] = {}
-    for item in sorted(items, key=lambda item: not item.is_awaited):
+    for item in sorted(items, key=lambda item: not item.blocks_caller):
         name, root = item.lowered.name, item.lowered.root
         if root is None:
             continue
@@ -109,7 +109,7 @@ def write(
                 storage, path, children[name], item.writes, scalars, tied, num_threads
             )
         digests[name], files[name] = written.digests, written.files
-        chunk_shapes[name] = {w.name: w.grid.chunk_shape for w in item.writes if w.is_owner}
+        chunk_shapes[name] = {w.name: w.grid.chunk_shape for w in item.writes if w.writes_metadata}
         if known is None or known.get(name) != root_digest(root):
             roots[name] = root
     return RankReport(
@@ -145,8 +145,8 @@ def _write_arrays(
         )
     digests = write_tensorstore.write_arrays(storage, path, [child], arrays, scalars)
     for array in arrays:
-        if array.taken is not None:
-            array.taken(array.data.nbytes)
+        if array.on_copied is not None:
+            array.on_copied(array.data.nbytes)
     if tied:
         write_tensorstore.merge_children(storage, path, (), tied)
     return write_direct.Written(digests=digests, files={})
@@ -173,7 +173,7 @@ def write_report(storage: Storage, directory: str, rank: int, report: RankReport
             for item, files in report.files.items()
         },
     }
-    storage.write(os.path.join(folder, f"{rank}.json"), records.seal(record))
+    storage.write(os.path.join(folder, f"{rank}.json"), records.with_checksum(record))
 
 
 def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
@@ -186,7 +186,7 @@ def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
             ranks=(rank,),
             path=path,
         )
-    record = records.unseal(storage.read(path), path)
+    record = records.verify_checksum(storage.read(path), path)
     return RankReport(
         digests={
             item: {

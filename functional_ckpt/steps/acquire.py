@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.distributed.coordinator import Coordinator, on_primary
+from functional_ckpt.distributed.coordinator import Coordinator, run_on_primary
 from functional_ckpt.distributed.torch_store import default_coordinator
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Lock
 
-__all__ = ["coordinator_of", "take_over"]
+__all__ = ["coordinator_of", "acquire_writer_lock"]
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -30,7 +30,7 @@ def coordinator_of(coordinator: Coordinator | None, process_group: Any) -> Coord
     return coordinator
 
 
-def take_over(steps: Steps, coordinator: Coordinator) -> Lock | None:
+def acquire_writer_lock(steps: Steps, coordinator: Coordinator) -> Lock | None:
     """Makes the job the writer of the directory, and sure that all its ranks see the same one.
 
     Returns:
@@ -50,13 +50,13 @@ def take_over(steps: Steps, coordinator: Coordinator) -> Lock | None:
         return os.path.basename(mark).encode()
 
     try:
-        name = coordinator.exchange("opening the directory", b"", become_writer).decode()
+        name = coordinator.gather_broadcast("opening the directory", b"", become_writer).decode()
         if coordinator.num_ranks > 1:
             look = functools.partial(
-                commit.check_shared, storage, os.path.join(hidden, name), coordinator.rank
+                commit.check_visible, storage, os.path.join(hidden, name), coordinator.rank
             )
             remove = functools.partial(storage.remove, mark)
-            on_primary(coordinator, "seeing one directory", remove, ready=look)
+            run_on_primary(coordinator, "seeing one directory", remove, prepare=look)
     except BaseException:
         for lock in locks:
             lock.release()
@@ -66,7 +66,7 @@ def take_over(steps: Steps, coordinator: Coordinator) -> Lock | None:
 
 def _lock_and_recover(steps: Steps) -> Lock:
     """Takes the directory over: locks it, then removes what a dead writer left."""
-    commit.make_root(steps.storage, steps.hidden)
+    commit.makedirs_durable(steps.storage, steps.hidden)
     lock = steps.storage.lock(os.path.join(steps.hidden, "lock"))
     try:
         for line in commit.recover(steps.storage, steps.root, steps.hidden):

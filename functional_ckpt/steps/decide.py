@@ -13,14 +13,14 @@ from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps import preemption
 from functional_ckpt.steps.directory import Steps
 
-__all__ = ["Decider"]
+__all__ = ["SaveDecider"]
 
 # After a SIGTERM a peer may be gone for good, and the agent kills what is left after 30 seconds.
 _PREEMPTED_TIMEOUT_SECONDS = 20.0
 _YES, _NO = b"1", b"0"
 
 
-class Decider:
+class SaveDecider:
     """Asks the save policies.
 
     Args:
@@ -43,13 +43,13 @@ class Decider:
         self._coordinators = tuple(coordinators)
         self._watch = preemption.Watch(self._hurry)
         self._start_time = datetime.datetime.now(datetime.UTC)
-        self._agreed = False
+        self._stop_agreed = False
         self._refused: int | None = None
-        self._asked: int | None = None
-        self._own: set[int] = set()
+        self._decided_step: int | None = None
+        self._saved_steps: set[int] = set()
         self._last: StepInfo | None = None
-        self._origin: int | None = None
-        self._here: tuple[int, int] | None = None
+        self._resumed_from: int | None = None
+        self._last_batch: tuple[int, int] | None = None
 
     def start(self) -> None:
         """Listens for SIGTERM, if a policy waits for it."""
@@ -71,28 +71,30 @@ class Decider:
             return False
         if not self._is_shared:
             return self._watch.is_reached
-        if self._asked != step and not self._agreed:
+        if self._decided_step != step and not self._stop_agreed:
             self._ask(f"whether to stop at step {step}", step, b"".join)
-        return self._agreed
+        return self._stop_agreed
 
-    def refuse(self, step: int) -> None:
+    def mark_skipped(self, step: int) -> None:
         """Notes that a step was not saved."""
         self._refused = step
 
-    def saved(self, step: int, progress: Progress | None) -> None:
+    def mark_saved(self, step: int, progress: Progress | None) -> None:
         """Notes that this run is saving a step."""
         now = datetime.datetime.now(datetime.UTC)
-        self._own.add(step)
+        self._saved_steps.add(step)
         self._last = StepInfo(step=step, time=now, progress=progress)
-        self._here = None if progress is None else (step, progress.batch)
+        self._last_batch = None if progress is None else (step, progress.batch)
 
-    def restored(self, step: int, progress: Progress | None) -> None:
+    def mark_resumed(self, step: int, progress: Progress | None) -> None:
         """Notes that this run goes on from a step: what lies beyond is of a run left behind."""
-        self._origin = step
-        self._own.clear()
-        self._here = None if progress is None else (step, progress.batch)
+        self._resumed_from = step
+        self._saved_steps.clear()
+        self._last_batch = None if progress is None else (step, progress.batch)
 
-    def wants(self, step: int, progress: Progress | None = None, *, force: bool = False) -> bool:
+    def should_save(
+        self, step: int, progress: Progress | None = None, *, force: bool = False
+    ) -> bool:
         """Whether to save; one round between the ranks only where the step alone does not tell.
 
         Args:
@@ -101,7 +103,7 @@ class Decider:
                 gone on from, is there already: the answer is no.
             force: The answer is yes, and the ranks still hear of a signal.
         """
-        if progress is not None and not force and (step, progress.batch) == self._here:
+        if progress is not None and not force and (step, progress.batch) == self._last_batch:
             return False
         decided = True if force or self._rule is None else self._rule.decide_step(step)
         if self._rule is None or (decided is not None and not (decided and self._is_shared)):
@@ -116,17 +118,17 @@ class Decider:
 
     def _ask(self, what: str, step: int, combine: Combine) -> bytes:
         """One round in which every rank says if it was told to stop: `_YES` ends the outcome."""
-        self._asked = step
+        self._decided_step = step
         told = _YES if self._watch.is_reached else b""
-        verdict = self._coordinators[0].exchange(what, told, combine)
+        verdict = self._coordinators[0].gather_broadcast(what, told, combine)
         if verdict[-1:] == _YES:
-            self._agreed = True
+            self._stop_agreed = True
             self._hurry()
         return verdict
 
     def _hurry(self) -> None:
         for coordinator in self._coordinators:
-            coordinator.hurry(_PREEMPTED_TIMEOUT_SECONDS)
+            coordinator.shorten_timeout(_PREEMPTED_TIMEOUT_SECONDS)
 
     def _decide(
         self,
@@ -155,7 +157,9 @@ class Decider:
         known = {
             info.step: info
             for info in self._steps.infos
-            if self._origin is None or info.step <= self._origin or info.step in self._own
+            if self._resumed_from is None
+            or info.step <= self._resumed_from
+            or info.step in self._saved_steps
         }
         if busy is not None and self._last is not None:
             known[busy] = self._last

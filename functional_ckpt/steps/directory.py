@@ -64,7 +64,7 @@ class Steps:
         self._mutex = threading.Lock()
         self._infos: tuple[StepInfo, ...] = ()
         self._num_changes = 0
-        self.further: tuple[Steps, ...] = ()
+        self.remote: tuple[Steps, ...] = ()
         if latest_link is not None and (
             names.parse(latest_link) is not None or not _is_component(latest_link)
         ):
@@ -80,11 +80,11 @@ class Steps:
 
     def reload(self) -> None:
         """Reads everything from disk anew, in every tier."""
-        self.reload_here()
-        for each in self.further:
+        self.reload_local()
+        for each in self.remote:
             each.reload()
 
-    def reload_here(self) -> None:
+    def reload_local(self) -> None:
         """Reads everything in this directory anew; no other tier is asked, which may be far."""
         while not self._reread():
             pass
@@ -107,21 +107,21 @@ class Steps:
     def all(self) -> list[int]:
         """The committed steps of every tier, ascending."""
         found = self._own()
-        return sorted({*found, *(s for each in self.further for s in each.all())})
+        return sorted({*found, *(s for each in self.remote for s in each.all())})
 
     def _own(self) -> list[int]:
         if self.read_only:
             return list(history.list_steps(self.storage, self.root, self._names))
         return [info.step for info in self._infos]
 
-    def holders(self, step: int) -> list[Steps]:
+    def tiers_with(self, step: int) -> list[Steps]:
         """The tiers that hold a step, the nearest first; this one where none does."""
-        found = [each for each in (self, *self.further) if step in each._own()]
+        found = [each for each in (self, *self.remote) if step in each._own()]
         return found or [self]
 
-    def everywhere(self) -> tuple[StepInfo, ...]:
+    def all_infos(self) -> tuple[StepInfo, ...]:
         """The steps of every tier as last seen, ascending."""
-        infos = {info.step: info for each in (*reversed(self.further), self) for info in each.infos}
+        infos = {info.step: info for each in (*reversed(self.remote), self) for info in each.infos}
         return tuple(infos[step] for step in sorted(infos))
 
     def latest(self) -> int:
@@ -199,7 +199,7 @@ class Steps:
                 path=self.root,
             )
 
-    def point_latest(self, *, without: int | None = None) -> None:
+    def update_latest_link(self, *, without: int | None = None) -> None:
         """Points the link to the latest step, atomically and durably.
 
         Args:
@@ -230,8 +230,8 @@ class Steps:
         path = self.new_path(step, progress)
         if not self.storage.exists(path):
             return
-        if not self.storage.is_whole(path) and self.storage.is_directory(path):
-            return  # what a failed save left; `commit.begin` sees to it
+        if not self.storage.is_committed(path) and self.storage.is_directory(path):
+            return  # what a failed save left; `commit.create_tmp` sees to it
         if not self.storage.is_directory(path):
             raise errors.StorageError(
                 f"Cannot save step {step}: {path} is a file, and not a checkpoint. Move it away.",
@@ -288,7 +288,7 @@ class Steps:
         info = next((each for each in self._infos if each.step == step), None)
         history.remove_late_metrics(self.storage, self.root, step, but_of=info)
 
-    def tell(
+    def emit(
         self,
         kind: Kind,
         step: int,
@@ -302,16 +302,16 @@ class Steps:
     def prune(self, step: int) -> None:
         """Removes a step that the run can do without, and says so."""
         started = time.monotonic()
-        self.discard(step)
+        self.delete(step)
         _log.info("step %d pruned from %s", step, self.root)
-        self.tell("pruned", step, seconds=time.monotonic() - started)
+        self.emit("pruned", step, seconds=time.monotonic() - started)
 
-    def discard(self, step: int) -> None:
+    def delete(self, step: int) -> None:
         """Removes a step: out of sight in one rename, then from disk."""
         path = self.path(step)
         try:
             if self._infos and self._infos[-1].step == step:
-                self.point_latest(without=step)
+                self.update_latest_link(without=step)
             if self.storage.exists(path):
                 commit.discard(self.storage, path, self.hidden)
             history.remove_late_metrics(self.storage, self.root, step)

@@ -49,7 +49,7 @@ def list_steps(storage: Storage, root: str, names: NameFormat) -> dict[int, str]
     whole: set[str] = set()
 
     def look(name: str) -> None:
-        if storage.is_whole(os.path.join(root, name)):
+        if storage.is_committed(os.path.join(root, name)):
             whole.add(name)
 
     _run([functools.partial(look, name) for _, name in named], storage)

@@ -13,7 +13,7 @@ from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps import history
 from functional_ckpt.steps.directory import Steps
 
-__all__ = ["StepMetadata", "describe", "describe_step"]
+__all__ = ["StepMetadata", "checkpoint_metadata", "step_metadata"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class StepMetadata:
     custom_metadata: Mapping[str, Any]
 
 
-def describe(
+def checkpoint_metadata(
     opened: checkpoint_dir.OpenCheckpoint, late: history.LateMetrics | None = None
 ) -> StepMetadata:
     """The metadata of an opened checkpoint, with what was measured `late`."""
@@ -58,9 +58,9 @@ def describe(
     )
 
 
-def describe_step(steps: Steps, step: int | None) -> StepMetadata:
+def step_metadata(steps: Steps, step: int | None) -> StepMetadata:
     """The metadata of a step, None for the latest, from the nearest tier that holds it."""
     number = steps.latest() if step is None else steps.existing(step)
-    holder = steps.holders(number)[0]
+    holder = steps.tiers_with(number)[0]
     opened = checkpoint_dir.open_checkpoint(holder.storage, holder.path(number), number)
-    return describe(opened, history.late_metrics(holder.storage, holder.root))
+    return checkpoint_metadata(opened, history.late_metrics(holder.storage, holder.root))

@@ -1,4 +1,4 @@
-"""Further places for committed steps: near ones are fast, far ones are kept.
+"""Further places for committed steps: local ones are fast, remote ones are kept.
 
 A save is over when the first tier, the manager's own directory, holds the step. From there it goes
 to the others in the background, as each one's policies ask. A step stays in the first tier until
@@ -12,13 +12,13 @@ import os
 from collections.abc import Sequence
 
 from functional_ckpt import errors
-from functional_ckpt.distributed.coordinator import Coordinator, on_primary
+from functional_ckpt.distributed.coordinator import Coordinator, run_on_primary
 from functional_ckpt.events import Events
 from functional_ckpt.policies import rules
 from functional_ckpt.steps import orbax_adapters
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.names import NameFormat
-from functional_ckpt.steps.uploads import FarTier, Uploads
+from functional_ckpt.steps.uploads import Uploads, UploadTarget
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
 
@@ -54,14 +54,14 @@ class Tier:
 
 
 def open_tiers(
-    near: Steps,
+    local: Steps,
     tiers: Sequence[Tier],
     names: NameFormat,
     coordinator: Coordinator,
     *,
     read_only: bool,
 ) -> Uploads | None:
-    """Makes the tiers' steps known to `near`, and begins to upload what they were promised.
+    """Makes the tiers' steps known to `local`, and begins to upload what they were promised.
 
     Returns:
         The uploads, on the primary of a writer; None elsewhere.
@@ -73,12 +73,12 @@ def open_tiers(
     if not tiers:
         return None
     is_writer = coordinator.rank == 0 and not read_only
-    far = [_open(tier, names, near.events, is_writer=is_writer) for tier in tiers]
-    near.further = tuple(each.steps for each in far)
-    uploads = Uploads(near, far) if is_writer else None
+    remote = [_open(tier, names, local.events, is_writer=is_writer) for tier in tiers]
+    local.remote = tuple(each.steps for each in remote)
+    uploads = Uploads(local, remote) if is_writer else None
     try:
-        on_primary(coordinator, "opening the tiers", uploads.begin if uploads else _nothing)
-        for each in far:
+        run_on_primary(coordinator, "opening the tiers", uploads.begin if uploads else _nothing)
+        for each in remote:
             each.steps.reload()
     except BaseException:
         if uploads is not None:
@@ -91,12 +91,12 @@ def _nothing() -> None:
     pass
 
 
-def _open(tier: Tier, names: NameFormat, events: Events, *, is_writer: bool) -> FarTier:
+def _open(tier: Tier, names: NameFormat, events: Events, *, is_writer: bool) -> UploadTarget:
     storage, root = connect(tier.path, tier.storage)
     rule = None
     if tier.save is not None:
         rule = rules.save_rule(tier.save, adapt=orbax_adapters.adapt_save_policy)
-    return FarTier(
+    return UploadTarget(
         steps=Steps(storage, root, names, events, read_only=not is_writer, latest_link="latest"),
         rule=rule,
         keep=orbax_adapters.adapted_keep_policies(tier.keep),

@@ -49,13 +49,13 @@ class _Sent:
 class Upload:
     """One step on its way to one tier."""
 
-    def __init__(self, near: Steps, far: Steps, source: str, final: str, step: int) -> None:
-        self._near, self._far = near.storage, far.storage
-        self._hidden, self._far_root = far.hidden, far.root
+    def __init__(self, local: Steps, remote: Steps, source: str, final: str, step: int) -> None:
+        self._local, self._remote = local.storage, remote.storage
+        self._hidden, self._remote_root = remote.hidden, remote.root
         self._source, self._final, self._step = source, final, step
-        self._tmp = commit.temporary(final)
-        self._place = final if isinstance(far.storage, ObjectStorage) else self._tmp
-        self._note = commit_marker.note(self._tmp)
+        self._tmp = commit.tmp_path(final)
+        self._place = final if isinstance(remote.storage, ObjectStorage) else self._tmp
+        self._note = commit_marker.intent(self._tmp)
 
     def run(self) -> int:
         """Uploads what is missing and publishes the step.
@@ -67,19 +67,19 @@ class Upload:
             StorageError: A store refused, or could not be reached.
             CorruptCheckpointError: The step in the first tier is not what was committed.
         """
-        identity = self._identity(self._near, self._source)
-        if self._far.is_whole(self._final):
-            if self._identity(self._far, self._final) == identity:
-                self._far.remove(self._tmp)  # the note, where only its removal was cut
+        identity = self._identity(self._local, self._source)
+        if self._remote.is_committed(self._final):
+            if self._identity(self._remote, self._final) == identity:
+                self._remote.remove(self._tmp)  # the note, where only its removal was cut
                 return 0
-            commit.discard(self._far, self._final, self._hidden)  # that of a step since replaced
+            commit.discard(self._remote, self._final, self._hidden)  # that of a step since replaced
         self._begin(identity)
-        sizes = self._near.sizes(self._source)
-        present = self._far.sizes(self._place)
+        sizes = self._local.sizes(self._source)
+        present = self._remote.sizes(self._place)
         missing = [name for name, size in sizes.items() if present.get(name) != size]
         expected = self._expected()
         num_bytes, total_bytes = sum(sizes[name] for name in missing), sum(sizes.values())
-        with progress_bars.bar(f"step {self._step} to {self._far_root}") as show:
+        with progress_bars.bar(f"step {self._step} to {self._remote_root}") as show:
             sent = _Sent(show, total_bytes - num_bytes, total_bytes)
 
             def send(name: str) -> None:
@@ -98,41 +98,41 @@ class Upload:
     def _begin(self, identity: str) -> None:
         """Goes on with what was begun of this very commit; clears away anything else."""
         token = json.dumps({"token": identity}).encode()
-        if self._far.exists(self._note) and self._far.read(self._note) == token:
+        if self._remote.exists(self._note) and self._remote.read(self._note) == token:
             return
-        if isinstance(self._far, ObjectStorage):
-            commit_marker.begin(self._far, self._tmp, self._final)
+        if isinstance(self._remote, ObjectStorage):
+            commit_marker.begin(self._remote, self._tmp, self._final)
         else:
-            self._far.remove(self._tmp)
-            self._far.make_directory(self._tmp)
-        self._far.write(self._note, token)
+            self._remote.remove(self._tmp)
+            self._remote.make_directory(self._tmp)
+        self._remote.write(self._note, token)
 
     def _expected(self) -> dict[str, records.FileRecord]:
         """What the step's records say of its files."""
         path = os.path.join(self._source, records.EXTENSION_FILE)
-        record = records.parse_step(self._near.read(path), path)
+        record = records.parse_step(self._local.read(path), path)
         found = dict(record.files)
         for item, kind in record.items.items():
             if kind == "tree":
                 path = os.path.join(self._source, item, records.EXTENSION_FILE)
-                files = records.parse_item(self._near.read(path), path).files
+                files = records.parse_item(self._local.read(path), path).files
                 found |= {f"{item}/{name}": file for name, file in files.items()}
         return found
 
     def _send(self, name: str, expected: records.FileRecord | None) -> None:
         source = os.path.join(self._source, name)
-        if expected is not None and self._near.describe(source) != expected:
+        if expected is not None and self._local.checksum(source) != expected:
             raise errors.CorruptCheckpointError(
                 f"{source} has changed since it was committed; it is not copied.",
                 path=source,
                 step=self._step,
             )
-        self._far.put_file(source, os.path.join(self._place, name))
+        self._remote.put_file(source, os.path.join(self._place, name))
 
     def _check_arrived(self, sizes: dict[str, int], identity: str) -> None:
-        arrived = self._far.sizes(self._place)
+        arrived = self._remote.sizes(self._place)
         wrong = [name for name, size in sizes.items() if arrived.get(name) != size]
-        if wrong or self._identity(self._near, self._source) != identity:
+        if wrong or self._identity(self._local, self._source) != identity:
             raise errors.StorageError(
                 f"{self._final}: {len(wrong)} files did not arrive as they were sent, or the step "
                 "was replaced meanwhile; it is sent again.",
@@ -140,7 +140,7 @@ class Upload:
             )
 
     def _publish(self) -> None:
-        if not isinstance(self._far, ObjectStorage):
-            self._far.remove(self._note)
-            commit.sync_tree(self._far, self._tmp, self._far.walk(self._tmp))
-        commit.publish(self._far, self._place, self._final, self._hidden, overwrite=False)
+        if not isinstance(self._remote, ObjectStorage):
+            self._remote.remove(self._note)
+            commit.sync_tree(self._remote, self._tmp, self._remote.walk(self._tmp))
+        commit.publish(self._remote, self._place, self._final, self._hidden, overwrite=False)

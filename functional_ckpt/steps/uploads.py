@@ -27,7 +27,7 @@ from functional_ckpt.steps.upload_step import Upload
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Lock
 
-__all__ = ["FarTier", "Uploads"]
+__all__ = ["UploadTarget", "Uploads"]
 
 _STATE = "uploads.json"
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
@@ -35,7 +35,7 @@ _log = logging.getLogger("functional_ckpt")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class FarTier:
+class UploadTarget:
     """A tier that steps are uploaded to.
 
     Attributes:
@@ -55,22 +55,22 @@ class Uploads:
     """The uploads from a first tier to others; on the primary of a writer.
 
     Args:
-        near: The steps of the first tier.
-        far: The others.
+        local: The steps of the first tier.
+        remote: The others.
     """
 
-    def __init__(self, near: Steps, far: Sequence[FarTier]) -> None:
-        self._near = near
-        self._far = tuple(far)
+    def __init__(self, local: Steps, remote: Sequence[UploadTarget]) -> None:
+        self._local = local
+        self._remote = tuple(remote)
         self._locks: list[Lock] = []
         self._mutex = threading.Condition()
         self._alone = threading.Lock()
         # By root of the tier: steps that it was promised, and those that were decided about.
-        self._promised: dict[str, list[int]] = {each.steps.root: [] for each in far}
-        self._considered: dict[str, list[int]] = {each.steps.root: [] for each in far}
+        self._promised: dict[str, list[int]] = {each.steps.root: [] for each in remote}
+        self._decided: dict[str, list[int]] = {each.steps.root: [] for each in remote}
         self._failed: set[str] = set()
         self._error: errors.CheckpointError | None = None
-        self._told: set[tuple[str, int]] = set()
+        self._reported: set[tuple[str, int]] = set()
         self._closing = False
 
     # ---------------------------------------------------------------------------- the caller's
@@ -78,25 +78,25 @@ class Uploads:
     def begin(self) -> None:
         """Takes the tiers over, and goes on with what was promised."""
         self._read_state()
-        here = {info.step for info in self._near.infos}
-        for each in self._far:
+        here = {info.step for info in self._local.infos}
+        for each in self._remote:
             root = each.steps.root
             self._promised[root] = [step for step in self._promised[root] if step in here]
             each.steps.reload()
-        for info in self._near.infos:
+        for info in self._local.infos:
             self._consider(info)
         self._promise_metrics()
         self._write_state()
-        for each in self._far:
+        for each in self._remote:
             self._take_over(each)
-        for each in self._far:
+        for each in self._remote:
             work = functools.partial(self._work, each)
             threading.Thread(target=work, name="upload", daemon=True).start()
 
     def committed(self, info: StepInfo) -> None:
         """The first tier holds a step: promises it to those that want it."""
         with self._mutex:
-            for considered in self._considered.values():
+            for considered in self._decided.values():
                 if info.step in considered:  # it was overwritten
                     considered.remove(info.step)
             self._consider(info)
@@ -112,7 +112,7 @@ class Uploads:
                 self._mutex.notify_all()
 
     @contextlib.contextmanager
-    def still(self) -> Generator[set[int]]:
+    def exclusive(self) -> Generator[set[int]]:
         """Whoever removes steps from the first tier, or records metrics of them, is alone.
 
         Yields:
@@ -126,12 +126,12 @@ class Uploads:
     def held_elsewhere(self) -> list[int]:
         """The steps that further tiers hold, and say so now."""
         found: set[int] = set()
-        for far in self._far:
-            held = {info.step for info in far.steps.infos}
-            steps = [info.step for info in self._near.infos if info.step in held]
+        for remote in self._remote:
+            held = {info.step for info in remote.steps.infos}
+            steps = [info.step for info in self._local.infos if info.step in held]
             with contextlib.suppress(errors.CheckpointError):  # it cannot be asked now
                 for step in steps:
-                    if far.steps.storage.is_whole(far.steps.path(step)):
+                    if remote.steps.storage.is_committed(remote.steps.path(step)):
                         found.add(step)
         return sorted(found)
 
@@ -172,29 +172,29 @@ class Uploads:
 
     # ---------------------------------------------------------------------------- promises
 
-    def _take_over(self, far: FarTier) -> None:
-        storage, root, hidden = far.steps.storage, far.steps.root, far.steps.hidden
-        commit.make_root(storage, hidden)
+    def _take_over(self, remote: UploadTarget) -> None:
+        storage, root, hidden = remote.steps.storage, remote.steps.root, remote.steps.hidden
+        commit.makedirs_durable(storage, hidden)
         self._locks.append(storage.lock(os.path.join(hidden, "lock")))
-        promised = {os.path.basename(self._near.path(s)) for s in self._promised[root]}
+        promised = {os.path.basename(self._local.path(s)) for s in self._promised[root]}
         for line in commit.recover(storage, root, hidden, but=promised):
             _log.warning("%s: %s", root, line)
 
     def _consider(self, info: StepInfo) -> None:
-        for far in self._far:
-            root = far.steps.root
-            if info.step in self._considered[root]:
+        for remote in self._remote:
+            root = remote.steps.root
+            if info.step in self._decided[root]:
                 continue
-            self._considered[root].append(info.step)
-            if self._wants(far, info) and info.step not in self._promised[root]:
+            self._decided[root].append(info.step)
+            if self._wants(remote, info) and info.step not in self._promised[root]:
                 self._promised[root].append(info.step)
 
     def _promise_metrics(self) -> bool:
         """Promises steps anew whose metrics are not where their copies are; whether there are."""
-        infos, found = self._near.with_late_metrics(), False
-        for far in self._far:
-            promised = self._promised[far.steps.root]
-            held = {(info.step, info.time): info for info in far.steps.infos}
+        infos, found = self._local.with_late_metrics(), False
+        for remote in self._remote:
+            promised = self._promised[remote.steps.root]
+            held = {(info.step, info.time): info for info in remote.steps.infos}
             for info in infos:
                 copy = held.get((info.step, info.time))
                 if copy is not None and _lacks(copy, info) and info.step not in promised:
@@ -202,24 +202,24 @@ class Uploads:
                     found = True
         return found
 
-    def _wants(self, far: FarTier, info: StepInfo) -> bool:
-        if far.rule is None:
+    def _wants(self, remote: UploadTarget, info: StepInfo) -> bool:
+        if remote.rule is None:
             return True
-        if (decided := far.rule.decide_step(info.step)) is not None:
+        if (decided := remote.rule.decide_step(info.step)) is not None:
             return decided
-        promised = self._promised[far.steps.root]
-        known = {each.step: each for each in self._near.infos if each.step in promised}
-        known |= {each.step: each for each in far.steps.infos}
+        promised = self._promised[remote.steps.root]
+        known = {each.step: each for each in self._local.infos if each.step in promised}
+        known |= {each.step: each for each in remote.steps.infos}
         known.pop(info.step, None)
         history = [known[step] for step in sorted(known)]
-        return rules.decide_save(far.rule, info, history, context=SaveContext()) is not None
+        return rules.decide_save(remote.rule, info, history, context=SaveContext()) is not None
 
     def _read_state(self) -> None:
-        path = os.path.join(self._near.hidden, _STATE)
-        if not self._near.storage.exists(path):
+        path = os.path.join(self._local.hidden, _STATE)
+        if not self._local.storage.exists(path):
             return
         try:
-            record: Any = plain_json.parse(self._near.storage.read(path))
+            record: Any = plain_json.parse(self._local.storage.read(path))
             promised, considered = (
                 {
                     root: [int(step) for step in record[name].get(root, [])]
@@ -235,27 +235,27 @@ class Uploads:
                 error,
             )
         else:
-            self._promised, self._considered = promised, considered
+            self._promised, self._decided = promised, considered
 
     def _write_state(self) -> None:
-        here = {info.step for info in self._near.infos}
-        for root, steps in self._considered.items():
-            self._considered[root] = [step for step in steps if step in here]
-        record = {"promised": self._promised, "considered": self._considered}
-        path = os.path.join(self._near.hidden, _STATE)
-        self._near.storage.replace(path, json.dumps(record).encode())
+        here = {info.step for info in self._local.infos}
+        for root, steps in self._decided.items():
+            self._decided[root] = [step for step in steps if step in here]
+        record = {"promised": self._promised, "considered": self._decided}
+        path = os.path.join(self._local.hidden, _STATE)
+        self._local.storage.replace(path, json.dumps(record).encode())
 
     # ---------------------------------------------------------------------------- the work
 
-    def _work(self, far: FarTier) -> None:
+    def _work(self, remote: UploadTarget) -> None:
         """Uploads what is promised to one tier, the oldest first, until the end."""
-        root, wait, since = far.steps.root, _FIRST_WAIT_SECONDS, None
+        root, wait, since = remote.steps.root, _FIRST_WAIT_SECONDS, None
         while (step := self._next(root)) is not None:
             try:
-                self._deliver(far, step)
+                self._deliver(remote, step)
             except Exception as error:  # noqa: BLE001 - told by a warning, or raised when it is too late
                 since = since or time.monotonic()
-                self._fail(far, step, error, time.monotonic() - since)
+                self._fail(remote, step, error, time.monotonic() - since)
                 if self._closing:
                     return
                 time.sleep(wait)
@@ -274,8 +274,8 @@ class Uploads:
                 self._mutex.wait()
             return next(iter(self._promised[root]), None)
 
-    def _fail(self, far: FarTier, step: int, error: Exception, late_seconds: float) -> None:
-        root = far.steps.root
+    def _fail(self, remote: UploadTarget, step: int, error: Exception, late_seconds: float) -> None:
+        root = remote.steps.root
         _log.warning("step %d is not in %s yet: %s", step, root, error)
         with self._mutex:
             if self._closing:
@@ -285,48 +285,48 @@ class Uploads:
             if is_damaged:
                 self._promised[root].remove(step)  # never, and others are waiting behind it
                 self._write_state()
-            bound = far.max_delay_seconds
+            bound = remote.max_delay_seconds
             is_late = bound is not None and late_seconds >= bound
             is_final = is_damaged or is_late or isinstance(error, errors.LockedError)
-            if is_final and (root, step) not in self._told:
-                self._told.add((root, step))
+            if is_final and (root, step) not in self._reported:
+                self._reported.add((root, step))
                 self._error = errors.SaveError(
                     f"Step {step} cannot be copied to {root}: {error}", step=step, path=root
                 )
                 self._error.__cause__ = error
             self._mutex.notify_all()
 
-    def _deliver(self, far: FarTier, step: int) -> None:
-        source = self._near.path(step)
-        if not self._near.storage.is_whole(source):
+    def _deliver(self, remote: UploadTarget, step: int) -> None:
+        source = self._local.path(step)
+        if not self._local.storage.is_committed(source):
             return  # deleted by the user in the meantime
-        final = os.path.join(far.steps.root, os.path.basename(source))
+        final = os.path.join(remote.steps.root, os.path.basename(source))
         started = time.monotonic()
-        num_bytes = Upload(self._near, far.steps, source, final, step).run()
+        num_bytes = Upload(self._local, remote.steps, source, final, step).run()
         is_new = True  # else it was there, and metrics of it are new
-        for info in (each for each in self._near.infos if each.step == step):
-            is_new = all((each.step, each.time) != (step, info.time) for each in far.steps.infos)
-            far.steps.remember(info)
-            far.steps.forget_late_metrics(step)
-            if late := self._near.recorded(step):
-                far.steps.record(step, late)
-        far.steps.point_latest()
+        for info in (each for each in self._local.infos if each.step == step):
+            is_new = all((each.step, each.time) != (step, info.time) for each in remote.steps.infos)
+            remote.steps.remember(info)
+            remote.steps.forget_late_metrics(step)
+            if late := self._local.recorded(step):
+                remote.steps.record(step, late)
+        remote.steps.update_latest_link()
         if is_new:
-            _tell(far, step, max(time.monotonic() - started, 1e-9), num_bytes)
-        self._prune(far)
+            _tell(remote, step, max(time.monotonic() - started, 1e-9), num_bytes)
+        self._prune(remote)
 
-    def _prune(self, far: FarTier) -> None:
-        if not far.keep:
+    def _prune(self, remote: UploadTarget) -> None:
+        if not remote.keep:
             return
-        known, now = far.steps.with_late_metrics(), datetime.datetime.now(datetime.UTC)
-        for step in rules.steps_to_prune(far.keep, known, context=KeepContext(now=now)):
-            far.steps.prune(step)
+        known, now = remote.steps.with_late_metrics(), datetime.datetime.now(datetime.UTC)
+        for step in rules.steps_to_prune(remote.keep, known, context=KeepContext(now=now)):
+            remote.steps.prune(step)
 
 
-def _tell(far: FarTier, step: int, seconds: float, num_bytes: int) -> None:
+def _tell(remote: UploadTarget, step: int, seconds: float, num_bytes: int) -> None:
     rate = num_bytes / 2**20 / seconds
-    _log.info("step %d is in %s: %.1f MiB/s", step, far.steps.root, rate)
-    far.steps.tell("uploaded", step, seconds=seconds, num_bytes=num_bytes)
+    _log.info("step %d is in %s: %.1f MiB/s", step, remote.steps.root, rate)
+    remote.steps.emit("uploaded", step, seconds=seconds, num_bytes=num_bytes)
 
 
 def _lacks(copy: StepInfo, info: StepInfo) -> bool:

@@ -44,7 +44,7 @@ class Storage(Protocol):
         """Whether a directory is at `path`."""
         ...
 
-    def is_whole(self, path: str) -> bool:
+    def is_committed(self, path: str) -> bool:
         """Whether `path` is a directory that was written to its end."""
         ...
 
@@ -76,7 +76,7 @@ class Storage(Protocol):
         """How long ago a file was changed; zero for one that is not there any more."""
         ...
 
-    def describe(self, path: str) -> FileRecord:
+    def checksum(self, path: str) -> FileRecord:
         """Size and digest of a regular file."""
         ...
 
@@ -105,7 +105,7 @@ class Storage(Protocol):
     def rename(self, source: str, target: str) -> None:
         """Renames a file or directory; a directory never replaces one that has entries."""
 
-    def exchange(self, first: str, second: str) -> bool:
+    def swap(self, first: str, second: str) -> bool:
         """Swaps two paths in one atomic step; False where the system cannot."""
         ...
 
@@ -127,7 +127,7 @@ class Storage(Protocol):
         """TensorStore's resources for it, credentials among them: no spec repeats those."""
         ...
 
-    def put_arrays(self, directory: str) -> None:
+    def flush_arrays(self, directory: str) -> None:
         """Makes what was written through `kvstore` part of the store."""
 
     def redact(self, text: str) -> str:

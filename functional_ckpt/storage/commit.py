@@ -32,16 +32,16 @@ __all__ = [
     "HIDDEN",
     "TMP_SUFFIX",
     "abandon",
-    "begin",
-    "check_shared",
+    "create_tmp",
+    "check_visible",
     "discard",
-    "final",
-    "make_root",
+    "final_path",
+    "makedirs_durable",
     "publish",
     "recover",
-    "settle",
+    "finish_overwrite",
     "sync_tree",
-    "temporary",
+    "tmp_path",
 ]
 
 HIDDEN = ".functional_ckpt"
@@ -52,7 +52,7 @@ _STALE_SECONDS = 60.0
 _log = logging.getLogger("functional_ckpt")
 
 
-def make_root(storage: Storage, path: str) -> None:
+def makedirs_durable(storage: Storage, path: str) -> None:
     """Creates a directory that will hold durable things, and its parents, durably."""
     missing: list[str] = []
     above = path
@@ -64,19 +64,19 @@ def make_root(storage: Storage, path: str) -> None:
         storage.sync_directory(os.path.dirname(each))
 
 
-def temporary(final: str) -> str:
+def tmp_path(final: str) -> str:
     """Where a directory is written before it is renamed to `final`."""
     return final + TMP_SUFFIX
 
 
-def final(tmp: str) -> str:
-    """What will be the name of what is written at `tmp`, which is from `begin`."""
+def final_path(tmp: str) -> str:
+    """What will be the name of what is written at `tmp`, which is from `create_tmp`."""
     return tmp.removesuffix(TMP_SUFFIX)
 
 
-def begin(storage: Storage, final: str) -> str:
+def create_tmp(storage: Storage, final: str) -> str:
     """Makes the empty place where a directory is written before it is published as `final`."""
-    tmp = temporary(final)
+    tmp = tmp_path(final)
     if isinstance(storage, ObjectStorage):
         return commit_marker.begin(storage, tmp, final)
     storage.remove(tmp)  # of an earlier save of this process that failed
@@ -84,7 +84,7 @@ def begin(storage: Storage, final: str) -> str:
     return tmp
 
 
-def check_shared(storage: Storage, path: str, rank: int) -> None:
+def check_visible(storage: Storage, path: str, rank: int) -> None:
     """Raises `CoordinationError` where `rank` does not see what the primary has just made.
 
     Network file systems remember for a while what was not there; listing the parent
@@ -138,7 +138,7 @@ def publish(
 
     Args:
         storage: The file system.
-        tmp: A directory whose content is durable, from `begin`.
+        tmp: A directory whose content is durable, from `create_tmp`.
         final: Its name from now on. When it exists it is exchanged, never absent for a moment where
             the system can exchange; else journalled.
         hidden: The root's hidden directory, for the journal and the trash.
@@ -155,12 +155,12 @@ def publish(
     parent = os.path.dirname(final)
     if isinstance(storage, ObjectStorage):
         if tmp == final:
-            commit_marker.publish(storage, temporary(final), final)
+            commit_marker.publish(storage, tmp_path(final), final)
             return None
-        commit_marker.seal(storage, tmp)
+        commit_marker.write_marker(storage, tmp)
     if not storage.exists(final):
         storage.rename(tmp, final)
-        with _undoing(lambda: storage.rename(final, tmp)):
+        with _rollback(lambda: storage.rename(final, tmp)):
             storage.sync_directory(parent)
         return None
     if not overwrite:
@@ -171,8 +171,8 @@ def publish(
             errno=errno.ENOTDIR,
             path=final,
         )
-    if storage.exchange(tmp, final):
-        with _undoing(lambda: storage.exchange(tmp, final)):
+    if storage.swap(tmp, final):
+        with _rollback(lambda: storage.swap(tmp, final)):
             storage.sync_directory(parent)
         return tmp
     if hidden is None:
@@ -185,7 +185,7 @@ def publish(
 
 
 @contextlib.contextmanager
-def _undoing(undo: Callable[[], object]) -> Generator[None]:
+def _rollback(undo: Callable[[], object]) -> Generator[None]:
     """Takes a rename back when what follows it fails: what is not durable must not be seen.
 
     Without this the caller, told of a failure, would remove `tmp`, where by now the old step is.
@@ -210,9 +210,9 @@ def _replace_in_two(storage: Storage, tmp: str, final: str, hidden: str) -> str:
     record = {"tmp": os.path.basename(tmp), "final": os.path.basename(final)}
     storage.replace(journal, json.dumps(record).encode())
     storage.rename(final, old)
-    with _undoing(lambda: storage.rename(old, final)):
+    with _rollback(lambda: storage.rename(old, final)):
         storage.rename(tmp, final)
-        with _undoing(lambda: storage.rename(final, tmp)):
+        with _rollback(lambda: storage.rename(final, tmp)):
             storage.sync_directory(parent)
             storage.remove(journal)
             storage.sync_directory(hidden)
@@ -233,7 +233,7 @@ def _make_trash(storage: Storage, hidden: str) -> str:
 def discard(storage: Storage, path: str, hidden: str) -> None:
     """Takes a directory out of sight at once, then removes it; a crash leaves only trash."""
     if isinstance(storage, ObjectStorage):
-        commit_marker.discard(storage, temporary(path), path)
+        commit_marker.discard(storage, tmp_path(path), path)
         return
     unique = f"{os.path.basename(path)}.{uuid.uuid4().hex[:8]}"
     target = os.path.join(_make_trash(storage, hidden), unique)
@@ -253,12 +253,12 @@ def recover(storage: Storage, root: str, hidden: str, *, but: Collection[str] = 
     Returns:
         What was done, one line each, for the log.
     """
-    done = settle(storage, root, hidden)
+    done = finish_overwrite(storage, root, hidden)
     for name in storage.list(root):
-        if TMP_SUFFIX in name and not name.startswith(".") and final(name) not in but:
+        if TMP_SUFFIX in name and not name.startswith(".") and final_path(name) not in but:
             path = os.path.join(root, name)
             if isinstance(storage, ObjectStorage):
-                commit_marker.collect(storage, path, path.removesuffix(TMP_SUFFIX))
+                commit_marker.clean_up(storage, path, path.removesuffix(TMP_SUFFIX))
             else:
                 storage.remove(path)
             done.append(f"removed unfinished {name}")
@@ -277,7 +277,7 @@ def recover(storage: Storage, root: str, hidden: str, *, but: Collection[str] = 
     return done
 
 
-def settle(storage: Storage, root: str, hidden: str) -> list[str]:
+def finish_overwrite(storage: Storage, root: str, hidden: str) -> list[str]:
     """Ends an overwrite in two renames that was cut; to be called before anything new is written.
 
     The two steps are both whole between the renames, and only there is the old one in the trash and
@@ -305,10 +305,10 @@ def settle(storage: Storage, root: str, hidden: str) -> list[str]:
             )
     done: list[str] = []
     source, target = os.path.join(root, tmp), os.path.join(root, final)
-    if _is_between(storage, hidden, target):
+    if _is_mid_swap(storage, hidden, target):
         if isinstance(storage, ObjectStorage):
             storage.remove(target)  # a copy that was cut
-            source = source if storage.is_whole(source) else _replaced(hidden, target)
+            source = source if storage.is_committed(source) else _replaced(hidden, target)
         storage.rename(source if storage.exists(source) else _replaced(hidden, target), target)
         storage.sync_directory(root)
         done.append(f"finished the replacement of {final}")
@@ -316,20 +316,20 @@ def settle(storage: Storage, root: str, hidden: str) -> list[str]:
     return done
 
 
-def _is_between(storage: Storage, hidden: str, final: str) -> bool:
+def _is_mid_swap(storage: Storage, hidden: str, final: str) -> bool:
     """Whether a step is out of sight, between the two renames of its overwrite."""
-    is_there = storage.is_whole if isinstance(storage, ObjectStorage) else storage.exists
+    is_there = storage.is_committed if isinstance(storage, ObjectStorage) else storage.exists
     return is_there(_replaced(hidden, final)) and not is_there(final)
 
 
 def abandon(storage: Storage, tmp: str) -> None:
     """Removes what a failed save wrote; what cannot be removed now goes with the next writer."""
-    path = final(tmp)
-    if _is_between(storage, os.path.join(os.path.dirname(path), HIDDEN), path):
+    path = final_path(tmp)
+    if _is_mid_swap(storage, os.path.join(os.path.dirname(path), HIDDEN), path):
         _log.warning("%s stays until the next save, which will end the overwrite", tmp)
         return
     if isinstance(storage, ObjectStorage):
-        commit_marker.abandon(storage, temporary(path), path)
+        commit_marker.abandon(storage, tmp_path(path), path)
         return
     try:
         storage.remove(tmp)

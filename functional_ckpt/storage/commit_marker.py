@@ -21,13 +21,13 @@ from functional_ckpt import errors
 from functional_ckpt.core.tree import plain_json
 from functional_ckpt.storage.object_store import MARKER, ObjectStorage
 
-__all__ = ["abandon", "begin", "collect", "discard", "note", "publish", "seal"]
+__all__ = ["abandon", "begin", "clean_up", "discard", "intent", "publish", "write_marker"]
 
 _NOTE = ".unfinished"
 _log = logging.getLogger("functional_ckpt")
 
 
-def note(tmp: str) -> str:
+def intent(tmp: str) -> str:
     """The note that belongs to a temporary name."""
     return os.path.join(tmp, _NOTE)
 
@@ -38,8 +38,8 @@ def begin(storage: ObjectStorage, tmp: str, final: str) -> str:
     Raises:
         StorageError: Objects are there that no writer of ours has left.
     """
-    collect(storage, tmp, final)
-    is_taken = storage.is_whole(final)
+    clean_up(storage, tmp, final)
+    is_taken = storage.is_committed(final)
     if not is_taken and storage.exists(final):
         raise errors.StorageError(
             f"Cannot write {final}: objects are there, but no {MARKER}. A copy of a step needs "
@@ -47,7 +47,7 @@ def begin(storage: ObjectStorage, tmp: str, final: str) -> str:
             errno=errno.ENOTEMPTY,
             path=final,
         )
-    storage.write(note(tmp), json.dumps({"token": uuid.uuid4().hex}).encode())
+    storage.write(intent(tmp), json.dumps({"token": uuid.uuid4().hex}).encode())
     place = tmp if is_taken else final
     storage.make_directory(place)
     return place
@@ -63,26 +63,26 @@ def publish(storage: ObjectStorage, tmp: str, final: str) -> None:
     storage.check_leases()
     if not storage.create(os.path.join(final, MARKER), _mark(storage, tmp)):
         raise errors.StepExistsError(f"{final} has appeared since this save began.", path=final)
-    _remove_note(storage, tmp)
+    _remove_intent(storage, tmp)
 
 
-def seal(storage: ObjectStorage, tmp: str) -> None:
+def write_marker(storage: ObjectStorage, tmp: str) -> None:
     """Marks what was written below `tmp`, whose note is needed no more: it can be copied now."""
     storage.check_leases()
     storage.write(os.path.join(tmp, MARKER), _mark(storage, tmp))
-    storage.remove(note(tmp))
+    storage.remove(intent(tmp))
 
 
 def _mark(storage: ObjectStorage, tmp: str) -> bytes:
     """The marker's content; the note's token tells whose it is."""
     try:
-        token = plain_json.parse(storage.read(note(tmp)))["token"]
+        token = plain_json.parse(storage.read(intent(tmp)))["token"]
     except (errors.StorageError, ValueError, KeyError, TypeError):
         token = ""
     return json.dumps({"writer": "functional_ckpt", "token": token}).encode()
 
 
-def _remove_note(storage: ObjectStorage, tmp: str) -> None:
+def _remove_intent(storage: ObjectStorage, tmp: str) -> None:
     """The step is committed: a note that stays is no failure, the next writer takes it away."""
     try:
         storage.remove(tmp)
@@ -93,7 +93,7 @@ def _remove_note(storage: ObjectStorage, tmp: str) -> None:
 def discard(storage: ObjectStorage, tmp: str, final: str) -> None:
     """Removes a step: the marker first, so that it is gone before it is not whole."""
     storage.check_leases()
-    storage.write(note(tmp), b"{}")
+    storage.write(intent(tmp), b"{}")
     storage.remove(final)
     storage.remove(tmp)
 
@@ -101,7 +101,7 @@ def discard(storage: ObjectStorage, tmp: str, final: str) -> None:
 def abandon(storage: ObjectStorage, tmp: str, final: str) -> None:
     """Removes what a failed save wrote, though its marker may be there; never another's step."""
     try:
-        if storage.exists(note(tmp)):
+        if storage.exists(intent(tmp)):
             marker = os.path.join(final, MARKER)
             if not storage.exists(marker) or storage.read(marker) == _mark(storage, tmp):
                 storage.remove(final)
@@ -110,7 +110,7 @@ def abandon(storage: ObjectStorage, tmp: str, final: str) -> None:
         _log.warning("%s stays until the next writer opens the directory: %s", tmp, error)
 
 
-def collect(storage: ObjectStorage, tmp: str, final: str) -> bool:
+def clean_up(storage: ObjectStorage, tmp: str, final: str) -> bool:
     """Removes what a writer left that is dead, or failed and could not; a marked step stays.
 
     Returns:
@@ -118,7 +118,7 @@ def collect(storage: ObjectStorage, tmp: str, final: str) -> bool:
     """
     if not storage.exists(tmp):
         return False
-    if storage.exists(note(tmp)) and not storage.is_whole(final):
+    if storage.exists(intent(tmp)) and not storage.is_committed(final):
         storage.remove(final)
     storage.remove(tmp)
     return True

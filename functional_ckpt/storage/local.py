@@ -120,7 +120,7 @@ class LocalStorage:
         """Whether a directory is at `path`."""
         return os.path.isdir(path)
 
-    def is_whole(self, path: str) -> bool:
+    def is_committed(self, path: str) -> bool:
         """Whether a directory is at `path`: it has its name only since it is whole."""
         return self.is_directory(path)
 
@@ -176,7 +176,7 @@ class LocalStorage:
         except FileNotFoundError:
             return 0.0
 
-    def describe(self, path: str) -> FileRecord:
+    def checksum(self, path: str) -> FileRecord:
         """Size and digest of a regular file."""
         self.operation("read", path)
         with clear_errors("read", path):
@@ -275,9 +275,9 @@ class LocalStorage:
         with clear_errors("rename to", target):
             os.rename(source, target)
 
-    def exchange(self, first: str, second: str) -> bool:
+    def swap(self, first: str, second: str) -> bool:
         """Swaps two paths in one atomic step; False where the system cannot."""
-        self.operation("exchange", second)
+        self.operation("swap", second)
         rename = _renameat2()
         if rename is None:
             return False
@@ -318,7 +318,7 @@ class LocalStorage:
         """None but the defaults."""
         return {}
 
-    def put_arrays(self, directory: str) -> None:
+    def flush_arrays(self, directory: str) -> None:
         """Nothing: TensorStore wrote where it was told."""
 
     def redact(self, text: str) -> str:

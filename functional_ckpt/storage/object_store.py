@@ -26,12 +26,12 @@ from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.storage.buckets import lease, spool
 from functional_ckpt.storage.buckets.base import (
-    Absent,
     Bucket,
-    Conflict,
     Entry,
-    Refused,
-    Transient,
+    NotFound,
+    PermanentError,
+    PreconditionFailed,
+    TransientError,
     retrying,
 )
 
@@ -91,7 +91,7 @@ class ObjectStorage:
             return True
         return any(True for _ in self._names(path))
 
-    def is_whole(self, path: str) -> bool:
+    def is_committed(self, path: str) -> bool:
         """Whether the marker is below `path`."""
         return self._entry(os.path.join(path, MARKER)) is not None
 
@@ -134,7 +134,7 @@ class ObjectStorage:
         entry = self._entry(path)
         return 0.0 if entry is None else time.time() - entry.modified_ns / 1e9
 
-    def describe(self, path: str) -> FileRecord:
+    def checksum(self, path: str) -> FileRecord:
         """Size and digest of an object, read in parts."""
         self.operation("read", path)
         key = self._key(path)
@@ -220,7 +220,7 @@ class ObjectStorage:
             )
         begin, entries = len(self._key(source)), self._everything(source)
         if not entries:
-            raise self._error("rename", source, Absent(source))
+            raise self._error("rename", source, NotFound(source))
         for is_marker in (False, True):
             self._each(
                 "copy",
@@ -234,9 +234,9 @@ class ObjectStorage:
             )
         self._delete(source, entries)
 
-    def exchange(self, first: str, second: str) -> bool:
+    def swap(self, first: str, second: str) -> bool:
         """No store can."""
-        self.operation("exchange", second)
+        self.operation("swap", second)
         return False
 
     def remove(self, path: str) -> None:
@@ -276,7 +276,7 @@ class ObjectStorage:
         """TensorStore's resources for the store."""
         return self._bucket.context()
 
-    def put_arrays(self, directory: str) -> None:
+    def flush_arrays(self, directory: str) -> None:
         """Uploads what was written into a local copy."""
         if self._bucket.kvstore("") is None:
             pairs = [(path, key) for key, path in self._spool.unsent(self._key(directory))]
@@ -313,13 +313,13 @@ class ObjectStorage:
             return None
         try:
             return retrying(self._head, key)
-        except (Refused, Transient) as error:
+        except (PermanentError, TransientError) as error:
             raise self._error("look at", path, error) from None
 
     def _head(self, key: str) -> Entry | None:
         try:
             return self._bucket.head(key)
-        except Absent:
+        except NotFound:
             return None
 
     def _names(self, path: str) -> list[str]:
@@ -377,17 +377,17 @@ class ObjectStorage:
     def _clear(self, action: str, path: str) -> Generator[None]:
         try:
             yield
-        except (Absent, Conflict, Refused, Transient) as error:
+        except (NotFound, PreconditionFailed, PermanentError, TransientError) as error:
             raise self._error(action, path, error) from None
 
     def _error(self, action: str, path: str, error: Exception) -> errors.CheckpointError:
-        if isinstance(error, Conflict):
+        if isinstance(error, PreconditionFailed):
             return errors.StepExistsError(f"Cannot {action} {path}: something is there.", path=path)
-        if isinstance(error, Absent):
+        if isinstance(error, NotFound):
             code = errno.ENOENT
             text = f"{os.strerror(code)} [errno {code}]"
         else:
-            code = error.errno if isinstance(error, Refused) else errno.EIO
+            code = error.errno if isinstance(error, PermanentError) else errno.EIO
             text = self._bucket.redact(str(error))
         return errors.StorageError(f"Cannot {action} {path}: {text}.", errno=code, path=path)
 

@@ -59,13 +59,13 @@ def _bucket(uri: str) -> Bucket:
 def _s3(root: str, name: str) -> Bucket:
     from functional_ckpt.storage.buckets import credentials, s3
 
-    return s3.open_s3(root, name, credentials.s3_access())
+    return s3.open_s3(root, name, credentials.s3_credentials())
 
 
 def _gcs(root: str, name: str) -> Bucket:
     from functional_ckpt.storage.buckets import credentials, gcs, s3
 
-    found = credentials.gcs_access()
+    found = credentials.gcs_credentials()
     if found is None:
         return gcs.open_gcs(root, name)
     return s3.open_s3(root, name, found)
@@ -75,4 +75,4 @@ def _oci(root: str, name: str) -> Bucket:
     from functional_ckpt.storage.buckets import credentials, s3
 
     bucket, _, namespace = name.partition("@")
-    return s3.open_s3(root, bucket, credentials.oci_access(namespace))
+    return s3.open_s3(root, bucket, credentials.oci_credentials(namespace))

@@ -37,7 +37,7 @@ def _differences(got: Any, expected: Any, where: str) -> Iterator[str]:
         yield from _tensor_differences(got, expected, where)
     elif isinstance(expected, (np.ndarray, np.generic)):
         yield from _array_differences(got, cast("Any", expected), where)
-    elif (opened := flatten.open_container(expected)) is not None:
+    elif (opened := flatten.flatten_one_level(expected)) is not None:
         yield from _container_differences(got, opened, where)
     elif isinstance(expected, (float, complex)):
         if np.array(got).tobytes() != np.array(expected).tobytes():
@@ -57,8 +57,8 @@ def _are_named_alike(got: Any, expected: Any) -> bool:
     )
 
 
-def _container_differences(got: Any, expected: flatten.Opened, where: str) -> Iterator[str]:
-    found = flatten.open_container(got)
+def _container_differences(got: Any, expected: flatten.FlatNode, where: str) -> Iterator[str]:
+    found = flatten.flatten_one_level(got)
     if found is None or found.keys != expected.keys or found.detail != expected.detail:
         yield f"{where}: got {_show(found)}, expected {_show(expected)}"
         return
@@ -70,7 +70,7 @@ def _container_differences(got: Any, expected: flatten.Opened, where: str) -> It
 
 
 def _tensor_differences(got: torch.Tensor, expected: torch.Tensor, where: str) -> Iterator[str]:
-    opened = flatten.open_container(expected)
+    opened = flatten.flatten_one_level(expected)
     if got.layout != expected.layout or got.is_quantized != expected.is_quantized:
         yield f"{where}: got {_show(got)}, expected {_show(expected)}"
         return

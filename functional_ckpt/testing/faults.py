@@ -21,7 +21,7 @@ from functional_ckpt.storage.local import LocalStorage
 __all__ = ["CHANGES", "Crash", "Fault", "FaultyStorage", "Operation"]
 
 CHANGES = (
-    *("make_directory", "write", "link", "sync", "rename", "exchange", "remove", "lock"),
+    *("make_directory", "write", "link", "sync", "rename", "swap", "remove", "lock"),
     *("write_array", "commit_arrays", "merge_arrays"),
 )
 """The kinds of operation that change a store; the others (`read`, `list`) look."""
@@ -141,9 +141,9 @@ class FaultyStorage(LocalStorage):
             return False
         return place == fault.at or (fault.mode == "lasting" and reached.kind in CHANGES)
 
-    def exchange(self, first: str, second: str) -> bool:
+    def swap(self, first: str, second: str) -> bool:
         """As on a local file system, if it was made with `can_exchange`; else False."""
         if self._can_exchange:
-            return super().exchange(first, second)
-        self.operation("exchange", second)
+            return super().swap(first, second)
+        self.operation("swap", second)
         return False

@@ -13,7 +13,7 @@ from functional_ckpt.core.arrays import spec
 from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.tree import plain_json, structure
-from functional_ckpt.verify.findings import Finding, Problem, Search, reason
+from functional_ckpt.verify.findings import Finding, Problem, Verification, reason
 
 if TYPE_CHECKING:
     from functional_ckpt.format import database as database_lib
@@ -67,14 +67,14 @@ class ItemArrays:
         size_bytes: Bytes that will be read.
     """
 
-    def __init__(self, search: Search, item: str, record: records.ItemRecord) -> None:
+    def __init__(self, search: Verification, item: str, record: records.ItemRecord) -> None:
         self.size_bytes = 0
         self._search = search
         self._item = item
         self._record = record
         self._directory = os.path.join(search.path, item)
         self._failures: list[_Failure] = []
-        self._culprit = _MANIFEST  # of failures without a key
+        self._fallback_file = _MANIFEST  # of failures without a key
         leaves = structure.iter_leaves(record.root)
         self._nodes = [leaf for _, leaf in leaves if isinstance(leaf, structure.ArrayNode)]
         self._scalars = list(orbax.scalar_leaves(record.root))
@@ -106,12 +106,12 @@ class ItemArrays:
 
         blocking = [name for name in self._record.files if self._would_block(name)]
         if blocking:
-            self._lose_everything(blocking[0], "it cannot be read safely")
+            self._fail_all(blocking[0], "it cannot be read safely")
             return []
         try:
             database = database_lib.open_for_reading(self._directory, self._search.storage)
         except errors.CorruptCheckpointError as error:
-            self._lose_everything(_MANIFEST, reason(error, self._directory))
+            self._fail_all(_MANIFEST, reason(error, self._directory))
             return []
         values = list(self._small_values())
         batches = (values[start : start + _BATCH] for start in range(0, len(values), _BATCH))
@@ -123,11 +123,11 @@ class ItemArrays:
         path = os.path.join(self._directory, name)
         return self._search.storage.kind(path, follow=True) == "a special file"
 
-    def _lose_everything(self, file: str, why: str) -> None:
+    def _fail_all(self, file: str, why: str) -> None:
         names = (*(node.name for node in self._nodes), *(name for name, _, _ in self._scalars))
         difference: Difference = ("unreadable", "a database", why)
         self._failures += [_Failure(name, None, difference) for name in names]
-        self._culprit = file
+        self._fallback_file = file
 
     # ---------------------------------------------------------------------------- small values
 
@@ -203,7 +203,7 @@ class ItemArrays:
 
     # ---------------------------------------------------------------------------- blame
 
-    def blame(self, damaged: dict[str, Finding]) -> None:
+    def attribute_failures(self, damaged: dict[str, Finding]) -> None:
         """Tells each damaged file the leaves it takes with it.
 
         Args:
@@ -220,7 +220,7 @@ class ItemArrays:
         leaves: dict[str, set[str]] = {}
         first: dict[str, _Failure] = {}
         for failure in self._failures:
-            suspects = self._suspects(failure, places)
+            suspects = self._candidate_files(failure, places)
             guilty = [file for file in suspects if f"{self._item}/{file}" in damaged]
             for file in guilty or suspects[:1]:
                 leaves.setdefault(file, set()).add(failure.leaf)
@@ -235,10 +235,10 @@ class ItemArrays:
                 )
             damaged[path] = dataclasses.replace(finding, leaves=tuple(sorted(names)))
 
-    def _suspects(self, failure: _Failure, places: Places | None) -> list[str]:
+    def _candidate_files(self, failure: _Failure, places: Places | None) -> list[str]:
         """The files that may be the cause."""
         if failure.key is None or places is None:
-            return [self._culprit]
+            return [self._fallback_file]
         known = places.files.get(failure.key)
         if known is not None:
             # A tree that leads to a file that was never there is the wrong tree.

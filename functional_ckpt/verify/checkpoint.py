@@ -21,7 +21,7 @@ from functional_ckpt.core.records import records as records_lib
 from functional_ckpt.core.records.records import EXTENSION_FILE, FileRecord
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.verify.arrays import ItemArrays
-from functional_ckpt.verify.findings import Finding, Problem, Progress, Search, reason
+from functional_ckpt.verify.findings import Finding, Problem, Progress, Verification, reason
 from functional_ckpt.verify.foreign import verify_foreign
 
 __all__ = ["Finding", "Problem", "Progress", "verify_checkpoint"]
@@ -61,7 +61,7 @@ def verify_checkpoint(
             "the item's record must be.",
             path=path,
         )
-    search = Search(storage, path, progress)
+    search = Verification(storage, path, progress)
     if _is_ours(storage, path):
         _verify_ours(search, step)
     else:
@@ -85,7 +85,7 @@ def _is_ours(storage: Storage, path: str) -> bool:
         return False
 
 
-def _verify_ours(search: Search, step: int | None) -> None:
+def _verify_ours(search: Verification, step: int | None) -> None:
     from functional_ckpt.runtime.threads import run_in_threads
 
     on_disk = search.storage.walk(search.path)
@@ -101,14 +101,14 @@ def _verify_ours(search: Search, step: int | None) -> None:
     _find_unlisted(search, record, items, on_disk, files.expected)
     run_in_threads([task for each in arrays for task in each.tasks()], num_threads)
     for each in arrays:
-        each.blame(files.damaged)
+        each.attribute_failures(files.damaged)
     search.findings += files.damaged.values()
 
 
 # ------------------------------------------------------------------------------------ records
 
 
-def _step_record(search: Search, step: int | None) -> records_lib.StepRecord | None:
+def _step_record(search: Verification, step: int | None) -> records_lib.StepRecord | None:
     """The checkpoint's own record; None, and a finding, where it cannot be believed."""
     path = os.path.join(search.path, EXTENSION_FILE)
     expected = "the record of a checkpoint" if step is None else f"the record of step {step}"
@@ -133,7 +133,7 @@ def _tree_items(record: records_lib.StepRecord | None, on_disk: Collection[str])
 
 
 def _item_record(
-    search: Search, name: str, step: records_lib.StepRecord | None
+    search: Verification, name: str, step: records_lib.StepRecord | None
 ) -> records_lib.ItemRecord | None:
     """The record of a tree item; None, and a finding, where it cannot be believed."""
     file = f"{name}/{EXTENSION_FILE}"
@@ -176,7 +176,7 @@ def _expected_files(
 
 
 def _find_unlisted(
-    search: Search,
+    search: Verification,
     step: records_lib.StepRecord | None,
     items: Mapping[str, records_lib.ItemRecord | None],
     on_disk: Collection[str],
@@ -201,7 +201,7 @@ class _Files:
         damaged: A finding for each file that differs.
     """
 
-    def __init__(self, search: Search, expected: Mapping[str, FileRecord]) -> None:
+    def __init__(self, search: Verification, expected: Mapping[str, FileRecord]) -> None:
         self.expected = expected
         self.damaged: dict[str, Finding] = {}
         self._search = search
@@ -220,7 +220,7 @@ class _Files:
             )
             return
         try:
-            got = self._search.storage.describe(path)
+            got = self._search.storage.checksum(path)
         except errors.StorageError as error:
             self._add(name, "unreadable", "a file that can be read", reason(error, path))
             return

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from functional_ckpt import errors
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["Finding", "Problem", "Progress", "Search", "reason"]
+__all__ = ["Finding", "Problem", "Progress", "Verification", "reason"]
 
 Problem: TypeAlias = Literal[
     "missing",
@@ -65,7 +65,7 @@ class Finding:
         return f"{self.file}{leaves}: {self.problem}: expected {self.expected}, got {self.got}"
 
 
-class Search:
+class Verification:
     """One verification under way: where it looks, what it found, how far it is.
 
     Attributes:

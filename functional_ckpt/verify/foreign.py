@@ -10,7 +10,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import checkpoint_dir
-from functional_ckpt.verify.findings import Search, reason
+from functional_ckpt.verify.findings import Verification, reason
 
 __all__ = ["verify_foreign"]
 
@@ -18,7 +18,7 @@ __all__ = ["verify_foreign"]
 _SLAB_BYTES = 256 * 2**20
 
 
-def verify_foreign(search: Search, step: int | None) -> None:
+def verify_foreign(search: Verification, step: int | None) -> None:
     """Reads every array and every small file; what cannot be read is a finding."""
     opened = checkpoint_dir.open_checkpoint(search.storage, search.path, step)
     for name, kind in opened.items.items():
@@ -32,7 +32,7 @@ def verify_foreign(search: Search, step: int | None) -> None:
     search.add(None, ".", "no digests", "digests to compare with", "a checkpoint without them")
 
 
-def _read_tree(search: Search, item: checkpoint_dir.OpenItem) -> None:
+def _read_tree(search: Verification, item: checkpoint_dir.OpenItem) -> None:
     from functional_ckpt.runtime import threads
 
     nodes = list(item.array_nodes())
@@ -42,7 +42,9 @@ def _read_tree(search: Search, item: checkpoint_dir.OpenItem) -> None:
     threads.run_in_threads([functools.partial(_read_array, search, item, node) for node in nodes])
 
 
-def _read_array(search: Search, item: checkpoint_dir.OpenItem, node: structure.ArrayNode) -> None:
+def _read_array(
+    search: Verification, item: checkpoint_dir.OpenItem, node: structure.ArrayNode
+) -> None:
     import numpy as np
 
     from functional_ckpt.format import read_tensorstore
@@ -76,7 +78,7 @@ def _slabs(array: spec.ArraySpec) -> Iterator[spec.Box]:
         yield spec.Box((row, *(0 for _ in rest)), (min(num_rows, array.shape[0] - row), *rest))
 
 
-def _add(search: Search, item: str, error: Exception, leaves: tuple[str, ...]) -> None:
+def _add(search: Verification, item: str, error: Exception, leaves: tuple[str, ...]) -> None:
     path = getattr(error, "path", None) or search.path
     file = os.path.relpath(path, search.path)
     search.add(item, file, "unreadable", "something that can be read", reason(error, path), leaves)

@@ -32,7 +32,7 @@ def build(binding: plan.Binding, arrays: Bytes) -> Any:
         destination.array[...] = arrays[binding.node.stored_name]
         return destination.finish()
     children = [build(child, arrays) for child in binding.children]
-    return flatten.close_container(binding.node, children, binding.like)
+    return flatten.unflatten_one_level(binding.node, children, binding.like)
 
 
 def record(flat: flatten.FlatTree) -> records.ItemRecord:

@@ -81,7 +81,7 @@ def test_subclasses_of_plain_types_are_not_plain() -> None:
 )
 def test_identity(first, second, is_shared: bool) -> None:
     tensor = torch.arange(9.0).reshape(3, 3)
-    one, other = memory.identity(first(tensor)), memory.identity(second(tensor))
+    one, other = memory.storage_key(first(tensor)), memory.storage_key(second(tensor))
     assert (one is not None and one == other) == is_shared
 
 
@@ -116,8 +116,8 @@ def test_dressing_is_undone_by_dress() -> None:
         torch.ones(2, requires_grad=True),
         torch.ones(2),
     ):
-        dressed = decode.dress(tensor.detach().clone(), encode.dressing(tensor))
-        assert encode.dressing(dressed) == encode.dressing(tensor)
+        dressed = decode.apply_tensor_role(tensor.detach().clone(), encode.tensor_role(tensor))
+        assert encode.tensor_role(dressed) == encode.tensor_role(tensor)
         assert dressed.requires_grad == tensor.requires_grad
 
 

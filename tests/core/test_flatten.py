@@ -58,23 +58,23 @@ def test_nothing_is_copied_or_changed() -> None:
 
 
 def test_children_in_the_order_of_the_container() -> None:
-    opened = flatten.open_container({"z": 1, "a": 2})
+    opened = flatten.flatten_one_level({"z": 1, "a": 2})
     assert opened is not None
     assert opened.keys == (Key("z"), Key("a")) and opened.children == (1, 2)
 
 
 def test_a_named_tuple_without_its_class_is_one_of_the_same_name() -> None:
-    opened = flatten.open_container(Point(1, 2))
+    opened = flatten.flatten_one_level(Point(1, 2))
     assert opened is not None
-    built = flatten.close_container(opened.node(), [3, 4])
+    built = flatten.unflatten_one_level(opened.node(), [3, 4])
     assert type(built).__name__ == "Point" and built._fields == ("x", "y") and built == (3, 4)
-    assert type(flatten.close_container(opened.node(), [3, 4], Point(0, 0))) is Point
+    assert type(flatten.unflatten_one_level(opened.node(), [3, 4], Point(0, 0))) is Point
 
 
 def test_the_type_of_the_target_wins() -> None:
-    opened = flatten.open_container({"a": 1})
+    opened = flatten.flatten_one_level({"a": 1})
     assert opened is not None
-    built = flatten.close_container(opened.node(), [5], collections.defaultdict(lambda: 7))
+    built = flatten.unflatten_one_level(opened.node(), [5], collections.defaultdict(lambda: 7))
     assert built["a"] == 5 and built["new"] == 7
 
 
@@ -101,16 +101,16 @@ def test_what_cannot_be_put_together_is_corrupt(
         detail=detail,
     )
     with pytest.raises(errors.CorruptCheckpointError, match=f"stored as '{kind}'"):
-        flatten.close_container(node, children)
+        flatten.unflatten_one_level(node, children)
 
 
 def test_indices_of_a_sparse_tensor_are_checked() -> None:
     """Unchecked, torch would read memory that is not its own."""
-    opened = flatten.open_container(torch.eye(2).to_sparse())
+    opened = flatten.flatten_one_level(torch.eye(2).to_sparse())
     assert opened is not None
     _, values = opened.children
     with pytest.raises(errors.CorruptCheckpointError, match="sparse_coo"):
-        flatten.close_container(opened.node(), [torch.tensor([[0, 9], [0, 1]]), values])
+        flatten.unflatten_one_level(opened.node(), [torch.tensor([[0, 9], [0, 1]]), values])
 
 
 def test_map_leaves_leaves_the_value_alone() -> None:

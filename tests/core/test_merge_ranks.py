@@ -18,7 +18,7 @@ def root(value: object) -> structure.Node:
 
 
 def unite(*values: object) -> structure.Node:
-    return merge_ranks.unite(
+    return merge_ranks.merge_ranks(
         [(rank, root(value)) for rank, value in enumerate(values)], item="item"
     )
 
@@ -26,7 +26,7 @@ def unite(*values: object) -> structure.Node:
 def told(node: structure.Node, rank: int, num_ranks: int) -> tuple[object, list[str]]:
     """The plain values that a rank restores, and what it is told was dropped."""
     dropped: list[str] = []
-    own = merge_ranks.for_rank(node, rank, num_ranks, dropped)
+    own = merge_ranks.select_rank(node, rank, num_ranks, dropped)
     return select.specs(own), dropped
 
 
@@ -100,7 +100,7 @@ def test_a_united_structure_binds_as_saved() -> None:
 
 
 def test_names_are_united_in_order_and_come_back_as_a_list() -> None:
-    names = structure.Names
+    names = structure.MergedNames
     united = unite({"n": names(["b", "a"])}, {"n": names(["c", "a"])}, {"n": names(["b", "a"])})
     value, dropped = told(united, 1, 3)
     assert (value, dropped) == ({"n": ["b", "a", "c"]}, [])

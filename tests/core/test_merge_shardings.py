@@ -45,7 +45,7 @@ def test_columns_of_a_mesh_are_replicas(
         Sharding((num_data,), tuple(range(tensor, num_ranks, num_tensor)), ROWS)
         for tensor in range(num_tensor)
     ]
-    united = merge_ranks.unite_shardings(
+    united = merge_ranks.merge_shardings(
         [(rank, columns[rank % num_tensor]) for rank in range(num_ranks)]
     )
     for rank in range(num_ranks):
@@ -76,11 +76,11 @@ def test_what_does_not_fit_the_first_writes_nothing(
     others: list[Sharding | None], expected: Sharding
 ) -> None:
     parts = list(enumerate([Sharding((2,), (0, 1), ROWS), *others]))
-    united = merge_ranks.unite_shardings(parts)
+    united = merge_ranks.merge_shardings(parts)
     assert united == expected
     assert set(writers((5, 3), united, 6).values()) == {1}
 
 
 def test_plain_arrays_are_held_by_those_who_have_them() -> None:
     parts = [(1, None), (2, Sharding((2,), (2, 3), ROWS)), (4, None)]
-    assert merge_ranks.unite_shardings(parts) == Sharding.replicated((1, 4))
+    assert merge_ranks.merge_shardings(parts) == Sharding.replicated((1, 4))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functional_ckpt.core.arrays.chunks import ChunkGrid
-from functional_ckpt.core.arrays.read_plan import StoredArray, Want, plan_sharing
+from functional_ckpt.core.arrays.read_plan import Region, StoredArray, plan_sharing
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 
 SIZE = st.integers(1, 6)
@@ -33,7 +33,7 @@ def test_every_part_of_a_shared_chunk_reaches_who_wants_it(data: st.DataObject, 
     }
     wants = data.draw(
         st.lists(
-            st.lists(st.builds(Want, st.sampled_from("ab"), boxes(shape)), max_size=3),
+            st.lists(st.builds(Region, st.sampled_from("ab"), boxes(shape)), max_size=3),
             min_size=1,
             max_size=4,
         )
@@ -60,13 +60,13 @@ def test_every_part_of_a_shared_chunk_reaches_who_wants_it(data: st.DataObject, 
 
 def test_what_is_wanted_once_is_read_alone() -> None:
     array = StoredArray(spec=ArraySpec((8, 4), "float32"), grid=ChunkGrid((8, 4), (4, 4)))
-    rows = [[Want("a", Box((4 * rank, 0), (4, 4)))] for rank in range(2)]
+    rows = [[Region("a", Box((4 * rank, 0), (4, 4)))] for rank in range(2)]
     assert plan_sharing({"a": array}, rows, round_bytes=100) == ()
 
 
 def test_replicas_share_the_reading_evenly() -> None:
     array = StoredArray(spec=ArraySpec((64, 4), "float32"), grid=ChunkGrid((64, 4), (4, 4)))
-    everything = [[Want("a", Box.whole((64, 4)))]] * 4
+    everything = [[Region("a", Box.whole((64, 4)))]] * 4
     (chunks,) = plan_sharing({"a": array}, everything, round_bytes=10_000)
     readers = [chunk.reader for chunk in chunks]
     assert [readers.count(rank) for rank in range(4)] == [4, 4, 4, 4]

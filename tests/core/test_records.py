@@ -62,15 +62,15 @@ def test_a_sealed_record_is_plain_json() -> None:
 
 
 def test_a_later_version_says_so() -> None:
-    text = records.seal({"format": "functional_ckpt", "version": 99})
+    text = records.with_checksum({"format": "functional_ckpt", "version": 99})
     with pytest.raises(errors.CorruptCheckpointError, match="format version 99"):
-        records.unseal(text, "x")
+        records.verify_checksum(text, "x")
 
 
 @pytest.mark.parametrize("record", [{}, {"format": "other", "version": 1}, {"format": None}])
 def test_another_format_says_so(record: dict[str, Any]) -> None:
     with pytest.raises(errors.CorruptCheckpointError, match="not a functional_ckpt record"):
-        records.unseal(records.seal({**record, "more": 1}), "x")
+        records.verify_checksum(records.with_checksum({**record, "more": 1}), "x")
 
 
 def _item() -> dict[str, Any]:
@@ -130,13 +130,13 @@ MUTATIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
 def test_a_malformed_record_is_one_clear_error(name: str) -> None:
     place, value = MUTATIONS[name]
     record = _item()
-    records.parse_item(records.seal(record), "x")  # whole, before it is spoiled
+    records.parse_item(records.with_checksum(record), "x")  # whole, before it is spoiled
     target = record
     for key in place[:-1]:
         target = target[key]
     target[place[-1]] = value
     with pytest.raises(errors.CorruptCheckpointError, match="malformed record"):
-        records.parse_item(records.seal(record), "x")
+        records.parse_item(records.with_checksum(record), "x")
 
 
 @pytest.mark.parametrize(
@@ -157,11 +157,11 @@ def test_a_malformed_step_is_one_clear_error(change: dict[str, Any]) -> None:
     record = json.loads(STEP.to_json())
     del record["xxh3"]
     with pytest.raises(errors.CorruptCheckpointError, match="malformed record"):
-        records.parse_step(records.seal({**record, **change}), "x")
+        records.parse_step(records.with_checksum({**record, **change}), "x")
 
 
 def test_a_text_nested_beyond_reason_is_one_clear_error() -> None:
     body = b"[" * 200_000 + b"]" * 200_000
     text = body[:-1] + f', "xxh3": "{records.digest_hex(body[:-1])}"}}'.encode()
     with pytest.raises(errors.CorruptCheckpointError, match="not JSON"):
-        records.unseal(text, "x")
+        records.verify_checksum(text, "x")

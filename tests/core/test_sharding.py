@@ -105,7 +105,7 @@ def test_no_chunk_reaches_over_an_edge_between_ranks(
     case: tuple[tuple[int, ...], Sharding],
 ) -> None:
     shape, sharding = case
-    grid = choose_grid(ArraySpec(shape, "float32"), sharding.units(shape))
+    grid = choose_grid(ArraySpec(shape, "float32"), sharding.chunk_alignment(shape))
     chunks = [grid.box(index) for index in grid.indices()]
     for rank in sharding.ranks[:64]:
         for piece in sharding.pieces(shape, rank):
@@ -143,9 +143,9 @@ def test_a_rank_outside_the_mesh_holds_nothing() -> None:
 
 def test_ranks_are_counted_within_the_group_that_saves() -> None:
     sharding = Sharding((2,), (4, 7), (DimShard(0),))
-    assert sharding.renumbered((4, 5, 7)).ranks == (0, 2)
+    assert sharding.to_group_ranks((4, 5, 7)).ranks == (0, 2)
     with pytest.raises(errors.UnsupportedLeafError, match="rank 7, which is outside"):
-        sharding.renumbered((4, 5))
+        sharding.to_group_ranks((4, 5))
 
 
 def test_a_mesh_that_does_not_fit_its_ranks_is_refused() -> None:

@@ -157,7 +157,7 @@ def test_chunks_are_bounded(shape: tuple[int, ...], num_ranks: int, dim: int) ->
     cut = DimShard(min(dim, len(shape) - 1))
     sharding = Sharding((num_ranks,), tuple(range(num_ranks)), (cut,))
     spec = ArraySpec(shape, "float32")
-    grid = chunks.choose_grid(spec, sharding.units(shape))
+    grid = chunks.choose_grid(spec, sharding.chunk_alignment(shape))
     size_bytes = math.prod(grid.chunk_shape) * spec.itemsize_bytes
     # Eight times the bound where a shard has no useful divisor: no thousands of slivers.
     assert size_bytes <= 8 * chunks.MAX_CHUNK_BYTES

@@ -190,9 +190,9 @@ class Counting:
         self.num_ranks = inner.num_ranks
         self.global_ranks = inner.global_ranks
 
-    def exchange(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
+    def gather_broadcast(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
         self._rounds.append((what, len(value) if isinstance(value, bytes) else 0))
-        return self._inner.exchange(what, value, combine)
+        return self._inner.gather_broadcast(what, value, combine)
 
     def background(self) -> Coordinator:
         return Counting(self._inner.background(), self._rounds)
@@ -200,11 +200,11 @@ class Counting:
     def channel(self) -> Channel:
         return self._inner.channel()
 
-    def hurry(self, seconds: float) -> None:
-        self._inner.hurry(seconds)
+    def shorten_timeout(self, seconds: float) -> None:
+        self._inner.shorten_timeout(seconds)
 
-    def leave(self) -> None:
-        self._inner.leave()
+    def close(self) -> None:
+        self._inner.close()
 
 
 def rounds_of(directory: Path, num_leaves: int, alike: bool) -> list[list[tuple[str, int]]]:
@@ -250,7 +250,7 @@ def test_rounds_do_not_grow_with_the_leaves(alike: bool, workers: Workers, tmp_p
 
 
 def plan_thrice() -> list[bool]:
-    planner = plan_lib.Planner(default_coordinator())
+    planner = plan_lib.SavePlanner(default_coordinator())
     ranks = tuple(range(dist.get_world_size()))
     rank = dist.get_rank()
     registry = fc.default_registry()
@@ -271,7 +271,7 @@ def plan_after_a_failure() -> list[int]:
     """Rank 1 fails in the middle of planning: nobody takes a stale plan for good afterwards."""
     rank = dist.get_rank()
     rounds: list[tuple[str, int]] = []
-    planner = plan_lib.Planner(Counting(default_coordinator(), rounds))
+    planner = plan_lib.SavePlanner(Counting(default_coordinator(), rounds))
     registry = fc.default_registry()
 
     def lowered(num_leaves: int) -> Any:

@@ -79,7 +79,9 @@ def join(values: Sequence[bytes]) -> bytes:
 def test_every_rank_gets_what_the_primary_makes_of_all_values() -> None:
     group = Group(4)
     for number in range(5):
-        found = group.run(lambda rank, rounds: rounds.exchange(f"n{number}", b"%d" % rank, join))  # noqa: B023
+        found = group.run(
+            lambda rank, rounds: rounds.gather_broadcast(f"n{number}", b"%d" % rank, join)  # noqa: B023
+        )
         assert found == [b"0,1,2,3"] * 4
 
 
@@ -87,10 +89,10 @@ def test_the_store_holds_one_round_and_after_leaving_none() -> None:
     group = Group(3)
     sizes: list[int] = []
     for number in range(20):
-        group.run(lambda rank, rounds: rounds.exchange(f"round {number}", b"", join))  # noqa: B023
+        group.run(lambda rank, rounds: rounds.gather_broadcast(f"round {number}", b"", join))  # noqa: B023
         sizes.append(len(group.store.values))
     assert max(sizes) == sizes[0] == 5
-    group.run(lambda rank, rounds: rounds.leave())
+    group.run(lambda rank, rounds: rounds.close())
     assert group.store.values == {}
 
 
@@ -99,7 +101,7 @@ def test_a_round_costs_each_rank_the_same_few_writes() -> None:
     for num_ranks in (2, 8):
         group = Group(num_ranks)
         for number in range(10):
-            group.run(lambda rank, rounds: rounds.exchange(f"{number}", bytes(9999), max))  # noqa: B023
+            group.run(lambda rank, rounds: rounds.gather_broadcast(f"{number}", bytes(9999), max))  # noqa: B023
         writes[num_ranks] = group.store.num_writes / 10 / num_ranks
     assert writes[8] <= writes[2] <= 4
 
@@ -109,7 +111,7 @@ def test_an_error_reaches_all_and_the_next_round_is_as_ever(culprit: int) -> Non
     group = Group(3)
     mine = ValueError("mine")
     found = group.run(
-        lambda rank, rounds: rounds.exchange("it", mine if rank == culprit else b"", join)
+        lambda rank, rounds: rounds.gather_broadcast("it", mine if rank == culprit else b"", join)
     )
     for rank, error in enumerate(found):
         if rank == culprit:
@@ -118,12 +120,14 @@ def test_an_error_reaches_all_and_the_next_round_is_as_ever(culprit: int) -> Non
             assert isinstance(error, errors.CoordinationError)
             assert error.ranks == (culprit,)
             assert str(error) == f"Rank {culprit} failed in it: ValueError: mine"
-    assert group.run(lambda _, rounds: rounds.exchange("more", b"x", join)) == [b"x,x,x"] * 3
+    assert (
+        group.run(lambda _, rounds: rounds.gather_broadcast("more", b"x", join)) == [b"x,x,x"] * 3
+    )
 
 
 def test_who_does_not_come_is_named() -> None:
     group = Group(4, timeout_seconds=0.1)
-    for error in group.run(lambda _, rounds: rounds.exchange("it", b"", join), 0, 2):
+    for error in group.run(lambda _, rounds: rounds.gather_broadcast("it", b"", join), 0, 2):
         assert isinstance(error, errors.CoordinationTimeoutError)
         assert error.ranks == (1, 3)
         assert "Ranks 1, 3 did not come to it within 0.1 seconds" in str(error)
@@ -131,14 +135,14 @@ def test_who_does_not_come_is_named() -> None:
 
 def test_hurry_shortens_a_wait_under_way() -> None:
     group = Group(2, timeout_seconds=600)
-    threading.Timer(0.2, group.rounds[0].hurry, [0.1]).start()
-    [error] = group.run(lambda _, rounds: rounds.exchange("it", b"", join), 0)
+    threading.Timer(0.2, group.rounds[0].shorten_timeout, [0.1]).start()
+    [error] = group.run(lambda _, rounds: rounds.gather_broadcast("it", b"", join), 0)
     assert isinstance(error, errors.CoordinationTimeoutError)
 
 
 def test_different_calls_are_an_error_that_says_so() -> None:
     group = Group(3)
-    found = group.run(lambda rank, rounds: rounds.exchange(f"call {rank // 2}", b"", join))
+    found = group.run(lambda rank, rounds: rounds.gather_broadcast(f"call {rank // 2}", b"", join))
     for error in found:
         assert isinstance(error, errors.CoordinationError)
         assert error.ranks == (2,)
@@ -152,9 +156,12 @@ def test_ranks_that_missed_rounds_meet_again(present: list[set[int]]) -> None:
     for rounds in group.rounds:
         rounds._grace_seconds = 0.05
     for number, ranks in enumerate(present):
-        found = group.run(lambda _, rounds: rounds.exchange(f"round {number}", b"", join), *ranks)  # noqa: B023
+        found = group.run(
+            lambda _, rounds: rounds.gather_broadcast(f"round {number}", b"", join),  # noqa: B023
+            *ranks,
+        )
         assert all(isinstance(error, errors.CoordinationError) for error in found)
     for rounds in group.rounds:
         rounds._timeout_seconds = 30.0
-    found = group.run(lambda rank, rounds: rounds.exchange("together", b"%d" % rank, join))
+    found = group.run(lambda rank, rounds: rounds.gather_broadcast("together", b"%d" % rank, join))
     assert found == [b"0,1,2"] * 3

@@ -99,7 +99,7 @@ class Site:
 
 
 def seal(record: dict[str, Any]) -> bytes:
-    """As `manifest.seal`, for what the JSON encoder would refuse."""
+    """As `records.with_checksum`, for what the JSON encoder would refuse."""
     record.pop("xxh3", None)
     body = dump(record)[:-1]
     return body + f', "xxh3": "{records.digest_hex(body)}"}}'.encode()

@@ -435,7 +435,7 @@ def many_managers(this: Rank) -> None:
     if this.rank != 1:
         assert isinstance(pair, dist.ProcessGroup)
         coordinator = StoreCoordinator(pair, timeout_seconds=TIMEOUT_SECONDS)
-        told = coordinator.exchange("who is who", b"%d" % this.rank, b",".join)
+        told = coordinator.gather_broadcast("who is who", b"%d" % this.rank, b",".join)
         assert told == ",".join(map(str, coordinator.global_ranks)).encode(), told
         with this.manager(f"{this.root}/pair", group=pair) as manager:
             save(manager, 0, items_of(0, this.rank))

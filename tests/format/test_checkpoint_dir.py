@@ -113,10 +113,10 @@ def test_a_record_cannot_ask_for_more_than_there_is(checkpoint: Path) -> None:
     [tied] = [r for r in record["structure"] if "tied_to" in r]
     tied["tensor"] = ["float32", [2**40]]
     record["arrays"]["w"] = [[2**40], "0" * 16]
-    file.write_bytes(records.seal(record))
+    file.write_bytes(records.with_checksum(record))
     step_file = checkpoint / records.EXTENSION_FILE
     step = records.parse_step(step_file.read_bytes(), "x")
-    described = STORAGE.describe(str(file))
+    described = STORAGE.checksum(str(file))
     files = {**step.files, f"model/{records.EXTENSION_FILE}": described}
     step_file.write_bytes(records.StepRecord(step=None, items=step.items, files=files).to_json())
     with pytest.raises(errors.CorruptCheckpointError):

@@ -158,9 +158,9 @@ def test_only_what_is_wanted_is_asked_for_ahead(
 
     monkeypatch.setattr(read_direct.os, "posix_fadvise", advise)
     read = np.zeros_like(data)
-    with contextlib.closing(read_direct.Fetcher(STORAGE, str(tmp_path))) as fetcher:
+    with contextlib.closing(read_direct.DirectReader(STORAGE, str(tmp_path))) as fetcher:
         for place in (0, 1, 2, 15):
-            wanted = read_direct.Wanted(
+            wanted = read_direct.ReadRequest(
                 name=names[place],
                 spec=writes[place].spec,
                 chunk_shape=data[place].shape,
@@ -168,7 +168,7 @@ def test_only_what_is_wanted_is_asked_for_ahead(
                 destination=read[place],
                 finish=lambda: None,
             )
-            assert fetcher.take(wanted)
+            assert fetcher.add(wanted)
         for task in fetcher.tasks():
             task()
     assert asked == [3 * data[0].nbytes, data[0].nbytes]
@@ -183,7 +183,12 @@ def test_children_are_merged_without_their_data(tmp_path: Path) -> None:
     for place, child in enumerate(children):
         box = Box((4 * place, 0), (4, 500))
         write = write_tensorstore.ArrayWrite(
-            name="w", spec=spec, grid=grid, box=box, data=whole[box.slices()], is_owner=place == 0
+            name="w",
+            spec=spec,
+            grid=grid,
+            box=box,
+            data=whole[box.slices()],
+            writes_metadata=place == 0,
         )
         write_direct.write_arrays(STORAGE, str(tmp_path), child, [write])
     files = write_direct.merge_children(STORAGE, str(tmp_path), children, {"v": ("w", grid)})

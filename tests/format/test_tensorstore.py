@@ -145,7 +145,7 @@ def test_two_writers_of_one_array(tmp_path: Path) -> None:
             grid=grid,
             box=Box((rows.start, 0), (4, 40_000)),
             data=content[rows],
-            is_owner=rank == 0,
+            writes_metadata=rank == 0,
         )
         children = write_tensorstore.child_names(rank, 1)
         found.append(write_tensorstore.write_arrays(storage, directory, children, [write]))
@@ -299,7 +299,7 @@ def test_calls_behind_come_one_after_the_other_and_their_error_once(max_calls: i
     def fail() -> None:
         raise ValueError("behind")
 
-    behind = threads.WriteBehind(max_calls)
+    behind = threads.BackgroundWriter(max_calls)
     try:
         for number in range(50):
             behind.run(lambda number=number: done.append(number))
@@ -325,7 +325,7 @@ def test_no_more_calls_than_agreed_are_behind(max_calls: int) -> None:
     handed_on = threading.Semaphore(0)
 
     def hand_on() -> None:
-        with contextlib.closing(threads.WriteBehind(max_calls)) as behind:
+        with contextlib.closing(threads.BackgroundWriter(max_calls)) as behind:
             for _ in range(max_calls + 2):
                 behind.run(may_end.acquire)
                 handed_on.release()

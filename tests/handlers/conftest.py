@@ -43,7 +43,9 @@ class Stored:
             return array(node)
         if isinstance(node, structure.ValueNode):
             return encode.plain_value(node)
-        return flatten.close_container(node, [self._build(child, array) for child in node.children])
+        return flatten.unflatten_one_level(
+            node, [self._build(child, array) for child in node.children]
+        )
 
     def _fill(
         self, node: structure.Node, target: Any, ties: dict[str, Any], *, strict: bool = True
@@ -54,7 +56,7 @@ class Stored:
             return self._array(node, target)
         if isinstance(node, structure.ValueNode):
             return encode.plain_value(node)
-        opened = flatten.open_container(target)
+        opened = flatten.flatten_one_level(target)
         assert opened is not None, f"expected a container for {node.keys}, got {target!r}"
         wanted = dict(zip([key.value for key in opened.keys], opened.children, strict=True))
         pairs = zip(node.keys, node.children, strict=True)
@@ -67,7 +69,7 @@ class Stored:
         node = dataclasses.replace(
             node, keys=tuple(stored[key][0] for key in wanted), children=tuple(children)
         )
-        return flatten.close_container(node, children, target)
+        return flatten.unflatten_one_level(node, children, target)
 
     def _new(self, node: structure.ArrayNode, ties: dict[str, Any]) -> Any:
         if node.stored_name not in ties:

@@ -288,7 +288,7 @@ def test_a_large_file_arrives_whole(bucket: str, tmp_path: Path) -> None:
     file.write_bytes(torch.randn(5_000_000).numpy().tobytes())
     store = _store(bucket)
     store.put_file(str(file), target)
-    assert store.describe(target) == LocalStorage().describe(str(file))
+    assert store.checksum(target) == LocalStorage().checksum(str(file))
     store.rename(f"{bucket}/run", f"{bucket}/moved")
     store._bucket.download("moved/file", str(back))
     assert back.read_bytes() == file.read_bytes()

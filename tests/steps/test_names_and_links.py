@@ -92,7 +92,7 @@ def test_the_link_is_there_at_every_instant(tmp_path: Path) -> None:
         manager = fc.CheckpointManager(
             tmp_path, latest_link="latest", storage=storage, overwrite=True
         )
-        storage.inject(testing.Fault(at=k, mode="crash", kinds=("link", "rename", "exchange")))
+        storage.inject(testing.Fault(at=k, mode="crash", kinds=("link", "rename", "swap")))
         with contextlib.suppress(errors.CheckpointError, testing.Crash):
             manager.save(2, state(2))
             manager.wait_until_finished()

@@ -32,7 +32,7 @@ def test_an_overwrite_cut_anywhere_leaves_the_old_step_or_the_new(
         plain = LocalStorage()
         plain.make_directory(hidden)
         _step(plain, final, b"old")
-        tmp = _step(plain, commit.temporary(final), b"new")
+        tmp = _step(plain, commit.tmp_path(final), b"new")
         storage = FaultyStorage(Fault(at=at, mode="crash"), can_exchange=can_exchange)
         try:
             replaced = commit.publish(storage, tmp, final, hidden)
@@ -57,7 +57,7 @@ def test_a_first_save_cut_anywhere_is_whole_or_absent(tmp_path: Path) -> None:
         root = str(tmp_path / str(at))
         hidden, final = os.path.join(root, commit.HIDDEN), os.path.join(root, "7")
         plain = LocalStorage()
-        tmp = _step(plain, commit.temporary(final), b"new")
+        tmp = _step(plain, commit.tmp_path(final), b"new")
         storage = FaultyStorage(Fault(at=at, mode="crash"))
         try:
             commit.publish(storage, tmp, final, hidden)
@@ -78,9 +78,9 @@ def test_recovery_cut_anywhere_is_finished_by_the_next(tmp_path: Path) -> None:
         root = str(tmp_path / str(at))
         hidden, final = os.path.join(root, commit.HIDDEN), os.path.join(root, "7")
         plain = LocalStorage()
-        _step(plain, commit.temporary(final), b"new")
+        _step(plain, commit.tmp_path(final), b"new")
         _step(plain, os.path.join(hidden, "trash", "7.replaced"), b"old")
-        record = {"tmp": os.path.basename(commit.temporary(final)), "final": "7"}
+        record = {"tmp": os.path.basename(commit.tmp_path(final)), "final": "7"}
         plain.write(os.path.join(hidden, "replacing.json"), json.dumps(record).encode())
         storage = FaultyStorage(Fault(at=at, mode="crash"))
         try:
@@ -123,7 +123,7 @@ def test_a_journal_that_makes_no_sense_moves_nothing(text: str, tmp_path: Path) 
 def test_without_a_journal_there_is_no_overwrite_in_two(tmp_path: Path) -> None:
     storage = FaultyStorage(can_exchange=False)
     final = _step(storage, str(tmp_path / "7"), b"old")
-    tmp = _step(storage, commit.temporary(final), b"new")
+    tmp = _step(storage, commit.tmp_path(final), b"new")
     with pytest.raises(errors.StorageError, match="Save to a new path"):
         commit.publish(storage, tmp, final)
     assert storage.read(os.path.join(final, "a")) == b"old"
@@ -132,8 +132,8 @@ def test_without_a_journal_there_is_no_overwrite_in_two(tmp_path: Path) -> None:
 def test_nothing_is_visible_before_all_of_it_is_durable(tmp_path: Path) -> None:
     storage = FaultyStorage()
     final = str(tmp_path / "7")
-    tmp = _step(storage, os.path.join(commit.temporary(final), "item"), b"new")
-    commit.sync_tree(storage, commit.temporary(final), ["item/a"])
+    tmp = _step(storage, os.path.join(commit.tmp_path(final), "item"), b"new")
+    commit.sync_tree(storage, commit.tmp_path(final), ["item/a"])
     storage.forget()
     commit.publish(storage, os.path.dirname(tmp), final)
     assert [operation.kind for operation in storage.operations] == ["rename", "sync"]

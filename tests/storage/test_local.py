@@ -62,7 +62,7 @@ def test_links_are_listed_and_never_followed(tmp_path: Path) -> None:
     (inside / "folder").symlink_to(outside)
     assert storage.walk(str(inside)) == ["folder", "link"]
     with pytest.raises(errors.StorageError):
-        storage.describe(str(inside / "link"))
+        storage.checksum(str(inside / "link"))
     storage.remove(str(inside))
     assert (outside / "secret").read_bytes() == b"secret"
 

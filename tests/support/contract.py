@@ -39,7 +39,7 @@ class StorageContract:
             storage.write(path, data)
             storage.sync(path)
             assert storage.read(path) == data
-            described = storage.describe(path)
+            described = storage.checksum(path)
             assert described.size_bytes == len(data)
             assert described.xxh3 == xxhash.xxh3_64_hexdigest(data)
         assert storage.exists(path) and not storage.is_directory(path)
@@ -90,7 +90,7 @@ class StorageContract:
         for name in ("s", "t"):
             storage.make_directory(os.path.join(root, name))
             storage.write(os.path.join(root, name, name), b"1")
-        if storage.exchange(os.path.join(root, "s"), os.path.join(root, "t")):
+        if storage.swap(os.path.join(root, "s"), os.path.join(root, "t")):
             assert storage.walk(root) == ["s/t", "t/s"]
         else:
             assert storage.walk(root) == ["s/s", "t/t"]
@@ -113,7 +113,7 @@ class StorageContract:
         assert storage.read(os.path.join(root, "2", "a")) == b"2"
         assert storage.list(root) == ["1", "2", "latest"]
 
-    @pytest.mark.parametrize("operation", ["read", "describe", "sync"])
+    @pytest.mark.parametrize("operation", ["read", "checksum", "sync"])
     def test_what_is_absent_is_a_storage_error(
         self, operation: str, storage: LocalStorage, root: str
     ) -> None:
@@ -143,7 +143,7 @@ class StorageContract:
 
     def test_publish_makes_a_step_visible_at_once(self, storage: LocalStorage, root: str) -> None:
         final = os.path.join(root, "7")
-        tmp = self._step(storage, commit.temporary(final), b"new")
+        tmp = self._step(storage, commit.tmp_path(final), b"new")
         assert commit.publish(storage, tmp, final) is None
         assert storage.walk(root) == ["7/item/a"]
 
@@ -153,7 +153,7 @@ class StorageContract:
         hidden = os.path.join(root, commit.HIDDEN)
         storage.make_directory(hidden)
         final = self._step(storage, os.path.join(root, "7"), b"old")
-        tmp = self._step(storage, commit.temporary(final), b"new")
+        tmp = self._step(storage, commit.tmp_path(final), b"new")
         replaced = commit.publish(storage, tmp, final, hidden)
         assert storage.read(os.path.join(final, "item", "a")) == b"new"
         assert replaced is not None
@@ -171,7 +171,7 @@ class StorageContract:
     def test_recover_removes_what_the_dead_left(self, storage: LocalStorage, root: str) -> None:
         hidden = os.path.join(root, commit.HIDDEN)
         kept = self._step(storage, os.path.join(root, "6"), b"kept")
-        self._step(storage, commit.temporary(os.path.join(root, "7")), b"torn")
+        self._step(storage, commit.tmp_path(os.path.join(root, "7")), b"torn")
         self._step(storage, os.path.join(hidden, "trash", "5.abc"), b"old")
         storage.write(os.path.join(hidden, "metrics.json.123.tmp"), b"{")
         storage.make_directory(os.path.join(root, "notes"))

@@ -358,7 +358,7 @@ def reseal(path: Path) -> None:
     item = path / "m"
     record = records.parse_item((item / EXTENSION_FILE).read_bytes(), "item")
     listed = {
-        name: STORAGE.describe(str(item / name)) for name in files(item) if name != EXTENSION_FILE
+        name: STORAGE.checksum(str(item / name)) for name in files(item) if name != EXTENSION_FILE
     }
     sealed = records.ItemRecord(
         item=record.item,
@@ -460,10 +460,10 @@ def test_a_large_chunk_is_compared_too(tmp_path: Path) -> None:
 
 def test_a_record_that_asks_for_more_than_there_is(checkpoint: Path) -> None:
     path = checkpoint / "m" / EXTENSION_FILE
-    record = records.unseal(path.read_bytes(), "item")
+    record = records.verify_checksum(path.read_bytes(), "item")
     record.pop("xxh3")
     text = json.dumps(record).replace("[600]", f"[{2**40}]")
-    path.write_bytes(records.seal(json.loads(text)))
+    path.write_bytes(records.with_checksum(json.loads(text)))
     assert {each.problem for each in verify(checkpoint)} == {"record"}
 
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from functional_ckpt.core.arrays.chunks import ChunkGrid, asked_bytes
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 
-__all__ = ["Part", "SharedChunk", "StoredArray", "Want", "plan_sharing"]
+__all__ = ["Share", "SharedChunk", "StoredArray", "Region", "plan_sharing"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class StoredArray:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Want:
+class Region:
     """A region that a rank restores.
 
     Attributes:
@@ -39,7 +39,7 @@ class Want:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Part:
+class Share:
     """What one rank gets of a chunk.
 
     Attributes:
@@ -67,14 +67,14 @@ class SharedChunk:
     array: str
     index: tuple[int, ...]
     reader: int
-    parts: tuple[Part, ...]
+    parts: tuple[Share, ...]
 
 
 Rounds: TypeAlias = tuple[tuple[SharedChunk, ...], ...]
 
 
 def plan_sharing(
-    arrays: Mapping[str, StoredArray], wants: Sequence[Sequence[Want]], *, round_bytes: int
+    arrays: Mapping[str, StoredArray], wants: Sequence[Sequence[Region]], *, round_bytes: int
 ) -> Rounds:
     """The chunks that are read once for all, in rounds.
 
@@ -107,7 +107,7 @@ def plan_sharing(
     return tuple(map(tuple, rounds))
 
 
-def _is_read_twice(array: StoredArray, index: tuple[int, ...], parts: Sequence[Part]) -> bool:
+def _is_read_twice(array: StoredArray, index: tuple[int, ...], parts: Sequence[Share]) -> bool:
     """Whether the ranks alone would ask for more than the chunk, or for a part twice."""
     itemsize = array.spec.itemsize_bytes
     asked = {part.box: asked_bytes(array.grid, index, part.box, itemsize) for part in parts}
@@ -116,8 +116,8 @@ def _is_read_twice(array: StoredArray, index: tuple[int, ...], parts: Sequence[P
 
 
 def _wanted_chunks(
-    arrays: Mapping[str, StoredArray], wants: Sequence[Sequence[Want]]
-) -> Iterator[tuple[str, tuple[int, ...], tuple[Part, ...]]]:
+    arrays: Mapping[str, StoredArray], wants: Sequence[Sequence[Region]]
+) -> Iterator[tuple[str, tuple[int, ...], tuple[Share, ...]]]:
     """Every chunk that is wanted, with the parts that are, arrays by name and chunks in C order."""
     by_array: dict[str, list[tuple[int, int, Box]]] = {}
     for rank, wanted in enumerate(wants):
@@ -125,12 +125,12 @@ def _wanted_chunks(
             by_array.setdefault(want.array, []).append((rank, number, want.box))
     for name in sorted(by_array):
         grid = arrays[name].grid
-        chunks: dict[tuple[int, ...], list[Part]] = {}
+        chunks: dict[tuple[int, ...], list[Share]] = {}
         for rank, number, box in by_array[name]:
             for index in grid.indices(box):
                 common = grid.box(index).intersect(box)
                 if common is not None:
-                    chunks.setdefault(index, []).append(Part(rank, number, common))
+                    chunks.setdefault(index, []).append(Share(rank, number, common))
         for index in sorted(chunks):
             yield name, index, tuple(chunks[index])
 

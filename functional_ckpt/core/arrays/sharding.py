@@ -96,7 +96,7 @@ class Sharding:
     def pieces_at(self, shape: tuple[int, ...], coordinate: tuple[int, ...]) -> tuple[Piece, ...]:
         """What the rank at a mesh coordinate holds."""
         runs = [
-            _runs(size, self._cuts(dim), self._coordinate_of(dim, coordinate))
+            _intervals(size, self._shard_dims(dim), self._coordinate_of(dim, coordinate))
             for dim, size in enumerate(shape)
         ]
         return tuple(_combine(runs))
@@ -109,12 +109,14 @@ class Sharding:
         return tuple(
             sum(
                 end - start
-                for start, end in _runs(size, self._cuts(dim), self._coordinate_of(dim, coordinate))
+                for start, end in _intervals(
+                    size, self._shard_dims(dim), self._coordinate_of(dim, coordinate)
+                )
             )
             for dim, size in enumerate(shape)
         )
 
-    def renumbered(self, group: tuple[int, ...]) -> Sharding:
+    def to_group_ranks(self, group: tuple[int, ...]) -> Sharding:
         """The same sharding with ranks counted within a group of processes.
 
         Raises:
@@ -132,12 +134,12 @@ class Sharding:
         ranks = tuple(places[rank] for rank in self.ranks)
         return dataclasses.replace(self, ranks=ranks)
 
-    def units(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def chunk_alignment(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Per dim a length that divides every edge between ranks; the whole dim where none cuts it.
 
         A chunk that divides the unit never reaches over an edge, so it has one writer.
         """
-        return tuple(_unit(size, self._cuts(dim)) for dim, size in enumerate(shape))
+        return tuple(_unit(size, self._shard_dims(dim)) for dim, size in enumerate(shape))
 
     @property
     def num_replicas(self) -> int:
@@ -163,7 +165,7 @@ class Sharding:
             place = place * size + here
         return self.ranks[place]
 
-    def _cuts(self, dim: int) -> tuple[tuple[int, int], ...]:
+    def _shard_dims(self, dim: int) -> tuple[tuple[int, int], ...]:
         """`(ranks, split factor)` of every mesh dim that cuts `dim`, from left to right."""
         return tuple(
             (size, cut.split_factor)
@@ -185,7 +187,7 @@ def _places(ranks: tuple[int, ...]) -> dict[int, int]:
 
 
 @functools.lru_cache(maxsize=65536)
-def _runs(
+def _intervals(
     size: int, cuts: tuple[tuple[int, int], ...], coordinate: tuple[int, ...]
 ) -> tuple[Run, ...]:
     """The stretches of a dim that one coordinate holds, in local order."""
@@ -240,7 +242,7 @@ def _unit(size: int, cuts: tuple[tuple[int, int], ...]) -> int:
         return -(-size // cuts[0][0])
     unit = 0
     for coordinate in itertools.product(*(range(num_ranks) for num_ranks, _ in cuts)):
-        for edges in _runs(size, cuts, coordinate):
+        for edges in _intervals(size, cuts, coordinate):
             for edge in edges:
                 if edge != size:
                     unit = math.gcd(unit, edge)

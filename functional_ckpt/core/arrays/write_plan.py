@@ -104,7 +104,7 @@ def plan_alone(spec: ArraySpec) -> PlannedArray:
 
 def _grid(array: ShardedArray) -> ChunkGrid:
     """The array's chunks: smaller where many replicas share them, so that loads come out even."""
-    units = array.sharding.units(array.spec.shape)
+    units = array.sharding.chunk_alignment(array.spec.shape)
     shares = -(-array.sharding.num_replicas // _REPLICAS_PER_FULL_CHUNK)
     return choose_grid(array.spec, units, max(MAX_CHUNK_BYTES // shares, _MIN_SHARED_CHUNK_BYTES))
 

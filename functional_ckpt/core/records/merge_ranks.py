@@ -12,7 +12,7 @@ from functional_ckpt.core.arrays.sharding import Sharding
 from functional_ckpt.core.tree import structure, walk
 from functional_ckpt.core.tree.structure import ArrayNode, BranchNode, Key, KeyPath, Node, ValueNode
 
-__all__ = ["for_rank", "rank_key", "unite", "unite_shardings"]
+__all__ = ["select_rank", "rank_key", "merge_ranks", "merge_shardings"]
 
 _MAPPINGS = ("dict", "ordered_dict", "default_dict", "counter")
 Parts: TypeAlias = "Sequence[tuple[int, Node]]"
@@ -23,7 +23,7 @@ def rank_key(rank: int) -> str:
     return f"rank_{rank}"
 
 
-def unite(parts: Parts, *, item: str) -> Node:
+def merge_ranks(parts: Parts, *, item: str) -> Node:
     """The structure of which every rank holds a part.
 
     Dicts are united key by key, lists of names name by name. Plain values that differ are kept for
@@ -42,7 +42,7 @@ _Branches: TypeAlias = "list[tuple[tuple[int, ...], BranchNode]]"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Uniting:
-    """What one `unite` call knows everywhere."""
+    """What one `merge_ranks` call knows everywhere."""
 
     item: str
     num_ranks: int
@@ -85,8 +85,8 @@ class _Uniting:
         for ranks, node in held[1:]:
             if (node.kind, node.detail) != (first.kind, first.detail):
                 raise self._conflict(path, held[0], (ranks, node))
-        if first.detail.get(structure.UNITED):
-            return _unite_names(held)
+        if first.detail.get(structure.MERGED):
+            return _merge_names(held)
         children: dict[Key, Held] = {}
         for ranks, node in held:
             if first.kind not in _MAPPINGS and node.keys != first.keys:
@@ -119,7 +119,7 @@ def _is_same_array(one: Node, other: Node) -> bool:
     return (one.spec, one.kind, one.tied_to) == (other.spec, other.kind, other.tied_to)
 
 
-def _unite_names(held: _Branches) -> Node:
+def _merge_names(held: _Branches) -> Node:
     """The names of every rank, each once, in order of the ranks."""
     children: list[Node] = []
     known: set[object] = set()
@@ -140,7 +140,7 @@ def _describe(node: Node) -> str:
     return f"a {node.kind} of {len(node.children)}"
 
 
-def unite_shardings(parts: Sequence[tuple[int, Sharding | None]]) -> Sharding:
+def merge_shardings(parts: Sequence[tuple[int, Sharding | None]]) -> Sharding:
     """Who holds what of an array that the ranks hold in different shardings, or plain.
 
     Meshes of one shape that have no rank in common are replicas of each other: FSDP2 shards what
@@ -170,7 +170,7 @@ def unite_shardings(parts: Sequence[tuple[int, Sharding | None]]) -> Sharding:
     )
 
 
-def for_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> Node:
+def select_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> Node:
     """The structure as one rank restores it: its own of every value that was saved per rank.
 
     With another number of ranks, the values of rank 0 are taken; `dropped` is told their key paths.

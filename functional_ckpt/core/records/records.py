@@ -30,8 +30,8 @@ __all__ = [
     "digest_hex",
     "parse_item",
     "parse_step",
-    "seal",
-    "unseal",
+    "with_checksum",
+    "verify_checksum",
 ]
 
 Json: TypeAlias = Any
@@ -108,7 +108,7 @@ class ItemRecord:
             },
             "files": _files_to_json(self.files),
         }
-        return seal(record)
+        return with_checksum(record)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +127,7 @@ class StepRecord:
 
     def to_json(self) -> bytes:
         """The sealed text of the checkpoint's extension file."""
-        return seal(
+        return with_checksum(
             {
                 "format": _FORMAT,
                 "version": _VERSION,
@@ -141,13 +141,13 @@ class StepRecord:
 # ------------------------------------------------------------------------------------ sealed text
 
 
-def seal(record: Mapping[str, Json]) -> bytes:
+def with_checksum(record: Mapping[str, Json]) -> bytes:
     """JSON text of a record whose last member is the digest of everything before it."""
     body = json.dumps(record, separators=(",", ":"), allow_nan=False)[:-1]
     return (body + _SEAL.format(digest_hex(body.encode()))).encode()
 
 
-def unseal(data: bytes, path: object) -> dict[str, Json]:
+def verify_checksum(data: bytes, path: object) -> dict[str, Json]:
     """The record of a sealed text.
 
     Raises:
@@ -179,7 +179,7 @@ def unseal(data: bytes, path: object) -> dict[str, Json]:
 
 def parse_item(data: bytes, path: object) -> ItemRecord:
     """The record in an item's extension file; `CorruptCheckpointError` for anything else."""
-    record = unseal(data, path)
+    record = verify_checksum(data, path)
     with _Parsing(path):
         if record["digest_block_bytes"] != DIGEST_BLOCK_BYTES:
             raise ValueError(f"digest blocks of {record['digest_block_bytes']!r} bytes")
@@ -200,7 +200,7 @@ def parse_item(data: bytes, path: object) -> ItemRecord:
 
 def parse_step(data: bytes, path: object) -> StepRecord:
     """The record in a checkpoint's extension file; `CorruptCheckpointError` for anything else."""
-    record = unseal(data, path)
+    record = verify_checksum(data, path)
     with _Parsing(path):
         step = record["step"]
         if step is not None and (type(step) is not int or step < 0):

@@ -79,7 +79,7 @@ class _Matching:
             return walk.leaf(_as_saved(saved))
         if not self._is_wanted(saved, target, path):
             return walk.leaf(Given(_own_value(target)))
-        opened = None if isinstance(target, _LEAVES) else flatten.open_container(target)
+        opened = None if isinstance(target, _LEAVES) else flatten.flatten_one_level(target)
         if opened is None:
             return walk.leaf(self._bind_leaf(saved, target, path))
         if not isinstance(saved, structure.BranchNode):
@@ -102,7 +102,7 @@ class _Matching:
     # -------------------------------------------------------------------------- containers
 
     def _bind_container(
-        self, saved: structure.BranchNode, target: Any, opened: flatten.Opened, path: KeyPath
+        self, saved: structure.BranchNode, target: Any, opened: flatten.FlatNode, path: KeyPath
     ) -> walk.Visit[_Pair, Binding]:
         """Children are paired by what their keys read as: others know no keys but strings."""
         pairs = list(zip(saved.keys, saved.children, strict=True))
@@ -126,7 +126,7 @@ class _Matching:
         todo: list[tuple[Any, KeyPath]] = [(target, path)]
         while todo:
             current, place = todo.pop()
-            opened = None if isinstance(current, _LEAVES) else flatten.open_container(current)
+            opened = None if isinstance(current, _LEAVES) else flatten.flatten_one_level(current)
             if opened is not None and opened.children:
                 pairs = zip(reversed(opened.keys), reversed(opened.children), strict=True)
                 todo.extend((child, (*place, key)) for key, child in pairs)
@@ -140,7 +140,7 @@ class _Matching:
         self, saved: structure.Node, tensor: torch.Tensor, path: KeyPath, *, fill: bool
     ) -> Binding:
         keep = Fill(tensor) if fill else tensor
-        opened = None if tensor.is_meta else flatten.open_container(tensor)
+        opened = None if tensor.is_meta else flatten.flatten_one_level(tensor)
         if opened is not None:
             return self._bind_parts(saved, tensor, opened, path, fill=fill)
         dtype, shape = encode.torch_dtype_name(tensor.dtype), tuple(tensor.shape)
@@ -164,7 +164,7 @@ class _Matching:
         self,
         saved: structure.Node,
         tensor: torch.Tensor,
-        opened: flatten.Opened,
+        opened: flatten.FlatNode,
         path: KeyPath,
         *,
         fill: bool,
@@ -187,7 +187,7 @@ class _Matching:
         dressing = ("parameter", "requires_grad", "buffer")
         detail = {key: value for key, value in saved.detail.items() if key not in dressing}
         return Build(
-            node=dataclasses.replace(saved, detail={**detail, **encode.dressing(tensor)}),
+            node=dataclasses.replace(saved, detail={**detail, **encode.tensor_role(tensor)}),
             children=children,
             like=tensor,
             into=tensor if fill else None,
@@ -248,7 +248,7 @@ def _as_saved(root: structure.Node) -> Binding:
 
 def _dtype_of(part: object) -> str | None:
     """The dtype of a part that is one tensor; None for numbers and for parts made of parts."""
-    if not isinstance(part, torch.Tensor) or flatten.open_container(part) is not None:
+    if not isinstance(part, torch.Tensor) or flatten.flatten_one_level(part) is not None:
         return None
     return encode.torch_dtype_name(part.dtype)
 

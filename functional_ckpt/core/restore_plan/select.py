@@ -40,17 +40,17 @@ class Selection:
         self._used_ignored: set[str] = set()
         self._found: set[str] = set()
 
-    def wants_whole(self, item: str) -> bool:
+    def includes_item(self, item: str) -> bool:
         """Whether a pattern names the item itself, and none ignores it."""
         if self._ignores(item):
             return False
         return self._patterns is None or self._is_matched(item, item)
 
-    def may_want(self, item: str) -> bool:
+    def may_include(self, item: str) -> bool:
         """Whether a pattern names the item, or could name a leaf of it."""
         if self._ignores(item):
             return False
-        if self._patterns is None or self.wants_whole(item):
+        if self._patterns is None or self.includes_item(item):
             return True
         # A part of a pattern that stands for "item." may end within a star.
         return any(
@@ -61,7 +61,7 @@ class Selection:
 
     def leaves_of(self, item: str) -> Selects:
         """Which leaves of an item are wanted, by name."""
-        if self.wants_whole(item):
+        if self.includes_item(item):
             if self._ignored is None:
                 return lambda name: True
             return lambda name: not self._ignores(f"{item}.{name}")
@@ -69,7 +69,7 @@ class Selection:
             not self._ignores(f"{item}.{name}") and self._is_matched(f"{item}.{name}", item)
         )
 
-    def found(self, item: str) -> bool:
+    def has_match(self, item: str) -> bool:
         """Whether the item, or a leaf of it that was asked about, is wanted."""
         return self._patterns is None or item in self._found
 
@@ -134,7 +134,7 @@ def _visit_specs(node: structure.Node) -> walk.Visit[structure.Node, Any]:
     def build(children: list[Any]) -> Any:
         if node.kind in _PARTS or node.kind == "registered":  # neither is made of specs
             return dict(zip([key.value for key in node.keys], children, strict=True))
-        return flatten.close_container(node, children)
+        return flatten.unflatten_one_level(node, children)
 
     return node.children, build
 

@@ -60,7 +60,7 @@ def open_tensor(tensor: torch.Tensor) -> Parts | None:
         return None
     # A jagged dim has a size that is a symbol, not a number; the parts know it.
     sizes = [size if type(size) is int else None for size in tensor.shape]
-    return kind, parts, {"shape": sizes, **detail, **encode.dressing(tensor)}
+    return kind, parts, {"shape": sizes, **detail, **encode.tensor_role(tensor)}
 
 
 def _open_quantized(tensor: torch.Tensor) -> Parts:
@@ -108,7 +108,9 @@ def build_tensor(node: structure.BranchNode, children: Sequence[Any], like: obje
         # made; under `-W error` saying it again would keep a program from its own checkpoint.
         warnings.simplefilter("ignore")
         built = _BUILDERS[node.kind](node, children, like)
-    return decode.dress(built, node.detail) if isinstance(built, torch.Tensor) else built
+    return (
+        decode.apply_tensor_role(built, node.detail) if isinstance(built, torch.Tensor) else built
+    )
 
 
 def _shape(node: structure.BranchNode) -> list[int]:

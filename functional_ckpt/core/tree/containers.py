@@ -1,7 +1,7 @@
 """Containers taken apart and put together again: the only user of `torch.utils._pytree`.
 
-`open_container` and `close_container` are the two halves; saving, matching against a target and
-rebuilding all go through them.
+`flatten_one_level` and `unflatten_one_level` are the two halves; saving, matching against a target
+and rebuilding all go through them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.tree import composite, plain_json, structure
 from functional_ckpt.core.tree.structure import Key
 
-__all__ = ["Opened", "close_container", "open_container", "registered_name"]
+__all__ = ["FlatNode", "unflatten_one_level", "flatten_one_level", "registered_name"]
 
 _PLAIN_KEYS = (str, int, bool, float, bytes, type(None))
 # Python refuses to print longer integers, and keys are printed: they are part of names.
@@ -32,7 +32,7 @@ _UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
+class FlatNode:
     """A container taken apart: what a `BranchNode` says of it, and its live children."""
 
     kind: str
@@ -50,7 +50,7 @@ class Opened:
 # ------------------------------------------------------------------------------------ opening
 
 
-def open_container(value: object) -> Opened | None:
+def flatten_one_level(value: object) -> FlatNode | None:
     """Takes a container or a tensor made of parts apart; None when `value` is a leaf.
 
     Raises:
@@ -74,8 +74,8 @@ def open_container(value: object) -> Opened | None:
     if kind is list or kind is tuple or kind is torch.Size:
         name = "torch_size" if kind is torch.Size else kind.__name__
         return _open_sequence(name, cast("Sequence[Any]", value))
-    if kind is structure.Names:
-        return _open_sequence("list", cast("Sequence[Any]", value), {structure.UNITED: True})
+    if kind is structure.MergedNames:
+        return _open_sequence("list", cast("Sequence[Any]", value), {structure.MERGED: True})
     if kind is collections.deque:
         queue = cast("collections.deque[Any]", value)
         return _open_sequence("deque", queue, {"maxlen": queue.maxlen})
@@ -84,20 +84,20 @@ def open_container(value: object) -> Opened | None:
     return _open_registered(value)
 
 
-def _open_tensor(tensor: torch.Tensor) -> Opened | None:
+def _open_tensor(tensor: torch.Tensor) -> FlatNode | None:
     opened = composite.open_tensor(tensor)
     if opened is None:
         return None
     kind, children, detail = opened
     keys = tuple(Key(name) for name in children)
-    return Opened(kind=kind, keys=keys, children=tuple(children.values()), detail=detail)
+    return FlatNode(kind=kind, keys=keys, children=tuple(children.values()), detail=detail)
 
 
-def _open_mapping(kind: str, value: Any, detail: Mapping[str, object] | None = None) -> Opened:
+def _open_mapping(kind: str, value: Any, detail: Mapping[str, object] | None = None) -> FlatNode:
     mapping = cast("Mapping[Any, Any]", value)
     for key in mapping:
         _check_key(key)
-    return Opened(
+    return FlatNode(
         kind=kind,
         keys=tuple(Key(key) for key in mapping),
         children=tuple(mapping.values()),
@@ -122,15 +122,15 @@ def _check_key(key: object) -> None:
 
 def _open_sequence(
     kind: str, value: Iterable[Any], detail: Mapping[str, object] | None = None
-) -> Opened:
+) -> FlatNode:
     children = tuple(value)
     keys = tuple(Key(index, "index") for index in range(len(children)))
-    return Opened(kind=kind, keys=keys, children=children, detail=detail or {})
+    return FlatNode(kind=kind, keys=keys, children=children, detail=detail or {})
 
 
-def _open_named_tuple(value: tuple[Any, ...]) -> Opened:
+def _open_named_tuple(value: tuple[Any, ...]) -> FlatNode:
     fields = cast("tuple[str, ...]", value._fields)  # pyright: ignore[reportAttributeAccessIssue]
-    return Opened(
+    return FlatNode(
         kind="named_tuple",
         keys=tuple(Key(field) for field in fields),
         children=tuple(value),
@@ -138,7 +138,7 @@ def _open_named_tuple(value: tuple[Any, ...]) -> Opened:
     )
 
 
-def _open_registered(value: object) -> Opened | None:
+def _open_registered(value: object) -> FlatNode | None:
     definition = _pytree.SUPPORTED_NODES.get(type(value))
     if definition is None:
         return None
@@ -153,7 +153,7 @@ def _open_registered(value: object) -> Opened | None:
     detail: dict[str, object] = {"type": registered_name(type(value))}
     if plain_json.is_plain(context):
         detail["context"] = plain_json.tag(context)
-    return Opened(kind="registered", keys=keys, children=children, detail=detail)
+    return FlatNode(kind="registered", keys=keys, children=children, detail=detail)
 
 
 def _entry_key(entry: object, index: int) -> Key:
@@ -179,10 +179,10 @@ def registered_name(kind: type) -> str:
 # ------------------------------------------------------------------------------------ closing
 
 
-def close_container(
+def unflatten_one_level(
     node: structure.BranchNode, children: Sequence[Any], like: object = None
 ) -> Any:
-    """Builds a container again; the opposite of `open_container`.
+    """Builds a container again; the opposite of `flatten_one_level`.
 
     Args:
         node: What was stored.

@@ -18,7 +18,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.tree import encode, structure
 
-__all__ = ["Destination", "allocate", "dress"]
+__all__ = ["Destination", "allocate", "apply_tensor_role"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -83,7 +83,7 @@ def _allocate(node: structure.ArrayNode, device: torch.device | None) -> Destina
     if node.kind == "tensor" and node.spec.dtype not in encode.NUMPY_ONLY:
         tensor = _new_tensor(node)
         destination = encode.host_view(tensor, node.spec.dtype)
-        return Destination(destination, lambda: dress(tensor, node.detail, device))
+        return Destination(destination, lambda: apply_tensor_role(tensor, node.detail, device))
     dtype = spec_lib.numpy_dtype(node.spec.dtype)
     array = _new_array(node, dtype)
     if node.kind == "bytes":
@@ -122,10 +122,10 @@ def _new_tensor(node: structure.ArrayNode) -> torch.Tensor:
     return tensor.view(encode.torch_dtype(name)) if name != node.spec.dtype else tensor
 
 
-def dress(
+def apply_tensor_role(
     tensor: torch.Tensor, detail: Mapping[str, object], device: torch.device | None = None
 ) -> torch.Tensor:
-    """A filled CPU tensor as the leaf it was: on its device, dressed as `leaves.dressing` said."""
+    """A filled CPU tensor as the leaf it was: on its device, in the role that was recorded."""
     if device is not None and device != tensor.device:
         tensor = tensor.to(device)
     if detail.get("parameter"):

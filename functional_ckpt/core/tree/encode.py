@@ -21,7 +21,7 @@ from functional_ckpt.core.tree import memory, structure
 __all__ = [
     "NUMPY_ONLY",
     "array_node",
-    "dressing",
+    "tensor_role",
     "host_view",
     "ordinary_node",
     "plain_value",
@@ -143,7 +143,7 @@ def _tensor_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
     detail: dict[str, object] = {}
     if dtype != stored:
         detail["dtype"] = dtype
-    detail |= dressing(tensor)
+    detail |= tensor_role(tensor)
     is_sharded = sharding.sharding_of(tensor) is not None
     if not is_sharded and not tensor.is_contiguous() and _is_dense(tensor):
         # channels_last and transposed layouts come back with the same strides; other views come
@@ -265,7 +265,7 @@ def _is_registered(dtype: np.dtype[Any]) -> bool:
     return dtype.isbuiltin == 2
 
 
-def dressing(tensor: torch.Tensor) -> dict[str, object]:
+def tensor_role(tensor: torch.Tensor) -> dict[str, object]:
     """What makes a tensor a Parameter, a Buffer or a leaf that wants a gradient, as a detail."""
     if isinstance(tensor, torch.nn.Parameter):
         return {"parameter": True, **({} if tensor.requires_grad else {"requires_grad": False})}

@@ -10,18 +10,18 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree import encode, memory, structure, walk
-from functional_ckpt.core.tree.containers import Opened, close_container, open_container
+from functional_ckpt.core.tree.containers import FlatNode, flatten_one_level, unflatten_one_level
 from functional_ckpt.core.tree.structure import ROOT_NAME, Key, KeyPath, leaf_name
 
 __all__ = [
     "ROOT_NAME",
     "FlatTree",
-    "Opened",
-    "close_container",
+    "FlatNode",
+    "unflatten_one_level",
     "flatten",
     "leaf_name",
     "map_leaves",
-    "open_container",
+    "flatten_one_level",
 ]
 
 
@@ -77,7 +77,7 @@ class _Flattening:
 
     def visit(self, place: _Place) -> walk.Visit[_Place, structure.Node]:
         value, path = place
-        if memory.is_ordinary(value):
+        if memory.is_contiguous_strided(value):
             return walk.leaf(self._ordinary(cast("torch.Tensor", value), path))
         try:
             if (plain := encode.value_node(value)) is not None:
@@ -85,7 +85,7 @@ class _Flattening:
                 return walk.leaf(plain)
             if id(value) in self.open_ids:
                 raise errors.UnsupportedLeafError("the container contains itself")
-            if (opened := open_container(value)) is not None:
+            if (opened := flatten_one_level(value)) is not None:
                 return self._branch(value, opened, path)
             if (array := encode.array_node(value, leaf_name(path))) is not None:
                 self._take_name(path)
@@ -105,7 +105,7 @@ class _Flattening:
             return _NOTHING
 
     def _branch(
-        self, value: object, opened: Opened, path: KeyPath
+        self, value: object, opened: FlatNode, path: KeyPath
     ) -> walk.Visit[_Place, structure.Node]:
         if not opened.children:
             self._take_name(path)
@@ -137,7 +137,7 @@ class _Flattening:
         return name
 
     def _array(self, node: structure.ArrayNode, value: object) -> structure.ArrayNode:
-        key = memory.identity(value)
+        key = memory.storage_key(value)
         if key is not None and (owner := self.owners.setdefault(key, node.name)) != node.name:
             self.tied.append(dataclasses.replace(node, tied_to=owner))
             return self.tied[-1]
@@ -186,9 +186,11 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     """A copy of the pytree with `function` applied to every leaf (None and plain values too)."""
 
     def visit(current: Any) -> walk.Visit[Any, Any]:
-        opened = None if isinstance(current, torch.Tensor) else open_container(current)
+        opened = None if isinstance(current, torch.Tensor) else flatten_one_level(current)
         if opened is None:
             return walk.leaf(function(current))
-        return opened.children, lambda children: close_container(opened.node(), children, current)
+        return opened.children, lambda children: unflatten_one_level(
+            opened.node(), children, current
+        )
 
     return walk.fold(value, visit)

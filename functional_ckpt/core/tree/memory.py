@@ -12,7 +12,7 @@ from functional_ckpt.core.arrays import sharding
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-__all__ = ["identity", "is_expanded", "is_ordinary", "is_plain"]
+__all__ = ["storage_key", "is_expanded", "is_contiguous_strided", "is_plain"]
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
@@ -22,7 +22,7 @@ def is_plain(value: object) -> bool:
     return type(value) in _ORDINARY
 
 
-def is_ordinary(value: object) -> bool:
+def is_contiguous_strided(value: object) -> bool:
     """Whether a tensor is nothing but rows of its own memory: most are, and they are quick."""
     if type(value) not in _ORDINARY:
         return False
@@ -40,7 +40,7 @@ def is_expanded(tensor: torch.Tensor) -> bool:
     return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def identity(value: object) -> Hashable | None:
+def storage_key(value: object) -> Hashable | None:
     """What two leaves share when they are the same memory read the same way; None: not shared."""
     if isinstance(value, torch.Tensor):
         if value.numel() == 0 or value.is_conj() or value.is_neg():

@@ -16,12 +16,12 @@ from functional_ckpt.core.arrays import spec as spec_lib
 
 __all__ = [
     "ROOT_NAME",
-    "UNITED",
+    "MERGED",
     "ArrayNode",
     "BranchNode",
     "Key",
     "KeyPath",
-    "Names",
+    "MergedNames",
     "Node",
     "ValueNode",
     "is_unicode",
@@ -35,10 +35,10 @@ __all__ = [
 # The name on disk of an item that is one bare leaf.
 ROOT_NAME = "value"
 # Detail of a list of names.
-UNITED = "united"
+MERGED = "united"
 
 
-class Names(list[str]):
+class MergedNames(list[str]):
     """A list of names of which ranks may hold different ones: they are united, like a dict's keys.
 
     It comes back as a plain list.

@@ -19,13 +19,13 @@ import xxhash
 from functional_ckpt import errors
 
 __all__ = [
-    "Absent",
+    "NotFound",
     "Bucket",
-    "Conflict",
-    "CopiedBucket",
+    "PreconditionFailed",
+    "SpooledBucket",
     "Entry",
-    "Refused",
-    "Transient",
+    "PermanentError",
+    "TransientError",
     "retrying",
 ]
 
@@ -55,19 +55,19 @@ class Entry:
     version: str | None = None
 
 
-class Absent(Exception):
+class NotFound(Exception):
     """There is no such object."""
 
 
-class Conflict(Exception):
+class PreconditionFailed(Exception):
     """A condition on a write does not hold."""
 
 
-class Transient(Exception):
+class TransientError(Exception):
     """A request failed that may go well when it is made again."""
 
 
-class Refused(Exception):
+class PermanentError(Exception):
     """A request that fails however often it is made: a permission, a bucket, a region, a token.
 
     Attributes:
@@ -82,7 +82,8 @@ class Refused(Exception):
 class Bucket(Protocol):
     """Objects by key. Safe to use from any thread.
 
-    Every method raises `Refused` or `Transient`, and `Absent` where it needs an object.
+    Every method raises `PermanentError` or `TransientError`, and `NotFound` where an object is
+    needed.
     """
 
     @property
@@ -144,7 +145,7 @@ class Bucket(Protocol):
         ...
 
 
-class CopiedBucket(abc.ABC):
+class SpooledBucket(abc.ABC):
     """What buckets share that TensorStore cannot read: arrays take the way of a local copy.
 
     Nor do their libraries list folders, or tell versions, alike: a version is a digest.
@@ -171,15 +172,15 @@ class CopiedBucket(abc.ABC):
         return {}
 
     def check_version(self, key: str, replacing: str | None) -> None:
-        """Raises `Conflict` unless an object is what a write must replace; see `Bucket.write`."""
+        """Raises `PreconditionFailed` unless an object is what `Bucket.write` must replace."""
         if replacing is None:
             return
         try:
             version = xxhash.xxh3_64_hexdigest(self.read(key))
-        except Absent:
+        except NotFound:
             version = ""
         if version != replacing:
-            raise Conflict(key)
+            raise PreconditionFailed(key)
 
     @staticmethod
     def written(key: str, data: bytes) -> Entry:
@@ -195,11 +196,11 @@ def retrying(call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
     """
     try:
         return call(*arguments, **options)  # tenacity is imported only when something fails
-    except Transient as error:
+    except TransientError as error:
         return _retry(functools.partial(call, *arguments, **options), error)
 
 
-def _retry(call: Callable[[], _T], error: Transient) -> _T:
+def _retry(call: Callable[[], _T], error: TransientError) -> _T:
     try:
         import tenacity
     except ImportError:
@@ -212,7 +213,7 @@ def _retry(call: Callable[[], _T], error: Transient) -> _T:
             _log.warning("tried %d times: %s", state.attempt_number, state.outcome.exception())
 
     return tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(Transient),
+        retry=tenacity.retry_if_exception_type(TransientError),
         wait=tenacity.wait_random_exponential(multiplier=0.1, max=_MAX_WAIT_SECONDS),
         stop=tenacity.stop_any(
             tenacity.stop_after_attempt(_MAX_ATTEMPTS), tenacity.stop_after_delay(_MAX_SECONDS)

@@ -16,14 +16,14 @@ from collections.abc import Mapping
 
 from functional_ckpt import errors
 
-__all__ = ["S3Access", "gcs_access", "oci_access", "redact", "s3_access"]
+__all__ = ["S3Credentials", "gcs_credentials", "oci_credentials", "redact", "s3_credentials"]
 
 _GCS_ENDPOINT = "https://storage.googleapis.com"
 _OCI_ENDPOINT = "https://{namespace}.compat.objectstorage.{region}.oraclecloud.com"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class S3Access:
+class S3Credentials:
     """How to reach a store that speaks S3.
 
     Attributes:
@@ -65,13 +65,13 @@ def redact(text: str, secrets: tuple[str, ...]) -> str:
     return text
 
 
-def s3_access(environ: Mapping[str, str] = os.environ) -> S3Access:
+def s3_credentials(environ: Mapping[str, str] = os.environ) -> S3Credentials:
     """Access to S3, or to another store at the endpoint that the environment names."""
     endpoint = _first(environ, "S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     profile = _aws_profile(environ)
     region = _first(environ, "AWS_REGION", "AWS_DEFAULT_REGION") or profile.get("region")
     key_id, secret, token = _aws_keys(environ, profile)
-    return S3Access(
+    return S3Credentials(
         endpoint=endpoint,
         region=region or ("us-east-1" if endpoint else None),
         key_id=key_id,
@@ -80,11 +80,11 @@ def s3_access(environ: Mapping[str, str] = os.environ) -> S3Access:
     )
 
 
-def gcs_access(environ: Mapping[str, str] = os.environ) -> S3Access | None:
+def gcs_credentials(environ: Mapping[str, str] = os.environ) -> S3Credentials | None:
     """Access to GCS by an HMAC key; None where application default credentials are to be used."""
     if not environ.get("GCS_KEY") and not environ.get("GCS_SECRET"):
         return None
-    return S3Access(
+    return S3Credentials(
         endpoint=environ.get("GCS_ENDPOINT_URL") or _GCS_ENDPOINT,
         region="auto",
         key_id=environ.get("GCS_KEY") or None,
@@ -93,7 +93,7 @@ def gcs_access(environ: Mapping[str, str] = os.environ) -> S3Access | None:
     )
 
 
-def oci_access(namespace: str, environ: Mapping[str, str] = os.environ) -> S3Access:
+def oci_credentials(namespace: str, environ: Mapping[str, str] = os.environ) -> S3Credentials:
     """Access to a namespace of OCI's object storage, which speaks S3."""
     path = environ.get("OCI_CONFIG_FILE") or "~/.oci/config"
     profile = _ini(path).get(environ.get("OCI_CONFIG_PROFILE") or "DEFAULT", {})
@@ -112,7 +112,7 @@ def oci_access(namespace: str, environ: Mapping[str, str] = os.environ) -> S3Acc
         raise errors.UsageError(
             "oci:// needs a customer secret key: set OCI_ACCESS_KEY_ID and OCI_SECRET_ACCESS_KEY."
         )
-    return S3Access(
+    return S3Credentials(
         endpoint=endpoint or _OCI_ENDPOINT.format(namespace=namespace, region=region),
         region=region,
         key_id=key_id,

@@ -14,7 +14,13 @@ from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.storage.buckets.base import Absent, CopiedBucket, Entry, Refused, Transient
+from functional_ckpt.storage.buckets.base import (
+    Entry,
+    NotFound,
+    PermanentError,
+    SpooledBucket,
+    TransientError,
+)
 
 __all__ = ["FsspecBucket", "open_fsspec"]
 
@@ -41,7 +47,7 @@ def open_fsspec(uri: str, name: str) -> FsspecBucket:
     return FsspecBucket(uri, system, name)
 
 
-class FsspecBucket(CopiedBucket):
+class FsspecBucket(SpooledBucket):
     """A bucket behind fsspec; see `bucket.Bucket`."""
 
     def __init__(self, uri: str, system: Any, top: str) -> None:
@@ -59,7 +65,7 @@ class FsspecBucket(CopiedBucket):
         with self._clear(key):
             info = self._system.info(self._path(key))
             if info["type"] == "directory":
-                raise Absent(key)
+                raise NotFound(key)
             return self._entry(info)
 
     def list(self, folder: str) -> Iterable[Entry]:
@@ -102,10 +108,10 @@ class FsspecBucket(CopiedBucket):
                 begin = 0
                 while part := file.read(_PART_BYTES):
                     if self.read(key, begin, begin + len(part)) != part:
-                        raise Transient(f"{key} did not arrive as it was sent")
+                        raise TransientError(f"{key} did not arrive as it was sent")
                     begin += len(part)
             if self.head(key).size_bytes != begin:
-                raise Transient(f"{key} did not arrive as it was sent")
+                raise TransientError(f"{key} did not arrive as it was sent")
 
     def download(self, key: str, path: str) -> None:
         """Writes an object into a new file."""
@@ -129,11 +135,11 @@ class FsspecBucket(CopiedBucket):
         try:
             yield
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise Absent(key) from None
+            raise NotFound(key) from None
         except PermissionError as error:
-            raise Refused(f"permission denied ({error})", errno.EACCES) from None
+            raise PermanentError(f"permission denied ({error})", errno.EACCES) from None
         except (OSError, TimeoutError) as error:
-            raise Transient(f"{self.uri}: {error}") from None
+            raise TransientError(f"{self.uri}: {error}") from None
 
 
 def _modified_ns(info: Mapping[str, Any]) -> int:

@@ -16,7 +16,13 @@ from typing import Any
 from functional_ckpt import errors
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.storage.buckets import credentials
-from functional_ckpt.storage.buckets.base import Absent, Conflict, Entry, Refused, Transient
+from functional_ckpt.storage.buckets.base import (
+    Entry,
+    NotFound,
+    PermanentError,
+    PreconditionFailed,
+    TransientError,
+)
 
 __all__ = ["GcsBucket", "open_gcs"]
 
@@ -95,7 +101,7 @@ class GcsBucket:
                 start=begin or None, end=last, raw_download=True, **self._options
             )
         if end is not None and len(data) != end - begin:
-            raise Transient(f"{key}: {len(data)} bytes came of {end - begin}")
+            raise TransientError(f"{key}: {len(data)} bytes came of {end - begin}")
         return data
 
     def head(self, key: str) -> Entry:
@@ -150,7 +156,7 @@ class GcsBucket:
         run_in_threads([lambda key=key: self._delete(key) for key in keys], _NUM_CONNECTIONS // 4)
 
     def _delete(self, key: str) -> None:
-        with contextlib.suppress(Absent), self._clear(key):
+        with contextlib.suppress(NotFound), self._clear(key):
             self._bucket.blob(key).delete(**self._options)
 
     def upload(self, path: str, key: str) -> None:
@@ -165,7 +171,7 @@ class GcsBucket:
                 retry=retry.DEFAULT_RETRY.with_timeout(_UPLOAD_SECONDS),
             )
         if blob.size != os.path.getsize(path):
-            raise Transient(f"{key}: {blob.size} bytes arrived of {os.path.getsize(path)}")
+            raise TransientError(f"{key}: {blob.size} bytes arrived of {os.path.getsize(path)}")
 
     def download(self, key: str, path: str) -> None:
         """Writes an object into a new file."""
@@ -203,9 +209,9 @@ class GcsBucket:
         except api.NotFound as error:
             if of_bucket or _MISSING_BUCKET in str(error):
                 raise self._refused("there is no such bucket", error, errno.ENOENT) from None
-            raise Absent(key) from None
+            raise NotFound(key) from None
         except api.PreconditionFailed:
-            raise Conflict(key) from None
+            raise PreconditionFailed(key) from None
         except (api.Unauthorized, api.Forbidden, auth.RefreshError) as error:
             if getattr(error, "retryable", False):  # the server of tokens was busy
                 raise self._transient(error) from None
@@ -230,11 +236,11 @@ class GcsBucket:
         ) as error:
             raise self._transient(error) from None
 
-    def _refused(self, meaning: str, error: Exception, code: int) -> Refused:
-        return Refused(f"{meaning} ({self._short(error)})", code)
+    def _refused(self, meaning: str, error: Exception, code: int) -> PermanentError:
+        return PermanentError(f"{meaning} ({self._short(error)})", code)
 
-    def _transient(self, error: Exception) -> Transient:
-        return Transient(f"{self.uri}: {self._short(error)}")
+    def _transient(self, error: Exception) -> TransientError:
+        return TransientError(f"{self.uri}: {self._short(error)}")
 
     def _short(self, error: Exception) -> str:
         return self.redact(" ".join(str(error).split()))[:300]

@@ -18,12 +18,12 @@ from typing import Any, cast
 from functional_ckpt import errors
 from functional_ckpt.core.tree import plain_json
 from functional_ckpt.storage.buckets.base import (
-    Absent,
     Bucket,
-    Conflict,
     Entry,
-    Refused,
-    Transient,
+    NotFound,
+    PermanentError,
+    PreconditionFailed,
+    TransientError,
     retrying,
 )
 
@@ -63,7 +63,7 @@ def take(bucket: Bucket, key: str) -> Lease:
         lease = Lease(bucket, key)
         try:
             lease.begin(version)
-        except Conflict:
+        except PreconditionFailed:
             continue
         return lease
 
@@ -72,7 +72,7 @@ def _look(bucket: Bucket, key: str) -> tuple[Entry, dict[str, Any]] | None:
     try:
         entry = retrying(bucket.head, key)
         text = retrying(bucket.read, key)
-    except Absent:
+    except NotFound:
         return None
     try:
         holder = plain_json.parse(text)
@@ -157,7 +157,7 @@ class Lease:
         """Takes it if it is as it was seen: the version `replacing`, "" for none."""
         try:
             self._version = retrying(self._write, replacing)
-        except Conflict:
+        except PreconditionFailed:
             if not self._is_ours():  # a write whose answer was lost is ours
                 raise
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
@@ -187,7 +187,7 @@ class Lease:
             try:
                 if self._is_ours():
                     retrying(self._bucket.delete, [self._key])
-            except (Refused, Transient) as error:
+            except (PermanentError, TransientError) as error:
                 _log.warning(
                     "%s/%s ends in %.0f s: %s", self._bucket.uri, self._key, LEASE_SECONDS, error
                 )
@@ -222,8 +222,8 @@ class Lease:
                 return
             try:
                 self._version = self._write(self._version)
-            except Conflict:
+            except PreconditionFailed:
                 if not self._is_ours():
                     self._lost = "another writer took it over"
-            except (Absent, Refused, Transient) as error:
+            except (NotFound, PermanentError, TransientError) as error:
                 _log.warning("%s/%s: not renewed: %s", self._bucket.uri, self._key, error)

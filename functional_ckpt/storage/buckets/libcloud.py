@@ -19,7 +19,13 @@ from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.storage.buckets import credentials
-from functional_ckpt.storage.buckets.base import Absent, CopiedBucket, Entry, Refused, Transient
+from functional_ckpt.storage.buckets.base import (
+    Entry,
+    NotFound,
+    PermanentError,
+    SpooledBucket,
+    TransientError,
+)
 
 __all__ = ["LibcloudBucket", "open_libcloud"]
 
@@ -59,7 +65,7 @@ def open_libcloud(uri: str, name: str, environ: Mapping[str, str] = os.environ) 
         ) from None
 
 
-class LibcloudBucket(CopiedBucket):
+class LibcloudBucket(SpooledBucket):
     """A container behind Libcloud; see `bucket.Bucket`."""
 
     def __init__(self, uri: str, driver: Any, container: Any, secrets: tuple[str, ...]) -> None:
@@ -114,7 +120,7 @@ class LibcloudBucket(CopiedBucket):
     def delete(self, keys: Iterable[str]) -> None:
         """Deletes objects."""
         for key in keys:
-            with contextlib.suppress(Absent), self._clear(key):
+            with contextlib.suppress(NotFound), self._clear(key):
                 self._driver.delete_object(self._get(key))
 
     def upload(self, path: str, key: str) -> None:
@@ -122,7 +128,7 @@ class LibcloudBucket(CopiedBucket):
         with self._clear(key):
             self._driver.upload_object(path, self._container, key)
             if self.head(key).size_bytes != os.path.getsize(path):
-                raise Transient(f"{key} did not arrive as it was sent")
+                raise TransientError(f"{key} did not arrive as it was sent")
 
     def download(self, key: str, path: str) -> None:
         """Writes an object into a new file."""
@@ -145,13 +151,13 @@ class LibcloudBucket(CopiedBucket):
             with self._mutex:  # a driver has one connection
                 yield
         except storage.ObjectHashMismatchError as error:
-            raise Transient(self.redact(f"{self.uri}: {error}")) from None
+            raise TransientError(self.redact(f"{self.uri}: {error}")) from None
         except storage.ObjectError:  # there is none, or a folder to drivers that have folders
-            raise Absent(key) from None
+            raise NotFound(key) from None
         except (common.InvalidCredsError, storage.ContainerDoesNotExistError) as error:
-            raise Refused(self.redact(str(error)), errno.EACCES) from None
+            raise PermanentError(self.redact(str(error)), errno.EACCES) from None
         except (common.LibcloudError, OSError) as error:
-            raise Transient(self.redact(f"{self.uri}: {error}")) from None
+            raise TransientError(self.redact(f"{self.uri}: {error}")) from None
 
 
 def _entry(found: Any) -> Entry:

@@ -13,7 +13,13 @@ from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.storage.buckets import credentials
-from functional_ckpt.storage.buckets.base import Absent, Conflict, Entry, Refused, Transient
+from functional_ckpt.storage.buckets.base import (
+    Entry,
+    NotFound,
+    PermanentError,
+    PreconditionFailed,
+    TransientError,
+)
 
 __all__ = ["ObstoreBucket", "open_s3"]
 
@@ -47,7 +53,7 @@ _FINAL = {
 }
 
 
-def open_s3(uri: str, name: str, found: credentials.S3Access) -> ObstoreBucket:
+def open_s3(uri: str, name: str, found: credentials.S3Credentials) -> ObstoreBucket:
     """The bucket `name` of a store that speaks S3; its keys are below `uri`."""
     obstore = _obstore()
     options: dict[str, Any] = {
@@ -90,7 +96,7 @@ def _client(endpoint: str | None) -> dict[str, Any]:
     return {**_CLIENT, "allow_http": bool(endpoint and endpoint.startswith("http://"))}
 
 
-def _tensorstore_credentials(found: credentials.S3Access) -> dict[str, Any]:
+def _tensorstore_credentials(found: credentials.S3Credentials) -> dict[str, Any]:
     """How TensorStore finds the same key; it takes none by value.
 
     A key that is not in AWS's own variables is handed over in a file that has no name and lies in
@@ -153,7 +159,7 @@ class ObstoreBucket:
                 return b""
             data = bytes(self._obstore.get_range(self._store, key, start=begin, end=end))
             if len(data) != end - begin:
-                raise Transient(f"{key}: {len(data)} bytes came of {end - begin}")
+                raise TransientError(f"{key}: {len(data)} bytes came of {end - begin}")
             return data
 
     def head(self, key: str) -> Entry:
@@ -189,10 +195,10 @@ class ObstoreBucket:
         """Instead of a condition, where the store knows none: two writers may both pass."""
         try:
             is_same = self.head(key).version == version
-        except Absent:
+        except NotFound:
             is_same = version == ""
         if not is_same:
-            raise Conflict(key)
+            raise PreconditionFailed(key)
 
     def copy(self, source: str, target: str) -> None:
         """Copies an object within the store."""
@@ -201,7 +207,7 @@ class ObstoreBucket:
 
     def delete(self, keys: Iterable[str]) -> None:
         """Deletes objects."""
-        with self._clear(""), contextlib.suppress(Absent):
+        with self._clear(""), contextlib.suppress(NotFound):
             self._obstore.delete(self._store, list(keys))
 
     def upload(self, path: str, key: str) -> None:
@@ -211,7 +217,7 @@ class ObstoreBucket:
             self._obstore.put(self._store, key, file, chunk_size=_PART_BYTES, max_concurrency=4)
         stored = self.head(key).size_bytes
         if stored != size_bytes:
-            raise Transient(f"{key}: {stored} bytes arrived of {size_bytes}")
+            raise TransientError(f"{key}: {stored} bytes arrived of {size_bytes}")
 
     def download(self, key: str, path: str) -> None:
         """Writes an object into a new file."""
@@ -240,19 +246,19 @@ class ObstoreBucket:
         except (known.NotFoundError, FileNotFoundError) as error:
             if "NoSuchBucket" in str(error):
                 raise self._refusal(error, errno.ENOENT) from None
-            raise Absent(key) from None
+            raise NotFound(key) from None
         except (known.AlreadyExistsError, known.PreconditionError, FileExistsError):
-            raise Conflict(key) from None
+            raise PreconditionFailed(key) from None
         except (known.PermissionDeniedError, known.UnauthenticatedError) as error:
             raise self._refusal(error, errno.EACCES) from None
         except known.BaseError as error:
             if _meaning(error) is not None:
                 raise self._refusal(error, errno.EACCES) from None
-            raise Transient(f"{self.uri}: {self._first_line(error)}") from None
+            raise TransientError(f"{self.uri}: {self._first_line(error)}") from None
 
-    def _refusal(self, error: Exception, code: int) -> Refused:
+    def _refusal(self, error: Exception, code: int) -> PermanentError:
         meaning = _meaning(error) or "permission denied"
-        return Refused(f"{meaning} ({self._first_line(error)})", code)
+        return PermanentError(f"{meaning} ({self._first_line(error)})", code)
 
     def _first_line(self, error: Exception) -> str:
         """The store's answer, short and without what it quotes of the request."""
