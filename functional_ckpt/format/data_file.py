@@ -26,7 +26,8 @@ import xxhash
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.runtime import host_memory
 from functional_ckpt.runtime.threads import BackgroundWriter
-from functional_ckpt.storage.local import LocalStorage, clear_errors
+from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.system_errors import clear_errors
 
 __all__ = ["DataFile"]
 

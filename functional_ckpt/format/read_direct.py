@@ -27,7 +27,8 @@ from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.ocdbt import is_inside, read_entries
 from functional_ckpt.format.read_tensorstore import ArrayRead, compare_digests
-from functional_ckpt.storage.local import LocalStorage, clear_errors
+from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.system_errors import clear_errors
 
 __all__ = ["DirectReader", "ReadRequest"]
 

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import functools
 import json
-import mmap
 import os
 import re
 import shutil
@@ -21,18 +20,19 @@ import socket
 import stat
 import time
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import xxhash
 
 from functional_ckpt import errors
 from functional_ckpt.core.records.records import FileRecord
+from functional_ckpt.storage import local_files
+from functional_ckpt.storage.system_errors import clear_errors, is_absence
 
 __all__ = [
     "DirectoryLock",
     "LocalStorage",
-    "clear_errors",
     "describe_holder",
     "is_remote",
     "resolve",
@@ -41,8 +41,8 @@ __all__ = [
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-# Mapping a file costs more than reading it until it is about this large.
-_MAP_FROM_BYTES = 2**20
+# Read and hashed while it is in the cache.
+_STEP_BYTES = 2**20
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -72,21 +72,6 @@ def resolve(path: Any) -> str:
     return os.path.abspath(os.path.expanduser(text))
 
 
-@contextlib.contextmanager
-def clear_errors(action: str, path: str) -> Generator[None]:
-    """Turns the system's refusal of what is done inside into a `StorageError`."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, errors.CheckpointError):
-            raise
-        raise errors.StorageError(
-            f"Cannot {action} {path}: {error.strerror or error} [errno {error.errno}].",
-            errno=error.errno,
-            path=path,
-        ) from error
-
-
 class LocalStorage:
     """A POSIX file system. Stateless; safe to use from any thread."""
 
@@ -98,27 +83,25 @@ class LocalStorage:
     # -------------------------------------------------------------------------------- reading
 
     def read(self, path: str) -> bytes:
-        """The content of a file."""
+        """The content of a regular file."""
         self.operation("read", path)
-        with clear_errors("read", path), open(path, "rb") as file:
-            return file.read()
+        return local_files.read_regular(path)
 
     def read_range(self, path: str, offset: int, length: int) -> bytes:
         """Part of a regular file; shorter where the file ends."""
         self.operation("read", path)
-        with clear_errors("read", path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            with open(descriptor, "rb") as file:
-                size_bytes = os.fstat(descriptor).st_size
-                return os.pread(file.fileno(), max(0, min(length, size_bytes - offset)), offset)
+        descriptor, size_bytes = local_files.open_regular(path)
+        with clear_errors("read", path), open(descriptor, "rb") as file:
+            return os.pread(file.fileno(), max(0, min(length, size_bytes - offset)), offset)
 
     def exists(self, path: str) -> bool:
         """Whether anything is at `path`."""
-        return os.path.lexists(path)
+        return local_files.mode_at(path) is not None
 
     def is_directory(self, path: str) -> bool:
-        """Whether a directory is at `path`."""
-        return os.path.isdir(path)
+        """Whether a directory is at `path`, or a link to one."""
+        mode = local_files.mode_at(path, follow=True)
+        return mode is not None and stat.S_ISDIR(mode)
 
     def is_committed(self, path: str) -> bool:
         """Whether a directory is at `path`: it has its name only since it is whole."""
@@ -126,19 +109,12 @@ class LocalStorage:
 
     def kind(self, path: str, *, follow: bool = False) -> str:
         """What is at a path, for people."""
-        try:
-            mode = (os.stat if follow else os.lstat)(path).st_mode
-        except OSError:
-            return "nothing"
-        if stat.S_ISREG(mode):
-            return "a file"
-        if stat.S_ISLNK(mode):
-            return "a link"
-        return "a directory" if stat.S_ISDIR(mode) else "a special file"
+        return local_files.kind_of(local_files.mode_at(path, follow=follow))
 
     def is_link(self, path: str) -> bool:
         """Whether a symbolic link is at `path`."""
-        return os.path.islink(path)
+        mode = local_files.mode_at(path)
+        return mode is not None and stat.S_ISLNK(mode)
 
     def list(self, path: str) -> list[str]:
         """Sorted names in a directory; empty when it does not exist."""
@@ -151,60 +127,61 @@ class LocalStorage:
 
     def walk(self, path: str) -> list[str]:
         """Sorted paths, relative to `path`, of the files below it; links are never followed."""
-        self.operation("list", path)
-        found: list[str] = []
-        for directory, folders, names in os.walk(path):
-            links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
-            found += [os.path.relpath(os.path.join(directory, n), path) for n in (*names, *links)]
-        return sorted(found)
+        return sorted(self.sizes(path))
 
     def sizes(self, path: str) -> dict[str, int]:
         """The size of every file below `path`, by its path relative to that."""
-        return {name: os.lstat(os.path.join(path, name)).st_size for name in self.walk(path)}
+        self.operation("list", path)
+        return {name: found.st_size for name, found in local_files.iter_files(path)}
+
+    def regular_sizes(self, path: str) -> dict[str, int]:
+        """As `sizes`; raises `CorruptCheckpointError` for links and special files."""
+        self.operation("list", path)
+        if self.is_link(path):
+            raise local_files.irregular(path, stat.S_IFLNK)
+        sizes: dict[str, int] = {}
+        for name, found in local_files.iter_files(path):
+            if not stat.S_ISREG(found.st_mode):
+                raise local_files.irregular(os.path.join(path, name), found.st_mode)
+            sizes[name] = found.st_size
+        return sizes
 
     def modified_ns(self, path: str) -> int:
         """When it was changed, nanoseconds since the epoch; 0 for what is not there."""
-        try:
-            return os.stat(path).st_mtime_ns
-        except OSError:
-            return 0
+        with clear_errors("look at", path):
+            try:
+                return os.stat(path).st_mtime_ns
+            except OSError as error:
+                if not is_absence(error):
+                    raise
+                return 0
 
     def age_seconds(self, path: str) -> float:
         """How long ago a file was changed; zero for one that is not there any more."""
-        try:
-            return time.time() - os.lstat(path).st_mtime
-        except FileNotFoundError:
-            return 0.0
+        with clear_errors("look at", path):
+            try:
+                return time.time() - os.lstat(path).st_mtime
+            except FileNotFoundError:
+                return 0.0
 
     def checksum(self, path: str) -> FileRecord:
         """Size and digest of a regular file."""
         self.operation("read", path)
-        with clear_errors("read", path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            with open(descriptor, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < _MAP_FROM_BYTES:
-                    return FileRecord(size, xxhash.xxh3_64_hexdigest(file.read()))
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                    return FileRecord(size, xxhash.xxh3_64_hexdigest(view))
+        descriptor, size_bytes = local_files.open_regular(path)
+        with clear_errors("read", path), open(descriptor, "rb", buffering=0) as file:
+            if size_bytes <= _STEP_BYTES:
+                data = os.read(descriptor, size_bytes)
+                return FileRecord(len(data), xxhash.xxh3_64_hexdigest(data))
+            # Not by memory map: where the disk fails, or the file is cut, that kills the process.
+            digest, buffer, done_bytes = xxhash.xxh3_64(), memoryview(bytearray(_STEP_BYTES)), 0
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+                done_bytes += count
+            return FileRecord(done_bytes, digest.hexdigest())
 
     def total_bytes(self, path: str) -> int:
         """Sum of the sizes of every file below `path`."""
-        self.operation("list", path)
-        total, todo = 0, [path]
-        while todo:
-            # What disappears while we look counts for nothing.
-            with (
-                clear_errors("list", path),
-                contextlib.suppress(FileNotFoundError),
-                os.scandir(todo.pop()) as entries,
-            ):
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        todo.append(entry.path)
-                    else:
-                        total += entry.stat(follow_symlinks=False).st_size
-        return total
+        return sum(self.sizes(path).values())
 
     # -------------------------------------------------------------------------------- writing
 

@@ -61,7 +61,7 @@ def test_links_are_listed_and_never_followed(tmp_path: Path) -> None:
     (inside / "link").symlink_to(outside / "secret")
     (inside / "folder").symlink_to(outside)
     assert storage.walk(str(inside)) == ["folder", "link"]
-    with pytest.raises(errors.StorageError):
+    with pytest.raises(errors.CorruptCheckpointError, match="a link"):
         storage.checksum(str(inside / "link"))
     storage.remove(str(inside))
     assert (outside / "secret").read_bytes() == b"secret"

@@ -1,0 +1,175 @@
+"""Reading local files that may be anything: damaged, hostile, or on a server that fails.
+
+Only regular files are read. A named pipe would block its reader, a device may have no end, a link
+may lead out of the checkpoint to any file of the machine, and a file with holes can claim to be
+larger than the memory. All of them are refused at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+
+from functional_ckpt import errors
+from functional_ckpt.storage.system_errors import clear_errors, is_absence
+
+__all__ = [
+    "check_no_links",
+    "irregular",
+    "iter_files",
+    "kind_of",
+    "mode_at",
+    "open_regular",
+    "read_regular",
+]
+
+# What is read whole is JSON or a record: neither has a hole of a megabyte of zeros.
+_PROBED_FROM_BYTES = 2**20
+# What opening a link (O_NOFOLLOW), or a socket or a device without a driver, fails with.
+_IRREGULAR = (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.ENODEV)
+
+
+def mode_at(path: str, *, follow: bool = False) -> int | None:
+    """The type and permissions of what is at a path; None only where nothing is.
+
+    Raises:
+        StorageError: The system does not say, which does not mean that nothing is there.
+    """
+    with clear_errors("look at", path):
+        try:
+            return (os.stat if follow else os.lstat)(path).st_mode
+        except OSError as error:
+            # Links that lead to each other lead nowhere.
+            if is_absence(error) or (follow and error.errno == errno.ELOOP):
+                return None
+            raise
+
+
+def kind_of(mode: int | None) -> str:
+    """What a mode stands for, for people."""
+    if mode is None:
+        return "nothing"
+    if stat.S_ISREG(mode):
+        return "a file"
+    if stat.S_ISLNK(mode):
+        return "a link"
+    return "a directory" if stat.S_ISDIR(mode) else "a special file"
+
+
+def open_regular(path: str, *, follow: bool = False) -> tuple[int, int]:
+    """Opens a regular file for reading; never waits.
+
+    Args:
+        path: The file.
+        follow: Whether `path` may be a link.
+
+    Returns:
+        A descriptor, which the caller closes, and the file's size in bytes.
+
+    Raises:
+        CorruptCheckpointError: Something else than a regular file is there.
+        StorageError: Nothing is there, or the system refuses.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    with clear_errors("read", path):
+        try:
+            descriptor = os.open(path, flags)
+        except OSError as error:
+            if error.errno in _IRREGULAR:
+                raise irregular(path, mode_at(path)) from error
+            raise
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise irregular(path, found.st_mode)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    return descriptor, found.st_size
+
+
+def irregular(
+    path: str, mode: int | None, expected: str = "a regular file"
+) -> errors.CorruptCheckpointError:
+    """The error for a link or a special file, where no such thing may be."""
+    advice = ""
+    if mode is not None and stat.S_ISLNK(mode):
+        advice = " Links in a checkpoint are not followed; copy it with its files: cp -rL."
+    return errors.CorruptCheckpointError(
+        f"{path}: expected {expected}, got {kind_of(mode)}.{advice}", path=path
+    )
+
+
+def read_regular(path: str, *, follow: bool = False) -> bytes:
+    """The content of a regular file of text; `open_regular` says what is refused."""
+    descriptor, size_bytes = open_regular(path, follow=follow)
+    try:
+        with clear_errors("read", path):
+            if size_bytes >= _PROBED_FROM_BYTES and _has_hole(descriptor, size_bytes):
+                raise errors.CorruptCheckpointError(
+                    f"{path}: {size_bytes} bytes with holes, which were never written.", path=path
+                )
+            return _read_all(descriptor, size_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _has_hole(descriptor: int, size_bytes: int) -> bool:
+    with contextlib.suppress(OSError):  # not every file system says where its holes are
+        return os.lseek(descriptor, 0, os.SEEK_HOLE) < size_bytes
+    return False
+
+
+def _read_all(descriptor: int, size_bytes: int) -> bytes:
+    """As many bytes as the file had when it was opened; fewer where it was cut since."""
+    data = os.pread(descriptor, size_bytes, 0)
+    if len(data) == size_bytes:
+        return data
+    parts, done = [data], len(data)
+    while data and done < size_bytes:
+        data = os.pread(descriptor, size_bytes - done, done)
+        parts.append(data)
+        done += len(data)
+    return b"".join(parts)
+
+
+def iter_files(top: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Relative path and status of everything below a directory that is not a directory.
+
+    Links are not followed. What disappears meanwhile is left out; whatever else cannot be looked at
+    is an error.
+    """
+    todo = [""]
+    while todo:
+        folder = todo.pop()
+        found: list[tuple[str, os.stat_result]] = []
+        with clear_errors("list", os.path.join(top, folder)):
+            for entry in _entries(os.path.join(top, folder)):
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append(name)
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((name, entry.stat(follow_symlinks=False)))
+        yield from found
+
+
+def _entries(path: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+def check_no_links(root: str, name: str) -> None:
+    """Raises `CorruptCheckpointError` if a folder between a directory and its file is a link."""
+    path = root
+    for part in name.split("/")[:-1]:
+        path = os.path.join(path, part)
+        mode = mode_at(path)
+        if mode is not None and stat.S_ISLNK(mode):
+            raise irregular(path, mode)

@@ -1,0 +1,43 @@
+"""The system's refusals as errors of this package, and which of them mean "nothing is there"."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Generator
+
+from functional_ckpt import errors
+
+__all__ = ["clear_errors", "is_absence"]
+
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
+
+
+def is_absence(error: OSError) -> bool:
+    """Whether an error says that nothing is at a path; any other says nothing about it.
+
+    A server that does not answer, a directory that may not be searched and a process without
+    descriptors are no reason to take a checkpoint for absent.
+    """
+    return error.errno in _ABSENT
+
+
+@contextlib.contextmanager
+def clear_errors(action: str, path: str) -> Generator[None]:
+    """Turns the system's refusal of what is done inside into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, errors.CheckpointError):
+            raise
+        raise errors.StorageError(
+            f"Cannot {action} {path}: {error.strerror or error} [errno {error.errno}].",
+            errno=error.errno,
+            path=path,
+        ) from error
+    except MemoryError as error:
+        code = errno.ENOMEM
+        raise errors.StorageError(
+            f"Cannot {action} {path}: {os.strerror(code)} [errno {code}].", errno=code, path=path
+        ) from error
