@@ -47,6 +47,7 @@ __all__ = [
 HIDDEN = ".functional_ckpt"
 TMP_SUFFIX = ".orbax-checkpoint-tmp"
 _JOURNAL = "replacing.json"
+_REPLACED = ".replaced"
 _SETTLE_SECONDS = 2.0
 _STALE_SECONDS = 60.0
 _log = logging.getLogger("functional_ckpt")
@@ -221,7 +222,7 @@ def _replace_in_two(storage: Storage, tmp: str, final: str, hidden: str) -> str:
 
 def _replaced(hidden: str, final: str) -> str:
     """Where a step is while it is being replaced by two renames."""
-    return os.path.join(hidden, "trash", f"{os.path.basename(final)}.replaced")
+    return os.path.join(hidden, "trash", f"{os.path.basename(final)}{_REPLACED}")
 
 
 def _make_trash(storage: Storage, hidden: str) -> str:
@@ -237,6 +238,7 @@ def discard(storage: Storage, path: str, hidden: str) -> None:
         return
     unique = f"{os.path.basename(path)}.{uuid.uuid4().hex[:8]}"
     target = os.path.join(_make_trash(storage, hidden), unique)
+    storage.remove(_replaced(hidden, path))  # an old copy would else look like all that is left
     storage.rename(path, target)
     storage.remove(target)
 
@@ -257,6 +259,8 @@ def recover(storage: Storage, root: str, hidden: str, *, but: Collection[str] = 
     for name in storage.list(root):
         if TMP_SUFFIX in name and not name.startswith(".") and final_path(name) not in but:
             path = os.path.join(root, name)
+            if _is_mid_swap(storage, hidden, final_path(path)):
+                continue  # it or the copy that it was to replace is all that is left of a step
             if isinstance(storage, ObjectStorage):
                 commit_marker.clean_up(storage, path, path.removesuffix(TMP_SUFFIX))
             else:
@@ -264,7 +268,14 @@ def recover(storage: Storage, root: str, hidden: str, *, but: Collection[str] = 
             done.append(f"removed unfinished {name}")
     trash = os.path.join(hidden, "trash")
     for name in storage.list(trash):
-        storage.remove(os.path.join(trash, name))
+        final = os.path.join(root, name.removesuffix(_REPLACED))
+        if name.endswith(_REPLACED) and _is_mid_swap(storage, hidden, final):
+            done.append(
+                f"kept {os.path.join(trash, name)}, a step that is not in the directory, and no "
+                f"journal says why: move it to {final}, or remove it"
+            )
+        else:
+            storage.remove(os.path.join(trash, name))
     for name in storage.list(hidden):
         if name.endswith(".tmp"):
             storage.remove(os.path.join(hidden, name))

@@ -274,7 +274,8 @@ class LocalStorage:
         """Removes a file, or a directory and all in it; nothing happens when it is absent."""
         self.operation("remove", path)
         with clear_errors("remove", path):
-            if os.path.isdir(path) and not os.path.islink(path):
+            mode = local_files.mode_at(path)
+            if mode is not None and stat.S_ISDIR(mode):
                 shutil.rmtree(path)
             else:
                 with contextlib.suppress(FileNotFoundError):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,3 +161,56 @@ def test_what_cannot_be_removed_is_left_with_a_warning(
     with caplog.at_level(logging.WARNING, "functional_ckpt"):
         commit.abandon(storage, str(tmp_path / "7.tmp"))
     assert "stays until the next writer" in caplog.text
+
+
+def _mid_overwrite(root: str) -> tuple[str, str]:
+    """What a crash between the two renames of an overwrite of step 7 leaves."""
+    hidden, final = os.path.join(root, commit.HIDDEN), os.path.join(root, "7")
+    plain = LocalStorage()
+    _step(plain, commit.tmp_path(final), b"new")
+    _step(plain, os.path.join(hidden, "trash", "7.replaced"), b"old")
+    record = {"tmp": os.path.basename(commit.tmp_path(final)), "final": "7"}
+    plain.write(os.path.join(hidden, "replacing.json"), json.dumps(record).encode())
+    return hidden, final
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_a_journal_that_cannot_be_looked_at_ends_the_recovery(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path)
+    hidden, final = _mid_overwrite(root)
+    journal, lstat = os.path.join(hidden, "replacing.json"), os.lstat
+
+    def failing(path: Any, **options: Any) -> os.stat_result:
+        if path == journal:
+            raise OSError(code, os.strerror(code))
+        return lstat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", failing)
+        with pytest.raises(errors.StorageError):
+            commit.recover(LocalStorage(), root, hidden)
+    commit.recover(LocalStorage(), root, hidden)
+    assert LocalStorage().read(os.path.join(final, "a")) == b"new"
+
+
+def test_the_last_copies_of_a_step_stay_even_without_a_journal(tmp_path: Path) -> None:
+    root, plain = str(tmp_path), LocalStorage()
+    hidden, final = _mid_overwrite(root)
+    plain.remove(os.path.join(hidden, "replacing.json"))
+    (kept,) = commit.recover(plain, root, hidden)
+    assert "7.replaced" in kept and final in kept
+    assert plain.walk(root) == [
+        ".functional_ckpt/trash/7.replaced/a",
+        "7.orbax-checkpoint-tmp/a",
+    ]
+
+
+def test_a_step_that_is_discarded_does_not_come_back_as_an_old_copy(tmp_path: Path) -> None:
+    root, plain = str(tmp_path), LocalStorage()
+    hidden, final = os.path.join(root, commit.HIDDEN), os.path.join(root, "7")
+    _step(plain, final, b"new")
+    _step(plain, os.path.join(hidden, "trash", "7.replaced"), b"old")
+    commit.discard(plain, final, hidden)
+    assert commit.recover(plain, root, hidden) == [] and plain.walk(root) == []
