@@ -15,7 +15,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import xxhash
@@ -23,46 +23,50 @@ import xxhash
 from functional_ckpt import errors
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records.records import FileRecord
-from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.storage.buckets import lease, spool
 from functional_ckpt.storage.buckets.base import (
     Bucket,
     Entry,
     NotFound,
     PermanentError,
-    PreconditionFailed,
     TransientError,
     retrying,
 )
+from functional_ckpt.storage.requests import NUM_REQUESTS, Requests
 
 __all__ = ["MARKER", "ObjectStorage"]
 
 MARKER = orbax.COMMIT_FILE
-_NUM_REQUESTS = 16
 _READ_BYTES = 16 * 2**20
 _MAX_LINK_BYTES = 1024
+_WRITES_OF_ARRAYS = ("write_array", "commit_arrays", "merge_arrays")
 _T = TypeVar("_T")
 
 
-class ObjectStorage:
+class ObjectStorage(Requests):
     """A bucket, in which paths are URIs below the bucket's.
 
     Args:
         bucket: Where the objects are.
+
+    Attributes:
+        notes: The tokens of the saves that this process has begun; see `commit_marker`.
     """
 
-    num_requests = _NUM_REQUESTS
+    num_requests = NUM_REQUESTS
 
     def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
+        super().__init__(bucket)
         self._made: set[str] = set()
         self._links: dict[str, str] = {}
         self._mutex = threading.Lock()
-        self._leases: list[lease.Lease] = []
         self._spool = spool.Spool()
+        self.notes: dict[str, str] = {}
 
     def operation(self, kind: str, path: str) -> None:
-        """Called before every operation that changes or reads the store."""
+        """Called before every operation; before TensorStore writes, the leases are looked at."""
+        if kind in _WRITES_OF_ARRAYS:
+            self._ask("write", path, self.check_leases)
 
     def probe(self) -> None:
         """Asks the store for one name, so that what will never work fails now and clearly.
@@ -166,7 +170,7 @@ class ObjectStorage:
     def write(self, path: str, data: bytes) -> None:
         """Writes an object, durably; a reader sees the old one or the new."""
         self.operation("write", path)
-        self._ask("write", path, lambda: self._bucket.write(self._key(path), data))
+        self._change("write", path, lambda: self._bucket.write(self._key(path), data))
 
     def replace(self, path: str, data: bytes) -> None:
         """As `write`."""
@@ -180,16 +184,49 @@ class ObjectStorage:
         self.operation("write", path)
         key = self._key(path)
         try:
-            self._ask("write", path, lambda: self._bucket.write(key, data, replacing=""))
+            self._change("write", path, lambda: self._bucket.write(key, data, replacing=""))
         except errors.StepExistsError:
             return self.read(path) == data
         return True
+
+    def replace_exactly(self, path: str, old: bytes, data: bytes) -> bool:
+        """Writes an object if its content is `old`; whether it is there as given.
+
+        It asks for no lease: the condition alone says whether the object is still the caller's.
+        """
+        self.operation("write", path)
+        key = self._key(path)
+        try:
+            entry = self._ask("read", path, lambda: self._bucket.head(key))
+            found = self.read(path)
+            if found != old:
+                return found == data
+            version = entry.version or xxhash.xxh3_64_hexdigest(found)
+            self._ask("write", path, lambda: self._bucket.write(key, data, replacing=version))
+        except errors.StepExistsError:
+            return self.read(path) == data
+        except errors.StorageError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        return True
+
+    def remove_exactly(self, path: str, old: bytes) -> None:
+        """Removes an object if its content is `old`; it asks for no lease."""
+        self.operation("remove", path)
+        key = self._key(path)
+        entry = self._entry(path)
+        if entry is None or self.read(path) != old:
+            return
+        versions = {} if entry.version is None else {key: entry.version}
+        with contextlib.suppress(errors.StepExistsError):
+            self._ask("remove", path, lambda: self._bucket.delete([key], versions=versions))
 
     def replace_link(self, path: str, target: str, temporary: str) -> None:
         """A small object that names its target; from here on `path` is followed to it."""
         self.operation("link", path)
         key = self._key(path)
-        self._ask("write", path, lambda: self._bucket.write(key, target.encode()))
+        self._change("write", path, lambda: self._bucket.write(key, target.encode()))
         with self._mutex:
             self._links[key] = os.path.join(os.path.dirname(key), target)
 
@@ -253,12 +290,6 @@ class ObjectStorage:
         self._leases.append(found)
         return found
 
-    def check_leases(self) -> None:
-        """Raises `LockedError` if another writer has taken a lease of ours over."""
-        self._leases = [each for each in self._leases if not each.is_released]
-        for each in self._leases:
-            each.check()
-
     # -------------------------------------------------------------------------------- arrays
 
     def kvstore(self, directory: str) -> Mapping[str, Any]:
@@ -286,7 +317,7 @@ class ObjectStorage:
     def put_file(self, source: str, path: str) -> None:
         """Uploads a local file; the store holds exactly its bytes when it returns."""
         self.operation("write", path)
-        self._ask("write", path, lambda: self._bucket.upload(source, self._key(path)))
+        self._change("write", path, lambda: self._bucket.upload(source, self._key(path)))
 
     def _download(self, directory: str, key: str, path: str) -> None:
         self._ask("read", directory, lambda: self._bucket.download(key, path))
@@ -302,7 +333,9 @@ class ObjectStorage:
         if path != root and not path.startswith(f"{root}/"):
             raise errors.UsageError(f"{path} is not in {root}.", path=path)
         key = path[len(root) + 1 :].strip("/")
-        for link, target in self._links.items():
+        with self._mutex:
+            links = tuple(self._links.items())
+        for link, target in links:
             if key.startswith(f"{link}/"):
                 return target + key[len(link) :]
         return key
@@ -345,51 +378,27 @@ class ObjectStorage:
             return {os.path.basename(key) for key in self._made if os.path.dirname(key) == folder}
 
     def _delete(self, path: str, entries: list[Entry]) -> None:
+        versions = {each.key: each.version for each in entries if each.version is not None}
         marked = [entry.key for entry in entries if _is_marker(entry)]
         others = [entry.key for entry in entries if not _is_marker(entry)]
         for keys in (marked, others):
-            if keys:
-                self._ask("remove", path, lambda keys=keys: self._bucket.delete(keys))
+            if not keys:
+                continue
+            try:
+                self._change(
+                    "remove", path, lambda keys=keys: self._bucket.delete(keys, versions=versions)
+                )
+            except errors.StepExistsError:
+                raise errors.LockedError(
+                    f"Cannot remove {path}: it has changed since it was listed, so another writer "
+                    "is at work there. Only one may write a directory.",
+                    path=path,
+                ) from None
         folder = self._key(path)
         with self._mutex:
             self._made = {
                 key for key in self._made if key != folder and not key.startswith(f"{folder}/")
             }
-
-    def _each(
-        self,
-        action: str,
-        path: str,
-        pairs: list[tuple[str, str]],
-        call: Callable[[str, str], None],
-    ) -> None:
-        """Many requests, several at a time."""
-        run_in_threads(
-            [lambda pair=pair: self._ask(action, path, lambda: call(*pair)) for pair in pairs],
-            _NUM_REQUESTS,
-        )
-
-    def _ask(self, action: str, path: str, request: Callable[[], _T]) -> _T:
-        with self._clear(action, path):
-            return retrying(request)
-
-    @contextlib.contextmanager
-    def _clear(self, action: str, path: str) -> Generator[None]:
-        try:
-            yield
-        except (NotFound, PreconditionFailed, PermanentError, TransientError) as error:
-            raise self._error(action, path, error) from None
-
-    def _error(self, action: str, path: str, error: Exception) -> errors.CheckpointError:
-        if isinstance(error, PreconditionFailed):
-            return errors.StepExistsError(f"Cannot {action} {path}: something is there.", path=path)
-        if isinstance(error, NotFound):
-            code = errno.ENOENT
-            text = f"{os.strerror(code)} [errno {code}]"
-        else:
-            code = error.errno if isinstance(error, PermanentError) else errno.EIO
-            text = self._bucket.redact(str(error))
-        return errors.StorageError(f"Cannot {action} {path}: {text}.", errno=code, path=path)
 
 
 def _is_marker(entry: Entry) -> bool:

@@ -123,8 +123,17 @@ class Bucket(Protocol):
     def copy(self, source: str, target: str) -> None:
         """Copies an object within the store."""
 
-    def delete(self, keys: Iterable[str]) -> None:
-        """Deletes objects; those that are not there are passed over."""
+    def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
+        """Deletes objects; those that are not there are passed over.
+
+        Args:
+            keys: Their keys.
+            versions: What an object must still be, by its key; only some stores can compare that
+                as they delete, the others delete whatever is there.
+
+        Raises:
+            PreconditionFailed: One of them has changed, and is still there.
+        """
 
     def upload(self, path: str, key: str) -> None:
         """Writes a file into an object; the store holds exactly its bytes when it returns."""

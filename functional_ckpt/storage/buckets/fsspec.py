@@ -93,8 +93,8 @@ class FsspecBucket(SpooledBucket):
             self._system.makedirs(os.path.dirname(self._path(target)), exist_ok=True)
             self._system.copy(self._path(source), self._path(target))
 
-    def delete(self, keys: Iterable[str]) -> None:
-        """Deletes objects."""
+    def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
+        """Deletes objects; on no condition."""
         for key in keys:
             with self._clear(key), contextlib.suppress(FileNotFoundError):
                 self._system.rm_file(self._path(key))

@@ -151,13 +151,18 @@ class GcsBucket:
                 if token is None:
                     return
 
-    def delete(self, keys: Iterable[str]) -> None:
-        """Deletes objects, several at a time."""
-        run_in_threads([lambda key=key: self._delete(key) for key in keys], _NUM_CONNECTIONS // 4)
+    def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
+        """Deletes objects, several at a time, on the condition of their generation."""
+        known = versions or {}
+        run_in_threads(
+            [lambda key=key: self._delete(key, known.get(key)) for key in keys],
+            _NUM_CONNECTIONS // 4,
+        )
 
-    def _delete(self, key: str) -> None:
+    def _delete(self, key: str, version: str | None) -> None:
+        generation = None if version is None else int(version)
         with contextlib.suppress(NotFound), self._clear(key):
-            self._bucket.blob(key).delete(**self._options)
+            self._bucket.blob(key).delete(if_generation_match=generation, **self._options)
 
     def upload(self, path: str, key: str) -> None:
         """Writes a file into an object in parts; the library compares the whole's CRC32C."""

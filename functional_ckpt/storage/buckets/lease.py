@@ -3,6 +3,9 @@
 The lease is an object that says who holds it, written anew every few seconds on the condition that
 it is still as its holder left it. One that was not written for longer than `LEASE_SECONDS`, by the
 store's own clock, is free to be taken; that of a dead process of this machine is so at once.
+
+A holder that was suspended finds out before its next request: `check` looks at the clock, and where
+the lease may have run out it renews it on condition, which fails once another has taken it.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ import os
 import threading
 import time
 import uuid
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import xxhash
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree import plain_json
 from functional_ckpt.storage.buckets.base import (
     Bucket,
-    Entry,
     NotFound,
     PermanentError,
     PreconditionFailed,
@@ -32,6 +37,9 @@ __all__ = ["LEASE_SECONDS", "Lease", "take"]
 LEASE_SECONDS = 60.0
 _RENEW_SECONDS = LEASE_SECONDS / 4
 _LOOK_SECONDS = 2.0
+# The holder relies on its lease for this part of it; the rest is for requests on their way.
+_RELIABLE_FRACTION = 0.75
+_MAX_RENEWALS = 3
 _log = logging.getLogger("functional_ckpt")
 # Leases of this process that it has given up, though the store could not be told.
 _given_up: set[str] = set()
@@ -44,22 +52,22 @@ def take(bucket: Bucket, key: str) -> Lease:
         LockedError: A live writer holds it.
     """
     seen: str | None = None
+    free_after_seconds, since = 0.0, _clocks()
     while True:
-        held = _look(bucket, key)
-        if held is None:
-            version = ""
-        else:
-            entry, holder = held
-            version = entry.version or ""
-            if not _is_dead(holder):
-                if seen is not None and version != seen:  # it was renewed while we looked
-                    raise _locked(bucket, key, holder)
-                if _is_here(holder) or holder.get("lease") is None:
-                    raise _locked(bucket, key, holder)
-                seen = version
-                if _age_seconds(bucket, key, entry) < LEASE_SECONDS:
-                    time.sleep(_LOOK_SECONDS)
-                    continue
+        held = retrying(_look, bucket, key)
+        version = ""
+        if held is not None and not _is_dead(held.holder):
+            version = held.version
+            if _is_here(held.holder) or seen not in (None, version):  # renewed while we looked
+                raise _locked(bucket, key, held.holder)
+            if seen is None:
+                seen, since = version, _clocks()
+                free_after_seconds = LEASE_SECONDS - _age_seconds(bucket, key, held.modified_ns)
+            if _elapsed_seconds(since) < free_after_seconds:
+                time.sleep(_LOOK_SECONDS)
+                continue
+        elif held is not None:
+            version = held.version
         lease = Lease(bucket, key)
         try:
             lease.begin(version)
@@ -68,33 +76,63 @@ def take(bucket: Bucket, key: str) -> Lease:
         return lease
 
 
-def _look(bucket: Bucket, key: str) -> tuple[Entry, dict[str, Any]] | None:
+class _Held(NamedTuple):
+    """What a lease's object says.
+
+    Attributes:
+        version: What a write replaces on condition.
+        modified_ns: When it was written, by the store's clock; 0 where that is not known.
+        holder: Its content; empty for what is no record of ours.
+    """
+
+    version: str
+    modified_ns: int
+    holder: Mapping[str, Any]
+
+
+def _look(bucket: Bucket, key: str) -> _Held | None:
+    """The lease as it is; the version is asked first, so it is never newer than the content."""
     try:
-        entry = retrying(bucket.head, key)
-        text = retrying(bucket.read, key)
+        entry = bucket.head(key)
+        text = bucket.read(key)
     except NotFound:
         return None
     try:
-        holder = plain_json.parse(text)
+        record = plain_json.parse(text)
     except ValueError:
-        holder = {}
-    return entry, cast("dict[str, Any]", holder if isinstance(holder, dict) else {})
+        record = None
+    holder = cast("dict[str, Any]", record if isinstance(record, dict) else {})
+    # Where the store has no versions, those of `SpooledBucket` are digests of the content.
+    version = entry.version or xxhash.xxh3_64_hexdigest(text)
+    return _Held(version, entry.modified_ns, holder)
 
 
-def _age_seconds(bucket: Bucket, key: str, entry: Entry) -> float:
-    """How old the lease is by the store's clock, which a fresh object tells."""
+def _age_seconds(bucket: Bucket, key: str, modified_ns: int) -> float:
+    """How old the lease is by the store's clock, which a fresh object tells; 0 if none does."""
+    if not modified_ns:
+        return 0.0
     probe = f"{key}.{uuid.uuid4().hex}.tmp"
     retrying(bucket.write, probe, b"")
-    now = retrying(bucket.head, probe).modified_ns
+    now_ns = retrying(bucket.head, probe).modified_ns
     retrying(bucket.delete, [probe])
-    return (now - entry.modified_ns) / 1e9
+    return (now_ns - modified_ns) / 1e9
 
 
-def _is_here(holder: dict[str, Any]) -> bool:
+def _clocks() -> tuple[float, float]:
+    """Two clocks in seconds: either may stand still while a machine is suspended or moved."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME), time.time()
+
+
+def _elapsed_seconds(since: tuple[float, float]) -> float:
+    """How long ago that was, by the clock that has gone further."""
+    return max(now - then for now, then in zip(_clocks(), since, strict=True))
+
+
+def _is_here(holder: Mapping[str, Any]) -> bool:
     return holder.get("machine") == _machine()
 
 
-def _is_dead(holder: dict[str, Any]) -> bool:
+def _is_dead(holder: Mapping[str, Any]) -> bool:
     """Whether the holder is a process of this machine that has ended, or gave it up."""
     if holder.get("lease") in _given_up:
         return True
@@ -124,7 +162,7 @@ def _started(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def _locked(bucket: Bucket, key: str, holder: dict[str, Any]) -> errors.LockedError:
+def _locked(bucket: Bucket, key: str, holder: Mapping[str, Any]) -> errors.LockedError:
     root = f"{bucket.uri}/{os.path.dirname(os.path.dirname(key))}"
     who = json.dumps({name: holder[name] for name in ("pid", "host") if name in holder})
     return errors.LockedError(
@@ -135,7 +173,7 @@ def _locked(bucket: Bucket, key: str, holder: dict[str, Any]) -> errors.LockedEr
 
 
 class Lease:
-    """A lease that this process holds and renews.
+    """A lease that this process holds and renews. Safe to use from any thread.
 
     Attributes:
         is_released: Whether it was given back.
@@ -146,8 +184,8 @@ class Lease:
         self._bucket = bucket
         self._key = key
         self._version = ""
-        self._renewed = time.monotonic()
-        self._lost: str | None = None
+        self._renewed = _clocks()
+        self._is_lost = False
         self._mutex = threading.Lock()
         self._stop = threading.Event()
         self._pid = os.getpid()
@@ -156,23 +194,29 @@ class Lease:
     def begin(self, replacing: str) -> None:
         """Takes it if it is as it was seen: the version `replacing`, "" for none."""
         try:
-            self._version = retrying(self._write, replacing)
+            retrying(self._write, replacing)
         except PreconditionFailed:
-            if not self._is_ours():  # a write whose answer was lost is ours
+            if not retrying(self._is_ours):  # a write whose answer was lost is ours
                 raise
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def check(self) -> None:
-        """Raises `LockedError` when another writer took it over, or may have."""
-        if self._lost is None and time.monotonic() - self._renewed > LEASE_SECONDS:
-            self._try_to_renew()
-            if self._lost is None and time.monotonic() - self._renewed > LEASE_SECONDS:
-                self._lost = "the store could not be reached for longer than it lasts"
-        if self._lost is not None:
+        """Makes sure that this process may still write; to be called before each request.
+
+        The holder stops to rely on a lease a good while before others may take it, so that a
+        request that was sent in time also arrives in time. Then it is renewed first.
+
+        Raises:
+            LockedError: Another writer has taken the lease over.
+            TransientError: It ends soon, and the store does not answer.
+        """
+        if self._is_stale and not self._is_lost:
+            self._renew_now()
+        if self._is_lost:
             raise errors.LockedError(
                 f"The right to write below {self._bucket.uri}/"
-                f"{os.path.dirname(os.path.dirname(self._key))} was lost: {self._lost}. "
-                "Start the run anew.",
+                f"{os.path.dirname(os.path.dirname(self._key))} was lost: another writer took it "
+                "over. Start the run again.",
                 path=f"{self._bucket.uri}/{self._key}",
             )
 
@@ -185,14 +229,21 @@ class Lease:
         self._stop.set()
         with self._mutex:
             try:
-                if self._is_ours():
-                    retrying(self._bucket.delete, [self._key])
+                if retrying(self._is_ours):
+                    versions = {self._key: self._version}
+                    retrying(self._bucket.delete, [self._key], versions=versions)
+            except PreconditionFailed:
+                pass  # another writer has it by now
             except (PermanentError, TransientError) as error:
                 _log.warning(
                     "%s/%s ends in %.0f s: %s", self._bucket.uri, self._key, LEASE_SECONDS, error
                 )
 
-    def _write(self, replacing: str) -> str:
+    @property
+    def _is_stale(self) -> bool:
+        return _elapsed_seconds(self._renewed) > LEASE_SECONDS * _RELIABLE_FRACTION
+
+    def _write(self, replacing: str) -> None:
         record = {
             "pid": self._pid,
             "host": os.uname().nodename,
@@ -201,29 +252,41 @@ class Lease:
             "lease": self._token,
             "renewed": time.time_ns(),
         }
+        sent = _clocks()  # others count from when it arrived, which is later
         entry = self._bucket.write(self._key, json.dumps(record).encode(), replacing=replacing)
-        self._renewed = time.monotonic()
-        return entry.version or self._bucket.head(self._key).version or ""
+        self._version = entry.version or self._bucket.head(self._key).version or ""
+        self._renewed = sent
 
     def _is_ours(self) -> bool:
         held = _look(self._bucket, self._key)
-        if held is None or held[1].get("lease") != self._token:
+        if held is None or held.holder.get("lease") != self._token:
             return False
-        self._version = held[0].version or ""
+        self._version = held.version
         return True
 
     def _renew(self) -> None:
-        while not self._stop.wait(_RENEW_SECONDS) and self._lost is None:
+        while not self._stop.wait(_RENEW_SECONDS) and not self._is_lost:
             self._try_to_renew()
 
     def _try_to_renew(self) -> None:
+        try:
+            self._renew_now(is_due=True)
+        except (PermanentError, TransientError) as error:
+            _log.warning("%s/%s: not renewed: %s", self._bucket.uri, self._key, error)
+
+    def _renew_now(self, *, is_due: bool = False) -> None:
+        """Renews it, or learns that it was lost; nothing where another thread has just done so."""
         with self._mutex:
-            if self.is_released:
+            if self.is_released or self._is_lost or not (is_due or self._is_stale):
                 return
-            try:
-                self._version = self._write(self._version)
-            except PreconditionFailed:
-                if not self._is_ours():
-                    self._lost = "another writer took it over"
-            except (NotFound, PermanentError, TransientError) as error:
-                _log.warning("%s/%s: not renewed: %s", self._bucket.uri, self._key, error)
+            for _ in range(_MAX_RENEWALS):
+                try:
+                    self._write(self._version)
+                except (NotFound, PreconditionFailed):
+                    # Not as we know it: written by us, if an answer was lost, or by another.
+                    if not self._is_ours():
+                        self._is_lost = True
+                        return
+                else:
+                    return
+            raise TransientError(f"{self._bucket.uri}/{self._key} cannot be renewed")

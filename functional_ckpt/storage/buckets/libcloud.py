@@ -117,8 +117,8 @@ class LibcloudBucket(SpooledBucket):
             self.download(source, path)
             self.upload(path, target)
 
-    def delete(self, keys: Iterable[str]) -> None:
-        """Deletes objects."""
+    def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
+        """Deletes objects; on no condition."""
         for key in keys:
             with contextlib.suppress(NotFound), self._clear(key):
                 self._driver.delete_object(self._get(key))

@@ -205,8 +205,8 @@ class ObstoreBucket:
         with self._clear(source):
             self._obstore.copy(self._store, source, target)
 
-    def delete(self, keys: Iterable[str]) -> None:
-        """Deletes objects."""
+    def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
+        """Deletes objects; on no condition."""
         with self._clear(""), contextlib.suppress(NotFound):
             self._obstore.delete(self._store, list(keys))
 
