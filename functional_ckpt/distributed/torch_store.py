@@ -145,7 +145,7 @@ class _GlooChannel:
     def all_to_all(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
         """See `Channel.all_to_all`."""
         given = torch.from_numpy(np.concatenate(outgoing))
-        got = torch.empty(sum(incoming_bytes), dtype=torch.uint8)
+        got = torch.empty(sum(incoming_bytes), dtype=torch.uint8, device="cpu")
         sizes = [len(each) for each in outgoing]
         with _clear_errors("handing data between the ranks"):
             self._group.alltoall_base(got, given, list(incoming_bytes), sizes).wait()

@@ -319,6 +319,7 @@ def open_checkpoint(storage: Storage, path: str, step: int | None = None) -> Ope
                 path=path,
                 step=step,
             )
+        step = record.step
     else:
         items = _find_items(storage, path)
         _check_foreign(storage, path, items, step)

@@ -13,6 +13,10 @@ from functional_ckpt.handlers.base import CheckpointItem, Handler
 __all__ = ["Json", "JsonHandler"]
 
 
+# Python's own reader recurses: what is deeper could be written and not be read again.
+_MAX_DEPTH = 200
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class JsonHandler(Handler):
     """Saves plain JSON values, and only what JSON gives back equal.
@@ -31,7 +35,7 @@ class JsonHandler(Handler):
             UnsupportedLeafError: Naming the key path of the first value that would not come back
                 equal.
         """
-        _check(value, "", ())
+        _check(value)
         return value
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
@@ -59,11 +63,14 @@ class Json(CheckpointItem):
         super().__init__(value, JsonHandler())
 
 
-def _check(value: object, path: str, parents: tuple[int, ...]) -> None:
+def _check(value: object, path: str = "", parents: tuple[int, ...] = ()) -> None:
     kind = type(value)
     if kind in (dict, list):
         if id(value) in parents:
             raise _error(path, "contains itself")
+        if len(parents) == _MAX_DEPTH:
+            where = f"{path[:40]}..."
+            raise _error(where, f"is nested more than {_MAX_DEPTH} deep; JSON readers refuse that")
         inside = (*parents, id(value))
         if kind is list:
             for index, child in enumerate(cast("list[object]", value)):

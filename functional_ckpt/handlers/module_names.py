@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from functional_ckpt import errors
 from functional_ckpt.handlers import classes
 
 __all__ = ["Slot", "clean_prefix", "slots"]
@@ -64,8 +65,12 @@ def clean_prefix(root: torch.nn.Module, prefix: str) -> str:
 
 
 def slots(root: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
-    """Every parameter and buffer under every clean name it has, in the state dict's order."""
-    for prefix, module in root.named_modules(remove_duplicate=False):
+    """Every parameter and buffer under every clean name it has, in the state dict's order.
+
+    Raises:
+        UsageError: The module contains itself: its tensors would have names without end.
+    """
+    for prefix, module in _named_modules(root):
         start = clean_prefix(root, prefix)
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
@@ -74,6 +79,17 @@ def slots(root: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
             if buffer is not None:
                 persistent = attribute not in module._non_persistent_buffers_set
                 yield start + attribute, Slot(module, attribute, buffer, persistent)
+
+
+def _named_modules(root: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    try:
+        return list(root.named_modules(remove_duplicate=False))
+    except RecursionError as error:
+        raise errors.UsageError(
+            f"{type(root).__name__} contains itself, or its submodules are nested too deeply: its "
+            "tensors have no finite names. Keep the reference to a parent outside of "
+            "torch.nn.Module's attributes (in a tuple, or as a weakref)."
+        ) from error
 
 
 def _wrapped_attribute(module: torch.nn.Module | None) -> str | None:

@@ -272,7 +272,7 @@ def _as_run_wants(live: Any, option: Any) -> Any:
     if isinstance(live, torch.Tensor):
         if option is not live:
             with torch.no_grad():
-                live.copy_(torch.as_tensor(option))
+                live.copy_(torch.as_tensor(option, device="cpu"))
         return live
     if type(live) in (int, float) and isinstance(option, torch.Tensor):
         return option.item()

@@ -328,7 +328,7 @@ def _torch_state(saved: torch.Tensor, entropy: bytes) -> torch.Tensor:
     seed = int.from_bytes(entropy[:8], "little") >> 1
     if saved.numel() == _CUDA_STATE_BYTES:
         return torch.frombuffer(bytearray(struct.pack("<qq", seed, 0)), dtype=torch.uint8)
-    return torch.Generator().manual_seed(seed).get_state()
+    return torch.Generator("cpu").manual_seed(seed).get_state()
 
 
 def _numpy_state(saved: Mapping[str, Any], entropy: bytes) -> Any:

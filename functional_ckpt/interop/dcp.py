@@ -170,7 +170,7 @@ def _read_entry(path: str, entry: _Entry) -> Any:
             raise _lost(path, entry, "a piece that reaches beyond it")
         if full is None:
             _check_size(path, entry, piece)
-            full = torch.empty(entry.shape, dtype=piece.dtype)
+            full = torch.empty(entry.shape, dtype=piece.dtype, device="cpu")
         slices = tuple(slice(s, e) for s, e in zip(part.offset, ends, strict=True))
         full[slices].copy_(piece)
         num_elements += piece.numel()

@@ -26,7 +26,7 @@ class Restored(Mapping[str, Any]):
     """The items of a restored checkpoint, by name.
 
     Attributes:
-        step: The step; None for a checkpoint without steps, and for initial values.
+        step: The step; None for a checkpoint that records none, and for initial values.
         report: What `strict=False` left out, all items together; false when nothing was.
         metrics: The metrics saved with it, or None.
         progress: How far the training was, or None where the checkpoint does not say.
@@ -42,8 +42,10 @@ class Restored(Mapping[str, Any]):
         metrics: Mapping[str, Any] | None,
         progress: Progress | None,
         custom_metadata: Mapping[str, Any],
+        next_step: int | None = None,
     ) -> None:
         self._items = dict(items)
+        self._next_step = next_step
         self.step = step
         self.report = report
         self.metrics = metrics
@@ -52,11 +54,25 @@ class Restored(Mapping[str, Any]):
 
     @property
     def next_step(self) -> int:
-        """The step to go on with: the one after `step`, or 0 where nothing was restored."""
-        return 0 if self.step is None else self.step + 1
+        """The step to resume with: the one after `step`, or 0 where nothing was restored.
+
+        Raises:
+            UsageError: The checkpoint was restored and does not record a step.
+        """
+        if self._next_step is not None:
+            return self._next_step
+        if self.step is None:
+            raise errors.UsageError(
+                "The restored checkpoint does not record a step: it was written by fc.save or by "
+                "another program. Choose the first step explicitly."
+            )
+        return self.step + 1
 
     def with_defaults(self, others: Mapping[str, Any]) -> Restored:
-        """The same, with the values of `others` where nothing of a name was restored."""
+        """These items, and the values of `others` under the remaining names, for a new run.
+
+        The new run starts at step 0, whatever step the items come from.
+        """
         return Restored(
             {**others, **self._items},
             step=self.step,
@@ -64,6 +80,7 @@ class Restored(Mapping[str, Any]):
             metrics=self.metrics,
             progress=self.progress,
             custom_metadata=self.custom_metadata,
+            next_step=0,
         )
 
     def __getitem__(self, name: str) -> Any:

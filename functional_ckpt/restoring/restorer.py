@@ -161,6 +161,7 @@ def initial_values(initial: Mapping[str, Any]) -> restore_lib.Restored:
         metrics=None,
         progress=None,
         custom_metadata={},
+        next_step=0,
     )
 
 

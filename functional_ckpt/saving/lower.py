@@ -106,7 +106,7 @@ def lower(
 
 def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ...]) -> LoweredItem:
     kind = type(item.handler).__name__
-    lowered = item.handler.lower(item.value)
+    lowered = _tree_of(name, item)
     if item.handler.format == "json":
         return LoweredItem(name=name, handler=kind, root=None, text=to_json(lowered, name))
     per_rank = item.handler.per_rank and len(ranks) > 1
@@ -132,6 +132,17 @@ def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ..
         value=item.value,
         per_rank=per_rank,
     )
+
+
+def _tree_of(name: str, item: CheckpointItem) -> Any:
+    try:
+        return item.handler.lower(item.value)
+    except RecursionError as error:
+        raise errors.UnsupportedLeafError(
+            f"{name}: a {type(item.value).__name__} that contains itself, or is nested too deeply "
+            f"for {type(item.handler).__name__}; remove the cycle, or save its parts as items.",
+            key_path=name,
+        ) from error
 
 
 def _source(item: str, node: structure.ArrayNode, value: object, ranks: tuple[int, ...]) -> Source:

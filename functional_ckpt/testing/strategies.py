@@ -30,7 +30,7 @@ def tensors(draw: st.DrawFn, shapes: st.SearchStrategy[tuple[int, ...]] = _SHAPE
     """Strided CPU tensors of any bits, some of them transposed, sliced, expanded or Parameters."""
     dtype = draw(st.sampled_from(TENSOR_DTYPES))
     shape = draw(shapes)
-    num_bytes = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
+    num_bytes = math.prod(shape) * dtype.itemsize
     seed = draw(st.integers(0, 2**32 - 1))
     data = np.random.default_rng(seed).integers(0, 256, num_bytes, np.uint8)
     if dtype is torch.bool:
@@ -38,7 +38,7 @@ def tensors(draw: st.DrawFn, shapes: st.SearchStrategy[tuple[int, ...]] = _SHAPE
     tensor = (
         torch.from_numpy(data).view(dtype).reshape(shape)
         if num_bytes
-        else torch.empty(shape, dtype=dtype)
+        else torch.empty(shape, dtype=dtype, device="cpu")
     )
     form = draw(st.sampled_from(("plain", "transposed", "sliced", "expanded", "parameter")))
     if form == "transposed":

@@ -91,6 +91,21 @@ def test_what_is_not_there_is_named_with_what_is(
         empty.restore()
 
 
+def test_the_step_of_a_managers_directory_is_known_without_the_manager(
+    manager: fc.CheckpointManager, tmp_path: Path
+) -> None:
+    restored = fc.restore(tmp_path / "1", {"tree": tree()})
+    assert (restored.step, restored.next_step) == (1, 2)
+    assert fc.metadata(tmp_path / "1").step == 1
+    fc.save(tmp_path / "single", {"tree": tree()})
+    restored = fc.restore(tmp_path / "single")
+    assert restored.step is None
+    with pytest.raises(errors.UsageError, match="does not record a step"):
+        _ = restored.next_step
+    begun = fc.restore(tmp_path / "1", only="tree").with_defaults({"model": 0})
+    assert (begun.step, begun.next_step) == (1, 0)
+
+
 # ------------------------------------------------------------------------------ into memory
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.sharding import Sharding
@@ -175,21 +175,23 @@ def select_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> No
 
     With another number of ranks, the values of rank 0 are taken; `dropped` is told their key paths.
     """
+    trail: walk.Trail[Key] = walk.Trail()
 
-    def visit(place: tuple[Node, KeyPath]) -> walk.Visit[tuple[Node, KeyPath], Node]:
-        node, path = place
+    def visit(place: tuple[Node, Key | None, int]) -> walk.Visit[Any, Node]:
+        node, key, depth = place
+        trail.enter(depth, key)
         if not isinstance(node, BranchNode):
             return walk.leaf(node)
         if node.kind == "per_rank":
             own = {key.value: child for key, child in zip(node.keys, node.children, strict=True)}
             if node.detail.get("num_ranks", len(own)) != num_ranks:
-                dropped.append(structure.pretty(path))
+                dropped.append(structure.pretty(trail.path()))
                 return walk.leaf(node.children[0])
             # A rank that had none, and asks for it all the same, takes the first one's.
             return walk.leaf(own.get(rank_key(rank), node.children[0]))
         pairs = zip(node.children, node.keys, strict=True)
         return [
-            (child, (*path, key)) for child, key in pairs
+            (child, key, depth + 1) for child, key in pairs
         ], lambda children: dataclasses.replace(node, children=tuple(children))
 
-    return walk.fold((root, ()), visit)
+    return walk.fold((root, None, 0), visit)

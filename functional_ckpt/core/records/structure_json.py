@@ -62,6 +62,10 @@ def _record(node: structure.Node) -> Json:
     return record
 
 
+_Place: TypeAlias = tuple[structure.Key | None, int]
+"""The key of a node (None for the root) and its depth."""
+
+
 def from_json(records: Json) -> structure.Node:
     """The structure that records describe.
 
@@ -71,15 +75,18 @@ def from_json(records: Json) -> structure.Node:
     if not isinstance(records, list) or not records:
         raise ValueError("the structure is not a list of records")
     remaining: Iterator[Json] = iter(records)
+    trail: walk.Trail[structure.Key] = walk.Trail()
 
-    def visit(path: structure.KeyPath) -> walk.Visit[structure.KeyPath, structure.Node]:
+    def visit(place: _Place) -> walk.Visit[_Place, structure.Node]:
+        key, depth = place
+        trail.enter(depth, key)
         record = next(remaining, None)
         if record is None:
             raise ValueError("the structure ends before all children were described")
         kind = string(next(iter(record), None))
         payload, detail = record[kind], dict(record.get("detail", {}))
         if kind in _ARRAYS:
-            return walk.leaf(_array(kind, payload, detail, record.get("tied_to"), path))
+            return walk.leaf(_array(kind, payload, detail, record.get("tied_to"), trail.path()))
         if kind in _SEQUENCES:
             if not 0 <= integer(payload) <= len(records):
                 raise ValueError(f"a {kind} of {payload} children in {len(records)} records")
@@ -89,12 +96,12 @@ def from_json(records: Json) -> structure.Node:
         else:
             return walk.leaf(structure.ValueNode(kind=kind, value=plain_json.decode(kind, payload)))
         if len({str(key.value) for key in keys}) != len(keys):
-            raise ValueError(f"a key occurs twice under {structure.pretty(path)}")
-        return [(*path, key) for key in keys], lambda children: structure.BranchNode(
+            raise ValueError(f"a key occurs twice under {structure.pretty(trail.path())}")
+        return [(key, depth + 1) for key in keys], lambda children: structure.BranchNode(
             kind=kind, keys=keys, children=tuple(children), detail=detail
         )
 
-    root = walk.fold((), visit)
+    root = walk.fold((None, 0), visit)
     if next(remaining, None) is not None:
         raise ValueError("the structure goes on after its last leaf")
     return root

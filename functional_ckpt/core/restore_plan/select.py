@@ -10,7 +10,6 @@ from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree import composite, encode, flatten, structure, walk
-from functional_ckpt.core.tree.structure import KeyPath
 
 __all__ = [
     "Ignored",
@@ -117,7 +116,7 @@ def _matches_nothing(option: str, value: object, unused: Sequence[str]) -> error
 
 
 _PARTS = composite.KINDS
-_Place: TypeAlias = tuple[structure.Node, KeyPath]
+_Place: TypeAlias = tuple[structure.Node, structure.Key | None, int]
 
 
 def specs(node: structure.Node) -> Any:
@@ -139,25 +138,26 @@ def _visit_specs(node: structure.Node) -> walk.Visit[structure.Node, Any]:
     return node.children, build
 
 
-def prune(
-    node: structure.Node, keep: Callable[[str], bool], path: KeyPath = ()
-) -> structure.Node | None:
+def prune(node: structure.Node, keep: Callable[[str], bool]) -> structure.Node | None:
     """The part of a structure whose leaf names `keep` accepts; None when nothing is left.
 
     A dict loses the keys that are left out; in a sequence, named tuple or registered node None
     takes their place.
     """
+    trail: walk.Trail[structure.Key] = walk.Trail()
 
     def visit(place: _Place) -> walk.Visit[_Place, structure.Node | None]:
-        current, where = place
+        current, key, depth = place
+        trail.enter(depth, key)
         is_leaf = not isinstance(current, structure.BranchNode) or not current.children
         if is_leaf or current.kind in _PARTS:
-            return walk.leaf(current if keep(structure.leaf_name(where)) else None)
+            return walk.leaf(current if keep(structure.leaf_name(trail.path())) else None)
         branch = cast("structure.BranchNode", current)
         pairs = zip(branch.children, branch.keys, strict=True)
-        return [(child, (*where, key)) for child, key in pairs], functools.partial(_pruned, branch)
+        children = [(child, key, depth + 1) for child, key in pairs]
+        return children, functools.partial(_pruned, branch)
 
-    return walk.fold((node, path), visit)
+    return walk.fold((node, None, 0), visit)
 
 
 def _pruned(

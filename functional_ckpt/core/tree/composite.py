@@ -126,6 +126,7 @@ def _build_coo(node: structure.BranchNode, children: Sequence[Any], like: object
         _shape(node),
         is_coalesced=bool(node.detail["coalesced"]),
         check_invariants=True,
+        device=values.device,
     )
 
 
@@ -141,6 +142,7 @@ def _build_compressed(
         _shape(node),
         layout=_LAYOUTS[node.kind],
         check_invariants=True,
+        device=values.device,
     )
 
 

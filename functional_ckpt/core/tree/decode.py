@@ -106,7 +106,7 @@ def _new_array(node: structure.ArrayNode, dtype: np.dtype[Any]) -> Array:
     order = "C" if _is_text(node) else _order(node)
     if node.spec.size_bytes < _ALIGNED_FROM_BYTES:
         return np.empty(node.spec.shape, dtype, order=order)
-    flat = torch.empty(node.spec.size_bytes, dtype=torch.uint8).numpy().view(dtype)
+    flat = torch.empty(node.spec.size_bytes, dtype=torch.uint8, device="cpu").numpy().view(dtype)
     return flat.reshape(node.spec.shape, order=order)
 
 
@@ -116,9 +116,11 @@ def _new_tensor(node: structure.ArrayNode) -> torch.Tensor:
     strides = node.detail.get("strides")
     carrier = encode.torch_dtype(node.spec.dtype)
     if isinstance(strides, list):
-        tensor = torch.empty_strided(node.spec.shape, cast("list[int]", strides), dtype=carrier)
+        tensor = torch.empty_strided(
+            node.spec.shape, cast("list[int]", strides), dtype=carrier, device="cpu"
+        )
     else:
-        tensor = torch.empty(node.spec.shape, dtype=carrier)
+        tensor = torch.empty(node.spec.shape, dtype=carrier, device="cpu")
     return tensor.view(encode.torch_dtype(name)) if name != node.spec.dtype else tensor
 
 

@@ -53,12 +53,13 @@ def flatten(value: object, *, item: str = "") -> FlatTree:
         NameCollisionError: Leaves would share one name on disk; all of them are named.
     """
     state = _Flattening(item)
-    root = walk.fold((value, ()), state.visit)
+    root = walk.fold((value, None, 0), state.visit)
     state.raise_problems()
     return FlatTree(root=root, arrays=tuple(state.arrays), tied=tuple(state.tied))
 
 
-_Place: TypeAlias = tuple[object, KeyPath]
+_Place: TypeAlias = tuple[object, Key | None, int]
+"""A value, its key (None for the root) and its depth."""
 _NOTHING = structure.ValueNode(kind="none", value=None)
 
 
@@ -74,42 +75,44 @@ class _Flattening:
         self.paths: dict[str, KeyPath] = {}
         self.owners: dict[Any, str] = {}
         self.open_ids: set[int] = set()
+        self.trail: walk.Trail[Key] = walk.Trail()
 
     def visit(self, place: _Place) -> walk.Visit[_Place, structure.Node]:
-        value, path = place
+        value, key, depth = place
+        self.trail.enter(depth, key)
         if memory.is_contiguous_strided(value):
-            return walk.leaf(self._ordinary(cast("torch.Tensor", value), path))
+            return walk.leaf(self._ordinary(cast("torch.Tensor", value)))
         try:
             if (plain := encode.value_node(value)) is not None:
-                self._take_name(path)
+                self._take_name()
                 return walk.leaf(plain)
             if id(value) in self.open_ids:
                 raise errors.UnsupportedLeafError("the container contains itself")
             if (opened := flatten_one_level(value)) is not None:
-                return self._branch(value, opened, path)
-            if (array := encode.array_node(value, leaf_name(path))) is not None:
-                self._take_name(path)
+                return self._branch(value, opened, depth)
+            if (array := encode.array_node(value, leaf_name(self.trail.path()))) is not None:
+                self._take_name()
                 return walk.leaf(self._array(array, value))
         except errors.UsageError as error:
-            self._add_problem(path, error.message)
+            self._add_problem(error.message)
         else:
-            self._add_problem(path, _why_unsupported(value))
+            self._add_problem(_why_unsupported(value))
         return walk.leaf(_NOTHING)
 
-    def _ordinary(self, tensor: torch.Tensor, path: KeyPath) -> structure.Node:
+    def _ordinary(self, tensor: torch.Tensor) -> structure.Node:
         try:
-            name = self._take_name(path)
+            name = self._take_name()
             return self._array(encode.ordinary_node(tensor, name), tensor)
         except errors.UsageError as error:
-            self._add_problem(path, error.message)
+            self._add_problem(error.message)
             return _NOTHING
 
     def _branch(
-        self, value: object, opened: FlatNode, path: KeyPath
+        self, value: object, opened: FlatNode, depth: int
     ) -> walk.Visit[_Place, structure.Node]:
         if not opened.children:
-            self._take_name(path)
-        self._check_keys(opened.keys, path)
+            self._take_name()
+        self._check_keys(opened.keys)
         self.open_ids.add(id(value))
 
         def build(children: list[structure.Node]) -> structure.Node:
@@ -117,16 +120,18 @@ class _Flattening:
             return opened.node(children)
 
         pairs = zip(opened.keys, opened.children, strict=True)
-        return [(child, (*path, key)) for key, child in pairs], build
+        return [(child, key, depth + 1) for key, child in pairs], build
 
-    def _check_keys(self, keys: tuple[Key, ...], path: KeyPath) -> None:
+    def _check_keys(self, keys: tuple[Key, ...]) -> None:
         """Two keys that read the same are two branches of one name, even if no leaf collides."""
         seen: dict[str, Key] = {}
         for key in keys:
             if (other := seen.setdefault(str(key.value), key)) is not key:
+                path = self.trail.path()
                 self._add_collision((*path, other), (*path, key))
 
-    def _take_name(self, path: KeyPath) -> str:
+    def _take_name(self) -> str:
+        path = self.trail.path()
         name = leaf_name(path)
         if not structure.is_unicode(name):
             raise errors.UnsupportedLeafError(
@@ -144,8 +149,9 @@ class _Flattening:
         self.arrays.append((node, value))
         return node
 
-    def _add_problem(self, path: KeyPath, why: str) -> None:
-        self.problems.append((structure.pretty(path, self.item) or "the value", why))
+    def _add_problem(self, why: str) -> None:
+        where = structure.pretty(self.trail.path(), self.item)
+        self.problems.append((where or "the value", why))
 
     def _add_collision(self, first: KeyPath, second: KeyPath) -> None:
         where, other = (structure.pretty(path, self.item) for path in (second, first))

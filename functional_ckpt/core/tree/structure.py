@@ -176,16 +176,19 @@ def iter_leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]
     if not isinstance(node, BranchNode) or not node.children:
         yield path, node
         return
-    todo: list[tuple[KeyPath, Iterator[tuple[Key, Node]]]] = [(path, _pairs(node))]
+    # One path that grows and shrinks: a copy for every level would be quadratic in the depth.
+    keys, todo = list(path), [_pairs(node)]
     while todo:
-        path, pairs = todo[-1]
-        for key, child in pairs:
+        for key, child in todo[-1]:
             if isinstance(child, BranchNode) and child.children:
-                todo.append(((*path, key), _pairs(child)))
+                keys.append(key)
+                todo.append(_pairs(child))
                 break
-            yield (*path, key), child
+            yield (*keys, key), child
         else:
             todo.pop()
+            if todo:
+                keys.pop()
 
 
 def _pairs(node: BranchNode) -> Iterator[tuple[Key, Node]]:

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
-__all__ = ["Visit", "fold", "leaf"]
+__all__ = ["Trail", "Visit", "fold", "leaf"]
 
+K = TypeVar("K")
 T = TypeVar("T")
 R = TypeVar("R")
 
 Visit: TypeAlias = tuple[Iterable[T], Callable[[list[R]], R]] | tuple[None, R]
 """What becomes of a node: its children, and how their results are put together; or its result."""
+
+
+class Trail(Generic[K]):
+    """The keys from the root to the node that `fold` is visiting.
+
+    One list that grows and shrinks: a tuple for every level would be quadratic in the depth.
+    """
+
+    __slots__ = ("_keys",)
+
+    def __init__(self) -> None:
+        self._keys: list[K] = []
+
+    def enter(self, depth: int, key: K | None) -> None:
+        """Notes that the node being visited is at `depth`, under `key`; the root is at 0."""
+        if key is not None:
+            del self._keys[depth - 1 :]
+            self._keys.append(key)
+
+    def path(self) -> tuple[K, ...]:
+        """The path of the node that was entered last."""
+        return tuple(self._keys)
 
 
 def leaf(result: R) -> tuple[None, R]:
