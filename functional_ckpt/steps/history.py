@@ -21,7 +21,7 @@ from functional_ckpt.policies.progress import Progress
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.commit import HIDDEN
+from functional_ckpt.storage.commit import HIDDEN, makedirs_durable
 
 __all__ = [
     "LateMetrics",
@@ -142,7 +142,7 @@ def write_late_metrics(
 ) -> None:
     """Writes a step's late metrics beside the steps, atomically and durably."""
     folder = os.path.join(root, HIDDEN, _METRICS)
-    storage.make_directory(folder)
+    makedirs_durable(storage, folder)
     path = os.path.join(folder, f"{info.step}.{_commit_of(info)}.json")
     storage.replace(path, json.dumps(dict(metrics)).encode())
 

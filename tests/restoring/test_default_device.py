@@ -94,7 +94,9 @@ def factories_without_a_device(source: str) -> list[str]:
         and isinstance(node.func, ast.Attribute)
         and isinstance(node.func.value, ast.Name)
         and node.func.value.id == "torch"
-        and (FACTORIES.fullmatch(node.func.attr) or (node.func.attr == "Generator" and not node.args))
+        and (
+            FACTORIES.fullmatch(node.func.attr) or (node.func.attr == "Generator" and not node.args)
+        )
         and not any(keyword.arg == "device" for keyword in node.keywords)
     ]
 
