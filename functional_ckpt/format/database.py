@@ -30,6 +30,7 @@ __all__ = [
     "NO_CACHE",
     "REFUSALS",
     "SMALL_CHUNK_BYTES",
+    "BlockDigests",
     "Database",
     "as_bytes",
     "check_process",
@@ -227,3 +228,37 @@ def digest_blocks(data: Array) -> str:
         xxhash.xxh3_64_hexdigest(flat[start : start + DIGEST_BLOCK_BYTES])
         for start in range(0, len(flat), DIGEST_BLOCK_BYTES)
     )
+
+
+class BlockDigests:
+    """What `digest_blocks` returns, of bytes that come in pieces of any size."""
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+        self._block = xxhash.xxh3_64()
+        self._missing_bytes = DIGEST_BLOCK_BYTES
+
+    def update(self, data: memoryview) -> None:
+        """Adds the next bytes."""
+        start = 0
+        while start < len(data):
+            piece = data[start : start + self._missing_bytes]
+            start += len(piece)
+            if len(piece) == DIGEST_BLOCK_BYTES:
+                self._found.append(xxhash.xxh3_64_hexdigest(piece))
+                continue
+            self._block.update(piece)
+            self._missing_bytes -= len(piece)
+            if not self._missing_bytes:
+                self._end_block()
+
+    def _end_block(self) -> None:
+        self._found.append(self._block.hexdigest())
+        self._block.reset()
+        self._missing_bytes = DIGEST_BLOCK_BYTES
+
+    def hexdigests(self) -> str:
+        """16 hex digits for every block; nothing may be added after this."""
+        if self._missing_bytes < DIGEST_BLOCK_BYTES:
+            self._end_block()
+        return "".join(self._found)
