@@ -290,9 +290,12 @@ class CheckpointManager:
         Args:
             metric: Its key; None for that of the keep policy's `best_n`.
             mode: Whether the highest or the lowest is best.
+
+        Raises:
+            CorruptCheckpointError: The metrics of a step are damaged: it may be the best.
         """
         self._check_usable()
-        if self._steps.read_only:
+        if self._steps.read_only or any(info.problem for info in self._steps.all_infos()):
             self.reload()
         return keep.best_step(self._steps.all_infos(), metric, mode, self._options.keep_policies)
 
