@@ -1,23 +1,28 @@
 """Lightning with a checkpoint manager: a callback that saves, and the plugin that does the I/O.
 
-    manager = fc.CheckpointManager("run/ckpt", save_policy=fc.policies.every(500))
-    io = ManagerIO(manager)
+    io = ManagerIO("run/ckpt", save_policy=fc.policies.every(500))
     trainer = lightning.pytorch.Trainer(
         plugins=[io], callbacks=[SaveCallback(io)], enable_checkpointing=False
     )
     trainer.fit(module, loader, ckpt_path=io.latest())      # None where there is no step
 
 Saved at the end of an epoch (`policies.every("1ep")`), a run goes on exactly. Within an epoch
-Lightning itself begins the epoch's data anew, unless the loader keeps its own place. The extra
-`lightning` brings what this module imports.
+Lightning itself begins the epoch's data again, unless the loader keeps its own place. Several
+processes of a replicating strategy (DDP) save together; give `ManagerIO` the arguments of the
+manager then, so that it is made once the processes know each other. The extra `lightning` brings
+what this module imports.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 from functional_ckpt import errors
+from functional_ckpt.core.tree import flatten
+from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.handlers import PyTree, Rng
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.policies.progress import Progress
@@ -25,6 +30,7 @@ from functional_ckpt.policies.progress import Progress
 try:
     from lightning.pytorch import callbacks
     from lightning.pytorch.plugins import io as lightning_io
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 except ImportError as error:
     raise ImportError(
         "functional_ckpt.interop.lightning needs lightning: pip install "
@@ -33,100 +39,221 @@ except ImportError as error:
 
 __all__ = ["ManagerIO", "SaveCallback"]
 
+_log = logging.getLogger("functional_ckpt")
+
 _ITEM = "lightning"
+_HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
 class ManagerIO(lightning_io.CheckpointIO):
     """Lightning's checkpoints as steps: the dict it makes is the item `lightning`, a pytree.
 
-    Works with whatever saves through Lightning; a path is the manager's directory and the number of
-    the step. Random numbers are saved beside it.
+    A path is the manager's directory and the number of the step. Any other path (of the Trainer's
+    `save_checkpoint("final.ckpt")`, of a tuner, of SLURM's requeue, of a checkpoint that Lightning
+    wrote) goes to Lightning's own `TorchCheckpointIO`.
 
     Args:
-        manager: Where to, and what is kept. When to save is `SaveCallback`'s to ask.
+        manager: Where to, and what is kept: a manager; or its directory, with the manager's
+            arguments. From a directory the manager is made when a training begins and closed when
+            it ends.
+        options: The manager's arguments, with a directory.
     """
 
-    def __init__(self, manager: CheckpointManager) -> None:
-        self.manager = manager
-        self._told: tuple[dict[str, Any], Progress | None] = ({}, None)
+    def __init__(self, manager: CheckpointManager | str | os.PathLike[str], **options: Any) -> None:
+        if isinstance(manager, CheckpointManager) and options:
+            raise errors.UsageError(
+                f"ManagerIO(manager) takes no options beside a manager; got {sorted(options)}."
+            )
+        self._manager = manager if isinstance(manager, CheckpointManager) else None
+        self._directory: Any = None if self._manager is not None else manager
+        self._options = options
+        self._other = lightning_io.TorchCheckpointIO()
+
+    @property
+    def manager(self) -> CheckpointManager:
+        """The manager; one that was given as a directory is made now."""
+        if self._manager is None:
+            self._manager = CheckpointManager(self._directory, **self._options)
+        return self._manager
 
     def latest(self) -> str | None:
         """The path of the latest step, for `fit(ckpt_path=...)`; None where there is none."""
-        step = self.manager.latest_step()
-        return None if step is None else self.path(step)
+        if self._manager is not None:
+            return self._path_of_latest(self._manager)
+        known = {name: self._options[name] for name in ("step_name",) if name in self._options}
+        alone = SingleProcess()  # each process looks for itself: there may be no group yet
+        with CheckpointManager(
+            self._directory, read_only=True, coordinator=alone, **known
+        ) as looking:
+            return self._path_of_latest(looking)
 
     def path(self, step: int) -> str:
         """The path by which Lightning means a step."""
-        return os.path.join(self.manager.directory, str(step))
+        return _join(self._root(), step)
 
-    def tell(self, metrics: dict[str, Any], progress: Progress) -> None:
-        """Says what to save with the next checkpoint besides what Lightning knows."""
-        self._told = (metrics, progress)
+    def save_step(
+        self,
+        step: int,
+        checkpoint: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Saves Lightning's checkpoint as a step; every process calls it."""
+        items = {_ITEM: PyTree(_storable(checkpoint)), "rng": Rng()}
+        self.manager.save(step, items, metrics=metrics or None, progress=progress, force=True)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Saves the checkpoint as a step; it is committed in the background."""
+        """Saves the checkpoint as a step, in the background, or as Lightning does elsewhere.
+
+        Raises:
+            UsageError: A step of several processes, which Lightning asks one process for; or
+                `storage_options` for a step.
+        """
+        step = self._step(path)
+        if step is None:
+            self._other.save_checkpoint(checkpoint, path, storage_options)
+            return
         if storage_options is not None:
             raise errors.UsageError("storage_options: a manager has its own storage.")
-        (metrics, progress), self._told = self._told, ({}, None)
-        items = {_ITEM: PyTree(checkpoint), "rng": Rng()}
-        step = self._step(path)
-        self.manager.save(step, items, metrics=metrics or None, progress=progress, force=True)
+        if (num_ranks := self.manager._coordinator.num_ranks) > 1:
+            raise errors.UsageError(
+                f"{path}: a step of {num_ranks} processes is saved by SaveCallback, on all of "
+                "them; Lightning's save_checkpoint reaches one.",
+                path=str(path),
+            )
+        self.save_step(step, checkpoint)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The checkpoint of a step, on the CPU; never a pickle."""
-        del map_location, weights_only
-        return self.manager.restore(self._step(path), only=_ITEM)[_ITEM]
+        """The checkpoint of a step, on the CPU and never a pickle; or one of Lightning's own."""
+        step = self._step(path)
+        if step is None:
+            return self._other.load_checkpoint(path, map_location, weights_only)
+        return self.manager.restore(step, only=_ITEM)[_ITEM]
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Removes a step."""
-        self.manager.delete(self._step(path))
+        """Removes a step, or a checkpoint of Lightning's own."""
+        step = self._step(path)
+        if step is None:
+            self._other.remove_checkpoint(path)
+        else:
+            self.manager.delete(step)
 
     def teardown(self) -> None:
-        """Waits for the commit under way."""
-        self.manager.wait_until_finished()
+        """Waits for the commit under way; closes a manager that was made here."""
+        if self._manager is None:
+            return
+        if self._directory is None:
+            self._manager.wait_until_finished()
+        else:
+            self._manager.close()
+            self._manager = None
 
-    def _step(self, path: Any) -> int:
-        folder, name = os.path.split(os.path.abspath(path))
-        if folder != self.manager.directory or not name.isdigit():
+    def _root(self) -> str:
+        if self._manager is not None:
+            return self._manager.directory
+        text = os.fspath(self._directory)
+        return text.rstrip("/") if "://" in text else os.path.abspath(os.path.expanduser(text))
+
+    def _path_of_latest(self, manager: CheckpointManager) -> str | None:
+        step = manager.latest_step()
+        return None if step is None else _join(manager.directory, step)
+
+    def _step(self, path: Any) -> int | None:
+        """The step that a path means; None for a path that is not below the manager's directory."""
+        text, root = os.fspath(path), self._root()
+        if "://" not in text:
+            text = os.path.abspath(text)
+        folder, _, name = text.rpartition("/")
+        if folder != root:
+            return None
+        if not name.isdigit():
             raise errors.UsageError(
-                f"{path}: expected {self.manager.directory} and the number of a step, as "
-                "ManagerIO.path(step) gives it.",
-                path=path,
+                f"{path}: expected {root} and the number of a step, as ManagerIO.path(step) gives "
+                "it; Lightning's own checkpoints need another directory.",
+                path=text,
             )
         return int(name)
 
 
 class SaveCallback(callbacks.Callback):
-    """Saves a step when the manager's policies say so.
+    """Saves a step when the manager's policies say so, and at the end of the training.
 
-    A step is saved once everything that belongs to it is over: before the next batch, or at the end
-    of the training. Where Lightning saves after a batch its loops count the batch as still to come,
-    and the schedulers of an epoch's end have not been stepped.
+    A step is an update of the weights. It is saved once everything that belongs to it is over:
+    before the next batch; at the end of an epoch before the next epoch begins, so that a resumed
+    run calls `on_train_epoch_start` and draws the same data; at the end of the training; when the
+    training is ended by SIGTERM or an exception.
 
     Args:
         io: The Trainer's plugin.
+        save_last: Whether the end of the training is saved whatever the policies say.
     """
 
-    def __init__(self, io: ManagerIO) -> None:
+    def __init__(self, io: ManagerIO, *, save_last: bool = True) -> None:
         self._io = io
+        self._save_last = save_last
         self._resumed: int | None = None
+        self._seen: int | None = None
         self._due: Progress | None = None
+        self._is_preempted = False
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Notes which step the run goes on from."""
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Checks that all processes save together.
+
+        Raises:
+            UsageError: The manager was made before the processes knew each other, or the strategy
+                shards the model.
+        """
         del pl_module
-        step = int(trainer.global_step)
-        self._resumed = step if step and trainer.ckpt_path else None
-        self._due = None
+        if stage != "fit":
+            return
+        strategy = type(trainer.strategy).__name__
+        if any(word in strategy for word in ("FSDP", "ModelParallel", "DeepSpeed")):
+            raise errors.UsageError(
+                f"{strategy} shards the model, which Lightning's checkpoint of one process cannot "
+                "hold. Save fc.Module(...) and fc.Optimizer(...) items with a manager of your own "
+                "in a callback, or use a DDP strategy."
+            )
+        num_ranks = self._io.manager._coordinator.num_ranks
+        if num_ranks != trainer.world_size:
+            raise errors.UsageError(
+                f"The Trainer has {trainer.world_size} processes, the manager {num_ranks}: it was "
+                "made before the processes knew each other. Give ManagerIO the manager's directory "
+                "and arguments; it makes the manager then."
+            )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """In a run that goes on from the end of an epoch, sets the random numbers of its step.
+
+        Lightning draws the first data of the epoch before it calls anything else.
+        """
+        del pl_module
+        path, self._resumed, self._is_preempted = trainer.ckpt_path, None, False
+        self._due, self._seen = None, int(trainer.global_step)
+        step = self._io._step(path) if path else None
+        if step is None:
+            return
+        progress = self._io.manager.metadata(step).progress
+        if progress is not None and progress.batch_in_epoch == 0:
+            self._io.manager.restore(step, {"rng": Rng()})
+        else:
+            self._resumed = step
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Saves what the epoch before has made."""
+        del pl_module
+        if self._due is not None:
+            self._due = _over(self._due)
+        self._save(trainer)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves what is over; in a run that goes on, first sets the random numbers of its step."""
+        """Saves what is over; in a run that goes on within an epoch, sets the random numbers."""
         del pl_module, batch, batch_idx
         if self._resumed is not None:
             self._io.manager.restore(self._resumed, {"rng": Rng()})
@@ -136,33 +263,146 @@ class SaveCallback(callbacks.Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes how far the training is."""
+        """Notes how far the training is, where the batch has updated the weights."""
         del pl_module, outputs, batch
+        self._take_signal(trainer)
         step, num_batches = int(trainer.global_step), trainer.num_training_batches
+        if step == self._seen:
+            return
+        self._seen = step
         self._due = Progress(
             epoch=int(trainer.current_epoch),
-            batch=max(step, batch_idx + 1),
+            batch=int(trainer.fit_loop.epoch_loop.batch_progress.total.ready),
             batch_in_epoch=batch_idx + 1,
             batches_per_epoch=int(num_batches) if num_batches != float("inf") else None,
         )
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Saves what the last batch made."""
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leaves a signal to the manager, which stops all processes at one step."""
         del pl_module
-        self._save(trainer)
+        self._take_signal(trainer)
 
-    def _save(self, trainer: Any) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Saves what the last batch has made."""
+        del pl_module
+        if self._is_preempted:
+            self._due = None  # saved already; Lightning has run one more batch since
+        if self._due is not None and _is_epoch_over(trainer):
+            self._due = _over(self._due)
+        self._save(trainer, force=self._save_last, is_end=True)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Saves the last whole update, where all processes are at the same one."""
+        del pl_module
+        is_whole = self._seen == int(trainer.global_step)
+        if not is_whole or self._due is None:
+            return
+        if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
+            return  # the others may still be in the middle of theirs
+        if _is_epoch_over(trainer):
+            self._due = _over(self._due)
+        try:
+            self._save(trainer, force=True)
+            self._io.manager.wait_until_finished()
+        except errors.CheckpointError as error:
+            exception.add_note(f"The last step could not be saved: {error}")
+
+    def _take_signal(self, trainer: Any) -> None:
+        """With `policies.Preemption()`, SIGTERM is the manager's: all stop at one step."""
+        if self._io.manager._saver.decider.waits_for_signal:
+            trainer._signal_connector.received_sigterm = False
+
+    def _save(self, trainer: Any, *, force: bool = False, is_end: bool = False) -> None:
         manager, step = self._io.manager, int(trainer.global_step)
         progress, self._due = self._due, None
         if progress is None:
             return
-        if manager.should_save(step, progress=progress):
+        if force or manager.should_save(step, progress=progress):
             metrics = {
                 name: float(value)
                 for name, value in trainer.callback_metrics.items()
                 if value.numel() == 1
             }
-            self._io.tell(metrics, progress)
-            trainer.save_checkpoint(self._io.path(step), weights_only=False)
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(False)
+            if progress.batch_in_epoch == 0:
+                _begin_epoch(checkpoint["loops"]["fit_loop"])
+            elif is_end:
+                _reopen_epoch(checkpoint["loops"]["fit_loop"])
+            self._io.save_step(step, checkpoint, metrics=metrics, progress=progress)
         if manager.reached_preemption(step):
+            self._is_preempted = True
             trainer.should_stop = True
+
+
+def _join(root: str, step: int) -> str:
+    return f"{root.rstrip('/')}/{step}"
+
+
+def _over(progress: Progress) -> Progress:
+    """The progress at the end of its epoch, which is the beginning of the next."""
+    return Progress(
+        epoch=progress.epoch + 1,
+        batch=progress.batch,
+        batch_in_epoch=0,
+        batches_per_epoch=progress.batches_per_epoch,
+    )
+
+
+def _is_epoch_over(trainer: Any) -> bool:
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    return bool(batches.is_last_batch) or batches.current.ready >= trainer.num_training_batches
+
+
+def _begin_epoch(loops: dict[str, Any]) -> None:
+    """Sets the counts of batches to the beginning of an epoch.
+
+    Lightning does so after `on_train_epoch_start`; a run that restarts in between would take the
+    batches of the epoch before for those of the next, and skip it.
+    """
+    for name in list(loops):
+        if name.startswith("epoch_loop.") and name.endswith("progress"):
+            _zero_current(loops[name])
+    batches = loops["epoch_loop.batch_progress"]
+    batches["is_last_batch"] = False
+
+
+def _zero_current(progress: Any) -> None:
+    if not isinstance(progress, dict):
+        return
+    for key, value in cast("dict[str, Any]", progress).items():
+        if key == "current":
+            for count in value:
+                value[count] = 0
+        else:
+            _zero_current(value)
+
+
+def _reopen_epoch(loops: dict[str, Any]) -> None:
+    """Takes back that an epoch is over which was stopped in the middle (`max_steps`)."""
+    for counts in loops["epoch_progress"].values():
+        counts["processed"] -= 1
+        counts["completed"] -= 1
+
+
+def _storable(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint with hyperparameters that no array or plain value can hold as text."""
+    changed = dict(checkpoint)
+    for name in _HYPER_PARAMETERS:
+        values = changed.get(name)
+        if not isinstance(values, Mapping):
+            continue
+        known = cast("Mapping[Any, Any]", values)
+        stored = {key: value if _is_storable(value) else str(value) for key, value in known.items()}
+        as_text = sorted(str(key) for key in known if stored[key] is not known[key])
+        if as_text:
+            _log.warning("%s: %s saved as text", name, ", ".join(as_text))
+        changed[name] = stored
+    return changed
+
+
+def _is_storable(value: object) -> bool:
+    try:
+        flatten.flatten(value, item="hyper_parameters")
+    except errors.UnsupportedLeafError:
+        return False
+    return True

@@ -11,10 +11,11 @@ own. The extra `transformers` brings what this module imports.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tempfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.handlers import Json, Module, Optimizer, Rng, Stateful
@@ -33,36 +34,70 @@ except ImportError as error:
 __all__ = ["ManagerCallback", "train"]
 
 _STATE_FILE = "trainer_state.json"
+_NON_FINITE = "non_finite_float"
+_PROCESS_FIELDS = ("is_local_process_zero", "is_world_process_zero")
 
 
 class ManagerCallback(trainer_callback.TrainerCallback):
     """Saves the model, its optimizer and scheduler, the random numbers and the Trainer's state.
 
-    A step is what the Trainer calls so: one update of the weights. The manager's policies decide; a
-    step is saved after what the Trainer logs and measures at it, and its latest numbers are the
-    metrics of the step. After SIGTERM (`policies.Preemption()`) the training stops once it is
-    saved.
+    A step is what the Trainer calls so: one update of the weights. The manager's policies decide. A
+    step is saved after everything that the Trainer logs and measures at it, the evaluation at the
+    end of an epoch included; its latest numbers are the metrics of the step. The last step of a
+    training is saved whatever the policies say, as the Trainer itself does. After SIGTERM
+    (`policies.Preemption()`) the training stops once the step is saved.
+
+    Start the training with `train`: it gives the callback what the Trainer's events do not, the
+    state of the other callbacks and the gradient scaler.
 
     Args:
         manager: Where to, when, and what is kept.
         items: What else to save.
+        save_last: Whether the end of the training is saved in any case.
     """
 
-    def __init__(self, manager: CheckpointManager, items: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        manager: CheckpointManager,
+        items: Mapping[str, Any] | None = None,
+        *,
+        save_last: bool = True,
+    ) -> None:
         self._manager = manager
         self._items = dict(items or {})
+        self._save_last = save_last
         self._due = False
         self._batches_per_epoch: int | None = None
+        self._trainer: Any = None
+
+    def bind(self, trainer: Any) -> None:
+        """Takes the Trainer whose training begins, for what its events do not say."""
+        self._trainer = trainer
+
+    def uses(self, manager: CheckpointManager) -> bool:
+        """Returns whether the callback saves with this manager."""
+        return self._manager is manager
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Learns how long an epoch is."""
+        """Learns how long an epoch is.
+
+        Raises:
+            UsageError: The training was not started by `train`, and some of its state would be
+                left out of every step.
+        """
         del control
-        loader = kwargs.get("train_dataloader")
-        if loader is not None and hasattr(loader, "__len__"):
-            num_batches = len(loader)
-            self._batches_per_epoch = -(-num_batches // args.gradient_accumulation_steps)
         self._due = False
-        del state
+        num_batches = _num_batches(kwargs.get("train_dataloader"))
+        if num_batches is not None:
+            self._batches_per_epoch = -(-num_batches // args.gradient_accumulation_steps)
+        if self._trainer is None:
+            stateful = sorted(set(state.stateful_callbacks) - {"TrainerControl"})
+            if stateful or args.fp16:
+                raise errors.UsageError(
+                    f"The state of {', '.join(stateful) or 'the gradient scaler'} can only be "
+                    "saved in a training that was started by "
+                    "functional_ckpt.interop.trainer.train(trainer, manager); got trainer.train()."
+                )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Weights were updated; what the Trainer logs at this step is still to come."""
@@ -70,27 +105,40 @@ class ManagerCallback(trainer_callback.TrainerCallback):
         self._due = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All of the step before is over."""
+        """Everything that belongs to the step before is over."""
         self._save(args, state, control, kwargs)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All of the last step of the epoch is over."""
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Everything that belongs to the epoch before is over, and no data were drawn since."""
         self._save(args, state, control, kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last step of a training that was stopped within an epoch."""
-        self._save(args, state, control, kwargs)
+        """Saves the last step."""
+        self._save(args, state, control, kwargs, is_last=True)
 
-    def _save(self, args: Any, state: Any, control: Any, parts: Mapping[str, Any]) -> None:
+    def _save(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        parts: Mapping[str, Any],
+        *,
+        is_last: bool = False,
+    ) -> None:
         if not self._due:
             return
         self._due = False
         step = int(state.global_step)
         self._manager.save(
             step,
-            {**self._items, **_items(parts), "trainer": Json(_state_json(state))},
+            {
+                **self._items,
+                **_items(parts, self._trainer),
+                "trainer": Json(_state_json(state, self._trainer)),
+            },
             metrics=_numbers(state),
             progress=self._progress(args, state),
+            force=is_last and self._save_last,
         )
         if self._manager.reached_preemption(step):
             control.should_training_stop = True
@@ -116,26 +164,38 @@ def train(trainer: transformers.Trainer, manager: CheckpointManager, **arguments
     """`trainer.train()`, from the manager's latest step if there is one.
 
     Epoch, place in the data, log and callbacks' state go on by the Trainer's own rules; weights,
-    optimizer, scheduler and random numbers are the step's.
+    optimizer, scheduler, gradient scaler and random numbers are the step's.
 
     Args:
         trainer: The Trainer, with a `ManagerCallback` among its callbacks.
         manager: The callback's.
-        arguments: Further arguments of `trainer.train`.
+        arguments: Further arguments of `trainer.train`. With `resume_from_checkpoint`, a folder of
+            the Trainer's own, the run goes on from there instead.
 
     Raises:
-        UsageError: `resume_from_checkpoint` is among the arguments.
+        UsageError: No `ManagerCallback` of this manager is among the callbacks.
         MismatchError: The step is of another model or optimizer; nothing was touched.
     """
-    if "resume_from_checkpoint" in arguments:
-        raise errors.UsageError(
-            "train() goes on from the manager's latest step: leave resume_from_checkpoint out."
-        )
-    step = manager.latest_step()
-    if step is None:
-        return trainer.train(**arguments)
-    saved = manager.restore(step, only="trainer")["trainer"]
     target: Any = trainer
+    bound = [
+        callback
+        for callback in target.callback_handler.callbacks
+        if isinstance(callback, ManagerCallback) and callback.uses(manager)
+    ]
+    if not bound:
+        raise errors.UsageError(
+            "train(trainer, manager) needs a ManagerCallback(manager) among the Trainer's "
+            "callbacks; got none of this manager."
+        )
+    for callback in bound:
+        callback.bind(target)
+    if manager.is_saving_in_progress():
+        manager.wait_until_finished()  # a training before this one, in the same process
+    step = manager.latest_step()
+    if arguments.get("resume_from_checkpoint") or step is None:
+        return target.train(**arguments)
+    arguments.pop("resume_from_checkpoint", None)
+    saved = _restored_state(manager.restore(step, only="trainer")["trainer"])
 
     # The Trainer reads its state and where it is in the data from a folder, and the rest from
     # files that are not there: the step has it.
@@ -173,30 +233,83 @@ def _restore(trainer: Any, manager: CheckpointManager, step: int) -> None:
         "optimizer": trainer.optimizer,
         "lr_scheduler": trainer.lr_scheduler,
     }
-    items = {name: item for name, item in _items(parts).items() if name != "rng"}
+    items = {name: item for name, item in _items(parts, trainer).items() if name != "rng"}
+    if "scaler" in items and "scaler" not in manager.metadata(step).items:
+        del items["scaler"]  # saved without mixed precision: the scaler begins as new
     manager.restore(step, items)
 
 
-def _items(parts: Mapping[str, Any]) -> dict[str, Any]:
+def _items(parts: Mapping[str, Any], trainer: Any) -> dict[str, Any]:
     """The items of a Trainer's parts, as its callbacks are given them."""
     model, optimizer = parts["model"], parts["optimizer"]
-    return {
+    items: dict[str, Any] = {
         "model": Module(model),
         # accelerate wraps it.
         "optimizer": Optimizer(getattr(optimizer, "optimizer", optimizer), model),
         "scheduler": Stateful(parts["lr_scheduler"]),
         "rng": Rng(),
     }
+    scaler = None if trainer is None else trainer.accelerator.scaler
+    if scaler is not None:
+        items["scaler"] = Stateful(scaler)
+    return items
 
 
-def _state_json(state: Any) -> dict[str, Any]:
+def _num_batches(loader: Any) -> int | None:
+    """The length of a loader; None for a stream, whose `len` raises `TypeError`."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _state_json(state: Any, trainer: Any) -> dict[str, Any]:
+    """The Trainer's state, with that of its callbacks as they are now."""
     record = dataclasses.asdict(state)
-    callbacks = {
+    callbacks: dict[str, Any] = {
         name: value
         for name, value in record["stateful_callbacks"].items()
         if isinstance(value, (dict, list))
     }
-    return {**record, "stateful_callbacks": callbacks}
+    if trainer is not None:
+        callbacks |= _callback_states(trainer.callback_handler.callbacks)
+    for name in _PROCESS_FIELDS:  # of the process, not of the training
+        record.pop(name, None)
+    return _to_json({**record, "stateful_callbacks": callbacks})
+
+
+def _callback_states(all_callbacks: Sequence[Any]) -> dict[str, Any]:
+    """State by class; a list of states where several callbacks are of one class."""
+    states: dict[str, list[Any]] = {}
+    for callback in all_callbacks:
+        if isinstance(callback, trainer_callback.ExportableState):
+            states.setdefault(type(callback).__name__, []).append(callback.state())
+    return {name: each[0] if len(each) == 1 else each for name, each in states.items()}
+
+
+def _to_json(value: Any) -> Any:
+    """A copy that JSON can hold: a NaN or an infinity, which logs have, becomes a small record."""
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(each) for key, each in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(each) for each in cast("Sequence[Any]", value)]
+    if not isinstance(value, (bool, int, float, str, type(None))) and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_NON_FINITE: str(value)}
+    return value
+
+
+def _restored_state(value: Any) -> Any:
+    """The opposite of `_to_json`."""
+    if isinstance(value, dict):
+        record = cast("dict[str, Any]", value)
+        if set(record) == {_NON_FINITE}:
+            return float(record[_NON_FINITE])
+        return {key: _restored_state(each) for key, each in record.items()}
+    if isinstance(value, list):
+        return [_restored_state(each) for each in cast("list[Any]", value)]
+    return value
 
 
 def _numbers(state: Any) -> dict[str, float]:
@@ -204,7 +317,6 @@ def _numbers(state: Any) -> dict[str, float]:
     found: dict[str, float] = {}
     for entry in state.log_history:
         if entry.get("step") == state.global_step:
-            found.update(
-                {k: v for k, v in entry.items() if k != "step" and isinstance(v, (int, float))}
-            )
+            numbers = {key: _to_json(value) for key, value in entry.items() if key != "step"}
+            found.update({k: v for k, v in numbers.items() if isinstance(v, (int, float))})
     return found

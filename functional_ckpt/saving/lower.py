@@ -14,7 +14,7 @@ from functional_ckpt.core.arrays import sharding as sharding_lib
 from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.records import merge_ranks, orbax
 from functional_ckpt.core.tree import encode, flatten, memory, structure
-from functional_ckpt.format.step_files import PROGRESS_ITEM
+from functional_ckpt.format.checkpoint_dir import PROGRESS_ITEM
 from functional_ckpt.handlers.base import CheckpointItem, Registry
 from functional_ckpt.runtime import device_copies, threads
 from functional_ckpt.storage import commit

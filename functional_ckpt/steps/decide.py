@@ -51,9 +51,14 @@ class SaveDecider:
         self._resumed_from: int | None = None
         self._last_batch: tuple[int, int] | None = None
 
+    @property
+    def waits_for_signal(self) -> bool:
+        """Whether one of the policies is `Preemption`."""
+        return self._rule is not None and any(map(preemption.is_preemption, self._rule.policies))
+
     def start(self) -> None:
         """Listens for SIGTERM, if a policy waits for it."""
-        if self._rule is not None and any(map(preemption.is_preemption, self._rule.policies)):
+        if self.waits_for_signal:
             self._watch.start()
 
     def stop(self) -> None:

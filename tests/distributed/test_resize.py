@@ -139,3 +139,10 @@ def test_derived_streams_differ_between_ranks_and_repeat(workers: Workers, tmp_p
 
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_metadata_shows_the_state_of_each_rank(workers: Workers, tmp_path: Path) -> None:
+    workers.run(2, save, tmp_path)
+    found = fc.metadata(tmp_path / "0").items
+    assert found["queue"].keys() == found["rng"].keys() == {"rank_0", "rank_1"}
+    assert found["note"] == {"rank": {"rank_0": 0, "rank_1": 1}}

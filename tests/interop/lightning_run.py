@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,29 @@ class Module(lightning.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
 
+class TwoOptimizers(Module):
+    """Two optimizers that take turns by hand; Lightning counts the steps of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        first, last = self.layers[0], self.layers[3]
+        return [
+            torch.optim.AdamW(first.parameters(), lr=0.05),
+            torch.optim.SGD(last.parameters(), lr=0.01, momentum=0.9),
+        ]
+
+
 class Kill(lightning.Callback):
     """SIGKILL in the middle of a step."""
 
@@ -51,33 +76,72 @@ class Kill(lightning.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(root: Path, kill_at: int | None = None, **options: Any) -> Module:
-    """Trains, or goes on training; 6 batches an epoch."""
-    lightning.seed_everything(5, verbose=False)
+def make_loader(**options: Any) -> torch.utils.data.DataLoader[Any]:
+    """6 batches an epoch."""
     x = torch.randn(24, 4, generator=torch.Generator().manual_seed(3))
-    data = torch.utils.data.TensorDataset(x)
-    loader = torch.utils.data.DataLoader(data, batch_size=4)
-    module = Module()
-    options = {"save_policy": fc.policies.every("1ep"), **options}
-    with fc.CheckpointManager(root / "ckpt", **options) as manager, warnings.catch_warnings():
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4, **options)
+
+
+def make_trainer(
+    root: Path, io: lightning_lib.ManagerIO, more: Sequence[lightning.Callback] = (), **changes: Any
+) -> lightning.Trainer:
+    """A Trainer whose callback saves with the manager."""
+    return lightning.Trainer(
+        **{
+            "default_root_dir": str(root),
+            "max_epochs": NUM_EPOCHS,
+            "accelerator": "cpu",
+            "devices": 1,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": False,
+            **changes,
+        },
+        plugins=[io],
+        callbacks=[*more, lightning_lib.SaveCallback(io)],
+    )
+
+
+def fit(
+    io: lightning_lib.ManagerIO,
+    root: Path,
+    module: Module | None = None,
+    loader: Any = None,
+    more: Sequence[lightning.Callback] = (),
+    **changes: Any,
+) -> Module:
+    """Trains from the latest step."""
+    lightning.seed_everything(5, verbose=False)
+    module = module or Module()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of workers, loggers and log intervals
-        io = lightning_lib.ManagerIO(manager)
-        trainer = lightning.Trainer(
-            default_root_dir=str(root),
-            max_epochs=NUM_EPOCHS,
-            accelerator="cpu",
-            devices=1,
-            plugins=[io],
-            callbacks=[lightning_lib.SaveCallback(io), Kill(manager, kill_at)],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            logger=False,
-        )
-        trainer.fit(module, loader, ckpt_path=io.latest())
+        trainer = make_trainer(root, io, more, **changes)
+        trainer.fit(module, make_loader() if loader is None else loader, ckpt_path=io.latest())
     return module
+
+
+def run(root: Path, kill_at: int | None = None, **options: Any) -> Module:
+    """Trains, or goes on training; options are the manager's."""
+    options = {"save_policy": fc.policies.every("1ep"), **options}
+    with fc.CheckpointManager(root / "ckpt", **options) as manager:
+        io = lightning_lib.ManagerIO(manager)
+        return fit(io, root, more=[Kill(manager, kill_at)])
+
+
+def run_ddp(root: Path, name: str, epochs: int) -> None:
+    """Trains with two processes of torchrun, shuffled; rank 0 leaves its losses in a file."""
+    io = lightning_lib.ManagerIO(root / name, save_policy=fc.policies.every("1ep"))
+    module = fit(
+        io, root, loader=make_loader(shuffle=True), max_epochs=epochs, strategy="ddp", devices=2
+    )
+    if module.global_rank == 0:
+        (root / f"{name}-losses.json").write_text(json.dumps(module.losses))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[2] == "ddp":
+        run_ddp(Path(sys.argv[1]), sys.argv[3], int(sys.argv[4]))
+    else:
+        run(Path(sys.argv[1]), int(sys.argv[2]))

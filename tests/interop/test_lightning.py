@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import functools
+import json
+import os
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,7 +21,9 @@ import functional_ckpt as fc
 
 pytest.importorskip("lightning")
 
+import lightning.pytorch as pl
 import lightning_run
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from functional_ckpt.interop import lightning
 
@@ -48,7 +58,7 @@ def test_steps_within_an_epoch(whole: lightning_run.Module, tmp_path: Path) -> N
     other = lightning_run.run(tmp_path, save_policy=fc.policies.every(4))
     check_same(whole, other, 0)
     with fc.CheckpointManager(tmp_path / "ckpt") as manager:
-        assert manager.all_steps() == [4, 8, 12, 16]
+        assert manager.all_steps() == [4, 8, 12, 16, 18]
         checkpoint = manager.restore(8)["lightning"]
         assert checkpoint["global_step"] == 8
         assert (
@@ -56,14 +66,185 @@ def test_steps_within_an_epoch(whole: lightning_run.Module, tmp_path: Path) -> N
         )
 
 
-def test_paths_that_are_no_steps_are_refused(tmp_path: Path) -> None:
+def whole_and_resumed(
+    tmp_path: Path, epochs: int = 1, **how: Any
+) -> tuple[lightning_run.Module, lightning_run.Module]:
+    """A whole training, and one that ends after some epochs and is resumed."""
+    make = {name: how.pop(name) for name in ("module", "loader", "more") if name in how}
+
+    def train(name: str, **changes: Any) -> lightning_run.Module:
+        io = lightning.ManagerIO(tmp_path / name, save_policy=fc.policies.every("1ep"))
+        torch.manual_seed(5)
+        parts = {part: each() for part, each in make.items()}
+        return lightning_run.fit(io, tmp_path, **parts, **{**how, **changes})
+
+    whole = train("whole")
+    train("cut", max_epochs=epochs)
+    return whole, train("cut")
+
+
+def test_a_shuffled_loader_goes_on_with_the_same_order(tmp_path: Path) -> None:
+    shuffled = functools.partial(lightning_run.make_loader, shuffle=True)
+    check_same(*whole_and_resumed(tmp_path, 2, loader=shuffled), 12)
+
+
+class Epochs(pl.Callback):
+    seen: ClassVar[list[int]] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.append(trainer.current_epoch)
+
+
+def test_a_resumed_epoch_is_begun_as_any_other(tmp_path: Path) -> None:
+    Epochs.seen.clear()
+    whole_and_resumed(tmp_path, more=lambda: [Epochs()])
+    assert Epochs.seen == [0, 1, 2, 0, 1, 2]
+
+
+def test_accumulation_that_changes_by_epoch_is_resumed_in_time(tmp_path: Path) -> None:
+    scheduler = functools.partial(pl.callbacks.GradientAccumulationScheduler, {0: 1, 1: 2})
+    whole, resumed = whole_and_resumed(tmp_path, more=lambda: [scheduler()])
+    assert max(whole.losses) == max(resumed.losses) == 6 + 3 + 3 - 1
+    check_same(whole, resumed, 6)
+
+
+@pytest.mark.parametrize("policy", [fc.policies.every(2), fc.policies.every("2ba")])
+def test_accumulated_batches_are_saved_where_they_update(tmp_path: Path, policy: Any) -> None:
+    io = lightning.ManagerIO(tmp_path / "ckpt", save_policy=policy)
+    lightning_run.fit(io, tmp_path, accumulate_grad_batches=3)
+    with fc.CheckpointManager(tmp_path / "ckpt", read_only=True) as manager:
+        steps = manager.all_steps()
+        assert steps == ([2, 4, 6] if policy == fc.policies.every(2) else [1, 2, 3, 4, 5, 6])
+        assert [manager.metadata(step).progress.batch for step in steps] == [3 * s for s in steps]
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(lightning_run.make_loader())
+
+
+def test_an_epoch_of_a_stream_is_saved_at_its_end(tmp_path: Path) -> None:
+    stream = functools.partial(torch.utils.data.DataLoader, Stream(), batch_size=None)
+    check_same(*whole_and_resumed(tmp_path, loader=stream), 6)
+    with fc.CheckpointManager(tmp_path / "whole", read_only=True) as manager:
+        assert manager.all_steps() == [6, 12, 18]
+
+
+class SignalAt(pl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == self.step:
+            self.step = -1
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("preemption", [True, False], ids=["preemption", "lightning"])
+def test_sigterm_saves_the_step(
+    whole: lightning_run.Module, tmp_path: Path, preemption: bool
+) -> None:
+    policies = [fc.policies.every(100), *([fc.policies.Preemption()] if preemption else [])]
+    io = lightning.ManagerIO(tmp_path / "ckpt", save_policy=policies)
+    ends = contextlib.nullcontext() if preemption else pytest.raises(SIGTERMException)
+    with ends:
+        lightning_run.fit(io, tmp_path, more=[SignalAt(8)])
+    with fc.CheckpointManager(tmp_path / "ckpt", read_only=True) as manager:
+        assert manager.all_steps() == [9]
+
+
+class Fail(pl.Callback):
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 9:
+            raise ZeroDivisionError
+
+
+def test_an_exception_saves_the_last_whole_update(tmp_path: Path) -> None:
+    io = lightning.ManagerIO(tmp_path / "ckpt", save_policy=fc.policies.every(100))
+    with pytest.raises(ZeroDivisionError):
+        lightning_run.fit(io, tmp_path, more=[Fail()])
+    with fc.CheckpointManager(tmp_path / "ckpt", read_only=True) as manager:
+        assert manager.all_steps() == [9]
+
+
+def test_a_training_that_ends_within_an_epoch_goes_on_from_there(tmp_path: Path) -> None:
+    io = lightning.ManagerIO(tmp_path / "ckpt", save_policy=fc.policies.every(100))
+    lightning_run.fit(io, tmp_path, max_steps=8)
+    resumed = lightning_run.fit(io, tmp_path)
+    assert sorted(resumed.losses) == list(range(8, 18))
+
+
+def test_two_optimizers_are_saved_and_resumed(tmp_path: Path) -> None:
+    whole, resumed = whole_and_resumed(tmp_path, module=lightning_run.TwoOptimizers)
+    check_same(whole, resumed, 12)
+
+
+class Kind(enum.Enum):
+    A = 1
+
+
+def test_hyperparameters_of_any_kind_are_saved(tmp_path: Path) -> None:
+    module = lightning_run.Module()
+    module.save_hyperparameters({"root": Path("/data"), "kind": Kind.A, "lr": 0.1, "tags": {"a"}})
+    io = lightning.ManagerIO(tmp_path / "ckpt", save_policy=fc.policies.every("1ep"))
+    lightning_run.fit(io, tmp_path, module, max_epochs=1)
+    saved = fc.restore(tmp_path / "ckpt" / "6")["lightning"]["hyper_parameters"]
+    assert saved == {"root": "/data", "kind": "Kind.A", "lr": 0.1, "tags": "{'a'}"}
+
+
+def test_lightning_s_own_checkpoints_are_passed_through(tmp_path: Path) -> None:
+    io = lightning.ManagerIO(tmp_path / "ckpt", save_policy=fc.policies.every(100))
+    own = tmp_path / "own.ckpt"
+    lightning.SaveCallback(io)
+
+    class SaveOwn(pl.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(own)
+
+    lightning_run.fit(io, tmp_path, more=[SaveOwn()], max_epochs=1)
+    assert torch.load(own, weights_only=True)["global_step"] == 6
+    assert io.load_checkpoint(own)["global_step"] == 6
+    io.remove_checkpoint(own)
+    assert not own.exists()
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_save_and_resume_together(tmp_path: Path) -> None:
+    script = Path(lightning_run.__file__)
+
+    def launch(*arguments: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node=2", str(script), str(tmp_path), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / f"{arguments[1]}-losses.json").read_text())
+
+    whole = launch("ddp", "whole", "3")
+    launch("ddp", "cut", "1")
+    resumed = launch("ddp", "cut", "3")
+    assert resumed == {step: loss for step, loss in whole.items() if int(step) >= 3}
+    one, other = (fc.restore(tmp_path / name / "9")["lightning"] for name in ("whole", "cut"))
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+
+
+def test_a_manager_that_was_made_too_early_is_refused(tmp_path: Path) -> None:
+    with fc.CheckpointManager(tmp_path / "ckpt") as manager:
+        trainer = types.SimpleNamespace(strategy=object(), world_size=2)
+        callback = lightning.SaveCallback(lightning.ManagerIO(manager))
+        with pytest.raises(fc.errors.UsageError, match="Give ManagerIO the manager's directory"):
+            callback.setup(trainer, None, "fit")
+
+
+def test_steps_have_the_manager_s_paths(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path / "ckpt") as manager:
         io = lightning.ManagerIO(manager)
         assert io.latest() is None
-        for path in (tmp_path / "last.ckpt", tmp_path / "ckpt" / "last", tmp_path / "7"):
-            with pytest.raises(fc.errors.UsageError, match="the number of a step"):
-                io.load_checkpoint(path)
+        with pytest.raises(fc.errors.UsageError, match="the number of a step"):
+            io.load_checkpoint(tmp_path / "ckpt" / "last")
         with pytest.raises(fc.errors.UsageError, match="its own storage"):
             io.save_checkpoint({}, io.path(1), storage_options={})
         with pytest.raises(fc.errors.StepNotFoundError):
             io.load_checkpoint(io.path(1))
+        with pytest.raises(fc.errors.UsageError, match="takes no options"):
+            lightning.ManagerIO(manager, save_policy=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,30 +55,52 @@ class Kill(transformers.TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(root: Path, kill_at: int | None = None, **options: Any) -> transformers.Trainer:
-    """Trains, or goes on training; 6 updates an epoch."""
-    arguments = transformers.TrainingArguments(
-        output_dir=str(root / "out"),
-        max_steps=NUM_STEPS,
-        per_device_train_batch_size=4,
-        learning_rate=0.05,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=5,
-        dataloader_pin_memory=False,
+def arguments(root: Path, **changes: Any) -> transformers.TrainingArguments:
+    """6 updates an epoch, on the CPU; the Trainer saves nothing itself."""
+    return transformers.TrainingArguments(
+        **{
+            "output_dir": str(root / "out"),
+            "max_steps": NUM_STEPS,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.05,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 5,
+            "dataloader_pin_memory": False,
+            **changes,
+        }
     )
+
+
+def make_trainer(
+    root: Path,
+    manager: fc.CheckpointManager,
+    *,
+    more_callbacks: Sequence[Any] = (),
+    parts: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> transformers.Trainer:
+    """A Trainer whose callback saves with the manager."""
     transformers.set_seed(5)
+    return transformers.Trainer(
+        **{
+            "model": Model(),
+            "args": arguments(root, **changes),
+            "train_dataset": Data(),
+            **(parts or {}),
+        },
+        callbacks=[trainer_lib.ManagerCallback(manager), *more_callbacks],
+    )
+
+
+def run(root: Path, kill_at: int | None = None, **options: Any) -> transformers.Trainer:
+    """Trains, or goes on training; options are the manager's."""
     options = {"save_policy": fc.policies.every(5), **options}
     with fc.CheckpointManager(root / "ckpt", **options) as manager:
-        trainer = transformers.Trainer(
-            model=Model(),
-            args=arguments,
-            train_dataset=Data(),
-            callbacks=[trainer_lib.ManagerCallback(manager), Kill(manager, kill_at)],
-        )
+        trainer = make_trainer(root, manager, more_callbacks=[Kill(manager, kill_at)])
         trainer_lib.train(trainer, manager)
     return trainer
 

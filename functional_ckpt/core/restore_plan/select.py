@@ -131,7 +131,7 @@ def _visit_specs(node: structure.Node) -> walk.Visit[structure.Node, Any]:
         return walk.leaf(encode.plain_value(node))
 
     def build(children: list[Any]) -> Any:
-        if node.kind in _PARTS or node.kind == "registered":  # neither is made of specs
+        if node.kind in _PARTS or node.kind in ("registered", "per_rank"):  # not made of specs
             return dict(zip([key.value for key in node.keys], children, strict=True))
         return flatten.unflatten_one_level(node, children)
 
