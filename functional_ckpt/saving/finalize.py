@@ -67,6 +67,7 @@ def finalize(
     """
     names: dict[str, str] = {}
     files: dict[str, records.FileRecord] = {}
+    of_items: list[str] = []
     for item in items:
         names[item.name] = "json" if item.root is None else "tree"
         path = os.path.join(directory, item.name)
@@ -76,7 +77,9 @@ def finalize(
             files[file] = _write(storage, directory, file, item.text)
         elif item.root is not None:
             with threads.gc_paused():
-                text = _finalize_item(storage, path, item, item.root, reports).to_json()
+                record = _finalize_item(storage, path, item, item.root, reports)
+                text = record.to_json()
+            of_items += [f"{item.name}/{name}" for name in record.files]
             file = f"{item.name}/{records.EXTENSION_FILE}"
             files[file] = _write(storage, directory, file, text)
     if info.metrics is not None:
@@ -99,7 +102,8 @@ def finalize(
     files[name] = _write(storage, directory, name, text)
     step = records.StepRecord(step=info.step, items=names, files=files)
     _write(storage, directory, records.EXTENSION_FILE, step.to_json())
-    commit.sync_tree(storage, directory, storage.walk(directory))
+    # By the records, not by a listing: a file that is lost by now must end the save.
+    commit.sync_tree(storage, directory, [*of_items, *files, records.EXTENSION_FILE])
 
 
 def _write(storage: Storage, path: str, name: str, data: bytes) -> records.FileRecord:
@@ -145,9 +149,11 @@ def _finalize_item(
         if merged is None:
             write_tensorstore.merge_children(storage, path, children, tied)
         known |= merged or {}
-    _write(storage, path, orbax.TREE_METADATA_FILE, orbax.tree_metadata(united))
+    name = orbax.TREE_METADATA_FILE
+    known[name] = _write(storage, path, name, orbax.tree_metadata(united))
     if texts := orbax.strings(united):
-        _write(storage, path, orbax.STRINGS_FILE, json.dumps(texts).encode())
+        name = orbax.STRINGS_FILE
+        known[name] = _write(storage, path, name, json.dumps(texts).encode())
     return records.ItemRecord(
         item=item.name,
         handler=item.handler,
@@ -223,8 +229,11 @@ def _write_own_scalars(
 def _describe(
     storage: Storage, path: str, known: Mapping[str, records.FileRecord]
 ) -> dict[str, records.FileRecord]:
-    """What every file of an item must be; what is not known yet is read back."""
+    """What every file of an item must be; what is not known yet is read back.
+
+    Files that were reported count even if a listing lacks them: then syncing them fails.
+    """
     return {
         name: known.get(name) or storage.checksum(os.path.join(path, name))
-        for name in storage.walk(path)
+        for name in sorted({*known, *storage.walk(path)})
     }
