@@ -51,6 +51,7 @@ class CheckpointError(Exception):
         step: The step concerned, if any.
         path: The file or directory concerned, if any.
         key_path: The leaf concerned, as `item.key.key`, if any.
+        touched: Whether a restore had begun to write into the caller's objects.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class CheckpointError(Exception):
         key_path: str | None = None,
     ) -> None:
         super().__init__(message)
+        self.touched = False
         self.message = message
         self.step = step
         self.path = None if path is None else str(path)

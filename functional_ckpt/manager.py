@@ -50,7 +50,8 @@ class CheckpointManager:
         asynchronous: Whether `save` returns once the state is staged, not when it is durable.
         staging: When a save copies the state: all of it before it returns (`eager`), or what only
             optimizer steps change afterwards, until the next step waits for it (`overlapped`; see
-            `fence`).
+            `fence`). `overlapped-checked` reads all of it in `save` too, and fails a save whose
+            state was changed before it was copied: it tells whether a program may use `overlapped`.
         staging_budget_bytes: The most host memory that saves may stage in; what is beyond it is
             written before `save` returns. None: no bound.
         on_busy: What a save does during another's commit: `wait` for it, or `skip` this one.
@@ -80,7 +81,7 @@ class CheckpointManager:
         overwrite: bool = False,
         read_only: bool = False,
         asynchronous: bool = True,
-        staging: Literal["eager", "overlapped"] = "eager",
+        staging: Literal["eager", "overlapped", "overlapped-checked"] = "eager",
         staging_budget_bytes: int | None = None,
         on_busy: Literal["wait", "skip"] = "wait",
         process_group: Any = None,
@@ -289,9 +290,12 @@ class CheckpointManager:
         Args:
             metric: Its key; None for that of the keep policy's `best_n`.
             mode: Whether the highest or the lowest is best.
+
+        Raises:
+            CorruptCheckpointError: The metrics of a step are damaged: it may be the best.
         """
         self._check_usable()
-        if self._steps.read_only:
+        if self._steps.read_only or any(info.problem for info in self._steps.all_infos()):
             self.reload()
         return keep.best_step(self._steps.all_infos(), metric, mode, self._options.keep_policies)
 

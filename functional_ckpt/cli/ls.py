@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         if isinstance(target, targets.Root)
         else [target]
     )
-    rows = [_row(each, late) for each in checkpoints]
-    rows = [row for row in rows if storage.exists(row.checkpoint.path)]  # and was not just pruned
+    found = [_row(each, late) for each in checkpoints]
+    rows = [row for row in found if row is not None and storage.exists(row.checkpoint.path)]
     best = _best(rows, arguments.best)
     if arguments.json:
         output.as_json(_record(target, rows, best))
@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _row(checkpoint: targets.Checkpoint, late: history.LateMetrics) -> _Row:
+def _row(checkpoint: targets.Checkpoint, late: history.LateMetrics) -> _Row | None:
+    """None where the step was just removed."""
     storage = checkpoint.storage
     items: Mapping[str, str] = {}
     is_ours, problem, size_bytes = False, None, 0
@@ -77,10 +78,15 @@ def _row(checkpoint: targets.Checkpoint, late: history.LateMetrics) -> _Row:
         items, is_ours = opened.items, opened.record is not None
     except errors.CheckpointError as error:
         problem = error.message.removeprefix(f"{checkpoint.path}: ")
-    info = history.read_step(storage, checkpoint.path, checkpoint.step or 0)
+    info = history.read_step(storage, checkpoint.path, checkpoint.step)
+    if info is None:
+        return None
+    info = history.with_late_metrics(info, late)
+    if info.problem is not None:
+        problem = problem or info.problem.removeprefix(f"{checkpoint.path}: ")
     return _Row(
         checkpoint=checkpoint,
-        info=history.with_late_metrics(info, late),
+        info=info,
         size_bytes=size_bytes,
         items=items,
         is_ours=is_ours,

@@ -56,7 +56,8 @@ def _facts(opened: checkpoint_dir.OpenCheckpoint) -> dict[str, Any]:
     late: history.LateMetrics = {}
     if opened.step is not None and opened.storage.exists(os.path.join(root, commit.HIDDEN)):
         late = history.late_metrics(opened.storage, root)
-    info = history.read_step(opened.storage, opened.path, opened.step or 0)
+    info = history.sound_info(opened.files)
+    history.recorded(info, late, opened.path)  # raises where some of it is damaged
     info = history.with_late_metrics(info, late)
     return {
         "schema": "fckpt.show/1",
@@ -67,7 +68,7 @@ def _facts(opened: checkpoint_dir.OpenCheckpoint) -> dict[str, Any]:
         "size_bytes": opened.storage.total_bytes(opened.path),
         "metrics": None if info.metrics is None else dict(info.metrics),
         "progress": None if info.progress is None else info.progress.to_json(),
-        "custom_metadata": opened.metadata.get("custom_metadata") or {},
+        "custom_metadata": dict(opened.custom_metadata),
     }
 
 

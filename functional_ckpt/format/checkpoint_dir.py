@@ -16,29 +16,34 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import chunks
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.core.records import orbax, records
-from functional_ckpt.core.tree import plain_json, structure
+from functional_ckpt.core.tree import structure
+from functional_ckpt.format.step_files import (
+    JSON_FILE,
+    StepFiles,
+    parse_object,
+    read_optional,
+)
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.local_files import check_no_links
 
 if TYPE_CHECKING:
     from functional_ckpt.format import database as database_lib
     from functional_ckpt.format import read_tensorstore
 
 __all__ = [
-    "JSON_FILE",
-    "PROGRESS_ITEM",
     "ArrayPlace",
     "OpenCheckpoint",
     "OpenItem",
     "open_checkpoint",
 ]
 
-JSON_FILE = "metadata"
-# Where a step says how far the training was: a JSON item to Orbax.
-PROGRESS_ITEM = "progress"
 _IGNORED = ("metrics", "descriptor", "array_metadatas")
 # The item of a directory that is an item itself, as Orbax's checkpointers write it.
 _BARE_ITEM = "default"
+# How often a checkpoint is opened that is overwritten each time.
+_MAX_ATTEMPTS = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,16 +71,22 @@ class OpenItem:
         fills_missing: Whether chunks that are not there are zeros, and no damage.
     """
 
-    def __init__(self, storage: Storage, path: str, name: str | None) -> None:
+    def __init__(
+        self, storage: Storage, path: str, name: str | None, record: bytes | None = None
+    ) -> None:
         self.storage = storage
         self.path = path
         self.name = name or _BARE_ITEM
         self.record: records.ItemRecord | None = None
         self.is_zarr3 = True
         self.fills_missing = False
+        # Before TensorStore opens anything: it would wait for a pipe and follow a link.
+        self._is_local = isinstance(storage, LocalStorage)
+        self._sizes = storage.regular_sizes(path) if isinstance(storage, LocalStorage) else {}
         extension = os.path.join(path, records.EXTENSION_FILE)
-        if storage.exists(extension):
-            self.record = records.parse_item(storage.read(extension), extension)
+        data = read_optional(storage, extension) if record is None else record
+        if data is not None:
+            self.record = records.parse_item(data, extension)
             self.root = self.record.root
             if name is not None and self.record.item != name:
                 raise errors.CorruptCheckpointError(
@@ -94,7 +105,8 @@ class OpenItem:
 
         if self.record is None and not self._foreign_metadata.get("use_ocdbt", True):
             return database_lib.open_files_for_reading(self.path, self.storage)
-        return database_lib.open_for_reading(self.path, self.storage)
+        files = {} if self.record is None else self.record.files
+        return database_lib.open_for_reading(self.path, self.storage, files)
 
     def record_of(self, node: structure.ArrayNode) -> ArrayPlace | None:
         """Grid and digests of an array; None when another program wrote it."""
@@ -142,7 +154,9 @@ class OpenItem:
             _stored_bytes(node.spec, database_lib[node.name].chunk_shape)
             for node in self.array_nodes()
         )
-        stored = self.storage.total_bytes(self.path)
+        stored = (
+            sum(self._sizes.values()) if self._is_local else self.storage.total_bytes(self.path)
+        )
         if wanted > stored:
             raise errors.CorruptCheckpointError(
                 f"{self.path}: its record describes {wanted} bytes of arrays, but its files hold "
@@ -153,15 +167,19 @@ class OpenItem:
     # ---------------------------------------------------------------------------- Orbax's own items
 
     @functools.cached_property
-    def _foreign_metadata(self) -> Mapping[str, Any]:
-        path = os.path.join(self.path, orbax.TREE_METADATA_FILE)
-        if not self.storage.exists(path):
+    def _foreign_text(self) -> bytes:
+        data = read_optional(self.storage, os.path.join(self.path, orbax.TREE_METADATA_FILE))
+        if data is None:
             raise errors.CorruptCheckpointError(
                 f"{self.path}: neither {records.EXTENSION_FILE} nor "
                 f"{orbax.TREE_METADATA_FILE} is there; this is not a tree item.",
                 path=self.path,
             )
-        return _load_json(self.storage, path)
+        return data
+
+    @functools.cached_property
+    def _foreign_metadata(self) -> Mapping[str, Any]:
+        return parse_object(self._foreign_text, os.path.join(self.path, orbax.TREE_METADATA_FILE))
 
     def _parse_foreign(self) -> structure.Node:
         from functional_ckpt.format import read_tensorstore
@@ -172,14 +190,14 @@ class OpenItem:
         stores_zeros = self._foreign_metadata.get("store_array_data_equal_to_fill_value", False)
         self.fills_missing = not stores_zeros
         strings = os.path.join(self.path, orbax.STRINGS_FILE)
-        texts = _load_json(self.storage, strings) if self.storage.exists(strings) else {}
+        texts = read_optional(self.storage, strings)
         return orbax.parse_tree(
-            self.storage.read(path),
+            self._foreign_text,
             path,
             spec_of=lambda name: read_tensorstore.stored_spec(
                 self.database, name, is_zarr3=self.is_zarr3
             )[0],
-            texts=cast("Mapping[str, str]", texts),
+            texts=cast("Mapping[str, str]", {} if texts is None else parse_object(texts, strings)),
         )
 
 
@@ -190,92 +208,69 @@ def _stored_bytes(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> int:
     return spec.size_bytes if chunk_bytes > chunks.MAX_INLINE_BYTES else 0
 
 
-def _load_json(storage: Storage, path: str) -> Mapping[str, Any]:
-    try:
-        record = plain_json.parse(storage.read(path))
-    except (ValueError, RecursionError) as error:
-        raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
-    if not isinstance(record, dict):
-        raise errors.CorruptCheckpointError(f"{path}: not a JSON object.", path=path)
-    return cast("dict[str, Any]", record)
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OpenCheckpoint:
     """A checkpoint directory.
 
     Attributes:
-        storage: Where it is.
-        path: Its directory.
-        step: Its step, where it has one.
+        files: Its small files.
         items: Name of each item -> its format, `tree` or `json`.
-        record: Our record; None when another program wrote it.
         metadata: Orbax's `_CHECKPOINT_METADATA`; empty where there is none.
         is_bare: Whether the directory is itself its one item.
     """
 
-    storage: Storage
-    path: str
-    step: int | None
+    files: StepFiles
     items: Mapping[str, str]
-    record: records.StepRecord | None
     metadata: Mapping[str, Any]
     is_bare: bool = False
+
+    @property
+    def storage(self) -> Storage:
+        """Where it is."""
+        return self.files.storage
+
+    @property
+    def path(self) -> str:
+        """Its directory."""
+        return self.files.path
+
+    @property
+    def step(self) -> int | None:
+        """Its step, where it has one."""
+        return self.files.step
+
+    @property
+    def record(self) -> records.StepRecord | None:
+        """Our record; None when another program wrote it."""
+        return self.files.record
 
     def tree(self, name: str) -> OpenItem:
         """Opens a tree item."""
         if self.is_bare:
             return OpenItem(self.storage, self.path, None)
-        self._check_small_file(f"{name}/{records.EXTENSION_FILE}")
-        return OpenItem(self.storage, os.path.join(self.path, name), name)
+        record = None
+        if self.record is not None:
+            record = self.files.read(f"{name}/{records.EXTENSION_FILE}")
+        return OpenItem(self.storage, os.path.join(self.path, name), name, record)
 
     def json(self, name: str) -> Any:
         """The value of a JSON item."""
-        self._check_small_file(f"{name}/{JSON_FILE}")
-        path = os.path.join(self.path, name, JSON_FILE)
-        try:
-            return plain_json.parse(self.storage.read(path))
-        except (ValueError, RecursionError) as error:
-            raise errors.CorruptCheckpointError(
-                f"{path}: not JSON ({error}).", path=path
-            ) from error
+        return self.files.json(name)
 
     @property
     def metrics(self) -> Mapping[str, Any] | None:
         """The metrics saved with the step; None where there are none."""
-        path = os.path.join(self.path, "metrics", "metrics")
-        if not self.storage.exists(path):
-            return None
-        self._check_small_file("metrics/metrics")
-        return _load_json(self.storage, path)
+        return self.files.metrics
 
     @property
     def progress(self) -> Progress | None:
         """How far the training was; None where the step does not say."""
-        file = f"{PROGRESS_ITEM}/{JSON_FILE}"
-        if self.record is None or file not in self.record.files or PROGRESS_ITEM in self.items:
-            return None
-        try:
-            return Progress.from_json(self.json(PROGRESS_ITEM))
-        except errors.UsageError as error:
-            path = os.path.join(self.path, file)
-            raise errors.CorruptCheckpointError(f"{path}: {error}.", path=path) from error
+        return None if self.record is None else self.files.progress
 
-    def _check_small_file(self, name: str) -> None:
-        """What our record says of a file must hold before anything in it is believed."""
-        if self.record is None:
-            return
-        path = os.path.join(self.path, name)
-        expected = self.record.files.get(name)
-        if expected is None or not self.storage.exists(path):
-            raise errors.CorruptCheckpointError(f"{path}: the file is missing.", path=path)
-        if (got := self.storage.checksum(path)) != expected:
-            raise errors.CorruptCheckpointError(
-                f"{path}: expected {expected.size_bytes} bytes with digest {expected.xxh3}, got "
-                f"{got.size_bytes} with {got.xxh3}; the file was changed or swapped.",
-                path=path,
-                step=self.step,
-            )
+    @property
+    def custom_metadata(self) -> Mapping[str, Any]:
+        """What the user saved beside the items."""
+        return self.metadata.get("custom_metadata") or {}
 
 
 def open_checkpoint(storage: Storage, path: str, step: int | None = None) -> OpenCheckpoint:
@@ -289,45 +284,37 @@ def open_checkpoint(storage: Storage, path: str, step: int | None = None) -> Ope
     """
     if not storage.is_directory(path):
         raise errors.StepNotFoundError(f"There is no checkpoint at {path}.", path=path, step=step)
-    if not storage.is_committed(path) and not storage.is_committed(os.path.dirname(path)):
+    if not isinstance(storage, LocalStorage) and not (
+        storage.is_committed(path) or storage.is_committed(os.path.dirname(path))
+    ):
         raise errors.StepNotFoundError(
             f"{path} was not written to its end: {orbax.COMMIT_FILE} is missing.",
             path=path,
             step=step,
         )
-    extension = os.path.join(path, records.EXTENSION_FILE)
-    metadata_path = os.path.join(path, orbax.CHECKPOINT_METADATA_FILE)
-    metadata = _load_json(storage, metadata_path) if storage.exists(metadata_path) else {}
     if storage.exists(os.path.join(path, orbax.TREE_METADATA_FILE)):
+        files = StepFiles.foreign(storage, path, step)
         return OpenCheckpoint(
-            storage=storage,
-            path=path,
-            step=step,
-            items={_BARE_ITEM: "tree"},
-            record=None,
-            metadata=metadata,
-            is_bare=True,
+            files=files, items={_BARE_ITEM: "tree"}, metadata=files.metadata, is_bare=True
         )
-    record = None
-    if storage.exists(extension):
-        record = records.parse_step(storage.read(extension), extension)
-        items: Mapping[str, str] = record.items
-        if step is not None and record.step != step:
-            raise errors.CorruptCheckpointError(
-                f"{path}: written as step {record.step}, found as step {step}; the directories "
-                "were swapped or renamed.",
-                path=path,
-                step=step,
-            )
-        step = record.step
+    for _ in range(_MAX_ATTEMPTS - 1):
+        files = StepFiles.open(storage, path, step)
+        try:
+            return _open(files)
+        except (errors.CorruptCheckpointError, errors.StorageError):
+            if not files.is_replaced():
+                raise
+    return _open(StepFiles.open(storage, path, step))
+
+
+def _open(files: StepFiles) -> OpenCheckpoint:
+    path, step = files.path, files.step
+    if files.record is not None:
+        items: Mapping[str, str] = files.record.items
     else:
-        items = _find_items(storage, path)
-        _check_foreign(storage, path, items, step)
-    checkpoint = OpenCheckpoint(
-        storage=storage, path=path, step=step, items=items, record=record, metadata=metadata
-    )
-    if record is not None:
-        checkpoint._check_small_file(orbax.CHECKPOINT_METADATA_FILE)
+        items = _find_items(files.storage, path)
+        _check_foreign(files.storage, path, items, step)
+    checkpoint = OpenCheckpoint(files=files, items=items, metadata=files.metadata)
     if not items:
         raise errors.CorruptCheckpointError(
             f"{path}: not a checkpoint: it holds no item that this package or Orbax wrote.",
@@ -355,7 +342,11 @@ def _find_items(storage: Storage, path: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in storage.list(path):
         folder = os.path.join(path, name)
-        if name in _IGNORED or name.startswith(("_", ".")) or not storage.is_directory(folder):
+        if name in _IGNORED or name.startswith(("_", ".")):
+            continue
+        if isinstance(storage, LocalStorage):
+            check_no_links(path, f"{name}/")
+        if not storage.is_directory(folder):
             continue
         if storage.exists(os.path.join(folder, orbax.TREE_METADATA_FILE)):
             found[name] = "tree"

@@ -17,7 +17,7 @@ import fcntl
 import functools
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -108,18 +108,26 @@ class DataFile:
         """Where the next data will lie, or a little further."""
         return self._written + self._gathered + self._filled - self._begin
 
-    def append(self, data: Array, *, is_lent: bool = False) -> int:
+    def append(
+        self,
+        data: Array,
+        *,
+        is_lent: bool = False,
+        on_copied: Callable[[memoryview], None] | None = None,
+    ) -> int:
         """Adds bytes and returns where they begin.
 
         Args:
             data: A flat array of uint8.
             is_lent: Whether it will stay as it is until the file is finished, so that it need not
                 be copied.
+            on_copied: Called with the bytes that the file will hold, piece by piece. Where `data`
+                may change at any time, a digest must be taken of these. Not for lent data.
         """
         if is_lent and self.is_large and len(data) >= _LENT_FROM_BYTES:
             return self._append_lent(data)
         offset = self.size_bytes
-        self._copy(data)
+        self._copy(data, on_copied)
         return offset
 
     def _append_lent(self, data: Array) -> int:
@@ -136,7 +144,7 @@ class DataFile:
         self._copy(data[len(data) - tail :])
         return offset
 
-    def _copy(self, data: Array) -> None:
+    def _copy(self, data: Array, on_copied: Callable[[memoryview], None] | None = None) -> None:
         start, count, room = 0, len(data), len(self._buffer)
         while start < count:
             taken = min(count - start, room - self._filled)
@@ -145,6 +153,8 @@ class DataFile:
                 self._buffer.data[self._filled : end] = data.data[start : start + taken]
             else:
                 self._buffer[self._filled : end] = data[start : start + taken]
+            if on_copied is not None:  # before the buffer is handed on
+                on_copied(self._buffer.data[self._filled : end])
             self._filled, start = end, start + taken
             if end == room:
                 self._flush()

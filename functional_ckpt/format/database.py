@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,24 +24,28 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, MAX_INLINE_BYTES, ChunkGrid
 from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.records import orbax
+from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.core.tree.structure import key_prefix
+from functional_ckpt.format.step_files import check_content, read_optional
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.paths import check_arrays_path
 
 __all__ = [
     "NO_CACHE",
     "REFUSALS",
     "SMALL_CHUNK_BYTES",
+    "BlockDigests",
     "Database",
     "as_bytes",
     "check_process",
     "clear_error",
-    "corrupt",
     "digest_blocks",
     "open_array",
     "open_database",
     "open_files_for_reading",
     "open_for_reading",
+    "read_error",
     "read_context",
     "write_context",
 ]
@@ -51,6 +57,20 @@ REFUSALS = (
     *(ArithmeticError, LookupError, MemoryError, OSError),
     *(RuntimeError, TypeError, ValueError),
 )
+_MANIFEST = "manifest.ocdbt"
+# TensorStore ends the messages of system errors with their number.
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+# What is not there, or not a file: of a checkpoint that is damage.
+_DAMAGE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+# What remote stores refuse with.
+_STATUSES = {
+    "RESOURCE_EXHAUSTED": errno.EAGAIN,
+    "UNAVAILABLE": errno.EIO,
+    "DEADLINE_EXCEEDED": errno.ETIMEDOUT,
+    "PERMISSION_DENIED": errno.EACCES,
+    "UNAUTHENTICATED": errno.EACCES,
+    "ABORTED": errno.EIO,
+}
 _SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 # Below this a chunk is copied into the key-value store; above, zarr writes it without a copy.
 SMALL_CHUNK_BYTES = 128 * 1024
@@ -154,38 +174,75 @@ def open_database(storage: Storage, directory: str, context: Any) -> Any:
         raise clear_error(storage, directory, error) from error
 
 
-def open_for_reading(directory: str, storage: Storage = _LOCAL) -> Database:
+def open_for_reading(
+    directory: str, storage: Storage = _LOCAL, files: Mapping[str, FileRecord] | None = None
+) -> Database:
     """The item's database, for `read_array`.
+
+    Args:
+        directory: The item.
+        storage: The store that it is in.
+        files: What the item's record says of its files, where it has one.
 
     Raises:
         CorruptCheckpointError: There is no readable database.
     """
-    if not storage.exists(os.path.join(directory, "manifest.ocdbt")):
-        raise errors.CorruptCheckpointError(
-            f"{directory}: manifest.ocdbt is missing; the item's arrays cannot be found.",
-            path=directory,
-        )
+    _check_manifest(storage, directory, (files or {}).get(_MANIFEST))
     spec = {"driver": "ocdbt", "base": storage.kvstore(directory)}
     context = read_context(storage)
     try:
         store = ts.KvStore.open(spec, context=context).result()
         return Database(storage, directory, store, context)
     except REFUSALS as error:
-        raise _corrupt(storage, directory, "manifest.ocdbt", error) from error
+        raise _read_error(storage, directory, _MANIFEST, error) from error
 
 
-def corrupt(database: Database, what: str, error: Exception) -> errors.CorruptCheckpointError:
-    """What TensorStore's failure to read means to the caller."""
-    return _corrupt(database.storage, database.directory, what, error)
+def _check_manifest(storage: Storage, directory: str, expected: FileRecord | None) -> None:
+    """Raises `CorruptCheckpointError` unless there is a manifest, on a disk as it is recorded."""
+    path = os.path.join(directory, _MANIFEST)
+    data = None
+    if isinstance(storage, LocalStorage):
+        check_arrays_path(directory)
+        data = read_optional(storage, path)
+    if data is None and not storage.exists(path):
+        raise errors.CorruptCheckpointError(
+            f"{directory}: {_MANIFEST} is missing; the item's arrays cannot be found.",
+            path=directory,
+        )
+    if data is not None and expected is not None:
+        check_content(path, data, expected)
 
 
-def _corrupt(
+def read_error(database: Database, what: str, error: Exception) -> errors.CheckpointError:
+    """TensorStore's failure to read as one of ours."""
+    return _read_error(database.storage, database.directory, what, error)
+
+
+def _read_error(
     storage: Storage, directory: str, what: str, error: Exception
-) -> errors.CorruptCheckpointError:
-    text = storage.redact(str(error).splitlines()[0])
-    return errors.CorruptCheckpointError(
-        f"{directory}: {what} cannot be read: {text}", path=directory
+) -> errors.CheckpointError:
+    """Damage is what is wrong with the bytes; what the system or the store refuses is not."""
+    text = storage.redact(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    code = _errno_of(error, text)
+    if code is None:
+        return errors.CorruptCheckpointError(
+            f"{directory}: {what} cannot be read: {text}", path=directory
+        )
+    return errors.StorageError(
+        f"Cannot read {what} in {directory}: {os.strerror(code)} [errno {code}] ({text}).",
+        errno=code,
+        path=directory,
     )
+
+
+def _errno_of(error: Exception, text: str) -> int | None:
+    """The errno of a refusal; None for an error that is about the bytes."""
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    if found := _OS_ERROR.search(text):
+        code = int(found[1])
+        return None if code in _DAMAGE_ERRORS else code
+    return next((code for status, code in _STATUSES.items() if text.startswith(status)), None)
 
 
 def open_files_for_reading(directory: str, storage: Storage = _LOCAL) -> Database:
@@ -227,3 +284,37 @@ def digest_blocks(data: Array) -> str:
         xxhash.xxh3_64_hexdigest(flat[start : start + DIGEST_BLOCK_BYTES])
         for start in range(0, len(flat), DIGEST_BLOCK_BYTES)
     )
+
+
+class BlockDigests:
+    """What `digest_blocks` returns, of bytes that come in pieces of any size."""
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+        self._block = xxhash.xxh3_64()
+        self._missing_bytes = DIGEST_BLOCK_BYTES
+
+    def update(self, data: memoryview) -> None:
+        """Adds the next bytes."""
+        start = 0
+        while start < len(data):
+            piece = data[start : start + self._missing_bytes]
+            start += len(piece)
+            if len(piece) == DIGEST_BLOCK_BYTES:
+                self._found.append(xxhash.xxh3_64_hexdigest(piece))
+                continue
+            self._block.update(piece)
+            self._missing_bytes -= len(piece)
+            if not self._missing_bytes:
+                self._end_block()
+
+    def _end_block(self) -> None:
+        self._found.append(self._block.hexdigest())
+        self._block.reset()
+        self._missing_bytes = DIGEST_BLOCK_BYTES
+
+    def hexdigests(self) -> str:
+        """16 hex digits for every block; nothing may be added after this."""
+        if self._missing_bytes < DIGEST_BLOCK_BYTES:
+            self._end_block()
+        return "".join(self._found)

@@ -13,7 +13,6 @@ import functools
 import itertools
 import math
 import os
-import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -28,7 +27,8 @@ from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.ocdbt import is_inside, read_entries
 from functional_ckpt.format.read_tensorstore import ArrayRead, compare_digests
 from functional_ckpt.storage.local import LocalStorage
-from functional_ckpt.storage.system_errors import clear_errors
+from functional_ckpt.storage.local_files import open_regular
+from functional_ckpt.storage.system_errors import clear_errors, is_absence
 
 __all__ = ["DirectReader", "ReadRequest"]
 
@@ -96,9 +96,12 @@ class DirectReader:
         self._places: dict[bytes, tuple[int, int, int]] = {}
         self._files: list[str] = []
         self.size_bytes = 0
-        found = None
-        with contextlib.suppress(errors.StorageError):  # TensorStore says what a missing file means
+        try:
             found = read_entries(storage, directory)
+        except errors.StorageError as error:
+            if not is_absence(error):
+                raise
+            found = None  # TensorStore says what a missing file means
         if found is not None:
             self._files, entries = found
             columns = zip(entries.files, entries.offsets, entries.lengths, strict=True)
@@ -156,14 +159,13 @@ class DirectReader:
                 f"{self._directory}: a value lies outside, at {file!r}.", path=self._directory
             )
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
+            descriptor, _ = open_regular(path)
+        except errors.StorageError as error:
+            if not is_absence(error):
+                raise
             raise errors.CorruptCheckpointError(
-                f"{path} cannot be opened: {error.strerror}.", path=path
+                f"{path}: the file is missing.", path=path
             ) from error
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise errors.CorruptCheckpointError(f"{path} is no regular file.", path=path)
         # Read once: the kernel need not note, page by page, which of them to keep.
         _advise(descriptor, 0, 0, "POSIX_FADV_NOREUSE")
         return descriptor

@@ -26,9 +26,9 @@ from functional_ckpt.format.database import (
     SMALL_CHUNK_BYTES,
     Database,
     as_bytes,
-    corrupt,
     digest_blocks,
     open_array,
+    read_error,
 )
 
 __all__ = [
@@ -141,7 +141,7 @@ def _read_key(
             request = database.store.read(key, byte_range=slice(first, last))
         result = request.result()
     except REFUSALS as error:
-        raise corrupt(database, f"array {read.name!r}", error) from error
+        raise read_error(database, f"array {read.name!r}", error) from error
     if result.state != "value" or len(result.value) != last - first:
         raise errors.CorruptCheckpointError(
             f"{database.directory}: chunk {key!r} is {result.state} with "
@@ -173,7 +173,7 @@ def _read_chunk(database: Database, read: ArrayRead, index: tuple[int, ...], out
                 database.arrays[read.name] = store
             ts.array(out).write(store[read.grid.box(index).slices()]).result()
         except REFUSALS as error:
-            raise corrupt(database, f"array {read.name!r}", error) from error
+            raise read_error(database, f"array {read.name!r}", error) from error
         database.count(out.nbytes)
     if read.digests is not None:
         compare_digests(database.directory, read, index, digest_blocks(out), 0)
@@ -214,6 +214,9 @@ def stored_spec(
     key = f"{key_prefix(name)}{'zarr.json' if is_zarr3 else '.zarray'}"
     try:
         data = database.store.read(key).result()
+    except REFUSALS as error:
+        raise read_error(database, f"metadata {key!r} of a stored array", error) from error
+    try:
         if data.state != "value":
             raise ValueError("missing")
         record = plain_json.parse(data.value)
@@ -254,4 +257,4 @@ def read_foreign_array(
             raise ValueError(f"shape {tuple(store.shape)}, expected {shape}")
         ts.array(destination).write(store[box.slices()]).result()
     except REFUSALS as error:
-        raise corrupt(database, f"array {name!r}", error) from error
+        raise read_error(database, f"array {name!r}", error) from error

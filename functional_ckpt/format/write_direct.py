@@ -27,7 +27,7 @@ from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.data_file import DataFile
-from functional_ckpt.format.database import digest_blocks
+from functional_ckpt.format.database import BlockDigests, digest_blocks
 from functional_ckpt.format.ocdbt import (
     MANIFEST,
     MAX_KEYS,
@@ -242,13 +242,15 @@ class _Part:
             data = array.data
             if box is not None:
                 data = data[box.relative_to(array.box.offset).slices()]
-            is_lent = array.is_stable
-            if not data.flags.c_contiguous:
-                data, is_lent = np.ascontiguousarray(data), False  # one chunk per thread
+            is_lent = is_stable = array.is_stable
+            if not data.flags.c_contiguous:  # a copy of our own, of one chunk per thread
+                data, is_lent, is_stable = np.ascontiguousarray(data), False, True
             found = digests.get(array.name)
             if found is None:
                 found = digests[array.name] = {}
-            place, found[position] = _append(file, data, array.grid, is_lent=is_lent)
+            place, found[position] = _append(
+                file, data, array.grid, is_lent=is_lent, is_stable=is_stable
+            )
             if array.on_copied is not None:
                 array.on_copied(data.nbytes)
             add(key_prefix(array.name).encode() + key, self.place, *place)
@@ -322,28 +324,38 @@ class _Part:
 
 
 def _append(
-    file: DataFile, data: Array, grid: ChunkGrid, *, is_lent: bool
+    file: DataFile, data: Array, grid: ChunkGrid, *, is_lent: bool, is_stable: bool
 ) -> tuple[tuple[int, int], str]:
-    """Adds a chunk; returns its offset and stored bytes, and the digests of its valid region."""
+    """Adds a chunk; returns its offset and stored bytes, and the digests of its valid region.
+
+    Data that is not stable may change while it is read: it is digested after it was copied, so that
+    the digests are those of the bytes in the file.
+    """
     flat = data.reshape(-1).view(np.uint8)
     missing_bytes = 0
     if data.shape != grid.chunk_shape:  # at the array's end
         missing_bytes = math.prod(grid.chunk_shape) * data.itemsize - len(flat)
         if data.shape[1:] != grid.chunk_shape[1:]:
-            whole = padded(data, grid).reshape(-1).view(np.uint8)
-            return (file.append(whole), len(whole)), digest_blocks(flat)
+            own = data if is_stable else data.copy()
+            whole = padded(own, grid).reshape(-1).view(np.uint8)
+            return (file.append(whole), len(whole)), digest_blocks(own)
     if not missing_bytes and len(flat) <= DIGEST_BLOCK_BYTES:
-        digest = xxhash.xxh3_64_hexdigest(flat.data) if len(flat) else ""
-        return (file.append(flat), len(flat)), digest
-    found: list[str] = []
-    offsets: list[int] = []
+        own = flat if is_stable else flat.copy()
+        digest = xxhash.xxh3_64_hexdigest(own.data) if len(own) else ""
+        return (file.append(own), len(own)), digest
+    offset = 0
+    blocks = BlockDigests()
     for start in range(0, len(flat), _STEP_BYTES):
         step = flat[start : start + _STEP_BYTES]
-        found.append(digest_blocks(step))
-        offsets.append(file.append(step, is_lent=is_lent))
+        if is_stable:
+            blocks.update(step.data)
+            place = file.append(step, is_lent=is_lent)
+        else:
+            place = file.append(step, on_copied=blocks.update)
+        offset = offset if start else place
     for start in range(0, missing_bytes, _STEP_BYTES):
         file.append(_ZEROS[: missing_bytes - start])
-    return (offsets[0], len(flat) + missing_bytes), "".join(found)
+    return (offset, len(flat) + missing_bytes), blocks.hexdigests()
 
 
 @functools.lru_cache(maxsize=4096)

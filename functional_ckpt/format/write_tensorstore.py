@@ -46,6 +46,8 @@ __all__ = [
 ]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
+# Copies of live memory are held until a commit: of more than this, another commit follows.
+_MAX_COPIED_BYTES = 512 * 2**20
 Digests: TypeAlias = "dict[str, dict[int, str]]"
 """Array name -> place of a chunk in C order -> its digests."""
 
@@ -110,6 +112,8 @@ def write_arrays(
     databases = [_ChildDatabase(storage, path, context) for path in paths]
     digests: Digests = {}
     tasks: list[Callable[[], None]] = []
+    batches = [tasks]
+    copied_bytes = 0
     for array in arrays:
         storage.operation("write_array", os.path.join(item_directory, array.name))
         place = min(databases, key=lambda database: database.size_bytes)
@@ -118,17 +122,23 @@ def write_arrays(
         found = digests.setdefault(array.name, {})
         for index in array.grid.indices(array.box):
             place = min(databases, key=lambda database: database.size_bytes)
-            place.size_bytes += array.grid.box(index).num_elements * array.spec.itemsize_bytes
+            num_bytes = array.grid.box(index).num_elements * array.spec.itemsize_bytes
+            place.size_bytes += num_bytes
+            copied_bytes += 0 if array.is_stable else num_bytes
+            if copied_bytes > _MAX_COPIED_BYTES:
+                copied_bytes, tasks = num_bytes, []
+                batches.append(tasks)
             tasks.append(functools.partial(_write_chunk, place, array, index, found))
     for name, spec, value in scalars:
         databases[0].put_scalar(name, spec, value)
     try:
-        run_in_threads(tasks)
-        storage.operation("commit_arrays", item_directory)
-        for database in databases:
-            database.start_commit()
-        for database in databases:
-            database.finish_commit()
+        for tasks in batches:
+            run_in_threads(tasks)
+            storage.operation("commit_arrays", item_directory)
+            for database in databases:
+                database.start_commit()
+            for database in databases:
+                database.finish_commit()
         storage.flush_arrays(item_directory)
     except REFUSALS as error:
         if isinstance(error, errors.CheckpointError):
@@ -138,18 +148,22 @@ def write_arrays(
 
 
 class _ChildDatabase:
-    """A database under construction: one transaction, one commit, few files."""
+    """A database under construction: few transactions, few commits, few files."""
 
     def __init__(self, storage: Storage, directory: str, context: Any) -> None:
         self.directory = directory
         self.size_bytes = 0
         self._context = context
-        self._transaction = ts.Transaction()
-        self._store = open_database(storage, directory, context).with_transaction(self._transaction)
-        self._arrays: dict[str, Any] = {}
+        self._database = open_database(storage, directory, context)
         self._lock = threading.Lock()
-        self._writes: list[Any] = []
         self._commit: Any = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._transaction = ts.Transaction()
+        self._store = self._database.with_transaction(self._transaction)
+        self._arrays: dict[str, Any] = {}
+        self._writes: list[Any] = []
 
     def put(self, key: str, value: bytes) -> None:
         self._writes.append(self._store.write(key, value))
@@ -179,6 +193,7 @@ class _ChildDatabase:
 
     def finish_commit(self) -> None:
         self._commit.result()
+        self._begin()
 
 
 def _write_chunk(
@@ -186,7 +201,9 @@ def _write_chunk(
 ) -> None:
     box = array.grid.box(index)
     data = array.data[box.relative_to(array.box.offset).slices()]
-    if not data.flags.c_contiguous:
+    if not array.is_stable:  # what may change is digested as it is written
+        data = data.copy()
+    elif not data.flags.c_contiguous:
         data = np.ascontiguousarray(data)  # bounded: one chunk per thread
     found[array.grid.position(index)] = digest_blocks(data)
     if data.nbytes <= SMALL_CHUNK_BYTES:

@@ -22,13 +22,14 @@ class Handler(abc.ABC):
 
     Handlers hold options, never a value. `format` is how the item is laid out on disk: `tree`
     (arrays and a structure) or `json` (one readable file). `per_rank` items are stored once for
-    every rank.
+    every rank. `changes_value` says whether `lift` may change the value that it is given.
     """
 
     __slots__ = ()
 
     format: ClassVar[Literal["tree", "json"]] = "tree"
     per_rank: ClassVar[bool] = False
+    changes_value: ClassVar[bool] = True
 
     @abc.abstractmethod
     def lower(self, value: Any) -> Any:

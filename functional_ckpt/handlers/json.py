@@ -27,6 +27,7 @@ class JsonHandler(Handler):
     """
 
     format: ClassVar[Literal["tree", "json"]] = "json"
+    changes_value: ClassVar[bool] = False
 
     def lower(self, value: Any) -> Any:
         """The value itself, once it is known to survive.

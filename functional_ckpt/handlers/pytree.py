@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from functional_ckpt.handlers.base import CheckpointItem, Handler
 
@@ -13,6 +13,8 @@ __all__ = ["PyTree", "PyTreeHandler"]
 @dataclasses.dataclass(frozen=True, slots=True)
 class PyTreeHandler(Handler):
     """Saves a pytree as it is; restores a new one like the target and leaves the target alone."""
+
+    changes_value: ClassVar[bool] = False
 
     def lower(self, value: Any) -> Any:
         """The value itself."""

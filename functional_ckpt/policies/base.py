@@ -40,12 +40,15 @@ class StepInfo:
         metrics: What was measured at it; None if nothing was (yet).
         progress: How far the training was; None if it does not say. It is saved with the step,
             since a policy that saves every epoch has no other memory.
+        problem: Why its metrics, time or progress cannot be believed; None where they can. Such a
+            step is kept, whatever the policies say.
     """
 
     step: int
     time: datetime.datetime
     metrics: Mapping[str, Any] | None = None
     progress: Progress | None = None
+    problem: str | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for a negative step or a time without a time zone."""

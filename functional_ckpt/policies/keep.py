@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from functional_ckpt.errors import UsageError
+from functional_ckpt.errors import CorruptCheckpointError, UsageError
 from functional_ckpt.policies.base import KeepContext, StepInfo, is_int, step_set
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, parse_timespan
 
@@ -265,8 +265,16 @@ def rank_steps(
 
     Raises:
         UsageError: The mode or the metric is neither.
+        CorruptCheckpointError: The metrics of a step are damaged: it may be the best.
     """
     _check_metric(metric, mode)
+    for info in history:
+        if info.problem is not None:
+            raise CorruptCheckpointError(
+                f"The steps cannot be ranked: what is known of step {info.step} is damaged. "
+                f"{info.problem} Delete the step, or put its files back.",
+                step=info.step,
+            )
     values = [_value(info, metric) for info in history]
     order = _ascending(values, mode)
     return [history[index] for index in reversed(order) if not _is_worst(values[index])]
@@ -288,6 +296,7 @@ def best_step(
 
     Raises:
         UsageError: There is no metric and no such policy.
+        CorruptCheckpointError: The metrics of a step are damaged: it may be the best.
     """
     if metric is None:
         best = next((each for each in policies if isinstance(each, BestN)), None)

@@ -234,10 +234,15 @@ def steps_to_prune(
 ) -> tuple[int, ...]:
     """Returns the numbers of the steps that may go, the oldest first; never the newest.
 
-    The arguments and errors are those of `decide_keep`.
+    Neither may a step that has a `problem`: its metrics may be the best of all. The arguments and
+    errors are those of `decide_keep`.
     """
     kept = decide_keep(policies, history, context=context)
-    return tuple(info.step for info, keep in zip(history, kept, strict=True) if not keep)
+    return tuple(
+        info.step
+        for info, keep in zip(history, kept, strict=True)
+        if not keep and info.problem is None
+    )
 
 
 def _ask(

@@ -47,8 +47,9 @@ def read_all(
 
     Args:
         bound: Items and what to make of them.
-        verify: `during` checks each chunk as it is read; `before` checks all chunks first and so
-            never writes a damaged byte into the target; `off` checks nothing.
+        verify: `during` checks each chunk as it is read; `before` checks all chunks first, so that
+            damage is found before the target is written into, and then as `during`; `off` checks
+            nothing.
         touched: Told when the first byte is about to go into the caller's memory.
         sharing: The ranks that read for each other, if they do.
     """
@@ -57,7 +58,7 @@ def read_all(
         jobs = [_ItemRead(item, binding, touched) for item, binding in bound]
     if verify == "before":
         threads.run_in_threads([task for job in jobs for task in job.verification()])
-    verified = verify == "during"
+    verified = verify != "off"  # after `before` too: what is read now may have changed since
     with contextlib.ExitStack() as files:
         fetches: list[Callable[[], None]] = []
         bounce = device_copies.PinnedBuffers()
@@ -321,7 +322,7 @@ class _ItemRead:
 
     def _visit(self, binding: plan.Binding) -> walk.Visit[plan.Binding, Any]:
         if isinstance(binding, plan.Build):
-            return binding.children, functools.partial(_build, binding)
+            return binding.children, functools.partial(_build, binding, self._touched)
         return walk.leaf(self._leaf(binding))
 
     def _leaf(self, binding: plan.Given | plan.ReadArray) -> Any:
@@ -336,9 +337,10 @@ class _ItemRead:
         return job.value
 
 
-def _build(binding: plan.Build, children: Sequence[Any]) -> Any:
+def _build(binding: plan.Build, touched: TargetState, children: Sequence[Any]) -> Any:
     value = flatten.unflatten_one_level(binding.node, children, binding.like)
     if binding.into is not None:
+        touched.value = True
         with torch.no_grad():
             return binding.into.copy_(value)
     if isinstance(binding.like, torch.Tensor) and isinstance(value, torch.Tensor):

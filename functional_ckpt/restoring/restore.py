@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -117,7 +118,10 @@ def restore_checkpoint(
     with _together(group, "matching the checkpoint with the target", _is_asked_of_all) as round_:
         with threads.gc_paused():
             checkpoint = open_checkpoint()
-            matched = match_items(checkpoint, items, registry, options, group)
+            with _noticing_overwrite(checkpoint):
+                # Whatever may be damaged is read before anything is touched.
+                metrics, progress = checkpoint.metrics, checkpoint.progress
+                matched = match_items(checkpoint, items, registry, options, group)
         reports = {each.name: each.report for each in matched}
         if options.strict and any(r.missing or r.mismatched for r in reports.values()):
             plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
@@ -125,21 +129,62 @@ def restore_checkpoint(
     reports = _unexpected_by_all(reports, group, may_be=round_.outcome == b"1")
     if options.strict:
         plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
-    with _together(group, "reading the checkpoint"):
-        values = _read(checkpoint, matched, options, group)
+    target = read.TargetState()
+    with (
+        _reporting(target, checkpoint),
+        _together(group, "reading the checkpoint"),
+        _noticing_overwrite(checkpoint),
+    ):
+        values = _read(matched, options, group, target)
         with threads.gc_paused():
             lifted = {
-                each.name: _lift(each, value, group)
+                each.name: _lift(each, value, group, target)
                 for each, value in zip(matched, values, strict=True)
             }
     return Restored(
         lifted,
         step=checkpoint.step,
         report=_merge(list(reports.values())),
-        metrics=checkpoint.metrics,
-        progress=checkpoint.progress,
-        custom_metadata=checkpoint.metadata.get("custom_metadata") or {},
+        metrics=metrics,
+        progress=progress,
+        custom_metadata=checkpoint.custom_metadata,
     )
+
+
+@contextlib.contextmanager
+def _noticing_overwrite(checkpoint: OpenCheckpoint) -> Generator[None]:
+    """What does not fit together because the checkpoint was overwritten meanwhile is no damage."""
+    try:
+        yield
+    except (errors.CorruptCheckpointError, errors.StorageError) as error:
+        if not checkpoint.files.is_replaced():
+            raise
+        raise errors.StorageError(
+            f"{checkpoint.path} was overwritten while it was being read; restore it again.",
+            errno=errno.ESTALE,
+            step=checkpoint.step,
+            path=checkpoint.path,
+        ) from error
+
+
+@contextlib.contextmanager
+def _reporting(target: read.TargetState, checkpoint: OpenCheckpoint) -> Generator[None]:
+    """Adds to an error whether the caller's objects had been written into."""
+    try:
+        yield
+    except Exception as error:
+        state = (
+            "The target had already been written into: restore another step into it."
+            if target.value
+            else "The target was not touched."
+        )
+        if isinstance(error, errors.CheckpointError):
+            error.touched = target.value
+            error.message = f"{error.message} {state}"
+            error.step = checkpoint.step if error.step is None else error.step
+        else:
+            error.add_note(state)
+        raise
 
 
 @dataclasses.dataclass(slots=True)
@@ -202,7 +247,7 @@ def _packed(text: str) -> bytes:
     return zlib.compress(text.encode(), 1)
 
 
-def _lift(matched: MatchedItem, value: Any, group: Coordinator) -> Any:
+def _lift(matched: MatchedItem, value: Any, group: Coordinator, target: read.TargetState) -> Any:
     if matched.item is None:
         return value
     handler = matched.item.handler
@@ -211,34 +256,19 @@ def _lift(matched: MatchedItem, value: Any, group: Coordinator) -> Any:
         is_wrapped = matched.opened is not None and is_per_rank(matched.opened.root)
         trees = list(value.values()) if is_wrapped else [value]
         value = handler.resize(trees, group.rank, group.num_ranks)
+    target.value = target.value or handler.changes_value
     return handler.lift(matched.item.value, value)
 
 
 def _read(
-    checkpoint: OpenCheckpoint,
     matched: Sequence[MatchedItem],
     options: RestoreOptions,
     group: Coordinator,
+    target: read.TargetState,
 ) -> list[Any]:
-    touched = read.TargetState()
     sharing = group if options.share_reads and group.num_ranks > 1 else None
     trees = [(each.opened, each.binding) for each in matched if each.opened is not None]
-    try:
-        found = read.read_all(trees, verify=options.verify, touched=touched, sharing=sharing)
-        values = iter(found)
-    except errors.CorruptCheckpointError as error:
-        state = (
-            "The target had already been written into: restore another step into it."
-            if touched.value
-            else "The target was not touched."
-        )
-        raise errors.CorruptCheckpointError(
-            f"{error.message} {state}",
-            touched=touched.value,
-            step=checkpoint.step,
-            path=error.path,
-            key_path=error.key_path,
-        ) from error
+    values = iter(read.read_all(trees, verify=options.verify, touched=target, sharing=sharing))
     # What has no tree was known without reading.
     return [
         cast("plan.Given", each.binding).value if each.opened is None else next(values)

@@ -25,7 +25,15 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
 from functional_ckpt.runtime.device_copies import Transfers
 
-__all__ = ["Fence", "PendingCopy", "storage_of", "storages_of", "wait_for_all"]
+__all__ = [
+    "Fence",
+    "PendingCopy",
+    "UnfencedChanges",
+    "changes_between_steps",
+    "storage_of",
+    "storages_of",
+    "wait_for_all",
+]
 
 
 def storages_of(optimizers: Iterable[Any]) -> frozenset[int]:
@@ -36,6 +44,11 @@ def storages_of(optimizers: Iterable[Any]) -> frozenset[int]:
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
+
+
+def changes_between_steps(optimizer: Any) -> bool:
+    """Whether calls other than `step` change parameters: schedule-free optimizers swap them."""
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 def storage_of(tensor: Any) -> int:
@@ -66,6 +79,29 @@ class _Watched:
         return None if self._look() == self._now else self._name
 
 
+class UnfencedChanges:
+    """Leaves that were changed while they were copied: from then on they are copied at once.
+
+    Attributes:
+        is_all: Whether that goes for all leaves.
+    """
+
+    def __init__(self) -> None:
+        self.is_all = False
+        self._names: set[str] = set()
+
+    def add(self, names: Iterable[str]) -> None:
+        """Notes leaves. All that changed are known: torch counted the change of each."""
+        self._names.update(names)
+
+    def add_all(self) -> None:
+        """Notes that something changes leaves in a way that torch does not count."""
+        self.is_all = True
+
+    def __contains__(self, name: str) -> bool:
+        return self.is_all or name in self._names
+
+
 class PendingCopy:
     """What is left to copy of one save.
 
@@ -74,6 +110,7 @@ class PendingCopy:
         optimizers: Whose steps must wait for it.
         step: The step being saved.
         transfers: The part of it that devices copy.
+        unfenced: Where to note what was changed in spite of the fence.
     """
 
     def __init__(
@@ -82,6 +119,7 @@ class PendingCopy:
         optimizers: Sequence[Any],
         step: int,
         transfers: Transfers,
+        unfenced: UnfencedChanges,
     ) -> None:
         self._step = step
         self._transfers = transfers
@@ -91,7 +129,13 @@ class PendingCopy:
         self._copy: Callable[[], None] | None = copy
         self._watched: list[_Watched] = []
         self._storages = storages_of(optimizers)
+        self._unfenced = unfenced
+        self._find_changed: Callable[[], list[str]] | None = None
         self._done = threading.Event()
+
+    def check(self, find_changed: Callable[[], list[str]]) -> None:
+        """Has the copy compared, once it is made, with what was there at the save."""
+        self._find_changed = find_changed
 
     def watch(self, name: str, *tensors: torch.Tensor) -> None:
         """Adds a leaf, as one or two tensors over the same memory."""
@@ -114,16 +158,24 @@ class PendingCopy:
             self._transfers.synchronize()
             changed = self._names_of_changed()
         finally:
+            find_changed = self._find_changed
             self.give_up()
+        self._unfenced.add(changed)
+        if not changed and find_changed is not None and (changed := find_changed()):
+            self._unfenced.add_all()
         if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise errors.SaveError(
-                f"Saving step {self._step} failed: {', '.join(changed[:3])}{more} changed while "
-                "being copied, by something other than a step of a torch optimizer or "
-                "load_state_dict. Call manager.fence() before such an update, or make the manager "
-                "with staging='eager'.",
-                step=self._step,
-            )
+            raise self._failure(changed)
+
+    def _failure(self, changed: Sequence[str]) -> errors.SaveError:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        next_time = "Everything is" if self._unfenced.is_all else "They are"
+        return errors.SaveError(
+            f"Saving step {self._step} failed: {', '.join(changed[:3])}{more} changed while "
+            "being copied, by something other than a step of a torch optimizer or "
+            f"load_state_dict. {next_time} copied before save returns from now on. Call "
+            "manager.fence() before such an update, or make the manager with staging='eager'.",
+            step=self._step,
+        )
 
     def _names_of_changed(self) -> list[str]:
         """What was changed before the first step that was let through; from then on, all may."""
@@ -139,6 +191,7 @@ class PendingCopy:
             self._transfers.synchronize()  # of a copy that failed, some may be under way
         finally:
             self._copy = None
+            self._find_changed = None
             self._watched = []
             self._is_enqueued.set()
             self._done.set()
@@ -166,9 +219,14 @@ class PendingCopy:
 
 
 class Fence:
-    """Holds up what would change the state of a save that is still being copied."""
+    """Holds up what would change the state of a save that is still being copied.
+
+    Attributes:
+        unfenced: What has changed in spite of it.
+    """
 
     def __init__(self) -> None:
+        self.unfenced = UnfencedChanges()
         self._pending: PendingCopy | None = None
         self._guarded: weakref.WeakSet[Any] = weakref.WeakSet()
         self._handles: list[Any] = []

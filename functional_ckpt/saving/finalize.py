@@ -15,7 +15,7 @@ from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.records import merge_ranks, orbax, records
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import write_direct, write_tensorstore
-from functional_ckpt.format.checkpoint_dir import JSON_FILE, PROGRESS_ITEM
+from functional_ckpt.format.step_files import JSON_FILE, PROGRESS_ITEM
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.runtime import threads
 from functional_ckpt.saving import lower

@@ -14,10 +14,11 @@ from functional_ckpt.core.arrays import sharding as sharding_lib
 from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.records import merge_ranks, orbax
 from functional_ckpt.core.tree import encode, flatten, memory, structure
-from functional_ckpt.format.checkpoint_dir import PROGRESS_ITEM
+from functional_ckpt.format.step_files import PROGRESS_ITEM
 from functional_ckpt.handlers.base import CheckpointItem, Registry
 from functional_ckpt.runtime import device_copies, threads
 from functional_ckpt.storage import commit
+from functional_ckpt.storage.paths import check_arrays_path
 
 __all__ = ["RESERVED_NAMES", "LoweredItem", "Source", "check_item_name", "lower", "to_json"]
 
@@ -79,6 +80,7 @@ def check_item_name(name: object) -> str:
         )
     if commit.TMP_SUFFIX in name or not name.isprintable() or len(name.encode()) > 200:
         raise errors.UsageError(f"Item name {name!r} cannot be a directory's name.", key_path=name)
+    check_arrays_path(f"/{name}")
     return name
 
 

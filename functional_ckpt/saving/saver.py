@@ -21,7 +21,7 @@ from functional_ckpt.policies.progress import Progress
 from functional_ckpt.policies.rules import SaveRule
 from functional_ckpt.runtime import threads
 from functional_ckpt.runtime.fence import Fence, PendingCopy
-from functional_ckpt.saving import background, commit, finalize, lower, stage
+from functional_ckpt.saving import background, commit, finalize, lower, stage, stage_overlapped
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.steps import decide
 from functional_ckpt.steps.directory import Steps
@@ -41,29 +41,35 @@ class SaveOptions:
     overwrite: bool
     asynchronous: bool
     on_busy: Literal["wait", "skip"]
-    staging: Literal["eager", "overlapped"] = "eager"
+    staging: Literal["eager", "overlapped", "overlapped-checked"] = "eager"
     staging_budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.staging not in ("eager", "overlapped"):
+        if self.staging not in ("eager", "overlapped", "overlapped-checked"):
             raise errors.UsageError(
-                f"staging must be 'eager' or 'overlapped'; got {self.staging!r}."
+                "staging must be 'eager', 'overlapped' or 'overlapped-checked'; got "
+                f"{self.staging!r}."
             )
-        if self.staging == "overlapped" and not self.asynchronous:
-            raise errors.UsageError("staging='overlapped' needs asynchronous=True.")
+        if self.is_overlapped and not self.asynchronous:
+            raise errors.UsageError(f"staging={self.staging!r} needs asynchronous=True.")
         budget_bytes = self.staging_budget_bytes
         if budget_bytes is not None:
             if type(budget_bytes) is not int or budget_bytes < 0:
                 raise errors.UsageError(
                     f"staging_budget_bytes must be a number of bytes; got {budget_bytes!r}."
                 )
-            if self.staging == "overlapped":
+            if self.is_overlapped:
                 raise errors.UsageError(
                     "staging_budget_bytes is for staging='eager': overlapped staging needs room "
                     "for everything that it copies later."
                 )
         if self.on_busy not in ("wait", "skip"):
             raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {self.on_busy!r}.")
+
+    @property
+    def is_overlapped(self) -> bool:
+        """Whether parameters and optimizer state are copied after `save` returned."""
+        return self.staging != "eager"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +97,7 @@ class Saver:
         self._coordinator = coordinator
         self._options = options
         self._room = stage.StagingMemory()
-        self._fence = Fence() if options.staging == "overlapped" else None
+        self._fence = Fence() if options.is_overlapped else None
         self._planner = plan_lib.SavePlanner(coordinator)
         self.committer = background.CommitThread()
         in_background = coordinator.background()
@@ -175,7 +181,14 @@ class Saver:
         if self._fence is None:
             room = self._room if self._options.asynchronous else None
             return stage.stage(lowered, plan, room), None, None
-        staged, pending = stage.stage_overlapped(lowered, plan, self._room, step)
+        staged, pending = stage_overlapped.stage_overlapped(
+            lowered,
+            plan,
+            self._room,
+            step,
+            self._fence.unfenced,
+            is_checked=self._options.staging == "overlapped-checked",
+        )
         modules = [item.value for item in lowered if isinstance(item.value, torch.nn.Module)]
         loadable = [each for module in modules for each in module.modules()]
         optimizers = [optimizer for item in lowered for optimizer in item.optimizers]

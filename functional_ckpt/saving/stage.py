@@ -7,7 +7,6 @@ pages are locked.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -15,16 +14,15 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from functional_ckpt.core.arrays import sharding, write_plan
+from functional_ckpt.core.arrays import write_plan
 from functional_ckpt.core.arrays.spec import Box, numpy_dtype
 from functional_ckpt.core.tree import encode
 from functional_ckpt.format import database, write_tensorstore
 from functional_ckpt.runtime import device_copies, host_memory, threads
-from functional_ckpt.runtime.fence import PendingCopy, storage_of, storages_of
 from functional_ckpt.saving.lower import LoweredItem, Source
 from functional_ckpt.saving.plan import ItemPlan, SavePlan
 
-__all__ = ["StagingMemory", "StagedItem", "CopyLatch", "stage", "stage_overlapped", "stage_within"]
+__all__ = ["CopyLatch", "StagedItem", "StagingMemory", "stage", "stage_within"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -182,7 +180,7 @@ def stage_within(
         dataclasses.replace(
             item,
             writes=tuple(
-                write._replace(taken=through.count_down, is_staged=False)
+                write._replace(on_copied=through.count_down, is_stable=False)
                 if id(write.data) in awaited
                 else write
                 for write in item.writes
@@ -190,51 +188,6 @@ def stage_within(
         )
         for item in staged
     ), through
-
-
-def stage_overlapped(
-    items: Sequence[LoweredItem], plan: SavePlan, room: StagingMemory, step: int
-) -> tuple[tuple[StagedItem, ...], PendingCopy]:
-    """As `stage`, but leaves to be copied what only a step of the items' optimizers changes.
-
-    That is the memory of the parameters that they update, and their state; all else (buffers,
-    learning rates, averages, generators) is copied at once.
-    """
-    database.check_process()
-    optimizers = [optimizer for item in items for optimizer in item.optimizers]
-    storages = storages_of(optimizers)
-    now: list[tuple[_Part, Array]] = []
-    later: list[tuple[_Part, Array]] = []
-    with threads.gc_paused():
-        parts = [list(_parts(item, plan[item.name])) for item in items]
-        hosts = room.reserve([part for item_parts in parts for part in item_parts])
-        staged = _staged(items, plan, parts, hosts)
-        remaining = iter(hosts)
-        for item, item_parts in zip(items, parts, strict=True):
-            for part in item_parts:
-                waits = _waits(item, part.source, storages)
-                (later if waits else now).append((part, next(remaining)))
-    transfers = _begin(later, room)
-    # Beside the forward pass, which keeps a core.
-    num_threads = min(host_memory.NUM_THREADS, threads.num_spare_cores())
-    copy = functools.partial(_start_copy, later, transfers, num_threads)
-    pending = PendingCopy(copy, optimizers, step, transfers)
-    for part, _ in later:
-        pending.watch(part.source.node.name, part.source.tensor)
-    for parameter in (p for o in optimizers for group in o.param_groups for p in group["params"]):
-        pending.watch("a parameter", parameter, sharding.local_of(parameter))
-    _copy(now, room)
-    return staged, pending
-
-
-def _waits(item: LoweredItem, source: Source, storages: frozenset[int]) -> bool:
-    """Whether only a step, or `load_state_dict`, of the items' optimizers changes a leaf."""
-    tensor = source.tensor
-    if not (tensor.is_cpu or device_copies.is_streamed(tensor)) or not tensor.numel():
-        return False
-    if item.optimizers:
-        return source.node.name.startswith("state.")  # the learning rate is the scheduler's too
-    return storage_of(source.tensor) in storages
 
 
 def _staged(

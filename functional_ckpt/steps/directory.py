@@ -64,6 +64,7 @@ class Steps:
         self._mutex = threading.Lock()
         self._infos: tuple[StepInfo, ...] = ()
         self._num_changes = 0
+        self._problems: set[tuple[int, str]] = set()
         self.remote: tuple[Steps, ...] = ()
         if latest_link is not None and (
             names.parse(latest_link) is not None or not _is_component(latest_link)
@@ -97,7 +98,17 @@ class Steps:
             if num_changes != self._num_changes:
                 return False
             self._infos = found
+        self._warn_of_problems()
         return True
+
+    def _warn_of_problems(self) -> None:
+        """Reports each step whose small files are damaged, once."""
+        found = {(info.step, info.problem) for info in self._infos if info.problem is not None}
+        for step, problem in sorted(found - self._problems):
+            _log.warning(
+                "step %d stays in %s whatever the keep policies say: %s", step, self.root, problem
+            )
+        self._problems = found
 
     def _change(self, infos: Iterable[StepInfo]) -> None:
         """With the mutex held: other steps than those that are being read from disk."""
@@ -265,23 +276,24 @@ class Steps:
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step; durable when it returns."""
-        info, known = self._recorded(step)
-        history.write_late_metrics(self.storage, self.root, info, {**known, **metrics})
+        history.write_late_metrics(self.storage, self.root, self._on_disk(step), metrics)
         with self._mutex:
             self._change(
                 _with_metrics(each, metrics) if each.step == step else each for each in self._infos
             )
 
     def recorded(self, step: int) -> Mapping[str, Any]:
-        """What was recorded of a step since it was committed, by whatever process."""
-        return self._recorded(step)[1]
+        """What was recorded of a step since it was committed, by whatever process.
 
-    def _recorded(self, step: int) -> tuple[StepInfo, Mapping[str, Any]]:
-        # What is on disk is asked: another process may have committed the step anew.
-        info = history.read_step(self.storage, self.path(step), step)
+        Raises:
+            CorruptCheckpointError: Some of it is damaged.
+        """
         late = history.late_metrics(self.storage, self.root)
-        own = dataclasses.replace(info, metrics=None)
-        return info, history.with_late_metrics(own, late).metrics or {}
+        return history.recorded(self._on_disk(step), late, self.path(step))
+
+    def _on_disk(self, step: int) -> StepInfo:
+        """The step as it is on disk now: another process may have committed it again."""
+        return history.read_sound_step(self.storage, self.path(step), step)
 
     def forget_late_metrics(self, step: int) -> None:
         """The step was written anew: what was measured of the old one is of no more use."""

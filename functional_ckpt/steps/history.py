@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import functools
-import json
 import math
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 from functional_ckpt import errors
-from functional_ckpt.core.records import orbax
-from functional_ckpt.core.tree import plain_json
-from functional_ckpt.format.checkpoint_dir import JSON_FILE, PROGRESS_ITEM
+from functional_ckpt.core.records import records
+from functional_ckpt.format.step_files import StepFiles, parse_object, read_optional
 from functional_ckpt.policies.base import StepInfo
-from functional_ckpt.policies.progress import Progress
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.commit import HIDDEN
+from functional_ckpt.storage.commit import HIDDEN, makedirs_durable
 
 __all__ = [
+    "Late",
     "LateMetrics",
     "commit_time",
     "finite_metrics",
     "late_metrics",
     "list_steps",
+    "read_sound_step",
+    "recorded",
     "read_step",
     "remove_late_metrics",
     "scan",
+    "sound_info",
     "with_late_metrics",
     "write_late_metrics",
 ]
@@ -39,7 +41,22 @@ __all__ = [
 _METRICS = "metrics"
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
-LateMetrics: TypeAlias = dict[tuple[int, int], Mapping[str, Any]]
+_T = TypeVar("_T")
+
+
+class Late(NamedTuple):
+    """What was recorded of one commit of a step since.
+
+    Attributes:
+        metrics: Those that can be believed.
+        problem: Why others cannot be; None where all can.
+    """
+
+    metrics: Mapping[str, Any]
+    problem: str | None = None
+
+
+LateMetrics: TypeAlias = dict[tuple[int, int], Late]
 """By step and by the time of its commit in microseconds since the epoch."""
 
 
@@ -71,28 +88,74 @@ def scan(storage: Storage, root: str, names: NameFormat) -> list[StepInfo]:
     found: dict[int, StepInfo] = {}
 
     def look(step: int, name: str) -> None:
-        found[step] = with_late_metrics(read_step(storage, os.path.join(root, name), step), late)
+        info = read_step(storage, os.path.join(root, name), step)
+        if info is not None:
+            found[step] = with_late_metrics(info, late)
 
     listed = list_steps(storage, root, names)
     _run([functools.partial(look, step, name) for step, name in listed.items()], storage)
-    return [found[step] for step in listed]
+    return [found[step] for step in listed if step in found]
 
 
-def read_step(storage: Storage, path: str, step: int) -> StepInfo:
-    """What policies need to know of one step, from its small files; damaged ones are left out.
+def read_step(storage: Storage, path: str, step: int | None) -> StepInfo | None:
+    """What policies need to know of one step, from its small files.
 
-    The time is that of the commit; where no metadata says it, the directory's own.
+    What is damaged, or cannot be read, is left out, and is the `problem` of the step.
+
+    Returns:
+        None where the step is not there any more.
     """
-    metadata = _read_json(storage, os.path.join(path, orbax.CHECKPOINT_METADATA_FILE))
-    nanoseconds = metadata.get("commit_timestamp_nsecs") if metadata else None
+    for is_last in (False, False, True):
+        problems: list[str] = []
+
+        def attempt(read: Callable[[], _T], problems: list[str] = problems) -> _T | None:
+            try:
+                return read()
+            except (errors.CorruptCheckpointError, errors.StorageError) as error:
+                problems.append(error.message)
+                return None
+
+        files = attempt(lambda: StepFiles.open(storage, path, step))
+        info = _describe(storage, path, step or 0, files, attempt)
+        if problems and not storage.is_directory(path):
+            return None
+        # A step that is overwritten while it is read looks damaged.
+        if not problems or is_last or files is None or not attempt(files.is_replaced):
+            return dataclasses.replace(info, problem=problems[0]) if problems else info
+    return None
+
+
+def read_sound_step(storage: Storage, path: str, step: int) -> StepInfo:
+    """As `read_step`, but raises what is wrong with the step."""
+    if not storage.is_directory(path):
+        raise errors.StepNotFoundError(f"There is no step at {path}.", step=step, path=path)
+    return sound_info(StepFiles.open(storage, path, step))
+
+
+def sound_info(files: StepFiles) -> StepInfo:
+    """What the small files of a checkpoint say; raises what is wrong with them."""
+    return _describe(files.storage, files.path, files.step or 0, files, lambda read: read())
+
+
+class _Attempt(Protocol):
+    """Calls a function; None instead of its result where it failed."""
+
+    def __call__(self, read: Callable[[], _T], /) -> _T | None: ...
+
+
+def _describe(
+    storage: Storage, path: str, step: int, files: StepFiles | None, attempt: _Attempt
+) -> StepInfo:
+    """The time is that of the commit; where no metadata says it, the directory's own."""
+    metadata = metrics = progress = None
+    if files is not None:
+        metadata = attempt(lambda: files.metadata)
+        metrics = attempt(lambda: files.metrics)
+        progress = attempt(lambda: files.progress)
+    nanoseconds = (metadata or {}).get("commit_timestamp_nsecs")
     if type(nanoseconds) is not int or not 0 <= nanoseconds < 2**62:
-        nanoseconds = storage.modified_ns(path)
-    return StepInfo(
-        step=step,
-        time=commit_time(nanoseconds),
-        metrics=_read_json(storage, os.path.join(path, _METRICS, "metrics")),
-        progress=_read_progress(storage, path),
-    )
+        nanoseconds = attempt(lambda: storage.modified_ns(path)) or 0
+    return StepInfo(step=step, time=commit_time(nanoseconds), metrics=metrics, progress=progress)
 
 
 def commit_time(nanoseconds: int) -> datetime.datetime:
@@ -100,33 +163,51 @@ def commit_time(nanoseconds: int) -> datetime.datetime:
     return _EPOCH + datetime.timedelta(microseconds=nanoseconds // 1000)
 
 
-def _read_progress(storage: Storage, path: str) -> Progress | None:
-    record = _read_json(storage, os.path.join(path, PROGRESS_ITEM, JSON_FILE))
-    with contextlib.suppress(errors.UsageError):
-        return None if record is None else Progress.from_json(record)
-    return None  # another program's item of this name
-
-
-def _read_json(storage: Storage, path: str) -> dict[str, Any] | None:
-    try:
-        record = plain_json.parse(storage.read(path))
-    except (errors.StorageError, ValueError, RecursionError):
-        return None
-    return cast("dict[str, Any]", record) if isinstance(record, dict) else None
-
-
 def late_metrics(storage: Storage, root: str) -> LateMetrics:
-    """Metrics recorded after their step was committed, by step and commit."""
+    """Metrics recorded after their step was committed, by step and commit.
+
+    Each call that records metrics has made a file of its own, named
+    `<step>.<commit>.<id>.json`; of several that name a metric the latest counts. Earlier versions
+    kept `<step>.<commit>.json`, without a checksum.
+    """
     folder = os.path.join(root, HIDDEN, _METRICS)
-    found: LateMetrics = {}
+    found: dict[tuple[int, int], list[tuple[int, Late]]] = {}
     for name in storage.list(folder):
-        step, _, rest = name.partition(".")
-        commit, dot, ending = rest.partition(".")
-        if dot and ending == "json" and all(x.isascii() and x.isdigit() for x in (step, commit)):
-            record = _read_json(storage, os.path.join(folder, name))
-            if record is not None:
-                found[int(step), int(commit)] = record
-    return found
+        parts = name.split(".")
+        if len(parts) not in (3, 4) or parts[-1] != "json" or not _are_numbers(parts[:2]):
+            continue
+        recorded = _read_late(storage, os.path.join(folder, name), has_checksum=len(parts) == 4)
+        if recorded is not None:
+            found.setdefault((int(parts[0]), int(parts[1])), []).append(recorded)
+    return {key: _merged(files) for key, files in found.items()}
+
+
+def _are_numbers(texts: Sequence[str]) -> bool:
+    return all(text.isascii() and text.isdigit() for text in texts)
+
+
+def _read_late(storage: Storage, path: str, *, has_checksum: bool) -> tuple[int, Late] | None:
+    """When metrics were recorded, and what; None where the file was removed meanwhile."""
+    try:
+        data = read_optional(storage, path)
+        if data is None:
+            return None
+        if not has_checksum:
+            return 0, Late(parse_object(data, path))
+        record = records.verify_checksum(data, path)
+        metrics, recorded_ns = record.get("metrics"), record.get("time_ns")
+        if not isinstance(metrics, dict) or type(recorded_ns) is not int:
+            raise errors.CorruptCheckpointError(f"{path}: not recorded metrics.", path=path)
+        return recorded_ns, Late(cast("dict[str, Any]", metrics))
+    except (errors.CorruptCheckpointError, errors.StorageError) as error:
+        return 0, Late({}, error.message)
+
+
+def _merged(files: Sequence[tuple[int, Late]]) -> Late:
+    metrics: dict[str, Any] = {}
+    for _, late in sorted(files, key=lambda each: each[0]):
+        metrics |= late.metrics
+    return Late(metrics, next((late.problem for _, late in files if late.problem), None))
 
 
 def with_late_metrics(info: StepInfo, late: LateMetrics) -> StepInfo:
@@ -134,17 +215,42 @@ def with_late_metrics(info: StepInfo, late: LateMetrics) -> StepInfo:
     found = late.get((info.step, _commit_of(info)))
     if found is None:
         return info
-    return dataclasses.replace(info, metrics={**(info.metrics or {}), **found})
+    metrics = {**(info.metrics or {}), **found.metrics}
+    return dataclasses.replace(
+        info, metrics=metrics or info.metrics, problem=info.problem or found.problem
+    )
+
+
+def recorded(info: StepInfo, late: LateMetrics, path: str) -> Mapping[str, Any]:
+    """What was recorded of a step since it was committed; raises where some of it is damaged."""
+    found = late.get((info.step, _commit_of(info)), Late({}))
+    if found.problem is not None:
+        raise errors.CorruptCheckpointError(
+            f"{found.problem} It was recorded of step {info.step} after its commit: remove the "
+            "file, and record the metrics again.",
+            step=info.step,
+            path=path,
+        )
+    return found.metrics
 
 
 def write_late_metrics(
     storage: Storage, root: str, info: StepInfo, metrics: Mapping[str, Any]
 ) -> None:
-    """Writes a step's late metrics beside the steps, atomically and durably."""
+    """Writes metrics of a step beside the steps, atomically and durably.
+
+    Processes that do so at the same time lose nothing: each makes a new file.
+    """
     folder = os.path.join(root, HIDDEN, _METRICS)
-    storage.make_directory(folder)
-    path = os.path.join(folder, f"{info.step}.{_commit_of(info)}.json")
-    storage.replace(path, json.dumps(dict(metrics)).encode())
+    makedirs_durable(storage, folder)
+    name = f"{info.step}.{_commit_of(info)}.{uuid.uuid4().hex}.json"
+    record = {
+        "format": "functional_ckpt",
+        "version": 1,
+        "time_ns": time.time_ns(),
+        "metrics": dict(metrics),
+    }
+    storage.replace(os.path.join(folder, name), records.with_checksum(record, allow_nan=True))
 
 
 def remove_late_metrics(
@@ -152,9 +258,11 @@ def remove_late_metrics(
 ) -> None:
     """Removes the late metrics of a step that is gone, or of every commit of it but one."""
     folder = os.path.join(root, HIDDEN, _METRICS)
-    kept = None if but_of is None else f"{step}.{_commit_of(but_of)}.json"
+    kept = None if but_of is None else f"{step}.{_commit_of(but_of)}."
     for name in storage.list(folder):
-        if name.startswith(f"{step}.") and name.endswith(".json") and name != kept:
+        if not name.startswith(f"{step}.") or not name.endswith(".json"):
+            continue
+        if kept is None or not name.startswith(kept):
             storage.remove(os.path.join(folder, name))
 
 

@@ -46,15 +46,15 @@ def checkpoint_metadata(
         name: opened.json(name) if kind == "json" else select.specs(opened.tree(name).root)
         for name, kind in opened.items.items()
     }
-    info = history.read_step(opened.storage, opened.path, opened.step or 0)
-    info = history.with_late_metrics(info, late or {})
+    info = history.sound_info(opened.files)
+    recorded = history.recorded(info, late or {}, opened.path)
     return StepMetadata(
         step=opened.step,
         time=info.time,
         items=items,
-        metrics=info.metrics,
+        metrics={**(info.metrics or {}), **recorded} if recorded else info.metrics,
         progress=opened.progress,
-        custom_metadata=opened.metadata.get("custom_metadata") or {},
+        custom_metadata=opened.custom_metadata,
     )
 
 

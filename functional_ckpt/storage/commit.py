@@ -27,6 +27,7 @@ from functional_ckpt.core.tree import plain_json
 from functional_ckpt.storage import commit_marker
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.object_store import ObjectStorage
+from functional_ckpt.storage.paths import check_arrays_path
 
 __all__ = [
     "HIDDEN",
@@ -80,6 +81,10 @@ def create_tmp(storage: Storage, final: str) -> str:
     tmp = tmp_path(final)
     if isinstance(storage, ObjectStorage):
         return commit_marker.begin(storage, tmp, final)
+    check_arrays_path(final)
+    parent = os.path.dirname(final)
+    if not storage.exists(parent):
+        makedirs_durable(storage, parent)
     storage.remove(tmp)  # of an earlier save of this process that failed
     storage.make_directory(tmp)
     return tmp
@@ -240,6 +245,8 @@ def discard(storage: Storage, path: str, hidden: str) -> None:
     target = os.path.join(_make_trash(storage, hidden), unique)
     storage.remove(_replaced(hidden, path))  # an old copy would else look like all that is left
     storage.rename(path, target)
+    # Without this a power cut could undo the rename alone: the step would be back in part.
+    storage.sync_directory(os.path.dirname(path))
     storage.remove(target)
 
 

@@ -1,4 +1,4 @@
-"""The file system as the commit protocol sees it, and what a path may look like.
+"""The file system as the commit protocol sees it.
 
 `LocalStorage` is a POSIX file system; `base.Storage` says what each operation is. Every operation
 passes through `operation`, which does nothing here and is what the fault-injecting storage of
@@ -14,7 +14,6 @@ import fcntl
 import functools
 import json
 import os
-import re
 import shutil
 import socket
 import stat
@@ -28,6 +27,7 @@ import xxhash
 from functional_ckpt import errors
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.storage import local_files
+from functional_ckpt.storage.paths import is_remote, resolve, resolve_uri
 from functional_ckpt.storage.system_errors import clear_errors, is_absence
 
 __all__ = [
@@ -44,32 +44,6 @@ _RENAME_EXCHANGE = 2
 # Read and hashed while it is in the cache.
 _STEP_BYTES = 2**20
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-
-
-def resolve(path: Any) -> str:
-    """An absolute local path, or the URI of a remote one without a slash at its end.
-
-    Args:
-        path: A string, an `os.PathLike` or an `epath.Path`.
-
-    Raises:
-        UsageError: A URI that is none, or that holds credentials.
-    """
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        raise errors.UsageError(f"{text!r}: a path must be text, not bytes.")
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
-    if is_remote(text):
-        return resolve_uri(text)
-    if _SCHEME.match(text):  # what pathlib makes of a URI
-        raise errors.UsageError(
-            f"{text}: a URI has two slashes after its scheme. pathlib.Path removes one: give the "
-            "URI as a string.",
-            path=text,
-        )
-    return os.path.abspath(os.path.expanduser(text))
 
 
 class LocalStorage:
@@ -138,7 +112,7 @@ class LocalStorage:
         """As `sizes`; raises `CorruptCheckpointError` for links and special files."""
         self.operation("list", path)
         if self.is_link(path):
-            raise local_files.irregular(path, stat.S_IFLNK)
+            raise local_files.irregular(path, stat.S_IFLNK, "a directory")
         sizes: dict[str, int] = {}
         for name, found in local_files.iter_files(path):
             if not stat.S_ISREG(found.st_mode):
@@ -376,23 +350,3 @@ os.register_at_fork(after_in_child=_close_in_child)
 def describe_holder() -> bytes:
     """Who holds a lock, as other writers are told."""
     return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URI; those of `file://` have been resolved before."""
-    return "://" in path
-
-
-def resolve_uri(text: str) -> str:
-    """A URI without a slash at its end; raises UsageError for what is none."""
-    scheme, _, rest = text.partition("://")
-    bucket, *parts = rest.split("/")
-    if "@" in bucket and ":" in bucket.partition("@")[0]:
-        raise errors.UsageError(
-            f"{scheme}://...: credentials have no place in a URI, which is logged and stored; give "
-            "them in the environment."
-        )
-    names = [part for part in parts if part]
-    if not bucket or not scheme or not {".", ".."}.isdisjoint(names):
-        raise errors.UsageError(f"{text}: not a URI such as s3://bucket/run.", path=text)
-    return f"{scheme.lower()}://{'/'.join([bucket, *names])}"

@@ -172,4 +172,4 @@ def check_no_links(root: str, name: str) -> None:
         path = os.path.join(path, part)
         mode = mode_at(path)
         if mode is not None and stat.S_ISLNK(mode):
-            raise irregular(path, mode)
+            raise irregular(path, mode, "a directory")

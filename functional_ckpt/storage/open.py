@@ -6,8 +6,9 @@ from typing import Any
 
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.buckets.base import Bucket
-from functional_ckpt.storage.local import LocalStorage, is_remote, resolve
+from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.object_store import ObjectStorage
+from functional_ckpt.storage.paths import check_arrays_path, is_remote, resolve
 
 __all__ = ["connect"]
 
@@ -25,6 +26,8 @@ def connect(path: Any, storage: Storage | None = None) -> tuple[Storage, str]:
         StorageError: The store refuses, now and for ever: no such bucket, no permission.
     """
     resolved = resolve(path)
+    if not is_remote(resolved):
+        check_arrays_path(resolved)
     if storage is not None:
         return storage, resolved
     if not is_remote(resolved):

@@ -95,17 +95,17 @@ def test_a_path_out_of_the_database_is_not_followed(tmp_path: Path, file: str) -
 # ------------------------------------------------------------------------------------ arrays
 
 
-@pytest.mark.parametrize("is_staged", [False, True])
+@pytest.mark.parametrize("is_stable", [False, True])
 @pytest.mark.parametrize(("bytes_per_file", "num_threads"), [(1, 4), (1, 1), (2**30, 4)])
 def test_tensorstore_reads_the_same_as_from_its_own(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     bytes_per_file: int,
     num_threads: int,
-    is_staged: bool,
+    is_stable: bool,
 ) -> None:
     monkeypatch.setattr(write_direct, "BYTES_PER_FILE", bytes_per_file)
-    if is_staged:  # as large files are written, from where the data lies
+    if is_stable:  # as large files are written, from where the data lies
         monkeypatch.setattr(data_file, "_DIRECT_FROM_BYTES", 1)
         monkeypatch.setattr(data_file, "_LENT_FROM_BYTES", 2 * 4096)
     rng = np.random.default_rng(0)
@@ -119,7 +119,7 @@ def test_tensorstore_reads_the_same_as_from_its_own(
         write_of("strided", rng.random((70, 90)).T, (45, 70)),
         write_of("same", rng.random((50, 3)), (50, 3)),
     ]
-    writes = [write._replace(is_staged=is_staged) for write in writes]
+    writes = [write._replace(is_stable=is_stable) for write in writes]
     scalars = [("n", ArraySpec((), "int64"), 7)]
     tied = {"b": ("a.b/", writes[1].grid)}
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"

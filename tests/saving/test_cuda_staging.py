@@ -194,7 +194,7 @@ def test_a_step_that_is_not_held_back_loses_the_moment(
 ) -> None:
     """What the test above would see if the device did not wait."""
     device.lag(2)
-    monkeypatch.setattr(device_copies.Transfers, "hold_back", lambda self: None)
+    monkeypatch.setattr(device_copies.Transfers, "make_stream_wait", lambda self: None)
     model, optimizer, items = trained(device)
     expected = moment(tmp_path / "moment", items)
     with fc.CheckpointManager(tmp_path / "run", staging="overlapped") as manager:

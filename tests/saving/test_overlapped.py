@@ -263,7 +263,7 @@ def trained(path: Path, **options: Any) -> tuple[Any, torch.nn.Module, Any, dict
     optimizer = torch.optim.AdamW(model.parameters())
     plain_step(model, optimizer)()
     items = {"model": model, "optimizer": fc.Optimizer(optimizer, model)}
-    manager = fc.CheckpointManager(path, staging="overlapped", **options)
+    manager = fc.CheckpointManager(path, **{"staging": "overlapped", **options})
     return manager, model, optimizer, items
 
 
@@ -312,6 +312,147 @@ def test_a_change_that_went_around_the_fence_fails_the_save(
     manager.save(2, items).result()
     manager.close()
     assert fc.CheckpointManager(tmp_path / "run", read_only=True).all_steps() == [2]
+
+
+UNCOUNTED: dict[str, Callable[[torch.nn.Module, Any], object]] = {
+    "data": lambda model, _: model[0].weight.data.clamp_(-0.01, 0.01),
+    "foreach of data": lambda model, _: torch._foreach_mul_(
+        [p.data for p in model.parameters()], 2
+    ),
+    "numpy view": lambda model, _: model[0].weight.detach().numpy().fill(7),
+    "storage": lambda model, _: model[0].weight.untyped_storage().fill_(1),
+    "state": lambda _, optimizer: [s["exp_avg"].data.add_(1) for s in optimizer.state.values()],
+}
+
+
+@pytest.mark.parametrize("staging", ["overlapped", "overlapped-checked"])
+@pytest.mark.parametrize("how", UNCOUNTED)
+def test_a_change_that_torch_does_not_count_fails_the_save(
+    tmp_path: Path, slow: threading.Event, how: str, staging: str
+) -> None:
+    manager, model, optimizer, items = trained(tmp_path / "run", staging=staging)
+    manager.save(1, items)
+    UNCOUNTED[how](model, optimizer)
+    with pytest.raises(errors.SaveError, match=r"changed while being copied.*Everything is copied"):
+        manager.wait_until_finished()
+    assert manager.all_steps() == []
+    fc.save(tmp_path / "moment", items)
+    with manager:
+        manager.save(2, items)
+        UNCOUNTED[how](model, optimizer)
+        manager.wait_until_finished()
+        assert differences(dict(manager.restore(2)), dict(fc.restore(tmp_path / "moment"))) == []
+
+
+def test_only_the_checked_copy_sees_a_single_element(tmp_path: Path, slow: threading.Event) -> None:
+    model = torch.nn.Linear(300, 200)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    items = {"model": model, "optimizer": fc.Optimizer(optimizer, model)}
+    outcomes: list[bool] = []
+    for staging in ("overlapped", "overlapped-checked"):
+        manager = fc.CheckpointManager(tmp_path / staging, staging=staging)
+        commit = manager.save(1, items)
+        model.weight.data[100, 111] += 1
+        assert commit is not None
+        outcomes.append(commit.exception() is None)
+        manager.close()
+    assert outcomes == [True, False]
+
+
+def test_a_checked_copy_of_an_ordinary_program_passes(
+    tmp_path: Path, slow: threading.Event
+) -> None:
+    manager, model, optimizer, items = trained(tmp_path, staging="overlapped-checked")
+    step = plain_step(model, optimizer)
+    with manager:
+        for number in range(3):
+            manager.save(number, items)
+            step()
+        manager.wait_until_finished()
+        assert manager.all_steps() == [0, 1, 2]
+
+
+def test_what_was_changed_once_is_copied_at_once_from_then_on(
+    tmp_path: Path, slow: threading.Event
+) -> None:
+    manager, model, _, items = trained(tmp_path / "run")
+
+    def save_and_change(step: int) -> None:
+        manager.save(step, items)
+        with torch.no_grad():
+            model[0].weight.clamp_(-0.01, 0.01).add_(step)
+
+    save_and_change(1)
+    with pytest.raises(errors.SaveError, match=r"model\.0\.weight changed.*They are copied before"):
+        manager.wait_until_finished()
+    with manager:
+        for step in (2, 3):
+            moment = {"model": copy.deepcopy(dict(model.state_dict()))}
+            save_and_change(step)
+            manager.wait_until_finished()
+            assert differences({"model": manager.restore(step)["model"]}, moment) == []
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Embedding, torch.nn.EmbeddingBag])
+def test_an_embedding_that_a_forward_pass_shrinks(
+    tmp_path: Path, slow: threading.Event, kind: Any
+) -> None:
+    model = torch.nn.Sequential(kind(20, 6, max_norm=0.1), torch.nn.Linear(6, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.arange(20).reshape(4, 5)).square().sum().backward()
+        optimizer.step()
+
+    items = {"model": model, "optimizer": fc.Optimizer(optimizer, model)}
+    check_saved_moment(tmp_path, slow, items, step)
+
+
+class Swapping(torch.optim.SGD):
+    """As schedule-free optimizers do, it has other weights for evaluation than for training."""
+
+    def _swap(self) -> None:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.lerp_(self.state[parameter]["momentum_buffer"], 0.5)
+
+    def train(self) -> None:
+        self._swap()
+
+    def eval(self) -> None:
+        self._swap()
+
+
+def test_an_optimizer_that_swaps_weights_is_copied_at_once(
+    tmp_path: Path, slow: threading.Event
+) -> None:
+    model = make_model()
+    optimizer = Swapping(model.parameters(), lr=0.1, momentum=0.9)
+    items = {"model": model, "optimizer": fc.Optimizer(optimizer, model)}
+    step = plain_step(model, optimizer)
+    with fc.CheckpointManager(tmp_path / "run", staging="overlapped") as manager:
+        for number in range(3):
+            step()
+            optimizer.eval()
+            fc.save(tmp_path / f"{number}", items)
+            manager.save(number, items)
+            optimizer.train()
+            step()
+        manager.wait_until_finished()
+        for number in range(3):
+            moment = fc.restore(tmp_path / f"{number}")
+            assert differences(dict(manager.restore(number)), dict(moment)) == []
+
+
+def test_parameters_that_are_not_saved_may_change(tmp_path: Path, slow: threading.Event) -> None:
+    manager, model, _, items = trained(tmp_path)
+    with manager, torch.no_grad():
+        manager.save(1, {"optimizer": items["optimizer"]})
+        model[0].weight.clamp_(-0.01, 0.01)
+        manager.wait_until_finished()
+        assert manager.all_steps() == [1]
 
 
 def test_without_an_optimizer_everything_is_copied_at_once(

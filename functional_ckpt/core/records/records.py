@@ -141,9 +141,9 @@ class StepRecord:
 # ------------------------------------------------------------------------------------ sealed text
 
 
-def with_checksum(record: Mapping[str, Json]) -> bytes:
+def with_checksum(record: Mapping[str, Json], *, allow_nan: bool = False) -> bytes:
     """JSON text of a record whose last member is the digest of everything before it."""
-    body = json.dumps(record, separators=(",", ":"), allow_nan=False)[:-1]
+    body = json.dumps(record, separators=(",", ":"), allow_nan=allow_nan)[:-1]
     return (body + _SEAL.format(digest_hex(body.encode()))).encode()
 
 

@@ -58,6 +58,9 @@ def flatten(value: object, *, item: str = "") -> FlatTree:
     return FlatTree(root=root, arrays=tuple(state.arrays), tied=tuple(state.tied))
 
 
+# TensorStore's keys have up to 65,535 bytes, the last of which say which chunk it is.
+_MAX_NAME_BYTES = 64_000
+
 _Place: TypeAlias = tuple[object, Key | None, int]
 """A value, its key (None for the root) and its depth."""
 _NOTHING = structure.ValueNode(kind="none", value=None)
@@ -136,6 +139,11 @@ class _Flattening:
         if not structure.is_unicode(name):
             raise errors.UnsupportedLeafError(
                 f"the name {name!r} is not valid Unicode (lone surrogate); rename the key"
+            )
+        if 4 * len(name) > _MAX_NAME_BYTES and len(name.encode()) > _MAX_NAME_BYTES:
+            raise errors.UnsupportedLeafError(
+                f"its name has {len(name.encode())} bytes, and at most {_MAX_NAME_BYTES} can be "
+                "stored; use shorter keys"
             )
         if (other := self.paths.setdefault(structure.key_prefix(name), path)) is not path:
             self._add_collision(other, path)

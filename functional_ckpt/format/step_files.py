@@ -1,0 +1,203 @@
+"""The small files of a checkpoint directory, each compared with its record before it is believed.
+
+Restoring a step, listing steps with their metrics and deciding which steps to keep all read them
+here, so that a damaged file is noticed wherever it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, cast
+
+from functional_ckpt import errors
+from functional_ckpt.core.records import orbax, records
+from functional_ckpt.core.tree import plain_json
+from functional_ckpt.policies.progress import Progress
+from functional_ckpt.storage import local_files
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.system_errors import is_absence
+
+__all__ = [
+    "JSON_FILE",
+    "METRICS_FILE",
+    "PROGRESS_ITEM",
+    "StepFiles",
+    "check_content",
+    "parse_json",
+    "parse_object",
+    "read_optional",
+]
+
+JSON_FILE = "metadata"
+METRICS_FILE = "metrics/metrics"
+PROGRESS_ITEM = "progress"
+"""Where a step says how far the training was: a JSON item to Orbax."""
+
+
+def read_optional(storage: Storage, path: str) -> bytes | None:
+    """The content of a file; None where there is none."""
+    try:
+        return storage.read(path)
+    except errors.StorageError as error:
+        if not is_absence(error):
+            raise
+        return None
+
+
+def check_content(
+    path: str, data: bytes, expected: records.FileRecord, step: int | None = None
+) -> None:
+    """Raises `CorruptCheckpointError` where a file does not hold what was recorded of it."""
+    got = records.FileRecord(len(data), records.digest_hex(data))
+    if got != expected:
+        raise errors.CorruptCheckpointError(
+            f"{path}: expected {expected.size_bytes} bytes with digest {expected.xxh3}, got "
+            f"{got.size_bytes} with {got.xxh3}; the file was changed or swapped.",
+            path=path,
+            step=step,
+        )
+
+
+def parse_json(data: bytes, path: str) -> Any:
+    """The JSON value in a file; `CorruptCheckpointError` for anything else."""
+    try:
+        return plain_json.parse(data)
+    except (ValueError, RecursionError) as error:
+        raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
+
+
+def parse_object(data: bytes, path: str) -> dict[str, Any]:
+    """The JSON object in a file; `CorruptCheckpointError` for anything else."""
+    record = parse_json(data, path)
+    if not isinstance(record, dict):
+        raise errors.CorruptCheckpointError(f"{path}: not a JSON object.", path=path)
+    return cast("dict[str, Any]", record)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepFiles:
+    """The files of one checkpoint directory besides its arrays.
+
+    Attributes:
+        storage: Where it is.
+        path: The directory.
+        step: Its step, where it has one.
+        record: Our record; None when another program wrote the checkpoint.
+        identity: Digest of the record's file, which differs in every save; None without a record.
+    """
+
+    storage: Storage
+    path: str
+    step: int | None
+    record: records.StepRecord | None
+    identity: str | None
+
+    @classmethod
+    def open(cls, storage: Storage, path: str, step: int | None) -> StepFiles:
+        """Reads the record of a checkpoint, if it has one.
+
+        Raises:
+            CorruptCheckpointError: The record is damaged, or that of another step.
+        """
+        file = os.path.join(path, records.EXTENSION_FILE)
+        data = read_optional(storage, file)
+        record = None if data is None else records.parse_step(data, file)
+        if record is not None and step is not None and record.step != step:
+            raise errors.CorruptCheckpointError(
+                f"{path}: written as step {record.step}, found as step {step}; the directories "
+                "were swapped or renamed.",
+                path=path,
+                step=step,
+            )
+        return cls(
+            storage=storage,
+            path=path,
+            step=step if record is None else record.step,
+            record=record,
+            identity=None if data is None else records.digest_hex(data),
+        )
+
+    @classmethod
+    def foreign(cls, storage: Storage, path: str, step: int | None) -> StepFiles:
+        """Those of a directory without a record."""
+        return cls(storage=storage, path=path, step=step, record=None, identity=None)
+
+    def is_replaced(self) -> bool:
+        """Whether the checkpoint was overwritten since it was opened."""
+        if self.identity is None:
+            return False
+        data = read_optional(self.storage, os.path.join(self.path, records.EXTENSION_FILE))
+        return data is not None and records.digest_hex(data) != self.identity
+
+    def read_optional(self, name: str) -> bytes | None:
+        """A file of the checkpoint as it was written; None where there is none.
+
+        Raises:
+            CorruptCheckpointError: It was changed or lost, or a link leads to it.
+        """
+        expected = None
+        if self.record is not None:
+            expected = self.record.files.get(name)
+            if expected is None:
+                return None  # whatever is there now was not saved
+        path = os.path.join(self.path, name)
+        if isinstance(self.storage, LocalStorage):
+            local_files.check_no_links(self.path, name)
+        data = read_optional(self.storage, path)
+        if expected is None:
+            return data
+        if data is None:
+            raise self._missing(name)
+        check_content(path, data, expected, self.step)
+        return data
+
+    def read(self, name: str) -> bytes:
+        """As `read_optional`, of a file that every such checkpoint has."""
+        data = self.read_optional(name)
+        if data is None:
+            raise self._missing(name)
+        return data
+
+    def _missing(self, name: str) -> errors.CorruptCheckpointError:
+        path = os.path.join(self.path, name)
+        return errors.CorruptCheckpointError(
+            f"{path}: the file is missing.", path=path, step=self.step
+        )
+
+    def json(self, item: str) -> Any:
+        """The value of a JSON item."""
+        name = f"{item}/{JSON_FILE}"
+        return parse_json(self.read(name), os.path.join(self.path, name))
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Orbax's metadata of the checkpoint; empty where another program left none."""
+        name = orbax.CHECKPOINT_METADATA_FILE
+        data = self.read_optional(name) if self.record is None else self.read(name)
+        return {} if data is None else parse_object(data, os.path.join(self.path, name))
+
+    @property
+    def metrics(self) -> Mapping[str, Any] | None:
+        """The metrics saved with the checkpoint; None where there are none."""
+        data = self.read_optional(METRICS_FILE)
+        return None if data is None else parse_object(data, os.path.join(self.path, METRICS_FILE))
+
+    @property
+    def progress(self) -> Progress | None:
+        """How far the training was; None where the checkpoint does not say."""
+        if self.record is not None and PROGRESS_ITEM in self.record.items:
+            return None
+        name = f"{PROGRESS_ITEM}/{JSON_FILE}"
+        data = self.read_optional(name)
+        if data is None:
+            return None
+        path = os.path.join(self.path, name)
+        try:
+            return Progress.from_json(parse_json(data, path))
+        except errors.UsageError as error:
+            if self.record is None:
+                return None  # another program's item of this name
+            raise errors.CorruptCheckpointError(f"{path}: {error}.", path=path) from error

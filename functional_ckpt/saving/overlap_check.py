@@ -1,0 +1,95 @@
+"""Whether what was copied in the background is what was there when `save` was called.
+
+torch counts changes of a tensor, but not all of them: writes through `.data`, a numpy view or the
+storage, fused kernels called by hand and other processes leave no trace. So the bytes themselves
+are compared: some of them at every save, all of them where the manager was asked to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+import xxhash
+
+from functional_ckpt.core.tree import encode
+
+__all__ = ["CopiedLeaf", "CopyCheck", "sampled"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+# Few enough that `save` takes no longer for them, spread over all leaves and over each of them.
+_MAX_SAMPLED_LEAVES = 64
+_NUM_SAMPLES = 16
+_SAMPLE_BYTES = 32
+
+
+T = TypeVar("T")
+
+
+def sampled(leaves: Sequence[T]) -> Sequence[T]:
+    """A few of them, evenly spread."""
+    return leaves[:: -(-len(leaves) // _MAX_SAMPLED_LEAVES) or 1]
+
+
+class CopiedLeaf(NamedTuple):
+    """A region that is copied in the background.
+
+    Attributes:
+        name: Of the leaf, for people.
+        live: The memory that is copied.
+        dtype: As which it is stored.
+        host: Where it is copied to.
+    """
+
+    name: str
+    live: torch.Tensor
+    dtype: str
+    host: Array
+
+
+class CopyCheck:
+    """Remembers what leaves are now, and compares it with what was copied.
+
+    Args:
+        leaves: What will be copied; `sampled` of it where not every byte is compared.
+        is_whole: Whether to compare every byte, for which `save` reads all of them.
+    """
+
+    def __init__(self, leaves: Sequence[CopiedLeaf], *, is_whole: bool) -> None:
+        self._fingerprint = _digest if is_whole else _samples
+        if not is_whole:
+            leaves = [leaf for leaf in leaves if leaf.live.is_contiguous()]
+        self._expected = [
+            (leaf.name, leaf.host, self._fingerprint(_bytes(leaf))) for leaf in leaves
+        ]
+
+    def names_of_changed(self) -> list[str]:
+        """The leaves whose copies differ from what they were; to be called after the copy."""
+        return [
+            name
+            for name, host, expected in self._expected
+            if self._fingerprint(_flat(host)) != expected
+        ]
+
+
+def _bytes(leaf: CopiedLeaf) -> Array:
+    live = leaf.live if leaf.live.is_cpu else leaf.live.cpu()
+    return _flat(encode.host_view(live, leaf.dtype))
+
+
+def _flat(array: Array) -> Array:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _digest(flat: Array) -> bytes:
+    return xxhash.xxh3_128_digest(flat.data)
+
+
+def _samples(flat: Array) -> bytes:
+    if len(flat) <= _NUM_SAMPLES * _SAMPLE_BYTES:
+        return flat.tobytes()
+    rows = flat[: len(flat) // _NUM_SAMPLES * _NUM_SAMPLES].reshape(_NUM_SAMPLES, -1)
+    return rows[:, :_SAMPLE_BYTES].tobytes()

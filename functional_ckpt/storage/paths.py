@@ -1,0 +1,88 @@
+"""What a path or a URI may look like."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from functional_ckpt import errors
+
+__all__ = ["check_arrays_path", "is_remote", "resolve", "resolve_uri"]
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def resolve(path: Any) -> str:
+    """An absolute local path, or the URI of a remote one without a slash at its end.
+
+    Args:
+        path: A string, an `os.PathLike` or an `epath.Path`.
+
+    Raises:
+        UsageError: A URI that is none, or that holds credentials.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise errors.UsageError(f"{text!r}: a path must be text, not bytes.")
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if is_remote(text):
+        return resolve_uri(text)
+    if _SCHEME.match(text):  # what pathlib makes of a URI
+        raise errors.UsageError(
+            f"{text}: a URI has two slashes after its scheme. pathlib.Path removes one: give the "
+            "URI as a string.",
+            path=text,
+        )
+    path = os.path.abspath(os.path.expanduser(text))
+    return path[1:] if path.startswith("//") else path  # POSIX lets that mean something else
+
+
+def check_arrays_path(path: str) -> None:
+    """Raises `UsageError` for a local path at which arrays could be saved and never be read.
+
+    TensorStore, which reads them, wants UTF-8, and takes a backslash for a slash: then neither an
+    empty name nor `.` and `..` may be between two of them.
+    """
+    why = None
+    if "\0" in path:
+        why = "has a NUL byte"
+    elif not path.isascii() and not _is_utf8(path):
+        why = "is not UTF-8"
+    elif "\\" in path and not {"", ".", ".."}.isdisjoint(re.split(r"[/\\]", path)[1:]):
+        why = "has a name that begins or ends with a backslash"
+    if why is not None:
+        raise errors.UsageError(
+            f"{path!r} {why}: TensorStore, which reads arrays, cannot open it. Rename the "
+            "directory.",
+            path=path,
+        )
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URI; those of `file://` have been resolved before."""
+    return "://" in path
+
+
+def resolve_uri(text: str) -> str:
+    """A URI without a slash at its end; raises UsageError for what is none."""
+    scheme, _, rest = text.partition("://")
+    bucket, *parts = rest.split("/")
+    if "@" in bucket and ":" in bucket.partition("@")[0]:
+        raise errors.UsageError(
+            f"{scheme}://...: credentials have no place in a URI, which is logged and stored; give "
+            "them in the environment."
+        )
+    names = [part for part in parts if part]
+    if not bucket or not scheme or not {".", ".."}.isdisjoint(names):
+        raise errors.UsageError(f"{text}: not a URI such as s3://bucket/run.", path=text)
+    return f"{scheme.lower()}://{'/'.join([bucket, *names])}"
