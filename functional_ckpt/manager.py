@@ -107,6 +107,8 @@ class CheckpointManager:
             staging_budget_bytes=staging_budget_bytes,
             on_busy=on_busy,
         )
+        if not tiers:
+            rules.check_not_passing("keep_policy", self._options.keep_policies)
         self._coordinator = acquire.coordinator_of(coordinator, process_group)
         events.rank = self._coordinator.rank
         self._saver = saver.Saver(self._steps, registry, self._coordinator, self._options)
@@ -117,7 +119,14 @@ class CheckpointManager:
                 self._saver.decider.start()
             run_on_all(self._coordinator, "looking into the directory", self._steps.reload)
             self._saver.upload_by(
-                open_tiers(self._steps, tiers, step_names, self._coordinator, read_only=read_only)
+                open_tiers(
+                    self._steps,
+                    tiers,
+                    step_names,
+                    self._coordinator,
+                    read_only=read_only,
+                    overwrite=overwrite,
+                )
             )
             if self._lock is not None:
                 self._steps.update_latest_link()  # a crash may have left it behind
@@ -200,7 +209,12 @@ class CheckpointManager:
         run_on_primary(self._coordinator, what, record, prepare=ready, after=then)
 
     def delete(self, step: int) -> None:
-        """Removes a step: out of sight in one rename, then from disk."""
+        """Removes a step from every tier: out of sight in one rename, then from disk.
+
+        Raises:
+            StepNotFoundError: There is no such step.
+            StorageError: A tier refuses, or cannot be reached: the step is still in the first.
+        """
         self._check_usable()
         self._steps.check_writable()
         number = check_step(step)
@@ -210,7 +224,7 @@ class CheckpointManager:
                 self.wait_until_finished()
             self._steps.existing(number)
 
-        discard = functools.partial(self._steps.delete, number)
+        discard = functools.partial(self._saver.delete, number)
         what, then = f"deleting step {number}", self._steps.reload_local
         run_on_primary(self._coordinator, what, discard, prepare=ready, after=then)
 

@@ -2,8 +2,8 @@
 
 They decide as Orbax's preservation policies of the same names do, save for what loses
 checkpoints there: a metric that is missing or not a number ranks worst (there it breaks the
-ranking or raises), keeping zero steps is an error (there it keeps none, or all), and the clock is
-passed in.
+ranking or raises), keeping zero steps is an error (there it keeps none, or all) save for
+`LatestN(0)` in the first of several tiers, and the clock is passed in.
 """
 
 from __future__ import annotations
@@ -53,14 +53,19 @@ class LatestN:
     """Keeps the `n` steps with the highest numbers.
 
     Attributes:
-        n: At least 1; None keeps all.
+        n: None keeps all. 0 is for a first tier that steps only pass through: each goes once the
+            tiers hold it that it was promised to, and never before.
     """
 
     n: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for less than one step."""
-        _check_count("n of LatestN", self.n)
+        """Raises UsageError for less than no step."""
+        if self.n is not None and (not is_int(self.n) or self.n < 0):
+            raise UsageError(
+                "n of LatestN: expected an int of at least 1, None for all, or 0 for a first tier "
+                f"that steps only pass through; got {self.n!r}"
+            )
 
     def should_preserve(
         self, checkpoints: Sequence[StepInfo], /, *, context: KeepContext

@@ -17,6 +17,7 @@ from functional_ckpt.policies.base import (
     StepInfo,
     StepPolicy,
 )
+from functional_ckpt.policies.keep import LatestN
 
 __all__ = [
     "AnyKeep",
@@ -24,9 +25,12 @@ __all__ = [
     "KeepPolicies",
     "SavePolicies",
     "SaveRule",
+    "check_not_passing",
     "decide_keep",
     "decide_save",
     "keep_policies",
+    "keeps_newest",
+    "passes_through",
     "save_rule",
     "steps_to_prune",
 ]
@@ -243,6 +247,37 @@ def steps_to_prune(
         for info, keep in zip(history, kept, strict=True)
         if not keep and info.problem is None
     )
+
+
+def keeps_newest(
+    policies: Sequence[KeepPolicy], history: Sequence[StepInfo], *, context: KeepContext
+) -> bool:
+    """Returns whether the newest step stays in a directory that is not the only one.
+
+    It does, whatever the policies say, unless `LatestN(0)` is among them.
+    """
+    if not history or not passes_through(policies):
+        return True
+    return AnyKeep(tuple(policies)).should_preserve(history, context=context)[-1]
+
+
+def passes_through(policies: Sequence[KeepPolicy]) -> bool:
+    """Returns whether `LatestN(0)` is among the policies: steps stay until they are elsewhere."""
+    return any(
+        passes_through(each.policies)
+        if isinstance(each, AnyKeep)
+        else isinstance(each, LatestN) and each.n == 0
+        for each in policies
+    )
+
+
+def check_not_passing(place: str, policies: Sequence[KeepPolicy]) -> None:
+    """Raises UsageError for `LatestN(0)` where steps have nowhere else to go."""
+    if passes_through(policies):
+        raise UsageError(
+            f"{place}: LatestN(0) keeps no step, so it is for the first of several tiers: give the "
+            "manager tiers=, or keep the latest step with LatestN(1)"
+        )
 
 
 def _ask(

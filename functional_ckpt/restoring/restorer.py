@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import operator
 import os
@@ -45,7 +46,7 @@ class Restorer:
         self, step: int | None, items: Mapping[str, Any] | None, options: RestoreOptions
     ) -> restore_lib.Restored:
         """Restores a step; `CheckpointManager.restore` says what is what."""
-        return self._restore(self._agree(step), items, options)
+        return self._restore(*self._agree(step), items, options)
 
     def restore_or(
         self, initial: Mapping[str, Any], options: RestoreOptions
@@ -60,9 +61,9 @@ class Restorer:
             what, b"%d" % len(self.steps.all()), lambda v: v[0]
         )
         if found != b"0":
-            number = self._agree(None)
+            number, holders = self._agree(None)
             self._tell("going on from step %d, the latest of %d", number, int(found))
-            return self._restore(number, initial, options)
+            return self._restore(number, holders, initial, options)
         self._tell("no step yet: beginning with the initial values")
         self._warn_of_others()
         return initial_values(initial)
@@ -89,17 +90,27 @@ class Restorer:
             )
 
     def _restore(
-        self, step: int, items: Mapping[str, Any] | None, options: RestoreOptions
+        self,
+        step: int,
+        holders: Sequence[Steps],
+        items: Mapping[str, Any] | None,
+        options: RestoreOptions,
     ) -> restore_lib.Restored:
         """From the nearest tier that holds it; from the next where that one cannot be read."""
-        *nearer, last = self.steps.tiers_with(step)
-        failures = (errors.CorruptCheckpointError, errors.StorageError, errors.CoordinationError)
-        for holder in nearer:
-            try:
-                return self._restore_from(holder, step, items, options)
-            except failures as error:
-                _log.warning("step %d: going on to the next tier: %s", step, error)
-        return self._restore_from(last, step, items, options)
+        *nearer, last = holders
+        failures = (
+            errors.CorruptCheckpointError,
+            errors.StorageError,
+            errors.CoordinationError,
+            errors.StepNotFoundError,
+        )
+        with self.steps.reading(step):
+            for holder in nearer:
+                try:
+                    return self._restore_from(holder, step, items, options)
+                except failures as error:
+                    _log.warning("step %d: going on to the next tier: %s", step, error)
+            return self._restore_from(last, step, items, options)
 
     def _restore_from(
         self, holder: Steps, step: int, items: Mapping[str, Any] | None, options: RestoreOptions
@@ -124,11 +135,15 @@ class Restorer:
         self.decider.mark_resumed(step, restored.progress)
         return restored
 
-    def _agree(self, step: int | None) -> int:
-        """The step that every rank restores; all ranks raise when one cannot, or means another."""
+    def _agree(self, step: int | None) -> tuple[int, list[Steps]]:
+        """The step that every rank restores, and the tiers that hold it, the nearest first.
+
+        All ranks raise when one cannot, or means another. The primary knows the tiers best: it
+        alone uploads and prunes.
+        """
         value: bytes | BaseException
         try:
-            number = self.steps.latest() if step is None else self.steps.existing(check_step(step))
+            number = self.steps.latest() if step is None else self._existing(check_step(step))
             value = b"%d" % number
         except errors.CheckpointError as error:
             value = error
@@ -143,9 +158,18 @@ class Restorer:
                         f"{values[0].decode()}; every rank must make the same calls.",
                         ranks=(rank,),
                     )
-            return values[0]
+            holders = self.steps.tiers_with(int(values[0]))
+            return json.dumps([int(values[0]), [each.root for each in holders]]).encode()
 
-        return int(self.coordinator.gather_broadcast("which step to restore", value, combine))
+        outcome = self.coordinator.gather_broadcast("which step to restore", value, combine)
+        number, roots = json.loads(outcome)
+        return number, self.steps.tiers_at(roots)
+
+    def _existing(self, step: int) -> int:
+        """The step, if there is one as far as this rank can tell."""
+        if self.coordinator.rank and self.steps.has_tiers:
+            return step
+        return self.steps.existing(step)
 
 
 def initial_values(initial: Mapping[str, Any]) -> restore_lib.Restored:

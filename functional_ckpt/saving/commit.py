@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -63,6 +64,8 @@ class StepCommitter:
         self._steps = steps
         self._storage = steps.storage
         self._keep_policies = tuple(keep_policies)
+        self._busy = threading.Lock()  # a commit, or the pruning after an upload
+        self._is_prune_due = False
         self._coordinator = coordinator
 
     def commit(
@@ -80,6 +83,17 @@ class StepCommitter:
             info: What is written besides.
             pending: What is left to be copied first.
         """
+        with self._busy:
+            self._commit(step, items, info, pending)
+        self._prune_if_idle()
+
+    def _commit(
+        self,
+        step: int,
+        items: Sequence[stage.StagedItem],
+        info: finalize.CheckpointInfo,
+        pending: PendingCopy | None,
+    ) -> None:
         if pending is not None:
             try:
                 pending.run()
@@ -96,7 +110,7 @@ class StepCommitter:
             _log.info("step %d committed", step)
             seconds = (outcome["commit_time_ns"] - info.init_time_ns) / 1e9
             self._steps.emit("committed", step, seconds=seconds)
-        is_more_to_do = self._keep_policies or self._steps.latest_link or self._steps.remote
+        is_more_to_do = self._keep_policies or self._steps.latest_link or self._steps.has_tiers
         if is_more_to_do or outcome["replaced"] is not None:
             self._clean_up(committed, outcome["replaced"])
 
@@ -115,7 +129,7 @@ class StepCommitter:
         try:
             return self._write_shards(step, items, info, finish)
         except errors.CheckpointError as error:
-            if not self._steps.remote or isinstance(error, errors.CoordinationTimeoutError):
+            if not self._steps.has_tiers or isinstance(error, errors.CoordinationTimeoutError):
                 raise
             # Live memory, which a bounded save writes from, may have changed by now.
             is_fixed = not any(item.blocks_caller for item in items)
@@ -228,16 +242,17 @@ class StepCommitter:
         step = info.step
 
         def on_primary(_: Sequence[bytes]) -> bytes:
-            self._steps.update_latest_link()
             if self.uploads is not None:
                 self.uploads.committed(info)
+            self._steps.update_latest_link()
             if replaced is not None:
                 self._steps.forget_late_metrics(step)
                 self._storage.remove(replaced)
-            return json.dumps(self._prune()).encode()
+            self._prune()
+            return self._lists()
 
         try:
-            pruned = self._coordinator.gather_broadcast(
+            lists = self._coordinator.gather_broadcast(
                 f"cleaning up after step {step}", b"", on_primary
             )
         except Exception as error:
@@ -246,21 +261,55 @@ class StepCommitter:
                 step=step,
                 path=self._steps.root,
             ) from error
-        self._steps.forget(json.loads(pruned))
+        if self._coordinator.rank:
+            self._steps.follow(json.loads(lists))
 
-    def _prune(self) -> list[int]:
-        """On the primary: removes what the policies let go, and returns it."""
+    def _lists(self) -> bytes:
+        """On the primary: the steps of every tier, for the other ranks."""
+        if self._coordinator.num_ranks == 1:
+            return b""
+        tiers = (self._steps, *self._steps.remote)
+        return json.dumps({each.root: [i.step for i in each.infos] for each in tiers}).encode()
+
+    def prune_uploaded(self) -> None:
+        """A step has arrived in another tier: removes what need not stay here any more.
+
+        On any thread; during a commit, that one does it at its end.
+        """
+        self._is_prune_due = True
+        self._prune_if_idle()
+
+    def _prune_if_idle(self) -> None:
+        while self._is_prune_due and self._busy.acquire(blocking=False):
+            try:
+                self._is_prune_due = False
+                self._prune(only_copied=True)
+            except errors.CheckpointError as error:
+                _log.warning("%s: pruning failed: %s", self._steps.root, error)
+            finally:
+                self._busy.release()
+
+    def _prune(self, *, only_copied: bool = False) -> None:
+        """On the primary: removes what the policies let go.
+
+        Args:
+            only_copied: Leave what no other tier holds.
+        """
         if not self._keep_policies:
-            return []
-        known = self._steps.with_late_metrics()
-        context = KeepContext(now=datetime.datetime.now(datetime.UTC))
-        steps = rules.steps_to_prune(self._keep_policies, known, context=context)
+            return
         alone = contextlib.nullcontext(()) if self.uploads is None else self.uploads.exclusive()
         with alone as promised:
-            steps = [step for step in steps if step not in promised]
+            known = self._steps.with_late_metrics()
+            context = KeepContext(now=datetime.datetime.now(datetime.UTC))
+            steps = list(rules.steps_to_prune(self._keep_policies, known, context=context))
+            copied = {info.step for each in self._steps.remote for info in each.infos}
+            if not rules.keeps_newest(self._keep_policies, known, context=context):
+                steps += [step for step in (known[-1].step,) if step in copied]
             for step in steps:
-                self._steps.prune(step)
-        return steps
+                if step in promised or self._steps.is_being_read(step):
+                    continue
+                if step in copied or not only_copied:
+                    self._steps.prune(step)
 
 
 def _is_full(error: BaseException | None) -> bool:

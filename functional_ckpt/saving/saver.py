@@ -201,8 +201,19 @@ class Saver:
             self._fence.wait()
 
     def upload_by(self, uploads: Uploads | None) -> None:
-        """Committed steps go to further tiers from now on."""
+        """Committed steps go to the other tiers from now on."""
         self._writer.uploads = uploads
+        if uploads is not None:
+            uploads.on_arrived = self._writer.prune_uploaded
+            self._writer.prune_uploaded()  # what arrived when the last manager was closing
+
+    def delete(self, step: int) -> None:
+        """On the primary: removes a step from every tier, the first one last."""
+        uploads = self._writer.uploads
+        with contextlib.nullcontext() if uploads is None else uploads.exclusive():
+            if uploads is not None:
+                uploads.delete(step)
+            self._steps.delete(step)
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """On the primary: records metrics of a committed step in the tiers that hold it.

@@ -161,7 +161,7 @@ class SaveDecider:
         """The steps that came before in this run: saved by it, or no later than where it began."""
         known = {
             info.step: info
-            for info in self._steps.infos
+            for info in self._steps.all_infos()
             if self._resumed_from is None
             or info.step <= self._resumed_from
             or info.step in self._saved_steps

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from functional_ckpt import errors
@@ -42,7 +42,9 @@ class Steps:
         root: The directory.
         events: Where what happens to the steps is told.
         hidden: Where everything is that is no step.
-        further: The steps of further tiers, the nearest first; also there what is asked for may be.
+        remote: The steps of the other tiers that were reached, the nearest first.
+        has_tiers: Whether there are others, reached or not.
+        reach: Opens tiers that were out of reach; with True it raises where one still is.
     """
 
     def __init__(
@@ -66,6 +68,9 @@ class Steps:
         self._num_changes = 0
         self._problems: set[tuple[int, str]] = set()
         self.remote: tuple[Steps, ...] = ()
+        self._being_read: list[int] = []
+        self.has_tiers = False
+        self.reach: Callable[[bool], None] = lambda _: None
         if latest_link is not None and (
             names.parse(latest_link) is not None or not _is_component(latest_link)
         ):
@@ -81,6 +86,7 @@ class Steps:
 
     def reload(self) -> None:
         """Reads everything from disk anew, in every tier."""
+        self.reach(False)
         self.reload_local()
         for each in self.remote:
             each.reload()
@@ -116,9 +122,17 @@ class Steps:
         self._num_changes += 1
 
     def all(self) -> list[int]:
-        """The committed steps of every tier, ascending."""
-        found = self._own()
-        return sorted({*found, *(s for each in self.remote for s in each.all())})
+        """The committed steps of every tier that was reached, ascending.
+
+        Raises:
+            StorageError: There is none here, and a tier that may hold some is out of reach.
+        """
+        if not self._own():
+            self.reach(True)
+        return self._reached()
+
+    def _reached(self) -> list[int]:
+        return sorted({*self._own(), *(s for each in self.remote for s in each._own())})
 
     def _own(self) -> list[int]:
         if self.read_only:
@@ -129,6 +143,29 @@ class Steps:
         """The tiers that hold a step, the nearest first; this one where none does."""
         found = [each for each in (self, *self.remote) if step in each._own()]
         return found or [self]
+
+    def tiers_at(self, roots: Sequence[str]) -> list[Steps]:
+        """The tiers at these roots; those that were not reached yet are opened."""
+        if not set(roots) <= {each.root for each in (self, *self.remote)}:
+            self.reach(True)
+        known = {each.root: each for each in (self, *self.remote)}
+        return [known[root] for root in roots]
+
+    @contextlib.contextmanager
+    def reading(self, step: int) -> Generator[None]:
+        """While a step is being read here, an upload of it that arrives does not let it go."""
+        with self._mutex:
+            self._being_read.append(step)
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._being_read.remove(step)
+
+    def is_being_read(self, step: int) -> bool:
+        """Whether this process is reading a step."""
+        with self._mutex:
+            return step in self._being_read
 
     def all_infos(self) -> tuple[StepInfo, ...]:
         """The steps of every tier as last seen, ascending."""
@@ -146,6 +183,9 @@ class Steps:
         """The step, if it was committed; else raises `StepNotFoundError`."""
         steps = self.all()
         if step not in steps:
+            self.reach(True)
+            steps = self.all()
+        if step not in steps:
             shown = ", ".join(map(str, steps[-10:])) or "none"
             raise errors.StepNotFoundError(
                 f"{self.root} has no step {step}; the latest are: {shown}.",
@@ -159,7 +199,7 @@ class Steps:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             self.reload()
-            latest = max(self.all(), default=None)
+            latest = max(self._reached(), default=None)
             if latest is not None and (after is None or latest > after):
                 return latest
             if deadline is not None and time.monotonic() >= deadline:
@@ -237,7 +277,16 @@ class Steps:
             self.storage.sync_directory(self.root)
 
     def check_free(self, step: int, progress: Progress | None, *, overwrite: bool) -> None:
-        """Raises `StepExistsError` when the step is there and may not be overwritten."""
+        """Raises `StepExistsError` when a tier has the step, and it may not be overwritten."""
+        for each in () if overwrite else self.remote:
+            if any(info.step == step for info in each.infos):
+                raise errors.StepExistsError(
+                    f"Step {step} exists in the tier {each.root}. Make the manager with "
+                    "overwrite=True to replace it, delete it, save another step, or give this run "
+                    "its own tier.",
+                    step=step,
+                    path=each.root,
+                )
         path = self.new_path(step, progress)
         if not self.storage.exists(path):
             return
@@ -268,6 +317,14 @@ class Steps:
         """Steps were removed."""
         with self._mutex:
             self._change(each for each in self._infos if each.step not in steps)
+
+    def follow(self, lists: Mapping[str, Collection[int]]) -> None:
+        """Remembers of every tier what the primary says that it holds, by its root."""
+        known = {info.step: info for info in self.all_infos()}
+        for each in (self, *self.remote):
+            if each.root in lists:
+                with each._mutex:
+                    each._change(known[step] for step in lists[each.root] if step in known)
 
     def with_late_metrics(self) -> tuple[StepInfo, ...]:
         """The steps with what was recorded of them since, by whatever process."""

@@ -14,7 +14,14 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from functional_ckpt.errors import UsageError
 
-__all__ = ["CompositeStepName", "NameFormat", "StepName", "as_name_format", "check_component"]
+__all__ = [
+    "CompositeStepName",
+    "NameFormat",
+    "StepName",
+    "as_name_format",
+    "check_component",
+    "is_taken_name",
+]
 
 _TMP_MARK: Final = ".orbax-checkpoint-tmp"
 # No file system takes a longer component, and `int()` refuses thousands of digits by raising.
@@ -148,6 +155,11 @@ def as_name_format(
             f"with build_name, names and parse; got {adapted!r}"
         )
     return adapted
+
+
+def is_taken_name(name: str, names: NameFormat) -> bool:
+    """Whether a directory of steps would take `name` in it for a step or for a part of itself."""
+    return name.startswith(".") or _TMP_MARK in name or names.parse(name) is not None
 
 
 def _check_prefix(prefix: str) -> None:

@@ -8,21 +8,29 @@ those hold it that it was promised to.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import time
 from collections.abc import Sequence
 
 from functional_ckpt import errors
-from functional_ckpt.distributed.coordinator import Coordinator, run_on_primary
+from functional_ckpt.distributed.coordinator import Coordinator, run_on_all
 from functional_ckpt.events import Events
 from functional_ckpt.policies import rules
 from functional_ckpt.steps import orbax_adapters
 from functional_ckpt.steps.directory import Steps
-from functional_ckpt.steps.names import NameFormat
-from functional_ckpt.steps.uploads import Uploads, UploadTarget
+from functional_ckpt.steps.names import NameFormat, is_taken_name
+from functional_ckpt.steps.remote_tier import RemoteTier, is_outage, open_reachable
+from functional_ckpt.steps.uploads import Uploads
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.local import LocalStorage, is_remote, resolve
 from functional_ckpt.storage.open import connect
 
 __all__ = ["Tier", "open_tiers"]
+
+# As long as requests to object stores are made again.
+_PATIENCE_SECONDS = 300.0
+_LOOK_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +68,11 @@ def open_tiers(
     coordinator: Coordinator,
     *,
     read_only: bool,
+    overwrite: bool,
 ) -> Uploads | None:
     """Makes the tiers' steps known to `local`, and begins to upload what they were promised.
+
+    A tier that is out of reach is opened later: at once where something depends on it.
 
     Returns:
         The uploads, on the primary of a writer; None elsewhere.
@@ -69,17 +80,30 @@ def open_tiers(
     Raises:
         StorageError: A tier's store refuses.
         LockedError: Another live writer holds a tier.
+        UsageError: Two tiers are one, or one is in the other.
     """
     if not tiers:
         return None
     is_writer = coordinator.rank == 0 and not read_only
-    remote = [_open(tier, names, local.events, is_writer=is_writer) for tier in tiers]
-    local.remote = tuple(each.steps for each in remote)
-    uploads = Uploads(local, remote) if is_writer else None
+    remote = [_remote_tier(tier, names, local.events, is_writer=is_writer) for tier in tiers]
+    _check_apart([local.root, *(tier.root for tier in remote)], names)
+
+    def show_open() -> None:
+        opened = [tier.steps for tier in remote if tier.steps is not None]
+        local.remote = tuple(opened)
+
+    def reach(must: bool) -> None:
+        for tier in remote:
+            if tier.steps is None and (must or not is_writer):
+                _reach(tier, must=must)
+
+    for tier in remote:
+        tier.on_open = show_open
+    local.reach, local.has_tiers = reach, True
+    uploads = Uploads(local, remote, overwrite=overwrite) if is_writer else None
+    begin = functools.partial(open_reachable, remote) if uploads is None else uploads.begin
     try:
-        run_on_primary(coordinator, "opening the tiers", uploads.begin if uploads else _nothing)
-        for each in remote:
-            each.steps.reload()
+        run_on_all(coordinator, "opening the tiers", begin)
     except BaseException:
         if uploads is not None:
             uploads.release()
@@ -87,18 +111,61 @@ def open_tiers(
     return uploads
 
 
-def _nothing() -> None:
-    pass
-
-
-def _open(tier: Tier, names: NameFormat, events: Events, *, is_writer: bool) -> UploadTarget:
-    storage, root = connect(tier.path, tier.storage)
+def _remote_tier(tier: Tier, names: NameFormat, events: Events, *, is_writer: bool) -> RemoteTier:
     rule = None
     if tier.save is not None:
         rule = rules.save_rule(tier.save, adapt=orbax_adapters.adapt_save_policy)
-    return UploadTarget(
-        steps=Steps(storage, root, names, events, read_only=not is_writer, latest_link="latest"),
+
+    keep = orbax_adapters.adapted_keep_policies(tier.keep)
+    rules.check_not_passing(f"keep of the tier {tier.path}", keep)
+
+    def connect_once() -> Steps:
+        storage, root = connect(tier.path, tier.storage, is_patient=False)
+        if tier.storage is not None or isinstance(storage, LocalStorage):
+            storage.exists(root)
+        link = "latest" if is_writer else None
+        return Steps(storage, root, names, events, read_only=not is_writer, latest_link=link)
+
+    return RemoteTier(
+        resolve(tier.path),
+        connect_once,
         rule=rule,
-        keep=orbax_adapters.adapted_keep_policies(tier.keep),
+        keep=keep,
         max_delay_seconds=tier.max_delay_seconds,
     )
+
+
+def _reach(tier: RemoteTier, *, must: bool) -> None:
+    """Opens a tier that was out of reach; waits for it where it must be known."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            tier.open()
+        except errors.CheckpointError as error:
+            if not must and is_outage(error):
+                return
+            if not is_outage(error) or time.monotonic() >= deadline:
+                error.add_note(f"Which steps {tier.root} holds must be known here.")
+                raise
+        else:
+            return
+        time.sleep(_LOOK_SECONDS)
+
+
+def _check_apart(roots: Sequence[str], names: NameFormat) -> None:
+    """Raises where steps of one directory would be taken for what another one holds."""
+    known = [root if is_remote(root) else os.path.realpath(root) for root in roots]
+    for place, root in enumerate(known):
+        for other in known[:place]:
+            if root == other:
+                raise errors.UsageError(
+                    f"{root} is two tiers at once: give each its own directory.", path=root
+                )
+            outer, inner = sorted((root, other), key=len)
+            part = inner[len(outer) + 1 :].split("/")[0]
+            if inner.startswith(f"{outer}/") and is_taken_name(part, names):
+                raise errors.UsageError(
+                    f"{inner} is in {outer}, which would take {part!r} for a step or for a file of "
+                    "its own: give each tier its own directory.",
+                    path=inner,
+                )

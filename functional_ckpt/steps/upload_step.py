@@ -5,11 +5,12 @@ An upload that was cut goes on where it was: files that arrived whole are not se
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
 import threading
-from typing import Any
+from collections.abc import Mapping
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
@@ -17,6 +18,7 @@ from functional_ckpt.runtime import progress_bars
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.storage import commit, commit_marker
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.object_store import ObjectStorage
 
 __all__ = ["Upload"]
@@ -47,14 +49,26 @@ class _Sent:
 
 
 class Upload:
-    """One step on its way to one tier."""
+    """One step on its way to one tier.
 
-    def __init__(self, local: Steps, remote: Steps, source: str, final: str, step: int) -> None:
+    Args:
+        local: The first tier.
+        remote: The tier that the step is copied to.
+        source: Where the step is.
+        final: Where it will be.
+        step: Its number.
+        may_replace: Whether it may take the place of another commit of the step. The old one stays
+            until the new one is whole.
+    """
+
+    def __init__(
+        self, local: Steps, remote: Steps, source: str, final: str, step: int, *, may_replace: bool
+    ) -> None:
         self._local, self._remote = local.storage, remote.storage
         self._hidden, self._remote_root = remote.hidden, remote.root
         self._source, self._final, self._step = source, final, step
+        self._may_replace = may_replace
         self._tmp = commit.tmp_path(final)
-        self._place = final if isinstance(remote.storage, ObjectStorage) else self._tmp
         self._note = commit_marker.intent(self._tmp)
 
     def run(self) -> int:
@@ -66,81 +80,145 @@ class Upload:
         Raises:
             StorageError: A store refused, or could not be reached.
             CorruptCheckpointError: The step in the first tier is not what was committed.
+            StepExistsError: The tier holds another commit of the step, and may not lose it.
         """
-        identity = self._identity(self._local, self._source)
+        commit.finish_overwrite(self._remote, self._remote_root, self._hidden)
+        files, identity = self._files()
         if self._remote.is_committed(self._final):
-            if self._identity(self._remote, self._final) == identity:
+            if _record_digest(self._remote, self._final) == identity:
                 self._remote.remove(self._tmp)  # the note, where only its removal was cut
                 return 0
-            commit.discard(self._remote, self._final, self._hidden)  # that of a step since replaced
-        self._begin(identity)
-        sizes = self._local.sizes(self._source)
-        present = self._remote.sizes(self._place)
-        missing = [name for name, size in sizes.items() if present.get(name) != size]
-        expected = self._expected()
-        num_bytes, total_bytes = sum(sizes[name] for name in missing), sum(sizes.values())
+            self._check_replaceable()
+        place = self._begin(identity)
+        present = self._remote.sizes(place)
+        missing = [name for name, file in files.items() if present.get(name) != file.size_bytes]
+        total_bytes = sum(file.size_bytes for file in files.values())
+        num_bytes = sum(files[name].size_bytes for name in missing)
         with progress_bars.bar(f"step {self._step} to {self._remote_root}") as show:
             sent = _Sent(show, total_bytes - num_bytes, total_bytes)
 
             def send(name: str) -> None:
-                self._send(name, expected.get(name))
-                sent.add(sizes[name])
+                self._send(name, files[name], place, identity)
+                sent.add(files[name].size_bytes)
 
             run_in_threads([functools.partial(send, name) for name in missing], _NUM_FILES)
-        self._check_arrived(sizes, identity)
-        self._publish()
+        self._check_arrived(place, files, identity)
+        self._publish(place, files)
         return num_bytes
 
-    def _identity(self, storage: Any, path: str) -> str:
-        """What tells this commit of the step from any other: its record names every digest."""
-        return records.digest_hex(storage.read(os.path.join(path, records.EXTENSION_FILE)))
+    def _check_replaceable(self) -> None:
+        if not self._may_replace:
+            raise errors.StepExistsError(
+                f"{self._final} is another commit of step {self._step}, and this manager does not "
+                "overwrite. Give this run its own tier, move that step away, or make the manager "
+                "with overwrite=True to replace it.",
+                step=self._step,
+                path=self._final,
+            )
 
-    def _begin(self, identity: str) -> None:
-        """Goes on with what was begun of this very commit; clears away anything else."""
-        token = json.dumps({"token": identity}).encode()
-        if self._remote.exists(self._note) and self._remote.read(self._note) == token:
-            return
+    def _files(self) -> tuple[dict[str, records.FileRecord], str]:
+        """What the step consists of by its own records, and what tells this commit from others.
+
+        A listing is not what says it: a file that is missed would be missing in the copy. What the
+        records do not know, which is all of a step of another program, is described as it is.
+        """
+        path = os.path.join(self._source, records.EXTENSION_FILE)
+        found: dict[str, records.FileRecord] = {}
+        digest = _record_digest(self._local, self._source)
+        if digest is not None:
+            text = self._local.read(path)
+            found = {records.EXTENSION_FILE: records.FileRecord(len(text), digest)}
+            record = records.parse_step(text, path)
+            found |= record.files
+            for item, kind in record.items.items():
+                if kind == "tree":
+                    path = os.path.join(self._source, item, records.EXTENSION_FILE)
+                    files = records.parse_item(self._local.read(path), path).files
+                    found |= {f"{item}/{name}": file for name, file in files.items()}
+        for name in self._local.walk(self._source):
+            path = os.path.join(self._source, name)
+            if name not in found and self._local.kind(path) == "a file":
+                found[name] = self._local.checksum(path)
+        return found, digest or _digest_of(found)
+
+    def _begin(self, identity: str) -> str:
+        """Where to write: goes on with what was begun of this very commit, clears away the rest."""
         if isinstance(self._remote, ObjectStorage):
-            commit_marker.begin(self._remote, self._tmp, self._final)
-        else:
+            return commit_marker.resume(
+                self._remote, self._tmp, self._final, identity
+            ) or commit_marker.begin(self._remote, self._tmp, self._final, identity)
+        token = json.dumps({"token": identity}).encode()
+        if not (self._remote.exists(self._note) and self._remote.read(self._note) == token):
             self._remote.remove(self._tmp)
             self._remote.make_directory(self._tmp)
-        self._remote.write(self._note, token)
+            self._remote.write(self._note, token)
+        return self._tmp
 
-    def _expected(self) -> dict[str, records.FileRecord]:
-        """What the step's records say of its files."""
-        path = os.path.join(self._source, records.EXTENSION_FILE)
-        record = records.parse_step(self._local.read(path), path)
-        found = dict(record.files)
-        for item, kind in record.items.items():
-            if kind == "tree":
-                path = os.path.join(self._source, item, records.EXTENSION_FILE)
-                files = records.parse_item(self._local.read(path), path).files
-                found |= {f"{item}/{name}": file for name, file in files.items()}
-        return found
-
-    def _send(self, name: str, expected: records.FileRecord | None) -> None:
+    def _send(self, name: str, expected: records.FileRecord, place: str, identity: str) -> None:
         source = os.path.join(self._source, name)
-        if expected is not None and self._local.checksum(source) != expected:
+        if not self._local.exists(source) or self._local.checksum(source) != expected:
+            digest = _record_digest(self._local, self._source)
+            if digest != identity and (digest is not None or not self._is_there()):
+                raise errors.StorageError(
+                    f"{self._source} was replaced or removed while it was copied.",
+                    path=self._source,
+                )
             raise errors.CorruptCheckpointError(
                 f"{source} has changed since it was committed; it is not copied.",
                 path=source,
                 step=self._step,
             )
-        self._remote.put_file(source, os.path.join(self._place, name))
+        self._remote.put_file(source, os.path.join(place, name))
 
-    def _check_arrived(self, sizes: dict[str, int], identity: str) -> None:
-        arrived = self._remote.sizes(self._place)
-        wrong = [name for name, size in sizes.items() if arrived.get(name) != size]
-        if wrong or self._identity(self._local, self._source) != identity:
+    def _is_there(self) -> bool:
+        return self._local.is_committed(self._source)
+
+    def _check_arrived(
+        self, place: str, files: Mapping[str, records.FileRecord], identity: str
+    ) -> None:
+        """Compares what is there with the records; what is wrong is removed, and sent again.
+
+        An object store is asked for sizes: it compared digests as it took the objects.
+        """
+        arrived = self._remote.sizes(place)
+        wrong = [name for name, file in files.items() if arrived.get(name) != file.size_bytes]
+        if not isinstance(self._remote, ObjectStorage):
+            wrong += [
+                name
+                for name, file in files.items()
+                if name not in wrong and self._remote.checksum(os.path.join(place, name)) != file
+            ]
+        note = os.path.relpath(self._note, place)
+        for name in (*wrong, *(name for name in arrived if name not in files and name != note)):
+            self._remote.remove(os.path.join(place, name))
+        if wrong or self._files()[1] != identity:
             raise errors.StorageError(
                 f"{self._final}: {len(wrong)} files did not arrive as they were sent, or the step "
                 "was replaced meanwhile; it is sent again.",
                 path=self._final,
             )
 
-    def _publish(self) -> None:
+    def _publish(self, place: str, files: Mapping[str, records.FileRecord]) -> None:
         if not isinstance(self._remote, ObjectStorage):
             self._remote.remove(self._note)
-            commit.sync_tree(self._remote, self._tmp, self._remote.walk(self._tmp))
-        commit.publish(self._remote, self._place, self._final, self._hidden, overwrite=False)
+            commit.sync_tree(self._remote, self._tmp, files)
+        replaced = commit.publish(
+            self._remote, place, self._final, self._hidden, overwrite=self._may_replace
+        )
+        if replaced is not None:
+            self._remote.remove(replaced)
+
+
+def _record_digest(storage: Storage, path: str) -> str | None:
+    """What tells a commit of a step from any other: its record names every digest; None without."""
+    try:
+        return records.digest_hex(storage.read(os.path.join(path, records.EXTENSION_FILE)))
+    except errors.StorageError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+
+
+def _digest_of(files: Mapping[str, records.FileRecord]) -> str:
+    listed = sorted((name, file.size_bytes, file.xxh3) for name, file in files.items())
+    return records.digest_hex(json.dumps(listed).encode())

@@ -1,4 +1,4 @@
-"""Committed steps on their way to further tiers: promised, copied, verified, published.
+"""Committed steps on their way to other tiers: promised, copied, verified, published.
 
 What was promised is written down beside the steps before anything is pruned, so that a restart goes
 on with it.
@@ -7,48 +7,29 @@ on with it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import functools
-import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
 
 from functional_ckpt import errors
-from functional_ckpt.core.tree import plain_json
 from functional_ckpt.policies import rules
-from functional_ckpt.policies.base import KeepContext, KeepPolicy, SaveContext, StepInfo
+from functional_ckpt.policies.base import KeepContext, SaveContext, StepInfo
 from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.promises import Promises, lacks_metrics
+from functional_ckpt.steps.remote_tier import RemoteTier, open_reachable
 from functional_ckpt.steps.upload_step import Upload
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Lock
 
-__all__ = ["UploadTarget", "Uploads"]
+__all__ = ["Uploads"]
 
 _STATE = "uploads.json"
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
 _log = logging.getLogger("functional_ckpt")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class UploadTarget:
-    """A tier that steps are uploaded to.
-
-    Attributes:
-        steps: Its steps.
-        rule: Which committed steps go there; None for all.
-        keep: Which stay there; none for all.
-        max_delay_seconds: How long a step may be late without an error; None for ever.
-    """
-
-    steps: Steps
-    rule: rules.SaveRule | None
-    keep: tuple[KeepPolicy, ...]
-    max_delay_seconds: float | None
 
 
 class Uploads:
@@ -57,59 +38,84 @@ class Uploads:
     Args:
         local: The steps of the first tier.
         remote: The others.
+        overwrite: Whether a step may take the place of another commit of its number.
+
+    Attributes:
+        on_arrived: Called when a step has arrived, on any thread.
     """
 
-    def __init__(self, local: Steps, remote: Sequence[UploadTarget]) -> None:
+    def __init__(self, local: Steps, remote: Sequence[RemoteTier], *, overwrite: bool) -> None:
         self._local = local
         self._remote = tuple(remote)
-        self._locks: list[Lock] = []
-        self._mutex = threading.Condition()
+        self._overwrite = overwrite
+        self.on_arrived: Callable[[], None] = _nothing
+        self._mutex = threading.Condition(threading.RLock())
         self._alone = threading.Lock()
-        # By root of the tier: steps that it was promised, and those that were decided about.
-        self._promised: dict[str, list[int]] = {each.steps.root: [] for each in remote}
-        self._decided: dict[str, list[int]] = {each.steps.root: [] for each in remote}
+        path = os.path.join(local.hidden, _STATE)
+        self._book = Promises(local.storage, path, [each.root for each in remote])
         self._failed: set[str] = set()
         self._error: errors.CheckpointError | None = None
-        self._reported: set[tuple[str, int]] = set()
-        self._closing = False
+        self._reported: set[tuple[str, int | None]] = set()
+        # By tier: promised steps that cannot go there as long as this process lives.
+        self._refused: dict[str, set[int]] = {each.root: set() for each in remote}
+        self._deleted: set[int] = set()
+        self._num_arriving = 0  # steps that have arrived, of which what follows is not done
+        self._closing = self._is_released = False
 
     # ---------------------------------------------------------------------------- the caller's
 
     def begin(self) -> None:
-        """Takes the tiers over, and goes on with what was promised."""
-        self._read_state()
-        here = {info.step for info in self._local.infos}
-        for each in self._remote:
-            root = each.steps.root
-            self._promised[root] = [step for step in self._promised[root] if step in here]
-            each.steps.reload()
-        for info in self._local.infos:
-            self._consider(info)
-        self._promise_metrics()
-        self._write_state()
-        for each in self._remote:
-            self._take_over(each)
-        for each in self._remote:
-            work = functools.partial(self._work, each)
+        """Takes the tiers over that can be reached, and goes on with what was promised."""
+        self._book.read()
+        here = [info.step for info in self._local.infos]
+        for tier in self._remote:
+            self._book.keep_only(tier.root, here)
+            tier.acquire = self._take_over
+        open_reachable(self._remote)
+        with self._mutex:
+            self._write_down()
+        for tier in self._remote:
+            work = functools.partial(self._work, tier)
             threading.Thread(target=work, name="upload", daemon=True).start()
 
     def committed(self, info: StepInfo) -> None:
         """The first tier holds a step: promises it to those that want it."""
         with self._mutex:
-            for considered in self._decided.values():
-                if info.step in considered:  # it was overwritten
-                    considered.remove(info.step)
-            self._consider(info)
+            self._deleted.discard(info.step)
+            for tier in self._remote:
+                decided = self._book.decided[tier.root]
+                if info.step in decided:  # it was overwritten
+                    decided.remove(info.step)
+                self._refused[tier.root].discard(info.step)
+                if self._overwrite and info.step not in self._book.replacing[tier.root]:
+                    self._book.replacing[tier.root].append(info.step)
+                self._consider(tier, tier.steps, info)
             self._promise_metrics()
-            self._write_state()
+            self._write_down()
             self._mutex.notify_all()
 
     def recorded(self) -> None:
         """Metrics were recorded, by whatever process: they go where their steps are."""
         with self._mutex:
             if self._promise_metrics():
-                self._write_state()
+                self._write_down()
                 self._mutex.notify_all()
+
+    def delete(self, step: int) -> None:
+        """Removes a step from the other tiers; it will not come there again by itself.
+
+        Raises:
+            StorageError: A tier cannot be reached, or refuses. Nothing is said of the others.
+        """
+        remote = [tier.open() for tier in self._remote]
+        with self._mutex:
+            self._deleted.add(step)
+            for tier in self._remote:
+                self._book.withdraw(tier.root, step)
+            self._write_down()
+        for steps in remote:
+            if any(info.step == step for info in steps.infos):
+                steps.delete(step)
 
     @contextlib.contextmanager
     def exclusive(self) -> Generator[set[int]]:
@@ -120,18 +126,20 @@ class Uploads:
         """
         with self._alone:
             with self._mutex:
-                promised = {step for steps in self._promised.values() for step in steps}
+                promised = {step for steps in self._book.promised.values() for step in steps}
+                for tier in self._remote:
+                    promised.update(self._undecided(tier))
             yield promised
 
     def held_elsewhere(self) -> list[int]:
-        """The steps that further tiers hold, and say so now."""
+        """The steps that other tiers hold, and say so now."""
         found: set[int] = set()
-        for remote in self._remote:
-            held = {info.step for info in remote.steps.infos}
+        for remote in self._local.remote:
+            held = {info.step for info in remote.infos}
             steps = [info.step for info in self._local.infos if info.step in held]
             with contextlib.suppress(errors.CheckpointError):  # it cannot be asked now
                 for step in steps:
-                    if remote.steps.storage.is_committed(remote.steps.path(step)):
+                    if remote.storage.is_committed(remote.path(step)):
                         found.add(step)
         return sorted(found)
 
@@ -160,179 +168,231 @@ class Uploads:
 
     def release(self) -> None:
         """Lets other writers into the tiers."""
-        self._closing = True
-        for lock in self._locks:
-            lock.release()
+        with self._mutex:
+            self._closing = self._is_released = True
+            self._mutex.notify_all()
+        for tier in self._remote:
+            tier.release()
 
     def _is_idle(self) -> bool:
-        return all(
-            not steps or (self._closing and root in self._failed)
-            for root, steps in self._promised.items()
+        return not self._num_arriving and all(
+            not self._pending(tier) or (self._closing and tier.root in self._failed)
+            for tier in self._remote
         )
 
     # ---------------------------------------------------------------------------- promises
 
-    def _take_over(self, remote: UploadTarget) -> None:
-        storage, root, hidden = remote.steps.storage, remote.steps.root, remote.steps.hidden
-        commit.makedirs_durable(storage, hidden)
-        self._locks.append(storage.lock(os.path.join(hidden, "lock")))
-        promised = {os.path.basename(self._local.path(s)) for s in self._promised[root]}
-        for line in commit.recover(storage, root, hidden, but=promised):
-            _log.warning("%s: %s", root, line)
+    def _take_over(self, tier: RemoteTier, steps: Steps) -> Lock:
+        """Becomes the tier's writer, and decides what it gets."""
+        commit.makedirs_durable(steps.storage, steps.hidden)
+        lock = steps.storage.lock(os.path.join(steps.hidden, "lock"))
+        try:
+            steps.reload()
+            with self._mutex:
+                for info in self._local.infos:
+                    self._consider(tier, steps, info)
+                promised = self._book.promised[tier.root]
+                names = {os.path.basename(self._local.path(step)) for step in promised}
+            for line in commit.recover(steps.storage, steps.root, steps.hidden, but=names):
+                _log.warning("%s: %s", steps.root, line)
+            steps.reload()
+            with self._mutex:
+                self._promise_metrics_to(tier, steps, self._local.with_late_metrics())
+                self._write_down()
+                self._mutex.notify_all()
+        except BaseException:
+            lock.release()
+            raise
+        return lock
 
-    def _consider(self, info: StepInfo) -> None:
-        for remote in self._remote:
-            root = remote.steps.root
-            if info.step in self._decided[root]:
-                continue
-            self._decided[root].append(info.step)
-            if self._wants(remote, info) and info.step not in self._promised[root]:
-                self._promised[root].append(info.step)
+    def _consider(self, tier: RemoteTier, steps: Steps | None, info: StepInfo) -> None:
+        """Decides whether a tier gets a step; later, if only a tier that is reached can tell."""
+        if info.step in self._book.decided[tier.root]:
+            return
+        wanted = True if tier.rule is None else tier.rule.decide_step(info.step)
+        if wanted is None and self._book.was_damaged:
+            wanted = True  # it may have been promised
+        if wanted is None and steps is None:
+            return
+        if wanted is None and steps is not None and tier.rule is not None:
+            wanted = self._is_wanted(tier.root, tier.rule, steps, info)
+        self._book.decided[tier.root].append(info.step)
+        if wanted:
+            self._book.promise(tier.root, info.step)
 
-    def _promise_metrics(self) -> bool:
-        """Promises steps anew whose metrics are not where their copies are; whether there are."""
-        infos, found = self._local.with_late_metrics(), False
-        for remote in self._remote:
-            promised = self._promised[remote.steps.root]
-            held = {(info.step, info.time): info for info in remote.steps.infos}
-            for info in infos:
-                copy = held.get((info.step, info.time))
-                if copy is not None and _lacks(copy, info) and info.step not in promised:
-                    promised.append(info.step)
-                    found = True
-        return found
-
-    def _wants(self, remote: UploadTarget, info: StepInfo) -> bool:
-        if remote.rule is None:
-            return True
-        if (decided := remote.rule.decide_step(info.step)) is not None:
-            return decided
-        promised = self._promised[remote.steps.root]
+    def _is_wanted(self, root: str, rule: rules.SaveRule, steps: Steps, info: StepInfo) -> bool:
+        promised = self._book.promised[root]
         known = {each.step: each for each in self._local.infos if each.step in promised}
-        known |= {each.step: each for each in remote.steps.infos}
+        known |= {each.step: each for each in steps.infos}
         known.pop(info.step, None)
         history = [known[step] for step in sorted(known)]
-        return rules.decide_save(remote.rule, info, history, context=SaveContext()) is not None
+        return rules.decide_save(rule, info, history, context=SaveContext()) is not None
 
-    def _read_state(self) -> None:
-        path = os.path.join(self._local.hidden, _STATE)
-        if not self._local.storage.exists(path):
-            return
-        try:
-            record: Any = plain_json.parse(self._local.storage.read(path))
-            promised, considered = (
-                {
-                    root: [int(step) for step in record[name].get(root, [])]
-                    for root in self._promised
-                }
-                for name in ("promised", "considered")
-            )
-        except (errors.StorageError, ValueError, TypeError, KeyError, AttributeError) as error:
-            _log.warning(
-                "%s cannot be read (%s: %s): which steps go to further tiers is considered anew",
-                path,
-                type(error).__name__,
-                error,
-            )
-        else:
-            self._promised, self._decided = promised, considered
+    def _promise_metrics(self) -> bool:
+        """Promises steps again whose metrics are not where their copies are; whether there are."""
+        infos = self._local.with_late_metrics()
+        found = [
+            self._promise_metrics_to(tier, tier.steps, infos)
+            for tier in self._remote
+            if tier.steps is not None
+        ]
+        return any(found)
 
-    def _write_state(self) -> None:
-        here = {info.step for info in self._local.infos}
-        for root, steps in self._decided.items():
-            self._decided[root] = [step for step in steps if step in here]
-        record = {"promised": self._promised, "considered": self._decided}
-        path = os.path.join(self._local.hidden, _STATE)
-        self._local.storage.replace(path, json.dumps(record).encode())
+    def _promise_metrics_to(
+        self, tier: RemoteTier, steps: Steps, infos: Sequence[StepInfo]
+    ) -> bool:
+        held = {(info.step, info.time): info for info in steps.infos}
+        found = False
+        for info in infos:
+            copy = held.get((info.step, info.time))
+            if copy is not None and lacks_metrics(copy, info):
+                found = self._book.promise(tier.root, info.step) or found
+        return found
+
+    def _undecided(self, tier: RemoteTier) -> set[int]:
+        """Steps that a tier may want, which could not be asked yet."""
+        decided = self._book.decided[tier.root]
+        return {info.step for info in self._local.infos if info.step not in decided}
+
+    def _pending(self, tier: RemoteTier) -> set[int]:
+        """What a tier still waits for."""
+        promised = set(self._book.promised[tier.root]) - self._refused[tier.root]
+        return promised | (self._undecided(tier) if tier.steps is None else set())
+
+    def _write_down(self) -> None:
+        self._book.write(info.step for info in self._local.infos)
 
     # ---------------------------------------------------------------------------- the work
 
-    def _work(self, remote: UploadTarget) -> None:
+    def _work(self, tier: RemoteTier) -> None:
         """Uploads what is promised to one tier, the oldest first, until the end."""
-        root, wait, since = remote.steps.root, _FIRST_WAIT_SECONDS, None
-        while (step := self._next(root)) is not None:
+        wait, since = _FIRST_WAIT_SECONDS, None
+        while True:
+            step: int | None = None
+            commit_time: datetime.datetime | None = None
             try:
-                self._deliver(remote, step)
-            except Exception as error:  # noqa: BLE001 - told by a warning, or raised when it is too late
+                steps = tier.open()
+                if (step := self._next(tier)) is None:
+                    return
+                commit_time = self._commit_time(step)
+                self._deliver(tier, steps, step)
+            except Exception as error:  # noqa: BLE001 - a warning, or raised when it is too late
                 since = since or time.monotonic()
-                self._fail(remote, step, error, time.monotonic() - since)
+                if step is None or self._commit_time(step) == commit_time:
+                    self._fail(tier, step, error, time.monotonic() - since)
                 if self._closing:
                     return
-                time.sleep(wait)
+                self._sleep(wait)
                 wait = min(2 * wait, _LAST_WAIT_SECONDS)
             else:
                 wait, since = _FIRST_WAIT_SECONDS, None
                 with self._mutex:
-                    self._promised[root].remove(step)
+                    if self._commit_time(step) == commit_time:  # it was not overwritten
+                        self._book.withdraw(tier.root, step)
                     self._promise_metrics()  # recorded while it was on its way
-                    self._write_state()
-                    self._mutex.notify_all()
+                    self._write_down()
+                    self._num_arriving += 1
+                try:
+                    self.on_arrived()
+                finally:
+                    with self._mutex:
+                        self._num_arriving -= 1
+                        self._mutex.notify_all()
 
-    def _next(self, root: str) -> int | None:
+    def _commit_time(self, step: int) -> datetime.datetime | None:
+        """Which commit of a step the first tier holds."""
+        return next((each.time for each in self._local.infos if each.step == step), None)
+
+    def _sleep(self, seconds: float) -> None:
+        """Waits before the next attempt; no longer than until the manager is closed."""
+        deadline = time.monotonic() + seconds
         with self._mutex:
-            while not self._promised[root] and not self._closing:
-                self._mutex.wait()
-            return next(iter(self._promised[root]), None)
+            while not self._closing and (left := deadline - time.monotonic()) > 0:
+                self._mutex.wait(left)
 
-    def _fail(self, remote: UploadTarget, step: int, error: Exception, late_seconds: float) -> None:
-        root = remote.steps.root
-        _log.warning("step %d is not in %s yet: %s", step, root, error)
+    def _next(self, tier: RemoteTier) -> int | None:
+        with self._mutex:
+            while not self._is_released:
+                refused = self._refused[tier.root]
+                for step in self._book.promised[tier.root]:
+                    if step not in refused:
+                        return step
+                if self._closing:
+                    return None
+                self._mutex.wait()
+            return None
+
+    def _fail(
+        self, tier: RemoteTier, step: int | None, error: Exception, late_seconds: float
+    ) -> None:
+        root = tier.root
         with self._mutex:
             if self._closing:
                 self._failed.add(root)
+            if isinstance(error, errors.ClosedError):
+                return
+            what = "it" if step is None else f"step {step}"
+            _log.warning("%s: %s is not there yet: %s", root, what, error)
+            if self._closing:
                 _log.warning("%s: the upload goes on when this run's manager is made again", root)
             is_damaged = isinstance(error, errors.CorruptCheckpointError)
-            if is_damaged:
-                self._promised[root].remove(step)  # never, and others are waiting behind it
-                self._write_state()
-            bound = remote.max_delay_seconds
-            is_late = bound is not None and late_seconds >= bound
-            is_final = is_damaged or is_late or isinstance(error, errors.LockedError)
+            is_refused = isinstance(error, errors.StepExistsError)
+            if is_damaged and step is not None:
+                self._book.withdraw(root, step)  # never, and others are waiting behind it
+                self._write_down()
+            if is_refused and step is not None:
+                self._refused[root].add(step)  # it stays promised, so it is not pruned
+            is_late = tier.max_delay_seconds is not None and late_seconds >= tier.max_delay_seconds
+            is_final = is_damaged or is_refused or is_late or isinstance(error, errors.LockedError)
             if is_final and (root, step) not in self._reported:
                 self._reported.add((root, step))
+                text = "Steps" if step is None else f"Step {step}"
                 self._error = errors.SaveError(
-                    f"Step {step} cannot be copied to {root}: {error}", step=step, path=root
+                    f"{text} cannot be copied to {root}: {error}", step=step, path=root
                 )
                 self._error.__cause__ = error
             self._mutex.notify_all()
 
-    def _deliver(self, remote: UploadTarget, step: int) -> None:
+    def _deliver(self, tier: RemoteTier, remote: Steps, step: int) -> None:
         source = self._local.path(step)
         if not self._local.storage.is_committed(source):
             return  # deleted by the user in the meantime
-        final = os.path.join(remote.steps.root, os.path.basename(source))
+        final = os.path.join(remote.root, os.path.basename(source))
+        with self._mutex:
+            may_replace = self._overwrite or step in self._book.replacing[tier.root]
         started = time.monotonic()
-        num_bytes = Upload(self._local, remote.steps, source, final, step).run()
+        upload = Upload(self._local, remote, source, final, step, may_replace=may_replace)
+        num_bytes = upload.run()
         is_new = True  # else it was there, and metrics of it are new
         for info in (each for each in self._local.infos if each.step == step):
-            is_new = all((each.step, each.time) != (step, info.time) for each in remote.steps.infos)
-            remote.steps.remember(info)
-            remote.steps.forget_late_metrics(step)
+            is_new = all((each.step, each.time) != (step, info.time) for each in remote.infos)
+            remote.remember(info)
+            remote.forget_late_metrics(step)
             if late := self._local.recorded(step):
-                remote.steps.record(step, late)
-        remote.steps.update_latest_link()
-        if is_new:
-            _tell(remote, step, max(time.monotonic() - started, 1e-9), num_bytes)
-        self._prune(remote)
-
-    def _prune(self, remote: UploadTarget) -> None:
-        if not remote.keep:
+                remote.record(step, late)
+        remote.update_latest_link()
+        if step in self._deleted:
+            remote.delete(step)
             return
-        known, now = remote.steps.with_late_metrics(), datetime.datetime.now(datetime.UTC)
-        for step in rules.steps_to_prune(remote.keep, known, context=KeepContext(now=now)):
-            remote.steps.prune(step)
+        if is_new:
+            _report(remote, step, max(time.monotonic() - started, 1e-9), num_bytes)
+        self._prune(tier, remote, step)
+
+    def _prune(self, tier: RemoteTier, remote: Steps, arrived: int) -> None:
+        """Removes what the tier's policies let go; never the step that has just arrived."""
+        if not tier.keep:
+            return
+        known, now = remote.with_late_metrics(), datetime.datetime.now(datetime.UTC)
+        for step in rules.steps_to_prune(tier.keep, known, context=KeepContext(now=now)):
+            if step != arrived:
+                remote.prune(step)
 
 
-def _tell(remote: UploadTarget, step: int, seconds: float, num_bytes: int) -> None:
+def _report(remote: Steps, step: int, seconds: float, num_bytes: int) -> None:
     rate = num_bytes / 2**20 / seconds
-    _log.info("step %d is in %s: %.1f MiB/s", step, remote.steps.root, rate)
-    remote.steps.emit("uploaded", step, seconds=seconds, num_bytes=num_bytes)
+    _log.info("step %d is in %s: %.1f MiB/s", step, remote.root, rate)
+    remote.emit("uploaded", step, seconds=seconds, num_bytes=num_bytes)
 
 
-def _lacks(copy: StepInfo, info: StepInfo) -> bool:
-    """Whether a step has metrics that a copy of it has not, or others; nan is like nan."""
-    there = copy.metrics or {}
-    return any(
-        name not in there or json.dumps(there[name]) != json.dumps(value)
-        for name, value in (info.metrics or {}).items()
-    )
+def _nothing() -> None:
+    pass

@@ -68,14 +68,21 @@ class ObjectStorage(Requests):
         if kind in _WRITES_OF_ARRAYS:
             self._ask("write", path, self.check_leases)
 
-    def probe(self) -> None:
+    def probe(self, *, is_patient: bool = True) -> None:
         """Asks the store for one name, so that what will never work fails now and clearly.
+
+        Args:
+            is_patient: Whether it is asked again where it does not answer.
 
         Raises:
             StorageError: No such bucket, no permission, a wrong region, an expired token, no store.
         """
         root = self._bucket.uri
-        self._ask("list", root, lambda: self._bucket.names(".functional_ckpt"))
+        if is_patient:
+            self._ask("list", root, lambda: self._bucket.names(".functional_ckpt"))
+            return
+        with self._clear("list", root):
+            self._bucket.names(".functional_ckpt")
 
     # -------------------------------------------------------------------------------- reading
 

@@ -13,13 +13,16 @@ from functional_ckpt.storage.paths import check_arrays_path, is_remote, resolve
 __all__ = ["connect"]
 
 
-def connect(path: Any, storage: Storage | None = None) -> tuple[Storage, str]:
+def connect(
+    path: Any, storage: Storage | None = None, *, is_patient: bool = True
+) -> tuple[Storage, str]:
     """The store of a path, and the path as the store knows it.
 
     Args:
         path: A local path, or a URI: `s3://bucket/run`, `gs://`, `oci://bucket@namespace/run`,
             `libcloud://`, or that of any protocol of fsspec.
         storage: The store, if the caller has made it.
+        is_patient: Whether a store that does not answer is asked again, for minutes.
 
     Raises:
         UsageError: The URI cannot be used.
@@ -33,7 +36,7 @@ def connect(path: Any, storage: Storage | None = None) -> tuple[Storage, str]:
     if not is_remote(resolved):
         return LocalStorage(), resolved
     remote = ObjectStorage(_bucket(resolved))
-    remote.probe()
+    remote.probe(is_patient=is_patient)
     return remote, remote.follow(resolved)
 
 

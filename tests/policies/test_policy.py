@@ -280,7 +280,6 @@ def test_progress_that_nobody_reports_is_an_error(
         (lambda: policies.when(7), r"when\(\): expected a function of a StepInfo; got 7"),
         (lambda: ElapsedInterval(Timespan(1, "epoch")), "expected a Timespan in second; got"),
         (lambda: ProgressInterval(Timespan(1, "second")), "expected a Timespan in iteration or"),
-        (lambda: policies.LatestN(0), "n of LatestN: expected an int of at least 1, or None for"),
         (lambda: policies.LatestN(-1), "n of LatestN: expected an int of at least 1"),
         (lambda: policies.LatestN(True), "n of LatestN: expected an int of at least 1"),
         (lambda: policies.LatestDuration("3ep"), "duration: expected a wall-clock time above zero"),

@@ -267,7 +267,6 @@ def test_difference_keeping_none_is_an_error() -> None:
     # Told to keep at most none, Orbax keeps all.
     assert _orbax_keeps(theirs.EveryNSteps(1, max_to_keep=0), _accuracies(1, 2)) == [True, True]
     for build in (
-        lambda: policies.LatestN(0),
         lambda: policies.best_n(0, "acc"),
         lambda: policies.EveryNSteps(1, max_to_keep=0),
     ):

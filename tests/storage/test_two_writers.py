@@ -146,9 +146,8 @@ def _every_pause(
     *,
     compares_as_it_deletes: bool = True,
 ) -> int:
-    num_pauses = 0
     stride = 1 if _IS_FULL else _STRIDES.get(action, 1)
-    for at in range(0, 200, stride):
+    for num_pauses, at in enumerate(range(0, 200, stride)):
         with monkeypatch.context() as patch:
             world = _World(patch, compares_as_it_deletes=compares_as_it_deletes)
             try:
@@ -158,7 +157,6 @@ def _every_pause(
                 world.close()
         if not is_reached:
             return num_pauses
-        num_pauses += 1
     raise AssertionError("the action does not end")
 
 

@@ -43,6 +43,12 @@ class FakeBucket:
         self._num_writes = 0
         self._mutex = threading.RLock()
 
+    @property
+    def keys(self) -> list[str]:
+        """What is there."""
+        with self._mutex:
+            return sorted(self._objects)
+
     def _begin(self, kind: str, key: str) -> None:
         self.requests.append((kind, key))
         self.before(kind, key)

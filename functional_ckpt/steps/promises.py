@@ -1,0 +1,134 @@
+"""Which steps each tier was promised, written down beside the steps before anything is pruned."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.core.records import records
+from functional_ckpt.core.tree import plain_json
+from functional_ckpt.policies.base import StepInfo
+from functional_ckpt.storage.base import Storage
+
+__all__ = ["Promises", "lacks_metrics"]
+
+_LISTS = ("promised", "considered", "replacing")
+_log = logging.getLogger("functional_ckpt")
+
+
+class Promises:
+    """By tier: the steps that it was promised, and what was decided about the others.
+
+    Not safe to use from several threads; `Uploads` has the mutex.
+
+    Args:
+        storage: The first tier's file system.
+        path: Where they are written down.
+        roots: The tiers.
+
+    Attributes:
+        promised: Steps that a tier will get; they stay in the first tier until then.
+        decided: Steps that a tier was asked about, whatever it said.
+        replacing: Promised steps that may take the place of another commit of their number.
+        was_damaged: Whether what was written down could not be read.
+    """
+
+    def __init__(self, storage: Storage, path: str, roots: Iterable[str]) -> None:
+        self._storage = storage
+        self._path = path
+        self._roots = tuple(roots)
+        self.promised: dict[str, list[int]] = {root: [] for root in self._roots}
+        self.decided: dict[str, list[int]] = {root: [] for root in self._roots}
+        self.replacing: dict[str, list[int]] = {root: [] for root in self._roots}
+        self.was_damaged = False
+
+    def read(self) -> None:
+        """Takes up what was written down.
+
+        Raises:
+            StorageError: It is there and cannot be read now.
+        """
+        if not self._storage.exists(self._path):
+            return
+        data = self._storage.read(self._path)
+        try:
+            record = _parse(data)
+            found = [
+                {root: [int(step) for step in record[name].get(root, [])] for root in self._roots}
+                for name in _LISTS
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            self.was_damaged = True
+            _log.warning(
+                "%s cannot be read (%s: %s): which steps go to the other tiers is considered anew, "
+                "and what is in doubt goes there",
+                self._path,
+                type(error).__name__,
+                error,
+            )
+        else:
+            self.promised, self.decided, self.replacing = found
+
+    def write(self, steps: Iterable[int]) -> None:
+        """Writes them down, durably.
+
+        Args:
+            steps: What the first tier holds; decisions about other steps are forgotten.
+        """
+        here = set(steps)
+        for root in self._roots:
+            self.decided[root] = [step for step in self.decided[root] if step in here]
+            promised = self.promised[root]
+            self.replacing[root] = [step for step in self.replacing[root] if step in promised]
+        lists = (self.promised, self.decided, self.replacing)
+        record: dict[str, Any] = dict(zip(_LISTS, lists, strict=True))
+        self._storage.replace(self._path, _with_digest(record))
+
+    def promise(self, root: str, step: int) -> bool:
+        """Promises a step to a tier; whether it was not promised before."""
+        if step in self.promised[root]:
+            return False
+        self.promised[root].append(step)
+        return True
+
+    def withdraw(self, root: str, step: int) -> None:
+        """A step has arrived, or will never be there."""
+        for steps in (self.promised[root], self.replacing[root]):
+            if step in steps:
+                steps.remove(step)
+
+    def keep_only(self, root: str, steps: Iterable[int]) -> None:
+        """Forgets promises of steps that the first tier does not hold any more."""
+        here = set(steps)
+        self.promised[root] = [step for step in self.promised[root] if step in here]
+
+
+def _with_digest(record: dict[str, Any]) -> bytes:
+    digest = records.digest_hex(json.dumps(record, sort_keys=True).encode())
+    return json.dumps({**record, "xxh3": digest}).encode()
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    """The record; raises ValueError where it is not what was written.
+
+    Versions before wrote no digest, and no list of what is being replaced.
+    """
+    record: Any = plain_json.parse(data)
+    if set(record) == {"promised", "considered"}:
+        return {**record, "replacing": {}}
+    digest = record.pop("xxh3")
+    if records.digest_hex(json.dumps(record, sort_keys=True).encode()) != digest:
+        raise errors.CorruptCheckpointError("it does not match its own digest")
+    return record
+
+
+def lacks_metrics(copy: StepInfo, info: StepInfo) -> bool:
+    """Whether a step has metrics that a copy of it has not, or others; nan is like nan."""
+    there = copy.metrics or {}
+    return any(
+        name not in there or json.dumps(there[name]) != json.dumps(value)
+        for name, value in (info.metrics or {}).items()
+    )

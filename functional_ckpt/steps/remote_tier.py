@@ -1,0 +1,151 @@
+"""A tier besides the first: its store may be out of reach, now or when the manager is made."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+from functional_ckpt import errors
+from functional_ckpt.policies import rules
+from functional_ckpt.policies.base import KeepPolicy
+from functional_ckpt.steps.directory import Steps
+from functional_ckpt.storage.base import Lock
+
+__all__ = ["RemoteTier", "is_outage", "open_reachable"]
+
+_REACH_SECONDS = 3.0
+# What a file system or a store says while it is out of reach; all else is an answer.
+_OUTAGES = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNREFUSED),
+        *(errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN),
+        *(errno.ENETUNREACH, errno.EREMOTEIO, errno.ENODEV, errno.ENXIO),
+    }
+)
+_log = logging.getLogger("functional_ckpt")
+
+
+class RemoteTier:
+    """A tier, opened as soon as it can be reached. Safe to use from any thread.
+
+    Args:
+        root: Its path.
+        connect: Connects to its store, and asks it once; raises where there is no answer.
+        rule: Which committed steps go there; None for all.
+        keep: Which stay there; none for all.
+        max_delay_seconds: How long a step may be late without an error; None for ever.
+
+    Attributes:
+        steps: Its steps; None as long as it was not reached.
+        acquire: What opening it takes besides; gives the writer's lock, if it is taken.
+        on_open: Called once it is open.
+        reached: Set when its store has answered, or it is known that it does not.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        connect: Callable[[], Steps],
+        *,
+        rule: rules.SaveRule | None,
+        keep: tuple[KeepPolicy, ...],
+        max_delay_seconds: float | None,
+    ) -> None:
+        self.root = root
+        self.rule = rule
+        self.keep = keep
+        self.max_delay_seconds = max_delay_seconds
+        self.steps: Steps | None = None
+        self.reached = threading.Event()
+        self.acquire: Callable[[RemoteTier, Steps], Lock | None] = _only_read
+        self.on_open: Callable[[], None] = _nothing
+        self._connect = connect
+        self._lock: Lock | None = None
+        self._is_released = False
+        self._mutex = threading.Lock()
+
+    def open(self) -> Steps:
+        """The tier's steps; it is opened if it was not yet.
+
+        Raises:
+            StorageError: It is out of reach, or refuses.
+            LockedError: Another live writer holds it.
+        """
+        with self._mutex:
+            if self.steps is None:
+                steps = self._connect()
+                self.reached.set()
+                self._lock = self.acquire(self, steps)
+                if self._is_released:
+                    self._give_back()
+                    raise errors.ClosedError(
+                        f"The manager was closed before {self.root} was opened.", path=self.root
+                    )
+                self.steps = steps
+                self.on_open()
+            return self.steps
+
+    def release(self) -> None:
+        """Lets other writers in."""
+        self._is_released = True
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+
+def open_reachable(tiers: Sequence[RemoteTier]) -> None:
+    """Opens the tiers that answer, all at once, and does not wait for the others.
+
+    Raises:
+        StorageError: A tier's store refuses: a permission, a bucket.
+        LockedError: Another live writer holds a tier.
+    """
+    for attempt in [_Attempt(tier) for tier in tiers]:
+        attempt.wait()
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether an error says that a store cannot be reached now."""
+    return isinstance(error, errors.StorageError) and error.errno in _OUTAGES
+
+
+class _Attempt:
+    """One tier on its way to be opened, on a thread of its own: it may get no answer for long."""
+
+    def __init__(self, tier: RemoteTier) -> None:
+        self._tier = tier
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        threading.Thread(target=self._run, name="open-tier", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._tier.open()
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+            self._error = error
+        self._done.set()
+        self._tier.reached.set()
+
+    def wait(self) -> None:
+        if self._tier.reached.wait(_REACH_SECONDS):
+            self._done.wait()
+            if self._error is not None and not is_outage(self._error):
+                raise self._error
+        if self._tier.steps is None:
+            _log.warning(
+                "%s cannot be reached; copies begin when it can: %s",
+                self._tier.root,
+                self._error or f"no answer within {_REACH_SECONDS:g} s",
+            )
+
+
+def _only_read(_: RemoteTier, steps: Steps) -> None:
+    steps.reload()
+
+
+def _nothing() -> None:
+    pass
