@@ -9,12 +9,12 @@ pytorch_optim_group.bin
 from __future__ import annotations
 
 import functools
-import json
 import os
-from typing import Any
+from typing import Any, cast
 
 from functional_ckpt import errors
-from functional_ckpt.interop import huggingface, torch_save
+from functional_ckpt.core.tree import plain_json
+from functional_ckpt.interop import hostile, huggingface, torch_save
 from functional_ckpt.interop.source import Format, Source
 
 __all__ = ["FORMAT"]
@@ -55,11 +55,10 @@ def _read_index(folder: str) -> tuple[list[str], str]:
     """The shards, and the file of the groups."""
     path = os.path.join(folder, _INDEX)
     try:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
+        record = plain_json.parse(hostile.read_small(path))
         files = list(dict.fromkeys(record["weight_map"].values()))
         groups = record["metadata"]["param_groups"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise errors.CorruptCheckpointError(
             f"{path}: not the index of an optimizer ({type(error).__name__}: {error}).", path=path
         ) from error
@@ -71,7 +70,12 @@ def _read_optimizer(folder: str) -> dict[str, Any]:
     files, groups = _read_index(folder)
     state: dict[Any, Any] = {}
     for name in files:
-        state |= torch_save.load(os.path.join(folder, name))
+        shard = torch_save.load(os.path.join(folder, name))
+        if not isinstance(shard, dict) or not all(type(key) is int for key in shard):
+            raise errors.CorruptCheckpointError(
+                f"{os.path.join(folder, name)}: not the states of numbered parameters.", path=folder
+            )
+        state |= cast("dict[int, Any]", shard)
     return {
         "state": dict(sorted(state.items())),
         "param_groups": torch_save.load(os.path.join(folder, groups)),

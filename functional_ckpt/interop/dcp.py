@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.interop import torch_save
+from functional_ckpt.interop import hostile, torch_save
 from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.pickles import read_inert
 from functional_ckpt.interop.source import Format, Source, items_of
@@ -67,8 +67,7 @@ def _open(path: str) -> Source:
 
 def _entries(path: str) -> list[_Entry]:
     index = os.path.join(path, _INDEX)
-    with open(index, "rb") as file:
-        metadata = read_inert(file.read(), index)
+    metadata = read_inert(hostile.read_small(index), index)
     try:
         stored = _parts(metadata.storage_data, path)
         keys = cast("Mapping[str, Any]", getattr(metadata, "planner_data", None) or {})
@@ -105,10 +104,18 @@ def _parts(storage_data: Any, path: str) -> dict[str, list[_Part]]:
             raise errors.CorruptCheckpointError(
                 f"{path}: its index names the file {name!r}, which is not there.", path=path
             )
+        start, length = int(info.offset), int(info.length)
+        size_bytes = os.path.getsize(os.path.join(path, name))
+        if start < 0 or length < 0 or start + length > size_bytes:
+            raise errors.CorruptCheckpointError(
+                f"{path}: {where.fqn!r} is not whole: it is {length} bytes from byte {start} of "
+                f"{name!r}, which has {size_bytes}.",
+                path=path,
+            )
         part = _Part(
             file=os.path.join(path, name),
-            start=int(info.offset),
-            length=int(info.length),
+            start=start,
+            length=length,
             offset=tuple(getattr(where, "offset", None) or ()),
         )
         found.setdefault(where.fqn, []).append(part)
@@ -182,7 +189,8 @@ def _read_entry(path: str, entry: _Entry) -> Any:
 def _check_size(path: str, entry: _Entry, piece: torch.Tensor) -> None:
     """An index cannot ask for more memory than there are bytes on disk."""
     shape = cast("tuple[int, ...]", entry.shape)
-    if math.prod(shape) * piece.element_size() > sum(part.length for part in entry.parts):
+    lengths = {(part.file, part.start): part.length for part in entry.parts}
+    if math.prod(shape) * piece.element_size() > sum(lengths.values()):
         raise _lost(path, entry, f"too few bytes for the shape {list(shape)}")
 
 
@@ -192,7 +200,8 @@ def _read_part(path: str, entry: _Entry, part: _Part) -> Any:
         data = file.read(part.length)
     if len(data) != part.length:
         raise _lost(path, entry, f"{len(data)} of {part.length} bytes")
-    return torch_save.load_stream(io.BytesIO(data), f"{part.file} ({entry.name})")
+    what = f"{part.file} ({entry.name})"
+    return torch_save.load_stream(io.BytesIO(data), what, size_bytes=len(data))
 
 
 def _lost(path: str, entry: _Entry, got: str) -> errors.CheckpointError:

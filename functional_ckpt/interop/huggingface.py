@@ -21,7 +21,8 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.interop import safetensors, torch_save, weights
+from functional_ckpt.core.tree import plain_json
+from functional_ckpt.interop import hostile, safetensors, torch_save, weights
 from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.source import Format, Source, match_files
 from functional_ckpt.interop.weights import Weights
@@ -320,8 +321,8 @@ def _load_shards(directory: str, index: str) -> dict[str, torch.Tensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise errors.CorruptCheckpointError(f"{path}: it has no weight_map.", path=path)
     placed = cast("dict[str, str]", weight_map)
+    check_files(directory, index, placed.values())
     files = list(dict.fromkeys(placed.values()))
-    check_files(directory, index, files)
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         tensors |= _load_file(os.path.join(directory, file))
@@ -362,11 +363,10 @@ def _load_file(path: str) -> dict[str, torch.Tensor]:
 
 
 def _load_json(path: str) -> dict[str, Any]:
+    if not os.path.exists(path):
+        raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path)
     try:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
-    except FileNotFoundError as error:
-        raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path) from error
+        record = plain_json.parse(hostile.read_small(path))
     except (ValueError, RecursionError) as error:
         raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
     if not isinstance(record, dict):

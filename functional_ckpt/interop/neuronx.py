@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 
@@ -64,7 +65,13 @@ def parse_ranks(stems: Iterable[str], where: str) -> dict[Rank, str]:
     Raises:
         CorruptCheckpointError: One is missing, or full and sharded states are mixed.
     """
-    found = {rank: stem for stem in stems if (rank := Rank.parse(stem)) is not None}
+    found: dict[Rank, str] = {}
+    for stem in stems:
+        rank = Rank.parse(stem)
+        if rank is not None and found.setdefault(rank, stem) != stem:
+            raise errors.CorruptCheckpointError(
+                f"{where}: {found[rank]} and {stem} are both of one rank.", path=where
+            )
     if not found:
         raise errors.CorruptCheckpointError(
             f"{where}: there are no files of ranks, such as dp_rank_00_tp_rank_00_pp_rank_00.pt.",
@@ -74,21 +81,23 @@ def parse_ranks(stems: Iterable[str], where: str) -> dict[Rank, str]:
         raise errors.CorruptCheckpointError(
             f"{where}: it holds merged and sharded states; keep those of one kind.", path=where
         )
-    dps: list[int | None] = [None]
-    if None not in {rank.dp for rank in found}:
-        dps = list(range(max(rank.dp or 0 for rank in found) + 1))
-    missing = [
-        rank.stem
-        for tp in range(max(rank.tp for rank in found) + 1)
-        for pp in range(max(rank.pp for rank in found) + 1)
-        for dp in dps
-        if (rank := Rank(tp=tp, pp=pp, dp=dp)) not in found
-    ]
+    # One by one, and no more than are named: a file's name may claim any number of ranks.
+    missing = list(itertools.islice((r.stem for r in _grid(found) if r not in found), 8))
     if missing:
         raise errors.CorruptCheckpointError(
-            f"{where}: the files of these ranks are missing: {', '.join(missing[:8])}.", path=where
+            f"{where}: the files of these ranks are missing: {', '.join(missing)}.", path=where
         )
     return dict(sorted(found.items(), key=lambda entry: entry[1]))
+
+
+def _grid(found: Collection[Rank]) -> Iterator[Rank]:
+    """Every rank up to the highest of each kind."""
+    is_merged = None in {rank.dp for rank in found}
+    num_dp = 1 if is_merged else max(rank.dp or 0 for rank in found) + 1
+    for tp in range(max(rank.tp for rank in found) + 1):
+        for pp in range(max(rank.pp for rank in found) + 1):
+            for dp in range(num_dp):
+                yield Rank(tp=tp, pp=pp, dp=None if is_merged else dp)
 
 
 def load(path: str) -> Any:
@@ -156,8 +165,12 @@ def _read_model(folder: str) -> dict[str, Any]:
     if len({rank.tp for rank in parse_ranks(by_rank, folder)}) > 1:
         return by_rank
     whole: dict[str, Any] = {}
-    for state in by_rank.values():  # pipeline stages hold different names
-        whole |= state
+    for stem, state in by_rank.items():  # pipeline stages hold different names
+        if not isinstance(state, Mapping):
+            raise errors.CorruptCheckpointError(
+                f"{folder}: {stem} holds a {type(state).__name__}, not a state dict.", path=folder
+            )
+        whole |= cast("Mapping[str, Any]", state)
     return whole
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from functional_ckpt import errors
+from functional_ckpt.interop import hostile
 
 __all__ = ["Record", "UnpicklingError", "read_inert"]
 
@@ -63,9 +63,6 @@ def read_inert(data: bytes, path: str) -> Any:
     Raises:
         CorruptCheckpointError: It is not a pickle, or a broken one.
     """
-    try:
+    hostile.check_pickle(data, path)
+    with hostile.clear_failures(path):
         return _Inert(io.BytesIO(data)).load()
-    except (UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise errors.CorruptCheckpointError(
-            f"{path}: unreadable ({type(error).__name__}: {error}).", path=path
-        ) from error

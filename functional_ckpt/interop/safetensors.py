@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from functional_ckpt import errors
+from functional_ckpt.interop import hostile
 from functional_ckpt.interop.source import Format, Source
 
 __all__ = ["DTYPES", "FORMAT", "fits", "load", "require", "retie", "write"]
@@ -55,10 +56,10 @@ def load(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path)
     library = _library()
     try:
-        with library.safe_open(path, framework="pt") as file:
+        with hostile.clear_failures(path), library.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
-    except (library.SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (library.SafetensorError, ValueError, RuntimeError) as error:
         raise errors.CorruptCheckpointError(
             f"{path}: safetensors cannot read it ({error}).", path=path
         ) from error

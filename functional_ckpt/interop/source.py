@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from functional_ckpt import errors
+from functional_ckpt.interop import hostile
 from functional_ckpt.saving import lower
 
 __all__ = ["Format", "Source", "items_of", "match_files"]
@@ -36,7 +37,8 @@ class Source(Mapping[str, Any]):
         if name not in self._openers:
             raise KeyError(name)
         if name not in self._opened:
-            self._opened[name] = self._openers[name]()
+            with hostile.clear_failures(f"{self.path}, item {name!r}"):
+                self._opened[name] = self._openers[name]()
         return self._opened[name]
 
     def __contains__(self, name: object) -> bool:

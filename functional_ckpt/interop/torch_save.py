@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from functional_ckpt import errors
+from functional_ckpt.interop import hostile
 from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.pickles import UnpicklingError
 from functional_ckpt.interop.source import Format, Source, items_of
@@ -55,12 +56,17 @@ def fits(path: str) -> bool:
     """Whether it is a file that `torch.save` may have written."""
     if not os.path.isfile(path):
         return False
-    with open(path, "rb") as file:
+    with hostile.clear_failures(path), open(path, "rb") as file:
         start = file.read(4)
     if start == _ZIP:
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        # Of a broken one `load` says what is wrong.
+        with (
+            contextlib.suppress(errors.CorruptCheckpointError),
+            hostile.clear_failures(path),
+            zipfile.ZipFile(path) as archive,
+        ):
             return any(name.endswith("/data.pkl") for name in archive.namelist())
-        return True  # broken: torch.load says how
+        return True
     return start.startswith(_LEGACY)
 
 
@@ -74,21 +80,30 @@ def load(path: str) -> Any:
     """
     if not os.path.isfile(path):
         raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path)
-    with open(path, "rb") as file:
+    with hostile.clear_failures(path), open(path, "rb") as file:
         is_zip = file.read(4) == _ZIP  # older files cannot be mapped
-    return load_stream(path, path, mmap=is_zip)
+    if is_zip:
+        hostile.check_archive(path)
+    return load_stream(path, path, size_bytes=os.path.getsize(path), mmap=is_zip)
 
 
-def load_stream(file: str | BinaryIO, what: str, *, mmap: bool = False) -> Any:
+def load_stream(file: str | BinaryIO, what: str, *, size_bytes: int, mmap: bool = False) -> Any:
     """What `torch.save` wrote into a file or a stream; `load` says what it raises.
 
     Args:
         file: A path, or a stream.
         what: What to call it in errors.
+        size_bytes: How large it is.
         mmap: Whether to map it, which takes a path.
     """
-    with _clear_errors(what), torch.serialization.safe_globals(_GLOBALS):
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    with (
+        hostile.clear_failures(what),
+        _clear_errors(what),
+        torch.serialization.safe_globals(_GLOBALS),
+    ):
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        hostile.check_repetition(content, what, size_bytes)
+        return content
 
 
 @contextlib.contextmanager
@@ -109,6 +124,8 @@ def _clear_errors(path: str) -> Generator[None]:
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, errors.CheckpointError):
             raise
+        if "allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
         raise _unreadable(path, error) from error
 
 
