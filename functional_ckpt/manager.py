@@ -202,6 +202,7 @@ class CheckpointManager:
         """
         self._check_usable()
         number = check_step(step)
+        self._saver.wait_for(number)
         checked = saver.as_json(metrics, "metrics") or {}
         record = functools.partial(self._saver.record, number, checked)
         ready = functools.partial(self._steps.existing, number)
@@ -224,8 +225,8 @@ class CheckpointManager:
                 self.wait_until_finished()
             self._steps.existing(number)
 
-        discard = functools.partial(self._saver.delete, number)
-        what, then = f"deleting step {number}", self._steps.reload_local
+        discard = functools.partial(self._saver.delete, [number])
+        what, then = f"deleting step {number}", self._steps.reload
         run_on_primary(self._coordinator, what, discard, prepare=ready, after=then)
 
     # ------------------------------------------------------------------------------ restoring
@@ -234,17 +235,24 @@ class CheckpointManager:
         self,
         step: int | None = None,
         items: Mapping[str, Any] | None = None,
+        *,
+        discard_later: bool = False,
         **options: Unpack[RestoreArguments],
     ) -> restore_lib.Restored:
         """Restores a step.
+
+        Later steps stay as they are. Once a step is saved after the restore, they are *abandoned*:
+        the latest step is the one that was saved, whatever its number.
 
         Without `items`, everything comes back as it was saved, as pytrees of CPU tensors. With
         `items`, stateful objects are filled in place and pytrees come back new, like the ones
         given.
 
         Args:
-            step: Its number; None for the latest.
+            step: Its number; None for the latest. One that is still being committed by this manager
+                is waited for.
             items: What to restore, and into what; None there takes the item as saved.
+            discard_later: Remove the later steps from every tier, once this one was restored.
             options: The fields of `RestoreOptions`: `only`, `ignore`, `key_map`, `strict`, `cast`,
                 `verify`, `share_reads`.
 
@@ -255,7 +263,26 @@ class CheckpointManager:
                 into.
         """
         self._check_usable()
-        return self._resumer.restore(step, items, restore_lib.RestoreOptions(**options))
+        if discard_later:
+            self._steps.check_writable()
+            self._saver.committer.wait()
+        number = self._awaited(step)
+        restored = self._resumer.restore(
+            number, items, restore_lib.RestoreOptions(**options), discard_later=discard_later
+        )
+        if discard_later and restored.step is not None:
+            discard = functools.partial(self._saver.discard_later, restored.step)
+            what, then = f"discarding what is later than step {restored.step}", self._steps.reload
+            run_on_primary(self._coordinator, what, discard, after=then)
+        return restored
+
+    def _awaited(self, step: int | None) -> int | None:
+        """The number of a step; if this manager is still committing it, once that is over."""
+        if step is None:
+            return None
+        number = check_step(step)
+        self._saver.wait_for(number)
+        return number
 
     def restore_or(
         self, initial: Mapping[str, Any], **options: Unpack[RestoreArguments]
@@ -279,7 +306,7 @@ class CheckpointManager:
     def metadata(self, step: int | None = None) -> StepMetadata:
         """What is known of a step (None: the latest) without reading its arrays."""
         self._check_usable()
-        return step_metadata(self._steps, None if step is None else check_step(step))
+        return step_metadata(self._steps, self._awaited(step))
 
     def metrics(self, step: int | None = None) -> Mapping[str, Any] | None:
         """The metrics of a step (None: the latest), late ones included, or None."""
@@ -288,13 +315,20 @@ class CheckpointManager:
     # ------------------------------------------------------------------------------ looking
 
     def all_steps(self) -> list[int]:
-        """The committed steps, ascending. A read-only manager looks at the directory anew."""
+        """The committed steps, ascending; those that a rollback abandoned are among them.
+
+        A read-only manager looks at the directory anew.
+        """
         self._check_usable()
         return self._steps.all()
 
     def latest_step(self) -> int | None:
-        """The highest committed step, or None."""
-        return max(self.all_steps(), default=None)
+        """The step that a run resumes from, or None: the highest of the present line.
+
+        After a rollback that is the newest step saved since, though an abandoned one is higher.
+        """
+        self._check_usable()
+        return self._steps.newest()
 
     def best_step(
         self, metric: str | None = None, *, mode: Literal["max", "min"] = "max"
@@ -321,7 +355,9 @@ class CheckpointManager:
     def wait_for_new_step(
         self, after: int | None = None, *, timeout: float | None = None, poll: float = 1.0
     ) -> int | None:
-        """Waits until there is a step above `after`, for evaluators that follow a run.
+        """Waits until the latest step comes after `after`, for evaluators that follow a run.
+
+        After a rollback that may be a lower step, on the new line.
 
         Args:
             after: The step seen last; None for any step.

@@ -84,6 +84,7 @@ TORCH_FREE: tuple[str, ...] = (
     "format/*",
     "steps/names.py",
     "steps/history.py",
+    "steps/index.py",
     "verify/*",
     "cli/*",
 )

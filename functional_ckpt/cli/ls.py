@@ -130,7 +130,7 @@ def _record(
     return {
         "schema": "fckpt.ls/1",
         "path": target.path,
-        "latest": max(target.steps, default=None) if is_root else target.step,
+        "latest": target.latest if is_root else target.step,
         "best": {name: {"mode": mode, "step": step} for name, (mode, step) in best.items()},
         "steps": [
             {
@@ -143,6 +143,7 @@ def _record(
                 "writer": "functional_ckpt" if row.is_ours else "other",
                 "problem": row.problem,
             }
+            | ({"abandoned": True} if is_root and row.info.step in target.abandoned else {})
             for row in rows
         ],
         "unfinished": list(target.unfinished) if is_root else [],
@@ -172,6 +173,8 @@ def _print(
         if row.problem is not None:
             line = f"{row.checkpoint.title} is damaged: {row.problem}"
             printer.print(output.styled(line, "red"))
+    for name, what in target.strays.items() if isinstance(target, targets.Root) else ():
+        printer.print(output.styled(f"{name}: not a step ({what})", "dim"))
     for name in target.unfinished if isinstance(target, targets.Root) else ():
         line = f"{name}: unfinished (being written, or left by a crash)"
         printer.print(output.styled(line, "dim"))
@@ -194,14 +197,11 @@ def _table(
     if has_items:
         table.columns[-1].no_wrap = False
     table.add_column("")
-    latest = max((row.info.step for row in rows), default=None)
-    is_root = isinstance(target, targets.Root)
     for row in rows:
-        is_latest = is_root and row.info.step == latest
         step = "" if row.checkpoint.step is None else str(row.checkpoint.step)
         cells = [
             Text(step, "bold cyan"),
-            Text("latest" if is_latest else "", "green"),
+            _place(target, row.info.step),
             Text(output.clock(row.info.time)),
             Text(output.age(row.info.time, now), "dim"),
             Text(output.size(row.size_bytes)),
@@ -217,6 +217,16 @@ def _table(
             cells.append(Text("of another program", "dim"))
         table.add_row(*cells)
     return table
+
+
+def _place(target: targets.Root | targets.Checkpoint, step: int) -> Text:
+    """Whether a step is the one that a run resumes from, or one that a rollback left behind."""
+    from rich.text import Text
+
+    if isinstance(target, targets.Root) and step == target.latest:
+        return Text("latest", "green")
+    is_abandoned = isinstance(target, targets.Root) and step in target.abandoned
+    return Text("abandoned" if is_abandoned else "", "dim")
 
 
 def _metric(printer: output.Printer, value: float | None, *, is_best: bool) -> Text:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.format import checkpoint_dir
-from functional_ckpt.steps import history
+from functional_ckpt.policies import lines
+from functional_ckpt.steps import index
 from functional_ckpt.steps.names import CompositeStepName, NameFormat, StepName
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
@@ -63,6 +64,9 @@ class Root:
         path: The directory.
         names: How its steps are named.
         steps: Step -> name of its directory, ascending.
+        latest: The step that a run resumes from; None where there is no step.
+        abandoned: The steps beside the line that leads to it.
+        strays: Name -> what is there, of each entry that has a step's name and is no step.
         unfinished: Directories of steps being written, or left by a crash.
     """
 
@@ -70,17 +74,26 @@ class Root:
     path: str
     names: NameFormat
     steps: Mapping[int, str]
+    latest: int | None
+    abandoned: frozenset[int]
+    strays: Mapping[str, str]
     unfinished: tuple[str, ...]
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """One of its steps."""
-        if step not in self.steps:
+        """One of its steps, or a directory that was to be one: opening it says what it lacks."""
+        name = self.steps.get(step) or self.damaged().get(step)
+        if name is None:
             shown = ", ".join(map(str, list(self.steps)[-10:])) or "none"
             raise errors.StepNotFoundError(
                 f"{self.path} has no step {step}; the latest are: {shown}", path=self.path
             )
-        path = os.path.join(self.path, self.steps[step])
+        path = os.path.join(self.path, name)
         return Checkpoint(storage=self.storage, path=path, step=step)
+
+    def damaged(self) -> dict[int, str]:
+        """Step -> name of each directory that has a step's name and no record of a step."""
+        folders = [n for n in self.strays if self.storage.commit_id(os.path.join(self.path, n))]
+        return {step: name for name in folders if (step := self.names.parse(name)) is not None}
 
 
 def find(text: str, prefix: str | None = None) -> Root | Checkpoint:
@@ -109,9 +122,10 @@ def checkpoint_of(text: str, step: int | None = None, prefix: str | None = None)
     """The one checkpoint at a path; of a directory of steps the one asked for, else the latest."""
     target = find(text, prefix)
     if isinstance(target, Root):
-        if step is None and not target.steps:
+        step = target.latest if step is None else step
+        if step is None:
             raise errors.StepNotFoundError(f"{text} has no step yet", path=target.path)
-        return target.checkpoint(max(target.steps) if step is None else step)
+        return target.checkpoint(step)
     if step is not None and step != target.step:
         raise errors.UsageError(
             f"{text} is one checkpoint; --step chooses among those of a directory of steps",
@@ -168,11 +182,18 @@ def _find_root(storage: Storage, path: str, prefix: str | None) -> Root | None:
 
 
 def _root(storage: Storage, path: str, names: NameFormat, listed: list[str]) -> Root:
+    found = index.StepIndex(storage, path, names)
+    entries = found.look()
+    infos = lines.marked([entry.info for entry in entries.values()])
+    latest = lines.newest(infos)
     return Root(
         storage=storage,
         path=path,
         names=names,
-        steps=history.list_steps(storage, path, names),
+        steps={step: entry.name for step, entry in entries.items()},
+        latest=None if latest is None else latest.step,
+        abandoned=frozenset(info.step for info in infos if info.is_abandoned),
+        strays=found.strays,
         unfinished=tuple(name for name in listed if commit.TMP_SUFFIX in name),
     )
 

@@ -60,7 +60,7 @@ def _checkpoints(arguments: argparse.Namespace) -> Iterator[targets.Checkpoint]:
             continue
         if not target.steps:
             raise errors.StepNotFoundError(f"{text} has no step yet", path=target.path)
-        yield from map(target.checkpoint, target.steps)
+        yield from map(target.checkpoint, sorted({*target.steps, *target.damaged()}))
 
 
 def _verify(checkpoint: targets.Checkpoint) -> _Result | None:

@@ -42,6 +42,10 @@ class StepInfo:
             since a policy that saves every epoch has no other memory.
         problem: Why its metrics, time or progress cannot be believed; None where they can. Such a
             step is kept, whatever the policies say.
+        generation: The number of rollbacks before it was saved.
+        ancestors: For each earlier generation that led to it, the number of that generation and
+            its last step on the way here.
+        is_abandoned: It is not on the present line: the run went back to a step before it.
     """
 
     step: int
@@ -49,6 +53,9 @@ class StepInfo:
     metrics: Mapping[str, Any] | None = None
     progress: Progress | None = None
     problem: str | None = None
+    generation: int = 0
+    ancestors: tuple[tuple[int, int], ...] = ()
+    is_abandoned: bool = False
 
     def __post_init__(self) -> None:
         """Raises UsageError for a negative step or a time without a time zone."""
@@ -135,7 +142,11 @@ class StepPolicy(Protocol):
 
 
 class KeepPolicy(Protocol):
-    """Decides which steps stay on disk."""
+    """Decides which steps stay on disk.
+
+    It is asked twice where a run went back to an earlier step: about the steps that lead to the
+    present one, and about those that were abandoned.
+    """
 
     def should_preserve(
         self, checkpoints: Sequence[StepInfo], /, *, context: KeepContext

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias, cast
@@ -33,6 +35,8 @@ __all__ = [
     "passes_through",
     "save_rule",
     "steps_to_prune",
+    "steps_to_prune_after",
+    "with_plausible_times",
 ]
 
 SavePolicies: TypeAlias = SavePolicy | Sequence[SavePolicy]
@@ -208,14 +212,21 @@ def keep_policies(
 
 
 def decide_keep(
-    policies: Sequence[KeepPolicy], history: Sequence[StepInfo], *, context: KeepContext
+    policies: Sequence[KeepPolicy],
+    history: Sequence[StepInfo],
+    *,
+    context: KeepContext,
+    protected: Collection[int] = (),
 ) -> tuple[bool, ...]:
     """Returns, for each step, whether it stays: if any policy keeps it, or if it is the newest.
+
+    The abandoned steps are put to the policies by themselves: they take no place from the others.
 
     Args:
         policies: None at all keeps everything.
         history: The steps on disk, ascending and each once.
         context: The clock.
+        protected: Steps that stay whatever the policies say.
 
     Raises:
         UsageError: A policy does not answer once for each step, or the history is out of order.
@@ -228,20 +239,31 @@ def decide_keep(
             )
     if not history:
         return ()
-    kept = AnyKeep(tuple(policies)).should_preserve(history, context=context)
-    # Whatever the policies say: a run must always be able to go on from where it was.
-    return (*kept[:-1], True)
+    policy = AnyKeep(tuple(policies))
+    present = [info for info in history if not info.is_abandoned]
+    abandoned = [info for info in history if info.is_abandoned]
+    # Whatever the policies say: a run must always be able to resume from where it was.
+    newest = max(history, key=lambda info: (info.generation, info.step))
+    kept = {newest.step, *protected}
+    for infos in (present, abandoned):
+        answers = policy.should_preserve(infos, context=context) if infos else ()
+        kept |= {info.step for info, keep in zip(infos, answers, strict=True) if keep}
+    return tuple(info.step in kept for info in history)
 
 
 def steps_to_prune(
-    policies: Sequence[KeepPolicy], history: Sequence[StepInfo], *, context: KeepContext
+    policies: Sequence[KeepPolicy],
+    history: Sequence[StepInfo],
+    *,
+    context: KeepContext,
+    protected: Collection[int] = (),
 ) -> tuple[int, ...]:
-    """Returns the numbers of the steps that may go, the oldest first; never the newest.
+    """Returns the numbers of the steps that may go, in ascending order; never the newest.
 
     Neither may a step that has a `problem`: its metrics may be the best of all. The arguments and
     errors are those of `decide_keep`.
     """
-    kept = decide_keep(policies, history, context=context)
+    kept = decide_keep(policies, history, context=context, protected=protected)
     return tuple(
         info.step
         for info, keep in zip(history, kept, strict=True)
@@ -278,6 +300,79 @@ def check_not_passing(place: str, policies: Sequence[KeepPolicy]) -> None:
             f"{place}: LatestN(0) keeps no step, so it is for the first of several tiers: give the "
             "manager tiers=, or keep the latest step with LatestN(1)"
         )
+
+
+def steps_to_prune_after(
+    committed: int | None,
+    policies: Sequence[KeepPolicy],
+    history: Sequence[StepInfo],
+    *,
+    context: KeepContext,
+) -> tuple[int, ...]:
+    """Returns the steps that may go after a commit, in ascending order.
+
+    Besides the newest, the step that was committed stays, and the last one by the time of its
+    commit. Where clocks were wrong, a step goes only if the policies let it go with the times on
+    record and with plausible ones.
+
+    Args:
+        committed: The step that has just been committed, if one was.
+        policies: As of `decide_keep`.
+        history: As of `decide_keep`.
+        context: As of `decide_keep`.
+    """
+    if not history:
+        return ()
+    last = max(history, key=lambda info: (info.time, info.step))
+    protected = {last.step} if committed is None else {last.step, committed}
+    plausible = with_plausible_times(history, context.now)
+    gone = steps_to_prune(policies, history, context=context, protected=protected)
+    if plausible == tuple(history):
+        return gone
+    others = steps_to_prune(policies, plausible, context=context, protected=protected)
+    return tuple(sorted({*gone} & {*others}))
+
+
+def with_plausible_times(
+    history: Sequence[StepInfo], now: datetime.datetime
+) -> tuple[StepInfo, ...]:
+    """Returns the history with other times for steps whose own contradict those of most others.
+
+    Times rise with the steps of a generation, and none is in the future. The longest run of steps
+    for which that holds is believed; each other step gets the time of the believed one before it.
+
+    Args:
+        history: The steps in ascending order.
+        now: The present time.
+    """
+    order = sorted(range(len(history)), key=lambda i: (history[i].generation, history[i].step))
+    believed = _longest_rising([(i, history[i].time) for i in order if history[i].time <= now])
+    times: dict[int, datetime.datetime] = {}
+    earliest = min((history[i].time for i in believed), default=now)
+    for index in order:
+        earliest = times[index] = history[index].time if index in believed else earliest
+    return tuple(
+        info if times[index] == info.time else dataclasses.replace(info, time=times[index])
+        for index, info in enumerate(history)
+    )
+
+
+def _longest_rising(timed: Sequence[tuple[int, datetime.datetime]]) -> set[int]:
+    """The keys of a longest subsequence whose times do not fall."""
+    ends: list[datetime.datetime] = []  # the earliest end of a rising subsequence of each length
+    keys: list[int] = []
+    before: dict[int, int | None] = {}
+    for key, time in timed:
+        place = bisect.bisect_right(ends, time)
+        before[key] = keys[place - 1] if place else None
+        ends[place : place + 1] = [time]
+        keys[place : place + 1] = [key]
+    found: set[int] = set()
+    key = keys[-1] if keys else None
+    while key is not None:
+        found.add(key)
+        key = before[key]
+    return found
 
 
 def _ask(

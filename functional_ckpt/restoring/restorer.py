@@ -18,7 +18,7 @@ from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers.base import CheckpointItem, Registry
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreOptions
-from functional_ckpt.steps import decide
+from functional_ckpt.steps import decide, rollback
 from functional_ckpt.steps.directory import Steps
 
 __all__ = ["Restorer", "check_step", "initial_values"]
@@ -43,10 +43,19 @@ class Restorer:
     decider: decide.SaveDecider
 
     def restore(
-        self, step: int | None, items: Mapping[str, Any] | None, options: RestoreOptions
+        self,
+        step: int | None,
+        items: Mapping[str, Any] | None,
+        options: RestoreOptions,
+        *,
+        discard_later: bool = False,
     ) -> restore_lib.Restored:
         """Restores a step; `CheckpointManager.restore` says what is what."""
-        return self._restore(*self._agree(step), items, options)
+        number, holders = self._agree(step, discard_later=discard_later)
+        restored = self._restore(number, holders, items, options)
+        if not discard_later:
+            self._warn_of_later(number)
+        return restored
 
     def restore_or(
         self, initial: Mapping[str, Any], options: RestoreOptions
@@ -65,16 +74,27 @@ class Restorer:
             self._tell("going on from step %d, the latest of %d", number, int(found))
             return self._restore(number, holders, initial, options)
         self._tell("no step yet: beginning with the initial values")
-        self._warn_of_others()
+        self._check_others()
         return initial_values(initial)
 
     def _tell(self, text: str, *values: object) -> None:
         if self.coordinator.rank == 0:
             _log.info(f"%s: {text}", self.steps.root, *values)
 
-    def _warn_of_others(self) -> None:
-        """A run that begins anew beside what looks like steps may have lost its way."""
+    def _check_others(self) -> None:
+        """A run that begins anew beside what looks like steps may have lost its way.
+
+        Raises:
+            StepNotFoundError: Links lead to steps: they do not count, and must not be passed over.
+        """
         storage, root = self.steps.storage, self.steps.root
+        if linked := self.steps.linked():
+            raise errors.StepNotFoundError(
+                f"{root} has no step but links to some ({', '.join(linked[:5])}), which do not "
+                "count. Move the steps back, restore one by its number, or use another directory "
+                "to begin anew.",
+                path=root,
+            )
         others = [
             name
             for name in storage.list(root)
@@ -87,6 +107,22 @@ class Restorer:
                 root,
                 len(others),
                 ", ".join(others[:5]),
+            )
+
+    def _warn_of_later(self, step: int) -> None:
+        """A run that goes back leaves steps behind, which the next start would resume from."""
+        if self.steps.read_only or self.coordinator.rank:
+            return
+        if later := rollback.later(self.steps, step):
+            _log.warning(
+                "%s: back to step %d: the %d later steps (up to %d) are abandoned by the next "
+                "save and stay until a policy or delete() removes them; a step among them is "
+                "replaced only with overwrite=True. restore(%d, discard_later=True) removes them.",
+                self.steps.root,
+                step,
+                len(later),
+                max(later),
+                step,
             )
 
     def _restore(
@@ -135,7 +171,7 @@ class Restorer:
         self.decider.mark_resumed(step, restored.progress)
         return restored
 
-    def _agree(self, step: int | None) -> tuple[int, list[Steps]]:
+    def _agree(self, step: int | None, *, discard_later: bool = False) -> tuple[int, list[Steps]]:
         """The step that every rank restores, and the tiers that hold it, the nearest first.
 
         All ranks raise when one cannot, or means another. The primary knows the tiers best: it
@@ -144,22 +180,30 @@ class Restorer:
         value: bytes | BaseException
         try:
             number = self.steps.latest() if step is None else self._existing(check_step(step))
-            value = b"%d" % number
+            value = b"%d %d" % (number, discard_later)
         except errors.CheckpointError as error:
             value = error
 
         def combine(values: Sequence[bytes]) -> bytes:
             # A rank may list a directory before or after the newest commit: the primary's latest
             # counts.
+            mine, discards = values[0].split()
             for rank, found in enumerate(values):
-                if step is not None and found != values[0]:
+                other, also_discards = found.split()
+                if step is not None and other != mine:
                     raise errors.CoordinationError(
-                        f"Rank {rank} restores step {found.decode()}, rank 0 step "
-                        f"{values[0].decode()}; every rank must make the same calls.",
+                        f"Rank {rank} restores step {other.decode()}, rank 0 step "
+                        f"{mine.decode()}; every rank must make the same calls.",
                         ranks=(rank,),
                     )
-            holders = self.steps.tiers_with(int(values[0]))
-            return json.dumps([int(values[0]), [each.root for each in holders]]).encode()
+                if also_discards != discards:
+                    raise errors.CoordinationError(
+                        f"Rank {rank} and rank 0 do not agree on discard_later; every rank must "
+                        "make the same calls.",
+                        ranks=(rank,),
+                    )
+            holders = self.steps.tiers_with(int(mine))
+            return json.dumps([int(mine), [each.root for each in holders]]).encode()
 
         outcome = self.coordinator.gather_broadcast("which step to restore", value, combine)
         number, roots = json.loads(outcome)

@@ -29,6 +29,7 @@ class Commit:
         self.step = step
         self._future = future
         self.is_reported = False
+        self.clean_up_error: errors.SaveError | None = None
 
     def done(self) -> bool:
         """Whether the step was committed, or failed."""
@@ -52,8 +53,12 @@ class Commit:
         return step
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Waits and returns the error of the save, or None when it was committed."""
-        error = self._future.exception(timeout)
+        """Waits and returns the error of the save, or None when all went well.
+
+        That is also what failed after the commit, such as the removal of an old step: the step is
+        durable then, and `result` returns its number.
+        """
+        error = self._future.exception(timeout) or self.clean_up_error
         self.is_reported = self.is_reported or error is not None
         return error
 
@@ -69,6 +74,7 @@ class CommitThread:
 
     def __init__(self) -> None:
         self._commit: Commit | None = None
+        self._not_cleaned_up: Commit | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -80,19 +86,26 @@ class CommitThread:
         """The step that is under way."""
         return self._commit.step if self._commit is not None and not self._commit.done() else None
 
-    def start(self, step: int, work: Callable[[], None]) -> Commit:
-        """Runs `work` in the background; the caller made sure that nothing is under way."""
+    def start(self, step: int, work: Callable[[], errors.SaveError | None]) -> Commit:
+        """Runs `work` in the background; the caller made sure that nothing is under way.
+
+        Args:
+            step: The step.
+            work: Commits it; returns what could not be cleaned up afterwards.
+        """
         future: futures.Future[int] = futures.Future()
         future.set_running_or_notify_cancel()
 
         def run() -> None:
             try:
-                work()
+                commit.clean_up_error = work()
             except BaseException as error:  # noqa: BLE001 - told at the next call, whatever it is
                 # What was told is forgotten: its traceback holds on to the state that was staged.
                 _failed[:] = [*(each for each in _failed if not each.is_reported), commit]
                 future.set_exception(_as_save_error(step, error))
             else:
+                if commit.clean_up_error is not None:
+                    _failed[:] = [*(each for each in _failed if not each.is_reported), commit]
                 future.set_result(step)
 
         commit = self._commit = Commit(step, future)
@@ -110,17 +123,32 @@ class CommitThread:
             futures.wait([self._commit._future], timeout)
 
     def raise_error(self) -> None:
-        """Raises the error of a failed commit, once; nothing when it is under way or went well."""
+        """Raises the error of a failed commit, once; nothing when it is under way or went well.
+
+        What could not be cleaned up after a commit is raised too.
+        """
         error = self.take_error()
+        commit, self._not_cleaned_up = self._not_cleaned_up, None
+        if error is None and commit is not None and not commit.is_reported:
+            commit.is_reported = True
+            error = commit.clean_up_error
         if error is not None:
             raise error
 
     def take_error(self) -> BaseException | None:
-        """The error of a failed commit, once, for the caller to raise."""
+        """The error of a failed commit, once, for the caller to raise.
+
+        A step that was committed and not cleaned up after keeps no other from being saved: that is
+        left to `raise_error`.
+        """
         commit = self._commit
         if commit is None or not commit.done():
             return None
         self._commit = None
+        if commit.clean_up_error is not None:
+            if self._not_cleaned_up is not None:
+                self._not_cleaned_up.is_reported = True  # the newer one is raised in its place
+            self._not_cleaned_up = commit
         error = commit._future.exception()
         if error is None or commit.is_reported:
             return None

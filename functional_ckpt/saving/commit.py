@@ -7,8 +7,6 @@ reported before the parent directory is durable.
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import errno
 import functools
 import json
@@ -21,10 +19,9 @@ from collections.abc import Callable, Sequence
 from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format import write_direct
-from functional_ckpt.policies import rules
-from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
+from functional_ckpt.policies.base import KeepPolicy, StepInfo
 from functional_ckpt.runtime.fence import PendingCopy
-from functional_ckpt.saving import finalize, lower, stage, write
+from functional_ckpt.saving import finalize, lower, retention, stage, write
 from functional_ckpt.steps import history
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.uploads import Uploads
@@ -74,7 +71,9 @@ class StepCommitter:
         items: Sequence[stage.StagedItem],
         info: finalize.CheckpointInfo,
         pending: PendingCopy | None = None,
-    ) -> None:
+        *,
+        is_repeat: bool = False,
+    ) -> errors.SaveError | None:
         """Writes, commits and remembers a step, then removes what the policies let go.
 
         Args:
@@ -82,10 +81,15 @@ class StepCommitter:
             items: What to write.
             info: What is written besides.
             pending: What is left to be copied first.
+            is_repeat: The step may be there already, if it holds the same.
+
+        Returns:
+            What could not be cleaned up after the commit; the step is committed all the same.
         """
         with self._busy:
-            self._commit(step, items, info, pending)
+            failure = self._commit(step, items, info, pending, is_repeat=is_repeat)
         self._prune_if_idle()
+        return failure
 
     def _commit(
         self,
@@ -93,7 +97,9 @@ class StepCommitter:
         items: Sequence[stage.StagedItem],
         info: finalize.CheckpointInfo,
         pending: PendingCopy | None,
-    ) -> None:
+        *,
+        is_repeat: bool,
+    ) -> errors.SaveError | None:
         if pending is not None:
             try:
                 pending.run()
@@ -101,10 +107,18 @@ class StepCommitter:
                 self.abort(step, error)
                 raise
         lowered = [item.lowered for item in items]
-        finish = functools.partial(self._finish, lowered, info)
+        finish = functools.partial(self._finish, lowered, info, is_repeat)
         outcome = json.loads(self._write_or_free_space(step, items, info, finish))
-        when = history.commit_time(outcome["commit_time_ns"])
-        committed = StepInfo(step=step, time=when, metrics=info.metrics, progress=info.progress)
+        if outcome["is_unchanged"]:
+            return None
+        committed = StepInfo(
+            step=step,
+            time=history.commit_time(outcome["commit_time_ns"]),
+            metrics=info.metrics,
+            progress=info.progress,
+            generation=outcome["generation"],
+            ancestors=tuple((generation, last) for generation, last in outcome["ancestors"]),
+        )
         self._steps.remember(committed)
         if self._coordinator.rank == 0:
             _log.info("step %d committed", step)
@@ -112,7 +126,8 @@ class StepCommitter:
             self._steps.emit("committed", step, seconds=seconds)
         is_more_to_do = self._keep_policies or self._steps.latest_link or self._steps.has_tiers
         if is_more_to_do or outcome["replaced"] is not None:
-            self._clean_up(committed, outcome["replaced"])
+            return self._clean_up(committed, outcome["replaced"])
+        return None
 
     def abort(self, step: int, error: BaseException) -> None:
         """Instead of `commit`, where staging failed: tells the other ranks and raises."""
@@ -147,9 +162,9 @@ class StepCommitter:
             return b"[]"
         held = self.uploads.held_elsewhere()
         with self.uploads.exclusive() as promised:
-            steps = [step for step in held if step not in promised]
-            for step in steps:
-                self._steps.prune(step)
+            doomed = [step for step in held if step not in promised]
+            failures = self._steps.prune(doomed)
+        steps = [step for step in doomed if step not in failures]
         _log.warning("%s is full: removed %s", self._steps.root, steps or "nothing")
         return json.dumps(steps).encode()
 
@@ -225,51 +240,69 @@ class StepCommitter:
         self,
         items: Sequence[lower.LoweredItem],
         info: finalize.CheckpointInfo,
+        is_repeat: bool,
         tmp: str,
         reports: Sequence[write.RankReport],
     ) -> bytes:
         """On the primary: completes and publishes; the step counts once this returns."""
         commit_time_ns = time.time_ns()
         finalize.finalize(self._storage, tmp, items, reports, info, commit_time_ns)
+        final = commit.final_path(tmp)
+        if is_repeat and finalize.is_same(self._storage, tmp, final):
+            commit.abandon(self._storage, tmp)
+            return json.dumps({"is_unchanged": True}).encode()
+        if is_repeat and info.step is not None:
+            self._steps.check_free(info.step, info.progress, overwrite=self._overwrite)
         hidden = self._steps.hidden
-        replaced = commit.publish(
-            self._storage, tmp, commit.final_path(tmp), hidden, overwrite=self._overwrite
-        )
-        return json.dumps({"commit_time_ns": commit_time_ns, "replaced": replaced}).encode()
+        replaced = commit.publish(self._storage, tmp, final, hidden, overwrite=self._overwrite)
+        outcome = {
+            "is_unchanged": False,
+            "commit_time_ns": commit_time_ns,
+            "replaced": replaced,
+            "generation": info.line.generation,
+            "ancestors": info.line.ancestors,
+        }
+        return json.dumps(outcome).encode()
 
-    def _clean_up(self, info: StepInfo, replaced: str | None) -> None:
+    def _clean_up(self, info: StepInfo, replaced: str | None) -> errors.SaveError | None:
         """What follows a commit; a failure here loses disk space, never a step."""
-        step = info.step
 
         def on_primary(_: Sequence[bytes]) -> bytes:
-            if self.uploads is not None:
-                self.uploads.committed(info)
-            self._steps.update_latest_link()
-            if replaced is not None:
-                self._steps.forget_late_metrics(step)
-                self._storage.remove(replaced)
-            self._prune()
-            return self._lists()
-
-        try:
-            lists = self._coordinator.gather_broadcast(
-                f"cleaning up after step {step}", b"", on_primary
+            failures = retention.clean_up(
+                self._steps, self._keep_policies, self.uploads, info, replaced
             )
-        except Exception as error:
-            raise errors.SaveError(
-                f"Step {step} was committed, but cleaning up after it failed: {error}",
-                step=step,
-                path=self._steps.root,
-            ) from error
-        if self._coordinator.rank:
-            self._steps.follow(json.loads(lists))
+            return json.dumps({"failures": failures, "lists": self._lists()}).encode()
 
-    def _lists(self) -> bytes:
+        what = f"cleaning up after step {info.step}"
+        try:
+            done = json.loads(self._coordinator.gather_broadcast(what, b"", on_primary))
+        except Exception as error:  # noqa: BLE001 - reported like what fails inside
+            return self._not_cleaned_up(info.step, [str(error)], error)
+        if self._coordinator.rank:
+            self._steps.follow(done["lists"])
+        if not done["failures"]:
+            return None
+        return self._not_cleaned_up(info.step, done["failures"], None)
+
+    def _not_cleaned_up(
+        self, step: int, failures: Sequence[str], cause: BaseException | None
+    ) -> errors.SaveError:
+        error = errors.SaveError(
+            f"Step {step} was committed, but cleaning up after it failed: {'; '.join(failures)}",
+            step=step,
+            path=self._steps.root,
+        )
+        error.__cause__ = cause
+        if self._coordinator.rank == 0:
+            _log.warning("%s", error)
+        return error
+
+    def _lists(self) -> dict[str, list[int]]:
         """On the primary: the steps of every tier, for the other ranks."""
         if self._coordinator.num_ranks == 1:
-            return b""
+            return {}
         tiers = (self._steps, *self._steps.remote)
-        return json.dumps({each.root: [i.step for i in each.infos] for each in tiers}).encode()
+        return {each.root: [info.step for info in each.infos] for each in tiers}
 
     def prune_uploaded(self) -> None:
         """A step has arrived in another tier: removes what need not stay here any more.
@@ -283,33 +316,15 @@ class StepCommitter:
         while self._is_prune_due and self._busy.acquire(blocking=False):
             try:
                 self._is_prune_due = False
-                self._prune(only_copied=True)
+                failures = retention.prune(
+                    self._steps, self._keep_policies, self.uploads, only_copied=True
+                )
+                for failure in failures:
+                    _log.warning("%s: pruning failed: %s", self._steps.root, failure)
             except errors.CheckpointError as error:
                 _log.warning("%s: pruning failed: %s", self._steps.root, error)
             finally:
                 self._busy.release()
-
-    def _prune(self, *, only_copied: bool = False) -> None:
-        """On the primary: removes what the policies let go.
-
-        Args:
-            only_copied: Leave what no other tier holds.
-        """
-        if not self._keep_policies:
-            return
-        alone = contextlib.nullcontext(()) if self.uploads is None else self.uploads.exclusive()
-        with alone as promised:
-            known = self._steps.with_late_metrics()
-            context = KeepContext(now=datetime.datetime.now(datetime.UTC))
-            steps = list(rules.steps_to_prune(self._keep_policies, known, context=context))
-            copied = {info.step for each in self._steps.remote for info in each.infos}
-            if not rules.keeps_newest(self._keep_policies, known, context=context):
-                steps += [step for step in (known[-1].step,) if step in copied]
-            for step in steps:
-                if step in promised or self._steps.is_being_read(step):
-                    continue
-                if step in copied or not only_copied:
-                    self._steps.prune(step)
 
 
 def _is_full(error: BaseException | None) -> bool:

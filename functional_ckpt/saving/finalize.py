@@ -16,6 +16,7 @@ from functional_ckpt.core.records import merge_ranks, orbax, records
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import write_direct, write_tensorstore
 from functional_ckpt.format.step_files import JSON_FILE, PROGRESS_ITEM
+from functional_ckpt.policies import lines
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.runtime import threads
 from functional_ckpt.saving import lower
@@ -38,6 +39,7 @@ class CheckpointInfo:
         metrics: Metrics, JSON.
         progress: How far the training was.
         custom_metadata: The user's own metadata, JSON.
+        line: The line of training that the step is saved on.
     """
 
     step: int | None
@@ -45,6 +47,7 @@ class CheckpointInfo:
     metrics: Mapping[str, Any] | None = None
     progress: Progress | None = None
     custom_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    line: lines.Line = dataclasses.field(default_factory=lines.Line)
 
 
 def finalize(
@@ -100,10 +103,56 @@ def finalize(
     )
     name = orbax.CHECKPOINT_METADATA_FILE
     files[name] = _write(storage, directory, name, text)
-    step = records.StepRecord(step=info.step, items=names, files=files)
+    step = records.StepRecord(
+        step=info.step,
+        items=names,
+        files=files,
+        generation=info.line.generation,
+        ancestors=info.line.ancestors,
+    )
     _write(storage, directory, records.EXTENSION_FILE, step.to_json())
     # By the records, not by a listing: a file that is lost by now must end the save.
     commit.sync_tree(storage, directory, [*of_items, *files, records.EXTENSION_FILE])
+
+
+def is_same(storage: Storage, new: str, old: str) -> bool:
+    """Returns whether a checkpoint holds the same items as an older one.
+
+    Metrics, progress and custom metadata count where the new one has any.
+    """
+    if not storage.exists(os.path.join(old, records.EXTENSION_FILE)):
+        return False
+    mine, other = (_step_record(storage, path) for path in (new, old))
+    if mine.items != other.items:
+        return False
+    same_files = [f"{name}/{JSON_FILE}" for name, kind in mine.items.items() if kind == "json"]
+    same_files += [
+        file for file in ("metrics/metrics", f"{PROGRESS_ITEM}/{JSON_FILE}") if file in mine.files
+    ]
+    if any(mine.files[file] != other.files.get(file) for file in same_files):
+        return False
+    trees = [name for name, kind in mine.items.items() if kind == "tree"]
+    if any(_content(storage, new, name) != _content(storage, old, name) for name in trees):
+        return False
+    custom, known = (_custom_metadata(storage, path) for path in (new, old))
+    return not custom or custom == known
+
+
+def _step_record(storage: Storage, path: str) -> records.StepRecord:
+    path = os.path.join(path, records.EXTENSION_FILE)
+    return records.parse_step(storage.read(path), path)
+
+
+def _content(storage: Storage, path: str, item: str) -> tuple[Any, Any]:
+    """Structure and digests of a tree item, as its record has them."""
+    path = os.path.join(path, item, records.EXTENSION_FILE)
+    record = records.verify_checksum(storage.read(path), path)
+    return record["structure"], record["arrays"]
+
+
+def _custom_metadata(storage: Storage, path: str) -> Any:
+    text = storage.read(os.path.join(path, orbax.CHECKPOINT_METADATA_FILE))
+    return json.loads(text).get("custom_metadata")
 
 
 def _write(storage: Storage, path: str, name: str, data: bytes) -> records.FileRecord:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format import write_direct
 from functional_ckpt.handlers.base import Registry
+from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import KeepPolicy
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.policies.rules import SaveRule
@@ -23,7 +24,7 @@ from functional_ckpt.runtime import threads
 from functional_ckpt.runtime.fence import Fence, PendingCopy
 from functional_ckpt.saving import background, commit, finalize, lower, stage, stage_overlapped
 from functional_ckpt.saving import plan as plan_lib
-from functional_ckpt.steps import decide
+from functional_ckpt.steps import decide, rollback
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.uploads import Uploads
 
@@ -138,7 +139,8 @@ class Saver:
             return self._refuse(step, failure)
         self.committer.wait()
         failure = failure or self.committer.take_error()
-        prepared = failure or self._prepare(step, items, about)
+        is_repeat = force and step == self.decider.last_saved
+        prepared = failure or self._prepare(step, items, about, is_repeat=is_repeat)
         plan = self._planner.plan(
             prepared if isinstance(prepared, BaseException) else prepared[0], step
         )
@@ -150,7 +152,9 @@ class Saver:
         except Exception as error:
             self._writer.abort(step, error)
             raise
-        work = functools.partial(self._writer.commit, step, staged, info, pending)
+        work = functools.partial(
+            self._writer.commit, step, staged, info, pending, is_repeat=is_repeat
+        )
         try:
             num_bytes = sum(item.num_bytes for item in staged)
             seconds = time.monotonic() - started
@@ -165,9 +169,11 @@ class Saver:
             raise
         if through is not None:
             through.wait()
-        if not self._options.asynchronous:
+        if is_repeat or not self._options.asynchronous:
             self.committer.wait()
-            self.committer.raise_error()
+            if (error := self.committer.take_error()) is not None:
+                cause = error.__cause__
+                raise cause if isinstance(cause, errors.StepExistsError) else error
         return handle
 
     def _stage(
@@ -207,14 +213,6 @@ class Saver:
             uploads.on_arrived = self._writer.prune_uploaded
             self._writer.prune_uploaded()  # what arrived when the last manager was closing
 
-    def delete(self, step: int) -> None:
-        """On the primary: removes a step from every tier, the first one last."""
-        uploads = self._writer.uploads
-        with contextlib.nullcontext() if uploads is None else uploads.exclusive():
-            if uploads is not None:
-                uploads.delete(step)
-            self._steps.delete(step)
-
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """On the primary: records metrics of a committed step in the tiers that hold it.
 
@@ -230,6 +228,28 @@ class Saver:
                 return
         for each in holders:
             each.record(step, metrics)
+
+    def delete(self, steps: Sequence[int], *, together: bool = False) -> None:
+        """On the primary: removes steps from every tier, the first one last.
+
+        Args:
+            steps: In the order in which they are removed.
+            together: Take all of them out of sight in one step.
+        """
+        uploads = self._writer.uploads
+        with contextlib.nullcontext() if uploads is None else uploads.exclusive():
+            remote = () if uploads is None else uploads.withdraw(steps)
+            rollback.remove((*reversed(remote), self._steps), steps, together=together)
+
+    def discard_later(self, step: int) -> None:
+        """On the primary: removes every step that is newer than one, which was restored."""
+        self.delete(rollback.later(self._steps, step), together=True)
+        self._steps.resume_from(step)
+
+    def wait_for(self, step: int) -> None:
+        """Waits for the commit of a step, if it is under way; an error is raised by `wait`."""
+        if self.committer.step == step:
+            self.committer.wait()
 
     def wait(self) -> None:
         """Waits for the commit under way and for the tiers; raises what failed."""
@@ -276,18 +296,25 @@ class Saver:
         step: int,
         items: Mapping[str, Any],
         about: StepExtras,
+        *,
+        is_repeat: bool,
     ) -> tuple[tuple[lower.LoweredItem, ...], finalize.CheckpointInfo] | BaseException:
         """What this rank can do alone; an error is for all ranks to hear of, so it is returned."""
         coordinator = self._coordinator
         try:
+            line = lines.Line()
             if coordinator.rank == 0:
-                self._steps.check_free(step, about.progress, overwrite=self._options.overwrite)
+                may_be_there = self._options.overwrite or is_repeat
+                self._steps.check_free(step, about.progress, overwrite=may_be_there)
+                line = self._steps.next_line()
+                self._steps.warn_of_newer(step)
             info = finalize.CheckpointInfo(
                 step=step,
                 init_time_ns=time.time_ns(),
                 metrics=as_json(about.metrics, "metrics"),
                 progress=about.progress,
                 custom_metadata=as_json(about.custom_metadata, "custom_metadata") or {},
+                line=line,
             )
             lowered = lower.lower(
                 items, self._registry, rank=coordinator.rank, ranks=coordinator.global_ranks
@@ -297,12 +324,14 @@ class Saver:
         return lowered, info
 
 
-def _releasing(through: stage.CopyLatch, work: Callable[[], None]) -> Callable[[], None]:
+def _releasing(
+    through: stage.CopyLatch, work: Callable[[], errors.SaveError | None]
+) -> Callable[[], errors.SaveError | None]:
     """The work, after which nobody waits any more, however it ends."""
 
-    def run() -> None:
+    def run() -> errors.SaveError | None:
         try:
-            work()
+            return work()
         finally:
             through.release()
 

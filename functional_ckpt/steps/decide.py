@@ -46,9 +46,7 @@ class SaveDecider:
         self._stop_agreed = False
         self._refused: int | None = None
         self._decided_step: int | None = None
-        self._saved_steps: set[int] = set()
         self._last: StepInfo | None = None
-        self._resumed_from: int | None = None
         self._last_batch: tuple[int, int] | None = None
 
     @property
@@ -80,6 +78,11 @@ class SaveDecider:
             self._ask(f"whether to stop at step {step}", step, b"".join)
         return self._stop_agreed
 
+    @property
+    def last_saved(self) -> int | None:
+        """The step that this run saved last."""
+        return None if self._last is None else self._last.step
+
     def mark_skipped(self, step: int) -> None:
         """Notes that a step was not saved."""
         self._refused = step
@@ -87,14 +90,12 @@ class SaveDecider:
     def mark_saved(self, step: int, progress: Progress | None) -> None:
         """Notes that this run is saving a step."""
         now = datetime.datetime.now(datetime.UTC)
-        self._saved_steps.add(step)
         self._last = StepInfo(step=step, time=now, progress=progress)
         self._last_batch = None if progress is None else (step, progress.batch)
 
     def mark_resumed(self, step: int, progress: Progress | None) -> None:
-        """Notes that this run goes on from a step: what lies beyond is of a run left behind."""
-        self._resumed_from = step
-        self._saved_steps.clear()
+        """Notes that this run continues from a step."""
+        self._steps.resume_from(step)
         self._last_batch = None if progress is None else (step, progress.batch)
 
     def should_save(
@@ -158,14 +159,9 @@ class SaveDecider:
         return (_YES if wanted else _NO) + (_YES if reached else _NO)
 
     def _past(self, busy: int | None) -> tuple[StepInfo, ...]:
-        """The steps that came before in this run: saved by it, or no later than where it began."""
-        known = {
-            info.step: info
-            for info in self._steps.all_infos()
-            if self._resumed_from is None
-            or info.step <= self._resumed_from
-            or info.step in self._saved_steps
-        }
+        """The steps that came before in this run: those on the line that it saves on."""
+        line = self._steps.next_line()
+        known = {info.step: info for info in self._steps.all_infos() if line.holds(info)}
         if busy is not None and self._last is not None:
             known[busy] = self._last
         return tuple(known[step] for step in sorted(known))

@@ -14,11 +14,13 @@ from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.events import Events, Kind
+from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps import history, template
+from functional_ckpt.steps.index import StepIndex, has_record
 from functional_ckpt.steps.names import NameFormat
-from functional_ckpt.storage import commit
+from functional_ckpt.storage import commit, removal
 from functional_ckpt.storage.base import Storage
 
 __all__ = ["Steps"]
@@ -64,8 +66,15 @@ class Steps:
         self.hidden = os.path.join(root, commit.HIDDEN)
         self._names = names
         self._mutex = threading.Lock()
+        self._index = StepIndex(storage, root, names)
+        self._reported_strays: set[str] = set()
         self._infos: tuple[StepInfo, ...] = ()
         self._num_changes = 0
+        self._root_id: str | None = None
+        self._origin: StepInfo | None = None
+        self._line: lines.Line | None = None
+        self._has_warned = False
+        self._followed: dict[int, lines.Line] = {}
         self._problems: set[tuple[int, str]] = set()
         self.remote: tuple[Steps, ...] = ()
         self._being_read: list[int] = []
@@ -99,13 +108,27 @@ class Steps:
     def _reread(self) -> bool:
         """Reads the steps from disk; whether nothing was remembered or forgotten meanwhile."""
         num_changes = self._num_changes
-        found = tuple(history.scan(self.storage, self.root, self._names))
+        root_id = self.storage.directory_id(self.root)
+        late = history.late_metrics(self.storage, self.root)
+        found = tuple(history.with_late_metrics(info, late) for info in self._look(anew=True))
         with self._mutex:
             if num_changes != self._num_changes:
                 return False
-            self._infos = found
+            self._infos, self._root_id = found, root_id
         self._warn_of_problems()
         return True
+
+    def _look(self, *, anew: bool = False) -> tuple[StepInfo, ...]:
+        """Reads which steps are there, without what was recorded of them later."""
+        found = self._index.look(anew=anew)
+        strays = {n: what for n, what in self._index.strays.items() if n != self.latest_link}
+        new = sorted(strays.keys() - self._reported_strays)
+        self._reported_strays |= strays.keys()
+        if new:
+            listed = ", ".join(f"{name} ({strays[name]})" for name in new[:10])
+            more = f" and {len(new) - 10} more" if len(new) > 10 else ""
+            _log.warning("%s: these are not steps and do not count: %s%s", self.root, listed, more)
+        return tuple(entry.info for entry in found.values())
 
     def _warn_of_problems(self) -> None:
         """Reports each step whose small files are damaged, once."""
@@ -122,26 +145,30 @@ class Steps:
         self._num_changes += 1
 
     def all(self) -> list[int]:
-        """The committed steps of every tier that was reached, ascending.
+        """The committed steps of every tier that was reached, ascending; abandoned ones too.
 
         Raises:
             StorageError: There is none here, and a tier that may hold some is out of reach.
         """
         if not self._own():
             self.reach(True)
-        return self._reached()
+        return [info.step for info in self._present()]
 
-    def _reached(self) -> list[int]:
-        return sorted({*self._own(), *(s for each in self.remote for s in each._own())})
+    def _present(self) -> tuple[StepInfo, ...]:
+        """The steps of every tier that was reached, ascending."""
+        return _united(each._own() for each in (self, *self.remote))
 
-    def _own(self) -> list[int]:
+    def _own(self) -> tuple[StepInfo, ...]:
+        """The steps of this directory: those that are there now, or that its writer remembers."""
         if self.read_only:
-            return list(history.list_steps(self.storage, self.root, self._names))
-        return [info.step for info in self._infos]
+            return self._look()
+        if self.storage.directory_id(self.root) != self._root_id:
+            self.reload_local()  # it was removed, or made again
+        return self._infos
 
     def tiers_with(self, step: int) -> list[Steps]:
         """The tiers that hold a step, the nearest first; this one where none does."""
-        found = [each for each in (self, *self.remote) if step in each._own()]
+        found = [each for each in (self, *self.remote) if each.held([step])]
         return found or [self]
 
     def tiers_at(self, roots: Sequence[str]) -> list[Steps]:
@@ -168,24 +195,35 @@ class Steps:
             return step in self._being_read
 
     def all_infos(self) -> tuple[StepInfo, ...]:
-        """The steps of every tier as last seen, ascending."""
-        infos = {info.step: info for each in (*reversed(self.remote), self) for info in each.infos}
-        return tuple(infos[step] for step in sorted(infos))
+        """The steps of every tier as last seen, ascending, marked if they were abandoned."""
+        return lines.marked(_united(each.infos for each in (self, *self.remote)))
+
+    def is_abandoned(self, step: int) -> bool:
+        """Whether a step is not on the present line."""
+        return any(
+            info.step == step and info.is_abandoned for info in lines.marked(self._present())
+        )
+
+    def newest(self) -> int | None:
+        """The newest step of the present line, from which a run resumes; None for no step."""
+        if not self._own():
+            self.reach(True)
+        found = lines.newest(self._present())
+        return None if found is None else found.step
 
     def latest(self) -> int:
-        """The highest committed step; raises `StepNotFoundError` where there is none."""
-        steps = self.all()
-        if not steps:
+        """The newest step of the present line; raises `StepNotFoundError` where there is none."""
+        if (step := self.newest()) is None:
             raise errors.StepNotFoundError(f"{self.root} has no step yet.", path=self.root)
-        return steps[-1]
+        return step
 
     def existing(self, step: int) -> int:
         """The step, if it was committed; else raises `StepNotFoundError`."""
         steps = self.all()
-        if step not in steps:
+        if step not in steps and not self._is_linked(step):
             self.reach(True)
             steps = self.all()
-        if step not in steps:
+        if step not in steps and not self._is_linked(step):
             shown = ", ".join(map(str, steps[-10:])) or "none"
             raise errors.StepNotFoundError(
                 f"{self.root} has no step {step}; the latest are: {shown}.",
@@ -195,13 +233,20 @@ class Steps:
         return step
 
     def wait_for_new(self, after: int | None, timeout: float | None, poll: float) -> int | None:
-        """Waits until there is a step above `after`; the latest, or None when the time is up."""
+        """Waits until the latest step comes after `after`; that, or None when the time is up."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             self.reload()
-            latest = max(self._reached(), default=None)
-            if latest is not None and (after is None or latest > after):
-                return latest
+            infos = self._present()
+            for info in infos:
+                if info.step == after:
+                    self._followed[info.step] = lines.line_of(info)
+            latest = lines.newest(infos)
+            if latest is not None and (
+                after is None or lines.is_after(latest, after, self._followed.get(after))
+            ):
+                self._followed = {latest.step: lines.line_of(latest)}
+                return latest.step
             if deadline is not None and time.monotonic() >= deadline:
                 return None
             rest = poll if deadline is None else min(poll, deadline - time.monotonic())
@@ -222,12 +267,24 @@ class Steps:
                 return path
         if candidates:
             return candidates[0]
-        name = history.list_steps(self.storage, self.root, self._names).get(step)
-        if name is None:
+        entry = self._index.look().get(step)
+        if entry is None:
             raise errors.StepNotFoundError(
                 f"{self.root} has no directory of step {step}.", step=step, path=self.root
             )
-        return os.path.join(self.root, name)
+        return os.path.join(self.root, entry.name)
+
+    def _is_linked(self, step: int) -> bool:
+        """Whether a link of this name leads to a step: it does not count, but can be read."""
+        return any(map(self._leads_to_step, self._names.names(step)))
+
+    def _leads_to_step(self, name: str) -> bool:
+        path = os.path.join(self.root, name)
+        return self.storage.is_link(path) and has_record(self.storage, path)
+
+    def linked(self) -> list[str]:
+        """The names of links that lead to steps."""
+        return [name for name in self._index.strays if self._leads_to_step(name)]
 
     def new_path(self, step: int, progress: Progress | None) -> str:
         """Where a step is written: where it is, if it is replaced, else under a new name."""
@@ -243,18 +300,18 @@ class Steps:
         if later and not overwrite:
             raise errors.StepExistsError(
                 f"{self.root} has {len(later)} steps from {step} on (up to {later[-1]}), which a "
-                f"run that begins at {step} would come to overwrite. Go on from step {later[-1]}, "
+                f"run that begins at {step} would come to overwrite. Resume from {self.latest()}, "
                 "give this run its own directory, delete them, or make the manager with "
                 "overwrite=True.",
                 step=later[0],
                 path=self.root,
             )
 
-    def update_latest_link(self, *, without: int | None = None) -> None:
+    def update_latest_link(self, *, without: Collection[int] = ()) -> None:
         """Points the link to the latest step, atomically and durably.
 
         Args:
-            without: A step that is about to be removed.
+            without: Steps that are about to be removed.
         """
         if self.latest_link is None:
             return
@@ -267,9 +324,9 @@ class Steps:
                 errno=errno.EEXIST,
                 path=link,
             )
-        steps = [info.step for info in self._infos if info.step != without]
-        if steps:
-            name = os.path.basename(self.path(steps[-1]))
+        newest = lines.newest(info for info in self._infos if info.step not in without)
+        if newest is not None:
+            name = os.path.basename(self.path(newest.step))
             temporary = os.path.join(self.hidden, f"{self.latest_link}.tmp")
             self.storage.replace_link(link, name, temporary)
         elif is_there:
@@ -313,6 +370,17 @@ class Steps:
             others = [each for each in self._infos if each.step != info.step]
             self._change(sorted([*others, info], key=lambda each: each.step))
 
+    def forget_missing(self) -> bool:
+        """Forgets the steps that others have removed; returns whether there were any."""
+        listed = set(self.storage.list(self.root))
+        missing: list[int] = []
+        for info in self._infos:
+            known = self._names.names(info.step)
+            if known and listed.isdisjoint(known) and self._path_if_there(info.step) is None:
+                missing.append(info.step)
+        self.forget(missing)
+        return bool(missing)
+
     def forget(self, steps: Collection[int]) -> None:
         """Steps were removed."""
         with self._mutex:
@@ -327,9 +395,10 @@ class Steps:
                     each._change(known[step] for step in lists[each.root] if step in known)
 
     def with_late_metrics(self) -> tuple[StepInfo, ...]:
-        """The steps with what was recorded of them since, by whatever process."""
+        """The steps with what was recorded of them since, marked if they were abandoned."""
         late = history.late_metrics(self.storage, self.root)
-        return tuple(history.with_late_metrics(info, late) for info in self._infos)
+        infos = [history.with_late_metrics(info, late) for info in self._infos]
+        return lines.marked(infos, self._line_of_tiers())
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step; durable when it returns."""
@@ -368,28 +437,124 @@ class Steps:
         """Tells the listeners what happened to a step here."""
         self.events.tell(kind, step, self.root, seconds=seconds, num_bytes=num_bytes)
 
-    def prune(self, step: int) -> None:
-        """Removes a step that the run can do without, and says so."""
+    # ---------------------------------------------------------------------------- lines
+
+    def resume_from(self, step: int) -> None:
+        """Notes that the run continues from a step; nothing on disk changes before it saves."""
+        found = [info for info in self._present() if info.step == step]
+        self._origin = found[0] if found else None
+        self._line = None
+
+    def warn_of_newer(self, step: int) -> None:
+        """Warns, once, of a step below the latest where the run has restored none."""
+        newest = self.newest() if self._origin is None and not self._has_warned else None
+        if newest is not None and newest > step:
+            self._has_warned = True
+            _log.warning(
+                "%s: step %d is below the latest, %d, which stays the one that a run resumes from. "
+                "To go back, restore an earlier step first; to start again, use another directory.",
+                self.root,
+                step,
+                newest,
+            )
+
+    def next_line(self) -> lines.Line:
+        """The line of the step that is saved next."""
+        if self._origin is None:
+            return self._line_of_tiers()
+        if self._line is None:
+            self._line = lines.resumed(self._origin, self._present())
+        return self._line
+
+    def _line_of_tiers(self) -> lines.Line:
+        return lines.present(_united(each.infos for each in (self, *self.remote)))
+
+    # ---------------------------------------------------------------------------- removal
+
+    def prune(self, steps: Sequence[int]) -> dict[int, errors.CheckpointError]:
+        """Removes steps that the run can do without, and reports it.
+
+        Returns:
+            Step -> why it could not be removed; the others are gone.
+        """
         started = time.monotonic()
-        self.delete(step)
-        _log.info("step %d pruned from %s", step, self.root)
-        self.emit("pruned", step, seconds=time.monotonic() - started)
+        failures = self.remove(steps)
+        for step in steps:
+            if step not in failures:
+                _log.info("step %d pruned from %s", step, self.root)
+                self.emit("pruned", step, seconds=time.monotonic() - started)
+        return failures
 
     def delete(self, step: int) -> None:
         """Removes a step: out of sight in one rename, then from disk."""
-        path = self.path(step)
-        try:
-            if self._infos and self._infos[-1].step == step:
-                self.update_latest_link(without=step)
-            if self.storage.exists(path):
-                commit.discard(self.storage, path, self.hidden)
-            history.remove_late_metrics(self.storage, self.root, step)
-        except errors.CheckpointError as error:
+        for error in self.remove([step]).values():
+            raise error
+
+    def remove(self, steps: Sequence[int]) -> dict[int, errors.CheckpointError]:
+        """Removes steps, in this order; what cannot be removed stops nothing else.
+
+        Returns:
+            Step -> why it could not be removed. It is forgotten all the same where it is out of
+            sight.
+        """
+        failures: dict[int, errors.CheckpointError] = {}
+        newest = lines.newest(self._infos)
+        if newest is not None and newest.step in steps:
+            try:
+                self.update_latest_link(without=steps)
+            except errors.CheckpointError as error:
+                failures[newest.step] = error
+        paths = {step: self._path_if_there(step) for step in steps}
+        names = {os.path.basename(path): step for step, path in paths.items() if path is not None}
+        failed = removal.remove(self.storage, self.root, self.hidden, tuple(names))
+        failures |= {names[name]: error for name, error in failed.items()}
+        gone = [step for step, path in paths.items() if path is None or not self._is_there(path)]
+        self.forget(gone)
+        for step in gone:
+            try:
+                history.remove_late_metrics(self.storage, self.root, step)
+            except errors.CheckpointError as error:
+                failures.setdefault(step, error)
+        for step, error in failures.items():
             error.step = step
-            raise
-        finally:
-            if not self.storage.exists(path):  # out of sight, however far its removal came
-                self.forget([step])
+        return failures
+
+    def held(self, steps: Sequence[int]) -> list[int]:
+        """Those of some steps that are here, in their order."""
+        here = {info.step for info in self._own()}
+        return [step for step in steps if step in here]
+
+    def hide(self, names: Iterable[str]) -> None:
+        """Takes directories out of sight, all in one step; they are still to be removed."""
+        removal.hide(self.storage, self.root, self.hidden, names)
+
+    def unhide(self, names: Iterable[str]) -> None:
+        """Undoes `hide`, or forgets that it was done, once the directories are gone."""
+        removal.unhide(self.storage, self.hidden, names)
+
+    def names_of(self, steps: Sequence[int]) -> dict[int, str]:
+        """Step -> name of its directory."""
+        return {step: os.path.basename(self.path(step)) for step in steps}
+
+    def _path_if_there(self, step: int) -> str | None:
+        with contextlib.suppress(errors.StepNotFoundError):
+            path = self.path(step)
+            return path if self.storage.exists(path) else None
+        return None
+
+    def _is_there(self, path: str) -> bool:
+        """Whether a directory counts; one that is being removed does not."""
+        hidden = removal.hidden_names(self.storage, self.root, self.hidden)
+        return self.storage.exists(path) and os.path.basename(path) not in hidden
+
+
+def _united(tiers: Iterable[Sequence[StepInfo]]) -> tuple[StepInfo, ...]:
+    """The steps of several tiers, ascending; of two with one number, that of the nearer tier."""
+    infos: dict[int, StepInfo] = {}
+    for tier in tiers:
+        for info in tier:
+            infos.setdefault(info.step, info)
+    return tuple(infos[step] for step in sorted(infos))
 
 
 def _with_metrics(info: StepInfo, late: Mapping[str, Any]) -> StepInfo:

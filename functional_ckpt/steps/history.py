@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import math
 import os
 import time
@@ -16,7 +15,6 @@ from functional_ckpt import errors
 from functional_ckpt.core.records import records
 from functional_ckpt.format.step_files import StepFiles, parse_object, read_optional
 from functional_ckpt.policies.base import StepInfo
-from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.commit import HIDDEN, makedirs_durable
@@ -32,7 +30,6 @@ __all__ = [
     "recorded",
     "read_step",
     "remove_late_metrics",
-    "scan",
     "sound_info",
     "with_late_metrics",
     "write_late_metrics",
@@ -61,40 +58,10 @@ LateMetrics: TypeAlias = dict[tuple[int, int], Late]
 
 
 def list_steps(storage: Storage, root: str, names: NameFormat) -> dict[int, str]:
-    """Step -> name of its directory, ascending; only committed steps have a step's name."""
-    named = [(step, name) for name in storage.list(root) if (step := names.parse(name)) is not None]
-    whole: set[str] = set()
+    """Step -> name of its directory, ascending."""
+    from functional_ckpt.steps.index import StepIndex
 
-    def look(name: str) -> None:
-        if storage.is_committed(os.path.join(root, name)):
-            whole.add(name)
-
-    _run([functools.partial(look, name) for _, name in named], storage)
-    found: dict[int, str] = {}
-    for step, name in named:
-        if name in whole:
-            found.setdefault(step, name)
-    return dict(sorted(found.items()))
-
-
-def _run(tasks: Sequence[Callable[[], None]], storage: Storage) -> None:
-    """Runs small requests, as many at a time as the store is made for."""
-    run_in_threads(tasks, storage.num_requests)
-
-
-def scan(storage: Storage, root: str, names: NameFormat) -> list[StepInfo]:
-    """The history of a directory, ascending."""
-    late = late_metrics(storage, root)
-    found: dict[int, StepInfo] = {}
-
-    def look(step: int, name: str) -> None:
-        info = read_step(storage, os.path.join(root, name), step)
-        if info is not None:
-            found[step] = with_late_metrics(info, late)
-
-    listed = list_steps(storage, root, names)
-    _run([functools.partial(look, step, name) for step, name in listed.items()], storage)
-    return [found[step] for step in listed if step in found]
+    return {step: entry.name for step, entry in StepIndex(storage, root, names).look().items()}
 
 
 def read_step(storage: Storage, path: str, step: int | None) -> StepInfo | None:
@@ -155,7 +122,15 @@ def _describe(
     nanoseconds = (metadata or {}).get("commit_timestamp_nsecs")
     if type(nanoseconds) is not int or not 0 <= nanoseconds < 2**62:
         nanoseconds = attempt(lambda: storage.modified_ns(path)) or 0
-    return StepInfo(step=step, time=commit_time(nanoseconds), metrics=metrics, progress=progress)
+    record = None if files is None else files.record
+    return StepInfo(
+        step=step,
+        time=commit_time(nanoseconds),
+        metrics=metrics,
+        progress=progress,
+        generation=0 if record is None else record.generation,
+        ancestors=() if record is None else record.ancestors,
+    )
 
 
 def commit_time(nanoseconds: int) -> datetime.datetime:

@@ -28,6 +28,9 @@ class StepMetadata:
         metrics: Its metrics, or None.
         progress: How far the training was, or None where it does not say.
         custom_metadata: What the user saved beside it.
+        generation: The number of rollbacks before it was saved.
+        is_abandoned: It is not on the line that the run continues: the run went back to a step
+            before it.
     """
 
     step: int | None
@@ -36,6 +39,8 @@ class StepMetadata:
     metrics: Mapping[str, Any] | None
     progress: Progress | None
     custom_metadata: Mapping[str, Any]
+    generation: int = 0
+    is_abandoned: bool = False
 
 
 def checkpoint_metadata(
@@ -55,6 +60,7 @@ def checkpoint_metadata(
         metrics={**(info.metrics or {}), **recorded} if recorded else info.metrics,
         progress=opened.progress,
         custom_metadata=opened.custom_metadata,
+        generation=info.generation,
     )
 
 
@@ -63,4 +69,5 @@ def step_metadata(steps: Steps, step: int | None) -> StepMetadata:
     number = steps.latest() if step is None else steps.existing(step)
     holder = steps.tiers_with(number)[0]
     opened = checkpoint_dir.open_checkpoint(holder.storage, holder.path(number), number)
-    return checkpoint_metadata(opened, history.late_metrics(holder.storage, holder.root))
+    found = checkpoint_metadata(opened, history.late_metrics(holder.storage, holder.root))
+    return dataclasses.replace(found, is_abandoned=steps.is_abandoned(number))

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 
 from functional_ckpt import errors
-from functional_ckpt.policies import rules
+from functional_ckpt.policies import lines, rules
 from functional_ckpt.policies.base import KeepContext, SaveContext, StepInfo
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.promises import Promises, lacks_metrics
@@ -101,21 +101,23 @@ class Uploads:
                 self._write_down()
                 self._mutex.notify_all()
 
-    def delete(self, step: int) -> None:
-        """Removes a step from the other tiers; it will not come there again by itself.
+    def withdraw(self, steps: Sequence[int]) -> list[Steps]:
+        """Lets steps that are being deleted not come to the other tiers again by themselves.
+
+        Returns:
+            The tiers, all of which are open: the steps are to be removed there, too.
 
         Raises:
-            StorageError: A tier cannot be reached, or refuses. Nothing is said of the others.
+            StorageError: A tier cannot be reached.
         """
         remote = [tier.open() for tier in self._remote]
         with self._mutex:
-            self._deleted.add(step)
+            self._deleted.update(steps)
             for tier in self._remote:
-                self._book.withdraw(tier.root, step)
+                for step in steps:
+                    self._book.withdraw(tier.root, step)
             self._write_down()
-        for steps in remote:
-            if any(info.step == step for info in steps.infos):
-                steps.delete(step)
+        return remote
 
     @contextlib.contextmanager
     def exclusive(self) -> Generator[set[int]]:
@@ -135,8 +137,8 @@ class Uploads:
         """The steps that other tiers hold, and say so now."""
         found: set[int] = set()
         for remote in self._local.remote:
-            held = {info.step for info in remote.infos}
-            steps = [info.step for info in self._local.infos if info.step in held]
+            held = {(info.step, info.time) for info in remote.infos}
+            steps = [info.step for info in self._local.infos if (info.step, info.time) in held]
             with contextlib.suppress(errors.CheckpointError):  # it cannot be asked now
                 for step in steps:
                     if remote.storage.is_committed(remote.path(step)):
@@ -225,7 +227,8 @@ class Uploads:
         known = {each.step: each for each in self._local.infos if each.step in promised}
         known |= {each.step: each for each in steps.infos}
         known.pop(info.step, None)
-        history = [known[step] for step in sorted(known)]
+        line = lines.line_of(info)
+        history = [known[step] for step in sorted(known) if line.holds(known[step])]
         return rules.decide_save(rule, info, history, context=SaveContext()) is not None
 
     def _promise_metrics(self) -> bool:
@@ -383,9 +386,20 @@ class Uploads:
         if not tier.keep:
             return
         known, now = remote.with_late_metrics(), datetime.datetime.now(datetime.UTC)
-        for step in rules.steps_to_prune(tier.keep, known, context=KeepContext(now=now)):
-            if step != arrived:
-                remote.prune(step)
+        context = KeepContext(now=now)
+        doomed = rules.steps_to_prune_after(arrived, tier.keep, known, context=context)
+        for step, error in remote.prune(doomed).items():
+            _log.warning("step %d cannot be removed from %s: %s", step, remote.root, error)
+            with self._mutex:
+                if (remote.root, step) not in self._reported:
+                    self._reported.add((remote.root, step))
+                    self._error = errors.SaveError(
+                        f"Step {arrived} is in {remote.root}, but step {step} cannot be removed "
+                        f"from there: {error}",
+                        step=step,
+                        path=remote.root,
+                    )
+                    self._error.__cause__ = error
 
 
 def _report(remote: Steps, step: int, seconds: float, num_bytes: int) -> None:

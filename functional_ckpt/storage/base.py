@@ -48,6 +48,20 @@ class Storage(Protocol):
         """Whether `path` is a directory that was written to its end."""
         ...
 
+    def commit_id(self, path: str) -> str | None:
+        """Tells what was committed at `path` from anything else there before or after; else None.
+
+        None for what is no directory, a link, or not committed.
+        """
+        ...
+
+    def directory_id(self, path: str) -> str | None:
+        """Tells a directory from another one made later under its name; None where there is none.
+
+        Always the same where directories are nothing but prefixes.
+        """
+        ...
+
     def is_link(self, path: str) -> bool:
         """Whether a link is at `path`."""
         ...

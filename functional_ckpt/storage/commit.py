@@ -5,6 +5,7 @@
     <root>/.functional_ckpt/lock             the live writer's lock
     <root>/.functional_ckpt/trash/           steps on their way out
     <root>/.functional_ckpt/replacing.json   journal of an overwrite in two renames
+    <root>/.functional_ckpt/removing.json    journal of removals that one rename cannot do
     <root>/.functional_ckpt/metrics/         metrics recorded after their step was committed
 
 A step becomes visible by one rename of a directory whose every byte is durable, and only then
@@ -19,12 +20,12 @@ import json
 import logging
 import os
 import time
-import uuid
 from collections.abc import Callable, Collection, Generator, Iterable
 
 from functional_ckpt import errors
+from functional_ckpt.core.records import orbax
 from functional_ckpt.core.tree import plain_json
-from functional_ckpt.storage import commit_marker
+from functional_ckpt.storage import commit_marker, removal
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.object_store import ObjectStorage
 from functional_ckpt.storage.paths import check_arrays_path
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 HIDDEN = ".functional_ckpt"
-TMP_SUFFIX = ".orbax-checkpoint-tmp"
+TMP_SUFFIX = orbax.TMP_SUFFIX
 _JOURNAL = "replacing.json"
 _REPLACED = ".replaced"
 _SETTLE_SECONDS = 2.0
@@ -238,16 +239,9 @@ def _make_trash(storage: Storage, hidden: str) -> str:
 
 def discard(storage: Storage, path: str, hidden: str) -> None:
     """Takes a directory out of sight at once, then removes it; a crash leaves only trash."""
-    if isinstance(storage, ObjectStorage):
-        commit_marker.discard(storage, tmp_path(path), path)
-        return
-    unique = f"{os.path.basename(path)}.{uuid.uuid4().hex[:8]}"
-    target = os.path.join(_make_trash(storage, hidden), unique)
-    storage.remove(_replaced(hidden, path))  # an old copy would else look like all that is left
-    storage.rename(path, target)
-    # Without this a power cut could undo the rename alone: the step would be back in part.
-    storage.sync_directory(os.path.dirname(path))
-    storage.remove(target)
+    root, name = os.path.split(path)
+    for error in removal.remove(storage, root, hidden, [name]).values():
+        raise error
 
 
 def recover(storage: Storage, root: str, hidden: str, *, but: Collection[str] = ()) -> list[str]:
@@ -273,6 +267,7 @@ def recover(storage: Storage, root: str, hidden: str, *, but: Collection[str] = 
             else:
                 storage.remove(path)
             done.append(f"removed unfinished {name}")
+    done += removal.finish(storage, root, hidden)
     trash = os.path.join(hidden, "trash")
     for name in storage.list(trash):
         final = os.path.join(root, name.removesuffix(_REPLACED))

@@ -81,6 +81,18 @@ class LocalStorage:
         """Whether a directory is at `path`: it has its name only since it is whole."""
         return self.is_directory(path)
 
+    def commit_id(self, path: str) -> str | None:
+        """Inode and time of a directory: another one of its name differs in one of them."""
+        found = _stat(path, follow=False)
+        if found is None or not stat.S_ISDIR(found.st_mode):
+            return None
+        return f"{found.st_ino}.{found.st_mtime_ns}"
+
+    def directory_id(self, path: str) -> str | None:
+        """Device and inode."""
+        found = _stat(path, follow=True)
+        return None if found is None else f"{found.st_dev}.{found.st_ino}"
+
     def kind(self, path: str, *, follow: bool = False) -> str:
         """What is at a path, for people."""
         return local_files.kind_of(local_files.mode_at(path, follow=follow))
@@ -276,6 +288,15 @@ class LocalStorage:
     def redact(self, text: str) -> str:
         """The message as it is."""
         return text
+
+
+def _stat(path: str, *, follow: bool) -> os.stat_result | None:
+    """What is at a path, None for nothing; any other refusal is an error."""
+    with clear_errors("look at", path):
+        try:
+            return os.stat(path, follow_symlinks=follow)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
 
 @functools.cache

@@ -106,6 +106,15 @@ class ObjectStorage(Requests):
         """Whether the marker is below `path`."""
         return self._entry(os.path.join(path, MARKER)) is not None
 
+    def commit_id(self, path: str) -> str | None:
+        """Time and size of the marker below `path`."""
+        entry = self._entry(os.path.join(path, MARKER))
+        return None if entry is None else f"{entry.modified_ns}.{entry.size_bytes}"
+
+    def directory_id(self, path: str) -> str | None:
+        """Always the same: a prefix is nothing by itself."""
+        return ""
+
     def is_link(self, path: str) -> bool:
         """Whether a small object is at `path`, and nothing below it."""
         entry = self._entry(path)

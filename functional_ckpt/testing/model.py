@@ -48,7 +48,7 @@ class ManagerModel:
 
     @property
     def latest(self) -> int | None:
-        """The highest step."""
+        """The highest step: no save here follows a rollback."""
         return max(self.steps, default=None)
 
     @property
@@ -59,7 +59,7 @@ class ManagerModel:
 
     def saved(self, step: int, content: Any, metrics: Mapping[str, float] | None) -> ManagerModel:
         """After a save that committed, and the pruning that follows it."""
-        return self.replaced(step, content, metrics).pruned()
+        return self.replaced(step, content, metrics).pruned(committed=step)
 
     def replaced(
         self, step: int, content: Any, metrics: Mapping[str, float] | None
@@ -67,9 +67,10 @@ class ManagerModel:
         """After a save that committed and was cut before it pruned."""
         return self._with({**self.steps, step: SavedStep(content=content, metrics=metrics)})
 
-    def pruned(self) -> ManagerModel:
-        """After the keep policies were applied."""
-        return self._with({step: self.steps[step] for step in self.steps if step in self._kept()})
+    def pruned(self, *, committed: int | None = None) -> ManagerModel:
+        """After the keep policies were applied, as they are after the commit of a step."""
+        kept = {*self._kept(), committed}
+        return self._with({step: held for step, held in self.steps.items() if step in kept})
 
     def deleted(self, step: int) -> ManagerModel:
         """Without a step."""
@@ -88,7 +89,7 @@ class ManagerModel:
         yield self
         current = self.replaced(step, content, metrics)
         yield current
-        doomed = sorted(set(current.steps) - current._kept())
+        doomed = sorted(set(current.steps) - current._kept() - {step})
         for gone in doomed:  # pruned one by one, the oldest first
             current = current.deleted(gone)
             yield current

@@ -21,6 +21,7 @@ __all__ = [
     "COMMIT_FILE",
     "TREE_METADATA_FILE",
     "STRINGS_FILE",
+    "TMP_SUFFIX",
     "checkpoint_metadata",
     "parse_tree",
     "scalar_leaves",
@@ -35,6 +36,7 @@ CHECKPOINT_METADATA_FILE = "_CHECKPOINT_METADATA"
 TREE_METADATA_FILE = "_METADATA"
 STRINGS_FILE = "_strings.json"
 COMMIT_FILE = "commit_success.txt"
+TMP_SUFFIX = ".orbax-checkpoint-tmp"
 _HANDLERS = "orbax.checkpoint._src.handlers."
 TREE_HANDLER = _HANDLERS + "standard_checkpoint_handler.StandardCheckpointHandler"
 JSON_HANDLER = _HANDLERS + "json_checkpoint_handler.JsonCheckpointHandler"

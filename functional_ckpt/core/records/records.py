@@ -119,23 +119,28 @@ class StepRecord:
         step: The step, or None for a checkpoint without steps.
         items: Name of each item -> its format, `tree` or `json`.
         files: Every file outside the tree items' directories, and each tree item's extension file.
+        generation: The number of rollbacks before it was saved.
+        ancestors: For each earlier generation that led to it, its number and its last step.
     """
 
     step: int | None
     items: Mapping[str, str]
     files: Mapping[str, FileRecord]
+    generation: int = 0
+    ancestors: tuple[tuple[int, int], ...] = ()
 
     def to_json(self) -> bytes:
         """The sealed text of the checkpoint's extension file."""
-        return with_checksum(
-            {
-                "format": _FORMAT,
-                "version": _VERSION,
-                "step": self.step,
-                "items": dict(self.items),
-                "files": _files_to_json(self.files),
-            }
-        )
+        record: dict[str, Json] = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "step": self.step,
+            "items": dict(self.items),
+            "files": _files_to_json(self.files),
+        }
+        if self.generation:
+            record |= {"generation": self.generation, "ancestors": self.ancestors}
+        return with_checksum(record)
 
 
 # ------------------------------------------------------------------------------------ sealed text
@@ -208,7 +213,22 @@ def parse_step(data: bytes, path: object) -> StepRecord:
         items = {_item_name(name): string(kind) for name, kind in record["items"].items()}
         if not set(items.values()) <= {"tree", "json"}:
             raise ValueError(f"items {items!r}")
-        return StepRecord(step=step, items=items, files=_files_from_json(record["files"]))
+        return StepRecord(
+            step=step,
+            items=items,
+            files=_files_from_json(record["files"]),
+            generation=_natural(record.get("generation", 0)),
+            ancestors=tuple(
+                (_natural(generation), _natural(last))
+                for generation, last in record.get("ancestors", ())
+            ),
+        )
+
+
+def _natural(value: Json) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} for a number of steps or generations")
+    return value
 
 
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

@@ -1,0 +1,127 @@
+"""Which entries of a directory are steps, and what their records say. No torch.
+
+A step is a directory with a step's name that was committed and holds a record: this package's, or
+Orbax's. Everything else with such a name (an empty directory, a copy that was cut, a link) is no
+step: it is never listed, counted or removed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+
+from functional_ckpt.core.records import orbax, records
+from functional_ckpt.policies.base import StepInfo
+from functional_ckpt.runtime.threads import run_in_threads
+from functional_ckpt.steps import history
+from functional_ckpt.steps.names import NameFormat
+from functional_ckpt.storage import removal
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.commit import HIDDEN
+
+__all__ = ["Entry", "StepIndex", "has_record"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """A step in a directory.
+
+    Attributes:
+        name: The name of its directory.
+        commit_id: Tells this commit from any other under the same name.
+        info: What its own files say.
+    """
+
+    name: str
+    commit_id: str
+    info: StepInfo
+
+
+class StepIndex:
+    """The steps of a directory; the records of a commit are read once.
+
+    Args:
+        storage: The file system.
+        root: The directory.
+        names: How its steps are named.
+
+    Attributes:
+        strays: Name -> what is there, of each entry that has a step's name and is no step.
+    """
+
+    def __init__(self, storage: Storage, root: str, names: NameFormat) -> None:
+        self._storage = storage
+        self._root = root
+        self._names = names
+        self._known: Mapping[str, Entry] = {}
+        self.strays: Mapping[str, str] = {}
+
+    def look(self, *, anew: bool = False) -> dict[int, Entry]:
+        """Returns the steps that are there now, ascending.
+
+        Args:
+            anew: Read the records of every step again.
+        """
+        if anew:
+            self._known = {}
+        listed = self._storage.list(self._root)
+        named = [(s, name) for name in listed if (s := self._names.parse(name)) is not None]
+        hidden = removal.hidden_names(self._storage, self._root, os.path.join(self._root, HIDDEN))
+        found: dict[str, Entry] = {}
+        strays: dict[str, str] = {}
+
+        def look_at(step: int, name: str) -> None:
+            entry = self._entry(step, name)
+            if isinstance(entry, Entry):
+                found[name] = entry
+            elif entry is not None:
+                strays[name] = entry
+
+        tasks = [functools.partial(look_at, *each) for each in named if each[1] not in hidden]
+        run_in_threads(tasks, self._storage.num_requests)
+        self._known, self.strays = found, strays
+        steps: dict[int, Entry] = {}
+        for step, name in named:
+            if name in found:
+                steps.setdefault(step, found[name])
+        return dict(sorted(steps.items()))
+
+    def _entry(self, step: int, name: str) -> Entry | str | None:
+        """The step, or what is there instead; None for what is gone, or not yet there."""
+        path = os.path.join(self._root, name)
+        commit_id = self._storage.commit_id(path)
+        if commit_id is None:
+            what = self._storage.kind(path)
+            return None if what in ("nothing", "a directory") else what
+        known = self._known.get(name)
+        if known is not None and known.commit_id == commit_id and known.info.problem is None:
+            return known
+        if has_record(self._storage, path):
+            info = history.read_step(self._storage, path, step)
+            return None if info is None else Entry(name, commit_id, info)
+        is_there = self._storage.commit_id(path) is not None
+        return "a directory without a record of a step" if is_there else None
+
+
+def has_record(storage: Storage, path: str) -> bool:
+    """Returns whether a directory holds a record of a step, this package's or Orbax's."""
+    marks = (
+        records.EXTENSION_FILE,
+        orbax.CHECKPOINT_METADATA_FILE,
+        orbax.TREE_METADATA_FILE,
+    )
+    if any(storage.exists(os.path.join(path, mark)) for mark in marks):
+        return True
+    # Old versions of Orbax wrote items and nothing above them. An item of this package without the
+    # record above it is what a copy left that was cut.
+    folders = [os.path.join(path, name) for name in storage.list(path)]
+    items = [
+        folder
+        for folder in folders
+        if storage.exists(os.path.join(folder, orbax.TREE_METADATA_FILE))
+    ]
+    return bool(items) and not any(
+        storage.exists(os.path.join(folder, records.EXTENSION_FILE)) for folder in items
+    )

@@ -1,0 +1,80 @@
+"""Back to an earlier step: which steps are later than it, and their removal from every tier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from functional_ckpt import errors
+from functional_ckpt.policies import lines
+from functional_ckpt.steps.directory import Steps
+
+__all__ = ["later", "remove"]
+
+
+def later(steps: Steps, step: int) -> list[int]:
+    """Returns the steps that are later than one: higher ones, and those of later generations.
+
+    The latest comes first: wherever their removal is cut, what is left is what there once was.
+    """
+    infos = steps.all_infos()
+    generation = next((info.generation for info in infos if info.step == step), 0)
+    found = [
+        info
+        for info in infos
+        if info.step != step and (info.step > step or info.generation > generation)
+    ]
+    found.sort(key=lines.age, reverse=True)
+    return [info.step for info in found]
+
+
+def remove(all_tiers: Sequence[Steps], doomed: Sequence[int], *, together: bool) -> None:
+    """Removes steps from every tier that holds them.
+
+    Args:
+        all_tiers: The tiers, the first one last.
+        doomed: In the order in which they are removed.
+        together: Take all of them out of sight in every tier before the first is removed. A crash
+            leaves all of them out of sight, and the next writer removes them.
+
+    Raises:
+        StorageError: Some could not be removed; the message names them. The others are gone.
+    """
+    root = all_tiers[-1].root
+    tiers = [(tier, tier.held(doomed)) for tier in all_tiers]
+    tiers = [(tier, held) for tier, held in tiers if held]
+    if together:
+        _hide(tiers)
+    failures: list[errors.CheckpointError] = []
+    for tier, held in tiers:
+        names = tier.names_of(held)
+        failed = tier.remove(held)
+        failures += failed.values()
+        if failed and not together:
+            break  # what is still in the first tier can be deleted again
+        if together:
+            tier.unhide(name for step, name in names.items() if step not in failed)
+    if len(failures) == 1 and not together:
+        raise failures[0]
+    if failures:
+        fate = "They are out of sight; the next writer tries again. " if together else ""
+        raise errors.StorageError(
+            f"{root}: steps could not be removed. {fate}{'; '.join(map(str, failures))}",
+            step=failures[0].step,
+            path=root,
+        ) from failures[0]
+
+
+def _hide(tiers: Sequence[tuple[Steps, Sequence[int]]]) -> None:
+    """Takes steps out of sight in every tier, or in none."""
+    hidden: list[tuple[Steps, Sequence[int]]] = []
+    try:
+        for tier, held in tiers:
+            hidden.append((tier, held))
+            tier.hide(tier.names_of(held).values())
+    except BaseException as error:
+        for tier, held in hidden:
+            try:
+                tier.unhide(tier.names_of(held).values())
+            except errors.CheckpointError as failure:
+                error.add_note(f"{tier.root}: they may stay out of sight there: {failure}")
+        raise
