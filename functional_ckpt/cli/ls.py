@@ -127,6 +127,7 @@ def _record(
     best: Mapping[str, tuple[Mode, int]],
 ) -> dict[str, Any]:
     is_root = isinstance(target, targets.Root)
+    abandoned = target.abandoned if isinstance(target, targets.Root) else frozenset[int]()
     return {
         "schema": "fckpt.ls/1",
         "path": target.path,
@@ -143,7 +144,7 @@ def _record(
                 "writer": "functional_ckpt" if row.is_ours else "other",
                 "problem": row.problem,
             }
-            | ({"abandoned": True} if is_root and row.info.step in target.abandoned else {})
+            | ({"abandoned": True} if row.info.step in abandoned else {})
             for row in rows
         ],
         "unfinished": list(target.unfinished) if is_root else [],

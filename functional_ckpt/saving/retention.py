@@ -107,8 +107,11 @@ def _let_go(
     gone = {*rules.steps_to_prune_after(committed, keep_policies, known, context=context)}
     present = [info for info in known if not info.is_abandoned]
     newest = lines.newest(present)
-    is_elsewhere = newest is not None and (newest.step, newest.time) in copied
-    if is_elsewhere and not rules.keeps_newest(keep_policies, present, context=context):
+    if (
+        newest is not None
+        and (newest.step, newest.time) in copied
+        and not rules.keeps_newest(keep_policies, present, context=context)
+    ):
         gone.add(newest.step)
     return [info for info in known if info.step in gone]
 
