@@ -19,7 +19,7 @@ from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
 from functional_ckpt.restoring.restorer import Restorer, check_step
 from functional_ckpt.saving import background, saver
-from functional_ckpt.steps import acquire, names, orbax_adapters
+from functional_ckpt.steps import acquire, names, orbax_adapters, template
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.metadata import StepMetadata, step_metadata
 from functional_ckpt.steps.tiers import Tier, open_tiers
@@ -75,9 +75,9 @@ class CheckpointManager:
         save_policy: rules.SavePolicies | None = None,
         keep_policy: rules.KeepPolicies | None = None,
         registry: Registry | None = None,
-        step_name: names.NameFormat | None = None,
+        step_name: names.NameFormat | str | None = None,
         latest_link: str | None = None,
-        tiers: Sequence[Tier] = (),
+        tiers: Sequence[Tier | str | os.PathLike[str]] = (),
         overwrite: bool = False,
         read_only: bool = False,
         asynchronous: bool = True,
@@ -93,7 +93,7 @@ class CheckpointManager:
         registry = registry or default_registry()
         self._pid, self._closed = os.getpid(), False
         self._lock: Lock | None = None
-        step_names = names.as_name_format(step_name, adapt=orbax_adapters.adapt_name_format)
+        step_names = template.name_format_of(step_name, adapt=orbax_adapters.adapt_name_format)
         events = Events(on_event)
         self._steps = Steps(
             connected, root, step_names, events, read_only=read_only, latest_link=latest_link

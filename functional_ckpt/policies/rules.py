@@ -20,6 +20,7 @@ from functional_ckpt.policies.base import (
     StepPolicy,
 )
 from functional_ckpt.policies.keep import LatestN
+from functional_ckpt.policies.save import every
 
 __all__ = [
     "AnyKeep",
@@ -39,8 +40,15 @@ __all__ = [
     "with_plausible_times",
 ]
 
-SavePolicies: TypeAlias = SavePolicy | Sequence[SavePolicy]
-"""What users pass: one policy, or a list that saves whenever any of them does."""
+SavePolicies: TypeAlias = (
+    SavePolicy
+    | int
+    | str
+    | datetime.timedelta
+    | Sequence[SavePolicy | int | str | datetime.timedelta]
+)
+"""What users pass: one policy, or a list that saves whenever any of them does. A number of steps, a
+time string or a timedelta means `every` of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +144,8 @@ def decide_save(
 
 
 def _flatten(policies: Any, adapt: Callable[[Any], Any], place: str) -> list[SavePolicy]:
+    if isinstance(policies, (int, str, datetime.timedelta)) and not isinstance(policies, bool):
+        return [every(policies)]
     policy = adapt(policies)
     if isinstance(policy, AnySave):
         return _flatten(policy.policies, adapt, place)
@@ -156,8 +166,6 @@ def _flatten(policies: Any, adapt: Callable[[Any], Any], place: str) -> list[Sav
 
 
 def _save_advice(policy: object) -> str:
-    if isinstance(policy, (int, str, datetime.timedelta)) and not isinstance(policy, bool):
-        return f", such as every({policy!r})"
     if isinstance(policy, type):
         return f", an instance such as {policy.__name__}(...)"
     if hasattr(policy, "should_preserve"):
@@ -167,8 +175,9 @@ def _save_advice(policy: object) -> str:
     return " or a list of them"
 
 
-KeepPolicies: TypeAlias = KeepPolicy | Sequence[KeepPolicy]
-"""What users pass: one policy, or a list that keeps what any of them keeps."""
+KeepPolicies: TypeAlias = KeepPolicy | int | Sequence[KeepPolicy | int]
+"""What users pass: one policy, or a list that keeps what any of them keeps. A number n means
+`LatestN(n)`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +400,8 @@ def _ask(
 def _checked(policy: Any, adapt: Callable[[Any], Any], place: str) -> KeepPolicy:
     if isinstance(policy, (list, tuple)):
         return AnyKeep(keep_policies(cast("Sequence[Any]", policy), adapt=adapt))
+    if isinstance(policy, int) and not isinstance(policy, bool):
+        return LatestN(policy)
     adapted = adapt(policy)
     if isinstance(adapted, type) or not callable(getattr(adapted, "should_preserve", None)):
         raise UsageError(f"{place}: expected a keep policy{_keep_advice(adapted)}; got {adapted!r}")
@@ -398,8 +409,6 @@ def _checked(policy: Any, adapt: Callable[[Any], Any], place: str) -> KeepPolicy
 
 
 def _keep_advice(policy: object) -> str:
-    if isinstance(policy, int) and not isinstance(policy, bool):
-        return f", such as LatestN({policy})"
     if isinstance(policy, str):
         return f", such as best_n(1, {policy!r})"
     if isinstance(policy, type):

@@ -344,8 +344,17 @@ def as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | N
         return None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise errors.UsageError(f"{what} must be a mapping with str keys; got {value!r:.80}.")
-    lower.to_json(dict(value), what)
-    return dict(value)
+    plain = {key: _plain_number(each) for key, each in value.items()}
+    lower.to_json(plain, what)
+    return plain
+
+
+def _plain_number(value: Any) -> Any:
+    """A tensor or numpy scalar of one element as the number that it holds; the rest as it is."""
+    is_scalar = callable(getattr(value, "item", None)) and getattr(value, "size", None) is not None
+    if not is_scalar or (value.numel() if isinstance(value, torch.Tensor) else value.size) != 1:
+        return value
+    return value.item()
 
 
 def checked_progress(progress: Progress | None) -> Progress | None:

@@ -6,13 +6,18 @@ import dataclasses
 import re
 import string
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from functional_ckpt.errors import UsageError
 from functional_ckpt.policies.progress import Progress
-from functional_ckpt.steps.names import CompositeStepName, NameFormat, check_component
+from functional_ckpt.steps.names import (
+    CompositeStepName,
+    NameFormat,
+    as_name_format,
+    check_component,
+)
 
-__all__ = ["StepTemplate", "new_name"]
+__all__ = ["StepTemplate", "name_format_of", "new_name"]
 
 # Variable -> what it says of a progress. Times are in whole seconds.
 _OF_PROGRESS: Final[dict[str, Callable[[Progress], int]]] = {
@@ -217,3 +222,20 @@ def _parsed(template: str) -> list[str | _Field]:
             )
         parts.append(_Field(name, int(padded[1] or 1)))
     return parts
+
+
+def name_format_of(
+    value: NameFormat | str | None, *, adapt: Callable[[Any], Any] = lambda value: value
+) -> NameFormat:
+    """Returns the format that a user means; a string is the template of a `StepTemplate`.
+
+    Args:
+        value: A format, a template, or None for the plain number.
+        adapt: Called with a format first, to let others' objects in.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if isinstance(value, str):
+        return StepTemplate(template=value)
+    return as_name_format(value, adapt=adapt)

@@ -63,7 +63,7 @@ class Tier:
 
 def open_tiers(
     local: Steps,
-    tiers: Sequence[Tier],
+    tiers: Sequence[Tier | str | os.PathLike[str]],
     names: NameFormat,
     coordinator: Coordinator,
     *,
@@ -73,6 +73,7 @@ def open_tiers(
     """Makes the tiers' steps known to `local`, and begins to upload what they were promised.
 
     A tier that is out of reach is opened later: at once where something depends on it.
+    A bare path means `Tier(path=path)`.
 
     Returns:
         The uploads, on the primary of a writer; None elsewhere.
@@ -82,10 +83,13 @@ def open_tiers(
         LockedError: Another live writer holds a tier.
         UsageError: Two tiers are one, or one is in the other.
     """
+    if isinstance(tiers, (str, os.PathLike)):
+        raise errors.UsageError(f"tiers must be a list of tiers or paths; got {tiers!r}.")
     if not tiers:
         return None
     is_writer = coordinator.rank == 0 and not read_only
-    remote = [_remote_tier(tier, names, local.events, is_writer=is_writer) for tier in tiers]
+    known = [tier if isinstance(tier, Tier) else Tier(path=tier) for tier in tiers]
+    remote = [_remote_tier(tier, names, local.events, is_writer=is_writer) for tier in known]
     _check_apart([local.root, *(tier.root for tier in remote)], names)
 
     def show_open() -> None:

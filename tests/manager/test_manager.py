@@ -248,3 +248,34 @@ def test_late_metrics_of_an_evaluator_beside_the_writer(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path, keep_policy=keep) as manager:
         assert manager.metrics(3) == {"accuracy": 0.95}
         assert manager.best_step() == 3
+
+
+def test_short_forms_mean_what_they_say(tmp_path: Path) -> None:
+    with fc.CheckpointManager(
+        tmp_path / "run",
+        save_policy="2ba",
+        keep_policy=2,
+        step_name="ep{epoch}-ba{batch}",
+        tiers=[tmp_path / "tier"],
+    ) as manager:
+        for batch in range(1, 6):
+            manager.save(
+                batch,
+                {"x": {"w": torch.zeros(2)}},
+                progress=fc.Progress(epoch=0, batch=batch),
+                metrics={"loss": torch.tensor(0.5), "acc": np.float32(0.25), "n": np.int64(3)},
+            )
+        manager.wait_until_finished()
+        assert manager.metrics(4) == {"loss": 0.5, "acc": 0.25, "n": 3}
+    assert [p.name for p in sorted((tmp_path / "run").glob("ep*"))] == ["ep0-ba2", "ep0-ba4"]
+    assert [p.name for p in sorted((tmp_path / "tier").glob("ep*"))] == ["ep0-ba2", "ep0-ba4"]
+
+
+def test_a_metric_of_several_elements_is_refused(tmp_path: Path) -> None:
+    with fc.CheckpointManager(tmp_path) as manager, pytest.raises(fc.errors.UsageError):
+        manager.save(1, {"x": {"w": torch.zeros(2)}}, metrics={"loss": torch.zeros(2)})
+
+
+def test_tiers_are_a_list(tmp_path: Path) -> None:
+    with pytest.raises(fc.errors.UsageError, match="tiers must be a list"):
+        fc.CheckpointManager(tmp_path, tiers="s3://bucket/run")

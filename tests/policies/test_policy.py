@@ -358,8 +358,7 @@ def test_a_users_own_policy_is_asked_with_everything() -> None:
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (500, r"^save_policy: expected a save policy, such as every\(500\); got 500$"),
-        (["500ba"], r"^save_policy\[0\]: expected a save policy, such as every\('500ba'\); got"),
+        ([True], r"^save_policy\[0\]: expected a save policy or a list of them; got True$"),
         ([_Mine(), [None]], r"^save_policy\[1\]\[0\]: expected a save policy or a list of them; g"),
         (
             policies.Preemption,
@@ -587,6 +586,17 @@ def test_a_policy_must_answer_for_each_step(answer: Any) -> None:
             steps_to_prune(keep_policies(several), HISTORY, context=NOW)
 
 
+@pytest.mark.parametrize("short", [500, "500ba", "1h20m", datetime.timedelta(minutes=5)])
+def test_a_number_or_a_time_saves_every_of_it(short: Any) -> None:
+    assert save_rule(short) == save_rule([short]) == save_rule(policies.every(short))
+
+
+def test_a_number_keeps_the_latest_of_them() -> None:
+    assert keep_policies(3) == keep_policies([3]) == (policies.LatestN(3),)
+    with pytest.raises(UsageError, match="n"):
+        keep_policies(-1)
+
+
 @pytest.mark.parametrize("steps", [(2, 1), (1, 1)])
 def test_a_history_out_of_order_is_refused(steps: tuple[int, ...]) -> None:
     history = [at(step) for step in steps]
@@ -597,7 +607,6 @@ def test_a_history_out_of_order_is_refused(steps: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (3, r"^keep_policy: expected a keep policy, such as LatestN\(3\); got 3$"),
         (["acc"], r"^keep_policy\[0\]: expected a keep policy, such as best_n\(1, 'acc'\); got"),
         ([None], r"^keep_policy\[0\]: expected a keep policy or a list of them; got None$"),
         (policies.LatestN, r"expected a keep policy, an instance such as LatestN\(...\); got"),
