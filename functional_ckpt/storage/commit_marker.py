@@ -185,8 +185,24 @@ def _remove_note(storage: ObjectStorage, tmp: str) -> None:
 
 
 def discard(storage: ObjectStorage, tmp: str, final: str) -> None:
-    """Removes a step: the marker first, so that it is gone before it is not whole."""
+    """Removes a step: the marker first, so that it is gone before it is not whole.
+
+    Before that the marker is written over, on condition that nobody else has: few stores compare
+    as they delete, and the next writer may have kept the step meanwhile.
+
+    Raises:
+        LockedError: Another writer has taken over.
+    """
     _write_note(storage, tmp, uuid.uuid4().hex)
+    marker = os.path.join(final, MARKER)
+    if storage.exists(marker):
+        found = storage.read(marker)
+        _check_note(storage, tmp)
+        if not storage.replace_exactly(marker, found, _TAKEN_BACK):
+            raise errors.LockedError(
+                f"{final} has changed while it was removed: another writer is at work there.",
+                path=final,
+            )
     storage.remove(final)
     storage.remove(tmp)
     storage.notes.pop(tmp, None)
