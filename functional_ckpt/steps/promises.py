@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from functional_ckpt import errors
@@ -13,7 +13,7 @@ from functional_ckpt.core.tree import plain_json
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["Promises", "lacks_metrics"]
+__all__ = ["Promises", "lacks", "lacks_metrics"]
 
 _LISTS = ("promised", "considered", "replacing")
 _log = logging.getLogger("functional_ckpt")
@@ -126,9 +126,10 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 
 def lacks_metrics(copy: StepInfo, info: StepInfo) -> bool:
-    """Whether a step has metrics that a copy of it has not, or others; nan is like nan."""
-    there = copy.metrics or {}
-    return any(
-        name not in there or json.dumps(there[name]) != json.dumps(value)
-        for name, value in (info.metrics or {}).items()
-    )
+    """Whether a step has metrics that a copy of it has not, or others."""
+    return any(lacks(copy.metrics or {}, *each) for each in (info.metrics or {}).items())
+
+
+def lacks(metrics: Mapping[str, Any], name: str, value: Any) -> bool:
+    """Whether a metric is not there with this value; nan is like nan."""
+    return name not in metrics or json.dumps(metrics[name]) != json.dumps(value)

@@ -7,6 +7,7 @@ on with it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import logging
@@ -19,7 +20,7 @@ from functional_ckpt import errors
 from functional_ckpt.policies import lines, rules
 from functional_ckpt.policies.base import KeepContext, SaveContext, StepInfo
 from functional_ckpt.steps.directory import Steps
-from functional_ckpt.steps.promises import Promises, lacks_metrics
+from functional_ckpt.steps.promises import Promises, lacks, lacks_metrics
 from functional_ckpt.steps.remote_tier import RemoteTier, open_reachable
 from functional_ckpt.steps.upload_step import Upload
 from functional_ckpt.storage import commit
@@ -48,7 +49,7 @@ class Uploads:
         self._local = local
         self._remote = tuple(remote)
         self._overwrite = overwrite
-        self.on_arrived: Callable[[], None] = _nothing
+        self.on_arrived: Callable[[], None] = lambda: None
         self._mutex = threading.Condition(threading.RLock())
         self._alone = threading.Lock()
         path = os.path.join(local.hidden, _STATE)
@@ -371,8 +372,12 @@ class Uploads:
             is_new = all((each.step, each.time) != (step, info.time) for each in remote.infos)
             remote.remember(info)
             remote.forget_late_metrics(step)
-            if late := self._local.recorded(step):
-                remote.record(step, late)
+            late, there = self._local.recorded(step), remote.recorded(step)
+            if new := {name: late[name] for name in late if lacks(there, name, late[name])}:
+                remote.record(step, new)
+            if late:
+                known = {**(info.metrics or {}), **there, **late}
+                remote.remember(dataclasses.replace(info, metrics=known))
         remote.update_latest_link()
         if step in self._deleted:
             remote.delete(step)
@@ -406,7 +411,3 @@ def _report(remote: Steps, step: int, seconds: float, num_bytes: int) -> None:
     rate = num_bytes / 2**20 / seconds
     _log.info("step %d is in %s: %.1f MiB/s", step, remote.root, rate)
     remote.emit("uploaded", step, seconds=seconds, num_bytes=num_bytes)
-
-
-def _nothing() -> None:
-    pass

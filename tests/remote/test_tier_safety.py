@@ -533,6 +533,34 @@ def test_a_copy_is_durable_before_it_counts(tmp_path: Path) -> None:
     assert ("sync", str(far)) in done[published:]
 
 
+def test_late_metrics_of_several_writers_all_arrive(far: Far, tmp_path: Path) -> None:
+    near, names = tmp_path / "near", [f"m{i}" for i in range(12)]
+
+    def record(mine: list[str]) -> None:
+        with fc.CheckpointManager(near, read_only=True) as evaluator:
+            for name in mine:
+                evaluator.record_metrics(1, {name: 1.0, "shared": 2.0})
+
+    with fc.CheckpointManager(near, tiers=[far.tier()]) as manager:
+        manager.save(1, _items(1)).result()
+        threads = [threading.Thread(target=record, args=(names[i::3],)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for name in ("a", "b", "c"):
+            manager.record_metrics(1, {name: 3.0})
+        for thread in threads:
+            thread.join()
+        manager.wait_until_finished()
+        remote = manager._steps.remote[0]
+        num_records = len(remote.storage.list(f"{remote.hidden}/metrics"))
+        manager.record_metrics(1, {"last": 4.0})
+        manager.wait_until_finished()
+        assert len(remote.storage.list(f"{remote.hidden}/metrics")) == num_records + 1
+    storage = LocalStorage() if far.is_local else ObjectStorage(far.bucket)
+    with fc.CheckpointManager(far.path, storage=storage, read_only=True) as reader:
+        assert set(reader.metrics(1) or {}) == {*names, "shared", "a", "b", "c", "last"}
+
+
 # ------------------------------------------------------------------------------------ the record
 
 
