@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Change the code a little, many times, and see whether a test fails each time.
 
-Run ``scripts/mutants --sample 200 --seed 1``. The first run measures which test calls which
-function (kept in the work directory); each change then runs the tests that call what it changes,
-the quickest first, in a copy of the repository. What survives is printed with its diff: it needs a
-test, or a line in ``scripts/mutants.json`` that says why it changes nothing.
+Run ``scripts/mutants --sample 200 --seed 1 --measure``. It measures which test calls which function
+(once: the work directory keeps it); each change then runs the tests that call what it changes, the
+quickest first, in a copy of the repository. Without a measurement a change runs the tests of its
+folder. What survives is printed with its diff: it needs a test, or an entry in
+``scripts/mutants.json`` that says why it changes nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,12 +38,23 @@ KNOWN = ROOT / "scripts" / "mutants.json"
 PACKAGE = "functional_ckpt"
 # Not measured: programs of their own, servers, many processes, documentation.
 UNMEASURED = ("benchmarks", "distributed", "docs", "examples", "flags", "interop", "remote")
-# Run for what no measured test calls, by the beginning of the module's path in the package.
-OTHERWISE = {
+# By the beginning of a module's path in the package: what to run where nothing was measured.
+TESTS = {
     "storage/buckets": ("tests/remote",),
     "storage/object_store": ("tests/remote",),
     "storage/commit_marker": ("tests/remote",),
-    "steps/upload": ("tests/remote/test_tiers.py",),
+    "storage": ("tests/storage", "tests/faults/test_power_cut.py", "tests/manager"),
+    "format": ("tests/format", "tests/verify", "tests/checkpoint"),
+    "core": ("tests/core", "tests/checkpoint", "tests/handlers"),
+    "handlers": ("tests/handlers", "tests/checkpoint"),
+    "policies": ("tests/policies", "tests/steps"),
+    "runtime": ("tests/runtime", "tests/saving", "tests/cli"),
+    "saving": ("tests/saving", "tests/manager", "tests/checkpoint", "tests/faults"),
+    "restoring": ("tests/restoring", "tests/manager", "tests/checkpoint"),
+    "steps/upload": ("tests/remote", "tests/faults/test_power_cut.py"),
+    "steps": ("tests/steps", "tests/manager", "tests/faults/test_power_cut.py", "tests/remote"),
+    "verify": ("tests/verify", "tests/cli"),
+    "cli": ("tests/cli", "tests/verify"),
     "distributed": ("tests/distributed", "tests/faults/test_ranks.py"),
     "interop": ("tests/interop", "tests/cli"),
     "flags": ("tests/flags",),
@@ -71,7 +84,7 @@ class Job:
 def preload() -> None:
     """Imports what every child needs and no change concerns."""
     names = ("torch", "torch.distributed", "torch.distributed.tensor", "numpy", "tensorstore")
-    for name in (*names, "xxhash", "hypothesis", "pytest"):
+    for name in (*names, "xxhash", "pytest"):
         importlib.import_module(name)
 
 
@@ -130,8 +143,11 @@ def _fork(job: Job, copy: Path, logs: Path) -> int:
         os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
         code = job.work()
-        sys.stdout.flush()
+    except BaseException:  # noqa: BLE001 - there is nobody else to see it
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
@@ -251,20 +267,17 @@ def label(name: str) -> str:
 
 
 def choose(mutant: Mutant, tests: Mapping[str, Any]) -> list[str]:
-    """The tests to run for a change, the quickest first."""
-    place = f"{mutant.path}:{mutant.function}"
-    found = [(t["seconds"], name) for name, t in tests.items() if place in t["hits"]]
-    if not found:  # a class, a module, or only called in other processes
-        found = [
-            (t["seconds"], name)
-            for name, t in tests.items()
-            if any(hit.startswith(f"{mutant.path}:") for hit in t["hits"])
-        ]
-    failed = {name for name, t in tests.items() if t["failed"]}
-    names = [name for _, name in sorted(found) if name not in failed]
+    """The tests to run for a change: those that call it, the quickest first, then its folder's."""
+    called = [t for t in tests if f"{mutant.path}:{mutant.function}" in tests[t]["hits"]]
+    if not called:  # a class, a module, or only called in other processes
+        start = f"{mutant.path}:"
+        called = [t for t in tests if any(hit.startswith(start) for hit in tests[t]["hits"])]
+    called = [t for t in called if not tests[t]["failed"]]
     inside = mutant.path.removeprefix(f"{PACKAGE}/")
-    more = next(tests for start, tests in OTHERWISE.items() if inside.startswith(start))
-    return [*names, *(more if len(names) < 3 or more[0] == "tests/remote" else ())]
+    folders = next(found for start, found in TESTS.items() if inside.startswith(start))
+    is_enough = len(called) >= 3 and folders[0].rpartition("/")[2] not in UNMEASURED
+    called.sort(key=lambda t: tests[t]["seconds"])
+    return called if is_enough else [*called, *folders]
 
 
 # ------------------------------------------------------------------------------------- the changes
@@ -279,7 +292,7 @@ class Limit:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Says which test runs, for the log of one that hangs."""
-        print(f"begins {nodeid}", flush=True)
+        os.write(2, f"begins {nodeid}\n".encode())
 
     def pytest_runtest_teardown(self, item: Any) -> None:
         """Ends the session."""
@@ -373,6 +386,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=200, help="how many changes to draw")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--module", action="append", help="only paths that contain this")
+    parser.add_argument("--measure", action="store_true", help="find out which test calls what")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--seconds", type=float, default=30, help="processor time for a change")
     parser.add_argument("--wall", type=float, default=300, help="when a change hangs")
@@ -383,8 +397,9 @@ def main() -> int:
     make_copies(options.work, options.jobs)
     preload()
     coverage = options.work / "coverage.json"
-    if not coverage.exists():
+    if options.measure:
         measure(copies_in(options.work), options.work, coverage, options.seconds)
+    tests = json.loads(coverage.read_text()) if coverage.exists() else {}
     found: list[Mutant] = []
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         name = str(path.relative_to(ROOT))
@@ -392,7 +407,7 @@ def main() -> int:
         if wanted and not name.startswith(f"{PACKAGE}/testing/"):
             found += mutate_sites.find(name, path.read_bytes())
     drawn = mutate_sites.sample(found, options.sample, options.seed)
-    outcomes = run_mutants(drawn, json.loads(coverage.read_text()), options.work, options)
+    outcomes = run_mutants(drawn, tests, options.work, options)
     counts = Counter(outcome for _, outcome in outcomes)
     caught = counts["killed"] + counts["hung"]
     share = caught / max(1, len(outcomes) - counts["equivalent"])
