@@ -205,6 +205,10 @@ def test_a_failure_loses_nothing_and_is_told_once(
     for trial in trials(template, tmp_path, act, mode=mode, errno=errno.ENOSPC):
         num_trials += 1
         held = check_steps(trial.root, may_hold)
+        if mode == "once" and case in ("save", "overwrite"):
+            step, old, new = (NEW_STEP, None, 40) if case == "save" else (2, 2, 20)
+            is_new = trial.error is None or "was committed, but" in str(trial.error)
+            assert held.get(step) == (new if is_new else old), "the error does not say what is so"
         if trial.error is not None:
             assert isinstance(trial.error, fc.CheckpointError)
             assert "No space left on device" in str(trial.error)

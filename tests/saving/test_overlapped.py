@@ -247,15 +247,50 @@ def test_zero_redundancy(tmp_path: Path, slow: threading.Event) -> None:
 
 
 def test_without_the_fence_the_moment_is_lost(
-    tmp_path: Path, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the tests above would see if nobody waited."""
+    """What the tests above would see if nobody waited: the copy comes after a step."""
+    has_stepped, original = threading.Event(), host_memory.copy_in_threads
+
+    def late(copies: Any, *more: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert has_stepped.wait(60)
+        original(copies, *more)
+
+    monkeypatch.setattr(stage.host_memory, "copy_in_threads", late)
     monkeypatch.setattr(fence.Fence, "wait", lambda self, optimizer=None: None)
     model = make_model()
     optimizer, step = made("adamw fused", model)
+    step()
     items = {"model": model, "optimizer": fc.Optimizer(optimizer, model)}
-    with pytest.raises(AssertionError, match="before the state was copied"):
-        check_saved_moment(tmp_path, slow, items, step)
+    with fc.CheckpointManager(tmp_path, staging="overlapped") as manager:
+        commit = manager.save(1, items)
+        step()
+        has_stepped.set()
+        assert commit is not None
+        with pytest.raises(errors.SaveError, match="changed while being copied"):
+            commit.result()
+
+
+class Interrupted(KeyboardInterrupt):
+    """Somebody presses Ctrl-C."""
+
+
+def test_an_interrupt_after_staging_lets_the_next_step_begin(tmp_path: Path) -> None:
+    """Nothing will be copied any more: a step that waited for it would wait forever."""
+
+    def interrupt(event: fc.Event) -> None:
+        if event.kind == "staged":
+            raise Interrupted
+
+    manager, model, optimizer, items = trained(tmp_path, on_event=interrupt)
+    with pytest.raises(Interrupted):
+        manager.save(1, items)
+    thread = threading.Thread(target=plain_step(model, optimizer), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    manager.close()
 
 
 def trained(path: Path, **options: Any) -> tuple[Any, torch.nn.Module, Any, dict[str, Any]]:

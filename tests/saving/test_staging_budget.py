@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import functional_ckpt as fc
 from functional_ckpt import errors, testing
 from functional_ckpt.format import write_direct
 from functional_ckpt.runtime import host_memory
+from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.testing import differences
 
 
@@ -71,6 +74,54 @@ def test_a_failing_write_lets_save_return(tmp_path: Path) -> None:
             manager.wait_until_finished()
         manager.save(2, {"state": tree()}).result()
         assert manager.all_steps() == [2]
+
+
+class Held(testing.FaultyStorage):
+    """A disk on which a commit waits, once all its arrays are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_commit = threading.Event()
+
+    def operation(self, kind: str, path: str) -> None:
+        if kind == "commit_arrays":
+            assert self.may_commit.wait(60)
+        super().operation(kind, path)
+
+
+def test_save_returns_once_live_memory_is_written_and_not_later(tmp_path: Path) -> None:
+    storage, state = Held(), tree()
+    with fc.CheckpointManager(tmp_path, staging_budget_bytes=0, storage=storage) as manager:
+        waker = threading.Timer(30, storage.may_commit.set)
+        waker.start()
+        commit = manager.save(1, {"state": state})
+        assert not storage.may_commit.is_set(), "save waited for the commit"
+        waker.cancel()
+        overwrite(state)
+        storage.may_commit.set()
+        assert commit is not None and commit.result() == 1
+        assert differences(manager.restore(1)["state"], tree()) == []
+
+
+def test_a_save_from_live_memory_is_not_repeated_on_a_full_disk(tmp_path: Path) -> None:
+    """Room could be made, but what would be written then may have changed: it is an error."""
+    storage = testing.FaultyStorage()
+    small, large = torch.arange(10.0), torch.arange(10_000.0)
+    with fc.CheckpointManager(
+        tmp_path / "near",
+        staging_budget_bytes=10_000,
+        storage=storage,
+        tiers=[fc.Tier(path=tmp_path / "far")],
+    ) as manager:
+        manager.save(1, {"small": {"w": small}, "large": {"w": large}})
+        manager.wait_until_finished()
+        storage.inject(testing.Fault(errno=errno.ENOSPC, kinds=("commit_arrays",)))
+        commit = manager.save(2, {"small": {"w": small}, "large": {"w": large}})
+        large.zero_()
+        assert commit is not None
+        with pytest.raises(errors.SaveError, match="No space left"):
+            commit.result()
+        assert LocalStorage().list(str(tmp_path / "near"))[1:] == ["1"]
 
 
 @pytest.mark.parametrize(

@@ -214,3 +214,45 @@ def test_a_step_that_is_discarded_does_not_come_back_as_an_old_copy(tmp_path: Pa
     _step(plain, os.path.join(hidden, "trash", "7.replaced"), b"old")
     commit.discard(plain, final, hidden)
     assert commit.recover(plain, root, hidden) == [] and plain.walk(root) == []
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_replacement_that_fails_at_any_operation_is_taken_back(
+    can_exchange: bool, tmp_path: Path
+) -> None:
+    """The caller will remove `tmp`: the old content must not be there."""
+    for at in range(100):
+        root = str(tmp_path / f"{at}")
+        hidden, final = os.path.join(root, commit.HIDDEN), os.path.join(root, "7")
+        _step(LocalStorage(), final, b"old")
+        tmp = _step(LocalStorage(), commit.tmp_path(final), b"new")
+        storage = FaultyStorage(Fault(at=at), can_exchange=can_exchange)
+        try:
+            replaced = commit.publish(storage, tmp, final, hidden)
+        except errors.StorageError:
+            assert storage.read(os.path.join(final, "a")) == b"old"
+            assert storage.read(os.path.join(tmp, "a")) == b"new"
+            assert storage.list(os.path.join(hidden, "trash")) == []
+            continue
+        assert not storage.has_failed and replaced is not None
+        break
+    assert at == (2 if can_exchange else 12)
+
+
+def test_a_rank_that_sees_another_directory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "_SETTLE_SECONDS", 0.1)
+    (tmp_path / "there").mkdir()
+    commit.check_visible(LocalStorage(), str(tmp_path / "there"), 3)
+    with pytest.raises(errors.CoordinationError, match="Rank 3") as caught:
+        commit.check_visible(LocalStorage(), str(tmp_path / "absent"), 3)
+    assert caught.value.ranks == (3,)
+
+
+def test_new_parent_directories_are_synced_from_the_top(tmp_path: Path) -> None:
+    storage = FaultyStorage()
+    (tmp_path / "there").mkdir()
+    commit.makedirs_durable(storage, str(tmp_path / "there" / "a" / "b"))
+    synced = [each.path for each in storage.operations if each.kind == "sync"]
+    assert synced == [str(tmp_path / "there"), str(tmp_path / "there" / "a")]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -119,3 +121,56 @@ def test_a_forked_child_neither_keeps_nor_breaks_the_lock(tmp_path: Path) -> Non
         os.close(wait)
         os.waitpid(child, 0)
         os.close(release)
+
+
+def test_an_exchange_that_is_refused_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(errors.StorageError, match="Cannot exchange") as caught:
+        LocalStorage().swap(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert caught.value.errno == errno.ENOENT
+
+
+def num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_lock_that_cannot_be_taken_leaves_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    before = num_descriptors()
+    with pytest.raises(errors.StorageError, match="Cannot lock") as caught:
+        LocalStorage().lock(str(tmp_path / "lock"))
+    assert caught.value.errno == errno.ENOLCK
+    assert num_descriptors() == before
+
+
+def test_a_released_lock_leaves_no_descriptor_and_lets_others_in(tmp_path: Path) -> None:
+    before = num_descriptors()
+    lock = LocalStorage().lock(str(tmp_path / "lock"))
+    with pytest.raises(errors.LockedError, match=str(os.getpid())):
+        LocalStorage().lock(str(tmp_path / "lock"))
+    lock.release()
+    lock.release()
+    assert num_descriptors() == before
+    other = LocalStorage().lock(str(tmp_path / "lock"))
+    other.release()
+    assert num_descriptors() == before
+
+
+def test_sync_reaches_the_disk_and_leaves_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`operation("sync")` comes before the sync: only the call itself says that it was made."""
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    before = num_descriptors()
+    storage = LocalStorage()
+    storage.replace(str(tmp_path / "file"), b"content")
+    temporary = str(tmp_path / f"file.{os.getpid()}.tmp")
+    assert synced == [temporary, str(tmp_path)]
+    storage.replace_link(str(tmp_path / "link"), "file", str(tmp_path / "tmp"))
+    assert synced[2:] == [str(tmp_path)]
+    assert num_descriptors() == before
