@@ -44,7 +44,8 @@ class Handler(abc.ABC):
 
         Args:
             value: What the user passed to restore.
-            saved: The checkpoint's tree, with an `ArraySpec` in place of every array.
+            saved: The checkpoint's tree, with an `ArraySpec` in place of every array. Where the
+                restore leaves leaves alone (`ignore`, `only`), the target's own stand in it.
             strict: Whether a difference that the handler itself finds is an error.
 
         Raises:
@@ -52,6 +53,14 @@ class Handler(abc.ABC):
         """
         del saved, strict
         return self.lower(value)
+
+    def own(self, value: Any) -> Any:
+        """The tree that leaves are taken from which a restore leaves alone: `lower(value)`."""
+        return self.lower(value)
+
+    def unchanged(self, value: Any) -> Any:
+        """What restore returns for a value that it leaves alone: the caller's object."""
+        return value
 
     def optimizers(self, value: Any) -> Sequence[Any]:
         """The torch optimizers whose steps alone change what this item holds below `state`.

@@ -50,7 +50,11 @@ class ModuleHandler(Handler):
                 "run a forward pass first.",
                 key_path=lazy[0],
             )
-        return {name: _detached(entry.value) for name, entry in state.items()}
+        return {name: _stored(entry) for name, entry in state.items()}
+
+    def own(self, value: Any) -> dict[str, Any]:
+        """Name -> what the module holds now, of lazy modules too."""
+        return {name: _detached(entry.value) for name, entry in self._entries(value).items()}
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> dict[str, Any]:
         """Name -> what restore fills, or imitates: meta tensors have no memory to fill.
@@ -61,10 +65,12 @@ class ModuleHandler(Handler):
         state = self._entries(value)
         _check_meta(value, state, whole=self.only is None)
         specs = cast("Mapping[str, Any]", saved) if isinstance(saved, Mapping) else {}
+        spare = _other_names(state, specs)
         # What the checkpoint lacks stands here as it is, for the error or the report to name.
         return {
             name: _wanted(entry, specs[name]) if name in specs else _detached(entry.value)
             for name, entry in state.items()
+            if name not in spare
         }
 
     def selects(self, name: str) -> bool:
@@ -78,7 +84,8 @@ class ModuleHandler(Handler):
         values = cast("dict[str, Any]", tree)
         for name, entry in state.items():
             # A tied tensor is met under each of its names, and is no longer meta the second time.
-            if name in values and entry.is_own and _is_meta(entry.value):
+            is_restored = name in values and not _is_meta(values[name])
+            if is_restored and entry.is_own and _is_meta(entry.value):
                 _materialize(entry.value, values[name], self.device)
         own_way = any(map(_loads_its_own_way, value.modules()))
         if own_way or any(name in values and not entry.is_own for name, entry in state.items()):
@@ -92,7 +99,7 @@ class ModuleHandler(Handler):
             if entry.is_own and _is_same(entry.value, values[name])
             else values[name]
             for name, entry in state.items()
-            if name in values
+            if name in values and not _is_meta(values[name])
         }
         if self.only is None and len(loaded) == len(state):
             module.load_state_dict(loaded)
@@ -214,6 +221,16 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
+def _stored(entry: _Entry) -> Any:
+    """What is saved of an entry: the class of the module's own tensors is the module's affair."""
+    value = _detached(entry.value)
+    has_class = isinstance(value, torch.Tensor) and not memory.can_be_imitated(value)
+    if has_class and entry.is_own and not hasattr(value, "__tensor_flatten__"):
+        is_wrapper = value.numel() > 0 and value.untyped_storage().data_ptr() == 0
+        return value if is_wrapper else value.as_subclass(torch.Tensor)
+    return value
+
+
 def _wanted(entry: _Entry, saved: object) -> Any:
     value = entry.value
     if not isinstance(value, torch.Tensor) or entry.is_lazy:
@@ -223,6 +240,24 @@ def _wanted(entry: _Entry, saved: object) -> Any:
     if entry.owner is not None and _loads_its_own_way(entry.owner) and not _fits(value, saved):
         return AS_SAVED  # the submodule may know how to take another shape
     return Fill(value.detach())
+
+
+def _other_names(state: Mapping[str, _Entry], specs: Mapping[str, Any]) -> set[str]:
+    """Names that the checkpoint lacks and does not need: their memory is filled under another."""
+    missing = [name for name, entry in state.items() if name not in specs and _is_tied(entry)]
+    if not missing:
+        return set()
+    filled = {
+        memory.tie_key(entry.value)
+        for name, entry in state.items()
+        if name in specs and _is_tied(entry)
+    }
+    return {name for name in missing if memory.tie_key(state[name].value) in filled - {None}}
+
+
+def _is_tied(entry: _Entry) -> bool:
+    """Whether an entry may be another name of the module's own memory."""
+    return entry.is_own and isinstance(entry.value, torch.Tensor) and not entry.is_lazy
 
 
 def _fits(tensor: torch.Tensor, saved: object) -> bool:

@@ -17,9 +17,9 @@ import torch
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
 from functional_ckpt.core.arrays import spec as spec_lib
-from functional_ckpt.core.tree import encode, memory
+from functional_ckpt.core.tree import encode, memory, structure
 from functional_ckpt.core.tree import flatten as tree_lib
-from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
+from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING, Fill, Refused
 from functional_ckpt.core.tree.structure import MergedNames
 from functional_ckpt.handlers import classes, optimizer_names
 from functional_ckpt.handlers.base import CheckpointItem, Handler
@@ -27,9 +27,6 @@ from functional_ckpt.handlers.optimizer_names import NamedOptimizer, State
 
 __all__ = ["NamedOptimizer", "Optimizer", "OptimizerHandler"]
 
-# How the arithmetic is carried out, not what is computed: these belong to the run that goes on, and
-# depend on its devices. They are saved, and not restored. Everything else in a group is restored.
-_RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 # The parameters by index and by the user's own names: ours take their place.
 _NAMING = frozenset({"params", "param_names"})
 # Scalars that torch.optim keeps on the CPU unless the step is fused or capturable (see "special
@@ -70,7 +67,13 @@ class OptimizerHandler(Handler):
             {**{k: v for k, v in group.items() if k not in _NAMING}, "params": MergedNames(params)}
             for group, params in zip(packed["param_groups"], names, strict=True)
         ]
-        return cast("State", tree_lib.map_leaves(_off_graph, lowered))
+        lowered = cast("State", tree_lib.map_leaves(_off_graph, lowered))
+        return optimizer_names.described(lowered, named)
+
+    def unchanged(self, value: Any) -> torch.optim.Optimizer:
+        """The optimizer that the caller passed."""
+        named = cast("NamedOptimizer", value)
+        return named.optimizer if named.outer is None else named.outer
 
     def optimizers(self, value: Any) -> tuple[torch.optim.Optimizer, ...]:
         """The optimizer, and the one that wraps it."""
@@ -87,21 +90,24 @@ class OptimizerHandler(Handler):
                 both sides know are restored and the others keep the state they have.
 
         Raises:
-            MismatchError: Other parameters, or parameters in other groups, than the checkpoint has.
+            MismatchError: Another class of optimizer, whether strict or not; other parameters, or
+                parameters in other groups, than the checkpoint has.
         """
         named = cast("NamedOptimizer", value)
         own = self.lower(value)
         optimizer_names.check_layout(saved)
+        optimizer_names.check_same_class(saved, named.optimizer)
+        optimizer_names.check_same_size(saved, named.optimizer)
         if strict:
             optimizer_names.check_same_parameters(own, saved, named.optimizer)
-        match = _Matching(own)
+        match = _Matching(own, saved, type(named.optimizer))
         by_name = optimizer_names.by_name(named)
         # State of a parameter that is not here (of another pipeline stage) is not read.
         known = {name for group in own["param_groups"] for name in group["params"]}
         return {
             **dict.fromkeys(saved, AS_SAVED),
             "state": {
-                name: match.state(own["state"].get(name), entry, by_name.get(name))
+                name: match.entry(own["state"].get(name), entry, by_name[name])
                 for name, entry in saved["state"].items()
                 if name in known
             },
@@ -118,10 +124,10 @@ class OptimizerHandler(Handler):
         named = cast("NamedOptimizer", value)
         _restore_options(named.optimizer, tree)
         _restore_state(named, tree)
-        if named.outer is None:
-            return named.optimizer
-        _restore_options(named.outer, tree)  # it hands its options to the one inside at every step
-        return named.outer
+        if named.outer is not None:
+            # It hands its options to the one inside at every step.
+            _restore_options(named.outer, tree)
+        return self.unchanged(value)
 
 
 class Optimizer(CheckpointItem):
@@ -162,7 +168,9 @@ class Optimizer(CheckpointItem):
 class _Matching:
     """Puts live tensors where the checkpoint has arrays like them."""
 
-    def __init__(self, own: State) -> None:
+    def __init__(self, own: State, saved: State, kind: type) -> None:
+        self.saved = saved
+        self.kind = kind
         counts = collections.Counter(
             memory.storage_key(tensor) for tensor in _tensors([own["state"], own["param_groups"]])
         )
@@ -171,14 +179,26 @@ class _Matching:
             key for key, count in counts.items() if key is not None and count > 1
         )
 
+    def entry(self, live: Any, saved: Any, parameter: torch.Tensor) -> Any:
+        """The state of one parameter; refused as one where the parameter had another shape."""
+        problem = optimizer_names.shape_problem(saved, live, parameter, self.kind)
+        if problem is None:
+            return self.state(live, saved, parameter)
+        return Refused(problem, NOTHING if live is None else live)
+
     def state(self, live: Any, saved: Any, parameter: torch.Tensor | None = None) -> Any:
         """Live tensors of the same spec are filled; all else comes as saved.
 
         State that a sharded parameter does not have yet is made with the parameter's sharding.
         """
         if isinstance(live, torch.Tensor):
+            if isinstance(saved, dict) and hasattr(live, "__tensor_flatten__"):
+                return live  # a new tensor of the live one's class, made of the saved parts
             return Fill(live) if self._fits(live, saved) else AS_SAVED
-        if type(saved) is dict and (type(live) is dict or (live is None and parameter is not None)):
+        if isinstance(saved, structure.Described) and "class" in saved.detail:
+            return AS_SAVED  # one tensor of a subclass
+        is_entry = isinstance(live, dict) or (live is None and parameter is not None)
+        if isinstance(saved, dict) and is_entry:
             lives = cast("State", live or {})
             return {
                 key: self.state(lives.get(key), child, parameter)
@@ -193,8 +213,11 @@ class _Matching:
 
     def group(self, live: State, saved: State) -> State:
         """Like `state`; an option that is a tensor on both sides stays this tensor."""
+        lost = optimizer_names.options_lost(self.saved, live)
         return {
-            key: Fill(live[key])
+            key: Refused(f"no option {key!r} of {self.kind.__name__}")
+            if key in lost
+            else Fill(live[key])
             if isinstance(live.get(key), torch.Tensor) and isinstance(option, spec_lib.ArraySpec)
             else self.state(live.get(key), option)
             for key, option in saved.items()
@@ -246,7 +269,7 @@ def _off_graph(leaf: Any) -> Any:
 def _restore_options(optimizer: torch.optim.Optimizer, tree: State) -> None:
     for group, options in zip(optimizer.param_groups, tree["param_groups"], strict=False):
         for key, option in options.items():
-            if key not in _RUN_FLAGS | _NAMING:
+            if key not in optimizer_names.RUN_FLAGS | _NAMING:
                 group[key] = _as_run_wants(group.get(key), option)
 
 

@@ -9,17 +9,25 @@ from typing import Any, TypeAlias, cast
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.handlers import module_names
+from functional_ckpt.core.arrays import spec as spec_lib
+from functional_ckpt.core.tree import structure
+from functional_ckpt.handlers import classes, module_names
 
 __all__ = [
     "RESERVED",
+    "RUN_FLAGS",
     "SHARED",
     "NamedOptimizer",
     "State",
     "by_name",
     "check_layout",
+    "check_same_class",
     "check_same_parameters",
+    "check_same_size",
+    "described",
     "group_names",
+    "options_lost",
+    "shape_problem",
     "loads_its_own_way",
 ]
 
@@ -28,6 +36,26 @@ State: TypeAlias = dict[Any, Any]
 # State whose key is not a parameter.
 SHARED = "shared_state"
 RESERVED = ("state", "param_groups", SHARED)
+
+
+# How the arithmetic is carried out, not what is computed: these belong to the run that goes on, and
+# depend on its devices. They are saved, and not restored. Everything else in a group is restored.
+RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+# What schedulers of torch add to a group: no options of the optimizer.
+_OF_SCHEDULERS = frozenset(
+    {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "params"}
+)
+# Wrappers that hand every step to the optimizer that they hold -> the attribute it is under.
+_WRAPPERS = {
+    "accelerate.optimizer.AcceleratedOptimizer": "optimizer",
+    "lightning.pytorch.core.optimizer.LightningOptimizer": "_optimizer",
+    "pytorch_lightning.core.optimizer.LightningOptimizer": "_optimizer",
+}
+# State of torch's optimizers that has the shape of its parameter.
+_LIKE_PARAMETER = frozenset(
+    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"}
+    | {"grad_avg", "acc_delta", "sum", "prev", "ax"}
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,3 +196,106 @@ def _membership(tree: State) -> dict[str, int]:
     return {
         name: index for index, group in enumerate(tree["param_groups"]) for name in group["params"]
     }
+
+
+# ------------------------------------------------------------------------------------ same class
+
+
+def described(tree: State, named: NamedOptimizer) -> structure.Described:
+    """The lowered tree with what its reader compares: class, options, shapes of parameters."""
+    parameters = by_name(named)
+    state = {
+        name: structure.Described(entry, {"shape": list(parameters[name].shape)})
+        if type(entry) is dict and all(type(size) is int for size in parameters[name].shape)
+        else entry
+        for name, entry in tree["state"].items()
+    }
+    detail = {
+        "optimizer": _class_of(named.optimizer),
+        "options": sorted(map(str, getattr(named.optimizer, "defaults", {}))),
+    }
+    return structure.Described({**tree, "state": state}, detail)
+
+
+def _class_of(optimizer: torch.optim.Optimizer) -> str:
+    current: Any = optimizer
+    while attribute := next((_WRAPPERS[n] for n in _WRAPPERS if classes.is_a(current, (n,))), None):
+        current = getattr(current, attribute)
+    return type(current).__name__
+
+
+def check_same_class(saved: State, optimizer: torch.optim.Optimizer) -> None:
+    """Raises `MismatchError` unless the checkpoint is of an optimizer of this class.
+
+    Checkpoints that do not name the class are told by their options: both sides have some that the
+    other lacks.
+    """
+    here, there = _class_of(optimizer), _detail(saved).get("optimizer")
+    if there is None:
+        options = {
+            str(key)
+            for group in saved["param_groups"]
+            for key in group
+            if key not in RUN_FLAGS | _OF_SCHEDULERS
+        }
+        own = set(map(str, getattr(optimizer, "defaults", {}))) - RUN_FLAGS
+        known = own | {str(key) for group in optimizer.param_groups for key in group}
+        if not saved["param_groups"] or not (options - known and own - options):
+            return
+        there = f"an optimizer with the options {', '.join(sorted(options))}"
+    elif there == here:
+        return
+    problem = f"the target is {here}, the checkpoint has {there}"
+    raise errors.MismatchError(
+        f"The optimizer is of another class: {problem}. Use the class that was saved, or leave the "
+        "item out; state and options of one algorithm mean nothing to another.",
+        mismatched=[f"optimizer: {problem}"],
+    )
+
+
+def check_same_size(saved: State, optimizer: torch.optim.Optimizer) -> None:
+    """Raises `MismatchError` where LBFGS's flat vectors are not of as many numbers as here."""
+    if not isinstance(optimizer, torch.optim.LBFGS):
+        return
+    here = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    for name, entry in saved["state"].items():
+        flat = entry.get("prev_flat_grad") if isinstance(entry, dict) else None
+        if isinstance(flat, spec_lib.ArraySpec) and flat.shape != (here,):
+            problem = f"{name}: state of {flat.shape[0]} numbers, {here} here"
+            raise errors.MismatchError(
+                f"The optimizer's parameters have other sizes than the checkpoint's: {problem}.",
+                mismatched=[problem],
+            )
+
+
+def options_lost(saved: State, group: State) -> frozenset[str]:
+    """Options of the saved optimizer that the target's group does not have."""
+    options = cast("list[str]", _detail(saved).get("options", []))
+    return frozenset(options) - RUN_FLAGS - {str(key) for key in group}
+
+
+def shape_problem(saved: object, live: object, parameter: torch.Tensor, kind: type) -> str | None:
+    """What the target expects where saved state is of a parameter of another shape."""
+    shape = tuple(parameter.shape)
+    expected = f"state of a parameter of shape {list(shape)}"
+    if (known := _detail(saved).get("shape")) is not None:
+        return None if tuple(cast("list[int]", known)) == shape else expected
+    if not isinstance(saved, dict):
+        return None
+    lives = cast("State", live) if isinstance(live, dict) else {}
+    for key, spec in cast("State", saved).items():
+        if not isinstance(spec, spec_lib.ArraySpec) or spec.shape == shape:
+            continue
+        own = lives.get(key)
+        is_like_parameter = (
+            tuple(own.shape) == shape and own.dim() > 0
+            if isinstance(own, torch.Tensor)
+            else key in _LIKE_PARAMETER and kind.__module__.startswith("torch.optim.")
+        )
+        if is_like_parameter:
+            return expected
+    return None
+
+
+def _detail(tree: object) -> Mapping[str, object]:
+    return tree.detail if isinstance(tree, structure.Described) else {}

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypedDict, TypeGuard
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import merge_ranks
-from functional_ckpt.core.restore_plan import plan, rename, select
+from functional_ckpt.core.restore_plan import keep, plan, rename, select
 from functional_ckpt.core.restore_plan import select as select_lib
-from functional_ckpt.core.restore_plan.match import match
+from functional_ckpt.core.restore_plan.match import match, own_value
 from functional_ckpt.core.tree import structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.distributed.coordinator import Coordinator
@@ -94,6 +94,7 @@ class MatchedItem:
         binding: What to do for each leaf.
         report: What did not fit.
         is_resized: Whether it was saved for each of another number of ranks.
+        filled: The target's own tensors that are filled.
     """
 
     name: str
@@ -102,6 +103,7 @@ class MatchedItem:
     binding: plan.Binding
     report: plan.RestoreReport
     is_resized: bool = False
+    filled: tuple[plan.Filled, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +184,7 @@ def _match_as_saved(asked: _Request, name: str) -> MatchedItem | None:
         root = select.prune(root, asked.wanted.leaves_of(name))
     if root is None:
         return None
-    binding = match(root, AS_SAVED, item=name).binding
+    binding = match(root, AS_SAVED, item=name, as_parts=True).binding
     return MatchedItem(name=name, item=None, opened=opened, binding=binding, report=nothing)
 
 
@@ -243,39 +245,74 @@ def _match_item(asked: _Request, name: str, item: CheckpointItem) -> MatchedItem
         return _match_as_saved(asked, name)
     opened = checkpoint.tree(name)
     root = asked.root_of(opened, name) or structure.BranchNode(kind="dict", keys=(), children=())
-    selects = wanted.leaves_of(name)
-    select.prune(root, selects)  # all that is stored is asked about, whatever the target turns out
     is_resized = _is_resized(opened.root, handler, group)
-    unexpected: tuple[str, ...] = ()
-    try:
-        target: Any = AS_SAVED
-        if is_resized:
-            _check_resizable(name, opened.root, handler, group)
-        else:
-            target = handler.target(item.value, select.specs(root), strict=options.strict)
-    except errors.MismatchError as error:
-        if group.num_ranks == 1 or error.missing or error.mismatched or not error.unexpected:
-            return _mismatched(name, item, error)
-        # Another rank may have a place for these.
-        unexpected = tuple(error.unexpected)
-        target = handler.target(item.value, select.specs(root), strict=False)
+    if wanted.is_partial(name):
+        root = _select(asked, name, item, root, is_resized=is_resized)
+        if root is None or keep.is_own(root):
+            return _left_alone(name, item, plan.RestoreReport())
+    target, reported = _target_of(asked, name, item, opened.root, root, is_resized=is_resized)
+    if target is None:
+        return _left_alone(name, item, reported)
     outcome = match(
-        root,
-        target,
-        item=name,
-        cast_to_target=options.cast == "target",
-        selects=lambda leaf: selects(leaf) and handler.selects(leaf),
+        root, target, item=name, cast_to_target=options.cast == "target", selects=handler.selects
     )
     return MatchedItem(
         name=name,
         item=item,
         opened=opened,
         binding=outcome.binding,
-        report=dataclasses.replace(
-            outcome.report, unexpected=(*unexpected, *outcome.report.unexpected)
-        ),
+        report=plan.merge([reported, outcome.report]),
         is_resized=is_resized,
+        filled=outcome.filled,
     )
+
+
+def _select(
+    asked: _Request, name: str, item: CheckpointItem, root: structure.Node, *, is_resized: bool
+) -> structure.Node | None:
+    """The structure with the target's own values for what is not selected."""
+    selects = asked.wanted.leaves_of(name)
+    pruned = select.prune(root, selects)  # asks about all that is stored, whatever the target has
+    if not is_resized:
+        return keep.keep_unselected(root, item.handler.own(item.value), selects)
+    if pruned is not None and pruned != root:
+        raise errors.UsageError(
+            f"{name} was saved for each of another number of ranks and cannot be restored in part: "
+            "select or ignore all of it.",
+            key_path=name,
+        )
+    return pruned
+
+
+def _target_of(
+    asked: _Request,
+    name: str,
+    item: CheckpointItem,
+    saved: structure.Node,
+    root: structure.Node,
+    *,
+    is_resized: bool,
+) -> tuple[Any, plan.RestoreReport]:
+    """What the item expects, and what its handler says does not fit; None where nothing fits."""
+    handler, group = item.handler, asked.group
+    nothing = plan.RestoreReport()
+    try:
+        if is_resized:
+            _check_resizable(name, saved, handler, group)
+            return AS_SAVED, nothing
+        return handler.target(item.value, select.specs(root), strict=True), nothing
+    except errors.MismatchError as error:
+        report = _report_of(name, error)
+        only_unexpected = not (error.missing or error.mismatched) and bool(error.unexpected)
+        # Another rank may have a place for what is unexpected here.
+        if is_resized or not (
+            not asked.options.strict or (group.num_ranks > 1 and only_unexpected)
+        ):
+            return None, report
+    try:
+        return handler.target(item.value, select.specs(root), strict=False), report
+    except errors.MismatchError:
+        return None, report
 
 
 def _is_resized(root: structure.Node, handler: Handler, group: Coordinator) -> bool:
@@ -291,13 +328,17 @@ def _check_resizable(name: str, root: structure.Node, handler: Handler, group: C
         handler.resize([None] * num_saved, group.rank, group.num_ranks)
 
 
-def _mismatched(name: str, item: CheckpointItem, error: errors.MismatchError) -> MatchedItem:
-    """A mismatch that the handler found: reported with the others, and the item left alone."""
+def _report_of(name: str, error: errors.MismatchError) -> plan.RestoreReport:
+    """A mismatch that the handler found, to be reported with the others."""
     mismatched = error.mismatched
     if not (error.missing or error.unexpected or error.mismatched):
         mismatched = (f"{name}: {error.message}",)
-    report = plan.RestoreReport(
+    return plan.RestoreReport(
         missing=error.missing, unexpected=error.unexpected, mismatched=mismatched
     )
-    given = plan.Given(item.value)
+
+
+def _left_alone(name: str, item: CheckpointItem, report: plan.RestoreReport) -> MatchedItem:
+    """An item of which nothing is restored: the caller's object, as it is."""
+    given = plan.Given(own_value(item.handler.unchanged(item.value)))
     return MatchedItem(name=name, item=None, opened=None, binding=given, report=report)

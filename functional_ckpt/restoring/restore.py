@@ -16,7 +16,7 @@ from functional_ckpt.distributed.coordinator import Combine, Coordinator, Single
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.policies.progress import Progress
-from functional_ckpt.restoring import read
+from functional_ckpt.restoring import read, ties
 from functional_ckpt.restoring.match import MatchedItem, RestoreOptions, is_per_rank, match_items
 from functional_ckpt.runtime import threads
 
@@ -121,7 +121,8 @@ def restore_checkpoint(
             with _noticing_overwrite(checkpoint):
                 # Whatever may be damaged is read before anything is touched.
                 metrics, progress = checkpoint.metrics, checkpoint.progress
-                matched = match_items(checkpoint, items, registry, options, group)
+                found = match_items(checkpoint, items, registry, options, group)
+                matched = ties.report_conflicts(found, options.verify)
         reports = {each.name: each.report for each in matched}
         if options.strict and any(r.missing or r.mismatched for r in reports.values()):
             plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
@@ -144,7 +145,7 @@ def restore_checkpoint(
     return Restored(
         lifted,
         step=checkpoint.step,
-        report=_merge(list(reports.values())),
+        report=plan.merge(list(reports.values())),
         metrics=metrics,
         progress=progress,
         custom_metadata=checkpoint.custom_metadata,
@@ -274,11 +275,3 @@ def _read(
         cast("plan.Given", each.binding).value if each.opened is None else next(values)
         for each in matched
     ]
-
-
-def _merge(reports: Sequence[plan.RestoreReport]) -> plan.RestoreReport:
-    return plan.RestoreReport(
-        missing=tuple(leaf for report in reports for leaf in report.missing),
-        unexpected=tuple(leaf for report in reports for leaf in report.unexpected),
-        mismatched=tuple(leaf for report in reports for leaf in report.mismatched),
-    )

@@ -219,7 +219,7 @@ class Restorer:
 def initial_values(initial: Mapping[str, Any]) -> restore_lib.Restored:
     """What a run begins with where nothing is restored: the values that it was given."""
     values = {
-        name: value.value if isinstance(value, CheckpointItem) else value
+        name: value.handler.unchanged(value.value) if isinstance(value, CheckpointItem) else value
         for name, value in initial.items()
     }
     return restore_lib.Restored(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.sharding import Sharding
-from functional_ckpt.core.tree import structure, walk
+from functional_ckpt.core.tree import plain_json, structure, walk
 from functional_ckpt.core.tree.structure import ArrayNode, BranchNode, Key, KeyPath, Node, ValueNode
 
 __all__ = ["select_rank", "rank_key", "merge_ranks", "merge_shardings"]
@@ -82,9 +82,12 @@ class _Uniting:
 
     def _unite_branches(self, held: _Branches, path: KeyPath) -> Node:
         first = held[0][1]
+        detail = first.detail
         for ranks, node in held[1:]:
-            if (node.kind, node.detail) != (first.kind, first.detail):
+            merged = _merge_details(detail, node.detail) if node.kind == first.kind else None
+            if merged is None:
                 raise self._conflict(path, held[0], (ranks, node))
+            detail = merged
         if first.detail.get(structure.MERGED):
             return _merge_names(held)
         children: dict[Key, Held] = {}
@@ -94,7 +97,7 @@ class _Uniting:
             for key, child in zip(node.keys, node.children, strict=True):
                 children.setdefault(key, []).append((ranks, child))
         united = tuple(self.unite(each, (*path, key)) for key, each in children.items())
-        return dataclasses.replace(first, keys=tuple(children), children=united)
+        return dataclasses.replace(first, keys=tuple(children), children=united, detail=detail)
 
     def _conflict(
         self,
@@ -111,6 +114,35 @@ class _Uniting:
             ranks=(rank, other),
             key_path=where,
         )
+
+
+def _merge_details(
+    one: Mapping[str, object], other: Mapping[str, object]
+) -> Mapping[str, object] | None:
+    """The detail of a container on two ranks; None where they contradict each other.
+
+    What the attributes of a state dict say of modules (`_metadata`) is united like its keys: each
+    pipeline stage has modules of its own.
+    """
+    if one == other:
+        return one
+    if {**one, "attributes": None} != {**other, "attributes": None}:
+        return None
+    if not ("attributes" in one and "attributes" in other):
+        return None
+    first = cast("dict[str, Any]", plain_json.untag(one["attributes"]))
+    second = cast("dict[str, Any]", plain_json.untag(other["attributes"]))
+    united = {**first, **second}
+    for name in first.keys() & second.keys():
+        mine, theirs = first[name], second[name]
+        if mine == theirs:
+            continue
+        if not (isinstance(mine, dict) and isinstance(theirs, dict)):
+            return None
+        if any(mine[key] != theirs[key] for key in mine.keys() & theirs.keys()):
+            return None
+        united[name] = type(mine)({**mine, **theirs})
+    return {**one, "attributes": plain_json.tag(united)}
 
 
 def _is_same_array(one: Node, other: Node) -> bool:

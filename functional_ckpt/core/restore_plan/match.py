@@ -9,24 +9,25 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 
+from functional_ckpt import errors
 from functional_ckpt.core.arrays.spec import ArraySpec
+from functional_ckpt.core.restore_plan import keep
 from functional_ckpt.core.restore_plan.plan import (
     Binding,
     Bound,
     Build,
+    Filled,
     Given,
     ReadArray,
     RestoreReport,
 )
-from functional_ckpt.core.tree import encode, flatten, memory, structure, walk
-from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
+from functional_ckpt.core.tree import composite, encode, flatten, memory, structure, walk
+from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING, Fill, Refused
 from functional_ckpt.core.tree.structure import KeyPath
 
-__all__ = [
-    "match",
-]
+__all__ = ["match", "own_value"]
 
-_LEAVES = (Fill, torch.Tensor)
+_LEAVES = (Fill, Refused, torch.Tensor)
 _Pair: TypeAlias = tuple[structure.Node | None, Any, KeyPath]
 """What is stored (None for nothing), what the target has there, and where."""
 
@@ -38,17 +39,20 @@ def match(
     item: str,
     cast_to_target: bool = False,
     selects: Callable[[str], bool] | None = None,
+    as_parts: bool = False,
 ) -> Bound:
     """Binds every leaf of a target to what is stored for it.
 
     Args:
-        saved: The stored structure.
+        saved: The stored structure, or what `keep_unselected` made of it.
         target: A pytree as `Handler.target` returns it.
         item: The item's name, for messages.
         cast_to_target: Whether an array of another dtype may be converted to the target's.
         selects: Which stored leaves the target is about, by name; the others are left alone.
+        as_parts: Whether a tensor of a class that this process does not know comes back as a dict
+            of its parts where it is taken as saved; else that is a mismatch.
     """
-    matching = _Matching(item, cast_to_target, selects or (lambda name: True))
+    matching = _Matching(item, cast_to_target, selects or (lambda name: True), as_parts)
     binding = walk.fold((saved, target, ()), matching.visit)
     return Bound(
         binding=binding,
@@ -57,16 +61,21 @@ def match(
             unexpected=tuple(matching.unexpected),
             mismatched=tuple(matching.mismatched),
         ),
+        filled=tuple(matching.filled),
     )
 
 
 class _Matching:
     """The mutable state of one `match` call."""
 
-    def __init__(self, item: str, cast_to_target: bool, selects: Callable[[str], bool]) -> None:
+    def __init__(
+        self, item: str, cast_to_target: bool, selects: Callable[[str], bool], as_parts: bool
+    ) -> None:
         self.item = item
         self.cast_to_target = cast_to_target
         self.selects = selects
+        self.as_parts = as_parts
+        self.filled: list[Filled] = []
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
@@ -75,10 +84,14 @@ class _Matching:
         saved, target, path = place
         if saved is None:
             return walk.leaf(self._absent(target, path))
+        if keep.is_own(saved):
+            return walk.leaf(Given(own_value(cast("structure.ValueNode", saved).value)))
         if target is AS_SAVED:
-            return walk.leaf(_as_saved(saved))
+            return walk.leaf(self._as_saved(saved, path))
+        if isinstance(target, Refused):
+            return walk.leaf(self._differs(path, target.expected, _describe(saved), target.own))
         if not self._is_wanted(saved, target, path):
-            return walk.leaf(Given(_own_value(target)))
+            return walk.leaf(Given(own_value(target)))
         opened = None if isinstance(target, _LEAVES) else flatten.flatten_one_level(target)
         if opened is None:
             return walk.leaf(self._bind_leaf(saved, target, path))
@@ -115,11 +128,11 @@ class _Matching:
             (stored.get(str(key.value)), child, (*path, key))
             for key, child in zip(opened.keys, opened.children, strict=True)
         ]
-        return children, lambda bound: Build(node=opened.node(), children=tuple(bound), like=target)
+        return children, lambda bound: _built(opened, bound, target)
 
     def _not_expected(self, node: structure.Node, path: KeyPath) -> None:
-        for inner, _ in structure.iter_leaves(node, path):
-            if self.selects(structure.leaf_name(inner)):
+        for inner, leaf in structure.iter_leaves(node, path):
+            if not keep.is_own(leaf) and self.selects(structure.leaf_name(inner)):
                 self.unexpected.append(structure.pretty(inner, self.item))
 
     def _absent(self, target: Any, path: KeyPath) -> Binding:
@@ -132,14 +145,14 @@ class _Matching:
                 todo.extend((child, (*place, key)) for key, child in pairs)
             elif current is not AS_SAVED and self.selects(structure.leaf_name(place)):
                 self.missing.append(structure.pretty(place, self.item))
-        return Given(_own_value(target))
+        return Given(own_value(target))
 
     # -------------------------------------------------------------------------- leaves
 
     def _bind_tensor(
         self, saved: structure.Node, tensor: torch.Tensor, path: KeyPath, *, fill: bool
     ) -> Binding:
-        keep = Fill(tensor) if fill else tensor
+        own = Fill(tensor) if fill else tensor
         opened = None if tensor.is_meta else flatten.flatten_one_level(tensor)
         if opened is not None:
             return self._bind_parts(saved, tensor, opened, path, fill=fill)
@@ -148,17 +161,23 @@ class _Matching:
         if not isinstance(saved, structure.ArrayNode) or saved.kind in ("bytes", "number"):
             is_number = isinstance(saved, structure.ArrayNode) and saved.kind == "number"
             if not (is_number and shape == ()):
-                return self._differs(path, expected, _describe(saved), keep)
+                return self._differs(path, expected, _describe(saved), own)
         node = cast("structure.ArrayNode", saved)
         if node.spec.shape != shape:
-            return self._differs(path, expected, _describe(saved), keep)
+            return self._differs(path, expected, _describe(saved), own)
         if fill and not tensor.is_contiguous() and memory.is_expanded(tensor):
             shared = "memory for each element (it is expanded: clone() it)"
-            return self._differs(path, shared, _describe(saved), keep)
+            return self._differs(path, shared, _describe(saved), own)
         if _stored_dtype(node) != dtype and not self.cast_to_target:
             hint = " (pass cast='target' to convert)"
-            return self._differs(path, expected, _describe(saved) + hint, keep)
-        return ReadArray(node=node, form="fill" if fill else "tensor", like=tensor)
+            return self._differs(path, expected, _describe(saved) + hint, own)
+        read = ReadArray(node=node, form="fill" if fill else "tensor", like=tensor)
+        if fill or tensor.is_meta:  # a module's tensors on the meta device are given memory
+            self.filled.append(Filled(where=structure.pretty(path, self.item), read=read))
+        elif not memory.can_be_imitated(tensor):
+            wanted = f"a {type(tensor).__name__}, whose class is not stored"
+            return self._differs(path, wanted, _describe(saved), own)
+        return read
 
     def _bind_parts(
         self,
@@ -170,20 +189,23 @@ class _Matching:
         fill: bool,
     ) -> Binding:
         """Sparse, quantized and subclass tensors: built from their parts as saved, of any size."""
-        keep = Fill(tensor) if fill else tensor
+        own = Fill(tensor) if fill else tensor
         if not isinstance(saved, structure.BranchNode) or saved.kind != opened.kind:
-            return self._differs(path, f"a {opened.kind} tensor", _describe(saved), keep)
+            return self._differs(path, f"a {opened.kind} tensor", _describe(saved), own)
         if saved.detail.get("shape") != opened.detail.get("shape"):
             return self._differs(
-                path, f"shape {opened.detail.get('shape')}", f"{saved.detail.get('shape')}", keep
+                path, f"shape {opened.detail.get('shape')}", f"{saved.detail.get('shape')}", own
             )
         stored = dict(zip(saved.keys, saved.children, strict=True))
         for key, part in zip(opened.keys, opened.children, strict=True):
             expected, got = _dtype_of(part), stored.get(key)
             if expected is not None and (got is None or _stored_dtype(got) != expected):
                 found = "nothing" if got is None else _describe(got)
-                return self._differs((*path, key), f"dtype {expected}", found, keep)
-        children = tuple(_as_saved(child) for child in saved.children)
+                return self._differs((*path, key), f"dtype {expected}", found, own)
+        children = tuple(
+            self._as_saved(child, (*path, key))
+            for key, child in zip(saved.keys, saved.children, strict=True)
+        )
         dressing = ("parameter", "requires_grad", "buffer")
         detail = {key: value for key, value in saved.detail.items() if key not in dressing}
         return Build(
@@ -232,18 +254,64 @@ class _Matching:
     def _differs(self, path: KeyPath, expected: str, got: str, target: Any) -> Binding:
         where = structure.pretty(path, self.item)
         self.mismatched.append(f"{where}: the target expects {expected}, the checkpoint has {got}")
-        return Given(_own_value(target))
+        return Given(NOTHING if target is NOTHING else own_value(target))
+
+    # -------------------------------------------------------------------------- as saved
+
+    def _as_saved(self, root: structure.Node, path: KeyPath) -> Binding:
+        trail: walk.Trail[structure.Key] = walk.Trail()
+
+        def visit(place: _Place) -> walk.Visit[_Place, Binding]:
+            node, key, depth = place
+            trail.enter(depth, key)
+            if isinstance(node, structure.ValueNode):
+                own = keep.is_own(node)
+                return walk.leaf(Given(own_value(node.value) if own else encode.plain_value(node)))
+            if isinstance(node, structure.ArrayNode):
+                return walk.leaf(ReadArray(node=node, form="as_saved"))
+            if node.detail.get(keep.INCOMPLETE):
+                raise self._incomplete(node, (*path, *trail.path()))
+            if node.kind == "subclass" and not (self.as_parts or composite.is_known(node)):
+                self._unknown_class(node, (*path, *trail.path()))
+            pairs = zip(node.children, node.keys, strict=True)
+            return [(child, at, depth + 1) for child, at in pairs], lambda bound: Build(
+                node=node, children=tuple(bound)
+            )
+
+        return walk.fold((root, None, 0), visit)
+
+    def _incomplete(self, node: structure.BranchNode, path: KeyPath) -> errors.UsageError:
+        where = structure.pretty(path, self.item)
+        return errors.UsageError(
+            f"{where}, a {node.kind}, cannot be restored in part: the target has nothing in place "
+            "of what is left out. Select or ignore all of it.",
+            key_path=where,
+        )
+
+    def _unknown_class(self, node: structure.BranchNode, path: KeyPath) -> None:
+        name = node.detail.get("class", "whose class the checkpoint does not name")
+        self.mismatched.append(
+            f"{structure.pretty(path, self.item)}: the checkpoint has a tensor subclass, {name}, "
+            "which this process does not know; import its class before the restore, or restore "
+            "into a value that has such a tensor"
+        )
 
 
-def _as_saved(root: structure.Node) -> Binding:
-    def visit(node: structure.Node) -> walk.Visit[structure.Node, Binding]:
-        if isinstance(node, structure.ValueNode):
-            return walk.leaf(Given(encode.plain_value(node)))
-        if isinstance(node, structure.ArrayNode):
-            return walk.leaf(ReadArray(node=node, form="as_saved"))
-        return node.children, lambda bound: Build(node=node, children=tuple(bound))
+_Place: TypeAlias = tuple[structure.Node, "structure.Key | None", int]
 
-    return walk.fold(root, visit)
+
+def _built(opened: flatten.FlatNode, bound: list[Binding], target: Any) -> Build:
+    """A container like the target's, without the keys whose values are left out."""
+    node = opened.node()
+    if any(isinstance(each, Given) and each.value is NOTHING for each in bound):
+        pairs = [
+            (key, each)
+            for key, each in zip(node.keys, bound, strict=True)
+            if not (isinstance(each, Given) and each.value is NOTHING)
+        ]
+        node = dataclasses.replace(node, keys=tuple(key for key, _ in pairs))
+        bound = [each for _, each in pairs]
+    return Build(node=node, children=tuple(bound), like=target)
 
 
 def _dtype_of(part: object) -> str | None:
@@ -259,7 +327,7 @@ def _stored_dtype(node: structure.Node) -> str | None:
     return str(node.detail.get("dtype", node.spec.dtype))
 
 
-def _own_value(target: Any) -> Any:
+def own_value(target: Any) -> Any:
     """What a target keeps when the checkpoint has nothing for it."""
     return flatten.map_leaves(_own_leaf, target)
 
@@ -267,6 +335,8 @@ def _own_value(target: Any) -> Any:
 def _own_leaf(target: Any) -> Any:
     if isinstance(target, Fill):
         return target.tensor
+    if isinstance(target, Refused):
+        return target.own
     return None if target is AS_SAVED else target
 
 

@@ -13,9 +13,11 @@ __all__ = [
     "Binding",
     "Bound",
     "Build",
+    "Filled",
     "Given",
     "ReadArray",
     "RestoreReport",
+    "merge",
     "raise_report",
 ]
 
@@ -63,16 +65,31 @@ Binding: TypeAlias = Given | ReadArray | Build
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Filled:
+    """A target's own tensor that is filled, or given memory on the meta device.
+
+    Attributes:
+        where: The leaf, as `item['key']`.
+        read: What is read into it.
+    """
+
+    where: str
+    read: ReadArray
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
     """The outcome of `match`.
 
     Attributes:
         binding: What to do for the whole item.
         report: What did not fit.
+        filled: The target's own tensors that are filled.
     """
 
     binding: Binding
     report: RestoreReport
+    filled: tuple[Filled, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +117,15 @@ class RestoreReport:
         }
         lines = [f"  {what}: {leaf}" for what, found in parts.items() for leaf in found]
         return "\n".join(lines) or "  everything matched"
+
+
+def merge(reports: Sequence[RestoreReport]) -> RestoreReport:
+    """Several reports as one."""
+    return RestoreReport(
+        missing=tuple(leaf for report in reports for leaf in report.missing),
+        unexpected=tuple(leaf for report in reports for leaf in report.unexpected),
+        mismatched=tuple(leaf for report in reports for leaf in report.mismatched),
+    )
 
 
 def raise_report(reports: Mapping[str, RestoreReport], *, step: int | None, path: str) -> None:

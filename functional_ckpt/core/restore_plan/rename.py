@@ -55,8 +55,9 @@ class Renaming:
         branches: dict[KeyPath, structure.BranchNode] = {}
         leaves = list(_leaves(root, branches))
         renamed: dict[KeyPath, tuple[structure.Node, KeyPath]] = {}
+        has_parameters = any(structure.is_names(node) for _, node in leaves)
         for path, node in leaves:
-            new_path = self._new_path(path, item)
+            new_path = self._new_path(path, item, has_parameters=has_parameters)
             if new_path is None:
                 continue
             if new_path in renamed:
@@ -68,8 +69,9 @@ class Renaming:
                     f"{item + '.' + structure.leaf_name(new_path)!r}.",
                     key_path=second,
                 )
-            renamed[new_path] = (node, path)
-        if all(path in renamed and renamed[path][1] == path for path, _ in leaves):
+            _note_moved(branches, path, new_path)
+            renamed[new_path] = (self._with_names(node, item), path)
+        if all(renamed.get(path) == (node, path) for path, node in leaves):
             return root  # nothing was renamed, or left out
         if not renamed:
             return None
@@ -85,7 +87,31 @@ class Renaming:
                 "rule is given names such as 'item.leaf.name'."
             )
 
-    def _new_path(self, path: KeyPath, item: str) -> KeyPath | None:
+    def _with_names(self, node: structure.Node, item: str) -> structure.Node:
+        """A list of parameters' names under the new names that their state has."""
+        if not structure.is_names(node):
+            return node
+        start = f"{item}.state."
+        children: list[structure.Node] = []
+        for child in node.children:
+            old = f"{start}{child.value if isinstance(child, structure.ValueNode) else ''}"
+            new, used = self._rules.apply(old)
+            self._used |= used
+            if new is None:
+                continue
+            if not new.startswith(start) or new == start:
+                raise errors.UsageError(
+                    f"key_map renames the parameter {old!r} to {new!r}; expected a name that "
+                    f"begins with {start!r}.",
+                    key_path=old,
+                )
+            children.append(structure.ValueNode(kind="str", value=new.removeprefix(start)))
+        if len(set(children)) < len(children):
+            raise errors.UsageError(f"key_map gives two parameters of {item!r} one name.")
+        keys = tuple(Key(index, "index") for index in range(len(children)))
+        return dataclasses.replace(node, keys=keys, children=tuple(children))
+
+    def _new_path(self, path: KeyPath, item: str, *, has_parameters: bool) -> KeyPath | None:
         name = f"{item}.{structure.leaf_name(path)}"
         new, used = self._rules.apply(name)
         self._used |= used
@@ -97,7 +123,10 @@ class Renaming:
                 f"that begins with {item + '.'!r}.",
                 key_path=name,
             )
-        return _respelled(path, new.removeprefix(f"{item}."), name)
+        new = new.removeprefix(f"{item}.")
+        if has_parameters and (moved := _renamed_parameter(path, new)) is not None:
+            return moved
+        return _respelled(path, new, name)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,13 +212,36 @@ def _leaves(root: structure.Node, branches: dict[KeyPath, structure.BranchNode])
     while todo:
         path, node = todo.pop()
         is_branch = isinstance(node, structure.BranchNode)
-        if is_branch and node.children and node.kind not in composite.KINDS:
+        is_one = is_branch and (node.kind in composite.KINDS or structure.is_names(node))
+        if is_branch and node.children and not is_one:
             branches[path] = node
             pairs = zip(reversed(node.keys), reversed(node.children), strict=True)
             todo.extend(((*path, key), child) for key, child in pairs)
         else:
             found.append((path, node))
     return found
+
+
+def _note_moved(
+    branches: dict[KeyPath, structure.BranchNode], path: KeyPath, new_path: KeyPath
+) -> None:
+    """Notes that what holds a leaf goes with it as far up as the keys are the same."""
+    size = 1
+    while size < min(len(path), len(new_path)) and path[-size] == new_path[-size]:
+        branches.setdefault(new_path[:-size], branches[path[:-size]])
+        size += 1
+
+
+def _renamed_parameter(path: KeyPath, new: str) -> KeyPath | None:
+    """The path of an optimizer's state, whose second key is the name of a parameter."""
+    rest = "".join(f".{key.value}" for key in path[2:])
+    if len(path) < 2 or path[0].value != "state" or not new.startswith("state."):
+        return None
+    name = new.removeprefix("state.")
+    if rest and not name.endswith(rest):
+        return None
+    name = name.removesuffix(rest)
+    return (path[0], Key(name), *path[2:]) if name else None
 
 
 def _respelled(path: KeyPath, new: str, name: str) -> KeyPath:

@@ -8,10 +8,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
+import torch
+
 from functional_ckpt import errors
+from functional_ckpt.core.arrays.spec import CARRIED_BY, STORAGE_DTYPES, ArraySpec
 from functional_ckpt.core.tree import composite, encode, flatten, structure, walk
 
 __all__ = [
+    "OWN",
     "Ignored",
     "Selection",
     "Selects",
@@ -19,6 +23,8 @@ __all__ = [
     "specs",
 ]
 
+OWN = "own"
+"""Kind of a node whose value is the target's own: in a restore only, never on disk."""
 Selects: TypeAlias = Callable[[str], bool]
 Ignored: TypeAlias = str | Sequence[str] | Selects
 """What a restore leaves alone: patterns, or a function of a name."""
@@ -45,18 +51,22 @@ class Selection:
             return False
         return self._patterns is None or self._is_matched(item, item)
 
+    def is_partial(self, item: str) -> bool:
+        """Whether some leaf of the item might not be wanted."""
+        if not self.includes_item(item):
+            return True
+        ignored = self._ignored
+        if ignored is None or callable(ignored):
+            return ignored is not None
+        return any(_may_begin(pattern, f"{item}.") for pattern in ignored)
+
     def may_include(self, item: str) -> bool:
         """Whether a pattern names the item, or could name a leaf of it."""
         if self._ignores(item):
             return False
         if self._patterns is None or self.includes_item(item):
             return True
-        # A part of a pattern that stands for "item." may end within a star.
-        return any(
-            fnmatch.fnmatchcase(f"{item}.", pattern[:end])
-            for pattern in self._patterns
-            for end in range(1, len(pattern) + 1)
-        )
+        return any(_may_begin(pattern, f"{item}.") for pattern in self._patterns)
 
     def leaves_of(self, item: str) -> Selects:
         """Which leaves of an item are wanted, by name."""
@@ -107,6 +117,12 @@ class Selection:
         return bool(matching)
 
 
+def _may_begin(pattern: str, start: str) -> bool:
+    """Whether a pattern may match a name that begins so: its part for that may end in a star."""
+    ends = range(1, len(pattern) + 1)
+    return any(fnmatch.fnmatchcase(start, pattern[:end]) for end in ends)
+
+
 def _matches_nothing(option: str, value: object, unused: Sequence[str]) -> errors.UsageError:
     named = ", ".join(each if each == "it" else repr(each) for each in unused) or "no pattern"
     return errors.UsageError(
@@ -128,14 +144,29 @@ def _visit_specs(node: structure.Node) -> walk.Visit[structure.Node, Any]:
     if isinstance(node, structure.ArrayNode):
         return walk.leaf(node.spec)
     if isinstance(node, structure.ValueNode):
+        if node.kind == OWN:
+            return walk.leaf(flatten.map_leaves(_spec_of, node.value))
         return walk.leaf(encode.plain_value(node))
 
     def build(children: list[Any]) -> Any:
         if node.kind in _PARTS or node.kind in ("registered", "per_rank"):  # not made of specs
-            return dict(zip([key.value for key in node.keys], children, strict=True))
-        return flatten.unflatten_one_level(node, children)
+            parts = dict(zip([key.value for key in node.keys], children, strict=True))
+            # That it is one tensor can be told from a dict.
+            return structure.Described(parts, node.detail) if node.kind in _PARTS else parts
+        built = flatten.unflatten_one_level(node, children)
+        is_described = node.kind == "dict" and node.detail
+        return structure.Described(built, node.detail) if is_described else built
 
     return node.children, build
+
+
+def _spec_of(leaf: Any) -> Any:
+    """A leaf of a live tree as `specs` shows it."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    name = encode.torch_dtype_name(leaf.dtype)
+    dtype = CARRIED_BY.get(name, name)
+    return ArraySpec(tuple(leaf.shape), dtype) if dtype in STORAGE_DTYPES else leaf
 
 
 def prune(node: structure.Node, keep: Callable[[str], bool]) -> structure.Node | None:

@@ -13,7 +13,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
 from functional_ckpt.core.tree import decode, encode, plain_json, structure
 
-__all__ = ["KINDS", "Parts", "build_tensor", "open_tensor"]
+__all__ = ["KINDS", "Parts", "build_tensor", "is_known", "open_tensor"]
 
 Parts: TypeAlias = tuple[str, Mapping[str, Any], Mapping[str, object]]
 """Kind, parts by name, detail."""
@@ -88,7 +88,28 @@ def _open_subclass(tensor: Any) -> Parts:
         )
     strides = [stride if type(stride) is int else None for stride in tensor.stride()]
     parts = {name: getattr(tensor, name) for name in names}
-    return "subclass", parts, {"context": plain_json.tag(context), "strides": strides}
+    detail = {"class": class_name(type(tensor)), "context": plain_json.tag(context)}
+    return "subclass", parts, {**detail, "strides": strides}
+
+
+def class_name(kind: type) -> str:
+    """What the class of a tensor is stored as; it is looked up at restore, never imported."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_known(node: structure.BranchNode) -> bool:
+    """Whether this process has loaded the class of a stored tensor subclass."""
+    return _known_class(node) is not None
+
+
+def _known_class(node: structure.BranchNode) -> type | None:
+    name, todo = node.detail.get("class"), [torch.Tensor]
+    while todo:
+        kind = todo.pop()
+        if hasattr(kind, "__tensor_unflatten__") and class_name(kind) == name:
+            return kind
+        todo.extend(kind.__subclasses__())
+    return None
 
 
 # ------------------------------------------------------------------------------------ building
@@ -100,8 +121,8 @@ def build_tensor(node: structure.BranchNode, children: Sequence[Any], like: obje
     Args:
         node: What was stored.
         children: Its parts.
-        like: A tensor of the subclass wanted. The class is not named on disk: without one, the
-            parts of a subclass come back as a dict.
+        like: A tensor of the subclass wanted; None for the class that was stored. The parts of a
+            subclass that this process does not know come back as a dict.
     """
     with warnings.catch_warnings():
         # That compressed tensors are in beta and quantized ones deprecated was said when they were
@@ -159,12 +180,13 @@ def _build_quantized(
 
 def _build_subclass(node: structure.BranchNode, children: Sequence[Any], like: object) -> Any:
     parts = {str(key.value): child for key, child in zip(node.keys, children, strict=True)}
-    if not hasattr(like, "__tensor_unflatten__"):
+    kind: Any = type(like) if hasattr(like, "__tensor_unflatten__") else _known_class(node)
+    if kind is None:
         return parts
     context = plain_json.untag(node.detail["context"])
     sizes = torch.Size(size or 0 for size in cast("list[int | None]", node.detail["shape"]))
     strides = tuple(stride or 0 for stride in cast("list[int | None]", node.detail["strides"]))
-    return cast("Any", type(like)).__tensor_unflatten__(parts, context, sizes, strides)
+    return kind.__tensor_unflatten__(parts, context, sizes, strides)
 
 
 _Builder: TypeAlias = Callable[[structure.BranchNode, Sequence[Any], object], Any]

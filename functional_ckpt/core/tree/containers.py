@@ -59,10 +59,13 @@ def flatten_one_level(value: object) -> FlatNode | None:
     if isinstance(value, torch.Tensor):
         return _open_tensor(value)
     kind = type(value)
-    if kind is dict or kind is collections.OrderedDict:
-        return _open_mapping("dict" if kind is dict else "ordered_dict", value)
-    if kind is collections.Counter:
-        return _open_mapping("counter", value)
+    if kind is dict:
+        return _open_mapping("dict", value)
+    if kind is collections.OrderedDict or kind is collections.Counter:
+        name = "counter" if kind is collections.Counter else "ordered_dict"
+        return _open_mapping(name, value, _attributes(value))
+    if kind is structure.Described:
+        return _open_mapping("dict", value, cast("structure.Described", value).detail)
     if kind is collections.defaultdict:
         factory = cast("collections.defaultdict[Any, Any]", value).default_factory
         name = getattr(factory, "__name__", None)
@@ -103,6 +106,19 @@ def _open_mapping(kind: str, value: Any, detail: Mapping[str, object] | None = N
         children=tuple(mapping.values()),
         detail=detail or {},
     )
+
+
+def _attributes(value: object) -> dict[str, object]:
+    """What was set on a dict besides its keys, as `_metadata` is on the state dict of a module."""
+    attributes = vars(value)
+    if not attributes:
+        return {}
+    if not plain_json.is_plain(attributes):
+        raise errors.UnsupportedLeafError(
+            f"{type(value).__name__} has attributes that are not plain data ({attributes!r:.80}) "
+            f"and would be lost; pass {type(value).__name__}(value), which has none"
+        )
+    return {"attributes": plain_json.tag(attributes)}
 
 
 def _check_key(key: object) -> None:
@@ -209,13 +225,15 @@ def unflatten_one_level(
 
 def _close_like(node: structure.BranchNode, children: Sequence[Any], like: object) -> Any:
     kind: Any = type(like)
+    if isinstance(like, structure.Described):
+        return structure.Described(_build_mapping(node, children), like.detail)
     if isinstance(like, dict):
         pairs = zip([key.value for key in node.keys], children, strict=True)
         if isinstance(like, collections.defaultdict):
             return collections.defaultdict(like.default_factory, pairs)
         if isinstance(like, collections.Counter):
-            return kind(dict(pairs))  # a Counter of pairs would count the pairs
-        return kind(pairs)
+            pairs = dict(pairs)  # a Counter of pairs would count the pairs
+        return _with_attributes(kind(pairs), getattr(like, "__dict__", {}))
     if isinstance(like, tuple) and hasattr(like, "_fields"):
         return kind(*children)
     if isinstance(like, collections.deque):
@@ -229,13 +247,20 @@ def _close_like(node: structure.BranchNode, children: Sequence[Any], like: objec
 
 def _build_mapping(node: structure.BranchNode, children: Sequence[Any]) -> Any:
     pairs = zip([key.value for key in node.keys], children, strict=True)
+    attributes = plain_json.untag(node.detail["attributes"]) if "attributes" in node.detail else {}
     if node.kind == "ordered_dict":
-        return collections.OrderedDict(pairs)
+        return _with_attributes(collections.OrderedDict(pairs), attributes)
     if node.kind == "counter":
-        return collections.Counter(dict(pairs))
+        return _with_attributes(collections.Counter(dict(pairs)), attributes)
     if node.kind == "default_dict":
         return collections.defaultdict(_FACTORIES.get(str(node.detail.get("factory"))), pairs)
     return dict(pairs)
+
+
+def _with_attributes(value: Any, attributes: Mapping[str, Any]) -> Any:
+    if attributes:
+        vars(value).update(attributes)
+    return value
 
 
 def _build_sequence(node: structure.BranchNode, children: Sequence[Any]) -> Any:

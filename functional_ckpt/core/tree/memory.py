@@ -12,7 +12,14 @@ from functional_ckpt.core.arrays import sharding
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-__all__ = ["storage_key", "is_expanded", "is_contiguous_strided", "is_plain"]
+__all__ = [
+    "can_be_imitated",
+    "is_contiguous_strided",
+    "is_expanded",
+    "is_plain",
+    "storage_key",
+    "tie_key",
+]
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
@@ -60,3 +67,17 @@ def storage_key(value: object) -> Hashable | None:
         pointer = value.__array_interface__["data"][0]
         return ("numpy", pointer, value.shape, value.strides, value.dtype.str)
     return None
+
+
+def tie_key(tensor: torch.Tensor) -> Hashable | None:
+    """As `storage_key`, for tensors on the meta device too: what a restore gives memory once."""
+    if not tensor.is_meta:
+        return storage_key(tensor)
+    local = sharding.local_of(tensor)
+    storage = local.untyped_storage()._cdata
+    return ("meta", storage, local.storage_offset(), tensor.shape, local.stride(), tensor.dtype)
+
+
+def can_be_imitated(tensor: torch.Tensor) -> bool:
+    """Whether new memory can be made a tensor like this one: of torch's own class, or a DTensor."""
+    return is_plain(tensor) or sharding.sharding_of(tensor) is not None

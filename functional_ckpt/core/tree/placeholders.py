@@ -1,4 +1,7 @@
-"""What may stand in a restore target besides values: `Fill` and `AS_SAVED`. Free of torch."""
+"""What may stand in a restore target besides values: `Fill`, `AS_SAVED` and `Refused`.
+
+Free of torch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import dataclasses
 import enum
 from typing import Any, Final
 
-__all__ = ["AS_SAVED", "AsSaved", "Fill"]
+__all__ = ["AS_SAVED", "NOTHING", "AsSaved", "Fill", "Nothing", "Refused"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,3 +34,26 @@ class AsSaved(enum.Enum):
 
 AS_SAVED: Final = AsSaved.AS_SAVED
 """Stands anywhere in a target tree: what the checkpoint holds there comes back as it was saved."""
+
+
+class Nothing(enum.Enum):
+    """Type of `NOTHING`."""
+
+    NOTHING = "nothing"
+
+
+NOTHING: Final = Nothing.NOTHING
+"""No value: the key is left out of the restored dict."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refused:
+    """A part of a target that takes nothing of what is stored there: a mismatch.
+
+    Attributes:
+        expected: What it would take, in words.
+        own: What it keeps where mismatches are no errors; `NOTHING` leaves the key out.
+    """
+
+    expected: str
+    own: Any = NOTHING

@@ -8,6 +8,7 @@ Free of torch. A value whose kind is known from where it stands is written bare 
 from __future__ import annotations
 
 import base64
+import collections
 import json
 import struct
 from typing import Any, TypeAlias, cast
@@ -108,7 +109,7 @@ def is_plain(value: object, depth: int = _MAX_DEPTH) -> bool:
         return False
     if type(value) in (tuple, list):
         return all(is_plain(part, depth - 1) for part in cast("list[object]", value))
-    if type(value) is dict:
+    if type(value) in (dict, collections.OrderedDict):
         parts = (part for pair in cast("dict[object, object]", value).items() for part in pair)
         return all(is_plain(part, depth - 1) for part in parts)
     return False
@@ -121,6 +122,8 @@ def tag(value: object) -> Json:
     ['tuple', [['int', 1], ['str', 'a'], ['none', None]]]
     """
     kind = "none" if value is None else type(value).__name__
+    if type(value) is collections.OrderedDict:
+        kind = "ordered_dict"
     if isinstance(value, (tuple, list)):
         return [kind, [tag(part) for part in cast("list[object]", value)]]
     if isinstance(value, dict):
@@ -136,6 +139,7 @@ def untag(record: Json) -> Any:
         return tuple(untag(part) for part in payload)
     if kind == "list":
         return [untag(part) for part in payload]
-    if kind == "dict":
-        return {untag(key): untag(part) for key, part in payload}
+    if kind in ("dict", "ordered_dict"):
+        pairs = [(untag(key), untag(part)) for key, part in payload]
+        return dict(pairs) if kind == "dict" else collections.OrderedDict(pairs)
     return decode(string(kind), payload)

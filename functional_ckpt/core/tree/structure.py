@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 from functional_ckpt.core.arrays import spec as spec_lib
 
@@ -19,11 +19,13 @@ __all__ = [
     "MERGED",
     "ArrayNode",
     "BranchNode",
+    "Described",
     "Key",
     "KeyPath",
     "MergedNames",
     "Node",
     "ValueNode",
+    "is_names",
     "is_unicode",
     "iter_leaves",
     "join",
@@ -41,10 +43,27 @@ MERGED = "united"
 class MergedNames(list[str]):
     """A list of names of which ranks may hold different ones: they are united, like a dict's keys.
 
-    It comes back as a plain list.
+    They are the keys of the item's `state`: renamed as these are, and always restored. It comes
+    back as a plain list.
     """
 
     __slots__ = ()
+
+
+class Described(dict[Any, Any]):
+    """A dict that says something about itself: its node carries the detail.
+
+    It comes back as a plain dict. `Handler.target` is given it again, with what was said.
+
+    Attributes:
+        detail: JSON values.
+    """
+
+    __slots__ = ("detail",)
+
+    def __init__(self, content: Mapping[Any, Any], detail: Mapping[str, object]) -> None:
+        super().__init__(content)
+        self.detail = detail
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -169,6 +188,11 @@ def pretty(path: KeyPath, root: str = "") -> str:
     "optimizer['state'][0][1]"
     """
     return root + "".join(f"[{key.value!r}]" for key in path)
+
+
+def is_names(node: object) -> TypeGuard[BranchNode]:
+    """Whether a node is a list of names, as `Names` lowers to."""
+    return isinstance(node, BranchNode) and bool(node.detail.get(MERGED))
 
 
 def iter_leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
