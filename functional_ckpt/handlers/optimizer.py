@@ -45,6 +45,10 @@ class OptimizerHandler(Handler):
     """
 
     def lower(self, value: Any) -> State:
+        """State and groups by name, as live references, and what identifies the optimizer."""
+        return optimizer_names.described(self.own(value), cast("NamedOptimizer", value))
+
+    def own(self, value: Any) -> State:
         """State and groups by name, as live references."""
         named = cast("NamedOptimizer", value)
         names = optimizer_names.group_names(named)
@@ -67,8 +71,7 @@ class OptimizerHandler(Handler):
             {**{k: v for k, v in group.items() if k not in _NAMING}, "params": MergedNames(params)}
             for group, params in zip(packed["param_groups"], names, strict=True)
         ]
-        lowered = cast("State", tree_lib.map_leaves(_off_graph, lowered))
-        return optimizer_names.described(lowered, named)
+        return cast("State", tree_lib.map_leaves(_off_graph, lowered))
 
     def unchanged(self, value: Any) -> torch.optim.Optimizer:
         """The optimizer that the caller passed."""
@@ -94,7 +97,7 @@ class OptimizerHandler(Handler):
                 parameters in other groups, than the checkpoint has.
         """
         named = cast("NamedOptimizer", value)
-        own = self.lower(value)
+        own = self.own(value)
         optimizer_names.check_layout(saved)
         optimizer_names.check_same_class(saved, named.optimizer)
         optimizer_names.check_same_size(saved, named.optimizer)

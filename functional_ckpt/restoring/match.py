@@ -9,11 +9,11 @@ from typing import Any, Literal, TypedDict, TypeGuard
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import merge_ranks
-from functional_ckpt.core.restore_plan import keep, plan, rename, select
+from functional_ckpt.core.restore_plan import json_tree, keep, plan, rename, select
 from functional_ckpt.core.restore_plan import select as select_lib
 from functional_ckpt.core.restore_plan.match import match, own_value
 from functional_ckpt.core.tree import structure
-from functional_ckpt.core.tree.placeholders import AS_SAVED
+from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
 from functional_ckpt.handlers.base import CheckpointItem, Handler, Registry
@@ -176,8 +176,7 @@ def _match_as_saved(asked: _Request, name: str) -> MatchedItem | None:
     if not asked.wanted.may_include(name):
         return None
     if asked.checkpoint.items[name] == "json":
-        given = plan.Given(asked.checkpoint.json(name))
-        return MatchedItem(name=name, item=None, opened=None, binding=given, report=nothing)
+        return _match_json(asked, name, None)
     opened = asked.checkpoint.tree(name)
     root = asked.root_of(opened, name)
     if root is not None:
@@ -186,6 +185,25 @@ def _match_as_saved(asked: _Request, name: str) -> MatchedItem | None:
         return None
     binding = match(root, AS_SAVED, item=name, as_parts=True).binding
     return MatchedItem(name=name, item=None, opened=opened, binding=binding, report=nothing)
+
+
+def _match_json(asked: _Request, name: str, item: CheckpointItem | None) -> MatchedItem | None:
+    """A JSON item, or what is wanted of it; None for nothing."""
+    value = asked.checkpoint.json(name)
+    if asked.renamed is not None or asked.wanted.is_partial(name):
+        root: structure.Node | None = json_tree.to_node(value)
+        if asked.renamed is not None:
+            root = asked.renamed.rename(root, name)
+        if root is not None and asked.wanted.is_partial(name):
+            selects = asked.wanted.leaves_of(name)
+            pruned = select.prune(root, selects)
+            own = NOTHING if item is None or item.value is None else item.value
+            root = pruned if item is None else keep.keep_unselected(root, own, selects)
+        if root is None:
+            return None
+        value = json_tree.from_node(root)
+    nothing = plan.RestoreReport()
+    return MatchedItem(name=name, item=item, opened=None, binding=plan.Given(value), report=nothing)
 
 
 def _root_for(opened: OpenItem, group: Coordinator) -> structure.Node:
@@ -227,8 +245,6 @@ def _match_item(asked: _Request, name: str, item: CheckpointItem) -> MatchedItem
         )
     handler = item.handler
     if kind == "json":
-        if not wanted.includes_item(name):
-            return None
         if handler.format != "json" and item.value is not None and item.value is not AS_SAVED:
             raise errors.MismatchError(
                 f"Item {name!r} was saved as JSON; give fc.Json(...) or None as its target.",
@@ -237,10 +253,7 @@ def _match_item(asked: _Request, name: str, item: CheckpointItem) -> MatchedItem
                 path=checkpoint.path,
                 key_path=name,
             )
-        given = plan.Given(checkpoint.json(name))
-        report = plan.RestoreReport()
-        bound = item if handler.format == "json" else None
-        return MatchedItem(name=name, item=bound, opened=None, binding=given, report=report)
+        return _match_json(asked, name, item if handler.format == "json" else None)
     if item.value is None or item.value is AS_SAVED:
         return _match_as_saved(asked, name)
     opened = checkpoint.tree(name)
