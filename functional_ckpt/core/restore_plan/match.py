@@ -49,8 +49,9 @@ def match(
         item: The item's name, for messages.
         cast_to_target: Whether an array of another dtype may be converted to the target's.
         selects: Which stored leaves the target is about, by name; the others are left alone.
-        as_parts: Whether a tensor of a class that this process does not know comes back as a dict
-            of its parts where it is taken as saved; else that is a mismatch.
+        as_parts: Whether a tensor subclass comes back as a dict of its parts where it is taken as
+            saved; else as a tensor of its class, and a class that this process does not know is a
+            mismatch.
     """
     matching = _Matching(item, cast_to_target, selects or (lambda name: True), as_parts)
     binding = walk.fold((saved, target, ()), matching.visit)
@@ -271,8 +272,11 @@ class _Matching:
                 return walk.leaf(ReadArray(node=node, form="as_saved"))
             if node.detail.get(keep.INCOMPLETE):
                 raise self._incomplete(node, (*path, *trail.path()))
-            if node.kind == "subclass" and not (self.as_parts or composite.is_known(node)):
-                self._unknown_class(node, (*path, *trail.path()))
+            if node.kind == "subclass":
+                if self.as_parts:
+                    node = composite.without_class(node)
+                elif not composite.is_known(node):
+                    self._unknown_class(node, (*path, *trail.path()))
             pairs = zip(node.children, node.keys, strict=True)
             return [(child, at, depth + 1) for child, at in pairs], lambda bound: Build(
                 node=node, children=tuple(bound)

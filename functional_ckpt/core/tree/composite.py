@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
 from functional_ckpt.core.tree import decode, encode, plain_json, structure
 
-__all__ = ["KINDS", "Parts", "build_tensor", "is_known", "open_tensor"]
+__all__ = ["KINDS", "Parts", "build_tensor", "is_known", "open_tensor", "without_class"]
 
 Parts: TypeAlias = tuple[str, Mapping[str, Any], Mapping[str, object]]
 """Kind, parts by name, detail."""
@@ -100,6 +101,12 @@ def class_name(kind: type) -> str:
 def is_known(node: structure.BranchNode) -> bool:
     """Whether this process has loaded the class of a stored tensor subclass."""
     return _known_class(node) is not None
+
+
+def without_class(node: structure.BranchNode) -> structure.BranchNode:
+    """A stored tensor subclass as the dict of its parts."""
+    detail = {key: value for key, value in node.detail.items() if key != "class"}
+    return dataclasses.replace(node, detail=detail)
 
 
 def _known_class(node: structure.BranchNode) -> type | None:
