@@ -26,7 +26,7 @@ from functional_ckpt.format.step_files import (
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
-from functional_ckpt.storage.local_files import check_no_links
+from functional_ckpt.storage.local_files import check_ordinary
 
 if TYPE_CHECKING:
     from functional_ckpt.format import database as database_lib
@@ -345,7 +345,7 @@ def _find_items(storage: Storage, path: str) -> dict[str, str]:
         if name in _IGNORED or name.startswith(("_", ".")):
             continue
         if isinstance(storage, LocalStorage):
-            check_no_links(path, f"{name}/")
+            check_ordinary(folder)
         if not storage.is_directory(folder):
             continue
         if storage.exists(os.path.join(folder, orbax.TREE_METADATA_FILE)):

@@ -18,6 +18,7 @@ from functional_ckpt.storage.system_errors import clear_errors, is_absence
 
 __all__ = [
     "check_no_links",
+    "check_ordinary",
     "irregular",
     "iter_files",
     "kind_of",
@@ -173,3 +174,10 @@ def check_no_links(root: str, name: str) -> None:
         mode = mode_at(path)
         if mode is not None and stat.S_ISLNK(mode):
             raise irregular(path, mode, "a directory")
+
+
+def check_ordinary(path: str) -> None:
+    """Raises `CorruptCheckpointError` for anything but a regular file or a directory."""
+    mode = mode_at(path)
+    if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise irregular(path, mode, "a file or a directory")

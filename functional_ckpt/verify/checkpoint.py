@@ -88,10 +88,11 @@ def _is_ours(storage: Storage, path: str) -> bool:
 def _verify_ours(search: Verification, step: int | None) -> None:
     from functional_ckpt.runtime.threads import run_in_threads
 
-    on_disk = search.storage.walk(search.path)
+    sizes = search.storage.sizes(search.path)
+    on_disk = sorted(sizes)
     record = _step_record(search, step)
     items = {name: _item_record(search, name, record) for name in _tree_items(record, on_disk)}
-    files = _Files(search, _expected_files(record, items))
+    files = _Files(search, _expected_files(record, items), sizes)
     arrays = [ItemArrays(search, name, item) for name, item in items.items() if item is not None]
     search.total_bytes = sum(file.size_bytes for file in files.expected.values())
     search.total_bytes += sum(each.size_bytes for each in arrays)
@@ -118,7 +119,7 @@ def _step_record(search: Verification, step: int | None) -> records_lib.StepReco
     try:
         record = records_lib.parse_step(search.storage.read(path), path)
     except errors.CheckpointError as error:
-        search.add(None, EXTENSION_FILE, "record", expected, reason(error, path))
+        search.add(None, EXTENSION_FILE, _problem(error), expected, reason(error, path))
         return None
     if step is not None and record.step != step:
         got = "one without a step" if record.step is None else f"that of step {record.step}"
@@ -146,13 +147,18 @@ def _item_record(
         data = search.storage.read(path)
         record = records_lib.parse_item(data, path)
     except errors.CheckpointError as error:
-        search.add(name, file, "record", expected, reason(error, path))
+        search.add(name, file, _problem(error), expected, reason(error, path))
         return None
     if record.item != name:
         search.add(name, file, "swapped", expected, f"that of item {record.item!r}")
     elif step is not None and step.files.get(file) != _describe(data):
         search.add(name, file, "swapped", expected, "that of the same item in another save")
     return record
+
+
+def _problem(error: errors.CheckpointError) -> Problem:
+    """What the system refuses to read need not be damaged."""
+    return "unreadable" if isinstance(error, errors.StorageError) else "record"
 
 
 def _describe(data: bytes) -> FileRecord:
@@ -201,8 +207,12 @@ class _Files:
         damaged: A finding for each file that differs.
     """
 
-    def __init__(self, search: Verification, expected: Mapping[str, FileRecord]) -> None:
+    def __init__(
+        self, search: Verification, expected: Mapping[str, FileRecord], sizes: Mapping[str, int]
+    ) -> None:
         self.expected = expected
+        self._sizes = sizes
+        self._expected_sizes = {file.size_bytes for file in expected.values()}
         self.damaged: dict[str, Finding] = {}
         self._search = search
         self._owners = {file: name for name, file in expected.items() if file.size_bytes}
@@ -211,7 +221,12 @@ class _Files:
         """Compares one file; safe from any thread."""
         expected = self.expected[name]
         path = os.path.join(self._search.path, name)
-        if not _is_regular(self._search.storage, path):
+        try:
+            is_regular = _is_regular(self._search.storage, path)
+        except errors.StorageError as error:
+            self._add(name, "unreadable", "a file that can be read", reason(error, path))
+            return
+        if not is_regular:
             self._add(
                 name,
                 "missing",
@@ -219,9 +234,13 @@ class _Files:
                 self._search.storage.kind(path),
             )
             return
+        size_bytes = self._sizes.get(name, expected.size_bytes)
+        if size_bytes not in self._expected_sizes:  # it is none of the others either
+            self._add(name, "size", f"{expected.size_bytes:,} bytes", f"{size_bytes:,} bytes")
+            return
         try:
             got = self._search.storage.checksum(path)
-        except errors.StorageError as error:
+        except errors.CheckpointError as error:
             self._add(name, "unreadable", "a file that can be read", reason(error, path))
             return
         self._search.advance(got.size_bytes)
