@@ -45,3 +45,49 @@ def small(kind: str, folder: Path) -> Iterator[Path]:
         yield place
     finally:
         unmount(place)
+
+
+@contextlib.contextmanager
+def large(kind: str, folder: Path) -> Iterator[Path]:
+    """A file system of some 300 MiB: `tmpfs`, `xfs`, `btrfs`, `overlay` or `fuse` (bindfs)."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting needs root")
+    place = folder / "disk"
+    place.mkdir()
+    if kind == "tmpfs":
+        mount("-t", "tmpfs", "-o", "size=300m", "none", str(place))
+    elif kind == "overlay":
+        # Its own layers cannot lie on an overlay, as the root of a container often is.
+        layers = folder / "layers"
+        layers.mkdir()
+        mount("-t", "tmpfs", "-o", "size=300m", "none", str(layers))
+        for name in ("lower", "upper", "work"):
+            (layers / name).mkdir()
+        options = ",".join(f"{name}dir={layers / name}" for name in ("lower", "upper", "work"))
+        mount("-t", "overlay", "-o", options, "none", str(place))
+    elif kind == "fuse":
+        _needs("bindfs")
+        (folder / "beneath").mkdir()
+        result = subprocess.run(
+            ["bindfs", str(folder / "beneath"), str(place)], capture_output=True, text=True
+        )
+        if result.returncode:
+            pytest.skip(f"cannot mount here: {result.stderr.strip()}")
+    else:
+        _needs(f"mkfs.{kind}")
+        image = folder / "image"
+        image.write_bytes(b"")
+        os.truncate(image, 310 * 2**20)
+        subprocess.run([f"mkfs.{kind}", "-q", str(image)], check=True, capture_output=True)
+        mount("-o", "loop", str(image), str(place))
+    try:
+        yield place
+    finally:
+        unmount(place)
+        if kind == "overlay":
+            unmount(folder / "layers")
+
+
+def _needs(program: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"there is no {program}")
