@@ -224,7 +224,8 @@ class DataFile:
             self._behind = None
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            with clear_errors("write", self._path):
+                os.close(descriptor)
         self._buffer, self._segments = np.empty(0, np.uint8), []
         self._full.clear()
 

@@ -298,7 +298,8 @@ class DirectReader:
     def close(self) -> None:
         """Gives the files back."""
         while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+            with clear_errors("read", self._directory):
+                os.close(self._descriptors.popitem()[1])
 
 
 def _spans(batch: Sequence[_Extent]) -> Iterator[tuple[int, int, int]]:

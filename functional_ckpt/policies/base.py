@@ -42,6 +42,7 @@ class StepInfo:
             since a policy that saves every epoch has no other memory.
         problem: Why its metrics, time or progress cannot be believed; None where they can. Such a
             step is kept, whatever the policies say.
+        is_unreadable: Whether the problem is that the system refused to read them.
         generation: The number of rollbacks before it was saved.
         ancestors: For each earlier generation that led to it, the number of that generation and
             its last step on the way here.
@@ -53,6 +54,7 @@ class StepInfo:
     metrics: Mapping[str, Any] | None = None
     progress: Progress | None = None
     problem: str | None = None
+    is_unreadable: bool = False
     generation: int = 0
     ancestors: tuple[tuple[int, int], ...] = ()
     is_abandoned: bool = False

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from functional_ckpt.errors import CorruptCheckpointError, UsageError
+from functional_ckpt.errors import CorruptCheckpointError, StorageError, UsageError
 from functional_ckpt.policies.base import KeepContext, StepInfo, is_int, step_set
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, parse_timespan
 
@@ -271,9 +271,12 @@ def rank_steps(
     Raises:
         UsageError: The mode or the metric is neither.
         CorruptCheckpointError: The metrics of a step are damaged: it may be the best.
+        StorageError: The metrics of a step could not be read.
     """
     _check_metric(metric, mode)
     for info in history:
+        if info.problem is not None and info.is_unreadable:
+            raise StorageError(f"The steps cannot be ranked now: {info.problem} Try again.")
         if info.problem is not None:
             raise CorruptCheckpointError(
                 f"The steps cannot be ranked: what is known of step {info.step} is damaged. "
@@ -302,6 +305,7 @@ def best_step(
     Raises:
         UsageError: There is no metric and no such policy.
         CorruptCheckpointError: The metrics of a step are damaged: it may be the best.
+        StorageError: The metrics of a step could not be read.
     """
     if metric is None:
         best = next((each for each in policies if isinstance(each, BestN)), None)

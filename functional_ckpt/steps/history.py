@@ -47,10 +47,12 @@ class Late(NamedTuple):
     Attributes:
         metrics: Those that can be believed.
         problem: Why others cannot be; None where all can.
+        is_unreadable: Whether the problem is that the system refused to read them.
     """
 
     metrics: Mapping[str, Any]
     problem: str | None = None
+    is_unreadable: bool = False
 
 
 LateMetrics: TypeAlias = dict[tuple[int, int], Late]
@@ -73,13 +75,15 @@ def read_step(storage: Storage, path: str, step: int | None) -> StepInfo | None:
         None where the step is not there any more.
     """
     for is_last in (False, False, True):
-        problems: list[str] = []
+        problems: list[errors.CheckpointError] = []
 
-        def attempt(read: Callable[[], _T], problems: list[str] = problems) -> _T | None:
+        def attempt(
+            read: Callable[[], _T], problems: list[errors.CheckpointError] = problems
+        ) -> _T | None:
             try:
                 return read()
             except (errors.CorruptCheckpointError, errors.StorageError) as error:
-                problems.append(error.message)
+                problems.append(error)
                 return None
 
         files = attempt(lambda: StepFiles.open(storage, path, step))
@@ -88,8 +92,13 @@ def read_step(storage: Storage, path: str, step: int | None) -> StepInfo | None:
             return None
         # A step that is overwritten while it is read looks damaged.
         if not problems or is_last or files is None or not attempt(files.is_replaced):
-            return dataclasses.replace(info, problem=problems[0]) if problems else info
+            return _with_problem(info, problems[0]) if problems else info
     return None
+
+
+def _with_problem(info: StepInfo, error: errors.CheckpointError) -> StepInfo:
+    is_unreadable = isinstance(error, errors.StorageError)
+    return dataclasses.replace(info, problem=error.message, is_unreadable=is_unreadable)
 
 
 def read_sound_step(storage: Storage, path: str, step: int) -> StepInfo:
@@ -175,14 +184,15 @@ def _read_late(storage: Storage, path: str, *, has_checksum: bool) -> tuple[int,
             raise errors.CorruptCheckpointError(f"{path}: not recorded metrics.", path=path)
         return recorded_ns, Late(cast("dict[str, Any]", metrics))
     except (errors.CorruptCheckpointError, errors.StorageError) as error:
-        return 0, Late({}, error.message)
+        return 0, Late({}, error.message, isinstance(error, errors.StorageError))
 
 
 def _merged(files: Sequence[tuple[int, Late]]) -> Late:
     metrics: dict[str, Any] = {}
     for _, late in sorted(files, key=lambda each: each[0]):
         metrics |= late.metrics
-    return Late(metrics, next((late.problem for _, late in files if late.problem), None))
+    first = next((late for _, late in files if late.problem), Late({}))
+    return Late(metrics, first.problem, first.is_unreadable)
 
 
 def with_late_metrics(info: StepInfo, late: LateMetrics) -> StepInfo:
@@ -191,14 +201,17 @@ def with_late_metrics(info: StepInfo, late: LateMetrics) -> StepInfo:
     if found is None:
         return info
     metrics = {**(info.metrics or {}), **found.metrics}
-    return dataclasses.replace(
-        info, metrics=metrics or info.metrics, problem=info.problem or found.problem
-    )
+    info = dataclasses.replace(info, metrics=metrics or info.metrics)
+    if info.problem is not None:
+        return info
+    return dataclasses.replace(info, problem=found.problem, is_unreadable=found.is_unreadable)
 
 
 def recorded(info: StepInfo, late: LateMetrics, path: str) -> Mapping[str, Any]:
     """What was recorded of a step since it was committed; raises where some of it is damaged."""
     found = late.get((info.step, _commit_of(info)), Late({}))
+    if found.problem is not None and found.is_unreadable:
+        raise errors.StorageError(found.problem, step=info.step, path=path)
     if found.problem is not None:
         raise errors.CorruptCheckpointError(
             f"{found.problem} It was recorded of step {info.step} after its commit: remove the "

@@ -107,15 +107,15 @@ def irregular(
 def read_regular(path: str, *, follow: bool = False) -> bytes:
     """The content of a regular file of text; `open_regular` says what is refused."""
     descriptor, size_bytes = open_regular(path, follow=follow)
-    try:
-        with clear_errors("read", path):
+    with clear_errors("read", path):
+        try:
             if size_bytes >= _PROBED_FROM_BYTES and _has_hole(descriptor, size_bytes):
                 raise errors.CorruptCheckpointError(
                     f"{path}: {size_bytes} bytes with holes, which were never written.", path=path
                 )
             return _read_all(descriptor, size_bytes)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _has_hole(descriptor: int, size_bytes: int) -> bool:

@@ -1,0 +1,61 @@
+"""A system that refuses once is no damage: the error says so, and nothing is taken for absent."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import functional_ckpt as fc
+from functional_ckpt import errors, testing
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    with fc.CheckpointManager(tmp_path / "run") as manager:
+        for step in (1, 2):
+            manager.save(step, {"tree": {"x": torch.arange(9.0)}}, metrics={"loss": float(step)})
+        manager.wait_until_finished()
+        manager.record_metrics(2, {"late": 2.0})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "metrics/metrics", "late"])
+def test_metrics_that_cannot_be_read_are_not_called_damaged(run: Path, name: str) -> None:
+    place = ".functional_ckpt/metrics/2." if name == "late" else f"run/2/{name}"
+
+    def is_wanted(operation: testing.Operation) -> bool:
+        return operation.kind == "read" and place in operation.path
+
+    storage = testing.FaultyStorage()
+    fault = testing.Fault(mode="lasting", errno=errno.EIO, where=is_wanted)
+    with fc.CheckpointManager(run, read_only=True, storage=storage) as manager:
+        storage.inject(fault)
+        with pytest.raises(errors.StorageError, match=os.strerror(errno.EIO)):
+            manager.best_step("loss", mode="min")
+        with contextlib.suppress(errors.StorageError):
+            assert manager.metrics(2) == {"loss": 2.0, "late": 2.0}
+        assert manager.all_steps() == [1, 2]
+        storage.heal()
+        assert manager.best_step("loss", mode="min") == 1
+        assert manager.metrics(2) == {"loss": 2.0, "late": 2.0}
+
+
+def test_a_file_that_cannot_be_closed_is_an_error_of_this_package(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close, path = os.close, os.path.realpath(run / "2")
+
+    def refuse(descriptor: int) -> None:
+        is_ours = os.readlink(f"/proc/self/fd/{descriptor}").startswith(path)
+        close(descriptor)
+        if is_ours:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", refuse)
+    with pytest.raises(errors.StorageError, match=os.strerror(errno.EIO)):
+        fc.restore(run / "2")
