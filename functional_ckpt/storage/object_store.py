@@ -39,6 +39,8 @@ __all__ = ["MARKER", "ObjectStorage"]
 MARKER = orbax.COMMIT_FILE
 _READ_BYTES = 16 * 2**20
 _MAX_LINK_BYTES = 1024
+# Larger files are the data files, whose names no two commits share.
+_SMALL_FILE_BYTES = 8 * 2**20
 _WRITES_OF_ARRAYS = ("write_array", "commit_arrays", "merge_arrays")
 _T = TypeVar("_T")
 
@@ -184,13 +186,23 @@ class ObjectStorage(Requests):
                 key = os.path.dirname(key)
 
     def write(self, path: str, data: bytes) -> None:
-        """Writes an object, durably; a reader sees the old one or the new."""
+        """Writes an object, durably; a reader sees the old one or the new.
+
+        What is in a step is new, and that is the condition first: so a request of a suspended
+        writer that had passed the look at its lease does not hit the next one's object. What is
+        there all the same is replaced after another look.
+        """
         self.operation("write", path)
-        self._change("write", path, lambda: self._bucket.write(self._key(path), data))
+        key = self._key(path)
+        try:
+            self._change("write", path, lambda: self._bucket.write(key, data, replacing=""))
+        except errors.StepExistsError:
+            self._change("write", path, lambda: self._bucket.write(key, data))
 
     def replace(self, path: str, data: bytes) -> None:
-        """As `write`."""
-        self.write(path, data)
+        """Writes an object over another, durably."""
+        self.operation("write", path)
+        self._change("write", path, lambda: self._bucket.write(self._key(path), data))
 
     def create(self, path: str, data: bytes) -> bool:
         """Writes an object unless there is one with other content; whether it is there as given.
@@ -332,6 +344,10 @@ class ObjectStorage(Requests):
 
     def put_file(self, source: str, path: str) -> None:
         """Uploads a local file; the store holds exactly its bytes when it returns."""
+        if os.path.getsize(source) <= _SMALL_FILE_BYTES:
+            with open(source, "rb") as file:
+                self.write(path, file.read())
+            return
         self.operation("write", path)
         self._change("write", path, lambda: self._bucket.upload(source, self._key(path)))
 

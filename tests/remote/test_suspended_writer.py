@@ -59,7 +59,7 @@ def test_a_suspended_process_harms_no_step_of_the_next_writer(
             said = process.stdout.read()
             process.wait(60)
             with fc.CheckpointManager(run, read_only=True) as reader:
-                assert set(reported) <= set(reader.all_steps())
+                assert set(reported) <= set(reader.all_steps()), said
                 for step in reader.all_steps():
                     tensor = reader.restore(step)["t"]["w"]
                     first = 200.0 if step in (*steps, 4) else 100.0
