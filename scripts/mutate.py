@@ -29,6 +29,8 @@ from mutate_sites import Mutant
 from mutate_tests import PACKAGE, ROOT, choose, label, measure
 
 KNOWN = ROOT / "scripts" / "mutants.json"
+# By pytest's exit status: 2 is that of a module that cannot be imported any more.
+_OUTCOMES = {0: "survived", 1: "killed", 2: "killed", None: "hung"}
 
 
 # ------------------------------------------------------------------------------------- the changes
@@ -52,12 +54,12 @@ class Limit:
             item.session.shouldstop = "the time is used up"
 
 
-def job_of(name: str, mutant: Mutant, tests: Sequence[str], cpu_seconds: float) -> Job:
-    """Runs the tests of a change; exits with 0 where none failed."""
+def job_of(name: str, mutant: Mutant, tests: Sequence[str], base: Path, cpu_seconds: float) -> Job:
+    """Runs the tests of a change; exits with 0 where none failed, 1 or 2 where one did."""
 
     def prepare(copy: Path) -> Callable[[], None]:
         file = copy / mutant.path
-        source = (ROOT / mutant.path).read_bytes()
+        source = (base / mutant.path).read_bytes()
         file.write_bytes(mutant.apply(source))
 
         def undo() -> None:
@@ -89,14 +91,16 @@ def run_mutants(
 
     def done(job: Job, code: int | None) -> None:
         mutant = names[job.name]
-        outcome = "hung" if code is None else "survived" if code == 0 else "killed"
+        outcome = _OUTCOMES.get(code, "broken")
         outcomes[job.name] = mutant, outcome
         print(f"{outcome:9}{mutant.path}:{mutant.line} {mutant.kind} {mutant.function}", flush=True)
         if outcome == "survived":
-            print(diff(mutant), flush=True)
+            print(diff(mutant, work / "base"), flush=True)
 
+    base = work / "base"
     jobs = [
-        job_of(name, each, choose(each, tests), options.seconds) for name, each in names.items()
+        job_of(name, each, choose(each, tests), base, options.seconds)
+        for name, each in names.items()
     ]
     run_jobs(jobs, copies_in(work), work, options.wall, done)
     return outcomes
@@ -150,9 +154,9 @@ def confirm(
     return outcomes
 
 
-def diff(mutant: Mutant) -> str:
+def diff(mutant: Mutant, base: Path) -> str:
     """The change, as `diff -U2` shows it."""
-    old = (ROOT / mutant.path).read_bytes()
+    old = (base / mutant.path).read_bytes()
     lines = [each.decode().splitlines(keepends=True) for each in (old, mutant.apply(old))]
     return "".join(difflib.unified_diff(lines[0], lines[1], mutant.path, "changed", n=2))
 
@@ -163,16 +167,19 @@ def copies_in(work: Path) -> list[Path]:
 
 
 def make_copies(work: Path, count: int) -> None:
-    """Copies what git tracks, as it is in the working tree, and what is new in it."""
+    """Copies what git tracks, as it is in the working tree, and what is new in it.
+
+    `base` stays as it is: the working tree may change meanwhile.
+    """
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for number in range(count):
-        copy = work / f"copy{number}"
+    for name in ("base", *(f"copy{number}" for number in range(count))):
+        copy = work / name
         shutil.rmtree(copy, ignore_errors=True)
-        for name in filter(None, listing.split("\0")):
-            if (ROOT / name).exists():
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, copy / name)
+        for file in filter(None, listing.split("\0")):
+            if (ROOT / file).exists():
+                (copy / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / file, copy / file)
 
 
 def main() -> int:
@@ -197,8 +204,9 @@ def main() -> int:
         measure(copies_in(options.work), options.work, coverage, options.seconds)
     tests = json.loads(coverage.read_text()) if coverage.exists() else {}
     found: list[Mutant] = []
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        name = str(path.relative_to(ROOT))
+    base = options.work / "base"
+    for path in sorted((base / PACKAGE).rglob("*.py")):
+        name = str(path.relative_to(base))
         is_wanted = not options.module or any(part in name for part in options.module)
         if is_wanted and not name.startswith(f"{PACKAGE}/testing/"):
             found += mutate_sites.find(name, path.read_bytes())
@@ -210,7 +218,9 @@ def main() -> int:
     counts["equivalent"] = len(drawn) - len(wanted)
     caught = counts["killed"] + counts["hung"]
     share = caught / max(1, len(wanted))
-    print(f"{dict(counts)}: {share:.1%} of the changes that matter were caught")
+    print(
+        f"seed {options.seed}: {dict(counts)}: {share:.1%} of the changes that matter were caught"
+    )
     return 0 if share >= options.share else 1
 
 

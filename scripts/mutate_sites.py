@@ -124,6 +124,8 @@ class _Finder:
         """The changes of a node and of what is in it."""
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             function = f"{function}.{node.name}".lstrip(".")
+        if isinstance(node, ast.Expr) and _SAID.match(self._text(node)):
+            return
         is_inside = bool(function)
         for kind, start, end, new in self._edits(node, is_inside):
             old = self._source[start:end].decode()
@@ -153,8 +155,7 @@ class _Finder:
 
     def _statement_edits(self, node: ast.stmt) -> Iterator[tuple[str, int, int, str]]:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            if not _SAID.match(self._text(node)):
-                yield "del_call", *self._span(node), "pass"
+            yield "del_call", *self._span(node), "pass"
         elif isinstance(node, ast.If):
             if not node.orelse:
                 yield "drop_if", *self._span(node.test), "False"

@@ -106,15 +106,16 @@ def instrument(path: str, source: str) -> str:
 
 def measure(copies: Sequence[Path], logs: Path, file: Path, limit_seconds: float) -> None:
     """Runs the tests once, and writes down what each calls."""
-    folders = [each for each in sorted((ROOT / "tests").iterdir()) if each.name not in UNMEASURED]
+    base = copies[0].parent / "base"
+    folders = [each for each in sorted((base / "tests").iterdir()) if each.name not in UNMEASURED]
     names = [
-        str(path.relative_to(ROOT)) for each in folders for path in sorted(each.glob("test_*.py"))
+        str(path.relative_to(base)) for each in folders for path in sorted(each.glob("test_*.py"))
     ]
     found: dict[str, Any] = {}
 
     def instrumented(copy: Path) -> Callable[[], None]:
         for path in copy.glob(f"{PACKAGE}/**/*.py"):
-            if (text := (ROOT / path.relative_to(copy)).read_text()).strip():
+            if (text := (copy.parent / "base" / path.relative_to(copy)).read_text()).strip():
                 path.write_text(instrument(str(path.relative_to(copy)), text))
         return lambda: None
 
@@ -142,7 +143,7 @@ def measure(copies: Sequence[Path], logs: Path, file: Path, limit_seconds: float
     file.write_text(json.dumps(found))
     for copy in copies:
         shutil.rmtree(copy / PACKAGE)
-        shutil.copytree(ROOT / PACKAGE, copy / PACKAGE)
+        shutil.copytree(copy.parent / "base" / PACKAGE, copy / PACKAGE)
 
 
 def label(name: str) -> str:
@@ -161,4 +162,7 @@ def choose(mutant: Mutant, tests: Mapping[str, Any]) -> list[str]:
     folders = next(found for start, found in TESTS.items() if inside.startswith(start))
     is_enough = len(called) >= 3 and folders[0].rpartition("/")[2] not in UNMEASURED
     called.sort(key=lambda t: tests[t]["seconds"])
-    return called if is_enough else [*called, *folders]
+    if is_enough:
+        return called
+    named = (ROOT / "tests").rglob(f"test_*{Path(mutant.path).stem}*.py")
+    return [*called, *sorted(str(path.relative_to(ROOT)) for path in named), *folders]

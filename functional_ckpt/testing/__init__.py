@@ -1,4 +1,4 @@
-"""For tests of code that saves: storage that fails on demand, exact comparison, a model.
+"""For tests of code that saves: storage that fails, a disk that forgets, comparison, a model.
 
 `functional_ckpt.testing.strategies` has Hypothesis strategies for what a checkpoint can hold; it
 alone needs the `hypothesis` package.
@@ -9,13 +9,17 @@ from __future__ import annotations
 from functional_ckpt.testing.equality import differences
 from functional_ckpt.testing.faults import CHANGES, Crash, Fault, FaultyStorage, Operation
 from functional_ckpt.testing.model import ManagerModel, SavedStep
+from functional_ckpt.testing.power_cut import Disk, Image, Moment
 
 __all__ = [
     "CHANGES",
     "Crash",
+    "Disk",
     "Fault",
     "FaultyStorage",
+    "Image",
     "ManagerModel",
+    "Moment",
     "Operation",
     "SavedStep",
     "differences",
