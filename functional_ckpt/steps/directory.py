@@ -397,8 +397,14 @@ class Steps:
     def with_late_metrics(self) -> tuple[StepInfo, ...]:
         """The steps with what was recorded of them since, marked if they were abandoned."""
         late = history.late_metrics(self.storage, self.root)
-        infos = [history.with_late_metrics(info, late) for info in self._infos]
+        infos = [history.with_late_metrics(self._looked_at(info), late) for info in self._infos]
         return lines.marked(infos, self._line_of_tiers())
+
+    def _looked_at(self, info: StepInfo) -> StepInfo:
+        """The step; one that had a problem is read again, which may have passed."""
+        if info.problem is None:
+            return info
+        return history.read_step(self.storage, self.path(info.step), info.step) or info
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step; durable when it returns."""

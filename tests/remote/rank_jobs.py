@@ -52,3 +52,30 @@ def restore(environ: Mapping[str, str], run: str, seed: int) -> bool:
         manager.restore(5, {"model": model})
     pairs = zip(model.parameters(), expected.parameters(), strict=True)
     return all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in pairs)
+
+
+def roll_back(
+    near: str, far: str, asynchronous: bool
+) -> tuple[list[int], int | None, list[int], str]:
+    """Goes back twice; what is there after a save and after the later steps were discarded."""
+    tiers = [fc.Tier(path=far)]
+    with fc.CheckpointManager(near, tiers=tiers, asynchronous=asynchronous) as manager:
+
+        def save(step: int) -> None:
+            manager.save(step, {"tree": {"w": torch.full((4,), float(step))}})
+            manager.wait_until_finished()
+
+        for step in (10, 20, 30):
+            save(step)
+        manager.restore(10)
+        save(11)
+        after_save, latest = manager.all_steps(), manager.latest_step()
+        error = ""
+        try:
+            manager.restore(10, discard_later=dist.get_rank() == 0)
+        except fc.CheckpointError as failure:
+            error = str(failure)
+        manager.restore(10, discard_later=True)
+        after_discard = manager.all_steps()
+        save(20)
+    return after_save, latest, after_discard, error
