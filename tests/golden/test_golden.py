@@ -13,6 +13,9 @@ import pytest
 import torch
 
 import functional_ckpt as fc
+from functional_ckpt import errors
+from functional_ckpt.core.arrays.spec import Box
+from functional_ckpt.format import checkpoint_dir, read_tensorstore
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.testing.equality import differences
 from functional_ckpt.verify import checkpoint
@@ -154,3 +157,20 @@ def test_orbax_manager_of_zarr2(golden: Path) -> None:
     expected = values.orbax_tree()
     got = {key: got[key] for key in expected}
     assert differences(got, expected) == []
+
+
+def test_a_foreign_array_of_another_shape_than_expected_is_damage(golden: Path) -> None:
+    item = checkpoint_dir.open_checkpoint(LocalStorage(), str(golden / "orbax_v0_files")).tree(
+        "default"
+    )
+    destination = np.zeros((3, 5), np.float32)
+    with pytest.raises(errors.CorruptCheckpointError, match=r"shape \(3, 4\), expected \(3, 5\)"):
+        read_tensorstore.read_foreign_array(
+            item.database,
+            "params.kernel",
+            destination,
+            box=Box.whole((3, 5)),
+            shape=(3, 5),
+            is_zarr3=item.is_zarr3,
+        )
+    assert not destination.any()

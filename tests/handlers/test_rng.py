@@ -122,6 +122,8 @@ def test_other_generators_are_a_mismatch(save):
 def test_not_a_generator(wrong):
     with pytest.raises(errors.UsageError, match="g: expected a random"):
         Rng({"g": wrong})
+    with pytest.raises(errors.UsageError, match="value: expected a random"):
+        Generator(wrong)
 
 
 def test_another_number_of_cuda_devices(save):
