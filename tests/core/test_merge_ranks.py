@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 
@@ -38,6 +40,22 @@ def test_equal_trees_are_one() -> None:
 def test_disjoint_dicts_are_united_in_order_of_rank() -> None:
     united = unite({"a": 1}, {"b": {"c": 2}}, {"b": {"d": 3}, "a": 1})
     assert united == root({"a": 1, "b": {"c": 2, "d": 3}})
+
+
+def state_dict(**versions: int) -> collections.OrderedDict[str, int]:
+    """The state dict of a pipeline stage with modules of its own."""
+    state = collections.OrderedDict(dict.fromkeys(versions, 1))
+    metadata = collections.OrderedDict({name: {"version": v} for name, v in versions.items()})
+    vars(state)["_metadata"] = metadata
+    return state
+
+
+def test_attributes_of_state_dicts_are_united_like_their_keys() -> None:
+    assert unite(state_dict(a=1, b=2), state_dict(b=2, c=3)) == root(state_dict(a=1, b=2, c=3))
+    with pytest.raises(errors.CoordinationError):
+        unite(state_dict(a=1), state_dict(a=2))
+    with pytest.raises(errors.CoordinationError):
+        unite(state_dict(a=1), collections.OrderedDict(a=1))
 
 
 def test_plain_values_that_differ_are_kept_for_every_rank() -> None:

@@ -136,8 +136,8 @@ def _tensor_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
     if not memory.can_be_imitated(tensor):
         raise errors.UnsupportedLeafError(
             f"{type(tensor).__module__}.{type(tensor).__qualname__} is a subclass of torch.Tensor "
-            "without __tensor_flatten__: its class and attributes would be lost; pass "
-            "value.as_subclass(torch.Tensor)"
+            "without __tensor_flatten__: its class and attributes would be lost; pass a plain "
+            "tensor of its values, value.as_subclass(torch.Tensor) where it has memory of its own"
         )
     dtype = torch_dtype_name(tensor.dtype)
     stored = _CARRIED_BY.get(dtype, dtype)
