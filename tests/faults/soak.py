@@ -47,6 +47,7 @@ _OPERATIONS = {
     "record": 8,
     "restore": 4,
     "restore_latest": 3,
+    "go_back": 4,
     "reopen": 4,
     "drop": 3,
     "intrude": 2,

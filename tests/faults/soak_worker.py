@@ -143,6 +143,8 @@ class Writer:
         self._clock = Clock()
         self._items = soak_values.new_items()
         self._held: dict[int, str] = {}
+        # Saved since this writer went back to an earlier step; None where it did not.
+        self._line: set[int] | None = None
         self._pending: list[tuple[str, int, str, fc.Commit]] = []
         self._manager = self._open()
 
@@ -247,6 +249,10 @@ class Writer:
             near = {*arena.near_steps(), step, *(pending for _, pending, _, _ in self._pending)}
             best = sorted(near, key=soak_values.accuracy)[-_KEEP_BEST:]
             others = [each for each in others if each not in best]
+        if self._line is not None:
+            self._line.add(step)
+            line = sorted(self._line)[-3:] if kept == math.inf else sorted(self._line)[-int(kept) :]
+            others = [each for each in others if each not in line]
         return [each for each in others if each != step]
 
     def _known(self) -> set[int]:
@@ -321,6 +327,27 @@ class Writer:
         if known:
             read_step(self._journal, self._manager, self._items, self._choose.choice(known))
 
+    def go_back(self) -> None:
+        """An earlier step, from which the training goes on; the later ones may be discarded."""
+        self._settle()
+        known = sorted(self._known())
+        if len(known) < 2:
+            return
+        step = self._choose.choice(known[:-1])
+        later = [each for each in known if each > step]
+        discards = self._choose.random() < 0.5
+        operations = [self._journal.begin("discard", key_of(each)) for each in later if discards]
+        try:
+            self._manager.restore(step, soak_values.targets(self._items), discard_later=discards)
+        finally:
+            for each, operation in zip(later, operations, strict=False):
+                self._held.pop(each, None)
+                self._journal.end(operation, is_reported=True)
+        self._line = set()
+        for number in range(1, self._choose.choice([2, 4])):
+            self._save(step + number, self._items, self._next_version(), self._known())
+        self._settle()
+
     def restore_latest(self) -> None:
         """As a program that begins does it."""
         known = self._manager.all_steps()
@@ -331,10 +358,12 @@ class Writer:
     def reopen(self) -> None:
         """Another manager, with other options."""
         self._close()
+        self._line = None
         self._manager = self._open()
 
     def drop(self) -> None:
         """As a function that never closes its manager."""
+        self._line = None
         pending, self._pending = self._pending, []
         del self._manager
         self._manager = self._open()
