@@ -126,6 +126,12 @@ def test_not_a_generator(wrong):
         Generator(wrong)
 
 
+@pytest.mark.parametrize("wrong", [123, None, "seed", torch.ones(1)])
+def test_a_generator_item_refuses_anything_else_at_once(wrong):
+    with pytest.raises(errors.UsageError, match=type(wrong).__name__):
+        Generator(wrong)
+
+
 def test_another_number_of_cuda_devices(save):
     handler = RngHandler()
     saved = {**save(Rng()).saved(), "cuda": [None] * (torch.cuda.device_count() + 3)}
