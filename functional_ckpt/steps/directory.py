@@ -356,6 +356,14 @@ class Steps:
                 step=step,
                 path=path,
             )
+        if not has_record(self.storage, path):
+            raise errors.StorageError(
+                f"Cannot save step {step}: {path} is a directory without a record of a step. Move "
+                "it away.",
+                errno=errno.ENOTEMPTY,
+                step=step,
+                path=path,
+            )
         if not overwrite:
             raise errors.StepExistsError(
                 f"Step {step} exists in {self.root}. Make the manager with overwrite=True to "

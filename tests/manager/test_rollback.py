@@ -339,15 +339,16 @@ def test_what_holds_no_record_is_no_step_and_is_named_once(
     make(run)
     steps = sorted(int(path.name) for path in run.glob("[0-9][0-9]"))
     with caplog.at_level(logging.WARNING, "functional_ckpt"):
-        with fc.CheckpointManager(run, keep_policy=LatestN(2)) as manager:
+        with fc.CheckpointManager(run, keep_policy=LatestN(2), overwrite=True) as manager:
             assert manager.all_steps() == steps
             assert manager.restore_or(state(0)).step == steps[-1]
             for step in (60, 70, 80):
                 saved(manager, step)
             manager.reload()
             assert manager.all_steps() == [70, 80] and os.path.lexists(run / "999999")
-            with pytest.raises((errors.StepExistsError, errors.StorageError), match="999999"):
-                manager.save(999999, state(1))
+            if make in (empty, cut_copy, a_file):
+                with pytest.raises(errors.StorageError, match=r"999999 is a .*Move it away"):
+                    manager.save(999999, state(1))
         assert caplog.text.count("not steps and do not count: 999999") == 1
     assert looked_into(run).all_steps() == [70, 80]
 
