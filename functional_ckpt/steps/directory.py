@@ -417,6 +417,14 @@ class Steps:
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step; durable when it returns."""
         history.write_late_metrics(self.storage, self.root, self._on_disk(step), metrics)
+        path = self.path(step)
+        if not self.storage.is_committed(path):
+            raise errors.StepNotFoundError(
+                f"{path} was removed or moved while its metrics were recorded; they are not "
+                "recorded.",
+                step=step,
+                path=path,
+            )
         with self._mutex:
             self._change(
                 _with_metrics(each, metrics) if each.step == step else each for each in self._infos

@@ -6,6 +6,7 @@ killed at any instant.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -74,7 +75,9 @@ class Arena:
 
     def near_steps(self) -> list[int]:
         """What the first tier lists, whatever the library says."""
-        return [int(name) for name in os.listdir(self.run) if name.isdigit()]
+        with contextlib.suppress(FileNotFoundError):  # it may have another name just now
+            return [int(name) for name in os.listdir(self.run) if name.isdigit()]
+        return []
 
 
 def key_of(step: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,22 @@ def test_a_file_that_cannot_be_closed_is_an_error_of_this_package(
     monkeypatch.setattr(os, "close", refuse)
     with pytest.raises(errors.StorageError, match=os.strerror(errno.EIO)):
         fc.restore(run / "2")
+
+
+@pytest.mark.parametrize("how", ["moved", "removed"])
+def test_metrics_of_a_step_that_goes_away_are_not_reported(run: Path, how: str) -> None:
+    class Moving(testing.FaultyStorage):
+        def replace(self, path: str, data: bytes) -> None:
+            if how == "moved":
+                run.rename(run.parent / "moved")
+            else:
+                shutil.rmtree(run / "2")
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            super().replace(path, data)
+
+    message = "while its metrics were recorded"
+    with (
+        fc.CheckpointManager(run, read_only=True, storage=Moving()) as manager,
+        pytest.raises(errors.StepNotFoundError, match=message),
+    ):
+        manager.record_metrics(2, {"later": 1.0})
