@@ -203,7 +203,12 @@ def _membership(tree: State) -> dict[str, int]:
 
 def described(tree: State, named: NamedOptimizer) -> structure.Described:
     """The lowered tree with what its reader compares: class, options, shapes of parameters."""
-    parameters = by_name(named)
+    groups = zip(named.optimizer.param_groups, tree["param_groups"], strict=True)
+    parameters: dict[str, torch.Tensor] = {
+        name: parameter
+        for group, lowered in groups
+        for parameter, name in zip(group["params"], lowered["params"], strict=True)
+    }
     state = {
         name: structure.Described(entry, {"shape": list(parameters[name].shape)})
         if type(entry) is dict and all(type(size) is int for size in parameters[name].shape)
