@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ def _stop_before(owner: Any, name: str, is_place: Callable[..., bool]) -> None:
             is_armed[0] = False
             print("suspended", flush=True)
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.5)  # another thread may take the signal: this one must not run ahead of it
         return original(*arguments, **options)
 
     setattr(owner, name, wrapper)
