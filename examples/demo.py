@@ -119,14 +119,14 @@ class Run:
         name = torn.pop()
         steps = [int(path.name) for path in self.checkpoints.iterdir() if path.name.isdigit()]
         return TornSave(
-            step=int(name.removesuffix(TMP_SUFFIX)),
+            step=int(name.partition(TMP_SUFFIX)[0]),
             num_files=sum(len(files) for _, _, files in os.walk(self.checkpoints / name)),
             committed=max(steps, default=None),
         )
 
     def _unfinished(self) -> set[str]:
         try:
-            return {name for name in os.listdir(self.checkpoints) if name.endswith(TMP_SUFFIX)}
+            return {name for name in os.listdir(self.checkpoints) if TMP_SUFFIX in name}
         except FileNotFoundError:
             return set()
 

@@ -159,7 +159,7 @@ class Run:
     def unfinished(self) -> set[str]:
         """Saves that have begun and are not committed."""
         with contextlib.suppress(FileNotFoundError):
-            return {name for name in os.listdir(self.checkpoints) if name.endswith(TMP_SUFFIX)}
+            return {name for name in os.listdir(self.checkpoints) if TMP_SUFFIX in name}
         return set()
 
 
@@ -265,7 +265,7 @@ def what_is_left(run: Run) -> str:
         return f"killed {lost} steps after step {committed} was committed"
     folder = run.checkpoints / torn[-1]
     num_files = sum(len(files) for _, _, files in os.walk(folder))
-    step = torn[-1].removesuffix(TMP_SUFFIX)
+    step = torn[-1].partition(TMP_SUFFIX)[0]
     return f"killed while saving step {step} ({num_files} files written): back to step {committed}"
 
 

@@ -18,9 +18,11 @@ from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.saving import finalize, lower, stage, write
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.steps.metadata import StepMetadata, checkpoint_metadata
-from functional_ckpt.storage import commit
+from functional_ckpt.storage import claims
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
+from functional_ckpt.storage.paths import check_arrays_path
 
 __all__ = ["metadata", "restore", "save"]
 
@@ -49,6 +51,7 @@ def save(
         UnsupportedLeafError: Something cannot be stored; nothing was written.
     """
     storage, final = connect(path, storage)
+    claims.recover(storage, final)
     if storage.exists(final) and not overwrite:
         raise errors.StepExistsError(
             f"{final} exists; pass overwrite=True to replace it, or choose another path.",
@@ -56,6 +59,8 @@ def save(
         )
     if storage.exists(final) and not storage.is_directory(final):
         raise errors.UsageError(f"{final} is a file, not a checkpoint.", path=final)
+    if isinstance(storage, LocalStorage):
+        check_arrays_path(final)
     info = finalize.CheckpointInfo(
         step=None, init_time_ns=time.time_ns(), custom_metadata=dict(custom_metadata or {})
     )
@@ -63,17 +68,10 @@ def save(
     lowered = lower.lower(items, registry or default_registry())
     plan = plan_lib.SavePlanner(SingleProcess()).plan(lowered, None)
     staged = stage.stage(lowered, plan, None)
-    tmp = commit.tmp_path(final)
-    try:
-        tmp = commit.create_tmp(storage, final)
+    with claims.claimed(storage, final) as tmp:
         report = write.write(storage, tmp, staged)
         finalize.finalize(storage, tmp, lowered, [report], info, time.time_ns())
-        replaced = commit.publish(storage, tmp, final, overwrite=overwrite)
-    except BaseException:
-        commit.abandon(storage, tmp)
-        raise
-    if replaced is not None:
-        storage.remove(replaced)
+        claims.publish(storage, tmp, final, overwrite=overwrite)
 
 
 def restore(

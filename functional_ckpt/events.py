@@ -1,8 +1,10 @@
 """What happens to steps, one record each time, for whoever listens.
 
 A listener is any callable that takes an `Event`. It is called at once, in the thread in which the
-step got that far: it must be quick, and may be called from several threads at a time. What goes
-wrong in it is logged; a save never fails for it.
+step got that far: it must be quick, may be called from several threads at a time, and must not call
+the manager, which may be waiting for it. What goes wrong in it is logged; a save never fails for
+it. `KeyboardInterrupt` and `SystemExit` are raised by `save` where they come at `staged`, once the
+commit has started.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Literal, Protocol, TypeAlias, get_args
 
@@ -102,6 +105,7 @@ class Events:
             () if listeners is None else tuple(listeners) if several else (listeners,)
         )
         self.rank = 0
+        self._threads: set[int] = set()
         for each in self._listeners:
             if not callable(each):
                 raise errors.UsageError(
@@ -117,7 +121,12 @@ class Events:
         seconds: float | None = None,
         num_bytes: int | None = None,
     ) -> None:
-        """Tells every listener; never raises what they raise."""
+        """Tells every listener, and logs what they raise.
+
+        Raises:
+            BaseException: A listener was interrupted (Ctrl-C, `sys.exit`) at `staged`, which is on
+                the caller's own thread.
+        """
         if not self._listeners:
             return
         event = Event(
@@ -128,8 +137,30 @@ class Events:
             seconds=None if seconds is None else max(0.0, seconds),
             num_bytes=num_bytes,
         )
-        for each in self._listeners:
-            try:
-                each(event)
-            except Exception:  # noqa: BLE001 - logged: no save fails for its listeners
-                _log.exception("a listener of on_event failed at: %s", event)
+        interruption = self._call_all(event)
+        if interruption is not None and kind == "staged":
+            raise interruption
+
+    def is_telling(self) -> bool:
+        """Whether the current thread is calling a listener."""
+        return threading.get_ident() in self._threads
+
+    def _call_all(self, event: Event) -> BaseException | None:
+        """Calls every listener; returns what interrupted one, if anything did."""
+        interruption: BaseException | None = None
+        thread = threading.get_ident()
+        is_outermost = thread not in self._threads
+        self._threads.add(thread)
+        try:
+            for each in self._listeners:
+                try:
+                    each(event)
+                except Exception:  # noqa: BLE001 - logged: no save fails for its listeners
+                    _log.exception("a listener of on_event failed at: %s", event)
+                except BaseException as error:  # noqa: BLE001 - raised where the caller is
+                    _log.warning("a listener of on_event was interrupted at: %s", event)
+                    interruption = interruption or error
+        finally:
+            if is_outermost:
+                self._threads.discard(thread)
+        return interruption

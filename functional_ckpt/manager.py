@@ -19,11 +19,12 @@ from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
 from functional_ckpt.restoring.restorer import Restorer, check_step
 from functional_ckpt.saving import background, saver
+from functional_ckpt.saving.calls import Calls, exclusive
 from functional_ckpt.steps import acquire, names, orbax_adapters, template
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.metadata import StepMetadata, step_metadata
 from functional_ckpt.steps.tiers import Tier, open_tiers
-from functional_ckpt.storage.base import Lock, Storage
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
 
 __all__ = ["CheckpointManager"]
@@ -34,7 +35,9 @@ class CheckpointManager:
 
     A step that was reported (by `Commit.result`, by the lists of steps) is whole and durable. A
     failure in the background is raised once, by the next `save`, `check_for_errors`,
-    `wait_until_finished` or `close`. Use it from one thread.
+    `wait_until_finished` or `close`. Calls from several threads wait for each other; one made
+    within another, by a signal handler or a listener, is refused. A manager that is dropped without
+    `close` keeps other writers out until its commit is over.
 
     Args:
         directory: A local path or the URI of an object store; created by a writer.
@@ -91,8 +94,6 @@ class CheckpointManager:
     ) -> None:
         connected, root = connect(directory, storage)
         registry = registry or default_registry()
-        self._pid, self._closed = os.getpid(), False
-        self._lock: Lock | None = None
         step_names = template.name_format_of(step_name, adapt=orbax_adapters.adapt_name_format)
         events = Events(on_event)
         self._steps = Steps(
@@ -112,10 +113,11 @@ class CheckpointManager:
         self._coordinator = acquire.coordinator_of(coordinator, process_group)
         events.rank = self._coordinator.rank
         self._saver = saver.Saver(self._steps, registry, self._coordinator, self._options)
+        self._calls = Calls(root, self._saver.is_in_background)
         self._resumer = Restorer(self._steps, registry, self._coordinator, self._saver.decider)
         try:
             if not read_only:
-                self._lock = acquire.acquire_writer_lock(self._steps, self._coordinator)
+                acquire.acquire_writer_lock(self._steps, self._coordinator, owner=self)
                 self._saver.decider.start()
             run_on_all(self._coordinator, "looking into the directory", self._steps.reload)
             self._saver.upload_by(
@@ -128,7 +130,7 @@ class CheckpointManager:
                     overwrite=overwrite,
                 )
             )
-            if self._lock is not None:
+            if self._steps.lock is not None:
                 self._steps.update_latest_link()  # a crash may have left it behind
         except BaseException:
             self._release()
@@ -136,11 +138,12 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------------------ saving
 
+    @exclusive
     def should_save(self, step: int, *, progress: Progress | None = None) -> bool:
         """Whether `save` would save this step now."""
-        self._check_usable()
         return self._saver.decider.should_save(check_step(step), saver.checked_progress(progress))
 
+    @exclusive
     def save(
         self,
         step: int,
@@ -173,7 +176,6 @@ class CheckpointManager:
             StepExistsError: The step exists, and the manager was made without `overwrite`.
             UnsupportedLeafError: Something cannot be stored; nothing was written.
         """
-        self._check_usable()
         return self._saver.save(
             check_step(step),
             items,
@@ -188,9 +190,10 @@ class CheckpointManager:
 
         To be called before it begins; nothing happens where the manager has `overwrite`.
         """
-        self._check_usable()
+        self._calls.check_usable()
         self._steps.check_start(check_step(step), overwrite=self._options.overwrite)
 
+    @exclusive
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step that are known only now; durable when it returns.
 
@@ -200,7 +203,6 @@ class CheckpointManager:
         Raises:
             StepNotFoundError: There is no such step.
         """
-        self._check_usable()
         number = check_step(step)
         self._saver.wait_for(number)
         checked = saver.as_json(metrics, "metrics") or {}
@@ -209,6 +211,7 @@ class CheckpointManager:
         what, then = f"recording metrics of step {number}", self._steps.reload_local
         run_on_primary(self._coordinator, what, record, prepare=ready, after=then)
 
+    @exclusive
     def delete(self, step: int) -> None:
         """Removes a step from every tier: out of sight in one rename, then from disk.
 
@@ -216,13 +219,12 @@ class CheckpointManager:
             StepNotFoundError: There is no such step.
             StorageError: A tier refuses, or cannot be reached: the step is still in the first.
         """
-        self._check_usable()
         self._steps.check_writable()
         number = check_step(step)
 
         def ready() -> None:
-            if self.is_saving_in_progress():
-                self.wait_until_finished()
+            if self._saver.committer.is_busy:
+                self._saver.wait()
             self._steps.existing(number)
 
         discard = functools.partial(self._saver.delete, [number])
@@ -231,6 +233,7 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------------------ restoring
 
+    @exclusive
     def restore(
         self,
         step: int | None = None,
@@ -262,7 +265,6 @@ class CheckpointManager:
             CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written
                 into.
         """
-        self._check_usable()
         if discard_later:
             self._steps.check_writable()
             self._saver.committer.wait()
@@ -284,6 +286,7 @@ class CheckpointManager:
         self._saver.wait_for(number)
         return number
 
+    @exclusive
     def restore_or(
         self, initial: Mapping[str, Any], **options: Unpack[RestoreArguments]
     ) -> restore_lib.Restored:
@@ -300,12 +303,11 @@ class CheckpointManager:
         Raises:
             MismatchError, CorruptCheckpointError: As `restore` does.
         """
-        self._check_usable()
         return self._resumer.restore_or(initial, restore_lib.RestoreOptions(**options))
 
     def metadata(self, step: int | None = None) -> StepMetadata:
         """What is known of a step (None: the latest) without reading its arrays."""
-        self._check_usable()
+        self._calls.check_usable()
         return step_metadata(self._steps, self._awaited(step))
 
     def metrics(self, step: int | None = None) -> Mapping[str, Any] | None:
@@ -319,7 +321,7 @@ class CheckpointManager:
 
         A read-only manager looks at the directory anew.
         """
-        self._check_usable()
+        self._calls.check_usable()
         return self._steps.all()
 
     def latest_step(self) -> int | None:
@@ -327,7 +329,7 @@ class CheckpointManager:
 
         After a rollback that is the newest step saved since, though an abandoned one is higher.
         """
-        self._check_usable()
+        self._calls.check_usable()
         return self._steps.newest()
 
     def best_step(
@@ -342,14 +344,14 @@ class CheckpointManager:
         Raises:
             CorruptCheckpointError: The metrics of a step are damaged: it may be the best.
         """
-        self._check_usable()
+        self._calls.check_usable()
         if self._steps.read_only or any(info.problem for info in self._steps.all_infos()):
             self.reload()
         return keep.best_step(self._steps.all_infos(), metric, mode, self._options.keep_policies)
 
     def reload(self) -> None:
         """Reads the history from disk anew."""
-        self._check_usable()
+        self._calls.check_usable()
         self._steps.reload()
 
     def wait_for_new_step(
@@ -367,7 +369,7 @@ class CheckpointManager:
         Returns:
             The latest step, or None when the time is up.
         """
-        self._check_usable()
+        self._calls.check_usable()
         return self._steps.wait_for_new(after, timeout, poll)
 
     @property
@@ -379,6 +381,7 @@ class CheckpointManager:
 
     def is_saving_in_progress(self) -> bool:
         """Whether a commit is under way."""
+        self._calls.check_process()
         return self._saver.committer.is_busy
 
     def fence(self) -> None:
@@ -387,19 +390,21 @@ class CheckpointManager:
         Steps of torch's optimizers and `load_state_dict` do so themselves. Call it before anything
         else that changes parameters or optimizer state: by hand, by way of `.data` or a numpy view.
         """
-        self._check_usable()
+        self._calls.check_usable()
         self._saver.fence()
 
     def wait_until_finished(self) -> None:
         """Waits for the commit under way and for the tiers; raises what failed."""
-        self._check_usable()
+        self._calls.check_usable()
+        self._calls.check_not_within("wait_until_finished")
         self._saver.wait()
 
     def check_for_errors(self) -> None:
         """Raises the error of a save that failed in the background, once."""
-        self._check_usable()
+        self._calls.check_usable()
         self._saver.raise_errors()
 
+    @exclusive
     def reached_preemption(self, step: int) -> bool:
         """Whether the process was told to stop (SIGTERM) and this step was the one to save.
 
@@ -407,21 +412,23 @@ class CheckpointManager:
         just refused or skipped: the signal came too late for it, and whoever left the loop now
         would lose the steps since the last save. The next `save` is taken.
         """
-        self._check_usable()
         return self._saver.decider.is_preempted(check_step(step))
 
     def close(self) -> None:
         """Finishes the commit under way and lets the next writer in; raises an untold error."""
-        if self._closed or os.getpid() != self._pid:
+        if self._calls.is_over:
             return
-        self._saver.committer.wait()
-        self._closed = True
-        self._saver.finish_uploads()
-        self._release()
+        with self._calls.turn("close"):
+            if self._calls.is_over:
+                return
+            self._saver.committer.wait()
+            self._calls.close()
+            self._saver.finish_uploads()
+            self._release()
         self._saver.raise_errors()
 
     def __enter__(self) -> Self:
-        self._check_usable()
+        self._calls.check_usable()
         return self
 
     def __exit__(
@@ -440,15 +447,4 @@ class CheckpointManager:
     def _release(self) -> None:
         self._saver.release()
         self._coordinator.close()
-        if self._lock is not None:
-            self._lock.release()
-
-    def _check_usable(self) -> None:
-        if os.getpid() != self._pid:
-            raise errors.ForkedError(
-                "This CheckpointManager belongs to the parent process; make one in the child "
-                "(start it with the spawn method), or save from the parent.",
-                path=self._steps.root,
-            )
-        if self._closed:
-            raise errors.ClosedError("This CheckpointManager was closed.", path=self._steps.root)
+        self._steps.unlock()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import os
 import queue
 import threading
 import weakref
@@ -31,7 +32,7 @@ from functional_ckpt.distributed.coordinator import (
 )
 from functional_ckpt.distributed.rounds import Rounds
 
-__all__ = ["DEFAULT_TIMEOUT_SECONDS", "StoreCoordinator", "default_coordinator"]
+__all__ = ["DEFAULT_TIMEOUT_SECONDS", "StoreCoordinator", "default_coordinator", "num_unjoined"]
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
 _CONNECT_SECONDS = 60.0
@@ -66,6 +67,14 @@ def default_coordinator(
     if dist.get_world_size(group) == 1:
         return SingleProcess(dist.get_rank())
     return StoreCoordinator(group, timeout_seconds=timeout_seconds)
+
+
+def num_unjoined() -> int:
+    """How many processes a launcher such as torchrun started that no process group joins; or 1."""
+    text = os.environ.get("WORLD_SIZE", "")
+    if (dist.is_available() and dist.is_initialized()) or not (text.isascii() and text.isdigit()):
+        return 1
+    return int(text)
 
 
 class StoreCoordinator:

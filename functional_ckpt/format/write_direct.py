@@ -112,7 +112,9 @@ def write_arrays(
         StorageError: The file system refused.
     """
     path = os.path.join(item_directory, child) if child else item_directory
-    storage.make_directory(os.path.join(path, _FOLDER))
+    if child:
+        storage.make_directory(path, parents=False)
+    storage.make_directory(os.path.join(path, _FOLDER), parents=False)
     with contextlib.ExitStack() as pause:
         if sum(array.data.nbytes for array in arrays) < _QUICK_BYTES:
             pause.enter_context(gc_paused())
@@ -389,7 +391,7 @@ def merge_children(
         names += [f"{child}/{file}" for file in files]
         merged.extend(entries)
     storage.operation("merge_arrays", item_directory)
-    storage.make_directory(os.path.join(item_directory, _FOLDER))
+    storage.make_directory(os.path.join(item_directory, _FOLDER), parents=False)
     part = _Part(0, os.path.join(item_directory, names[0]))
     try:
         part.write(storage, item_directory, (), is_whole=False)

@@ -107,7 +107,7 @@ def write_arrays(
     """
     paths = [os.path.join(item_directory, child) if child else item_directory for child in children]
     for path in paths:
-        storage.make_directory(path)
+        storage.make_directory(path, parents=False)
     context = write_context(storage)
     databases = [_ChildDatabase(storage, path, context) for path in paths]
     digests: Digests = {}

@@ -7,7 +7,7 @@ import os
 from collections.abc import Generator
 
 from functional_ckpt import errors
-from functional_ckpt.storage import commit
+from functional_ckpt.storage import claims, commit
 from functional_ckpt.storage.local import LocalStorage, resolve
 
 __all__ = ["check_disjoint", "atomic_output"]
@@ -36,19 +36,14 @@ def atomic_output(
             f"{final} exists and is never overwritten; remove it or choose another path.",
             path=final,
         )
-    commit.makedirs_durable(storage, os.path.dirname(final))
-    tmp = commit.tmp_path(final)
-    try:
-        storage.remove(tmp)
+    with claims.claimed(storage, final) as claim:
+        tmp = os.path.join(claim, os.path.basename(final))
         yield tmp
         if storage.is_directory(tmp):
             commit.sync_tree(storage, tmp, storage.walk(tmp))
         else:
             storage.sync(tmp)
-        commit.publish(storage, tmp, final, overwrite=False)
-    except BaseException:
-        commit.abandon(storage, tmp)
-        raise
+        claims.publish(storage, tmp, final, overwrite=False)
 
 
 def check_disjoint(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:

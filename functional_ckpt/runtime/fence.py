@@ -247,6 +247,11 @@ class Fence:
                 register = each.register_load_state_dict_pre_hook
                 self._handles.append(register(_before_load))
 
+    def give_up(self) -> None:
+        """Holds nothing up any more: the copy was made, or never will be."""
+        if self._pending is not None:
+            self._pending.give_up()
+
     def wait(self, optimizer: Any = None) -> None:
         """Returns when a step of the optimizer may begin; None: when everything is copied.
 

@@ -7,11 +7,13 @@ import gc
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 __all__ = ["BackgroundWriter", "num_spare_cores", "run_in_threads", "gc_paused"]
 
 _NUM_THREADS = 2
+_LOOK_SECONDS = 0.002
 
 
 def num_spare_cores() -> int:
@@ -23,7 +25,8 @@ def run_in_threads(tasks: Sequence[Callable[[], None]], num_threads: int = _NUM_
     """Runs every task; raises the first error after all threads have stopped.
 
     Plain threads, because executors refuse work while the interpreter shuts down, when the last
-    commit of a program may still be under way.
+    commit of a program may still be under way. An interruption (Ctrl-C) is raised after them too:
+    their memory may be the caller's, or used again by the next save.
     """
     if len(tasks) < 2:
         for task in tasks:
@@ -32,31 +35,56 @@ def run_in_threads(tasks: Sequence[Callable[[], None]], num_threads: int = _NUM_
     pending: Iterator[Callable[[], None]] = iter(tasks)
     lock = threading.Lock()
     failures: list[BaseException] = []
+    busy: set[int] = set()  # threads that run a task
 
     def work() -> None:
-        while not failures:
+        thread = threading.get_ident()
+        while True:
             with lock:
-                task = next(pending, None)
-            if task is None:
-                return
+                task = None if failures else next(pending, None)
+                if task is None:
+                    return
+                busy.add(thread)
             try:
                 task()
             except BaseException as error:  # noqa: BLE001 - handed to the caller below
                 failures.append(error)
+            finally:
+                busy.discard(thread)
 
-    threads: list[threading.Thread] = []
-    for _ in range(min(num_threads, len(tasks)) - 1):
-        thread = threading.Thread(target=work)
-        try:
-            thread.start()
-        except RuntimeError:  # from Python 3.12 on, no thread starts while the interpreter ends
-            break
-        threads.append(thread)
-    work()
-    for thread in threads:
-        thread.join()
+    try:
+        threads: list[threading.Thread] = []
+        for _ in range(min(num_threads, len(tasks)) - 1):
+            thread = threading.Thread(target=work)
+            try:
+                thread.start()
+            except RuntimeError:  # from Python 3.12 on, none starts while the interpreter ends
+                break
+            threads.append(thread)
+        work()
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # noqa: BLE001 - an interruption, raised below
+        failures.append(error)
     if failures:
+        _wait_for_tasks(lock, busy, failures)
         raise failures[0]
+
+
+def _wait_for_tasks(lock: threading.Lock, busy: set[int], failures: list[BaseException]) -> None:
+    """Waits for the tasks that other threads run, however often that is interrupted.
+
+    A `join` that was interrupted takes a thread for ended that is not.
+    """
+    while True:
+        try:
+            with lock:  # whoever takes a task from now on sees that something has failed
+                others = busy - {threading.get_ident()}
+            if not others:
+                return
+            time.sleep(_LOOK_SECONDS)
+        except BaseException as error:  # noqa: BLE001 - an interruption, for the caller to raise
+            failures.append(error)
 
 
 class BackgroundWriter:

@@ -28,11 +28,13 @@ class Commit:
     def __init__(self, step: int, future: futures.Future[int]) -> None:
         self.step = step
         self._future = future
+        self._pid = os.getpid()
         self.is_reported = False
         self.clean_up_error: errors.SaveError | None = None
 
     def done(self) -> bool:
         """Whether the step was committed, or failed."""
+        self._check_process()
         return self._future.done()
 
     def result(self, timeout: float | None = None) -> int:
@@ -44,7 +46,9 @@ class Commit:
         Raises:
             SaveError: The save failed; the step is not listed.
             TimeoutError: It is still under way.
+            ForkedError: This process was forked from the one that saves.
         """
+        self._check_process()
         try:
             step = self._future.result(timeout)
         except errors.CheckpointError:
@@ -58,11 +62,24 @@ class Commit:
         That is also what failed after the commit, such as the removal of an old step: the step is
         durable then, and `result` returns its number.
         """
+        self._check_process()
         error = self._future.exception(timeout) or self.clean_up_error
         self.is_reported = self.is_reported or error is not None
         return error
 
+    def _check_process(self) -> None:
+        """The thread that commits, and what it finds out, are the parent's alone."""
+        if os.getpid() != self._pid:
+            raise errors.ForkedError(
+                f"The save of step {self.step} belongs to the parent process, and its outcome is "
+                "known only there; wait for it before forking, or start the child with the spawn "
+                "method.",
+                step=self.step,
+            )
+
     def __repr__(self) -> str:
+        if os.getpid() != self._pid:
+            return f"<Commit of step {self.step}: of the parent process>"
         state = "under way"
         if self.done():
             state = "committed" if self._future.exception() is None else "failed"
@@ -75,6 +92,11 @@ class CommitThread:
     def __init__(self) -> None:
         self._commit: Commit | None = None
         self._not_cleaned_up: Commit | None = None
+        self._thread: int | None = None
+
+    def is_current(self) -> bool:
+        """Whether the current thread is the one that commits."""
+        return self._thread == threading.get_ident()
 
     @property
     def is_busy(self) -> bool:
@@ -86,41 +108,61 @@ class CommitThread:
         """The step that is under way."""
         return self._commit.step if self._commit is not None and not self._commit.done() else None
 
-    def start(self, step: int, work: Callable[[], errors.SaveError | None]) -> Commit:
+    def start(
+        self, step: int, work: Callable[[], errors.SaveError | None], cancel: Callable[[], None]
+    ) -> Commit:
         """Runs `work` in the background; the caller made sure that nothing is under way.
 
         Args:
-            step: The step.
+            step: The step that it commits.
             work: Commits it; returns what could not be cleaned up afterwards.
+            cancel: Called instead where the work will never run, because the caller was interrupted
+                (by Ctrl-C) before it began.
         """
         future: futures.Future[int] = futures.Future()
         future.set_running_or_notify_cancel()
+        # Taken by the thread, which then works, or by its canceller. `pop` is atomic.
+        ticket = [step]
 
         def run() -> None:
+            if not _take(ticket):
+                return
+            self._thread = threading.get_ident()
             try:
                 commit.clean_up_error = work()
             except BaseException as error:  # noqa: BLE001 - told at the next call, whatever it is
                 # What was told is forgotten: its traceback holds on to the state that was staged.
                 _failed[:] = [*(each for each in _failed if not each.is_reported), commit]
+                self._thread = None
                 future.set_exception(_as_save_error(step, error))
             else:
                 if commit.clean_up_error is not None:
                     _failed[:] = [*(each for each in _failed if not each.is_reported), commit]
+                self._thread = None
                 future.set_result(step)
 
-        commit = self._commit = Commit(step, future)
-        _running.append(future)
-        future.add_done_callback(_running.remove)
+        commit = Commit(step, future)
         try:
-            threading.Thread(target=run, name=f"commit-{step}", daemon=False).start()
-        except RuntimeError:  # from Python 3.12 on, no thread starts while the interpreter ends
-            run()
+            self._commit = commit
+            _running.append(future)
+            future.add_done_callback(_running.remove)
+            try:
+                threading.Thread(target=run, name=f"commit-{step}", daemon=False).start()
+            except RuntimeError:  # from Python 3.12 on, no thread starts while the interpreter ends
+                run()
+        except BaseException as error:
+            if _take(ticket):
+                future.set_exception(error)
+                self._commit = None
+                cancel()
+            raise
         return commit
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self) -> None:
         """Waits for the commit under way; its error is raised by `raise_error`."""
-        if self._commit is not None:
-            futures.wait([self._commit._future], timeout)
+        commit = self._commit
+        if commit is not None:
+            futures.wait([commit._future])
 
     def raise_error(self) -> None:
         """Raises the error of a failed commit, once; nothing when it is under way or went well.
@@ -154,6 +196,15 @@ class CommitThread:
             return None
         commit.is_reported = True
         return error
+
+
+def _take(ticket: list[int]) -> bool:
+    """Whether the ticket was still there: only one caller gets it."""
+    try:
+        ticket.pop()
+    except IndexError:
+        return False
+    return True
 
 
 def _as_save_error(step: int, error: BaseException) -> errors.CheckpointError:

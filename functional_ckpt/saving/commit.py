@@ -64,6 +64,7 @@ class StepCommitter:
         self._busy = threading.Lock()  # a commit, or the pruning after an upload
         self._is_prune_due = False
         self._coordinator = coordinator
+        self._leftovers: list[str] = []
 
     def commit(
         self,
@@ -73,6 +74,7 @@ class StepCommitter:
         pending: PendingCopy | None = None,
         *,
         is_repeat: bool = False,
+        is_interrupted: Callable[[], bool] = lambda: False,
     ) -> errors.SaveError | None:
         """Writes, commits and remembers a step, then removes what the policies let go.
 
@@ -82,12 +84,14 @@ class StepCommitter:
             info: What is written besides.
             pending: What is left to be copied first.
             is_repeat: The step may be there already, if it holds the same.
+            is_interrupted: Whether the memory that the items refer to may have changed since `save`
+                was called.
 
         Returns:
             What could not be cleaned up after the commit; the step is committed all the same.
         """
         with self._busy:
-            failure = self._commit(step, items, info, pending, is_repeat=is_repeat)
+            failure = self._commit(step, items, info, pending, is_interrupted, is_repeat=is_repeat)
         self._prune_if_idle()
         return failure
 
@@ -97,6 +101,7 @@ class StepCommitter:
         items: Sequence[stage.StagedItem],
         info: finalize.CheckpointInfo,
         pending: PendingCopy | None,
+        is_interrupted: Callable[[], bool],
         *,
         is_repeat: bool,
     ) -> errors.SaveError | None:
@@ -108,7 +113,7 @@ class StepCommitter:
                 raise
         lowered = [item.lowered for item in items]
         finish = functools.partial(self._finish, lowered, info, is_repeat)
-        outcome = json.loads(self._write_or_free_space(step, items, info, finish))
+        outcome = json.loads(self._write_or_free_space(step, items, info, finish, is_interrupted))
         if outcome["is_unchanged"]:
             return None
         committed = StepInfo(
@@ -139,10 +144,11 @@ class StepCommitter:
         items: Sequence[stage.StagedItem],
         info: finalize.CheckpointInfo,
         finish: Callable[[str, Sequence[write.RankReport]], bytes],
+        is_interrupted: Callable[[], bool],
     ) -> bytes:
         """Writes and publishes; once more where a disk was full and further tiers made room."""
         try:
-            return self._write_shards(step, items, info, finish)
+            return self._write_shards(step, items, info, finish, is_interrupted)
         except errors.CheckpointError as error:
             if not self._steps.has_tiers or isinstance(error, errors.CoordinationTimeoutError):
                 raise
@@ -154,7 +160,7 @@ class StepCommitter:
             self._steps.forget(removed)
             if not removed:
                 raise
-        return self._write_shards(step, items, info, finish)
+        return self._write_shards(step, items, info, finish, is_interrupted)
 
     def _free_space(self, states: Sequence[bytes]) -> bytes:
         """On the primary: removes the steps that further tiers hold, if a rank's disk is full."""
@@ -174,6 +180,7 @@ class StepCommitter:
         items: Sequence[stage.StagedItem],
         info: finalize.CheckpointInfo,
         finish: Callable[[str, Sequence[write.RankReport]], bytes],
+        is_interrupted: Callable[[], bool],
     ) -> bytes:
         group = self._coordinator
         begin = functools.partial(self._begin, step, [item.lowered for item in items], info)
@@ -183,9 +190,9 @@ class StepCommitter:
         value: bytes | BaseException = b""
         try:
             if group.rank:
-                commit.check_visible(
-                    self._storage, commit.tmp_path(commit.final_path(tmp)), group.rank
-                )
+                is_tmp = commit.TMP_SUFFIX in os.path.basename(tmp)
+                seen = tmp if is_tmp else commit.tmp_path(tmp)
+                commit.check_visible(self._storage, seen, group.rank)
             started = time.monotonic()
             is_awaited = any(item.blocks_caller for item in items)
             reports[group.rank] = write.write(
@@ -197,6 +204,12 @@ class StepCommitter:
                 known=begun["digests"] if group.rank else None,
                 num_threads=write_direct.NUM_THREADS if is_awaited else self._num_threads,
             )
+            if is_interrupted():
+                raise errors.SaveError(
+                    "The save was interrupted (Ctrl-C) while it was writing the state from the "
+                    "caller's own memory, which may have changed since.",
+                    step=step,
+                )
             num_bytes = sum(item.num_bytes for item in items)
             seconds = time.monotonic() - started
             self._steps.emit("written", step, seconds=seconds, num_bytes=num_bytes)
@@ -216,8 +229,13 @@ class StepCommitter:
             return group.gather_broadcast(f"writing step {step}", value, combine)
         except BaseException:
             if group.rank == 0:
-                commit.abandon(self._storage, tmp)
+                self._abandon(tmp)
             raise
+
+    def _abandon(self, tmp: str) -> None:
+        """On the primary: removes what a failed save wrote, now or before the next save."""
+        if not commit.abandon(self._storage, tmp):
+            self._leftovers.append(tmp)
 
     def _begin(
         self, step: int, items: Sequence[lower.LoweredItem], info: finalize.CheckpointInfo
@@ -226,7 +244,11 @@ class StepCommitter:
 
         The directory's name is the primary's: ranks may count their time differently.
         """
+        self._steps.check_lock()
         commit.finish_overwrite(self._storage, self._steps.root, self._steps.hidden)
+        self._leftovers = [
+            each for each in self._leftovers if not commit.abandon(self._storage, each)
+        ]
         tmp = commit.create_tmp(self._storage, self._steps.new_path(step, info.progress))
         is_shared = self._coordinator.num_ranks > 1
         digests = {
@@ -254,6 +276,7 @@ class StepCommitter:
         if is_repeat and info.step is not None:
             self._steps.check_free(info.step, info.progress, overwrite=self._overwrite)
         hidden = self._steps.hidden
+        self._steps.check_lock()
         replaced = commit.publish(self._storage, tmp, final, hidden, overwrite=self._overwrite)
         outcome = {
             "is_unchanged": False,
@@ -268,6 +291,7 @@ class StepCommitter:
         """What follows a commit; a failure here loses disk space, never a step."""
 
         def on_primary(_: Sequence[bytes]) -> bytes:
+            self._steps.check_lock()
             failures = retention.clean_up(
                 self._steps, self._keep_policies, self.uploads, info, replaced
             )

@@ -75,7 +75,7 @@ def finalize(
         names[item.name] = "json" if item.root is None else "tree"
         path = os.path.join(directory, item.name)
         if item.text is not None:
-            storage.make_directory(path)
+            storage.make_directory(path, parents=False)
             file = f"{item.name}/{JSON_FILE}"
             files[file] = _write(storage, directory, file, item.text)
         elif item.root is not None:
@@ -86,11 +86,11 @@ def finalize(
             file = f"{item.name}/{records.EXTENSION_FILE}"
             files[file] = _write(storage, directory, file, text)
     if info.metrics is not None:
-        storage.make_directory(os.path.join(directory, "metrics"))
+        storage.make_directory(os.path.join(directory, "metrics"), parents=False)
         file = "metrics/metrics"
         files[file] = _write(storage, directory, file, lower.to_json(info.metrics, "metrics"))
     if info.progress is not None:
-        storage.make_directory(os.path.join(directory, PROGRESS_ITEM))
+        storage.make_directory(os.path.join(directory, PROGRESS_ITEM), parents=False)
         file = f"{PROGRESS_ITEM}/{JSON_FILE}"
         text = lower.to_json(info.progress.to_json(), PROGRESS_ITEM)
         files[file] = _write(storage, directory, file, text)

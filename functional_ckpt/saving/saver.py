@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -147,34 +148,81 @@ class Saver:
         if isinstance(prepared, BaseException):
             raise prepared
         lowered, info = prepared
+        with contextlib.ExitStack() as cleanup:
+            interrupted = threading.Event()
+            staged, pending, through = self._stage_or_abort(step, lowered, plan, cleanup)
+            work = functools.partial(
+                *(self._writer.commit, step, staged, info, pending),
+                is_repeat=is_repeat,
+                is_interrupted=interrupted.is_set,
+            )
+            interruption = self._emit_staged(step, staged, time.monotonic() - started)
+            # From here on the commit cleans up, or its cancellation does.
+            closing = cleanup.pop_all()
+        work = functools.partial(_run_and_close, work, closing)
+        is_awaited = is_repeat or not self._options.asynchronous
+        try:
+            handle = self.committer.start(step, work, closing.close)
+            self.decider.mark_saved(step, progress)
+            if interruption is not None:
+                raise interruption
+            if through is not None:
+                through.wait()
+            if is_awaited:
+                self.committer.wait()
+        except BaseException:
+            # The caller may change what the commit has not read yet.
+            if through is not None or not self._options.asynchronous:
+                interrupted.set()
+            raise
+        if is_awaited and (error := self.committer.take_error()) is not None:
+            cause = error.__cause__
+            raise cause if isinstance(cause, errors.StepExistsError) else error
+        return handle
+
+    def _stage_or_abort(
+        self,
+        step: int,
+        lowered: tuple[lower.LoweredItem, ...],
+        plan: plan_lib.SavePlan,
+        cleanup: contextlib.ExitStack,
+    ) -> tuple[tuple[stage.StagedItem, ...], PendingCopy | None, stage.CopyLatch | None]:
+        """Stages the items; where that fails, the other ranks are told.
+
+        Args:
+            step: The step.
+            lowered: What to stage.
+            plan: This rank's part.
+            cleanup: Gets what is to be done after the commit, or instead of it.
+        """
+        if (lock := self._steps.lock) is not None:
+            cleanup.callback(lock.leave, lock.enter())
+        if self._fence is not None:
+            # Else the next step would wait forever. And it keeps the fence where the manager is
+            # dropped before all is copied.
+            cleanup.callback(self._fence.give_up)
         try:
             staged, pending, through = self._stage(step, lowered, plan)
         except Exception as error:
             self._writer.abort(step, error)
             raise
-        work = functools.partial(
-            self._writer.commit, step, staged, info, pending, is_repeat=is_repeat
-        )
-        try:
-            num_bytes = sum(item.num_bytes for item in staged)
-            seconds = time.monotonic() - started
-            self._steps.emit("staged", step, seconds=seconds, num_bytes=num_bytes)
-            self.decider.mark_saved(step, progress)
-            handle = self.committer.start(
-                step, work if through is None else _releasing(through, work)
-            )
-        except BaseException:
-            if pending is not None:
-                pending.give_up()  # else the next step would wait for ever
-            raise
         if through is not None:
-            through.wait()
-        if is_repeat or not self._options.asynchronous:
-            self.committer.wait()
-            if (error := self.committer.take_error()) is not None:
-                cause = error.__cause__
-                raise cause if isinstance(cause, errors.StepExistsError) else error
-        return handle
+            cleanup.callback(through.release)
+        return staged, pending, through
+
+    def _emit_staged(
+        self, step: int, staged: Sequence[stage.StagedItem], seconds: float
+    ) -> BaseException | None:
+        """Tells the listeners; returns what interrupted them.
+
+        The commit starts all the same: the other ranks take part in it already.
+        """
+        num_bytes = sum(item.num_bytes for item in staged)
+        try:
+            self._steps.emit("staged", step, seconds=seconds, num_bytes=num_bytes)
+        except BaseException as error:  # noqa: BLE001 - raised once the commit has started
+            return error
+        return None
 
     def _stage(
         self, step: int, lowered: tuple[lower.LoweredItem, ...], plan: plan_lib.SavePlan
@@ -200,6 +248,10 @@ class Saver:
         optimizers = [optimizer for item in lowered for optimizer in item.optimizers]
         self._fence.arm(pending, [*loadable, *optimizers])
         return staged, pending, None
+
+    def is_in_background(self) -> bool:
+        """Whether the current thread commits for this manager, or calls a listener."""
+        return self.committer.is_current() or self._steps.events.is_telling()
 
     def fence(self) -> None:
         """Returns when nothing is left to be copied."""
@@ -248,7 +300,7 @@ class Saver:
 
     def wait_for(self, step: int) -> None:
         """Waits for the commit of a step, if it is under way; an error is raised by `wait`."""
-        if self.committer.step == step:
+        if self.committer.step == step and not self.is_in_background():
             self.committer.wait()
 
     def wait(self) -> None:
@@ -304,6 +356,7 @@ class Saver:
         try:
             line = lines.Line()
             if coordinator.rank == 0:
+                self._steps.check_lock()
                 may_be_there = self._options.overwrite or is_repeat
                 self._steps.check_free(step, about.progress, overwrite=may_be_there)
                 line = self._steps.next_line()
@@ -324,18 +377,11 @@ class Saver:
         return lowered, info
 
 
-def _releasing(
-    through: stage.CopyLatch, work: Callable[[], errors.SaveError | None]
-) -> Callable[[], errors.SaveError | None]:
-    """The work, after which nobody waits any more, however it ends."""
-
-    def run() -> errors.SaveError | None:
-        try:
-            return work()
-        finally:
-            through.release()
-
-    return run
+def _run_and_close(
+    commit: Callable[[], errors.SaveError | None], closing: contextlib.ExitStack
+) -> errors.SaveError | None:
+    with closing:
+        return commit()
 
 
 def as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | None:

@@ -97,7 +97,8 @@ def write(
         if root is None:
             continue
         path = os.path.join(directory, name)
-        storage.make_directory(path)
+        # Never the parents: a directory that was moved away meanwhile must not come back.
+        storage.make_directory(path, parents=False)
         tied = tied_arrays(item) if num_ranks == 1 else {}
         scalars = [scalar for scalar in item.lowered.scalars if scalar[0] in item.scalars]
         # One rank alone writes into the item's own database, and who has nothing has none.
@@ -160,7 +161,7 @@ def root_digest(root: structure.Node) -> str:
 def write_report(storage: Storage, directory: str, rank: int, report: RankReport) -> None:
     """Leaves what this rank wrote where the primary finds it."""
     folder = os.path.join(directory, REPORTS)
-    storage.make_directory(folder)
+    storage.make_directory(folder, parents=False)
     record = {
         "format": "functional_ckpt",
         "version": 1,

@@ -6,17 +6,18 @@ import functools
 import logging
 import os
 import uuid
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import Coordinator, run_on_primary
-from functional_ckpt.distributed.torch_store import default_coordinator
+from functional_ckpt.distributed.torch_store import default_coordinator, num_unjoined
+from functional_ckpt.steps import writer_lock
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.storage import commit
-from functional_ckpt.storage.base import Lock
 
-__all__ = ["coordinator_of", "acquire_writer_lock"]
+__all__ = ["acquire_writer_lock", "coordinator_of"]
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -30,21 +31,20 @@ def coordinator_of(coordinator: Coordinator | None, process_group: Any) -> Coord
     return coordinator
 
 
-def acquire_writer_lock(steps: Steps, coordinator: Coordinator) -> Lock | None:
+def acquire_writer_lock(steps: Steps, coordinator: Coordinator, *, owner: object) -> None:
     """Makes the job the writer of the directory, and sure that all its ranks see the same one.
 
-    Returns:
-        The lock that the primary holds; None on the other ranks.
+    The primary holds the lock, as `steps.lock`. It is given up when `owner`, the manager, is
+    dropped and no commit needs it any more.
 
     Raises:
         LockedError: Another live writer holds the directory.
     """
     storage, hidden = steps.storage, steps.hidden
     mark = os.path.join(hidden, f"ranks.{uuid.uuid4().hex}.tmp")
-    locks: list[Lock] = []
 
     def become_writer(_: Sequence[bytes]) -> bytes:
-        locks.append(_lock_and_recover(steps))
+        _lock_and_recover(steps, coordinator)
         if coordinator.num_ranks > 1:
             storage.write(mark, b"")
         return os.path.basename(mark).encode()
@@ -58,20 +58,31 @@ def acquire_writer_lock(steps: Steps, coordinator: Coordinator) -> Lock | None:
             remove = functools.partial(storage.remove, mark)
             run_on_primary(coordinator, "seeing one directory", remove, prepare=look)
     except BaseException:
-        for lock in locks:
-            lock.release()
+        steps.unlock()
         raise
-    return locks[0] if locks else None
+    if steps.lock is not None:
+        # Of the lock alone: whatever leads back to the manager would keep it alive.
+        weakref.finalize(owner, steps.lock.abandon).atexit = False
 
 
-def _lock_and_recover(steps: Steps) -> Lock:
+def _lock_and_recover(steps: Steps, coordinator: Coordinator) -> None:
     """Takes the directory over: locks it, then removes what a dead writer left."""
     commit.makedirs_durable(steps.storage, steps.hidden)
-    lock = steps.storage.lock(os.path.join(steps.hidden, "lock"))
+    is_alone = coordinator.num_ranks == 1 and num_unjoined() > 1
     try:
-        for line in commit.recover(steps.storage, steps.root, steps.hidden):
-            _log.warning("%s: %s", steps.root, line)
-    except BaseException:
-        lock.release()
+        steps.lock = writer_lock.take(steps.storage, os.path.join(steps.hidden, "lock"))
+    except errors.LockedError as error:
+        if is_alone:
+            raise errors.LockedError(f"{error.message} {_NOT_JOINED}", path=error.path) from None
         raise
-    return lock
+    if is_alone:
+        _log.warning("%s: %s", steps.root, _NOT_JOINED)
+    for line in commit.recover(steps.storage, steps.root, steps.hidden):
+        _log.warning("%s: %s", steps.root, line)
+
+
+_NOT_JOINED = (
+    "WORLD_SIZE is set and greater than 1, but torch.distributed is not initialized, so each "
+    "process opens the directory alone: call torch.distributed.init_process_group before making "
+    "the CheckpointManager."
+)

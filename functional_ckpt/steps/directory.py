@@ -20,6 +20,7 @@ from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps import history, template
 from functional_ckpt.steps.index import StepIndex, has_record
 from functional_ckpt.steps.names import NameFormat
+from functional_ckpt.steps.writer_lock import WriterLock
 from functional_ckpt.storage import commit, removal
 from functional_ckpt.storage.base import Storage
 
@@ -87,6 +88,17 @@ class Steps:
                 f"latest_link must be a name that no step has, without '/'; got {latest_link!r}."
             )
         self.latest_link = latest_link
+        self.lock: WriterLock | None = None
+
+    def check_lock(self) -> None:
+        """Raises `LockedError` where a writer's directory is no longer the one that it locked."""
+        if self.lock is not None:
+            self.lock.check()
+
+    def unlock(self) -> None:
+        """Lets the next writer in, once no commit needs the lock; safe to call twice."""
+        if self.lock is not None:
+            self.lock.release()
 
     @property
     def infos(self) -> tuple[StepInfo, ...]:
@@ -416,6 +428,7 @@ class Steps:
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step; durable when it returns."""
+        self.check_lock()
         history.write_late_metrics(self.storage, self.root, self._on_disk(step), metrics)
         path = self.path(step)
         if not self.storage.is_committed(path):
@@ -519,6 +532,7 @@ class Steps:
             Step -> why it could not be removed. It is forgotten all the same where it is out of
             sight.
         """
+        self.check_lock()
         failures: dict[int, errors.CheckpointError] = {}
         newest = lines.newest(self._infos)
         if newest is not None and newest.step in steps:

@@ -98,8 +98,13 @@ class Storage(Protocol):
         """Sum of the sizes of every file below `path`."""
         ...
 
-    def make_directory(self, path: str) -> None:
-        """Creates a directory and its parents; nothing happens when it exists."""
+    def make_directory(self, path: str, *, parents: bool = True) -> None:
+        """Creates a directory; nothing happens when it exists.
+
+        Args:
+            path: The directory.
+            parents: Whether to create its parents too; else an absent parent is an error.
+        """
 
     def write(self, path: str, data: bytes) -> None:
         """Creates a file; neither its content nor its entry is durable before they are synced."""

@@ -1,6 +1,6 @@
 """From a temporary directory to a committed step, and what to do with what a crash left.
 
-    <root>/<step>.orbax-checkpoint-tmp/      a step being written; hidden from every reader
+    <root>/<step>.orbax-checkpoint-tmp-*/    a step being written; hidden from every reader
     <root>/<step>/                           a committed step
     <root>/.functional_ckpt/lock             the live writer's lock
     <root>/.functional_ckpt/trash/           steps on their way out
@@ -14,40 +14,41 @@ counts. Where there is no rename, it does by a marker: `commit_objects`.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Generator, Iterable
+from collections.abc import Collection, Iterable
 
 from functional_ckpt import errors
-from functional_ckpt.core.records import orbax
 from functional_ckpt.core.tree import plain_json
-from functional_ckpt.storage import commit_marker, removal
+from functional_ckpt.storage import commit_marker, removal, replacement, tmp_paths
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.object_store import ObjectStorage
 from functional_ckpt.storage.paths import check_arrays_path
+from functional_ckpt.storage.replacement import rollback
+from functional_ckpt.storage.tmp_paths import TMP_SUFFIX, final_path, tmp_path
 
 __all__ = [
     "HIDDEN",
     "TMP_SUFFIX",
     "abandon",
-    "create_tmp",
     "check_visible",
+    "claim_lock",
+    "create_tmp",
     "discard",
     "final_path",
+    "finish_overwrite",
     "makedirs_durable",
     "publish",
     "recover",
-    "finish_overwrite",
     "sync_tree",
     "tmp_path",
 ]
 
 HIDDEN = ".functional_ckpt"
-TMP_SUFFIX = orbax.TMP_SUFFIX
 _JOURNAL = "replacing.json"
 _REPLACED = ".replaced"
 _SETTLE_SECONDS = 2.0
@@ -67,28 +68,22 @@ def makedirs_durable(storage: Storage, path: str) -> None:
         storage.sync_directory(os.path.dirname(each))
 
 
-def tmp_path(final: str) -> str:
-    """Where a directory is written before it is renamed to `final`."""
-    return final + TMP_SUFFIX
-
-
-def final_path(tmp: str) -> str:
-    """What will be the name of what is written at `tmp`, which is from `create_tmp`."""
-    return tmp.removesuffix(TMP_SUFFIX)
-
-
 def create_tmp(storage: Storage, final: str) -> str:
-    """Makes the empty place where a directory is written before it is published as `final`."""
-    tmp = tmp_path(final)
+    """Makes the empty place where a step is written before it is published as `final`.
+
+    Its parent is there already, and is not made again if it was moved away.
+    """
     if isinstance(storage, ObjectStorage):
-        return commit_marker.begin(storage, tmp, final)
+        return commit_marker.begin(storage, tmp_path(final), final)
     check_arrays_path(final)
-    parent = os.path.dirname(final)
-    if not storage.exists(parent):
-        makedirs_durable(storage, parent)
-    storage.remove(tmp)  # of an earlier save of this process that failed
-    storage.make_directory(tmp)
+    tmp = tmp_paths.unique_tmp_path(final)
+    storage.make_directory(tmp, parents=False)
     return tmp
+
+
+def claim_lock(final: str) -> str:
+    """Where the lease is of who writes a single checkpoint to an object store."""
+    return f"{final}.functional_ckpt-lock"
 
 
 def check_visible(storage: Storage, path: str, rank: int) -> None:
@@ -167,7 +162,7 @@ def publish(
         commit_marker.write_marker(storage, tmp)
     if not storage.exists(final):
         storage.rename(tmp, final)
-        with _rollback(lambda: storage.rename(final, tmp)):
+        with rollback(lambda: storage.rename(final, tmp)):
             storage.sync_directory(parent)
         return None
     if not overwrite:
@@ -179,32 +174,12 @@ def publish(
             path=final,
         )
     if storage.swap(tmp, final):
-        with _rollback(lambda: storage.swap(tmp, final)):
+        with rollback(lambda: storage.swap(tmp, final)):
             storage.sync_directory(parent)
         return tmp
     if hidden is None:
-        raise errors.StorageError(
-            f"Cannot replace {final}: this file system cannot exchange two directories. "
-            "Save to a new path.",
-            path=final,
-        )
+        return replacement.replace(storage, tmp, final)
     return _replace_in_two(storage, tmp, final, hidden)
-
-
-@contextlib.contextmanager
-def _rollback(undo: Callable[[], object]) -> Generator[None]:
-    """Takes a rename back when what follows it fails: what is not durable must not be seen.
-
-    Without this the caller, told of a failure, would remove `tmp`, where by now the old step is.
-    """
-    try:
-        yield
-    except Exception as error:
-        try:
-            undo()
-        except errors.StorageError as failure:
-            error.add_note(f"Taking the rename back failed too: {failure}")
-        raise
 
 
 def _replace_in_two(storage: Storage, tmp: str, final: str, hidden: str) -> str:
@@ -217,9 +192,9 @@ def _replace_in_two(storage: Storage, tmp: str, final: str, hidden: str) -> str:
     record = {"tmp": os.path.basename(tmp), "final": os.path.basename(final)}
     storage.replace(journal, json.dumps(record).encode())
     storage.rename(final, old)
-    with _rollback(lambda: storage.rename(old, final)):
+    with rollback(lambda: storage.rename(old, final)):
         storage.rename(tmp, final)
-        with _rollback(lambda: storage.rename(final, tmp)):
+        with rollback(lambda: storage.rename(final, tmp)):
             storage.sync_directory(parent)
             storage.remove(journal)
             storage.sync_directory(hidden)
@@ -233,7 +208,8 @@ def _replaced(hidden: str, final: str) -> str:
 
 def _make_trash(storage: Storage, hidden: str) -> str:
     trash = os.path.join(hidden, "trash")
-    storage.make_directory(trash)
+    storage.make_directory(hidden, parents=False)
+    storage.make_directory(trash, parents=False)
     return trash
 
 
@@ -262,11 +238,8 @@ def recover(storage: Storage, root: str, hidden: str, *, but: Collection[str] = 
             path = os.path.join(root, name)
             if _is_mid_swap(storage, hidden, final_path(path)):
                 continue  # it or the copy that it was to replace is all that is left of a step
-            if isinstance(storage, ObjectStorage):
-                commit_marker.clean_up(storage, path, path.removesuffix(TMP_SUFFIX))
-            else:
-                storage.remove(path)
-            done.append(f"removed unfinished {name}")
+            if _remove_unfinished(storage, path, hidden):
+                done.append(f"removed unfinished {name}")
     done += removal.finish(storage, root, hidden)
     trash = os.path.join(hidden, "trash")
     for name in storage.list(trash):
@@ -288,6 +261,36 @@ def recover(storage: Storage, root: str, hidden: str, *, but: Collection[str] = 
         if name.endswith(".tmp") and storage.age_seconds(path) > _STALE_SECONDS:
             storage.remove(path)
     return done
+
+
+def _remove_unfinished(storage: Storage, path: str, hidden: str) -> bool:
+    """Removes what a writer left at a temporary name; False where that writer may be alive.
+
+    The holder of the lock knows that no manager is. Others have no part in the lock.
+    """
+    final = final_path(path)
+    if isinstance(storage, ObjectStorage):
+        if storage.exists(claim_lock(final)):
+            return False
+        commit_marker.clean_up(storage, tmp_path(final), final)
+        return True
+    if isinstance(storage, LocalStorage) and replacement.is_replaced(path):
+        try:
+            with tmp_paths.serialized(os.path.dirname(path), wait_seconds=0.0):
+                replacement.finish(storage, final)
+        except errors.LockedError:
+            return False
+        return True
+    if isinstance(storage, LocalStorage) and tmp_paths.is_claim(path):
+        return tmp_paths.remove_if_dead(storage, path)
+    # Out of sight first: were its writer alive all the same, it would publish all of it or nothing.
+    if storage.exists(hidden):
+        target = os.path.join(hidden, f"{os.path.basename(path)}.tmp")
+        storage.remove(target)
+        storage.rename(path, target)
+        path = target
+    storage.remove(path)
+    return True
 
 
 def finish_overwrite(storage: Storage, root: str, hidden: str) -> list[str]:
@@ -335,16 +338,18 @@ def _is_mid_swap(storage: Storage, hidden: str, final: str) -> bool:
     return is_there(_replaced(hidden, final)) and not is_there(final)
 
 
-def abandon(storage: Storage, tmp: str) -> None:
-    """Removes what a failed save wrote; what cannot be removed now goes with the next writer."""
+def abandon(storage: Storage, tmp: str) -> bool:
+    """Removes what a failed save wrote; False where it is still there, for a later attempt."""
     path = final_path(tmp)
     if _is_mid_swap(storage, os.path.join(os.path.dirname(path), HIDDEN), path):
         _log.warning("%s stays until the next save, which will end the overwrite", tmp)
-        return
+        return False
     if isinstance(storage, ObjectStorage):
         commit_marker.abandon(storage, tmp_path(path), path)
-        return
+        return True
     try:
         storage.remove(tmp)
     except errors.StorageError as error:
         _log.warning("%s stays until the next writer opens the directory: %s", tmp, error)
+        return False
+    return True

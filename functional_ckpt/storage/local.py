@@ -10,15 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import functools
-import json
 import os
 import shutil
-import socket
 import stat
 import time
-import weakref
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,13 +24,12 @@ import xxhash
 from functional_ckpt import errors
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.storage import local_files
+from functional_ckpt.storage.file_lock import DirectoryLock
 from functional_ckpt.storage.paths import is_remote, resolve, resolve_uri
 from functional_ckpt.storage.system_errors import clear_errors, is_absence
 
 __all__ = [
-    "DirectoryLock",
     "LocalStorage",
-    "describe_holder",
     "is_remote",
     "resolve",
     "resolve_uri",
@@ -171,11 +167,18 @@ class LocalStorage:
 
     # -------------------------------------------------------------------------------- writing
 
-    def make_directory(self, path: str) -> None:
-        """Creates a directory and its parents; nothing happens when it exists."""
+    def make_directory(self, path: str, *, parents: bool = True) -> None:
+        """Creates a directory, with its parents or in one that is there; may exist."""
         self.operation("make_directory", path)
         with clear_errors("create directory", path):
-            os.makedirs(path, exist_ok=True)
+            if parents:
+                os.makedirs(path, exist_ok=True)
+                return
+            try:
+                os.mkdir(path)
+            except FileExistsError:
+                if not os.path.isdir(path):
+                    raise
 
     def write(self, path: str, data: bytes) -> None:
         """Creates a file; neither its content nor its entry is durable before they are synced."""
@@ -187,7 +190,7 @@ class LocalStorage:
 
     def replace(self, path: str, data: bytes) -> None:
         """Writes a file durably; a reader, and a crash, see the old content or the new."""
-        temporary = f"{path}.{os.getpid()}.tmp"
+        temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
         self.write(temporary, data)
         self.sync(temporary)
         self.rename(temporary, path)
@@ -227,7 +230,7 @@ class LocalStorage:
         """Copies a file; under its name only when all of it is there."""
         self.make_directory(os.path.dirname(path))
         self.operation("write", path)
-        temporary = f"{path}.{os.getpid()}.tmp"
+        temporary = f"{path}.{uuid.uuid4().hex[:12]}.tmp"
         with clear_errors("write", path):
             shutil.copyfile(source, temporary)
         self.rename(temporary, path)
@@ -262,7 +265,7 @@ class LocalStorage:
         with clear_errors("remove", path):
             mode = local_files.mode_at(path)
             if mode is not None and stat.S_ISDIR(mode):
-                shutil.rmtree(path)
+                shutil.rmtree(path, onerror=_unless_absent)
             else:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
@@ -299,75 +302,13 @@ def _stat(path: str, *, follow: bool) -> os.stat_result | None:
             return None
 
 
+def _unless_absent(function: object, path: str, info: Any) -> None:
+    """What another process has removed meanwhile is removed."""
+    if not isinstance(info[1], FileNotFoundError):
+        raise info[1]
+
+
 @functools.cache
 def _renameat2() -> Any:
     library = ctypes.CDLL(None, use_errno=True)
     return getattr(library, "renameat2", None)
-
-
-class DirectoryLock:
-    """An exclusive `flock`, which the kernel releases when the process dies.
-
-    A forked child would share the lock and outlive its parent with it, so the descriptor is closed
-    there.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        with clear_errors("open the lock", path):
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(self._descriptor, 4096, 0).decode(errors="replace").strip()
-            os.close(self._descriptor)
-            self._descriptor = -1
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise errors.StorageError(
-                    f"Cannot lock {path}: {error.strerror} [errno {error.errno}].",
-                    errno=error.errno,
-                    path=path,
-                ) from error
-            raise errors.LockedError(
-                f"Another live writer holds {os.path.dirname(os.path.dirname(path))}: "
-                f"{holder or 'unknown'}. Stop it, give this run its own directory, or open the "
-                "directory with read_only=True.",
-                path=path,
-            ) from None
-        with contextlib.suppress(OSError):  # on a full disk the lock still holds, without its note
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, describe_holder(), 0)
-        _held.add(self)
-
-    def close(self) -> None:
-        """Closes this process's descriptor, without unlocking for others who share it."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def release(self) -> None:
-        """Lets the next writer in; safe to call twice."""
-        if self._descriptor >= 0:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        self.close()
-
-    def __del__(self) -> None:
-        # `os` may be gone when the interpreter ends; the kernel closes the descriptor then.
-        if getattr(self, "_descriptor", -1) >= 0 and os is not None:
-            self.close()
-
-
-_held: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    for lock in list(_held):
-        lock.close()
-
-
-os.register_at_fork(after_in_child=_close_in_child)
-
-
-def describe_holder() -> bytes:
-    """Who holds a lock, as other writers are told."""
-    return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()

@@ -176,8 +176,9 @@ class ObjectStorage(Requests):
 
     # -------------------------------------------------------------------------------- writing
 
-    def make_directory(self, path: str) -> None:
+    def make_directory(self, path: str, *, parents: bool = True) -> None:
         """Remembers an empty directory and its parents."""
+        del parents
         self.operation("make_directory", path)
         key = self._key(path)
         with self._mutex:

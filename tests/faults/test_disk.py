@@ -209,9 +209,10 @@ def test_a_directory_that_becomes_read_only_while_saving(tmp_path: Path) -> None
     try:
         with fc.CheckpointManager(root) as manager:
             manager.save(1, items(1)).result()  # type: ignore[union-attr]
-            lock = manager._lock  # pyright: ignore[reportPrivateUsage]
-            assert lock is not None
-            lock.close()  # an open file would keep the mount writable
+            # A file that is open for writing would keep the mount writable.
+            lock: Any = manager._steps.lock  # pyright: ignore[reportPrivateUsage]
+            with open(root / ".functional_ckpt" / "lock") as file:
+                os.dup2(file.fileno(), lock._lock._file.descriptor)
             disks.mount("-o", "remount,ro", str(root))
             with pytest.raises(fc.errors.SaveError, match=r"step 2 .*Read-only file system"):
                 manager.save(2, items(2)).result()  # type: ignore[union-attr]

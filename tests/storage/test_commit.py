@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from functional_ckpt import errors
-from functional_ckpt.storage import commit
+from functional_ckpt.storage import claims, commit
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.testing import Crash, Fault, FaultyStorage
 
@@ -122,13 +123,41 @@ def test_a_journal_that_makes_no_sense_moves_nothing(text: str, tmp_path: Path) 
     assert storage.walk(str(tmp_path)) == ["root/.functional_ckpt/replacing.json", "x/a"]
 
 
-def test_without_a_journal_there_is_no_overwrite_in_two(tmp_path: Path) -> None:
-    storage = FaultyStorage(can_exchange=False)
-    final = _step(storage, str(tmp_path / "7"), b"old")
-    tmp = _step(storage, commit.tmp_path(final), b"new")
-    with pytest.raises(errors.StorageError, match="Save to a new path"):
-        commit.publish(storage, tmp, final)
-    assert storage.read(os.path.join(final, "a")) == b"old"
+def test_a_replacement_without_a_journal_cut_anywhere_leaves_the_old_or_the_new(
+    tmp_path: Path,
+) -> None:
+    plain, outcomes = LocalStorage(), set[bytes]()
+    for at in range(30):
+        root = tmp_path / str(at)
+        final = _step(plain, str(root / "best"), b"old")
+        storage = FaultyStorage(can_exchange=False)
+        is_cut = True
+        with contextlib.suppress(Crash), claims.claimed(storage, final) as tmp:
+            storage.write(os.path.join(tmp, "a"), b"new")
+            storage.inject(Fault(at=at, mode="crash"))
+            claims.publish(storage, tmp, final, overwrite=True)
+            is_cut = False
+        claims.recover(plain, final)
+        content = plain.read(os.path.join(final, "a"))
+        outcomes.add(content)
+        with claims.claimed(plain, final):
+            pass  # the next writer removes what is left
+        assert plain.list(str(root)) == ["best"]
+        if not is_cut:
+            assert content == b"new"
+            break
+    else:
+        pytest.fail("the replacement never came to its end")
+    assert at > 3 and outcomes == {b"old", b"new"}
+
+
+def test_a_managers_writer_ends_a_replacement_that_was_cut(tmp_path: Path) -> None:
+    plain, root = LocalStorage(), str(tmp_path)
+    hidden = os.path.join(root, commit.HIDDEN)
+    plain.make_directory(hidden)
+    _step(plain, os.path.join(root, "best.orbax-checkpoint-tmp-replaced"), b"old")
+    commit.recover(plain, root, hidden)
+    assert plain.walk(root) == ["best/a"]
 
 
 def test_nothing_is_visible_before_all_of_it_is_durable(tmp_path: Path) -> None:

@@ -227,6 +227,9 @@ class Lease:
         self.is_released = True
         _given_up.add(self._token)
         self._stop.set()
+        self._give_back()
+
+    def _give_back(self) -> None:
         with self._mutex:
             try:
                 if retrying(self._is_ours):
@@ -238,6 +241,11 @@ class Lease:
                 _log.warning(
                     "%s/%s ends in %.0f s: %s", self._bucket.uri, self._key, LEASE_SECONDS, error
                 )
+
+    def drop(self) -> None:
+        """Lets this process's next writer in at once, and others when the lease ends."""
+        self.is_released = True
+        _given_up.add(self._token)
 
     @property
     def _is_stale(self) -> bool:
@@ -266,6 +274,9 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(_RENEW_SECONDS) and not self._is_lost:
+            if self.is_released:  # it was dropped
+                self._give_back()
+                return
             self._try_to_renew()
 
     def _try_to_renew(self) -> None:

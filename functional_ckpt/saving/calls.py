@@ -1,0 +1,120 @@
+"""One call of a manager at a time: other threads wait, and a call within another is refused.
+
+A manager has one staging memory, one commit under way and one sequence of collectives. Two saves
+that ran at once would mix their steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Callable, Generator
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
+
+from functional_ckpt import errors
+
+__all__ = ["Calls", "exclusive"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class Calls:
+    """Which call of a manager is running, and whether any may.
+
+    Args:
+        path: The manager's directory, for messages.
+        is_background: Whether the current thread runs something for the manager: a commit, or a
+            listener.
+    """
+
+    def __init__(self, path: str, is_background: Callable[[], bool]) -> None:
+        self._path = path
+        self._is_background = is_background
+        self._pid = os.getpid()
+        self._is_closed = False
+        self._turn = threading.Lock()
+        self._thread: int | None = None
+        self._name = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the manager was closed, or belongs to another process."""
+        return self._is_closed or os.getpid() != self._pid
+
+    def close(self) -> None:
+        """No call is allowed any more."""
+        self._is_closed = True
+
+    def check_process(self) -> None:
+        """Raises `ForkedError` in a forked child."""
+        if os.getpid() != self._pid:
+            raise errors.ForkedError(
+                "This CheckpointManager belongs to the parent process; make one in the child "
+                "(start it with the spawn method), or save from the parent.",
+                path=self._path,
+            )
+
+    def check_usable(self) -> None:
+        """Raises `ForkedError` in a forked child and `ClosedError` after `close`."""
+        self.check_process()
+        if self._is_closed:
+            raise errors.ClosedError("This CheckpointManager was closed.", path=self._path)
+
+    def check_not_within(self, name: str) -> None:
+        """Raises `UsageError` where a call would wait for what itself is part of."""
+        if self._thread == threading.get_ident():
+            raise errors.UsageError(
+                f"CheckpointManager.{name} was called while {self._name} of the same manager was "
+                "running on the same thread: by a signal handler, a listener (on_event) or a "
+                "state_dict method. Set a flag there, and make the call from the training loop.",
+                path=self._path,
+            )
+        if self._is_background():
+            raise errors.UsageError(
+                f"CheckpointManager.{name} was called by a listener (on_event) or a policy of the "
+                "same manager, on the thread that commits: it would wait for itself. Set a flag "
+                "there, and make the call from the training loop.",
+                path=self._path,
+            )
+
+    @contextlib.contextmanager
+    def turn(self, name: str) -> Generator[None]:
+        """Runs one call; those of other threads wait.
+
+        Raises:
+            UsageError: It was made within another call of the same manager.
+        """
+        self.check_not_within(name)
+        with self._turn:
+            self._thread, self._name = threading.get_ident(), name
+            try:
+                yield
+            finally:
+                self._thread = None
+
+
+class _HasCalls(Protocol):
+    _calls: Calls
+
+
+_M = TypeVar("_M", bound=_HasCalls)
+
+
+def exclusive(
+    method: Callable[Concatenate[_M, _P], _T],
+) -> Callable[Concatenate[_M, _P], _T]:
+    """Makes a manager's method one that runs alone, and only while the manager is usable."""
+    name = cast("Any", method).__name__
+
+    @functools.wraps(method)
+    def call(self: _M, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        calls = self._calls  # pyright: ignore[reportPrivateUsage]
+        calls.check_usable()
+        with calls.turn(name):
+            calls.check_usable()  # it may have been closed meanwhile
+            return method(self, *args, **kwargs)
+
+    return call

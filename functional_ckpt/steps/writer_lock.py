@@ -1,0 +1,120 @@
+"""The right to write into a directory of steps, for as long as anything may still write there.
+
+A manager holds it, and so does every commit that the manager has started: one that is dropped
+without `close` finishes its commit, and no other writer gets in before that.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import weakref
+
+from functional_ckpt import errors
+from functional_ckpt.storage.base import Lock, Storage
+from functional_ckpt.storage.buckets.lease import Lease
+from functional_ckpt.storage.file_lock import DirectoryLock
+
+__all__ = ["WriterLock", "take"]
+
+_WAIT_SECONDS = 10.0
+_LOOK_SECONDS = 0.01
+
+
+class WriterLock:
+    """The lock of one directory, shared by a manager and what it runs in the background.
+
+    Args:
+        lock: The lock; released when the last user leaves.
+        path: Where it is.
+
+    Attributes:
+        is_abandoned: Whether its manager was dropped without being closed.
+    """
+
+    def __init__(self, lock: Lock, path: str) -> None:
+        self.path = path
+        self.is_abandoned = False
+        self._lock = lock
+        # Sets change atomically: finalizers run at any time, on any thread, so none may wait.
+        self._users: set[object] = {self}
+        _taken.add(self)
+
+    @property
+    def is_released(self) -> bool:
+        """Whether other writers may get in."""
+        return not self._users
+
+    def check(self) -> None:
+        """Raises `LockedError` when the directory is no longer the one at its path.
+
+        An object store has no other one at the path, and checks its leases at each request.
+        """
+        if isinstance(self._lock, DirectoryLock):
+            self._lock.check()
+
+    def enter(self) -> object:
+        """Adds a user; returns what to pass to `leave`."""
+        token = object()
+        self._users.add(token)
+        return token
+
+    def leave(self, token: object) -> None:
+        """Removes a user; the last one lets the next writer in."""
+        self._users.discard(token)
+        if not self._users:
+            self._lock.release()
+
+    def release(self) -> None:
+        """The manager was closed; safe to call twice."""
+        self.leave(self)
+
+    def abandon(self) -> None:
+        """The manager was dropped; called by its finalizer, where nothing may block."""
+        self.is_abandoned = True
+        self._users.discard(self)
+        if not self._users:
+            # A lease is given back by the thread that renews it.
+            self._lock.drop() if isinstance(self._lock, Lease) else self._lock.release()
+
+
+_taken: weakref.WeakSet[WriterLock] = weakref.WeakSet()
+# The parent's: its locks are closed in the child.
+os.register_at_fork(after_in_child=_taken.clear)
+
+
+def take(storage: Storage, path: str) -> WriterLock:
+    """Takes the lock at `path`; waits a while for the commit of a dropped manager of this process.
+
+    Raises:
+        LockedError: Another live writer holds it.
+    """
+    try:
+        return WriterLock(storage.lock(path), path)
+    except errors.LockedError as error:
+        if not any(each.path == path and not each.is_released for each in list(_taken)):
+            raise
+        gc.collect()  # a dropped manager may wait for that, in a cycle of references
+        if _is_released_in_time(path):
+            return WriterLock(storage.lock(path), path)
+        raise errors.LockedError(f"{error.message} {_advice(path)}", path=error.path) from None
+
+
+def _is_released_in_time(path: str) -> bool:
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while held := [each for each in list(_taken) if each.path == path and not each.is_released]:
+        if not all(each.is_abandoned for each in held) or time.monotonic() >= deadline:
+            return False
+        time.sleep(_LOOK_SECONDS)
+    return True
+
+
+def _advice(path: str) -> str:
+    if any(each.path == path and each.is_abandoned for each in list(_taken)):
+        return (
+            "That is this process: a CheckpointManager was dropped, and its save is still being "
+            "committed. Wait for the result() of the Commit that save returned, or close() the "
+            "manager."
+        )
+    return "That is this process: close() its other CheckpointManager of this directory first."

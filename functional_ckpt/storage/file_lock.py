@@ -1,0 +1,161 @@
+"""Advisory locks of the local file system: a writer's, and those of temporary directories.
+
+The kernel releases a `flock` when the last process that shares it is gone. A forked child would
+share every lock and outlive its parent with it, so all descriptors are closed there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+
+from functional_ckpt import errors
+from functional_ckpt.storage.system_errors import clear_errors
+
+__all__ = ["DirectoryLock", "FileLock"]
+
+_UNSUPPORTED = (
+    *(errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP),
+    *(errno.EINVAL, errno.EBADF),
+)
+_MOVED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+
+
+class FileLock:
+    """A file or directory that is open, and locked by this process where the system can.
+
+    Attributes:
+        path: What was opened.
+    """
+
+    def __init__(self, path: str, flags: int) -> None:
+        self.path = path
+        # A list, because `pop` is atomic: threads and finalizers may close at the same time, and
+        # by then the number may be another file's.
+        self._descriptors = [os.open(path, flags | os.O_CLOEXEC, 0o666)]
+        _open.add(self)
+
+    @property
+    def descriptor(self) -> int:
+        """The descriptor, or -1 once it was closed."""
+        return self._descriptors[0] if self._descriptors else -1
+
+    def lock(self) -> bool | None:
+        """Takes the lock if it is free.
+
+        Returns:
+            Whether it is held now; None where the file system has no locks.
+        """
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                return False
+            if error.errno in _UNSUPPORTED:
+                return None
+            raise
+        return True
+
+    def is_at_path(self) -> bool:
+        """Whether the path still leads to what is open; false once it was moved or removed."""
+        held = os.fstat(self.descriptor)
+        try:
+            found = os.stat(self.path)
+        except OSError as error:
+            if error.errno in _MOVED:
+                return False
+            raise
+        return (held.st_dev, held.st_ino) == (found.st_dev, found.st_ino)
+
+    def close(self) -> None:
+        """Closes this process's descriptor; other processes that share the lock keep it."""
+        with contextlib.suppress(IndexError):
+            os.close(self._descriptors.pop())
+        _open.discard(self)
+
+    def release(self) -> None:
+        """Unlocks and closes; safe to call twice, from any thread and from finalizers."""
+        if self._descriptors:
+            # A child that was forked between opening and registering may share it.
+            with contextlib.suppress(OSError, IndexError):
+                fcntl.flock(self._descriptors[0], fcntl.LOCK_UN)
+        self.close()
+
+
+_open: set[FileLock] = set()
+
+
+def _close_in_child() -> None:
+    for lock in list(_open):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+class DirectoryLock:
+    """The lock of the one live writer of a directory: a `FileLock` that names its holder.
+
+    Args:
+        path: The lock file, `ROOT/.functional_ckpt/lock`.
+
+    Raises:
+        LockedError: Another live writer holds it.
+        StorageError: The file system refused.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._root = os.path.dirname(os.path.dirname(path))
+        with clear_errors("lock", path):
+            self._file = FileLock(path, os.O_RDWR | os.O_CREAT)
+        try:
+            with clear_errors("lock", path):
+                self._take()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _take(self) -> None:
+        held = self._file.lock()
+        if held is None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        if not held:
+            holder = os.pread(self._file.descriptor, 4096, 0).decode(errors="replace").strip()
+            raise errors.LockedError(
+                f"Another live writer holds {self._root}: {holder or 'unknown'}. Stop it, give "
+                "this run its own directory, or open the directory with read_only=True.",
+                path=self.path,
+            )
+        with contextlib.suppress(OSError):  # on a full disk the lock still holds, without its note
+            os.ftruncate(self._file.descriptor, 0)
+            os.pwrite(self._file.descriptor, _holder(), 0)
+
+    def check(self) -> None:
+        """Raises `LockedError` unless the lock file at the path is still the one that is held.
+
+        The lock is that of an inode, and steps are written by path: once the directory was moved,
+        removed or replaced, the path may be another writer's.
+        """
+        with clear_errors("look at the lock", self.path):
+            is_held = self._file.descriptor >= 0 and self._file.is_at_path()
+        if not is_held:
+            raise errors.LockedError(
+                f"{self._root} is no longer the directory that was locked: it, or its "
+                ".functional_ckpt folder, was moved, removed or replaced. Nothing is written. Make "
+                "a new CheckpointManager.",
+                path=self.path,
+            )
+
+    def release(self) -> None:
+        """Lets the next writer in; safe to call twice, from any thread and from finalizers."""
+        self._file.release()
+
+
+def _holder() -> bytes:
+    """The note in the lock file, for the message to other writers."""
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
