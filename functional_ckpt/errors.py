@@ -17,12 +17,17 @@
     └── CoordinationError (RuntimeError)         another rank failed
         └── CoordinationTimeoutError (TimeoutError)
 
+With many ranks, an error of one is raised on all: on the others as the same class, which is then a
+`CoordinationError` too and names the rank at fault: `except MismatchError` catches it everywhere.
+
 Every error carries `.step`, `.path` and `.key_path` where they apply (else None).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 __all__ = [
     "CheckpointError",
@@ -41,6 +46,7 @@ __all__ = [
     "StorageError",
     "UnsupportedLeafError",
     "UsageError",
+    "on_other_ranks",
 ]
 
 
@@ -210,3 +216,33 @@ class CoordinationError(CheckpointError, RuntimeError):
 
 class CoordinationTimeoutError(CoordinationError, TimeoutError):
     """Another rank did not answer in time."""
+
+
+@functools.cache
+def on_other_ranks(kind: type[CheckpointError]) -> type[CoordinationError]:
+    """The class that other ranks raise where one has raised `kind`: both, that and the other.
+
+    >>> issubclass(on_other_ranks(MismatchError), MismatchError)
+    True
+    """
+    if issubclass(kind, CoordinationError):
+        return kind
+    if issubclass(CoordinationError, kind):
+        return CoordinationError
+
+    def reduce(error: CheckpointError) -> tuple[object, ...]:
+        return (_rebuild_of_other_rank, (kind, error.message, dict(error.__dict__)))
+
+    namespace: dict[str, Any] = {
+        "__doc__": f"{kind.__name__} of another rank.",
+        "__module__": kind.__module__,
+        "__reduce__": reduce,  # pickle would look the class up by its name, and find `kind`
+    }
+    make_class: Any = type  # checkers find no order for the bases of all errors at once
+    return make_class(kind.__name__, (kind, CoordinationError), namespace)
+
+
+def _rebuild_of_other_rank(
+    kind: type[CheckpointError], message: str, fields: dict[str, object]
+) -> CheckpointError:
+    return _rebuild(on_other_ranks(kind), message, fields)

@@ -59,8 +59,8 @@ class CheckpointManager:
             written before `save` returns. None: no bound.
         on_busy: What a save does during another's commit: `wait` for it, or `skip` this one.
         process_group: The ranks that save and restore together: a group of torch.distributed, for
-            a replica that checkpoints alone; None for the default group, if there is one. Each of
-            its ranks makes its manager, and calls its methods, in the same order.
+            a replica that checkpoints alone; None for the default group, if there is one. They all
+            make their managers alike, and call the methods in the same order.
         coordinator: How they agree, in place of `process_group`.
         on_event: Called with an `Event` when a step was staged, written, committed, uploaded or
             pruned; a function or several, which must be quick. What they raise is logged.
@@ -115,10 +115,10 @@ class CheckpointManager:
         self._saver = saver.Saver(self._steps, registry, self._coordinator, self._options)
         self._calls = Calls(root, self._saver.is_in_background)
         self._resumer = Restorer(self._steps, registry, self._coordinator, self._saver.decider)
+        alike = self._options.compared(self._steps, step_names, tiers)
         try:
-            if not read_only:
-                acquire.acquire_writer_lock(self._steps, self._coordinator, owner=self)
-                self._saver.decider.start()
+            acquire.open_directory(self._steps, self._coordinator, alike, owner=self)
+            self._saver.decider.start()
             run_on_all(self._coordinator, "looking into the directory", self._steps.reload)
             self._saver.upload_by(
                 open_tiers(

@@ -79,7 +79,8 @@ class Coordinator(Protocol):
                 done before any rank goes on.
 
         Raises:
-            CoordinationError: Another rank gave an error, or `combine` failed on the primary.
+            CoordinationError: Another rank gave an error, or `combine` failed on the primary; of
+                the class of that error as well, if it is one of `errors`.
             CoordinationTimeoutError: A rank did not come.
             BaseException: The error that this rank itself gave.
         """

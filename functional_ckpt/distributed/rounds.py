@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from functional_ckpt import errors
+from functional_ckpt.distributed import remote_errors
 from functional_ckpt.distributed.coordinator import Combine
 
 __all__ = ["KeyValueStore", "Rounds"]
@@ -182,21 +183,26 @@ class Rounds:
                 ranks=others,
             )
         failed = {
-            rank: text.decode() for rank, (kind, _, text) in entries.items() if kind == _ERROR
+            rank: json.loads(payload)
+            for rank, (kind, _, payload) in entries.items()
+            if kind == _ERROR
         }
         self._raise_missing(what, failed, absent)
         return [payload for _, _, payload in entries.values()]
 
-    def _raise_missing(self, what: str, failed: dict[int, str], absent: Sequence[int]) -> None:
-        told = [f"Rank {rank} failed in {what}: {text}" for rank, text in failed.items()]
+    def _raise_missing(
+        self, what: str, failed: dict[int, remote_errors.Record], absent: Sequence[int]
+    ) -> None:
+        told = [f"Rank {rank} failed in {what}: {each['text']}" for rank, each in failed.items()]
         if absent:
             told.append(
                 f"{_named(absent).capitalize()} did not come to {what} within "
                 f"{self._timeout_seconds:g} seconds: dead or stuck?"
             )
-        if told:
-            kind = errors.CoordinationTimeoutError if absent else errors.CoordinationError
-            raise kind(" ".join(told), ranks=sorted([*failed, *absent]))
+            ranks = sorted([*failed, *absent])
+            raise errors.CoordinationTimeoutError(" ".join(told), ranks=ranks)
+        if failed:
+            raise remote_errors.rebuild(next(iter(failed.values())), " ".join(told), list(failed))
 
     # ------------------------------------------------------------------------------ others
 
@@ -259,9 +265,7 @@ class Rounds:
         kind, _, payload = _parse(self._store.get([key], self._limit)[0])
         if kind == _ERROR:
             record = json.loads(payload)
-            late = record["timeout"]
-            error = errors.CoordinationTimeoutError if late else errors.CoordinationError
-            raise error(record["text"], ranks=record["ranks"])
+            raise remote_errors.rebuild(record, record["message"], record["ranks"])
         return None if kind == _SKIPPED else payload
 
     # ------------------------------------------------------------------------------ the store
@@ -308,19 +312,14 @@ def _parse(entry: bytes) -> tuple[str, str, bytes]:
 
 def _describe(error: BaseException, what: str) -> bytes:
     """The primary's error as the others will raise it."""
-    record = {"text": f"Rank 0 failed in {what}: {_text(error)}", "ranks": (0,), "timeout": False}
-    if isinstance(error, errors.CoordinationError):
-        is_timeout = isinstance(error, errors.CoordinationTimeoutError)
-        record = {"text": error.message, "ranks": error.ranks, "timeout": is_timeout}
+    record = remote_errors.to_record(error)
+    if record["message"] is None:
+        record |= {"message": f"Rank 0 failed in {what}: {record['text']}", "ranks": [0]}
     return json.dumps(record).encode()
 
 
 def _failed(what: str, error: BaseException) -> bytes:
-    return _entry(_ERROR, what, _text(error).encode())
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return _entry(_ERROR, what, json.dumps(remote_errors.to_record(error)).encode())
 
 
 def _named(ranks: Sequence[int] | dict[int, str]) -> str:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from functional_ckpt import errors
 
-__all__ = ["CheckpointItem", "Handler", "Registry"]
+__all__ = ["CheckpointItem", "Handler", "Registry", "Replicated"]
+
+Replicated: TypeAlias = Literal["checked", "unchecked"]
+"""Whether what several ranks hold under one name must be the same."""
 
 
 class Handler(abc.ABC):
@@ -71,6 +74,18 @@ class Handler(abc.ABC):
         del value
         return ()
 
+    def first_rank_leaves(self, value: Any) -> Mapping[str, bool]:
+        """Names of leaves that may differ between ranks: those of the first rank are saved.
+
+        Of all other tensors that are not sharded, a save makes sure that they are equal on all
+        ranks that have them.
+
+        Returns:
+            Name -> whether a difference is worth a warning.
+        """
+        del value
+        return {}
+
     def resize(self, trees: Sequence[Any], rank: int, num_ranks: int) -> Any:
         """The tree of one rank out of those of every rank that saved, when their number changed.
 
@@ -107,10 +122,21 @@ class CheckpointItem:
     Attributes:
         value: The live object.
         handler: How it is lowered and lifted.
+        replicated: Whether a save compares what several ranks hold under one name (samples of
+            plain tensors and of replicas, and JSON), of which it keeps one. `unchecked`: they may
+            differ, and the first rank's is kept.
     """
 
     value: Any
     handler: Handler
+    replicated: Replicated = "checked"
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for anything but the two words."""
+        if self.replicated not in ("checked", "unchecked"):
+            raise errors.UsageError(
+                f"replicated must be 'checked' or 'unchecked'; got {self.replicated!r}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree.placeholders import AS_SAVED
-from functional_ckpt.handlers.base import CheckpointItem, Handler
+from functional_ckpt.handlers.base import CheckpointItem, Handler, Replicated
 
 __all__ = ["Json", "JsonHandler"]
 
@@ -56,12 +56,14 @@ class Json(CheckpointItem):
     Args:
         value: Dicts with string keys, lists, strings, finite numbers, booleans and None. What
             stands here at restore does not matter: `fc.Json()` will do.
+        replicated: `checked` makes a value that differs between ranks an error; `unchecked` saves
+            the first rank's.
     """
 
     __slots__ = ()
 
-    def __init__(self, value: Any = None) -> None:
-        super().__init__(value, JsonHandler())
+    def __init__(self, value: Any = None, *, replicated: Replicated = "checked") -> None:
+        super().__init__(value, JsonHandler(), replicated)
 
 
 def _check(value: object, path: str = "", parents: tuple[int, ...] = ()) -> None:

@@ -17,7 +17,7 @@ from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.tree import memory
 from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
 from functional_ckpt.handlers import module_names
-from functional_ckpt.handlers.base import CheckpointItem, Handler
+from functional_ckpt.handlers.base import CheckpointItem, Handler, Replicated
 
 __all__ = ["Module", "ModuleHandler"]
 
@@ -73,6 +73,10 @@ class ModuleHandler(Handler):
             if name not in spare
         }
 
+    def first_rank_leaves(self, value: Any) -> Mapping[str, bool]:
+        """Buffers that DDP broadcasts from the first rank; the statistics of batch norm."""
+        return module_names.first_rank_buffers(value)
+
     def selects(self, name: str) -> bool:
         """Whether a stored leaf is one of `only`'s, or lies in an extra state that is."""
         head, extra, _ = name.partition("_extra_state")
@@ -127,6 +131,9 @@ class Module(CheckpointItem):
             it leaves no trace in the names.
         only: Shell patterns (`"encoder.*"`) of the names to save, or to restore.
         device: Where tensors on the meta device are materialised by restore; None for the CPU.
+        replicated: `checked` makes plain tensors that differ between ranks an error (samples are
+            compared; not those of batch norm, nor buffers below a DDP that broadcasts them: the
+            first rank's are saved); `unchecked` saves the first rank's of all.
 
     Raises:
         UsageError: Not a module.
@@ -140,6 +147,7 @@ class Module(CheckpointItem):
         *,
         only: str | Sequence[str] | None = None,
         device: torch.device | str | None = None,
+        replicated: Replicated = "checked",
     ) -> None:
         if not isinstance(cast("object", value), torch.nn.Module):
             raise errors.UsageError(f"Expected a torch.nn.Module, got {type(value).__name__}.")
@@ -148,7 +156,7 @@ class Module(CheckpointItem):
             only=None if patterns is None else tuple(patterns),
             device=None if device is None else torch.device(device),
         )
-        super().__init__(value, handler)
+        super().__init__(value, handler, replicated)
 
 
 class _Entry(NamedTuple):
@@ -205,6 +213,8 @@ def _is_same(tensor: torch.Tensor, value: object) -> bool:
         return True
     if not isinstance(value, torch.Tensor) or tensor.is_meta or _is_uninitialized(tensor):
         return False
+    if memory.is_opaque(tensor) or memory.is_opaque(value):
+        return False
     if tensor.layout != torch.strided or value.layout != torch.strided:
         return False
     key = memory.storage_key(value)
@@ -218,7 +228,9 @@ def _is_uninitialized(value: Any) -> bool:
 def _detached(value: Any) -> Any:
     # A Parameter is a role in a module, not a kind of data: without the module it comes back as a
     # tensor.
-    return value.detach() if isinstance(value, torch.Tensor) else value
+    # What is opaque cannot even be detached: it is refused under its name.
+    is_tensor = isinstance(value, torch.Tensor) and not memory.is_opaque(value)
+    return value.detach() if is_tensor else value
 
 
 def _stored(entry: _Entry) -> Any:
@@ -235,6 +247,8 @@ def _wanted(entry: _Entry, saved: object) -> Any:
     value = entry.value
     if not isinstance(value, torch.Tensor) or entry.is_lazy:
         return AS_SAVED
+    if memory.is_opaque(value):
+        return value
     if value.is_meta or not entry.is_own:
         return value.detach()
     if entry.owner is not None and _loads_its_own_way(entry.owner) and not _fits(value, saved):

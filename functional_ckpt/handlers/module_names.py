@@ -7,11 +7,12 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
 
 from functional_ckpt import errors
 from functional_ckpt.handlers import classes
 
-__all__ = ["Slot", "clean_prefix", "slots"]
+__all__ = ["Slot", "clean_prefix", "first_rank_buffers", "slots"]
 
 # The class of a wrapper -> the attribute under which it holds the wrapped module. Only these are
 # stripped: a user's own attribute that happens to be called `module` is part of the name.
@@ -28,6 +29,7 @@ _WRAPPERS: Mapping[str, str] = MappingProxyType(
         ),
     }
 )
+_DDP = frozenset({"torch.nn.parallel.distributed.DistributedDataParallel"})
 
 
 class Slot(NamedTuple):
@@ -90,6 +92,28 @@ def _named_modules(root: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
             "tensors have no finite names. Keep the reference to a parent outside of "
             "torch.nn.Module's attributes (in a tuple, or as a weakref)."
         ) from error
+
+
+def first_rank_buffers(root: torch.nn.Module) -> dict[str, bool]:
+    """Clean names of the buffers that legitimately differ between ranks -> whether to warn of it.
+
+    A DistributedDataParallel that broadcasts buffers overwrites them with the first rank's in the
+    next forward pass. Running statistics differ without one too, and which of the ranks' are right
+    nobody can tell.
+    """
+    broadcast = {
+        id(module)
+        for wrapper in root.modules()
+        if classes.is_a(wrapper, _DDP) and getattr(wrapper, "broadcast_buffers", False)
+        for module in wrapper.modules()
+    }
+    found: dict[str, bool] = {}
+    for prefix, module in _named_modules(root):
+        is_broadcast = id(module) in broadcast
+        if module._buffers and (is_broadcast or isinstance(module, _NormBase)):
+            start = clean_prefix(root, prefix)
+            found |= {start + name: not is_broadcast for name in module._buffers}
+    return found
 
 
 def _wrapped_attribute(module: torch.nn.Module | None) -> str | None:

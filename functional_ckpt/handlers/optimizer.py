@@ -22,7 +22,7 @@ from functional_ckpt.core.tree import flatten as tree_lib
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING, Fill, Refused
 from functional_ckpt.core.tree.structure import MergedNames
 from functional_ckpt.handlers import classes, optimizer_names
-from functional_ckpt.handlers.base import CheckpointItem, Handler
+from functional_ckpt.handlers.base import CheckpointItem, Handler, Replicated
 from functional_ckpt.handlers.optimizer_names import NamedOptimizer, State
 
 __all__ = ["NamedOptimizer", "Optimizer", "OptimizerHandler"]
@@ -141,9 +141,12 @@ class Optimizer(CheckpointItem):
             state of the parameters that it updates, and restores that of those it updates then.
         model: The module whose parameters it updates (wrapped or not), or `(name, parameter)`
             pairs.
+        replicated: `checked` makes plain tensors that differ between ranks an error (samples are
+            compared); `unchecked` saves the first rank's.
 
     Raises:
-        UsageError: Not an optimizer, or nothing that names parameters.
+        UsageError: Not an optimizer, or nothing that names parameters; or parameters that FSDP1 has
+            flattened.
     """
 
     __slots__ = ()
@@ -152,6 +155,8 @@ class Optimizer(CheckpointItem):
         self,
         optimizer: torch.optim.Optimizer,
         model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]],
+        *,
+        replicated: Replicated = "checked",
     ) -> None:
         if not isinstance(cast("object", optimizer), torch.optim.Optimizer):
             raise errors.UsageError(
@@ -160,9 +165,10 @@ class Optimizer(CheckpointItem):
             )
         if not isinstance(model, torch.nn.Module):
             model = tuple(model)
+        optimizer_names.check_not_flattened(optimizer, model)
         outer = optimizer if classes.is_a(optimizer, _ZERO) else None
         inner = optimizer if outer is None else cast("Any", outer).optim
-        super().__init__(NamedOptimizer(inner, model, outer), OptimizerHandler())
+        super().__init__(NamedOptimizer(inner, model, outer), OptimizerHandler(), replicated)
 
 
 # ------------------------------------------------------------------------------------ matching

@@ -21,6 +21,7 @@ __all__ = [
     "State",
     "by_name",
     "check_layout",
+    "check_not_flattened",
     "check_same_class",
     "check_same_parameters",
     "check_same_size",
@@ -36,6 +37,7 @@ State: TypeAlias = dict[Any, Any]
 # State whose key is not a parameter.
 SHARED = "shared_state"
 RESERVED = ("state", "param_groups", SHARED)
+_FSDP1 = frozenset({"torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"})
 
 
 # How the arithmetic is carried out, not what is computed: these belong to the run that goes on, and
@@ -141,6 +143,29 @@ def loads_its_own_way(optimizer: torch.optim.Optimizer) -> bool:
         type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict
         or bool(optimizer._optimizer_load_state_dict_pre_hooks)
         or bool(optimizer._optimizer_load_state_dict_post_hooks)
+    )
+
+
+def check_not_flattened(optimizer: torch.optim.Optimizer, model: object) -> None:
+    """Raises `UsageError` for parameters that FSDP1 has cut into flat pieces, one for each rank.
+
+    Their state has the same name and often the same shape on all ranks, and is not the same.
+    """
+    groups = optimizer.param_groups
+    if not any(getattr(p, "_fsdp_flattened", False) for group in groups for p in group["params"]):
+        return
+    if isinstance(model, torch.nn.Module):
+        wrappers: list[Any] = [m for m in model.modules() if classes.is_a(m, _FSDP1)]
+        if wrappers and all(each.sharding_strategy.name == "NO_SHARD" for each in wrappers):
+            return
+    raise errors.UsageError(
+        "The optimizer updates parameters that FullyShardedDataParallel (FSDP1) has flattened: "
+        "each rank has a piece of the state, under no name of its own. Use FSDP2 "
+        "(torch.distributed.fsdp.fully_shard); or save the state that torch gathers, as a plain "
+        "item, get_optimizer_state_dict(model, optimizer, "
+        "options=StateDictOptions(full_state_dict=True)) of "
+        "torch.distributed.checkpoint.state_dict, restore it with None as its target, and call "
+        "set_optimizer_state_dict(model, optimizer, state, options=...)."
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from functional_ckpt import errors
 from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.handlers import classes
-from functional_ckpt.handlers.base import CheckpointItem, Handler
+from functional_ckpt.handlers.base import CheckpointItem, Handler, Replicated
 
 __all__ = ["PerRankStatefulHandler", "Stateful", "StatefulHandler", "is_stateful"]
 
@@ -56,6 +56,8 @@ class Stateful(CheckpointItem):
         value: The object.
         per_rank: Whether each rank has a state of its own to save; None for torchdata's loaders
             only.
+        replicated: `checked` makes plain tensors that differ between ranks an error (samples are
+            compared); `unchecked` saves the first rank's.
 
     Raises:
         UsageError: The object lacks one of the two methods.
@@ -63,14 +65,17 @@ class Stateful(CheckpointItem):
 
     __slots__ = ()
 
-    def __init__(self, value: Any, *, per_rank: bool | None = None) -> None:
+    def __init__(
+        self, value: Any, *, per_rank: bool | None = None, replicated: Replicated = "checked"
+    ) -> None:
         if not is_stateful(value):
             raise errors.UsageError(
                 f"Expected an object with state_dict() and load_state_dict(), got {value!r}."
             )
         if per_rank is None:
             per_rank = classes.is_a(value, _DATA_LOADERS)
-        super().__init__(value, PerRankStatefulHandler() if per_rank else StatefulHandler())
+        handler = PerRankStatefulHandler() if per_rank else StatefulHandler()
+        super().__init__(value, handler, replicated)
 
 
 def is_stateful(value: object) -> bool:

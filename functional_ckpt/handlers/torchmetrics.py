@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.handlers import classes
-from functional_ckpt.handlers.base import CheckpointItem, Handler
+from functional_ckpt.handlers.base import CheckpointItem, Handler, Replicated
 from functional_ckpt.handlers.module import ModuleHandler
 
 __all__ = ["Metric", "MetricHandler", "is_metric"]
@@ -72,11 +72,22 @@ class MetricHandler(Handler):
         return value
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class PerRankMetricHandler(MetricHandler):
+    """The same for metrics that count on every rank for itself."""
+
+    per_rank: ClassVar[bool] = True
+
+
 class Metric(CheckpointItem):
     """A torchmetrics `Metric` or `MetricCollection`, filled in place by restore.
 
     Args:
         value: The metric.
+        per_rank: Whether each rank has counts of its own to save, as metrics have between two calls
+            of `compute`.
+        replicated: `checked` makes counts that differ between ranks an error; `unchecked` saves the
+            first rank's.
 
     Raises:
         UsageError: Not a metric.
@@ -84,10 +95,12 @@ class Metric(CheckpointItem):
 
     __slots__ = ()
 
-    def __init__(self, value: Any) -> None:
+    def __init__(
+        self, value: Any, *, per_rank: bool = False, replicated: Replicated = "checked"
+    ) -> None:
         if not is_metric(value):
             raise errors.UsageError(f"Expected a torchmetrics metric, got {type(value).__name__}.")
-        super().__init__(value, MetricHandler())
+        super().__init__(value, PerRankMetricHandler() if per_rank else MetricHandler(), replicated)
 
 
 def is_metric(value: object) -> bool:

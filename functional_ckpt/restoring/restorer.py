@@ -134,12 +134,8 @@ class Restorer:
     ) -> restore_lib.Restored:
         """From the nearest tier that holds it; from the next where that one cannot be read."""
         *nearer, last = holders
-        failures = (
-            errors.CorruptCheckpointError,
-            errors.StorageError,
-            errors.CoordinationError,
-            errors.StepNotFoundError,
-        )
+        # Those of one rank are raised on all, as the same class: all go on to the next tier.
+        failures = (errors.CorruptCheckpointError, errors.StorageError, errors.StepNotFoundError)
         with self.steps.reading(step):
             for holder in nearer:
                 try:

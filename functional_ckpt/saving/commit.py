@@ -129,10 +129,7 @@ class StepCommitter:
             _log.info("step %d committed", step)
             seconds = (outcome["commit_time_ns"] - info.init_time_ns) / 1e9
             self._steps.emit("committed", step, seconds=seconds)
-        is_more_to_do = self._keep_policies or self._steps.latest_link or self._steps.has_tiers
-        if is_more_to_do or outcome["replaced"] is not None:
-            return self._clean_up(committed, outcome["replaced"])
-        return None
+        return self._clean_up(committed, outcome["replaced"]) if outcome["cleans_up"] else None
 
     def abort(self, step: int, error: BaseException) -> None:
         """Instead of `commit`, where staging failed: tells the other ranks and raises."""
@@ -278,10 +275,13 @@ class StepCommitter:
         hidden = self._steps.hidden
         self._steps.check_lock()
         replaced = commit.publish(self._storage, tmp, final, hidden, overwrite=self._overwrite)
+        # The primary says what follows, so that no rank waits for a round that another skips.
+        cleans_up = bool(self._keep_policies or self._steps.latest_link or self._steps.has_tiers)
         outcome = {
             "is_unchanged": False,
             "commit_time_ns": commit_time_ns,
             "replaced": replaced,
+            "cleans_up": cleans_up or replaced is not None,
             "generation": info.line.generation,
             "ancestors": info.line.ancestors,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,9 @@ class LoweredItem:
         optimizers: Whose steps alone change what it holds below `state`.
         value: The live object.
         per_rank: Whether every rank has a value of its own, under a key of its own.
+        first_rank: Names of the arrays that may differ between ranks, of which the first rank's is
+            saved -> whether to warn when they do.
+        is_checked: Whether what several ranks hold is compared.
     """
 
     name: str
@@ -66,6 +69,8 @@ class LoweredItem:
     optimizers: tuple[Any, ...] = ()
     value: Any = None
     per_rank: bool = False
+    first_rank: Mapping[str, bool] = dataclasses.field(default_factory=dict[str, bool])
+    is_checked: bool = True
 
 
 def check_item_name(name: object) -> str:
@@ -109,13 +114,15 @@ def lower(
 def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ...]) -> LoweredItem:
     kind = type(item.handler).__name__
     lowered = _tree_of(name, item)
+    is_checked = item.replicated == "checked"
     if item.handler.format == "json":
-        return LoweredItem(name=name, handler=kind, root=None, text=to_json(lowered, name))
+        text = to_json(lowered, name)
+        return LoweredItem(name=name, handler=kind, root=None, text=text, is_checked=is_checked)
     per_rank = item.handler.per_rank and len(ranks) > 1
     flat = flatten.flatten(
         {merge_ranks.rank_key(rank): lowered} if per_rank else lowered, item=name
     )
-    sources = tuple(_source(name, node, value, ranks) for node, value in flat.arrays)
+    sources = tuple(_source(name, node, value, rank, ranks) for node, value in flat.arrays)
     if per_rank and (spread := next((s for s in sources if s.sharding is not None), None)):
         raise errors.UnsupportedLeafError(
             f"{name}: {spread.node.name!r} is a DTensor, of which each rank has a part, but every "
@@ -133,6 +140,8 @@ def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ..
         optimizers=tuple(item.handler.optimizers(item.value)),
         value=item.value,
         per_rank=per_rank,
+        first_rank={} if len(ranks) == 1 or per_rank else _first_rank(item, sources),
+        is_checked=is_checked,
     )
 
 
@@ -147,9 +156,23 @@ def _tree_of(name: str, item: CheckpointItem) -> Any:
         ) from error
 
 
-def _source(item: str, node: structure.ArrayNode, value: object, ranks: tuple[int, ...]) -> Source:
+def _first_rank(item: CheckpointItem, sources: Sequence[Source]) -> Mapping[str, bool]:
+    if item.replicated == "unchecked":
+        return {source.node.name: False for source in sources}
+    return item.handler.first_rank_leaves(item.value)
+
+
+def _source(
+    item: str, node: structure.ArrayNode, value: object, rank: int, ranks: tuple[int, ...]
+) -> Source:
     try:
-        return Source(node, encode.source_of(value, node), _sharding(value, ranks))
+        if memory.is_plain(value):
+            return Source(node, encode.source_of(value, node), None)
+        sharding = sharding_lib.sharding_of(value)
+        tensor = encode.source_of(value, node)
+        if wrong := sharding_lib.wrong_local(value, sharding, tuple(tensor.shape)):
+            raise errors.UnsupportedLeafError(f"rank {rank}: {wrong}")
+        return Source(node, tensor, _in_group(sharding, ranks))
     except errors.UnsupportedLeafError as error:
         if error.key_path is not None:
             raise
@@ -157,8 +180,10 @@ def _source(item: str, node: structure.ArrayNode, value: object, ranks: tuple[in
         raise errors.UnsupportedLeafError(f"{where}: {error.message}", key_path=where) from error
 
 
-def _sharding(value: object, ranks: tuple[int, ...]) -> sharding_lib.Sharding | None:
-    sharding = None if memory.is_plain(value) else sharding_lib.sharding_of(value)
+def _in_group(
+    sharding: sharding_lib.Sharding | None, ranks: tuple[int, ...]
+) -> sharding_lib.Sharding | None:
+    """The sharding with ranks counted within the group that saves."""
     if sharding is None:
         return None
     is_world = ranks == tuple(range(len(ranks)))

@@ -1,28 +1,32 @@
 """The ranks agree on who writes what: one round trip a save, a second when the structure is new.
 
-Every rank tells the primary a digest of its structure. If all are equal, or all are as they were at
-the last save, every rank knows its part already. Only where they differ (pipeline stages; norms
-that each tensor-parallel rank shards over a mesh of its own) do the ranks exchange the names and
-shardings of their leaves.
+Every rank sends the primary a digest of its structure, and samples of what other ranks hold too. If
+all structures are equal, or all are as they were at the last save, every rank knows its part
+already. Only where they differ (pipeline stages; norms that each tensor-parallel rank shards over a
+mesh of its own), or where samples do, do the ranks exchange the names, shardings and samples of
+their leaves.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import write_plan
-from functional_ckpt.core.arrays.sharding import DimShard, Sharding
-from functional_ckpt.core.records import merge_ranks, records
+from functional_ckpt.core.arrays.sharding import Sharding
+from functional_ckpt.core.records import records
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.runtime import threads
+from functional_ckpt.saving import leaf_table, replicas
 from functional_ckpt.saving.lower import LoweredItem, Source
 
-__all__ = ["ItemPlan", "SavePlanner", "SavePlan"]
+__all__ = ["ItemPlan", "SavePlan", "SavePlanner"]
+
+_log = logging.getLogger("functional_ckpt")
 
 Shardings: TypeAlias = "dict[str, Sharding]"
 """`item/leaf` -> which ranks hold what of the leaf, all ranks considered."""
@@ -49,8 +53,11 @@ class SavePlanner:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self._signature = b""
+        self._signature = ""
         self._plan: SavePlan = {}
+        self._groups: replicas.Groups = {}
+        self._num_saves = 0
+        self._has_warned = False
 
     def plan(self, items: Sequence[LoweredItem] | BaseException, step: int | None) -> SavePlan:
         """This rank's part of a save; every rank must call it.
@@ -61,7 +68,7 @@ class SavePlanner:
 
         Raises:
             CoordinationError: Another rank failed, or the ranks disagree about the step or the
-                items.
+                items, or hold different values of one leaf.
         """
         coordinator = self._coordinator
         if isinstance(items, BaseException):
@@ -77,56 +84,122 @@ class SavePlanner:
         coordinator = self._coordinator
         with threads.gc_paused():
             signature = _signature(items)
-        head = json.dumps([step, sorted(item.name for item in every)]).encode()
-        is_known = b"1" if signature == self._signature else b"0"
+        is_known = signature == self._signature
+        if not is_known:
+            self._num_saves, self._groups = 0, self._group(items, None)
+        sources = [item.sources for item in items]
+        value = {
+            "step": step,
+            "items": dict(sorted(map(_kind, every))),
+            "texts": {item.name: _text_digest(item) for item in every if item.text is not None},
+            "is_known": is_known,
+            "signature": signature,
+            "samples": replicas.samples(self._groups, sources, self._num_saves),
+        }
         # A plan holds for what all ranks have: after a failed round nobody can say if it still
         # does.
-        self._signature = b""
+        self._signature = ""
         verdict = coordinator.gather_broadcast(
-            f"the plan of step {step}", b"%d\n" % len(head) + head + is_known + signature, _compare
+            f"the plan of step {step}", json.dumps(value).encode(), self._compare
         )
         if verdict == b"as before":
             self._signature = signature
+            self._num_saves += 1
             return self._plan
         ranks = tuple(range(coordinator.num_ranks))
         shardings: Shardings | None = None
         if verdict != b"alike":
-            own = _to_bytes(dict(_local_shardings(items)))
+            own = leaf_table.to_bytes(leaf_table.leaves_of(items))
             what = f"the leaves of step {step}"
-            shardings = _from_bytes(coordinator.gather_broadcast(what, own, _merge_shardings))
+            merged = coordinator.gather_broadcast(what, own, leaf_table.merge)
+            shardings = leaf_table.shardings_of(merged)
         with threads.gc_paused():
             self._plan = _plan(items, coordinator.rank, ranks, shardings)
+            self._groups = self._group(items, shardings)
         self._signature = signature
+        self._num_saves = 1
         return self._plan
 
+    def _group(self, items: Sequence[LoweredItem], shardings: Shardings | None) -> replicas.Groups:
+        """What other ranks hold as well; going by this rank's own shardings without all ranks'."""
+        if self._coordinator.num_ranks == 1:
+            return {}
+        whole = Sharding.replicated(tuple(range(self._coordinator.num_ranks)))
+        leaves: list[tuple[str, tuple[int, int], Sharding, str]] = []
+        for number, item in enumerate(items):
+            for index, source in enumerate(item.sources):
+                name = f"{item.name}/{source.node.name}"
+                mark = leaf_table.mark_of(item, source.node.name)
+                if mark != leaf_table.UNCHECKED:
+                    known = source.sharding or whole if shardings is None else shardings[name]
+                    leaves.append((name, (number, index), known, mark))
+        return replicas.group(leaves, self._coordinator.rank)
 
-def _compare(values: Sequence[bytes]) -> bytes:
-    """On the primary: whether the structures are alike, as before, or must be exchanged."""
-    heads: list[bytes] = []
-    signatures: list[bytes] = []
-    for value in values:
-        length, _, rest = value.partition(b"\n")
-        heads.append(rest[: int(length)])
-        signatures.append(rest[int(length) :])
-    for rank, head in enumerate(heads):
-        if head != heads[0]:
-            step, names = json.loads(head)
-            first_step, first_names = json.loads(heads[0])
+    def _compare(self, values: Sequence[bytes]) -> bytes:
+        """On the primary: whether the structures are alike, as before, or must be exchanged."""
+        given = [json.loads(value) for value in values]
+        _check_same_call(given)
+        if all(each["is_known"] for each in given):
+            verdict = b"as before"
+        elif len({each["signature"] for each in given}) == 1:
+            verdict = b"alike"
+        else:
+            return b"exchange"
+        wrong = replicas.differing([each["samples"] for each in given])
+        if any(key.startswith(leaf_table.FIRST_RANK) for key in wrong) and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "Batch norm statistics differ between ranks; those of rank 0 are saved. "
+                "torch.nn.SyncBatchNorm keeps them equal."
+            )
+        return b"exchange" if any(key.startswith(leaf_table.EQUAL) for key in wrong) else verdict
+
+
+def _check_same_call(given: Sequence[dict[str, Any]]) -> None:
+    """Raises unless all ranks save the same step, with the same items, of the same kinds."""
+    first = given[0]
+    for rank, each in enumerate(given):
+        if (each["step"], list(each["items"])) != (first["step"], list(first["items"])):
             raise errors.CoordinationError(
-                f"Rank {rank} saves step {step} with the items {names}, rank 0 step "
-                f"{first_step} with {first_names}; every rank must make the same calls.",
+                f"Rank {rank} saves step {each['step']} with the items {list(each['items'])}, "
+                f"rank 0 step {first['step']} with {list(first['items'])}; every rank must make "
+                "the same calls.",
                 ranks=(rank,),
             )
-    if all(signature[:1] == b"1" for signature in signatures):
-        return b"as before"
-    return b"alike" if len({signature[1:] for signature in signatures}) == 1 else b"exchange"
+        for name, kind in each["items"].items():
+            if kind != first["items"][name]:
+                raise errors.CoordinationError(
+                    f"{name}: rank {rank} saves it as {kind}, rank 0 as {first['items'][name]}; an "
+                    "item must be of one kind on all ranks.",
+                    ranks=(rank,),
+                    key_path=name,
+                )
+        for name, digest in each["texts"].items():
+            if digest != first["texts"][name]:
+                raise errors.CoordinationError(
+                    f"{name}: ranks 0 and {rank} save different JSON, of which one is kept. Make "
+                    "it equal on all ranks; or save a plain dict, which keeps every rank's own "
+                    "values; or keep rank 0's with fc.Json(value, replicated='unchecked').",
+                    ranks=(rank,),
+                    key_path=name,
+                )
+
+
+def _kind(item: LoweredItem) -> tuple[str, str]:
+    kind = "a tree" if item.text is None else "JSON (fc.Json)"
+    return item.name, "a tree for each rank (per_rank)" if item.per_rank else kind
+
+
+def _text_digest(item: LoweredItem) -> str | None:
+    """A digest of an item's JSON; None where it may differ."""
+    return records.digest_hex(item.text) if item.is_checked else None
 
 
 def _first(values: Sequence[bytes]) -> bytes:
     return values[0]
 
 
-def _signature(items: Sequence[LoweredItem]) -> bytes:
+def _signature(items: Sequence[LoweredItem]) -> str:
     """A digest of everything that the plan of these items depends on."""
     places: dict[
         Sharding | None, int
@@ -144,47 +217,11 @@ def _signature(items: Sequence[LoweredItem]) -> bytes:
                 for s in item.sources
             ],
             [name for name, _, _ in item.scalars],
+            sorted(item.first_rank.items()),
         )
         for item in items
     ]
-    return records.digest_hex(repr((described, list(places))).encode()).encode()
-
-
-def _local_shardings(items: Sequence[LoweredItem]) -> Iterator[tuple[str, Sharding | None]]:
-    """`item/leaf` and its sharding, None for a plain value, of all that this rank might write."""
-    for item in items:
-        for source in item.sources:
-            yield f"{item.name}/{source.node.name}", source.sharding
-        for name, _, _ in item.scalars:
-            yield f"{item.name}/{name}", None
-
-
-def _merge_shardings(values: Sequence[bytes]) -> bytes:
-    """On the primary: one sharding for every leaf that any rank holds."""
-    held: dict[str, list[tuple[int, Sharding | None]]] = {}
-    for rank, value in enumerate(values):
-        for name, sharding in _from_bytes(value).items():
-            held.setdefault(name, []).append((rank, sharding))
-    return _to_bytes({name: merge_ranks.merge_shardings(parts) for name, parts in held.items()})
-
-
-def _to_bytes(shardings: Mapping[str, Sharding | None]) -> bytes:
-    """JSON in which each different sharding is spelled out once."""
-    places: dict[Sharding | None, int] = {}
-    leaves = {name: places.setdefault(each, len(places)) for name, each in shardings.items()}
-    table = [None if each is None else dataclasses.astuple(each) for each in places]
-    return zlib.compress(json.dumps([table, leaves]).encode(), 1)
-
-
-def _from_bytes(value: bytes) -> dict[str, Any]:
-    table, leaves = json.loads(zlib.decompress(value))
-    shardings = [None if entry is None else _sharding(*entry) for entry in table]
-    return {name: shardings[place] for name, place in leaves.items()}
-
-
-def _sharding(mesh_shape: list[int], ranks: list[int], placements: list[Any]) -> Sharding:
-    cuts = (None if cut is None else DimShard(*cut) for cut in placements)
-    return Sharding(tuple(mesh_shape), tuple(ranks), tuple(cuts))
+    return records.digest_hex(repr((described, list(places))).encode())
 
 
 def _plan(
@@ -207,6 +244,8 @@ def _plan(
                 sharding = shardings[f"{item.name}/{source.node.name}"]
             else:
                 sharding = source.sharding or Sharding.replicated(ranks)
+            if source.node.name in item.first_rank:
+                sharding = sharding.first_replica()
             placed.append((item.name, source, sharding))
     # Ranks with different trees must meet what they share in the same order.
     placed.sort(key=lambda entry: (entry[0], entry[1].node.name))

@@ -27,6 +27,7 @@ from functional_ckpt.saving import background, commit, finalize, lower, stage, s
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.steps import decide, rollback
 from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.tiers import Tier
 from functional_ckpt.steps.uploads import Uploads
 
 __all__ = ["StepExtras", "SaveOptions", "Saver", "as_json", "checked_progress"]
@@ -72,6 +73,21 @@ class SaveOptions:
     def is_overlapped(self) -> bool:
         """Whether parameters and optimizer state are copied after `save` returned."""
         return self.staging != "eager"
+
+    def compared(self, steps: Steps, step_name: object, tiers: Sequence[Tier]) -> dict[str, Any]:
+        """The options that all ranks must have alike. A host's staging memory is its own matter."""
+        return {
+            "read_only": steps.read_only,
+            "step_name": step_name,
+            "latest_link": steps.latest_link,
+            "tiers": [dataclasses.replace(tier, storage=None) for tier in tiers],
+            "save_policy": self.save_rule,
+            "keep_policy": self.keep_policies,
+            "overwrite": self.overwrite,
+            "asynchronous": self.asynchronous,
+            "on_busy": self.on_busy,
+            "staging": self.staging,
+        }
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,19 +7,22 @@ import logging
 import os
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from functional_ckpt import errors
+from functional_ckpt.distributed import same_options
 from functional_ckpt.distributed.coordinator import Coordinator, run_on_primary
 from functional_ckpt.distributed.torch_store import default_coordinator, num_unjoined
 from functional_ckpt.steps import writer_lock
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.storage import commit
 
-__all__ = ["acquire_writer_lock", "coordinator_of"]
+__all__ = ["coordinator_of", "open_directory"]
 
 _log = logging.getLogger("functional_ckpt")
+
+_OPENING = "opening the directory"
 
 
 def coordinator_of(coordinator: Coordinator | None, process_group: Any) -> Coordinator:
@@ -31,26 +34,40 @@ def coordinator_of(coordinator: Coordinator | None, process_group: Any) -> Coord
     return coordinator
 
 
-def acquire_writer_lock(steps: Steps, coordinator: Coordinator, *, owner: object) -> None:
-    """Makes the job the writer of the directory, and sure that all its ranks see the same one.
+def open_directory(
+    steps: Steps, coordinator: Coordinator, options: Mapping[str, Any], *, owner: object
+) -> None:
+    """Makes the job the writer of the directory, unless `steps` is read-only.
 
     The primary holds the lock, as `steps.lock`. It is given up when `owner`, the manager, is
     dropped and no commit needs it any more.
 
+    Args:
+        steps: The directory; a writer's ranks must all see the same one.
+        coordinator: The ranks.
+        options: What all of them must have been given alike.
+        owner: The manager.
+
     Raises:
         LockedError: Another live writer holds the directory.
+        CoordinationError: The ranks have other options, or see other directories.
     """
     storage, hidden = steps.storage, steps.hidden
     mark = os.path.join(hidden, f"ranks.{uuid.uuid4().hex}.tmp")
 
-    def become_writer(_: Sequence[bytes]) -> bytes:
+    def become_writer(values: Sequence[bytes]) -> bytes:
+        same_options.check(values)
         _lock_and_recover(steps, coordinator)
         if coordinator.num_ranks > 1:
             storage.write(mark, b"")
         return os.path.basename(mark).encode()
 
+    given = same_options.to_bytes(options)
+    if steps.read_only:
+        coordinator.gather_broadcast(_OPENING, given, same_options.check)
+        return
     try:
-        name = coordinator.gather_broadcast("opening the directory", b"", become_writer).decode()
+        name = coordinator.gather_broadcast(_OPENING, given, become_writer).decode()
         if coordinator.num_ranks > 1:
             look = functools.partial(
                 commit.check_visible, storage, os.path.join(hidden, name), coordinator.rank

@@ -55,8 +55,8 @@ class SaveDecider:
         return self._rule is not None and any(map(preemption.is_preemption, self._rule.policies))
 
     def start(self) -> None:
-        """Listens for SIGTERM, if a policy waits for it."""
-        if self.waits_for_signal:
+        """Listens for SIGTERM, if a policy waits for it and steps are saved at all."""
+        if self.waits_for_signal and not self._steps.read_only:
             self._watch.start()
 
     def stop(self) -> None:

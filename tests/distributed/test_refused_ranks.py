@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import odd_tensors
 import pytest
 import torch
 import torch.distributed as dist
@@ -84,3 +85,68 @@ def save_whole(directory: Path) -> None:
     tensor = distribute_tensor(torch.arange(3.0), mesh, [Shard(0)])
     with fc.CheckpointManager(directory) as manager:
         manager.save(0, {"state": {"bias": tensor}})
+
+
+@pytest.mark.parametrize("rows", [(3, 1), (1, 3), (4, 0), (0, 4), (1, 1, 4)], ids=str)
+def test_a_local_tensor_of_another_shape_is_refused_by_name(
+    rows: tuple[int, ...], workers: Workers, tmp_path: Path
+) -> None:
+    for options in ({}, {"staging": "overlapped"}):
+        failures = workers.failures(len(rows), odd_tensors.save_ragged, tmp_path, rows, options)
+        for rank, failure in enumerate(failures):
+            assert "UnsupportedLeafError" in failure.kinds
+            if rows[rank] != sum(rows) // len(rows):
+                assert f"s.t: rank {rank}: the local tensor of this DTensor" in failure.text
+                assert f"has the shape [{rows[rank]}, 2]; expected [2, 2]" in failure.text
+    assert [path.name for path in tmp_path.iterdir()] == [".functional_ckpt"]
+
+
+ODD = {
+    "replica": "has the shape [3]; expected [4]",
+    "over wrapper": "is a odd_tensors.Doubled, a subclass without memory of its own",
+    "over shards": "LocalShardsWrapper, a subclass without memory of its own",
+    "sharded tensor": "ShardedTensor is a tensor subclass that has no memory of its own",
+    "fake": "FakeTensor is a tensor subclass that has no memory of its own",
+    "closed": "odd_tensors.Closed is a tensor subclass that has no memory of its own",
+}
+
+
+@pytest.mark.parametrize("in_module", [False, True])
+@pytest.mark.parametrize("kind", ODD)
+def test_a_tensor_without_memory_of_its_own_is_refused_by_name(
+    kind: str, in_module: bool, workers: Workers, tmp_path: Path
+) -> None:
+    for failure in workers.failures(2, odd_tensors.save_odd, tmp_path, kind, in_module):
+        assert "UnsupportedLeafError" in failure.kinds, failure.traceback
+        assert ODD[kind] in failure.text
+        assert "s['t']" in failure.text or "s.t" in failure.text
+    assert [path.name for path in tmp_path.iterdir()] == [".functional_ckpt"]
+
+
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("rows", [(3, 1), (4, 0), (2, 1, 1)], ids=str)
+def test_a_target_whose_local_tensor_has_another_shape_is_a_mismatch(
+    rows: tuple[int, ...], fill: bool, workers: Workers, tmp_path: Path
+) -> None:
+    with fc.CheckpointManager(tmp_path) as manager:
+        manager.save(0, {"s": {"t": torch.arange(8.0).reshape(4, 2), "w": torch.ones(3)}})
+    for failure in workers.failures(len(rows), odd_tensors.restore_odd, tmp_path, rows, fill):
+        assert "MismatchError" in failure.kinds
+        assert "s['t']: cannot be restored into: the local tensor of this DTensor" in failure.text
+
+
+@pytest.mark.parametrize("kind", ["over wrapper", "over shards", "fake", "closed"])
+def test_a_target_without_memory_of_its_own_is_a_mismatch(
+    kind: str, workers: Workers, tmp_path: Path
+) -> None:
+    with fc.CheckpointManager(tmp_path) as manager:
+        manager.save(0, {"s": {"t": torch.ones(8, 2), "w": torch.ones(3)}})
+    for failure in workers.failures(2, odd_tensors.restore_into_kind, tmp_path, kind):
+        assert "MismatchError" in failure.kinds
+        assert "s['t']: cannot be restored into: " in failure.text
+        assert ODD[kind] in failure.text
+
+
+def test_a_redistribution_under_way_is_waited_for(workers: Workers, tmp_path: Path) -> None:
+    workers.run(2, odd_tensors.save_redistributed, tmp_path)
+    assert fc.restore(tmp_path / "0")["s"]["t"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]

@@ -190,7 +190,7 @@ def save_conflict(directory: Path) -> None:
 
 def test_a_leaf_that_two_stages_disagree_on_names_both(workers: Workers, tmp_path: Path) -> None:
     for failure in workers.failures(3, save_conflict, tmp_path):
-        assert "tree['x']: rank 0 holds tensor float32[2], rank 2 holds tensor float32[3]" in (
+        assert "tree.x: rank 0 holds tensor float32[2], rank 2 holds tensor float32[3]" in (
             failure.text
         )
     with fc.CheckpointManager(tmp_path) as opened:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.spec import Box
 
-__all__ = ["DimShard", "Piece", "Sharding", "local_of", "pieces_of", "sharding_of"]
+__all__ = ["DimShard", "Piece", "Sharding", "local_of", "pieces_of", "sharding_of", "wrong_local"]
 
 Run: TypeAlias = tuple[int, int]
 """First index and one past the last of a stretch of a dim."""
@@ -104,8 +104,12 @@ class Sharding:
     def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
         """Shape of a rank's local tensor."""
         coordinate = self.coordinate(rank)
-        if coordinate is None:
-            return (0,) * len(shape)
+        return (0,) * len(shape) if coordinate is None else self.local_shape_at(shape, coordinate)
+
+    def local_shape_at(
+        self, shape: tuple[int, ...], coordinate: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """Shape of the local tensor of the rank at a mesh coordinate."""
         return tuple(
             sum(
                 end - start
@@ -158,6 +162,13 @@ class Sharding:
             for size, cut, here in zip(self.mesh_shape, self.placements, coordinate, strict=True)
         ]
         return tuple(sorted(self._rank_at(at) for at in itertools.product(*choices)))
+
+    def first_replica(self) -> Sharding:
+        """The same array, held by the first of those ranks only that hold the same of it."""
+        cuts = zip(self.mesh_shape, self.placements, strict=True)
+        mesh_shape = tuple(1 if cut is None else size for size, cut in cuts)
+        ranks = tuple(self._rank_at(at) for at in itertools.product(*map(range, mesh_shape)))
+        return Sharding(mesh_shape, ranks, self.placements)
 
     def _rank_at(self, coordinate: tuple[int, ...]) -> int:
         place = 0
@@ -294,7 +305,38 @@ def pieces_of(tensor: Any) -> tuple[Piece, ...]:
 
 def local_of(tensor: Any) -> Any:
     """What this rank holds of a DTensor; any other tensor as it is."""
-    return tensor if getattr(tensor, "device_mesh", None) is None else tensor.detach().to_local()
+    if getattr(tensor, "device_mesh", None) is None:
+        return tensor
+    local = tensor.detach().to_local()
+    # An asynchronous redistribution that nothing has waited for yet.
+    return local.trigger_wait() if hasattr(local, "trigger_wait") else local
+
+
+def wrong_local(tensor: Any, sharding: Sharding | None, found: tuple[int, ...]) -> str | None:
+    """Why this rank does not hold the part of a DTensor that its placements say; None if it does.
+
+    `DTensor.from_local` checks nothing: with other parts than torch.chunk would cut, nobody knows
+    which elements a rank holds.
+
+    Args:
+        tensor: The DTensor; any other tensor is right.
+        sharding: Its sharding.
+        found: Shape of the local tensor.
+    """
+    coordinate = None if sharding is None else tensor.device_mesh.get_coordinate()
+    if sharding is None or coordinate is None:
+        return None
+    shape = tuple(tensor.shape)
+    expected = sharding.local_shape_at(shape, tuple(coordinate))
+    if expected == found or (0 in expected and 0 in found):
+        return None
+    return (
+        f"the local tensor of this DTensor of shape {list(shape)}, placements "
+        f"{tuple(tensor.placements)} on a mesh of shape {list(sharding.mesh_shape)}, has the shape "
+        f"{list(found)}; expected {list(expected)}, which is what torch.chunk and "
+        "distribute_tensor give this rank. Cut it like that, or save the parts as plain tensors "
+        "under a name of their own on each rank"
+    )
 
 
 def _as_data(placement: Any) -> DimShard | None:

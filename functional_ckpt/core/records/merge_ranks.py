@@ -109,8 +109,7 @@ class _Uniting:
         rank, other = first[0][0], second[0][0]
         return errors.CoordinationError(
             f"{where}: rank {rank} holds {_describe(first[1])}, rank {other} holds "
-            f"{_describe(second[1])}. Give them different names, or save what belongs to each rank "
-            "as an item of its own (fc.Stateful(value, per_rank=True)).",
+            f"{_describe(second[1])}. {_advice(path)}",
             ranks=(rank, other),
             key_path=where,
         )
@@ -143,6 +142,19 @@ def _merge_details(
             return None
         united[name] = type(mine)({**mine, **theirs})
     return {**one, "attributes": plain_json.tag(united)}
+
+
+def _advice(path: KeyPath) -> str:
+    if path and path[-1].value == "param_groups":
+        return (
+            "Ranks whose optimizers update other parameters must have the same groups, in the same "
+            "order: where a rank has no parameter for one, add an empty group "
+            "({'params': [], ...} with the group's options)."
+        )
+    return (
+        "Give them different names, or save what belongs to each rank as an item of its own "
+        "(fc.Stateful(value, per_rank=True))."
+    )
 
 
 def _is_same_array(one: Node, other: Node) -> bool:

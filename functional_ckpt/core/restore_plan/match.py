@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from functional_ckpt import errors
+from functional_ckpt.core.arrays import sharding
 from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.restore_plan import keep
 from functional_ckpt.core.restore_plan.plan import (
@@ -154,6 +155,8 @@ class _Matching:
         self, saved: structure.Node, tensor: torch.Tensor, path: KeyPath, *, fill: bool
     ) -> Binding:
         own = Fill(tensor) if fill else tensor
+        if (wrong := _wrong_target(tensor)) is not None:
+            return self._refuse(path, f"cannot be restored into: {wrong}", own)
         opened = None if tensor.is_meta else flatten.flatten_one_level(tensor)
         if opened is not None:
             return self._bind_parts(saved, tensor, opened, path, fill=fill)
@@ -253,8 +256,11 @@ class _Matching:
         return Given(encode.plain_value(saved))
 
     def _differs(self, path: KeyPath, expected: str, got: str, target: Any) -> Binding:
-        where = structure.pretty(path, self.item)
-        self.mismatched.append(f"{where}: the target expects {expected}, the checkpoint has {got}")
+        why = f"the target expects {expected}, the checkpoint has {got}"
+        return self._refuse(path, why, target)
+
+    def _refuse(self, path: KeyPath, why: str, target: Any) -> Binding:
+        self.mismatched.append(f"{structure.pretty(path, self.item)}: {why}")
         return Given(NOTHING if target is NOTHING else own_value(target))
 
     # -------------------------------------------------------------------------- as saved
@@ -299,6 +305,21 @@ class _Matching:
             "which this process does not know; import its class before the restore, or restore "
             "into a value that has such a tensor"
         )
+
+
+def _wrong_target(tensor: torch.Tensor) -> str | None:
+    """Why nothing can be restored into a tensor of this class, or into a DTensor's part of it."""
+    if memory.is_plain(tensor):
+        return None
+    if memory.is_opaque(tensor):
+        return composite.why_opaque(tensor)
+    placed = sharding.sharding_of(tensor)
+    if placed is None:
+        return None
+    local = sharding.local_of(tensor)
+    if memory.is_wrapper(local):
+        return encode.why_wrapped(local)
+    return sharding.wrong_local(tensor, placed, tuple(local.shape))
 
 
 _Place: TypeAlias = tuple[structure.Node, "structure.Key | None", int]

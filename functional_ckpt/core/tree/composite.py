@@ -12,9 +12,17 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
-from functional_ckpt.core.tree import decode, encode, plain_json, structure
+from functional_ckpt.core.tree import decode, encode, memory, plain_json, structure
 
-__all__ = ["KINDS", "Parts", "build_tensor", "is_known", "open_tensor", "without_class"]
+__all__ = [
+    "KINDS",
+    "Parts",
+    "build_tensor",
+    "is_known",
+    "open_tensor",
+    "why_opaque",
+    "without_class",
+]
 
 Parts: TypeAlias = tuple[str, Mapping[str, Any], Mapping[str, object]]
 """Kind, parts by name, detail."""
@@ -35,6 +43,8 @@ def open_tensor(tensor: torch.Tensor) -> Parts | None:
     Raises:
         UnsupportedLeafError: It has no data, or parts that could not be put together again.
     """
+    if memory.is_opaque(tensor):
+        raise errors.UnsupportedLeafError(why_opaque(tensor))
     if tensor.is_meta:
         raise errors.UnsupportedLeafError(
             "a meta tensor has a shape but no data; materialise it first "
@@ -62,6 +72,15 @@ def open_tensor(tensor: torch.Tensor) -> Parts | None:
     # A jagged dim has a size that is a symbol, not a number; the parts know it.
     sizes = [size if type(size) is int else None for size in tensor.shape]
     return kind, parts, {"shape": sizes, **detail, **encode.tensor_role(tensor)}
+
+
+def why_opaque(tensor: torch.Tensor) -> str:
+    """Why a wrapper that cannot be taken apart is no leaf; see `memory.is_opaque`."""
+    kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    return (
+        f"{kind} is a tensor subclass that has no memory of its own and does not say what it is "
+        "made of (__tensor_flatten__); pass the plain tensors inside it"
+    )
 
 
 def _open_quantized(tensor: torch.Tensor) -> Parts:

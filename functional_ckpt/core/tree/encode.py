@@ -30,6 +30,7 @@ __all__ = [
     "torch_dtype",
     "torch_dtype_name",
     "value_node",
+    "why_wrapped",
 ]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -215,6 +216,8 @@ def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         # Detached even if it wants no gradient: `.data` may give the live one other memory.
         local = value if memory.is_plain(value) else sharding.local_of(value)
+        if memory.is_wrapper(local):
+            raise errors.UnsupportedLeafError(why_wrapped(local))
         tensor = local.detach()
         if tensor.is_conj() or tensor.is_neg():
             tensor = tensor.resolve_conj().resolve_neg()
@@ -235,6 +238,16 @@ def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
     return tensor_over(array)
+
+
+def why_wrapped(local: torch.Tensor) -> str:
+    """Why a DTensor over a tensor subclass is no leaf."""
+    kind = f"{type(local).__module__}.{type(local).__qualname__}"
+    return (
+        f"the local tensor of this DTensor is a {kind}, a subclass without memory of its own, and "
+        "the parts of such tensors cannot be put together over ranks; save a DTensor of plain "
+        "tensors, or what each rank has with fc.Stateful(value, per_rank=True)"
+    )
 
 
 def tensor_over(array: Array) -> torch.Tensor:

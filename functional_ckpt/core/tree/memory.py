@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,12 +16,21 @@ __all__ = [
     "can_be_imitated",
     "is_contiguous_strided",
     "is_expanded",
+    "is_opaque",
     "is_plain",
+    "is_wrapper",
     "storage_key",
     "tie_key",
 ]
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
+
+
+def _dispatch_of(kind: Any) -> object:
+    return kind.__torch_dispatch__
+
+
+_NO_DISPATCH = _dispatch_of(torch.Tensor)
 
 
 def is_plain(value: object) -> bool:
@@ -42,6 +51,23 @@ def is_contiguous_strided(value: object) -> bool:
     )
 
 
+def is_wrapper(value: torch.Tensor) -> bool:
+    """Whether the tensor's class runs its operations itself, and so has no memory to show."""
+    return type(value) not in _ORDINARY and _dispatch_of(type(value)) is not _NO_DISPATCH
+
+
+def is_opaque(value: torch.Tensor) -> bool:
+    """Whether a tensor is a wrapper that cannot be taken apart: no DTensor, no parts.
+
+    Fake tensors and ShardedTensors are such; most operations on one fail.
+    """
+    return (
+        is_wrapper(value)
+        and not callable(getattr(type(value), "__tensor_flatten__", None))
+        and not hasattr(type(value), "device_mesh")
+    )
+
+
 def is_expanded(tensor: torch.Tensor) -> bool:
     """Whether several elements lie in one place."""
     return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -50,13 +76,15 @@ def is_expanded(tensor: torch.Tensor) -> bool:
 def storage_key(value: object) -> Hashable | None:
     """What two leaves share when they are the same memory read the same way; None: not shared."""
     if isinstance(value, torch.Tensor):
-        if value.numel() == 0 or value.is_conj() or value.is_neg():
+        if is_opaque(value) or value.numel() == 0 or value.is_conj() or value.is_neg():
             return None
         pointer: Hashable
         if type(value) in _ORDINARY:
             pointer = value.data_ptr()
         else:
             local = sharding.local_of(value)
+            if is_wrapper(local):
+                return None  # its address is 0, as that of every other such tensor
             pointer = local.data_ptr()
             if local.numel() == 0:
                 # This rank holds nothing of a sharded tensor, and there is no pointer to nothing:

@@ -1,0 +1,42 @@
+"""Errors on their way between ranks: the others raise the class that the rank at fault raises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from functional_ckpt import errors
+
+__all__ = ["Record", "rebuild", "to_record"]
+
+Record: TypeAlias = "dict[str, Any]"
+"""An error as JSON."""
+
+# What means the same on every rank. Whether a target was written into (`touched`) does not.
+_FIELDS = ("step", "path", "key_path", "missing", "unexpected", "mismatched", "errno")
+
+
+def to_record(error: BaseException) -> Record:
+    """What the other ranks must know of an error to raise one like it."""
+    known = getattr(errors, type(error).__name__, None)
+    is_ours = isinstance(error, errors.CheckpointError) and isinstance(known, type)
+    fields = {name: getattr(error, name) for name in _FIELDS if hasattr(error, name)}
+    return {
+        "kind": type(error).__name__ if is_ours else "CoordinationError",
+        "text": f"{type(error).__name__}: {error}",
+        "fields": json.loads(json.dumps(fields, default=str)) if is_ours else {},
+        # Of an error that another rank caused, who it was.
+        "ranks": list(error.ranks) if isinstance(error, errors.CoordinationError) else [],
+        "message": error.message if isinstance(error, errors.CoordinationError) else None,
+    }
+
+
+def rebuild(record: Record, message: str, ranks: Sequence[int]) -> errors.CoordinationError:
+    """The error that a rank raises because `ranks` failed: of the same class, with their names."""
+    kind: Any = errors.on_other_ranks(getattr(errors, record["kind"]))
+    error: errors.CoordinationError = kind(message)
+    for name, value in record["fields"].items():
+        setattr(error, name, tuple(value) if isinstance(value, list) else value)
+    error.ranks = tuple(ranks)
+    return error

@@ -1,0 +1,75 @@
+"""Whether all ranks made their managers alike; compared in the round that opens the directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from functional_ckpt import errors
+
+__all__ = ["check", "describe", "to_bytes"]
+
+_MAX_SHOWN_CHARS = 300
+
+
+def to_bytes(options: Mapping[str, Any]) -> bytes:
+    """A rank's options, for `check` on the primary."""
+    return json.dumps({name: describe(value) for name, value in options.items()}).encode()
+
+
+def check(values: Sequence[bytes]) -> bytes:
+    """On the primary: raises `CoordinationError` unless all ranks gave the same options."""
+    first: dict[str, str] = json.loads(values[0])
+    for rank, value in enumerate(values):
+        own: dict[str, str] = json.loads(value)
+        if wrong := [name for name in first if own.get(name) != first[name]]:
+            name = wrong[0]
+            others = f" They differ in {', '.join(wrong[1:])} too." if wrong[1:] else ""
+            raise errors.CoordinationError(
+                f"Rank {rank} has {name}={_cut(own.get(name))}, rank 0 has {_cut(first[name])}: "
+                f"every rank must make its manager with the same arguments.{others}",
+                ranks=(rank,),
+            )
+    return b""
+
+
+def describe(value: object) -> str:
+    """A text that is the same for equal options of two processes.
+
+    Of an object that is neither plain data nor a dataclass, only the class is told.
+
+    >>> describe((1, {"b": None}))
+    "[1, {'b': None}]"
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return repr(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (f for f in dataclasses.fields(value) if f.init and f.compare)
+        inside = ", ".join(f"{f.name}={describe(getattr(value, f.name))}" for f in fields)
+        return f"{type(value).__qualname__}({inside})"
+    if isinstance(value, Mapping):
+        pairs = cast("Mapping[Any, Any]", value).items()
+        return "{" + ", ".join(f"{describe(k)}: {describe(v)}" for k, v in pairs) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(describe, cast("Sequence[Any]", value))) + "]"
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(map(describe, cast("frozenset[Any]", value)))) + "}"
+    if isinstance(value, functools.partial):
+        call = cast("functools.partial[Any]", value)
+        return f"partial({describe(call.func)}, {describe(call.args)}, {describe(call.keywords)})"
+    if isinstance(value, os.PathLike):
+        return repr(os.fspath(cast("os.PathLike[str]", value)))
+    if isinstance(value, enum.Enum) or type(value).__module__ == "datetime":
+        return repr(value)
+    name = getattr(value, "__qualname__", None)
+    return str(name or type(value).__qualname__)
+
+
+def _cut(text: str | None) -> str:
+    shown = text or "nothing"
+    return shown if len(shown) <= _MAX_SHOWN_CHARS else f"{shown[:_MAX_SHOWN_CHARS]}..."

@@ -1,0 +1,173 @@
+"""What a rank knows of its leaves as bytes, and one sharding for each leaf out of all ranks'."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.core.arrays.sharding import DimShard, Sharding
+from functional_ckpt.core.records import merge_ranks
+from functional_ckpt.saving import replicas
+from functional_ckpt.saving.lower import LoweredItem
+
+__all__ = [
+    "EQUAL",
+    "FIRST_RANK",
+    "UNCHECKED",
+    "Leaf",
+    "leaves_of",
+    "mark_of",
+    "merge",
+    "shardings_of",
+    "to_bytes",
+]
+
+EQUAL, FIRST_RANK, UNCHECKED = "=", "1", "?"
+"""Marks: equal on all ranks that have it; the first rank's counts; that without a comparison."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Leaf:
+    """A leaf as one rank holds it.
+
+    Attributes:
+        sharding: Its sharding; None for a plain one.
+        spec: Shape and dtype as text; empty for a plain number.
+        mark: Whether other ranks must hold the same.
+        digest: Of a sample; 0 where nothing is compared.
+    """
+
+    sharding: Sharding | None
+    spec: str
+    mark: str
+    digest: int
+
+
+def mark_of(item: LoweredItem, name: str) -> str:
+    """The mark of an array of an item."""
+    if not item.is_checked:
+        return UNCHECKED
+    if name in item.first_rank:
+        return FIRST_RANK if item.first_rank[name] else UNCHECKED
+    return EQUAL
+
+
+def leaves_of(items: Sequence[LoweredItem]) -> dict[str, Leaf]:
+    """`item/leaf` -> the leaf, of all that this rank might write."""
+    found: dict[str, Leaf] = {}
+    for item in items:
+        digests = replicas.digests(item.sources) if item.is_checked else [0] * len(item.sources)
+        for source, digest in zip(item.sources, digests, strict=True):
+            found[f"{item.name}/{source.node.name}"] = Leaf(
+                sharding=source.sharding,
+                spec=f"{source.node.kind} {source.node.spec}",
+                mark=mark_of(item, source.node.name),
+                digest=digest,
+            )
+        for name, _, _ in item.scalars:
+            found[f"{item.name}/{name}"] = Leaf(sharding=None, spec="", mark=UNCHECKED, digest=0)
+    return found
+
+
+def merge(values: Sequence[bytes]) -> bytes:
+    """On the primary: one sharding for every leaf that any rank holds.
+
+    Raises:
+        CoordinationError: Two ranks hold arrays of different shapes, or different values, under one
+            name.
+    """
+    held: dict[str, list[tuple[int, Leaf]]] = {}
+    for rank, value in enumerate(values):
+        for name, leaf in _from_bytes(value).items():
+            held.setdefault(name, []).append((rank, leaf))
+    merged: dict[str, Leaf] = {}
+    compared: dict[str, tuple[Sharding, dict[int, int]]] = {}
+    for name, found in held.items():
+        _check_alike(name, found)
+        first = found[0][1]
+        sharding = merge_ranks.merge_shardings([(rank, leaf.sharding) for rank, leaf in found])
+        merged[name] = dataclasses.replace(first, sharding=sharding, digest=0)
+        if first.mark == EQUAL and sharding.num_replicas > 1:
+            digests = {rank: leaf.digest for rank, leaf in found}
+            compared[_shown(name)] = (sharding, digests)
+    replicas.check_equal(compared)
+    return to_bytes(merged)
+
+
+def shardings_of(merged: bytes) -> dict[str, Sharding]:
+    """Which ranks hold what of every leaf, out of the outcome of `merge`."""
+    found: dict[str, Sharding] = {}
+    for name, leaf in _from_bytes(merged).items():
+        if leaf.sharding is not None:  # merged ones always have one
+            found[name] = leaf.sharding
+    return found
+
+
+def _check_alike(name: str, found: Sequence[tuple[int, Leaf]]) -> None:
+    """Raises unless all ranks that have a leaf describe it alike."""
+    first_rank, first = found[0]
+    for rank, leaf in found[1:]:
+        if leaf.spec != first.spec:
+            kinds = [each.spec or "a plain number" for each in (first, leaf)]
+            raise errors.CoordinationError(
+                f"{_shown(name)}: rank {first_rank} holds {kinds[0]}, rank {rank} holds "
+                f"{kinds[1]}. Give them different names, or save what belongs to each rank as an "
+                "item of its own (fc.Stateful(value, per_rank=True)).",
+                ranks=(first_rank, rank),
+                key_path=_shown(name),
+            )
+        if leaf.mark != first.mark:
+            raise errors.CoordinationError(
+                f"{_shown(name)}: ranks {first_rank} and {rank} give its item another "
+                "replicated=...; it must be the same on all ranks.",
+                ranks=(first_rank, rank),
+                key_path=_shown(name),
+            )
+
+
+def _shown(name: str) -> str:
+    """`item/leaf` as messages have it."""
+    return name.replace("/", ".", 1)
+
+
+# ------------------------------------------------------------------------------------ bytes
+
+
+def to_bytes(leaves: Mapping[str, Leaf]) -> bytes:
+    """JSON in which each different sharding and spec is spelled out once."""
+    shardings: dict[Sharding | None, int] = {}
+    specs: dict[tuple[str, str], int] = {}
+    rows = [
+        (
+            shardings.setdefault(leaf.sharding, len(shardings)),
+            specs.setdefault((leaf.spec, leaf.mark), len(specs)),
+            leaf.digest,
+        )
+        for leaf in leaves.values()
+    ]
+    record = {
+        "shardings": [None if each is None else dataclasses.astuple(each) for each in shardings],
+        "specs": list(specs),
+        "names": list(leaves),
+        "rows": rows,
+    }
+    return zlib.compress(json.dumps(record).encode(), 1)
+
+
+def _from_bytes(value: bytes) -> dict[str, Leaf]:
+    record: dict[str, Any] = json.loads(zlib.decompress(value))
+    shardings = [None if each is None else _sharding(*each) for each in record["shardings"]]
+    found: dict[str, Leaf] = {}
+    for name, (sharding, number, digest) in zip(record["names"], record["rows"], strict=True):
+        spec, mark = record["specs"][number]
+        found[name] = Leaf(sharding=shardings[sharding], spec=spec, mark=mark, digest=digest)
+    return found
+
+
+def _sharding(mesh_shape: list[int], ranks: list[int], placements: list[Any]) -> Sharding:
+    cuts = (None if cut is None else DimShard(*cut) for cut in placements)
+    return Sharding(tuple(mesh_shape), tuple(ranks), tuple(cuts))
