@@ -164,5 +164,9 @@ def choose(mutant: Mutant, tests: Mapping[str, Any]) -> list[str]:
     called.sort(key=lambda t: tests[t]["seconds"])
     if is_enough:
         return called
-    named = (ROOT / "tests").rglob(f"test_*{Path(mutant.path).stem}*.py")
-    return [*called, *sorted(str(path.relative_to(ROOT)) for path in named), *folders]
+    # One file after the other: pytest would put a folder's in an order of its own.
+    files = sorted((ROOT / "tests").rglob(f"test_*{Path(mutant.path).stem}*.py"))
+    for folder in folders:
+        path = ROOT / folder
+        files += [path] if path.is_file() else sorted(path.glob("test_*.py"))
+    return [*called, *dict.fromkeys(str(path.relative_to(ROOT)) for path in files)]
