@@ -30,7 +30,8 @@ from mutate_tests import PACKAGE, ROOT, choose, label, measure
 
 KNOWN = ROOT / "scripts" / "mutants.json"
 # By pytest's exit status: 2 is that of a module that cannot be imported any more.
-_OUTCOMES = {0: "survived", 1: "killed", 2: "killed", None: "hung"}
+_UNFINISHED = 7
+_OUTCOMES = {0: "survived", 1: "killed", 2: "killed", None: "hung", _UNFINISHED: "unfinished"}
 
 
 # ------------------------------------------------------------------------------------- the changes
@@ -73,7 +74,7 @@ def job_of(name: str, mutant: Mutant, tests: Sequence[str], base: Path, cpu_seco
         limit = Limit(cpu_seconds)
         options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line"]
         code = int(pytest.main([*tests, *options], plugins=[limit]))
-        return 0 if limit.is_over and code == pytest.ExitCode.INTERRUPTED else code
+        return _UNFINISHED if limit.is_over and code == pytest.ExitCode.INTERRUPTED else code
 
     return Job(name, work, prepare)
 
@@ -93,8 +94,10 @@ def run_mutants(
         mutant = names[job.name]
         outcome = _OUTCOMES.get(code, "broken")
         outcomes[job.name] = mutant, outcome
-        print(f"{outcome:9}{mutant.path}:{mutant.line} {mutant.kind} {mutant.function}", flush=True)
-        if outcome == "survived":
+        print(
+            f"{outcome:11}{mutant.path}:{mutant.line} {mutant.kind} {mutant.function}", flush=True
+        )
+        if outcome in ("survived", "unfinished"):
             print(diff(mutant, work / "base"), flush=True)
 
     base = work / "base"

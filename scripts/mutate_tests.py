@@ -164,9 +164,12 @@ def choose(mutant: Mutant, tests: Mapping[str, Any]) -> list[str]:
     called.sort(key=lambda t: tests[t]["seconds"])
     if is_enough:
         return called
-    # One file after the other: pytest would put a folder's in an order of its own.
-    files = sorted((ROOT / "tests").rglob(f"test_*{Path(mutant.path).stem}*.py"))
+    # One file after the other: pytest would put a folder's in an order of its own. First those that
+    # are named after the module.
+    files: list[Path] = []
     for folder in folders:
         path = ROOT / folder
         files += [path] if path.is_file() else sorted(path.glob("test_*.py"))
+    stem = Path(mutant.path).stem
+    files.sort(key=lambda path: stem not in path.stem)
     return [*called, *dict.fromkeys(str(path.relative_to(ROOT)) for path in files)]
