@@ -433,6 +433,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--actions", nargs="*", default=list(ACTIONS), choices=list(ACTIONS))
     parser.add_argument("--errors", nargs="*", default=list(ERRORS))
     parser.add_argument("--every", type=int, default=1, help="only every so many trials")
+    parser.add_argument("--seconds", type=float, default=1e9, help="for how long at most")
     parser.add_argument("--folder", type=Path, help="on which file system; /tmp by default")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -441,10 +442,13 @@ def main(arguments: list[str]) -> int:
         return 0
     counts: collections.Counter[str] = collections.Counter()
     num_wrong = 0
+    until = time.monotonic() + options.seconds
     with folder_on(options.folder) as folder:
         bench = Bench(folder)
         for what, wrong in trials(bench, options.actions, options.errors, options.every):
             counts[what.partition(":")[0]] += 1
+            if time.monotonic() > until:
+                break
             if wrong == ["not reached"]:
                 counts["not reached"] += 1
             elif wrong:

@@ -95,9 +95,7 @@ def test_what_may_be_read(lines: list[dict[str, Any]], message: str | None) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_nothing_is_lost_in_a_short_soak(tmp_path: Path, figure: Callable[[str], None]) -> None:
-    # Left out until they are safe: two processes that save one path, a directory that is moved.
-    skip = frozenset({"race", "inside", "move", "save_in_threads", "drop"})
-    runs = soak.Soak(tmp_path, seed=1, s3_url=None, skip=skip)
+    runs = soak.Soak(tmp_path, seed=1, s3_url=None)
     runs.run(time.monotonic() + 8, rounds_each=3)
     assert runs.figures.losses == []
     figure(runs.figures.text().splitlines()[0])
