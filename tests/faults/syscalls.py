@@ -340,6 +340,8 @@ def _check(folder: Path, action: str, done: Done) -> list[str]:
     may_hold: dict[int, set[int | None]] = {1: {1}, 2: {2}, 3: {3}, 4: {None}}
     if action in ("save", "upload"):
         may_hold |= {1: {1, None}, 4: {40} if "saved" in done else {None, 40}}
+        if action == "upload":  # the other tier holds them: a full disk lets go of them here
+            may_hold |= {2: {2, None}, 3: {3, None}}
     elif action == "overwrite":
         may_hold[2] = {20} if "saved" in done else {2, 20}
     elif action == "delete":
