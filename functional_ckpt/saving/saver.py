@@ -287,6 +287,7 @@ class Saver:
         The first tier's go to the others as its steps do; what it does not hold is recorded there.
         """
         uploads = self._writer.uploads
+        self._steps.check_lock()  # of a directory that was moved away, only other tiers would know
         with contextlib.nullcontext() if uploads is None else uploads.exclusive():
             holders = self._steps.tiers_with(step)
             if holders[0] is self._steps:

@@ -158,6 +158,8 @@ class Writer:
             (name,) = self._choose.choices(names, weights)
             operation: Callable[[], None] = getattr(self, name)
             try:
+                if not hasattr(self, "_manager"):
+                    self._manager = self._open()
                 operation()
             except errors.CheckpointError as error:
                 self._journal.say("refused", operation=name, error=describe(error))
@@ -204,7 +206,8 @@ class Writer:
 
     def _close(self) -> None:
         try:
-            self._manager.close()
+            if hasattr(self, "_manager"):
+                self._manager.close()
         except errors.CheckpointError as error:  # what was not heard of before
             self._journal.say("refused", operation="close", error=describe(error))
         self._settle()
@@ -368,10 +371,12 @@ class Writer:
         """As a function that never closes its manager."""
         self._line = None
         pending, self._pending = self._pending, []
-        del self._manager
-        self._manager = self._open()
-        self._pending = pending
-        self._settle()
+        self.__dict__.pop("_manager", None)
+        try:
+            self._manager = self._open()
+        finally:
+            self._pending = pending
+            self._settle()
 
     def intrude(self) -> None:
         """A second writer, which must not get in."""

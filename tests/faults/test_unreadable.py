@@ -79,3 +79,15 @@ def test_metrics_of_a_step_that_goes_away_are_not_reported(run: Path, how: str) 
         pytest.raises(errors.StepNotFoundError, match=message),
     ):
         manager.record_metrics(2, {"later": 1.0})
+
+
+def test_a_writer_whose_directory_was_moved_away_records_no_metrics(run: Path) -> None:
+    tiers = [fc.Tier(path=run.parent / "far")]
+    with fc.CheckpointManager(run, tiers=tiers) as manager:
+        manager.wait_until_finished()
+        run.rename(run.parent / "moved")
+        with pytest.raises(errors.LockedError):
+            manager.record_metrics(2, {"later": 1.0})
+        (run.parent / "moved").rename(run)
+        manager.record_metrics(2, {"later": 1.0})
+        assert manager.metrics(2) == {"loss": 2.0, "late": 2.0, "later": 1.0}
