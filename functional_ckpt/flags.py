@@ -27,6 +27,7 @@ from functional_ckpt.handlers.module import ModuleHandler
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring import restorer
+from functional_ckpt.storage.paths import is_remote, resolve
 
 __all__ = ["CheckpointFlags", "define", "manager", "restore"]
 
@@ -47,7 +48,7 @@ class CheckpointFlags:
         keep_best: `metric`, `metric:max` or `metric:min`; keeps the best step.
         overwrite: Whether a step that exists may be saved again.
         asynchronous: Whether saves are committed in the background.
-        resume: `latest`, `none`, or the path of a checkpoint to begin with.
+        resume: `latest`, `none`, or the path or URI of a checkpoint to begin with.
         weights_only: Whether modules alone are restored from such a path.
         ignore: Patterns of the items and leaves that are not restored.
         strict: Whether a difference between checkpoint and target is an error.
@@ -141,8 +142,8 @@ def define(
         resume=absl_flags.DEFINE_string(
             name("resume"),
             "latest",
-            "What to begin with: latest (the latest step, if there is one), none, or the path of a "
-            "checkpoint, where the directory has no step yet.",
+            "What to begin with: latest (the latest step, if there is one), none, or the path or "
+            "URI of a checkpoint, where the directory has no step yet.",
             **where,
         ),
         weights_only=absl_flags.DEFINE_bool(
@@ -283,12 +284,21 @@ def _malformed(defined: CheckpointFlags) -> list[str]:
                 f"{defined.keep_best.value!r}"
             )
     source = defined.resume.value
-    if source not in ("latest", "none") and not os.path.isdir(source):
+    if source not in ("latest", "none") and (why := _no_checkpoint(source)):
         problems.append(
-            f"--{defined.resume.name}: expected latest, none, or the directory of a checkpoint; "
-            f"got {source!r}, which is no directory"
+            f"--{defined.resume.name}: expected latest, none, or the directory or URI of a "
+            f"checkpoint; got {source!r}{why}"
         )
     return problems
+
+
+def _no_checkpoint(source: str) -> str:
+    """Why no checkpoint can be there; what a URI leads to is found out when it is restored."""
+    try:
+        place = resolve(source)
+    except errors.UsageError as error:
+        return f": {error}"
+    return "" if is_remote(place) or os.path.isdir(place) else ", which is no directory"
 
 
 def _contradictions(defined: CheckpointFlags) -> list[str]:

@@ -15,10 +15,10 @@ def run(arguments: argparse.Namespace) -> int:
     from functional_ckpt import checkpoint  # late: torch, which a listing does not need
     from functional_ckpt.interop import atomic_output, detect
     from functional_ckpt.manager import CheckpointManager
-    from functional_ckpt.storage.local import LocalStorage, resolve
+    from functional_ckpt.storage.open import connect
 
     atomic_output.check_disjoint(arguments.source, arguments.destination)
-    storage, path = LocalStorage(), resolve(arguments.destination)
+    storage, path = connect(arguments.destination)
     if arguments.step is None and storage.exists(path):
         raise errors.StepExistsError(
             f"{path} exists and is never overwritten; choose another path, or --step N to add a "

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output, targets
-from functional_ckpt.format import checkpoint_dir
-from functional_ckpt.storage.local import LocalStorage
 
 if TYPE_CHECKING:
+    from functional_ckpt.format import checkpoint_dir
     from functional_ckpt.interop.source import Source
 
 __all__ = ["run"]
@@ -18,13 +17,13 @@ __all__ = ["run"]
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the items asked for; says what there is now."""
-    from functional_ckpt.interop import atomic_output, detect
+    from functional_ckpt.interop import atomic_output, native
 
-    storage = LocalStorage()
+    atomic_output.check_destination(arguments.destination)
     checkpoint = targets.checkpoint_of(arguments.checkpoint, arguments.step, arguments.prefix)
     atomic_output.check_disjoint(checkpoint.path, arguments.destination)
     _check_options(arguments)
-    opened = checkpoint_dir.open_checkpoint(storage, checkpoint.path, checkpoint.step)
+    opened = checkpoint.open()
     for name in arguments.item or ():
         if name not in opened.items:
             raise errors.StepNotFoundError(
@@ -35,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         items = [_weights_item(arguments, opened)]
         _export_weights(arguments, checkpoint.path, items[0])
     else:
-        source = detect.open(checkpoint.path, "step")
+        source = native.open_step(checkpoint.storage, checkpoint.path)
         items = list(arguments.item or source)
         _export_tree(arguments, source, items)
     facts = {"path": arguments.destination, "format": arguments.to, "items": items}

@@ -8,9 +8,10 @@ from collections.abc import Generator
 
 from functional_ckpt import errors
 from functional_ckpt.storage import claims, commit
-from functional_ckpt.storage.local import LocalStorage, resolve
+from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.paths import is_remote, resolve, resolve_local
 
-__all__ = ["check_disjoint", "atomic_output"]
+__all__ = ["atomic_output", "check_destination", "check_disjoint"]
 
 
 @contextlib.contextmanager
@@ -28,9 +29,10 @@ def atomic_output(
 
     Raises:
         StepExistsError: Something is at `path`; it is left as it is.
+        UsageError: `path` is a URI.
     """
     storage = storage or LocalStorage()
-    final = resolve(path)
+    final = check_destination(path)
     if storage.exists(final):
         raise errors.StepExistsError(
             f"{final} exists and is never overwritten; remove it or choose another path.",
@@ -46,12 +48,29 @@ def atomic_output(
         claims.publish(storage, tmp, final, overwrite=False)
 
 
+def check_destination(path: str | os.PathLike[str]) -> str:
+    """The absolute path of what is to be written; raises `UsageError` where it is a URI."""
+    return resolve_local(
+        path,
+        "files of other programs are written to local paths only. Write to a local path, then "
+        "copy it there with the tool of the store.",
+    )
+
+
 def check_disjoint(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
     """Raises `UsageError` where one of two paths is, or lies inside, the other."""
-    first, second = (os.path.realpath(resolve(path)) for path in (source, destination))
-    if os.path.commonpath([first, second]) in (first, second):
+    first, second = (_real(resolve(path)) for path in (source, destination))
+    if first == second or _is_inside(first, second) or _is_inside(second, first):
         raise errors.UsageError(
             f"{second} and {first} overlap: what is read is never written into; choose another "
             "destination.",
             path=second,
         )
+
+
+def _real(path: str) -> str:
+    return path if is_remote(path) else os.path.realpath(path)
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip("/") + "/")

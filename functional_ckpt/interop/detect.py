@@ -18,7 +18,8 @@ from functional_ckpt.interop import (
     torch_save,
 )
 from functional_ckpt.interop.source import Format, Source
-from functional_ckpt.storage.local import resolve
+from functional_ckpt.storage.open import connect
+from functional_ckpt.storage.paths import is_remote, resolve
 
 __all__ = ["FORMATS", "candidates", "open"]
 
@@ -52,7 +53,7 @@ def open(
     """Opens a checkpoint of another program as items: a mapping that `fc.save` takes as it is.
 
     Args:
-        path: A file or a directory.
+        path: A file or a directory; or the URI of a checkpoint of this package or of Orbax.
         format: Name of its format; None to find out.
         formats: What to choose from; add a `Format` of your own.
 
@@ -65,6 +66,8 @@ def open(
         CorruptCheckpointError: It is incomplete or damaged.
     """
     place = resolve(path)
+    if is_remote(place):
+        return _open_remote(place, format)
     if not os.path.exists(place):
         raise errors.StepNotFoundError(f"{place}: there is no such file or directory.", path=place)
     by_name = {each.name: each for each in formats}
@@ -98,3 +101,17 @@ def open(
 def _open(format: Format, place: str) -> Source:
     with hostile.clear_failures(place):
         return format.open(place)
+
+
+def _open_remote(uri: str, format: str | None) -> Source:
+    """A step in an object store; the files of other programs are read from local disks only."""
+    storage, place = connect(uri)
+    if not storage.exists(place):
+        raise errors.StepNotFoundError(f"{place}: there is nothing.", path=place)
+    if format not in (None, native.FORMAT.name) or not native.is_step(storage, place):
+        raise errors.UsageError(
+            f"{place}: a URI opens as a checkpoint of this package or of Orbax only, and this is "
+            "none, or another format was asked for. Copy it to a local path and open that.",
+            path=place,
+        )
+    return native.open_step(storage, place)

@@ -26,7 +26,8 @@ from functional_ckpt.interop import hostile, safetensors, torch_save, weights
 from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.source import Format, Source, match_files
 from functional_ckpt.interop.weights import Weights
-from functional_ckpt.storage.local import LocalStorage, resolve
+from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.paths import resolve, resolve_local
 
 __all__ = ["FORMAT", "export", "load", "save"]
 
@@ -65,7 +66,7 @@ def save(
 
     Args:
         model: A module, a state dict or any tree of tensors (names are joined by dots).
-        path: The directory to create.
+        path: The directory to create; a local path.
         max_shard_size: Bytes of a file, as a number or like `"5GB"`, `"200MB"`, `"1GiB"`; a larger
             tensor has a file to itself.
         key_prefix: Put before every name.
@@ -101,8 +102,8 @@ def export(
     No model is built, and no more than one file's tensors are in memory. Otherwise like `save`.
 
     Args:
-        step: The step's directory.
-        path: The directory to create.
+        step: The step's directory; a URI too.
+        path: The directory to create; a local path.
         item: The item that holds the weights.
         max_shard_size: Bytes of a file.
         key_prefix: Put before every name.
@@ -273,7 +274,7 @@ def load(
         UsageError: There are weights in two formats, and `format` does not say which.
         CorruptCheckpointError: A shard is missing or damaged, or the index is not of these files.
     """
-    directory = resolve(path)
+    directory = resolve_local(path, "weights are read from local directories; copy it here first.")
     file = _choose(directory, variant, format)
     if not file.endswith(".json"):
         tensors = _load_file(os.path.join(directory, file))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from functional_ckpt import errors
@@ -12,9 +13,10 @@ from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.interop.source import Format, Source, match_files
 from functional_ckpt.restoring import restore
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 
-__all__ = ["FORMAT"]
+__all__ = ["FORMAT", "is_step", "open_step"]
 
 _MARKS = (
     records.EXTENSION_FILE,
@@ -25,25 +27,44 @@ _MARKS = (
 
 def fits(path: str) -> bool:
     """Whether it is one checkpoint, or one item of it, with the files that say so."""
-    places = ["", *match_files(path, lambda name: not name.startswith("."))]
+    return _is_marked(path, match_files(path, _is_shown), os.path.isfile)
+
+
+def is_step(storage: Storage, path: str) -> bool:
+    """The same, in any store."""
+    names = filter(_is_shown, storage.list(path)) if storage.is_directory(path) else ()
+    return _is_marked(path, names, storage.exists)
+
+
+def _is_shown(name: str) -> bool:
+    return not name.startswith(".")
+
+
+def _is_marked(path: str, names: Iterable[str], exists: Callable[[str], bool]) -> bool:
+    places = ["", *names]
     return any(
-        os.path.isfile(os.path.join(path, place, mark))
+        exists(os.path.join(path, place, mark))
         for place in places
         for mark in (_MARKS if place == "" else _MARKS[2:])
     )
 
 
-def _open(path: str) -> Source:
-    opened = checkpoint_dir.open_checkpoint(LocalStorage(), path)
-    openers = {name: functools.partial(_read, path, name) for name in opened.items}
+def open_step(storage: Storage, path: str) -> Source:
+    """The items of a checkpoint in any store."""
+    opened = checkpoint_dir.open_checkpoint(storage, path)
+    openers = {name: functools.partial(_read, storage, path, name) for name in opened.items}
     return Source(path, "step", openers)
 
 
-def _read(path: str, name: str) -> Any:
-    if name not in checkpoint_dir.open_checkpoint(LocalStorage(), path).items:
+def _open(path: str) -> Source:
+    return open_step(LocalStorage(), path)
+
+
+def _read(storage: Storage, path: str, name: str) -> Any:
+    if name not in checkpoint_dir.open_checkpoint(storage, path).items:
         raise errors.StepNotFoundError(f"{path} has no item {name!r} any more.", path=path)
     return restore.restore_checkpoint(
-        functools.partial(checkpoint_dir.open_checkpoint, LocalStorage(), path),
+        functools.partial(checkpoint_dir.open_checkpoint, storage, path),
         {name: None},
         default_registry(),
         restore.RestoreOptions(),

@@ -18,7 +18,7 @@ from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.restoring import read
-from functional_ckpt.storage.local import LocalStorage, resolve
+from functional_ckpt.storage.open import connect
 
 __all__ = ["Weights", "of_step", "of_value"]
 
@@ -72,13 +72,13 @@ def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> 
 
 
 def of_step(path: str | os.PathLike[str], item: str) -> Weights:
-    """The tensors of one item of a step; only what is fetched is read.
+    """The tensors of one item of a step, local or in an object store; only what is fetched is read.
 
     Raises:
         StepNotFoundError: There is no such step or item.
         UnsupportedLeafError: The item holds something else than tensors.
     """
-    opened = checkpoint_dir.open_checkpoint(LocalStorage(), resolve(path))
+    opened = checkpoint_dir.open_checkpoint(*connect(path))
     if opened.items.get(item) != "tree":
         trees = [name for name, kind in opened.items.items() if kind == "tree"]
         raise errors.StepNotFoundError(

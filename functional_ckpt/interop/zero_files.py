@@ -16,7 +16,9 @@ from functional_ckpt.interop import native, neuronx, zero
 from functional_ckpt.interop.atomic_output import atomic_output, check_disjoint
 from functional_ckpt.interop.neuronx import Rank
 from functional_ckpt.interop.source import Source
-from functional_ckpt.storage.local import LocalStorage, resolve
+from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.open import connect
+from functional_ckpt.storage.paths import is_remote, resolve
 
 __all__ = ["convert"]
 
@@ -33,7 +35,8 @@ def convert(
 ) -> int:
     """Writes a new directory of the same kind as the source.
 
-    Of a tag only the optimizer is written, as NxD's own tool does; a step is written whole.
+    Of a tag only the optimizer is written, as NxD's own tool does, from and to local paths; a step
+    is written whole, and either path may be a URI.
 
     Args:
         source: A tag's folder, or a step's directory.
@@ -52,10 +55,11 @@ def convert(
     """
     path = resolve(source)
     check_disjoint(path, destination)
-    if not os.path.isdir(path):
+    storage, path = connect(path)
+    if not storage.is_directory(path):
         raise errors.StepNotFoundError(f"{path}: there is no such directory.", path=path)
     folder = os.path.join(path, _FOLDER)
-    if neuronx.stems(folder):
+    if not is_remote(path) and neuronx.stems(folder):
         states = _FolderStates(folder)
         with atomic_output(destination) as tmp:
             out = os.path.join(tmp, _FOLDER)
@@ -65,12 +69,12 @@ def convert(
                 neuronx.save(state, os.path.join(out, f"{rank.stem}.pt"))
 
             return _convert(states.ranks, states.read, write, dp_size, num_workers, folder)
-    if not native.FORMAT.matches(path):
+    if not native.is_step(storage, path):
         raise errors.UsageError(
             f"{path}: neither a tag of neuronx-distributed with a folder {_FOLDER!r} nor a step.",
             path=path,
         )
-    step = native.FORMAT.open(path)
+    step = native.open_step(storage, path)
     item, found = _find_item(step)
     ranks = neuronx.parse_ranks(found, path)
     written: dict[str, Any] = {}

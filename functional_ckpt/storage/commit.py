@@ -62,7 +62,14 @@ def makedirs_durable(storage: Storage, path: str) -> None:
     above = path
     while not storage.exists(above):
         missing.append(above)
-        above = os.path.dirname(above)
+        parent = os.path.dirname(above)
+        if parent in ("", above):  # the end of a relative path, or of a URI in another store
+            raise errors.UsageError(
+                f"{path}: not a path in {type(storage).__name__}; give an absolute path, or the "
+                "storage that the URI is in.",
+                path=path,
+            )
+        above = parent
     storage.make_directory(path)
     for each in reversed(missing):
         storage.sync_directory(os.path.dirname(each))

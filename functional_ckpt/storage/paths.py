@@ -8,7 +8,7 @@ from typing import Any
 
 from functional_ckpt import errors
 
-__all__ = ["check_arrays_path", "is_remote", "resolve", "resolve_uri"]
+__all__ = ["check_arrays_path", "is_remote", "resolve", "resolve_local", "resolve_uri"]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -37,6 +37,22 @@ def resolve(path: Any) -> str:
         )
     path = os.path.abspath(os.path.expanduser(text))
     return path[1:] if path.startswith("//") else path  # POSIX lets that mean something else
+
+
+def resolve_local(path: Any, advice: str) -> str:
+    """An absolute local path.
+
+    Args:
+        path: What the user gave.
+        advice: Why it cannot be a URI, and what to do; the end of the error.
+
+    Raises:
+        UsageError: It is a URI.
+    """
+    resolved = resolve(path)
+    if is_remote(resolved):
+        raise errors.UsageError(f"{resolved}: {advice}", path=resolved)
+    return resolved
 
 
 def check_arrays_path(path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,19 @@ def test_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(fc.errors.StepExistsError, match="has 1 steps from 0 on"):
             begin({"x": 0}, run, how)
     assert begin({"x": 0}, run, "--ckpt_resume=none", "--ckpt_overwrite")["x"] == 0
+
+
+def test_a_run_begins_with_a_checkpoint_in_a_store(tmp_path: Path) -> None:
+    bucket = f"memory://bucket-{uuid.uuid4().hex[:8]}"
+    fc.save(f"{bucket}/one", {"x": 9})
+    run = f"--ckpt_dir={tmp_path / 'run'}"
+    assert begin({"x": 0}, run, f"--ckpt_resume={bucket}/one")["x"] == 9
+    fc.save(tmp_path / "one", {"x": 8})
+    assert begin({"x": 0}, run, f"--ckpt_resume=file://{tmp_path}/one")["x"] == 8
+    with pytest.raises(fc.errors.StepNotFoundError, match=f"{bucket}/two"):
+        begin({"x": 0}, run, f"--ckpt_resume={bucket}/two")
+    with pytest.raises(fc.errors.UsageError, match=r"got 'memory:/b/one': .* two slashes"):
+        begin({"x": 0}, run, "--ckpt_resume=memory:/b/one")
 
 
 def test_weights_alone_and_what_is_ignored(

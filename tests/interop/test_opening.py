@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from torch.distributed import checkpoint as dcp
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.cli import main
+from functional_ckpt.interop import dcp as interop_dcp
+from functional_ckpt.interop import torch_save
+from functional_ckpt.storage.open import connect
 from functional_ckpt.testing import equality
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -303,9 +308,83 @@ def test_what_is_nothing_known_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(errors.UsageError, match="nothing here looks like"):
         fc.interop.open(tmp_path)
     (tmp_path / "x.pt").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(errors.CorruptCheckpointError, match=r"torch\.load cannot read it"):
+    with pytest.raises(errors.CorruptCheckpointError, match=r"x\.pt: .*cannot (be )?read"):
         fc.interop.open(tmp_path / "x.pt")
     with pytest.raises(errors.UsageError, match="no format 'onnx'"):
         fc.interop.open(tmp_path, "onnx")
     with pytest.raises(errors.UsageError, match="does not look like"):
         fc.interop.open(tmp_path / "x.pt", "safetensors")
+
+
+@pytest.fixture
+def bucket() -> str:
+    """A new bucket in this process's memory; its URI."""
+    return f"memory://bucket-{uuid.uuid4().hex[:8]}"
+
+
+def uri_errors(bucket: str, path: Path) -> Iterator[str]:
+    """What each function that writes another program's files says of a URI."""
+    model, _ = adam()
+    fc.save(path / "step", {"model": model})
+    for call in (
+        lambda: fc.interop.huggingface.save(model, f"{bucket}/x"),
+        lambda: fc.interop.huggingface.save(model, f"{bucket}/x", format="bin"),
+        lambda: fc.interop.huggingface.export(path / "step", f"{bucket}/x"),
+        lambda: torch_save.save(model.state_dict(), f"{bucket}/x"),
+        lambda: interop_dcp.save({"model": model.state_dict()}, f"{bucket}/x"),
+        lambda: interop_dcp.save({"model": model.state_dict()}, "s3://no-such-bucket/x/y"),
+    ):
+        with pytest.raises(errors.UsageError) as caught:
+            call()
+        yield str(caught.value)
+
+
+def test_writing_another_programs_files_to_a_uri_is_refused_at_once(
+    bucket: str, tmp_path: Path
+) -> None:
+    for message in uri_errors(bucket, tmp_path):
+        assert "local paths only. Write to a local path, then copy" in message
+    assert connect(bucket)[0].list(bucket) == []
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch", "hf", "dcp"])
+def test_a_step_in_a_store_is_exported(
+    bucket: str, tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with fc.CheckpointManager(f"{bucket}/run") as manager:
+        manager.save(3, {"model": WEIGHTS}, force=True)
+    out = str(tmp_path / "out")
+    assert main(["export", f"{bucket}/run", out, "--to", to]) == 0
+    assert differences(fc.interop.open(out)["model"], WEIGHTS) == []
+    assert main(["export", f"{bucket}/run", f"{bucket}/out", "--to", to]) == 2
+    assert "local paths only" in capsys.readouterr().err
+
+
+def test_convert_writes_steps_to_a_store(
+    bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_safetensors(tmp_path / "w.safetensors")
+    source = str(tmp_path / "w.safetensors")
+    assert main(["convert", source, f"{bucket}/one"]) == 0
+    assert main(["convert", source, f"{bucket}/run", "--step", "7"]) == 0
+    assert differences(fc.restore(f"{bucket}/one")["model"], WEIGHTS) == []
+    assert differences(fc.restore(f"{bucket}/run/7")["model"], WEIGHTS) == []
+    assert main(["convert", source, f"{bucket}/one"]) == 2
+    assert "never overwritten" in capsys.readouterr().err
+    assert main(["convert", f"{bucket}/one", f"{bucket}/one/in"]) == 2
+    assert "overlap" in capsys.readouterr().err
+    assert main(["convert", f"{bucket}/one", str(tmp_path / "back")]) == 0
+    assert differences(fc.restore(tmp_path / "back")["model"], WEIGHTS) == []
+
+
+def test_a_uri_opens_as_a_step_only(bucket: str) -> None:
+    fc.save(f"{bucket}/one", {"model": WEIGHTS})
+    assert differences(fc.interop.open(f"{bucket}/one")["model"], WEIGHTS) == []
+    with pytest.raises(errors.UsageError, match="Copy it to a local path"):
+        fc.interop.open(bucket)
+    with pytest.raises(errors.UsageError, match="Copy it to a local path"):
+        fc.interop.open(f"{bucket}/one", "dcp")
+    with pytest.raises(errors.StepNotFoundError, match="there is nothing"):
+        fc.interop.open(f"{bucket}/two")
+    with pytest.raises(errors.UsageError, match="copy it here"):
+        fc.interop.huggingface.load(f"{bucket}/one")

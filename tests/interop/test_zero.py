@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,17 @@ def test_a_tag_whose_saving_did_not_end_is_refused(tmp_path: Path) -> None:
     source = fc.interop.open(tmp_path / "tag")
     assert list(source) == ["optimizer", "user_content"]
     assert source["user_content"] == {"total_steps": 7}
+
+
+def test_a_step_in_a_store_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bucket = f"memory://bucket-{uuid.uuid4().hex[:8]}"
+    write_tag(tmp_path / "tag", 2, tp_size=1)
+    fc.save(f"{bucket}/step", fc.interop.open(tmp_path / "tag"))
+    full = ["--convert_to_full"]
+    arguments = ["convert_zero", "--input_dir", f"{bucket}/step", "--output_dir", f"{bucket}/full"]
+    assert main([*arguments, *full]) == 0
+    (state,) = fc.restore(f"{bucket}/full")["optimizer"].values()
+    assert_equal(state["base_state"], full_state(0)["base_state"])
+    arguments = ["convert_zero", "--input_dir", str(tmp_path / "tag"), "--output_dir"]
+    assert main([*arguments, f"{bucket}/tag", *full]) == 2
+    assert "local paths only" in capsys.readouterr().err

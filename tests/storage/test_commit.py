@@ -285,3 +285,13 @@ def test_new_parent_directories_are_synced_from_the_top(tmp_path: Path) -> None:
     commit.makedirs_durable(storage, str(tmp_path / "there" / "a" / "b"))
     synced = [each.path for each in storage.operations if each.kind == "sync"]
     assert synced == [str(tmp_path / "there"), str(tmp_path / "there" / "a")]
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/run", "a/relative/path"])
+def test_a_path_that_no_directory_is_above_is_refused(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.UsageError, match=f"{path}: not a path in LocalStorage"):
+        commit.makedirs_durable(LocalStorage(), path)
+    assert list(tmp_path.iterdir()) == []
