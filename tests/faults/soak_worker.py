@@ -148,6 +148,7 @@ class Writer:
         self._held: dict[int, str] = {}
         # Saved since this writer went back to an earlier step; None where it did not.
         self._line: set[int] | None = None
+        self._origin = 0
         self._pending: list[tuple[str, int, str, fc.Commit]] = []
         self._manager = self._open()
 
@@ -256,7 +257,8 @@ class Writer:
             best = sorted(near, key=soak_values.accuracy)[-_KEEP_BEST:]
             others = [each for each in others if each not in best]
         if self._line is not None:
-            self._line.add(step)
+            if step > self._origin:
+                self._line.add(step)
             line = sorted(self._line)[-3:] if kept == math.inf else sorted(self._line)[-int(kept) :]
             others = [each for each in others if each not in line]
         return [each for each in others if each != step]
@@ -349,7 +351,7 @@ class Writer:
             for each, operation in zip(later, operations, strict=False):
                 self._held.pop(each, None)
                 self._journal.end(operation, is_reported=True)
-        self._line = set()
+        self._line, self._origin = set(), step
         for number in range(1, self._choose.choice([2, 4])):
             self._save(step + number, self._items, self._next_version(), self._known())
         self._settle()
