@@ -1,31 +1,29 @@
-"""`CheckpointManager`: decide, plan, stage, commit. It only puts the floors below in order."""
+"""`CheckpointManager`: the steps of one run, saved, kept and restored."""
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
 from functional_ckpt import errors
-from functional_ckpt.distributed.coordinator import Coordinator, run_on_all, run_on_primary
-from functional_ckpt.events import Events, Listeners
+from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.events import Listeners
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.policies import keep, rules
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
-from functional_ckpt.restoring.restorer import Restorer, check_step
+from functional_ckpt.restoring.restorer import check_step
+from functional_ckpt.run import open_run
 from functional_ckpt.saving import background, saver
 from functional_ckpt.saving.calls import Calls, exclusive
-from functional_ckpt.steps import acquire, names, orbax_adapters, template
-from functional_ckpt.steps.directory import Steps
-from functional_ckpt.steps.metadata import StepMetadata, step_metadata
-from functional_ckpt.steps.tiers import Tier, open_tiers
+from functional_ckpt.steps import acquire, names, orbax_adapters
+from functional_ckpt.steps.metadata import StepMetadata
+from functional_ckpt.steps.tiers import Tier
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.open import connect
 
 __all__ = ["CheckpointManager"]
 
@@ -92,14 +90,7 @@ class CheckpointManager:
         on_event: Listeners | None = None,
         storage: Storage | None = None,
     ) -> None:
-        connected, root = connect(directory, storage)
-        registry = registry or default_registry()
-        step_names = template.name_format_of(step_name, adapt=orbax_adapters.adapt_name_format)
-        events = Events(on_event)
-        self._steps = Steps(
-            connected, root, step_names, events, read_only=read_only, latest_link=latest_link
-        )
-        self._options = saver.SaveOptions(
+        options = saver.SaveOptions(
             save_rule=orbax_adapters.adapted_save_rule(save_policy),
             keep_policies=orbax_adapters.adapted_keep_policies(keep_policy),
             overwrite=overwrite,
@@ -108,33 +99,21 @@ class CheckpointManager:
             staging_budget_bytes=staging_budget_bytes,
             on_busy=on_busy,
         )
-        if not tiers:
-            rules.check_not_passing("keep_policy", self._options.keep_policies)
-        self._coordinator = acquire.coordinator_of(coordinator, process_group)
-        events.rank = self._coordinator.rank
-        self._saver = saver.Saver(self._steps, registry, self._coordinator, self._options)
-        self._calls = Calls(root, self._saver.is_in_background)
-        self._resumer = Restorer(self._steps, registry, self._coordinator, self._saver.decider)
-        alike = self._options.compared(self._steps, step_names, tiers)
-        try:
-            acquire.open_directory(self._steps, self._coordinator, alike, owner=self)
-            self._saver.decider.start()
-            run_on_all(self._coordinator, "looking into the directory", self._steps.reload)
-            self._saver.upload_by(
-                open_tiers(
-                    self._steps,
-                    tiers,
-                    step_names,
-                    self._coordinator,
-                    read_only=read_only,
-                    overwrite=overwrite,
-                )
-            )
-            if self._steps.lock is not None:
-                self._steps.update_latest_link()  # a crash may have left it behind
-        except BaseException:
-            self._release()
-            raise
+        self._run = open_run(
+            directory,
+            options,
+            registry=registry or default_registry(),
+            step_name=step_name,
+            latest_link=latest_link,
+            tiers=tiers,
+            read_only=read_only,
+            coordinator=acquire.coordinator_of(coordinator, process_group),
+            on_event=on_event,
+            storage=storage,
+            owner=self,
+        )
+        self._steps, self._saver = self._run.steps, self._run.saver
+        self._calls = Calls(self._steps.root, self._saver.is_in_background)
 
     # ------------------------------------------------------------------------------ saving
 
@@ -191,7 +170,7 @@ class CheckpointManager:
         To be called before it begins; nothing happens where the manager has `overwrite`.
         """
         self._calls.check_usable()
-        self._steps.check_start(check_step(step), overwrite=self._options.overwrite)
+        self._steps.check_start(check_step(step), overwrite=self._run.options.overwrite)
 
     @exclusive
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -203,13 +182,7 @@ class CheckpointManager:
         Raises:
             StepNotFoundError: There is no such step.
         """
-        number = check_step(step)
-        self._saver.wait_for(number)
-        checked = saver.as_json(metrics, "metrics") or {}
-        record = functools.partial(self._saver.record, number, checked)
-        ready = functools.partial(self._steps.existing, number)
-        what, then = f"recording metrics of step {number}", self._steps.reload_local
-        run_on_primary(self._coordinator, what, record, prepare=ready, after=then)
+        self._run.record_metrics(check_step(step), saver.as_json(metrics, "metrics") or {})
 
     @exclusive
     def delete(self, step: int) -> None:
@@ -219,17 +192,7 @@ class CheckpointManager:
             StepNotFoundError: There is no such step.
             StorageError: A tier refuses, or cannot be reached: the step is still in the first.
         """
-        self._steps.check_writable()
-        number = check_step(step)
-
-        def ready() -> None:
-            if self._saver.committer.is_busy:
-                self._saver.wait()
-            self._steps.existing(number)
-
-        discard = functools.partial(self._saver.delete, [number])
-        what, then = f"deleting step {number}", self._steps.reload
-        run_on_primary(self._coordinator, what, discard, prepare=ready, after=then)
+        self._run.delete(check_step(step))
 
     # ------------------------------------------------------------------------------ restoring
 
@@ -265,26 +228,9 @@ class CheckpointManager:
             CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written
                 into.
         """
-        if discard_later:
-            self._steps.check_writable()
-            self._saver.committer.wait()
-        number = self._awaited(step)
-        restored = self._resumer.restore(
-            number, items, restore_lib.RestoreOptions(**options), discard_later=discard_later
-        )
-        if discard_later and restored.step is not None:
-            discard = functools.partial(self._saver.discard_later, restored.step)
-            what, then = f"discarding what is later than step {restored.step}", self._steps.reload
-            run_on_primary(self._coordinator, what, discard, after=then)
-        return restored
-
-    def _awaited(self, step: int | None) -> int | None:
-        """The number of a step; if this manager is still committing it, once that is over."""
-        if step is None:
-            return None
-        number = check_step(step)
-        self._saver.wait_for(number)
-        return number
+        how = restore_lib.RestoreOptions(**options)
+        number = None if step is None else check_step(step)
+        return self._run.restore(number, items, how, discard_later=discard_later)
 
     @exclusive
     def restore_or(
@@ -303,12 +249,12 @@ class CheckpointManager:
         Raises:
             MismatchError, CorruptCheckpointError: As `restore` does.
         """
-        return self._resumer.restore_or(initial, restore_lib.RestoreOptions(**options))
+        return self._run.restorer.restore_or(initial, restore_lib.RestoreOptions(**options))
 
     def metadata(self, step: int | None = None) -> StepMetadata:
         """What is known of a step (None: the latest) without reading its arrays."""
         self._calls.check_usable()
-        return step_metadata(self._steps, self._awaited(step))
+        return self._run.metadata(None if step is None else check_step(step))
 
     def metrics(self, step: int | None = None) -> Mapping[str, Any] | None:
         """The metrics of a step (None: the latest), late ones included, or None."""
@@ -347,7 +293,9 @@ class CheckpointManager:
         self._calls.check_usable()
         if self._steps.read_only or any(info.problem for info in self._steps.all_infos()):
             self.reload()
-        return keep.best_step(self._steps.all_infos(), metric, mode, self._options.keep_policies)
+        return keep.best_step(
+            self._steps.all_infos(), metric, mode, self._run.options.keep_policies
+        )
 
     def reload(self) -> None:
         """Reads the history from disk anew."""
@@ -376,6 +324,11 @@ class CheckpointManager:
     def directory(self) -> str:
         """Where the steps are."""
         return self._steps.root
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks save and restore together."""
+        return self._run.coordinator.num_ranks
 
     # ------------------------------------------------------------------------------ life
 
@@ -424,7 +377,7 @@ class CheckpointManager:
             self._saver.committer.wait()
             self._calls.close()
             self._saver.finish_uploads()
-            self._release()
+            self._run.release()
         self._saver.raise_errors()
 
     def __enter__(self) -> Self:
@@ -443,8 +396,3 @@ class CheckpointManager:
             if error is None:
                 raise
             error.add_note(f"While leaving the manager: {failure}")
-
-    def _release(self) -> None:
-        self._saver.release()
-        self._coordinator.close()
-        self._steps.unlock()

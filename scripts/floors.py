@@ -49,6 +49,7 @@ FLOORS: dict[str, int] = {
     "restoring/*": 9,
     "manager.py": 10,
     "checkpoint.py": 10,
+    "run.py": 10,
     "interop/*": 11,
     "flags.py": 11,
     "hooks.py": 11,

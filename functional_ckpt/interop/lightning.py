@@ -118,7 +118,7 @@ class ManagerIO(lightning_io.CheckpointIO):
             return
         if storage_options is not None:
             raise errors.UsageError("storage_options: a manager has its own storage.")
-        if (num_ranks := self.manager._coordinator.num_ranks) > 1:
+        if (num_ranks := self.manager.num_ranks) > 1:
             raise errors.UsageError(
                 f"{path}: a step of {num_ranks} processes is saved by SaveCallback, on all of "
                 "them; Lightning's save_checkpoint reaches one.",
@@ -218,7 +218,7 @@ class SaveCallback(callbacks.Callback):
                 "hold. Save fc.Module(...) and fc.Optimizer(...) items with a manager of your own "
                 "in a callback, or use a DDP strategy."
             )
-        num_ranks = self._io.manager._coordinator.num_ranks
+        num_ranks = self._io.manager.num_ranks
         if num_ranks != trainer.world_size:
             raise errors.UsageError(
                 f"The Trainer has {trainer.world_size} processes, the manager {num_ranks}: it was "

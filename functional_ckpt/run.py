@@ -1,0 +1,164 @@
+"""The parts of one run put together: its steps, the two flows, and how the ranks agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from functional_ckpt.distributed.coordinator import Coordinator, run_on_all, run_on_primary
+from functional_ckpt.events import Events, Listeners
+from functional_ckpt.handlers.base import Registry
+from functional_ckpt.policies import rules
+from functional_ckpt.restoring import restore as restore_lib
+from functional_ckpt.restoring.restorer import Restorer
+from functional_ckpt.saving import saver
+from functional_ckpt.steps import acquire, names, orbax_adapters, template
+from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.metadata import StepMetadata, step_metadata
+from functional_ckpt.steps.tiers import Tier, open_tiers
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.open import connect
+
+__all__ = ["Run", "open_run"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """What a manager is made of, and the operations that need several of its parts.
+
+    Attributes:
+        steps: The directory, and those of the other tiers.
+        options: How it saves.
+        coordinator: How the ranks agree.
+        saver: The save flow.
+        restorer: The restore flow.
+    """
+
+    steps: Steps
+    options: saver.SaveOptions
+    coordinator: Coordinator
+    saver: saver.Saver
+    restorer: Restorer
+
+    def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records metrics of a committed step; one that is still being committed is waited for."""
+        self.saver.wait_for(step)
+        run_on_primary(
+            self.coordinator,
+            f"recording metrics of step {step}",
+            functools.partial(self.saver.record, step, metrics),
+            prepare=functools.partial(self.steps.existing, step),
+            after=self.steps.reload_local,
+        )
+
+    def delete(self, step: int) -> None:
+        """Removes a step from every tier, once no commit is under way."""
+        self.steps.check_writable()
+
+        def prepare() -> None:
+            if self.saver.committer.is_busy:
+                self.saver.wait()
+            self.steps.existing(step)
+
+        run_on_primary(
+            self.coordinator,
+            f"deleting step {step}",
+            functools.partial(self.saver.delete, [step]),
+            prepare=prepare,
+            after=self.steps.reload,
+        )
+
+    def restore(
+        self,
+        step: int | None,
+        items: Mapping[str, Any] | None,
+        options: restore_lib.RestoreOptions,
+        *,
+        discard_later: bool,
+    ) -> restore_lib.Restored:
+        """Restores a step (None: the latest), and then removes the later ones if asked to."""
+        if discard_later:
+            self.steps.check_writable()
+            self.saver.committer.wait()
+        if step is not None:
+            self.saver.wait_for(step)
+        restored = self.restorer.restore(step, items, options, discard_later=discard_later)
+        if discard_later and restored.step is not None:
+            run_on_primary(
+                self.coordinator,
+                f"discarding what is later than step {restored.step}",
+                functools.partial(self.saver.discard_later, restored.step),
+                after=self.steps.reload,
+            )
+        return restored
+
+    def metadata(self, step: int | None) -> StepMetadata:
+        """What is known of a step (None: the latest) without reading its arrays."""
+        if step is not None:
+            self.saver.wait_for(step)
+        return step_metadata(self.steps, step)
+
+    def release(self) -> None:
+        """Lets the next writer in, and gives back what the run has held."""
+        self.saver.release()
+        self.coordinator.close()
+        self.steps.unlock()
+
+
+def open_run(
+    directory: str | os.PathLike[str],
+    options: saver.SaveOptions,
+    *,
+    registry: Registry,
+    step_name: names.NameFormat | str | None,
+    latest_link: str | None,
+    tiers: Sequence[Tier | str | os.PathLike[str]],
+    read_only: bool,
+    coordinator: Coordinator,
+    on_event: Listeners | None,
+    storage: Storage | None,
+    owner: object,
+) -> Run:
+    """Opens a directory of steps with its tiers; a writer takes its lock.
+
+    The arguments are those of `CheckpointManager`; `owner` is the manager, for which the lock is
+    held.
+
+    Raises:
+        LockedError: Another live writer holds the directory.
+        UsageError: An argument is wrong.
+    """
+    connected, root = connect(directory, storage)
+    step_names = template.name_format_of(step_name, adapt=orbax_adapters.adapt_name_format)
+    events = Events(on_event)
+    events.rank = coordinator.rank
+    steps = Steps(connected, root, step_names, events, read_only=read_only, latest_link=latest_link)
+    if not tiers:
+        rules.check_not_passing("keep_policy", options.keep_policies)
+    saving = saver.Saver(steps, registry, coordinator, options)
+    restorer = Restorer(steps, registry, coordinator, saving.decider)
+    run = Run(steps, options, coordinator, saving, restorer)
+    alike = options.compared(steps, step_names, tiers)
+    try:
+        acquire.open_directory(steps, coordinator, alike, owner=owner)
+        saving.decider.start()
+        run_on_all(coordinator, "looking into the directory", steps.reload)
+        saving.upload_by(
+            open_tiers(
+                steps,
+                tiers,
+                step_names,
+                coordinator,
+                read_only=read_only,
+                overwrite=options.overwrite,
+            )
+        )
+        if steps.lock is not None:
+            steps.update_latest_link()  # a crash may have left it behind
+    except BaseException:
+        run.release()
+        raise
+    return run
