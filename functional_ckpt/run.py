@@ -18,7 +18,7 @@ from functional_ckpt.saving import saver
 from functional_ckpt.steps import acquire, names, orbax_adapters, template
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.metadata import StepMetadata, step_metadata
-from functional_ckpt.steps.tiers import Tier, open_tiers
+from functional_ckpt.steps.tiers import Tier, as_tiers, open_tiers
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
 
@@ -131,17 +131,18 @@ def open_run(
         LockedError: Another live writer holds the directory.
         UsageError: An argument is wrong.
     """
+    known_tiers = as_tiers(tiers)
     connected, root = connect(directory, storage)
     step_names = template.name_format_of(step_name, adapt=orbax_adapters.adapt_name_format)
     events = Events(on_event)
     events.rank = coordinator.rank
     steps = Steps(connected, root, step_names, events, read_only=read_only, latest_link=latest_link)
-    if not tiers:
+    if not known_tiers:
         rules.check_not_passing("keep_policy", options.keep_policies)
     saving = saver.Saver(steps, registry, coordinator, options)
     restorer = Restorer(steps, registry, coordinator, saving.decider)
     run = Run(steps, options, coordinator, saving, restorer)
-    alike = options.compared(steps, step_names, tiers)
+    alike = options.compared(steps, step_names, known_tiers)
     try:
         acquire.open_directory(steps, coordinator, alike, owner=owner)
         saving.decider.start()
@@ -149,7 +150,7 @@ def open_run(
         saving.upload_by(
             open_tiers(
                 steps,
-                tiers,
+                known_tiers,
                 step_names,
                 coordinator,
                 read_only=read_only,

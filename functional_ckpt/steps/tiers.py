@@ -26,7 +26,7 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage, is_remote, resolve
 from functional_ckpt.storage.open import connect
 
-__all__ = ["Tier", "open_tiers"]
+__all__ = ["Tier", "as_tiers", "open_tiers"]
 
 # As long as requests to object stores are made again.
 _PATIENCE_SECONDS = 300.0
@@ -61,9 +61,16 @@ class Tier:
             )
 
 
+def as_tiers(tiers: Sequence[Tier | str | os.PathLike[str]]) -> tuple[Tier, ...]:
+    """Returns a user's tiers; a bare path means `Tier(path=path)`."""
+    if isinstance(tiers, (str, os.PathLike)):
+        raise errors.UsageError(f"tiers must be a list of tiers or paths; got {tiers!r}.")
+    return tuple(tier if isinstance(tier, Tier) else Tier(path=tier) for tier in tiers)
+
+
 def open_tiers(
     local: Steps,
-    tiers: Sequence[Tier | str | os.PathLike[str]],
+    tiers: Sequence[Tier],
     names: NameFormat,
     coordinator: Coordinator,
     *,
@@ -73,7 +80,6 @@ def open_tiers(
     """Makes the tiers' steps known to `local`, and begins to upload what they were promised.
 
     A tier that is out of reach is opened later: at once where something depends on it.
-    A bare path means `Tier(path=path)`.
 
     Returns:
         The uploads, on the primary of a writer; None elsewhere.
@@ -83,13 +89,10 @@ def open_tiers(
         LockedError: Another live writer holds a tier.
         UsageError: Two tiers are one, or one is in the other.
     """
-    if isinstance(tiers, (str, os.PathLike)):
-        raise errors.UsageError(f"tiers must be a list of tiers or paths; got {tiers!r}.")
     if not tiers:
         return None
     is_writer = coordinator.rank == 0 and not read_only
-    known = [tier if isinstance(tier, Tier) else Tier(path=tier) for tier in tiers]
-    remote = [_remote_tier(tier, names, local.events, is_writer=is_writer) for tier in known]
+    remote = [_remote_tier(tier, names, local.events, is_writer=is_writer) for tier in tiers]
     _check_apart([local.root, *(tier.root for tier in remote)], names)
 
     def show_open() -> None:
