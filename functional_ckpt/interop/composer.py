@@ -1,9 +1,15 @@
-"""Files of MosaicML Composer: a training state under `state`, and `rng`."""
+"""Files of MosaicML Composer: a training state under `state`, and `rng`.
+
+Times are spans of `datetime.timedelta` there; here they are seconds. Versions of torch are text.
+"""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from typing import Any, cast
+
+from torch.torch_version import TorchVersion
 
 from functional_ckpt import errors
 from functional_ckpt.interop import torch_save
@@ -31,13 +37,27 @@ def _open(path: str) -> Source:
     if not isinstance(state, Mapping):
         raise errors.CorruptCheckpointError(f"{path}: its 'state' is not a mapping.", path=path)
     items: dict[str, Any] = {
-        _RENAMED.get(name, name): value for name, value in cast("Mapping[str, Any]", state).items()
+        _RENAMED.get(name, name): _plain(value)
+        for name, value in cast("Mapping[str, Any]", state).items()
     }
     items["rng"] = content["rng"]
     if isinstance(model := items.get("model"), Mapping):
         items["model"] = dict(cast("Mapping[str, Any]", model))
     openers = {name: (lambda value=value: value) for name, value in items.items()}
     return Source(path, "composer", openers)
+
+
+def _plain(value: Any) -> Any:
+    """The value with seconds for spans of time, and text for versions of torch."""
+    if isinstance(value, datetime.timedelta):
+        return value.total_seconds()
+    if isinstance(value, TorchVersion):
+        return str(value)
+    if type(value) is list or type(value) is tuple:
+        return type(value)(map(_plain, cast("list[Any]", value)))
+    if type(value) is dict:
+        return {_plain(key): _plain(entry) for key, entry in cast("dict[Any, Any]", value).items()}
+    return value
 
 
 FORMAT = Format(

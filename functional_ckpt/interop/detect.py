@@ -54,7 +54,8 @@ def open(
 
     Args:
         path: A file or a directory; or the URI of a checkpoint of this package or of Orbax.
-        format: Name of its format; None to find out.
+        format: Name of its format; None to find out. Of a directory of Hugging Face weights that
+            holds both, `safetensors` or `bin` says which files.
         formats: What to choose from; add a `Format` of your own.
 
     Returns:
@@ -72,9 +73,12 @@ def open(
         raise errors.StepNotFoundError(f"{place}: there is no such file or directory.", path=place)
     by_name = {each.name: each for each in formats}
     if format is not None:
+        if huggingface.FORMAT in formats and huggingface.holds(place, format):
+            return _open(huggingface.of_files(format), place)
         if format not in by_name:
+            known = ", ".join([*by_name, "bin"])
             raise errors.UsageError(
-                f"There is no format {format!r}; known are {', '.join(by_name)}.", path=place
+                f"There is no format {format!r}; known are {known}.", path=place
             )
         if not by_name[format].matches(place):
             raise errors.UsageError(

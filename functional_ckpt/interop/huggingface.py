@@ -380,8 +380,19 @@ def fits(path: str) -> bool:
     return bool(match_files(path, lambda name: _FILE.fullmatch(name) is not None))
 
 
-def _open(path: str) -> Source:
-    tensors = load(path)
+def holds(path: str, format: str) -> bool:
+    """Whether it is a directory with weights, or shards of them, in files of one of the formats."""
+    names = match_files(path, lambda name: _FILE.fullmatch(name) is not None)
+    return format in _STEMS and any(name.startswith(_STEMS[format]) for name in names)
+
+
+def of_files(format: str) -> Format:
+    """The format that opens the files of one of the two formats, beside others of the other."""
+    return dataclasses.replace(FORMAT, open=lambda path: _open(path, cast("FileFormat", format)))
+
+
+def _open(path: str, format: FileFormat | None = None) -> Source:
+    tensors = load(path, format=format)
     return Source(path, "huggingface", {"model": lambda: tensors})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
+from torch.torch_version import TorchVersion
 
 from functional_ckpt import errors
 from functional_ckpt.interop import hostile
@@ -49,7 +51,11 @@ def _numpy_globals() -> list[Any]:
     ]
 
 
-_GLOBALS = [*_numpy_globals(), (TensorReference, "torch_xla.utils.serialization.TensorReference")]
+_GLOBALS = [
+    *_numpy_globals(),
+    *_PLAIN,
+    (TensorReference, "torch_xla.utils.serialization.TensorReference"),
+]
 
 
 def fits(path: str) -> bool:

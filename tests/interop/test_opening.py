@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import random
 import uuid
@@ -388,3 +389,58 @@ def test_a_uri_opens_as_a_step_only(bucket: str) -> None:
         fc.interop.open(f"{bucket}/two")
     with pytest.raises(errors.UsageError, match="copy it here"):
         fc.interop.huggingface.load(f"{bucket}/one")
+
+
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_of_weights_in_two_formats_the_one_asked_for_opens(
+    tmp_path: Path, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both, other = tmp_path / "both", {"w": torch.zeros(2)}
+    both.mkdir()
+    safetensors.torch.save_file(WEIGHTS, both / "model.safetensors")
+    torch.save(other, both / "pytorch_model.bin")
+    expected = WEIGHTS if format == "safetensors" else other
+    for auto in (None, "huggingface"):
+        with pytest.raises(errors.UsageError, match="format='safetensors' or 'bin'"):
+            fc.interop.open(both, auto)
+    source = fc.interop.open(both, format)
+    assert source.format == "huggingface"
+    assert differences(source["model"], expected) == []
+    assert main(["convert", str(both), str(tmp_path / "step"), "--format", format]) == 0
+    assert differences(fc.restore(tmp_path / "step")["model"], expected) == []
+
+
+def test_a_format_that_a_directory_does_not_hold_is_an_error(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "pytorch_model.bin")
+    with pytest.raises(errors.UsageError, match="does not look like a file of safetensors"):
+        fc.interop.open(tmp_path, "safetensors")
+
+
+def test_times_and_versions_in_a_file_of_composer_are_plain_values(tmp_path: Path) -> None:
+    """The file has the shape that Composer 0.32's own code gives it.
+
+    Composer cannot be installed beside the versions that these tests need, so the file is built
+    here: `Timestamp.state_dict()` as in composer/core/time.py, with four spans of time.
+    """
+    make_composer(tmp_path / "plain.pt")
+    content = torch.load(tmp_path / "plain.pt", weights_only=False)
+    counts = ("iteration", "epoch", "batch", "sample", "token", "epoch_in_iteration")
+    counts += ("token_in_iteration", "batch_in_epoch", "sample_in_epoch", "token_in_epoch")
+    times = ("total_wct", "iteration_wct", "epoch_wct", "batch_wct")
+    timestamp = dict.fromkeys(counts, 3) | dict.fromkeys(times, datetime.timedelta(seconds=3.5))
+    saved = [("ep1-ba4-rank0.pt", timestamp)]
+    content["state"] |= {
+        "timestamp": timestamp,
+        "callbacks": {"CheckpointSaver": {"all_saved_checkpoints_to_timestamp": saved}},
+        "metadata": {"PyTorch_version": torch.__version__},
+    }
+    torch.save(content, tmp_path / "real.pt")
+    source = fc.interop.open(tmp_path / "real.pt")
+    assert source.format == "composer"
+    fc.save(tmp_path / "step", source)
+    restored = fc.restore(tmp_path / "step")
+    expected = dict.fromkeys(counts, 3) | dict.fromkeys(times, 3.5)
+    assert restored["timestamp"] == expected
+    kept = restored["callbacks"]["CheckpointSaver"]["all_saved_checkpoints_to_timestamp"]
+    assert kept == [("ep1-ba4-rank0.pt", expected)]
+    assert restored["composer_metadata"] == {"PyTorch_version": str(torch.__version__)}
