@@ -51,9 +51,10 @@ def _numpy_globals() -> list[Any]:
     ]
 
 
-_GLOBALS = [
+_GLOBALS: list[Any] = [
     *_numpy_globals(),
-    *_PLAIN,
+    datetime.timedelta,  # a span of time and a text, in files of Composer
+    TorchVersion,
     (TensorReference, "torch_xla.utils.serialization.TensorReference"),
 ]
 
