@@ -100,7 +100,9 @@ class ManagerIO(lightning_io.CheckpointIO):
         progress: Progress | None = None,
     ) -> None:
         """Saves Lightning's checkpoint as a step; every process calls it."""
-        items = {_ITEM: PyTree(_storable(checkpoint)), "rng": Rng()}
+        # Replicas are equal but for the buffers of their own batches: those of rank 0 count.
+        item = PyTree(_storable(checkpoint), replicated="unchecked")
+        items = {_ITEM: item, "rng": Rng()}
         self.manager.save(step, items, metrics=metrics or None, progress=progress, force=True)
 
     def save_checkpoint(

@@ -134,7 +134,8 @@ class ManagerCallback(trainer_callback.TrainerCallback):
             {
                 **self._items,
                 **_items(parts, self._trainer),
-                "trainer": Json(_state_json(state, self._trainer)),
+                # Rank 0 keeps the log: how long an evaluation took differs between ranks.
+                "trainer": Json(_state_json(state, self._trainer), replicated="unchecked"),
             },
             metrics=_numbers(state),
             progress=self._progress(args, state),

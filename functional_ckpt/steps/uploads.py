@@ -263,6 +263,22 @@ class Uploads:
         promised = set(self._book.promised[tier.root]) - self._refused[tier.root]
         return promised | (self._undecided(tier) if tier.steps is None else set())
 
+    @contextlib.contextmanager
+    def _reporting(self) -> Generator[None]:
+        """In an upload's thread: the manager's next call raises what fails here.
+
+        If promises cannot be written down, what is on disk promises too much: a step that has
+        arrived is looked at again.
+        """
+        try:
+            yield
+        except errors.CheckpointError as error:
+            _log.warning("%s: after an upload: %s", self._local.root, error)
+            self._error = errors.SaveError(
+                f"A step was copied, but what follows failed: {error}", path=self._local.root
+            )
+            self._error.__cause__ = error
+
     def _write_down(self) -> None:
         self._book.write(info.step for info in self._local.infos)
 
@@ -293,11 +309,13 @@ class Uploads:
                 with self._mutex:
                     if self._commit_time(step) == commit_time:  # it was not overwritten
                         self._book.withdraw(tier.root, step)
-                    self._promise_metrics()  # recorded while it was on its way
-                    self._write_down()
+                    with self._reporting():
+                        self._promise_metrics()  # recorded while it was on its way
+                        self._write_down()
                     self._num_arriving += 1
                 try:
-                    self.on_arrived()
+                    with self._reporting():
+                        self.on_arrived()
                 finally:
                     with self._mutex:
                         self._num_arriving -= 1
@@ -343,7 +361,8 @@ class Uploads:
             is_refused = isinstance(error, errors.StepExistsError)
             if is_damaged and step is not None:
                 self._book.withdraw(root, step)  # never, and others are waiting behind it
-                self._write_down()
+                with self._reporting():
+                    self._write_down()
             if is_refused and step is not None:
                 self._refused[root].add(step)  # it stays promised, so it is not pruned
             is_late = tier.max_delay_seconds is not None and late_seconds >= tier.max_delay_seconds

@@ -18,7 +18,7 @@ from fake_bucket import FakeBucket
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
-from functional_ckpt.steps import remote_tier, tiers, uploads
+from functional_ckpt.steps import promises, remote_tier, tiers, uploads
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.buckets import base as buckets
 from functional_ckpt.storage.local import LocalStorage
@@ -606,3 +606,25 @@ def test_a_damaged_record_of_promises_sends_what_is_in_doubt(far: Far, tmp_path:
     with fc.CheckpointManager(near, keep_policy=_LATEST(1), tiers=[far.tier()]) as manager:
         manager.save(3, _items(3))
     assert list(far.values()) == [1, 2, 3]
+
+
+def test_what_fails_after_an_upload_is_an_error_of_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = promises.Promises.write
+
+    def write(self: promises.Promises, held: Any) -> None:
+        if threading.current_thread().name == "upload":
+            raise fc.errors.StorageError("No space left.", errno=errno.ENOSPC)
+        real(self, held)
+
+    monkeypatch.setattr(promises.Promises, "write", write)
+    with fc.CheckpointManager(tmp_path / "near", tiers=[tmp_path / "far"]) as manager:
+        manager.save(1, _items(1))
+        with pytest.raises(fc.errors.SaveError, match="what follows failed: No space left"):
+            manager.wait_until_finished()
+        manager.save(2, _items(2))  # the thread goes on
+        with pytest.raises(fc.errors.SaveError, match="what follows failed"):
+            manager.wait_until_finished()
+    with fc.CheckpointManager(tmp_path / "far", read_only=True) as manager:
+        assert manager.all_steps() == [1, 2]
