@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from functional_ckpt import errors
+from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.restore_plan import rename, select
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.format import checkpoint_dir
@@ -18,13 +19,22 @@ from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.saving import finalize, lower, stage, write
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.steps.metadata import StepMetadata, checkpoint_metadata
-from functional_ckpt.storage import claims
+from functional_ckpt.storage import claims, commit
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import check_arrays_path
 
 __all__ = ["metadata", "restore", "save"]
+
+# One of these is in every checkpoint.
+_CHECKPOINT_MARKS = (
+    records.EXTENSION_FILE,
+    orbax.CHECKPOINT_METADATA_FILE,
+    orbax.TREE_METADATA_FILE,
+    orbax.COMMIT_FILE,
+)
+_MAX_SHOWN = 10
 
 
 def save(
@@ -91,7 +101,7 @@ def restore(
     options = restore_lib.RestoreOptions(
         only=only, ignore=ignore, key_map=key_map, strict=strict, cast=cast, verify=verify
     )
-    open_checkpoint = functools.partial(checkpoint_dir.open_checkpoint, *connect(path, storage))
+    open_checkpoint = functools.partial(_open, *connect(path, storage))
     return restore_lib.restore_checkpoint(
         open_checkpoint, items, registry or default_registry(), options
     )
@@ -99,4 +109,48 @@ def restore(
 
 def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) -> StepMetadata:
     """What is known of the checkpoint in a directory without reading its arrays."""
-    return checkpoint_metadata(checkpoint_dir.open_checkpoint(*connect(path, storage)))
+    return checkpoint_metadata(_open(*connect(path, storage)))
+
+
+def _open(storage: Storage, path: str) -> checkpoint_dir.OpenCheckpoint:
+    """Opens a checkpoint; where there is none, the error says what is there and what to do."""
+    try:
+        return checkpoint_dir.open_checkpoint(storage, path)
+    except (errors.StepNotFoundError, errors.CorruptCheckpointError) as error:
+        if (advice := _advice(storage, path)) is None:
+            raise
+        raise type(error)(f"{path}: not a checkpoint: {advice}", path=path) from error
+
+
+def _advice(storage: Storage, path: str) -> str | None:
+    """What to do about a path that is a directory of steps, or no checkpoint of this package."""
+    if not storage.exists(path):
+        return None
+    foreign = (
+        "If another program wrote it, fc.interop.open(path) opens it as items, and fc.save takes "
+        "these."
+    )
+    if not storage.is_directory(path):
+        return f"it is a file. {foreign}"
+    names = storage.list(path)
+    if any(storage.exists(os.path.join(path, mark)) for mark in _CHECKPOINT_MARKS):
+        return None  # a checkpoint, damaged
+    steps = [name for name in names if _is_step(storage, os.path.join(path, name))]
+    if steps:
+        steps.sort(key=lambda name: (len(name), name))
+        shown = ", ".join(steps[-_MAX_SHOWN:])
+        more = f"the last of {len(steps)}: " if len(steps) > _MAX_SHOWN else ""
+        return (
+            f"it is a directory of steps ({more}{shown}). Give one of them, such as "
+            f"{os.path.join(path, steps[-1])}, or use fc.CheckpointManager(path)."
+        )
+    if commit.HIDDEN in names:
+        return "it is the directory of a manager, and holds no step yet."
+    if any(storage.exists(os.path.join(path, name, records.EXTENSION_FILE)) for name in names):
+        return None  # items of a checkpoint whose record is gone
+    return f"it holds no item that this package or Orbax wrote. {foreign}"
+
+
+def _is_step(storage: Storage, path: str) -> bool:
+    is_hidden = os.path.basename(path).startswith(".") or commit.TMP_SUFFIX in path
+    return not is_hidden and storage.exists(os.path.join(path, orbax.CHECKPOINT_METADATA_FILE))
