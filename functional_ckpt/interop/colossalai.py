@@ -2,7 +2,8 @@
 
 [modeling/ | model/]  what transformers reads
 [optimizer/]          pytorch_optim.bin.index.json, pytorch_optim-00001.bin ...,
-pytorch_optim_group.bin
+pytorch_optim_group.bin; or optimizer.safetensors.index.json, optimizer-00001.safetensors ...,
+as asynchronous saves write it
 [lr_scheduler]        a file of torch.save
 """
 
@@ -10,16 +11,17 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from typing import Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree import plain_json
-from functional_ckpt.interop import hostile, huggingface, torch_save
+from functional_ckpt.interop import hostile, huggingface, pickles, safetensors, torch_save
 from functional_ckpt.interop.source import Format, Source
 
 __all__ = ["FORMAT"]
 
-_INDEX = "pytorch_optim.bin.index.json"
+_INDEXES = ("pytorch_optim.bin.index.json", "optimizer.safetensors.index.json")
 _MODELS = ("", "model", "modeling")
 _OPTIMIZERS = ("", "optimizer")
 _SCHEDULERS = ("lr_scheduler", "scheduler")
@@ -32,9 +34,13 @@ def fits(path: str) -> bool:
 
 def _folder_of(path: str) -> str | None:
     for name in _OPTIMIZERS:
-        if os.path.isfile(os.path.join(path, name, _INDEX)):
-            return os.path.join(path, name)
+        if _indexes(folder := os.path.join(path, name)):
+            return folder
     return None
+
+
+def _indexes(folder: str) -> list[str]:
+    return [name for name in _INDEXES if os.path.isfile(os.path.join(folder, name))]
 
 
 def _open(path: str) -> Source:
@@ -53,7 +59,13 @@ def _open(path: str) -> Source:
 
 def _read_index(folder: str) -> tuple[list[str], str]:
     """The shards, and the file of the groups."""
-    path = os.path.join(folder, _INDEX)
+    index, *others = _indexes(folder)
+    path = os.path.join(folder, index)
+    if others:
+        raise errors.UsageError(
+            f"{folder}: optimizers under two indexes: {index}, {', '.join(others)}; move one away.",
+            path=folder,
+        )
     try:
         record = plain_json.parse(hostile.read_small(path))
         files = list(dict.fromkeys(record["weight_map"].values()))
@@ -62,7 +74,7 @@ def _read_index(folder: str) -> tuple[list[str], str]:
         raise errors.CorruptCheckpointError(
             f"{path}: not the index of an optimizer ({type(error).__name__}: {error}).", path=path
         ) from error
-    huggingface.check_files(folder, _INDEX, [*files, groups])
+    huggingface.check_files(folder, index, [*files, groups])
     return files, groups
 
 
@@ -70,16 +82,52 @@ def _read_optimizer(folder: str) -> dict[str, Any]:
     files, groups = _read_index(folder)
     state: dict[Any, Any] = {}
     for name in files:
-        shard = torch_save.load(os.path.join(folder, name))
+        file = os.path.join(folder, name)
+        if name.endswith(".safetensors"):
+            _merge_flat(state, file)
+            continue
+        shard = torch_save.load(file)
         if not isinstance(shard, dict) or not all(type(key) is int for key in shard):
             raise errors.CorruptCheckpointError(
-                f"{os.path.join(folder, name)}: not the states of numbered parameters.", path=folder
+                f"{file}: not the states of numbered parameters.", path=folder
             )
         state |= cast("dict[int, Any]", shard)
     return {
         "state": dict(sorted(state.items())),
         "param_groups": torch_save.load(os.path.join(folder, groups)),
     }
+
+
+def _merge_flat(state: dict[Any, Any], file: str) -> None:
+    """Adds the states of a file of safetensors: `state-0-exp_avg`, or with dots for hyphens.
+
+    What is no tensor there is the bytes of a pickle, of which plain values alone are taken.
+    """
+    tensors, metadata = safetensors.load(file)
+    try:
+        pickled = set(plain_json.parse(metadata.get("non_tensor_keys", "[]").encode()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise errors.CorruptCheckpointError(
+            f"{file}: its non_tensor_keys are not a list of names.", path=file
+        ) from error
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"state([-.])(\d+)\1(.+)", name, re.ASCII)
+        if found is None:
+            raise errors.CorruptCheckpointError(
+                f"{file}: {name!r} is not the state of a numbered parameter.", path=file
+            )
+        value = _plain(tensor, name, file) if name in pickled else tensor
+        state.setdefault(int(found[2]), {})[found[3]] = value
+
+
+def _plain(tensor: Any, name: str, file: str) -> Any:
+    value = pickles.read_inert(tensor.numpy().tobytes(), file)
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise errors.UsageError(
+            f"{file}: {name!r} is a pickled {type(value).__name__}, which is never loaded.",
+            path=file,
+        )
+    return value
 
 
 FORMAT = Format(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import pickle
 import random
 import uuid
 from collections.abc import Iterator
@@ -444,3 +445,40 @@ def test_times_and_versions_in_a_file_of_composer_are_plain_values(tmp_path: Pat
     kept = restored["callbacks"]["CheckpointSaver"]["all_saved_checkpoints_to_timestamp"]
     assert kept == [("ep1-ba4-rank0.pt", expected)]
     assert restored["composer_metadata"] == {"PyTorch_version": str(torch.__version__)}
+
+
+@pytest.mark.parametrize("layout", ["one folder", "two folders"])
+@pytest.mark.parametrize("separator", ["-", "."])
+def test_an_asynchronous_save_of_colossalai_opens_with_its_optimizer(
+    tmp_path: Path, layout: str, separator: str
+) -> None:
+    is_one = layout == "one folder"
+    folders = {name: tmp_path if is_one else tmp_path / name for name in ("model", "optimizer")}
+    for folder in folders.values():
+        folder.mkdir(exist_ok=True)
+    name = "model-00001.safetensors"
+    safetensors.torch.save_file(WEIGHTS, folders["model"] / name)
+    write_index(folders["model"] / "model.safetensors.index.json", dict.fromkeys(WEIGHTS, name), {})
+    moment, step = f"state{separator}0{separator}exp_avg", f"state{separator}0{separator}step"
+    pickled = torch.frombuffer(bytearray(pickle.dumps(4)), dtype=torch.uint8)
+    name = "optimizer-00001.safetensors"
+    safetensors.torch.save_file(
+        {moment: torch.ones(2), step: pickled},
+        folders["optimizer"] / name,
+        metadata={"format": "pt", "non_tensor_keys": json.dumps([step])},
+    )
+    groups = [{"lr": 0.1, "params": [0]}]
+    torch.save(groups, folders["optimizer"] / "pytorch_optim_group.bin")
+    write_index(
+        folders["optimizer"] / "optimizer.safetensors.index.json",
+        dict.fromkeys((moment, step), name),
+        {"param_groups": "pytorch_optim_group.bin"},
+    )
+    source = fc.interop.open(tmp_path)
+    assert source.format == "colossalai"
+    assert differences(source["model"], WEIGHTS) == []
+    optimizer = source["optimizer"]
+    assert optimizer["param_groups"] == groups
+    assert optimizer["state"][0].keys() == {"exp_avg", "step"}
+    assert optimizer["state"][0]["step"] == 4
+    assert torch.equal(optimizer["state"][0]["exp_avg"], torch.ones(2))
