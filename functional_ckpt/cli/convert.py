@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output
@@ -25,7 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
             "step to a directory of steps",
             path=path,
         )
-    source = detect.open(arguments.source, arguments.format)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is left out is said below
+        source = detect.open(arguments.source, arguments.format)
     for name in arguments.item or ():
         if name not in source:
             raise errors.StepNotFoundError(
@@ -44,10 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
                 )
             manager.save(arguments.step, items, force=True)
     facts = {"path": path, "step": arguments.step, "format": source.format, "items": list(items)}
+    facts |= {"left_out": list(source.left_out)}
     if arguments.json:
         output.as_json({"schema": "fckpt.convert/1", **facts})
     else:
         where = path if arguments.step is None else f"{path}, step {arguments.step}"
         text = f"{source.path} ({source.format}) -> {where}: items {', '.join(items)}"
         print(output.printable(text))
+        if source.left_out:
+            print(output.printable(f"left out: {', '.join(source.left_out)}"))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 
 from functional_ckpt import errors
@@ -104,7 +105,14 @@ def open(
 
 def _open(format: Format, place: str) -> Source:
     with hostile.clear_failures(place):
-        return format.open(place)
+        source = format.open(place)
+    if source.left_out:
+        warnings.warn(
+            f"{place}: opened as {source.format}, items {', '.join(source)}; left out: "
+            f"{', '.join(source.left_out)}. Open these files by themselves, or keep them.",
+            stacklevel=3,
+        )
+    return source
 
 
 def _open_remote(uri: str, format: str | None) -> Source:

@@ -393,7 +393,15 @@ def of_files(format: str) -> Format:
 
 def _open(path: str, format: FileFormat | None = None) -> Source:
     tensors = load(path, format=format)
-    return Source(path, "huggingface", {"model": lambda: tensors})
+    left_out = match_files(path, lambda name: _is_state(name) and not _FILE.fullmatch(name))
+    return Source(path, "huggingface", {"model": lambda: tensors}, left_out)
+
+
+def _is_state(name: str) -> bool:
+    """Whether a file may hold more of a run: an optimizer, a scheduler, a generator."""
+    return name == "trainer_state.json" or name.endswith(
+        (".pt", ".pth", ".bin", ".pkl", ".safetensors")
+    )
 
 
 FORMAT = Format(

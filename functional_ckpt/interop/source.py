@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,11 +25,19 @@ class Source(Mapping[str, Any]):
     Attributes:
         path: Where they come from.
         format: Name of the format.
+        left_out: Files beside what was opened that are in no item.
     """
 
-    def __init__(self, path: str, format: str, items: Mapping[str, Callable[[], Any]]) -> None:
+    def __init__(
+        self,
+        path: str,
+        format: str,
+        items: Mapping[str, Callable[[], Any]],
+        left_out: Sequence[str] = (),
+    ) -> None:
         self.path = path
         self.format = format
+        self.left_out = tuple(left_out)
         self._openers = dict(items)
         self._opened: dict[str, Any] = {}
 

@@ -482,3 +482,18 @@ def test_an_asynchronous_save_of_colossalai_opens_with_its_optimizer(
     assert optimizer["state"][0].keys() == {"exp_avg", "step"}
     assert optimizer["state"][0]["step"] == 4
     assert torch.equal(optimizer["state"][0]["exp_avg"], torch.ones(2))
+
+
+def test_what_a_folder_holds_beside_its_weights_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    safetensors.torch.save_file(WEIGHTS, folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "random_states_0.pkl"):
+        torch.save({}, folder / name)
+    with pytest.warns(UserWarning, match=r"left out: optimizer\.pt, random_states_0\.pkl, rng_s"):
+        source = fc.interop.open(folder)
+    assert list(source) == ["model"] and len(source.left_out) == 4
+    assert main(["convert", str(folder), str(tmp_path / "step")]) == 0
+    assert "left out: optimizer.pt, random_states_0.pkl" in capsys.readouterr().out
