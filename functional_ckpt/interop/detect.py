@@ -15,6 +15,7 @@ from functional_ckpt.interop import (
     huggingface,
     native,
     neuronx,
+    peft,
     safetensors,
     torch_save,
 )
@@ -33,6 +34,7 @@ FORMATS: tuple[Format, ...] = (
     neuronx.FORMAT,
     colossalai.FORMAT,
     composer.FORMAT,
+    peft.FORMAT,
 )
 """Every format that can be opened."""
 

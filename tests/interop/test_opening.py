@@ -497,3 +497,15 @@ def test_what_a_folder_holds_beside_its_weights_is_named(
     assert list(source) == ["model"] and len(source.left_out) == 4
     assert main(["convert", str(folder), str(tmp_path / "step")]) == 0
     assert "left out: optimizer.pt, random_states_0.pkl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_folder_of_peft_opens_as_the_weights_of_its_adapter(tmp_path: Path, kind: str) -> None:
+    if kind == "bin":
+        torch.save(WEIGHTS, tmp_path / "adapter_model.bin")
+    else:
+        safetensors.torch.save_file(WEIGHTS, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    source = fc.interop.open(tmp_path)
+    assert source.format == "peft"
+    assert differences(source["model"], WEIGHTS) == []

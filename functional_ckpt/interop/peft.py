@@ -1,0 +1,45 @@
+"""Folders of PEFT: `adapter_model.safetensors` or `adapter_model.bin`."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.interop import safetensors, torch_save
+from functional_ckpt.interop.source import Format, Source, match_files
+
+__all__ = ["FORMAT"]
+
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# Beside them: an optimizer, a scheduler, generators.
+_STATES = ("trainer_state.json", ".pt", ".pth", ".bin", ".pkl", ".safetensors")
+
+
+def fits(path: str) -> bool:
+    """Whether it is a directory with the weights of an adapter."""
+    return bool(_files(path))
+
+
+def _files(path: str) -> list[str]:
+    return [file for name in _FILES if os.path.isfile(file := os.path.join(path, name))]
+
+
+def _open(path: str) -> Source:
+    file, *others = _files(path)
+    if others:
+        raise errors.UsageError(f"{path}: an adapter in two formats; open one file.", path=path)
+    left_out = match_files(path, lambda name: name not in _FILES and name.endswith(_STATES))
+    return Source(path, "peft", {"model": functools.partial(_read, file)}, left_out)
+
+
+def _read(file: str) -> dict[str, Any]:
+    if file.endswith(".safetensors"):
+        tensors, metadata = safetensors.load(file)
+        safetensors.retie(tensors, metadata)
+        return tensors
+    return dict(torch_save.load(file))
+
+
+FORMAT = Format(name="peft", description="a folder of PEFT", matches=fits, open=_open)
