@@ -199,7 +199,7 @@ def test_metrics_and_custom_metadata(tmp_path: Path) -> None:
         assert (restored.metrics, restored.custom_metadata) == ({"loss": 0.5}, custom)
 
 
-@pytest.mark.parametrize("bad", [{"loss": torch.ones(())}, {1: 2}, 0.5, {"loss": {1, 2}}])
+@pytest.mark.parametrize("bad", [{"loss": torch.ones(2)}, {1: 2}, 0.5, {"loss": {1, 2}}])
 @pytest.mark.parametrize("where", ["metrics", "custom_metadata"])
 def test_what_is_no_json_is_refused(bad: Any, where: str, tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path) as manager:
