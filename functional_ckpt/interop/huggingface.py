@@ -12,6 +12,7 @@ suffix: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -388,7 +389,9 @@ def holds(path: str, format: str) -> bool:
 
 def of_files(format: str) -> Format:
     """The format that opens the files of one of the two formats, beside others of the other."""
-    return dataclasses.replace(FORMAT, open=lambda path: _open(path, cast("FileFormat", format)))
+    return dataclasses.replace(
+        FORMAT, open=functools.partial(_open, format=cast("FileFormat", format))
+    )
 
 
 def _open(path: str, format: FileFormat | None = None) -> Source:

@@ -199,11 +199,12 @@ class Restorer:
                         ranks=(rank,),
                     )
             holders = self.steps.tiers_with(int(mine))
-            return json.dumps([int(mine), [each.root for each in holders]]).encode()
+            names = {tier: name for name, tier in self.steps.tiers_by_name().items()}
+            return json.dumps([int(mine), [names[each] for each in holders]]).encode()
 
         outcome = self.coordinator.gather_broadcast("which step to restore", value, combine)
-        number, roots = json.loads(outcome)
-        return number, self.steps.tiers_at(roots)
+        number, names = json.loads(outcome)
+        return number, self.steps.tiers_named(names)
 
     def _existing(self, step: int) -> int:
         """The step, if there is one as far as this rank can tell."""

@@ -325,8 +325,8 @@ class StepCommitter:
         """On the primary: the steps of every tier, for the other ranks."""
         if self._coordinator.num_ranks == 1:
             return {}
-        tiers = (self._steps, *self._steps.remote)
-        return {each.root: [info.step for info in each.infos] for each in tiers}
+        tiers = self._steps.tiers_by_name().items()
+        return {name: [info.step for info in each.infos] for name, each in tiers}
 
     def prune_uploaded(self) -> None:
         """A step has arrived in another tier: removes what need not stay here any more.

@@ -183,12 +183,19 @@ class Steps:
         found = [each for each in (self, *self.remote) if each.held([step])]
         return found or [self]
 
-    def tiers_at(self, roots: Sequence[str]) -> list[Steps]:
-        """The tiers at these roots; those that were not reached yet are opened."""
-        if not set(roots) <= {each.root for each in (self, *self.remote)}:
+    def tiers_by_name(self) -> dict[str, Steps]:
+        """The tiers that were reached, by a name that is the same on every rank.
+
+        This directory's name is empty: hosts may know it by other paths.
+        """
+        return {"": self, **{each.root: each for each in self.remote}}
+
+    def tiers_named(self, names: Sequence[str]) -> list[Steps]:
+        """The tiers of these names; those that were not reached yet are opened."""
+        if not set(names) <= self.tiers_by_name().keys():
             self.reach(True)
-        known = {each.root: each for each in (self, *self.remote)}
-        return [known[root] for root in roots]
+        known = self.tiers_by_name()
+        return [known[name] for name in names]
 
     @contextlib.contextmanager
     def reading(self, step: int) -> Generator[None]:
@@ -407,12 +414,12 @@ class Steps:
             self._change(each for each in self._infos if each.step not in steps)
 
     def follow(self, lists: Mapping[str, Collection[int]]) -> None:
-        """Remembers of every tier what the primary says that it holds, by its root."""
+        """Remembers of every tier what the primary says that it holds, by its name."""
         known = {info.step: info for info in self.all_infos()}
-        for each in (self, *self.remote):
-            if each.root in lists:
+        for name, each in self.tiers_by_name().items():
+            if name in lists:
                 with each._mutex:
-                    each._change(known[step] for step in lists[each.root] if step in known)
+                    each._change(known[step] for step in lists[name] if step in known)
 
     def with_late_metrics(self) -> tuple[StepInfo, ...]:
         """The steps with what was recorded of them since, marked if they were abandoned."""

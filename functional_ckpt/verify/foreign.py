@@ -38,7 +38,11 @@ def _read_tree(search: Verification, item: checkpoint_dir.OpenItem) -> None:
     nodes = list(item.array_nodes())
     search.total_bytes += sum(node.spec.size_bytes for node in nodes)
     if nodes:
-        _ = item.database  # raises here, once, when there is none
+        try:
+            _ = item.database
+        except (errors.CorruptCheckpointError, errors.StorageError) as error:
+            _add(search, item.name, error, tuple(node.name for node in nodes))  # it holds them all
+            return
     threads.run_in_threads([functools.partial(_read_array, search, item, node) for node in nodes])
 
 

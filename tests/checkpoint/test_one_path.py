@@ -102,7 +102,7 @@ def test_a_manager_beside_it_leaves_a_live_save_alone(tmp_path: Path) -> None:
 KILLED = """
 class Stuck(testing.FaultyStorage):
     def operation(self, kind, path):
-        if kind == "rename":
+        if kind == "sync" and path.endswith("_METADATA"):  # written, and not published yet
             print("writing", flush=True)
             time.sleep(60)
         super().operation(kind, path)

@@ -243,10 +243,10 @@ def test_rounds_do_not_grow_with_the_leaves(alike: bool, workers: Workers, tmp_p
         assert first == [*plans[0], "beginning step 0", "writing step 0"]
         assert second == [*plans[1], "beginning step 1", "writing step 1"]
         assert len(restored) == 3 if alike else 4
-        # A second save tells a digest, however many leaves there are.
-        sizes = [[size for _, size in part[1]] for part in (few[rank], many[rank])]
-        assert sizes[0] == sizes[1]
-        assert sum(sizes[0]) < 1_000
+        # A second save sends digests and the place of a sample, however many leaves there are.
+        sizes = [sum(size for _, size in part[1]) for part in (few[rank], many[rank])]
+        assert abs(sizes[0] - sizes[1]) < 16
+        assert max(sizes) < 1_000
 
 
 def plan_thrice() -> list[bool]:

@@ -123,6 +123,7 @@ def test_tensorstore_reads_the_same_as_from_its_own(
     scalars = [("n", ArraySpec((), "int64"), 7)]
     tied = {"b": ("a.b/", writes[1].grid)}
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
     written = write_direct.write_arrays(
         STORAGE, str(ours), "", writes, scalars, tied, num_threads=num_threads
     )

@@ -265,7 +265,7 @@ def test_a_replacement_that_fails_at_any_operation_is_taken_back(
             continue
         assert not storage.has_failed and replaced is not None
         break
-    assert at == (2 if can_exchange else 12)
+    assert at == (2 if can_exchange else 13)
 
 
 def test_a_rank_that_sees_another_directory_is_named(
