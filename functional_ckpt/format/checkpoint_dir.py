@@ -182,7 +182,6 @@ class OpenItem:
         return parse_object(self._foreign_text, os.path.join(self.path, orbax.TREE_METADATA_FILE))
 
     def _parse_foreign(self) -> structure.Node:
-        from functional_ckpt.format import read_tensorstore
 
         path = os.path.join(self.path, orbax.TREE_METADATA_FILE)
         self.is_zarr3 = bool(self._foreign_metadata.get("use_zarr3", False))
@@ -194,11 +193,20 @@ class OpenItem:
         return orbax.parse_tree(
             self._foreign_text,
             path,
-            spec_of=lambda name: read_tensorstore.stored_spec(
-                self.database, name, is_zarr3=self.is_zarr3
-            )[0],
+            spec_of=self._stored_spec,
             texts=cast("Mapping[str, str]", {} if texts is None else parse_object(texts, strings)),
         )
+
+    def _stored_spec(self, name: str) -> ArraySpec:
+        """What a foreign array's own metadata says; an error names the array."""
+        from functional_ckpt.format import read_tensorstore
+
+        try:
+            return read_tensorstore.stored_spec(self.database, name, is_zarr3=self.is_zarr3)[0]
+        except errors.CorruptCheckpointError as error:
+            raise errors.CorruptCheckpointError(
+                error.message, path=error.path, key_path=error.key_path or name
+            ) from error
 
 
 @functools.lru_cache(maxsize=4096)
