@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -171,10 +172,11 @@ def test_whatever_a_listener_raises_the_step_is_committed(
 def test_a_signal_handler_that_saves_is_refused_or_saves_its_own_state(tmp_path: Path) -> None:
     extra: list[int] = []
     refused: list[BaseException] = []
+    numbers = itertools.count(1000)
     with fc.CheckpointManager(tmp_path) as manager:
 
         def handler(*_: object) -> None:
-            step = 1000 + len(extra) + len(refused)
+            step = next(numbers)  # one of its own: a handler may interrupt a handler
             try:
                 manager.save(step, items(step))
                 extra.append(step)
