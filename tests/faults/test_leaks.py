@@ -36,7 +36,7 @@ def test_managers_that_are_closed_leave_no_descriptor(tmp_path: Path) -> None:
     before = num_descriptors()
     for _ in range(10):
         use()
-    assert num_descriptors() == before
+    assert num_descriptors() <= before  # others, of earlier tests, may be closed meanwhile
 
 
 @pytest.mark.parametrize("kind", ["write_data", "write_array", "commit_arrays", "sync", "write"])
@@ -56,7 +56,7 @@ def test_a_save_that_failed_leaves_no_descriptor(
                 manager.save(1, items(2)).result()  # type: ignore[union-attr]
             assert storage.has_failed
         storage.heal()
-        assert num_descriptors() == before
+        assert num_descriptors() <= before  # others, of earlier tests, may be closed meanwhile
         assert manager.restore(1)["tree"]["n"] == 0
 
 
@@ -68,7 +68,7 @@ def test_a_merge_that_failed_leaves_no_descriptor(tmp_path: Path) -> None:
     storage.inject(testing.Fault(kinds=("write",)))
     with pytest.raises(errors.StorageError):
         write_direct.merge_children(storage, item, ["."], {})
-    assert storage.has_failed and num_descriptors() == before
+    assert storage.has_failed and num_descriptors() <= before
 
 
 def test_a_closed_manager_gives_its_staging_memory_back(
