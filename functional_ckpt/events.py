@@ -109,7 +109,8 @@ class Events:
         for each in self._listeners:
             if not callable(each):
                 raise errors.UsageError(
-                    f"on_event must be a function of an Event, or a list of such; got {each!r:.80}."
+                    "on_event must be a callable taking an Event, or a list of callables; "
+                    f"got {each!r:.80}."
                 )
 
     def tell(

@@ -103,37 +103,37 @@ def define(
         directory=absl_flags.DEFINE_string(
             name("dir"),
             directory,
-            "Directory of the steps.",
+            "Checkpoint directory.",
             required=required and directory is None,
             **where,
         ),
         save_every=absl_flags.DEFINE_string(
             name("save_every"),
             save_every,
-            "Save every so many steps (500, 500ba), so often (90m, 1h30m), or by the progress that "
-            "the script reports (1ep, 3e4tok, 0.25dur); without it, whenever the script says so.",
+            "Save interval: steps (500, 500ba), time (90m, 1h30m) or progress (1ep, 3e4tok, "
+            "0.25dur). Default: at every save() call.",
             **where,
         ),
         keep_latest=absl_flags.DEFINE_integer(
             name("keep_latest"),
             keep_latest,
-            "Keep this many of the newest steps; without it, all.",
+            "Number of newest steps to keep. Default: all.",
             lower_bound=1,
             **where,
         ),
         keep_every=absl_flags.DEFINE_integer(
-            name("keep_every"), None, "Keep the multiples of this step too.", lower_bound=1, **where
+            name("keep_every"), None, "Also keep multiples of this step.", lower_bound=1, **where
         ),
         keep_best=absl_flags.DEFINE_string(
             name("keep_best"),
             keep_best,
-            "Keep the best too: METRIC (the highest is best), METRIC:max or METRIC:min.",
+            "Also keep the best step: METRIC (the highest is best), METRIC:max or METRIC:min.",
             **where,
         ),
         overwrite=absl_flags.DEFINE_bool(
             name("overwrite"),
             False,
-            "Allow replacing steps that exist; else a run that would is refused before it begins.",
+            "Allow overwriting existing steps. Default: a run that would is refused at the start.",
             **where,
         ),
         asynchronous=absl_flags.DEFINE_bool(
@@ -142,26 +142,26 @@ def define(
         resume=absl_flags.DEFINE_string(
             name("resume"),
             "latest",
-            "What to begin with: latest (the latest step, if there is one), none, or the path or "
-            "URI of a checkpoint, where the directory has no step yet.",
+            "Checkpoint to start from: latest (the latest step, if any), none, or the path or URI "
+            "of a checkpoint, used while the directory has no step.",
             **where,
         ),
         weights_only=absl_flags.DEFINE_bool(
             name("weights_only"),
             False,
-            f"With --{name('resume')}=PATH: restore modules alone, as for fine-tuning.",
+            f"With --{name('resume')}=PATH: restore only modules, as for fine-tuning.",
             **where,
         ),
         ignore=absl_flags.DEFINE_list(
             name("ignore"),
             [],
-            "Restore neither these items nor these leaves: patterns such as model.head.*",
+            "Patterns of items or leaves not to restore, such as model.head.*.",
             **where,
         ),
         strict=absl_flags.DEFINE_bool(
             name("strict"),
             True,
-            "Fail where checkpoint and target differ; else restore what fits, and log the rest.",
+            "Raise on any mismatch; otherwise restore matching leaves and log the rest.",
             **where,
         ),
     )
@@ -186,7 +186,7 @@ def manager(
     _check(defined)
     where = defined.directory.value or directory
     if where is None:
-        raise errors.UsageError(f"--{defined.directory.name} must say where the steps are.")
+        raise errors.UsageError(f"--{defined.directory.name} is required.")
     save = [policies.every(_number(defined.save_every.value))] if defined.save_every.value else []
     keep = _keep(defined)
     for key, own in (("save_policy", save), ("keep_policy", keep)):
@@ -232,11 +232,11 @@ def restore(
     manager.check_start(0)
     initial = restorer.initial_values(items)
     if source == "none":
-        _log.info("%s: beginning with the initial values (resume=none)", manager.directory)
+        _log.info("%s: starting from the initial values (resume=none)", manager.directory)
         return initial
     registry = registry or default_registry()
     wanted = _weights(items, registry) if defined.weights_only.value else items
-    _log.info("%s: beginning with %s of %s", manager.directory, ", ".join(wanted), source)
+    _log.info("%s: starting from %s of %s", manager.directory, ", ".join(wanted), source)
     found = checkpoint.restore(source, wanted, strict=strict, ignore=ignore, registry=registry)
     _log_report(found)
     return found.with_defaults(initial)
@@ -244,7 +244,7 @@ def restore(
 
 def _log_report(restored: restore_lib.Restored) -> None:
     if restored.report:
-        _log.warning("restored in part:\n%s", restored.report)
+        _log.warning("Restored with differences:\n%s", restored.report)
 
 
 def _weights(items: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def _check(defined: CheckpointFlags) -> None:
     """Raises one error for everything that is wrong with the flags."""
     problems = [*_malformed(defined), *_contradictions(defined)]
     if problems:
-        raise errors.UsageError("The flags cannot be:\n  " + "\n  ".join(problems))
+        raise errors.UsageError("Invalid flags:\n  " + "\n  ".join(problems))
 
 
 def _malformed(defined: CheckpointFlags) -> list[str]:
@@ -312,14 +312,14 @@ def _contradictions(defined: CheckpointFlags) -> list[str]:
             f"no{defined.strict.name}": not defined.strict.value,
         }
         problems += [
-            f"--{name} says how to restore, and {resume} restores nothing"
+            f"--{name} has no effect with {resume}, which restores nothing"
             for name, is_given in asked.items()
             if is_given
         ]
     elif source == "latest" and defined.weights_only.value:
         problems.append(
-            f"--{defined.weights_only.name} with {resume}: a run that goes on without its "
-            f"optimizer is another run; give --{defined.resume.name}=PATH and a new directory"
+            f"--{defined.weights_only.name} with {resume}: a run cannot resume without its "
+            f"optimizer; give --{defined.resume.name}=PATH and a new directory"
         )
     interval, kept = defined.save_every.value, defined.keep_every.value
     steps = None if interval is None else interval.removesuffix("ba")

@@ -17,9 +17,7 @@ __all__ = ["main"]
 OK, DAMAGED, FAILED = 0, 1, 2
 # What a shell says of a command that these signals ended.
 _INTERRUPTED, _BROKEN_PIPE = 128 + 2, 128 + 13
-_EXIT_CODES = (
-    "exit codes: 0 all well; 1 damage or a difference was found; 2 usage, or nothing there"
-)
+_EXIT_CODES = "exit codes: 0 success; 1 damage or differences found; 2 usage error or not found"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="prefix of the steps' names, where a directory holds steps of several ('' for none)",
     )
-    parser = _Parser(prog="fckpt", description="Look at checkpoints.", epilog=_EXIT_CODES)
+    parser = _Parser(
+        prog="fckpt", description="Inspect, verify and convert checkpoints.", epilog=_EXIT_CODES
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -124,15 +124,15 @@ def _parser() -> argparse.ArgumentParser:
         help="which value of a metric is best; by default the lowest of losses and errors, else "
         "the highest",
     )
-    show = add("show", "Show what a checkpoint holds")
+    show = add("show", "Show the items and leaves of a checkpoint")
     show.add_argument("checkpoint", help="a checkpoint, or a manager's directory (its latest step)")
     show.add_argument("number", nargs="?", type=_step, metavar="STEP", help="this step of it")
     show.add_argument("--step", type=_step, metavar="N", help="the same, as an option")
     show.add_argument("--item", metavar="NAME", action="append", help="only this item")
     show.add_argument(
-        "--depth", type=_depth, metavar="N", help="summarise what is nested more than N deep"
+        "--depth", type=_depth, metavar="N", help="summarise containers nested more than N deep"
     )
-    verify = add("verify", "Compare every byte with what was written")
+    verify = add("verify", "Check every byte against its digest")
     verify.add_argument(
         "checkpoint", nargs="+", help="a checkpoint, or a manager's directory (all its steps)"
     )
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     diff = add("diff", "Compare two checkpoints")
     diff.add_argument("a", help="a checkpoint, or a manager's directory (its latest step)")
-    diff.add_argument("b", help="what to compare it with; or a step of A, and then")
+    diff.add_argument("b", help="the other checkpoint; or a step of A, followed by")
     diff.add_argument("number", nargs="?", type=_step, metavar="STEP", help="another step of A")
     diff.add_argument("--item", metavar="NAME", action="append", help="only this item")
     _add_conversions(add)
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_conversions(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    convert = add("convert", "Turn a checkpoint of another program into a step")
+    convert = add("convert", "Convert a foreign checkpoint to a step")
     convert.add_argument("source", help="a file or directory of any known format")
     convert.add_argument("destination", help="the checkpoint to create; must not exist")
     convert.add_argument(
@@ -159,7 +159,7 @@ def _add_conversions(add: Callable[[str, str], argparse.ArgumentParser]) -> None
     convert.add_argument(
         "--step", type=_step, metavar="N", help="add step N to a directory of steps instead"
     )
-    export = add("export", "Write a step as another program's checkpoint")
+    export = add("export", "Export a step in a foreign format")
     export.add_argument(
         "checkpoint", help="a checkpoint, or a manager's directory (its latest step)"
     )
@@ -167,18 +167,24 @@ def _add_conversions(add: Callable[[str, str], argparse.ArgumentParser]) -> None
     export.add_argument("--to", required=True, choices=("safetensors", "torch", "hf", "dcp"))
     export.add_argument("--step", type=_step, metavar="N", help="this step of the directory")
     export.add_argument("--item", metavar="NAME", action="append", help="only this item")
-    export.add_argument("--max-shard-size", metavar="SIZE", help="of a file (hf), such as 2GB")
-    export.add_argument("--key-prefix", metavar="TEXT", help="put before every name (hf)")
-    export.add_argument("--variant", metavar="NAME", help="put into the files' names (hf)")
+    export.add_argument(
+        "--max-shard-size", metavar="SIZE", help="maximum size of a file (hf), such as 2GB"
+    )
+    export.add_argument("--key-prefix", metavar="TEXT", help="prefix of every name (hf)")
+    export.add_argument("--variant", metavar="NAME", help="variant in the file names (hf)")
     export.add_argument("--config", metavar="FILE", help="copied as config.json (hf)")
-    zero = add("convert_zero", "Cut a ZeRO-1 optimizer's state for another number of ranks")
+    zero = add("convert_zero", "Reshard a ZeRO-1 optimizer state")
     zero.add_argument("--input_dir", required=True, metavar="DIR", help="a tag's folder, or a step")
     zero.add_argument("--output_dir", required=True, metavar="DIR", help="must not exist")
     zero.add_argument("--num_workers", type=_depth, default=1, metavar="N", help="threads")
-    zero.add_argument("--dp_size", type=_depth, metavar="N", help="data-parallel ranks to cut for")
+    zero.add_argument(
+        "--dp_size", type=_depth, metavar="N", help="data-parallel size to reshard to"
+    )
     kind = zero.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--convert_to_full", action="store_true", help="merge all ranks' shards")
-    kind.add_argument("--convert_to_sharded", action="store_true", help="cut for --dp_size ranks")
+    kind.add_argument("--convert_to_full", action="store_true", help="merge all shards")
+    kind.add_argument(
+        "--convert_to_sharded", action="store_true", help="reshard to --dp_size ranks"
+    )
 
 
 def _step(text: str) -> int:

@@ -37,7 +37,7 @@ _LONGEST_PAUSE_SECONDS = 0.05
 # One server answers every rank: thousands of them must ask less often.
 _POLLS_PER_SECOND = 20_000
 
-_PHASES = (("begun", "come to"), ("gathered", "gather for"), ("outcome", "finish"))
+_PHASES = (("begun", "start"), ("gathered", "gather for"), ("outcome", "finish"))
 _PHASE_SECONDS = 0.25
 _VALUE, _ERROR, _GONE, _SKIPPED = "value", "error", "gone", "skipped"
 
@@ -172,14 +172,15 @@ class Rounds:
             return None
         if gone:
             raise errors.CoordinationError(
-                f"Rank 0 came to {what} after {_named(gone)} had given up waiting for it.",
+                f"Rank 0 reached {what!r} after {_named(gone)} timed out waiting for it.",
                 ranks=(0,),
             )
         others = {rank: about for rank, (_, about, _) in entries.items() if about != what}
         if others:
-            told = "; ".join(f"rank {rank} is about {about}" for rank, about in others.items())
+            told = "; ".join(f"rank {rank} in {about!r}" for rank, about in others.items())
             raise errors.CoordinationError(
-                f"Rank 0 is about {what}, but {told}: every rank must make the same calls.",
+                f"Collective mismatch: rank 0 is in {what!r}, {told}. "
+                "All ranks must make the same calls.",
                 ranks=others,
             )
         failed = {
@@ -193,11 +194,11 @@ class Rounds:
     def _raise_missing(
         self, what: str, failed: dict[int, remote_errors.Record], absent: Sequence[int]
     ) -> None:
-        told = [f"Rank {rank} failed in {what}: {each['text']}" for rank, each in failed.items()]
+        told = [f"Rank {rank} failed in {what!r}: {each['text']}" for rank, each in failed.items()]
         if absent:
             told.append(
-                f"{_named(absent).capitalize()} did not come to {what} within "
-                f"{self._timeout_seconds:g} seconds: dead or stuck?"
+                f"{_named(absent).capitalize()} did not reach {what!r} within "
+                f"{self._timeout_seconds:g} s (crashed or hung?)."
             )
             ranks = sorted([*failed, *absent])
             raise errors.CoordinationTimeoutError(" ".join(told), ranks=ranks)
@@ -246,8 +247,8 @@ class Rounds:
                     phase, start = phase + 1, looked
             if time.monotonic() - start >= self._limit:
                 raise errors.CoordinationTimeoutError(
-                    f"Rank 0 did not {_PHASES[phase][1]} {what} within {self._limit:g} seconds: "
-                    "dead or stuck?",
+                    f"Rank 0 did not {_PHASES[phase][1]} {what!r} within {self._limit:g} s "
+                    "(crashed or hung?).",
                     ranks=(0,),
                 )
             time.sleep(pause)
@@ -314,7 +315,7 @@ def _describe(error: BaseException, what: str) -> bytes:
     """The primary's error as the others will raise it."""
     record = remote_errors.to_record(error)
     if record["message"] is None:
-        record |= {"message": f"Rank 0 failed in {what}: {record['text']}", "ranks": [0]}
+        record |= {"message": f"Rank 0 failed in {what!r}: {record['text']}", "ranks": [0]}
     return json.dumps(record).encode()
 
 

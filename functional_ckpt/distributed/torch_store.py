@@ -171,7 +171,9 @@ def _clear_errors(what: str) -> Generator[None]:
         yield
     except RuntimeError as error:  # gloo's own, and DistError
         summary = str(error).partition("\n")[0]
-        raise errors.CoordinationError(f"A rank was lost while {what}: {summary}") from error
+        raise errors.CoordinationError(
+            f"Connection to a rank lost while {what}: {summary}"
+        ) from error
 
 
 class _Store:
@@ -259,7 +261,9 @@ class _Store:
 
     @property
     def _host(self) -> str:
-        return "The process that hosts it (rank 0, unless the launcher does) may be dead or stuck."
+        return (
+            "The process that hosts it (rank 0, unless the launcher does) may have crashed or hung."
+        )
 
     @property
     def _suspects(self) -> tuple[int, ...]:

@@ -122,10 +122,10 @@ class DirectReader:
         for number, key in enumerate(keys):
             at = self._places.get(prefix + key)
             if at is None or at[2] != stored_bytes:
-                state = "missing" if at is None else f"of {at[2]} bytes"
+                state = "none" if at is None else f"{at[2]} bytes"
                 raise errors.CorruptCheckpointError(
-                    f"{self._directory}: chunk {(prefix + key).decode()!r} is {state}; expected "
-                    f"{stored_bytes} bytes.",
+                    f"{self._directory}: chunk {(prefix + key).decode()!r}: expected "
+                    f"{stored_bytes} bytes, found {state}.",
                     path=self._directory,
                     key_path=wanted.name,
                 )

@@ -100,9 +100,8 @@ class Handler(abc.ABC):
             MismatchError: This state has no meaning for another number of ranks.
         """
         raise errors.MismatchError(
-            f"it was saved for each of {len(trees)} ranks and there are {num_ranks} now; restore "
-            "without this item, or give it a handler that says what each rank takes "
-            "(Handler.resize)"
+            f"saved by {len(trees)} ranks, restoring on {num_ranks}: omit this item, or implement "
+            "Handler.resize()"
         )
 
     def selects(self, name: str) -> bool:

@@ -62,8 +62,7 @@ def check_disjoint(source: str | os.PathLike[str], destination: str | os.PathLik
     first, second = (_real(resolve(path)) for path in (source, destination))
     if first == second or _is_inside(first, second) or _is_inside(second, first):
         raise errors.UsageError(
-            f"{second} and {first} overlap: what is read is never written into; choose another "
-            "destination.",
+            f"Source and destination overlap: {first}, {second}. Choose another destination.",
             path=second,
         )
 

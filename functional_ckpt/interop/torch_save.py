@@ -124,8 +124,9 @@ def _clear_errors(path: str) -> Generator[None]:
             raise _unreadable(path, error) from error
         raise errors.UsageError(
             f"{path}: it holds a pickled object, {found[1]}, which is never loaded, because that "
-            "can run any code. Where you trust the file, load it with that class at hand, save "
-            "what you need of it as tensors and plain values with torch.save, and open that file.",
+            "can run any code. Where you trust the file, load it where that class can be imported, "
+            "save the parts that you need as tensors and plain values with torch.save, and open "
+            "that file.",
             path=path,
         ) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -218,8 +218,8 @@ def _root_for(opened: OpenItem, group: Coordinator) -> structure.Node:
     root = merge_ranks.select_rank(root, group.rank, group.num_ranks, dropped)
     if dropped:
         _log.warning(
-            "%s: %d plain values were saved for each of another number of ranks (%s, ...); those "
-            "of rank 0 are taken",
+            "%s: %d per-rank values were saved with a different world size (%s, ...); using those "
+            "of rank 0",
             opened.path,
             len(dropped),
             dropped[0],

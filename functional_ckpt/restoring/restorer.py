@@ -65,15 +65,15 @@ class Restorer:
             raise errors.UsageError(
                 f"initial must be a mapping of names to values; got {type(initial).__name__}."
             )
-        what = "whether there is a step to go on from"
+        what = "whether there is a step to resume from"
         found = self.coordinator.gather_broadcast(
             what, b"%d" % len(self.steps.all()), lambda v: v[0]
         )
         if found != b"0":
             number, holders = self._agree(None)
-            self._tell("going on from step %d, the latest of %d", number, int(found))
+            self._tell("resuming from step %d (latest of %d)", number, int(found))
             return self._restore(number, holders, initial, options)
-        self._tell("no step yet: beginning with the initial values")
+        self._tell("no checkpoint found: starting from the initial values")
         self._check_others()
         return initial_values(initial)
 
@@ -92,7 +92,7 @@ class Restorer:
             raise errors.StepNotFoundError(
                 f"{root} has no step but links to some ({', '.join(linked[:5])}), which do not "
                 "count. Move the steps back, restore one by its number, or use another directory "
-                "to begin anew.",
+                "to start from scratch.",
                 path=root,
             )
         others = [
@@ -102,8 +102,7 @@ class Restorer:
         ]
         if others and self.coordinator.rank == 0:
             _log.warning(
-                "%s: beginning anew, though there are %d directories that are no steps under this "
-                "manager's step_name (%s)",
+                "%s: starting from scratch, but %d subdirectories do not match step_name (%s)",
                 root,
                 len(others),
                 ", ".join(others[:5]),
@@ -141,7 +140,7 @@ class Restorer:
                 try:
                     return self._restore_from(holder, step, items, options)
                 except failures as error:
-                    _log.warning("step %d: going on to the next tier: %s", step, error)
+                    _log.warning("step %d: trying the next tier: %s", step, error)
             return self._restore_from(last, step, items, options)
 
     def _restore_from(
@@ -194,7 +193,7 @@ class Restorer:
                     )
                 if also_discards != discards:
                     raise errors.CoordinationError(
-                        f"Rank {rank} and rank 0 do not agree on discard_later; every rank must "
+                        f"Rank {rank} and rank 0 disagree on discard_later; every rank must "
                         "make the same calls.",
                         ranks=(rank,),
                     )

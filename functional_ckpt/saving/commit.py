@@ -133,7 +133,7 @@ class StepCommitter:
 
     def abort(self, step: int, error: BaseException) -> None:
         """Instead of `commit`, where staging failed: tells the other ranks and raises."""
-        self._coordinator.gather_broadcast(f"beginning step {step}", error, b"".join)
+        self._coordinator.gather_broadcast(f"starting step {step}", error, b"".join)
 
     def _write_or_free_space(
         self,
@@ -152,7 +152,7 @@ class StepCommitter:
             # Live memory, which a bounded save writes from, may have changed by now.
             is_fixed = not any(item.blocks_caller for item in items)
             state = b"live" if not is_fixed else b"full" if _is_full(error) else b""
-            what = f"making room for step {step}"
+            what = f"freeing space for step {step}"
             removed = json.loads(self._coordinator.gather_broadcast(what, state, self._free_space))
             self._steps.forget(removed)
             if not removed:
@@ -181,7 +181,7 @@ class StepCommitter:
     ) -> bytes:
         group = self._coordinator
         begin = functools.partial(self._begin, step, [item.lowered for item in items], info)
-        begun = json.loads(group.gather_broadcast(f"beginning step {step}", b"", lambda _: begin()))
+        begun = json.loads(group.gather_broadcast(f"starting step {step}", b"", lambda _: begin()))
         tmp = os.path.join(self._steps.root, begun["directory"])
         reports: dict[int, write.RankReport] = {}
         value: bytes | BaseException = b""

@@ -231,9 +231,9 @@ def _check_whole(
         if node.tied_to is not None or (grid and written[node.name] == _num_chunks(grid)):
             continue
         ranks = [r for r, report in enumerate(reports) if report.digests[item].get(node.name)]
-        expected = "" if grid is None else f" for {grid.num_chunks}"
+        expected = "" if grid is None else f" of {grid.num_chunks}"
         raise errors.CoordinationError(
-            f"{item}: {node.name!r} is not whole, or was written twice: ranks {ranks} wrote "
+            f"{item}: array {node.name!r} is incomplete or duplicated: ranks {ranks} wrote "
             f"{written[node.name]} chunks{expected}. Every rank of a DTensor's mesh must save it.",
             ranks=ranks,
             key_path=node.name,

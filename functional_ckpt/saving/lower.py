@@ -84,7 +84,7 @@ def check_item_name(name: object) -> str:
             key_path=name,
         )
     if commit.TMP_SUFFIX in name or not name.isprintable() or len(name.encode()) > 200:
-        raise errors.UsageError(f"Item name {name!r} cannot be a directory's name.", key_path=name)
+        raise errors.UsageError(f"Item name {name!r} is not a valid directory name.", key_path=name)
     check_arrays_path(f"/{name}")
     return name
 

@@ -182,8 +182,8 @@ def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
     path = os.path.join(directory, REPORTS, f"{rank}.json")
     if not storage.exists(path):
         raise errors.CoordinationError(
-            f"Rank {rank} says it has written, but {path} is not there: it sees another directory. "
-            "Every rank must save to one shared file system.",
+            f"Rank {rank} reported its files as written, but {path} does not exist. All ranks must "
+            "save to the same directory on a shared file system.",
             ranks=(rank,),
             path=path,
         )

@@ -73,7 +73,9 @@ def open_directory(
                 commit.check_visible, storage, os.path.join(hidden, name), coordinator.rank
             )
             remove = functools.partial(storage.remove, mark)
-            run_on_primary(coordinator, "seeing one directory", remove, prepare=look)
+            run_on_primary(
+                coordinator, "checking that all ranks share one directory", remove, prepare=look
+            )
     except BaseException:
         steps.unlock()
         raise

@@ -85,7 +85,8 @@ class Steps:
             names.parse(latest_link) is not None or not _is_component(latest_link)
         ):
             raise errors.UsageError(
-                f"latest_link must be a name that no step has, without '/'; got {latest_link!r}."
+                "latest_link must be a file name that no step directory can have; got "
+                f"{latest_link!r}."
             )
         self.latest_link = latest_link
         self.lock: WriterLock | None = None
@@ -139,7 +140,7 @@ class Steps:
         if new:
             listed = ", ".join(f"{name} ({strays[name]})" for name in new[:10])
             more = f" and {len(new) - 10} more" if len(new) > 10 else ""
-            _log.warning("%s: these are not steps and do not count: %s%s", self.root, listed, more)
+            _log.warning("%s: ignoring entries that are not steps: %s%s", self.root, listed, more)
         return tuple(entry.info for entry in found.values())
 
     def _warn_of_problems(self) -> None:
@@ -319,9 +320,8 @@ class Steps:
         if later and not overwrite:
             raise errors.StepExistsError(
                 f"{self.root} has {len(later)} steps from {step} on (up to {later[-1]}), which a "
-                f"run that begins at {step} would come to overwrite. Resume from {self.latest()}, "
-                "give this run its own directory, delete them, or make the manager with "
-                "overwrite=True.",
+                f"run starting at step {step} would overwrite. Resume from step {self.latest()}, "
+                "use another directory, delete them, or pass overwrite=True to CheckpointManager.",
                 step=later[0],
                 path=self.root,
             )
@@ -338,8 +338,8 @@ class Steps:
         is_there = self.storage.exists(link)
         if is_there and not self.storage.is_link(link):
             raise errors.StorageError(
-                f"Cannot make {link} a link to the latest step: something else is there. Move it "
-                "away, or give another latest_link.",
+                f"Cannot make {link} a link to the latest step: the path exists and is not a link. "
+                "Move it away, or give another latest_link.",
                 errno=errno.EEXIST,
                 path=link,
             )
@@ -357,9 +357,9 @@ class Steps:
         for each in () if overwrite else self.remote:
             if any(info.step == step for info in each.infos):
                 raise errors.StepExistsError(
-                    f"Step {step} exists in the tier {each.root}. Make the manager with "
-                    "overwrite=True to replace it, delete it, save another step, or give this run "
-                    "its own tier.",
+                    f"Step {step} exists in the tier {each.root}. Pass overwrite=True to "
+                    "CheckpointManager to replace it, delete it, save another step, or give this "
+                    "run its own tier.",
                     step=step,
                     path=each.root,
                 )
@@ -385,7 +385,7 @@ class Steps:
             )
         if not overwrite:
             raise errors.StepExistsError(
-                f"Step {step} exists in {self.root}. Make the manager with overwrite=True to "
+                f"Step {step} exists in {self.root}. Pass overwrite=True to CheckpointManager to "
                 "replace it, delete it, or save another step.",
                 step=step,
                 path=path,

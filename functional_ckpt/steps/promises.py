@@ -63,8 +63,8 @@ class Promises:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             self.was_damaged = True
             _log.warning(
-                "%s cannot be read (%s: %s): which steps go to the other tiers is considered anew, "
-                "and what is in doubt goes there",
+                "%s cannot be read (%s: %s): recomputing which steps to upload to other tiers, "
+                "including the doubtful ones",
                 self._path,
                 type(error).__name__,
                 error,

@@ -110,8 +110,8 @@ class Upload:
         if not self._may_replace:
             raise errors.StepExistsError(
                 f"{self._final} is another commit of step {self._step}, and this manager does not "
-                "overwrite. Give this run its own tier, move that step away, or make the manager "
-                "with overwrite=True to replace it.",
+                "overwrite. Give this run its own tier, move that step away, or pass "
+                "overwrite=True to CheckpointManager to replace it.",
                 step=self._step,
                 path=self._final,
             )
@@ -160,11 +160,11 @@ class Upload:
             digest = _record_digest(self._local, self._source)
             if digest != identity and (digest is not None or not self._is_there()):
                 raise errors.StorageError(
-                    f"{self._source} was replaced or removed while it was copied.",
+                    f"{self._source} was replaced or removed during the upload.",
                     path=self._source,
                 )
             raise errors.CorruptCheckpointError(
-                f"{source} has changed since it was committed; it is not copied.",
+                f"{source} changed after it was committed; upload aborted.",
                 path=source,
                 step=self._step,
             )
@@ -193,8 +193,8 @@ class Upload:
             self._remote.remove(os.path.join(place, name))
         if wrong or self._files()[1] != identity:
             raise errors.StorageError(
-                f"{self._final}: {len(wrong)} files did not arrive as they were sent, or the step "
-                "was replaced meanwhile; it is sent again.",
+                f"{self._final}: {len(wrong)} files have the wrong size or digest after upload, or "
+                "the step was overwritten during it; retrying.",
                 path=self._final,
             )
 

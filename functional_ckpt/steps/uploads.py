@@ -275,7 +275,7 @@ class Uploads:
         except errors.CheckpointError as error:
             _log.warning("%s: after an upload: %s", self._local.root, error)
             self._error = errors.SaveError(
-                f"A step was copied, but what follows failed: {error}", path=self._local.root
+                f"A step was copied, but a later action failed: {error}", path=self._local.root
             )
             self._error.__cause__ = error
 
@@ -354,9 +354,9 @@ class Uploads:
             if isinstance(error, errors.ClosedError):
                 return
             what = "it" if step is None else f"step {step}"
-            _log.warning("%s: %s is not there yet: %s", root, what, error)
+            _log.warning("Upload of %s to %s failed, retrying: %s", what, root, error)
             if self._closing:
-                _log.warning("%s: the upload goes on when this run's manager is made again", root)
+                _log.warning("%s: the upload will resume when the manager is next opened", root)
             is_damaged = isinstance(error, errors.CorruptCheckpointError)
             is_refused = isinstance(error, errors.StepExistsError)
             if is_damaged and step is not None:

@@ -104,8 +104,8 @@ def check_visible(storage: Storage, path: str, rank: int) -> None:
     while name not in storage.list(parent) or not storage.exists(path):
         if time.monotonic() >= deadline:
             raise errors.CoordinationError(
-                f"Rank {rank} does not see {path}, which rank 0 has made: it sees another "
-                "directory. Every rank must be given the same, on a file system that all share.",
+                f"Rank {rank} cannot see {path}, created by rank 0. All ranks must use the same "
+                "directory on a shared file system.",
                 ranks=(rank,),
                 path=path,
             )
@@ -173,10 +173,12 @@ def publish(
             storage.sync_directory(parent)
         return None
     if not overwrite:
-        raise errors.StepExistsError(f"{final} has appeared since this save began.", path=final)
+        raise errors.StepExistsError(
+            f"{final} was created by another process during this save.", path=final
+        )
     if not storage.is_directory(final):
         raise errors.StorageError(
-            f"Cannot write {final}: a file is there, and not a checkpoint. Move it away.",
+            f"Cannot write {final}: the path is a file, not a checkpoint. Move it away.",
             errno=errno.ENOTDIR,
             path=final,
         )
@@ -349,7 +351,9 @@ def abandon(storage: Storage, tmp: str) -> bool:
     """Removes what a failed save wrote; False where it is still there, for a later attempt."""
     path = final_path(tmp)
     if _is_mid_swap(storage, os.path.join(os.path.dirname(path), HIDDEN), path):
-        _log.warning("%s stays until the next save, which will end the overwrite", tmp)
+        _log.warning(
+            "Leaving %s in place: the next save will complete the interrupted overwrite", tmp
+        )
         return False
     if isinstance(storage, ObjectStorage):
         commit_marker.abandon(storage, tmp_path(path), path)
@@ -357,6 +361,6 @@ def abandon(storage: Storage, tmp: str) -> bool:
     try:
         storage.remove(tmp)
     except errors.StorageError as error:
-        _log.warning("%s stays until the next writer opens the directory: %s", tmp, error)
+        _log.warning("Could not remove %s, the next writer will: %s", tmp, error)
         return False
     return True

@@ -93,7 +93,9 @@ def publish(storage: ObjectStorage, tmp: str, final: str) -> None:
     """
     marker, content = os.path.join(final, MARKER), _own_marker(storage, tmp)
     if not storage.create(marker, content):
-        raise errors.StepExistsError(f"{final} has appeared since this save began.", path=final)
+        raise errors.StepExistsError(
+            f"{final} was created by another process during this save.", path=final
+        )
     try:
         _check_note(storage, tmp)
     except errors.LockedError:
@@ -181,7 +183,7 @@ def _remove_note(storage: ObjectStorage, tmp: str) -> None:
     try:
         storage.remove(tmp)
     except (errors.StorageError, errors.LockedError) as error:
-        _log.warning("%s stays until the next writer opens the directory: %s", tmp, error)
+        _log.warning("Could not remove %s, the next writer will: %s", tmp, error)
 
 
 def discard(storage: ObjectStorage, tmp: str, final: str) -> None:
@@ -200,7 +202,7 @@ def discard(storage: ObjectStorage, tmp: str, final: str) -> None:
         _check_note(storage, tmp)
         if not storage.replace_exactly(marker, found, _TAKEN_BACK):
             raise errors.LockedError(
-                f"{final} has changed while it was removed: another writer is at work there.",
+                f"{final} changed while it was being removed: another writer is active.",
                 path=final,
             )
     storage.remove(final)
@@ -222,7 +224,7 @@ def abandon(storage: ObjectStorage, tmp: str, final: str) -> None:
             storage.remove(final)
         storage.remove(tmp)
     except (errors.StorageError, errors.LockedError) as error:
-        _log.warning("%s stays until the next writer opens the directory: %s", tmp, error)
+        _log.warning("Could not remove %s, the next writer will: %s", tmp, error)
 
 
 def clean_up(storage: ObjectStorage, tmp: str, final: str) -> bool:

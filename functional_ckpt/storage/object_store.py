@@ -423,8 +423,8 @@ class ObjectStorage(Requests):
                 )
             except errors.StepExistsError:
                 raise errors.LockedError(
-                    f"Cannot remove {path}: it has changed since it was listed, so another writer "
-                    "is at work there. Only one may write a directory.",
+                    f"Cannot remove {path}: it changed since it was listed, so another writer is "
+                    "active. Only one may write a directory.",
                     path=path,
                 ) from None
         folder = self._key(path)

@@ -95,10 +95,13 @@ def resolve_uri(text: str) -> str:
     bucket, *parts = rest.split("/")
     if "@" in bucket and ":" in bucket.partition("@")[0]:
         raise errors.UsageError(
-            f"{scheme}://...: credentials have no place in a URI, which is logged and stored; give "
-            "them in the environment."
+            f"{scheme}://...: URIs are logged and stored. Pass credentials through environment "
+            "variables, not in the URI."
         )
     names = [part for part in parts if part]
     if not bucket or not scheme or not {".", ".."}.isdisjoint(names):
-        raise errors.UsageError(f"{text}: not a URI such as s3://bucket/run.", path=text)
+        raise errors.UsageError(
+            f"Invalid URI {text!r}: expected scheme://bucket/path, such as s3://bucket/run.",
+            path=text,
+        )
     return f"{scheme.lower()}://{'/'.join([bucket, *names])}"

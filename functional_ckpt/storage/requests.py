@@ -78,7 +78,7 @@ class Requests:
 
     def _error(self, action: str, path: str, error: Exception) -> errors.CheckpointError:
         if isinstance(error, PreconditionFailed):
-            return errors.StepExistsError(f"Cannot {action} {path}: something is there.", path=path)
+            return errors.StepExistsError(f"Cannot {action} {path}: the path exists.", path=path)
         if isinstance(error, NotFound):
             code = errno.ENOENT
             text = f"{os.strerror(code)} [errno {code}]"

@@ -152,7 +152,7 @@ def test_a_mesh_that_does_not_fit_its_ranks_is_refused() -> None:
     for ranks, spread in itertools.product([(0, 1), (0, 1, 2)], [(None,), (None, None)]):
         if len(ranks) == 2 and len(spread) == 1:
             continue
-        with pytest.raises(errors.UsageError, match="A mesh of shape"):
+        with pytest.raises(errors.UsageError, match="Mesh shape"):
             Sharding((2,), ranks, spread)
 
 

@@ -240,8 +240,8 @@ def test_rounds_do_not_grow_with_the_leaves(alike: bool, workers: Workers, tmp_p
         plans = [["the plan of step 0"], ["the plan of step 1"]]
         if not alike:
             plans[0].append("the leaves of step 0")
-        assert first == [*plans[0], "beginning step 0", "writing step 0"]
-        assert second == [*plans[1], "beginning step 1", "writing step 1"]
+        assert first == [*plans[0], "starting step 0", "writing step 0"]
+        assert second == [*plans[1], "starting step 1", "writing step 1"]
         assert len(restored) == 3 if alike else 4
         # A second save sends digests and the place of a sample, however many leaves there are.
         sizes = [sum(size for _, size in part[1]) for part in (few[rank], many[rank])]

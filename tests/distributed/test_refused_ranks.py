@@ -43,7 +43,7 @@ def test_what_other_ranks_hold_is_not_saved_by_one_alone(workers: Workers, tmp_p
 def test_an_unfinished_sum_is_named(workers: Workers, tmp_path: Path) -> None:
     for failure in workers.failures(2, save_partial, tmp_path):
         assert "UnsupportedLeafError" in failure.kinds
-        assert "state['sum']: the DTensor has the placement Partial" in failure.text
+        assert "state['sum']: the DTensor has placement Partial" in failure.text
     with fc.CheckpointManager(tmp_path, read_only=True) as manager:
         assert manager.all_steps() == []
 

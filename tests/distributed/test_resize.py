@@ -107,7 +107,7 @@ def test_state_of_each_rank(num_saved: int, workers: Workers, tmp_path: Path) ->
             expected = [everything[rank::num_ranks] for rank in range(num_ranks)]
             for failure in workers.failures(num_ranks, restore_rng, tmp_path):
                 assert "MismatchError" in failure.kinds or "CoordinationError" in failure.kinds
-                assert f"saved for each of {num_saved} ranks" in failure.text
+                assert f"saved by {num_saved} ranks" in failure.text
                 assert f"there are {num_ranks} now" in failure.text
         assert queues == expected
 

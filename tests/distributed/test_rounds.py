@@ -119,7 +119,7 @@ def test_an_error_reaches_all_and_the_next_round_is_as_ever(culprit: int) -> Non
         else:
             assert isinstance(error, errors.CoordinationError)
             assert error.ranks == (culprit,)
-            assert str(error) == f"Rank {culprit} failed in it: ValueError: mine"
+            assert str(error) == f"Rank {culprit} failed in 'it': ValueError: mine"
     assert (
         group.run(lambda _, rounds: rounds.gather_broadcast("more", b"x", join)) == [b"x,x,x"] * 3
     )
@@ -130,7 +130,7 @@ def test_who_does_not_come_is_named() -> None:
     for error in group.run(lambda _, rounds: rounds.gather_broadcast("it", b"", join), 0, 2):
         assert isinstance(error, errors.CoordinationTimeoutError)
         assert error.ranks == (1, 3)
-        assert "Ranks 1, 3 did not come to it within 0.1 seconds" in str(error)
+        assert "Ranks 1, 3 did not reach 'it' within 0.1 s" in str(error)
 
 
 def test_hurry_shortens_a_wait_under_way() -> None:
@@ -146,7 +146,7 @@ def test_different_calls_are_an_error_that_says_so() -> None:
     for error in found:
         assert isinstance(error, errors.CoordinationError)
         assert error.ranks == (2,)
-        assert "Rank 0 is about call 0, but rank 2 is about call 1" in str(error)
+        assert "Collective mismatch: rank 0 is in 'call 0', rank 2 in 'call 1'" in str(error)
 
 
 @settings(max_examples=15)

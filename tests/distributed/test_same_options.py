@@ -38,7 +38,7 @@ def test_ranks_that_open_different_directories_are_refused(
 ) -> None:
     for failure in workers.failures(2, option_jobs.save_elsewhere, tmp_path):
         assert "CoordinationError" in failure.kinds
-        assert "Rank 1 does not see" in failure.text
+        assert "Rank 1 cannot see" in failure.text
 
 
 def test_ranks_that_see_different_directories_at_a_save_are_refused(
@@ -47,7 +47,7 @@ def test_ranks_that_see_different_directories_at_a_save_are_refused(
     (tmp_path / "run").mkdir()
     for failure in workers.failures(2, option_jobs.save_moved, tmp_path):
         assert "SaveError" in failure.kinds
-        assert "Rank 1 does not see" in failure.text
+        assert "Rank 1 cannot see" in failure.text
     with fc.CheckpointManager(tmp_path / "run", read_only=True) as manager:
         assert manager.all_steps() == []
 

@@ -79,7 +79,7 @@ def test_generators_of_another_number_of_ranks_are_refused_on_all(
     workers.run(4, save_own_values, tmp_path)
     for failure in workers.failures(2, restore_own_values, tmp_path):
         assert "MismatchError" in failure.kinds
-        assert "saved for each of 4 ranks and there are 2 now" in failure.text
+        assert "saved by 4 ranks, restoring on 2" in failure.text
 
 
 def restore_plain_values(directory: Path) -> Any:
@@ -358,7 +358,7 @@ def save_part_of_a_mesh(directory: Path) -> None:
 def test_a_mesh_that_reaches_out_of_the_group_is_refused(workers: Workers, tmp_path: Path) -> None:
     for failure in workers.failures(2, save_part_of_a_mesh, tmp_path):
         assert "UnsupportedLeafError" in failure.kinds
-        assert "outside the process group that saves (1 ranks)" in failure.text
+        assert "outside the saving process group (1 ranks)" in failure.text
 
 
 def save_on_some_of_the_mesh(directory: Path) -> None:

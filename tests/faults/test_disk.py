@@ -323,7 +323,7 @@ def test_a_directory_that_appears_while_the_step_is_being_written(tmp_path: Path
 
     with (
         fc.CheckpointManager(tmp_path, storage=Rude()) as manager,
-        pytest.raises(fc.errors.SaveError, match=r"step 2 .*appeared since"),
+        pytest.raises(fc.errors.SaveError, match=r"step 2 .*created by another process"),
     ):
         manager.save(2, items(2)).result()  # type: ignore[union-attr]
     assert (tmp_path / "2" / "file").read_text() == "precious"

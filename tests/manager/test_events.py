@@ -78,7 +78,9 @@ def test_an_event_is_a_record(tmp_path: Path) -> None:
     with pytest.raises(fc.errors.UsageError, match="num_bytes must be None or >= 0; got -1"):
         fc.Event(kind="staged", step=1, directory="d", num_bytes=-1)
     for wrong in (3, ["print"]):
-        with pytest.raises(fc.errors.UsageError, match="on_event must be a function of an Event"):
+        with pytest.raises(
+            fc.errors.UsageError, match="on_event must be a callable taking an Event"
+        ):
             fc.CheckpointManager(tmp_path, on_event=wrong)  # pyright: ignore[reportArgumentType]
 
 

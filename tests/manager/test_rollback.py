@@ -349,7 +349,7 @@ def test_what_holds_no_record_is_no_step_and_is_named_once(
             if make in (empty, cut_copy, a_file):
                 with pytest.raises(errors.StorageError, match=r"999999 is a .*Move it away"):
                     manager.save(999999, state(1))
-        assert caplog.text.count("not steps and do not count: 999999") == 1
+        assert caplog.text.count("ignoring entries that are not steps: 999999") == 1
     assert looked_into(run).all_steps() == [70, 80]
 
 
@@ -424,7 +424,7 @@ def test_a_link_that_cannot_be_made_stops_nothing_else(run: Path) -> None:
         assert manager.all_steps() == [50, 60]
         saved(manager, 70)
         assert manager.all_steps() == [60, 70]
-        with pytest.raises(errors.SaveError, match="something else is there"):
+        with pytest.raises(errors.SaveError, match="the path exists and is not a link"):
             manager.wait_until_finished()
 
 

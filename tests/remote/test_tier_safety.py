@@ -589,7 +589,7 @@ def test_a_record_of_promises_with_a_flipped_bit_loses_none(
         read = Promises(LocalStorage(), path, ["far"])
         read.read()
         assert read.was_damaged or read.promised == {"far": [12]}
-    assert "is considered anew" in caplog.text
+    assert "recomputing which steps" in caplog.text
 
 
 def test_a_damaged_record_of_promises_sends_what_is_in_doubt(far: Far, tmp_path: Path) -> None:
@@ -621,10 +621,10 @@ def test_what_fails_after_an_upload_is_an_error_of_the_next_call(
     monkeypatch.setattr(promises.Promises, "write", write)
     with fc.CheckpointManager(tmp_path / "near", tiers=[tmp_path / "far"]) as manager:
         manager.save(1, _items(1))
-        with pytest.raises(fc.errors.SaveError, match="what follows failed: No space left"):
+        with pytest.raises(fc.errors.SaveError, match="a later action failed: No space left"):
             manager.wait_until_finished()
         manager.save(2, _items(2))  # the thread goes on
-        with pytest.raises(fc.errors.SaveError, match="what follows failed"):
+        with pytest.raises(fc.errors.SaveError, match="a later action failed"):
             manager.wait_until_finished()
     with fc.CheckpointManager(tmp_path / "far", read_only=True) as manager:
         assert manager.all_steps() == [1, 2]

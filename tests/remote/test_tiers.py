@@ -141,7 +141,7 @@ def test_a_damaged_record_of_promises_is_told(
         caplog.clear()
         with fc.CheckpointManager(near, tiers=[fc.Tier(path=far)]):
             pass
-        assert f"{file} cannot be read" in caplog.text and "considered anew" in caplog.text
+        assert f"{file} cannot be read" in caplog.text and "recomputing which steps" in caplog.text
     assert _steps(far) == [1]
     caplog.clear()
     with fc.CheckpointManager(near, tiers=[fc.Tier(path=far)]):

@@ -226,7 +226,7 @@ def test_beginning_and_going_on_are_one_call(
         assert begun["model"] is model
         assert begun["config"] == {"lr": 1}
         assert not begun.report
-        assert "no step yet: beginning with the initial values" in caplog.text
+        assert "no checkpoint found: starting from the initial values" in caplog.text
         items["ema"] = {"x": torch.ones(2)}
         manager.save(7, items, progress=fc.Progress(batch=8))
     caplog.clear()
@@ -238,7 +238,7 @@ def test_beginning_and_going_on_are_one_call(
         assert gone_on.progress == fc.Progress(batch=8)
         assert torch.equal(gone_on["ema"]["x"], torch.ones(2))
         assert torch.equal(model.head.weight, weight)
-        assert "going on from step 7, the latest of 1" in caplog.text
+        assert "resuming from step 7 (latest of 1)" in caplog.text
 
 
 def test_restore_or_takes_what_restore_takes(trained: tuple[Path, nn.Module]) -> None:
@@ -268,7 +268,7 @@ def test_steps_under_another_name_are_told_of(
         saved(manager, 3)
     with fc.CheckpointManager(tmp_path) as manager:
         assert manager.restore_or(state(0)).step is None
-    assert "1 directories that are no steps under this manager's step_name (step_3)" in caplog.text
+    assert "1 subdirectories do not match step_name (step_3)" in caplog.text
 
 
 def test_content_that_is_absent_is_none(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_the_link_is_there_at_every_instant(tmp_path: Path) -> None:
 
 def test_what_is_no_link_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "latest").mkdir()
-    with pytest.raises(errors.StorageError, match="something else is there"):
+    with pytest.raises(errors.StorageError, match="the path exists and is not a link"):
         fc.CheckpointManager(tmp_path, latest_link="latest")
     assert (tmp_path / "latest").is_dir()
     with fc.CheckpointManager(tmp_path, latest_link="newest") as manager:
@@ -117,7 +117,7 @@ def test_what_is_no_link_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "7", "a/b", ".latest", "_latest"])
 def test_a_link_has_no_steps_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(errors.UsageError, match="latest_link must be a name that no step has"):
+    with pytest.raises(errors.UsageError, match="latest_link must be a file name that no step"):
         fc.CheckpointManager(tmp_path, latest_link=name)
 
 

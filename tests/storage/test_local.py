@@ -47,7 +47,7 @@ def test_resolve_uris() -> None:
     with pytest.raises(errors.UsageError, match="two slashes"):
         resolve(Path("s3://bucket/x"))
     for text in ("s3://", "s3:///x", "s3://b/../c"):
-        with pytest.raises(errors.UsageError, match="not a URI"):
+        with pytest.raises(errors.UsageError, match="Invalid URI"):
             resolve(text)
     with pytest.raises(errors.UsageError, match="credentials") as caught:
         resolve("s3://key:secret@bucket/x")

@@ -68,8 +68,9 @@ class Sharding:
         is_whole = math.prod(self.mesh_shape) == len(self.ranks)
         if not is_whole or len(self.placements) != len(self.mesh_shape):
             raise errors.UsageError(
-                f"A mesh of shape {self.mesh_shape} with {len(self.ranks)} ranks and "
-                f"{len(self.placements)} placements."
+                f"Mesh shape {self.mesh_shape} needs {math.prod(self.mesh_shape)} ranks and "
+                f"{len(self.mesh_shape)} placements; got {len(self.ranks)} and "
+                f"{len(self.placements)}."
             )
 
     @classmethod
@@ -132,8 +133,8 @@ class Sharding:
         outside = [rank for rank in self.ranks if rank not in places]
         if outside:
             raise errors.UnsupportedLeafError(
-                f"the DTensor's mesh has rank {outside[0]}, which is outside the process group "
-                f"that saves ({len(group)} ranks); give a process_group that holds the whole mesh"
+                f"the DTensor's mesh has rank {outside[0]}, which is outside the saving process "
+                f"group ({len(group)} ranks); give a process_group that holds the whole mesh"
             )
         ranks = tuple(places[rank] for rank in self.ranks)
         return dataclasses.replace(self, ranks=ranks)
@@ -344,7 +345,7 @@ def _as_data(placement: Any) -> DimShard | None:
         return None
     if placement.is_partial():
         raise errors.UnsupportedLeafError(
-            f"the DTensor has the placement {placement!r}, an unfinished sum; "
+            f"the DTensor has placement {placement!r} (pending reduction); "
             "redistribute it to Replicate() or Shard(dim) before saving"
         )
     return DimShard(placement.dim, int(getattr(placement, "split_factor", 1)))

@@ -140,7 +140,7 @@ def raise_report(reports: Mapping[str, RestoreReport], *, step: int | None, path
     raise errors.MismatchError(
         f"Cannot restore {where} of {path} into the target; nothing was touched.\n"
         f"{_shorten(body)}\n"
-        "Give a target that fits, choose leaves with only=, or pass strict=False to keep the "
+        "Fix the target, select leaves with only=, or pass strict=False to keep the "
         "target's own values for these.",
         missing=missing,
         unexpected=unexpected,

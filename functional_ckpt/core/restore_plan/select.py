@@ -126,8 +126,8 @@ def _may_begin(pattern: str, start: str) -> bool:
 def _matches_nothing(option: str, value: object, unused: Sequence[str]) -> errors.UsageError:
     named = ", ".join(each if each == "it" else repr(each) for each in unused) or "no pattern"
     return errors.UsageError(
-        f"{option}={value!r}: {named} matches no item and no leaf. A pattern is matched with the "
-        "item's name and with 'item.leaf.name'."
+        f"{option}={value!r}: {named} matches no item and no leaf. A pattern is matched against "
+        "the item's name and against 'item.leaf.name'."
     )
 
 

@@ -208,7 +208,7 @@ def unflatten_one_level(
             not know comes back as a dict of its fields and a fresh named tuple.
 
     Raises:
-        CorruptCheckpointError: What was stored cannot be put together.
+        CorruptCheckpointError: The stored parts do not make up the container.
     """
     if like is not None and not isinstance(like, torch.Tensor):
         return _close_like(node, children, like)
@@ -218,8 +218,7 @@ def unflatten_one_level(
         return _BUILDERS[node.kind](node, children)
     except _UNFIT as error:
         raise errors.CorruptCheckpointError(
-            f"What is stored as {node.kind!r:.80} cannot be put together: "
-            f"{type(error).__name__}: {error}"
+            f"Cannot rebuild a stored {node.kind!r:.80}: {type(error).__name__}: {error}"
         ) from error
 
 

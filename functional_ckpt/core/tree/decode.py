@@ -69,12 +69,13 @@ def _unfit(node: structure.ArrayNode, error: Exception) -> errors.CheckpointErro
         return error
     if isinstance(error, MemoryError) or "allocate" in str(error):
         return errors.StorageError(
-            f"There is no memory for {node.name!r} of {node.spec.size_bytes} bytes: {error}",
+            f"Out of memory: cannot allocate {node.spec.size_bytes} bytes for {node.name!r}: "
+            f"{error}",
             errno=errno.ENOMEM,
             key_path=node.name,
         )
     return errors.CorruptCheckpointError(
-        f"What is stored as {node.name!r} cannot be built: {type(error).__name__}: {error}",
+        f"Cannot decode leaf {node.name!r}: {type(error).__name__}: {error}",
         key_path=node.name,
     )
 

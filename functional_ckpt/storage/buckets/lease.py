@@ -239,7 +239,11 @@ class Lease:
                 pass  # another writer has it by now
             except (PermanentError, TransientError) as error:
                 _log.warning(
-                    "%s/%s ends in %.0f s: %s", self._bucket.uri, self._key, LEASE_SECONDS, error
+                    "could not release lease %s/%s, it expires in %.0f s: %s",
+                    self._bucket.uri,
+                    self._key,
+                    LEASE_SECONDS,
+                    error,
                 )
 
     def drop(self) -> None:
@@ -283,7 +287,7 @@ class Lease:
         try:
             self._renew_now(is_due=True)
         except (PermanentError, TransientError) as error:
-            _log.warning("%s/%s: not renewed: %s", self._bucket.uri, self._key, error)
+            _log.warning("could not renew lease %s/%s: %s", self._bucket.uri, self._key, error)
 
     def _renew_now(self, *, is_due: bool = False) -> None:
         """Renews it, or learns that it was lost; nothing where another thread has just done so."""
