@@ -30,7 +30,7 @@ CLEAN: tuple[str, ...] = ()
 
 PATTERNS = {
     "what (use a noun)": r"\bwhat\b(?! (to|if|for|kind|happens?|happened|happening|failed|fails|"
-    r"differs|changed|went|does|do|did)\b)",
+    r"differs|changed|went|does|do|did|(it|they|you|this|that) (does|do))\b)",
     "begin (start)": r"\b(begin(s|ning)?|began|begun)\b",
     "place (index, offset, path, slot)": r"(?<!\bin )(?<!\btake )(?<!\btakes )\bplaces?\b",
     "whole (complete, entire, intact)": r"\bwhole\b",
