@@ -215,7 +215,7 @@ def _table(
         if row.problem is not None:
             cells.append(Text("damaged", "bold red"))
         elif not row.is_ours:
-            cells.append(Text("of another program", "dim"))
+            cells.append(Text("foreign", "dim"))
         table.add_row(*cells)
     return table
 

@@ -140,7 +140,7 @@ def _summary(
         *([] if checkpoint.step is None else [f"step {checkpoint.step}"]),
         f"saved {output.clock(time)} ({output.age(time, datetime.datetime.now(datetime.UTC))})",
         f"{output.size(facts['size_bytes'])} on disk",
-        *(["written by another program"] if facts["writer"] == "other" else []),
+        *(["foreign"] if facts["writer"] == "other" else []),
     ]
     return printer.sign(" · ", ", ").join(parts)
 

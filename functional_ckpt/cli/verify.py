@@ -120,10 +120,10 @@ def _print(printer: output.Printer, result: _Result) -> None:
             printer.print(*_block(finding))
         return
     if result.has_digests:
-        mark, what = Text(f"{printer.sign('✓', 'ok')} ", "bold green"), "whole"
+        mark, what = Text(f"{printer.sign('✓', 'ok')} ", "bold green"), "intact"
     else:
         mark = Text(f"{printer.sign('○', '--')} ", "bold yellow")
-        what = "readable, but of another program: there are no digests to compare with"
+        what = "readable, but foreign: there are no digests to compare with"
     printer.print(Text.assemble(mark, title, f"  {what}", (f"  {files}", "dim")))
 
 
@@ -150,10 +150,10 @@ def _print_sum(printer: output.Printer, results: Sequence[_Result]) -> None:
     from rich.text import Text
 
     damaged = [result for result in results if result.damage]
-    num_whole = len(results) - len(damaged)
-    word = "whole" if all(result.has_digests for result in results) else "readable"
-    line = f"{num_whole} of {len(results)} {'is' if num_whole == 1 else 'are'} {word}"
-    whole = [r.checkpoint.step for r in results if not r.damage and r.checkpoint.step is not None]
-    if damaged and whole:
-        line += f"; the latest {word} step is {max(whole)}"
+    num_intact = len(results) - len(damaged)
+    word = "intact" if all(result.has_digests for result in results) else "readable"
+    line = f"{num_intact} of {len(results)} {'is' if num_intact == 1 else 'are'} {word}"
+    intact = [r.checkpoint.step for r in results if not r.damage and r.checkpoint.step is not None]
+    if damaged and intact:
+        line += f"; the latest {word} step is {max(intact)}"
     printer.print(Text(), Text(f"{line}.", "red" if damaged else "green"))

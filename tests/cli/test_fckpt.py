@@ -282,12 +282,12 @@ def test_names_cannot_talk_to_the_terminal(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ verify
 
 
-def test_verify_of_what_is_whole(saved: Path) -> None:
+def test_verify_of_intact_steps_exits_zero(saved: Path) -> None:
     text = output_of("verify", saved)
     assert [line.split()[:4] for line in text.splitlines()[:3]] == [
-        ["✓", "step", str(step), "whole"] for step in (5, 10, 20)
+        ["✓", "step", str(step), "intact"] for step in (5, 10, 20)
     ]
-    assert "3 of 3 are whole." in text
+    assert "3 of 3 are intact." in text
     assert output_of("verify", saved, "--step", "5", "--step", "20").count("✓") == 2
     assert output_of("verify", saved / "5", saved / "10").count("✓") == 2
 
@@ -298,7 +298,7 @@ def test_verify_tells_item_leaves_and_file(root: Path) -> None:
     assert "✗ step 20  damaged" in text
     assert file in text
     assert "lost: 2 leaves of state: shared.one, shared.two" in text
-    assert "2 of 3 are whole; the latest whole step is 10." in text
+    assert "2 of 3 are intact; the latest intact step is 10." in text
     record = json_of("verify", root, code=1)
     assert set(record) == {"schema", "ok", "checkpoints"}
     assert (record["schema"], record["ok"]) == ("fckpt.verify/1", False)
