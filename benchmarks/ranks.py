@@ -80,7 +80,7 @@ class RankOurs(RankPeer):
     def save(self, path: str) -> None:
         import functional_ckpt as fc
 
-        with fc.CheckpointManager(path, asynchronous=False) as manager:
+        with fc.CheckpointManager(path, staging=fc.Blocking()) as manager:
             manager.save(0, {"state": self.module})
 
     def restore(self, path: str) -> None:

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from functional_ckpt.policies.progress import Progress as Progress
     from functional_ckpt.restoring.restore import Restored as Restored
     from functional_ckpt.saving.background import Commit as Commit
+    from functional_ckpt.saving.options import Blocking as Blocking
+    from functional_ckpt.saving.options import Eager as Eager
+    from functional_ckpt.saving.options import Overlapped as Overlapped
     from functional_ckpt.steps.metadata import StepMetadata as StepMetadata
     from functional_ckpt.steps.names import CompositeStepName as CompositeStepName
     from functional_ckpt.steps.names import StepName as StepName
@@ -56,11 +59,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "AS_SAVED": "core.tree.placeholders",
     "ArraySpec": "core.arrays.spec",
+    "Blocking": "saving.options",
     "CheckpointError": "errors",
     "CheckpointItem": "handlers",
     "CheckpointManager": "manager",
     "Commit": "saving.background",
     "CompositeStepName": "steps.names",
+    "Eager": "saving.options",
     "Event": "events",
     "Fill": "core.tree.placeholders",
     "Metric": "handlers",
@@ -69,6 +74,7 @@ _HOMES = {
     "Json": "handlers",
     "Module": "handlers",
     "Optimizer": "handlers",
+    "Overlapped": "saving.options",
     "Progress": "policies.progress",
     "PyTree": "handlers",
     "Registry": "handlers",
@@ -96,11 +102,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AS_SAVED",
     "ArraySpec",
+    "Blocking",
     "CheckpointError",
     "CheckpointItem",
     "CheckpointManager",
     "Commit",
     "CompositeStepName",
+    "Eager",
     "Event",
     "Fill",
     "Metric",
@@ -109,6 +117,7 @@ __all__ = [
     "Json",
     "Module",
     "Optimizer",
+    "Overlapped",
     "Progress",
     "PyTree",
     "Registry",

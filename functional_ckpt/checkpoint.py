@@ -18,6 +18,7 @@ from functional_ckpt.handlers.base import Registry
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.saving import finalize, lower, stage, write
 from functional_ckpt.saving import plan as plan_lib
+from functional_ckpt.saving.options import Blocking
 from functional_ckpt.steps.metadata import StepMetadata, checkpoint_metadata
 from functional_ckpt.storage import claims, commit
 from functional_ckpt.storage.base import Storage
@@ -76,10 +77,11 @@ def save(
     )
     lower.to_json(info.custom_metadata, "custom_metadata")
     lowered = lower.lower(items, registry or default_registry())
-    plan = plan_lib.SavePlanner(SingleProcess()).plan(lowered, None)
-    staged = stage.stage(lowered, plan, None)
+    with plan_lib.SavePlanner(SingleProcess()).planning(None) as planning:
+        planning.items = lowered
+    staged = stage.Stager(Blocking()).stage(lowered, planning.plan, None)
     with claims.claimed(storage, final) as tmp:
-        report = write.write(storage, tmp, staged)
+        report = write.write(storage, tmp, staged.items)
         finalize.finalize(storage, tmp, lowered, [report], info, time.time_ns())
         claims.publish(storage, tmp, final, overwrite=overwrite)
 

@@ -27,11 +27,17 @@ from functional_ckpt.handlers.module import ModuleHandler
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring import restorer
+from functional_ckpt.saving.options import Blocking, Eager, Overlapped, Staging
 from functional_ckpt.storage.paths import is_remote, resolve
 
 __all__ = ["CheckpointFlags", "define", "manager", "restore"]
 
 _log = logging.getLogger("functional_ckpt")
+_STAGING: dict[str, Staging] = {
+    "eager": Eager(),
+    "overlapped": Overlapped(),
+    "blocking": Blocking(),
+}
 # The flags are the script's that calls `define`: `--help` shows them among its own.
 absl_flags.disclaim_key_flags()
 
@@ -47,7 +53,7 @@ class CheckpointFlags:
         keep_every: Keep every step whose number is a multiple; None for none.
         keep_best: `metric`, `metric:max` or `metric:min`; keeps the best step.
         overwrite: Whether a step that exists may be saved again.
-        asynchronous: Whether saves are committed in the background.
+        staging: `eager`, `overlapped` or `blocking`; None leaves it to the script.
         resume: `latest`, `none`, or the path or URI of a checkpoint to begin with.
         weights_only: Whether modules alone are restored from such a path.
         ignore: Patterns of the items and leaves that are not restored.
@@ -60,7 +66,7 @@ class CheckpointFlags:
     keep_every: absl_flags.FlagHolder[int | None]
     keep_best: absl_flags.FlagHolder[str | None]
     overwrite: absl_flags.FlagHolder[bool]
-    asynchronous: absl_flags.FlagHolder[bool]
+    staging: absl_flags.FlagHolder[str | None]
     resume: absl_flags.FlagHolder[str]
     weights_only: absl_flags.FlagHolder[bool]
     ignore: absl_flags.FlagHolder[list[str]]
@@ -136,8 +142,14 @@ def define(
             "Allow overwriting existing steps. Default: a run that would is refused at the start.",
             **where,
         ),
-        asynchronous=absl_flags.DEFINE_bool(
-            name("async"), True, "Write and commit in the background.", **where
+        staging=absl_flags.DEFINE_enum(
+            name("staging"),
+            None,
+            list(_STAGING),
+            "How a save copies the state: all of it before save() returns (eager, the default), "
+            "parameters and optimizer state while training goes on (overlapped), or not at all: "
+            "save() returns when the step is durable (blocking).",
+            **where,
         ),
         resume=absl_flags.DEFINE_string(
             name("resume"),
@@ -178,7 +190,8 @@ def manager(
     Args:
         defined: From `define`.
         directory: Where the steps are if the flag does not say.
-        arguments: Further arguments of `CheckpointManager`; policies are added to the flags'.
+        arguments: Further arguments of `CheckpointManager`; policies are added to the flags', and
+            `staging` is the default of its flag.
 
     Raises:
         UsageError: The flags are malformed or contradict each other; every problem is named.
@@ -192,12 +205,13 @@ def manager(
     for key, own in (("save_policy", save), ("keep_policy", keep)):
         given = arguments.pop(key, None)
         own += given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    if defined.staging.value is not None:
+        arguments["staging"] = _STAGING[defined.staging.value]
     return CheckpointManager(
         where,
         save_policy=save or None,
         keep_policy=keep,
         overwrite=defined.overwrite.value,
-        asynchronous=defined.asynchronous.value,
         **arguments,
     )
 

@@ -34,8 +34,9 @@ class SaveHook:
         should_stop: Whether the process was told to stop and what it had done is saved.
 
     >>> import tempfile
+    >>> import functional_ckpt as fc
     >>> state = {"x": 0}
-    >>> with CheckpointManager(tempfile.mkdtemp(), asynchronous=False) as manager:
+    >>> with CheckpointManager(tempfile.mkdtemp(), staging=fc.Blocking()) as manager:
     ...     save = SaveHook(manager, lambda: {"state": state})
     ...     state = {"x": 1}
     ...     commit = save(7)

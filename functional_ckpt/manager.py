@@ -20,6 +20,7 @@ from functional_ckpt.restoring.restorer import check_step
 from functional_ckpt.run import open_run
 from functional_ckpt.saving import background, saver
 from functional_ckpt.saving.calls import Calls, exclusive
+from functional_ckpt.saving.options import Eager, SaveOptions, Staging, StepExtras
 from functional_ckpt.steps import acquire, names, orbax_adapters
 from functional_ckpt.steps.metadata import StepMetadata
 from functional_ckpt.steps.tiers import Tier
@@ -48,13 +49,11 @@ class CheckpointManager:
             What `directory` holds no more is restored from there.
         overwrite: Whether a step that exists may be saved again; it is replaced atomically.
         read_only: Restore and look only, beside a live writer if there is one.
-        asynchronous: Whether `save` returns once the state is staged, not when it is durable.
-        staging: When a save copies the state: all of it before it returns (`eager`), or what only
-            optimizer steps change afterwards, until the next step waits for it (`overlapped`; see
-            `fence`). `overlapped-checked` reads all of it in `save` too, and fails a save whose
-            state was changed before it was copied: it tells whether a program may use `overlapped`.
-        staging_budget_bytes: The most host memory that saves may stage in; what is beyond it is
-            written before `save` returns. None: no bound.
+        staging: How a save copies the state. `fc.Eager()`: `save` copies all of it into host memory
+            and returns, optionally within a memory budget. `fc.Overlapped()`: parameters and
+            optimizer state are copied after `save` has returned, and the next optimizer step waits
+            for the copy; see `fence`. `fc.Blocking()`: no copy; `save` returns when the step is
+            durable.
         on_busy: What a save does during another's commit: `wait` for it, or `skip` this one.
         process_group: The ranks that save and restore together: a group of torch.distributed, for
             a replica that checkpoints alone; None for the default group, if there is one. They all
@@ -81,23 +80,19 @@ class CheckpointManager:
         tiers: Sequence[Tier | str | os.PathLike[str]] = (),
         overwrite: bool = False,
         read_only: bool = False,
-        asynchronous: bool = True,
-        staging: Literal["eager", "overlapped", "overlapped-checked"] = "eager",
-        staging_budget_bytes: int | None = None,
+        staging: Staging = Eager(),  # noqa: B008 - frozen
         on_busy: Literal["wait", "skip"] = "wait",
         process_group: Any = None,
         coordinator: Coordinator | None = None,
         on_event: Listeners | None = None,
         storage: Storage | None = None,
     ) -> None:
-        options = saver.SaveOptions(
+        options = SaveOptions(
             save_rule=orbax_adapters.adapted_save_rule(save_policy),
             keep_policies=orbax_adapters.adapted_keep_policies(keep_policy),
             overwrite=overwrite,
-            asynchronous=asynchronous,
-            staging=staging,
-            staging_budget_bytes=staging_budget_bytes,
             on_busy=on_busy,
+            staging=staging,
         )
         self._run = open_run(
             directory,
@@ -158,9 +153,7 @@ class CheckpointManager:
         return self._saver.save(
             check_step(step),
             items,
-            about=saver.StepExtras(
-                metrics=metrics, progress=progress, custom_metadata=custom_metadata
-            ),
+            about=StepExtras(metrics=metrics, progress=progress, custom_metadata=custom_metadata),
             force=force,
         )
 
@@ -338,10 +331,10 @@ class CheckpointManager:
         return self._saver.committer.is_busy
 
     def fence(self) -> None:
-        """Waits until the state is copied that a save with `staging="overlapped"` left behind.
+        """Waits until the last save with `staging=fc.Overlapped()` has copied the state.
 
-        Steps of torch's optimizers and `load_state_dict` do so themselves. Call it before anything
-        else that changes parameters or optimizer state: by hand, by way of `.data` or a numpy view.
+        Steps of torch's optimizers and `load_state_dict` wait by themselves. Call it before any
+        other change of parameters or optimizer state: by hand, through `.data` or a numpy view.
         """
         self._calls.check_usable()
         self._saver.fence()

@@ -8,13 +8,15 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from functional_ckpt.distributed.coordinator import Coordinator, run_on_all, run_on_primary
+from functional_ckpt.distributed.collective import run_on_all, run_on_primary
+from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.events import Events, Listeners
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.policies import rules
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.restorer import Restorer
 from functional_ckpt.saving import saver
+from functional_ckpt.saving.options import SaveOptions
 from functional_ckpt.steps import acquire, names, orbax_adapters, template
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.metadata import StepMetadata, step_metadata
@@ -38,7 +40,7 @@ class Run:
     """
 
     steps: Steps
-    options: saver.SaveOptions
+    options: SaveOptions
     coordinator: Coordinator
     saver: saver.Saver
     restorer: Restorer
@@ -110,7 +112,7 @@ class Run:
 
 def open_run(
     directory: str | os.PathLike[str],
-    options: saver.SaveOptions,
+    options: SaveOptions,
     *,
     registry: Registry,
     step_name: names.NameFormat | str | None,

@@ -134,6 +134,8 @@ class Rounds:
         begun, gathered, closed = keys
         try:
             self._store.set_soon(begun, b"")
+            if isinstance(value, BaseException) and not isinstance(value, Exception):
+                raise value  # an interruption does not wait for the other ranks
             try:
                 values = self._gather(slot, what)
             except errors.CoordinationError:

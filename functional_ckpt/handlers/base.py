@@ -68,8 +68,8 @@ class Handler(abc.ABC):
     def optimizers(self, value: Any) -> Sequence[Any]:
         """The torch optimizers whose steps alone change what this item holds below `state`.
 
-        A save with `staging="overlapped"` copies that, and the parameters that they update, while
-        training goes on to their next step.
+        A save with `staging=fc.Overlapped()` copies that, and the parameters that they update,
+        while training goes on to their next step.
         """
         del value
         return ()

@@ -12,7 +12,8 @@ from typing import Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.restore_plan import plan
-from functional_ckpt.distributed.coordinator import Combine, Coordinator, SingleProcess
+from functional_ckpt.distributed.collective import collective
+from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.policies.progress import Progress
@@ -115,7 +116,7 @@ def restore_checkpoint(
         CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written into.
     """
     group = coordinator or SingleProcess()
-    with _together(group, "matching the checkpoint with the target", _is_asked_of_all) as round_:
+    with collective(group, "matching the checkpoint with the target", _is_asked_of_all) as round_:
         with threads.gc_paused():
             checkpoint = open_checkpoint()
             with _noticing_overwrite(checkpoint):
@@ -133,7 +134,7 @@ def restore_checkpoint(
     target = read.TargetState()
     with (
         _reporting(target, checkpoint),
-        _together(group, "reading the checkpoint"),
+        collective(group, "reading the checkpoint"),
         _noticing_overwrite(checkpoint),
     ):
         values = _read(matched, options, group, target)
@@ -186,26 +187,6 @@ def _reporting(target: read.TargetState, checkpoint: OpenCheckpoint) -> Generato
         else:
             error.add_note(state)
         raise
-
-
-@dataclasses.dataclass(slots=True)
-class _Round:
-    """What a rank gives to the round at the end of a block, and what comes of it."""
-
-    value: bytes = b""
-    outcome: bytes = b""
-
-
-@contextlib.contextmanager
-def _together(group: Coordinator, what: str, combine: Combine = lambda _: b"") -> Generator[_Round]:
-    """All ranks come through the block, or all raise: the error of a rank reaches every other."""
-    round_ = _Round()
-    try:
-        yield round_
-    except Exception as error:
-        group.gather_broadcast(what, error, combine)
-        raise
-    round_.outcome = group.gather_broadcast(what, round_.value, combine)
 
 
 def _is_asked_of_all(values: Sequence[bytes]) -> bytes:

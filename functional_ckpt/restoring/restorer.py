@@ -13,6 +13,7 @@ from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.core.restore_plan import plan
+from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers.base import CheckpointItem, Registry
@@ -172,12 +173,6 @@ class Restorer:
         All ranks raise when one cannot, or means another. The primary knows the tiers best: it
         alone uploads and prunes.
         """
-        value: bytes | BaseException
-        try:
-            number = self.steps.latest() if step is None else self._existing(check_step(step))
-            value = b"%d %d" % (number, discard_later)
-        except errors.CheckpointError as error:
-            value = error
 
         def combine(values: Sequence[bytes]) -> bytes:
             # A rank may list a directory before or after the newest commit: the primary's latest
@@ -201,8 +196,10 @@ class Restorer:
             names = {tier: name for name, tier in self.steps.tiers_by_name().items()}
             return json.dumps([int(mine), [names[each] for each in holders]]).encode()
 
-        outcome = self.coordinator.gather_broadcast("which step to restore", value, combine)
-        number, names = json.loads(outcome)
+        with collective(self.coordinator, "which step to restore", combine) as turn:
+            number = self.steps.latest() if step is None else self._existing(check_step(step))
+            turn.value = b"%d %d" % (number, discard_later)
+        number, names = json.loads(turn.outcome)
         return number, self.steps.tiers_named(names)
 
     def _existing(self, step: int) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.read_plan import Region, SharedChunk, StoredArray, plan_sharing
 from functional_ckpt.core.arrays.spec import ArraySpec, Box, numpy_dtype
+from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Bytes, Coordinator
 from functional_ckpt.format import read_tensorstore
 from functional_ckpt.format.database import Database
@@ -130,12 +131,8 @@ def _read_round(
         read_tensorstore.read_part(source.database, request, chunk.index, whole)
         chunks[place] = whole
 
-    value: bytes | BaseException = b""
-    try:
+    with collective(group, f"reading what ranks share, {which}"):
         threads.run_in_threads([functools.partial(read, place) for place in range(len(own))])
-    except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before it is raised here
-        value = error
-    group.gather_broadcast(f"reading what ranks share, {which}", value, lambda _: b"")
     outgoing: list[list[Array]] = [[np.empty(0, np.uint8)] for _ in range(group.num_ranks)]
     for chunk, whole in zip(own, chunks, strict=True):
         offset = sources[chunk.array].read.grid.box(chunk.index).offset

@@ -1,13 +1,12 @@
-"""Copying a state while the next forward and backward run, with a fence before it changes.
+"""Copies a state while the next forward and backward run, with a fence before it changes.
 
 Parameters and optimizer state change in `optimizer.step()` and hardly anywhere else. So a save need
-not wait until they are copied: the copy runs in the background, and whoever is about to change them
-waits for what is left of it. torch calls us before every step of every optimizer; `load_state_dict`
-of the modules and optimizers involved is fenced too. After the copy the tensors are asked whether
-they were changed all the same, which fails the save.
+not wait until they are copied: the copy runs in the background, and a step waits for the rest of
+it. A hook runs before every step of every torch optimizer, and before `load_state_dict` of the
+modules and optimizers of the save. If a tensor changed before it was copied, the save fails.
 
-What lies on a CUDA device is copied by the device, and a step only enqueues work: so a step does
-not wait on the host for that. It makes the device run it after the copy.
+A device copies its own tensors, and a step only enqueues work on it. So a step does not block the
+host for that copy: it makes the device run the step after the copy.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ __all__ = [
 
 
 def storages_of(optimizers: Iterable[Any]) -> frozenset[int]:
-    """Where the memory is of all that these optimizers update."""
+    """Returns the storage addresses of the parameters that these optimizers update."""
     return frozenset(
         storage_of(parameter)
         for optimizer in optimizers
@@ -47,20 +46,20 @@ def storages_of(optimizers: Iterable[Any]) -> frozenset[int]:
 
 
 def changes_between_steps(optimizer: Any) -> bool:
-    """Whether calls other than `step` change parameters: schedule-free optimizers swap them."""
+    """Returns whether other calls than `step` change parameters, as in schedule-free optimizers."""
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 def storage_of(tensor: Any) -> int:
-    """Where a tensor's memory begins, or that of this rank's part of it."""
+    """Returns the address of a tensor's storage, or of this rank's part of it."""
     return sharding.local_of(tensor).untyped_storage().data_ptr()
 
 
 class _Watched:
-    """A tensor that must not change until it is copied, and what it was when the save began.
+    """A tensor that must not change until it is copied, with its version at the start of the save.
 
-    Not everything that changes a tensor counts up its version: fused optimizers do not, nor what
-    writes by way of `.data`, a numpy view or the storage.
+    Not every change increments the version: fused optimizers, `.data`, numpy views and the storage
+    do not.
     """
 
     __slots__ = ("_name", "_now", "_tensors")
@@ -75,15 +74,15 @@ class _Watched:
         return [tensor._version for tensor in self._tensors], self._tensors[-1].data_ptr()
 
     def name_if_changed(self) -> str | None:
-        """The leaf's name where it is not what it was."""
+        """Returns the leaf's name if it has changed."""
         return None if self._look() == self._now else self._name
 
 
 class UnfencedChanges:
-    """Leaves that were changed while they were copied: from then on they are copied at once.
+    """Leaves that changed while they were copied; later saves copy them before `save` returns.
 
     Attributes:
-        is_all: Whether that goes for all leaves.
+        is_all: Whether this applies to all leaves.
     """
 
     def __init__(self) -> None:
@@ -91,11 +90,11 @@ class UnfencedChanges:
         self._names: set[str] = set()
 
     def add(self, names: Iterable[str]) -> None:
-        """Notes leaves. All that changed are known: torch counted the change of each."""
+        """Adds leaves whose change torch counted."""
         self._names.update(names)
 
     def add_all(self) -> None:
-        """Notes that something changes leaves in a way that torch does not count."""
+        """Adds all leaves: something changes them in a way that torch does not count."""
         self.is_all = True
 
     def __contains__(self, name: str) -> bool:
@@ -103,21 +102,21 @@ class UnfencedChanges:
 
 
 class PendingCopy:
-    """What is left to copy of one save.
+    """The part of one save that is copied in the background.
 
     Args:
-        copy: Copies it all, or enqueues it as `transfers`; called once, in the background.
-        optimizers: Whose steps must wait for it.
+        copy: Makes the copy, or enqueues it as `transfers`; called once, in the background.
+        optimizers: The optimizers whose steps must wait for it.
         step: The step being saved.
         transfers: The part of it that devices copy.
-        unfenced: Where to note what was changed in spite of the fence.
+        unfenced: Gets the leaves that changed in spite of the fence.
     """
 
     def __init__(
         self,
         copy: Callable[[], None],
         optimizers: Sequence[Any],
-        step: int,
+        step: int | None,
         transfers: Transfers,
         unfenced: UnfencedChanges,
     ) -> None:
@@ -134,7 +133,7 @@ class PendingCopy:
         self._done = threading.Event()
 
     def check(self, find_changed: Callable[[], list[str]]) -> None:
-        """Has the copy compared, once it is made, with what was there at the save."""
+        """Sets a function that returns the leaves whose copy differs from the state at the save."""
         self._find_changed = find_changed
 
     def watch(self, name: str, *tensors: torch.Tensor) -> None:
@@ -142,14 +141,14 @@ class PendingCopy:
         self._watched.append(_Watched(name, tensors))
 
     def concerns(self, optimizer: Any) -> bool:
-        """Whether an optimizer updates anything of this save."""
+        """Returns whether an optimizer updates a parameter of this save."""
         return not self._storages.isdisjoint(storages_of((optimizer,)))
 
     def run(self) -> None:
-        """Copies, and lets through who waits.
+        """Copies, and lets waiting threads continue.
 
         Raises:
-            SaveError: Something was changed in spite of the fence; or the copy failed.
+            SaveError: A leaf changed in spite of the fence; or the copy failed.
         """
         try:
             if self._copy is not None:
@@ -173,12 +172,12 @@ class PendingCopy:
             f"Saving step {self._step} failed: {', '.join(changed[:3])}{more} changed while "
             "being copied, by something other than a step of a torch optimizer or "
             f"load_state_dict. {next_time} copied before save returns from now on. Call "
-            "manager.fence() before such an update, or make the manager with staging='eager'.",
+            "manager.fence() before such an update, or make the manager with staging=fc.Eager().",
             step=self._step,
         )
 
     def _names_of_changed(self) -> list[str]:
-        """What was changed before the first step that was let through; from then on, all may."""
+        """Returns the leaves that changed before the first step that was let through."""
         with self._looking:
             if self._changed is None:
                 watched = self._watched
@@ -186,7 +185,7 @@ class PendingCopy:
             return self._changed
 
     def give_up(self) -> None:
-        """Lets everyone through; nothing is copied any more."""
+        """Lets every waiting thread continue; nothing more is copied."""
         try:
             self._transfers.synchronize()  # of a copy that failed, some may be under way
         finally:
@@ -197,16 +196,16 @@ class PendingCopy:
             self._done.set()
 
     def wait(self) -> None:
-        """Returns when all is copied."""
+        """Returns when the copy is complete."""
         self._done.wait()
 
     def wait_to_step(self) -> None:
-        """Returns when a step may begin that runs where the calling thread's current streams do.
+        """Returns when a step on the calling thread's current streams may start.
 
-        The parts of it that run on a device run there after the copy.
+        The work that it enqueues on a device runs after the copy.
         """
         if not self._transfers or torch.compiler.is_dynamo_compiling():
-            self.wait()  # events of ours are nothing to trace
+            self.wait()  # the compiler cannot trace events
             return
         self._is_enqueued.wait()
         self._names_of_changed()
@@ -214,15 +213,15 @@ class PendingCopy:
 
     @property
     def is_done(self) -> bool:
-        """Whether nobody has to wait."""
+        """Whether the copy is complete or given up."""
         return self._done.is_set()
 
 
 class Fence:
-    """Holds up what would change the state of a save that is still being copied.
+    """Holds up changes of a state that is still being copied.
 
     Attributes:
-        unfenced: What has changed in spite of it.
+        unfenced: The leaves that have changed in spite of it.
     """
 
     def __init__(self) -> None:
@@ -234,11 +233,11 @@ class Fence:
         _install()
 
     def arm(self, pending: PendingCopy, loadable: Iterable[Any]) -> None:
-        """From now on, changes wait for this copy.
+        """Makes changes wait for a copy.
 
         Args:
-            pending: What is being copied.
-            loadable: The modules and optimizers whose `load_state_dict` would change it.
+            pending: The copy.
+            loadable: The modules and optimizers whose `load_state_dict` would change the state.
         """
         self._pending = pending
         for each in loadable:
@@ -247,16 +246,21 @@ class Fence:
                 register = each.register_load_state_dict_pre_hook
                 self._handles.append(register(_before_load))
 
+    def copy(self) -> None:
+        """Makes the copy that changes wait for; see `PendingCopy.run`."""
+        if self._pending is not None:
+            self._pending.run()
+
     def give_up(self) -> None:
-        """Holds nothing up any more: the copy was made, or never will be."""
+        """Lets every change through: the copy was made, or never will be."""
         if self._pending is not None:
             self._pending.give_up()
 
     def wait(self, optimizer: Any = None) -> None:
-        """Returns when a step of the optimizer may begin; None: when everything is copied.
+        """Returns when a step of the optimizer may start; None: when the copy is complete.
 
-        Only steps are let through ahead of a device. Whoever else waits may write on any stream,
-        from any thread, or from the host.
+        Only a step may run ahead of a device's copy. Other changes may be made on any stream, from
+        any thread, or from the host.
         """
         pending = self._pending
         if pending is None or pending.is_done:
@@ -267,7 +271,7 @@ class Fence:
             pending.wait_to_step()
 
     def disarm(self) -> None:
-        """Holds nothing up any more, and takes its hooks back."""
+        """Waits for the copy and removes the hooks."""
         self.wait()
         self._pending = None
         for handle in self._handles:
@@ -282,7 +286,7 @@ _is_installed = False
 
 
 def _install() -> None:
-    """Once for all: torch's own list of hooks is global, and an idle one costs nothing."""
+    """Registers the hook once per process: torch's list of hooks is global."""
     global _is_installed
     if not _is_installed:
         _is_installed = True
@@ -295,7 +299,7 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 
 def wait_for_all() -> None:
-    """Returns when nothing is being copied any more, in any manager."""
+    """Returns when the copies of all managers are complete."""
     for fence in tuple(_fences):
         fence.wait()
 

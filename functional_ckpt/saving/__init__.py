@@ -5,13 +5,15 @@ The caller's thread, before `CheckpointManager.save` returns:
     saver.Saver.save                  decides, then runs the four stages below
       steps.decide.SaveDecider        whether to save this step                   (no copy)
       lower.lower                     items -> structures and live tensors        (no copy)
-      plan.SavePlanner.plan           which rank writes which chunk               (one collective)
-      stage.stage*                    live tensors -> host memory                 (the only copy)
-      background.CommitThread.start   hands over
+      plan.SavePlanner.planning       which rank writes which chunk               (one collective)
+      stage.Stager.stage              live tensors -> host memory                 (the only copy)
+      background.CommitThread.start   starts the commit
+      Staged.wait                     until the caller may change its tensors
 
 The commit thread, on every rank:
 
     commit.StepCommitter.commit       begin, write, gather, publish, prune
+      Staged.finish                   what was left to copy -> host memory
       write.write                     this rank's chunks -> its databases
       finalize.finalize               on the primary: merges databases, writes records, syncs
       storage.commit.publish          on the primary: one rename; now the step counts

@@ -1,12 +1,13 @@
-"""The background half of a save: every rank writes, the primary completes, publishes and prunes.
+"""The background half of a save: every rank writes, the primary finalizes, publishes and prunes.
 
-Two rounds between the ranks, whatever they save: the primary makes the temporary directory, then
-gathers what everyone wrote. A third, where something is to be removed afterwards. Nothing is
-reported before the parent directory is durable.
+Two collectives per save, however many leaves: the primary creates the temporary directory, then
+gathers the reports of all ranks. A third one where steps are pruned. A step is reported once its
+parent directory is durable.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import json
@@ -14,36 +15,58 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 from functional_ckpt import errors
+from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format import write_direct
 from functional_ckpt.policies.base import KeepPolicy, StepInfo
-from functional_ckpt.runtime.fence import PendingCopy
 from functional_ckpt.saving import finalize, lower, retention, stage, write
 from functional_ckpt.steps import history
 from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.uploads import Uploads
 from functional_ckpt.storage import commit
 
-__all__ = ["StepCommitter"]
+__all__ = ["Save", "StepCommitter"]
 
 _log = logging.getLogger("functional_ckpt")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Save:
+    """One save that is committed.
+
+    Attributes:
+        step: The step.
+        staged: What to write.
+        info: What is written besides the items.
+        is_repeat: Whether the step may exist already, if its content is the same.
+    """
+
+    step: int
+    staged: stage.Staged
+    info: finalize.CheckpointInfo
+    is_repeat: bool = False
+
+    @property
+    def lowered(self) -> list[lower.LoweredItem]:
+        """The items as this rank has them."""
+        return [item.lowered for item in self.staged.items]
 
 
 class StepCommitter:
     """Commits staged steps, on every rank.
 
     Args:
-        steps: Where to.
-        keep_policies: Which steps stay.
-        coordinator: How the ranks agree; used from one thread at a time.
-        overwrite: Whether a step that is there may be replaced.
-        num_threads: How many are busy writing, where nobody waits for it.
+        steps: The directory of steps.
+        keep_policies: Which steps to keep.
+        coordinator: The ranks; used from one thread at a time.
+        overwrite: Whether an existing step may be replaced.
+        num_threads: How many threads write while `save` does not wait for them.
 
     Attributes:
-        uploads: Where committed steps go from here; on the primary, if there are further tiers.
+        uploads: The upload queue; on the primary, if there are remote tiers.
     """
 
     def __init__(
@@ -66,54 +89,25 @@ class StepCommitter:
         self._coordinator = coordinator
         self._leftovers: list[str] = []
 
-    def commit(
-        self,
-        step: int,
-        items: Sequence[stage.StagedItem],
-        info: finalize.CheckpointInfo,
-        pending: PendingCopy | None = None,
-        *,
-        is_repeat: bool = False,
-        is_interrupted: Callable[[], bool] = lambda: False,
-    ) -> errors.SaveError | None:
-        """Writes, commits and remembers a step, then removes what the policies let go.
-
-        Args:
-            step: Its number.
-            items: What to write.
-            info: What is written besides.
-            pending: What is left to be copied first.
-            is_repeat: The step may be there already, if it holds the same.
-            is_interrupted: Whether the memory that the items refer to may have changed since `save`
-                was called.
+    def commit(self, save: Save) -> errors.SaveError | None:
+        """Writes, commits and remembers a step, then prunes.
 
         Returns:
             What could not be cleaned up after the commit; the step is committed all the same.
         """
         with self._busy:
-            failure = self._commit(step, items, info, pending, is_interrupted, is_repeat=is_repeat)
+            failure = self._commit(save)
         self._prune_if_idle()
         return failure
 
-    def _commit(
-        self,
-        step: int,
-        items: Sequence[stage.StagedItem],
-        info: finalize.CheckpointInfo,
-        pending: PendingCopy | None,
-        is_interrupted: Callable[[], bool],
-        *,
-        is_repeat: bool,
-    ) -> errors.SaveError | None:
-        if pending is not None:
-            try:
-                pending.run()
-            except Exception as error:
-                self.abort(step, error)
-                raise
-        lowered = [item.lowered for item in items]
-        finish = functools.partial(self._finish, lowered, info, is_repeat)
-        outcome = json.loads(self._write_or_free_space(step, items, info, finish, is_interrupted))
+    def _commit(self, save: Save) -> errors.SaveError | None:
+        step, info = save.step, save.info
+        try:
+            save.staged.finish()
+        except Exception as error:
+            self.abort(step, error)
+            raise
+        outcome = json.loads(self._write_or_free_space(save))
         if outcome["is_unchanged"]:
             return None
         committed = StepInfo(
@@ -132,35 +126,28 @@ class StepCommitter:
         return self._clean_up(committed, outcome["replaced"]) if outcome["cleans_up"] else None
 
     def abort(self, step: int, error: BaseException) -> None:
-        """Instead of `commit`, where staging failed: tells the other ranks and raises."""
-        self._coordinator.gather_broadcast(f"starting step {step}", error, b"".join)
+        """Raises on all ranks, in place of `commit`, where staging failed."""
+        self._coordinator.gather_broadcast(_starting(step), error, b"".join)
 
-    def _write_or_free_space(
-        self,
-        step: int,
-        items: Sequence[stage.StagedItem],
-        info: finalize.CheckpointInfo,
-        finish: Callable[[str, Sequence[write.RankReport]], bytes],
-        is_interrupted: Callable[[], bool],
-    ) -> bytes:
-        """Writes and publishes; once more where a disk was full and further tiers made room."""
+    def _write_or_free_space(self, save: Save) -> bytes:
+        """Writes and publishes; a second time if remote tiers allow space to be freed."""
         try:
-            return self._write_shards(step, items, info, finish, is_interrupted)
+            return self._write_shards(save)
         except errors.CheckpointError as error:
             if not self._steps.has_tiers or isinstance(error, errors.CoordinationTimeoutError):
                 raise
-            # Live memory, which a bounded save writes from, may have changed by now.
-            is_fixed = not any(item.blocks_caller for item in items)
+            # Live memory that `save` does not wait for any more may have changed by now.
+            is_fixed = not save.staged.blocks_caller
             state = b"live" if not is_fixed else b"full" if _is_full(error) else b""
-            what = f"freeing space for step {step}"
+            what = f"freeing space for step {save.step}"
             removed = json.loads(self._coordinator.gather_broadcast(what, state, self._free_space))
             self._steps.forget(removed)
             if not removed:
                 raise
-        return self._write_shards(step, items, info, finish, is_interrupted)
+        return self._write_shards(save)
 
     def _free_space(self, states: Sequence[bytes]) -> bytes:
-        """On the primary: removes the steps that further tiers hold, if a rank's disk is full."""
+        """On the primary: removes the steps that remote tiers hold, if a rank's disk is full."""
         if self.uploads is None or b"full" not in states or b"live" in states:
             return b"[]"
         held = self.uploads.held_elsewhere()
@@ -171,111 +158,97 @@ class StepCommitter:
         _log.warning("%s is full: removed %s", self._steps.root, steps or "nothing")
         return json.dumps(steps).encode()
 
-    def _write_shards(
-        self,
-        step: int,
-        items: Sequence[stage.StagedItem],
-        info: finalize.CheckpointInfo,
-        finish: Callable[[str, Sequence[write.RankReport]], bytes],
-        is_interrupted: Callable[[], bool],
-    ) -> bytes:
+    def _write_shards(self, save: Save) -> bytes:
         group = self._coordinator
-        begin = functools.partial(self._begin, step, [item.lowered for item in items], info)
-        begun = json.loads(group.gather_broadcast(f"starting step {step}", b"", lambda _: begin()))
+        begin = functools.partial(self._begin, save)
+        begun = json.loads(group.gather_broadcast(_starting(save.step), b"", lambda _: begin()))
         tmp = os.path.join(self._steps.root, begun["directory"])
         reports: dict[int, write.RankReport] = {}
-        value: bytes | BaseException = b""
-        try:
-            if group.rank:
-                is_tmp = commit.TMP_SUFFIX in os.path.basename(tmp)
-                seen = tmp if is_tmp else commit.tmp_path(tmp)
-                commit.check_visible(self._storage, seen, group.rank)
-            started = time.monotonic()
-            is_awaited = any(item.blocks_caller for item in items)
-            reports[group.rank] = write.write(
-                self._storage,
-                tmp,
-                items,
-                rank=group.rank,
-                num_ranks=group.num_ranks,
-                known=begun["digests"] if group.rank else None,
-                num_threads=write_direct.NUM_THREADS if is_awaited else self._num_threads,
-            )
-            if is_interrupted():
-                raise errors.SaveError(
-                    "The save was interrupted (Ctrl-C) while it was writing the state from the "
-                    "caller's own memory, which may have changed since.",
-                    step=step,
-                )
-            num_bytes = sum(item.num_bytes for item in items)
-            seconds = time.monotonic() - started
-            self._steps.emit("written", step, seconds=seconds, num_bytes=num_bytes)
-            if group.rank:
-                write.write_report(self._storage, tmp, group.rank, reports[group.rank])
-        except Exception as error:  # noqa: BLE001 - the other ranks must hear of it before it is raised here
-            value = error
 
         def combine(_: Sequence[bytes]) -> bytes:
             for rank in range(1, group.num_ranks):
                 reports[rank] = write.read_report(self._storage, tmp, rank)
             if group.num_ranks > 1:
                 self._storage.remove(os.path.join(tmp, write.REPORTS))
-            return finish(tmp, [reports[rank] for rank in range(group.num_ranks)])
+            return self._finish(save, tmp, [reports[rank] for rank in range(group.num_ranks)])
 
         try:
-            return group.gather_broadcast(f"writing step {step}", value, combine)
+            with collective(group, f"writing step {save.step}", combine) as turn:
+                reports[group.rank] = self._write_own(save, tmp, begun["digests"])
         except BaseException:
             if group.rank == 0:
                 self._abandon(tmp)
             raise
+        return turn.outcome
+
+    def _write_own(self, save: Save, tmp: str, digests: Mapping[str, str]) -> write.RankReport:
+        """Writes this rank's part, and its report where the primary finds it."""
+        group, staged = self._coordinator, save.staged
+        if group.rank:
+            is_tmp = commit.TMP_SUFFIX in os.path.basename(tmp)
+            seen = tmp if is_tmp else commit.tmp_path(tmp)
+            commit.check_visible(self._storage, seen, group.rank)
+        started = time.monotonic()
+        report = write.write(
+            self._storage,
+            tmp,
+            staged.items,
+            rank=group.rank,
+            num_ranks=group.num_ranks,
+            known=digests if group.rank else None,
+            num_threads=write_direct.NUM_THREADS if staged.blocks_caller else self._num_threads,
+        )
+        if staged.is_interrupted:
+            raise errors.SaveError(
+                "The save was interrupted (Ctrl-C) while it was writing the state from the "
+                "caller's own memory, which may have changed since.",
+                step=save.step,
+            )
+        seconds = time.monotonic() - started
+        self._steps.emit("written", save.step, seconds=seconds, num_bytes=staged.num_bytes)
+        if group.rank:
+            write.write_report(self._storage, tmp, group.rank, report)
+        return report
 
     def _abandon(self, tmp: str) -> None:
-        """On the primary: removes what a failed save wrote, now or before the next save."""
+        """On the primary: removes a failed save's directory, now or before the next save."""
         if not commit.abandon(self._storage, tmp):
             self._leftovers.append(tmp)
 
-    def _begin(
-        self, step: int, items: Sequence[lower.LoweredItem], info: finalize.CheckpointInfo
-    ) -> bytes:
-        """On the primary: makes the temporary directory; says what structures look like here.
+    def _begin(self, save: Save) -> bytes:
+        """On the primary: creates the temporary directory; returns its name and structure digests.
 
-        The directory's name is the primary's: ranks may count their time differently.
+        The directory's name is the primary's: clocks of ranks may differ.
         """
         self._steps.check_lock()
         commit.finish_overwrite(self._storage, self._steps.root, self._steps.hidden)
         self._leftovers = [
             each for each in self._leftovers if not commit.abandon(self._storage, each)
         ]
-        tmp = commit.create_tmp(self._storage, self._steps.new_path(step, info.progress))
+        final = self._steps.new_path(save.step, save.info.progress)
+        tmp = commit.create_tmp(self._storage, final)
         is_shared = self._coordinator.num_ranks > 1
         digests = {
             item.name: write.root_digest(item.root)
-            for item in items
+            for item in save.lowered
             if item.root is not None and is_shared
         }
         return json.dumps({"directory": os.path.basename(tmp), "digests": digests}).encode()
 
-    def _finish(
-        self,
-        items: Sequence[lower.LoweredItem],
-        info: finalize.CheckpointInfo,
-        is_repeat: bool,
-        tmp: str,
-        reports: Sequence[write.RankReport],
-    ) -> bytes:
-        """On the primary: completes and publishes; the step counts once this returns."""
-        commit_time_ns = time.time_ns()
-        finalize.finalize(self._storage, tmp, items, reports, info, commit_time_ns)
+    def _finish(self, save: Save, tmp: str, reports: Sequence[write.RankReport]) -> bytes:
+        """On the primary: finalizes and publishes; the step is committed when this returns."""
+        commit_time_ns, info = time.time_ns(), save.info
+        finalize.finalize(self._storage, tmp, save.lowered, reports, info, commit_time_ns)
         final = commit.final_path(tmp)
-        if is_repeat and finalize.is_same(self._storage, tmp, final):
+        if save.is_repeat and finalize.is_same(self._storage, tmp, final):
             commit.abandon(self._storage, tmp)
             return json.dumps({"is_unchanged": True}).encode()
-        if is_repeat and info.step is not None:
-            self._steps.check_free(info.step, info.progress, overwrite=self._overwrite)
+        if save.is_repeat:
+            self._steps.check_free(save.step, info.progress, overwrite=self._overwrite)
         hidden = self._steps.hidden
         self._steps.check_lock()
         replaced = commit.publish(self._storage, tmp, final, hidden, overwrite=self._overwrite)
-        # The primary says what follows, so that no rank waits for a round that another skips.
+        # The primary decides what follows, so that no rank waits for a round that another skips.
         cleans_up = bool(self._keep_policies or self._steps.latest_link or self._steps.has_tiers)
         outcome = {
             "is_unchanged": False,
@@ -288,7 +261,7 @@ class StepCommitter:
         return json.dumps(outcome).encode()
 
     def _clean_up(self, info: StepInfo, replaced: str | None) -> errors.SaveError | None:
-        """What follows a commit; a failure here loses disk space, never a step."""
+        """Prunes after a commit; a failure loses disk space, never a step."""
 
         def on_primary(_: Sequence[bytes]) -> bytes:
             self._steps.check_lock()
@@ -322,16 +295,16 @@ class StepCommitter:
         return error
 
     def _lists(self) -> dict[str, list[int]]:
-        """On the primary: the steps of every tier, for the other ranks."""
+        """On the primary: returns the steps of every tier, for the other ranks."""
         if self._coordinator.num_ranks == 1:
             return {}
         tiers = self._steps.tiers_by_name().items()
         return {name: [info.step for info in each.infos] for name, each in tiers}
 
     def prune_uploaded(self) -> None:
-        """A step has arrived in another tier: removes what need not stay here any more.
+        """Prunes after a step has arrived in another tier; a commit in progress does it at its end.
 
-        On any thread; during a commit, that one does it at its end.
+        Any thread may call it.
         """
         self._is_prune_due = True
         self._prune_if_idle()
@@ -351,8 +324,12 @@ class StepCommitter:
                 self._busy.release()
 
 
+def _starting(step: int) -> str:
+    return f"starting step {step}"
+
+
 def _is_full(error: BaseException | None) -> bool:
-    """Whether a full disk is what went wrong."""
+    """Returns whether a full disk caused an error."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True

@@ -1,30 +1,31 @@
-"""The ranks agree on who writes what: one round trip a save, a second when the structure is new.
+"""Distributed save planning: one collective per save, a second one where structures differ.
 
-Every rank sends the primary a digest of its structure, and samples of what other ranks hold too. If
-all structures are equal, or all are as they were at the last save, every rank knows its part
-already. Only where they differ (pipeline stages; norms that each tensor-parallel rank shards over a
-mesh of its own), or where samples do, do the ranks exchange the names, shardings and samples of
-their leaves.
+Every rank sends the primary a digest of its structure, and samples of the leaves that other ranks
+hold too. If all structures are equal, or unchanged since the last save, every rank knows its part.
+If they differ (pipeline stages; norms that each tensor-parallel rank shards over its own mesh), or
+if samples do, the ranks exchange the names, shardings and samples of their leaves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import write_plan
 from functional_ckpt.core.arrays.sharding import Sharding
 from functional_ckpt.core.records import records
+from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.runtime import threads
 from functional_ckpt.saving import leaf_table, replicas
 from functional_ckpt.saving.lower import LoweredItem, Source
 
-__all__ = ["ItemPlan", "SavePlan", "SavePlanner"]
+__all__ = ["ItemPlan", "Planning", "SavePlan", "SavePlanner"]
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -48,8 +49,21 @@ class ItemPlan:
 SavePlan: TypeAlias = dict[str, ItemPlan]
 
 
+@dataclasses.dataclass(slots=True)
+class Planning:
+    """One rank's side of planning a save.
+
+    Attributes:
+        items: What this rank saves; set it in the block.
+        plan: This rank's part in writing it; set after the block.
+    """
+
+    items: Sequence[LoweredItem] = ()
+    plan: SavePlan = dataclasses.field(default_factory=dict[str, ItemPlan])
+
+
 class SavePlanner:
-    """Plans saves for one rank; remembers the last plan, since structures rarely change."""
+    """Plans saves for one rank; keeps the last plan, since structures rarely change."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
@@ -59,66 +73,75 @@ class SavePlanner:
         self._num_saves = 0
         self._has_warned = False
 
-    def plan(self, items: Sequence[LoweredItem] | BaseException, step: int | None) -> SavePlan:
-        """This rank's part of a save; every rank must call it.
+    @contextlib.contextmanager
+    def planning(self, step: int | None) -> Generator[Planning]:
+        """Plans a save: every rank sets `.items` in the block, and gets `.plan` after it.
 
         Args:
-            items: What this rank holds; or the error that kept it from lowering.
-            step: Which step; the same on every rank.
+            step: The step; the same on every rank.
 
         Raises:
-            CoordinationError: Another rank failed, or the ranks disagree about the step or the
-                items, or hold different values of one leaf.
+            CoordinationError: Another rank failed in its block, or the ranks disagree about the
+                step or the items, or hold different values of one leaf.
         """
-        coordinator = self._coordinator
-        if isinstance(items, BaseException):
-            coordinator.gather_broadcast(f"the plan of step {step}", items, _first)
-            raise items  # unreachable: exchange raises what it was given
-        shared = [item for item in items if not item.per_rank]
-        own = [item for item in items if item.per_rank]
-        return self._plan_shared(shared, items, step) | _plan(own, coordinator.rank, (), None)
+        planning = Planning()
+        what = f"the plan of step {step}"
+        with collective(self._coordinator, what, self._compare) as turn:
+            yield planning
+            shared = [item for item in planning.items if not item.per_rank]
+            own = [item for item in planning.items if item.per_rank]
+            with threads.gc_paused():
+                signature = _signature(shared)
+            turn.value = self._describe(shared, planning.items, signature, step)
+        planning.plan = self._plan_shared(shared, step, signature, turn.outcome)
+        planning.plan |= _plan(own, self._coordinator.rank, (), None)
 
-    def _plan_shared(
-        self, items: Sequence[LoweredItem], every: Sequence[LoweredItem], step: int | None
-    ) -> SavePlan:
-        coordinator = self._coordinator
-        with threads.gc_paused():
-            signature = _signature(items)
+    def _describe(
+        self,
+        items: Sequence[LoweredItem],
+        every: Sequence[LoweredItem],
+        signature: str,
+        step: int | None,
+    ) -> bytes:
+        """Returns what the primary compares of this rank's items."""
         is_known = signature == self._signature
         if not is_known:
             self._num_saves, self._groups = 0, self._group(items, None)
-        sources = [item.sources for item in items]
+        # A plan is valid for the structures of all ranks: after a failed round it may not be.
+        self._signature = ""
         value = {
             "step": step,
             "items": dict(sorted(map(_kind, every))),
             "texts": {item.name: _text_digest(item) for item in every if item.text is not None},
             "is_known": is_known,
             "signature": signature,
-            "samples": replicas.samples(self._groups, sources, self._num_saves),
+            "samples": replicas.samples(
+                self._groups, [item.sources for item in items], self._num_saves
+            ),
         }
-        # A plan holds for what all ranks have: after a failed round nobody can say if it still
-        # does.
-        self._signature = ""
-        verdict = coordinator.gather_broadcast(
-            f"the plan of step {step}", json.dumps(value).encode(), self._compare
-        )
+        return json.dumps(value).encode()
+
+    def _plan_shared(
+        self, items: Sequence[LoweredItem], step: int | None, signature: str, verdict: bytes
+    ) -> SavePlan:
+        """Returns this rank's part of the items that ranks share, given the primary's verdict."""
+        coordinator = self._coordinator
         if verdict == b"as before":
             self._signature = signature
             self._num_saves += 1
-            return self._plan
+            return dict(self._plan)
         ranks = tuple(range(coordinator.num_ranks))
         shardings: Shardings | None = None
         if verdict != b"alike":
-            own = leaf_table.to_bytes(leaf_table.leaves_of(items))
-            what = f"the leaves of step {step}"
-            merged = coordinator.gather_broadcast(what, own, leaf_table.merge)
-            shardings = leaf_table.shardings_of(merged)
+            with collective(coordinator, f"the leaves of step {step}", leaf_table.merge) as turn:
+                turn.value = leaf_table.to_bytes(leaf_table.leaves_of(items))
+            shardings = leaf_table.shardings_of(turn.outcome)
         with threads.gc_paused():
             self._plan = _plan(items, coordinator.rank, ranks, shardings)
             self._groups = self._group(items, shardings)
         self._signature = signature
         self._num_saves = 1
-        return self._plan
+        return dict(self._plan)
 
     def _group(self, items: Sequence[LoweredItem], shardings: Shardings | None) -> replicas.Groups:
         """What other ranks hold as well; going by this rank's own shardings without all ranks'."""
@@ -193,10 +216,6 @@ def _kind(item: LoweredItem) -> tuple[str, str]:
 def _text_digest(item: LoweredItem) -> str | None:
     """A digest of an item's JSON; None where it may differ."""
     return records.digest_hex(item.text) if item.is_checked else None
-
-
-def _first(values: Sequence[bytes]) -> bytes:
-    return values[0]
 
 
 def _signature(items: Sequence[LoweredItem]) -> str:

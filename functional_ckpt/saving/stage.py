@@ -1,296 +1,215 @@
-"""The only copy of a save: what this rank writes, out of live tensors into our own host memory.
-
-On the host several threads copy; from a CUDA device a stream of its own does, into memory whose
-pages are locked.
-"""
+"""Copies live tensors into host memory, the only copy that a save makes."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
 
-import numpy as np
-import torch
-
-from functional_ckpt.core.arrays import write_plan
-from functional_ckpt.core.arrays.spec import Box, numpy_dtype
-from functional_ckpt.core.tree import encode
 from functional_ckpt.format import database, write_tensorstore
-from functional_ckpt.runtime import device_copies, host_memory, threads
-from functional_ckpt.saving.lower import LoweredItem, Source
-from functional_ckpt.saving.plan import ItemPlan, SavePlan
+from functional_ckpt.runtime import host_memory, threads
+from functional_ckpt.runtime.fence import Fence
+from functional_ckpt.saving import parts as parts_lib
+from functional_ckpt.saving import stage_overlapped
+from functional_ckpt.saving.lower import LoweredItem
+from functional_ckpt.saving.options import Blocking, Eager, Overlapped, Staging
+from functional_ckpt.saving.parts import Array, Part, StagedItem, StagingMemory
+from functional_ckpt.saving.plan import SavePlan
 
-__all__ = ["CopyLatch", "StagedItem", "StagingMemory", "stage", "stage_within"]
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StagedItem:
-    """An item whose bytes will not change any more.
-
-    Attributes:
-        lowered: What it was lowered to.
-        writes: Host arrays that this rank writes.
-        scalars: Names of the plain numbers that this rank writes for Orbax.
-    """
-
-    lowered: LoweredItem
-    writes: tuple[write_tensorstore.ArrayWrite, ...]
-    scalars: frozenset[str]
-
-    @property
-    def num_bytes(self) -> int:
-        """How much this rank writes of its arrays."""
-        return sum(write.data.nbytes for write in self.writes)
-
-    @property
-    def blocks_caller(self) -> bool:
-        """Whether somebody waits until it is written."""
-        return any(write.on_copied is not None for write in self.writes)
+__all__ = ["LiveMemory", "Staged", "Stager"]
 
 
-class StagingMemory:
-    """Where saves are staged, and what copies to there; kept from save to save.
-
-    Attributes:
-        streams: What copies from devices.
-    """
-
-    def __init__(self) -> None:
-        self.streams = device_copies.CopyStreams()
-        self._ordinary = host_memory.StagingBuffer()
-        self._locked = host_memory.StagingBuffer()
-
-    def reserve(self, parts: Sequence[_Part]) -> list[Array]:
-        """An array for every part; what comes from a device that streams gets locked pages."""
-        streamed = [part for part in parts if device_copies.is_streamed(part.view)]
-        if not streamed:
-            return self._ordinary.reserve([_slot(part) for part in parts])
-        locked = self._locked.reserve([_slot(part) for part in streamed])
-        self._locked.lock(device_copies.lock_pages)
-        others = [part for part in parts if not device_copies.is_streamed(part.view)]
-        ordinary = self._ordinary.reserve([_slot(part) for part in others])
-        places = {
-            id(part): host
-            for part, host in zip((*streamed, *others), (*locked, *ordinary), strict=True)
-        }
-        return [places[id(part)] for part in parts]
-
-    def release(self) -> None:
-        """Gives the memory back once nothing refers to it."""
-        self._ordinary.release()
-        self._locked.release()
-
-
-class CopyLatch:
-    """What a save writes from live memory, because it is more than may be staged.
+class LiveMemory:
+    """Live memory that a commit reads while `save` waits.
 
     Args:
-        size_bytes: Bytes of it.
+        size_bytes: How much of it the caller waits for, with `wait`.
     """
 
     def __init__(self, size_bytes: int) -> None:
         self._left_bytes = size_bytes
         self._lock = threading.Lock()
         self._done = threading.Event()
+        self.is_interrupted = False
 
     def count_down(self, num_bytes: int) -> None:
-        """So many bytes are on their way to the disk."""
+        """Notes that bytes were copied out of it."""
         with self._lock:
             self._left_bytes -= num_bytes
             if self._left_bytes <= 0:
                 self._done.set()
 
-    def release(self) -> None:
-        """Nothing more will be taken."""
-        self._done.set()
-
     def wait(self) -> None:
-        """Returns when the live memory may change."""
+        """Returns when live memory may change."""
         self._done.wait()
 
+    def interrupt(self) -> None:
+        """The caller has stopped waiting: what is read from now on may have changed."""
+        self.is_interrupted = True
 
-class _Part(NamedTuple):
-    """A region that this rank writes of one array, as a view of the live tensor."""
-
-    source: Source
-    planned: write_plan.PlannedArray
-    box: Box
-    view: torch.Tensor
-    is_owner: bool
+    def release(self) -> None:
+        """Ends `wait`: nothing more is read."""
+        self._done.set()
 
 
-def stage(
-    items: Sequence[LoweredItem], plan: SavePlan, room: StagingMemory | None
-) -> tuple[StagedItem, ...]:
-    """Copies what this rank will write into host memory of our own, in one pass.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Staged:
+    """What a save has copied, and what it has yet to read from live memory.
+
+    Attributes:
+        items: What to write.
+        fence: Holds up changes of what is copied after `save` has returned; None if nothing is.
+        live: The live memory that is written without a copy; None if none is.
+    """
+
+    items: tuple[StagedItem, ...]
+    fence: Fence | None = None
+    live: LiveMemory | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the arrays that this rank writes."""
+        return sum(item.num_bytes for item in self.items)
+
+    @property
+    def blocks_caller(self) -> bool:
+        """Whether `save` returns once live memory is written, and not later."""
+        return any(item.blocks_caller for item in self.items)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether live memory may have changed while it was read."""
+        return self.live is not None and self.live.is_interrupted
+
+    def finish(self) -> None:
+        """Copies the rest; called first, in the background."""
+        if self.fence is not None:
+            self.fence.copy()
+
+    def wait(self) -> None:
+        """Returns when the caller may change the state; called last, on the caller's thread."""
+        if self.blocks_caller and self.live is not None:
+            self.live.wait()
+
+    def interrupt(self) -> None:
+        """The caller was interrupted before `wait` returned, and may change the state."""
+        if self.live is not None:
+            self.live.interrupt()
+
+    def abort(self) -> None:
+        """Lets every waiting thread continue: after the commit, or in its place."""
+        if self.fence is not None:
+            self.fence.give_up()
+        if self.live is not None:
+            self.live.release()
+
+
+class Stager:
+    """Stages the saves of one manager.
 
     Args:
-        items: What to stage.
-        plan: This rank's part.
-        room: Where to; None to refer to CPU memory as it is (the caller promises not to change it
-            until the write is done).
+        staging: How.
     """
-    database.check_process()
-    with threads.gc_paused():
-        parts = [list(_parts(item, plan[item.name])) for item in items]
-        flat = [part for item_parts in parts for part in item_parts]
-        if room is None:
-            return _staged(items, plan, parts, _refer(flat), is_staged=False)
-        hosts = room.reserve(flat)
-        staged = _staged(items, plan, parts, hosts)
-    _copy(list(zip(flat, hosts, strict=True)), room)
-    return staged
+
+    def __init__(self, staging: Staging) -> None:
+        self._staging = staging
+        self._memory = StagingMemory()
+        self._fence = Fence() if isinstance(staging, Overlapped) else None
+
+    def stage(self, items: Sequence[LoweredItem], plan: SavePlan, step: int | None) -> Staged:
+        """Copies what this rank writes, or prepares to copy or read it later.
+
+        Args:
+            items: What to stage.
+            plan: This rank's part of it.
+            step: The step being saved, for messages.
+        """
+        database.check_process()
+        staging = self._staging
+        with threads.gc_paused():
+            parts = parts_lib.parts_of(items, plan)
+        if isinstance(staging, Overlapped) and self._fence is not None:
+            try:
+                hosts = stage_overlapped.stage(
+                    items, parts, self._memory, self._fence, step, is_checked=staging.checked
+                )
+            except BaseException:
+                self._fence.give_up()  # else the next step would wait forever
+                raise
+            writes = [
+                [part.write(host, is_stable=True) for part, host in _pairs(*each)]
+                for each in zip(parts, hosts, strict=True)
+            ]
+            return Staged(items=_staged_items(items, plan, writes), fence=self._fence)
+        budget_bytes = staging.budget_bytes if isinstance(staging, Eager) else 0
+        return self._stage_within(items, plan, parts, budget_bytes)
+
+    def _stage_within(
+        self,
+        items: Sequence[LoweredItem],
+        plan: SavePlan,
+        parts: Sequence[Sequence[Part]],
+        budget_bytes: int | None,
+    ) -> Staged:
+        """Copies what fits into the budget; the rest is written from live memory."""
+        copied, referred = _split(parts, budget_bytes)
+        live = None
+        with threads.gc_paused():
+            hosts = self._memory.reserve(copied)
+            writes = [part.write(host, is_stable=True) for part, host in _pairs(copied, hosts)]
+        if referred:
+            arrays = parts_lib.refer(referred)
+            live = LiveMemory(sum(array.nbytes for array in arrays))
+            # A blocking save waits for the commit, and needs no count of what was read.
+            on_copied = None if isinstance(self._staging, Blocking) else live.count_down
+            writes += [
+                part.write(host, on_copied=on_copied) for part, host in _pairs(referred, arrays)
+            ]
+        parts_lib.copy(_pairs(copied, hosts), self._memory)
+        by_part = dict(zip(map(id, (*copied, *referred)), writes, strict=True))
+        ordered = [[by_part[id(part)] for part in item_parts] for item_parts in parts]
+        return Staged(items=_staged_items(items, plan, ordered), live=live)
+
+    def wait(self) -> None:
+        """Returns when nothing is left to copy."""
+        if self._fence is not None:
+            self._fence.wait()
+
+    def release(self) -> None:
+        """Removes the fence's hooks and frees the memory."""
+        if self._fence is not None:
+            self._fence.disarm()
+        self._memory.release()
 
 
-def stage_within(
-    items: Sequence[LoweredItem], plan: SavePlan, room: StagingMemory, budget_bytes: int
-) -> tuple[tuple[StagedItem, ...], CopyLatch | None]:
-    """As `stage`, with at most so many bytes of host memory; the rest refers to live memory.
-
-    Returns:
-        The items, and what to wait for before live memory changes; None for nothing.
-    """
-    database.check_process()
-    parts = [list(_parts(item, plan[item.name])) for item in items]
+def _split(
+    parts: Sequence[Sequence[Part]], budget_bytes: int | None
+) -> tuple[list[Part], list[Part]]:
+    """Returns what fits into a budget, and the rest."""
     flat = [part for item_parts in parts for part in item_parts]
+    if budget_bytes is None:
+        return flat, []
     left = budget_bytes
-    copied: list[_Part] = []
-    referred: list[_Part] = []
+    copied: list[Part] = []
+    referred: list[Part] = []
     for part in flat:
-        size_bytes = _slot(part).size_bytes + host_memory.ALIGNMENT_BYTES
+        size_bytes = part.slot.size_bytes + host_memory.ALIGNMENT_BYTES
         is_within = size_bytes <= left
         left -= size_bytes if is_within else 0
         (copied if is_within else referred).append(part)
-    hosts = room.reserve(copied)
-    _copy(list(zip(copied, hosts, strict=True)), room)
-    live = _refer(referred)
-    places = {
-        id(part): host for part, host in zip((*copied, *referred), (*hosts, *live), strict=True)
-    }
-    staged = _staged(items, plan, parts, [places[id(part)] for part in flat])
-    if not referred:
-        return staged, None
-    through = CopyLatch(sum(array.nbytes for array in live))
-    awaited = {id(array) for array in live}
-    return tuple(
-        dataclasses.replace(
-            item,
-            writes=tuple(
-                write._replace(on_copied=through.count_down, is_stable=False)
-                if id(write.data) in awaited
-                else write
-                for write in item.writes
-            ),
-        )
-        for item in staged
-    ), through
+    return copied, referred
 
 
-def _staged(
+def _pairs(parts: Sequence[Part], hosts: Sequence[Array]) -> list[tuple[Part, Array]]:
+    return list(zip(parts, hosts, strict=True))
+
+
+def _staged_items(
     items: Sequence[LoweredItem],
     plan: SavePlan,
-    parts: Sequence[Sequence[_Part]],
-    hosts: Sequence[Array],
-    *,
-    is_staged: bool = True,
+    writes: Sequence[Sequence[write_tensorstore.ArrayWrite]],
 ) -> tuple[StagedItem, ...]:
-    remaining = iter(hosts)
     return tuple(
-        StagedItem(
-            lowered=item,
-            writes=tuple(_array_write(part, next(remaining), is_staged) for part in item_parts),
-            scalars=plan[item.name].scalars,
-        )
-        for item, item_parts in zip(items, parts, strict=True)
-    )
-
-
-def _parts(item: LoweredItem, plan: ItemPlan) -> Iterator[_Part]:
-    """Whole pieces where this rank writes all of one, single chunks where replicas share it."""
-    for source, planned in zip(item.sources, plan.arrays, strict=True):
-        is_owner = planned.is_owner
-        for entry in planned.pieces:
-            piece, grid = entry.piece, planned.grid
-            if entry.is_whole and piece.box.shape == source.tensor.shape:
-                yield _Part(source, planned, piece.box, source.tensor, is_owner)
-                is_owner = False
-                continue
-            for box in [piece.box] if entry.is_whole else map(grid.box, entry.indices):
-                start = piece.local.offset
-                local = Box(
-                    tuple(
-                        o - p + s
-                        for o, p, s in zip(box.offset, piece.box.offset, start, strict=True)
-                    ),
-                    box.shape,
-                )
-                yield _Part(source, planned, box, source.tensor[local.slices()], is_owner)
-                is_owner = False
-        if is_owner:  # an array without elements still has metadata
-            yield _Part(source, planned, Box.whole(source.node.spec.shape), source.tensor, True)
-
-
-def _refer(parts: Sequence[_Part]) -> list[Array]:
-    return [
-        encode.host_view(part.view if part.view.is_cpu else part.view.cpu(), _dtype(part))
-        for part in parts
-    ]
-
-
-def _dtype(part: _Part) -> str:
-    return part.source.node.spec.dtype
-
-
-def _slot(part: _Part) -> host_memory.Slot:
-    return host_memory.Slot(part.box.shape, numpy_dtype(_dtype(part)))
-
-
-def _begin(parts: Sequence[tuple[_Part, Array]], room: StagingMemory) -> device_copies.Transfers:
-    """Copies from the devices as they are now."""
-    views = (part.view for part, host in parts if host.size)
-    return room.streams.begin({v.device for v in views if device_copies.is_streamed(v)})
-
-
-def _copy(parts: Sequence[tuple[_Part, Array]], room: StagingMemory) -> None:
-    transfers = _begin(parts, room)
-    try:
-        _start_copy(parts, transfers)
-    finally:
-        transfers.synchronize()
-
-
-def _start_copy(
-    parts: Sequence[tuple[_Part, Array]],
-    transfers: device_copies.Transfers,
-    num_threads: int = host_memory.NUM_THREADS,
-) -> None:
-    """Copies what is on the host; what is on a device is under way then, beside it."""
-    on_host: list[tuple[Array, Array]] = []
-    on_device: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for part, host in parts:
-        if device_copies.is_streamed(part.view):
-            if host.size:
-                on_device.append((encode.tensor_over(host), part.view))
-        elif part.view.is_cpu:
-            on_host.append((host, encode.host_view(part.view, _dtype(part))))
-        elif host.size:
-            encode.tensor_over(host).copy_(part.view)
-    transfers.enqueue(on_device)
-    host_memory.copy_in_threads(on_host, num_threads)
-
-
-def _array_write(part: _Part, host: Array, is_staged: bool) -> write_tensorstore.ArrayWrite:
-    node = part.source.node
-    return write_tensorstore.ArrayWrite(
-        name=node.name,
-        spec=node.spec,
-        grid=part.planned.grid,
-        box=part.box,
-        data=host,
-        writes_metadata=part.is_owner,
-        is_stable=is_staged,
+        StagedItem(lowered=item, writes=tuple(own), scalars=plan[item.name].scalars)
+        for item, own in zip(items, writes, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Staging in the background: what only an optimizer's step changes is copied after `save`."""
+"""Overlapped staging: what only an optimizer's step changes is copied after `save` has returned."""
 
 from __future__ import annotations
 
@@ -6,111 +6,103 @@ import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 
 from functional_ckpt.core.arrays import sharding
-from functional_ckpt.format import database
 from functional_ckpt.runtime import device_copies, host_memory, threads
 from functional_ckpt.runtime.fence import (
+    Fence,
     PendingCopy,
-    UnfencedChanges,
     changes_between_steps,
     storage_of,
     storages_of,
 )
-from functional_ckpt.saving import overlap_check, stage
+from functional_ckpt.saving import overlap_check
+from functional_ckpt.saving import parts as parts_lib
 from functional_ckpt.saving.lower import LoweredItem, Source
-from functional_ckpt.saving.plan import SavePlan
+from functional_ckpt.saving.parts import Array, Part
 
-__all__ = ["stage_overlapped"]
+__all__ = ["stage"]
 
-Array: TypeAlias = "np.ndarray[Any, Any]"
-_Later: TypeAlias = tuple[stage._Part, Array, str]
-"""What is copied later, where to, and the leaf's name for people."""
+_Copies: TypeAlias = "list[tuple[Part, Array]]"
 
 
-def stage_overlapped(
+def stage(
     items: Sequence[LoweredItem],
-    plan: SavePlan,
-    room: stage.StagingMemory,
-    step: int,
-    unfenced: UnfencedChanges,
+    parts: Sequence[Sequence[Part]],
+    memory: parts_lib.StagingMemory,
+    fence: Fence,
+    step: int | None,
     *,
     is_checked: bool,
-) -> tuple[tuple[stage.StagedItem, ...], PendingCopy]:
-    """As `stage.stage`, but leaves to be copied what only a step of the items' optimizers changes.
+) -> list[list[Array]]:
+    """Copies parts at once that other calls than an optimizer's step change, and the rest later.
 
-    That is the memory of the parameters that they update, and their state; all else (buffers,
-    learning rates, averages, generators, weights that a forward pass changes) is copied at once.
+    Copied later is the memory of the parameters that the items' optimizers update, and the state of
+    these optimizers; all else (buffers, learning rates, averages, generators, weights that a
+    forward pass changes) is copied before this returns.
 
     Args:
         items: What to stage.
-        plan: This rank's part.
-        room: Where to.
+        parts: What this rank writes of each item.
+        memory: Where to.
+        fence: Holds up changes until the copy is complete; it makes the copy.
         step: The step being saved.
-        unfenced: Leaves that are to be copied at once, for something else changes them too.
         is_checked: Whether every byte of the copy is compared with what is there now.
+
+    Returns:
+        The host arrays of each item's parts; those copied later are filled by `fence.copy`.
     """
-    database.check_process()
     optimizers = [optimizer for item in items for optimizer in item.optimizers]
     storages = storages_of(each for each in optimizers if not changes_between_steps(each))
     storages -= _changed_by_forward(items)
-    now: list[tuple[stage._Part, Array]] = []
-    later: list[_Later] = []
+    now: _Copies = []
+    later: _Copies = []
     with threads.gc_paused():
-        parts = [list(stage._parts(item, plan[item.name])) for item in items]
-        hosts = room.reserve([part for item_parts in parts for part in item_parts])
-        staged = stage._staged(items, plan, parts, hosts)
-        remaining = iter(hosts)
+        hosts = iter(memory.reserve([part for item_parts in parts for part in item_parts]))
+        found: list[list[Array]] = []
         for item, item_parts in zip(items, parts, strict=True):
-            for part in item_parts:
-                name = f"{item.name}.{part.source.node.name}"
-                if _waits(item, part.source, storages) and name not in unfenced:
-                    later.append((part, next(remaining), name))
-                else:
-                    now.append((part, next(remaining)))
-    copies = [(part, host) for part, host, _ in later]
-    transfers = stage._begin(copies, room)
-    # Beside the forward pass, which keeps a core.
+            found.append([next(hosts) for _ in item_parts])
+            for part, host in zip(item_parts, found[-1], strict=True):
+                is_later = _waits(item, part.source, storages) and part.name not in fence.unfenced
+                (later if is_later else now).append((part, host))
+    transfers = memory.begin(later)
+    # One core is left to the forward pass that runs meanwhile.
     num_threads = min(host_memory.NUM_THREADS, threads.num_spare_cores())
-    copy = functools.partial(stage._start_copy, copies, transfers, num_threads)
-    pending = PendingCopy(copy, optimizers, step, transfers, unfenced)
+    copy = functools.partial(parts_lib.start_copy, later, transfers, num_threads)
+    pending = PendingCopy(copy, optimizers, step, transfers, fence.unfenced)
     _watch(pending, later, optimizers, is_checked=is_checked)
-    stage._copy(now, room)
-    return staged, pending
+    parts_lib.copy(now, memory)
+    modules = [item.value for item in items if isinstance(item.value, torch.nn.Module)]
+    fence.arm(pending, [*(each for module in modules for each in module.modules()), *optimizers])
+    return found
 
 
 def _watch(
-    pending: PendingCopy,
-    later: Sequence[_Later],
-    optimizers: Sequence[Any],
-    *,
-    is_checked: bool,
+    pending: PendingCopy, later: _Copies, optimizers: Sequence[Any], *, is_checked: bool
 ) -> None:
-    """Has it noticed when something changes before it is copied."""
+    """Makes changes before the copy noticed."""
     owners: dict[int, str] = {}
-    for part, _, name in later:
+    for part, _ in later:
         tensor = part.source.tensor
-        pending.watch(name, tensor)
-        owners[storage_of(tensor)] = name
+        pending.watch(part.name, tensor)
+        owners[storage_of(tensor)] = part.name
     for parameter in (p for o in optimizers for group in o.param_groups for p in group["params"]):
         if (name := owners.get(storage_of(parameter))) is not None:
             pending.watch(name, parameter, sharding.local_of(parameter))
-    compared = later
+    compared: Sequence[tuple[Part, Array]] = later
     if not is_checked:  # a few bytes of a device's memory would be as slow to read as all
         on_host = [each for each in later if not device_copies.is_streamed(each[0].view)]
         compared = overlap_check.sampled(on_host)
     leaves = [
-        overlap_check.CopiedLeaf(name, part.view, stage._dtype(part), host)
-        for part, host, name in compared
+        overlap_check.CopiedLeaf(part.name, part.view, part.dtype, host) for part, host in compared
     ]
     check = overlap_check.CopyCheck(leaves, is_whole=is_checked)
     pending.check(check.names_of_changed)
 
 
 def _changed_by_forward(items: Sequence[LoweredItem]) -> frozenset[int]:
-    """Where weights are that a forward pass changes: embeddings with `max_norm` shrink them."""
+    """Returns the storages of weights that a forward pass changes: embeddings with `max_norm`."""
     return frozenset(
         storage_of(module.weight)
         for item in items
@@ -122,7 +114,7 @@ def _changed_by_forward(items: Sequence[LoweredItem]) -> frozenset[int]:
 
 
 def _waits(item: LoweredItem, source: Source, storages: frozenset[int]) -> bool:
-    """Whether only a step, or `load_state_dict`, of the items' optimizers changes a leaf."""
+    """Returns whether only a step, or `load_state_dict`, of the optimizers changes a leaf."""
     tensor = source.tensor
     if not (tensor.is_cpu or device_copies.is_streamed(tensor)) or not tensor.numel():
         return False

@@ -25,7 +25,7 @@ from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.records import records, structure_json
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import write_direct, write_tensorstore
-from functional_ckpt.saving.stage import StagedItem
+from functional_ckpt.saving.parts import StagedItem
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.distributed import same_options
-from functional_ckpt.distributed.coordinator import Coordinator, run_on_primary
+from functional_ckpt.distributed.collective import run_on_primary
+from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.distributed.torch_store import default_coordinator, num_unjoined
 from functional_ckpt.steps import writer_lock
 from functional_ckpt.steps.directory import Steps

@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 
 from functional_ckpt import errors
-from functional_ckpt.distributed.coordinator import Coordinator, run_on_all
+from functional_ckpt.distributed.collective import run_on_all
+from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.events import Events
 from functional_ckpt.policies import rules
 from functional_ckpt.steps import orbax_adapters

@@ -134,14 +134,14 @@ def save_per_rank(directory: Path) -> list[bool]:
     ]
 
 
-def save_unchecked(directory: Path, asynchronous: bool) -> None:
+def save_unchecked(directory: Path, staging: Any) -> None:
     """Many differing leaves: all of them must be one rank's, not a mixture."""
     rank = dist.get_rank()
     tree = {f"w{number}": torch.full((7, number), rank) for number in range(20)}
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
     local = torch.full((4,), float(rank))
     tree["sharded"] = DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False)
-    save(directory, {"t": fc.PyTree(tree, replicated="unchecked")}, asynchronous=asynchronous)
+    save(directory, {"t": fc.PyTree(tree, replicated="unchecked")}, staging=staging)
 
 
 class _Records(logging.Handler):

@@ -42,8 +42,8 @@ def options(name: str, rank: int, directory: Path) -> dict[str, Any]:
         "tiers": {"tiers": [fc.Tier(path=directory / "far")]} if last else {},
         "tiers policies": {"tiers": [fc.Tier(path=directory / "far", keep=Own(2 if last else 1))]},
         "overwrite": {"overwrite": last},
-        "asynchronous": {"asynchronous": last},
-        "staging": {"staging": "overlapped" if last else "eager"},
+        "staging": {"staging": fc.Overlapped() if last else fc.Eager()},
+        "staging options": {"staging": fc.Overlapped(checked=last)},
         "on_busy": {"on_busy": "skip" if last else "wait"},
         "read_only": {"read_only": last},
     }
@@ -61,8 +61,8 @@ NAMES = (
     "tiers",
     "tiers policies",
     "overwrite",
-    "asynchronous",
     "staging",
+    "staging options",
     "on_busy",
     "read_only",
 )
@@ -93,7 +93,7 @@ def open_alike(directory: Path) -> list[int]:
         directory,
         save_policy=[fc.policies.every(1), fc.policies.Preemption()],
         keep_policy=[fc.policies.LatestN(2), fc.policies.best_n(1, best), Own(1)],
-        staging_budget_bytes=1000 * dist.get_rank(),
+        staging=fc.Eager(budget_bytes=1000 * dist.get_rank()),
         on_event=print if dist.get_rank() else None,
     ) as manager:
         for step in range(3):

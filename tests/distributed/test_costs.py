@@ -258,7 +258,9 @@ def plan_thrice() -> list[bool]:
     for step, extra in enumerate((0, 0, 1, 1)):
         tree = {f"leaf{i}": torch.ones(2) for i in range(5 + extra * rank)}
         items = lower.lower({"tree": tree}, registry, rank=rank, ranks=ranks)
-        plans.append(planner.plan(items, step)["tree"])
+        with planner.planning(step) as planning:
+            planning.items = items
+        plans.append(planning.plan["tree"])
     return [plans[0] is plans[1], plans[1] is plans[2], plans[2] is plans[3]]
 
 
@@ -278,9 +280,16 @@ def plan_after_a_failure() -> list[int]:
         tree = {f"leaf{i}": torch.ones(2) for i in range(num_leaves)}
         return lower.lower({"tree": tree}, registry, rank=rank, ranks=(0, 1))
 
-    planner.plan(lowered(3), 0)
+    def plan(step: int, num_leaves: int) -> Any:
+        with planner.planning(step) as planning:
+            if not num_leaves:
+                raise ValueError("boom")
+            planning.items = lowered(num_leaves)
+        return planning.plan["tree"]
+
+    plan(0, 3)
     try:
-        planner.plan(ValueError("boom") if rank else lowered(3), 1)
+        plan(1, 0 if rank else 3)
     except (ValueError, fc.CheckpointError):
         pass
     else:
@@ -288,8 +297,7 @@ def plan_after_a_failure() -> list[int]:
     counts: list[int] = []
     for step in (2, 3):
         rounds.clear()
-        plan = planner.plan(lowered(3), step)["tree"]
-        assert len(plan.arrays) == 3
+        assert len(plan(step, 3).arrays) == 3
         counts.append(len(rounds))
     return counts
 

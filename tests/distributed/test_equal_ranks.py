@@ -20,9 +20,9 @@ LEAVES = {
     "other trees": "state.shared",
 }
 STAGINGS: tuple[dict[str, Any], ...] = (
-    {"staging": "overlapped"},
-    {"staging_budget_bytes": 16},
-    {"asynchronous": False},
+    {"staging": fc.Overlapped()},
+    {"staging": fc.Eager(budget_bytes=16)},
+    {"staging": fc.Blocking()},
 )
 
 
@@ -62,11 +62,11 @@ def test_what_belongs_to_each_rank_comes_back_to_it(workers: Workers, tmp_path: 
     assert workers.run(2, equal_jobs.save_per_rank, tmp_path) == [[True] * 5] * 2
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("staging", [fc.Eager(), fc.Blocking()], ids=str)
 def test_unchecked_values_are_all_those_of_the_first_rank(
-    asynchronous: bool, workers: Workers, tmp_path: Path
+    staging: Any, workers: Workers, tmp_path: Path
 ) -> None:
-    workers.run(4, equal_jobs.save_unchecked, tmp_path, asynchronous)
+    workers.run(4, equal_jobs.save_unchecked, tmp_path, staging)
     tree = fc.restore(tmp_path / "0")["t"]
     assert tree.pop("sharded").tolist() == [0.0] * 4 + [1.0] * 4
     assert all((value == 0).all() for value in tree.values())

@@ -91,7 +91,7 @@ def save_whole(directory: Path) -> None:
 def test_a_local_tensor_of_another_shape_is_refused_by_name(
     rows: tuple[int, ...], workers: Workers, tmp_path: Path
 ) -> None:
-    for options in ({}, {"staging": "overlapped"}):
+    for options in ({}, {"staging": fc.Overlapped()}):
         failures = workers.failures(len(rows), odd_tensors.save_ragged, tmp_path, rows, options)
         for rank, failure in enumerate(failures):
             assert "UnsupportedLeafError" in failure.kinds

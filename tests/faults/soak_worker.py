@@ -173,11 +173,11 @@ class Writer:
         staging = choose.choice(["eager", "overlapped", "overlapped", "budget", "synchronous"])
         options: dict[str, Any] = {"overwrite": True, "latest_link": "latest"}
         if staging == "overlapped":
-            options["staging"] = "overlapped"
+            options["staging"] = fc.Overlapped()
         elif staging == "budget":
-            options["staging_budget_bytes"] = choose.choice([0, 1000, 300_000])
+            options["staging"] = fc.Eager(budget_bytes=choose.choice([0, 1000, 300_000]))
         elif staging == "synchronous":
-            options["asynchronous"] = False
+            options["staging"] = fc.Blocking()
         if choose.random() < 0.2:
             options["on_busy"] = "skip"
         return options

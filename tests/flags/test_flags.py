@@ -53,6 +53,28 @@ def test_keeping_the_best_keeps_the_latest_too(tmp_path: Path) -> None:
         assert manager.all_steps() == [0, 3]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), fc.Eager(budget_bytes=10)),
+        (("--ckpt_staging=eager",), fc.Eager()),
+        (("--ckpt_staging=overlapped",), fc.Overlapped()),
+        (("--ckpt_staging=blocking",), fc.Blocking()),
+    ],
+)
+def test_the_staging_flag_replaces_the_scripts_own(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    expected: object,
+) -> None:
+    defined = parse(f"--ckpt_dir={tmp_path}", *arguments)
+    given: dict[str, object] = {}
+    monkeypatch.setattr(fc.flags, "CheckpointManager", lambda _, **options: given.update(options))
+    fc.flags.manager(defined, staging=fc.Eager(budget_bytes=10))
+    assert given["staging"] == expected
+
+
 def begin(values: dict[str, object], *arguments: str) -> fc.Restored:
     defined = parse(*arguments)
     with fc.flags.manager(defined) as manager:
@@ -176,8 +198,8 @@ def test_help_reads_well() -> None:
     values = absl_flags.FlagValues()
     fc.flags.define(flag_values=values)
     text = values.get_help()
-    for flag in ("dir", "save_every", "keep_latest", "resume", "weights_only", "ignore", "async"):
-        assert f"--{'[no]' if flag in ('weights_only', 'async') else ''}ckpt_{flag}:" in text
+    for flag in ("dir", "save_every", "keep_latest", "resume", "weights_only", "ignore", "staging"):
+        assert f"--{'[no]' if flag == 'weights_only' else ''}ckpt_{flag}:" in text
 
 
 def test_the_help_of_a_script_has_them(tmp_path: Path) -> None:

@@ -39,13 +39,13 @@ def check(root: Path, steps: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"asynchronous": False}, {"staging_budget_bytes": 1000}, {"staging": "overlapped"}],
+    "staging",
+    [fc.Eager(), fc.Blocking(), fc.Eager(budget_bytes=1000), fc.Overlapped()],
     ids=str,
 )
-def test_saves_of_several_threads_are_never_mixed(options: Any, tmp_path: Path) -> None:
+def test_saves_of_several_threads_are_never_mixed(staging: Any, tmp_path: Path) -> None:
     failures: list[BaseException] = []
-    with fc.CheckpointManager(tmp_path, **options) as manager:
+    with fc.CheckpointManager(tmp_path, staging=staging) as manager:
 
         def work(number: int) -> None:
             try:
@@ -207,12 +207,12 @@ class Interrupting(Gate):
         super().operation(kind, path)
 
 
-@pytest.mark.parametrize("options", [{"asynchronous": False}, {"staging_budget_bytes": 0}], ids=str)
+@pytest.mark.parametrize("staging", [fc.Blocking(), fc.Eager(budget_bytes=0)], ids=str)
 def test_a_save_interrupted_while_it_reads_live_memory_is_not_committed(
-    options: Any, tmp_path: Path
+    staging: Any, tmp_path: Path
 ) -> None:
     gate = Interrupting("make_directory")
-    manager = fc.CheckpointManager(tmp_path, storage=gate, **options)
+    manager = fc.CheckpointManager(tmp_path, storage=gate, staging=staging)
     live = torch.ones(SIZE)
     gate.shut()
     with pytest.raises(KeyboardInterrupt):
@@ -232,7 +232,7 @@ def test_an_interruption_before_the_commit_starts_lets_optimizers_step(
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.ones(1, 4)).sum().backward()
-    manager = fc.CheckpointManager(tmp_path, staging="overlapped")
+    manager = fc.CheckpointManager(tmp_path, staging=fc.Overlapped())
     start = threading.Thread.start
 
     def interrupted(self: threading.Thread) -> None:

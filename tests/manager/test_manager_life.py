@@ -236,7 +236,7 @@ def test_a_failure_while_waiting_is_raised_by_a_save_that_waits_or_is_refused(
 
 def test_a_synchronous_save_raises_at_once(tmp_path: Path) -> None:
     storage = testing.FaultyStorage()
-    with fc.CheckpointManager(tmp_path, storage=storage, asynchronous=False) as manager:
+    with fc.CheckpointManager(tmp_path, storage=storage, staging=fc.Blocking()) as manager:
         handle = manager.save(1, state(1))
         assert handle is not None
         assert handle.done()

@@ -38,7 +38,7 @@ def resumed(root: Path, **options: Any) -> int | None:
 # ------------------------------------------------------------------------------ a new line
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("staging", [fc.Eager(), fc.Blocking()], ids=str)
 @pytest.mark.parametrize(
     ("keep", "left"),
     [
@@ -50,9 +50,9 @@ def resumed(root: Path, **options: Any) -> int | None:
     ],
 )
 def test_what_is_saved_after_a_rollback_stays(
-    run: Path, keep: Any, left: list[int], asynchronous: bool
+    run: Path, keep: Any, left: list[int], staging: Any
 ) -> None:
-    with fc.CheckpointManager(run, keep_policy=keep, asynchronous=asynchronous) as manager:
+    with fc.CheckpointManager(run, keep_policy=keep, staging=staging) as manager:
         manager.restore(10)
         for step in (11, 12, 13):
             saved(manager, step)
@@ -213,9 +213,9 @@ def test_a_run_that_goes_back_is_warned(run: Path, caplog: pytest.LogCaptureFixt
 # ------------------------------------------------------------------------------ discarding
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_the_later_steps_are_discarded(run: Path, asynchronous: bool) -> None:
-    with fc.CheckpointManager(run, latest_link="last", asynchronous=asynchronous) as manager:
+@pytest.mark.parametrize("staging", [fc.Eager(), fc.Blocking()], ids=str)
+def test_the_later_steps_are_discarded(run: Path, staging: Any) -> None:
+    with fc.CheckpointManager(run, latest_link="last", staging=staging) as manager:
         manager.record_metrics(40, {"late": 1})
         manager.save(60, state(60))  # under way, and later
         assert manager.restore(20, discard_later=True)["state"]["step"] == 20
@@ -371,10 +371,10 @@ def test_a_link_to_a_step_can_be_restored_but_is_not_counted(run: Path) -> None:
 # ------------------------------------------------------------------------------ cannot be removed
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_step_that_cannot_be_removed_stops_nothing_else(run: Path, asynchronous: bool) -> None:
+@pytest.mark.parametrize("staging", [fc.Eager(), fc.Blocking()], ids=str)
+def test_a_step_that_cannot_be_removed_stops_nothing_else(run: Path, staging: Any) -> None:
     manager = fc.CheckpointManager(
-        run, keep_policy=LatestN(2), storage=Stuck("20", code=16), asynchronous=asynchronous
+        run, keep_policy=LatestN(2), storage=Stuck("20", code=16), staging=staging
     )
     handles = [manager.save(step, state(step)) for step in (60, 70)]
     assert [handle and handle.result(60) for handle in handles] == [60, 70]

@@ -149,7 +149,7 @@ def test_closed_managers_leave_no_descriptors(tmp_path: Path) -> None:
 def test_a_closed_manager_gives_its_staging_memory_back(tmp_path: Path) -> None:
     manager = fc.CheckpointManager(tmp_path)
     saved(manager, 1)
-    room = manager._saver._room  # pyright: ignore[reportPrivateUsage]
+    room = manager._saver._stager._memory  # pyright: ignore[reportPrivateUsage]
     assert room._ordinary.size_bytes > 0  # pyright: ignore[reportPrivateUsage]
     manager.close()
     assert room._ordinary.size_bytes == 0  # pyright: ignore[reportPrivateUsage]

@@ -55,11 +55,11 @@ def restore(environ: Mapping[str, str], run: str, seed: int) -> bool:
 
 
 def roll_back(
-    near: str, far: str, asynchronous: bool
+    near: str, far: str, staging: fc.Eager | fc.Blocking
 ) -> tuple[list[int], int | None, list[int], str]:
     """Goes back twice; what is there after a save and after the later steps were discarded."""
     tiers = [fc.Tier(path=far)]
-    with fc.CheckpointManager(near, tiers=tiers, asynchronous=asynchronous) as manager:
+    with fc.CheckpointManager(near, tiers=tiers, staging=staging) as manager:
 
         def save(step: int) -> None:
             manager.save(step, {"tree": {"w": torch.full((4,), float(step))}})

@@ -134,10 +134,12 @@ def test_a_marker_without_a_record_is_no_step(s3: str) -> None:
     assert storage.exists(f"{run}/999/{MARKER}")
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_ranks_go_back_together(workers: Workers, tmp_path: Path, asynchronous: bool) -> None:
+@pytest.mark.parametrize("staging", [fc.Eager(), fc.Blocking()], ids=str)
+def test_ranks_go_back_together(
+    workers: Workers, tmp_path: Path, staging: fc.Eager | fc.Blocking
+) -> None:
     near, far = tmp_path / "near", tmp_path / "far"
-    outcomes = workers.run(2, rank_jobs.roll_back, str(near), str(far), asynchronous)
+    outcomes = workers.run(2, rank_jobs.roll_back, str(near), str(far), staging)
     assert outcomes[0] == outcomes[1]
     after_save, latest, after_discard, error = outcomes[0]
     assert (after_save, latest, after_discard) == ([10, 11, 20, 30], 11, [10])

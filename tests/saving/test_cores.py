@@ -17,14 +17,21 @@ from functional_ckpt.storage.local import LocalStorage
 
 
 @pytest.mark.parametrize(
-    ("num_cores", "asynchronous", "expected"),
-    [(1, True, 1), (2, True, 1), (3, True, 2), (64, True, 4), (None, True, 1), (1, False, 4)],
+    ("num_cores", "staging", "expected"),
+    [
+        (1, fc.Eager(), 1),
+        (2, fc.Eager(), 1),
+        (3, fc.Eager(), 2),
+        (64, fc.Eager(), 4),
+        (None, fc.Eager(), 1),
+        (1, fc.Blocking(), 4),
+    ],
 )
 def test_so_many_files_are_written_at_a_time(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     num_cores: int | None,
-    asynchronous: bool,
+    staging: Any,
     expected: int,
 ) -> None:
     busy: set[int] = set()
@@ -41,7 +48,7 @@ def test_so_many_files_are_written_at_a_time(
     monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
     monkeypatch.setattr(write_direct, "BYTES_PER_FILE", 1)
     tree: dict[str, Any] = {name: torch.randn(100) for name in "abcdefgh"}
-    manager = fc.CheckpointManager(tmp_path, storage=Watched(), asynchronous=asynchronous)
+    manager = fc.CheckpointManager(tmp_path, storage=Watched(), staging=staging)
     with manager:
         manager.save(0, {"tree": tree})
     assert len(most) == len(tree)

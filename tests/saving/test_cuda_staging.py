@@ -163,7 +163,7 @@ def test_steps_run_on_while_the_device_copies(tmp_path: Path, device: Device, fa
     device.lag(10)
     model, optimizer, items = trained(device, family)
     expected = moment(tmp_path / "moment", items)
-    with fc.CheckpointManager(tmp_path / "run", staging="overlapped") as manager:
+    with fc.CheckpointManager(tmp_path / "run", staging=fc.Overlapped()) as manager:
         commit = manager.save(1, items)
         assert commit is not None
         for _ in range(2):
@@ -181,7 +181,7 @@ def test_a_compiled_step_waits_on_the_host(tmp_path: Path, device: Device) -> No
     _, optimizer, items = trained(device, "sgd")
     step = torch.compile(optimizer.step, backend="eager")
     expected = moment(tmp_path / "moment", items)
-    with fc.CheckpointManager(tmp_path / "run", staging="overlapped") as manager:
+    with fc.CheckpointManager(tmp_path / "run", staging=fc.Overlapped()) as manager:
         manager.save(1, items)
         step()
         manager.wait_until_finished()
@@ -197,14 +197,14 @@ def test_a_step_that_is_not_held_back_loses_the_moment(
     monkeypatch.setattr(device_copies.Transfers, "make_stream_wait", lambda self: None)
     model, optimizer, items = trained(device)
     expected = moment(tmp_path / "moment", items)
-    with fc.CheckpointManager(tmp_path / "run", staging="overlapped") as manager:
+    with fc.CheckpointManager(tmp_path / "run", staging=fc.Overlapped()) as manager:
         manager.save(1, items)
         a_step(device, model, optimizer)
         manager.wait_until_finished()
         assert differences(on_host(manager.restore(1)), expected) != []
 
 
-@pytest.mark.parametrize("options", [{}, {"staging_budget_bytes": 2**20}])
+@pytest.mark.parametrize("options", [{}, {"staging": fc.Eager(budget_bytes=2**20)}])
 def test_eager_has_copied_when_save_returns(
     tmp_path: Path, device: Device, options: dict[str, Any]
 ) -> None:
@@ -226,7 +226,7 @@ def test_who_may_write_from_anywhere_waits_on_the_host(
     expected = moment(tmp_path / "moment", items)
     fc.save(tmp_path / "other", {"model": make_model(device)})
     other = make_model(device).state_dict()
-    with fc.CheckpointManager(tmp_path / "run", staging="overlapped") as manager:
+    with fc.CheckpointManager(tmp_path / "run", staging=fc.Overlapped()) as manager:
         manager.save(1, items)
         if what == "fence":
             manager.fence()
@@ -242,7 +242,7 @@ def test_who_may_write_from_anywhere_waits_on_the_host(
 
 def test_a_change_before_the_step_fails_the_save(tmp_path: Path, device: Device) -> None:
     model, optimizer, items = trained(device)
-    manager = fc.CheckpointManager(tmp_path, staging="overlapped")
+    manager = fc.CheckpointManager(tmp_path, staging=fc.Overlapped())
     manager.save(1, items)
     with torch.no_grad():
         model[0].weight.add_(1)
@@ -267,7 +267,7 @@ def test_a_copy_that_fails_holds_nobody_up(
             raise MemoryError("injected")
 
     monkeypatch.setattr(device_copies.Transfers, "enqueue", fail)
-    manager = fc.CheckpointManager(tmp_path, staging="overlapped")
+    manager = fc.CheckpointManager(tmp_path, staging=fc.Overlapped())
     manager.save(1, items)
     a_step(device, model, optimizer)
     with pytest.raises(errors.SaveError, match="injected"):
@@ -282,7 +282,7 @@ def test_a_copy_that_fails_holds_nobody_up(
 # ------------------------------------------------------------------------------------ what is kept
 
 
-@pytest.mark.parametrize("staging", ["eager", "overlapped"])
+@pytest.mark.parametrize("staging", [fc.Eager(), fc.Overlapped()], ids=str)
 def test_pages_are_locked_once_and_used_again(tmp_path: Path, device: Device, staging: Any) -> None:
     model, optimizer, items = trained(device)
     with fc.CheckpointManager(tmp_path, staging=staging) as manager:
@@ -304,7 +304,7 @@ def test_pages_that_cannot_be_locked(
     monkeypatch.setattr(device_copies, "lock_pages", lambda address, size_bytes: None)
     model, optimizer, items = trained(device)
     expected = moment(tmp_path / "moment", items)
-    with fc.CheckpointManager(tmp_path / "run", staging="overlapped") as manager:
+    with fc.CheckpointManager(tmp_path / "run", staging=fc.Overlapped()) as manager:
         manager.save(1, items)
         a_step(device, model, optimizer)
         manager.wait_until_finished()
@@ -387,7 +387,7 @@ def test_a_damaged_array_is_found_on_the_way_to_a_device(tmp_path: Path, device:
 def test_a_state_is_restored_where_it_is(tmp_path: Path, device: Device) -> None:
     model, optimizer, items = trained(device)
     expected = moment(tmp_path / "moment", items)
-    with fc.CheckpointManager(tmp_path / "run", staging="overlapped") as manager:
+    with fc.CheckpointManager(tmp_path / "run", staging=fc.Overlapped()) as manager:
         manager.save(1, items)
         a_step(device, model, optimizer)
         manager.wait_until_finished()

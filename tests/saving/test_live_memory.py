@@ -75,8 +75,8 @@ def save_step(**options: Any) -> Save:
 
 SAVES: dict[str, Save] = {
     "fc.save": save_alone,
-    "synchronous": save_step(asynchronous=False),
-    "budget": save_step(staging_budget_bytes=1000),
+    "synchronous": save_step(staging=fc.Blocking()),
+    "budget": save_step(staging=fc.Eager(budget_bytes=1000)),
     "eager": save_step(),
 }
 

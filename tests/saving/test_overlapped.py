@@ -1,4 +1,4 @@
-"""`staging="overlapped"`: what is saved is the moment of `save`, whatever trains on meanwhile."""
+"""`staging=fc.Overlapped()`: a step holds the state at `save`, while training goes on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.runtime import fence, host_memory
-from functional_ckpt.saving import stage
+from functional_ckpt.saving import parts
 from functional_ckpt.testing import differences
 
 Step = Callable[[], None]
@@ -48,7 +48,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         else:
             original(copies, *more)
 
-    monkeypatch.setattr(stage.host_memory, "copy_in_threads", late)
+    monkeypatch.setattr(parts.host_memory, "copy_in_threads", late)
     yield copied
 
 
@@ -153,7 +153,7 @@ def check_saved_moment(
     for _ in range(2):
         step()
     fc.save(path / "moment", items)
-    with fc.CheckpointManager(path / "run", staging="overlapped") as manager:
+    with fc.CheckpointManager(path / "run", staging=fc.Overlapped()) as manager:
         commit = manager.save(1, items)
         assert commit is not None and not copied.is_set()
         for _ in range(2):
@@ -257,13 +257,13 @@ def test_without_the_fence_the_moment_is_lost(
             assert has_stepped.wait(60)
         original(copies, *more)
 
-    monkeypatch.setattr(stage.host_memory, "copy_in_threads", late)
+    monkeypatch.setattr(parts.host_memory, "copy_in_threads", late)
     monkeypatch.setattr(fence.Fence, "wait", lambda self, optimizer=None: None)
     model = make_model()
     optimizer, step = made("adamw fused", model)
     step()
     items = {"model": model, "optimizer": fc.Optimizer(optimizer, model)}
-    with fc.CheckpointManager(tmp_path, staging="overlapped") as manager:
+    with fc.CheckpointManager(tmp_path, staging=fc.Overlapped()) as manager:
         commit = manager.save(1, items)
         step()
         has_stepped.set()
@@ -298,7 +298,7 @@ def trained(path: Path, **options: Any) -> tuple[Any, torch.nn.Module, Any, dict
     optimizer = torch.optim.AdamW(model.parameters())
     plain_step(model, optimizer)()
     items = {"model": model, "optimizer": fc.Optimizer(optimizer, model)}
-    manager = fc.CheckpointManager(path, **{"staging": "overlapped", **options})
+    manager = fc.CheckpointManager(path, **{"staging": fc.Overlapped(), **options})
     return manager, model, optimizer, items
 
 
@@ -360,10 +360,10 @@ UNCOUNTED: dict[str, Callable[[torch.nn.Module, Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("staging", ["overlapped", "overlapped-checked"])
+@pytest.mark.parametrize("staging", [fc.Overlapped(), fc.Overlapped(checked=True)], ids=str)
 @pytest.mark.parametrize("how", UNCOUNTED)
 def test_a_change_that_torch_does_not_count_fails_the_save(
-    tmp_path: Path, slow: threading.Event, how: str, staging: str
+    tmp_path: Path, slow: threading.Event, how: str, staging: fc.Overlapped
 ) -> None:
     manager, model, optimizer, items = trained(tmp_path / "run", staging=staging)
     manager.save(1, items)
@@ -384,8 +384,9 @@ def test_only_the_checked_copy_sees_a_single_element(tmp_path: Path, slow: threa
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     items = {"model": model, "optimizer": fc.Optimizer(optimizer, model)}
     outcomes: list[bool] = []
-    for staging in ("overlapped", "overlapped-checked"):
-        manager = fc.CheckpointManager(tmp_path / staging, staging=staging)
+    for checked in (False, True):
+        staging = fc.Overlapped(checked=checked)
+        manager = fc.CheckpointManager(tmp_path / str(checked), staging=staging)
         commit = manager.save(1, items)
         model.weight.data[100, 111] += 1
         assert commit is not None
@@ -397,7 +398,7 @@ def test_only_the_checked_copy_sees_a_single_element(tmp_path: Path, slow: threa
 def test_a_checked_copy_of_an_ordinary_program_passes(
     tmp_path: Path, slow: threading.Event
 ) -> None:
-    manager, model, optimizer, items = trained(tmp_path, staging="overlapped-checked")
+    manager, model, optimizer, items = trained(tmp_path, staging=fc.Overlapped(checked=True))
     step = plain_step(model, optimizer)
     with manager:
         for number in range(3):
@@ -467,7 +468,7 @@ def test_an_optimizer_that_swaps_weights_is_copied_at_once(
     optimizer = Swapping(model.parameters(), lr=0.1, momentum=0.9)
     items = {"model": model, "optimizer": fc.Optimizer(optimizer, model)}
     step = plain_step(model, optimizer)
-    with fc.CheckpointManager(tmp_path / "run", staging="overlapped") as manager:
+    with fc.CheckpointManager(tmp_path / "run", staging=fc.Overlapped()) as manager:
         for number in range(3):
             step()
             optimizer.eval()
@@ -495,7 +496,7 @@ def test_without_an_optimizer_everything_is_copied_at_once(
 ) -> None:
     model = make_model()
     expected = copy.deepcopy(model.state_dict())
-    with fc.CheckpointManager(tmp_path, staging="overlapped") as manager:
+    with fc.CheckpointManager(tmp_path, staging=fc.Overlapped()) as manager:
         manager.save(1, {"model": model})
         with torch.no_grad():
             model[0].weight.data.zero_()
@@ -529,7 +530,7 @@ def test_save_returns_before_parameters_are_copied(tmp_path: Path) -> None:
     model = torch.nn.Linear(2**12, 2**11)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     items = {"model": model, "optimizer": fc.Optimizer(optimizer, model)}
-    with fc.CheckpointManager(tmp_path, staging="overlapped") as manager:
+    with fc.CheckpointManager(tmp_path, staging=fc.Overlapped()) as manager:
         seconds: list[float] = []
         for step in range(4):
             begun = time.perf_counter()
@@ -540,10 +541,9 @@ def test_save_returns_before_parameters_are_copied(tmp_path: Path) -> None:
         assert min(seconds) < 0.01
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"staging": "lazy"}, "eager"), ({"staging": "overlapped", "asynchronous": False}, "needs")],
-)
-def test_wrong_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(errors.UsageError, match=message):
-        fc.CheckpointManager(tmp_path, **options)
+@pytest.mark.parametrize("staging", ["overlapped", fc.Overlapped, None, True])
+def test_a_staging_that_is_none_of_the_three_is_refused(tmp_path: Path, staging: Any) -> None:
+    with pytest.raises(errors.UsageError, match=r"fc\.Eager\(\), fc\.Overlapped\(\)"):
+        fc.CheckpointManager(tmp_path, staging=staging)
+    with pytest.raises(errors.UsageError, match="checked must be"):
+        fc.Overlapped(checked="no")  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""`staging_budget_bytes`: no more host memory than that, and still the moment of `save`."""
+"""`fc.Eager(budget_bytes=..)`: no more host memory than that, and still the state at `save`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_state_may_change_once_save_returns(
         return arrays
 
     monkeypatch.setattr(host_memory.StagingBuffer, "reserve", reserve)
-    with fc.CheckpointManager(tmp_path, staging_budget_bytes=budget_bytes) as manager:
+    with fc.CheckpointManager(tmp_path, staging=fc.Eager(budget_bytes=budget_bytes)) as manager:
         for step in range(3):
             first, second = tree(), tree()
             manager.save(step, {"first": first, "second": second})
@@ -66,7 +66,9 @@ def test_the_state_may_change_once_save_returns(
 
 def test_a_failing_write_lets_save_return(tmp_path: Path) -> None:
     storage = testing.FaultyStorage()
-    with fc.CheckpointManager(tmp_path, staging_budget_bytes=0, storage=storage) as manager:
+    with fc.CheckpointManager(
+        tmp_path, staging=fc.Eager(budget_bytes=0), storage=storage
+    ) as manager:
         storage.inject(testing.Fault(kinds=("write_data",)))
         manager.save(1, {"state": tree()})
         storage.heal()
@@ -91,7 +93,9 @@ class Held(testing.FaultyStorage):
 
 def test_save_returns_once_live_memory_is_written_and_not_later(tmp_path: Path) -> None:
     storage, state = Held(), tree()
-    with fc.CheckpointManager(tmp_path, staging_budget_bytes=0, storage=storage) as manager:
+    with fc.CheckpointManager(
+        tmp_path, staging=fc.Eager(budget_bytes=0), storage=storage
+    ) as manager:
         waker = threading.Timer(30, storage.may_commit.set)
         waker.start()
         commit = manager.save(1, {"state": state})
@@ -109,7 +113,7 @@ def test_a_save_from_live_memory_is_not_repeated_on_a_full_disk(tmp_path: Path) 
     small, large = torch.arange(10.0), torch.arange(10_000.0)
     with fc.CheckpointManager(
         tmp_path / "near",
-        staging_budget_bytes=10_000,
+        staging=fc.Eager(budget_bytes=10_000),
         storage=storage,
         tiers=[fc.Tier(path=tmp_path / "far")],
     ) as manager:
@@ -124,12 +128,7 @@ def test_a_save_from_live_memory_is_not_repeated_on_a_full_disk(tmp_path: Path) 
         assert LocalStorage().list(str(tmp_path / "near"))[1:] == ["1"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"staging_budget_bytes": -1}, {"staging_budget_bytes": 1.5}, {"staging_budget_bytes": True}],
-)
-def test_wrong_budgets(tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(errors.UsageError, match="staging_budget_bytes"):
-        fc.CheckpointManager(tmp_path, **options)
-    with pytest.raises(errors.UsageError, match="eager"):
-        fc.CheckpointManager(tmp_path, staging_budget_bytes=1, staging="overlapped")
+@pytest.mark.parametrize("budget_bytes", [-1, 1.5, True, "1GB"])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(budget_bytes: Any) -> None:
+    with pytest.raises(errors.UsageError, match="budget_bytes"):
+        fc.Eager(budget_bytes=budget_bytes)

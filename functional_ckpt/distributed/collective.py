@@ -1,0 +1,89 @@
+"""Collectives in which an exception on any rank is raised on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+
+from functional_ckpt.distributed.coordinator import Combine, Coordinator
+
+__all__ = ["Turn", "collective", "run_on_all", "run_on_primary"]
+
+
+def _nothing(values: Sequence[bytes]) -> bytes:
+    del values
+    return b""
+
+
+@dataclasses.dataclass(slots=True)
+class Turn:
+    """One rank's side of a collective.
+
+    Attributes:
+        value: What this rank contributes; set it in the block.
+        outcome: What the primary made of all values; set after the block.
+    """
+
+    value: bytes = b""
+    outcome: bytes = b""
+
+
+@contextlib.contextmanager
+def collective(group: Coordinator, what: str, combine: Combine = _nothing) -> Generator[Turn]:
+    """Runs a block on all ranks; they all continue, or they all raise.
+
+    The block sets `turn.value`. At its end the primary combines the values of all ranks, and every
+    rank gets the result as `turn.outcome`. An exception in the block, interruptions included, is
+    raised on this rank, and as a `CoordinationError` of its class on the others.
+
+    Args:
+        group: The ranks; all of them make the same collectives in the same order.
+        what: What the ranks do, for messages.
+        combine: Called on the primary with the values in order of rank.
+
+    Raises:
+        CoordinationError: Another rank failed in its block, or the primary in `combine`.
+        CoordinationTimeoutError: A rank did not arrive in time.
+    """
+    turn = Turn()
+    try:
+        yield turn
+    except BaseException as error:
+        group.gather_broadcast(what, error, combine)
+        raise
+    turn.outcome = group.gather_broadcast(what, turn.value, combine)
+
+
+def run_on_all(group: Coordinator, what: str, action: Callable[[], object]) -> None:
+    """Runs an action on every rank; then all ranks continue, or all raise."""
+    with collective(group, what):
+        action()
+
+
+def run_on_primary(
+    group: Coordinator,
+    what: str,
+    action: Callable[[], object],
+    *,
+    prepare: Callable[[], object] = lambda: None,
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    """Runs an action on the primary once all ranks are prepared.
+
+    Args:
+        group: The ranks.
+        what: What they do, for messages.
+        action: Run on the primary while the other ranks wait.
+        prepare: Run on every rank first.
+        after: Run on the other ranks afterwards.
+    """
+
+    def act(_: Sequence[bytes]) -> bytes:
+        action()
+        return b""
+
+    with collective(group, what, act):
+        prepare()
+    if group.rank:
+        after()

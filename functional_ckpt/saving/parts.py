@@ -1,0 +1,214 @@
+"""The regions that a rank writes, as views of live tensors, and copying them into host memory.
+
+Several threads copy what is in host memory. A stream copies what is on a CUDA device, into
+page-locked memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from functional_ckpt.core.arrays import write_plan
+from functional_ckpt.core.arrays.spec import Box, numpy_dtype
+from functional_ckpt.core.tree import encode
+from functional_ckpt.format import write_tensorstore
+from functional_ckpt.runtime import device_copies, host_memory
+from functional_ckpt.saving.lower import LoweredItem, Source
+from functional_ckpt.saving.plan import ItemPlan, SavePlan
+
+__all__ = [
+    "Array",
+    "Part",
+    "StagedItem",
+    "StagingMemory",
+    "copy",
+    "parts_of",
+    "refer",
+    "start_copy",
+]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StagedItem:
+    """An item with the host arrays that this rank writes.
+
+    Attributes:
+        lowered: What it was lowered to.
+        writes: Host arrays that this rank writes.
+        scalars: Names of the plain numbers that this rank writes for Orbax.
+    """
+
+    lowered: LoweredItem
+    writes: tuple[write_tensorstore.ArrayWrite, ...]
+    scalars: frozenset[str]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the arrays that this rank writes."""
+        return sum(write.data.nbytes for write in self.writes)
+
+    @property
+    def blocks_caller(self) -> bool:
+        """Whether `save` waits until live memory of this item is written."""
+        return any(write.on_copied is not None for write in self.writes)
+
+
+class Part(NamedTuple):
+    """A region that this rank writes of one array.
+
+    Attributes:
+        item: The item's name.
+        source: The array.
+        planned: How it is written.
+        box: The region.
+        view: The region as a view of the live tensor.
+        is_owner: Whether this rank writes the array's metadata, with this part.
+    """
+
+    item: str
+    source: Source
+    planned: write_plan.PlannedArray
+    box: Box
+    view: torch.Tensor
+    is_owner: bool
+
+    @property
+    def name(self) -> str:
+        """The leaf's key path."""
+        return f"{self.item}.{self.source.node.name}"
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that is stored."""
+        return self.source.node.spec.dtype
+
+    @property
+    def slot(self) -> host_memory.Slot:
+        """The host memory that a copy needs."""
+        return host_memory.Slot(self.box.shape, numpy_dtype(self.dtype))
+
+    def write(
+        self,
+        host: Array,
+        *,
+        is_stable: bool = False,
+        on_copied: Callable[[int], None] | None = None,
+    ) -> write_tensorstore.ArrayWrite:
+        """Returns the request that writes this part from a host array; see `ArrayWrite`."""
+        return write_tensorstore.ArrayWrite(
+            name=self.source.node.name,
+            spec=self.source.node.spec,
+            grid=self.planned.grid,
+            box=self.box,
+            data=host,
+            writes_metadata=self.is_owner,
+            is_stable=is_stable,
+            on_copied=on_copied,
+        )
+
+
+def parts_of(items: Sequence[LoweredItem], plan: SavePlan) -> list[list[Part]]:
+    """Returns the parts of each item that this rank writes."""
+    return [list(_parts(item, plan[item.name])) for item in items]
+
+
+def _parts(item: LoweredItem, plan: ItemPlan) -> Iterator[Part]:
+    """Entire pieces where this rank writes all of one, single chunks where replicas share it."""
+    for source, planned in zip(item.sources, plan.arrays, strict=True):
+        is_owner = planned.is_owner
+        for entry in planned.pieces:
+            piece, grid = entry.piece, planned.grid
+            if entry.is_whole and piece.box.shape == source.tensor.shape:
+                yield Part(item.name, source, planned, piece.box, source.tensor, is_owner)
+                is_owner = False
+                continue
+            for box in [piece.box] if entry.is_whole else map(grid.box, entry.indices):
+                start = piece.local.offset
+                local = Box(
+                    tuple(
+                        o - p + s
+                        for o, p, s in zip(box.offset, piece.box.offset, start, strict=True)
+                    ),
+                    box.shape,
+                )
+                view = source.tensor[local.slices()]
+                yield Part(item.name, source, planned, box, view, is_owner)
+                is_owner = False
+        if is_owner:  # an array without elements still has metadata
+            box = Box.whole(source.node.spec.shape)
+            yield Part(item.name, source, planned, box, source.tensor, True)
+
+
+class StagingMemory:
+    """Host memory and streams that saves copy into and with; kept from save to save."""
+
+    def __init__(self) -> None:
+        self._streams = device_copies.CopyStreams()
+        self._ordinary = host_memory.StagingBuffer()
+        self._locked = host_memory.StagingBuffer()
+
+    def reserve(self, parts: Sequence[Part]) -> list[Array]:
+        """Returns an array for every part, in locked pages for what a stream copies."""
+        streamed = [part for part in parts if device_copies.is_streamed(part.view)]
+        if not streamed:
+            return self._ordinary.reserve([part.slot for part in parts])
+        locked = self._locked.reserve([part.slot for part in streamed])
+        self._locked.lock(device_copies.lock_pages)
+        others = [part for part in parts if not device_copies.is_streamed(part.view)]
+        ordinary = self._ordinary.reserve([part.slot for part in others])
+        hosts = dict(zip(map(id, (*streamed, *others)), (*locked, *ordinary), strict=True))
+        return [hosts[id(part)] for part in parts]
+
+    def begin(self, copies: Sequence[tuple[Part, Array]]) -> device_copies.Transfers:
+        """Returns the transfers of copies from devices, of what the devices hold now."""
+        views = (part.view for part, host in copies if host.size)
+        return self._streams.begin({v.device for v in views if device_copies.is_streamed(v)})
+
+    def release(self) -> None:
+        """Frees the memory once nothing refers to it."""
+        self._ordinary.release()
+        self._locked.release()
+
+
+def refer(parts: Iterable[Part]) -> list[Array]:
+    """Returns host arrays over live memory; a copy of what is on a device."""
+    return [
+        encode.host_view(part.view if part.view.is_cpu else part.view.cpu(), part.dtype)
+        for part in parts
+    ]
+
+
+def copy(copies: Sequence[tuple[Part, Array]], memory: StagingMemory) -> None:
+    """Copies parts into host arrays."""
+    transfers = memory.begin(copies)
+    try:
+        start_copy(copies, transfers)
+    finally:
+        transfers.synchronize()
+
+
+def start_copy(
+    copies: Sequence[tuple[Part, Array]],
+    transfers: device_copies.Transfers,
+    num_threads: int = host_memory.NUM_THREADS,
+) -> None:
+    """Copies what is in host memory, and enqueues the copies from devices."""
+    on_host: list[tuple[Array, Array]] = []
+    on_device: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for part, host in copies:
+        if device_copies.is_streamed(part.view):
+            if host.size:
+                on_device.append((encode.tensor_over(host), part.view))
+        elif part.view.is_cpu:
+            on_host.append((host, encode.host_view(part.view, part.dtype)))
+        elif host.size:
+            encode.tensor_over(host).copy_(part.view)
+    transfers.enqueue(on_device)
+    host_memory.copy_in_threads(on_host, num_threads)
