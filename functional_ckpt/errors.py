@@ -1,4 +1,4 @@
-"""The error tree: everything this package raises on purpose, grouped by what a caller would do.
+"""The error tree: every error of this package, grouped by the caller's reaction.
 
     CheckpointError
     ├── UsageError (ValueError)                  fix the call

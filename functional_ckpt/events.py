@@ -1,4 +1,4 @@
-"""What happens to steps, one record each time, for whoever listens.
+"""Events: one record per change of a step, for listeners.
 
 A listener is any callable that takes an `Event`. It is called at once, in the thread in which the
 step got that far: it must be quick, may be called from several threads at a time, and must not call

@@ -1,4 +1,4 @@
-"""Small callables for loops written by hand: `fc.hooks`.
+"""Callables for custom training loops: `fc.hooks`.
 
 save = fc.hooks.SaveHook(manager, items)
 for batch in loader:

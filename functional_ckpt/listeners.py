@@ -1,4 +1,4 @@
-"""Listeners for what watches a run: absl's log, Prometheus, OpenTelemetry.
+"""Event listeners: absl's log, Prometheus, OpenTelemetry.
 
     manager = fc.CheckpointManager("run", on_event=[fc.listeners.absl_log])
 

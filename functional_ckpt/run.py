@@ -1,4 +1,4 @@
-"""The parts of one run put together: its steps, the two flows, and how the ranks agree."""
+"""The parts of one run: its steps, the two flows, and the coordinator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `fckpt` command: look at checkpoints, verify and compare them. Without torch and JAX."""
+"""The `fckpt` command: inspects, verifies and compares checkpoints, without torch and JAX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pure logic: computes with data, does no I/O, reads no clock, starts no thread.
+"""Pure logic: no I/O, clocks or threads.
 
 `arrays` cuts arrays into chunks, `tree` takes pytrees apart, `records` describes what is on disk,
 `restore_plan` decides what a restore does with each leaf.

@@ -1,1 +1,1 @@
-"""How the ranks of a job agree: one protocol, for one process and for torch.distributed."""
+"""Coordination between ranks: one protocol, for a single process and for torch.distributed."""

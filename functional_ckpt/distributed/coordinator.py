@@ -1,4 +1,4 @@
-"""The coordinator of the ranks that save together: the protocol, and that of a single process."""
+"""Coordination between ranks: the protocol, and the coordinator of a single process."""
 
 from __future__ import annotations
 

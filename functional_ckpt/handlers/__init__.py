@@ -1,4 +1,4 @@
-"""Handlers and items: how values of each kind are lowered to pytrees and come back."""
+"""Handlers and items: they lower values to pytrees and lift them back."""
 
 from functional_ckpt.handlers.base import CheckpointItem, Handler, Registry
 from functional_ckpt.handlers.json import Json, JsonHandler

@@ -1,1 +1,1 @@
-"""Threads, host memory, device copies and the fence: what a save and a restore both run on."""
+"""Threads, host memory, device copies and the fence, shared by saves and restores."""

@@ -1,1 +1,1 @@
-"""The directory of steps: names, metadata, metrics, the writer's lock, and further tiers."""
+"""The directory of steps: names, metadata, metrics, the writer's lock, and remote tiers."""

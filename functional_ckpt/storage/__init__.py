@@ -1,1 +1,1 @@
-"""Where files live (local disks, object stores) and how a directory of them is committed."""
+"""Storage of files on local disks and object stores, and the commit of directories."""

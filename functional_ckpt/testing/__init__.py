@@ -1,4 +1,4 @@
-"""For tests of code that saves: storage that fails, a disk that forgets, comparison, a model.
+"""For tests: failing storage, a disk that loses unsynced data, comparison, a model.
 
 `functional_ckpt.testing.strategies` has Hypothesis strategies for what a checkpoint can hold; it
 alone needs the `hypothesis` package.

@@ -1,4 +1,4 @@
-"""Verification: reads a checkpoint back and says which leaf and which file is damaged."""
+"""Verification: reads a checkpoint and reports damaged leaves and files."""
 
 from __future__ import annotations
 

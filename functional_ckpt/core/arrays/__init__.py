@@ -1,1 +1,1 @@
-"""Arrays as data: specs, shardings, chunk grids, and the plans of who writes and reads what."""
+"""Arrays as data: specs, shardings, chunk grids, and the plans of writes and reads."""
