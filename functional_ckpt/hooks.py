@@ -2,10 +2,10 @@
 
 save = fc.hooks.SaveHook(manager, items)
 for batch in loader:
-progress = train(batch, progress)
-save(progress, metrics={"loss": loss})
-if save.should_stop:
-break
+    progress = train(batch, progress)
+    save(progress, metrics={"loss": loss})
+    if save.should_stop:
+        break
 """
 
 from __future__ import annotations

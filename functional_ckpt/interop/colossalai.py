@@ -1,9 +1,9 @@
-"""Sharded checkpoints of ColossalAI's Booster, together or in the folders its examples use.
+"""Sharded checkpoints of ColossalAI's Booster, in one folder or in the folders of its examples.
 
-[modeling/ | model/]  what transformers reads
+[modeling/ | model/]  weights in Hugging Face's layout
 [optimizer/]          pytorch_optim.bin.index.json, pytorch_optim-00001.bin ...,
-pytorch_optim_group.bin; or optimizer.safetensors.index.json, optimizer-00001.safetensors ...,
-as asynchronous saves write it
+                      pytorch_optim_group.bin; or, from asynchronous saves,
+                      optimizer.safetensors.index.json, optimizer-00001.safetensors ...
 [lr_scheduler]        a file of torch.save
 """
 

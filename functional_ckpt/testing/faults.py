@@ -1,9 +1,9 @@
-"""A file system that fails on demand: full disks, dying disks and kills, one operation at a time.
+"""A file system that fails on demand: full disks, failing disks and kills, per operation.
 
 storage = FaultyStorage()
 manager = CheckpointManager(directory, storage=storage)
 storage.inject(Fault(at=3, errno=errno.ENOSPC))
-manager.save(1, items)          # its third operation finds the disk full
+manager.save(1, items)  # the third operation fails: disk full
 """
 
 from __future__ import annotations
