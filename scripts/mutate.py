@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import mutate_sites
-from mutate_jobs import Job, preload, run_jobs, seconds_used
+from mutate_jobs import Job, Limits, preload, run_jobs, seconds_used
 from mutate_sites import Mutant
 from mutate_tests import PACKAGE, ROOT, choose, label, measure
 
@@ -105,7 +105,7 @@ def run_mutants(
         job_of(name, each, choose(each, tests), base, options.seconds)
         for name, each in names.items()
     ]
-    run_jobs(jobs, copies_in(work), work, options.wall, done)
+    run_jobs(jobs, copies_in(work), work, Limits(options.asleep, 10 * options.seconds), done)
     return outcomes
 
 
@@ -148,7 +148,9 @@ def confirm(
         result.write_text(json.dumps(sorted(failures.found)))
         return 0
 
-    run_jobs([Job("confirm", check)], copies_in(work), work, 3600.0, lambda job, code: None)
+    run_jobs(
+        [Job("confirm", check)], copies_in(work), work, Limits(600.0, 600.0), lambda job, code: None
+    )
     failed = set(json.loads(result.read_text())) if result.exists() else set[str]()
     for name, found in noticed.items():
         if found and found <= failed:
@@ -194,7 +196,8 @@ def main() -> int:
     parser.add_argument("--measure", action="store_true", help="find out which test calls what")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--seconds", type=float, default=30, help="processor time for a change")
-    parser.add_argument("--wall", type=float, default=300, help="when a change hangs")
+    parser.add_argument("--asleep", type=float, default=90, help="when a test of a change hangs")
+    parser.add_argument("--each", type=float, default=30, help="processor time to measure a file")
     parser.add_argument("--share", type=float, default=0.95, help="how many must be caught")
     parser.add_argument("--work", type=Path, default=Path("/tmp/mutants"), help="copies and logs")
     parser.add_argument("--equivalent", type=Path, default=KNOWN, help="changes of no effect")
@@ -204,7 +207,7 @@ def main() -> int:
     preload()
     coverage = options.work / "coverage.json"
     if options.measure:
-        measure(copies_in(options.work), options.work, coverage, options.seconds)
+        measure(copies_in(options.work), options.work, coverage, options.each)
     tests = json.loads(coverage.read_text()) if coverage.exists() else {}
     found: list[Mutant] = []
     base = options.work / "base"

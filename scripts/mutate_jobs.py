@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["Job", "preload", "run_jobs", "seconds_used"]
+__all__ = ["Job", "Limits", "preload", "run_jobs", "seconds_used"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,7 +23,6 @@ class Job:
 
     Attributes:
         name: Of its log.
-        tests: What pytest is given.
         work: Runs in the child, in the copy; its result is the child's exit status.
         prepare: Changes the copy, and returns what undoes that.
     """
@@ -31,6 +30,58 @@ class Job:
     name: str
     work: Callable[[], int]
     prepare: Callable[[Path], Callable[[], None]] = lambda copy: lambda: None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """When a job hangs, on a machine that may be busy with something else.
+
+    Attributes:
+        asleep_seconds: How long its processes may sleep within one test. The time that they wait
+            for a processor does not count.
+        active_seconds: How long they may run, or wait for a processor, within one test.
+    """
+
+    asleep_seconds: float
+    active_seconds: float
+
+
+class _Watch:
+    """Sees whether a job hangs: its log grows at the beginning of each test."""
+
+    def __init__(self, session: int, log: Path, limits: Limits) -> None:
+        self._session, self._log, self._limits = session, log, limits
+        self._size, self._began, self._looked = -1, 0.0, time.monotonic()
+        self._active: dict[Path, float] = {}
+
+    def is_hung(self) -> bool:
+        """Whether the present test has slept, or has run, for longer than a test may."""
+        now = time.monotonic()
+        if now - self._looked < 1.0:
+            return False
+        self._looked = now
+        found = _active_seconds(self._session)
+        if (size := self._log.stat().st_size) != self._size:
+            self._size, self._began = size, now
+            self._active, self._before = found, found
+        self._active = self._active | found
+        active = sum(self._active.values()) - sum(self._before.values())
+        asleep = now - self._began - active
+        return asleep > self._limits.asleep_seconds or active > self._limits.active_seconds
+
+
+def _active_seconds(session: int) -> dict[Path, float]:
+    """For each thread of a session: how long it has run, or waited for a processor."""
+    found: dict[Path, float] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) != session:
+                continue
+            for thread in (process / "task").iterdir():
+                ran, waited, _ = (thread / "schedstat").read_text().split()
+                found[thread] = (int(ran) + int(waited)) / 1e9
+    return found
 
 
 def preload() -> None:
@@ -44,7 +95,7 @@ def run_jobs(
     jobs: Sequence[Job],
     copies: Sequence[Path],
     logs: Path,
-    wall_seconds: float,
+    limits: Limits,
     done: Callable[[Job, int | None], None],
 ) -> None:
     """Runs each job in a child of its own, one at a time in each copy.
@@ -53,21 +104,21 @@ def run_jobs(
         jobs: What to run.
         copies: Copies of the repository.
         logs: Where the children's output goes.
-        wall_seconds: When a child hangs, and is killed with its processes.
+        limits: When a child hangs, and is killed with its processes.
         done: Called with each job and its exit status; None for one that hung.
     """
     waiting, free = list(reversed(jobs)), list(copies)
-    running: dict[int, tuple[Job, Path, float, Callable[[], None]]] = {}
+    running: dict[int, tuple[Job, Path, _Watch, Callable[[], None]]] = {}
     while waiting or running:
         while waiting and free:
             job, copy = waiting.pop(), free.pop()
             undo = job.prepare(copy)
-            running[_fork(job, copy, logs)] = (job, copy, time.monotonic(), undo)
+            pid = _fork(job, copy, logs)
+            running[pid] = (job, copy, _Watch(pid, logs / f"{job.name}.log", limits), undo)
         time.sleep(0.05)
-        for pid, (job, copy, began, undo) in list(running.items()):
+        for pid, (job, copy, watch, undo) in list(running.items()):
             ended, status = os.waitpid(pid, os.WNOHANG)
-            is_late = time.monotonic() - began > wall_seconds
-            if not ended and not is_late:
+            if not ended and not watch.is_hung():
                 continue
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)  # with what it has started

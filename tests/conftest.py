@@ -1,6 +1,7 @@
 """What every test runs under: a time limit that names the culprit; no accelerator for JAX.
 
-What tests have measured (`figure`) is printed at the end of the run.
+Of a test with the marker `matrix` a part of the cases runs by default. What tests have measured
+(`figure`) is printed at the end of the run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Generator
 
+import full
 import hypothesis
 import pytest
 
@@ -46,6 +48,23 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("keyword") or any("::" in each for each in config.args):
+        return  # asked for by name
+    matrices: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("matrix"):
+            matrices.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = set[pytest.Item]()
+    for cases in matrices.values():
+        marker = cases[0].get_closest_marker("matrix")
+        assert marker is not None
+        chosen = full.drawn(cases, marker.args[0], lambda item: item.nodeid.partition("[")[2])
+        left_out |= set(cases) - set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

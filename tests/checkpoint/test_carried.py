@@ -29,6 +29,7 @@ ALONE = [name for name in CASES if not name.startswith(("numpy_", "tensor_"))]
 ALONE += ["numpy_float32_2d", "numpy_U2_scalar", "tensor_float32_0d", "tensor_coo_hybrid"]
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("name", CASES)
 def test_as_saved(name: str, tmp_path: Path) -> None:
     value = {"inside": CASES[name]()}
@@ -36,6 +37,7 @@ def test_as_saved(name: str, tmp_path: Path) -> None:
     assert_same(fc.restore(tmp_path / "c")["v"], value, is_own_class=False)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("name", [*CASES, *TARGET_ONLY])
 def test_with_a_target(name: str, tmp_path: Path) -> None:
     make = {**CASES, **TARGET_ONLY}[name]
@@ -47,6 +49,7 @@ def test_with_a_target(name: str, tmp_path: Path) -> None:
     assert_same(fc.restore(tmp_path / "c", {"v": target})["v"], {"inside": saved})
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", [*ALONE, *TARGET_ONLY])
 def test_alone(name: str, tmp_path: Path) -> None:
     """An item may be one leaf, or any container."""

@@ -111,6 +111,7 @@ ODD = {
 }
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("in_module", [False, True])
 @pytest.mark.parametrize("kind", ODD)
 def test_a_tensor_without_memory_of_its_own_is_refused_by_name(

@@ -65,6 +65,7 @@ def checkpoints(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> P
     return directory
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("layout", RESTORED, ids=_name)
 @pytest.mark.parametrize("saved", SAVED, ids=_name)
 def test_every_rank_gets_its_part(

@@ -295,7 +295,7 @@ def unmounted(this: Rank) -> None:
 
 def disagree(this: Rank) -> None:
     """Ranks that make different calls are told so, and can go on."""
-    with this.manager() as manager:
+    with this.manager(timeout_seconds=PATIENCE_SECONDS) as manager:
         save(manager, 0, items_of(0, this.rank))
         step = 2 if this.rank == 1 else 1
         this.tell(event="steps", **attempt(lambda: save(manager, step, items_of(3, this.rank))))
@@ -340,7 +340,7 @@ def unsaveable(this: Rank) -> None:
     def stage(*arguments: Any) -> Any:
         raise MemoryError("injected")
 
-    with this.manager() as manager:
+    with this.manager(timeout_seconds=PATIENCE_SECONDS) as manager:
         if this.rank == this.request["victim"]:
             stager.stage = stage
         found = attempt(lambda: save(manager, 0, items_of(0, this.rank)))
@@ -352,7 +352,7 @@ def unsaveable(this: Rank) -> None:
 
 def restore_fails(this: Rank) -> None:
     """One rank cannot restore: all raise."""
-    with this.manager() as manager:
+    with this.manager(timeout_seconds=PATIENCE_SECONDS) as manager:
         save(manager, 0, items_of(0, this.rank))
         for event, victim in (("mismatch", 1), ("mismatch", 0), ("mismatch", 2)):
             target: Any = {"own": {"rank": 0, "step": 0}}
@@ -379,7 +379,7 @@ def restore_fails(this: Rank) -> None:
         shutil.copytree(this.root, copy)
         if this.rank == victim:
             _damage(Path(copy, "0"), damage)
-        with this.manager(copy, read_only=True) as manager:
+        with this.manager(copy, read_only=True, timeout_seconds=PATIENCE_SECONDS) as manager:
             found = attempt(lambda: manager.restore(0, {"state": State()}))
             this.tell(event=damage, victim=victim, **found)
             found = attempt(lambda: manager.restore(0, {"own": None}))

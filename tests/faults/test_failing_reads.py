@@ -14,14 +14,14 @@ from typing import Any
 import hostile
 import pytest
 import torch
+from full import IS_FULL
 
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.verify import verify_checkpoint
 
-FULL = os.environ.get("FUNCTIONAL_CKPT_FULL") == "1"
-CODES = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE) if FULL else (errno.EIO,)
+CODES = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE) if IS_FULL else (errno.EIO,)
 
 
 def state(value: float = 1.0) -> dict[str, Any]:
@@ -104,7 +104,7 @@ ACTIONS: dict[Callable[[Path], Any], Any] = {
 }
 
 
-@pytest.mark.timeout(600 if FULL else 120)
+@pytest.mark.timeout(600 if IS_FULL else 120)
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("number", range(len(ACTIONS)))
 def test_every_call_that_fails_once_is_an_error_or_changes_nothing(
@@ -134,7 +134,7 @@ def test_every_call_that_fails_once_is_an_error_or_changes_nothing(
             break
         with fc.CheckpointManager(copy, read_only=True) as manager:
             assert 1 in manager.all_steps() and manager.metrics(1) == {"acc": 1.0, "late": 1}
-        at += 1 if FULL else 3
+        at += 1 if IS_FULL else 3
     assert at > 3
 
 
@@ -216,7 +216,7 @@ def test_special_files_and_links_are_refused_wherever_they_are(
         (good / "tree" / "_FUNCTIONAL_CKPT").unlink()
     kinds = ("fifo", "socket", "device", "loop", "link", "holes")
     for number, place in enumerate(PLACES):
-        if not FULL and (number + kinds.index(kind)) % 3:
+        if not IS_FULL and (number + kinds.index(kind)) % 3:
             continue
         run, outside = tmp_path / str(number), tmp_path / f"outside{number}"
         outside.mkdir()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from descriptors import open_below
 
 import functional_ckpt as fc
 from functional_ckpt import errors, testing
@@ -22,21 +21,14 @@ def items(step: int = 0) -> dict[str, Any]:
     return {"tree": {"w": torch.full((1000,), float(step)), "n": step}}
 
 
-def num_descriptors() -> int:
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
-
-
 def test_managers_that_are_closed_leave_no_descriptor(tmp_path: Path) -> None:
     def use() -> None:
         with fc.CheckpointManager(tmp_path, overwrite=True) as manager:
             manager.save(1, items()).result()  # type: ignore[union-attr]
 
-    use()
-    before = num_descriptors()
-    for _ in range(10):
+    for _ in range(3):
         use()
-    assert num_descriptors() <= before  # others, of earlier tests, may be closed meanwhile
+    assert open_below(tmp_path) == []
 
 
 @pytest.mark.parametrize("kind", ["write_data", "write_array", "commit_arrays", "sync", "write"])
@@ -49,14 +41,14 @@ def test_a_save_that_failed_leaves_no_descriptor(
     storage = testing.FaultyStorage()
     with fc.CheckpointManager(tmp_path, overwrite=True, storage=storage) as manager:
         manager.save(1, items()).result()  # type: ignore[union-attr]
-        before = num_descriptors()
+        before = open_below(tmp_path)
         for at in range(2):
             storage.inject(testing.Fault(at=at if kind in ("sync", "write") else 0, kinds=(kind,)))
             with pytest.raises(errors.SaveError):
                 manager.save(1, items(2)).result()  # type: ignore[union-attr]
             assert storage.has_failed
         storage.heal()
-        assert num_descriptors() <= before  # others, of earlier tests, may be closed meanwhile
+        assert open_below(tmp_path) == before
         assert manager.restore(1)["tree"]["n"] == 0
 
 
@@ -64,11 +56,10 @@ def test_a_merge_that_failed_leaves_no_descriptor(tmp_path: Path) -> None:
     storage = testing.FaultyStorage()
     fc.save(tmp_path / "item", items())
     item = str(tmp_path / "item" / "tree")
-    before = num_descriptors()
     storage.inject(testing.Fault(kinds=("write",)))
     with pytest.raises(errors.StorageError):
         write_direct.merge_children(storage, item, ["."], {})
-    assert storage.has_failed and num_descriptors() <= before
+    assert storage.has_failed and open_below(tmp_path) == []
 
 
 def test_a_closed_manager_gives_its_staging_memory_back(

@@ -17,6 +17,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any
 
+import full
 import pytest
 from ranks import KINDS, PATIENCE_SECONDS, POINTS, TIMEOUT_SECONDS, put, wait_for
 
@@ -178,14 +179,10 @@ class Cell:
         return self.is_remote
 
 
-CELLS = [Cell(kind, point, victim) for kind in KINDS for point in POINTS for victim in (0, 1)] + [
-    Cell(kind, point, 0, host="first")
-    for kind, point in [
-        *(("kill", point) for point in POINTS),
-        ("stall", "writing"),
-        ("stall", "before-staging"),
-    ]
-]
+ALL_CELLS = [Cell(kind, point, victim) for kind in KINDS for point in POINTS for victim in (0, 1)]
+ALL_CELLS += [Cell("kill", point, 0, host="first") for point in POINTS]
+ALL_CELLS += [Cell("stall", point, 0, host="first") for point in ("writing", "before-staging")]
+CELLS = full.drawn(ALL_CELLS, 2)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -320,7 +317,7 @@ def test_different_calls_are_told_apart(launcher: Launcher) -> None:
         for found in job.all(event):
             assert names_rank(found, 1), (event, found)
             assert "the same calls" in found["text"]
-            assert found["seconds"] < 2
+            assert found["seconds"] < PATIENCE_SECONDS / 3  # the timeout is not waited for
     for found in job.all("restores"):
         assert found["error"] == "StepNotFoundError"
 
@@ -343,7 +340,7 @@ def test_a_rank_without_memory_to_stage(victim: int, launcher: Launcher) -> None
     job = launcher.run("unsaveable", victim=victim)
     for rank, found in enumerate(job.all("saved")):
         assert "MemoryError" in found["kinds"] if rank == victim else names_rank(found, victim)
-        assert found["seconds"] < 2
+        assert found["seconds"] < PATIENCE_SECONDS / 3  # the timeout is not waited for
 
 
 def test_what_one_rank_cannot_restore_no_rank_restores(launcher: Launcher) -> None:
@@ -363,7 +360,7 @@ def test_what_one_rank_cannot_restore_no_rank_restores(launcher: Launcher) -> No
                 assert found["error"] == own[found["event"]], found
             else:
                 assert names_rank(found, found["victim"]), found
-            assert found["seconds"] < 3
+            assert found["seconds"] < PATIENCE_SECONDS / 3
     assert num_told == NUM_RANKS * 9
 
 

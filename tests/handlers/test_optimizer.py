@@ -135,6 +135,7 @@ def test_every_optimizer_of_torch_is_tested():
     assert {name.split()[0] for name in OPTIMIZERS} == known
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("used_target", [False, True], ids=["fresh", "used"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_resumes_bit_for_bit(save, name, used_target):

@@ -71,6 +71,7 @@ def test_every_scheduler_of_torch_is_tested():
     assert {name.split()[0] for name in SCHEDULERS} == known | {"SWALR"}
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["lr", "tensor lr"])
 @pytest.mark.parametrize("num_steps", [0, 1, 4, 8])
 @pytest.mark.parametrize("name", SCHEDULERS)

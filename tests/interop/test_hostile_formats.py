@@ -19,13 +19,13 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from full import IS_FULL
 from hypothesis import strategies as st
 
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.interop import neuronx, pickles
 
-FULL = os.environ.get("FUNCTIONAL_CKPT_FULL") == "1"
 SPARE_KIB = 64 * 2**10
 
 
@@ -133,7 +133,7 @@ def fuzz(data: bytes, path: Path, read: Callable[[Path], Any]) -> None:
     """Changes some bits, in many ways: what is raised must be an error of this package."""
 
     @hypothesis.settings(
-        max_examples=500 if FULL else 40, database=None, deadline=None, derandomize=True
+        max_examples=500 if IS_FULL else 40, database=None, deadline=None, derandomize=True
     )
     @hypothesis.given(st.integers(0, 2**32), st.sampled_from((1, 3, 30)), st.booleans())
     def trial(seed: int, count: int, is_cut: bool) -> None:

@@ -121,6 +121,7 @@ def test_a_call_within_a_save_on_the_same_thread_is_refused(name: str, tmp_path:
         assert manager.all_steps() == [0, 2]
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("kind", ["staged", "written", "committed", "pruned"])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_listener_that_calls_the_manager_is_refused_and_harms_nothing(
@@ -147,6 +148,7 @@ def test_a_listener_that_calls_the_manager_is_refused_and_harms_nothing(
     assert looked_into(tmp_path).all_steps() == [1]
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit, ValueError])
 @pytest.mark.parametrize("at", ["staged", "written", "committed", "pruned"])
 def test_whatever_a_listener_raises_the_step_is_committed(

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from full import IS_FULL
 
 import functional_ckpt as fc
 from functional_ckpt import errors
@@ -26,7 +27,7 @@ METRICS, PROGRESS, METADATA, RECORD = (
     "_CHECKPOINT_METADATA",
     "_FUNCTIONAL_CKPT",
 )
-FULL = os.environ.get("FUNCTIONAL_CKPT_FULL") == "1"
+
 BEST = fc.policies.best_n(1, "acc")
 
 
@@ -74,7 +75,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 CASES = [(METRICS, damage) for damage in DAMAGES] + [
     (file, damage)
     for file in (PROGRESS, METADATA, RECORD)
-    for damage in (DAMAGES if FULL else ("flip", "pipe"))
+    for damage in (DAMAGES if IS_FULL else ("flip", "pipe"))
     if (file, damage) != (RECORD, "remove")  # as another program leaves it
 ]
 
@@ -209,7 +210,7 @@ def test_touched_is_true_where_and_only_where_the_target_may_have_changed(tmp_pa
     files = [path.relative_to(good) for path in good.glob("1/**/*") if path.is_file()]
     damages = ("flip", "empty", "cut", "remove")
     cases = list(itertools.product(files, damages, ("during", "before")))
-    for file, damage, verify in cases if FULL else cases[::9]:  # every file, damage and time
+    for file, damage, verify in cases if IS_FULL else cases[::9]:  # every file, damage and time
         shutil.rmtree(bad, ignore_errors=True)
         shutil.copytree(good, bad)
         DAMAGES[damage](bad / file)

@@ -224,7 +224,7 @@ def test_refusals_are_told_apart_and_hide_the_key(
     started = time.monotonic()
     with pytest.raises(errors.StorageError, match=meaning) as caught:
         fc.CheckpointManager(f"{s3}/run")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     for secret in (servers.KEY_ID, servers.SECRET):
         assert secret not in str(caught.value) and secret not in repr(caught.value)
     proxy.close()
@@ -261,7 +261,7 @@ def test_refusals_of_gcs_are_told_apart(
     started = time.monotonic()
     with pytest.raises(errors.StorageError, match=meaning):
         fc.CheckpointManager(f"{gcs}/run")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     proxy.close()
 
 

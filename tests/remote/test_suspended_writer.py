@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import suspend_itself
+from full import IS_FULL
 
 import functional_ckpt as fc
 
-# All of them, not only two: FUNCTIONAL_CKPT_FULL=1
-_IS_FULL = os.environ.get("FUNCTIONAL_CKPT_FULL") == "1"
 _CASES = [("gcs", "prune"), ("s3", "upload")]
-if _IS_FULL:
+if IS_FULL:
     _CASES = [
         (kind, where)
         for kind in ("s3", "gcs")
@@ -25,7 +23,7 @@ if _IS_FULL:
 
 
 @pytest.mark.parametrize(("kind", "where"), _CASES)
-@pytest.mark.parametrize("is_same_step", [True, False] if _IS_FULL else [True])
+@pytest.mark.parametrize("is_same_step", [True, False] if IS_FULL else [True])
 def test_a_suspended_process_harms_no_step_of_the_next_writer(
     kind: str,
     where: str,

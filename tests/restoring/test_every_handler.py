@@ -61,6 +61,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, An
     return request.param, tmp_path / "c", state_of(optimizer)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize(
     "choice",

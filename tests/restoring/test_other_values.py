@@ -74,6 +74,7 @@ def without_identity(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_dir.OpenItem, "__init__", init)
 
 
+@pytest.mark.matrix(4)
 @pytest.mark.parametrize(("old", "new"), PAIRS)
 def test_another_class_of_optimizer_is_a_mismatch(old: str, new: str, tmp_path: Path) -> None:
     model = net()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from contract import StorageContract
+from descriptors import open_below
 
 from functional_ckpt import errors
 from functional_ckpt.storage.local import LocalStorage, resolve
@@ -130,10 +131,6 @@ def test_an_exchange_that_is_refused_is_an_error(tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENOENT
 
 
-def num_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def test_a_lock_that_cannot_be_taken_leaves_no_descriptor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,24 +138,22 @@ def test_a_lock_that_cannot_be_taken_leaves_no_descriptor(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    before = num_descriptors()
     with pytest.raises(errors.StorageError, match="Cannot lock") as caught:
         LocalStorage().lock(str(tmp_path / "lock"))
     assert caught.value.errno == errno.ENOLCK
-    assert num_descriptors() == before
+    assert open_below(tmp_path) == []
 
 
 def test_a_released_lock_leaves_no_descriptor_and_lets_others_in(tmp_path: Path) -> None:
-    before = num_descriptors()
     lock = LocalStorage().lock(str(tmp_path / "lock"))
     with pytest.raises(errors.LockedError, match=str(os.getpid())):
         LocalStorage().lock(str(tmp_path / "lock"))
     lock.release()
     lock.release()
-    assert num_descriptors() == before
+    assert open_below(tmp_path) == []
     other = LocalStorage().lock(str(tmp_path / "lock"))
     other.release()
-    assert num_descriptors() == before
+    assert open_below(tmp_path) == []
 
 
 def test_sync_reaches_the_disk_and_leaves_no_descriptor(
@@ -167,7 +162,6 @@ def test_sync_reaches_the_disk_and_leaves_no_descriptor(
     """`operation("sync")` comes before the sync: only the call itself says that it was made."""
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
-    before = num_descriptors()
     storage = LocalStorage()
     storage.replace(str(tmp_path / "file"), b"content")
     temporary, folder = synced
@@ -175,4 +169,4 @@ def test_sync_reaches_the_disk_and_leaves_no_descriptor(
     assert folder == str(tmp_path)
     storage.replace_link(str(tmp_path / "link"), "file", str(tmp_path / "tmp"))
     assert synced[2:] == [str(tmp_path)]
-    assert num_descriptors() == before
+    assert open_below(tmp_path) == []

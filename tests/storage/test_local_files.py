@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from descriptors import open_below
 
 from functional_ckpt import errors
 from functional_ckpt.storage.local import LocalStorage
@@ -140,13 +141,12 @@ def test_a_failing_read_keeps_its_errno_and_leaks_no_descriptor(
 ) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"1")
-    before = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
         patch.setattr(os, function, fail(code))
         with pytest.raises(errors.StorageError) as caught:
             storage.read(str(path))
     assert caught.value.errno == code
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_below(tmp_path) == []
 
 
 def test_links_to_directories_are_told_from_directories(

@@ -7,13 +7,13 @@ in memory, so a pause at every single request costs milliseconds.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from fake_bucket import Clock, FakeBucket
+from full import IS_FULL
 
 import functional_ckpt as fc
 from functional_ckpt import errors
@@ -21,8 +21,6 @@ from functional_ckpt.storage import requests
 from functional_ckpt.storage.buckets import lease
 from functional_ckpt.storage.object_store import MARKER, ObjectStorage
 
-# Every pause, not only some of the longest actions': FUNCTIONAL_CKPT_FULL=1
-_IS_FULL = os.environ.get("FUNCTIONAL_CKPT_FULL") == "1"
 _STRIDES = {"overwrite": 5, "save": 2}
 RUN = "fake://bucket/run"
 _STOPPED = (errors.LockedError, errors.SaveError, errors.StorageError, errors.StepNotFoundError)
@@ -146,7 +144,7 @@ def _every_pause(
     *,
     compares_as_it_deletes: bool = True,
 ) -> int:
-    stride = 1 if _IS_FULL else _STRIDES.get(action, 1)
+    stride = 1 if IS_FULL else _STRIDES.get(action, 1)
     for num_pauses, at in enumerate(range(0, 200, stride)):
         with monkeypatch.context() as patch:
             world = _World(patch, compares_as_it_deletes=compares_as_it_deletes)
@@ -160,7 +158,7 @@ def _every_pause(
     raise AssertionError("the action does not end")
 
 
-@pytest.mark.parametrize("compares", [True, False] if _IS_FULL else [False])
+@pytest.mark.parametrize("compares", [True, False] if IS_FULL else [False])
 @pytest.mark.parametrize("action", _ACTIONS)
 def test_a_writer_suspended_before_any_change_harms_no_step_of_the_next(
     action: str, compares: bool, monkeypatch: pytest.MonkeyPatch

@@ -110,8 +110,9 @@ def test_the_tests_of_a_change_are_those_that_call_it_or_bear_its_name(
     assert choose(mutant, tests) == ["t4", "t2", "t1", "t0"]
 
 
+@pytest.mark.parametrize("hang", ["sleeps", "spins"])
 def test_a_job_runs_in_a_copy_and_one_that_hangs_is_killed(
-    scripts: dict[str, Any], tmp_path: Path
+    scripts: dict[str, Any], tmp_path: Path, hang: str
 ) -> None:
     jobs, found = scripts["mutate_jobs"], dict[str, int | None]()
 
@@ -119,6 +120,8 @@ def test_a_job_runs_in_a_copy_and_one_that_hangs_is_killed(
         def run() -> int:
             (Path.cwd() / name).touch()
             if name == "hangs":
+                while hang == "spins":
+                    pass
                 time.sleep(100)
             return 5
 
@@ -128,6 +131,7 @@ def test_a_job_runs_in_a_copy_and_one_that_hangs_is_killed(
     for copy in copies:
         copy.mkdir()
     todo = [jobs.Job(name, work(name)) for name in ("hangs", "ends")]
-    jobs.run_jobs(todo, copies, tmp_path, 3.0, lambda job, code: found.update({job.name: code}))
+    limits = jobs.Limits(asleep_seconds=2.0, active_seconds=2.0)
+    jobs.run_jobs(todo, copies, tmp_path, limits, lambda job, code: found.update({job.name: code}))
     assert found == {"hangs": None, "ends": 5}
     assert {file.name for copy in copies for file in copy.iterdir()} == {"hangs", "ends"}
