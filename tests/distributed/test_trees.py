@@ -154,6 +154,7 @@ def joined(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {kind: {k: v for each in found for k, v in each[kind].items()} for kind in found[0]}
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("num_restored", [1, 2, 4])
 @pytest.mark.parametrize("num_saved", [1, 2, 4])
 def test_pipeline_stages_are_one_model(

@@ -14,17 +14,19 @@ import hostile
 import pytest
 import tensorstore as ts
 import torch
+from full import IS_FULL
 
 import functional_ckpt as fc
 
-# Together more than a thousand.
+# Together more than a thousand, of which a quarter is made by default.
 NUMBERS = {"records": 420, "bytes": 160, "orbax": 180, "zarr2": 140, "databases": 140}
-assert sum(NUMBERS.values()) >= 1000
+if not IS_FULL:
+    NUMBERS = {kind: number // 4 for kind, number in NUMBERS.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", NUMBERS)
-def test_a_thousand_mutations(kind: str, figure: Callable[[str], None]) -> None:
+def test_mutations_are_refused_or_harmless(kind: str, figure: Callable[[str], None]) -> None:
     result = subprocess.run(
         [sys.executable, "-W", "ignore", hostile.__file__, kind, str(NUMBERS[kind])],
         capture_output=True,

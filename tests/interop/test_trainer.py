@@ -169,6 +169,7 @@ def test_resumed_after_an_evaluated_epoch_with_the_same_end(tmp_path: Path) -> N
     check_same(whole, resumed)
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, (1.0, 2.0), np.float32(0.5)])
 def test_numbers_that_json_lacks_may_be_logged(tmp_path: Path, bad: Any) -> None:
     class LogBad(transformers.TrainerCallback):

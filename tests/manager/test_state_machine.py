@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 
 import torch
+from full import IS_FULL
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -183,4 +184,6 @@ def expected(model: ManagerModel) -> dict[int, tuple[int, dict[str, float] | Non
 
 
 TestManager = ManagerMachine.TestCase
-TestManager.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+TestManager.settings = settings(
+    max_examples=25 if IS_FULL else 10, stateful_step_count=12, deadline=None
+)
