@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from functional_ckpt.handlers import Generator as Generator
     from functional_ckpt.handlers import Handler as Handler
     from functional_ckpt.handlers import Json as Json
-    from functional_ckpt.handlers import Metric as Metric
     from functional_ckpt.handlers import Module as Module
     from functional_ckpt.handlers import Optimizer as Optimizer
     from functional_ckpt.handlers import PyTree as PyTree
     from functional_ckpt.handlers import Registry as Registry
     from functional_ckpt.handlers import Rng as Rng
     from functional_ckpt.handlers import Stateful as Stateful
+    from functional_ckpt.handlers import TorchMetric as TorchMetric
     from functional_ckpt.handlers import default_registry as default_registry
     from functional_ckpt.manager import CheckpointManager as CheckpointManager
     from functional_ckpt.policies.progress import Progress as Progress
@@ -68,7 +68,6 @@ _HOMES = {
     "Eager": "saving.options",
     "Event": "events",
     "Fill": "core.tree.placeholders",
-    "Metric": "handlers",
     "Generator": "handlers",
     "Handler": "handlers",
     "Json": "handlers",
@@ -86,6 +85,7 @@ _HOMES = {
     "StepTemplate": "steps.template",
     "Stateful": "handlers",
     "Tier": "steps.tiers",
+    "TorchMetric": "handlers",
     "default_registry": "handlers",
     "errors": "",
     "flags": "",
@@ -111,7 +111,6 @@ __all__ = [
     "Eager",
     "Event",
     "Fill",
-    "Metric",
     "Generator",
     "Handler",
     "Json",
@@ -126,6 +125,7 @@ __all__ = [
     "Rng",
     "Stateful",
     "Tier",
+    "TorchMetric",
     "StepMetadata",
     "StepName",
     "StepTemplate",

@@ -2,32 +2,32 @@
 
     CheckpointError
     ├── UsageError (ValueError)                  fix the call
-    │   ├── UnsupportedLeafError (TypeError)     a value that cannot be carried
-    │   ├── NameCollisionError                   two leaves that would share one name on disk
+    │   ├── UnsupportedLeafError (TypeError)     a value that cannot be stored
+    │   ├── NameCollisionError                   two leaves with one name on disk
     │   ├── ClosedError                          the manager was closed
     │   └── ForkedError (RuntimeError)           used in a forked child
     ├── StepNotFoundError (KeyError)             no such step, item or checkpoint
-    ├── StepExistsError (FileExistsError)        the step is there and overwriting was not allowed
+    ├── StepExistsError (FileExistsError)        the step exists, and overwrite was not passed
     ├── MismatchError (ValueError)               checkpoint and target differ: nothing was touched
     ├── CorruptCheckpointError (ValueError)      bytes differ from what was written
-    ├── StorageError (OSError)                   the file system said no
+    ├── StorageError (OSError)                   the file system refused
     ├── LockedError (BlockingIOError)            another writer holds the directory
     ├── ReadOnlyError (PermissionError)          a write through a read-only manager
     ├── SaveError (RuntimeError)                 a save failed in the background, from `__cause__`
     └── CoordinationError (RuntimeError)         another rank failed
         └── CoordinationTimeoutError (TimeoutError)
 
-With many ranks, an error of one is raised on all: on the others as the same class, which is then a
-`CoordinationError` too and names the rank at fault: `except MismatchError` catches it everywhere.
+With several ranks, an error of one is raised on all. The others raise a subclass of the same class
+and of `CoordinationError` that names the failed rank: `except MismatchError` catches it everywhere.
 
-Every error carries `.step`, `.path` and `.key_path` where they apply (else None).
+Errors do not change once raised: `CheckpointError.replace` returns a copy with other attributes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 __all__ = [
     "CheckpointError",
@@ -47,17 +47,31 @@ __all__ = [
     "UnsupportedLeafError",
     "UsageError",
     "on_other_ranks",
+    "rebuild",
 ]
 
 
+class Context(TypedDict, total=False):
+    """The keyword arguments that every error takes: the attributes of `CheckpointError`."""
+
+    step: int | None
+    path: object
+    key_path: str | None
+    touched: bool
+
+
+_Kind = TypeVar("_Kind", bound="CheckpointError")
+
+
 class CheckpointError(Exception):
-    """Base of every error raised on purpose.
+    """Base of every error that this package raises.
 
     Attributes:
-        step: The step concerned, if any.
-        path: The file or directory concerned, if any.
-        key_path: The leaf concerned, as `item.key.key`, if any.
-        touched: Whether a restore had begun to write into the caller's objects.
+        message: The text.
+        step: The step concerned, or None.
+        path: The file or directory concerned, or None.
+        key_path: The leaf concerned, as `item.key.key`, or None.
+        touched: Whether a restore had started to write into the caller's objects.
     """
 
     def __init__(
@@ -67,26 +81,32 @@ class CheckpointError(Exception):
         step: int | None = None,
         path: object = None,
         key_path: str | None = None,
+        touched: bool = False,
     ) -> None:
         super().__init__(message)
-        self.touched = False
+        self.touched = touched
         self.message = message
         self.step = step
         self.path = None if path is None else str(path)
         self.key_path = key_path
 
+    def replace(self, message: str | None = None, **fields: Any) -> Self:
+        """Returns a copy with another message or other attributes, its cause and traceback kept."""
+        known = self.__dict__ | fields | ({} if message is None else {"message": message})
+        error = rebuild(type(self), known["message"], known)
+        error.__cause__, error.__suppress_context__ = self.__cause__, self.__suppress_context__
+        return error.with_traceback(self.__traceback__)
+
     def __str__(self) -> str:
-        # KeyError would show the repr of its argument and OSError an errno; people read this.
-        return self.message
+        return self.message  # KeyError would show the repr of its argument, OSError an errno
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Keyword-only fields are not in `args`; an error would lose them between processes.
-        return (_rebuild, (type(self), self.message, dict(self.__dict__)))
+        # Keyword arguments are not in `args`: pickle would lose them.
+        return (rebuild, (type(self), self.message, dict(self.__dict__)))
 
 
-def _rebuild(
-    kind: type[CheckpointError], message: str, fields: dict[str, object]
-) -> CheckpointError:
+def rebuild(kind: type[_Kind], message: str, fields: Mapping[str, object]) -> _Kind:
+    """Returns an error of a class with these attributes."""
     error = kind(message)
     error.__dict__.update(fields)
     return error
@@ -97,7 +117,7 @@ class UsageError(CheckpointError, ValueError):
 
 
 class UnsupportedLeafError(UsageError, TypeError):
-    """A value that no handler and no leaf codec can carry."""
+    """A value that no handler and no leaf codec can store."""
 
 
 class NameCollisionError(UsageError):
@@ -117,7 +137,7 @@ class StepNotFoundError(CheckpointError, KeyError):
 
 
 class StepExistsError(CheckpointError, FileExistsError):
-    """The step exists and the manager was not told to overwrite."""
+    """The step exists, and the manager has `overwrite=False`."""
 
 
 class MismatchError(CheckpointError, ValueError):
@@ -125,7 +145,7 @@ class MismatchError(CheckpointError, ValueError):
 
     Attributes:
         missing: Leaves the target expects and the checkpoint lacks.
-        unexpected: Leaves the checkpoint holds and the target has no place for.
+        unexpected: Leaves the checkpoint holds and the target lacks.
         mismatched: Leaves that differ, each with expected and got.
     """
 
@@ -136,49 +156,25 @@ class MismatchError(CheckpointError, ValueError):
         missing: Sequence[str] = (),
         unexpected: Sequence[str] = (),
         mismatched: Sequence[str] = (),
-        step: int | None = None,
-        path: object = None,
-        key_path: str | None = None,
+        **context: Unpack[Context],
     ) -> None:
-        super().__init__(message, step=step, path=path, key_path=key_path)
+        super().__init__(message, **context)
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
         self.mismatched = tuple(mismatched)
 
 
 class CorruptCheckpointError(CheckpointError, ValueError):
-    """What is on disk is not what was written.
-
-    Attributes:
-        touched: Whether a restore had written into the caller's objects when the damage was found.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        touched: bool = False,
-        step: int | None = None,
-        path: object = None,
-        key_path: str | None = None,
-    ) -> None:
-        super().__init__(message, step=step, path=path, key_path=key_path)
-        self.touched = touched
+    """Stored bytes differ from what was written; `.touched` says whether the target was changed."""
 
 
 class StorageError(CheckpointError, OSError):
     """The file system refused an operation; `errno` is that of the cause."""
 
     def __init__(
-        self,
-        message: str,
-        *,
-        errno: int | None = None,
-        step: int | None = None,
-        path: object = None,
-        key_path: str | None = None,
+        self, message: str, *, errno: int | None = None, **context: Unpack[Context]
     ) -> None:
-        super().__init__(message, step=step, path=path, key_path=key_path)
+        super().__init__(message, **context)
         self.errno = errno
 
 
@@ -187,7 +183,7 @@ class LockedError(CheckpointError, BlockingIOError):
 
 
 class ReadOnlyError(CheckpointError, PermissionError):
-    """A write was asked of a read-only manager."""
+    """A write through a read-only manager."""
 
 
 class SaveError(CheckpointError, RuntimeError):
@@ -198,19 +194,13 @@ class CoordinationError(CheckpointError, RuntimeError):
     """Another rank failed, or the ranks disagree.
 
     Attributes:
-        ranks: The ranks at fault, where known.
+        ranks: The ranks that failed, where known.
     """
 
     def __init__(
-        self,
-        message: str,
-        *,
-        ranks: Iterable[int] = (),
-        step: int | None = None,
-        path: object = None,
-        key_path: str | None = None,
+        self, message: str, *, ranks: Iterable[int] = (), **context: Unpack[Context]
     ) -> None:
-        super().__init__(message, step=step, path=path, key_path=key_path)
+        super().__init__(message, **context)
         self.ranks = tuple(ranks)
 
 
@@ -220,7 +210,7 @@ class CoordinationTimeoutError(CoordinationError, TimeoutError):
 
 @functools.cache
 def on_other_ranks(kind: type[CheckpointError]) -> type[CoordinationError]:
-    """The class that other ranks raise where one has raised `kind`: both, that and the other.
+    """Returns the class that the other ranks raise: a subclass of `kind` and `CoordinationError`.
 
     >>> issubclass(on_other_ranks(MismatchError), MismatchError)
     True
@@ -236,7 +226,7 @@ def on_other_ranks(kind: type[CheckpointError]) -> type[CoordinationError]:
     namespace: dict[str, Any] = {
         "__doc__": f"{kind.__name__} of another rank.",
         "__module__": kind.__module__,
-        "__reduce__": reduce,  # pickle would look the class up by its name, and find `kind`
+        "__reduce__": reduce,  # pickle would look the class up by its name and find `kind`
     }
     make_class: Any = type  # checkers find no order for the bases of all errors at once
     return make_class(kind.__name__, (kind, CoordinationError), namespace)
@@ -245,4 +235,4 @@ def on_other_ranks(kind: type[CheckpointError]) -> type[CoordinationError]:
 def _rebuild_of_other_rank(
     kind: type[CheckpointError], message: str, fields: dict[str, object]
 ) -> CheckpointError:
-    return _rebuild(on_other_ranks(kind), message, fields)
+    return rebuild(on_other_ranks(kind), message, fields)

@@ -35,8 +35,5 @@ def to_record(error: BaseException) -> Record:
 def rebuild(record: Record, message: str, ranks: Sequence[int]) -> errors.CoordinationError:
     """The error that a rank raises because `ranks` failed: of the same class, with their names."""
     kind: Any = errors.on_other_ranks(getattr(errors, record["kind"]))
-    error: errors.CoordinationError = kind(message)
-    for name, value in record["fields"].items():
-        setattr(error, name, tuple(value) if isinstance(value, list) else value)
-    error.ranks = tuple(ranks)
-    return error
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in record["fields"].items()}
+    return errors.rebuild(kind, message, {**fields, "ranks": tuple(ranks)})

@@ -1,30 +1,27 @@
 """Handlers and items: they lower values to pytrees and lift them back."""
 
-from functional_ckpt.handlers.base import CheckpointItem, Handler, Registry
+from functional_ckpt.handlers.base import CheckpointItem, Handler, Item, Registry, item_class
 from functional_ckpt.handlers.json import Json, JsonHandler
 from functional_ckpt.handlers.module import Module, ModuleHandler
-from functional_ckpt.handlers.optimizer import NamedOptimizer, Optimizer, OptimizerHandler
+from functional_ckpt.handlers.optimizer import Optimizer, OptimizerHandler
 from functional_ckpt.handlers.pytree import PyTree, PyTreeHandler
 from functional_ckpt.handlers.registry import default_registry
 from functional_ckpt.handlers.rng import Generator, GeneratorHandler, Rng, RngHandler
-from functional_ckpt.handlers.stateful import PerRankStatefulHandler, Stateful, StatefulHandler
-from functional_ckpt.handlers.torchmetrics import Metric, MetricHandler
+from functional_ckpt.handlers.stateful import Stateful, StatefulHandler
+from functional_ckpt.handlers.torchmetrics import TorchMetric, TorchMetricHandler
 
 __all__ = [
     "CheckpointItem",
     "Generator",
     "GeneratorHandler",
     "Handler",
+    "Item",
     "Json",
     "JsonHandler",
-    "Metric",
-    "MetricHandler",
     "Module",
     "ModuleHandler",
-    "NamedOptimizer",
     "Optimizer",
     "OptimizerHandler",
-    "PerRankStatefulHandler",
     "PyTree",
     "PyTreeHandler",
     "Registry",
@@ -32,5 +29,8 @@ __all__ = [
     "RngHandler",
     "Stateful",
     "StatefulHandler",
+    "TorchMetric",
+    "TorchMetricHandler",
     "default_registry",
+    "item_class",
 ]

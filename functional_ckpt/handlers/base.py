@@ -1,8 +1,8 @@
 """Handlers, items that bind a value to one, and the registry that chooses one for a value.
 
-A handler is a pair of pure functions, `lower` and `lift`, plus `target`, which says what a restore
-expects. One piece of code writes arrays and one reads them, whatever the item; handlers touch no
-storage.
+`Handler.lower` is pure: it returns a pytree of live references. `Handler.lift` is where a restore
+has its effects. `Handler.target` says what a restore expects. Handlers touch no storage: one module
+writes arrays and one reads them, whatever the item.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar, dataclass_transform, final
 
 from functional_ckpt import errors
+from functional_ckpt.core.tree import containers
 
-__all__ = ["CheckpointItem", "Handler", "Registry", "Replicated"]
+__all__ = ["CheckpointItem", "Handler", "Item", "Registry", "Replicated", "item_class"]
+
+_Kind = TypeVar("_Kind", bound="type[Item]")
 
 Replicated: TypeAlias = Literal["checked", "unchecked"]
 """Whether what several ranks hold under one name must be the same."""
@@ -23,16 +26,20 @@ Replicated: TypeAlias = Literal["checked", "unchecked"]
 class Handler(abc.ABC):
     """How values of one kind become a pytree and come back.
 
-    Handlers hold options, never a value. `format` is how the item is laid out on disk: `tree`
-    (arrays and a structure) or `json` (one readable file). `per_rank` items are stored once for
-    every rank. `changes_value` says whether `lift` may change the value that it is given.
+    A handler holds options, never the value. A subclass sets the attributes below on the class, or
+    makes them fields of a frozen dataclass.
+
+    Attributes:
+        format: The layout on disk: `tree` (arrays and a structure) or `json` (one readable file).
+        per_rank: Whether every rank stores a value of its own.
+        changes_value: Whether `lift` may change the value that it is given.
     """
 
     __slots__ = ()
 
-    format: ClassVar[Literal["tree", "json"]] = "tree"
-    per_rank: ClassVar[bool] = False
-    changes_value: ClassVar[bool] = True
+    format: Literal["tree", "json"] = "tree"
+    per_rank: bool = False
+    changes_value: bool = True
 
     @abc.abstractmethod
     def lower(self, value: Any) -> Any:
@@ -61,10 +68,6 @@ class Handler(abc.ABC):
         """The tree that leaves are taken from which a restore leaves alone: `lower(value)`."""
         return self.lower(value)
 
-    def unchanged(self, value: Any) -> Any:
-        """What restore returns for a value that it leaves alone: the caller's object."""
-        return value
-
     def optimizers(self, value: Any) -> Sequence[Any]:
         """The torch optimizers whose steps alone change what this item holds below `state`.
 
@@ -86,10 +89,14 @@ class Handler(abc.ABC):
         del value
         return {}
 
-    def resize(self, trees: Sequence[Any], rank: int, num_ranks: int) -> Any:
-        """The tree of one rank out of those of every rank that saved, when their number changed.
+    def can_resize(self) -> bool:
+        """Returns whether `resize` is implemented: asked before a restore reads anything."""
+        return type(self).resize is not Handler.resize
 
-        Only asked of `per_rank` handlers. The default is to refuse.
+    def resize(self, trees: Sequence[Any], rank: int, num_ranks: int) -> Any:
+        """Returns the tree of one rank, made of the trees of another number of ranks.
+
+        Called for `per_rank` handlers only. The default refuses.
 
         Args:
             trees: What each rank saved, in order.
@@ -114,28 +121,78 @@ class Handler(abc.ABC):
         """What restore returns, from a tree like `target`'s; only this may change `value`."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CheckpointItem:
-    """A value bound to the handler, and the handler's options, that save and restore it.
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Item(abc.ABC):
+    """A value with the options of the handler that saves and restores it.
+
+    Items are immutable records and pytree nodes: the value is the child, the options are the
+    context. Two items are equal if they have one class, equal options and equal values; tensors and
+    arrays compare by dtype, shape and content.
 
     Attributes:
         value: The live object.
-        handler: How it is lowered and lifted.
         replicated: Whether a save compares what several ranks hold under one name (samples of
-            plain tensors and of replicas, and JSON), of which it keeps one. `unchecked`: they may
-            differ, and the first rank's is kept.
+            plain tensors and of replicas, and JSON), of which it stores one. `unchecked`: they may
+            differ, and the first rank's is stored.
     """
 
     value: Any
-    handler: Handler
-    replicated: Replicated = "checked"
+    replicated: Replicated = dataclasses.field(default="checked", kw_only=True)
 
     def __post_init__(self) -> None:
-        """Raises UsageError for anything but the two words."""
+        """Raises `UsageError` for an option or a value that cannot be."""
+        self.check()
+
+    @property
+    @abc.abstractmethod
+    def handler(self) -> Handler:
+        """The handler that the options describe."""
+
+    def check(self) -> None:
+        """Raises `UsageError` unless the record is valid; `tree_map` may have put any value in."""
         if self.replicated not in ("checked", "unchecked"):
             raise errors.UsageError(
                 f"replicated must be 'checked' or 'unchecked'; got {self.replicated!r}."
             )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Item) or type(self) is not type(other):
+            return NotImplemented
+        names = [field.name for field in dataclasses.fields(self)]
+        return all(containers.is_equal(getattr(self, f), getattr(other, f)) for f in names)
+
+    def __hash__(self) -> int:
+        # Values may be mutable, and equal tensors have no equal hash: neither takes part.
+        return hash((type(self), self.replicated))
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,))
+def item_class(kind: _Kind) -> _Kind:
+    """Makes a subclass of `Item` a frozen dataclass and a node of `torch.utils._pytree`."""
+    made: Any = dataclasses.dataclass(frozen=True, slots=True, eq=False)(kind)
+    containers.register_record(made)
+    return made
+
+
+@final
+@item_class
+class CheckpointItem(Item):
+    """A value bound to a handler of any class.
+
+    Args:
+        value: The live object.
+        handler: How it is lowered and lifted.
+        replicated: See `Item`.
+    """
+
+    # A field in place of the property.
+    handler: Handler = dataclasses.field()  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    def check(self) -> None:
+        """Raises `UsageError` for a handler that is none."""
+        Item.check(self)
+        if not isinstance(self.handler, Handler):
+            raise errors.UsageError(f"Expected a Handler instance, got {self.handler!r:.80}.")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +203,7 @@ class Registry:
         rules: `(fits, make)` pairs: a predicate on the value and what binds it.
     """
 
-    rules: tuple[tuple[Callable[[Any], bool], Callable[[Any], CheckpointItem]], ...] = ()
+    rules: tuple[tuple[Callable[[Any], bool], Callable[[Any], Item]], ...] = ()
 
     def with_handler(self, kind: type, handler: Handler) -> Registry:
         """A new registry in which values of `kind` (and its subclasses) use `handler`."""
@@ -158,15 +215,14 @@ class Registry:
             lambda value: isinstance(value, kind), lambda value: CheckpointItem(value, handler)
         )
 
-    def with_rule(
-        self, fits: Callable[[Any], bool], bind: Callable[[Any], CheckpointItem]
-    ) -> Registry:
+    def with_rule(self, fits: Callable[[Any], bool], bind: Callable[[Any], Item]) -> Registry:
         """A new registry in which values that fit are bound by `bind`."""
         return dataclasses.replace(self, rules=((fits, bind), *self.rules))
 
-    def bind(self, value: Any, name: str = "item") -> CheckpointItem:
+    def bind(self, value: Any, name: str = "item") -> Item:
         """The item for a value: itself if it is one already."""
-        if isinstance(value, CheckpointItem):
+        if isinstance(value, Item):
+            value.check()
             return value
         for fits, bind in self.rules:
             if fits(value):

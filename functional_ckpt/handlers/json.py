@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree.placeholders import AS_SAVED
-from functional_ckpt.handlers.base import CheckpointItem, Handler, Replicated
+from functional_ckpt.handlers.base import Handler, Item, item_class
 
 __all__ = ["Json", "JsonHandler"]
 
@@ -26,8 +26,8 @@ class JsonHandler(Handler):
     errors, not repaired: a `PyTree` item carries all of them exactly.
     """
 
-    format: ClassVar[Literal["tree", "json"]] = "json"
-    changes_value: ClassVar[bool] = False
+    format: Literal["tree", "json"] = "json"
+    changes_value: bool = False
 
     def lower(self, value: Any) -> Any:
         """The value itself, once it is known to survive.
@@ -50,20 +50,23 @@ class JsonHandler(Handler):
         return tree
 
 
-class Json(CheckpointItem):
+@item_class
+class Json(Item):
     """A JSON value, kept readable on disk.
 
     Args:
         value: Dicts with string keys, lists, strings, finite numbers, booleans and None. What
-            stands here at restore does not matter: `fc.Json()` will do.
+            is given to a restore does not matter: `fc.Json()` will do.
         replicated: `checked` makes a value that differs between ranks an error; `unchecked` saves
             the first rank's.
     """
 
-    __slots__ = ()
+    value: Any = None
 
-    def __init__(self, value: Any = None, *, replicated: Replicated = "checked") -> None:
-        super().__init__(value, JsonHandler(), replicated)
+    @property
+    def handler(self) -> JsonHandler:
+        """The handler that the options describe."""
+        return JsonHandler()
 
 
 def _check(value: object, path: str = "", parents: tuple[int, ...] = ()) -> None:

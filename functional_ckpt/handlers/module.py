@@ -17,7 +17,7 @@ from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.tree import memory
 from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
 from functional_ckpt.handlers import module_names
-from functional_ckpt.handlers.base import CheckpointItem, Handler, Replicated
+from functional_ckpt.handlers.base import Handler, Item, item_class
 
 __all__ = ["Module", "ModuleHandler"]
 
@@ -123,14 +123,15 @@ class ModuleHandler(Handler):
         return {name: entry for name, entry in entries.items() if _matches(name, self.only)}
 
 
-class Module(CheckpointItem):
+@item_class
+class Module(Item):
     """A module, filled in place by restore.
 
     Args:
         value: The module; what DDP, `torch.compile`, FSDP and activation checkpointing wrap around
             it leaves no trace in the names.
         only: Shell patterns (`"encoder.*"`) of the names to save, or to restore.
-        device: Where tensors on the meta device are materialised by restore; None for the CPU.
+        device: Where restore materialises tensors of the meta device; None for the CPU.
         replicated: `checked` makes plain tensors that differ between ranks an error (samples are
             compared; not those of batch norm, nor buffers below a DDP that broadcasts them: the
             first rank's are saved); `unchecked` saves the first rank's of all.
@@ -139,24 +140,29 @@ class Module(CheckpointItem):
         UsageError: Not a module.
     """
 
-    __slots__ = ()
+    value: torch.nn.Module
+    only: str | Sequence[str] | None = dataclasses.field(default=None, kw_only=True)
+    device: torch.device | str | None = dataclasses.field(default=None, kw_only=True)
 
-    def __init__(
-        self,
-        value: torch.nn.Module,
-        *,
-        only: str | Sequence[str] | None = None,
-        device: torch.device | str | None = None,
-        replicated: Replicated = "checked",
-    ) -> None:
-        if not isinstance(cast("object", value), torch.nn.Module):
-            raise errors.UsageError(f"Expected a torch.nn.Module, got {type(value).__name__}.")
-        patterns = (only,) if isinstance(only, str) else only
-        handler = ModuleHandler(
-            only=None if patterns is None else tuple(patterns),
-            device=None if device is None else torch.device(device),
-        )
-        super().__init__(value, handler, replicated)
+    @property
+    def handler(self) -> ModuleHandler:
+        """The handler that the options describe."""
+        return ModuleHandler(only=cast("Any", self.only), device=cast("Any", self.device))
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for a value that is no module."""
+        self.check()
+        if self.only is not None:
+            patterns = (self.only,) if isinstance(self.only, str) else tuple(self.only)
+            object.__setattr__(self, "only", patterns)
+        if self.device is not None:
+            object.__setattr__(self, "device", torch.device(self.device))
+
+    def check(self) -> None:
+        """Raises `UsageError` for a value that is no module."""
+        Item.check(self)
+        if not isinstance(cast("object", self.value), torch.nn.Module):
+            raise errors.UsageError(f"Expected a torch.nn.Module, got {type(self.value).__name__}.")
 
 
 class _Entry(NamedTuple):

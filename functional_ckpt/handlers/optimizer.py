@@ -22,10 +22,10 @@ from functional_ckpt.core.tree import flatten as tree_lib
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING, Fill, Refused
 from functional_ckpt.core.tree.structure import MergedNames
 from functional_ckpt.handlers import classes, optimizer_names
-from functional_ckpt.handlers.base import CheckpointItem, Handler, Replicated
+from functional_ckpt.handlers.base import Handler, Item, item_class
 from functional_ckpt.handlers.optimizer_names import NamedOptimizer, State
 
-__all__ = ["NamedOptimizer", "Optimizer", "OptimizerHandler"]
+__all__ = ["Optimizer", "OptimizerHandler"]
 
 # The parameters by index and by the user's own names: ours take their place.
 _NAMING = frozenset({"params", "param_names"})
@@ -42,15 +42,20 @@ class OptimizerHandler(Handler):
 
     The groups must be those of the checkpoint: as many, holding the same parameters. Within a group
     order does not matter, save to LBFGS, which flattens its parameters in order.
+
+    Attributes:
+        model: The module whose parameters it updates, or `(name, parameter)` pairs.
     """
+
+    model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]
 
     def lower(self, value: Any) -> State:
         """State and groups by name, as live references, and what identifies the optimizer."""
-        return optimizer_names.described(self.own(value), cast("NamedOptimizer", value))
+        return optimizer_names.described(self.own(value), self._named(value))
 
     def own(self, value: Any) -> State:
         """State and groups by name, as live references."""
-        named = cast("NamedOptimizer", value)
+        named = self._named(value)
         names = optimizer_names.group_names(named)
         packed: Mapping[str, Any] = named.optimizer.state_dict()
         if not {"state", "param_groups"} <= packed.keys():
@@ -73,21 +78,16 @@ class OptimizerHandler(Handler):
         ]
         return cast("State", tree_lib.map_leaves(_off_graph, lowered))
 
-    def unchanged(self, value: Any) -> torch.optim.Optimizer:
-        """The optimizer that the caller passed."""
-        named = cast("NamedOptimizer", value)
-        return named.optimizer if named.outer is None else named.outer
-
     def optimizers(self, value: Any) -> tuple[torch.optim.Optimizer, ...]:
         """The optimizer, and the one that wraps it."""
-        named = cast("NamedOptimizer", value)
+        named = self._named(value)
         return (named.optimizer,) if named.outer is None else (named.optimizer, named.outer)
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> State:
         """What the checkpoint holds, with the live tensors in their places.
 
         Args:
-            value: A `NamedOptimizer`.
+            value: The optimizer.
             saved: The checkpoint's tree.
             strict: Whether other parameters than the checkpoint's are an error. If not, those that
                 both sides know are restored and the others keep the state they have.
@@ -96,7 +96,7 @@ class OptimizerHandler(Handler):
             MismatchError: Another class of optimizer, whether strict or not; other parameters, or
                 parameters in other groups, than the checkpoint has.
         """
-        named = cast("NamedOptimizer", value)
+        named = self._named(value)
         own = self.own(value)
         optimizer_names.check_layout(saved)
         optimizer_names.check_same_class(saved, named.optimizer)
@@ -124,20 +124,26 @@ class OptimizerHandler(Handler):
 
     def lift(self, value: Any, tree: Any) -> torch.optim.Optimizer:
         """The optimizer, with the groups' options and the state of every parameter as saved."""
-        named = cast("NamedOptimizer", value)
+        named = self._named(value)
         _restore_options(named.optimizer, tree)
         _restore_state(named, tree)
         if named.outer is not None:
             # It hands its options to the one inside at every step.
             _restore_options(named.outer, tree)
-        return self.unchanged(value)
+        return value
+
+    def _named(self, optimizer: Any) -> NamedOptimizer:
+        if classes.is_a(optimizer, _ZERO):
+            return NamedOptimizer(optimizer.optim, self.model, optimizer)
+        return NamedOptimizer(optimizer, self.model)
 
 
-class Optimizer(CheckpointItem):
+@item_class
+class Optimizer(Item):
     """An optimizer, saved by the names of its parameters and filled in place by restore.
 
     Args:
-        optimizer: Any `torch.optim.Optimizer`. Of a `ZeroRedundancyOptimizer`, every rank saves the
+        value: Any `torch.optim.Optimizer`. Of a `ZeroRedundancyOptimizer`, every rank saves the
             state of the parameters that it updates, and restores that of those it updates then.
         model: The module whose parameters it updates (wrapped or not), or `(name, parameter)`
             pairs.
@@ -149,26 +155,29 @@ class Optimizer(CheckpointItem):
             flattened.
     """
 
-    __slots__ = ()
+    value: torch.optim.Optimizer
+    model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]]
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]],
-        *,
-        replicated: Replicated = "checked",
-    ) -> None:
-        if not isinstance(cast("object", optimizer), torch.optim.Optimizer):
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for a value that is no optimizer."""
+        if not isinstance(self.model, torch.nn.Module):
+            object.__setattr__(self, "model", tuple(self.model))
+        self.check()
+
+    @property
+    def handler(self) -> OptimizerHandler:
+        """The handler that the options describe."""
+        return OptimizerHandler(cast("Any", self.model))
+
+    def check(self) -> None:
+        """Raises `UsageError` for a value that is no optimizer."""
+        Item.check(self)
+        if not isinstance(cast("object", self.value), torch.optim.Optimizer):
             raise errors.UsageError(
-                f"Expected a torch.optim.Optimizer, got {type(optimizer).__name__}; "
+                f"Expected a torch.optim.Optimizer, got {type(self.value).__name__}; "
                 "fc.Stateful saves any object with state_dict() and load_state_dict()."
             )
-        if not isinstance(model, torch.nn.Module):
-            model = tuple(model)
-        optimizer_names.check_not_flattened(optimizer, model)
-        outer = optimizer if classes.is_a(optimizer, _ZERO) else None
-        inner = optimizer if outer is None else cast("Any", outer).optim
-        super().__init__(NamedOptimizer(inner, model, outer), OptimizerHandler(), replicated)
+        optimizer_names.check_not_flattened(self.value, self.model)
 
 
 # ------------------------------------------------------------------------------------ matching

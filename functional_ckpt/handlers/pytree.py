@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
-from functional_ckpt.handlers.base import CheckpointItem, Handler, Replicated
+from functional_ckpt.handlers.base import Handler, Item, item_class
 
-__all__ = ["PerRankPyTreeHandler", "PyTree", "PyTreeHandler"]
+__all__ = ["PyTree", "PyTreeHandler"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PyTreeHandler(Handler):
     """Saves a pytree as it is; restores a new one like the target and leaves the target alone."""
 
-    changes_value: ClassVar[bool] = False
+    per_rank: bool = False
+    changes_value: bool = False
 
     def lower(self, value: Any) -> Any:
         """The value itself."""
@@ -31,14 +32,8 @@ class PyTreeHandler(Handler):
         return tree
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PerRankPyTreeHandler(PyTreeHandler):
-    """The same for trees that every rank has one of its own of."""
-
-    per_rank: ClassVar[bool] = True
-
-
-class PyTree(CheckpointItem):
+@item_class
+class PyTree(Item):
     """A pytree of tensors, arrays and plain values; restore returns a new one.
 
     Args:
@@ -48,10 +43,9 @@ class PyTree(CheckpointItem):
             compared); `unchecked` saves the first rank's.
     """
 
-    __slots__ = ()
+    per_rank: bool = dataclasses.field(default=False, kw_only=True)
 
-    def __init__(
-        self, value: Any, *, per_rank: bool = False, replicated: Replicated = "checked"
-    ) -> None:
-        handler = PerRankPyTreeHandler() if per_rank else PyTreeHandler()
-        super().__init__(value, handler, replicated)
+    @property
+    def handler(self) -> PyTreeHandler:
+        """The handler that the options describe."""
+        return PyTreeHandler(per_rank=self.per_rank)

@@ -12,7 +12,7 @@ from functional_ckpt.handlers.module import Module
 from functional_ckpt.handlers.pytree import PyTree
 from functional_ckpt.handlers.rng import Generator, is_generator
 from functional_ckpt.handlers.stateful import Stateful, is_stateful
-from functional_ckpt.handlers.torchmetrics import Metric, is_metric
+from functional_ckpt.handlers.torchmetrics import TorchMetric, is_metric
 
 __all__ = ["default_registry"]
 
@@ -31,7 +31,7 @@ def default_registry() -> Registry:
         (is_generator, Generator),
         (_is_optimizer, _refuse_optimizer),
         (_is_module, Module),
-        (is_metric, Metric),
+        (is_metric, TorchMetric),
     ):
         registry = registry.with_rule(fits, bind)
     return registry

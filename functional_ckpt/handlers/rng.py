@@ -11,8 +11,7 @@ import hashlib
 import random
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, ClassVar, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -20,10 +19,9 @@ import torch
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.tree.placeholders import AS_SAVED
-from functional_ckpt.handlers.base import CheckpointItem, Handler
+from functional_ckpt.handlers.base import Handler, Item, item_class
 
 __all__ = [
-    "DerivingRngHandler",
     "Generator",
     "GeneratorHandler",
     "GeneratorLike",
@@ -43,7 +41,7 @@ GeneratorLike: TypeAlias = (
 class GeneratorHandler(Handler):
     """Saves and sets the state of one generator object; each rank has its own."""
 
-    per_rank: ClassVar[bool] = True
+    per_rank: bool = True
 
     def lower(self, value: Any) -> Any:
         """The generator's state as arrays and plain values."""
@@ -65,18 +63,23 @@ class GeneratorHandler(Handler):
         return value
 
 
-class Generator(CheckpointItem):
+@item_class
+class Generator(Item):
     """One random number generator, set in place by restore.
 
     Args:
         value: A `random.Random`, numpy `Generator` or `RandomState`, or `torch.Generator`.
     """
 
-    __slots__ = ()
+    @property
+    def handler(self) -> GeneratorHandler:
+        """The handler that the options describe."""
+        return GeneratorHandler()
 
-    def __init__(self, value: GeneratorLike) -> None:
-        check_generator(value, "value")
-        super().__init__(value, GeneratorHandler())
+    def check(self) -> None:
+        """Raises `UsageError` for a value whose state cannot be saved."""
+        Item.check(self)
+        check_generator(self.value, "value")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,15 +92,19 @@ class RngHandler(Handler):
     Attributes:
         same_devices: Whether another number of CUDA devices than at the save is an error. If not,
             device `i` takes the state of device `i`; what has no partner is left alone.
+        other_ranks: What a restore on another number of ranks does: `error`, or `derive`. Every
+            derived stream is seeded by SHA-256 of all the saved states, the rank, the number of
+            ranks and the stream's index: one checkpoint on one number of ranks always gives the
+            same numbers, and no two ranks the same ones. It continues no saved stream.
     """
 
-    per_rank: ClassVar[bool] = True
-
+    per_rank: bool = True
     same_devices: bool = True
+    other_ranks: Literal["error", "derive"] = "error"
 
     def lower(self, value: Any) -> dict[str, Any]:
         """The states: `python`, `numpy`, `torch`, `cuda` (a list) and `generators` (by name)."""
-        generators = cast("Mapping[str, GeneratorLike]", value)
+        generators = _named(value)
         return {
             "python": python_state(random.getstate()),
             "numpy": np.random.get_state(legacy=False),
@@ -113,7 +120,7 @@ class RngHandler(Handler):
             MismatchError: Other named generators, generators of another kind, or another number of
                 CUDA devices than the checkpoint has.
         """
-        generators = cast("Mapping[str, GeneratorLike]", value)
+        generators = _named(value)
         missing = sorted(generators.keys() - saved["generators"].keys())
         unexpected = sorted(saved["generators"].keys() - generators.keys())
         mismatched = [
@@ -142,7 +149,7 @@ class RngHandler(Handler):
 
     def lift(self, value: Any, tree: Any) -> Any:
         """The named generators; they and the global ones are set to the saved states."""
-        generators = cast("Mapping[str, GeneratorLike]", value)
+        generators = _named(value)
         random.setstate(_from_python_state(tree["python"]))
         np.random.set_state(tree["numpy"])
         torch.set_rng_state(tree["torch"])
@@ -151,6 +158,20 @@ class RngHandler(Handler):
         for name, generator in generators.items():
             _set_state(generator, tree["generators"][name])
         return value
+
+    def can_resize(self) -> bool:
+        """Returns whether another number of ranks derives new streams."""
+        return self.other_ranks == "derive"
+
+    def resize(self, trees: Sequence[Any], rank: int, num_ranks: int) -> Any:
+        """Returns one rank's states: of the kinds that rank 0 saved, newly seeded."""
+        if self.other_ranks == "error":
+            return Handler.resize(self, trees, rank, num_ranks)
+        digest = hashlib.sha256()
+        for part in _parts(list(trees)):
+            digest.update(part)
+        digest.update(struct.pack("<qq", rank, num_ranks))
+        return _reseeded(trees[0], digest.digest())
 
     def _device_problems(self, num_saved: int) -> list[str]:
         num_here = _num_cuda_devices()
@@ -237,29 +258,12 @@ def _kind(state: Any) -> str:
 _CUDA_STATE_BYTES = 16  # Philox: a seed and an offset, 8 bytes each
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DerivingRngHandler(RngHandler):
-    """As `RngHandler`, and another number of ranks takes up new streams.
-
-    Every stream is seeded by SHA-256 of all the saved states, the rank, the number of ranks and the
-    stream's place: the same checkpoint on the same number of ranks gives the same numbers, and no
-    two ranks the same ones. It is not the stream that any saved rank would have gone on with.
-    """
-
-    def resize(self, trees: Sequence[Any], rank: int, num_ranks: int) -> Any:
-        """One rank's states: of the kinds that rank 0 saved, newly seeded."""
-        digest = hashlib.sha256()
-        for part in _parts(list(trees)):
-            digest.update(part)
-        digest.update(struct.pack("<qq", rank, num_ranks))
-        return _reseeded(trees[0], digest.digest())
-
-
-class Rng(CheckpointItem):
+@item_class
+class Rng(Item):
     """The process's generators: Python's, numpy's legacy one, torch's on the CPU and on CUDA.
 
     Args:
-        generators: Further generators by name, set in place by restore.
+        value: Named generators (name -> generator), set in place by restore; None for none.
         same_devices: Whether another number of CUDA devices than at the save is an error; if not,
             those that both have are restored.
         other_ranks: What another number of ranks than at the save does: an `error`, or `derive`
@@ -269,24 +273,38 @@ class Rng(CheckpointItem):
         UsageError: Not a generator, or one without a state.
     """
 
-    __slots__ = ()
+    value: Mapping[str, GeneratorLike] | None = None
+    same_devices: bool = dataclasses.field(default=True, kw_only=True)
+    other_ranks: Literal["error", "derive"] = dataclasses.field(default="error", kw_only=True)
 
-    def __init__(
-        self,
-        generators: Mapping[str, GeneratorLike] | None = None,
-        *,
-        same_devices: bool = True,
-        other_ranks: Literal["error", "derive"] = "error",
-    ) -> None:
-        if other_ranks not in ("error", "derive"):
+    @property
+    def handler(self) -> RngHandler:
+        """The handler that the options describe."""
+        return RngHandler(same_devices=self.same_devices, other_ranks=self.other_ranks)
+
+    def __post_init__(self) -> None:
+        """Raises `UsageError` for a value whose state cannot be saved, and for unknown options."""
+        self.check()
+        object.__setattr__(self, "value", dict(_named(self.value)))
+
+    def check(self) -> None:
+        """Raises `UsageError` for a value whose state cannot be saved, and for unknown options."""
+        Item.check(self)
+        if self.other_ranks not in ("error", "derive"):
             raise errors.UsageError(
-                f"other_ranks must be 'error' or 'derive'; got {other_ranks!r}."
+                f"other_ranks must be 'error' or 'derive'; got {self.other_ranks!r}."
             )
-        given = dict(generators or {})
-        for name, generator in given.items():
+        if not isinstance(self.value, Mapping | None):
+            raise errors.UsageError(
+                f"fc.Rng takes a mapping of names to generators; got {type(self.value).__name__}. "
+                "fc.Generator takes one generator."
+            )
+        for name, generator in _named(self.value).items():
             check_generator(generator, name)
-        handler = RngHandler if other_ranks == "error" else DerivingRngHandler
-        super().__init__(MappingProxyType(given), handler(same_devices=same_devices))
+
+
+def _named(value: Any) -> Mapping[str, GeneratorLike]:
+    return {} if value is None else cast("Mapping[str, GeneratorLike]", value)
 
 
 def _parts(tree: Any) -> Iterator[bytes]:

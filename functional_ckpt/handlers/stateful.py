@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.handlers import classes
-from functional_ckpt.handlers.base import CheckpointItem, Handler, Replicated
+from functional_ckpt.handlers.base import Handler, Item, item_class
 
-__all__ = ["PerRankStatefulHandler", "Stateful", "StatefulHandler", "is_stateful"]
+__all__ = ["Stateful", "StatefulHandler", "is_stateful"]
 
 _DATA_LOADERS = frozenset(
     {
@@ -20,9 +20,11 @@ _DATA_LOADERS = frozenset(
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StatefulHandler(Handler):
     """Saves what `state_dict()` returns, and hands it back to `load_state_dict()` as it was."""
+
+    per_rank: bool = False
 
     def lower(self, value: Any) -> Any:
         """`value.state_dict()`."""
@@ -39,14 +41,8 @@ class StatefulHandler(Handler):
         return value
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PerRankStatefulHandler(StatefulHandler):
-    """The same for objects whose state differs from rank to rank, data loaders above all."""
-
-    per_rank: ClassVar[bool] = True
-
-
-class Stateful(CheckpointItem):
+@item_class
+class Stateful(Item):
     """An object with `state_dict()` and `load_state_dict(state)`, filled in place by restore.
 
     What `state_dict` returns may be any pytree. Code is never stored: a `LambdaLR` keeps its
@@ -63,19 +59,21 @@ class Stateful(CheckpointItem):
         UsageError: The object lacks one of the two methods.
     """
 
-    __slots__ = ()
+    per_rank: bool | None = dataclasses.field(default=None, kw_only=True)
 
-    def __init__(
-        self, value: Any, *, per_rank: bool | None = None, replicated: Replicated = "checked"
-    ) -> None:
-        if not is_stateful(value):
+    @property
+    def handler(self) -> StatefulHandler:
+        """The handler that the options describe."""
+        is_loader = classes.is_a(self.value, _DATA_LOADERS)
+        return StatefulHandler(per_rank=is_loader if self.per_rank is None else self.per_rank)
+
+    def check(self) -> None:
+        """Raises `UsageError` for an object that lacks one of the two methods."""
+        Item.check(self)
+        if not is_stateful(self.value):
             raise errors.UsageError(
-                f"Expected an object with state_dict() and load_state_dict(), got {value!r}."
+                f"Expected an object with state_dict() and load_state_dict(), got {self.value!r}."
             )
-        if per_rank is None:
-            per_rank = classes.is_a(value, _DATA_LOADERS)
-        handler = PerRankStatefulHandler() if per_rank else StatefulHandler()
-        super().__init__(value, handler, replicated)
 
 
 def is_stateful(value: object) -> bool:

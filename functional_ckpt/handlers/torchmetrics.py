@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.handlers import classes
-from functional_ckpt.handlers.base import CheckpointItem, Handler, Replicated
+from functional_ckpt.handlers.base import Handler, Item, item_class
 from functional_ckpt.handlers.module import ModuleHandler
 
-__all__ = ["Metric", "MetricHandler", "is_metric"]
+__all__ = ["TorchMetric", "TorchMetricHandler", "is_metric"]
 
 _METRIC = "torchmetrics.metric.Metric"
 _COLLECTION = "torchmetrics.collections.MetricCollection"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class MetricHandler(Handler):
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TorchMetricHandler(Handler):
     """Saves the accumulated states, update counts and module tensors of a metric or collection."""
+
+    per_rank: bool = False
 
     def lower(self, value: Any) -> dict[str, Any]:
         """`{"states": {metric: {state: value}}, "update_counts": {metric: n}, "module": {...}}`."""
@@ -72,14 +74,8 @@ class MetricHandler(Handler):
         return value
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PerRankMetricHandler(MetricHandler):
-    """The same for metrics that count on every rank for itself."""
-
-    per_rank: ClassVar[bool] = True
-
-
-class Metric(CheckpointItem):
+@item_class
+class TorchMetric(Item):
     """A torchmetrics `Metric` or `MetricCollection`, filled in place by restore.
 
     Args:
@@ -93,14 +89,19 @@ class Metric(CheckpointItem):
         UsageError: Not a metric.
     """
 
-    __slots__ = ()
+    per_rank: bool = dataclasses.field(default=False, kw_only=True)
 
-    def __init__(
-        self, value: Any, *, per_rank: bool = False, replicated: Replicated = "checked"
-    ) -> None:
-        if not is_metric(value):
-            raise errors.UsageError(f"Expected a torchmetrics metric, got {type(value).__name__}.")
-        super().__init__(value, PerRankMetricHandler() if per_rank else MetricHandler(), replicated)
+    @property
+    def handler(self) -> TorchMetricHandler:
+        """The handler that the options describe."""
+        return TorchMetricHandler(per_rank=self.per_rank)
+
+    def check(self) -> None:
+        """Raises `UsageError` for a value that is no metric."""
+        Item.check(self)
+        if not is_metric(self.value):
+            kind = type(self.value).__name__
+            raise errors.UsageError(f"Expected a torchmetrics metric, got {kind}.")
 
 
 def is_metric(value: object) -> bool:

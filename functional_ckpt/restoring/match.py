@@ -16,7 +16,7 @@ from functional_ckpt.core.tree import structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
-from functional_ckpt.handlers.base import CheckpointItem, Handler, Registry
+from functional_ckpt.handlers.base import Handler, Item, Registry
 from functional_ckpt.restoring import read
 
 __all__ = ["MatchedItem", "RestoreArguments", "RestoreOptions", "is_per_rank", "match_items"]
@@ -98,7 +98,7 @@ class MatchedItem:
     """
 
     name: str
-    item: CheckpointItem | None
+    item: Item | None
     opened: OpenItem | None
     binding: plan.Binding
     report: plan.RestoreReport
@@ -187,7 +187,7 @@ def _match_as_saved(asked: _Request, name: str) -> MatchedItem | None:
     return MatchedItem(name=name, item=None, opened=opened, binding=binding, report=nothing)
 
 
-def _match_json(asked: _Request, name: str, item: CheckpointItem | None) -> MatchedItem | None:
+def _match_json(asked: _Request, name: str, item: Item | None) -> MatchedItem | None:
     """A JSON item, or what is wanted of it; None for nothing."""
     value = asked.checkpoint.json(name)
     if asked.renamed is not None or asked.wanted.is_partial(name):
@@ -232,7 +232,7 @@ def is_per_rank(root: structure.Node) -> TypeGuard[structure.BranchNode]:
     return isinstance(root, structure.BranchNode) and root.kind == "per_rank"
 
 
-def _match_item(asked: _Request, name: str, item: CheckpointItem) -> MatchedItem | None:
+def _match_item(asked: _Request, name: str, item: Item) -> MatchedItem | None:
     checkpoint, wanted, options, group = asked.checkpoint, asked.wanted, asked.options, asked.group
     kind = checkpoint.items.get(name)
     if kind is None:
@@ -281,7 +281,7 @@ def _match_item(asked: _Request, name: str, item: CheckpointItem) -> MatchedItem
 
 
 def _select(
-    asked: _Request, name: str, item: CheckpointItem, root: structure.Node, *, is_resized: bool
+    asked: _Request, name: str, item: Item, root: structure.Node, *, is_resized: bool
 ) -> structure.Node | None:
     """The structure with the target's own values for what is not selected."""
     selects = asked.wanted.leaves_of(name)
@@ -300,7 +300,7 @@ def _select(
 def _target_of(
     asked: _Request,
     name: str,
-    item: CheckpointItem,
+    item: Item,
     saved: structure.Node,
     root: structure.Node,
     *,
@@ -336,7 +336,7 @@ def _is_resized(root: structure.Node, handler: Handler, group: Coordinator) -> b
 
 def _check_resizable(name: str, root: structure.Node, handler: Handler, group: Coordinator) -> None:
     """A handler that cannot resize says so before anything is read."""
-    if type(handler).resize is Handler.resize:
+    if not handler.can_resize():
         num_saved = len(root.children) if is_per_rank(root) else 1
         handler.resize([None] * num_saved, group.rank, group.num_ranks)
 
@@ -351,7 +351,7 @@ def _report_of(name: str, error: errors.MismatchError) -> plan.RestoreReport:
     )
 
 
-def _left_alone(name: str, item: CheckpointItem, report: plan.RestoreReport) -> MatchedItem:
+def _left_alone(name: str, item: Item, report: plan.RestoreReport) -> MatchedItem:
     """An item of which nothing is restored: the caller's object, as it is."""
-    given = plan.Given(own_value(item.handler.unchanged(item.value)))
+    given = plan.Given(own_value(item.value))
     return MatchedItem(name=name, item=None, opened=None, binding=given, report=report)

@@ -24,35 +24,27 @@ from functional_ckpt.runtime import threads
 __all__ = ["RestoreOptions", "Restored", "restore_checkpoint"]
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Restored(Mapping[str, Any]):
-    """The items of a restored checkpoint, by name.
+    """The items of a restored checkpoint: an immutable mapping of names to values.
 
     Attributes:
+        items_by_name: The restored values.
         step: The step; None for a checkpoint that records none, and for initial values.
-        report: What `strict=False` left out, all items together; false when nothing was.
-        metrics: The metrics saved with it, or None.
-        progress: How far the training was, or None where the checkpoint does not say.
+        report: What `strict=False` left out, of all items; false where nothing was.
+        metrics: The metrics saved with the step, or None.
+        progress: The training progress saved with the step, or None.
         custom_metadata: The user's own metadata.
+        starts_at: The step that a run continues with where it is not the one after `step`.
     """
 
-    def __init__(
-        self,
-        items: Mapping[str, Any],
-        *,
-        step: int | None,
-        report: plan.RestoreReport,
-        metrics: Mapping[str, Any] | None,
-        progress: Progress | None,
-        custom_metadata: Mapping[str, Any],
-        next_step: int | None = None,
-    ) -> None:
-        self._items = dict(items)
-        self._next_step = next_step
-        self.step = step
-        self.report = report
-        self.metrics = metrics
-        self.progress = progress
-        self.custom_metadata = custom_metadata
+    items_by_name: Mapping[str, Any]
+    step: int | None = None
+    report: plan.RestoreReport = dataclasses.field(default_factory=plan.RestoreReport)
+    metrics: Mapping[str, Any] | None = None
+    progress: Progress | None = None
+    custom_metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    starts_at: int | None = None
 
     @property
     def next_step(self) -> int:
@@ -61,8 +53,8 @@ class Restored(Mapping[str, Any]):
         Raises:
             UsageError: The checkpoint was restored and does not record a step.
         """
-        if self._next_step is not None:
-            return self._next_step
+        if self.starts_at is not None:
+            return self.starts_at
         if self.step is None:
             raise errors.UsageError(
                 "The restored checkpoint does not record a step: it was written by fc.save or by "
@@ -71,28 +63,22 @@ class Restored(Mapping[str, Any]):
         return self.step + 1
 
     def with_defaults(self, others: Mapping[str, Any]) -> Restored:
-        """These items, and the values of `others` under the remaining names, for a new run.
+        """Returns these items, and the values of `others` under the remaining names, for a new run.
 
         The new run starts at step 0, whatever step the items come from.
         """
-        return Restored(
-            {**others, **self._items},
-            step=self.step,
-            report=self.report,
-            metrics=self.metrics,
-            progress=self.progress,
-            custom_metadata=self.custom_metadata,
-            next_step=0,
+        return dataclasses.replace(
+            self, items_by_name={**others, **self.items_by_name}, starts_at=0
         )
 
     def __getitem__(self, name: str) -> Any:
-        return self._items[name]
+        return self.items_by_name[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._items)
+        return iter(self.items_by_name)
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.items_by_name)
 
     def __repr__(self) -> str:
         return f"Restored(step={self.step}, items={sorted(self._items)})"
@@ -172,20 +158,22 @@ def _noticing_overwrite(checkpoint: OpenCheckpoint) -> Generator[None]:
 @contextlib.contextmanager
 def _reporting(target: read.TargetState, checkpoint: OpenCheckpoint) -> Generator[None]:
     """Adds to an error whether the caller's objects had been written into."""
-    try:
-        yield
-    except Exception as error:
-        state = (
+
+    def state() -> str:
+        return (
             "The target had already been written into: restore another step into it."
             if target.value
             else "The target was not touched."
         )
-        if isinstance(error, errors.CheckpointError):
-            error.touched = target.value
-            error.message = f"{error.message} {state}"
-            error.step = checkpoint.step if error.step is None else error.step
-        else:
-            error.add_note(state)
+
+    try:
+        yield
+    except errors.CheckpointError as error:
+        step = checkpoint.step if error.step is None else error.step
+        message = f"{error.message} {state()}"
+        raise error.replace(message, step=step, touched=target.value) from error.__cause__
+    except Exception as error:
+        error.add_note(state())
         raise
 
 

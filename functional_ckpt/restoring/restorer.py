@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.core.restore_plan import plan
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format import checkpoint_dir
-from functional_ckpt.handlers.base import CheckpointItem, Registry
+from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreOptions
 from functional_ckpt.steps import decide, rollback
@@ -212,18 +211,9 @@ class Restorer:
 def initial_values(initial: Mapping[str, Any]) -> restore_lib.Restored:
     """What a run begins with where nothing is restored: the values that it was given."""
     values = {
-        name: value.handler.unchanged(value.value) if isinstance(value, CheckpointItem) else value
-        for name, value in initial.items()
+        name: value.value if isinstance(value, Item) else value for name, value in initial.items()
     }
-    return restore_lib.Restored(
-        values,
-        step=None,
-        report=plan.RestoreReport(),
-        metrics=None,
-        progress=None,
-        custom_metadata={},
-        next_step=0,
-    )
+    return restore_lib.Restored(values, starts_at=0)
 
 
 def check_step(step: Any) -> int:

@@ -15,7 +15,7 @@ from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.records import merge_ranks, orbax
 from functional_ckpt.core.tree import encode, flatten, memory, structure
 from functional_ckpt.format.step_files import PROGRESS_ITEM
-from functional_ckpt.handlers.base import CheckpointItem, Registry
+from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.runtime import device_copies, threads
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.paths import check_arrays_path
@@ -111,7 +111,7 @@ def lower(
         return tuple(_lower_item(name, item, rank, ranks) for name, item in bound.items())
 
 
-def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ...]) -> LoweredItem:
+def _lower_item(name: str, item: Item, rank: int, ranks: tuple[int, ...]) -> LoweredItem:
     kind = type(item.handler).__name__
     lowered = _tree_of(name, item)
     is_checked = item.replicated == "checked"
@@ -145,7 +145,7 @@ def _lower_item(name: str, item: CheckpointItem, rank: int, ranks: tuple[int, ..
     )
 
 
-def _tree_of(name: str, item: CheckpointItem) -> Any:
+def _tree_of(name: str, item: Item) -> Any:
     try:
         return item.handler.lower(item.value)
     except RecursionError as error:
@@ -156,7 +156,7 @@ def _tree_of(name: str, item: CheckpointItem) -> Any:
         ) from error
 
 
-def _first_rank(item: CheckpointItem, sources: Sequence[Source]) -> Mapping[str, bool]:
+def _first_rank(item: Item, sources: Sequence[Source]) -> Mapping[str, bool]:
     if item.replicated == "unchecked":
         return {source.node.name: False for source in sources}
     return item.handler.first_rank_leaves(item.value)

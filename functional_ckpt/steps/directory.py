@@ -558,9 +558,7 @@ class Steps:
                 history.remove_late_metrics(self.storage, self.root, step)
             except errors.CheckpointError as error:
                 failures.setdefault(step, error)
-        for step, error in failures.items():
-            error.step = step
-        return failures
+        return {step: error.replace(step=step) for step, error in failures.items()}
 
     def held(self, steps: Sequence[int]) -> list[int]:
         """Those of some steps that are here, in their order."""

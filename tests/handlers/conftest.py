@@ -13,7 +13,7 @@ import torch
 
 from functional_ckpt.core.tree import decode, encode, flatten, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
-from functional_ckpt.handlers import CheckpointItem, default_registry
+from functional_ckpt.handlers import Item, default_registry
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +91,7 @@ class Stored:
 
 def _save(value: Any) -> Stored:
     item = default_registry().bind(value)
-    assert isinstance(item, CheckpointItem)
+    assert isinstance(item, Item)
     lowered = item.handler.lower(item.value)
     if item.handler.format == "json":
         text = json.dumps(lowered, allow_nan=False)

@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree.placeholders import Fill
-from functional_ckpt.handlers import CheckpointItem, Module, ModuleHandler
+from functional_ckpt.handlers import Item, Module, ModuleHandler
 
 
 class Net(nn.Module):
@@ -51,7 +51,7 @@ def trained(model):
 
 def test_items_are_frozen_records_bound_to_a_handler():
     item = Module(nn.Linear(1, 1), only="weight", device="cpu")
-    assert isinstance(item, CheckpointItem)
+    assert isinstance(item, Item)
     assert item.handler == ModuleHandler(only=("weight",), device=torch.device("cpu"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         item.value = None

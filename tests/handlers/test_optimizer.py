@@ -9,7 +9,7 @@ from torch import nn
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree.placeholders import Fill
-from functional_ckpt.handlers import Module, Optimizer, OptimizerHandler
+from functional_ckpt.handlers import Module, Optimizer
 
 O = torch.optim  # noqa: E741
 
@@ -228,7 +228,7 @@ def test_names_are_without_wrappers_and_tied_parameters_have_their_first(save):
     model = Tied()
     wrapped = nn.DataParallel(torch.compile(model))
     optimizer = O.SGD(wrapped.parameters(), lr=0.1)
-    lowered = OptimizerHandler().lower(Optimizer(optimizer, wrapped).value)
+    lowered = _lowered(Optimizer(optimizer, wrapped))
     assert lowered["param_groups"][0]["params"] == ["a.weight"]
     pairs = Optimizer(optimizer, ((f"x.{n}", p) for n, p in model.named_parameters()))
     for _ in range(2):  # a generator of pairs is read once, when the item is made
@@ -325,14 +325,18 @@ def test_not_strict_restores_what_both_know(save):
     assert model.first.weight not in target.state
 
 
+def _lowered(item):
+    return item.handler.lower(item.value)
+
+
 def test_parameters_the_model_does_not_have():
     model, other = Net(), nn.Linear(2, 3)
     optimizer = O.SGD([*model.parameters(), other.bias], lr=0.1)
     with pytest.raises(errors.UsageError, match=r"param_groups\[0\]\['params'\]\[4\] \(3,\)"):
-        OptimizerHandler().lower(Optimizer(optimizer, model).value)
+        _lowered(Optimizer(optimizer, model))
     with pytest.raises(errors.UsageError, match="Two parameters are named 'w'"):
         pairs = [("w", model.first.weight), ("w", model.second.weight)]
-        OptimizerHandler().lower(Optimizer(optimizer, pairs).value)
+        _lowered(Optimizer(optimizer, pairs))
     with pytest.raises(errors.UsageError, match=r"Expected a torch\.optim\.Optimizer, got Linear"):
         Optimizer(other, model)
 
@@ -343,7 +347,7 @@ def test_state_of_parameters_that_left():
     train(model, optimizer, 0, 1)
     del optimizer.param_groups[0]["params"][1]
     with pytest.raises(errors.UsageError, match=r"state for first\.bias, which is in none of its"):
-        OptimizerHandler().lower(Optimizer(optimizer, model).value)
+        _lowered(Optimizer(optimizer, model))
 
 
 def test_state_under_other_keys(save):
@@ -357,7 +361,7 @@ def test_state_under_other_keys(save):
     assert torch.equal(target.state["calls"]["mean"], torch.ones(2))
     optimizer.state[3] = {}
     with pytest.raises(errors.UsageError, match="under the key 3"):
-        OptimizerHandler().lower(Optimizer(optimizer, model).value)
+        _lowered(Optimizer(optimizer, model))
 
 
 def test_what_was_not_saved_by_name(save):

@@ -14,6 +14,7 @@ from functional_ckpt.handlers import (
     CheckpointItem,
     Generator,
     Handler,
+    Item,
     Json,
     Module,
     Optimizer,
@@ -99,7 +100,7 @@ def test_a_users_own_type():
     registry = default_registry()
     with_own = registry.with_handler(Celsius, CelsiusHandler())
     item = with_own.bind(Celsius(21.5))
-    assert isinstance(item, CheckpointItem)
+    assert isinstance(item, Item)
     assert item.handler.lift(item.value, item.handler.lower(item.value)).degrees == 21.5
     assert type(registry.bind(Celsius(1.0))) is PyTree  # the old registry is as it was
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 from functional_ckpt import errors
-from functional_ckpt.handlers import Optimizer, PerRankStatefulHandler, Stateful, StatefulHandler
+from functional_ckpt.handlers import Optimizer, Stateful, StatefulHandler
 
 with warnings.catch_warnings():  # torchdata calls a deprecated function of torch when imported
     warnings.simplefilter("ignore")
@@ -202,7 +202,7 @@ def test_what_is_stateful():
 
     assert Stateful(Both()).handler == StatefulHandler()
     assert not Stateful(Both()).handler.per_rank
-    assert Stateful(Both(), per_rank=True).handler == PerRankStatefulHandler()
+    assert Stateful(Both(), per_rank=True).handler == StatefulHandler(per_rank=True)
     loader = StatefulDataLoader(Squares())
     assert Stateful(loader).handler.per_rank
     assert not Stateful(loader, per_rank=False).handler.per_rank

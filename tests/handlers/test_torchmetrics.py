@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.handlers import Metric, default_registry
+from functional_ckpt.handlers import TorchMetric, default_registry
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -163,5 +163,5 @@ def test_a_model_that_holds_metrics_is_a_model(save):
 
     assert list(save(Model()).arrays) == ["layer.weight", "layer.bias"]
     with pytest.raises(errors.UsageError, match="Expected a torchmetrics metric, got Linear"):
-        Metric(torch.nn.Linear(1, 1))
-    assert isinstance(default_registry().bind(torchmetrics.MeanMetric()), Metric)
+        TorchMetric(torch.nn.Linear(1, 1))
+    assert isinstance(default_registry().bind(torchmetrics.MeanMetric()), TorchMetric)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils import _pytree
 
@@ -19,7 +20,14 @@ from functional_ckpt import errors
 from functional_ckpt.core.tree import composite, plain_json, structure
 from functional_ckpt.core.tree.structure import Key
 
-__all__ = ["FlatNode", "unflatten_one_level", "flatten_one_level", "registered_name"]
+__all__ = [
+    "FlatNode",
+    "flatten_one_level",
+    "is_equal",
+    "register_record",
+    "registered_name",
+    "unflatten_one_level",
+]
 
 _PLAIN_KEYS = (str, int, bool, float, bytes, type(None))
 # Python refuses to print longer integers, and keys are printed: they are part of names.
@@ -290,3 +298,53 @@ _BUILDERS: Mapping[str, Callable[[structure.BranchNode, Sequence[Any]], Any]] = 
         "registered": _build_registered,
     }
 )
+
+
+# ------------------------------------------------------------------------------------ records
+
+
+def register_record(kind: type) -> None:
+    """Registers a frozen dataclass as a node: its first field is the child, the others the context.
+
+    It is rebuilt without its `__init__`: `tree_map` may put any value in the place of the child.
+    """
+    child, *options = (field.name for field in dataclasses.fields(kind))
+
+    def flatten(record: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(record, child)], tuple(getattr(record, name) for name in options)
+
+    def unflatten(children: Iterable[Any], context: Iterable[Any]) -> Any:
+        record = object.__new__(kind)
+        for name, value in zip((child, *options), (*children, *context), strict=True):
+            object.__setattr__(record, name, value)
+        return record
+
+    def flatten_with_keys(record: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        (value,), context = flatten(record)
+        return [(_pytree.GetAttrKey(child), value)], context
+
+    _pytree.register_pytree_node(
+        kind,
+        flatten,
+        unflatten,
+        serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+
+
+def is_equal(one: Any, other: Any) -> bool:
+    """Returns whether two pytrees are equal; tensors and arrays by dtype, shape and content."""
+    if one is other:
+        return True
+    (left, spec), (right, other_spec) = _pytree.tree_flatten(one), _pytree.tree_flatten(other)
+    return spec == other_spec and all(map(_is_equal_leaf, left, right))
+
+
+def _is_equal_leaf(one: Any, other: Any) -> bool:
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    return bool(one == other)

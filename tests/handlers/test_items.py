@@ -1,0 +1,125 @@
+"""Every item record: immutable, copied, compared, hashed, and a node of torch's pytrees."""
+
+import copy
+import dataclasses
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from torch.utils import _pytree
+
+import functional_ckpt as fc
+from functional_ckpt import errors
+from functional_ckpt.handlers import Item
+
+MODEL = torch.nn.Linear(2, 2)
+ADAM = torch.optim.Adam(MODEL.parameters())
+GENERATOR = torch.Generator()
+ITEMS = {
+    "module": fc.Module(MODEL, only="w*", device="cpu", replicated="unchecked"),
+    "optimizer": fc.Optimizer(ADAM, MODEL),
+    "optimizer_by_pairs": fc.Optimizer(ADAM, MODEL.named_parameters()),
+    "pytree": fc.PyTree({"w": torch.ones(3), "n": np.arange(2)}, per_rank=True),
+    "json": fc.Json({"lr": 1e-3}),
+    "rng": fc.Rng({"g": GENERATOR}, same_devices=False, other_ranks="derive"),
+    "rng_alone": fc.Rng(),
+    "generator": fc.Generator(random.Random(3)),
+    "stateful": fc.Stateful(ADAM, per_rank=True),
+    "metric": fc.TorchMetric(torchmetrics.SumMetric(), per_rank=True),
+    "any": fc.CheckpointItem([1, 2], fc.Json().handler),
+}
+EVERY = pytest.mark.parametrize("item", ITEMS.values(), ids=ITEMS)
+
+
+@EVERY
+def test_item_replaced_keeps_its_options(item: Item):
+    again = dataclasses.replace(item, value=item.value)
+    assert again == item
+    assert again is not item
+    assert dataclasses.replace(item, replicated="unchecked").replicated == "unchecked"
+
+
+@EVERY
+def test_item_copies_equal_the_original(item: Item):
+    shallow = copy.copy(item)
+    assert shallow == item
+    assert shallow.value is item.value
+    assert hash(shallow) == hash(item)
+    assert shallow.handler == item.handler
+    deep = copy.deepcopy(item)
+    assert type(deep) is type(item)
+    assert deep.value is not item.value
+    assert deep.replicated == item.replicated
+    deep.check()
+
+
+@EVERY
+def test_item_is_a_pytree_node_whose_child_is_the_value(item: Item):
+    children, context = _pytree.SUPPORTED_NODES[type(item)].flatten_fn(item)
+    assert len(children) == 1
+    assert children[0] is item.value
+    assert len(context) == len(dataclasses.fields(item)) - 1
+    assert _pytree.tree_map(lambda leaf: leaf, item) == item
+    assert _pytree.tree_map(lambda leaf: leaf, {"items": [item]}) == {"items": [item]}
+    assert [path[:1] for path, _ in _pytree.tree_leaves_with_path(item)] in (
+        [(_pytree.GetAttrKey("value"),)] * len(_pytree.tree_leaves(item.value)),
+    )
+
+
+@EVERY
+def test_item_is_immutable(item: Item):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        item.value = None  # type: ignore[misc]
+    with pytest.raises((AttributeError, TypeError)):
+        item.other = 1  # type: ignore[attr-defined]
+
+
+@EVERY
+def test_item_classes_derive_from_the_abstract_base_alone(item: Item):
+    assert type(item).__mro__[1:3] == Item.__mro__[:2]
+    assert type(item.handler).__mro__[1:3] == fc.Handler.__mro__[:2]
+
+
+def test_items_compare_tensors_by_content():
+    assert fc.PyTree({"w": torch.ones(3)}) == fc.PyTree({"w": torch.ones(3)})
+    assert fc.PyTree({"w": torch.ones(3)}) != fc.PyTree({"w": torch.zeros(3)})
+    assert fc.PyTree({"w": torch.ones(3)}) != fc.PyTree({"w": torch.ones(3).half()})
+    assert copy.deepcopy(ITEMS["pytree"]) == ITEMS["pytree"]
+    assert copy.deepcopy(ITEMS["optimizer_by_pairs"]) != ITEMS["optimizer_by_pairs"]
+
+
+def test_items_of_other_classes_or_options_differ():
+    assert fc.PyTree(1) != fc.Json(1)
+    assert fc.PyTree(1) != fc.PyTree(1, per_rank=True)
+    assert fc.Module(MODEL) != fc.Module(MODEL, device="cpu")
+    assert fc.Module(MODEL, only=["w*"]) == fc.Module(MODEL, only="w*")
+    assert fc.Json(1) != 1
+    assert len({fc.Json(1), fc.Json(1), fc.Json(2)}) == 2
+
+
+def test_items_are_pickled():
+    assert pickle.loads(pickle.dumps(ITEMS["json"])) == ITEMS["json"]
+    assert pickle.loads(pickle.dumps(ITEMS["pytree"])) == ITEMS["pytree"]
+
+
+def test_tree_map_over_items_is_checked_when_they_are_saved(tmp_path):
+    doubled = _pytree.tree_map_only(torch.Tensor, lambda t: t * 2, {"w": ITEMS["pytree"]})
+    fc.save(tmp_path / "a", doubled)
+    assert torch.equal(fc.restore(tmp_path / "a")["w"]["w"], torch.full((3,), 2.0))
+    broken = _pytree.tree_map(lambda leaf: 3, {"model": ITEMS["module"]})
+    with pytest.raises(errors.UsageError, match=r"Expected a torch\.nn\.Module, got int"):
+        fc.save(tmp_path / "b", broken)
+
+
+@pytest.mark.parametrize("wrong", [{"handler": "json"}, {"handler": fc.Json}])
+def test_an_item_without_a_handler_is_refused(wrong):
+    with pytest.raises(errors.UsageError, match="Expected a Handler instance"):
+        fc.CheckpointItem(1, **wrong)
+
+
+def test_rng_of_a_generator_alone_names_the_item_that_takes_one():
+    with pytest.raises(errors.UsageError, match=r"fc\.Generator takes one generator"):
+        fc.Rng(GENERATOR)  # type: ignore[arg-type]
