@@ -81,7 +81,7 @@ class Restored(Mapping[str, Any]):
         return len(self.items_by_name)
 
     def __repr__(self) -> str:
-        return f"Restored(step={self.step}, items={sorted(self._items)})"
+        return f"Restored(step={self.step}, items={sorted(self.items_by_name)})"
 
 
 def restore_checkpoint(
