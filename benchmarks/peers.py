@@ -215,9 +215,6 @@ class Ours(Peer):
             def sync(self, path: str) -> None:
                 del path
 
-            def sync_directory(self, path: str) -> None:
-                del path
-
         fc.save(path, {"state": bound}, storage=Volatile())
 
     def restore(self, bound: Holder, path: str) -> None:

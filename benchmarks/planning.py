@@ -29,6 +29,7 @@ from functional_ckpt.core.tree import structure
 from functional_ckpt.format import write_tensorstore
 from functional_ckpt.saving import finalize, lower, write
 from functional_ckpt.saving import plan as plan_lib
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.local import LocalStorage
 
 ITEM = "model"
@@ -112,7 +113,7 @@ def primary(item: lower.LoweredItem, plan: plan_lib.ItemPlan, num_ranks: int) ->
                 functools.partial(write.write_report, storage, directory, rank, report)
             )
             write_seconds += seconds
-        num_bytes = storage.total_bytes(directory)
+        num_bytes = queries.total_bytes(storage, directory)
         read_seconds, reports = timed(
             lambda: [write.read_report(storage, directory, rank) for rank in range(num_ranks)]
         )

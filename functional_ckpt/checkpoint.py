@@ -20,9 +20,8 @@ from functional_ckpt.saving import finalize, lower, stage, write
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.saving.options import Blocking
 from functional_ckpt.steps.metadata import StepMetadata, checkpoint_metadata
-from functional_ckpt.storage import claims, commit
+from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import check_arrays_path
 
@@ -62,15 +61,16 @@ def save(
         UnsupportedLeafError: Something cannot be stored; nothing was written.
     """
     storage, final = connect(path, storage)
-    claims.recover(storage, final)
-    if storage.exists(final) and not overwrite:
+    commits = commit.protocol(storage, os.path.dirname(final))
+    commits.recover_claim(final)
+    if queries.exists(storage, final) and not overwrite:
         raise errors.StepExistsError(
             f"{final} exists; pass overwrite=True to replace it, or choose another path.",
             path=final,
         )
-    if storage.exists(final) and not storage.is_directory(final):
+    if queries.exists(storage, final) and not queries.is_directory(storage, final):
         raise errors.UsageError(f"{final} is a file, not a checkpoint.", path=final)
-    if isinstance(storage, LocalStorage):
+    if storage.files is not None:
         check_arrays_path(final)
     info = finalize.CheckpointInfo(
         step=None, init_time_ns=time.time_ns(), custom_metadata=dict(custom_metadata or {})
@@ -80,10 +80,10 @@ def save(
     with plan_lib.SavePlanner(SingleProcess()).planning(None) as planning:
         planning.items = lowered
     staged = stage.Stager(Blocking()).stage(lowered, planning.plan, None)
-    with claims.claimed(storage, final) as tmp:
+    with commits.claimed(final) as tmp:
         report = write.write(storage, tmp, staged.items)
         finalize.finalize(storage, tmp, lowered, [report], info, time.time_ns())
-        claims.publish(storage, tmp, final, overwrite=overwrite)
+        commits.publish_claim(tmp, final, overwrite=overwrite)
 
 
 def restore(
@@ -126,16 +126,16 @@ def _open(storage: Storage, path: str) -> checkpoint_dir.OpenCheckpoint:
 
 def _advice(storage: Storage, path: str) -> str | None:
     """What to do about a path that is a directory of steps, or no checkpoint of this package."""
-    if not storage.exists(path):
+    if not queries.exists(storage, path):
         return None
     foreign = (
         "If another program wrote it, fc.interop.open(path) opens it as items, and fc.save takes "
         "these."
     )
-    if not storage.is_directory(path):
+    if not queries.is_directory(storage, path):
         return f"it is a file. {foreign}"
     names = storage.list(path)
-    if any(storage.exists(os.path.join(path, mark)) for mark in _CHECKPOINT_MARKS):
+    if any(queries.exists(storage, os.path.join(path, mark)) for mark in _CHECKPOINT_MARKS):
         return None  # a checkpoint, damaged
     steps = [name for name in names if _is_step(storage, os.path.join(path, name))]
     if steps:
@@ -148,11 +148,15 @@ def _advice(storage: Storage, path: str) -> str | None:
         )
     if commit.HIDDEN in names:
         return "it is the directory of a manager, and holds no step yet."
-    if any(storage.exists(os.path.join(path, name, records.EXTENSION_FILE)) for name in names):
+    if any(
+        queries.exists(storage, os.path.join(path, name, records.EXTENSION_FILE)) for name in names
+    ):
         return None  # items of a checkpoint whose record is gone
     return f"it holds no item that this package or Orbax wrote. {foreign}"
 
 
 def _is_step(storage: Storage, path: str) -> bool:
     is_hidden = os.path.basename(path).startswith(".") or commit.TMP_SUFFIX in path
-    return not is_hidden and storage.exists(os.path.join(path, orbax.CHECKPOINT_METADATA_FILE))
+    return not is_hidden and queries.exists(
+        storage, os.path.join(path, orbax.CHECKPOINT_METADATA_FILE)
+    )

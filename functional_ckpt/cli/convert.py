@@ -7,6 +7,7 @@ import warnings
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output
+from functional_ckpt.storage import queries
 
 __all__ = ["run"]
 
@@ -20,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     atomic_output.check_disjoint(arguments.source, arguments.destination)
     storage, path = connect(arguments.destination)
-    if arguments.step is None and storage.exists(path):
+    if arguments.step is None and queries.exists(storage, path):
         raise errors.StepExistsError(
             f"{path} exists and is never overwritten; choose another path, or --step N to add a "
             "step to a directory of steps",

@@ -13,6 +13,7 @@ from functional_ckpt import errors
 from functional_ckpt.cli import output, targets
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps import history
+from functional_ckpt.storage import queries
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,7 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
         else [target]
     )
     found = [_row(each, late) for each in checkpoints]
-    rows = [row for row in found if row is not None and storage.exists(row.checkpoint.path)]
+    rows = [
+        row for row in found if row is not None and queries.exists(storage, row.checkpoint.path)
+    ]
     best = _best(rows, arguments.best)
     if arguments.json:
         output.as_json(_record(target, rows, best))
@@ -73,7 +76,7 @@ def _row(checkpoint: targets.Checkpoint, late: history.LateMetrics) -> _Row | No
     items: Mapping[str, str] = {}
     is_ours, problem, size_bytes = False, None, 0
     try:
-        size_bytes = storage.total_bytes(checkpoint.path)
+        size_bytes = queries.total_bytes(storage, checkpoint.path)
         opened = checkpoint.open()
         items, is_ours = opened.items, opened.record is not None
     except errors.CheckpointError as error:

@@ -14,7 +14,7 @@ from functional_ckpt.cli import output, targets, trees
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.steps import history
-from functional_ckpt.storage import commit
+from functional_ckpt.storage import commit, queries
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +54,9 @@ def _facts(opened: checkpoint_dir.OpenCheckpoint) -> dict[str, Any]:
     """What is known of the checkpoint besides its items."""
     root = os.path.dirname(opened.path)
     late: history.LateMetrics = {}
-    if opened.step is not None and opened.storage.exists(os.path.join(root, commit.HIDDEN)):
+    if opened.step is not None and queries.exists(
+        opened.storage, os.path.join(root, commit.HIDDEN)
+    ):
         late = history.late_metrics(opened.storage, root)
     info = history.sound_info(opened.files)
     history.recorded(info, late, opened.path)  # raises where some of it is damaged
@@ -65,7 +67,7 @@ def _facts(opened: checkpoint_dir.OpenCheckpoint) -> dict[str, Any]:
         "step": opened.step,
         "time": output.utc(info.time),
         "writer": "other" if opened.record is None else "functional_ckpt",
-        "size_bytes": opened.storage.total_bytes(opened.path),
+        "size_bytes": queries.total_bytes(opened.storage, opened.path),
         "metrics": None if info.metrics is None else dict(info.metrics),
         "progress": None if info.progress is None else info.progress.to_json(),
         "custom_metadata": dict(opened.custom_metadata),

@@ -14,7 +14,7 @@ from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.policies import lines
 from functional_ckpt.steps import index
 from functional_ckpt.steps.names import CompositeStepName, NameFormat, StepName
-from functional_ckpt.storage import commit
+from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
 
@@ -92,7 +92,8 @@ class Root:
 
     def damaged(self) -> dict[int, str]:
         """Step -> name of each directory that has a step's name and no record of a step."""
-        folders = [n for n in self.strays if self.storage.commit_id(os.path.join(self.path, n))]
+        commits = commit.protocol(self.storage, self.path)
+        folders = [n for n in self.strays if commits.commit_id(os.path.join(self.path, n))]
         return {step: name for name in folders if (step := self.names.parse(name)) is not None}
 
 
@@ -104,9 +105,9 @@ def find(text: str, prefix: str | None = None) -> Root | Checkpoint:
         UsageError: It is neither steps nor a checkpoint.
     """
     storage, path = connect(text)
-    if not storage.exists(path):
+    if not queries.exists(storage, path):
         raise errors.StepNotFoundError(f"{text}: there is no such directory", path=path)
-    if not storage.is_directory(path):
+    if not queries.is_directory(storage, path):
         raise errors.UsageError(f"{text}: this is a file, not a checkpoint", path=path)
     if _is_marked(storage, path):
         return Checkpoint(storage=storage, path=path, step=_step_of(storage, path))
@@ -135,15 +136,15 @@ def checkpoint_of(text: str, step: int | None = None, prefix: str | None = None)
 
 
 def _is_marked(storage: Storage, path: str) -> bool:
-    return any(storage.exists(os.path.join(path, mark)) for mark in _MARKS)
+    return any(queries.exists(storage, os.path.join(path, mark)) for mark in _MARKS)
 
 
 def _holds_items(storage: Storage, path: str) -> bool:
     """Whether it holds trees: a checkpoint whose own record is gone, or an old one of Orbax."""
     folders = [os.path.join(path, name) for name in storage.list(path)]
     return any(
-        storage.exists(os.path.join(folder, orbax.TREE_METADATA_FILE))
-        and not storage.exists(os.path.join(folder, orbax.CHECKPOINT_METADATA_FILE))
+        queries.exists(storage, os.path.join(folder, orbax.TREE_METADATA_FILE))
+        and not queries.exists(storage, os.path.join(folder, orbax.CHECKPOINT_METADATA_FILE))
         for folder in folders
     )
 
@@ -153,7 +154,7 @@ def _find_root(storage: Storage, path: str, prefix: str | None) -> Root | None:
     formats: dict[str | None, dict[StepName, bool]] = {}
     for name in listed:
         found = _format_of(name)
-        if found is None or not storage.is_directory(os.path.join(path, name)):
+        if found is None or not queries.is_directory(storage, os.path.join(path, name)):
             continue
         known = formats.setdefault(found.prefix, {})
         folder = os.path.join(path, name)
@@ -169,7 +170,7 @@ def _find_root(storage: Storage, path: str, prefix: str | None) -> Root | None:
             f"{path} holds steps named differently (such as {names}); choose with --prefix",
             path=path,
         )
-    is_root = any(storage.exists(os.path.join(path, mark)) for mark in _ROOT_MARKS)
+    is_root = any(queries.exists(storage, os.path.join(path, mark)) for mark in _ROOT_MARKS)
     if not formats:
         recorded = _recorded(storage, path, listed) if not prefix else None
         if recorded is not None:
@@ -226,9 +227,9 @@ def _recorded(storage: Storage, path: str, listed: list[str]) -> _Recorded | Non
     found: dict[str, int] = {}
     for name in listed:
         record = os.path.join(path, name, records.EXTENSION_FILE)
-        if commit.TMP_SUFFIX in name or storage.is_link(os.path.join(path, name)):
+        if commit.TMP_SUFFIX in name or queries.is_link(storage, os.path.join(path, name)):
             continue
-        if storage.exists(record):
+        if queries.exists(storage, record):
             with contextlib.suppress(errors.CheckpointError):
                 step = records.parse_step(storage.read(record), record).step
                 if step is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output, targets
+from functional_ckpt.storage import queries
 from functional_ckpt.verify.checkpoint import Finding, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -66,7 +67,10 @@ def _checkpoints(arguments: argparse.Namespace) -> Iterator[targets.Checkpoint]:
 def _verify(checkpoint: targets.Checkpoint) -> _Result | None:
     """None where the step was removed by its writer in the meantime."""
     storage = checkpoint.storage
-    num_files, size_bytes = len(storage.walk(checkpoint.path)), storage.total_bytes(checkpoint.path)
+    num_files, size_bytes = (
+        len(storage.walk(checkpoint.path)),
+        queries.total_bytes(storage, checkpoint.path),
+    )
     try:
         with output.progress_bar(f"verifying {checkpoint.title}") as progress:
             findings = verify_checkpoint(
@@ -79,7 +83,7 @@ def _verify(checkpoint: targets.Checkpoint) -> _Result | None:
         findings = [
             Finding(item=None, file=".", problem="record", expected="a checkpoint", got=got)
         ]
-    if findings and not storage.is_directory(checkpoint.path):
+    if findings and not queries.is_directory(storage, checkpoint.path):
         return None
     return _Result(
         checkpoint=checkpoint,

@@ -24,8 +24,8 @@ from functional_ckpt.format.step_files import (
     read_optional,
 )
 from functional_ckpt.policies.progress import Progress
+from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.local_files import check_ordinary
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ class OpenItem:
         self.is_zarr3 = True
         self.fills_missing = False
         # Before TensorStore opens anything: it would wait for a pipe and follow a link.
-        self._is_local = isinstance(storage, LocalStorage)
-        self._sizes = storage.regular_sizes(path) if isinstance(storage, LocalStorage) else {}
+        self._is_local = storage.files is not None
+        self._sizes = queries.regular_sizes(storage, path) if storage.files is not None else {}
         extension = os.path.join(path, records.EXTENSION_FILE)
         data = read_optional(storage, extension) if record is None else record
         if data is not None:
@@ -155,7 +155,9 @@ class OpenItem:
             for node in self.array_nodes()
         )
         stored = (
-            sum(self._sizes.values()) if self._is_local else self.storage.total_bytes(self.path)
+            sum(self._sizes.values())
+            if self._is_local
+            else queries.total_bytes(self.storage, self.path)
         )
         if wanted > stored:
             raise errors.CorruptCheckpointError(
@@ -290,17 +292,15 @@ def open_checkpoint(storage: Storage, path: str, step: int | None = None) -> Ope
         StepNotFoundError: There is no directory.
         CorruptCheckpointError: It is not a checkpoint, or its records were changed.
     """
-    if not storage.is_directory(path):
+    if not queries.is_directory(storage, path):
         raise errors.StepNotFoundError(f"There is no checkpoint at {path}.", path=path, step=step)
-    if not isinstance(storage, LocalStorage) and not (
-        storage.is_committed(path) or storage.is_committed(os.path.dirname(path))
-    ):
+    if storage.objects is not None and not _is_marked(storage, path):
         raise errors.StepNotFoundError(
             f"{path} was not written to its end: {orbax.COMMIT_FILE} is missing.",
             path=path,
             step=step,
         )
-    if storage.exists(os.path.join(path, orbax.TREE_METADATA_FILE)):
+    if queries.exists(storage, os.path.join(path, orbax.TREE_METADATA_FILE)):
         files = StepFiles.foreign(storage, path, step)
         return OpenCheckpoint(
             files=files, items={_BARE_ITEM: "tree"}, metadata=files.metadata, is_bare=True
@@ -313,6 +313,13 @@ def open_checkpoint(storage: Storage, path: str, step: int | None = None) -> Ope
             if not files.is_replaced():
                 raise
     return _open(StepFiles.open(storage, path, step))
+
+
+def _is_marked(storage: Storage, path: str) -> bool:
+    """Returns whether a checkpoint in an object store, or the one around an item, is complete."""
+    parent = os.path.dirname(path)
+    commits = commit.protocol(storage, parent)
+    return commits.is_committed(path) or commits.is_committed(parent)
 
 
 def _open(files: StepFiles) -> OpenCheckpoint:
@@ -335,7 +342,7 @@ def _open(files: StepFiles) -> OpenCheckpoint:
 def _check_foreign(storage: Storage, path: str, items: Mapping[str, str], step: int | None) -> None:
     """Without this a checkpoint of ours that lost its record would be read with less verified."""
     for name in items:
-        if storage.exists(os.path.join(path, name, records.EXTENSION_FILE)):
+        if queries.exists(storage, os.path.join(path, name, records.EXTENSION_FILE)):
             raise errors.CorruptCheckpointError(
                 f"{os.path.join(path, records.EXTENSION_FILE)}: the file is missing, though item "
                 f"{name!r} was written by this package. To read that item alone, give its own "
@@ -352,12 +359,12 @@ def _find_items(storage: Storage, path: str) -> dict[str, str]:
         folder = os.path.join(path, name)
         if name in _IGNORED or name.startswith(("_", ".")):
             continue
-        if isinstance(storage, LocalStorage):
+        if storage.files is not None:
             check_ordinary(folder)
-        if not storage.is_directory(folder):
+        if not queries.is_directory(storage, folder):
             continue
-        if storage.exists(os.path.join(folder, orbax.TREE_METADATA_FILE)):
+        if queries.exists(storage, os.path.join(folder, orbax.TREE_METADATA_FILE)):
             found[name] = "tree"
-        elif storage.exists(os.path.join(folder, JSON_FILE)):
+        elif queries.exists(storage, os.path.join(folder, JSON_FILE)):
             found[name] = "json"
     return found

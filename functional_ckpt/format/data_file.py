@@ -10,30 +10,25 @@ filled. The digest of the file is taken on the way, so that nobody has to read i
 from __future__ import annotations
 
 import collections
-import contextlib
-import ctypes
-import errno
-import fcntl
 import functools
 import mmap
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import xxhash
 
+from functional_ckpt import errors
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.runtime import host_memory
 from functional_ckpt.runtime.threads import BackgroundWriter
-from functional_ckpt.storage.local import LocalStorage
-from functional_ckpt.storage.system_errors import clear_errors
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.new_file import BLOCK_BYTES
 
 __all__ = ["DataFile"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-_BLOCK_BYTES = 4096
 _BUFFER_BYTES = 4 * 2**20
 # Full buffers: one that is being written, and one that waits. With one alone the disk would wait
 # for the thread that fills them to be told, and to answer.
@@ -42,18 +37,17 @@ _MAX_FULL = 2
 _LENT_FROM_BYTES = 128 * 2**10
 # To copy less is done before another thread could take over the interpreter, and give it back.
 _COPIED_ALONE_BYTES = 64 * 2**10
-_ZEROS = np.zeros(_BLOCK_BYTES, np.uint8)
+_ZEROS = np.zeros(BLOCK_BYTES, np.uint8)
 # Smaller files are not worth going around the page cache, from which they may soon be read.
 _DIRECT_FROM_BYTES = 16 * 2**20
-_NO_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class DataFile:
     """A new file that is written from its first byte to its last. Use it from one thread.
 
     Args:
-        storage: Told that it is made.
-        path: Where; its directory is there.
+        storage: The file system.
+        path: The file; its directory exists.
         size_bytes: How much data there will be.
         is_lent: Whether nearly all of it will be lent, so that little goes through the buffer.
 
@@ -65,36 +59,22 @@ class DataFile:
     """
 
     def __init__(
-        self, storage: LocalStorage, path: str, size_bytes: int, *, is_lent: bool = False
+        self, storage: Storage, path: str, size_bytes: int, *, is_lent: bool = False
     ) -> None:
-        storage.operation("write_data", path)
-        self._path = path
         self._hash = xxhash.xxh3_64()
         self._written = 0
         self._segments: list[memoryview] = []  # what is written next, all of it whole blocks
         self._gathered = 0
         self._begin = self._filled = 0  # of what the buffer holds beyond that
-        blocks = -(-min(size_bytes, _BUFFER_BYTES) // _BLOCK_BYTES)
+        blocks = -(-min(size_bytes, _BUFFER_BYTES) // BLOCK_BYTES)
         self._prefers_huge = not is_lent  # of a huge page, all is taken at the first touch
-        self._buffer = self._pages(max(1, blocks) * _BLOCK_BYTES)
+        self._buffer = self._pages(max(1, blocks) * BLOCK_BYTES)
         self._behind: BackgroundWriter | None = None
         self._full: collections.deque[Array] = collections.deque()  # handed on before
-        self.is_large = self._is_direct = size_bytes >= _DIRECT_FROM_BYTES
-        with clear_errors("write", path):
-            self._descriptor = self._open()
-            if self._is_direct:
-                _reserve(self._descriptor, size_bytes)
-
-    def _open(self) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        if self._is_direct:
-            try:
-                return os.open(self._path, flags | os.O_DIRECT, 0o666)
-            except OSError as error:
-                if error.errno not in _NO_DIRECT:
-                    raise
-                self._is_direct = False
-        return os.open(self._path, flags, 0o666)
+        self.is_large = size_bytes >= _DIRECT_FROM_BYTES
+        if storage.files is None:
+            raise errors.UsageError(f"{path}: data files are written to file systems only.")
+        self._file = storage.files.create(path, size_bytes, is_direct=self.is_large)
 
     def _pages(self, size_bytes: int) -> Array:
         """Memory on page boundaries."""
@@ -132,10 +112,10 @@ class DataFile:
 
     def _append_lent(self, data: Array) -> int:
         address: int = data.__array_interface__["data"][0]
-        self._copy(_ZEROS[: (address - self.size_bytes) % _BLOCK_BYTES])
+        self._copy(_ZEROS[: (address - self.size_bytes) % BLOCK_BYTES])
         offset = self.size_bytes
-        head = -address % _BLOCK_BYTES
-        tail = (len(data) - head) % _BLOCK_BYTES
+        head = -address % BLOCK_BYTES
+        tail = (len(data) - head) % BLOCK_BYTES
         self._copy(data[:head])
         self._gather_buffer()
         self._gather(data[head : len(data) - tail])
@@ -174,7 +154,7 @@ class DataFile:
     def _flush(self) -> None:
         self._gather_buffer()
         segments, self._segments = self._segments, []
-        write = functools.partial(self._write, segments, self._gathered, self._written)
+        write = functools.partial(self._file.write, segments, self._written)
         self._written += self._gathered
         self._gathered = 0
         if not self.is_large:
@@ -191,30 +171,13 @@ class DataFile:
             is_free = len(self._full) > _MAX_FULL
             self._buffer = self._full.popleft() if is_free else self._pages(len(self._buffer))
 
-    def _write(self, segments: Sequence[memoryview], size_bytes: int, offset: int) -> None:
-        with clear_errors("write", self._path):
-            if self._is_direct and size_bytes % _BLOCK_BYTES:
-                # Only whole blocks go around the page cache: the rest of the file goes through it.
-                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-                self._is_direct = False
-            left = list(segments)
-            while left:
-                done = os.pwritev(self._descriptor, left, offset)
-                offset += done
-                while left and done >= len(left[0]):
-                    done -= len(left.pop(0))
-                if done:
-                    left[0] = left[0][done:]
-
     def finish(self) -> FileRecord:
         """Writes what is left, and returns what the file must be; durable once it is synced."""
         if self.size_bytes > self._written:
             self._flush()
         if self._behind is not None:
             self._behind.wait()
-        with clear_errors("write", self._path):
-            os.ftruncate(self._descriptor, self._written)
+        self._file.truncate(self._written)
         return FileRecord(self._written, self._hash.hexdigest())
 
     def close(self) -> None:
@@ -222,28 +185,6 @@ class DataFile:
         if self._behind is not None:
             self._behind.close()
             self._behind = None
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            with clear_errors("write", self._path):
-                os.close(descriptor)
+        self._file.close()
         self._buffer, self._segments = np.empty(0, np.uint8), []
         self._full.clear()
-
-
-def _reserve(descriptor: int, size_bytes: int) -> None:
-    """Finds room for the whole file at once; a file system that cannot is asked as we go."""
-    function = _fallocate()
-    if function is None or function(descriptor, 0, 0, size_bytes) == 0:
-        return
-    code = ctypes.get_errno()
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-        raise OSError(code, os.strerror(code))
-
-
-@functools.cache
-def _fallocate() -> Any:
-    with contextlib.suppress(AttributeError, OSError):
-        function = ctypes.CDLL(None, use_errno=True).fallocate
-        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-        return function
-    return None

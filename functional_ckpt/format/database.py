@@ -27,6 +27,7 @@ from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.step_files import check_content, read_optional
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.paths import check_arrays_path
@@ -111,7 +112,9 @@ def check_process() -> None:
 def write_context(storage: Storage) -> Any:
     """For writing and merging: what is written is synced by the caller."""
     check_process()
-    return ts.Context({"file_io_sync": False, "cache_pool": NO_CACHE, **storage.context()})
+    return ts.Context(
+        {"file_io_sync": False, "cache_pool": NO_CACHE, **storage.tensorstore.context()}
+    )
 
 
 def read_context(storage: Storage) -> Any:
@@ -122,7 +125,7 @@ def read_context(storage: Storage) -> Any:
     # decodes its node anew, which for 20,000 small arrays takes 9 ms a read instead of 0.3.
     cache = {"total_bytes_limit": _TREE_CACHE_BYTES}
     how = {"file_io_mode": {"mode": "memmap"}, "cache_pool": cache}
-    return ts.Context({**how, **storage.context()})
+    return ts.Context({**how, **storage.tensorstore.context()})
 
 
 class Database:
@@ -156,7 +159,7 @@ class Database:
 
 def clear_error(storage: Storage, path: str, error: Exception) -> errors.CheckpointError:
     """TensorStore's refusal to write as one of ours, with the system's `errno` where it has one."""
-    text = storage.redact(str(error))
+    text = storage.tensorstore.redact(str(error))
     for code in _SYSTEM_ERRORS:
         if os.strerror(code) in text:
             return errors.StorageError(
@@ -167,7 +170,7 @@ def clear_error(storage: Storage, path: str, error: Exception) -> errors.Checkpo
 
 def open_database(storage: Storage, directory: str, context: Any) -> Any:
     """A database to write into, made when it is not there."""
-    spec = {"driver": "ocdbt", "base": storage.kvstore(directory), "config": _CONFIG}
+    spec = {"driver": "ocdbt", "base": storage.tensorstore.kvstore(directory), "config": _CONFIG}
     try:
         return ts.KvStore.open(spec, context=context).result()
     except REFUSALS as error:
@@ -188,7 +191,7 @@ def open_for_reading(
         CorruptCheckpointError: There is no readable database.
     """
     _check_manifest(storage, directory, (files or {}).get(_MANIFEST))
-    spec = {"driver": "ocdbt", "base": storage.kvstore(directory)}
+    spec = {"driver": "ocdbt", "base": storage.tensorstore.kvstore(directory)}
     context = read_context(storage)
     try:
         store = ts.KvStore.open(spec, context=context).result()
@@ -201,10 +204,10 @@ def _check_manifest(storage: Storage, directory: str, expected: FileRecord | Non
     """Raises `CorruptCheckpointError` unless there is a manifest, on a disk as it is recorded."""
     path = os.path.join(directory, _MANIFEST)
     data = None
-    if isinstance(storage, LocalStorage):
+    if storage.files is not None:
         check_arrays_path(directory)
         data = read_optional(storage, path)
-    if data is None and not storage.exists(path):
+    if data is None and not queries.exists(storage, path):
         raise errors.CorruptCheckpointError(
             f"{directory}: {_MANIFEST} is missing; the item's arrays cannot be found.",
             path=directory,
@@ -222,7 +225,9 @@ def _read_error(
     storage: Storage, directory: str, what: str, error: Exception
 ) -> errors.CheckpointError:
     """Damage is what is wrong with the bytes; what the system or the store refuses is not."""
-    text = storage.redact(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    text = storage.tensorstore.redact(
+        str(error).splitlines()[0] if str(error) else type(error).__name__
+    )
     code = _errno_of(error, text)
     if code is None:
         return errors.CorruptCheckpointError(
@@ -248,7 +253,7 @@ def _errno_of(error: Exception, text: str) -> int | None:
 def open_files_for_reading(directory: str, storage: Storage = _LOCAL) -> Database:
     """An item whose arrays are plain zarr files (Orbax with OCDBT off)."""
     context = read_context(storage)
-    store = ts.KvStore.open(storage.kvstore(directory), context=context).result()
+    store = ts.KvStore.open(storage.tensorstore.kvstore(directory), context=context).result()
     return Database(storage, directory, store, context)
 
 

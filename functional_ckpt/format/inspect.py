@@ -39,7 +39,7 @@ def read_values(
         try:
             result = read.result()
         except (ValueError, OSError) as error:
-            why = database.storage.redact(str(error).splitlines()[0])
+            why = database.storage.tensorstore.redact(str(error).splitlines()[0])
             text = f"{database.directory}: {key!r} cannot be read: {why}"
             found.append(errors.CorruptCheckpointError(text, path=database.directory))
         else:
@@ -52,7 +52,8 @@ def locate(storage: Storage, directory: str) -> Places:
     files: dict[str, str] = {}
     unreadable: set[str] = set()
     base: Any = ts.KvStore.open(
-        storage.kvstore(directory), context=ts.Context(dict(storage.context()))
+        storage.tensorstore.kvstore(directory),
+        context=ts.Context(dict(storage.tensorstore.context())),
     ).result()
     try:
         manifest = ts.ocdbt.dump(base).result()

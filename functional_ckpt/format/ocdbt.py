@@ -22,7 +22,7 @@ import tensorstore as ts
 
 from functional_ckpt.core.arrays.chunks import MAX_INLINE_BYTES
 from functional_ckpt.format.database import check_process
-from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.base import Storage
 
 __all__ = [
     "Entries",
@@ -372,12 +372,12 @@ def decode_leaf(data: bytes) -> tuple[list[str], Entries] | None:
 MANIFEST = "manifest.ocdbt"
 
 
-def read_entries(storage: LocalStorage, directory: str) -> tuple[list[str], Entries] | None:
+def read_entries(storage: Storage, directory: str) -> tuple[list[str], Entries] | None:
     """Data files and entries of a database that is one plain leaf; None where it is another."""
     place = decode_manifest(storage.read(os.path.join(directory, MANIFEST)))
     if place is None or not is_inside(place.file):
         return None
-    data = storage.read_range(os.path.join(directory, place.file), place.offset, place.length)
+    data = storage.read(os.path.join(directory, place.file), place.offset, place.length)
     return decode_leaf(data)
 
 

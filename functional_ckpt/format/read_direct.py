@@ -26,7 +26,7 @@ from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.ocdbt import is_inside, read_entries
 from functional_ckpt.format.read_tensorstore import ArrayRead, compare_digests
-from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local_files import open_regular
 from functional_ckpt.storage.system_errors import clear_errors, is_absence
 
@@ -88,7 +88,7 @@ class DirectReader:
         directory: The item.
     """
 
-    def __init__(self, storage: LocalStorage, directory: str) -> None:
+    def __init__(self, storage: Storage, directory: str) -> None:
         self._directory = directory
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()

@@ -17,7 +17,6 @@ from functional_ckpt.core.tree import plain_json
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.storage import local_files
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.system_errors import is_absence
 
 __all__ = [
@@ -144,7 +143,7 @@ class StepFiles:
             if expected is None:
                 return None  # whatever is there now was not saved
         path = os.path.join(self.path, name)
-        if isinstance(self.storage, LocalStorage):
+        if self.storage.files is not None:
             local_files.check_no_links(self.path, name)
         data = read_optional(self.storage, path)
         if expected is None:

@@ -39,7 +39,7 @@ from functional_ckpt.format.ocdbt import (
 )
 from functional_ckpt.format.write_tensorstore import ArrayWrite, Digests, padded
 from functional_ckpt.runtime.threads import gc_paused, run_in_threads
-from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.base import Storage
 
 __all__ = [
     "BYTES_PER_FILE",
@@ -88,7 +88,7 @@ def can_write(arrays: Sequence[ArrayWrite], num_others: int) -> bool:
 
 
 def write_arrays(
-    storage: LocalStorage,
+    storage: Storage,
     item_directory: str,
     child: str,
     arrays: Sequence[ArrayWrite],
@@ -124,7 +124,7 @@ def write_arrays(
 
 
 def _write_arrays(
-    storage: LocalStorage,
+    storage: Storage,
     item_directory: str,
     child: str,
     arrays: Sequence[ArrayWrite],
@@ -138,9 +138,7 @@ def _write_arrays(
     parts = [_Part(place, os.path.join(path, name)) for place, name in enumerate(names)]
     try:
         tasks: list[Callable[[], None]] = [
-            functools.partial(
-                part.write, storage, item_directory, group, is_whole=part is not parts[-1]
-            )
+            functools.partial(part.write, storage, group, is_whole=part is not parts[-1])
             for part, group in zip(parts, groups, strict=True)
         ]
         run_in_threads(tasks, num_threads)
@@ -149,7 +147,6 @@ def _write_arrays(
             last.entries.extend(part.entries)
         last.add_metadata(arrays, scalars)
         last.tie(tied)
-        storage.operation("commit_arrays", item_directory)
         files = last.complete(storage, path, names)
         for part in others:
             files[names[part.place]] = part.record
@@ -225,8 +222,7 @@ class _Part:
 
     def write(
         self,
-        storage: LocalStorage,
-        item_directory: str,
+        storage: Storage,
         chunks: Sequence[_Chunk],
         *,
         is_whole: bool,
@@ -238,9 +234,8 @@ class _Part:
         )
         are_lent = all(array.is_stable for array, _, _, _ in chunks)
         self._file = file = DataFile(storage, self._path, size_bytes, is_lent=are_lent)
-        operation, digests, add = storage.operation, self.digests, self.entries.add
+        digests, add = self.digests, self.entries.add
         for array, box, key, position in chunks:
-            operation("write_array", f"{item_directory}/{array.name}")
             data = array.data
             if box is not None:
                 data = data[box.relative_to(array.box.offset).slices()]
@@ -303,9 +298,7 @@ class _Part:
                 place = places[(key_prefix(owner) + key).encode()]
                 entries.add((key_prefix(name) + key).encode(), *place)
 
-    def complete(
-        self, storage: LocalStorage, path: str, names: Sequence[str]
-    ) -> dict[str, FileRecord]:
+    def complete(self, storage: Storage, path: str, names: Sequence[str]) -> dict[str, FileRecord]:
         """Writes the tree behind the last value, and the manifest."""
         file = self._open
         node = encode_leaf(names, self.entries)
@@ -369,7 +362,7 @@ def _metadata(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> bytes:
 
 
 def merge_children(
-    storage: LocalStorage,
+    storage: Storage,
     item_directory: str,
     children: Sequence[str],
     tied: Mapping[str, tuple[str, ChunkGrid]],
@@ -390,11 +383,10 @@ def merge_children(
         entries.files = [place + len(names) for place in entries.files]
         names += [f"{child}/{file}" for file in files]
         merged.extend(entries)
-    storage.operation("merge_arrays", item_directory)
     storage.make_directory(os.path.join(item_directory, _FOLDER), parents=False)
     part = _Part(0, os.path.join(item_directory, names[0]))
     try:
-        part.write(storage, item_directory, (), is_whole=False)
+        part.write(storage, (), is_whole=False)
         part.entries = merged
         part.tie(tied)
         return part.complete(storage, item_directory, names)

@@ -115,7 +115,7 @@ def write_arrays(
     batches = [tasks]
     copied_bytes = 0
     for array in arrays:
-        storage.operation("write_array", os.path.join(item_directory, array.name))
+        storage.tensorstore.check_writable(os.path.join(item_directory, array.name))
         place = min(databases, key=lambda database: database.size_bytes)
         if array.writes_metadata:
             place.put_metadata(array.name, array.spec, array.grid.chunk_shape)
@@ -134,12 +134,12 @@ def write_arrays(
     try:
         for tasks in batches:
             run_in_threads(tasks)
-            storage.operation("commit_arrays", item_directory)
+            storage.tensorstore.check_writable(item_directory)
             for database in databases:
                 database.start_commit()
             for database in databases:
                 database.finish_commit()
-        storage.flush_arrays(item_directory)
+        storage.tensorstore.flush(item_directory)
     except REFUSALS as error:
         if isinstance(error, errors.CheckpointError):
             raise
@@ -251,7 +251,7 @@ def merge_children(
         children: The children; none when everything was written into the item's own database.
         tied: Name of a tied leaf -> name and grid of the array that holds its bytes.
     """
-    storage.operation("merge_arrays", item_directory)
+    storage.tensorstore.check_writable(item_directory)
     try:
         context = write_context(storage)
         parent = open_database(storage, item_directory, context)
@@ -265,7 +265,7 @@ def merge_children(
             transaction.commit_sync()
         if tied:
             _copy_tied(parent, tied)
-        storage.flush_arrays(item_directory)
+        storage.tensorstore.flush(item_directory)
     except REFUSALS as error:
         raise clear_error(storage, item_directory, error) from error
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Generator
 
 from functional_ckpt import errors
-from functional_ckpt.storage import claims, commit
+from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.paths import is_remote, resolve, resolve_local
 
@@ -33,19 +33,20 @@ def atomic_output(
     """
     storage = storage or LocalStorage()
     final = check_destination(path)
-    if storage.exists(final):
+    if queries.exists(storage, final):
         raise errors.StepExistsError(
             f"{final} exists and is never overwritten; remove it or choose another path.",
             path=final,
         )
-    with claims.claimed(storage, final) as claim:
+    commits = commit.protocol(storage, os.path.dirname(final))
+    with commits.claimed(final) as claim:
         tmp = os.path.join(claim, os.path.basename(final))
         yield tmp
-        if storage.is_directory(tmp):
+        if queries.is_directory(storage, tmp):
             commit.sync_tree(storage, tmp, storage.walk(tmp))
         else:
             storage.sync(tmp)
-        claims.publish(storage, tmp, final, overwrite=False)
+        commits.publish_claim(tmp, final, overwrite=False)
 
 
 def check_destination(path: str | os.PathLike[str]) -> str:

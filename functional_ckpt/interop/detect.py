@@ -20,6 +20,7 @@ from functional_ckpt.interop import (
     torch_save,
 )
 from functional_ckpt.interop.source import Format, Source
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import is_remote, resolve
 
@@ -120,7 +121,7 @@ def _open(format: Format, place: str) -> Source:
 def _open_remote(uri: str, format: str | None) -> Source:
     """A step in an object store; the files of other programs are read from local disks only."""
     storage, place = connect(uri)
-    if not storage.exists(place):
+    if not queries.exists(storage, place):
         raise errors.StepNotFoundError(f"{place}: there is nothing.", path=place)
     if format not in (None, native.FORMAT.name) or not native.is_step(storage, place):
         raise errors.UsageError(

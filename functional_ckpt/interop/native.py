@@ -13,6 +13,7 @@ from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.interop.source import Format, Source, match_files
 from functional_ckpt.restoring import restore
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 
@@ -32,8 +33,8 @@ def fits(path: str) -> bool:
 
 def is_step(storage: Storage, path: str) -> bool:
     """The same, in any store."""
-    names = filter(_is_shown, storage.list(path)) if storage.is_directory(path) else ()
-    return _is_marked(path, names, storage.exists)
+    names = filter(_is_shown, storage.list(path)) if queries.is_directory(storage, path) else ()
+    return _is_marked(path, names, functools.partial(queries.exists, storage))
 
 
 def _is_shown(name: str) -> bool:

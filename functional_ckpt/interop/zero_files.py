@@ -16,6 +16,7 @@ from functional_ckpt.interop import native, neuronx, zero
 from functional_ckpt.interop.atomic_output import atomic_output, check_disjoint
 from functional_ckpt.interop.neuronx import Rank
 from functional_ckpt.interop.source import Source
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import is_remote, resolve
@@ -56,7 +57,7 @@ def convert(
     path = resolve(source)
     check_disjoint(path, destination)
     storage, path = connect(path)
-    if not storage.is_directory(path):
+    if not queries.is_directory(storage, path):
         raise errors.StepNotFoundError(f"{path}: there is no such directory.", path=path)
     folder = os.path.join(path, _FOLDER)
     if not is_remote(path) and neuronx.stems(folder):

@@ -25,7 +25,6 @@ from functional_ckpt.format import read_direct, read_tensorstore
 from functional_ckpt.format.checkpoint_dir import OpenItem
 from functional_ckpt.restoring import destinations, shared_read
 from functional_ckpt.runtime import device_copies, fence, threads
-from functional_ckpt.storage.local import LocalStorage
 
 __all__ = ["Verify", "read_all"]
 
@@ -290,7 +289,7 @@ class _ItemRead:
     ) -> list[Callable[[], None]]:
         """Tasks that read all that can be read with much else at once; `tasks` reads the rest."""
         storage = self.item.storage
-        if self.item.record is None or not self._jobs or not isinstance(storage, LocalStorage):
+        if self.item.record is None or not self._jobs or storage.files is None:
             return []
         database = self.item.database  # the one that is there must open in any case
         with threads.gc_paused():

@@ -20,6 +20,7 @@ from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreOptions
 from functional_ckpt.steps import decide, rollback
 from functional_ckpt.steps.directory import Steps
+from functional_ckpt.storage import queries
 
 __all__ = ["Restorer", "check_step", "initial_values"]
 
@@ -98,7 +99,7 @@ class Restorer:
         others = [
             name
             for name in storage.list(root)
-            if not name.startswith(".") and storage.is_directory(os.path.join(root, name))
+            if not name.startswith(".") and queries.is_directory(storage, os.path.join(root, name))
         ]
         if others and self.coordinator.rank == 0:
             _log.warning(
@@ -156,7 +157,7 @@ class Restorer:
                 self.coordinator,
             )
         except (errors.CorruptCheckpointError, errors.StorageError) as error:
-            if not storage.is_directory(path):
+            if not queries.is_directory(storage, path):
                 raise errors.StepNotFoundError(
                     f"Step {step} was removed while it was being read; restore another.",
                     step=step,

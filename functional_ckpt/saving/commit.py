@@ -212,7 +212,7 @@ class StepCommitter:
 
     def _abandon(self, tmp: str) -> None:
         """On the primary: removes a failed save's directory, now or before the next save."""
-        if not commit.abandon(self._storage, tmp):
+        if not self._steps.commits.abandon(tmp):
             self._leftovers.append(tmp)
 
     def _begin(self, save: Save) -> bytes:
@@ -221,12 +221,12 @@ class StepCommitter:
         The directory's name is the primary's: clocks of ranks may differ.
         """
         self._steps.check_lock()
-        commit.finish_overwrite(self._storage, self._steps.root, self._steps.hidden)
+        self._steps.commits.finish_overwrite()
         self._leftovers = [
-            each for each in self._leftovers if not commit.abandon(self._storage, each)
+            each for each in self._leftovers if not self._steps.commits.abandon(each)
         ]
         final = self._steps.new_path(save.step, save.info.progress)
-        tmp = commit.create_tmp(self._storage, final)
+        tmp = self._steps.commits.begin(final)
         is_shared = self._coordinator.num_ranks > 1
         digests = {
             item.name: write.root_digest(item.root)
@@ -241,13 +241,12 @@ class StepCommitter:
         finalize.finalize(self._storage, tmp, save.lowered, reports, info, commit_time_ns)
         final = commit.final_path(tmp)
         if save.is_repeat and finalize.is_same(self._storage, tmp, final):
-            commit.abandon(self._storage, tmp)
+            self._steps.commits.abandon(tmp)
             return json.dumps({"is_unchanged": True}).encode()
         if save.is_repeat:
             self._steps.check_free(save.step, info.progress, overwrite=self._overwrite)
-        hidden = self._steps.hidden
         self._steps.check_lock()
-        replaced = commit.publish(self._storage, tmp, final, hidden, overwrite=self._overwrite)
+        replaced = self._steps.commits.publish(tmp, final, overwrite=self._overwrite)
         # The primary decides what follows, so that no rank waits for a round that another skips.
         cleans_up = bool(self._keep_policies or self._steps.latest_link or self._steps.has_tiers)
         outcome = {

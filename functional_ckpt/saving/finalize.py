@@ -22,9 +22,8 @@ from functional_ckpt.runtime import threads
 from functional_ckpt.saving import lower
 from functional_ckpt.saving.lower import LoweredItem
 from functional_ckpt.saving.write import RankReport
-from functional_ckpt.storage import commit
+from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.local import LocalStorage
 
 __all__ = ["CheckpointInfo", "finalize"]
 
@@ -120,7 +119,7 @@ def is_same(storage: Storage, new: str, old: str) -> bool:
 
     Metrics, progress and custom metadata count where the new one has any.
     """
-    if not storage.exists(os.path.join(old, records.EXTENSION_FILE)):
+    if not queries.exists(storage, os.path.join(old, records.EXTENSION_FILE)):
         return False
     mine, other = (_step_record(storage, path) for path in (new, old))
     if mine.items != other.items:
@@ -193,7 +192,7 @@ def _finalize_item(
     known = {name: file for report in reports for name, file in report.files[item.name].items()}
     if children:  # else the one rank that there is has written into the item's own database
         merged = None
-        if isinstance(storage, LocalStorage):
+        if storage.files is not None:
             merged = write_direct.merge_children(storage, path, children, tied)
         if merged is None:
             write_tensorstore.merge_children(storage, path, children, tied)
@@ -268,7 +267,7 @@ def _write_own_scalars(
     if not own:
         return []
     children = write_tensorstore.child_names(len(parts), 1)
-    if isinstance(storage, LocalStorage):
+    if storage.files is not None:
         write_direct.write_arrays(storage, path, children[0], (), own)
     else:
         write_tensorstore.write_arrays(storage, path, children, (), own)

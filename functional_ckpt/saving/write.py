@@ -26,8 +26,8 @@ from functional_ckpt.core.records import records, structure_json
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import write_direct, write_tensorstore
 from functional_ckpt.saving.parts import StagedItem
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.local import LocalStorage
 
 __all__ = ["RankReport", "read_report", "write", "write_report"]
 
@@ -139,7 +139,7 @@ def _write_arrays(
 ) -> write_direct.Written:
     """Through our own hands where that works, else through TensorStore's."""
     child = children[0] if children else ""
-    is_local = isinstance(storage, LocalStorage)
+    is_local = storage.files is not None
     if is_local and write_direct.can_write(arrays, 2 * len(scalars)):
         return write_direct.write_arrays(
             storage, path, child, arrays, scalars, tied, num_threads=num_threads
@@ -180,7 +180,7 @@ def write_report(storage: Storage, directory: str, rank: int, report: RankReport
 def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
     """What a rank left; `CoordinationError` when it is not here."""
     path = os.path.join(directory, REPORTS, f"{rank}.json")
-    if not storage.exists(path):
+    if not queries.exists(storage, path):
         raise errors.CoordinationError(
             f"Rank {rank} reported its files as written, but {path} does not exist. All ranks must "
             "save to the same directory on a shared file system.",

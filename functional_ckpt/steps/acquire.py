@@ -97,7 +97,7 @@ def _lock_and_recover(steps: Steps, coordinator: Coordinator) -> None:
         raise
     if is_alone:
         _log.warning("%s: %s", steps.root, _NOT_JOINED)
-    for line in commit.recover(steps.storage, steps.root, steps.hidden):
+    for line in steps.commits.recover():
         _log.warning("%s: %s", steps.root, line)
 
 

@@ -21,7 +21,7 @@ from functional_ckpt.steps import history, template
 from functional_ckpt.steps.index import StepIndex, has_record
 from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.steps.writer_lock import WriterLock
-from functional_ckpt.storage import commit, removal
+from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 
 __all__ = ["Steps"]
@@ -41,8 +41,9 @@ class Steps:
         latest_link: Name of a link to the latest step; None for no link.
 
     Attributes:
-        storage: The file system.
+        storage: The store.
         root: The directory.
+        commits: How its steps become visible and are removed.
         events: Where what happens to the steps is told.
         hidden: Where everything is that is no step.
         remote: The steps of the other tiers that were reached, the nearest first.
@@ -64,14 +65,15 @@ class Steps:
         self.events = events or Events()
         self.root = root
         self.read_only = read_only
-        self.hidden = os.path.join(root, commit.HIDDEN)
+        self.commits = commit.protocol(storage, root)
+        self.hidden = self.commits.hidden
         self._names = names
         self._mutex = threading.Lock()
         self._index = StepIndex(storage, root, names)
         self._reported_strays: set[str] = set()
         self._infos: tuple[StepInfo, ...] = ()
         self._num_changes = 0
-        self._root_id: str | None = None
+        self._root_id: object = None
         self._origin: StepInfo | None = None
         self._line: lines.Line | None = None
         self._has_warned = False
@@ -121,7 +123,7 @@ class Steps:
     def _reread(self) -> bool:
         """Reads the steps from disk; whether nothing was remembered or forgotten meanwhile."""
         num_changes = self._num_changes
-        root_id = self.storage.directory_id(self.root)
+        root_id = self.commits.root_id()
         late = history.late_metrics(self.storage, self.root)
         found = tuple(history.with_late_metrics(info, late) for info in self._look(anew=True))
         with self._mutex:
@@ -175,7 +177,7 @@ class Steps:
         """The steps of this directory: those that are there now, or that its writer remembers."""
         if self.read_only:
             return self._look()
-        if self.storage.directory_id(self.root) != self._root_id:
+        if self.commits.root_id() != self._root_id:
             self.reload_local()  # it was removed, or made again
         return self._infos
 
@@ -283,7 +285,7 @@ class Steps:
         """Where a step is, or would be if its number alone says so."""
         candidates = [os.path.join(self.root, name) for name in self._names.names(step)]
         for path in candidates:
-            if self.storage.exists(path):
+            if queries.exists(self.storage, path):
                 return path
         if candidates:
             return candidates[0]
@@ -300,7 +302,7 @@ class Steps:
 
     def _leads_to_step(self, name: str) -> bool:
         path = os.path.join(self.root, name)
-        return self.storage.is_link(path) and has_record(self.storage, path)
+        return queries.is_link(self.storage, path) and has_record(self.storage, path)
 
     def linked(self) -> list[str]:
         """The names of links that lead to steps."""
@@ -310,7 +312,7 @@ class Steps:
         """Where a step is written: where it is, if it is replaced, else under a new name."""
         with contextlib.suppress(errors.StepNotFoundError):
             path = self.path(step)
-            if self.storage.exists(path):
+            if queries.exists(self.storage, path):
                 return path
         return os.path.join(self.root, template.new_name(self._names, step, progress))
 
@@ -335,8 +337,8 @@ class Steps:
         if self.latest_link is None:
             return
         link = os.path.join(self.root, self.latest_link)
-        is_there = self.storage.exists(link)
-        if is_there and not self.storage.is_link(link):
+        is_there = queries.exists(self.storage, link)
+        if is_there and not queries.is_link(self.storage, link):
             raise errors.StorageError(
                 f"Cannot make {link} a link to the latest step: the path exists and is not a link. "
                 "Move it away, or give another latest_link.",
@@ -346,11 +348,10 @@ class Steps:
         newest = lines.newest(info for info in self._infos if info.step not in without)
         if newest is not None:
             name = os.path.basename(self.path(newest.step))
-            temporary = os.path.join(self.hidden, f"{self.latest_link}.tmp")
-            self.storage.replace_link(link, name, temporary)
+            self.commits.replace_link(link, name)
         elif is_there:
             self.storage.remove(link)
-            self.storage.sync_directory(self.root)
+            self.storage.sync(self.root)
 
     def check_free(self, step: int, progress: Progress | None, *, overwrite: bool) -> None:
         """Raises `StepExistsError` when a tier has the step, and it may not be overwritten."""
@@ -364,11 +365,11 @@ class Steps:
                     path=each.root,
                 )
         path = self.new_path(step, progress)
-        if not self.storage.exists(path):
+        if not queries.exists(self.storage, path):
             return
-        if not self.storage.is_committed(path) and self.storage.is_directory(path):
+        if not self.commits.is_committed(path) and queries.is_directory(self.storage, path):
             return  # what a failed save left; `commit.create_tmp` sees to it
-        if not self.storage.is_directory(path):
+        if not queries.is_directory(self.storage, path):
             raise errors.StorageError(
                 f"Cannot save step {step}: {path} is a file, and not a checkpoint. Move it away.",
                 errno=errno.ENOTDIR,
@@ -438,7 +439,7 @@ class Steps:
         self.check_lock()
         history.write_late_metrics(self.storage, self.root, self._on_disk(step), metrics)
         path = self.path(step)
-        if not self.storage.is_committed(path):
+        if not self.commits.is_committed(path):
             raise errors.StepNotFoundError(
                 f"{path} was removed or moved while its metrics were recorded; they are not "
                 "recorded.",
@@ -549,7 +550,7 @@ class Steps:
                 failures[newest.step] = error
         paths = {step: self._path_if_there(step) for step in steps}
         names = {os.path.basename(path): step for step, path in paths.items() if path is not None}
-        failed = removal.remove(self.storage, self.root, self.hidden, tuple(names))
+        failed = self.commits.remove(tuple(names))
         failures |= {names[name]: error for name, error in failed.items()}
         gone = [step for step, path in paths.items() if path is None or not self._is_there(path)]
         self.forget(gone)
@@ -567,11 +568,11 @@ class Steps:
 
     def hide(self, names: Iterable[str]) -> None:
         """Takes directories out of sight, all in one step; they are still to be removed."""
-        removal.hide(self.storage, self.root, self.hidden, names)
+        self.commits.removals.hide(names)
 
     def unhide(self, names: Iterable[str]) -> None:
         """Undoes `hide`, or forgets that it was done, once the directories are gone."""
-        removal.unhide(self.storage, self.hidden, names)
+        self.commits.removals.unhide(names)
 
     def names_of(self, steps: Sequence[int]) -> dict[int, str]:
         """Step -> name of its directory."""
@@ -580,13 +581,13 @@ class Steps:
     def _path_if_there(self, step: int) -> str | None:
         with contextlib.suppress(errors.StepNotFoundError):
             path = self.path(step)
-            return path if self.storage.exists(path) else None
+            return path if queries.exists(self.storage, path) else None
         return None
 
     def _is_there(self, path: str) -> bool:
         """Whether a directory counts; one that is being removed does not."""
-        hidden = removal.hidden_names(self.storage, self.root, self.hidden)
-        return self.storage.exists(path) and os.path.basename(path) not in hidden
+        hidden = self.commits.removals.hidden_names()
+        return queries.exists(self.storage, path) and os.path.basename(path) not in hidden
 
 
 def _united(tiers: Iterable[Sequence[StepInfo]]) -> tuple[StepInfo, ...]:

@@ -16,8 +16,9 @@ from functional_ckpt.core.records import records
 from functional_ckpt.format.step_files import StepFiles, parse_object, read_optional
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps.names import NameFormat
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.commit import HIDDEN, makedirs_durable
+from functional_ckpt.storage.commit import HIDDEN, makedirs_durable, protocol
 
 __all__ = [
     "Late",
@@ -88,7 +89,7 @@ def read_step(storage: Storage, path: str, step: int | None) -> StepInfo | None:
 
         files = attempt(lambda: StepFiles.open(storage, path, step))
         info = _describe(storage, path, step or 0, files, attempt)
-        if problems and not storage.is_directory(path):
+        if problems and not queries.is_directory(storage, path):
             return None
         # A step that is overwritten while it is read looks damaged.
         if not problems or is_last or files is None or not attempt(files.is_replaced):
@@ -103,7 +104,7 @@ def _with_problem(info: StepInfo, error: errors.CheckpointError) -> StepInfo:
 
 def read_sound_step(storage: Storage, path: str, step: int) -> StepInfo:
     """As `read_step`, but raises what is wrong with the step."""
-    if not storage.is_directory(path):
+    if not queries.is_directory(storage, path):
         raise errors.StepNotFoundError(f"There is no step at {path}.", step=step, path=path)
     return sound_info(StepFiles.open(storage, path, step))
 
@@ -130,7 +131,7 @@ def _describe(
         progress = attempt(lambda: files.progress)
     nanoseconds = (metadata or {}).get("commit_timestamp_nsecs")
     if type(nanoseconds) is not int or not 0 <= nanoseconds < 2**62:
-        nanoseconds = attempt(lambda: storage.modified_ns(path)) or 0
+        nanoseconds = attempt(lambda: queries.modified_ns(storage, path)) or 0
     record = None if files is None else files.record
     return StepInfo(
         step=step,
@@ -238,7 +239,8 @@ def write_late_metrics(
         "time_ns": time.time_ns(),
         "metrics": dict(metrics),
     }
-    storage.replace(os.path.join(folder, name), records.with_checksum(record, allow_nan=True))
+    data = records.with_checksum(record, allow_nan=True)
+    protocol(storage, root).replace(os.path.join(folder, name), data)
 
 
 def remove_late_metrics(

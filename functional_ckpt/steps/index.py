@@ -17,9 +17,8 @@ from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps import history
 from functional_ckpt.steps.names import NameFormat
-from functional_ckpt.storage import removal
+from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.commit import HIDDEN
 
 __all__ = ["Entry", "StepIndex", "has_record"]
 
@@ -55,6 +54,7 @@ class StepIndex:
         self._storage = storage
         self._root = root
         self._names = names
+        self._commits = commit.protocol(storage, root)
         self._known: Mapping[str, Entry] = {}
         self.strays: Mapping[str, str] = {}
 
@@ -68,7 +68,7 @@ class StepIndex:
             self._known = {}
         listed = self._storage.list(self._root)
         named = [(s, name) for name in listed if (s := self._names.parse(name)) is not None]
-        hidden = removal.hidden_names(self._storage, self._root, os.path.join(self._root, HIDDEN))
+        hidden = self._commits.removals.hidden_names()
         found: dict[str, Entry] = {}
         strays: dict[str, str] = {}
 
@@ -91,9 +91,9 @@ class StepIndex:
     def _entry(self, step: int, name: str) -> Entry | str | None:
         """The step, or what is there instead; None for what is gone, or not yet there."""
         path = os.path.join(self._root, name)
-        commit_id = self._storage.commit_id(path)
+        commit_id = self._commits.commit_id(path)
         if commit_id is None:
-            what = self._storage.kind(path)
+            what = queries.kind(self._storage, path)
             return None if what in ("nothing", "a directory") else what
         known = self._known.get(name)
         if known is not None and known.commit_id == commit_id and known.info.problem is None:
@@ -101,7 +101,7 @@ class StepIndex:
         if has_record(self._storage, path):
             info = history.read_step(self._storage, path, step)
             return None if info is None else Entry(name, commit_id, info)
-        is_there = self._storage.commit_id(path) is not None
+        is_there = self._commits.commit_id(path) is not None
         return "a directory without a record of a step" if is_there else None
 
 
@@ -112,7 +112,7 @@ def has_record(storage: Storage, path: str) -> bool:
         orbax.CHECKPOINT_METADATA_FILE,
         orbax.TREE_METADATA_FILE,
     )
-    if any(storage.exists(os.path.join(path, mark)) for mark in marks):
+    if any(queries.exists(storage, os.path.join(path, mark)) for mark in marks):
         return True
     # Old versions of Orbax wrote items and nothing above them. An item of this package without the
     # record above it is what a copy left that was cut.
@@ -120,8 +120,8 @@ def has_record(storage: Storage, path: str) -> bool:
     items = [
         folder
         for folder in folders
-        if storage.exists(os.path.join(folder, orbax.TREE_METADATA_FILE))
+        if queries.exists(storage, os.path.join(folder, orbax.TREE_METADATA_FILE))
     ]
     return bool(items) and not any(
-        storage.exists(os.path.join(folder, records.EXTENSION_FILE)) for folder in items
+        queries.exists(storage, os.path.join(folder, records.EXTENSION_FILE)) for folder in items
     )

@@ -11,7 +11,8 @@ from functional_ckpt import errors
 from functional_ckpt.core.records import records
 from functional_ckpt.core.tree import plain_json
 from functional_ckpt.policies.base import StepInfo
-from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage import queries
+from functional_ckpt.storage.commit import CommitProtocol
 
 __all__ = ["Promises", "lacks", "lacks_metrics"]
 
@@ -25,7 +26,7 @@ class Promises:
     Not safe to use from several threads; `Uploads` has the mutex.
 
     Args:
-        storage: The first tier's file system.
+        commits: The commit protocol of the first tier.
         path: Where they are written down.
         roots: The tiers.
 
@@ -36,8 +37,9 @@ class Promises:
         was_damaged: Whether what was written down could not be read.
     """
 
-    def __init__(self, storage: Storage, path: str, roots: Iterable[str]) -> None:
-        self._storage = storage
+    def __init__(self, commits: CommitProtocol, path: str, roots: Iterable[str]) -> None:
+        self._commits = commits
+        self._storage = commits.storage
         self._path = path
         self._roots = tuple(roots)
         self.promised: dict[str, list[int]] = {root: [] for root in self._roots}
@@ -51,7 +53,7 @@ class Promises:
         Raises:
             StorageError: It is there and cannot be read now.
         """
-        if not self._storage.exists(self._path):
+        if not queries.exists(self._storage, self._path):
             return
         data = self._storage.read(self._path)
         try:
@@ -85,7 +87,7 @@ class Promises:
             self.replacing[root] = [step for step in self.replacing[root] if step in promised]
         lists = (self.promised, self.decided, self.replacing)
         record: dict[str, Any] = dict(zip(_LISTS, lists, strict=True))
-        self._storage.replace(self._path, _with_digest(record))
+        self._commits.replace(self._path, _with_digest(record))
 
     def promise(self, root: str, step: int) -> bool:
         """Promises a step to a tier; whether it was not promised before."""

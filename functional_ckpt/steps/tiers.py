@@ -23,9 +23,10 @@ from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.names import NameFormat, is_taken_name
 from functional_ckpt.steps.remote_tier import RemoteTier, is_outage, open_reachable
 from functional_ckpt.steps.uploads import Uploads
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.local import LocalStorage, is_remote, resolve
 from functional_ckpt.storage.open import connect
+from functional_ckpt.storage.paths import is_remote, resolve
 
 __all__ = ["Tier", "as_tiers", "open_tiers"]
 
@@ -129,8 +130,8 @@ def _remote_tier(tier: Tier, names: NameFormat, events: Events, *, is_writer: bo
 
     def connect_once() -> Steps:
         storage, root = connect(tier.path, tier.storage, is_patient=False)
-        if tier.storage is not None or isinstance(storage, LocalStorage):
-            storage.exists(root)
+        if tier.storage is not None or storage.files is not None:
+            queries.exists(storage, root)
         link = "latest" if is_writer else None
         return Steps(storage, root, names, events, read_only=not is_writer, latest_link=link)
 

@@ -17,9 +17,10 @@ from functional_ckpt.core.records import records
 from functional_ckpt.runtime import progress_bars
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps.directory import Steps
-from functional_ckpt.storage import commit, commit_marker
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.object_store import ObjectStorage
+from functional_ckpt.storage.commit_base import NOTE
+from functional_ckpt.storage.tmp_paths import tmp_path
 
 __all__ = ["Upload"]
 
@@ -65,11 +66,9 @@ class Upload:
         self, local: Steps, remote: Steps, source: str, final: str, step: int, *, may_replace: bool
     ) -> None:
         self._local, self._remote = local.storage, remote.storage
-        self._hidden, self._remote_root = remote.hidden, remote.root
+        self._local_commits, self._commits = local.commits, remote.commits
         self._source, self._final, self._step = source, final, step
         self._may_replace = may_replace
-        self._tmp = commit.tmp_path(final)
-        self._note = commit_marker.intent(self._tmp)
 
     def run(self) -> int:
         """Uploads what is missing and publishes the step.
@@ -82,19 +81,19 @@ class Upload:
             CorruptCheckpointError: The step in the first tier is not what was committed.
             StepExistsError: The tier holds another commit of the step, and may not lose it.
         """
-        commit.finish_overwrite(self._remote, self._remote_root, self._hidden)
+        self._commits.finish_overwrite()
         files, identity = self._files()
-        if self._remote.is_committed(self._final):
+        if self._commits.is_committed(self._final):
             if _record_digest(self._remote, self._final) == identity:
-                self._remote.remove(self._tmp)  # the note, where only its removal was cut
+                self._remote.remove(tmp_path(self._final))  # a note whose removal was interrupted
                 return 0
             self._check_replaceable()
-        place = self._begin(identity)
-        present = self._remote.sizes(place)
+        place = self._commits.begin_upload(self._final, identity)
+        present = queries.sizes(self._remote, place)
         missing = [name for name, file in files.items() if present.get(name) != file.size_bytes]
         total_bytes = sum(file.size_bytes for file in files.values())
         num_bytes = sum(files[name].size_bytes for name in missing)
-        with progress_bars.bar(f"step {self._step} to {self._remote_root}") as show:
+        with progress_bars.bar(f"step {self._step} to {self._commits.root}") as show:
             sent = _Sent(show, total_bytes - num_bytes, total_bytes)
 
             def send(name: str) -> None:
@@ -103,7 +102,7 @@ class Upload:
 
             run_in_threads([functools.partial(send, name) for name in missing], _NUM_FILES)
         self._check_arrived(place, files, identity)
-        self._publish(place, files)
+        self._commits.publish_upload(place, self._final, files, overwrite=self._may_replace)
         return num_bytes
 
     def _check_replaceable(self) -> None:
@@ -137,26 +136,13 @@ class Upload:
                     found |= {f"{item}/{name}": file for name, file in files.items()}
         for name in self._local.walk(self._source):
             path = os.path.join(self._source, name)
-            if name not in found and self._local.kind(path) == "a file":
+            if name not in found and queries.kind(self._local, path) == "a file":
                 found[name] = self._local.checksum(path)
         return found, digest or _digest_of(found)
 
-    def _begin(self, identity: str) -> str:
-        """Where to write: goes on with what was begun of this very commit, clears away the rest."""
-        if isinstance(self._remote, ObjectStorage):
-            return commit_marker.resume(
-                self._remote, self._tmp, self._final, identity
-            ) or commit_marker.begin(self._remote, self._tmp, self._final, identity)
-        token = json.dumps({"token": identity}).encode()
-        if not (self._remote.exists(self._note) and self._remote.read(self._note) == token):
-            self._remote.remove(self._tmp)
-            self._remote.make_directory(self._tmp)
-            self._remote.write(self._note, token)
-        return self._tmp
-
     def _send(self, name: str, expected: records.FileRecord, place: str, identity: str) -> None:
         source = os.path.join(self._source, name)
-        if not self._local.exists(source) or self._local.checksum(source) != expected:
+        if not queries.exists(self._local, source) or self._local.checksum(source) != expected:
             digest = _record_digest(self._local, self._source)
             if digest != identity and (digest is not None or not self._is_there()):
                 raise errors.StorageError(
@@ -171,7 +157,7 @@ class Upload:
         self._remote.put_file(source, os.path.join(place, name))
 
     def _is_there(self) -> bool:
-        return self._local.is_committed(self._source)
+        return self._local_commits.is_committed(self._source)
 
     def _check_arrived(
         self, place: str, files: Mapping[str, records.FileRecord], identity: str
@@ -180,16 +166,15 @@ class Upload:
 
         An object store is asked for sizes: it compared digests as it took the objects.
         """
-        arrived = self._remote.sizes(place)
+        arrived = queries.sizes(self._remote, place)
         wrong = [name for name, file in files.items() if arrived.get(name) != file.size_bytes]
-        if not isinstance(self._remote, ObjectStorage):
+        if not self._commits.verifies_uploads:
             wrong += [
                 name
                 for name, file in files.items()
                 if name not in wrong and self._remote.checksum(os.path.join(place, name)) != file
             ]
-        note = os.path.relpath(self._note, place)
-        for name in (*wrong, *(name for name in arrived if name not in files and name != note)):
+        for name in (*wrong, *(name for name in arrived if name not in files and name != NOTE)):
             self._remote.remove(os.path.join(place, name))
         if wrong or self._files()[1] != identity:
             raise errors.StorageError(
@@ -197,16 +182,6 @@ class Upload:
                 "the step was overwritten during it; retrying.",
                 path=self._final,
             )
-
-    def _publish(self, place: str, files: Mapping[str, records.FileRecord]) -> None:
-        if not isinstance(self._remote, ObjectStorage):
-            self._remote.remove(self._note)
-            commit.sync_tree(self._remote, self._tmp, files)
-        replaced = commit.publish(
-            self._remote, place, self._final, self._hidden, overwrite=self._may_replace
-        )
-        if replaced is not None:
-            self._remote.remove(replaced)
 
 
 def _record_digest(storage: Storage, path: str) -> str | None:

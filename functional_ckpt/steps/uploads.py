@@ -53,7 +53,7 @@ class Uploads:
         self._mutex = threading.Condition(threading.RLock())
         self._alone = threading.Lock()
         path = os.path.join(local.hidden, _STATE)
-        self._book = Promises(local.storage, path, [each.root for each in remote])
+        self._book = Promises(local.commits, path, [each.root for each in remote])
         self._failed: set[str] = set()
         self._error: errors.CheckpointError | None = None
         self._reported: set[tuple[str, int | None]] = set()
@@ -142,7 +142,7 @@ class Uploads:
             steps = [info.step for info in self._local.infos if (info.step, info.time) in held]
             with contextlib.suppress(errors.CheckpointError):  # it cannot be asked now
                 for step in steps:
-                    if remote.storage.is_committed(remote.path(step)):
+                    if remote.commits.is_committed(remote.path(step)):
                         found.add(step)
         return sorted(found)
 
@@ -196,7 +196,7 @@ class Uploads:
                     self._consider(tier, steps, info)
                 promised = self._book.promised[tier.root]
                 names = {os.path.basename(self._local.path(step)) for step in promised}
-            for line in commit.recover(steps.storage, steps.root, steps.hidden, but=names):
+            for line in steps.commits.recover(keep=names):
                 _log.warning("%s: %s", steps.root, line)
             steps.reload()
             with self._mutex:
@@ -378,7 +378,7 @@ class Uploads:
 
     def _deliver(self, tier: RemoteTier, remote: Steps, step: int) -> None:
         source = self._local.path(step)
-        if not self._local.storage.is_committed(source):
+        if not self._local.commits.is_committed(source):
             return  # deleted by the user in the meantime
         final = os.path.join(remote.root, os.path.basename(source))
         with self._mutex:

@@ -13,8 +13,6 @@ import weakref
 
 from functional_ckpt import errors
 from functional_ckpt.storage.base import Lock, Storage
-from functional_ckpt.storage.buckets.lease import Lease
-from functional_ckpt.storage.file_lock import DirectoryLock
 
 __all__ = ["WriterLock", "take"]
 
@@ -47,12 +45,8 @@ class WriterLock:
         return not self._users
 
     def check(self) -> None:
-        """Raises `LockedError` when the directory is no longer the one at its path.
-
-        An object store has no other one at the path, and checks its leases at each request.
-        """
-        if isinstance(self._lock, DirectoryLock):
-            self._lock.check()
+        """Raises `LockedError` if the lock was lost, or its directory moved or replaced."""
+        self._lock.check()
 
     def enter(self) -> object:
         """Adds a user; returns what to pass to `leave`."""
@@ -75,8 +69,7 @@ class WriterLock:
         self.is_abandoned = True
         self._users.discard(self)
         if not self._users:
-            # A lease is given back by the thread that renews it.
-            self._lock.drop() if isinstance(self._lock, Lease) else self._lock.release()
+            self._lock.drop()
 
 
 _taken: weakref.WeakSet[WriterLock] = weakref.WeakSet()

@@ -1,154 +1,221 @@
-"""What a store must offer so that steps can be kept in it; `paths` and `objects` are the two kinds.
+"""The protocols of a store in which steps are kept: a file system, or an object store.
 
 Paths are strings: absolute ones of the local file system, or URIs such as `s3://bucket/run/7`.
-Both are joined and taken apart with `os.path`.
+Both are joined and split with `os.path`. A store is safe to use from any thread, and raises
+`StorageError` for what it refuses.
+
+Every store has the operations of `Storage`. What only one kind of store can do is in `files` or in
+`objects`, of which one is None; which one decides how steps are committed and arrays written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
 
 from functional_ckpt.core.records.records import FileRecord
 
-__all__ = ["Lock", "Storage"]
+__all__ = ["Files", "Kind", "Lock", "NewFile", "Objects", "Stat", "Storage", "TensorStoreAccess"]
+
+Kind: TypeAlias = Literal["a file", "a directory", "a link", "a special file"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stat:
+    """The status of a path.
+
+    Attributes:
+        kind: The kind of the entry, as messages name it.
+        size_bytes: The size of a file.
+        modified_ns: The time of the last change, nanoseconds since the epoch; 0 if unknown.
+        identity: Differs between two entries that have had the same path; None on object stores.
+        is_link: Whether the entry is a link, or an object small enough to be one.
+    """
+
+    kind: Kind
+    size_bytes: int = 0
+    modified_ns: int = 0
+    identity: tuple[int, int] | None = None
+    is_link: bool = False
 
 
 class Lock(Protocol):
-    """The right to write into one directory of steps."""
+    """The right of one writer to change a directory of steps."""
+
+    def check(self) -> None:
+        """Raises `LockedError` if the lock was lost, or its directory moved or replaced."""
 
     def release(self) -> None:
-        """Lets the next writer in; safe to call twice."""
+        """Releases the lock; safe to call twice."""
+
+    def drop(self) -> None:
+        """Releases the lock without waiting; finalizers call it."""
 
 
-class Storage(Protocol):
-    """Few operations, announced to `operation`, with clear errors. Safe to use from any thread."""
+class NewFile(Protocol):
+    """A file under construction. Use it from one thread at a time."""
+
+    def write(self, segments: Sequence[memoryview], offset: int) -> None:
+        """Writes all segments, one after the other, from an offset on."""
+
+    def truncate(self, size_bytes: int) -> None:
+        """Sets the size of the file."""
+
+    def close(self) -> None:
+        """Closes the file; safe to call twice."""
+
+
+class Files(Protocol):
+    """What only a local file system can do."""
+
+    def create(self, path: str, size_bytes: int, *, is_direct: bool) -> NewFile:
+        """Creates a file, with space for `size_bytes` reserved if it is large.
+
+        Args:
+            path: The file; its directory exists.
+            size_bytes: The expected size.
+            is_direct: Whether to bypass the page cache if the file system can.
+        """
+        ...
+
+
+class Objects(Protocol):
+    """What only an object store can do: conditional requests. Paths are objects."""
 
     @property
-    def num_requests(self) -> int:
-        """How many small requests are worth having under way at once."""
-        ...
-
-    def operation(self, kind: str, path: str) -> None:
-        """Called before every operation that changes or reads the store."""
-
-    def read(self, path: str) -> bytes:
-        """The content of a file."""
-        ...
-
-    def exists(self, path: str) -> bool:
-        """Whether anything is at `path`."""
-        ...
-
-    def is_directory(self, path: str) -> bool:
-        """Whether a directory is at `path`."""
-        ...
-
-    def is_committed(self, path: str) -> bool:
-        """Whether `path` is a directory that was written to its end."""
+    def notes(self) -> dict[str, str]:
+        """The tokens of the saves that this process has started, by temporary directory."""
         ...
 
     def commit_id(self, path: str) -> str | None:
-        """Tells what was committed at `path` from anything else there before or after; else None.
+        """Time and size of an object; None if there is none."""
+        ...
 
-        None for what is no directory, a link, or not committed.
+    def overwrite(self, path: str, data: bytes) -> None:
+        """Writes an object, whether or not there is one."""
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Creates an object; returns whether it now has the given content.
+
+        The answer to an earlier attempt may have been lost: equal content counts as created.
         """
         ...
 
-    def directory_id(self, path: str) -> str | None:
-        """Tells a directory from another one made later under its name; None where there is none.
+    def replace_exactly(self, path: str, old: bytes, data: bytes) -> bool:
+        """Replaces an object of content `old`; returns whether it now has the given content.
 
-        Always the same where directories are nothing but prefixes.
+        No lease is checked: the condition alone protects the objects of another writer.
         """
         ...
 
-    def is_link(self, path: str) -> bool:
-        """Whether a link is at `path`."""
+    def remove_exactly(self, path: str, old: bytes) -> None:
+        """Removes an object of content `old`; no lease is checked."""
+
+
+class TensorStoreAccess(Protocol):
+    """How TensorStore reaches the store."""
+
+    def kvstore(self, directory: str) -> Mapping[str, Any]:
+        """Returns the spec of a directory of arrays."""
         ...
 
-    def kind(self, path: str, *, follow: bool = False) -> str:
-        """What is at a path, for people: `a file`, `a directory`, `a link`, `nothing`, ..."""
+    def context(self) -> Mapping[str, Any]:
+        """Returns the resources, including credentials, which no spec repeats."""
+        ...
+
+    def check_writable(self, path: str) -> None:
+        """Called before TensorStore writes; raises `LockedError` if the lease was lost."""
+
+    def flush(self, directory: str) -> None:
+        """Uploads what TensorStore wrote into a local copy; else does nothing."""
+
+    def redact(self, text: str) -> str:
+        """Returns a message without credentials."""
+        ...
+
+
+class Storage(Protocol):
+    """The operations that every store has; `queries` has functions over them."""
+
+    @property
+    def num_requests(self) -> int:
+        """The number of small requests worth sending at the same time."""
+        ...
+
+    @property
+    def files(self) -> Files | None:
+        """What only a local file system can do; None for an object store."""
+        ...
+
+    @property
+    def objects(self) -> Objects | None:
+        """What only an object store can do; None for a file system."""
+        ...
+
+    @property
+    def tensorstore(self) -> TensorStoreAccess:
+        """How TensorStore reaches the store."""
+        ...
+
+    def stat(self, path: str, *, follow: bool = False) -> Stat | None:
+        """Returns the status of a path; None only if nothing is there.
+
+        Args:
+            path: The path.
+            follow: Whether to return the target's status if the path is a link.
+        """
         ...
 
     def list(self, path: str) -> list[str]:
-        """Sorted names in a directory; empty when it does not exist."""
+        """Returns the sorted names in a directory; none if it does not exist."""
         ...
 
-    def walk(self, path: str) -> list[str]:
-        """Sorted paths, relative to `path`, of the files below it; links are never followed."""
+    def walk(self, path: str) -> dict[str, Stat]:
+        """Returns all entries below `path` that are no directories, by sorted relative path.
+
+        Links are not followed.
+        """
         ...
 
-    def sizes(self, path: str) -> dict[str, int]:
-        """The size of every file below `path`, by its path relative to that."""
-        ...
-
-    def modified_ns(self, path: str) -> int:
-        """When it was changed, nanoseconds since the epoch; 0 where that is not known."""
-        ...
-
-    def age_seconds(self, path: str) -> float:
-        """How long ago a file was changed; zero for one that is not there any more."""
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Returns the content of a regular file, or a part of it: less at the end of the file."""
         ...
 
     def checksum(self, path: str) -> FileRecord:
-        """Size and digest of a regular file."""
-        ...
-
-    def total_bytes(self, path: str) -> int:
-        """Sum of the sizes of every file below `path`."""
+        """Returns size and digest of a regular file."""
         ...
 
     def make_directory(self, path: str, *, parents: bool = True) -> None:
-        """Creates a directory; nothing happens when it exists.
+        """Creates a directory, which may exist.
 
         Args:
             path: The directory.
-            parents: Whether to create its parents too; else an absent parent is an error.
+            parents: Whether to create its parents too; else a missing parent is an error.
         """
 
     def write(self, path: str, data: bytes) -> None:
-        """Creates a file; neither its content nor its entry is durable before they are synced."""
+        """Writes a file; neither content nor entry is durable before they are synced."""
 
-    def replace(self, path: str, data: bytes) -> None:
-        """Writes a file durably; a reader, and a crash, see the old content or the new."""
+    def put_file(self, source: str, path: str) -> None:
+        """Copies a local file into the store; creates the directory of `path`."""
 
-    def replace_link(self, path: str, target: str, temporary: str) -> None:
-        """Points the link `path` at `target`, a name beside it, atomically and durably."""
+    def link(self, path: str, target: str) -> None:
+        """Creates a link to `target`, a name beside it; on object stores also replaces one."""
 
     def sync(self, path: str) -> None:
-        """Makes the content of an existing file durable."""
-
-    def sync_directory(self, path: str) -> None:
-        """Makes the entries of a directory durable."""
+        """Makes the content of a file, or the entries of a directory, durable."""
 
     def rename(self, source: str, target: str) -> None:
         """Renames a file or directory; a directory never replaces one that has entries."""
 
     def swap(self, first: str, second: str) -> bool:
-        """Swaps two paths in one atomic step; False where the system cannot."""
+        """Exchanges two paths in one atomic step; returns False if the store cannot."""
         ...
 
     def remove(self, path: str) -> None:
-        """Removes a file, or a directory and all in it; nothing happens when it is absent."""
+        """Removes a file, or a directory with its content; nothing happens if it is absent."""
 
     def lock(self, path: str) -> Lock:
         """Takes the writer's lock at `path`; `LockedError` names the holder."""
-        ...
-
-    def put_file(self, source: str, path: str) -> None:
-        """Copies a file of the local file system into the store, all of it or none."""
-
-    def kvstore(self, directory: str) -> Mapping[str, Any]:
-        """TensorStore's spec of a directory, where arrays are read and written."""
-        ...
-
-    def context(self) -> Mapping[str, Any]:
-        """TensorStore's resources for it, credentials among them: no spec repeats those."""
-        ...
-
-    def flush_arrays(self, directory: str) -> None:
-        """Makes what was written through `kvstore` part of the store."""
-
-    def redact(self, text: str) -> str:
-        """A message without what is secret."""
         ...

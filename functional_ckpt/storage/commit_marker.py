@@ -1,244 +1,339 @@
-"""The commit where there is no rename: a marker, written last.
+"""The commit on an object store, which has no rename: a marker, written last.
 
-    <root>/<step>/...                               what is being written, where it will stay
+    <root>/<step>/...                               what is being written, at its final path
     <root>/<step>/commit_success.txt                the marker: from now on it is a step
     <root>/<step>.orbax-checkpoint-tmp/.unfinished  the note that it is being written, or removed
 
-The note comes before the first object and goes after the marker, or after the last object was
-removed; so what a crash left is known from a note without its marker. A step that replaces another
-is written below the note's folder, marked there, and copied within the store.
+The note is written before the first object, and removed after the marker is written, or after the
+last object is removed; so a note without its marker identifies leftovers of a crash. A step that
+replaces another is written below the note's folder, marked there, and copied within the store.
 
-The note also keeps apart a writer that was suspended and the one that took over from it, whatever
-moment the first was stopped at. It writes its marker, then reads its note; the other writes over
-the note, then reads the marker. So at least one of them sees what the other did. The first reports
-a step only if its note was untouched, else it takes its marker back; the second keeps a step only
-after it has made the marker its own, on condition that it still was as it was seen.
+The note also separates a suspended writer from the one that took over, wherever the first was
+stopped. It writes its marker, then reads its note; the other overwrites the note, then reads the
+marker. So at least one of them sees what the other did. The first reports a step only if its note
+was unchanged, else it removes its marker; the second keeps a step only after it has replaced the
+marker by its own, on condition that it was unchanged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import json
 import logging
 import os
 import uuid
-from typing import Any
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any, ClassVar
 
 from functional_ckpt import errors
+from functional_ckpt.core.records import orbax
 from functional_ckpt.core.tree import plain_json
-from functional_ckpt.storage.object_store import MARKER, ObjectStorage
+from functional_ckpt.storage import replacement
+from functional_ckpt.storage.base import Objects, Storage
+from functional_ckpt.storage.commit_base import NOTE, CommitProtocol, noting, to_note
+from functional_ckpt.storage.queries import exists
+from functional_ckpt.storage.tmp_paths import final_path, tmp_path
 
-__all__ = [
-    "abandon",
-    "begin",
-    "clean_up",
-    "discard",
-    "intent",
-    "publish",
-    "resume",
-    "write_marker",
-]
+__all__ = ["MarkerCommit", "claim_lock"]
 
-_NOTE = ".unfinished"
+_MARKER = orbax.COMMIT_FILE
 _TAKEN_BACK = b'{"writer": "functional_ckpt", "taken_back": true}'
 _log = logging.getLogger("functional_ckpt")
 
 
-def intent(tmp: str) -> str:
-    """The note that belongs to a temporary name."""
-    return os.path.join(tmp, _NOTE)
+def claim_lock(final: str) -> str:
+    """Returns the path of the lease of the writer of a single checkpoint."""
+    return f"{final}.functional_ckpt-lock"
 
 
-def begin(storage: ObjectStorage, tmp: str, final: str, token: str | None = None) -> str:
-    """Notes that `final` is being written, and says below what: `final`, or `tmp` if it is taken.
+class MarkerCommit(CommitProtocol):
+    """Commits by writing a marker; see `CommitProtocol`."""
 
-    Args:
-        storage: The store.
-        tmp: The note's folder.
-        final: What the objects become part of.
-        token: What the note says; None for a new one.
+    verifies_uploads: ClassVar[bool] = True
 
-    Raises:
-        StorageError: Objects are there that no writer of ours has left.
-    """
-    clean_up(storage, tmp, final)
-    is_taken = storage.is_committed(final)
-    if not is_taken and storage.exists(final):
-        raise errors.StorageError(
-            f"Cannot write {final}: objects are there, but no {MARKER}. A copy of a step needs "
-            "that file, written last; remove what is of no use.",
-            errno=errno.ENOTEMPTY,
-            path=final,
-        )
-    _write_note(storage, tmp, token or uuid.uuid4().hex)
-    place = tmp if is_taken else final
-    storage.make_directory(place)
-    return place
+    def __init__(self, storage: Storage, root: str, objects: Objects) -> None:
+        super().__init__(storage, root)
+        self._objects = objects
 
+    def begin(self, final: str, token: str | None = None) -> str:
+        """Notes that `final` is being written; returns `final`, or a copy's path if it exists.
 
-def resume(storage: ObjectStorage, tmp: str, final: str, token: str) -> str | None:
-    """Where an upload goes on that was begun with this token; None if there is none."""
-    if _noted(storage, tmp) != token:
-        return None
-    storage.notes[tmp] = token
-    return tmp if storage.is_committed(final) else final
+        Args:
+            final: The step.
+            token: The content of the note; None for a new one.
 
-
-def publish(storage: ObjectStorage, tmp: str, final: str) -> None:
-    """Marks what was written below `final`: the one request that makes it a step.
-
-    Raises:
-        StepExistsError: Another writer has marked it.
-        LockedError: Another writer has taken over.
-    """
-    marker, content = os.path.join(final, MARKER), _own_marker(storage, tmp)
-    if not storage.create(marker, content):
-        raise errors.StepExistsError(
-            f"{final} was created by another process during this save.", path=final
-        )
-    try:
-        _check_note(storage, tmp)
-    except errors.LockedError:
-        _take_back(storage, marker, content)
-        raise
-    _remove_note(storage, tmp)
-
-
-def write_marker(storage: ObjectStorage, tmp: str) -> None:
-    """Marks what was written below `tmp`, whose note is needed no more: it can be copied now."""
-    is_noted = tmp in storage.notes  # else it was not made by `begin`, and is nobody else's
-    content = _own_marker(storage, tmp) if is_noted else _marker(uuid.uuid4().hex)
-    storage.write(os.path.join(tmp, MARKER), content)
-    storage.remove(intent(tmp))
-
-
-def _own_marker(storage: ObjectStorage, tmp: str) -> bytes:
-    """What a writer's marker says, once its note is known to be there.
-
-    Raises:
-        LockedError: Another writer has taken over.
-    """
-    _check_note(storage, tmp)
-    return _marker(storage.notes[tmp])
-
-
-def _marker(token: str) -> bytes:
-    return json.dumps({"writer": "functional_ckpt", "token": token}).encode()
-
-
-def _write_note(storage: ObjectStorage, tmp: str, token: str) -> None:
-    storage.notes[tmp] = token
-    storage.write(intent(tmp), json.dumps({"token": token}).encode())
-
-
-def _noted(storage: ObjectStorage, tmp: str) -> str | None:
-    """The token of the note that is there now; None without a note, "" for one without a token."""
-    try:
-        record: Any = plain_json.parse(storage.read(intent(tmp)))
-        return str(record["token"])
-    except errors.StorageError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
-    except (ValueError, KeyError, TypeError):
-        return ""
-
-
-def _check_note(storage: ObjectStorage, tmp: str) -> None:
-    token = storage.notes.get(tmp)
-    if token is None or _noted(storage, tmp) != token:
-        raise errors.LockedError(
-            f"{intent(tmp)}, the note of this save, is gone or another's: another writer has taken "
-            "the directory over, and has removed or kept what was written. Only one may write it.",
-            path=tmp,
-        )
-
-
-def _take_back(storage: ObjectStorage, marker: str, content: bytes) -> None:
-    """Removes a marker that came too late, unless the next writer has made it its own."""
-    if storage.replace_exactly(marker, content, _TAKEN_BACK):
-        storage.remove_exactly(marker, _TAKEN_BACK)
-
-
-def _keep(storage: ObjectStorage, final: str) -> bool:
-    """Makes the marker of a writer that is gone this writer's; whether there is one."""
-    marker = os.path.join(final, MARKER)
-    while storage.is_committed(final):
-        try:
-            found = storage.read(marker)
-        except errors.StorageError as error:
-            if error.errno == errno.ENOENT:
-                return False
-            raise
-        if found == _TAKEN_BACK:
-            return False
-        if storage.replace_exactly(marker, found, _marker(uuid.uuid4().hex)):
-            return True
-    return False
-
-
-def _remove_note(storage: ObjectStorage, tmp: str) -> None:
-    """The step is committed: a note that stays is no failure, the next writer takes it away."""
-    storage.notes.pop(tmp, None)
-    try:
-        storage.remove(tmp)
-    except (errors.StorageError, errors.LockedError) as error:
-        _log.warning("Could not remove %s, the next writer will: %s", tmp, error)
-
-
-def discard(storage: ObjectStorage, tmp: str, final: str) -> None:
-    """Removes a step: the marker first, so that it is gone before it is not whole.
-
-    Before that the marker is written over, on condition that nobody else has: few stores compare
-    as they delete, and the next writer may have kept the step meanwhile.
-
-    Raises:
-        LockedError: Another writer has taken over.
-    """
-    _write_note(storage, tmp, uuid.uuid4().hex)
-    marker = os.path.join(final, MARKER)
-    if storage.exists(marker):
-        found = storage.read(marker)
-        _check_note(storage, tmp)
-        if not storage.replace_exactly(marker, found, _TAKEN_BACK):
-            raise errors.LockedError(
-                f"{final} changed while it was being removed: another writer is active.",
+        Raises:
+            StorageError: There are objects that no writer of this package has left.
+        """
+        tmp = tmp_path(final)
+        self._clean_up(tmp, final)
+        is_taken = self.is_committed(final)
+        if not is_taken and exists(self.storage, final):
+            raise errors.StorageError(
+                f"Cannot write {final}: objects are there, but no {_MARKER}. A copy of a step "
+                "needs that file, written last; remove what is of no use.",
+                errno=errno.ENOTEMPTY,
                 path=final,
             )
-    storage.remove(final)
-    storage.remove(tmp)
-    storage.notes.pop(tmp, None)
+        self._write_note(tmp, token or uuid.uuid4().hex)
+        place = tmp if is_taken else final
+        self.storage.make_directory(place)
+        return place
 
+    def publish(self, tmp: str, final: str, *, overwrite: bool = True) -> str | None:
+        """See `CommitProtocol.publish`; if `tmp` is `final` its marker is all that is missing.
 
-def abandon(storage: ObjectStorage, tmp: str, final: str) -> None:
-    """Removes what a failed save wrote, though its marker may be there; never another's step."""
-    token = storage.notes.pop(tmp, None)
-    if token is None:
-        return  # it had not begun
-    try:
-        found = _noted(storage, tmp)
-        if found not in (None, token):
-            return  # another writer has begun, and what is there is its own
-        marker, own = os.path.join(final, MARKER), _marker(token)
-        if found == token and (not storage.exists(marker) or storage.read(marker) == own):
-            storage.remove(final)
-        storage.remove(tmp)
-    except (errors.StorageError, errors.LockedError) as error:
-        _log.warning("Could not remove %s, the next writer will: %s", tmp, error)
+        Raises:
+            LockedError: Another writer has taken over.
+        """
+        if tmp != final:
+            self._write_marker(tmp)
+            return self._put_in_place(tmp, final, overwrite, self._replace_in_two)
+        tmp = tmp_path(final)
+        marker, content = os.path.join(final, _MARKER), self._own_marker(tmp)
+        if not self._objects.create(marker, content):
+            raise errors.StepExistsError(
+                f"{final} was created by another process during this save.", path=final
+            )
+        try:
+            self._check_note(tmp)
+        except errors.LockedError:
+            # Remove a marker that came too late, unless the next writer has made it its own.
+            if self._objects.replace_exactly(marker, content, _TAKEN_BACK):
+                self._objects.remove_exactly(marker, _TAKEN_BACK)
+            raise
+        self._remove_note(tmp)
+        return None
 
+    def _write_marker(self, tmp: str) -> None:
+        """Marks what was written below `tmp`, whose note is not needed any more."""
+        is_noted = tmp in self._objects.notes  # else it was not created by `begin`
+        content = self._own_marker(tmp) if is_noted else _to_marker(uuid.uuid4().hex)
+        self.storage.write(os.path.join(tmp, _MARKER), content)
+        self.storage.remove(_note(tmp))
 
-def clean_up(storage: ObjectStorage, tmp: str, final: str) -> bool:
-    """Removes what a writer left that is dead, or failed and could not; a marked step stays.
+    def _own_marker(self, tmp: str) -> bytes:
+        """Returns the content of this writer's marker; raises if another has taken over."""
+        self._check_note(tmp)
+        return _to_marker(self._objects.notes[tmp])
 
-    Returns:
-        Whether there was anything.
-    """
-    if not storage.exists(tmp):
+    # ---------------------------------------------------------------------------- the note
+
+    def _write_note(self, tmp: str, token: str) -> None:
+        self._objects.notes[tmp] = token
+        self.storage.write(_note(tmp), to_note(token))
+
+    def _noted(self, tmp: str) -> str | None:
+        """Returns the token of the note; None without a note, "" for one without a token."""
+        try:
+            record: Any = plain_json.parse(self.storage.read(_note(tmp)))
+            return str(record["token"])
+        except errors.StorageError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        except (ValueError, KeyError, TypeError):
+            return ""
+
+    def _check_note(self, tmp: str) -> None:
+        token = self._objects.notes.get(tmp)
+        if token is None or self._noted(tmp) != token:
+            raise errors.LockedError(
+                f"{_note(tmp)}, the note of this save, is gone or another's: another writer has "
+                "taken the directory over, and has removed or kept what was written. Only one may "
+                "write it.",
+                path=tmp,
+            )
+
+    def _remove_note(self, tmp: str) -> None:
+        """The step is committed: a note that remains is no failure, the next writer removes it."""
+        self._objects.notes.pop(tmp, None)
+        try:
+            self.storage.remove(tmp)
+        except (errors.StorageError, errors.LockedError) as error:
+            _log.warning("Could not remove %s, the next writer will: %s", tmp, error)
+
+    # ---------------------------------------------------------------------------- removal
+
+    def remove(self, names: Sequence[str]) -> dict[str, errors.CheckpointError]:
+        """See `CommitProtocol.remove`."""
+        failures: dict[str, errors.CheckpointError] = {}
+        for name in names:
+            with noting(failures, name):
+                self._remove(os.path.join(self.root, name))
+        return failures
+
+    def _remove(self, final: str) -> None:
+        """Removes a step: the marker first, so that it is gone before it is incomplete.
+
+        Before that the marker is overwritten, on condition that it is unchanged: few stores can
+        compare when they delete, and the next writer may have kept the step in the meantime.
+
+        Raises:
+            LockedError: Another writer has taken over.
+        """
+        tmp = tmp_path(final)
+        self._write_note(tmp, uuid.uuid4().hex)
+        marker = os.path.join(final, _MARKER)
+        if exists(self.storage, marker):
+            found = self.storage.read(marker)
+            self._check_note(tmp)
+            if not self._objects.replace_exactly(marker, found, _TAKEN_BACK):
+                raise errors.LockedError(
+                    f"{final} changed while it was being removed: another writer is active.",
+                    path=final,
+                )
+        self.storage.remove(final)
+        self.storage.remove(tmp)
+        self._objects.notes.pop(tmp, None)
+
+    def abandon(self, tmp: str) -> bool:
+        """See `CommitProtocol.abandon`; never removes the step of another writer."""
+        final = final_path(tmp)
+        tmp = tmp_path(final)
+        if self._is_mid_swap(final):
+            _log.warning(
+                "Leaving %s in place: the next save will complete the interrupted overwrite", tmp
+            )
+            return False
+        token = self._objects.notes.pop(tmp, None)
+        if token is None:
+            return True  # it had not started
+        try:
+            found = self._noted(tmp)
+            if found not in (None, token):
+                return True  # another writer has started, and what is there is its own
+            marker, own = os.path.join(final, _MARKER), _to_marker(token)
+            is_own = not exists(self.storage, marker) or self.storage.read(marker) == own
+            if found == token and is_own:
+                self.storage.remove(final)
+            self.storage.remove(tmp)
+        except (errors.StorageError, errors.LockedError) as error:
+            _log.warning("Could not remove %s, the next writer will: %s", tmp, error)
+        return True
+
+    def _remove_unfinished(self, path: str) -> bool:
+        """See `CommitProtocol`; leaves what `fc.save` is writing under a lease of its own."""
+        final = final_path(path)
+        if exists(self.storage, claim_lock(final)):
+            return False
+        if replacement.is_replaced(path):
+            replacement.finish(self.storage, final, self._is_there)
+        else:
+            self._clean_up(tmp_path(final), final)
+        return True
+
+    def _clean_up(self, tmp: str, final: str) -> None:
+        """Removes the leftovers of a writer that is dead, or failed; a marked step stays."""
+        if not exists(self.storage, tmp):
+            return
+        if exists(self.storage, _note(tmp)):
+            self._write_note(tmp, uuid.uuid4().hex)  # before the marker is read
+            if not self._keep(final):
+                self.storage.remove(final)
+        self.storage.remove(tmp)
+        self._objects.notes.pop(tmp, None)
+
+    def _keep(self, final: str) -> bool:
+        """Replaces the marker of a dead writer by this writer's; returns whether there is one."""
+        marker = os.path.join(final, _MARKER)
+        while self.is_committed(final):
+            try:
+                found = self.storage.read(marker)
+            except errors.StorageError as error:
+                if error.errno == errno.ENOENT:
+                    return False
+                raise
+            if found == _TAKEN_BACK:
+                return False
+            if self._objects.replace_exactly(marker, found, _to_marker(uuid.uuid4().hex)):
+                return True
         return False
-    if storage.exists(intent(tmp)):
-        _write_note(storage, tmp, uuid.uuid4().hex)  # before the marker is looked for
-        if not _keep(storage, final):
-            storage.remove(final)
-    storage.remove(tmp)
-    storage.notes.pop(tmp, None)
-    return True
+
+    # ---------------------------------------------------------------------------- uploads
+
+    def begin_upload(self, final: str, token: str) -> str:
+        """See `CommitProtocol.begin_upload`."""
+        tmp = tmp_path(final)
+        if self._noted(tmp) != token:
+            return self.begin(final, token)
+        self._objects.notes[tmp] = token
+        return tmp if self.is_committed(final) else final
+
+    def publish_upload(
+        self, place: str, final: str, files: Iterable[str], *, overwrite: bool
+    ) -> None:
+        """See `CommitProtocol.publish_upload`."""
+        del files  # an object is durable once it is written
+        replaced = self.publish(place, final, overwrite=overwrite)
+        if replaced is not None:
+            self.storage.remove(replaced)
+
+    # ---------------------------------------------------------------------------- small files
+
+    def replace(self, path: str, data: bytes) -> None:
+        """See `CommitProtocol.replace`."""
+        self._objects.overwrite(path, data)
+
+    def replace_link(self, path: str, target: str) -> None:
+        """See `CommitProtocol.replace_link`; the link is a small object."""
+        self.storage.link(path, target)
+
+    # ---------------------------------------------------------------------------- identity
+
+    def commit_id(self, path: str) -> str | None:
+        """Returns time and size of the marker."""
+        return self._objects.commit_id(os.path.join(path, _MARKER))
+
+    def is_committed(self, path: str) -> bool:
+        """Returns whether there is a marker."""
+        return self.commit_id(path) is not None
+
+    def root_id(self) -> object:
+        """Returns always the same: a directory is only a prefix."""
+        return ""
+
+    def _is_there(self, path: str) -> bool:
+        return self.is_committed(path)
+
+    # ---------------------------------------------------------------------- single checkpoints
+
+    @contextlib.contextmanager
+    def claimed(self, final: str) -> Generator[str]:
+        """See `CommitProtocol.claimed`; a lease allows one writer."""
+        lock = self.storage.lock(claim_lock(final))
+        tmp = tmp_path(final)
+        try:
+            replacement.finish(self.storage, final, self._is_there)
+            tmp = self.begin(final)
+            yield tmp
+        except BaseException:
+            self.abandon(tmp)
+            raise
+        finally:
+            lock.release()
+
+    def publish_claim(self, tmp: str, final: str, *, overwrite: bool) -> None:
+        """See `CommitProtocol.publish_claim`."""
+        if tmp == final:
+            self.publish(tmp, final, overwrite=overwrite)
+            return
+        self._write_marker(tmp)
+        replaced = self._put_in_place(
+            tmp, final, overwrite, functools.partial(replacement.replace, self.storage)
+        )
+        if replaced is not None:
+            self.storage.remove(replaced)
+
+    def recover_claim(self, final: str) -> None:
+        """Does nothing: `claimed` does it, under the lease."""
+
+
+def _note(tmp: str) -> str:
+    return os.path.join(tmp, NOTE)
+
+
+def _to_marker(token: str) -> bytes:
+    return json.dumps({"writer": "functional_ckpt", "token": token}).encode()

@@ -9,11 +9,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import json
+import logging
 import os
 import socket
 
 from functional_ckpt import errors
+from functional_ckpt.storage.buckets.base import PermanentError
+from functional_ckpt.storage.buckets.lease import LEASE_SECONDS, Lease
+from functional_ckpt.storage.buckets.lease import take as take_lease
+from functional_ckpt.storage.lease_files import LeaseFiles
 from functional_ckpt.storage.system_errors import clear_errors
 
 __all__ = ["DirectoryLock", "FileLock"]
@@ -22,6 +28,7 @@ _UNSUPPORTED = (
     *(errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP),
     *(errno.EINVAL, errno.EBADF),
 )
+_log = logging.getLogger("functional_ckpt")
 _MOVED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
@@ -111,6 +118,7 @@ class DirectoryLock:
     def __init__(self, path: str) -> None:
         self.path = path
         self._root = os.path.dirname(os.path.dirname(path))
+        self._lease: Lease | None = None
         with clear_errors("lock", path):
             self._file = FileLock(path, os.O_RDWR | os.O_CREAT)
         try:
@@ -123,7 +131,9 @@ class DirectoryLock:
     def _take(self) -> None:
         held = self._file.lock()
         if held is None:
-            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+            _warn_of_lease(self._root)
+            self._lease = _take_lease(self.path)
+            return
         if not held:
             holder = os.pread(self._file.descriptor, 4096, 0).decode(errors="replace").strip()
             raise errors.LockedError(
@@ -136,7 +146,7 @@ class DirectoryLock:
             os.pwrite(self._file.descriptor, _holder(), 0)
 
     def check(self) -> None:
-        """Raises `LockedError` unless the lock file at the path is still the one that is held.
+        """Raises `LockedError` unless the lock is held, and of the directory at its path.
 
         The lock is that of an inode, and steps are written by path: once the directory was moved,
         removed or replaced, the path may be another writer's.
@@ -150,10 +160,39 @@ class DirectoryLock:
                 "a new CheckpointManager.",
                 path=self.path,
             )
+        if self._lease is not None:
+            self._lease.check()
 
     def release(self) -> None:
-        """Lets the next writer in; safe to call twice, from any thread and from finalizers."""
+        """Lets the next writer in; safe to call twice."""
+        if self._lease is not None:
+            self._lease.release()
         self._file.release()
+
+    def drop(self) -> None:
+        """Lets the next writer in without waiting; a lease is released by its own thread."""
+        if self._lease is not None:
+            self._lease.drop()
+        self._file.release()
+
+
+def _take_lease(path: str) -> Lease:
+    try:
+        return take_lease(LeaseFiles(), path.lstrip("/"))
+    except PermanentError as error:
+        raise OSError(error.errno, str(error)) from error
+
+
+@functools.cache
+def _warn_of_lease(root: str) -> None:
+    """Says once that a directory has no file locks."""
+    _log.warning(
+        "%s: this file system has no file locks (flock); using a lease of %.0f s instead, which "
+        "the writer renews. After a crash on another machine the next writer waits until it "
+        "expires.",
+        root,
+        LEASE_SECONDS,
+    )
 
 
 def _holder() -> bytes:

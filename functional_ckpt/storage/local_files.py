@@ -14,17 +14,18 @@ import stat
 from collections.abc import Iterator
 
 from functional_ckpt import errors
+from functional_ckpt.storage.base import Kind, Stat
+from functional_ckpt.storage.queries import irregular
 from functional_ckpt.storage.system_errors import clear_errors, is_absence
 
 __all__ = [
     "check_no_links",
     "check_ordinary",
-    "irregular",
     "iter_files",
-    "kind_of",
-    "mode_at",
     "open_regular",
     "read_regular",
+    "stat_at",
+    "to_stat",
 ]
 
 # What is read whole is JSON or a record: neither has a hole of a megabyte of zeros.
@@ -33,31 +34,36 @@ _PROBED_FROM_BYTES = 2**20
 _IRREGULAR = (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.ENODEV)
 
 
-def mode_at(path: str, *, follow: bool = False) -> int | None:
-    """The type and permissions of what is at a path; None only where nothing is.
+def stat_at(path: str, *, follow: bool = False) -> Stat | None:
+    """Returns the status of a path; None only if nothing is there.
 
     Raises:
-        StorageError: The system does not say, which does not mean that nothing is there.
+        StorageError: The system refuses to answer, which does not mean that nothing is there.
     """
     with clear_errors("look at", path):
         try:
-            return (os.stat if follow else os.lstat)(path).st_mode
+            found = (os.stat if follow else os.lstat)(path)
         except OSError as error:
             # Links that lead to each other lead nowhere.
             if is_absence(error) or (follow and error.errno == errno.ELOOP):
                 return None
             raise
+    return to_stat(found)
 
 
-def kind_of(mode: int | None) -> str:
-    """What a mode stands for, for people."""
-    if mode is None:
-        return "nothing"
+def to_stat(found: os.stat_result) -> Stat:
+    """Converts the system's status of a path."""
+    kind = _kind_of(found.st_mode)
+    identity = (found.st_dev, found.st_ino)
+    return Stat(kind, found.st_size, found.st_mtime_ns, identity, kind == "a link")
+
+
+def _kind_of(mode: int) -> Kind:
     if stat.S_ISREG(mode):
         return "a file"
-    if stat.S_ISLNK(mode):
-        return "a link"
-    return "a directory" if stat.S_ISDIR(mode) else "a special file"
+    if stat.S_ISDIR(mode):
+        return "a directory"
+    return "a link" if stat.S_ISLNK(mode) else "a special file"
 
 
 def open_regular(path: str, *, follow: bool = False) -> tuple[int, int]:
@@ -80,28 +86,16 @@ def open_regular(path: str, *, follow: bool = False) -> tuple[int, int]:
             descriptor = os.open(path, flags)
         except OSError as error:
             if error.errno in _IRREGULAR:
-                raise irregular(path, mode_at(path)) from error
+                raise irregular(path, _kind_at(path)) from error
             raise
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                raise irregular(path, found.st_mode)
+                raise irregular(path, _kind_of(found.st_mode))
         except BaseException:
             os.close(descriptor)
             raise
     return descriptor, found.st_size
-
-
-def irregular(
-    path: str, mode: int | None, expected: str = "a regular file"
-) -> errors.CorruptCheckpointError:
-    """The error for a link or a special file, where no such thing may be."""
-    advice = ""
-    if mode is not None and stat.S_ISLNK(mode):
-        advice = " Links in a checkpoint are not followed; copy it with its files: cp -rL."
-    return errors.CorruptCheckpointError(
-        f"{path}: expected {expected}, got {kind_of(mode)}.{advice}", path=path
-    )
 
 
 def read_regular(path: str, *, follow: bool = False) -> bytes:
@@ -171,13 +165,16 @@ def check_no_links(root: str, name: str) -> None:
     path = root
     for part in name.split("/")[:-1]:
         path = os.path.join(path, part)
-        mode = mode_at(path)
-        if mode is not None and stat.S_ISLNK(mode):
-            raise irregular(path, mode, "a directory")
+        if _kind_at(path) == "a link":
+            raise irregular(path, "a link", "a directory")
 
 
 def check_ordinary(path: str) -> None:
     """Raises `CorruptCheckpointError` for anything but a regular file or a directory."""
-    mode = mode_at(path)
-    if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise irregular(path, mode, "a file or a directory")
+    if (kind := _kind_at(path)) in ("a link", "a special file"):
+        raise irregular(path, kind, "a file or a directory")
+
+
+def _kind_at(path: str) -> str:
+    found = stat_at(path)
+    return "nothing" if found is None else found.kind

@@ -1,22 +1,23 @@
-"""Replacing a single directory where two cannot be exchanged in one step.
+"""Replacing a single directory if two cannot be exchanged in one step.
 
-    <final>                                  what is replaced, then the new one
-    <final>.orbax-checkpoint-tmp-replaced    what is replaced, between the two renames
+    <final>                                  the old directory, then the new one
+    <final>.orbax-checkpoint-tmp-replaced    the old directory, between the two renames
 
-The name of the old one says what a journal would. All this happens within `tmp_paths.serialized`.
+The name of the old directory replaces a journal. One process does this at a time: within
+`tmp_paths.serialized`, or under a lease.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 
-from functional_ckpt import errors
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.commit_base import rollback
+from functional_ckpt.storage.queries import exists
 from functional_ckpt.storage.tmp_paths import tmp_path
 
-__all__ = ["finish", "is_replaced", "is_under_way", "replace", "rollback"]
+__all__ = ["finish", "is_replaced", "is_under_way", "replace"]
 
 _ENDING = "-replaced"
 _MAX_NAME_BYTES = 255
@@ -29,49 +30,42 @@ def replace(storage: Storage, tmp: str, final: str) -> str:
     with rollback(lambda: storage.rename(old, final)):
         storage.rename(tmp, final)
         with rollback(lambda: storage.rename(final, tmp)):
-            storage.sync_directory(os.path.dirname(final))
+            storage.sync(os.path.dirname(final))
     storage.rename(old, tmp)
     return tmp
 
 
 def is_replaced(path: str) -> bool:
-    """Whether the path is that of an old directory."""
+    """Returns whether the path is that of an old directory."""
     return path.endswith(_ENDING)
 
 
 def is_under_way(storage: Storage, final: str) -> bool:
-    """Whether what was `final` has the name that it has between the two renames."""
+    """Returns whether the old directory has its name between the two renames."""
     old = _replaced(final)
-    # Where the name would be too long, the first rename was refused.
-    return len(os.fsencode(os.path.basename(old))) <= _MAX_NAME_BYTES and storage.exists(old)
+    # If the name is too long, the first rename was refused.
+    return len(os.fsencode(os.path.basename(old))) <= _MAX_NAME_BYTES and exists(storage, old)
 
 
-def finish(storage: Storage, final: str) -> None:
-    """Ends a replacement that was cut: the old one comes back, or goes if the new one is there."""
+def finish(storage: Storage, final: str, is_there: Callable[[str], bool]) -> None:
+    """Completes an interrupted replacement: removes the old directory, or restores it.
+
+    Args:
+        storage: The store.
+        final: The directory that was being replaced.
+        is_there: Returns whether a directory exists, and is complete where renames copy.
+    """
     if not is_under_way(storage, final):
         return
-    if storage.exists(final):
-        storage.remove(_replaced(final))
-        return
-    storage.rename(_replaced(final), final)
-    storage.sync_directory(os.path.dirname(final))
+    old = _replaced(final)
+    if is_there(final):
+        storage.remove(old)
+    elif is_there(old):
+        if storage.objects is not None:
+            storage.remove(final)  # an incomplete copy
+        storage.rename(old, final)
+        storage.sync(os.path.dirname(final))
 
 
 def _replaced(final: str) -> str:
     return tmp_path(final) + _ENDING
-
-
-@contextlib.contextmanager
-def rollback(undo: Callable[[], object]) -> Generator[None]:
-    """Takes a rename back when what follows it fails: what is not durable must not be seen.
-
-    Without this the caller, told of a failure, would remove `tmp`, where by now the old step is.
-    """
-    try:
-        yield
-    except Exception as error:
-        try:
-            undo()
-        except errors.StorageError as failure:
-            error.add_note(f"Taking the rename back failed too: {failure}")
-        raise

@@ -1,10 +1,11 @@
-"""Requests to a bucket: made again after what may pass, with clear errors, under a lease."""
+"""Requests to a bucket by path: retried after transient errors, and only while the leases hold."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Callable, Generator
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from functional_ckpt import errors
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.storage.buckets.base import (
     Bucket,
+    Entry,
     NotFound,
     PermanentError,
     PreconditionFailed,
@@ -27,56 +29,106 @@ _T = TypeVar("_T")
 
 
 class Requests:
-    """What every request to a bucket goes through. Safe to use from any thread."""
+    """What every request to a bucket goes through. Safe to use from any thread.
+
+    Args:
+        bucket: The bucket; paths are URIs below its own.
+
+    Attributes:
+        bucket: The same.
+    """
 
     def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
+        self.bucket = bucket
         self._leases: list[Lease] = []
+        self._links: dict[str, str] = {}
+        self._mutex = threading.Lock()
+
+    def add_lease(self, lease: Lease) -> None:
+        """Checks a lease before every change from now on, until it is released."""
+        self._leases.append(lease)
 
     def check_leases(self) -> None:
-        """Raises `LockedError` if another writer has taken a lease of ours over.
+        """Raises `LockedError` if another writer has taken over a lease of this process.
 
-        Every request that changes the store is preceded by this, each time that it is made: what
-        was true when an operation began need not be true when its last request goes out.
+        This precedes each request that changes the store, and each attempt: what held when an
+        operation started need not hold when its last request is sent.
         """
         self._leases = [each for each in self._leases if not each.is_released]
         for each in self._leases:
-            each.check()
+            each.renew_if_stale()
 
-    def _each(
+    def key(self, path: str) -> str:
+        """Returns the key of a path, with links that this process wrote resolved."""
+        root = self.bucket.uri
+        if path != root and not path.startswith(f"{root}/"):
+            raise errors.UsageError(f"{path} is not in {root}.", path=path)
+        key = path[len(root) + 1 :].strip("/")
+        with self._mutex:
+            links = tuple(self._links.items())
+        for link, target in links:
+            if key.startswith(f"{link}/"):
+                return target + key[len(link) :]
+        return key
+
+    def add_link(self, key: str, target: str) -> None:
+        """Resolves a link in `key` from now on."""
+        with self._mutex:
+            self._links[key] = target
+
+    def entry(self, path: str) -> Entry | None:
+        """Returns what the bucket knows of an object; None if there is none."""
+        key = self.key(path)
+        if not key:
+            return None
+        try:
+            return retrying(self._head, key)
+        except (PermanentError, TransientError) as error:
+            raise self.error("look at", path, error) from None
+
+    def _head(self, key: str) -> Entry | None:
+        try:
+            return self.bucket.head(key)
+        except NotFound:
+            return None
+
+    def each(
         self,
         action: str,
         path: str,
         pairs: list[tuple[str, str]],
         call: Callable[[str, str], None],
     ) -> None:
-        """Many requests that change the store, several at a time."""
+        """Sends many requests that change the store, several at a time."""
         run_in_threads(
-            [lambda pair=pair: self._change(action, path, lambda: call(*pair)) for pair in pairs],
+            [lambda pair=pair: self.change(action, path, lambda: call(*pair)) for pair in pairs],
             NUM_REQUESTS,
         )
 
-    def _ask(self, action: str, path: str, request: Callable[[], _T]) -> _T:
-        with self._clear(action, path):
+    def ask(self, action: str, path: str, request: Callable[[], _T]) -> _T:
+        """Sends a request, and sends it again after a transient error."""
+        with self.clear_errors(action, path):
             return retrying(request)
 
-    def _change(self, action: str, path: str, request: Callable[[], object]) -> None:
-        """A request that changes the store: made, and made again, only while the leases hold."""
+    def change(self, action: str, path: str, request: Callable[[], object]) -> None:
+        """Sends a request that changes the store; each attempt only while the leases hold."""
 
         def attempt() -> None:
             self.check_leases()
             request()
 
-        self._ask(action, path, attempt)
+        self.ask(action, path, attempt)
 
     @contextlib.contextmanager
-    def _clear(self, action: str, path: str) -> Generator[None]:
+    def clear_errors(self, action: str, path: str) -> Generator[None]:
+        """Converts the bucket's errors to errors of this package."""
         try:
             yield
         except (NotFound, PreconditionFailed, PermanentError, TransientError) as error:
-            raise self._error(action, path, error) from None
+            raise self.error(action, path, error) from None
 
-    def _error(self, action: str, path: str, error: Exception) -> errors.CheckpointError:
+    def error(self, action: str, path: str, error: Exception) -> errors.CheckpointError:
+        """Returns an error of the bucket as one of this package, without credentials."""
         if isinstance(error, PreconditionFailed):
             return errors.StepExistsError(f"Cannot {action} {path}: the path exists.", path=path)
         if isinstance(error, NotFound):
@@ -84,5 +136,5 @@ class Requests:
             text = f"{os.strerror(code)} [errno {code}]"
         else:
             code = error.errno if isinstance(error, PermanentError) else errno.EIO
-            text = self._bucket.redact(str(error))
+            text = self.bucket.redact(str(error))
         return errors.StorageError(f"Cannot {action} {path}: {text}.", errno=code, path=path)

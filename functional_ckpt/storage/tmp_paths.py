@@ -22,8 +22,8 @@ import uuid
 from collections.abc import Generator
 
 from functional_ckpt import errors
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.file_lock import FileLock
-from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.system_errors import clear_errors
 
 __all__ = [
@@ -70,7 +70,7 @@ def is_claim(name: str) -> bool:
     return _CLAIM.search(os.path.basename(name)) is not None
 
 
-def claim(storage: LocalStorage, final: str) -> FileLock:
+def claim(storage: Storage, final: str) -> FileLock:
     """Creates a temporary directory that no one removes while this process lives and holds it.
 
     What dead writers of the same directory have left is removed first.
@@ -103,7 +103,7 @@ def _locked(path: str) -> FileLock | None:
     return None
 
 
-def remove_if_dead(storage: LocalStorage, path: str) -> bool:
+def remove_if_dead(storage: Storage, path: str) -> bool:
     """Removes a claim unless its writer is alive, or may be; whether it is gone."""
     try:
         # While a claim is published, its name may be that of what it replaces.
@@ -113,7 +113,7 @@ def remove_if_dead(storage: LocalStorage, path: str) -> bool:
         return False
 
 
-def _remove_if_dead(storage: LocalStorage, path: str) -> bool:
+def _remove_if_dead(storage: Storage, path: str) -> bool:
     match = _CLAIM.search(os.path.basename(path))
     is_here = match is not None and match["machine"] == _machine()
     try:

@@ -1,9 +1,9 @@
-"""A file system that fails on demand: full disks, failing disks and kills, per operation.
+"""A store that fails on demand: full disks, failing disks and kills, per operation.
 
 storage = FaultyStorage()
 manager = CheckpointManager(directory, storage=storage)
 storage.inject(Fault(at=3, errno=errno.ENOSPC))
-manager.save(1, items)  # the third operation fails: disk full
+manager.save(1, items)  # the fourth operation fails: disk full
 """
 
 from __future__ import annotations
@@ -12,23 +12,33 @@ import dataclasses
 import errno as errno_lib
 import os
 import threading
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from functional_ckpt import errors
+from functional_ckpt.core.records.records import FileRecord
+from functional_ckpt.storage.base import (
+    Files,
+    Lock,
+    NewFile,
+    Objects,
+    Stat,
+    Storage,
+    TensorStoreAccess,
+)
 from functional_ckpt.storage.local import LocalStorage
 
 __all__ = ["CHANGES", "Crash", "Fault", "FaultyStorage", "Operation"]
 
 CHANGES = (
     *("make_directory", "write", "link", "sync", "rename", "swap", "remove", "lock"),
-    *("write_array", "commit_arrays", "merge_arrays"),
+    *("write_data", "write_array"),
 )
 """The kinds of operation that change a store; the others (`read`, `list`) look."""
 
 
 class Crash(BaseException):
-    """The process as good as died here: no cleanup can touch the store any more."""
+    """Simulates the death of the process: no cleanup can change the store any more."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,7 +47,7 @@ class Operation:
 
     Attributes:
         kind: `read`, `list`, or one of `CHANGES`.
-        path: What it was asked of.
+        path: The file or directory.
     """
 
     kind: str
@@ -46,17 +56,17 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What is to go wrong.
+    """A failure to inject.
 
     Attributes:
-        at: Which operation fails, counted from zero when the fault is injected.
+        at: The operation that fails, counted from zero when the fault is injected.
         errno: The error of the system call, for `once` and `lasting`.
         mode: `once`, that operation alone fails; `lasting`, it and all later ones that change
             something (a disk that stays full); `crash`, a `Crash` there and at all later ones.
-        kinds: Which kinds of operation are counted and can fail; None for all.
-        where: Which operations, of those kinds; None for all. How many files TensorStore spreads an
-            item's data over differs from run to run: leave out those under `d/` where the k-th
-            operation must be the same one each time.
+        kinds: The kinds of operation that are counted and can fail; None for all.
+        where: Selects operations of those kinds; None for all. The number of files that TensorStore
+            writes for an item varies: leave out those under `d/` if the k-th operation must be the
+            same one each time.
     """
 
     at: int = 0
@@ -71,28 +81,44 @@ class Fault:
             raise errors.UsageError(f"Not a fault: at={self.at!r}, mode={self.mode!r}.")
 
 
-class FaultyStorage(LocalStorage):
-    """A local file system that records every operation, and fails as told.
+class FaultyStorage:
+    """A store that records every operation, and fails on demand; wraps another store.
 
     An injected failure looks like a real one: a `StorageError` with the `errno` and the path.
 
     Args:
-        fault: What goes wrong, counted from the first operation; None for nothing yet.
+        fault: What fails, counted from the first operation; None for nothing yet.
+        inner: The store; None for the local file system.
         can_exchange: Whether two directories can be exchanged in one atomic step; if not, an
             overwrite takes two renames.
+
+    Attributes:
+        has_failed: Whether the fault has struck.
     """
 
-    def __init__(self, fault: Fault | None = None, *, can_exchange: bool = True) -> None:
+    def __init__(
+        self,
+        fault: Fault | None = None,
+        inner: Storage | None = None,
+        *,
+        can_exchange: bool = True,
+    ) -> None:
+        self._inner: Storage = LocalStorage() if inner is None else inner
         self._mutex = threading.Lock()
         self._can_exchange = can_exchange
         self._fault = fault
         self._num_counted = 0
         self._operations: list[Operation] = []
         self.has_failed = False
+        self.num_requests = self._inner.num_requests
+        files, objects = self._inner.files, self._inner.objects
+        self.files = None if files is None else _Files(self, files)
+        self.objects = None if objects is None else _Objects(self, objects)
+        self.tensorstore = _TensorStore(self, self._inner.tensorstore)
 
     @property
     def operations(self) -> Sequence[Operation]:
-        """What reached the store since it was made, or since `forget`."""
+        """The operations since the storage was made, or since `forget`."""
         with self._mutex:
             return tuple(self._operations)
 
@@ -102,17 +128,17 @@ class FaultyStorage(LocalStorage):
             self._operations.clear()
 
     def inject(self, fault: Fault) -> None:
-        """From now on goes wrong as `fault` says; operations are counted from here."""
+        """Fails from now on as `fault` says; operations are counted from here."""
         with self._mutex:
             self._fault, self._num_counted, self.has_failed = fault, 0, False
 
     def heal(self) -> None:
-        """From now on all goes well."""
+        """Removes the fault."""
         with self._mutex:
             self._fault = None
 
     def operation(self, kind: str, path: str) -> None:
-        """Records the operation, and raises where the fault says so."""
+        """Called before every operation: records it, and raises if the fault strikes it."""
         reached = Operation(kind, path)
         with self._mutex:
             self._operations.append(reached)
@@ -136,14 +162,157 @@ class FaultyStorage(LocalStorage):
             return False
         if fault.where is not None and not fault.where(reached):
             return False
-        place, self._num_counted = self._num_counted, self._num_counted + 1
-        if place < fault.at:
+        index, self._num_counted = self._num_counted, self._num_counted + 1
+        if index < fault.at:
             return False
-        return place == fault.at or (fault.mode == "lasting" and reached.kind in CHANGES)
+        return index == fault.at or (fault.mode == "lasting" and reached.kind in CHANGES)
+
+    # -------------------------------------------------------------------------------- operations
+
+    def stat(self, path: str, *, follow: bool = False) -> Stat | None:
+        """As the inner store; not counted."""
+        return self._inner.stat(path, follow=follow)
+
+    def list(self, path: str) -> list[str]:
+        """As the inner store."""
+        self.operation("list", path)
+        return self._inner.list(path)
+
+    def walk(self, path: str) -> dict[str, Stat]:
+        """As the inner store."""
+        self.operation("list", path)
+        return self._inner.walk(path)
+
+    def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
+        """As the inner store."""
+        self.operation("read", path)
+        return self._inner.read(path, offset, length)
+
+    def checksum(self, path: str) -> FileRecord:
+        """As the inner store."""
+        self.operation("read", path)
+        return self._inner.checksum(path)
+
+    def make_directory(self, path: str, *, parents: bool = True) -> None:
+        """As the inner store."""
+        self.operation("make_directory", path)
+        self._inner.make_directory(path, parents=parents)
+
+    def write(self, path: str, data: bytes) -> None:
+        """As the inner store."""
+        self.operation("write", path)
+        self._inner.write(path, data)
+
+    def put_file(self, source: str, path: str) -> None:
+        """As the inner store."""
+        self.operation("write", path)
+        self._inner.put_file(source, path)
+
+    def link(self, path: str, target: str) -> None:
+        """As the inner store."""
+        self.operation("link", path)
+        self._inner.link(path, target)
+
+    def sync(self, path: str) -> None:
+        """As the inner store."""
+        self.operation("sync", path)
+        self._inner.sync(path)
+
+    def rename(self, source: str, target: str) -> None:
+        """As the inner store."""
+        self.operation("rename", target)
+        self._inner.rename(source, target)
 
     def swap(self, first: str, second: str) -> bool:
-        """As on a local file system, if it was made with `can_exchange`; else False."""
-        if self._can_exchange:
-            return super().swap(first, second)
+        """As the inner store, if made with `can_exchange`; else False."""
         self.operation("swap", second)
-        return False
+        return self._can_exchange and self._inner.swap(first, second)
+
+    def remove(self, path: str) -> None:
+        """As the inner store."""
+        self.operation("remove", path)
+        self._inner.remove(path)
+
+    def lock(self, path: str) -> Lock:
+        """As the inner store."""
+        self.operation("lock", path)
+        return self._inner.lock(path)
+
+
+class _Files:
+    """Data files: creating, writing and truncating one are operations."""
+
+    def __init__(self, storage: FaultyStorage, inner: Files) -> None:
+        self._storage, self._inner = storage, inner
+
+    def create(self, path: str, size_bytes: int, *, is_direct: bool) -> _NewFile:
+        self._storage.operation("write_data", path)
+        return _NewFile(
+            self._storage, path, self._inner.create(path, size_bytes, is_direct=is_direct)
+        )
+
+
+class _NewFile:
+    def __init__(self, storage: FaultyStorage, path: str, inner: NewFile) -> None:
+        self._storage, self._path, self._inner = storage, path, inner
+
+    def write(self, segments: Sequence[memoryview], offset: int) -> None:
+        self._storage.operation("write_data", self._path)
+        self._inner.write(segments, offset)
+
+    def truncate(self, size_bytes: int) -> None:
+        self._storage.operation("write_data", self._path)
+        self._inner.truncate(size_bytes)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _Objects:
+    """Conditional requests."""
+
+    def __init__(self, storage: FaultyStorage, inner: Objects) -> None:
+        self._storage, self._inner = storage, inner
+        self.notes = inner.notes
+
+    def commit_id(self, path: str) -> str | None:
+        return self._inner.commit_id(path)
+
+    def overwrite(self, path: str, data: bytes) -> None:
+        self._storage.operation("write", path)
+        self._inner.overwrite(path, data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        self._storage.operation("write", path)
+        return self._inner.create(path, data)
+
+    def replace_exactly(self, path: str, old: bytes, data: bytes) -> bool:
+        self._storage.operation("write", path)
+        return self._inner.replace_exactly(path, old, data)
+
+    def remove_exactly(self, path: str, old: bytes) -> None:
+        self._storage.operation("remove", path)
+        self._inner.remove_exactly(path, old)
+
+
+class _TensorStore:
+    """Arrays that TensorStore writes: the check before a write is an operation."""
+
+    def __init__(self, storage: FaultyStorage, inner: TensorStoreAccess) -> None:
+        self._storage, self._inner = storage, inner
+
+    def kvstore(self, directory: str) -> Mapping[str, Any]:
+        return self._inner.kvstore(directory)
+
+    def context(self) -> Mapping[str, Any]:
+        return self._inner.context()
+
+    def check_writable(self, path: str) -> None:
+        self._storage.operation("write_array", path)
+        self._inner.check_writable(path)
+
+    def flush(self, directory: str) -> None:
+        self._inner.flush(directory)
+
+    def redact(self, text: str) -> str:
+        return self._inner.redact(text)

@@ -13,6 +13,7 @@ from functional_ckpt.core.arrays import spec
 from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.tree import plain_json, structure
+from functional_ckpt.storage import queries
 from functional_ckpt.verify.findings import Finding, Problem, Verification, reason
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class ItemArrays:
     def _would_block(self, name: str) -> bool:
         """Whether a file is a pipe or a device, which TensorStore would open and wait for."""
         path = os.path.join(self._directory, name)
-        return self._search.storage.kind(path, follow=True) == "a special file"
+        return queries.kind(self._search.storage, path, follow=True) == "a special file"
 
     def _fail_all(self, file: str, why: str) -> None:
         names = (*(node.name for node in self._nodes), *(name for name, _, _ in self._scalars))

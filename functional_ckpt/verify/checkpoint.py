@@ -19,6 +19,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records import records as records_lib
 from functional_ckpt.core.records.records import EXTENSION_FILE, FileRecord
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.verify.arrays import ItemArrays
 from functional_ckpt.verify.findings import Finding, Problem, Progress, Verification, reason
@@ -53,7 +54,7 @@ def verify_checkpoint(
         UsageError: It is an item's directory, of a checkpoint of ours.
         CorruptCheckpointError: The directory is no checkpoint at all.
     """
-    if not storage.is_directory(path):
+    if not queries.is_directory(storage, path):
         raise errors.StepNotFoundError(f"There is no checkpoint at {path}.", path=path, step=step)
     if _is_item(storage, path):
         raise errors.UsageError(
@@ -71,13 +72,13 @@ def verify_checkpoint(
 
 def _is_item(storage: Storage, path: str) -> bool:
     names = (EXTENSION_FILE, orbax.TREE_METADATA_FILE)
-    return all(storage.exists(os.path.join(path, name)) for name in names)
+    return all(queries.exists(storage, os.path.join(path, name)) for name in names)
 
 
 def _is_ours(storage: Storage, path: str) -> bool:
     """Whether this package wrote the checkpoint, even if its record is gone."""
     places = (path, *(os.path.join(path, name) for name in storage.list(path)))
-    if any(storage.exists(os.path.join(place, EXTENSION_FILE)) for place in places):
+    if any(queries.exists(storage, os.path.join(place, EXTENSION_FILE)) for place in places):
         return True
     try:
         return b"functional_ckpt" in storage.read(os.path.join(path, orbax.COMMIT_FILE))
@@ -88,7 +89,7 @@ def _is_ours(storage: Storage, path: str) -> bool:
 def _verify_ours(search: Verification, step: int | None) -> None:
     from functional_ckpt.runtime.threads import run_in_threads
 
-    sizes = search.storage.sizes(search.path)
+    sizes = queries.sizes(search.storage, search.path)
     on_disk = sorted(sizes)
     record = _step_record(search, step)
     items = {name: _item_record(search, name, record) for name in _tree_items(record, on_disk)}
@@ -114,7 +115,7 @@ def _step_record(search: Verification, step: int | None) -> records_lib.StepReco
     path = os.path.join(search.path, EXTENSION_FILE)
     expected = "the record of a checkpoint" if step is None else f"the record of step {step}"
     if not _is_regular(search.storage, path):
-        search.add(None, EXTENSION_FILE, "missing", expected, search.storage.kind(path))
+        search.add(None, EXTENSION_FILE, "missing", expected, queries.kind(search.storage, path))
         return None
     try:
         record = records_lib.parse_step(search.storage.read(path), path)
@@ -141,7 +142,7 @@ def _item_record(
     path = os.path.join(search.path, file)
     expected = f"the record of item {name!r}"
     if not _is_regular(search.storage, path):
-        search.add(name, file, "missing", expected, search.storage.kind(path))
+        search.add(name, file, "missing", expected, queries.kind(search.storage, path))
         return None
     try:
         data = search.storage.read(path)
@@ -195,7 +196,7 @@ def _find_unlisted(
         is_unknowable = items[top] is None if top in items else step is None
         if name in expected or is_record or is_unknowable:
             continue
-        kind = search.storage.kind(os.path.join(search.path, name))
+        kind = queries.kind(search.storage, os.path.join(search.path, name))
         search.add(_item_of(name), name, "unexpected", "no such file", kind)
 
 
@@ -231,7 +232,7 @@ class _Files:
                 name,
                 "missing",
                 f"a file of {expected.size_bytes:,} bytes",
-                self._search.storage.kind(path),
+                queries.kind(self._search.storage, path),
             )
             return
         size_bytes = self._sizes.get(name, expected.size_bytes)
@@ -267,4 +268,4 @@ def _item_of(name: str) -> str | None:
 
 
 def _is_regular(storage: Storage, path: str) -> bool:
-    return storage.kind(path) == "a file"
+    return queries.kind(storage, path) == "a file"

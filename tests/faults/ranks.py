@@ -27,11 +27,10 @@ import torch
 import torch.distributed as dist
 
 import functional_ckpt as fc
-from functional_ckpt import errors
+from functional_ckpt import errors, testing
 from functional_ckpt.distributed import torch_store
 from functional_ckpt.distributed.torch_store import StoreCoordinator
 from functional_ckpt.steps import decide
-from functional_ckpt.storage.local import LocalStorage
 
 TIMEOUT_SECONDS = 4.0
 PATIENCE_SECONDS = 90.0
@@ -137,7 +136,7 @@ def save(manager: fc.CheckpointManager, step: int, items: Mapping[str, Any]) -> 
 # ---------------------------------------------------------------------------- the matrix
 
 
-class Trap(LocalStorage):
+class Trap(testing.FaultyStorage):
     """Announces the points of a save; armed, the first time that one is reached."""
 
     def __init__(
@@ -158,14 +157,14 @@ class Trap(LocalStorage):
     def _is_here(self, kind: str, path: str) -> bool:
         match self._point:
             case "writing":
-                return kind == "write_array"
+                return kind == "write_data"
             case "before-barrier":
                 # The last of a rank's operations before it meets the others.
                 if self._is_primary:
-                    return kind == "commit_arrays" and path.endswith("own")
+                    return kind == "write" and path.endswith("manifest.ocdbt") and "/own/" in path
                 return kind == "write" and "/.ranks/" in path
             case "merging":
-                return kind == "merge_arrays"
+                return kind == "write_data" and "ocdbt.process" not in path
             case "renamed":
                 return kind == "sync" and path == self._root
             case _:

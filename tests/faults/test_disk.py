@@ -299,7 +299,7 @@ def test_a_file_where_a_step_should_be(overwrite: bool, tmp_path: Path) -> None:
 def test_a_file_that_appears_while_the_step_is_being_written(tmp_path: Path) -> None:
     class Rude(testing.FaultyStorage):
         def operation(self, kind: str, path: str) -> None:
-            if kind == "commit_arrays":
+            if kind == "write" and path.endswith("manifest.ocdbt"):
                 (tmp_path / "2").write_text("precious")
             super().operation(kind, path)
 
@@ -316,7 +316,7 @@ def test_a_directory_that_appears_while_the_step_is_being_written(tmp_path: Path
 
     class Rude(testing.FaultyStorage):
         def operation(self, kind: str, path: str) -> None:
-            if kind == "commit_arrays":
+            if kind == "write" and path.endswith("manifest.ocdbt"):
                 (tmp_path / "2").mkdir(exist_ok=True)
                 (tmp_path / "2" / "file").write_text("precious")
             super().operation(kind, path)

@@ -300,7 +300,9 @@ def test_the_error_says_what_the_system_said(code: int, template: Path, tmp_path
     shutil.copytree(template, root)
     storage = testing.FaultyStorage()
     with new_manager(root, storage) as manager:
-        storage.inject(testing.Fault(errno=code, where=lambda op: op.kind == "commit_arrays"))
+        storage.inject(
+            testing.Fault(errno=code, where=lambda op: op.path.endswith("manifest.ocdbt"))
+        )
         commit = manager.save(NEW_STEP, items_of(40))
         assert commit is not None
         with pytest.raises(fc.errors.SaveError, match=os.strerror(code)) as caught:

@@ -31,7 +31,7 @@ def test_managers_that_are_closed_leave_no_descriptor(tmp_path: Path) -> None:
     assert open_below(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", ["write_data", "write_array", "commit_arrays", "sync", "write"])
+@pytest.mark.parametrize("kind", ["write_data", "sync", "write"])
 @pytest.mark.parametrize("road", ["one file", "several files"])
 def test_a_save_that_failed_leaves_no_descriptor(
     kind: str, road: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -65,13 +65,13 @@ def test_a_file_that_cannot_be_closed_is_an_error_of_this_package(
 @pytest.mark.parametrize("how", ["moved", "removed"])
 def test_metrics_of_a_step_that_goes_away_are_not_reported(run: Path, how: str) -> None:
     class Moving(testing.FaultyStorage):
-        def replace(self, path: str, data: bytes) -> None:
+        def write(self, path: str, data: bytes) -> None:
             if how == "moved":
                 run.rename(run.parent / "moved")
             else:
                 shutil.rmtree(run / "2")
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            super().replace(path, data)
+            super().write(path, data)
 
     message = "while its metrics were recorded"
     with (

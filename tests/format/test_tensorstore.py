@@ -261,7 +261,7 @@ def test_a_failing_operation_is_named(tmp_path: Path) -> None:
     write = write_tensorstore.ArrayWrite(
         name="a", spec=ArraySpec((3,), "float64"), grid=grid, box=Box.whole((3,)), data=content
     )
-    for kind in ("make_directory", "write_array", "commit_arrays"):
+    for kind in ("make_directory", "write_array"):
         storage = FaultyStorage(Fault(at=0, kinds=(kind,)))
         with pytest.raises(errors.StorageError, match=str(tmp_path)):
             write_tensorstore.write_arrays(storage, str(tmp_path / kind), ["child"], [write])

@@ -265,22 +265,22 @@ def test_a_failure_while_values_are_handed_over_says_that_the_target_was_touched
 def test_a_step_that_is_overwritten_while_it_is_read_is_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "x"
+    step = tmp_path / "x"
     state = {"tree": {"w": torch.zeros(100_000)}, "config": fc.Json({"a": 1})}
-    fc.save(path, state)
-    real, done = LocalStorage.read_range, []
+    fc.save(step, state)
+    real, done = LocalStorage.read, []
 
-    def overwriting(self: LocalStorage, *arguments: Any) -> bytes:
-        if not done:
+    def overwriting(self: LocalStorage, path: str, *part: int) -> bytes:
+        if part and not done:
             done.append(1)
-            fc.save(path, {**state, "tree": {"w": torch.ones(100_000)}}, overwrite=True)
-        return real(self, *arguments)
+            fc.save(step, {**state, "tree": {"w": torch.ones(100_000)}}, overwrite=True)
+        return real(self, path, *part)
 
-    monkeypatch.setattr(LocalStorage, "read_range", overwriting)
+    monkeypatch.setattr(LocalStorage, "read", overwriting)
     with pytest.raises(errors.StorageError, match="overwritten while") as caught:
-        fc.restore(path, {"tree": None, "config": None})
+        fc.restore(step, {"tree": None, "config": None})
     assert caught.value.errno == errno.ESTALE and not caught.value.touched
-    assert fc.restore(path)["tree"]["w"][0] == 1
+    assert fc.restore(step)["tree"]["w"][0] == 1
 
 
 def test_a_step_that_is_overwritten_while_it_is_opened_is_opened_again(

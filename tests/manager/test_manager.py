@@ -131,7 +131,7 @@ def test_reserved_item_names(name: Any, tmp_path: Path) -> None:
 
 
 def test_what_is_saved_is_what_was_there_at_the_moment_of_the_call(tmp_path: Path) -> None:
-    gate = Gate("make_directory", "write", "write_array")
+    gate = Gate("make_directory", "write", "write_data")
     tensor, array, words = torch.ones(4), np.ones(4), ["a"]
     module = torch.nn.Linear(2, 2)
     weight = module.weight.detach().clone()

@@ -18,6 +18,7 @@ from remote_environment import set_environment, set_gcs_environment
 
 import functional_ckpt as fc
 from functional_ckpt import cli, errors
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.buckets import lease
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.object_store import MARKER, ObjectStorage
@@ -126,7 +127,7 @@ def test_no_step_without_its_marker(bucket: str) -> None:
     manager = fc.CheckpointManager(run)  # what it did not write, it does not remove
     with manager, pytest.raises(errors.SaveError, match=f"no {MARKER}"):
         manager.save(2, _state(2)).result()
-    assert _store(run).exists(f"{run}/2/tree/manifest.ocdbt")
+    assert queries.exists(_store(run), f"{run}/2/tree/manifest.ocdbt")
 
 
 def test_the_next_writer_collects_what_a_crash_left(bucket: str) -> None:
@@ -139,7 +140,7 @@ def test_the_next_writer_collects_what_a_crash_left(bucket: str) -> None:
     store.write(f"{run}/1.orbax-checkpoint-tmp/.unfinished", b"{}")  # killed after the marker
     with fc.CheckpointManager(run, read_only=True) as manager:
         assert manager.all_steps() == [1]
-    assert store.exists(f"{run}/2/tree/d/abc")
+    assert queries.exists(store, f"{run}/2/tree/d/abc")
     with fc.CheckpointManager(run) as manager:
         assert manager.all_steps() == [1]
         assert store.list(run) == [".functional_ckpt", "1"]
@@ -168,12 +169,12 @@ def test_one_writer_at_a_time(bucket: str, monkeypatch: pytest.MonkeyPatch) -> N
         # Another machine takes it over, as it may when the lease has run out.
         store = _store(run)
         store.write(f"{run}/.functional_ckpt/lock", b'{"pid": 1, "lease": "other"}')
-        for each in manager._steps.storage._leases:
+        for each in manager._steps.storage._requests._leases:
             each._try_to_renew()
-        with pytest.raises(errors.SaveError, match="another writer took it over"):
+        with pytest.raises(errors.LockedError, match="another writer took it over"):
             manager.save(1, _state(1)).result()
     assert store.list(run) == [".functional_ckpt"]
-    assert store.exists(f"{run}/.functional_ckpt/lock")  # not ours to remove
+    assert queries.exists(store, f"{run}/.functional_ckpt/lock")  # not ours to remove
     monkeypatch.setattr(lease, "LEASE_SECONDS", 2.5)
     monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.2)
     started = time.monotonic()
@@ -348,7 +349,7 @@ def test_a_small_part_reads_little(
         "small": {"bias": torch.randn(64)},
     }
     fc.save(one, state)
-    total = _store(one).total_bytes(one)
+    total = queries.total_bytes(_store(one), one)
     assert total > 48e6
     proxy = Proxy(request.getfixturevalue(f"{kind}_url"))
     lead(monkeypatch, proxy.url)

@@ -12,6 +12,7 @@ from gloo_workers import Workers
 
 import functional_ckpt as fc
 from functional_ckpt import errors
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.object_store import MARKER
 from functional_ckpt.storage.open import connect
 
@@ -131,7 +132,7 @@ def test_a_marker_without_a_record_is_no_step(s3: str) -> None:
             manager.save(step, _state(step)).result()  # pyright: ignore[reportOptionalMemberAccess]
         manager.wait_until_finished()
         assert manager.all_steps() == [3]
-    assert storage.exists(f"{run}/999/{MARKER}")
+    assert queries.exists(storage, f"{run}/999/{MARKER}")
 
 
 @pytest.mark.parametrize("staging", [fc.Eager(), fc.Blocking()], ids=str)

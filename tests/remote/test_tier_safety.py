@@ -20,7 +20,8 @@ import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
 from functional_ckpt.steps import promises, remote_tier, tiers, uploads
-from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage import commit
+from functional_ckpt.storage.base import Stat, Storage
 from functional_ckpt.storage.buckets import base as buckets
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.object_store import MARKER, ObjectStorage
@@ -38,10 +39,11 @@ def _local_steps(path: Path) -> list[int]:
     return sorted(int(name) for name in os.listdir(path) if name.isdigit())
 
 
-class Outage(LocalStorage):
+class Outage(FaultyStorage):
     """A file system that a test can unplug."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.is_down = False
         self.num_refused = 0
 
@@ -50,9 +52,10 @@ class Outage(LocalStorage):
             self.num_refused += 1
             raise errors.StorageError("the network is down", errno=errno.EIO, path=path)
 
-    def exists(self, path: str) -> bool:
-        self.operation("exists", path)
-        return super().exists(path)
+    def stat(self, path: str, *, follow: bool = False) -> Stat | None:
+        if not follow:
+            self.operation("stat", path)
+        return super().stat(path, follow=follow)
 
 
 class Far:
@@ -349,9 +352,9 @@ def test_a_store_that_never_answers_does_not_delay_the_manager(
     plain = far.tier()
 
     class Hole(ObjectStorage):
-        def exists(self, path: str) -> bool:
+        def stat(self, path: str, *, follow: bool = False) -> Stat | None:
             gate.wait(30)
-            return super().exists(path)
+            return super().stat(path, follow=follow)
 
     tier = fc.Tier(path=plain.path, storage=Hole(far.bucket))
     started = time.monotonic()
@@ -505,8 +508,8 @@ def test_a_file_that_arrives_in_part_is_sent_again_before_the_step_counts(tmp_pa
 
 def test_a_listing_that_lacks_a_file_leaves_no_hole_in_the_copy(far: Far, tmp_path: Path) -> None:
     class Forgetful(LocalStorage):
-        def walk(self, path: str) -> list[str]:
-            return [name for name in super().walk(path) if "/d" not in name]
+        def walk(self, path: str) -> dict[str, Stat]:
+            return {name: found for name, found in super().walk(path).items() if "/d" not in name}
 
     near = tmp_path / "near"
     with fc.CheckpointManager(near) as manager:
@@ -577,7 +580,7 @@ def test_a_record_of_promises_with_a_flipped_bit_loses_none(
     from functional_ckpt.steps.promises import Promises
 
     path = str(tmp_path / "uploads.json")
-    book = Promises(LocalStorage(), path, ["far"])
+    book = Promises(commit.protocol(LocalStorage(), str(tmp_path)), path, ["far"])
     book.promise("far", 12)
     book.decided["far"].append(12)
     book.write([12])
@@ -585,7 +588,7 @@ def test_a_record_of_promises_with_a_flipped_bit_loses_none(
     assert records.digest_hex(b"") not in data.decode()
     for changed in _flips(data):
         Path(path).write_bytes(changed)
-        read = Promises(LocalStorage(), path, ["far"])
+        read = Promises(commit.protocol(LocalStorage(), str(tmp_path)), path, ["far"])
         read.read()
         assert read.was_damaged or read.promised == {"far": [12]}
     assert "recomputing which steps" in caplog.text

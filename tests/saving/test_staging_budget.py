@@ -86,7 +86,7 @@ class Held(testing.FaultyStorage):
         self.may_commit = threading.Event()
 
     def operation(self, kind: str, path: str) -> None:
-        if kind == "commit_arrays":
+        if kind == "write" and path.endswith("manifest.ocdbt"):
             assert self.may_commit.wait(60)
         super().operation(kind, path)
 
@@ -119,7 +119,9 @@ def test_a_save_from_live_memory_is_not_repeated_on_a_full_disk(tmp_path: Path) 
     ) as manager:
         manager.save(1, {"small": {"w": small}, "large": {"w": large}})
         manager.wait_until_finished()
-        storage.inject(testing.Fault(errno=errno.ENOSPC, kinds=("commit_arrays",)))
+        storage.inject(
+            testing.Fault(errno=errno.ENOSPC, where=lambda op: op.path.endswith("manifest.ocdbt"))
+        )
         commit = manager.save(2, {"small": {"w": small}, "large": {"w": large}})
         large.zero_()
         assert commit is not None

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from functional_ckpt import errors
-from functional_ckpt.storage import claims, commit
+from functional_ckpt.storage import commit, durable
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.testing import Crash, Fault, FaultyStorage
 
 
-def _step(storage: LocalStorage, path: str, data: bytes) -> str:
+def _step(storage: Storage, path: str, data: bytes) -> str:
     storage.make_directory(path)
     storage.write(os.path.join(path, "a"), data)
     return path
@@ -38,15 +39,15 @@ def test_an_overwrite_cut_anywhere_leaves_the_old_step_or_the_new(
         tmp = _step(plain, commit.tmp_path(final), b"new")
         storage = FaultyStorage(Fault(at=at, mode="crash"), can_exchange=can_exchange)
         try:
-            replaced = commit.publish(storage, tmp, final, hidden)
+            replaced = commit.protocol(storage, root).publish(tmp, final)
         except Crash:
             replaced = None
         is_whole = replaced is not None
-        commit.recover(plain, root, hidden)
+        commit.protocol(plain, root).recover()
         content = plain.read(os.path.join(final, "a"))
         outcomes.add(content)
         assert plain.list(root) == [commit.HIDDEN, "7"]
-        assert plain.walk(hidden) == []
+        assert plain.walk(hidden) == {}
         if is_whole:
             assert content == b"new"
             break
@@ -58,19 +59,19 @@ def test_an_overwrite_cut_anywhere_leaves_the_old_step_or_the_new(
 def test_a_first_save_cut_anywhere_is_whole_or_absent(tmp_path: Path) -> None:
     for at in range(10):
         root = str(tmp_path / str(at))
-        hidden, final = os.path.join(root, commit.HIDDEN), os.path.join(root, "7")
+        final = os.path.join(root, "7")
         plain = LocalStorage()
         tmp = _step(plain, commit.tmp_path(final), b"new")
         storage = FaultyStorage(Fault(at=at, mode="crash"))
         try:
-            commit.publish(storage, tmp, final, hidden)
+            commit.protocol(storage, root).publish(tmp, final)
             is_whole = True
         except Crash:
             is_whole = False
-        commit.recover(plain, root, hidden)
+        commit.protocol(plain, root).recover()
         assert plain.list(root) in ([], ["7"])
         if is_whole:
-            assert plain.walk(root) == ["7/a"]
+            assert list(plain.walk(root)) == ["7/a"]
             return
     pytest.fail("the save never came to its end")
 
@@ -87,13 +88,13 @@ def test_recovery_cut_anywhere_is_finished_by_the_next(tmp_path: Path) -> None:
         plain.write(os.path.join(hidden, "replacing.json"), json.dumps(record).encode())
         storage = FaultyStorage(Fault(at=at, mode="crash"))
         try:
-            commit.recover(storage, root, hidden)
+            commit.protocol(storage, root).recover()
             is_whole = True
         except Crash:
             is_whole = False
-            commit.recover(plain, root, hidden)
+            commit.protocol(plain, root).recover()
         assert plain.read(os.path.join(final, "a")) == b"new"
-        assert plain.walk(hidden) == []
+        assert plain.walk(hidden) == {}
         if is_whole:
             assert at > 2
             return
@@ -119,8 +120,8 @@ def test_a_journal_that_makes_no_sense_moves_nothing(text: str, tmp_path: Path) 
     _step(storage, str(tmp_path / "x"), b"outside")
     storage.write(os.path.join(hidden, "replacing.json"), text.encode())
     with pytest.raises(errors.CorruptCheckpointError, match=r"replacing\.json"):
-        commit.recover(storage, root, hidden)
-    assert storage.walk(str(tmp_path)) == ["root/.functional_ckpt/replacing.json", "x/a"]
+        commit.protocol(storage, root).recover()
+    assert list(storage.walk(str(tmp_path))) == ["root/.functional_ckpt/replacing.json", "x/a"]
 
 
 def test_a_replacement_without_a_journal_cut_anywhere_leaves_the_old_or_the_new(
@@ -132,15 +133,15 @@ def test_a_replacement_without_a_journal_cut_anywhere_leaves_the_old_or_the_new(
         final = _step(plain, str(root / "best"), b"old")
         storage = FaultyStorage(can_exchange=False)
         is_cut = True
-        with contextlib.suppress(Crash), claims.claimed(storage, final) as tmp:
+        with contextlib.suppress(Crash), commit.protocol(storage, str(root)).claimed(final) as tmp:
             storage.write(os.path.join(tmp, "a"), b"new")
             storage.inject(Fault(at=at, mode="crash"))
-            claims.publish(storage, tmp, final, overwrite=True)
+            commit.protocol(storage, str(root)).publish_claim(tmp, final, overwrite=True)
             is_cut = False
-        claims.recover(plain, final)
+        commit.protocol(plain, str(root)).recover_claim(final)
         content = plain.read(os.path.join(final, "a"))
         outcomes.add(content)
-        with claims.claimed(plain, final):
+        with commit.protocol(plain, str(root)).claimed(final):
             pass  # the next writer removes what is left
         assert plain.list(str(root)) == ["best"]
         if not is_cut:
@@ -156,8 +157,8 @@ def test_a_managers_writer_ends_a_replacement_that_was_cut(tmp_path: Path) -> No
     hidden = os.path.join(root, commit.HIDDEN)
     plain.make_directory(hidden)
     _step(plain, os.path.join(root, "best.orbax-checkpoint-tmp-replaced"), b"old")
-    commit.recover(plain, root, hidden)
-    assert plain.walk(root) == ["best/a"]
+    commit.protocol(plain, root).recover()
+    assert list(plain.walk(root)) == ["best/a"]
 
 
 def test_nothing_is_visible_before_all_of_it_is_durable(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_nothing_is_visible_before_all_of_it_is_durable(tmp_path: Path) -> None:
     tmp = _step(storage, os.path.join(commit.tmp_path(final), "item"), b"new")
     commit.sync_tree(storage, commit.tmp_path(final), ["item/a"])
     storage.forget()
-    commit.publish(storage, os.path.dirname(tmp), final)
+    commit.protocol(storage, str(tmp_path)).publish(os.path.dirname(tmp), final)
     assert [operation.kind for operation in storage.operations] == ["rename", "sync"]
     assert storage.operations[-1].path == str(tmp_path)
 
@@ -188,7 +189,7 @@ def test_what_cannot_be_removed_is_left_with_a_warning(
 ) -> None:
     storage = FaultyStorage(Fault(at=0, kinds=("remove",)))
     with caplog.at_level(logging.WARNING, "functional_ckpt"):
-        commit.abandon(storage, str(tmp_path / "7.tmp"))
+        commit.protocol(storage, str(tmp_path)).abandon(str(tmp_path / "7.tmp"))
     assert "Could not remove" in caplog.text
 
 
@@ -219,8 +220,8 @@ def test_a_journal_that_cannot_be_looked_at_ends_the_recovery(
     with monkeypatch.context() as patch:
         patch.setattr(os, "lstat", failing)
         with pytest.raises(errors.StorageError):
-            commit.recover(LocalStorage(), root, hidden)
-    commit.recover(LocalStorage(), root, hidden)
+            commit.protocol(LocalStorage(), root).recover()
+    commit.protocol(LocalStorage(), root).recover()
     assert LocalStorage().read(os.path.join(final, "a")) == b"new"
 
 
@@ -228,9 +229,9 @@ def test_the_last_copies_of_a_step_stay_even_without_a_journal(tmp_path: Path) -
     root, plain = str(tmp_path), LocalStorage()
     hidden, final = _mid_overwrite(root)
     plain.remove(os.path.join(hidden, "replacing.json"))
-    (kept,) = commit.recover(plain, root, hidden)
+    (kept,) = commit.protocol(plain, root).recover()
     assert "7.replaced" in kept and final in kept
-    assert plain.walk(root) == [
+    assert list(plain.walk(root)) == [
         ".functional_ckpt/trash/7.replaced/a",
         "7.orbax-checkpoint-tmp/a",
     ]
@@ -241,8 +242,8 @@ def test_a_step_that_is_discarded_does_not_come_back_as_an_old_copy(tmp_path: Pa
     hidden, final = os.path.join(root, commit.HIDDEN), os.path.join(root, "7")
     _step(plain, final, b"new")
     _step(plain, os.path.join(hidden, "trash", "7.replaced"), b"old")
-    commit.discard(plain, final, hidden)
-    assert commit.recover(plain, root, hidden) == [] and plain.walk(root) == []
+    commit.protocol(plain, root).discard(final)
+    assert commit.protocol(plain, root).recover() == [] and plain.walk(root) == {}
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
@@ -257,7 +258,7 @@ def test_a_replacement_that_fails_at_any_operation_is_taken_back(
         tmp = _step(LocalStorage(), commit.tmp_path(final), b"new")
         storage = FaultyStorage(Fault(at=at), can_exchange=can_exchange)
         try:
-            replaced = commit.publish(storage, tmp, final, hidden)
+            replaced = commit.protocol(storage, root).publish(tmp, final)
         except errors.StorageError:
             assert storage.read(os.path.join(final, "a")) == b"old"
             assert storage.read(os.path.join(tmp, "a")) == b"new"
@@ -271,7 +272,7 @@ def test_a_replacement_that_fails_at_any_operation_is_taken_back(
 def test_a_rank_that_sees_another_directory_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit, "_SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(durable, "_SETTLE_SECONDS", 0.1)
     (tmp_path / "there").mkdir()
     commit.check_visible(LocalStorage(), str(tmp_path / "there"), 3)
     with pytest.raises(errors.CoordinationError, match="Rank 3") as caught:

@@ -10,6 +10,7 @@ import pytest
 from fake_bucket import Clock, FakeBucket
 
 from functional_ckpt import errors
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.buckets import base, lease
 from functional_ckpt.storage.buckets.base import TransientError
 from functional_ckpt.storage.object_store import ObjectStorage
@@ -192,7 +193,7 @@ def test_a_store_that_does_not_answer_is_no_other_writer(bucket: FakeBucket, clo
     held._try_to_renew()  # logs it
     held.check()
     clock.now += lease.LEASE_SECONDS
-    with pytest.raises(TransientError):
+    with pytest.raises(errors.StorageError, match="Cannot renew the lease"):
         held.check()
     bucket.before = lambda kind, key: None
     held.check()
@@ -240,4 +241,4 @@ def test_a_store_without_versions_lets_a_lease_run_out_too(clock: Clock) -> None
     clock.now += 3600
     held.check()
     held.release()
-    assert not storage.exists(path)
+    assert not queries.exists(storage, path)

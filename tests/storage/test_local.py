@@ -13,7 +13,10 @@ from contract import StorageContract
 from descriptors import open_below
 
 from functional_ckpt import errors
-from functional_ckpt.storage.local import LocalStorage, resolve
+from functional_ckpt.storage import commit
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.paths import resolve
 from functional_ckpt.testing import FaultyStorage
 
 
@@ -27,7 +30,7 @@ class TestStorageThatCannotExchange(StorageContract):
     """As file systems without `renameat2` are."""
 
     @pytest.fixture
-    def storage(self) -> LocalStorage:
+    def storage(self) -> Storage:
         return FaultyStorage(can_exchange=False)
 
 
@@ -64,7 +67,7 @@ def test_links_are_listed_and_never_followed(tmp_path: Path) -> None:
     inside.mkdir()
     (inside / "link").symlink_to(outside / "secret")
     (inside / "folder").symlink_to(outside)
-    assert storage.walk(str(inside)) == ["folder", "link"]
+    assert list(storage.walk(str(inside))) == ["folder", "link"]
     with pytest.raises(errors.CorruptCheckpointError, match="a link"):
         storage.checksum(str(inside / "link"))
     storage.remove(str(inside))
@@ -135,12 +138,12 @@ def test_a_lock_that_cannot_be_taken_leaves_no_descriptor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(errors.StorageError, match="Cannot lock") as caught:
         LocalStorage().lock(str(tmp_path / "lock"))
-    assert caught.value.errno == errno.ENOLCK
+    assert caught.value.errno == errno.EIO
     assert open_below(tmp_path) == []
 
 
@@ -159,14 +162,15 @@ def test_a_released_lock_leaves_no_descriptor_and_lets_others_in(tmp_path: Path)
 def test_sync_reaches_the_disk_and_leaves_no_descriptor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`operation("sync")` comes before the sync: only the call itself says that it was made."""
+    """A recorded operation comes before the sync: only the call itself proves it."""
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
-    storage = LocalStorage()
-    storage.replace(str(tmp_path / "file"), b"content")
+    (tmp_path / ".functional_ckpt").mkdir()
+    commits = commit.protocol(LocalStorage(), str(tmp_path))
+    commits.replace(str(tmp_path / "file"), b"content")
     temporary, folder = synced
     assert re.fullmatch(rf"{re.escape(str(tmp_path))}/file\.\w+\.tmp", temporary)
     assert folder == str(tmp_path)
-    storage.replace_link(str(tmp_path / "link"), "file", str(tmp_path / "tmp"))
+    commits.replace_link(str(tmp_path / "link"), "file")
     assert synced[2:] == [str(tmp_path)]
     assert open_below(tmp_path) == []

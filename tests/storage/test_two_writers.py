@@ -114,8 +114,9 @@ def _run(
     else:
         storage = first._steps.storage
         assert isinstance(storage, ObjectStorage)
-        change = storage._change
-        storage._change = lambda kind, path, request: (
+        requests = storage._requests
+        change = requests.change
+        requests.change = lambda kind, path, request: (
             pause(kind, path),
             change(kind, path, request),
         )  # type: ignore[method-assign]

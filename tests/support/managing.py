@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt import testing
 
 
-class Gate(LocalStorage):
+class Gate(testing.FaultyStorage):
     """While shut, operations of some kinds wait; the commit is under way for as long."""
 
     def __init__(self, *kinds: str) -> None:

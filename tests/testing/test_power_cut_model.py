@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from functional_ckpt.storage import commit
 from functional_ckpt.testing import Fault
 from functional_ckpt.testing.power_cut import Disk
 
@@ -102,7 +103,8 @@ def test_operations_leave_moments_and_images_can_be_written(tmp_path: Path) -> N
     (tmp_path / "disk").mkdir()
     with Disk(tmp_path / "disk") as disk:
         disk.storage.make_directory(str(tmp_path / "disk" / "d"))
-        disk.storage.replace(str(tmp_path / "disk" / "d" / "file"), b"content")
+        commits = commit.protocol(disk.storage, str(tmp_path / "disk"))
+        commits.replace(str(tmp_path / "disk" / "d" / "file"), b"content")
         disk.storage.inject(Fault())
     assert disk.moments[0].operation is not None
     assert [each.operation.kind for each in disk.moments if each.operation is not None] == [

@@ -16,6 +16,7 @@ import tensorstore as ts
 import torch
 
 import functional_ckpt as fc
+from functional_ckpt import testing
 from functional_ckpt.core.records import records
 from functional_ckpt.core.records.records import EXTENSION_FILE, FileRecord
 from functional_ckpt.format import write_direct
@@ -286,7 +287,7 @@ def test_what_is_no_regular_file_is_found(checkpoint: Path, kind: str) -> None:
 
 
 def test_unreadable_files_are_told(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing(LocalStorage):
+    class Failing(testing.FaultyStorage):
         def operation(self, kind: str, path: str) -> None:
             if kind == "read" and path.endswith("_METADATA"):
                 raise fc.errors.StorageError("Input/output error", path=path)

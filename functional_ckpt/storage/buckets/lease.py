@@ -16,15 +16,16 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Mapping
+from errno import EIO
+from typing import Any, NamedTuple, Protocol, cast
 
 import xxhash
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree import plain_json
 from functional_ckpt.storage.buckets.base import (
-    Bucket,
+    Entry,
     NotFound,
     PermanentError,
     PreconditionFailed,
@@ -32,7 +33,7 @@ from functional_ckpt.storage.buckets.base import (
     retrying,
 )
 
-__all__ = ["LEASE_SECONDS", "Lease", "take"]
+__all__ = ["LEASE_SECONDS", "Lease", "LeaseStore", "take"]
 
 LEASE_SECONDS = 60.0
 _RENEW_SECONDS = LEASE_SECONDS / 4
@@ -45,7 +46,35 @@ _log = logging.getLogger("functional_ckpt")
 _given_up: set[str] = set()
 
 
-def take(bucket: Bucket, key: str) -> Lease:
+class LeaseStore(Protocol):
+    """What a lease needs of a bucket: `Bucket`, or files of a file system without locks."""
+
+    @property
+    def uri(self) -> str:
+        """The prefix of every key."""
+        ...
+
+    def head(self, key: str) -> Entry:
+        """Returns the status of an object; see `Bucket.head`."""
+        ...
+
+    def read(self, key: str) -> bytes:
+        """Returns the content of an object."""
+        ...
+
+    def write(self, key: str, data: bytes, *, replacing: str | None = None) -> Entry:
+        """Writes an object on condition; see `Bucket.write`."""
+        ...
+
+    def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
+        """Deletes objects; see `Bucket.delete`."""
+
+    def redact(self, text: str) -> str:
+        """Returns a message without credentials."""
+        ...
+
+
+def take(bucket: LeaseStore, key: str) -> Lease:
     """Takes the lease at `key`; waits while its holder may be dead.
 
     Raises:
@@ -90,7 +119,7 @@ class _Held(NamedTuple):
     holder: Mapping[str, Any]
 
 
-def _look(bucket: Bucket, key: str) -> _Held | None:
+def _look(bucket: LeaseStore, key: str) -> _Held | None:
     """The lease as it is; the version is asked first, so it is never newer than the content."""
     try:
         entry = bucket.head(key)
@@ -107,7 +136,7 @@ def _look(bucket: Bucket, key: str) -> _Held | None:
     return _Held(version, entry.modified_ns, holder)
 
 
-def _age_seconds(bucket: Bucket, key: str, modified_ns: int) -> float:
+def _age_seconds(bucket: LeaseStore, key: str, modified_ns: int) -> float:
     """How old the lease is by the store's clock, which a fresh object tells; 0 if none does."""
     if not modified_ns:
         return 0.0
@@ -162,7 +191,7 @@ def _started(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def _locked(bucket: Bucket, key: str, holder: Mapping[str, Any]) -> errors.LockedError:
+def _locked(bucket: LeaseStore, key: str, holder: Mapping[str, Any]) -> errors.LockedError:
     root = f"{bucket.uri}/{os.path.dirname(os.path.dirname(key))}"
     who = json.dumps({name: holder[name] for name in ("pid", "host") if name in holder})
     return errors.LockedError(
@@ -179,7 +208,7 @@ class Lease:
         is_released: Whether it was given back.
     """
 
-    def __init__(self, bucket: Bucket, key: str) -> None:
+    def __init__(self, bucket: LeaseStore, key: str) -> None:
         self.is_released = False
         self._bucket = bucket
         self._key = key
@@ -201,6 +230,18 @@ class Lease:
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def check(self) -> None:
+        """Raises `LockedError` if another writer has taken the lease over."""
+        try:
+            self.renew_if_stale()
+        except (PermanentError, TransientError) as error:
+            raise errors.StorageError(
+                f"Cannot renew the lease {self._bucket.uri}/{self._key}: "
+                f"{self._bucket.redact(str(error))}.",
+                errno=EIO,
+                path=f"{self._bucket.uri}/{self._key}",
+            ) from error
+
+    def renew_if_stale(self) -> None:
         """Makes sure that this process may still write; to be called before each request.
 
         The holder stops to rely on a lease a good while before others may take it, so that a

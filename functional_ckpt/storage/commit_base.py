@@ -1,0 +1,337 @@
+"""What both commit protocols share: temporary names, the journal of an overwrite, recovery.
+
+<root>/<step>.orbax-checkpoint-tmp-*/    a step being written; hidden from every reader
+<root>/<step>/                           a committed step
+<root>/.functional_ckpt/lock             the live writer's lock
+<root>/.functional_ckpt/trash/           steps being removed
+<root>/.functional_ckpt/replacing.json   journal of an overwrite in two renames
+<root>/.functional_ckpt/removing.json    journal of removals that one rename cannot do
+<root>/.functional_ckpt/metrics/         metrics recorded after their step was committed
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import errno
+import json
+import logging
+import os
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from typing import ClassVar
+
+from functional_ckpt import errors
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.journal import name_in_directory, read_journal
+from functional_ckpt.storage.queries import age_seconds, exists, is_directory
+from functional_ckpt.storage.removal import RemovalJournal
+from functional_ckpt.storage.tmp_paths import TMP_SUFFIX, final_path
+
+__all__ = ["HIDDEN", "NOTE", "CommitProtocol", "noting", "rollback", "to_note"]
+
+HIDDEN = ".functional_ckpt"
+NOTE = ".unfinished"
+"""The file in a temporary directory that says what is being written or uploaded."""
+_JOURNAL = "replacing.json"
+_REPLACED = ".replaced"
+_STALE_SECONDS = 60.0
+_log = logging.getLogger("functional_ckpt")
+
+
+class CommitProtocol(abc.ABC):
+    """How directories below a root become visible, are replaced and removed, atomically.
+
+    Stateless but for the store; any number may exist for one root.
+
+    Args:
+        storage: The store.
+        root: The directory of the steps, or the parent of a single checkpoint.
+
+    Attributes:
+        storage: The same.
+        root: The same.
+        hidden: The bookkeeping directory in the root.
+        removals: The journal of steps that are out of sight and still to be removed.
+        verifies_uploads: Whether the store compares the digest of every file it receives.
+    """
+
+    verifies_uploads: ClassVar[bool] = False
+
+    def __init__(self, storage: Storage, root: str) -> None:
+        self.storage = storage
+        self.root = root
+        self.hidden = os.path.join(root, HIDDEN)
+        self.removals = RemovalJournal(storage, root, self.hidden, self.replace)
+
+    # ---------------------------------------------------------------------------- each protocol's
+
+    @abc.abstractmethod
+    def begin(self, final: str) -> str:
+        """Creates the empty directory in which a step is written until it is published as `final`.
+
+        Its parent exists, and is not created again if it was moved away.
+        """
+
+    @abc.abstractmethod
+    def publish(self, tmp: str, final: str, *, overwrite: bool = True) -> str | None:
+        """Makes the complete, durable directory `tmp` visible as `final`; durable when it returns.
+
+        Args:
+            tmp: A directory whose content is durable, from `begin`.
+            final: Its name from now on. An existing step is exchanged, never absent for a moment if
+                the system can exchange; else the overwrite is journalled.
+            overwrite: Whether to replace an existing step, which may be newer than the save.
+
+        Returns:
+            The directory of the replaced step, for the caller to remove; None without one.
+
+        Raises:
+            StepExistsError, StorageError: Nothing changed: `tmp` is still `tmp`, and `final` is
+                what it was.
+        """
+
+    @abc.abstractmethod
+    def abandon(self, tmp: str) -> bool:
+        """Removes what a failed save wrote; returns False if it remains, for a later attempt."""
+
+    @abc.abstractmethod
+    def remove(self, names: Sequence[str]) -> dict[str, errors.CheckpointError]:
+        """Removes steps, in this order: each out of sight at once, then its files.
+
+        Returns:
+            Name -> why it could not be removed; all others are gone.
+        """
+
+    @abc.abstractmethod
+    def begin_upload(self, final: str, token: str) -> str:
+        """Returns where to copy a step; resumes an upload that was started with this token."""
+
+    @abc.abstractmethod
+    def publish_upload(
+        self, place: str, final: str, files: Iterable[str], *, overwrite: bool
+    ) -> None:
+        """Makes a step that was copied to `place` durable and visible."""
+
+    @abc.abstractmethod
+    def replace(self, path: str, data: bytes) -> None:
+        """Writes a file durably; a reader, and a crash, see the old content or the new."""
+
+    @abc.abstractmethod
+    def replace_link(self, path: str, target: str) -> None:
+        """Points the link `path` at `target`, a name beside it, atomically and durably."""
+
+    @abc.abstractmethod
+    def commit_id(self, path: str) -> str | None:
+        """Returns what differs between any two commits at `path`; None without a commit.
+
+        A link is no commit.
+        """
+
+    @abc.abstractmethod
+    def is_committed(self, path: str) -> bool:
+        """Returns whether `path` is a completely written directory."""
+
+    @abc.abstractmethod
+    def root_id(self) -> object:
+        """Returns what differs between this root and one created later at its path."""
+
+    @abc.abstractmethod
+    def _remove_unfinished(self, path: str) -> bool:
+        """Removes a temporary directory; returns False if its writer may be alive."""
+
+    @abc.abstractmethod
+    def _is_there(self, path: str) -> bool:
+        """Returns whether a step exists, however much of it was written."""
+
+    # ----------------------------------------------------------------------- single checkpoints
+
+    @abc.abstractmethod
+    def claimed(self, final: str) -> contextlib.AbstractContextManager[str]:
+        """Gives a temporary directory in which to write `final`, and removes it at the end.
+
+        For processes that hold no lock of a directory of steps: any number may write one path at
+        once, and the last to publish wins. The directory of `final` is created if needed.
+
+        Raises:
+            LockedError: On an object store, which has no rename, another process writes `final`.
+        """
+
+    @abc.abstractmethod
+    def publish_claim(self, tmp: str, final: str, *, overwrite: bool) -> None:
+        """Makes what was written in a claim visible as `final`; durable when it returns.
+
+        Raises:
+            StepExistsError: Something is there, and must not be replaced.
+        """
+
+    @abc.abstractmethod
+    def recover_claim(self, final: str) -> None:
+        """Completes a replacement of `final` that a crash interrupted between its two renames."""
+
+    # ---------------------------------------------------------------------------- shared parts
+
+    def discard(self, path: str) -> None:
+        """Removes a step: out of sight at once; a crash leaves only trash."""
+        for error in self.remove([os.path.basename(path)]).values():
+            raise error
+
+    def recover(self, *, keep: Collection[str] = ()) -> list[str]:
+        """Completes or removes what a dead writer left; only the holder of the lock may call it.
+
+        Args:
+            keep: Names of steps whose unfinished state remains.
+
+        Returns:
+            What was done, one line each, for the log.
+        """
+        storage, hidden = self.storage, self.hidden
+        done = self.finish_overwrite()
+        for name in storage.list(self.root):
+            if TMP_SUFFIX in name and not name.startswith(".") and final_path(name) not in keep:
+                path = os.path.join(self.root, name)
+                if self._is_mid_swap(final_path(path)):
+                    continue  # it, or the copy that it was to replace, is all that is left
+                if self._remove_unfinished(path):
+                    done.append(f"removed unfinished {name}")
+        done += self._finish_removals()
+        trash = os.path.join(hidden, "trash")
+        for name in storage.list(trash):
+            final = os.path.join(self.root, name.removesuffix(_REPLACED))
+            if name.endswith(_REPLACED) and self._is_mid_swap(final):
+                done.append(
+                    f"kept {os.path.join(trash, name)}, a step that is not in the directory, and "
+                    f"no journal says why: move it to {final}, or remove it"
+                )
+            else:
+                storage.remove(os.path.join(trash, name))
+        for name in storage.list(hidden):
+            if name.endswith(".tmp"):
+                storage.remove(os.path.join(hidden, name))
+        metrics = os.path.join(hidden, "metrics")
+        for name in storage.list(metrics):
+            path = os.path.join(metrics, name)
+            # An evaluator beside this writer may be about to rename a fresh one.
+            if name.endswith(".tmp") and age_seconds(storage, path) > _STALE_SECONDS:
+                storage.remove(path)
+        return done
+
+    def _finish_removals(self) -> list[str]:
+        """Removes what the journal names; what cannot be removed stays out of sight."""
+        names = sorted(self.removals.hidden_names())
+        there = [name for name in names if exists(self.storage, os.path.join(self.root, name))]
+        failures = self.remove(there)
+        self.removals.keep_only(failures)
+        return [
+            f"removed {name}, whose removal was interrupted"
+            if name not in failures
+            else f"{name} cannot be removed and stays out of sight: {failures[name]}"
+            for name in there
+        ]
+
+    def _put_in_place(
+        self, tmp: str, final: str, overwrite: bool, in_two: Callable[[str, str], str]
+    ) -> str | None:
+        """Renames `tmp` to `final`, or exchanges them: at once, or by `in_two` renames."""
+        storage, parent = self.storage, os.path.dirname(final)
+        if not exists(storage, final):
+            storage.rename(tmp, final)
+            with rollback(lambda: storage.rename(final, tmp)):
+                storage.sync(parent)
+            return None
+        if not overwrite:
+            raise errors.StepExistsError(
+                f"{final} was created by another process during this save.", path=final
+            )
+        if not is_directory(storage, final):
+            raise errors.StorageError(
+                f"Cannot write {final}: the path is a file, not a checkpoint. Move it away.",
+                errno=errno.ENOTDIR,
+                path=final,
+            )
+        if storage.swap(tmp, final):
+            with rollback(lambda: storage.swap(tmp, final)):
+                storage.sync(parent)
+            return tmp
+        return in_two(tmp, final)
+
+    def _replace_in_two(self, tmp: str, final: str) -> str:
+        """Overwrites by two renames; the journal lets the next writer complete them."""
+        storage, hidden, parent = self.storage, self.hidden, os.path.dirname(final)
+        for folder in (hidden, os.path.join(hidden, "trash")):
+            storage.make_directory(folder, parents=False)
+        old = self._replaced(final)
+        storage.remove(old)
+        journal = os.path.join(hidden, _JOURNAL)
+        record = {"tmp": os.path.basename(tmp), "final": os.path.basename(final)}
+        self.replace(journal, json.dumps(record).encode())
+        storage.rename(final, old)
+        with rollback(lambda: storage.rename(old, final)):
+            storage.rename(tmp, final)
+            with rollback(lambda: storage.rename(final, tmp)):
+                storage.sync(parent)
+                storage.remove(journal)
+                storage.sync(hidden)
+        return old
+
+    def finish_overwrite(self) -> list[str]:
+        """Completes an interrupted overwrite in two renames; call it before anything is written.
+
+        Both steps are complete between the renames, and only then is the old one in the trash and
+        none in the directory. In any other state the overwrite is over, or was rolled back.
+
+        Returns:
+            What was done, one line each, for the log.
+        """
+        storage, journal = self.storage, os.path.join(self.hidden, _JOURNAL)
+        record = read_journal(storage, journal, "journal of an interrupted overwrite")
+        if record is None:
+            return []
+        tmp, final = (name_in_directory(record.get(key), journal) for key in ("tmp", "final"))
+        done: list[str] = []
+        source, target = os.path.join(self.root, tmp), os.path.join(self.root, final)
+        if self._is_mid_swap(target):
+            if storage.objects is not None:
+                storage.remove(target)  # an incomplete copy
+            source = source if self._is_there(source) else self._replaced(target)
+            storage.rename(source, target)
+            storage.sync(self.root)
+            done.append(f"finished the replacement of {final}")
+        storage.remove(journal)
+        return done
+
+    def _is_mid_swap(self, final: str) -> bool:
+        """Returns whether a step is out of sight, between the two renames of its overwrite."""
+        return self._is_there(self._replaced(final)) and not self._is_there(final)
+
+    def _replaced(self, final: str) -> str:
+        return os.path.join(self.hidden, "trash", f"{os.path.basename(final)}{_REPLACED}")
+
+
+def to_note(token: str) -> bytes:
+    """Returns the content of a `NOTE`."""
+    return json.dumps({"token": token}).encode()
+
+
+@contextlib.contextmanager
+def rollback(undo: Callable[[], object]) -> Generator[None]:
+    """Undoes a rename if what follows it fails: what is not durable must not be seen.
+
+    Without this the caller, after the failure, would remove `tmp`, which now is the old step.
+    """
+    try:
+        yield
+    except Exception as error:
+        try:
+            undo()
+        except errors.StorageError as failure:
+            error.add_note(f"Undoing the rename failed too: {failure}")
+        raise
+
+
+@contextlib.contextmanager
+def noting(failures: dict[str, errors.CheckpointError], name: str) -> Generator[None]:
+    """Adds an error inside to the failures, and continues."""
+    try:
+        yield
+    except errors.CheckpointError as error:
+        failures[name] = error

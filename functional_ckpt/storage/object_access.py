@@ -1,0 +1,142 @@
+"""What only object stores offer: conditional requests, and TensorStore's own drivers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Mapping
+from typing import Any
+
+import xxhash
+
+from functional_ckpt import errors
+from functional_ckpt.storage.buckets.spool import Spool
+from functional_ckpt.storage.requests import Requests
+
+__all__ = ["ConditionalObjects", "ObjectTensorStore"]
+
+
+class ConditionalObjects:
+    """Conditional requests to a bucket, by path. Safe to use from any thread.
+
+    Args:
+        requests: The requests to the bucket.
+
+    Attributes:
+        notes: The tokens of the saves that this process has started, by temporary directory.
+    """
+
+    def __init__(self, requests: Requests) -> None:
+        self.notes: dict[str, str] = {}
+        self._requests = requests
+        self._bucket = requests.bucket
+
+    def commit_id(self, path: str) -> str | None:
+        """Returns time and size of an object; None if there is none."""
+        entry = self._requests.entry(path)
+        return None if entry is None else f"{entry.modified_ns}.{entry.size_bytes}"
+
+    def overwrite(self, path: str, data: bytes) -> None:
+        """Writes an object, whether or not there is one."""
+        key = self._requests.key(path)
+        self._requests.change("write", path, lambda: self._bucket.write(key, data))
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Creates an object; returns whether it now has the given content.
+
+        The answer to an earlier attempt may have been lost: equal content counts as created.
+        """
+        key = self._requests.key(path)
+        try:
+            self._requests.change(
+                "write", path, lambda: self._bucket.write(key, data, replacing="")
+            )
+        except errors.StepExistsError:
+            return self._read(path) == data
+        return True
+
+    def replace_exactly(self, path: str, old: bytes, data: bytes) -> bool:
+        """Replaces an object of content `old`; returns whether it now has the given content.
+
+        No lease is checked: the condition alone protects the objects of another writer.
+        """
+        key = self._requests.key(path)
+        try:
+            entry = self._requests.ask("read", path, lambda: self._bucket.head(key))
+            found = self._read(path)
+            if found != old:
+                return found == data
+            version = entry.version or xxhash.xxh3_64_hexdigest(found)
+            self._requests.ask(
+                "write", path, lambda: self._bucket.write(key, data, replacing=version)
+            )
+        except errors.StepExistsError:
+            return self._read(path) == data
+        except errors.StorageError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        return True
+
+    def remove_exactly(self, path: str, old: bytes) -> None:
+        """Removes an object of content `old`; no lease is checked."""
+        key = self._requests.key(path)
+        entry = self._requests.entry(path)
+        if entry is None or self._read(path) != old:
+            return
+        versions = {} if entry.version is None else {key: entry.version}
+        with contextlib.suppress(errors.StepExistsError):
+            self._requests.ask(
+                "remove", path, lambda: self._bucket.delete([key], versions=versions)
+            )
+
+    def _read(self, path: str) -> bytes:
+        key = self._requests.key(path)
+        return self._requests.ask("read", path, lambda: self._bucket.read(key))
+
+
+class ObjectTensorStore:
+    """How TensorStore reaches a bucket: by its own driver, or by a local copy if it has none."""
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self._bucket = requests.bucket
+        self._spool = Spool()
+
+    def kvstore(self, directory: str) -> Mapping[str, Any]:
+        """Returns the spec of a directory; a local copy is downloaded first."""
+        key = self._requests.key(directory)
+        spec = self._bucket.kvstore(key)
+        if spec is not None:
+            return spec
+        local = self._spool.directory(key)
+        for entry in self._requests.ask("list", directory, lambda: self._bucket.list(key)):
+            self._spool.fetch(entry, lambda name, path: self._download(directory, name, path))
+        return {"driver": "file", "path": f"{local}/"}
+
+    def _download(self, directory: str, key: str, path: str) -> None:
+        self._requests.ask("read", directory, lambda: self._bucket.download(key, path))
+
+    def context(self) -> Mapping[str, Any]:
+        """Returns TensorStore's resources for the store."""
+        return self._bucket.context()
+
+    def check_writable(self, path: str) -> None:
+        """Raises `LockedError` if the lease was lost."""
+        self._requests.ask("write", path, self._requests.check_leases)
+
+    def flush(self, directory: str) -> None:
+        """Uploads what was written into a local copy."""
+        if self._bucket.kvstore("") is None:
+            key = self._requests.key(directory)
+            pairs = [(path, key) for key, path in self._spool.unsent(key)]
+            self._requests.each("write", directory, pairs, self._bucket.upload)
+            self._spool.sent(pairs)
+
+    def forget(self, path: str) -> None:
+        """Removes local copies of what was at or below `path`."""
+        self._spool.forget(self._requests.key(path))
+
+    def redact(self, text: str) -> str:
+        """Returns a message without credentials."""
+        return self._bucket.redact(text)

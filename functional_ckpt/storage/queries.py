@@ -1,0 +1,95 @@
+"""Questions about paths of any store, answered by `Storage.stat` and `Storage.walk`."""
+
+from __future__ import annotations
+
+import time
+
+from functional_ckpt import errors
+from functional_ckpt.storage.base import Storage
+
+__all__ = [
+    "age_seconds",
+    "exists",
+    "irregular",
+    "is_directory",
+    "is_link",
+    "kind",
+    "modified_ns",
+    "regular_sizes",
+    "sizes",
+    "total_bytes",
+]
+
+
+def exists(storage: Storage, path: str) -> bool:
+    """Returns whether anything is at `path`, be it a link that leads nowhere."""
+    return storage.stat(path) is not None
+
+
+def is_directory(storage: Storage, path: str) -> bool:
+    """Returns whether a directory, or a link to one, is at `path`."""
+    found = storage.stat(path, follow=True)
+    return found is not None and found.kind == "a directory"
+
+
+def is_link(storage: Storage, path: str) -> bool:
+    """Returns whether a link, or an object that may be one, is at `path`."""
+    found = storage.stat(path)
+    return found is not None and found.is_link
+
+
+def kind(storage: Storage, path: str, *, follow: bool = False) -> str:
+    """Returns the kind of what is at a path, for messages: `a file`, ..., `nothing`."""
+    found = storage.stat(path, follow=follow)
+    return "nothing" if found is None else found.kind
+
+
+def modified_ns(storage: Storage, path: str) -> int:
+    """Returns the time of the last change, nanoseconds since the epoch; 0 if unknown.
+
+    A directory of an object store is as new as the newest object below it.
+    """
+    found = storage.stat(path, follow=True)
+    if found is None or found.modified_ns or storage.objects is None:
+        return 0 if found is None else found.modified_ns
+    return max((each.modified_ns for each in storage.walk(path).values()), default=0)
+
+
+def age_seconds(storage: Storage, path: str) -> float:
+    """Returns the time since the last change of a file; zero if it is absent."""
+    found = storage.stat(path)
+    return 0.0 if found is None else time.time() - found.modified_ns / 1e9
+
+
+def sizes(storage: Storage, path: str) -> dict[str, int]:
+    """Returns the size of every file below `path`, by its path relative to that."""
+    return {name: found.size_bytes for name, found in storage.walk(path).items()}
+
+
+def total_bytes(storage: Storage, path: str) -> int:
+    """Returns the sum of the sizes of all files below `path`."""
+    return sum(found.size_bytes for found in storage.walk(path).values())
+
+
+def regular_sizes(storage: Storage, path: str) -> dict[str, int]:
+    """As `sizes`; raises `CorruptCheckpointError` for links and special files."""
+    found = storage.stat(path)
+    if found is not None and found.kind == "a link":
+        raise irregular(path, found.kind, "a directory")
+    entries = storage.walk(path)
+    for name, entry in entries.items():
+        if entry.kind != "a file":
+            raise irregular(f"{path}/{name}", entry.kind)
+    return {name: entry.size_bytes for name, entry in entries.items()}
+
+
+def irregular(
+    path: str, kind: str, expected: str = "a regular file"
+) -> errors.CorruptCheckpointError:
+    """Returns the error for a link or a special file where none may be."""
+    advice = ""
+    if kind == "a link":
+        advice = " Links in a checkpoint are not followed; copy it with its files: cp -rL."
+    return errors.CorruptCheckpointError(
+        f"{path}: expected {expected}, got {kind}.{advice}", path=path
+    )

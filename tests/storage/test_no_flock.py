@@ -1,0 +1,163 @@
+"""File systems without `flock`: a lease in files, and never two writers."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import functional_ckpt as fc
+import scripts
+from functional_ckpt import errors
+from functional_ckpt.storage.buckets import lease
+from functional_ckpt.storage.buckets.base import NotFound, PreconditionFailed
+from functional_ckpt.storage.lease_files import LeaseFiles
+from functional_ckpt.storage.local import LocalStorage
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=os.strerror)
+def no_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    return request.param
+
+
+def items(step: int) -> dict[str, object]:
+    return {"tree": {"step": step}}
+
+
+def key_of(root: Path) -> str:
+    return str(root / ".functional_ckpt" / "lock").lstrip("/")
+
+
+def test_a_manager_takes_a_lease_and_the_next_one_is_refused(
+    no_flock: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "functional_ckpt"):
+        with fc.CheckpointManager(tmp_path) as manager:
+            manager.save(1, items(1))
+            with pytest.raises(errors.LockedError, match=f'"pid": {os.getpid()}'):
+                fc.CheckpointManager(tmp_path)
+        with fc.CheckpointManager(tmp_path) as manager:
+            manager.save(2, items(2))
+            manager.delete(1)
+            assert manager.all_steps() == [2]
+    assert caplog.text.count("no file locks") == 1
+
+
+def test_a_dead_holder_of_this_machine_is_replaced_at_once(no_flock: int, tmp_path: Path) -> None:
+    script = """
+        import errno, fcntl
+        def refuse(descriptor, operation):
+            raise OSError(errno.ENOLCK, "no locks")
+        fcntl.flock = refuse
+        manager = fc.CheckpointManager(root)
+        manager.save(1, items(1)).result()
+        os._exit(0)
+    """
+    assert scripts.run(script, tmp_path).returncode == 0
+    started = time.monotonic()
+    with fc.CheckpointManager(tmp_path) as manager:
+        assert manager.all_steps() == [1]
+    assert time.monotonic() - started < 10
+
+
+def test_a_writer_whose_lease_was_taken_over_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.4)
+    monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lease, "_RENEW_SECONDS", 60.0)  # as if it were suspended
+    manager = fc.CheckpointManager(tmp_path)
+    manager.save(1, items(1)).result()  # type: ignore[union-attr]
+    monkeypatch.setattr(lease, "_machine", lambda: "another")
+    with fc.CheckpointManager(tmp_path) as other:
+        other.save(2, items(2)).result()  # type: ignore[union-attr]
+        with pytest.raises(errors.LockedError, match="another writer took it"):
+            manager.save(3, items(3)).result()  # type: ignore[union-attr]
+        other.reload()
+        assert other.all_steps() == [1, 2]
+    manager.close()
+
+
+def test_a_holder_that_renews_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.2)
+    held = lease.take(LeaseFiles(), str(tmp_path / "lock").lstrip("/"))
+    monkeypatch.setattr(lease, "_machine", lambda: "another")
+    with pytest.raises(errors.LockedError):
+        lease.take(LeaseFiles(), str(tmp_path / "lock").lstrip("/"))
+    held.check()
+    held.release()
+    lease.take(LeaseFiles(), str(tmp_path / "lock").lstrip("/")).release()
+
+
+def test_a_directory_that_was_replaced_is_noticed(
+    no_flock: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "run"
+    manager = fc.CheckpointManager(root)
+    root.rename(tmp_path / "moved")
+    (root / ".functional_ckpt").mkdir(parents=True)
+    with pytest.raises(errors.LockedError, match="no longer the directory"):
+        manager.save(1, items(1)).result()  # type: ignore[union-attr]
+    manager.close()
+
+
+def test_of_many_that_replace_a_state_one_succeeds(tmp_path: Path) -> None:
+    files, key = LeaseFiles(), str(tmp_path / "lock").lstrip("/")
+    version = files.write(key, b"first", replacing="").version
+    won: list[int] = []
+
+    def work(number: int) -> None:
+        try:
+            files.write(key, str(number).encode(), replacing=version)
+        except PreconditionFailed:
+            return
+        won.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    (winner,) = won
+    assert files.read(key) == str(winner).encode()
+
+
+def test_a_state_that_is_long_gone_is_not_replaced(tmp_path: Path) -> None:
+    """A suspended process creates a number that others have passed and removed."""
+    files, key = LeaseFiles(), str(tmp_path / "lock").lstrip("/")
+    old = files.write(key, b"old", replacing="").version
+    for number in range(3):
+        files.write(key, str(number).encode())
+    (tmp_path / "lock.1").write_bytes(b"old")  # as it looks to the process
+    with pytest.raises(PreconditionFailed):
+        files.write(key, b"again", replacing=old)
+    version = files.head(key).version
+    assert version is not None
+    files.delete([key], versions={key: version})
+    with pytest.raises(NotFound):
+        files.head(key)
+    assert files.write(key, b"new", replacing="").version == "6"
+
+
+def test_the_lock_file_is_kept_for_the_next_writer(no_flock: int, tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    for _ in range(3):
+        lock = LocalStorage().lock(path)
+        lock.check()
+        lock.release()
+    assert len(list(tmp_path.iterdir())) == 2
