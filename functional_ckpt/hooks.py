@@ -1,11 +1,12 @@
 """Callables for custom training loops: `fc.hooks`.
 
-save = fc.hooks.SaveHook(manager, items)
-for batch in loader:
-    progress = train(batch, progress)
-    save(progress, metrics={"loss": loss})
-    if save.should_stop:
-        break
+In a loop:
+    save = fc.hooks.SaveHook(manager, items)
+    for batch in loader:
+        progress = train(batch, progress)
+        save(progress, metrics={"loss": loss})
+        if save.should_stop:
+            break
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.step is None and queries.exists(storage, path):
         raise errors.StepExistsError(
             f"{path} exists and is never overwritten; choose another path, or --step N to add a "
-            "step to a directory of steps",
+            "step to a directory of steps.",
             path=path,
         )
     with warnings.catch_warnings():
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         if name not in source:
             raise errors.StepNotFoundError(
                 f"{arguments.source} ({source.format}) has no item {name!r}; it has "
-                f"{', '.join(source)}",
+                f"{', '.join(source)}.",
                 path=source.path,
             )
     items = {name: source[name] for name in arguments.item or source}
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         with CheckpointManager(path) as manager:
             if arguments.step in manager.all_steps():
                 raise errors.StepExistsError(
-                    f"{path} has step {arguments.step} already", path=path, step=arguments.step
+                    f"{path} has step {arguments.step} already.", path=path, step=arguments.step
                 )
             manager.save(arguments.step, items, force=True)
     facts = {"path": path, "step": arguments.step, "format": source.format, "items": list(items)}

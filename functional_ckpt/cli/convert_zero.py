@@ -15,9 +15,9 @@ __all__ = ["run"]
 def run(arguments: argparse.Namespace) -> int:
     """Converts; says how many ranks' states were written."""
     if arguments.convert_to_sharded and arguments.dp_size is None:
-        raise errors.UsageError("--convert_to_sharded needs --dp_size")
+        raise errors.UsageError("--convert_to_sharded needs --dp_size.")
     if arguments.convert_to_full and arguments.dp_size is not None:
-        raise errors.UsageError("--dp_size is for --convert_to_sharded, not for --convert_to_full")
+        raise errors.UsageError("--dp_size is for --convert_to_sharded, not for --convert_to_full.")
     from functional_ckpt import checkpoint  # late: torch
     from functional_ckpt.interop import zero_files
 

@@ -52,7 +52,7 @@ def _pair(arguments: argparse.Namespace) -> list[targets.Checkpoint]:
     named: list[tuple[str, int | None]] = [(arguments.a, None), (arguments.b, None)]
     if arguments.number is not None:
         if not (arguments.b.isascii() and arguments.b.isdigit()):
-            raise errors.UsageError(f"diff DIR STEP STEP: {arguments.b!r} is not a step's number")
+            raise errors.UsageError(f"diff DIR STEP STEP: {arguments.b!r} is not a step's number.")
         named = [(arguments.a, int(arguments.b)), (arguments.a, arguments.number)]
     return [targets.checkpoint_of(text, step, arguments.prefix) for text, step in named]
 
@@ -64,7 +64,7 @@ def _names(
     for name in wanted or ():
         if name not in names:
             raise errors.StepNotFoundError(
-                f"neither has an item {name!r}; they have {', '.join(names)}"
+                f"neither has an item {name!r}; they have {', '.join(names)}."
             )
     return [name for name in names if not wanted or name in wanted]
 

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.item or ():
         if name not in opened.items:
             raise errors.StepNotFoundError(
-                f"{opened.path} has no item {name!r}; it has {', '.join(opened.items)}",
+                f"{opened.path} has no item {name!r}; it has {', '.join(opened.items)}.",
                 path=opened.path,
             )
     if arguments.to in ("hf", "safetensors"):
@@ -51,7 +51,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
     for name in ("max_shard_size", "variant", "config", "key_prefix"):
         if arguments.to != "hf" and getattr(arguments, name) is not None:
             option = name.replace("_", "-")
-            raise errors.UsageError(f"--{option} is for --to hf, not for --to {arguments.to}")
+            raise errors.UsageError(f"--{option} is for --to hf, not for --to {arguments.to}.")
 
 
 def _weights_item(arguments: argparse.Namespace, opened: checkpoint_dir.OpenCheckpoint) -> str:
@@ -59,7 +59,7 @@ def _weights_item(arguments: argparse.Namespace, opened: checkpoint_dir.OpenChec
     if len(named) != 1:
         raise errors.UsageError(
             f"--to {arguments.to} writes the weights of one item: choose one with --item of "
-            f"{', '.join(opened.items)}",
+            f"{', '.join(opened.items)}.",
             path=opened.path,
         )
     return str(named[0])

@@ -109,7 +109,7 @@ def _best(rows: Sequence[_Row], chosen: Sequence[str]) -> dict[str, tuple[Mode, 
         name, mode = (name, mode) if colon and mode in ("min", "max") else (text, "")
         if name not in modes:
             known = ", ".join(sorted(modes)) or "none"
-            raise errors.UsageError(f"--best {text}: no step has this metric; they have: {known}")
+            raise errors.UsageError(f"--best {text}: no step has this metric; they have: {known}.")
         if mode:
             modes[name] = "min" if mode == "min" else "max"
     sign = {"max": 1, "min": -1}

@@ -44,7 +44,7 @@ def chosen_items(opened: checkpoint_dir.OpenCheckpoint, wanted: Sequence[str] | 
     for name in wanted or ():
         if name not in opened.items:
             raise errors.StepNotFoundError(
-                f"{opened.path} has no item {name!r}; it has {', '.join(opened.items)}",
+                f"{opened.path} has no item {name!r}; it has {', '.join(opened.items)}.",
                 path=opened.path,
             )
     return [name for name in opened.items if not wanted or name in wanted]

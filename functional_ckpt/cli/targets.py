@@ -85,7 +85,7 @@ class Root:
         if name is None:
             shown = ", ".join(map(str, list(self.steps)[-10:])) or "none"
             raise errors.StepNotFoundError(
-                f"{self.path} has no step {step}; the latest are: {shown}", path=self.path
+                f"{self.path} has no step {step}; the latest are: {shown}.", path=self.path
             )
         path = os.path.join(self.path, name)
         return Checkpoint(storage=self.storage, path=path, step=step)
@@ -106,9 +106,9 @@ def find(text: str, prefix: str | None = None) -> Root | Checkpoint:
     """
     storage, path = connect(text)
     if not queries.exists(storage, path):
-        raise errors.StepNotFoundError(f"{text}: there is no such directory", path=path)
+        raise errors.StepNotFoundError(f"{text}: there is no such directory.", path=path)
     if not queries.is_directory(storage, path):
-        raise errors.UsageError(f"{text}: this is a file, not a checkpoint", path=path)
+        raise errors.UsageError(f"{text}: this is a file, not a checkpoint.", path=path)
     if _is_marked(storage, path):
         return Checkpoint(storage=storage, path=path, step=_step_of(storage, path))
     root = _find_root(storage, path, prefix)
@@ -116,7 +116,7 @@ def find(text: str, prefix: str | None = None) -> Root | Checkpoint:
         return root
     if _holds_items(storage, path):
         return Checkpoint(storage=storage, path=path, step=_step_of(storage, path))
-    raise errors.UsageError(f"{text}: neither a checkpoint nor a directory of steps", path=path)
+    raise errors.UsageError(f"{text}: neither a checkpoint nor a directory of steps.", path=path)
 
 
 def checkpoint_of(text: str, step: int | None = None, prefix: str | None = None) -> Checkpoint:
@@ -125,11 +125,11 @@ def checkpoint_of(text: str, step: int | None = None, prefix: str | None = None)
     if isinstance(target, Root):
         step = target.latest if step is None else step
         if step is None:
-            raise errors.StepNotFoundError(f"{text} has no step yet", path=target.path)
+            raise errors.StepNotFoundError(f"{text} has no step yet.", path=target.path)
         return target.checkpoint(step)
     if step is not None and step != target.step:
         raise errors.UsageError(
-            f"{text} is one checkpoint; --step chooses among those of a directory of steps",
+            f"{text} is one checkpoint; --step chooses among those of a directory of steps.",
             path=target.path,
         )
     return target
@@ -167,7 +167,7 @@ def _find_root(storage: Storage, path: str, prefix: str | None) -> Root | None:
     elif len(formats) > 1:
         names = ", ".join(sorted(next(iter(known)).build_name(1) for known in formats.values()))
         raise errors.UsageError(
-            f"{path} holds steps named differently (such as {names}); choose with --prefix",
+            f"{path} holds steps named differently (such as {names}); choose with --prefix.",
             path=path,
         )
     is_root = any(queries.exists(storage, os.path.join(path, mark)) for mark in _ROOT_MARKS)

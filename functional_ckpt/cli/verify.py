@@ -60,7 +60,7 @@ def _checkpoints(arguments: argparse.Namespace) -> Iterator[targets.Checkpoint]:
                 yield targets.checkpoint_of(text, step, arguments.prefix)
             continue
         if not target.steps:
-            raise errors.StepNotFoundError(f"{text} has no step yet", path=target.path)
+            raise errors.StepNotFoundError(f"{text} has no step yet.", path=target.path)
         yield from map(target.checkpoint, sorted({*target.steps, *target.damaged()}))
 
 

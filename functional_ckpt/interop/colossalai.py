@@ -1,10 +1,11 @@
 """Sharded checkpoints of ColossalAI's Booster, in one folder or in the folders of its examples.
 
-[modeling/ | model/]  weights in Hugging Face's layout
-[optimizer/]          pytorch_optim.bin.index.json, pytorch_optim-00001.bin ...,
-                      pytorch_optim_group.bin; or, from asynchronous saves,
-                      optimizer.safetensors.index.json, optimizer-00001.safetensors ...
-[lr_scheduler]        a file of torch.save
+Files, each folder being optional:
+    [modeling/ | model/]  weights in Hugging Face's layout
+    [optimizer/]          pytorch_optim.bin.index.json, pytorch_optim-00001.bin ...,
+                          pytorch_optim_group.bin; or, from asynchronous saves,
+                          optimizer.safetensors.index.json, optimizer-00001.safetensors ...
+    [lr_scheduler]        a file of torch.save
 """
 
 from __future__ import annotations

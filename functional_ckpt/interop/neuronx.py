@@ -1,10 +1,11 @@
 """Checkpoints of neuronx-distributed, one folder per tag.
 
-<tag>/model/dp_rank_00_tp_rank_00_pp_rank_00.pt    a rank's state dict
-<tag>/model/....pt.tensors/tensor_0.pt             its tensors, if xser was used
-<tag>/optim/dp_rank_01_tp_rank_00_pp_rank_00.pt    ZeRO-1: one file per rank
-<tag>/optim/full_tp_rank_00_pp_rank_00.pt          ZeRO-1: merged
-<tag>/scheduler.pt  user_content.pt  checkpoint  done
+Files:
+    <tag>/model/dp_rank_00_tp_rank_00_pp_rank_00.pt    a rank's state dict
+    <tag>/model/....pt.tensors/tensor_0.pt             its tensors, if xser was used
+    <tag>/optim/dp_rank_01_tp_rank_00_pp_rank_00.pt    ZeRO-1: one file per rank
+    <tag>/optim/full_tp_rank_00_pp_rank_00.pt          ZeRO-1: merged
+    <tag>/scheduler.pt  user_content.pt  checkpoint  done
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from functional_ckpt.errors import UsageError
+from functional_ckpt import errors
 from functional_ckpt.policies.progress import Progress
 
 __all__ = [
@@ -62,7 +62,7 @@ class StepInfo:
     def __post_init__(self) -> None:
         """Raises UsageError for a negative step or a time without a time zone."""
         if not is_int(self.step) or self.step < 0:
-            raise UsageError(f"step: expected an int, zero or more; got {self.step!r}")
+            raise errors.UsageError(f"step: expected an int, zero or more; got {self.step!r}.")
         _check_zone("time of a step", self.time)
 
 
@@ -171,18 +171,20 @@ def step_set(what: str, steps: Iterable[int]) -> range | frozenset[int]:
         try:
             members = frozenset(steps)
         except TypeError:
-            raise UsageError(f"{what}: expected several ints; got {steps!r}") from None
+            raise errors.UsageError(f"{what}: expected several ints; got {steps!r}.") from None
         wrong = [step for step in members if not is_int(step) or step < 0]
     if wrong:
-        raise UsageError(f"{what}: expected ints, zero or more; got {wrong[0]!r} among them")
+        raise errors.UsageError(
+            f"{what}: expected ints, zero or more; got {wrong[0]!r} among them."
+        )
     return members
 
 
 def _check_zone(what: str, time: object) -> None:
     if not isinstance(time, datetime.datetime):
-        raise UsageError(f"{what}: expected a datetime with a time zone; got {time!r}")
+        raise errors.UsageError(f"{what}: expected a datetime with a time zone; got {time!r}.")
     if time.tzinfo is None:
-        raise UsageError(
+        raise errors.UsageError(
             f"{what}: expected a datetime with a time zone, as `datetime.now(timezone.utc)`; "
-            f"got {time!r} without one"
+            f"got {time!r} without one."
         )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from functional_ckpt.errors import CorruptCheckpointError, StorageError, UsageError
+from functional_ckpt import errors
 from functional_ckpt.policies.base import KeepContext, StepInfo, is_int, step_set
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, parse_timespan
 
@@ -62,9 +62,9 @@ class LatestN:
     def __post_init__(self) -> None:
         """Raises UsageError for less than no step."""
         if self.n is not None and (not is_int(self.n) or self.n < 0):
-            raise UsageError(
+            raise errors.UsageError(
                 "n of LatestN: expected an int of at least 1, None for all, or 0 for a first tier "
-                f"that steps only pass through; got {self.n!r}"
+                f"that steps only pass through; got {self.n!r}."
             )
 
     def should_preserve(
@@ -88,8 +88,8 @@ class LatestDuration:
         """Raises UsageError for what is no wall-clock time."""
         span = parse_timespan(duration)
         if span.unit != "second" or not span.value:
-            raise UsageError(
-                f"duration: expected a wall-clock time above zero, such as '24h'; got {span}"
+            raise errors.UsageError(
+                f"duration: expected a wall-clock time above zero, such as '24h'; got {span}."
             )
         object.__setattr__(self, "duration", span)
 
@@ -117,8 +117,8 @@ class EveryNSeconds:
         """Raises UsageError for anything but a positive number."""
         seconds = self.interval_secs
         if not (is_int(seconds) or isinstance(seconds, float)) or not 0 < seconds < math.inf:
-            raise UsageError(
-                f"interval_secs: expected a number of seconds above zero; got {seconds!r}"
+            raise errors.UsageError(
+                f"interval_secs: expected a number of seconds above zero; got {seconds!r}."
             )
 
     def should_preserve(
@@ -152,8 +152,8 @@ class EveryNSteps:
     def __post_init__(self) -> None:
         """Raises UsageError for an interval or a number below 1."""
         if not is_int(self.interval_steps) or self.interval_steps < 1:
-            raise UsageError(
-                f"interval_steps: expected an int of at least 1; got {self.interval_steps!r}"
+            raise errors.UsageError(
+                f"interval_steps: expected an int of at least 1; got {self.interval_steps!r}."
             )
         _check_count("max_to_keep of EveryNSteps", self.max_to_keep)
 
@@ -276,9 +276,9 @@ def rank_steps(
     _check_metric(metric, mode)
     for info in history:
         if info.problem is not None and info.is_unreadable:
-            raise StorageError(f"The steps cannot be ranked now: {info.problem} Try again.")
+            raise errors.StorageError(f"The steps cannot be ranked now: {info.problem} Try again.")
         if info.problem is not None:
-            raise CorruptCheckpointError(
+            raise errors.CorruptCheckpointError(
                 f"The steps cannot be ranked: what is known of step {info.step} is damaged. "
                 f"{info.problem} Delete the step, or put its files back.",
                 step=info.step,
@@ -310,7 +310,9 @@ def best_step(
     if metric is None:
         best = next((each for each in policies if isinstance(each, BestN)), None)
         if best is None:
-            raise UsageError("best_step() needs a metric's name, or a keep policy best_n(n, name).")
+            raise errors.UsageError(
+                "best_step() needs a metric's name, or a keep policy best_n(n, name)."
+            )
         metric, mode = best.metric, best.mode
     ranked = rank_steps(history, metric, mode=mode)
     return ranked[0].step if ranked else None
@@ -356,25 +358,29 @@ def _value(info: StepInfo, metric: Metric) -> float | None:
 
 def _check_metric(metric: object, mode: object) -> None:
     if mode not in ("max", "min"):
-        raise UsageError(f"mode: expected 'max' or 'min'; got {mode!r}")
+        raise errors.UsageError(f"mode: expected 'max' or 'min'; got {mode!r}.")
     if isinstance(metric, str):
         return
     if not callable(metric):
-        raise UsageError(f"metric: expected a key or a function of all metrics; got {metric!r}")
+        raise errors.UsageError(
+            f"metric: expected a key or a function of all metrics; got {metric!r}."
+        )
     try:
         inspect.signature(metric).bind({})
     except ValueError:
         pass  # A builtin without a signature: it will be seen at the first ranking.
     except TypeError as error:
         # Found here, since a TypeError while ranking is taken for odd metrics.
-        raise UsageError(
-            f"metric: expected a function of one argument, all metrics; got {metric!r} ({error})"
+        raise errors.UsageError(
+            f"metric: expected a function of one argument, all metrics; got {metric!r} ({error})."
         ) from None
 
 
 def _check_count(what: str, count: object) -> None:
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        raise UsageError(f"{what}: expected an int of at least 1, or None for all; got {count!r}")
+        raise errors.UsageError(
+            f"{what}: expected an int of at least 1, or None for all; got {count!r}."
+        )
 
 
 def _last(total: int, n: int | None) -> list[bool]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from functional_ckpt.errors import UsageError
+from functional_ckpt import errors
 from functional_ckpt.policies.timespan import Unit, parse_timespan
 
 __all__ = ["Progress"]
@@ -72,9 +72,9 @@ class Progress:
             inside = f"{name}_in_epoch"
             _check_count(inside, getattr(self, inside))
             if getattr(self, inside) > getattr(self, name):
-                raise UsageError(
+                raise errors.UsageError(
                     f"{inside} of a progress: expected at most {name}, which is "
-                    f"{getattr(self, name)}; got {getattr(self, inside)}"
+                    f"{getattr(self, name)}; got {getattr(self, inside)}."
                 )
         for name in _SECONDS:
             _check_seconds(name, getattr(self, name))
@@ -178,30 +178,30 @@ class Progress:
             UsageError: The record is no progress.
         """
         if not isinstance(record, Mapping):
-            raise UsageError(f"progress: expected a JSON object; got {record!r:.80}")
+            raise errors.UsageError(f"progress: expected a JSON object; got {record!r:.80}.")
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{str(key): value for key, value in record.items() if key in names})
 
 
 def _check_count(name: str, value: object, at_least: int = 0) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise UsageError(
-            f"{name} of a progress: expected an int of at least {at_least}; got {value!r}"
+        raise errors.UsageError(
+            f"{name} of a progress: expected an int of at least {at_least}; got {value!r}."
         )
 
 
 def _check_seconds(name: str, value: float) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not (math.isfinite(value) and value >= 0):
-        raise UsageError(
-            f"{name} of a progress: expected a finite number, zero or more; got {value!r}"
+        raise errors.UsageError(
+            f"{name} of a progress: expected a finite number, zero or more; got {value!r}."
         )
 
 
 def _check_duration(text: object) -> None:
     whole = parse_timespan(text) if isinstance(text, str) else None
     if whole is None or whole.unit == "duration" or not whole.value:
-        raise UsageError(
+        raise errors.UsageError(
             "max_duration of a progress: expected a time string of more than zero, in any unit but "
-            f"'dur', such as '10ep'; got {text!r}"
+            f"'dur', such as '10ep'; got {text!r}."
         )

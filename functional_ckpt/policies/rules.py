@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias, cast
 
-from functional_ckpt.errors import UsageError
+from functional_ckpt import errors
 from functional_ckpt.policies.base import (
     KeepContext,
     KeepPolicy,
@@ -156,11 +156,13 @@ def _flatten(policies: Any, adapt: Callable[[Any], Any], place: str) -> list[Sav
             for each in _flatten(member, adapt, f"{place}[{index}]")
         ]
     if isinstance(policy, type) or not callable(getattr(policy, "should_save", None)):
-        raise UsageError(f"{place}: expected a save policy{_save_advice(policy)}; got {policy!r}")
+        raise errors.UsageError(
+            f"{place}: expected a save policy{_save_advice(policy)}; got {policy!r}."
+        )
     if getattr(policy, "step_only", False) and not callable(getattr(policy, "fires_at", None)):
-        raise UsageError(
+        raise errors.UsageError(
             f"{place}: expected `fires_at(step)` of a policy whose `step_only` is true; "
-            f"{policy!r} has none"
+            f"{policy!r} has none."
         )
     return [policy]
 
@@ -242,9 +244,9 @@ def decide_keep(
     """
     for before, after in pairwise(history):
         if before.step >= after.step:
-            raise UsageError(
+            raise errors.UsageError(
                 f"history: expected each step once, in ascending order; got {after.step} "
-                f"after {before.step}"
+                f"after {before.step}."
             )
     if not history:
         return ()
@@ -305,9 +307,9 @@ def passes_through(policies: Sequence[KeepPolicy]) -> bool:
 def check_not_passing(place: str, policies: Sequence[KeepPolicy]) -> None:
     """Raises UsageError for `LatestN(0)` where steps have nowhere else to go."""
     if passes_through(policies):
-        raise UsageError(
+        raise errors.UsageError(
             f"{place}: LatestN(0) keeps no step, so it is for the first of several tiers: give the "
-            "manager tiers=, or keep the latest step with LatestN(1)"
+            "manager tiers=, or keep the latest step with LatestN(1)."
         )
 
 
@@ -390,9 +392,9 @@ def _ask(
     answer: Any = policy.should_preserve(checkpoints, context=context)
     # A single bool, or a list that is too short, would silently decide about the wrong steps.
     if not hasattr(answer, "__len__") or len(answer) != len(checkpoints):
-        raise UsageError(
+        raise errors.UsageError(
             f"keep policy {policy!r}: expected {len(checkpoints)} answers, one for each step; "
-            f"got {answer!r}"
+            f"got {answer!r}."
         )
     return answer
 
@@ -404,7 +406,9 @@ def _checked(policy: Any, adapt: Callable[[Any], Any], place: str) -> KeepPolicy
         return LatestN(policy)
     adapted = adapt(policy)
     if isinstance(adapted, type) or not callable(getattr(adapted, "should_preserve", None)):
-        raise UsageError(f"{place}: expected a keep policy{_keep_advice(adapted)}; got {adapted!r}")
+        raise errors.UsageError(
+            f"{place}: expected a keep policy{_keep_advice(adapted)}; got {adapted!r}."
+        )
     return adapted
 
 

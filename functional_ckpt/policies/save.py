@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, cast
 
-from functional_ckpt.errors import UsageError
+from functional_ckpt import errors
 from functional_ckpt.policies.base import SaveContext, StepInfo, is_int, step_set
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, Unit, parse_timespan
 
@@ -51,8 +51,8 @@ class FixedInterval:
     def __post_init__(self) -> None:
         """Raises UsageError for anything but a positive int."""
         if not is_int(self.interval) or self.interval < 1:
-            raise UsageError(
-                f"interval in steps: expected an int of at least 1; got {self.interval!r}"
+            raise errors.UsageError(
+                f"interval in steps: expected an int of at least 1; got {self.interval!r}."
             )
 
     def fires_at(self, step: int) -> bool:
@@ -127,7 +127,9 @@ class When:
     def __post_init__(self) -> None:
         """Raises UsageError for what cannot be called."""
         if not callable(self.decide):
-            raise UsageError(f"when(): expected a function of a StepInfo; got {self.decide!r}")
+            raise errors.UsageError(
+                f"when(): expected a function of a StepInfo; got {self.decide!r}."
+            )
 
     def should_save(
         self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
@@ -155,8 +157,8 @@ class ElapsedInterval:
         try:
             datetime.timedelta(seconds=self.interval.value)
         except OverflowError:
-            raise UsageError(
-                f"interval: expected a time below a million years; got {self.interval}"
+            raise errors.UsageError(
+                f"interval: expected a time below a million years; got {self.interval}."
             ) from None
 
     def should_save(
@@ -191,8 +193,8 @@ class ProgressInterval:
         """Raises UsageError for another unit, zero, or more than the whole training."""
         _check_interval(self.interval, ("iteration", "epoch", "sample", "token", "duration"))
         if self.interval.unit == "duration" and self.interval.value > 1:
-            raise UsageError(
-                f"interval: expected at most the whole training, 1dur; got {self.interval}"
+            raise errors.UsageError(
+                f"interval: expected at most the whole training, 1dur; got {self.interval}."
             )
 
     def should_save(
@@ -213,10 +215,10 @@ class ProgressInterval:
         unit = self.interval.unit
         count = step.progress.count(unit) if step.progress is not None else None
         if count is None:
-            raise UsageError(
+            raise errors.UsageError(
                 f"every({str(self.interval)!r}): expected the training's progress in {unit} units "
                 f"with step {step.step}; got {_what_is_told(step, unit)}, or save every so many "
-                "steps or seconds",
+                "steps or seconds.",
                 step=step.step,
             )
         return count
@@ -272,6 +274,8 @@ def _what_is_told(step: StepInfo, unit: Unit) -> str:
 
 def _check_interval(interval: Timespan, units: tuple[str, ...]) -> None:
     if not isinstance(interval, Timespan) or interval.unit not in units:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UsageError(f"interval: expected a Timespan in {' or '.join(units)}; got {interval!r}")
+        raise errors.UsageError(
+            f"interval: expected a Timespan in {' or '.join(units)}; got {interval!r}."
+        )
     if not interval.value:
-        raise UsageError(f"interval: expected more than zero; got {interval}")
+        raise errors.UsageError(f"interval: expected more than zero; got {interval}.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, Literal, TypeAlias
 
-from functional_ckpt.errors import UsageError
+from functional_ckpt import errors
 
 __all__ = ["Timespan", "TimespanLike", "Unit", "parse_timespan"]
 
@@ -68,19 +68,19 @@ class Timespan:
     def __post_init__(self) -> None:
         """Raises UsageError for what is not a span."""
         if self.unit not in _SUFFIXES:
-            raise UsageError(
-                f"unit of a time span: expected one of {', '.join(_SUFFIXES)}; got {self.unit!r}"
+            raise errors.UsageError(
+                f"unit of a time span: expected one of {', '.join(_SUFFIXES)}; got {self.unit!r}."
             )
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise UsageError(f"value of a time span: expected a number; got {self.value!r}")
+            raise errors.UsageError(f"value of a time span: expected a number; got {self.value!r}.")
         if not 0 <= self.value < _TOO_MUCH:  # nan is refused too
-            raise UsageError(
-                f"value of a time span: expected a finite number, zero or more; got {self.value!r}"
+            raise errors.UsageError(
+                f"value of a time span: expected a finite number, zero or more; got {self.value!r}."
             )
         if self.unit in _WHOLE_UNITS and not isinstance(self.value, int):
-            raise UsageError(
+            raise errors.UsageError(
                 f"value of a time span in {self.unit} units: expected a whole number; "
-                f"got {self.value!r}"
+                f"got {self.value!r}."
             )
 
     def __str__(self) -> str:
@@ -131,7 +131,7 @@ def parse_timespan(span: TimespanLike) -> Timespan:
                 (Fraction(number) * scale for number, scale in parts if number), Fraction()
             )
             return Timespan(_number(seconds, "second", span), "second")
-    raise UsageError(f"time span: expected {_EXPECTED}; got {span!r}")
+    raise errors.UsageError(f"time span: expected {_EXPECTED}; got {span!r}.")
 
 
 def _number(value: Fraction, unit: Unit, text: str) -> int | float:
@@ -139,7 +139,9 @@ def _number(value: Fraction, unit: Unit, text: str) -> int | float:
     if value.denominator == 1:
         return value.numerator
     if unit in _WHOLE_UNITS:
-        raise UsageError(f"time span in {unit} units: expected a whole number; got {text!r}")
+        raise errors.UsageError(
+            f"time span in {unit} units: expected a whole number; got {text!r}."
+        )
     return float(value)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, runtime_checkable
 
-from functional_ckpt.errors import UsageError
+from functional_ckpt import errors
 
 __all__ = [
     "CompositeStepName",
@@ -70,12 +70,14 @@ class StepName:
             _check_prefix(self.prefix)
         pad = self.zero_pad
         if pad is not None and (not _is_int(pad) or not 1 <= pad <= 100):
-            raise UsageError(f"zero_pad of a step name: expected 1 to 100 digits; got {pad!r}")
+            raise errors.UsageError(
+                f"zero_pad of a step name: expected 1 to 100 digits; got {pad!r}."
+            )
 
     def build_name(self, step: int) -> str:
         """Returns the directory name of `step`; raises UsageError for a negative one."""
         if not _is_int(step) or step < 0:
-            raise UsageError(f"step: expected an int, zero or more; got {step!r}")
+            raise errors.UsageError(f"step: expected an int, zero or more; got {step!r}.")
         return f"{self._start}{step:0{self.zero_pad or 1}d}"
 
     def names(self, step: int) -> tuple[str, ...]:
@@ -113,9 +115,9 @@ class CompositeStepName:
     def __post_init__(self) -> None:
         """Raises UsageError if the written steps would not be recognised."""
         if self.write not in self.read:
-            raise UsageError(
+            raise errors.UsageError(
                 f"read formats of a composite step name: expected the written format {self.write} "
-                f"among them; got {self.read}"
+                f"among them; got {self.read}."
             )
 
     def build_name(self, step: int) -> str:
@@ -150,9 +152,9 @@ def as_name_format(
         return StepName()
     adapted = adapt(name_format)
     if isinstance(adapted, type) or not isinstance(adapted, NameFormat):
-        raise UsageError(
+        raise errors.UsageError(
             "step name format: expected an instance of StepName, CompositeStepName or of a class "
-            f"with build_name, names and parse; got {adapted!r}"
+            f"with build_name, names and parse; got {adapted!r}."
         )
     return adapted
 
@@ -164,8 +166,8 @@ def is_taken_name(name: str, names: NameFormat) -> bool:
 
 def _check_prefix(prefix: str) -> None:
     if not isinstance(prefix, str) or not prefix:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UsageError(
-            f"prefix of a step name: expected a non-empty string or None; got {prefix!r}"
+        raise errors.UsageError(
+            f"prefix of a step name: expected a non-empty string or None; got {prefix!r}."
         )
     check_component("prefix of a step name", prefix)
 
@@ -173,9 +175,9 @@ def _check_prefix(prefix: str) -> None:
 def check_component(what: str, text: str) -> None:
     """Raises UsageError if a directory that is listed could not have a name that begins so."""
     if text.startswith(".") or _TMP_MARK in text or re.search(r"[/\\\x00-\x1f\x7f]", text):
-        raise UsageError(
+        raise errors.UsageError(
             f"{what}: expected no leading dot (hidden), no slash, no control "
-            f"character and no {_TMP_MARK!r} (temporary); got {text!r}"
+            f"character and no {_TMP_MARK!r} (temporary); got {text!r}."
         )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Final, Literal
 
-from functional_ckpt.errors import UsageError
+from functional_ckpt import errors
 from functional_ckpt.policies import rules
 from functional_ckpt.policies.base import KeepContext, KeepPolicy, SaveContext, StepInfo
 from functional_ckpt.policies.rules import AnyKeep, AnySave
@@ -64,10 +64,10 @@ def adapt_save_policy(policy: Any) -> Any:
     if not is_orbax_object(policy):
         return policy
     if _derives_from(policy, "ContinuousCheckpointingPolicy"):
-        raise UsageError(
+        raise errors.UsageError(
             "save_policy: expected a policy that needs no JAX; got Orbax's "
             "ContinuousCheckpointingPolicy, which decides by JAX's distributed client. Use "
-            "functional_ckpt.policies.every('90s') or every(1) in its place"
+            "functional_ckpt.policies.every('90s') or every(1) in its place."
         )
     if _is_exactly(policy, "AnySavePolicy"):
         return AnySave(tuple(adapt_save_policy(each) for each in policy.policies))
@@ -165,9 +165,9 @@ class _NameFormat:
         for step in _PROBES:
             name = self.theirs.build_name(step)
             if self.parse(name) != step:
-                raise UsageError(
+                raise errors.UsageError(
                     f"step name format {self.theirs!r}: expected names that hold the number of "
-                    f"their step in digits; got {name!r} for step {step}"
+                    f"their step in digits; got {name!r} for step {step}."
                 )
 
     def build_name(self, step: int) -> str:

@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable
 from typing import Any, Final
 
-from functional_ckpt.errors import UsageError
+from functional_ckpt import errors
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps.names import (
     CompositeStepName,
@@ -88,18 +88,20 @@ class StepTemplate:
     def __post_init__(self) -> None:
         """Raises UsageError for unknown variables, and for names that do not tell their step."""
         if not isinstance(self.template, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise UsageError(f"template of step names: expected a string; got {self.template!r}")
+            raise errors.UsageError(
+                f"template of step names: expected a string; got {self.template!r}."
+            )
         parts = tuple(_parsed(self.template))
         names = [part.name for part in parts if isinstance(part, _Field)]
         for name in _OF_RUN:
             if name in names and getattr(self, name) is None:
-                raise UsageError(
-                    f"template of step names {self.template!r}: expected {name}=... with it"
+                raise errors.UsageError(
+                    f"template of step names {self.template!r}: expected {name}=... with it."
                 )
         if not {"step", "batch"} & set(names):
-            raise UsageError(
+            raise errors.UsageError(
                 f"template of step names {self.template!r}: expected {{step}} or {{batch}} in it; "
-                "nothing else tells which step a name is of"
+                "nothing else tells which step a name is of."
             )
         object.__setattr__(self, "_parts", parts)
         object.__setattr__(self, "_pattern", self._compiled(parts))
@@ -120,17 +122,17 @@ class StepTemplate:
         for part in self._parts:
             if isinstance(part, _Field) and part.name in _OF_PROGRESS:
                 if progress is None:
-                    raise UsageError(
+                    raise errors.UsageError(
                         f"step name {self.template!r}: {{{part.name}}} needs "
-                        f"save(progress=fc.Progress(...)) with step {step}",
+                        f"save(progress=fc.Progress(...)) with step {step}.",
                         step=step,
                     )
                 values[part.name] = _OF_PROGRESS[part.name](progress)
         if self._key == "batch" and values["batch"] != step:
-            raise UsageError(
+            raise errors.UsageError(
                 f"step name {self.template!r}: {{batch}} stands for the step; expected step "
                 f"{values['batch']} at batch {values['batch']}, got step {step}. Number the steps "
-                "by batches, or put {step} into the template",
+                "by batches, or put {step} into the template.",
                 step=step,
             )
         return self._text(values)
@@ -180,9 +182,9 @@ class StepTemplate:
             text = part if isinstance(part, str) else self._fixed(part.name)
             is_beside = before[-1:].isdigit() and (text is None or text[:1].isdigit())
             if is_beside and (text is None or before == _DIGITS):
-                raise UsageError(
+                raise errors.UsageError(
                     f"template of step names {self.template!r}: expected something other than "
-                    "digits beside each number; else a name can be read in two ways"
+                    "digits beside each number; else a name can be read in two ways."
                 )
             pattern += "([0-9]+)" if text is None else re.escape(text)
             before = _DIGITS if text is None else text or before
@@ -203,22 +205,22 @@ def _parsed(template: str) -> list[str | _Field]:
     try:
         found = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UsageError(f"template of step names {template!r}: {error}") from error
+        raise errors.UsageError(f"template of step names {template!r}: {error}") from error
     for literal, name, spec, conversion in found:
         if literal:
             parts.append(literal)
         if name is None:
             continue
         if name not in _VARIABLES:
-            raise UsageError(
+            raise errors.UsageError(
                 f"template of step names {template!r}: expected variables out of "
-                f"{', '.join(_VARIABLES)}; got {{{name}}}"
+                f"{', '.join(_VARIABLES)}; got {{{name}}}."
             )
         padded = _PADDED.fullmatch(spec or "")
         if padded is None or conversion or (spec and name in (*_OF_RUN, *_OF_PRIMARY)):
-            raise UsageError(
+            raise errors.UsageError(
                 f"template of step names {template!r}: expected {{{name}}} or, for counts, "
-                f"{{{name}:06d}}; got {spec or conversion!r} in it"
+                f"{{{name}:06d}}; got {spec or conversion!r} in it."
             )
         parts.append(_Field(name, int(padded[1] or 1)))
     return parts

@@ -1,9 +1,10 @@
 """A store that fails on demand: full disks, failing disks and kills, per operation.
 
-storage = FaultyStorage()
-manager = CheckpointManager(directory, storage=storage)
-storage.inject(Fault(at=3, errno=errno.ENOSPC))
-manager.save(1, items)  # the fourth operation fails: disk full
+In a test:
+    storage = FaultyStorage()
+    manager = CheckpointManager(directory, storage=storage)
+    storage.inject(Fault(at=3, errno=errno.ENOSPC))
+    manager.save(1, items)  # the fourth operation fails: disk full
 """
 
 from __future__ import annotations

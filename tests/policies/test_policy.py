@@ -256,7 +256,7 @@ def test_progress_that_nobody_reports_is_an_error(
         f"every({interval!r}): expected the training's progress in {message}, or save every so "
         "many steps or seconds"
     )
-    with pytest.raises(UsageError, match=f"^{re.escape(message)}$") as caught:
+    with pytest.raises(UsageError, match=rf"^{re.escape(message)}\.$") as caught:
         saves(policies.every(interval), at(7, progress=progress))
     assert caught.value.step == 7
 
@@ -358,7 +358,7 @@ def test_a_users_own_policy_is_asked_with_everything() -> None:
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ([True], r"^save_policy\[0\]: expected a save policy or a list of them; got True$"),
+        ([True], r"^save_policy\[0\]: expected a save policy or a list of them; got True\.$"),
         ([_Mine(), [None]], r"^save_policy\[1\]\[0\]: expected a save policy or a list of them; g"),
         (
             policies.Preemption,
@@ -608,7 +608,7 @@ def test_a_history_out_of_order_is_refused(steps: tuple[int, ...]) -> None:
     ("policy", "message"),
     [
         (["acc"], r"^keep_policy\[0\]: expected a keep policy, such as best_n\(1, 'acc'\); got"),
-        ([None], r"^keep_policy\[0\]: expected a keep policy or a list of them; got None$"),
+        ([None], r"^keep_policy\[0\]: expected a keep policy or a list of them; got None\.$"),
         (policies.LatestN, r"expected a keep policy, an instance such as LatestN\(...\); got"),
         (policies.every(3), r"\(this one belongs in save_policy\); got FixedInterval"),
     ],

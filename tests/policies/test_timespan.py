@@ -78,13 +78,13 @@ def test_what_is_no_span_says_what_was_expected(text: object) -> None:
         "tok, dur, sec ('500ba', '3e4tok', '0.25dur'), or a wall-clock time ('1h20m40s', '90m', "
         f"'2d'); got {text!r}"
     )
-    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(UsageError, match=rf"^{re.escape(message)}\.$"):
         parse_timespan(text)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["1.5ba", "0.5tok", "1e-1sp", "2.5iter"])
 def test_half_a_batch_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=f"expected a whole number; got '{text}'$"):
+    with pytest.raises(UsageError, match=rf"expected a whole number; got '{text}'\.$"):
         parse_timespan(text)
 
 

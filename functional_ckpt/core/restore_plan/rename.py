@@ -161,7 +161,7 @@ def _by_function(function: Callable[[str], str | None]) -> _Rules:
 def _by_prefix(names: Mapping[str, str]) -> _Rules:
     if not all(isinstance(text, str) and text for pair in names.items() for text in pair):
         raise errors.UsageError(
-            f"key_map: expected a mapping of names to names; got {names!r:.200}"
+            f"key_map: expected a mapping of names to names; got {names!r:.200}."
         )
     pairs = list(names.items())
 
@@ -186,7 +186,7 @@ def _by_expressions(key_map: Sequence[tuple[str | re.Pattern[str], str]]) -> _Ru
     except (TypeError, ValueError, re.error) as error:
         raise errors.UsageError(
             "key_map: expected a mapping of names to names, (regular expression, replacement) "
-            f"pairs or a function; got {key_map!r:.200} ({error})"
+            f"pairs or a function; got {key_map!r:.200} ({error})."
         ) from error
 
     def apply(name: str) -> tuple[str | None, set[int]]:

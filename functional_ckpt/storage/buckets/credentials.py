@@ -1,10 +1,11 @@
 """Endpoints and credentials from the environment; they are never stored.
 
-s3://   S3_ENDPOINT_URL or AWS_ENDPOINT_URL[_S3], AWS_REGION, AWS_ACCESS_KEY_ID and others, or
-        AWS_PROFILE and the shared credentials file; otherwise the machine's role
-gs://   GCS_KEY and GCS_SECRET (an HMAC key); otherwise application default credentials
-oci://  bucket@namespace; the region of OCI's config file; OCI_ACCESS_KEY_ID and
-        OCI_SECRET_ACCESS_KEY (a customer secret key); otherwise AWS's variables
+Variables by scheme:
+    s3://   S3_ENDPOINT_URL or AWS_ENDPOINT_URL[_S3], AWS_REGION, AWS_ACCESS_KEY_ID and others, or
+            AWS_PROFILE and the shared credentials file; otherwise the machine's role
+    gs://   GCS_KEY and GCS_SECRET (an HMAC key); otherwise application default credentials
+    oci://  bucket@namespace; the region of OCI's config file; OCI_ACCESS_KEY_ID and
+            OCI_SECRET_ACCESS_KEY (a customer secret key); otherwise AWS's variables
 """
 
 from __future__ import annotations
