@@ -72,7 +72,10 @@ def python_prose(source: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
-            yield from enumerate(lines, node.lineno)
+            if len(lines) == 1:  # only the string, without the code around it
+                lines = [lines[0].encode()[node.col_offset : node.end_col_offset].decode()]
+            for number, line in enumerate(lines, node.lineno):
+                yield number, re.sub(r"\{[^{}]*\}", "{}", line)
 
 
 def markdown_prose(source: str) -> Iterator[tuple[int, str]]:

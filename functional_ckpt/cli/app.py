@@ -15,13 +15,13 @@ from functional_ckpt import errors
 __all__ = ["main"]
 
 OK, DAMAGED, FAILED = 0, 1, 2
-# What a shell says of a command that these signals ended.
+# Exit codes that shells report for these signals.
 _INTERRUPTED, _BROKEN_PIPE = 128 + 2, 128 + 13
 _EXIT_CODES = "exit codes: 0 success; 1 damage or differences found; 2 usage error or not found"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Prints the error as one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(FAILED, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -48,18 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments; None for those of the process.
 
     Returns:
-        0 when all is well, 1 when damage or a difference was found, 2 for wrong usage or when there
-        is nothing at the place named.
+        0 for success, 1 for damage or differences, 2 for a usage error or a missing checkpoint.
     """
     for stream in (sys.stdout, sys.stderr):
-        # Names of leaves may hold what the terminal's encoding does not.
+        # Names of leaves may have characters outside of the terminal's encoding.
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = _run(argv)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has what it wanted. What is still buffered must not fail at exit.
+        # The reader has closed the pipe. Flushing the buffer must not fail at exit.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE

@@ -31,12 +31,12 @@ class Difference:
         leaf: Its name.
         kind: `only in a`, `only in b`; another `kind` of leaf, container, dtype or shape; another
             plain `value`; other `data` in an array.
-        a: What the first has, for people; None where it has nothing.
-        b: What the second has.
+        a: The first value as text; None if absent.
+        b: The second value as text.
         num_different: For data, how many elements differ.
         num_elements: For data, how many there are.
-        max_abs: For data, the largest absolute difference; NaN where one of two is not a number;
-            None where what is stored is no number (raw bytes, packed dtypes).
+        max_abs: For data, the largest absolute difference; NaN if one of two is not a number; None
+            if the stored values are not numbers (raw bytes, packed dtypes).
     """
 
     leaf: str
@@ -56,7 +56,7 @@ def compare_items(
     Args:
         a: The first.
         b: The second.
-        advance: Told of bytes of arrays that are done with.
+        advance: Called with the number of bytes compared.
     """
     is_exact = a.record is not None and b.record is not None
     leaves_a, leaves_b = _leaves(a.root, is_exact=is_exact), _leaves(b.root, is_exact=is_exact)
@@ -78,7 +78,7 @@ def compare_items(
 def _leaves(
     root: structure.Node, *, is_exact: bool
 ) -> dict[tuple[object, ...], tuple[str, structure.Node]]:
-    """Leaves by key path. Orbax knows no keys but strings; ours tell `3` from `"3"` and `True`."""
+    """Leaves by key path. Native keys distinguish `3` from `"3"`; Orbax has only strings."""
     found: dict[tuple[object, ...], tuple[str, structure.Node]] = {}
     for path, leaf in structure.iter_leaves(root):
         keys = tuple((type(k.value), k.value) if is_exact else str(k.value) for k in path)
@@ -87,7 +87,7 @@ def _leaves(
 
 
 def _compare_containers(a: structure.Node, b: structure.Node) -> Iterator[Difference]:
-    """Containers at the same place that are of another kind."""
+    """Containers at the same key path with different kinds."""
     todo: list[tuple[structure.KeyPath, structure.Node, structure.Node]] = [((), a, b)]
     while todo:
         path, first, second = todo.pop()
@@ -138,7 +138,7 @@ def _compare_leaves(
 
 
 def _plain(item: OpenItem, leaf: structure.Node) -> structure.Node:
-    """A number that another program stored as an array is a plain number again."""
+    """Converts a foreign number, stored as an array, to a plain number."""
     if not isinstance(leaf, structure.ArrayNode) or leaf.kind != "number":
         return leaf
     value: Any = _Array(item, leaf).read(Box.whole(leaf.spec.shape)).item()
@@ -163,7 +163,7 @@ class _Array:
         self.place = item.record_of(node)
 
     def digests(self, grid: ChunkGrid, index: tuple[int, ...]) -> str | None:
-        """What is recorded of a chunk; None where nothing is or where chunks are cut otherwise."""
+        """The recorded digests of a chunk; None if there are none or the grids differ."""
         if self.place is None or self.place.grid != grid:
             return None
         offsets = digest_offsets(grid, self.node.spec.itemsize_bytes)
@@ -235,7 +235,7 @@ def _nan_first(value: float) -> float:
 
 
 def _slabs(spec: ArraySpec) -> ChunkGrid:
-    """A grid of our own over an array that another program wrote."""
+    """A native grid over a foreign array."""
     if not spec.shape or spec.size_bytes <= _SLAB_BYTES:
         return ChunkGrid(spec.shape, tuple(max(1, size) for size in spec.shape))
     rows = max(1, _SLAB_BYTES * spec.shape[0] // spec.size_bytes)
@@ -243,7 +243,7 @@ def _slabs(spec: ArraySpec) -> ChunkGrid:
 
 
 def _is_numeric(node: structure.ArrayNode) -> bool:
-    """Whether what is stored are the numbers themselves, and not their bits or raw bytes."""
+    """Whether numbers are stored as such, not as their bits or raw bytes."""
     return node.kind != "bytes" and trees.dtype_of(node) == node.spec.dtype
 
 

@@ -1,4 +1,4 @@
-"""`fckpt convert`: a checkpoint of another program becomes a step."""
+"""`fckpt convert`: converts a foreign checkpoint to a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Opens the source, saves its items, says what there is now."""
+    """Opens the source, saves its items and prints a summary."""
     from functional_ckpt import checkpoint  # late: torch, which a listing does not need
     from functional_ckpt.interop import atomic_output, detect
     from functional_ckpt.manager import CheckpointManager
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
             path=path,
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is left out is said below
+        warnings.simplefilter("ignore")  # omitted files are printed below
         source = detect.open(arguments.source, arguments.format)
     for name in arguments.item or ():
         if name not in source:

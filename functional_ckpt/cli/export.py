@@ -1,4 +1,4 @@
-"""`fckpt export`: a step becomes what another program opens."""
+"""`fckpt export`: exports a step in a foreign format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the items asked for; says what there is now."""
+    """Writes the selected items and prints a summary."""
     from functional_ckpt.interop import atomic_output, native
 
     atomic_output.check_destination(arguments.destination)
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    """What only a directory of weights has is an error elsewhere."""
+    """Refuses options of the hf format for other formats."""
     for name in ("max_shard_size", "variant", "config", "key_prefix"):
         if arguments.to != "hf" and getattr(arguments, name) is not None:
             option = name.replace("_", "-")
@@ -92,6 +92,6 @@ def _export_tree(arguments: argparse.Namespace, source: Source, items: list[str]
     if arguments.to == "dcp":
         dcp.save(content, arguments.destination)
     else:
-        # one item alone is what load_state_dict takes
+        # load_state_dict takes a single item
         alone = arguments.item and len(items) == 1
         torch_save.save(content[items[0]] if alone else content, arguments.destination)

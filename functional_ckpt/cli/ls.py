@@ -34,7 +34,7 @@ Mode = Literal["min", "max"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
-    """What is listed of a checkpoint."""
+    """A row of the listing."""
 
     checkpoint: targets.Checkpoint
     info: StepInfo

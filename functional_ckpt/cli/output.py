@@ -1,4 +1,4 @@
-"""What is printed: tables for people, JSON for programs, progress for a terminal that is one."""
+"""Output: tables for people, JSON for programs, progress bars on terminals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
     "utc",
 ]
 
-# Wide enough that nothing is cut in a file or a pipe, where nobody can widen the window.
+# Wide enough that nothing is truncated in a file or a pipe.
 _WIDTH_OF_PIPES = 160
 
 
@@ -42,8 +42,8 @@ class Printer:
     """Prints on the terminal, or wherever standard output goes.
 
     Attributes:
-        console: Rich's console. What is printed goes through `print` below, so that a reader that
-            went away is an error here and not in the library.
+        console: Rich's console. All output uses `print` below, so that a closed pipe is an error
+            here and not in the library.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Printer:
         return not self.console.encoding.lower().startswith("utf")
 
     def sign(self, fancy: str, plain: str) -> str:
-        """A sign, or what stands for it where it cannot be shown."""
+        """A symbol, or its ASCII replacement if it cannot be shown."""
         return plain if self.is_ascii else fancy
 
     def print(self, *what: RenderableType) -> None:
@@ -78,7 +78,7 @@ class Printer:
 
 
 def as_json(record: dict[str, Any]) -> None:
-    """Prints a record as JSON; what JSON has no words for becomes text (`"nan"`, `"inf"`)."""
+    """Prints a record as JSON; non-finite numbers become text (`"nan"`, `"inf"`)."""
     text = json.dumps(_plain(record), indent=2, allow_nan=False)
     sys.stdout.write(f"{text}\n")
 
@@ -163,7 +163,7 @@ def age(time: datetime.datetime, now: datetime.datetime) -> str:
 
 
 def clock(time: datetime.datetime) -> str:
-    """A time in the zone of whoever looks."""
+    """A time in the local time zone."""
     return time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
@@ -176,7 +176,7 @@ def utc(time: datetime.datetime) -> str:
 
 
 def no_progress(done: int, total: int) -> None:
-    """Tells nobody."""
+    """No-op progress callback."""
 
 
 def progress_bar(title: str) -> contextlib.AbstractContextManager[Progress]:

@@ -1,4 +1,4 @@
-"""`fckpt show`: what a checkpoint holds."""
+"""`fckpt show`: the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def chosen_items(opened: checkpoint_dir.OpenCheckpoint, wanted: Sequence[str] | 
 
 
 def _facts(opened: checkpoint_dir.OpenCheckpoint) -> dict[str, Any]:
-    """What is known of the checkpoint besides its items."""
+    """Facts about the checkpoint besides its items."""
     root = os.path.dirname(opened.path)
     late: history.LateMetrics = {}
     if opened.step is not None and queries.exists(
@@ -187,7 +187,7 @@ def _name(printer: output.Printer, row: trees.Row) -> Text:
 
 
 def _cells(row: trees.Row) -> tuple[Text, Text, Text, Text]:
-    """dtype, shape, size, and what else there is to say."""
+    """dtype, shape, size and details."""
     from rich.text import Text
 
     node = row.node

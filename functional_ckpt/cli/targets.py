@@ -1,4 +1,4 @@
-"""What an argument names: a directory of steps, or one checkpoint."""
+"""Resolves arguments to a directory of steps or to one checkpoint."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Root:
         steps: Step -> name of its directory, ascending.
         latest: The step that a run resumes from; None where there is no step.
         abandoned: The steps beside the line that leads to it.
-        strays: Name -> what is there, of each entry that has a step's name and is no step.
+        strays: Name -> kind of each entry that has a step's name but is not a step.
         unfinished: Directories of steps being written, or left by a crash.
     """
 
@@ -80,7 +80,7 @@ class Root:
     unfinished: tuple[str, ...]
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """One of its steps, or a directory that was to be one: opening it says what it lacks."""
+        """A step, or an incomplete one: opening it reports the missing part."""
         name = self.steps.get(step) or self.damaged().get(step)
         if name is None:
             shown = ", ".join(map(str, list(self.steps)[-10:])) or "none"
@@ -98,7 +98,7 @@ class Root:
 
 
 def find(text: str, prefix: str | None = None) -> Root | Checkpoint:
-    """What is at a path.
+    """Finds steps or a checkpoint at a path.
 
     Raises:
         StepNotFoundError: There is nothing.
@@ -201,7 +201,7 @@ def _root(storage: Storage, path: str, names: NameFormat, listed: list[str]) -> 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Recorded:
-    """Names that tell their step to those alone who know the template; the records say it too.
+    """Reads steps from records if their names follow an unknown template.
 
     Attributes:
         steps: Name -> step.
@@ -238,7 +238,7 @@ def _recorded(storage: Storage, path: str, listed: list[str]) -> _Recorded | Non
 
 
 def _format_of(name: str) -> StepName | None:
-    """How a step of this name is named; None for what is no step's name."""
+    """The naming scheme of a step name; None if it is not a step name."""
     match = _STEP_NAME.fullmatch(name)
     if match is None:
         return None

@@ -21,7 +21,7 @@ class Row:
         is_last: For every level down to this row, whether it is the last of its siblings; the
             guides are drawn from it.
         key: The last key, as text; empty for the root.
-        node: What is there.
+        node: Its node.
         is_summary: Whether its children are left out.
     """
 
@@ -48,7 +48,7 @@ def rows(root: structure.Node, max_depth: int | None = None) -> Iterator[Row]:
 
 
 def _key(key: structure.Key) -> str:
-    """Strings as they are, unless that reads like a key that is none."""
+    """Strings unchanged, unless they look like keys of other types."""
     text = key.value
     is_clear = isinstance(text, str) and text and not text.lstrip("-").isdigit()
     return str(text) if is_clear else repr(text)
@@ -83,7 +83,7 @@ def describe(node: structure.Node) -> str:
 
 
 def leaf_records(root: structure.Node) -> list[dict[str, Any]]:
-    """Every leaf as a record: what `fckpt show --json` prints."""
+    """Every leaf as a record: the output of `fckpt show --json`."""
     return [
         {
             "name": structure.leaf_name(path),

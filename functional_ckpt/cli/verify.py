@@ -1,4 +1,4 @@
-"""`fckpt verify`: is every byte what was written, and if not, which leaves are lost?"""
+"""`fckpt verify`: checks every byte and lists the lost leaves."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Copies between a device and host memory that run by themselves, on a stream of their own.
 
-Nothing here knows what is saved, or who has to wait. The host's pages are locked where the driver
-lets us, for only then does a copy run by itself; a copy into others is as right, and holds up the
-thread that asks for it. Devices other than CUDA's (and ROCm's, which go by the same name) have no
-part in this.
+This module is independent of items and of waiting threads. The host's pages are locked where the
+driver lets us, for only then does a copy run by itself; a copy into others is as right, and holds
+up the thread that asks for it. Devices other than CUDA's (and ROCm's, which go by the same name)
+have no part in this.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class CopyStreams:
         self._streams: dict[torch.device, Any] = {}
 
     def begin(self, devices: Iterable[torch.device]) -> Transfers:
-        """Copies of what these devices hold once they have done what was asked of them by now.
+        """Copies of device memory, ordered after the work that is enqueued so far.
 
         Args:
-            devices: Where the copies come from. Asked of them counts what was enqueued on the
-                streams that are current in the calling thread, as for `tensor.cpu()`.
+            devices: Their sources. Enqueued work is that on the streams that are current in the
+                calling thread, as for `tensor.cpu()`.
         """
         starts: dict[torch.device, Any] = {}
         for device in devices:
@@ -79,7 +79,7 @@ class Transfers:
 
     Args:
         streams: Where the copies run.
-        starts: What they run behind; the devices that there are copies from.
+        starts: The events that precede them, by device.
     """
 
     def __init__(
@@ -109,25 +109,26 @@ class Transfers:
             try:
                 with module.stream(stream):
                     for host, source in from_device[device]:
-                        # What is not contiguous becomes so on the device first, one at a time: its
-                        # memory comes from this stream, and no other gets it when it is let go.
+                        # Non-contiguous tensors are made contiguous on the device first, one at a
+                        # time: their memory comes from this stream, and no other gets it when it is
+                        # let go.
                         host.copy_(source.contiguous(), non_blocking=True)
             finally:
                 end.record(stream)
                 self._ends[device] = end
 
     def make_stream_wait(self) -> None:
-        """What the calling thread enqueues from now on runs after the copies; the host goes on.
+        """Orders later work of the calling thread after the copies; the host does not wait.
 
-        Nothing that is being captured into a graph runs now, nor may it wait for what is not in
-        the graph.
+        Work that is being captured into a graph does not run now, and must not wait for work
+        outside of the graph.
         """
         if not is_capturing():
             for device, end in self._ends.items():
                 module_of(device).current_stream(device).wait_event(end)
 
     def synchronize(self) -> None:
-        """Returns when what was enqueued is copied.
+        """Waits for the enqueued copies.
 
         Raises:
             RuntimeError: The device failed, now or before.
@@ -139,7 +140,7 @@ class Transfers:
 # ------------------------------------------------------------------------------------ to a device
 
 _NUM_SLOTS = 4  # while two threads read into two, the others are on their way
-_SLOT_BYTES = 8 * 2**20  # of whole blocks of digests
+_SLOT_BYTES = 8 * 2**20  # a multiple of digest blocks
 
 
 class _Slot:
@@ -159,7 +160,7 @@ class _Slot:
 class PinnedBuffers:
     """A few pieces of host memory through which any number of bytes goes to devices.
 
-    Close it before anyone uses what was sent.
+    Close it before the sent tensors are used.
     """
 
     def __init__(self) -> None:
@@ -169,7 +170,7 @@ class PinnedBuffers:
         self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
 
     def prepare(self, device: torch.device) -> None:
-        """What is sent to a device comes after what the calling thread asked of it until now."""
+        """Orders copies to a device after the calling thread's enqueued work."""
         if not self._slots:
             room = host_memory.Slot((_SLOT_BYTES,), np.dtype(np.uint8))
             self._slots = [_Slot(array) for array in self._memory.reserve([room] * _NUM_SLOTS)]
@@ -226,7 +227,7 @@ class PinnedBuffers:
 
 
 def is_capturing() -> bool:
-    """Whether what the calling thread asks of the current device becomes part of a CUDA graph."""
+    """Whether the calling thread is capturing a CUDA graph on the current device."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -245,11 +246,11 @@ def lock_pages(address: int, size_bytes: int) -> Callable[[], None] | None:
     """Locks host memory for copies that run by themselves.
 
     Args:
-        address: Where it begins; a page's beginning.
+        address: Its start; aligned to a page.
         size_bytes: How much it is.
 
     Returns:
-        What undoes it, to be called before the memory is given back; None where it cannot be done.
+        A function that unlocks it, to be called before the memory is freed; None if locking failed.
     """
     cudart: Any = torch.cuda.cudart()
     code = int(cudart.cudaHostRegister(address, size_bytes, _PORTABLE))

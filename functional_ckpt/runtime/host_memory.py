@@ -26,7 +26,7 @@ _PIECE_BYTES = 8 * 2**20
 
 
 class Slot(NamedTuple):
-    """Room for one array.
+    """Memory for one array.
 
     Attributes:
         shape: Its shape.
@@ -101,8 +101,8 @@ class StagingBuffer:
         """Has the memory's pages locked, if that was not tried yet.
 
         Args:
-            lock: Locks so many bytes at an address, and returns what undoes it; None where it
-                cannot.
+            lock: Page-locks a number of bytes at an address and returns a function that unlocks
+                them; None if it cannot.
         """
         arena = self._arena
         if arena is not None and not arena.is_lock_tried:

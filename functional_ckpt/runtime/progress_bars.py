@@ -1,4 +1,4 @@
-"""Bars on a terminal for what takes long: bytes, rate and time left."""
+"""Progress bars on a terminal: bytes, rate and remaining time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bar(title: str) -> Generator[Shown]:
 
 
 def _nobody(done: int, total: int) -> None:
-    """Tells nobody."""
+    """No-op progress callback."""
 
 
 _mutex = threading.Lock()

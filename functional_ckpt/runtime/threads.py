@@ -78,7 +78,7 @@ def _wait_for_tasks(lock: threading.Lock, busy: set[int], failures: list[BaseExc
     """
     while True:
         try:
-            with lock:  # whoever takes a task from now on sees that something has failed
+            with lock:  # threads that take a task from now on see the failure
                 others = busy - {threading.get_ident()}
             if not others:
                 return
@@ -88,7 +88,7 @@ def _wait_for_tasks(lock: threading.Lock, busy: set[int], failures: list[BaseExc
 
 
 class BackgroundWriter:
-    """Makes calls in a thread of its own, one after the other, while the caller goes on.
+    """Makes calls in a separate thread, one after the other, without blocking the caller.
 
     Use it from one thread, and close it.
 
@@ -108,7 +108,7 @@ class BackgroundWriter:
             self._thread = None
 
     def run(self, call: Callable[[], None]) -> None:
-        """Has a call made once there is room for it; raises what one before it raised."""
+        """Enqueues a call, waiting while the queue is full; raises the error of an earlier call."""
         if self._thread is None:
             call()
             return
@@ -118,7 +118,7 @@ class BackgroundWriter:
         self._calls.put(call)
 
     def wait(self) -> None:
-        """Returns when the last call has returned; raises what one of them raised."""
+        """Waits for the last call; raises the error of a call."""
         while self._num_under_way:
             self._wait_for_one()
 
@@ -129,7 +129,7 @@ class BackgroundWriter:
             raise failure
 
     def close(self) -> None:
-        """Ends the thread after what is under way; errors of that are not told any more."""
+        """Ends the thread after the current call, whose errors are dropped."""
         if self._thread is not None:
             self._calls.put(None)
             self._thread.join()

@@ -1,7 +1,7 @@
 """For tests: failing storage, a disk that loses unsynced data, comparison, a model.
 
-`functional_ckpt.testing.strategies` has Hypothesis strategies for what a checkpoint can hold; it
-alone needs the `hypothesis` package.
+`functional_ckpt.testing.strategies` has Hypothesis strategies for the values of a checkpoint; only
+it needs the `hypothesis` package.
 """
 
 from __future__ import annotations

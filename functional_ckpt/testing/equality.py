@@ -1,4 +1,4 @@
-"""Bit-for-bit comparison of what was restored with what was saved."""
+"""Bit-for-bit comparison of restored and saved values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def differences(got: Any, expected: Any, where: str = "value") -> list[str]:
     Args:
         got: One pytree.
         expected: The other.
-        where: What to call the whole in the answer.
+        where: Name of the root in the answer.
 
     >>> differences({"a": [1, 2.0]}, {"a": [1, 2]})
     ["value['a'][1]: got float 2.0, expected int 2"]

@@ -1,7 +1,8 @@
-"""What a checkpoint directory must hold, as plain data: a model to test a manager against.
+"""A model of a checkpoint directory, as plain data, to test a manager against.
 
-Every method returns a new model. A step is what was last saved under its number, whatever the disk
-went through; a failed or killed save leaves a *set* of models, of which the disk must match one.
+Every method returns a new model. A step has the last values saved under its number, whatever
+happened to the disk; a failed or killed save leaves a *set* of models, of which the disk must match
+one.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""A disk that forgets what was not synced: the directories that a power cut may leave.
+"""A disk that loses unsynced data: the possible directories after a power cut.
 
     with Disk(tmp_path) as disk:
         manager = CheckpointManager(tmp_path / "run", storage=disk.storage)
         manager.save(1, items).result()
     for number, moment in enumerate(disk.moments):
         for image in moment.images(num_random=3):
-            image.write(elsewhere)      # what is there when the power is back
+            image.write(elsewhere)      # the directory after the power cut
 
 POSIX keeps the bytes of a file once it was synced, and the names in a directory once that was. All
 else may be there after a power cut or not, each change for itself; a rename alone is atomic. The
-model sees `os.fsync` itself and the files themselves, whoever wrote them and how: a sync that is
-announced and not made counts for nothing. Hard links and files of other processes are not modelled.
+model intercepts `os.fsync` and reads the files themselves, independent of their writer: an
+announced but missing sync has no effect. Hard links and files of other processes are not modelled.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _Location: TypeAlias = tuple[_Inode, str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Image:
-    """What a power cut left.
+    """The state after a power cut.
 
     Attributes:
         entries: By path relative to the disk: the bytes of a file, the target of a symbolic link,
-            None for a directory. A directory comes before what is in it.
+            None for a directory. A directory precedes its entries.
     """
 
     entries: Mapping[str, bytes | str | None]
@@ -69,7 +69,7 @@ class Image:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _State:
-    """A file system: where each inode is, and what it holds."""
+    """A file system: the paths and contents of its inodes."""
 
     root: _Inode
     locations: Mapping[_Inode, _Location]
@@ -82,8 +82,8 @@ class Moment:
 
     Attributes:
         operation: The operation; None for the end.
-        durable: What was synced.
-        current: What programs see.
+        durable: The synced state.
+        current: The state that programs see.
         exchanged: The inodes that were exchanged: either both are where they were, or neither.
     """
 
@@ -93,15 +93,15 @@ class Moment:
     exchanged: Mapping[_Inode, _Inode]
 
     def images(self, *, num_single: int = 0, num_random: int = 0, seed: int = 0) -> list[Image]:
-        """What a power cut may leave now, without repetitions.
+        """The possible states after a power cut now, without repetitions.
 
         Args:
             num_single: How many changes to make durable alone, and to leave out alone.
-            num_random: How many images hold a random part of what was not synced.
-            seed: Of what is random.
+            num_random: Number of images with a random part of the unsynced changes.
+            seed: Seed of the random parts.
 
         Returns:
-            First the image with nothing but what was synced, then the one with everything.
+            First the image with only the synced state, then the one with everything.
         """
         changes = self._changes()
         rng = random.Random(seed)
@@ -169,7 +169,7 @@ def _moved(
 
 
 def _image(state: _State) -> Image:
-    """The tree of a state; what is in no directory any more is left out."""
+    """The tree of a state, without unlinked inodes."""
     below: dict[_Inode, list[tuple[str, _Inode]]] = {}
     for inode, (parent, name) in state.locations.items():
         below.setdefault(parent, []).append((name, inode))
@@ -186,10 +186,10 @@ def _image(state: _State) -> Image:
 
 
 class Disk:
-    """A directory of which only what was synced is safe.
+    """A directory of which only synced data is safe.
 
-    Inside the `with` block `os.fsync` is watched in the whole process, and every operation of
-    `storage` leaves a `Moment`. What was there before is safe.
+    Inside the `with` block `os.fsync` is intercepted in the process, and every operation of
+    `storage` records a `Moment`. Earlier data is safe.
 
     Args:
         path: An existing directory.
@@ -197,7 +197,7 @@ class Disk:
 
     Attributes:
         path: The directory.
-        storage: For what is saved on this disk.
+        storage: The storage of this disk.
         moments: The disk before every operation so far.
     """
 
@@ -300,7 +300,7 @@ class Disk:
                 self._held[inode] = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def _look(self) -> _State:
-        """What programs see now."""
+        """The state that programs see now."""
         locations: dict[_Inode, _Location] = {}
         contents: dict[_Inode, bytes | str | None] = {}
         todo = [(str(self.path), self._root)]
@@ -323,7 +323,7 @@ class Disk:
 
 
 def _read(descriptor: int, size_bytes: int) -> bytes:
-    """The whole file, whatever the descriptor was opened for."""
+    """The entire file, whatever the mode of the descriptor."""
     with open(f"/proc/self/fd/{descriptor}", "rb") as file:
         return file.read(size_bytes)
 

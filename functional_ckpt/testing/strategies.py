@@ -1,4 +1,4 @@
-"""Hypothesis strategies for what a checkpoint can hold; needs the `hypothesis` package."""
+"""Hypothesis strategies for values of a checkpoint; needs the `hypothesis` package."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ Check: TypeAlias = "Callable[[bytes | None], Difference | None]"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Failure:
-    """A value of the database that is not what was written."""
+    """A value of the database that differs from the written one."""
 
     leaf: str
     key: str | None
@@ -53,7 +53,7 @@ class _Value:
     key: str
     check: Check
     size_bytes: int = 0
-    """What counts as progress."""
+    """Bytes that count as progress."""
 
 
 class ItemArrays:
@@ -155,7 +155,7 @@ class ItemArrays:
             if isinstance(got, errors.CorruptCheckpointError):
                 why: Difference | None = (
                     "unreadable",
-                    "what was written",
+                    "the written value",
                     reason(got, self._directory),
                 )
             else:
@@ -205,11 +205,11 @@ class ItemArrays:
     # ---------------------------------------------------------------------------- blame
 
     def attribute_failures(self, damaged: dict[str, Finding]) -> None:
-        """Tells each damaged file the leaves it takes with it.
+        """Attributes array failures to damaged files.
 
         Args:
-            damaged: Finding of each damaged file, by path in the checkpoint; what no damaged file
-                explains is added to it.
+            damaged: Finding of each damaged file, by path in the checkpoint; unexplained failures
+                are added to it.
         """
         if not self._failures:
             return
@@ -244,7 +244,7 @@ class ItemArrays:
         if known is not None:
             # A tree that leads to a file that was never there is the wrong tree.
             return [known if known in self._record.files else _MANIFEST]
-        # What the tree does not lead to any more lies behind the part of it that cannot be read.
+        # Values that the tree no longer reaches are behind its unreadable part.
         lost = sorted(places.unreadable & self._record.files.keys())
         return lost or [_MANIFEST]
 
@@ -269,7 +269,7 @@ def _metadata(name: str, array: spec.ArraySpec, chunk_shape: tuple[int, ...]) ->
 def _compare_metadata(
     array: spec.ArraySpec, chunk_shape: tuple[int, ...], value: bytes | None
 ) -> Difference | None:
-    """What Orbax reads of an array must say what our record says."""
+    """Checks that Orbax's metadata of an array agrees with the native record."""
     if value is None:
         return ("missing", "the array's zarr.json", "nothing")
     try:

@@ -1,4 +1,4 @@
-"""Verification of a checkpoint on disk: what is damaged, and which leaves it takes. Free of torch.
+"""Verifies a checkpoint on disk: damaged files and lost leaves. Free of torch.
 
     the checkpoint's record   its own seal, its step
     every file listed         there, regular, of its size, with its digest
@@ -6,7 +6,7 @@
     every array               its stored metadata and each chunk, as a reader gets it
 
 Files are compared first: that finds any flipped bit. Arrays are then read through the database,
-which tells the leaves that a damaged file takes with it.
+which lists the leaves lost with a damaged file.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ def verify_checkpoint(
     *,
     progress: Progress | None = None,
 ) -> list[Finding]:
-    """Compares a checkpoint with what was written.
+    """Compares a checkpoint with its records.
 
     Args:
         storage: Where it is.
-        path: Its directory: a step's, or one without steps; ours or Orbax's.
-        step: The step it is found as; None if its place does not say.
-        progress: Told how far it is.
+        path: Its directory: a step's, or one without steps; native or Orbax's.
+        step: The step of its directory name; None if unknown.
+        progress: Progress callback.
 
     Returns:
-        What is wrong, sorted by item and file; empty when every byte is as it was written.
+        The findings, sorted by item and file; empty if every byte is intact.
 
     Raises:
         StepNotFoundError: There is no directory at `path`.
-        UsageError: It is an item's directory, of a checkpoint of ours.
+        UsageError: It is an item's directory of a native checkpoint.
         CorruptCheckpointError: The directory is no checkpoint at all.
     """
     if not queries.is_directory(storage, path):
         raise errors.StepNotFoundError(f"There is no checkpoint at {path}.", path=path, step=step)
     if _is_item(storage, path):
         raise errors.UsageError(
-            f"{path} is one item; verify its checkpoint {os.path.dirname(path)}, which says what "
-            "the item's record must be.",
+            f"{path} is one item; verify its checkpoint {os.path.dirname(path)}, which has the "
+            "digest of the item's record.",
             path=path,
         )
     search = Verification(storage, path, progress)
@@ -158,7 +158,7 @@ def _item_record(
 
 
 def _problem(error: errors.CheckpointError) -> Problem:
-    """What the system refuses to read need not be damaged."""
+    """An error of the system is not damage."""
     return "unreadable" if isinstance(error, errors.StorageError) else "record"
 
 
@@ -192,7 +192,7 @@ def _find_unlisted(
     for name in on_disk:
         top = name.split("/")[0]
         is_record = name == EXTENSION_FILE or (top in items and name == f"{top}/{EXTENSION_FILE}")
-        # Which files belong to a record that cannot be believed, nobody knows.
+        # The files of a damaged record are unknown.
         is_unknowable = items[top] is None if top in items else step is None
         if name in expected or is_record or is_unknowable:
             continue
@@ -201,10 +201,10 @@ def _find_unlisted(
 
 
 class _Files:
-    """Compares files with what is recorded of them.
+    """Compares files with their records.
 
     Attributes:
-        expected: What is recorded, by path in the checkpoint.
+        expected: The records, by path in the checkpoint.
         damaged: A finding for each file that differs.
     """
 

@@ -1,4 +1,4 @@
-"""What a verification finds, and how far it is."""
+"""Findings and progress of a verification."""
 
 from __future__ import annotations
 
@@ -35,17 +35,16 @@ class Finding:
         item: The item concerned; None for the checkpoint itself.
         leaves: Names of the leaves whose bytes are lost with it, sorted.
         file: The file concerned, relative to the checkpoint.
-        problem: What it is:
+        problem: Its kind:
 
             - `missing` or `unexpected`: a file;
-            - `size` or `content`: of a file, not what they were;
+            - `size` or `content`: a file differs;
             - `swapped`: with another file, item or step;
-            - `record`: one of ours that cannot be believed;
+            - `record`: a damaged native record;
             - `unreadable` or `mismatch`: arrays, where no damaged file explains it;
-            - `no digests`: no damage. Another program wrote the checkpoint and left nothing to
-              compare its bytes with.
-        expected: What should be there.
-        got: What is there.
+            - `no digests`: no damage. The checkpoint is foreign and has no digests.
+        expected: The expected value.
+        got: The actual value.
     """
 
     item: str | None
@@ -66,12 +65,12 @@ class Finding:
 
 
 class Verification:
-    """One verification under way: where it looks, what it found, how far it is.
+    """A running verification: its paths, findings and progress.
 
     Attributes:
         storage: Where the checkpoint is.
         path: The checkpoint's directory.
-        findings: What was found so far.
+        findings: The findings so far.
         total_bytes: How much there is to verify, as far as is known.
     """
 
@@ -101,7 +100,7 @@ class Verification:
         )
 
     def advance(self, size_bytes: int) -> None:
-        """Notes that so many bytes more were verified."""
+        """Adds to the number of verified bytes."""
         if self._progress is not None:
             with self._lock:
                 self._done_bytes += size_bytes
@@ -109,6 +108,6 @@ class Verification:
 
 
 def reason(error: BaseException, path: str) -> str:
-    """The message of an error, without what the finding says itself."""
+    """The message of an error, without the parts that the finding has already."""
     text = error.message if isinstance(error, errors.CheckpointError) else str(error)
     return (text.removeprefix(f"{path}: ").rstrip(".")) or type(error).__name__

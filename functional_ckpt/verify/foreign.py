@@ -1,4 +1,4 @@
-"""Verification of a checkpoint that another program wrote: it is read; there are no digests."""
+"""Verifies a foreign checkpoint by reading it; there are no digests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SLAB_BYTES = 256 * 2**20
 
 
 def verify_foreign(search: Verification, step: int | None) -> None:
-    """Reads every array and every small file; what cannot be read is a finding."""
+    """Reads every array and every small file; unreadable ones are findings."""
     opened = checkpoint_dir.open_checkpoint(search.storage, search.path, step)
     for name, kind in opened.items.items():
         try:

@@ -36,7 +36,7 @@ def test_what_other_ranks_hold_is_not_saved_by_one_alone(workers: Workers, tmp_p
     for failure in workers.failures(2, save_alone, tmp_path):
         assert "UnsupportedLeafError" in failure.kinds
         assert failure.text.startswith("state.bias: the DTensor's mesh has rank 1, ")
-        assert "give a process_group that holds the whole mesh" in failure.text
+        assert "give a process_group that contains the mesh" in failure.text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,9 +105,9 @@ ODD = {
     "replica": "has the shape [3]; expected [4]",
     "over wrapper": "is a odd_tensors.Doubled, a subclass without memory of its own",
     "over shards": "LocalShardsWrapper, a subclass without memory of its own",
-    "sharded tensor": "ShardedTensor is a tensor subclass that has no memory of its own",
-    "fake": "FakeTensor is a tensor subclass that has no memory of its own",
-    "closed": "odd_tensors.Closed is a tensor subclass that has no memory of its own",
+    "sharded tensor": "ShardedTensor is a tensor subclass without memory of its own",
+    "fake": "FakeTensor is a tensor subclass without memory of its own",
+    "closed": "odd_tensors.Closed is a tensor subclass without memory of its own",
 }
 
 

@@ -90,7 +90,7 @@ class ChunkGrid:
         )
 
     def position(self, index: tuple[int, ...]) -> int:
-        """Place of chunk `index` in C order."""
+        """Position of chunk `index` in C order."""
         place = 0
         for i, n in zip(index, self.num_chunks_per_dim, strict=True):
             place = place * n + i
@@ -107,7 +107,7 @@ class ChunkGrid:
 
 @functools.lru_cache(maxsize=65536)
 def digest_offsets(grid: ChunkGrid, itemsize_bytes: int) -> tuple[int, ...]:
-    """Where each chunk's digests begin, in blocks, chunks in C order; the last is the total."""
+    """First digest block of each chunk, in C order; the last entry is the total."""
     counts = (grid.num_digests(index, itemsize_bytes) for index in grid.indices())
     return tuple(itertools.accumulate(counts, initial=0))
 
@@ -117,7 +117,7 @@ def run_in_chunk(
 ) -> tuple[int, int] | None:
     """First byte and one past the last of a region that is one run of a chunk's bytes, else None.
 
-    A chunk that is cut off in a dim after the first is stored with gaps, so it is read whole.
+    A chunk that is padded in a dim after the first is stored with gaps, so it is read entirely.
 
     Args:
         grid: The array's chunks.
@@ -173,7 +173,7 @@ def choose_grid(
     shard = tuple(max(1, n) for n in (shard_shape or spec.shape))
     chunk = list(shard)
     for dim, size in enumerate(shard):
-        # A dim that could not be cut stays whole, and the next ones make up for it.
+        # A dim that cannot be divided is kept, and the next ones are divided more.
         others = math.prod(chunk) // chunk[dim]
         budget = max_chunk_bytes // (others * spec.itemsize_bytes)
         if budget >= size:
@@ -189,7 +189,8 @@ def _split(size: int, budget: int, *, exact: bool) -> int:
     if not exact:
         return -(-size // -(-size // budget))
     best = max(d for d in _divisors(size) if d <= budget)
-    # A size with no useful divisor (a prime, say) is not worth thousands of slivers: keep it whole.
+    # A size with no useful divisor (a prime, say) would make thousands of tiny chunks: do not
+    # divide it.
     return best if best * 8 >= budget else size
 
 

@@ -1,8 +1,8 @@
 """Who reads which chunk when ranks read for each other, and in which rounds.
 
 A rank that wants columns of a chunk of rows must read all of it, since bytes are verified by the
-block; and replicas all want the same chunks. Where that would read a chunk more than once, one rank
-reads it and hands out the parts. Pure: every rank works out the same from what all ranks want.
+block; and replicas all need the same chunks. If several ranks need a chunk, one of them reads it
+and sends the parts. Pure: every rank computes the same plan from all requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Share", "SharedChunk", "StoredArray", "Region", "plan_sharing"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StoredArray:
-    """An array as it lies in storage."""
+    """An array as it is stored."""
 
     spec: ArraySpec
     grid: ChunkGrid
@@ -40,7 +40,7 @@ class Region:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Share:
-    """What one rank gets of a chunk.
+    """The part of a chunk for one rank.
 
     Attributes:
         rank: Who gets it.
@@ -61,7 +61,7 @@ class SharedChunk:
         array: Which array.
         index: Which of its chunks.
         reader: The rank that reads it.
-        parts: Who gets what, in order of rank.
+        parts: The parts, in order of rank.
     """
 
     array: str
@@ -83,7 +83,7 @@ def plan_sharing(
 
     Args:
         arrays: Every array that is wanted.
-        wants: What each rank wants, in order of rank.
+        wants: The requests, in order of rank.
         round_bytes: How much a rank reads, and how much it gets, in one round at most; a single
             chunk may be more.
     """
@@ -144,7 +144,7 @@ class _Budget:
         self._got = [0] * num_ranks
 
     def must_close(self, reader: int, size_bytes: int, got: Sequence[tuple[int, int]]) -> bool:
-        """Adds a chunk; whether it begins a new round because the last one is full."""
+        """Adds a chunk; returns whether it starts a new round because the last one is full."""
         is_full = self._read[reader] > 0 and (
             self._read[reader] + size_bytes > self._round_bytes
             or any(self._got[rank] + more > self._round_bytes for rank, more in got)

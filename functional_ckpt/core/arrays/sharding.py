@@ -1,7 +1,7 @@
 """Which rank holds which part of a global array: device meshes and placements as plain data.
 
 Facts about DTensor (torch 2.13, tried on real meshes): placements apply to the mesh dims from left
-to right; `Shard` cuts what is left of a dim into parts of ceil(n / k), the last ones smaller or
+to right; `Shard` divides the remainder of a dim into parts of ceil(n / k), the last ones smaller or
 empty; `_StridedShard` with the split factor f first cuts it into f such parts and gives every rank
 its share of each. Free of torch.
 """
@@ -39,7 +39,7 @@ class DimShard:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of the global array and where it lies in a rank's local tensor.
+    """A box of the global array and its position in a rank's local tensor.
 
     Attributes:
         box: In the global array.
@@ -57,7 +57,7 @@ class Sharding:
     Attributes:
         mesh_shape: Ranks along each mesh dim.
         ranks: The global ranks in the mesh, in C order.
-        placements: For each mesh dim what it cuts, or None where it replicates.
+        placements: The array dim that each mesh dim shards; None if it replicates.
     """
 
     mesh_shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class Sharding:
 
     @classmethod
     def replicated(cls, ranks: tuple[int, ...]) -> Sharding:
-        """The whole array on each of `ranks`."""
+        """The complete array on each of `ranks`."""
         return cls((len(ranks),), ranks, (None,))
 
     def coordinate(self, rank: int) -> tuple[int, ...] | None:
@@ -90,12 +90,12 @@ class Sharding:
         return tuple(reversed(coordinate))
 
     def pieces(self, shape: tuple[int, ...], rank: int) -> tuple[Piece, ...]:
-        """What a rank holds of an array of `shape`, in the order of its local tensor."""
+        """A rank's parts of an array of `shape`, in the order of its local tensor."""
         coordinate = self.coordinate(rank)
         return () if coordinate is None else self.pieces_at(shape, coordinate)
 
     def pieces_at(self, shape: tuple[int, ...], coordinate: tuple[int, ...]) -> tuple[Piece, ...]:
-        """What the rank at a mesh coordinate holds."""
+        """The parts of the rank at a mesh coordinate."""
         runs = [
             _intervals(size, self._shard_dims(dim), self._coordinate_of(dim, coordinate))
             for dim, size in enumerate(shape)
@@ -134,13 +134,13 @@ class Sharding:
         if outside:
             raise errors.UnsupportedLeafError(
                 f"the DTensor's mesh has rank {outside[0]}, which is outside the saving process "
-                f"group ({len(group)} ranks); give a process_group that holds the whole mesh"
+                f"group ({len(group)} ranks); give a process_group that contains the mesh"
             )
         ranks = tuple(places[rank] for rank in self.ranks)
         return dataclasses.replace(self, ranks=ranks)
 
     def chunk_alignment(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Per dim a length that divides every edge between ranks; the whole dim where none cuts it.
+        """Per dim a length that divides all shard edges; the dim's size if it is not sharded.
 
         A chunk that divides the unit never reaches over an edge, so it has one writer.
         """
@@ -154,7 +154,7 @@ class Sharding:
         )
 
     def replicas(self, rank: int) -> tuple[int, ...]:
-        """The ranks that hold exactly what `rank` holds, itself included, ascending."""
+        """The ranks with the same parts as `rank`, itself included, ascending."""
         coordinate = self.coordinate(rank)
         if coordinate is None:
             return ()
@@ -293,7 +293,7 @@ def sharding_of(tensor: Any) -> Sharding | None:
 
 
 def pieces_of(tensor: Any) -> tuple[Piece, ...]:
-    """What this rank holds of a tensor: the whole, or its part of a DTensor."""
+    """This rank's part of a tensor: all of it, or its shard of a DTensor."""
     shape = tuple(tensor.shape)
     sharding = sharding_of(tensor)
     if sharding is None:
@@ -305,7 +305,7 @@ def pieces_of(tensor: Any) -> tuple[Piece, ...]:
 
 
 def local_of(tensor: Any) -> Any:
-    """What this rank holds of a DTensor; any other tensor as it is."""
+    """This rank's part of a DTensor; any other tensor unchanged."""
     if getattr(tensor, "device_mesh", None) is None:
         return tensor
     local = tensor.detach().to_local()
@@ -316,8 +316,8 @@ def local_of(tensor: Any) -> Any:
 def wrong_local(tensor: Any, sharding: Sharding | None, found: tuple[int, ...]) -> str | None:
     """Why this rank does not hold the part of a DTensor that its placements say; None if it does.
 
-    `DTensor.from_local` checks nothing: with other parts than torch.chunk would cut, nobody knows
-    which elements a rank holds.
+    `DTensor.from_local` checks nothing: with parts that differ from torch.chunk's, the elements of
+    a rank are unknown.
 
     Args:
         tensor: The DTensor; any other tensor is right.
@@ -334,9 +334,9 @@ def wrong_local(tensor: Any, sharding: Sharding | None, found: tuple[int, ...]) 
     return (
         f"the local tensor of this DTensor of shape {list(shape)}, placements "
         f"{tuple(tensor.placements)} on a mesh of shape {list(sharding.mesh_shape)}, has the shape "
-        f"{list(found)}; expected {list(expected)}, which is what torch.chunk and "
-        "distribute_tensor give this rank. Cut it like that, or save the parts as plain tensors "
-        "under a name of their own on each rank"
+        f"{list(found)}; expected {list(expected)}, as torch.chunk and distribute_tensor give this "
+        "rank. Divide it like that, or save the parts as plain tensors under a name of their own "
+        "on each rank"
     )
 
 

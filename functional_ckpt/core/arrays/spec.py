@@ -1,4 +1,4 @@
-"""What an array is without its data: `ArraySpec`, and a region of one: `Box`. Free of torch."""
+"""Shape and dtype of an array, `ArraySpec`, and a region of it, `Box`. Free of torch."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Box:
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Box:
-        """The box that is the whole array."""
+        """The box of the entire array."""
         return cls((0,) * len(shape), shape)
 
     @property
@@ -146,7 +146,7 @@ class Box:
         return Box(offset, shape) if all(n > 0 for n in shape) else None
 
     def contains(self, other: Box) -> bool:
-        """Whether every index of `other` lies in this box."""
+        """Whether this box contains every index of `other`."""
         return all(
             a <= b and d <= c
             for a, b, c, d in zip(self.offset, other.offset, self.end, other.end, strict=True)

@@ -1,1 +1,1 @@
-"""The records of a checkpoint as data: ours, Orbax's, and how those of several ranks merge."""
+"""The records of a checkpoint as data: native, Orbax's, and the merge of several ranks' records."""

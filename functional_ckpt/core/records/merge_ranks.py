@@ -1,4 +1,4 @@
-"""One structure out of what the ranks hold: pipeline stages, per-rank values, replicas. Pure."""
+"""Merges the ranks' structures: pipeline stages, per-rank values, replicas. Pure."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def merge_ranks(parts: Parts, *, item: str) -> Node:
 
 
 Held: TypeAlias = "list[tuple[tuple[int, ...], Node]]"
-"""Ranks, and what all of them hold; in order of the first of the ranks."""
+"""Groups of ranks with equal values, in order of their first rank."""
 _Branches: TypeAlias = "list[tuple[tuple[int, ...], BranchNode]]"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Uniting:
-    """What one `merge_ranks` call knows everywhere."""
+    """Shared state of one `merge_ranks` call."""
 
     item: str
     num_ranks: int
@@ -76,7 +76,7 @@ class _Uniting:
             kind="per_rank",
             keys=tuple(Key(rank_key(rank)) for rank, _ in pairs),
             children=tuple(held[place][1] for _, place in pairs),
-            # Other ranks, which have none, are told from another number of ranks.
+            # Distinguishes ranks without a value from another number of ranks.
             detail={} if len(pairs) == self.num_ranks else {"num_ranks": self.num_ranks},
         )
 
@@ -120,8 +120,8 @@ def _merge_details(
 ) -> Mapping[str, object] | None:
     """The detail of a container on two ranks; None where they contradict each other.
 
-    What the attributes of a state dict say of modules (`_metadata`) is united like its keys: each
-    pipeline stage has modules of its own.
+    Per-module attributes of a state dict (`_metadata`) are merged like its keys: each pipeline
+    stage has its own modules.
     """
     if one == other:
         return one
@@ -152,7 +152,7 @@ def _advice(path: KeyPath) -> str:
             "({'params': [], ...} with the group's options)."
         )
     return (
-        "Give them different names, or save what belongs to each rank as an item of its own "
+        "Give them different names, or save each rank's value in a separate item "
         "(fc.Stateful(value, per_rank=True))."
     )
 
@@ -185,11 +185,11 @@ def _describe(node: Node) -> str:
 
 
 def merge_shardings(parts: Sequence[tuple[int, Sharding | None]]) -> Sharding:
-    """Who holds what of an array that the ranks hold in different shardings, or plain.
+    """The sharding of an array that ranks hold in different shardings, or plain.
 
-    Meshes of one shape that have no rank in common are replicas of each other: FSDP2 shards what
-    tensor parallelism leaves alone (norms) over another mesh on every tensor-parallel rank. Of
-    shardings that do not fit together, that of the first rank counts; the others write nothing.
+    Meshes of one shape that have no rank in common are replicas of each other: FSDP2 shards
+    parameters without tensor parallelism (norms) over another mesh on every tensor-parallel rank.
+    Of shardings that do not fit together, that of the first rank counts; the others write nothing.
 
     Args:
         parts: `(rank, sharding)` of every rank that has the array; None where it is plain.
@@ -217,7 +217,8 @@ def merge_shardings(parts: Sequence[tuple[int, Sharding | None]]) -> Sharding:
 def select_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> Node:
     """The structure as one rank restores it: its own of every value that was saved per rank.
 
-    With another number of ranks, the values of rank 0 are taken; `dropped` is told their key paths.
+    With another number of ranks, the values of rank 0 are taken; `dropped` receives their key
+    paths.
     """
     trail: walk.Trail[Key] = walk.Trail()
 

@@ -1,4 +1,4 @@
-"""Orbax's own metadata files as data: written beside ours, read where ours are absent. Pure.
+"""Orbax's metadata files as data: written next to native records, read if these are absent. Pure.
 
 Free of torch. Facts were read off files written by orbax-checkpoint 0.12.8, and tried on its
 readers.
@@ -71,7 +71,7 @@ def checkpoint_metadata(
 
 
 def _stored_as(leaf: structure.Node) -> str:
-    """What a leaf is to Orbax: `array`, `scalar`, `string` or the name of an empty."""
+    """Orbax's type of a leaf: `array`, `scalar`, `string` or the name of an empty."""
     if isinstance(leaf, structure.ArrayNode):
         return "array"
     if isinstance(leaf, structure.BranchNode):
@@ -171,7 +171,7 @@ def zarr3_metadata(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> dict[str, J
     }
 
 
-# ----------------------------------------------------------------------------------- reading theirs
+# ------------------------------------------------------------------------------ reading Orbax's
 
 
 def parse_tree(
@@ -190,8 +190,8 @@ def parse_tree(
         texts: Content of `_strings.json`.
 
     Returns:
-        The structure. Its arrays are tensors, or numbers where Orbax was given Python numbers;
-        containers are as Orbax tells them: dicts with string keys, and lists.
+        The structure. Its arrays are tensors, or numbers if Orbax was given Python numbers;
+        containers are as Orbax stores them: dicts with string keys, and lists.
     """
     try:
         record = plain_json.parse(data)

@@ -1,6 +1,6 @@
 """The records on disk and their JSON: our extension of Orbax's format. Pure; free of torch.
 
-`docs/format.md` is normative; `core/records/orbax.py` has what Orbax itself reads and writes.
+`docs/format.md` is normative; `core/records/orbax.py` has Orbax's own records.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def digest_hex(data: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What a file of a checkpoint must be.
+    """Expected size and digest of a file.
 
     Attributes:
         size_bytes: Its size.
@@ -64,7 +64,7 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ArrayRecord:
-    """How one array is cut and what its bytes must be.
+    """Chunk shape and digests of one array.
 
     Attributes:
         chunk_shape: Shape of one chunk.
@@ -113,7 +113,7 @@ class ItemRecord:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """What a whole checkpoint must be.
+    """The record of a checkpoint: its items and files.
 
     Attributes:
         step: The step, or None for a checkpoint without steps.

@@ -28,7 +28,7 @@ _MAPPINGS = (
 )
 _PARTS = ("sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc", "quantized")
 _BRANCHES = (*_MAPPINGS, *_PARTS, "subclass", "per_rank")
-# `numpy.dtype` understands far more than what is written here, by way of a parser of Python.
+# `numpy.dtype` accepts far more than the names written here, through a parser of Python.
 _NUMPY_DTYPE = re.compile(r"[<>|=][SUMmiufcb]\d{0,9}(\[\d{0,9}[A-Za-z]{1,8}\])?")
 _ARRAYS = ("tensor", "ndarray", "numpy_scalar", "bytes")
 
@@ -103,7 +103,7 @@ def from_json(records: Json) -> structure.Node:
 
     root = walk.fold((None, 0), visit)
     if next(remaining, None) is not None:
-        raise ValueError("the structure goes on after its last leaf")
+        raise ValueError("the structure continues after its last leaf")
     return root
 
 
@@ -115,7 +115,7 @@ def _array(
     if kind == "tensor":
         _check_tensor(spec, detail)
     elif (dtype := detail.get("dtype")) is not None and not _NUMPY_DTYPE.fullmatch(string(dtype)):
-        raise ValueError(f"{dtype!r:.80} is no numpy dtype of ours")
+        raise ValueError(f"{dtype!r:.80} is not a stored numpy dtype")
     return structure.ArrayNode(
         kind=kind,
         spec=spec,
@@ -131,7 +131,7 @@ def _spec(shape: tuple[int, ...], dtype: str) -> ArraySpec:
 
 
 def _check_tensor(spec: ArraySpec, detail: dict[str, object]) -> None:
-    """What would make a tensor reach over the bytes that are stored for it."""
+    """A problem that would make a tensor exceed its stored bytes."""
     carried = detail.get("dtype")
     if carried is not None and CARRIED_BY.get(string(carried)) != spec.dtype:
         raise ValueError(f"{spec.dtype} does not carry {carried}")

@@ -1,1 +1,1 @@
-"""What a restore will do with each leaf, worked out in full before the first byte is read."""
+"""The plan of a restore, complete before the first byte is read."""

@@ -42,8 +42,8 @@ def from_node(root: Node) -> Any:
         branch = cast("BranchNode", node)
         if branch.detail.get(INCOMPLETE):
             raise errors.UsageError(
-                "A list of a JSON item cannot be restored in part: the target has nothing in place "
-                "of what is left out. Select or ignore all of it."
+                "A list of a JSON item cannot be restored in part: the target has no values for "
+                "the rest. Select or ignore all of it."
             )
         if branch.kind == "list":
             return branch.children, list

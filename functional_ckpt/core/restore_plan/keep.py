@@ -1,8 +1,8 @@
-"""What a restore leaves alone: leaves that are not selected stay what they are in the target.
+"""Leaves that are not selected: they keep the target's values.
 
 The stored structure and the target's own tree are merged before anything is matched, so that
-`only`, `ignore` and `key_map` mean the same for every handler: what a handler gets to see as saved
-is what the restore will result in.
+`only`, `ignore` and `key_map` mean the same for every handler: the handler sees the result of the
+restore as the saved value.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Merged:
 
 
 _Place: TypeAlias = tuple[Node | None, Any, Key | None, int]
-"""What is stored (None for nothing), the target's own (`NOTHING` for none), key and depth."""
+"""Stored node (None if absent), the target's (`NOTHING` if absent), key and depth."""
 
 
 def is_own(node: object) -> bool:
@@ -50,7 +50,7 @@ def keep_unselected(saved: Node, own: Any, selects: Selects) -> Node | None:
     """The stored structure with the target's own values in place of every leaf not selected.
 
     A leaf that is not selected and that the target does not have is left out. The names of an
-    optimizer's parameters say what the rest is about and are always taken as stored.
+    optimizer's parameters give the rest its meaning and are always taken as stored.
 
     Args:
         saved: The stored structure.
@@ -82,7 +82,7 @@ def keep_unselected(saved: Node, own: Any, selects: Selects) -> Node | None:
 
 
 def _children_of(node: Node | None) -> dict[str, tuple[Key, Node]] | None:
-    """The children by what their keys read as; None for a leaf."""
+    """The children by the text of their keys; None for a leaf."""
     if not isinstance(node, structure.BranchNode):
         return None
     if node.kind in composite.KINDS or structure.is_names(node):
@@ -92,7 +92,7 @@ def _children_of(node: Node | None) -> dict[str, tuple[Key, Node]] | None:
 
 
 def _own_children(live: Any) -> dict[str, tuple[Key, Any]] | None:
-    """The children by what their keys read as; None for a leaf."""
+    """The children by the text of their keys; None for a leaf."""
     opened = None if isinstance(live, (Fill, torch.Tensor)) else flatten.flatten_one_level(live)
     if opened is None:
         return None

@@ -1,4 +1,4 @@
-"""A stored structure and a target, side by side: every leaf is bound, or told not to fit."""
+"""Matches a stored structure with a target, leaf by leaf."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["match", "own_value"]
 
 _LEAVES = (Fill, Refused, torch.Tensor)
 _Pair: TypeAlias = tuple[structure.Node | None, Any, KeyPath]
-"""What is stored (None for nothing), what the target has there, and where."""
+"""Stored node (None if absent), target value and key path."""
 
 
 def match(
@@ -42,10 +42,10 @@ def match(
     selects: Callable[[str], bool] | None = None,
     as_parts: bool = False,
 ) -> Bound:
-    """Binds every leaf of a target to what is stored for it.
+    """Binds every leaf of a target to its stored leaf.
 
     Args:
-        saved: The stored structure, or what `keep_unselected` made of it.
+        saved: The stored structure, or the result of `keep_unselected`.
         target: A pytree as `Handler.target` returns it.
         item: The item's name, for messages.
         cast_to_target: Whether an array of another dtype may be converted to the target's.
@@ -119,7 +119,7 @@ class _Matching:
     def _bind_container(
         self, saved: structure.BranchNode, target: Any, opened: flatten.FlatNode, path: KeyPath
     ) -> walk.Visit[_Pair, Binding]:
-        """Children are paired by what their keys read as: others know no keys but strings."""
+        """Pairs children by the text of their keys: foreign checkpoints have only str keys."""
         pairs = list(zip(saved.keys, saved.children, strict=True))
         stored = {str(key.value): child for key, child in pairs}
         wanted = {str(key.value) for key in opened.keys}
@@ -293,8 +293,8 @@ class _Matching:
     def _incomplete(self, node: structure.BranchNode, path: KeyPath) -> errors.UsageError:
         where = structure.pretty(path, self.item)
         return errors.UsageError(
-            f"{where}, a {node.kind}, cannot be restored in part: the target has nothing in place "
-            "of what is left out. Select or ignore all of it.",
+            f"{where}, a {node.kind}, cannot be restored in part: the target has no values for the "
+            "rest. Select or ignore all of it.",
             key_path=where,
         )
 
@@ -353,7 +353,7 @@ def _stored_dtype(node: structure.Node) -> str | None:
 
 
 def own_value(target: Any) -> Any:
-    """What a target keeps when the checkpoint has nothing for it."""
+    """The value that a target keeps if the checkpoint has none."""
     return flatten.map_leaves(_own_leaf, target)
 
 

@@ -1,4 +1,4 @@
-"""What a restore does for each leaf and container, as data: the outcome of matching."""
+"""The result of matching, as data: the action for each leaf and container."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class ReadArray:
     """An array to be read.
 
     Attributes:
-        node: What is stored.
-        form: What becomes of it: `as_saved`, `tensor` (new), `ndarray` (new), or `fill`.
+        node: The stored node.
+        form: Its restored form: `as_saved`, `tensor` (new), `ndarray` (new), or `fill`.
         like: The tensor to fill or imitate, for `fill` and `tensor`.
     """
 
@@ -49,9 +49,9 @@ class Build:
     """A container to be built from its children.
 
     Attributes:
-        node: What is stored, or a node of the target's own keys.
+        node: The stored node, or a node with the target's own keys.
         children: Their bindings.
-        like: The target's container, or None to build what was saved.
+        like: The target's container, or None to build the saved type.
         into: A tensor that receives the built value by `copy_`, for tensors made of parts.
     """
 
@@ -70,7 +70,7 @@ class Filled:
 
     Attributes:
         where: The leaf, as `item['key']`.
-        read: What is read into it.
+        read: The leaves read into it.
     """
 
     where: str
@@ -82,7 +82,7 @@ class Bound:
     """The outcome of `match`.
 
     Attributes:
-        binding: What to do for the whole item.
+        binding: The binding of the item's root.
         report: What did not fit.
         filled: The target's own tensors that are filled.
     """
@@ -94,11 +94,11 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreReport:
-    """What a restore left out, as `item['key']` texts; all empty when checkpoint and target agree.
+    """The differences of a restore, as `item['key']` texts; all empty if there are none.
 
     Attributes:
         missing: Expected by the target, absent from the checkpoint; the target kept its own value.
-        unexpected: In the checkpoint, without a place in the target; not read.
+        unexpected: In the checkpoint but not in the target; not read.
         mismatched: Different in kind, shape or dtype; the target kept its own value.
     """
 

@@ -1,4 +1,4 @@
-"""Other names for what is stored: a structure whose leaves are where a target looks for them.
+"""`key_map`: a structure whose leaves have the target's names.
 
 Names are `item.leaf.name`, as everywhere in a restore; a leaf stays in its item.
 """
@@ -102,7 +102,7 @@ class Renaming:
             if not new.startswith(start) or new == start:
                 raise errors.UsageError(
                     f"key_map renames the parameter {old!r} to {new!r}; expected a name that "
-                    f"begins with {start!r}.",
+                    f"starts with {start!r}.",
                     key_path=old,
                 )
             children.append(structure.ValueNode(kind="str", value=new.removeprefix(start)))
@@ -120,7 +120,7 @@ class Renaming:
         if not new or not new.startswith(f"{item}.") or len(new) == len(item) + 1 or not path:
             raise errors.UsageError(
                 f"key_map renames {name!r} to {new!r}: a leaf stays in its item; expected a name "
-                f"that begins with {item + '.'!r}.",
+                f"that starts with {item + '.'!r}.",
                 key_path=name,
             )
         new = new.removeprefix(f"{item}.")
@@ -134,7 +134,7 @@ class _Rules:
     """A key map of whatever form.
 
     Attributes:
-        names: What each rule is called in messages.
+        names: The name of each rule in messages.
         apply: Returns the new name of a leaf, and the indices of the rules that made it.
     """
 
@@ -225,7 +225,7 @@ def _leaves(root: structure.Node, branches: dict[KeyPath, structure.BranchNode])
 def _note_moved(
     branches: dict[KeyPath, structure.BranchNode], path: KeyPath, new_path: KeyPath
 ) -> None:
-    """Notes that what holds a leaf goes with it as far up as the keys are the same."""
+    """Records that a leaf's containers move with it, as far up as the keys are equal."""
     size = 1
     while size < min(len(path), len(new_path)) and path[-size] == new_path[-size]:
         branches.setdefault(new_path[:-size], branches[path[:-size]])
@@ -247,8 +247,8 @@ def _renamed_parameter(path: KeyPath, new: str) -> KeyPath | None:
 def _respelled(path: KeyPath, new: str, name: str) -> KeyPath:
     """The keys of a path after its name was changed: those at both ends that are still there stay.
 
-    What lies between is one key if it was one with a dot in it, or the only one (the names of a
-    state dict); else a key for each part.
+    The text between is one key if it was one with a dot in it, or the only one (names of a state
+    dict); otherwise one key per part.
     """
     texts = [str(key.value) for key in path]
     start, end = 0, len(path)
@@ -259,7 +259,7 @@ def _respelled(path: KeyPath, new: str, name: str) -> KeyPath:
         new = new[: -len(texts[end - 1])].removesuffix(".")
         end -= 1
     if start == end < len(path) and new and (len(path) == 1 or "." in texts[end]):
-        new = f"{new}.{texts[end]}"  # what was put before such a key belongs to it
+        new = f"{new}.{texts[end]}"  # a prefix of such a key belongs to it
         end += 1
     changed = path[start:end]
     if any(key.kind == "index" for key in changed):

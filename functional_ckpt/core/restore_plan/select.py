@@ -27,15 +27,15 @@ OWN = "own"
 """Kind of a node whose value is the target's own: in a restore only, never on disk."""
 Selects: TypeAlias = Callable[[str], bool]
 Ignored: TypeAlias = str | Sequence[str] | Selects
-"""What a restore leaves alone: patterns, or a function of a name."""
+"""Leaves that a restore skips: patterns, or a function of a name."""
 
 
 class Selection:
-    """Says what is wanted, and remembers what it was asked about: a typo must not pass in silence.
+    """Selects leaves and records the matched patterns, so that typing errors are reported.
 
     Args:
         patterns: Shell patterns; a `*` also matches dots. None wants everything.
-        ignored: Patterns, or a function, of what is left alone; None ignores nothing.
+        ignored: Patterns, or a function, of leaves to skip; None skips nothing.
     """
 
     def __init__(self, patterns: Sequence[str] | None, ignored: Ignored | None = None) -> None:
@@ -118,7 +118,7 @@ class Selection:
 
 
 def _may_begin(pattern: str, start: str) -> bool:
-    """Whether a pattern may match a name that begins so: its part for that may end in a star."""
+    """Whether a pattern may match a name with this prefix: its part for it may end in a star."""
     ends = range(1, len(pattern) + 1)
     return any(fnmatch.fnmatchcase(start, pattern[:end]) for end in ends)
 
@@ -151,7 +151,7 @@ def _visit_specs(node: structure.Node) -> walk.Visit[structure.Node, Any]:
     def build(children: list[Any]) -> Any:
         if node.kind in _PARTS or node.kind in ("registered", "per_rank"):  # not made of specs
             parts = dict(zip([key.value for key in node.keys], children, strict=True))
-            # That it is one tensor can be told from a dict.
+            # A single tensor differs from a dict.
             return structure.Described(parts, node.detail) if node.kind in _PARTS else parts
         built = flatten.unflatten_one_level(node, children)
         is_described = node.kind == "dict" and node.detail
@@ -172,8 +172,8 @@ def _spec_of(leaf: Any) -> Any:
 def prune(node: structure.Node, keep: Callable[[str], bool]) -> structure.Node | None:
     """The part of a structure whose leaf names `keep` accepts; None when nothing is left.
 
-    A dict loses the keys that are left out; in a sequence, named tuple or registered node None
-    takes their place.
+    A dict loses the keys that are left out; in a sequence, named tuple or registered node they
+    become None.
     """
     trail: walk.Trail[structure.Key] = walk.Trail()
 

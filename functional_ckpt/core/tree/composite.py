@@ -1,4 +1,4 @@
-"""Tensors made of parts: sparse, quantized, and subclasses that say what they are made of."""
+"""Tensors made of parts: sparse, quantized, and subclasses with `__tensor_flatten__`."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def why_opaque(tensor: torch.Tensor) -> str:
     """Why a wrapper that cannot be taken apart is no leaf; see `memory.is_opaque`."""
     kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
     return (
-        f"{kind} is a tensor subclass that has no memory of its own and does not say what it is "
-        "made of (__tensor_flatten__); pass the plain tensors inside it"
+        f"{kind} is a tensor subclass without memory of its own and without __tensor_flatten__; "
+        "pass the plain tensors inside it"
     )
 
 
@@ -113,7 +113,7 @@ def _open_subclass(tensor: Any) -> Parts:
 
 
 def class_name(kind: type) -> str:
-    """What the class of a tensor is stored as; it is looked up at restore, never imported."""
+    """The stored name of a tensor's class; it is looked up at restore, never imported."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -145,7 +145,7 @@ def build_tensor(node: structure.BranchNode, children: Sequence[Any], like: obje
     """Puts a tensor together again; the opposite of `open_tensor`.
 
     Args:
-        node: What was stored.
+        node: The stored node.
         children: Its parts.
         like: A tensor of the subclass wanted; None for the class that was stored. The parts of a
             subclass that this process does not know come back as a dict.

@@ -35,13 +35,13 @@ _MAX_KEY_BITS = 10_000
 _FACTORIES: Mapping[str, Callable[[], object]] = MappingProxyType(
     {"list": list, "dict": dict, "int": int, "float": float, "str": str, "bool": bool, "set": set}
 )
-# What code of others raises when it is given data that does not fit.
+# Exceptions that foreign code raises for unexpected data.
 _UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FlatNode:
-    """A container taken apart: what a `BranchNode` says of it, and its live children."""
+    """A flattened container: its `BranchNode` fields and its live children."""
 
     kind: str
     keys: tuple[Key, ...]
@@ -117,7 +117,7 @@ def _open_mapping(kind: str, value: Any, detail: Mapping[str, object] | None = N
 
 
 def _attributes(value: object) -> dict[str, object]:
-    """What was set on a dict besides its keys, as `_metadata` is on the state dict of a module."""
+    """Attributes of a dict, such as `_metadata` of a module's state dict."""
     attributes = vars(value)
     if not attributes:
         return {}
@@ -192,7 +192,7 @@ def _entry_key(entry: object, index: int) -> Key:
 
 
 def registered_name(kind: type) -> str:
-    """What a registered node type is stored under; it is looked up at restore, never imported."""
+    """The stored name of a registered node type; it is looked up at restore, never imported."""
     serialized = _pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
     name = serialized.serialized_type_name if serialized is not None else None
     if name in (None, _pytree.NO_SERIALIZED_TYPE_NAME_FOUND):
@@ -209,10 +209,10 @@ def unflatten_one_level(
     """Builds a container again; the opposite of `flatten_one_level`.
 
     Args:
-        node: What was stored.
+        node: The stored node.
         children: The restored children, one per key.
-        like: A container of the wanted type, whose own type and context win over the stored ones;
-            None to build what was saved. A registered or named-tuple type that this process does
+        like: A container of the wanted type, whose own type and context take precedence; None to
+            build the saved type. A registered or named-tuple type that this process does
             not know comes back as a dict of its fields and a fresh named tuple.
 
     Raises:
@@ -306,7 +306,7 @@ _BUILDERS: Mapping[str, Callable[[structure.BranchNode, Sequence[Any]], Any]] = 
 def register_record(kind: type) -> None:
     """Registers a frozen dataclass as a node: its first field is the child, the others the context.
 
-    It is rebuilt without its `__init__`: `tree_map` may put any value in the place of the child.
+    It is rebuilt without its `__init__`: `tree_map` may replace the child by any value.
     """
     child, *options = (field.name for field in dataclasses.fields(kind))
 

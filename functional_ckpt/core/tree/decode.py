@@ -43,7 +43,7 @@ def allocate(node: structure.ArrayNode, device: torch.device | None = None) -> D
     """New memory for an array as it was saved: the same kind, dtype and layout.
 
     Args:
-        node: What was stored.
+        node: The stored node.
         device: Where a tensor shall live; None for the CPU.
 
     Raises:
@@ -101,8 +101,8 @@ def _allocate(node: structure.ArrayNode, device: torch.device | None) -> Destina
 def _new_array(node: structure.ArrayNode, dtype: np.dtype[Any]) -> Array:
     """An uninitialised array of the node's shape and layout; large ones in memory of torch's.
 
-    That begins at a multiple of 64 bytes, numpy's 16 bytes behind a page, where some processors
-    have the kernel copy what is read at a quarter of the speed.
+    It starts at a multiple of 64 bytes. numpy's memory starts 16 bytes after a page, where the
+    kernel copies at a quarter of the speed on some processors.
     """
     order = "C" if _is_text(node) else _order(node)
     if node.spec.size_bytes < _ALIGNED_FROM_BYTES:

@@ -1,4 +1,4 @@
-"""Tensors, numpy arrays and plain values as leaves: what of them is stored.
+"""Encodes tensors, numpy arrays and plain values as leaves.
 
 A leaf codec is two pure halves. This one turns a value into a node and a *source*, a tensor over
 the caller's own memory from which the bytes will be copied; `destinations` is the other.
@@ -122,7 +122,7 @@ _described: dict[object, tuple[spec_lib.ArraySpec, Mapping[str, object]]] = {}
 
 
 def ordinary_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
-    """As `array_node`, for an ordinary tensor; those that are alike share what describes them."""
+    """As `array_node`, for an ordinary tensor; equal tensors share their description."""
     key = (type(tensor), tensor.shape, tensor.dtype, tensor.requires_grad)
     described = _described.get(key)
     if described is None:
@@ -210,8 +210,8 @@ def _numpy_node(array: Array | np.generic, name: str) -> structure.ArrayNode:
 def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
     """A tensor over the value's own memory, of the torch twin of the node's storage dtype.
 
-    Copies only what has no memory of its own to show: conj and neg views, read-only or
-    foreign-endian numpy arrays, numpy scalars and bytes.
+    Copies only values without contiguous memory: conj and neg views, read-only or foreign-endian
+    numpy arrays, numpy scalars and bytes.
     """
     if isinstance(value, torch.Tensor):
         # Detached even if it wants no gradient: `.data` may give the live one other memory.
@@ -246,7 +246,7 @@ def why_wrapped(local: torch.Tensor) -> str:
     return (
         f"the local tensor of this DTensor is a {kind}, a subclass without memory of its own, and "
         "the parts of such tensors cannot be put together over ranks; save a DTensor of plain "
-        "tensors, or what each rank has with fc.Stateful(value, per_rank=True)"
+        "tensors, or each rank's value with fc.Stateful(value, per_rank=True)"
     )
 
 
@@ -272,7 +272,7 @@ def host_view(tensor: torch.Tensor, dtype: str) -> Array:
 
 @functools.cache
 def _host_dtypes(dtype: torch.dtype, stored: str) -> tuple[np.dtype[Any], torch.dtype | None]:
-    """The numpy dtype of what is stored; what a tensor is viewed as that numpy does not know."""
+    """The numpy dtype of the stored data; a view dtype for tensors that numpy does not know."""
     target = spec_lib.numpy_dtype(stored)
     if _is_registered(target) or torch_dtype_name(dtype) in _CARRIED_BY:
         return target, _INT_OF_SIZE[target.itemsize]
@@ -285,7 +285,7 @@ def _is_registered(dtype: np.dtype[Any]) -> bool:
 
 
 def tensor_role(tensor: torch.Tensor) -> dict[str, object]:
-    """What makes a tensor a Parameter, a Buffer or a leaf that wants a gradient, as a detail."""
+    """The role of a tensor, as a detail: Parameter, Buffer, requires_grad."""
     if isinstance(tensor, torch.nn.Parameter):
         return {"parameter": True, **({} if tensor.requires_grad else {"requires_grad": False})}
     detail: dict[str, object] = {"requires_grad": True} if tensor.requires_grad else {}

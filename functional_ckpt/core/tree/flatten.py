@@ -1,4 +1,4 @@
-"""Whole pytrees: flattened into a structure and the arrays it holds, and mapped leaf by leaf."""
+"""Flattens pytrees to a structure and its arrays, and maps them leaf by leaf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What memory a leaf is: its own rows and nothing else, or shared with another leaf."""
+"""Storage identity of leaves: which leaves share memory."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def is_opaque(value: torch.Tensor) -> bool:
 
 
 def is_expanded(tensor: torch.Tensor) -> bool:
-    """Whether several elements lie in one place."""
+    """Whether several elements share an address."""
     return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def storage_key(value: object) -> Hashable | None:
-    """What two leaves share when they are the same memory read the same way; None: not shared."""
+    """A key that is equal for leaves with the same memory and view; None if not shared."""
     if isinstance(value, torch.Tensor):
         if is_opaque(value) or value.numel() == 0 or value.is_conj() or value.is_neg():
             return None
@@ -88,7 +88,7 @@ def storage_key(value: object) -> Hashable | None:
             pointer = local.data_ptr()
             if local.numel() == 0:
                 # This rank holds nothing of a sharded tensor, and there is no pointer to nothing:
-                # all ranks must agree on what is tied, so the (empty) storage stands in for it.
+                # all ranks must agree on ties, so the (empty) storage is used in its stead.
                 pointer = (local.untyped_storage()._cdata, local.storage_offset())
         return ("torch", value.device, pointer, value.shape, value.stride(), value.dtype)
     if isinstance(value, np.ndarray) and value.size:
@@ -98,7 +98,7 @@ def storage_key(value: object) -> Hashable | None:
 
 
 def tie_key(tensor: torch.Tensor) -> Hashable | None:
-    """As `storage_key`, for tensors on the meta device too: what a restore gives memory once."""
+    """As `storage_key`, for tensors on the meta device too, which a restore allocates once."""
     if not tensor.is_meta:
         return storage_key(tensor)
     local = sharding.local_of(tensor)

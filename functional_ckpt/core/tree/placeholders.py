@@ -1,4 +1,4 @@
-"""What may stand in a restore target besides values: `Fill`, `AS_SAVED` and `Refused`.
+"""Placeholders in restore targets: `Fill`, `AS_SAVED` and `Refused`.
 
 Free of torch.
 """
@@ -33,7 +33,7 @@ class AsSaved(enum.Enum):
 
 
 AS_SAVED: Final = AsSaved.AS_SAVED
-"""Stands anywhere in a target tree: what the checkpoint holds there comes back as it was saved."""
+"""Placeholder in a target tree: the stored subtree is restored as it was saved."""
 
 
 class Nothing(enum.Enum):
@@ -48,11 +48,11 @@ NOTHING: Final = Nothing.NOTHING
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Refused:
-    """A part of a target that takes nothing of what is stored there: a mismatch.
+    """A part of a target that accepts no stored value: a mismatch.
 
     Attributes:
-        expected: What it would take, in words.
-        own: What it keeps where mismatches are no errors; `NOTHING` leaves the key out.
+        expected: The expected value, in words.
+        own: The value kept if mismatches are not errors; `NOTHING` leaves the key out.
     """
 
     expected: str

@@ -1,4 +1,4 @@
-"""Plain values as JSON and back, exactly: what JSON itself cannot say is spelled out.
+"""Plain values as JSON and back, exactly: values that JSON lacks are tagged.
 
 Free of torch. A value whose kind is known from where it stands is written bare (`encode`,
 `decode`); dict keys and the contexts of registered nodes carry their kinds with them (`tag`,
@@ -18,7 +18,7 @@ __all__ = ["Json", "decode", "encode", "is_plain", "parse", "tag", "untag"]
 Json: TypeAlias = Any
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
-# What can be tagged is small: a context is not the place for a tree of data.
+# Tagged values are small: a context must not contain a tree of data.
 _MAX_DEPTH = 100
 
 

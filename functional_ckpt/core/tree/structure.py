@@ -1,9 +1,9 @@
 """The shape of an item as data: nodes of a pytree whose leaves are values or array specs.
 
 A *structure* says everything about a lowered item except the bytes of its arrays: containers and
-their types, keys and their types, plain values, and for each array where it is stored. It is what
-restore validates against and what the manifest writes as JSON. Free of torch, so that the command
-line can read it.
+their types, keys and their types, plain values, and for each array its location. Restores are
+validated against it, and records store it as JSON. Free of torch, so that the command line can read
+it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class MergedNames(list[str]):
 class Described(dict[Any, Any]):
     """A dict that says something about itself: its node carries the detail.
 
-    It comes back as a plain dict. `Handler.target` is given it again, with what was said.
+    It is restored as a plain dict. `Handler.target` receives it with these details.
 
     Attributes:
         detail: JSON values.
@@ -100,12 +100,12 @@ class ArrayNode:
     """A leaf whose bytes are stored in chunks.
 
     Attributes:
-        kind: What it is in memory: `tensor`, `ndarray`, `numpy_scalar`, `bytes`; or `number`, a
-            Python number that another program stored as a 0-dim array.
+        kind: Its type in memory: `tensor`, `ndarray`, `numpy_scalar`, `bytes`; or `number`, a
+            Python number in a foreign checkpoint, stored as a 0-dim array.
         spec: Global shape and dtype on disk.
         name: The array's name on disk; for a tied leaf its own name, at which the same bytes are
             visible too.
-        detail: What the kind needs beyond the spec (the torch dtype where it differs, `parameter`,
+        detail: Data of the kind beyond the spec (the torch dtype where it differs, `parameter`,
             `requires_grad`, `strides` ...): JSON values.
         tied_to: Name of the array that holds the bytes, for a leaf that shares another's memory.
     """
@@ -133,7 +133,7 @@ class BranchNode:
             `sparse_coo`, `sparse_csr` and its kin, `quantized`, `subclass`.
         keys: One key per child.
         children: The children, in order.
-        detail: What the kind needs to be built again: JSON values.
+        detail: Data for rebuilding the kind: JSON values.
     """
 
     kind: str
@@ -171,7 +171,7 @@ def is_unicode(name: str) -> bool:
 
 
 def key_prefix(name: str) -> str:
-    """What the keys of an array begin with: TensorStore's rule, which is Orbax's.
+    """The prefix of an array's keys: TensorStore's rule, which is Orbax's.
 
     >>> key_prefix("a.b"), key_prefix("a/"), key_prefix("/")
     ('a.b/', 'a/', '')

@@ -12,7 +12,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Visit: TypeAlias = tuple[Iterable[T], Callable[[list[R]], R]] | tuple[None, R]
-"""What becomes of a node: its children, and how their results are put together; or its result."""
+"""The visit of a node: its children and the function that combines their results; or its result."""
 
 
 class Trail(Generic[K]):
@@ -43,7 +43,7 @@ def leaf(result: R) -> tuple[None, R]:
 
 
 def fold(root: T, visit: Callable[[T], Visit[T, R]]) -> R:
-    """The result for a whole tree: nodes are visited from the root down, and put together upwards.
+    """Folds a tree: visits nodes from the root down, and combines their results upwards.
 
     Args:
         root: The first node.
