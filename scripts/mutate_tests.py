@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = ["choose", "label", "measure"]
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "functional_ckpt"
+_MAX_TESTS = 24  # pytest takes seconds to find hundreds by name
 # Not measured: programs of their own, servers, many processes, documentation.
 UNMEASURED_FILES = ("test_sigkill.py", "test_soak.py", "test_syscalls.py")
 UNMEASURED = ("benchmarks", "distributed", "docs", "examples", "flags", "interop", "remote")
@@ -171,6 +173,13 @@ def choose(mutant: Mutant, tests: Mapping[str, Any]) -> list[str]:
     folders = next(found for start, found in TESTS.items() if inside.startswith(start))
     is_enough = len(called) >= 3 and folders[0].rpartition("/")[2] not in UNMEASURED
     called.sort(key=lambda t: tests[t]["seconds"])
+    cases = Counter[str]()  # one case of each test first, then a second one, and so on
+    turns: dict[str, int] = {}
+    for test in called:
+        function = test.partition("[")[0]
+        turns[test] = cases[function]
+        cases[function] += 1
+    called = sorted(called, key=turns.__getitem__)[:_MAX_TESTS]
     if is_enough:
         return called
     # One file after the other: pytest would put a folder's in an order of its own. First those that

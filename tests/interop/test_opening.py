@@ -20,8 +20,9 @@ from torch.distributed import checkpoint as dcp
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.cli import main
+from functional_ckpt.interop import atomic_output, torch_save
 from functional_ckpt.interop import dcp as interop_dcp
-from functional_ckpt.interop import torch_save
+from functional_ckpt.interop import safetensors as interop_safetensors
 from functional_ckpt.storage.open import connect
 from functional_ckpt.testing import equality
 
@@ -509,3 +510,35 @@ def test_a_folder_of_peft_opens_as_the_weights_of_its_adapter(tmp_path: Path, ki
     source = fc.interop.open(tmp_path)
     assert source.format == "peft"
     assert differences(source["model"], WEIGHTS) == []
+
+
+def test_files_behind_links_open_as_those_of_a_cache_do(tmp_path: Path) -> None:
+    """Hugging Face's cache holds links to files that are named by their digests."""
+    folder, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    folder.mkdir()
+    blobs.mkdir()
+    safetensors.torch.save_file(WEIGHTS, blobs / "1")
+    index = {"weight_map": dict.fromkeys(WEIGHTS, "model-00001-of-00001.safetensors")}
+    (blobs / "2").write_text(json.dumps(index))
+    (folder / "model-00001-of-00001.safetensors").symlink_to("../blobs/1")
+    (folder / "model.safetensors.index.json").symlink_to("../blobs/2")
+    opened = fc.interop.open(folder)
+    assert opened.format == "huggingface"
+    assert differences(dict(opened["model"]), WEIGHTS) == []
+
+
+def test_a_file_without_tensors_opens_and_one_that_is_absent_is_named(tmp_path: Path) -> None:
+    safetensors.torch.save_file({}, tmp_path / "empty.safetensors")
+    assert dict(fc.interop.open(tmp_path / "empty.safetensors")["model"]) == {}
+    with pytest.raises(errors.StepNotFoundError, match="absent"):
+        interop_safetensors.load(str(tmp_path / "absent.safetensors"))
+
+
+def test_a_destination_that_is_taken_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_bytes(b"1")
+    with (
+        pytest.raises(errors.StepExistsError, match="taken"),
+        atomic_output.atomic_output(tmp_path / "taken"),
+    ):
+        pytest.fail("nothing is to be written")
+    assert [each.name for each in tmp_path.iterdir()] == ["taken"]

@@ -630,3 +630,9 @@ def test_the_namespace_is_light_and_complete() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_interval_of_progress_has_a_length_in_its_units() -> None:
+    for interval in (Timespan(0, "epoch"), Timespan(3, "second")):
+        with pytest.raises(UsageError, match="interval"):
+            ProgressInterval(interval)

@@ -242,3 +242,14 @@ def test_a_store_without_versions_lets_a_lease_run_out_too(clock: Clock) -> None
     held.check()
     held.release()
     assert not queries.exists(storage, path)
+
+
+def test_the_age_of_a_lease_is_told_by_the_store_and_leaves_nothing_there(
+    bucket: FakeBucket, clock: Clock
+) -> None:
+    _hold(bucket)
+    modified_ns = bucket.head(KEY).modified_ns
+    clock.now += 7
+    assert lease._age_seconds(bucket, KEY, modified_ns) == pytest.approx(7)
+    assert lease._age_seconds(bucket, KEY, 0) == 0.0
+    assert [entry.key for entry in bucket.list("")] == [KEY]

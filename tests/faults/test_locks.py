@@ -1,0 +1,99 @@
+"""What several threads change is changed under its lock: each change waits while that is held."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import functional_ckpt as fc
+from functional_ckpt.format import read_direct, write_tensorstore
+from functional_ckpt.saving import stage
+from functional_ckpt.steps import upload_step
+from functional_ckpt.storage.local import LocalStorage
+
+Case = tuple[Any, Callable[[], Any]]
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[fc.CheckpointManager]:
+    with fc.CheckpointManager(tmp_path) as made:
+        made.save(1, {"tree": {"w": torch.ones(3)}}).result()  # type: ignore[union-attr]
+        yield made
+
+
+def check_waits(lock: Any, call: Callable[[], Any]) -> None:
+    thread = threading.Thread(target=call)
+    with lock:
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive(), "the call does not take the lock"
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("name", ["remember", "forget", "is_being_read", "reading"])
+def test_the_list_of_steps(name: str, manager: fc.CheckpointManager) -> None:
+    steps = manager._steps
+
+    def read() -> None:
+        with steps.reading(1):
+            pass
+
+    now = datetime.datetime.now(datetime.UTC)
+    calls: dict[str, Callable[[], Any]] = {
+        "remember": lambda: steps.remember(fc.policies.StepInfo(step=2, time=now)),
+        "forget": lambda: steps.forget([1]),
+        "is_being_read": lambda: steps.is_being_read(1),
+        "reading": read,
+    }
+    check_waits(steps._mutex, calls[name])
+
+
+def test_what_of_an_upload_has_arrived() -> None:
+    shown: list[tuple[int, int]] = []
+    sent = upload_step._Sent(lambda *numbers: shown.append(numbers), 3, 10)
+    check_waits(sent._mutex, lambda: sent.add(4))
+    assert shown == [(3, 10), (7, 10)]
+
+
+def test_what_of_live_memory_is_still_to_be_written() -> None:
+    live = stage.LiveMemory(10)
+    check_waits(live._lock, lambda: live.count_down(10))
+    live.wait()
+
+
+def test_the_arrays_of_a_database() -> None:
+    class Store:
+        def __getitem__(self, region: object) -> Store:
+            return self
+
+        def write(self, data: object, **options: object) -> Store:
+            return self
+
+        copy = None
+
+    database = write_tensorstore._ChildDatabase.__new__(write_tensorstore._ChildDatabase)
+    database._lock, database._arrays, database._writes = threading.Lock(), {"w": Store()}, []
+    array: Any = type("Array", (), {"name": "w"})
+    box: Any = type("Box", (), {"slices": staticmethod(lambda: ())})
+    check_waits(database._lock, lambda: database.put_array(array, box, torch.ones(1).numpy()))
+    assert len(database._writes) == 1
+
+
+def test_what_of_an_array_is_still_to_be_read(
+    manager: fc.CheckpointManager, tmp_path: Path
+) -> None:
+    finished: list[bool] = []
+    wanted: Any = type("Wanted", (), {"finish": staticmethod(lambda: finished.append(True))})
+    reader = read_direct.DirectReader(LocalStorage(), str(tmp_path / "1" / "tree"))
+    with contextlib.closing(reader):
+        pending = read_direct._Pending(wanted, 1, False)
+        check_waits(reader._lock, lambda: reader._count((0, 0, 0, None, 0, pending)))
+    assert finished == [True]

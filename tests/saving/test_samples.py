@@ -1,0 +1,24 @@
+"""How much of a leaf is looked at where it is compared by samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from functional_ckpt.saving import overlap_check, replicas
+
+
+def test_a_large_leaf_is_sampled_from_its_beginning_to_its_end() -> None:
+    flat = np.arange(2**20, dtype=np.uint32).view(np.uint8)
+    limit = overlap_check._NUM_SAMPLES * overlap_check._SAMPLE_BYTES
+    found = np.frombuffer(overlap_check._samples(flat), np.uint32)
+    assert found.nbytes == limit
+    assert found[0] == 0 and found[-1] > 2**20 * (1 - 2 / overlap_check._NUM_SAMPLES)
+    assert overlap_check._samples(flat[:limit]) == flat[:limit].tobytes()
+
+
+@pytest.mark.parametrize("shape", [(10**6,), (1000, 1000), (3, 10**6), (10**6, 3), (2,) * 22])
+def test_a_grid_has_many_elements_and_not_too_many(shape: tuple[int, ...]) -> None:
+    taken = np.broadcast_to(np.float32(1), shape)[replicas._grid(shape, 4)]
+    assert replicas._MAX_ELEMENTS / 4 <= taken.size <= replicas._MAX_ELEMENTS * 1.5
+    assert replicas._grid((3, 4), 4) == (...,)
