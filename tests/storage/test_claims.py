@@ -11,7 +11,7 @@ import pytest
 from descriptors import open_below
 
 from functional_ckpt import errors
-from functional_ckpt.storage import claims, replacement, tmp_paths
+from functional_ckpt.storage import commit, replacement, tmp_paths
 from functional_ckpt.storage.file_lock import FileLock
 from functional_ckpt.storage.local import LocalStorage
 
@@ -24,7 +24,7 @@ def test_a_claim_leaves_no_directory_and_no_descriptor(fails: bool, tmp_path: Pa
         pass
 
     try:
-        with claims.claimed(STORAGE, str(tmp_path / "c")) as claim:
+        with commit.protocol(STORAGE, str(tmp_path)).claimed(str(tmp_path / "c")) as claim:
             assert Path(claim).is_dir() and open_below(tmp_path) == [claim]
             if fails:
                 raise Interruption
@@ -72,7 +72,7 @@ def test_a_file_system_without_locks_is_told_from_one_that_fails(
         patch.setattr(fcntl, "flock", refuse)
         assert lock.lock() is None
         # A claim needs no lock there; the lock of a directory does.
-        with claims.claimed(STORAGE, str(tmp_path / "c")) as claim:
+        with commit.protocol(STORAGE, str(tmp_path)).claimed(str(tmp_path / "c")) as claim:
             assert Path(claim).is_dir()
         with pytest.raises(errors.StorageError, match="Cannot lock") as caught:
             STORAGE.lock(str(tmp_path / "lock"))
@@ -90,11 +90,11 @@ def test_a_replacement_is_under_way_while_the_old_directory_is_there(tmp_path: P
     for length in (1, 255 - len(os.path.basename(replacement._replaced(""))), 255):
         final = tmp_path / ("n" * length)
         assert not replacement.is_under_way(STORAGE, str(final))
-        replacement.finish(STORAGE, str(final))
+        replacement.finish(STORAGE, str(final), os.path.exists)
         if length == 255:
             continue  # the first rename is refused
         Path(replacement._replaced(str(final))).mkdir()
         assert replacement.is_under_way(STORAGE, str(final))
-        replacement.finish(STORAGE, str(final))
+        replacement.finish(STORAGE, str(final), os.path.exists)
         assert [each.name for each in tmp_path.iterdir()] == [final.name]
         final.rmdir()
