@@ -92,7 +92,7 @@ class CheckpointError(Exception):
 
     def replace(self, message: str | None = None, **fields: Any) -> Self:
         """Returns a copy with another message or other attributes, its cause and traceback kept."""
-        known = self.__dict__ | fields | ({} if message is None else {"message": message})
+        known = self._fields() | fields | ({} if message is None else {"message": message})
         error = rebuild(type(self), known["message"], known)
         error.__cause__, error.__suppress_context__ = self.__cause__, self.__suppress_context__
         return error.with_traceback(self.__traceback__)
@@ -102,13 +102,18 @@ class CheckpointError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword arguments are not in `args`: pickle would lose them.
-        return (rebuild, (type(self), self.message, dict(self.__dict__)))
+        return (rebuild, (type(self), self.message, self._fields()))
+
+    def _fields(self) -> dict[str, Any]:
+        # `errno` is a slot of OSError.
+        return self.__dict__ | ({"errno": self.errno} if isinstance(self, StorageError) else {})
 
 
 def rebuild(kind: type[_Kind], message: str, fields: Mapping[str, object]) -> _Kind:
     """Returns an error of a class with these attributes."""
     error = kind(message)
-    error.__dict__.update(fields)
+    for name, value in fields.items():
+        setattr(error, name, value)
     return error
 
 
@@ -221,7 +226,7 @@ def on_other_ranks(kind: type[CheckpointError]) -> type[CoordinationError]:
         return CoordinationError
 
     def reduce(error: CheckpointError) -> tuple[object, ...]:
-        return (_rebuild_of_other_rank, (kind, error.message, dict(error.__dict__)))
+        return (_rebuild_of_other_rank, (kind, error.message, error._fields()))
 
     namespace: dict[str, Any] = {
         "__doc__": f"{kind.__name__} of another rank.",
