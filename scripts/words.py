@@ -68,14 +68,14 @@ def python_prose(source: str) -> Iterator[tuple[int, str]]:
     """Comments, docstrings and strings of several words, line by line."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            yield token.start[0], token.string
+            yield token.start[0], re.sub(r"`[^`]*`", "", token.string)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
             if len(lines) == 1:  # only the string, without the code around it
                 lines = [lines[0].encode()[node.col_offset : node.end_col_offset].decode()]
             for number, line in enumerate(lines, node.lineno):
-                yield number, re.sub(r"\{[^{}]*\}", "{}", line)
+                yield number, re.sub(r"\{[^{}]*\}|`[^`]*`", "", line)
 
 
 def markdown_prose(source: str) -> Iterator[tuple[int, str]]:

@@ -22,7 +22,7 @@ class Turn:
 
     Attributes:
         value: What this rank contributes; set it in the block.
-        outcome: What the primary made of all values; set after the block.
+        outcome: The primary's result; set after the block.
     """
 
     value: bytes = b""
@@ -39,7 +39,7 @@ def collective(group: Coordinator, what: str, combine: Combine = _nothing) -> Ge
 
     Args:
         group: The ranks; all of them make the same collectives in the same order.
-        what: What the ranks do, for messages.
+        what: Name of the operation, for messages.
         combine: Called on the primary with the values in order of rank.
 
     Raises:
@@ -73,7 +73,7 @@ def run_on_primary(
 
     Args:
         group: The ranks.
-        what: What they do, for messages.
+        what: Name of the operation, for messages.
         action: Run on the primary while the other ranks wait.
         prepare: Run on every rank first.
         after: Run on the other ranks afterwards.

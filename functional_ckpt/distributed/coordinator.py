@@ -61,7 +61,7 @@ class Coordinator(Protocol):
 
     @property
     def global_ranks(self) -> tuple[int, ...]:
-        """The ranks of these processes in the whole job, in order."""
+        """The global ranks of these processes, in order."""
         ...
 
     def gather_broadcast(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
@@ -70,7 +70,7 @@ class Coordinator(Protocol):
         All ranks make the same calls in the same order. `collective` is the usual way to call it.
 
         Args:
-            what: What the ranks do, for messages.
+            what: Name of the operation, for messages.
             value: This rank's value; or the error that it failed with.
             combine: Called on the primary with the values in order of rank, before any rank
                 continues.
@@ -107,7 +107,7 @@ class SingleProcess:
     """The coordinator of a process that saves alone.
 
     Args:
-        global_rank: Its rank in the whole job.
+        global_rank: Its rank in the job.
     """
 
     rank = 0
@@ -128,7 +128,7 @@ class SingleProcess:
         return self
 
     def channel(self) -> Channel:
-        """Returns a channel that returns what was sent."""
+        """Returns a channel that returns the sent data."""
         return _Loop()
 
     def shorten_timeout(self, seconds: float) -> None:

@@ -13,12 +13,12 @@ __all__ = ["Record", "rebuild", "to_record"]
 Record: TypeAlias = "dict[str, Any]"
 """An error as JSON."""
 
-# What means the same on every rank. Whether a target was written into (`touched`) does not.
+# Attributes with the same meaning on every rank; `touched` has not.
 _FIELDS = ("step", "path", "key_path", "missing", "unexpected", "mismatched", "errno")
 
 
 def to_record(error: BaseException) -> Record:
-    """What the other ranks must know of an error to raise one like it."""
+    """The data that other ranks need to raise an equal error."""
     known = getattr(errors, type(error).__name__, None)
     is_ours = isinstance(error, errors.CheckpointError) and isinstance(known, type)
     fields = {name: getattr(error, name) for name in _FIELDS if hasattr(error, name)}

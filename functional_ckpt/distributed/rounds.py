@@ -2,15 +2,14 @@
 
 Each round is a numbered slot of keys:
 
-    <n>/<rank>     what a rank gives: a value, its error, or that it has given up waiting
-    <n>/begun      the primary has come
-    <n>/gathered   every rank has come; the primary does its part
-    <n>/outcome    the result, the error, or that the primary went on to the next slot
+    <n>/<rank>     a rank's value, its error, or a mark that it timed out <n>/begun      the primary
+    has started <n>/gathered   every rank has come; the primary does its part <n>/outcome    the
+    result, the error, or a mark that the primary skipped to the next slot
 
-Ranks count their rounds by themselves. After a failure one may be behind (it slept, and the others
-went on without it), so every entry says what its rank is about: a rank that finds a slot closed
-over something else goes on to the next, and one that finds others in it who are about something
-else is told so. Every wait ends.
+Ranks count their rounds by themselves. After a failure one may be behind (it was suspended, and the
+others continued), so every entry names the operation: a rank that finds a slot closed for another
+operation skips to the next, and one that finds ranks in another operation gets an error. Every wait
+ends.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ __all__ = ["KeyValueStore", "Rounds"]
 # How much longer the others wait than the primary, so that its verdict reaches them first.
 _GRACE_SECONDS = 2.0
 _LEAVE_SECONDS = 2.0
-# How long to try to tell why one gives up; the store may be what does not answer.
+# Time to publish the reason of a time-out; the store itself may not answer.
 _LAST_WORD_SECONDS = 1.0
 _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.05
@@ -43,7 +42,7 @@ _VALUE, _ERROR, _GONE, _SKIPPED = "value", "error", "gone", "skipped"
 
 
 class KeyValueStore(Protocol):
-    """What is needed of a store; every call returns or raises within `seconds`."""
+    """The interface of a store; every call returns or raises within `seconds`."""
 
     def set(self, key: str, value: bytes, seconds: float) -> None:
         """Sets a key."""
@@ -54,7 +53,7 @@ class KeyValueStore(Protocol):
         ...
 
     def set_soon(self, key: str, value: bytes) -> None:
-        """Sets a key before what is asked next, without waiting for it."""
+        """Sets a key before the next request, without waiting for it."""
         ...
 
     def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
@@ -66,7 +65,7 @@ class KeyValueStore(Protocol):
         ...
 
     def delete_soon(self, keys: Sequence[str]) -> None:
-        """Deletes keys before what is asked next, without waiting for it."""
+        """Deletes keys before the next request, without waiting for it."""
         ...
 
 
@@ -74,7 +73,7 @@ class Rounds:
     """One rank's side of the rounds.
 
     Args:
-        store: Where the ranks meet; theirs alone.
+        store: The shared store; used by these ranks only.
         rank: This rank; 0 is the primary.
         num_ranks: All of them.
         timeout_seconds: How long to wait for another rank.
@@ -147,7 +146,7 @@ class Rounds:
                 self._set(closed, _entry(_SKIPPED, what))
                 return None
             if isinstance(value, BaseException):
-                # Only now: the others may have been at work on what the primary clears away.
+                # Only now: the other ranks may have used the keys that the primary deletes.
                 raise value
             outcome = combine([value, *values])
             self._set(closed, _entry(_VALUE, what, outcome))
@@ -160,7 +159,7 @@ class Rounds:
         return outcome
 
     def _gather(self, slot: int, what: str) -> list[bytes] | None:
-        """What the other ranks gave, in order; None when they gave up something else here."""
+        """The other ranks' values, in order; None if they timed out in another operation here."""
         keys = [f"{slot}/{rank}" for rank in range(1, self._num_ranks)]
         ranks = range(1, self._num_ranks)
         absent: list[int] = []
@@ -213,7 +212,7 @@ class Rounds:
         own, closed = f"{slot}/{self._rank}", f"{slot}/outcome"
         entry = _entry(_VALUE, what, value) if isinstance(value, bytes) else _failed(what, value)
         if not self._store.set_unless(own, entry, closed, self._limit):
-            # The others went on without this rank.
+            # The others continued without this rank.
             if self._subject(closed) != what:
                 return None
             if isinstance(value, BaseException):
@@ -260,11 +259,11 @@ class Rounds:
         return max(start + self._limit - time.monotonic(), self._grace_seconds)
 
     def _subject(self, key: str) -> str:
-        """What a closed slot was about."""
+        """The operation of a closed slot."""
         return _parse(self._store.get([key], self._limit)[0])[1]
 
     def _outcome(self, key: str) -> bytes | None:
-        """The result of a closed slot; None when the primary went on to the next."""
+        """The result of a closed slot; None if the primary skipped to the next."""
         kind, _, payload = _parse(self._store.get([key], self._limit)[0])
         if kind == _ERROR:
             record = json.loads(payload)
@@ -299,7 +298,7 @@ class Rounds:
             pause = min(2 * pause, self._longest_pause)
 
     def _forget(self, current: list[str]) -> None:
-        """Deletes this rank's keys of earlier rounds: whoever came this far needs them no more."""
+        """Deletes this rank's keys of earlier rounds: no rank that came this far needs them."""
         self._store.delete_soon([key for key in self._spent if key not in current])
         self._spent = list(current)
 

@@ -41,7 +41,7 @@ def check(values: Sequence[bytes]) -> bytes:
 def describe(value: object) -> str:
     """A text that is the same for equal options of two processes.
 
-    Of an object that is neither plain data nor a dataclass, only the class is told.
+    An object that is neither plain data nor a dataclass is described by its class.
 
     >>> describe((1, {"b": None}))
     "[1, {'b': None}]"

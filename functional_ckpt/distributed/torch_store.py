@@ -141,8 +141,8 @@ class StoreCoordinator:
 class _GlooChannel:
     """A gloo group that `torch.distributed` does not know of: the training's stay untouched.
 
-    Groups of its own making it names by their ranks, and a second one of the same ranks would meet
-    in the store what the first has left there.
+    torch names groups by their ranks, so a second group of the same ranks would find keys of the
+    first in the store.
     """
 
     def __init__(self, store: Any, rank: int, num_ranks: int, timeout_seconds: float) -> None:
@@ -179,8 +179,8 @@ def _clear_errors(what: str) -> Generator[None]:
 class _Store:
     """A clone of a torch store whose every call returns or raises in time.
 
-    A TCPStore's client waits for an answer as long as it takes, whatever its timeout says: where
-    the host stands still (stopped, cut off) it would hang for ever.
+    A TCPStore's client waits for an answer as long as it takes, whatever its timeout says: if the
+    host is stopped or unreachable, it would hang forever.
 
     Args:
         store: The store of a process group.
@@ -219,7 +219,7 @@ class _Store:
         return bool(self._call(attempt, seconds=seconds))
 
     def set_soon(self, key: str, value: bytes) -> None:
-        """Sets a key before what is asked next; if that fails, so will what is asked next."""
+        """Sets a key before the next request; if that fails, so will the next request."""
         self._calls.start(self._store.set, (key, value))
 
     def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
@@ -300,7 +300,7 @@ class _Calls:
                 return future.result(patience)
             if future.done():
                 return future.result()
-        future.cancel()  # one that waits behind a call that is stuck is never begun
+        future.cancel()  # a call queued behind a hanging one never starts
         raise futures.CancelledError
 
 

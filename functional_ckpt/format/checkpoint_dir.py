@@ -1,6 +1,6 @@
 """A checkpoint directory as it is read: its records, its items and their arrays. Free of torch.
 
-TensorStore is imported when the first array is touched: what the records say can be had without it.
+TensorStore is imported on the first array access; records are read without it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _MAX_ATTEMPTS = 4
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ArrayPlace:
-    """How an array of ours is cut and what its bytes must be.
+    """Chunk grid and digests of a native array.
 
     Attributes:
         grid: Its chunks.
@@ -60,13 +60,13 @@ class ArrayPlace:
 
 
 class OpenItem:
-    """One tree item of a checkpoint, ours or Orbax's.
+    """One tree item of a checkpoint, native or Orbax's.
 
     Attributes:
         path: Its directory.
         name: Its name.
         root: Its structure.
-        record: Our record; None when another program wrote the item.
+        record: Its record; None for a foreign item.
         is_zarr3: Whether its arrays are of zarr version 3, or 2.
         fills_missing: Whether chunks that are not there are zeros, and no damage.
     """
@@ -109,7 +109,7 @@ class OpenItem:
         return database_lib.open_for_reading(self.path, self.storage, files)
 
     def record_of(self, node: structure.ArrayNode) -> ArrayPlace | None:
-        """Grid and digests of an array; None when another program wrote it."""
+        """Grid and digests of an array; None for a foreign one."""
         if self.record is None:
             return None
         array = self.record.arrays[node.stored_name]
@@ -200,7 +200,7 @@ class OpenItem:
         )
 
     def _stored_spec(self, name: str) -> ArraySpec:
-        """What a foreign array's own metadata says; an error names the array."""
+        """The metadata of a foreign array; an error names the array."""
         from functional_ckpt.format import read_tensorstore
 
         try:
@@ -251,7 +251,7 @@ class OpenCheckpoint:
 
     @property
     def record(self) -> records.StepRecord | None:
-        """Our record; None when another program wrote it."""
+        """The native record; None for a foreign checkpoint."""
         return self.files.record
 
     def tree(self, name: str) -> OpenItem:
@@ -279,14 +279,14 @@ class OpenCheckpoint:
 
     @property
     def custom_metadata(self) -> Mapping[str, Any]:
-        """What the user saved beside the items."""
+        """The user's custom metadata."""
         return self.metadata.get("custom_metadata") or {}
 
 
 def open_checkpoint(storage: Storage, path: str, step: int | None = None) -> OpenCheckpoint:
     """Opens a checkpoint directory for reading.
 
-    A directory that is one tree item, ours or Orbax's, is a checkpoint of one item, `default`.
+    A directory that is one tree item, native or Orbax's, is a checkpoint of one item, `default`.
 
     Raises:
         StepNotFoundError: There is no directory.
@@ -340,7 +340,7 @@ def _open(files: StepFiles) -> OpenCheckpoint:
 
 
 def _check_foreign(storage: Storage, path: str, items: Mapping[str, str], step: int | None) -> None:
-    """Without this a checkpoint of ours that lost its record would be read with less verified."""
+    """Refuses native checkpoints without their record, which would be read less verified."""
     for name in items:
         if queries.exists(storage, os.path.join(path, name, records.EXTENSION_FILE)):
             raise errors.CorruptCheckpointError(

@@ -1,10 +1,10 @@
 """Large files written and read at the speed of the disk: few system calls, and no page cache.
 
 A writer hands the disk some MiB at a time, in blocks that are aligned in memory and in the file. Of
-large data that its owner lends, only the ends are copied: its place in the file is chosen so that
-the rest can be written from where it lies. All else is gathered in a buffer, of which there are
-three: the disk has one, another is ready for the moment it is done with it, and the third is
-filled. The digest of the file is taken on the way, so that nobody has to read it back.
+large, stable data only the ends are copied: its offset in the file is chosen so that the rest can
+be written in place. All other data is gathered in three rotating buffers: one being written, one
+ready, one being filled. The digest of the file is computed while writing, so the file is not read
+again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _BUFFER_BYTES = 4 * 2**20
 # Full buffers: one that is being written, and one that waits. With one alone the disk would wait
-# for the thread that fills them to be told, and to answer.
+# for the round trip to the thread that fills them.
 _MAX_FULL = 2
 # Smaller data is copied in less time than it takes to cut off its ends.
 _LENT_FROM_BYTES = 128 * 2**10
@@ -63,9 +63,9 @@ class DataFile:
     ) -> None:
         self._hash = xxhash.xxh3_64()
         self._written = 0
-        self._segments: list[memoryview] = []  # what is written next, all of it whole blocks
+        self._segments: list[memoryview] = []  # complete blocks to write next
         self._gathered = 0
-        self._begin = self._filled = 0  # of what the buffer holds beyond that
+        self._begin = self._filled = 0  # positions in the buffer
         blocks = -(-min(size_bytes, _BUFFER_BYTES) // BLOCK_BYTES)
         self._prefers_huge = not is_lent  # of a huge page, all is taken at the first touch
         self._buffer = self._pages(max(1, blocks) * BLOCK_BYTES)
@@ -85,7 +85,7 @@ class DataFile:
 
     @property
     def size_bytes(self) -> int:
-        """Where the next data will lie, or a little further."""
+        """The offset of the next data, or slightly more."""
         return self._written + self._gathered + self._filled - self._begin
 
     def append(
@@ -95,7 +95,7 @@ class DataFile:
         is_lent: bool = False,
         on_copied: Callable[[memoryview], None] | None = None,
     ) -> int:
-        """Adds bytes and returns where they begin.
+        """Adds bytes and returns their offset.
 
         Args:
             data: A flat array of uint8.
@@ -162,7 +162,7 @@ class DataFile:
             return
         if self._behind is None:
             self._behind = BackgroundWriter(_MAX_FULL)
-        self._behind.run(write)  # waits for what came from the next buffer
+        self._behind.run(write)  # waits for data of the next buffer
 
     def _turn(self) -> None:
         self._begin = self._filled = 0
@@ -172,7 +172,7 @@ class DataFile:
             self._buffer = self._full.popleft() if is_free else self._pages(len(self._buffer))
 
     def finish(self) -> FileRecord:
-        """Writes what is left, and returns what the file must be; durable once it is synced."""
+        """Writes the rest and returns the file's record; durable once it is synced."""
         if self.size_bytes > self._written:
             self._flush()
         if self._behind is not None:

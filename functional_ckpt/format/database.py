@@ -1,7 +1,7 @@
-"""Databases of arrays: how TensorStore is opened, and what reading and writing share.
+"""Databases of arrays: opening TensorStore, and the parts shared by reading and writing.
 
-One item is one OCDBT database of zarr v3 arrays. `arrays_write` puts chunks into it and
-`arrays_read` takes them out; these modules are the only importers of tensorstore. Two roads lead
+One item is one OCDBT database of zarr v3 arrays. `write_tensorstore` and `read_tensorstore` write
+and read chunks; with this module they are the only importers of tensorstore. There are two paths
 into a database and out of it, with the same bytes on disk: large chunks go through a zarr array
 without being copied, small ones straight through the key-value store, which costs a tenth per
 array.
@@ -53,7 +53,7 @@ __all__ = [
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-# What TensorStore raises: its statuses come as Python's errors of the nearest meaning.
+# TensorStore's statuses are raised as the nearest Python errors.
 REFUSALS = (
     *(ArithmeticError, LookupError, MemoryError, OSError),
     *(RuntimeError, TypeError, ValueError),
@@ -61,9 +61,9 @@ REFUSALS = (
 _MANIFEST = "manifest.ocdbt"
 # TensorStore ends the messages of system errors with their number.
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
-# What is not there, or not a file: of a checkpoint that is damage.
+# Missing files and non-files: damage in a checkpoint.
 _DAMAGE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
-# What remote stores refuse with.
+# Refusals of remote stores.
 _STATUSES = {
     "RESOURCE_EXHAUSTED": errno.EAGAIN,
     "UNAVAILABLE": errno.EIO,
@@ -85,9 +85,9 @@ _CONFIG = {
 }
 
 
-# A context is made anew for every write and every open: databases opened through one object share
-# a cache, and a step that was deleted or overwritten must not be remembered. Copying from a child
-# to its parent needs both to be opened with the same object.
+# A new context is made for every write and open: databases opened through one object share a cache,
+# and a step that was deleted or overwritten must not be remembered. Copying from a child to its
+# parent needs both to be opened with the same object.
 
 
 _user_pid: int | None = None
@@ -110,7 +110,7 @@ def check_process() -> None:
 
 
 def write_context(storage: Storage) -> Any:
-    """For writing and merging: what is written is synced by the caller."""
+    """For writing and merging: the caller syncs the files."""
     check_process()
     return ts.Context(
         {"file_io_sync": False, "cache_pool": NO_CACHE, **storage.tensorstore.context()}
@@ -122,7 +122,7 @@ def read_context(storage: Storage) -> Any:
     check_process()
     # Reads by memory map go straight from the page cache into the destination: 8-17 GiB/s against
     # 1-2. The cache is for the nodes of the tree (as large as they are): without it every read
-    # decodes its node anew, which for 20,000 small arrays takes 9 ms a read instead of 0.3.
+    # decodes its node again, which for 20,000 small arrays takes 9 ms a read instead of 0.3.
     cache = {"total_bytes_limit": _TREE_CACHE_BYTES}
     how = {"file_io_mode": {"mode": "memmap"}, "cache_pool": cache}
     return ts.Context({**how, **storage.tensorstore.context()})
@@ -158,7 +158,7 @@ class Database:
 
 
 def clear_error(storage: Storage, path: str, error: Exception) -> errors.CheckpointError:
-    """TensorStore's refusal to write as one of ours, with the system's `errno` where it has one."""
+    """Converts TensorStore's write error to a `StorageError`, with `errno` if it has one."""
     text = storage.tensorstore.redact(str(error))
     for code in _SYSTEM_ERRORS:
         if os.strerror(code) in text:
@@ -185,7 +185,7 @@ def open_for_reading(
     Args:
         directory: The item.
         storage: The store that it is in.
-        files: What the item's record says of its files, where it has one.
+        files: The item's file records, if it has a record.
 
     Raises:
         CorruptCheckpointError: There is no readable database.
@@ -217,14 +217,14 @@ def _check_manifest(storage: Storage, directory: str, expected: FileRecord | Non
 
 
 def read_error(database: Database, what: str, error: Exception) -> errors.CheckpointError:
-    """TensorStore's failure to read as one of ours."""
+    """Converts TensorStore's read errors."""
     return _read_error(database.storage, database.directory, what, error)
 
 
 def _read_error(
     storage: Storage, directory: str, what: str, error: Exception
 ) -> errors.CheckpointError:
-    """Damage is what is wrong with the bytes; what the system or the store refuses is not."""
+    """Distinguishes damaged bytes from errors of the system or the store."""
     text = storage.tensorstore.redact(
         str(error).splitlines()[0] if str(error) else type(error).__name__
     )
@@ -292,7 +292,7 @@ def digest_blocks(data: Array) -> str:
 
 
 class BlockDigests:
-    """What `digest_blocks` returns, of bytes that come in pieces of any size."""
+    """The result of `digest_blocks`, for bytes that arrive in pieces of any size."""
 
     def __init__(self) -> None:
         self._found: list[str] = []

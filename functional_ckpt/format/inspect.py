@@ -48,7 +48,7 @@ def read_values(
 
 
 def locate(storage: Storage, directory: str) -> Places:
-    """Walks the tree of the database in `directory`, around what is damaged."""
+    """Walks the tree of the database in `directory`, skipping damaged nodes."""
     files: dict[str, str] = {}
     unreadable: set[str] = set()
     base: Any = ts.KvStore.open(
@@ -73,7 +73,7 @@ def locate(storage: Storage, directory: str) -> Places:
             if "location" in entry:
                 todo.append((entry["location"], prefix + entry["subtree_common_prefix"]))
             else:
-                # A small value lies in the node itself.
+                # A small value is stored in the node itself.
                 place = _file_of(entry.get("indirect_value", location))
                 files[key.decode("utf-8", "surrogateescape")] = place
     return Places(files, frozenset(unreadable))

@@ -1,9 +1,9 @@
-"""OCDBT databases as bytes: a tree of keys that point into data files, encoded and decoded whole.
+"""OCDBT databases as bytes: a tree of keys that point into data files, encoded and decoded at once.
 
-TensorStore builds such a tree key by key, at 10 microseconds each and one writer per database. Who
-knows all keys and where their values lie can write the same tree in one go: a leaf node, and a
+TensorStore builds such a tree key by key, at 10 microseconds each and one writer per database. With
+all keys and value locations known, the same tree is written in one pass: a leaf node, and a
 manifest that names it. The format is TensorStore's (its page on the `ocdbt` driver describes it),
-and TensorStore reads the result; what is not a single plain leaf is left to TensorStore.
+and TensorStore reads the result; trees other than a single plain leaf are left to TensorStore.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 MAX_NODE_BYTES = 100_000_000
-# A leaf of so many keys stays below the largest node that the manifest promises.
+# A leaf with this many keys stays below the manifest's maximal node size.
 MAX_KEYS = 250_000
 _MANIFEST_MAGIC = 0x0CDB3A2A
 _NODE_MAGIC = 0x0CDB20DE
@@ -57,12 +57,12 @@ _REUSED_BYTES = 64 * 2**10
 
 @dataclasses.dataclass(slots=True)
 class Entries:
-    """Keys and where their values lie, column by column.
+    """Keys and the locations of their values, column by column.
 
     Attributes:
         keys: The keys, in any order, each once.
-        files: For each key, the place of its data file in the table of files.
-        offsets: Where the value begins in that file.
+        files: For each key, the index of its data file in the table of files.
+        offsets: The value's offset in that file.
         lengths: Bytes of the value.
     """
 
@@ -149,7 +149,7 @@ def encode_manifest(node: Node, entries: Entries, time_ns: int) -> bytes:
 
     Args:
         node: Where the leaf is.
-        entries: What is in it.
+        entries: Its entries.
         time_ns: When it was written, nanoseconds since the epoch.
     """
     config = b"".join(
@@ -259,11 +259,11 @@ _checking = threading.Lock()
 
 
 class _Unread(Exception):
-    """Not what this module writes: TensorStore may know better."""
+    """A tree that this module does not write; TensorStore may read it."""
 
 
 class _Reader:
-    """What is left of an encoded record."""
+    """The rest of an encoded record."""
 
     def __init__(self, magic: int, data: bytes) -> None:
         self._data = np.frombuffer(data, np.uint8)
@@ -276,14 +276,14 @@ class _Reader:
             raise _Unread
 
     def take(self, count: int) -> bytes:
-        """So many bytes."""
+        """The next bytes."""
         if not 0 <= count <= self._end - self._at:
             raise _Unread
         self._at += count
         return self._data[self._at - count : self._at].tobytes()
 
     def varints(self, count: int) -> Array:
-        """So many numbers, as int64."""
+        """The next numbers, as int64."""
         if not count:
             return np.empty(0, np.int64)
         left = self._data[self._at : min(self._end, self._at + count * _MAX_VARINT_BYTES)]

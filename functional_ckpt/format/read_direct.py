@@ -1,8 +1,8 @@
-"""Whole arrays out of data files, many at a time: few system calls, each byte copied once.
+"""Reads complete arrays from data files, many at a time: few system calls, one copy per byte.
 
-The tree of a database says where every value lies. Values that lie side by side, as a save leaves
-them, are read by one call into the memory of many tensors, and verified while they are in the
-cache. Databases that are not one plain leaf take TensorStore's road, as parts of arrays do.
+The tree of a database has the location of every value. Adjacent values, as a save writes them, are
+read by one call into the memory of many tensors, and verified while they are cached. Databases
+other than one plain leaf, and parts of arrays, are read through TensorStore.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 # Read and verified while it is in the cache.
 _STEP_BYTES = 2**20
 _BATCH_BYTES = 8 * 2**20
-# So many batches are asked for ahead: what a disk takes to work at its full speed.
+# Number of batches to prefetch, so that a disk works at full speed.
 _NUM_AHEAD = 8
 _PADDING_BYTES = 4096
-_BATCH_VALUES = 512  # the system takes up to 1,024 places in one call
+_BATCH_VALUES = 512  # the system takes up to 1,024 buffers per call
 
 
 class ReadRequest(NamedTuple):
-    """A whole array and where it goes.
+    """A complete array and its destination.
 
     Attributes:
         name: The name under which the bytes are stored.
@@ -53,8 +53,8 @@ class ReadRequest(NamedTuple):
         digests: 16 hex digits per digest block, or None to read unverified.
         destination: Contiguous host memory; None where `send` takes the bytes.
         finish: Called once all of it is there, on any thread.
-        send: Takes so many bytes, beginning so many after the array's first. It gets them by
-            having memory of its own filled, piece by piece, on the thread that calls it.
+        send: Takes an offset and a number of bytes. It provides memory to fill, piece by piece, on
+            the thread that calls it.
     """
 
     name: str
@@ -101,14 +101,14 @@ class DirectReader:
         except errors.StorageError as error:
             if not is_absence(error):
                 raise
-            found = None  # TensorStore says what a missing file means
+            found = None  # TensorStore reports the missing file
         if found is not None:
             self._files, entries = found
             columns = zip(entries.files, entries.offsets, entries.lengths, strict=True)
             self._places = dict(zip(entries.keys, columns, strict=True))
 
     def add(self, wanted: ReadRequest) -> bool:
-        """Whether it will read this array; if not, somebody else has to."""
+        """Whether it will read this array; otherwise use TensorStore."""
         place = wanted.destination
         if not self._places or (place is not None and not place.flags.c_contiguous):
             return False
@@ -137,7 +137,7 @@ class DirectReader:
         return True
 
     def tasks(self) -> list[Callable[[], None]]:
-        """What reads everything that was taken, in order of the files; to be run on any threads."""
+        """The tasks that read all requests, in order of the files; they run on any threads."""
         self._values.sort(key=lambda value: value[:2])
         for file in sorted({value[0] for value in self._values}):
             self._descriptors[file] = self._open(self._files[file])
@@ -148,7 +148,7 @@ class DirectReader:
         return [functools.partial(self._read, batch, later) for batch, later in pairs]
 
     def _announce(self, batch: Sequence[_Extent]) -> None:
-        """Has the disk fetch what will be read soon, while what it has fetched is verified."""
+        """Prefetches the next batches, while earlier ones are verified."""
         for file, begin, end in _spans(batch):
             _advise(self._descriptors[file], begin, end - begin, "POSIX_FADV_WILLNEED")
 
@@ -156,7 +156,8 @@ class DirectReader:
         path = os.path.join(self._directory, file)
         if not is_inside(file):
             raise errors.CorruptCheckpointError(
-                f"{self._directory}: a value lies outside, at {file!r}.", path=self._directory
+                f"{self._directory}: data file {file!r} is outside the checkpoint directory.",
+                path=self._directory,
             )
         try:
             descriptor, _ = open_regular(path)
@@ -204,7 +205,7 @@ class DirectReader:
             self._read_run(run)
 
     def _read_run(self, run: Sequence[_Extent]) -> None:
-        """Values that lie side by side, of one step together."""
+        """Adjacent values that are read together."""
         views = [memoryview(cast("Any", value[3])) for value in run]
         total = run[-1][1] + run[-1][2] - run[0][1]
         with clear_errors("read", self._directory):
@@ -254,7 +255,7 @@ class DirectReader:
                 name = value[5].wanted.name
                 raise errors.CorruptCheckpointError(
                     f"{self._directory}: array {name!r} cannot be read: its file "
-                    f"{self._files[value[0]]!r} ends too soon.",
+                    f"{self._files[value[0]]!r} is truncated.",
                     path=self._directory,
                     key_path=name,
                 )
@@ -303,7 +304,7 @@ class DirectReader:
 
 
 def _spans(batch: Sequence[_Extent]) -> Iterator[tuple[int, int, int]]:
-    """File, begin and end of what lies side by side, but for a block's padding between values."""
+    """File, start and end of adjacent values, except for a block's padding between them."""
     file = begin = end = -1
     for value in batch:
         if value[0] != file or value[1] - end > _PADDING_BYTES:
@@ -316,13 +317,13 @@ def _spans(batch: Sequence[_Extent]) -> Iterator[tuple[int, int, int]]:
 
 
 def _advise(descriptor: int, offset: int, size_bytes: int, advice: str) -> None:
-    """Tells the kernel; it need not listen, nor have a name for it."""
+    """Advises the kernel, which may ignore it."""
     with contextlib.suppress(OSError, AttributeError):
         os.posix_fadvise(descriptor, offset, size_bytes, getattr(os, advice))
 
 
 def _stored_bytes(wanted: ReadRequest) -> int:
-    """How much a whole chunk is."""
+    """The size of a complete chunk."""
     return _cut(wanted.spec.shape, wanted.chunk_shape, wanted.spec.itemsize_bytes)[1]
 
 

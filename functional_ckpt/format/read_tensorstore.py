@@ -51,7 +51,7 @@ class ArrayRead:
 
     Attributes:
         name: The name under which the bytes are stored.
-        spec: The whole array.
+        spec: The array.
         grid: Its chunks.
         digests: 16 hex digits per digest block, or None to read unverified.
         box: The wanted region.
@@ -92,7 +92,7 @@ def request_part(database: Database, read: ArrayRead, index: tuple[int, ...]) ->
 def read_part(
     database: Database, read: ArrayRead, index: tuple[int, ...], destination: Array
 ) -> None:
-    """As `read_array`, for what one chunk contributes; parts may be read on several threads."""
+    """As `read_array`, for the part of one chunk; parts may be read on several threads."""
     chunk = read.grid.box(index)
     common = chunk.intersect(read.box)
     if common is None:
@@ -117,7 +117,7 @@ def _read_run(
     end: int,
     like: Array,
 ) -> Array:
-    """A run of a chunk's bytes: whole digest blocks are asked for and verified."""
+    """A byte range of a chunk, read and verified in complete digest blocks."""
     size_bytes = read.grid.box(index).num_elements * read.spec.itemsize_bytes
     first, last = start, end
     if read.digests is not None:
@@ -160,7 +160,7 @@ def verify_part(database: Database, read: ArrayRead, index: tuple[int, ...]) -> 
 
 
 def _read_chunk(database: Database, read: ArrayRead, index: tuple[int, ...], out: Array) -> None:
-    """One whole chunk's valid region into contiguous memory, verified."""
+    """One chunk's valid region into contiguous memory, verified."""
     if out.nbytes <= SMALL_CHUNK_BYTES and not read.grid.is_padded(index):
         as_bytes(out)[:] = _read_key(database, read, index, 0, out.nbytes)
     else:
@@ -199,13 +199,13 @@ def compare_digests(
     )
 
 
-# --- another program's arrays
+# --- foreign arrays
 
 
 def stored_spec(
     database: Database, name: str, *, is_zarr3: bool
 ) -> tuple[ArraySpec, Mapping[str, Any]]:
-    """Shape and dtype of an array that another program wrote, checked before TensorStore sees them.
+    """Shape and dtype of a foreign array, checked before TensorStore sees them.
 
     Raises:
         CorruptCheckpointError: The metadata is missing, malformed, or of a dtype that cannot be
@@ -244,7 +244,7 @@ def read_foreign_array(
     is_zarr3: bool,
     fills_missing: bool = False,
 ) -> None:
-    """Fills `destination` with `box` of another program's array, whatever its codecs."""
+    """Fills `destination` with `box` of a foreign array, whatever its codecs."""
     spec = {
         "driver": "zarr3" if is_zarr3 else "zarr",
         "fill_missing_data_reads": fills_missing,

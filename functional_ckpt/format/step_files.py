@@ -49,7 +49,7 @@ def read_optional(storage: Storage, path: str) -> bytes | None:
 def check_content(
     path: str, data: bytes, expected: records.FileRecord, step: int | None = None
 ) -> None:
-    """Raises `CorruptCheckpointError` where a file does not hold what was recorded of it."""
+    """Raises `CorruptCheckpointError` if a file differs from its record."""
     got = records.FileRecord(len(data), records.digest_hex(data))
     if got != expected:
         raise errors.CorruptCheckpointError(
@@ -84,7 +84,7 @@ class StepFiles:
         storage: Where it is.
         path: The directory.
         step: Its step, where it has one.
-        record: Our record; None when another program wrote the checkpoint.
+        record: The native record; None for a foreign checkpoint.
         identity: Digest of the record's file, which differs in every save; None without a record.
     """
 
@@ -173,7 +173,7 @@ class StepFiles:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Orbax's metadata of the checkpoint; empty where another program left none."""
+        """Orbax's metadata of the checkpoint; empty if it is foreign and has none."""
         name = orbax.CHECKPOINT_METADATA_FILE
         data = self.read_optional(name) if self.record is None else self.read(name)
         return {} if data is None else parse_object(data, os.path.join(self.path, name))
@@ -198,5 +198,5 @@ class StepFiles:
             return Progress.from_json(parse_json(data, path))
         except errors.UsageError as error:
             if self.record is None:
-                return None  # another program's item of this name
+                return None  # a foreign item with this name
             raise errors.CorruptCheckpointError(f"{path}: {error}.", path=path) from error

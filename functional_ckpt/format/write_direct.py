@@ -1,8 +1,8 @@
 """Chunks straight into data files, and the tree over them written in one go.
 
 The same databases as `arrays_write` makes through TensorStore, without it: a value is copied once,
-into the buffer that goes to the disk, and costs a few microseconds whatever its size. What cannot
-take this road (too many keys for one node, storage that is no file system) takes that one.
+into the buffer that goes to the disk, and costs a few microseconds whatever its size. Falls back to
+`write_tensorstore` for too many keys and for object stores.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ __all__ = [
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _FOLDER = "d"
-# One file for each so many bytes: several writers keep the disk busy while others hash and copy.
+# Bytes per file: several writers keep the disk busy while others hash and copy.
 BYTES_PER_FILE = 32 * 2**20
 NUM_THREADS = 4
 """As many as the disk likes, each with a file of its own."""
-# What is written in less than a second or so.
+# An amount that is written in about a second.
 _QUICK_BYTES = 256 * 2**20
 # Hashed and copied while it is in the cache.
 _STEP_BYTES = 2**20
@@ -66,11 +66,11 @@ _ZEROS = np.zeros(_STEP_BYTES, np.uint8)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What became of arrays.
+    """The result of writing arrays.
 
     Attributes:
         digests: Of every chunk.
-        files: What the new files must be, by path relative to the item.
+        files: The records of the new files, by path relative to the item.
     """
 
     digests: Digests
@@ -78,7 +78,7 @@ class Written:
 
 
 def can_write(arrays: Sequence[ArrayWrite], num_others: int) -> bool:
-    """Whether there is something to write, and so many keys fit one node."""
+    """Whether there is data to write, and its keys fit one node."""
     num_keys = num_others
     if not arrays and not num_others:
         return False
@@ -186,7 +186,7 @@ def _spread(arrays: Sequence[ArrayWrite]) -> list[list[_Chunk]]:
             box = chunk[1]
             size = array.data.nbytes if box is None else box.num_elements * array.data.itemsize
             filled += size
-    for group in groups:  # what somebody waits for comes first
+    for group in groups:  # arrays with a waiting caller come first
         group.sort(key=lambda chunk: chunk[0].on_copied is None)
     return groups
 
@@ -210,7 +210,7 @@ def _only_key(num_dims: int) -> bytes:
 
 
 class _Part:
-    """One data file under construction, and what is in it."""
+    """One data file under construction, and its contents."""
 
     def __init__(self, place: int, path: str) -> None:
         self.place = place
@@ -370,8 +370,8 @@ def merge_children(
     """Makes every child's arrays visible in the item's own database; copies trees, not data.
 
     Returns:
-        What the new files must be; None, with nothing written, where a child was written by
-        TensorStore, or all are too many for one node.
+        The records of the new files; None, with nothing written, if a child was written by
+        TensorStore, or there are too many keys for one node.
     """
     names: list[str] = [f"{_FOLDER}/{uuid.uuid4().hex}"]
     merged = Entries()

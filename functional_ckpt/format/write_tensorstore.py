@@ -2,8 +2,8 @@
 
 A writer spreads its chunks over *children* of the item's database, because one writer per database
 is TensorStore's bottleneck; the primary merges them by copying key ranges, which copies no data.
-Durability is the caller's: TensorStore is told not to sync, and every file is synced once before
-the commit.
+Durability is the caller's: TensorStore does not sync, and every file is synced once before the
+commit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 # Copies of live memory are held until a commit: of more than this, another commit follows.
 _MAX_COPIED_BYTES = 512 * 2**20
 Digests: TypeAlias = "dict[str, dict[int, str]]"
-"""Array name -> place of a chunk in C order -> its digests."""
+"""Array name -> position of a chunk in C order -> its digests."""
 
 
 class ArrayWrite(NamedTuple):
@@ -57,15 +57,15 @@ class ArrayWrite(NamedTuple):
 
     Attributes:
         name: The array's name.
-        spec: The whole array.
+        spec: The array.
         grid: Its chunks.
-        box: The region `data` holds; its edges lie on the grid, or at the array's end.
+        box: The region `data` holds; its edges are on the grid, or at the array's end.
         data: Host memory of the region, unchanged until the write is done; may be strided.
         is_owner: Whether this writer also writes the array's metadata.
         is_staged: Whether `data` is memory of our own, in large pages, from which the disk is
             served best.
-        taken: Told how many bytes of `data` are not needed any more, if somebody waits to change
-            them; on any thread.
+        taken: Called with the number of bytes of `data` that are no longer needed, if the caller
+            waits to change them; on any thread.
     """
 
     name: str
@@ -93,7 +93,7 @@ def write_arrays(
     """Writes arrays into the databases `children` of an item, spreading the chunks evenly by bytes.
 
     Args:
-        storage: Told of every array.
+        storage: Its files.
         item_directory: The item.
         children: Directories relative to the item; `[""]` writes into the item's own database.
         arrays: What to write.
@@ -201,7 +201,7 @@ def _write_chunk(
 ) -> None:
     box = array.grid.box(index)
     data = array.data[box.relative_to(array.box.offset).slices()]
-    if not array.is_stable:  # what may change is digested as it is written
+    if not array.is_stable:  # unstable data is digested as it is written
         data = data.copy()
     elif not data.flags.c_contiguous:
         data = np.ascontiguousarray(data)  # bounded: one chunk per thread
@@ -223,7 +223,7 @@ def padded(data: Array, grid: ChunkGrid) -> Array:
 
 
 def join_digests(parts: Iterable[Digests]) -> dict[str, str]:
-    """The digests of whole arrays out of what the writers found, chunks in C order."""
+    """The digests of complete arrays from the writers' results, chunks in C order."""
     first, *others = parts
     merged = first
     if others:
@@ -246,7 +246,7 @@ def merge_children(
     """Makes every child's arrays visible in the item's own database, without copying data.
 
     Args:
-        storage: Told of the merge.
+        storage: Its files.
         item_directory: The item.
         children: The children; none when everything was written into the item's own database.
         tied: Name of a tied leaf -> name and grid of the array that holds its bytes.
@@ -276,7 +276,7 @@ def _copy_tied(parent: Any, tied: Mapping[str, tuple[str, ChunkGrid]]) -> None:
     target = parent.with_transaction(transaction)
     copies: list[Any] = []
     for name, (owner, grid) in tied.items():
-        # Exact keys, not a prefix: the name of another array may begin with this one's and a slash.
+        # Exact keys, not a prefix: the name of another array may start with this one's and a slash.
         for key in ("zarr.json", *map(grid.key, grid.indices())):
             one = ts.KvStore.KeyRange(key, key + "\0")
             source, destination = parent / key_prefix(owner), target / key_prefix(name)

@@ -20,7 +20,7 @@ __all__ = ["CheckpointItem", "Handler", "Item", "Registry", "Replicated", "item_
 _Kind = TypeVar("_Kind", bound="type[Item]")
 
 Replicated: TypeAlias = Literal["checked", "unchecked"]
-"""Whether what several ranks hold under one name must be the same."""
+"""Whether several ranks' values under one name must be equal."""
 
 
 class Handler(abc.ABC):
@@ -48,12 +48,12 @@ class Handler(abc.ABC):
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """The pytree that a restore into `value` expects: same shape as `lower(value)`.
 
-        Leaves that are filled in place are `Fill(tensor)`; tensors and arrays are imitated in new
-        memory; `AS_SAVED` takes what the checkpoint holds. Called before anything is read; must not
-        change `value`.
+        Leaves that are filled in place are `Fill(tensor)`; tensors and arrays are restored to new
+        memory; `AS_SAVED` accepts any stored value. Called before anything is read; must not change
+        `value`.
 
         Args:
-            value: What the user passed to restore.
+            value: The value passed to restore.
             saved: The checkpoint's tree, with an `ArraySpec` in place of every array. Where the
                 restore leaves leaves alone (`ignore`, `only`), the target's own stand in it.
             strict: Whether a difference that the handler itself finds is an error.
@@ -69,10 +69,10 @@ class Handler(abc.ABC):
         return self.lower(value)
 
     def optimizers(self, value: Any) -> Sequence[Any]:
-        """The torch optimizers whose steps alone change what this item holds below `state`.
+        """The torch optimizers whose steps alone change this item's values below `state`.
 
         A save with `staging=fc.Overlapped()` copies that, and the parameters that they update,
-        while training goes on to their next step.
+        while training continues to their next step.
         """
         del value
         return ()
@@ -99,7 +99,7 @@ class Handler(abc.ABC):
         Called for `per_rank` handlers only. The default refuses.
 
         Args:
-            trees: What each rank saved, in order.
+            trees: The trees that the ranks saved, in order.
             rank: This rank.
             num_ranks: How many there are now.
 
@@ -118,7 +118,7 @@ class Handler(abc.ABC):
 
     @abc.abstractmethod
     def lift(self, value: Any, tree: Any) -> Any:
-        """What restore returns, from a tree like `target`'s; only this may change `value`."""
+        """Returns the restored value, from a tree like `target`'s; only this may change `value`."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +131,7 @@ class Item(abc.ABC):
 
     Attributes:
         value: The live object.
-        replicated: Whether a save compares what several ranks hold under one name (samples of
+        replicated: Whether a save compares several ranks' values under one name (samples of
             plain tensors and of replicas, and JSON), of which it stores one. `unchecked`: they may
             differ, and the first rank's is stored.
     """
@@ -189,7 +189,7 @@ class CheckpointItem(Item):
     handler: Handler = dataclasses.field()  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def check(self) -> None:
-        """Raises `UsageError` for a handler that is none."""
+        """Raises `UsageError` for anything but a handler."""
         Item.check(self)
         if not isinstance(self.handler, Handler):
             raise errors.UsageError(f"Expected a Handler instance, got {self.handler!r:.80}.")
@@ -200,7 +200,7 @@ class Registry:
     """An immutable, ordered choice of handlers; the latest rule that fits a value wins.
 
     Attributes:
-        rules: `(fits, make)` pairs: a predicate on the value and what binds it.
+        rules: `(fits, make)` pairs: a predicate on the value and a function that binds it.
     """
 
     rules: tuple[tuple[Callable[[Any], bool], Callable[[Any], Item]], ...] = ()

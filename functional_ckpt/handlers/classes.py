@@ -1,4 +1,4 @@
-"""What class an object is of, without importing the library that the class comes from."""
+"""Class tests without importing the library of the class."""
 
 from __future__ import annotations
 

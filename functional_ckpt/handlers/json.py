@@ -13,13 +13,13 @@ from functional_ckpt.handlers.base import Handler, Item, item_class
 __all__ = ["Json", "JsonHandler"]
 
 
-# Python's own reader recurses: what is deeper could be written and not be read again.
+# Python's reader recurses: deeper values could be written but not read.
 _MAX_DEPTH = 200
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class JsonHandler(Handler):
-    """Saves plain JSON values, and only what JSON gives back equal.
+    """Saves plain JSON values, and only those that JSON restores exactly.
 
     Tuples (they would come back as lists), keys that are not `str` (as `str`), subclasses such as
     enums and numpy scalars (as their base), NaN and infinities (no JSON, RFC 8259 section 6) are
@@ -55,8 +55,8 @@ class Json(Item):
     """A JSON value, kept readable on disk.
 
     Args:
-        value: Dicts with string keys, lists, strings, finite numbers, booleans and None. What
-            is given to a restore does not matter: `fc.Json()` will do.
+        value: Dicts with string keys, lists, strings, finite numbers, booleans and None. Its value
+            is not used by a restore: `fc.Json()` suffices.
         replicated: `checked` makes a value that differs between ranks an error; `unchecked` saves
             the first rank's.
     """

@@ -26,10 +26,9 @@ __all__ = ["Module", "ModuleHandler"]
 class ModuleHandler(Handler):
     """Saves parameters, persistent buffers and extra state by name; restores them in place.
 
-    What is saved is what the module's own `state_dict` says, hooks and overrides included. Tensors
-    of it that are the module's own are filled where they lie, so parameters keep their identity.
-    Anything else, and any submodule with its own way of loading, goes through the module's
-    `load_state_dict` as well.
+    The module's `state_dict` is saved, with its hooks and overrides. Its tensors that belong to the
+    module are filled in place, so parameters keep their identity. Anything else, and any submodule
+    with its own way of loading, goes through the module's `load_state_dict` as well.
 
     Attributes:
         only: Shell patterns of names; None for all.
@@ -53,11 +52,11 @@ class ModuleHandler(Handler):
         return {name: _stored(entry) for name, entry in state.items()}
 
     def own(self, value: Any) -> dict[str, Any]:
-        """Name -> what the module holds now, of lazy modules too."""
+        """Name -> current value, of lazy modules too."""
         return {name: _detached(entry.value) for name, entry in self._entries(value).items()}
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> dict[str, Any]:
-        """Name -> what restore fills, or imitates: meta tensors have no memory to fill.
+        """Name -> restore target: filled in place, or new memory for meta tensors.
 
         Raises:
             UsageError: A meta-device module that the checkpoint alone cannot materialise.
@@ -66,7 +65,7 @@ class ModuleHandler(Handler):
         _check_meta(value, state, whole=self.only is None)
         specs = cast("Mapping[str, Any]", saved) if isinstance(saved, Mapping) else {}
         spare = _other_names(state, specs)
-        # What the checkpoint lacks stands here as it is, for the error or the report to name.
+        # Leaves that the checkpoint lacks stay, so that the error or report names them.
         return {
             name: _wanted(entry, specs[name]) if name in specs else _detached(entry.value)
             for name, entry in state.items()
@@ -78,7 +77,7 @@ class ModuleHandler(Handler):
         return module_names.first_rank_buffers(value)
 
     def selects(self, name: str) -> bool:
-        """Whether a stored leaf is one of `only`'s, or lies in an extra state that is."""
+        """Whether a stored leaf is one of `only`'s, or is part of an extra state that is."""
         head, extra, _ = name.partition("_extra_state")
         return self.only is None or _matches(head + extra, self.only)
 
@@ -97,7 +96,7 @@ class ModuleHandler(Handler):
         return value
 
     def _load(self, module: Any, state: Mapping[str, _Entry], values: Mapping[str, Any]) -> None:
-        """Hands everything to `load_state_dict`; what is filled already is not copied again."""
+        """Calls `load_state_dict`; tensors that are filled already are not copied again."""
         loaded = {
             entry.raw_name: entry.value
             if entry.is_own and _is_same(entry.value, values[name])
@@ -128,8 +127,8 @@ class Module(Item):
     """A module, filled in place by restore.
 
     Args:
-        value: The module; what DDP, `torch.compile`, FSDP and activation checkpointing wrap around
-            it leaves no trace in the names.
+        value: The module; prefixes of DDP, `torch.compile`, FSDP and activation checkpointing are
+            removed from the names.
         only: Shell patterns (`"encoder.*"`) of the names to save, or to restore.
         device: Where restore materialises tensors of the meta device; None for the CPU.
         replicated: `checked` makes plain tensors that differ between ranks an error (samples are
@@ -234,13 +233,13 @@ def _is_uninitialized(value: Any) -> bool:
 def _detached(value: Any) -> Any:
     # A Parameter is a role in a module, not a kind of data: without the module it comes back as a
     # tensor.
-    # What is opaque cannot even be detached: it is refused under its name.
+    # Opaque tensors cannot be detached: they are refused by name.
     is_tensor = isinstance(value, torch.Tensor) and not memory.is_opaque(value)
     return value.detach() if is_tensor else value
 
 
 def _stored(entry: _Entry) -> Any:
-    """What is saved of an entry: the class of the module's own tensors is the module's affair."""
+    """The saved value of an entry, without the class of the module's own tensors."""
     value = _detached(entry.value)
     has_class = isinstance(value, torch.Tensor) and not memory.can_be_imitated(value)
     if has_class and entry.is_own and not hasattr(value, "__tensor_flatten__"):
@@ -318,7 +317,7 @@ def _check_meta(module: torch.nn.Module, state: Mapping[str, _Entry], *, whole: 
     if left:
         raise errors.UsageError(
             f"On the meta device and not part of the state dict: {_some(left)}; no checkpoint has "
-            "them. Put real tensors in their place before the restore, or make them persistent.",
+            "them. Replace them by real tensors before the restore, or make them persistent.",
             key_path=left[0],
         )
 

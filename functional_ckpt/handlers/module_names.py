@@ -1,4 +1,4 @@
-"""Names of a module's tensors without what DDP, `torch.compile` and their kin put in front."""
+"""Names of a module's tensors without the prefixes of DDP, `torch.compile` and other wrappers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Slot(NamedTuple):
 
 
 def clean_prefix(root: torch.nn.Module, prefix: str) -> str:
-    """What the names of a module's own tensors begin with: its dotted path below `root` and a dot.
+    """The prefix of the names of a module's own tensors: its dotted path below `root` and a dot.
 
     The attributes of wrappers on the way are left out, and so is the dot after an empty path.
 
@@ -98,8 +98,8 @@ def first_rank_buffers(root: torch.nn.Module) -> dict[str, bool]:
     """Clean names of the buffers that legitimately differ between ranks -> whether to warn of it.
 
     A DistributedDataParallel that broadcasts buffers overwrites them with the first rank's in the
-    next forward pass. Running statistics differ without one too, and which of the ranks' are right
-    nobody can tell.
+    next forward pass. Running statistics differ without one too, and none of the ranks' are more
+    right.
     """
     broadcast = {
         id(module)

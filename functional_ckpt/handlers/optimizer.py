@@ -27,7 +27,7 @@ from functional_ckpt.handlers.optimizer_names import NamedOptimizer, State
 
 __all__ = ["Optimizer", "OptimizerHandler"]
 
-# The parameters by index and by the user's own names: ours take their place.
+# Parameters by index and by the user's names: replaced by the model's names.
 _NAMING = frozenset({"params", "param_names"})
 # Scalars that torch.optim keeps on the CPU unless the step is fused or capturable (see "special
 # device hosting for step" in torch/optim/optimizer.py); all other state lives with its parameter.
@@ -50,7 +50,7 @@ class OptimizerHandler(Handler):
     model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]
 
     def lower(self, value: Any) -> State:
-        """State and groups by name, as live references, and what identifies the optimizer."""
+        """State and groups by name, as live references, and the optimizer's identity."""
         return optimizer_names.described(self.own(value), self._named(value))
 
     def own(self, value: Any) -> State:
@@ -84,7 +84,7 @@ class OptimizerHandler(Handler):
         return (named.optimizer,) if named.outer is None else (named.optimizer, named.outer)
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> State:
-        """What the checkpoint holds, with the live tensors in their places.
+        """The stored tree, with the live tensors as targets.
 
         Args:
             value: The optimizer.
@@ -323,7 +323,7 @@ def _as_run_wants(live: Any, option: Any) -> Any:
 
 
 def _place(entry: Any, live: Any, parameter: torch.Tensor, group: State, key: Any = None) -> Any:
-    """State on the device where torch.optim keeps it; what was filled stays where it is."""
+    """State on the device where torch.optim keeps it; filled tensors stay unchanged."""
     if isinstance(entry, torch.Tensor):
         if entry is live or parameter.is_meta:
             return entry

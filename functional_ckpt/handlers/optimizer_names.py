@@ -40,10 +40,10 @@ RESERVED = ("state", "param_groups", SHARED)
 _FSDP1 = frozenset({"torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"})
 
 
-# How the arithmetic is carried out, not what is computed: these belong to the run that goes on, and
-# depend on its devices. They are saved, and not restored. Everything else in a group is restored.
+# Implementation flags, which depend on the run's devices: taken from the live optimizer. They are
+# saved, and not restored. Everything else in a group is restored.
 RUN_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
-# What schedulers of torch add to a group: no options of the optimizer.
+# Keys that torch's schedulers add to a group: not options of the optimizer.
 _OF_SCHEDULERS = frozenset(
     {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "params"}
 )
@@ -227,7 +227,7 @@ def _membership(tree: State) -> dict[str, int]:
 
 
 def described(tree: State, named: NamedOptimizer) -> structure.Described:
-    """The lowered tree with what its reader compares: class, options, shapes of parameters."""
+    """The lowered tree with class, options and parameter shapes, which a restore compares."""
     groups = zip(named.optimizer.param_groups, tree["param_groups"], strict=True)
     parameters: dict[str, torch.Tensor] = {
         name: parameter
@@ -257,8 +257,8 @@ def _class_of(optimizer: torch.optim.Optimizer) -> str:
 def check_same_class(saved: State, optimizer: torch.optim.Optimizer) -> None:
     """Raises `MismatchError` unless the checkpoint is of an optimizer of this class.
 
-    Checkpoints that do not name the class are told by their options: both sides have some that the
-    other lacks.
+    Checkpoints without the class are recognised by their options: both sides have some that the
+        other lacks.
     """
     here, there = _class_of(optimizer), _detail(saved).get("optimizer")
     if there is None:
@@ -305,7 +305,7 @@ def options_lost(saved: State, group: State) -> frozenset[str]:
 
 
 def shape_problem(saved: object, live: object, parameter: torch.Tensor, kind: type) -> str | None:
-    """What the target expects where saved state is of a parameter of another shape."""
+    """The expected value for state of a parameter with another saved shape."""
     shape = tuple(parameter.shape)
     expected = f"state of a parameter of shape {list(shape)}"
     if (known := _detail(saved).get("shape")) is not None:

@@ -91,8 +91,8 @@ class RngHandler(Handler):
 
     Attributes:
         same_devices: Whether another number of CUDA devices than at the save is an error. If not,
-            device `i` takes the state of device `i`; what has no partner is left alone.
-        other_ranks: What a restore on another number of ranks does: `error`, or `derive`. Every
+            device `i` takes the state of device `i`; devices without a partner are unchanged.
+        other_ranks: The behaviour on another number of ranks: `error`, or `derive`. Every
             derived stream is seeded by SHA-256 of all the saved states, the rank, the number of
             ranks and the stream's index: one checkpoint on one number of ranks always gives the
             same numbers, and no two ranks the same ones. It continues no saved stream.
@@ -236,7 +236,7 @@ def _from_python_state(state: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _difference(generator: GeneratorLike, saved: Any) -> str | None:
-    """What a saved state says that this generator cannot take; None if it can."""
+    """Why this generator cannot take a saved state; None if it can."""
     ours, theirs = _kind(_state(generator)), _kind(saved)
     return None if ours == theirs else f"is {ours}, saved was {theirs}"
 
@@ -266,8 +266,8 @@ class Rng(Item):
         value: Named generators (name -> generator), set in place by restore; None for none.
         same_devices: Whether another number of CUDA devices than at the save is an error; if not,
             those that both have are restored.
-        other_ranks: What another number of ranks than at the save does: an `error`, or `derive`
-            new streams from the saved ones, different on every rank.
+        other_ranks: The behaviour on another number of ranks than at the save: an `error`, or
+            `derive` new streams from the saved ones, different on every rank.
 
     Raises:
         UsageError: Not a generator, or one without a state.
@@ -324,7 +324,7 @@ def _parts(tree: Any) -> Iterator[bytes]:
 
 
 def _reseeded(tree: Any, entropy: bytes) -> Any:
-    """The same kinds of states, each seeded anew."""
+    """States of the same kinds, each with a new seed."""
     if isinstance(tree, torch.Tensor):
         return _torch_state(tree, entropy)
     if isinstance(tree, Mapping):

@@ -22,7 +22,7 @@ _DATA_LOADERS = frozenset(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StatefulHandler(Handler):
-    """Saves what `state_dict()` returns, and hands it back to `load_state_dict()` as it was."""
+    """Saves the result of `state_dict()`, and passes it to `load_state_dict()` unchanged."""
 
     per_rank: bool = False
 
@@ -45,8 +45,8 @@ class StatefulHandler(Handler):
 class Stateful(Item):
     """An object with `state_dict()` and `load_state_dict(state)`, filled in place by restore.
 
-    What `state_dict` returns may be any pytree. Code is never stored: a `LambdaLR` keeps its
-    functions, and saves only the attributes of callable objects, as PyTorch does.
+    `state_dict` may return any pytree. Code is never stored: a `LambdaLR` keeps its functions, and
+    saves only the attributes of callable objects, as PyTorch does.
 
     Args:
         value: The object.

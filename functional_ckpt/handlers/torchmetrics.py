@@ -1,7 +1,7 @@
-"""torchmetrics: what a metric has accumulated, whether or not it calls that state persistent.
+"""torchmetrics: the accumulated state of a metric, persistent or not.
 
 A metric is an `nn.Module` whose `state_dict` is empty unless asked otherwise, so as a module it
-would be saved without its counts, silently. As an item of its own it is saved whole.
+would be saved without its counts, silently. As a separate item it is saved completely.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ policies: `LatestN`, `LatestDuration`, `best_n`, `BestN`, `EveryNSteps`, `EveryN
 `CustomSteps`, `PreserveAll`, `preserve_all`. A list of either means any of them.
 
 For policies of one's own: `SavePolicy` and `KeepPolicy` are the protocols (Orbax's), `StepInfo`,
-`SaveContext` and `KeepContext` what they are given.
+`SaveContext` and `KeepContext` are their arguments.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a policy is: the records it reads and the two protocols, Orbax's.
+"""Policies: their input records and the two protocols, which are Orbax's.
 
-A policy is a pure function of what it is given: the history of the steps that are on disk, the
-step at hand and, in a context, whatever only the outside world knows (the clock, a signal). It
-holds no state, so it decides the same after a restart as before.
+A policy is a pure function of its arguments: the history of the steps on disk, the current step
+and, in a context, external inputs (the clock, a signal). It holds no state, so it decides the same
+after a restart as before.
 
 The policies themselves are in `save` and `keep`; `rules` decides by
 several at once.
@@ -37,7 +37,7 @@ class StepInfo:
     Attributes:
         step: Its number.
         time: When it was saved (or, for the step to decide about, now); with a time zone.
-        metrics: What was measured at it; None if nothing was (yet).
+        metrics: Its metrics; None if there are none (yet).
         progress: How far the training was; None if it does not say. It is saved with the step,
             since a policy that saves every epoch has no other memory.
         problem: Why its metrics, time or progress cannot be believed; None where they can. Such a
@@ -68,12 +68,13 @@ class StepInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveContext:
-    """What a save policy cannot know from the steps.
+    """Inputs of a save policy besides the steps.
 
     Attributes:
         is_saving_in_progress: An earlier save is still being committed in the background.
-        reached_preemption: The process was told that it will be killed.
-        start_time: When this run began, with a time zone: the first interval in seconds is counted
+        reached_preemption: The process has received SIGTERM.
+        start_time: When this run started, with a time zone: the first interval in seconds is
+            counted
             from here if nothing was saved since. None: an interval in seconds is over at once if
             nothing was ever saved.
     """
@@ -90,7 +91,7 @@ class SaveContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeepContext:
-    """What a keep policy cannot know from the steps.
+    """Inputs of a keep policy besides the steps.
 
     Attributes:
         now: The time of the decision, with a time zone.
@@ -118,7 +119,7 @@ class SavePolicy(Protocol):
         Args:
             step: The step at hand.
             previous_steps: The steps that exist, ascending, with the one being committed.
-            context: What the outside world says.
+            context: The external inputs.
         """
         ...
 
@@ -129,7 +130,7 @@ class StepPolicy(Protocol):
 
     @property
     def step_only(self) -> Literal[True]:
-        """Says that `fires_at` is the whole decision."""
+        """Whether `fires_at` decides alone."""
         ...
 
     def fires_at(self, step: int) -> bool:

@@ -1,9 +1,9 @@
 """Which steps to keep: the keep policies.
 
-They decide as Orbax's preservation policies of the same names do, save for what loses
-checkpoints there: a metric that is missing or not a number ranks worst (there it breaks the
-ranking or raises), keeping zero steps is an error (there it keeps none, or all) save for
-`LatestN(0)` in the first of several tiers, and the clock is passed in.
+They decide as Orbax's preservation policies of the same names do, except where those lose
+checkpoints: a metric that is missing or not a number ranks worst (there it breaks the ranking or
+raises), keeping zero steps is an error (there it keeps none, or all) save for `LatestN(0)` in the
+first of several tiers, and the clock is passed in.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class LatestN:
 
 @dataclass(frozen=True, slots=True, init=False)
 class LatestDuration:
-    """Keeps what was saved within some time before now, and every step after the first such.
+    """Keeps steps saved within some time before now, and every step after the first such.
 
     Attributes:
         duration: How far back, as a timedelta or a time string (`"24h"`).
@@ -85,7 +85,7 @@ class LatestDuration:
     duration: Timespan
 
     def __init__(self, duration: TimespanLike) -> None:
-        """Raises UsageError for what is no wall-clock time."""
+        """Raises UsageError unless it is a wall-clock time."""
         span = parse_timespan(duration)
         if span.unit != "second" or not span.value:
             raise errors.UsageError(
@@ -105,7 +105,7 @@ class LatestDuration:
 
 @dataclass(frozen=True, slots=True)
 class EveryNSeconds:
-    """Keeps the first step, then each that was saved so long or longer after the last one kept.
+    """Keeps the first step, then each that was saved at least the interval after the last one kept.
 
     Attributes:
         interval_secs: In seconds, more than zero.
@@ -186,7 +186,7 @@ class CustomSteps:
     steps: range | frozenset[int]
 
     def __init__(self, steps: Iterable[int]) -> None:
-        """Raises UsageError for a negative step or what is no int."""
+        """Raises UsageError unless all steps are ints >= 0."""
         object.__setattr__(self, "steps", step_set("steps to keep", steps))
 
     def should_preserve(
@@ -217,7 +217,7 @@ class BestN:
     keep_without_metrics: bool = False
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a number below 1, another mode, or what can be no metric."""
+        """Raises UsageError for a number below 1, another mode, or an invalid metric."""
         _check_count("n of BestN", self.n)
         _check_metric(self.metric, self.mode)
 
@@ -231,7 +231,7 @@ class BestN:
         order = _ascending(values, self.mode)
         kept = set(order[-self.n :])
         if self.keep_without_metrics:
-            # The unknown ones have places of their own and do not take any of the n.
+            # Unknown ones are counted separately from the n.
             known = [index for index in order if values[index] is not None]
             unknown = {index for index, value in enumerate(values) if value is None}
             kept = unknown.union(known[-self.n :])
@@ -279,7 +279,7 @@ def rank_steps(
             raise errors.StorageError(f"The steps cannot be ranked now: {info.problem} Try again.")
         if info.problem is not None:
             raise errors.CorruptCheckpointError(
-                f"The steps cannot be ranked: what is known of step {info.step} is damaged. "
+                f"The steps cannot be ranked: the metadata of step {info.step} is damaged. "
                 f"{info.problem} Delete the step, or put its files back.",
                 step=info.step,
             )
@@ -346,7 +346,7 @@ def _value(info: StepInfo, metric: Metric) -> float | None:
         except LookupError:
             return None
         except (TypeError, ValueError, AttributeError, ArithmeticError):
-            # What odd data can cause: one such step must not end a run while it prunes.
+            # Errors that odd data can cause: one such step must not end a run while it prunes.
             return math.nan
     if value is None:
         return None

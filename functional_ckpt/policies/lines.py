@@ -1,10 +1,10 @@
 """Lines of training: which steps lead to the present one, and which a rollback left behind.
 
-A run that restores an earlier step and saves again begins a new *generation*. Each step records
-its generation and its *ancestors*: for every earlier generation, the last of its steps that led
-here. So the newest step of a directory, the highest one of its highest generation, says by itself
-which of the others belong to its line. The others were abandoned: they stay until a policy or the
-user removes them.
+A run that restores an earlier step and saves again starts a new *generation*. Each step records its
+generation and its *ancestors*: for every earlier generation, the last of its steps that led here.
+So the newest step of a directory, the highest one of its highest generation, says by itself which
+of the others belong to its line. The others were abandoned: they stay until a policy or the user
+removes them.
 
     generation 0:  10 - 20 - 30 - 40       30 and 40 are abandoned
                          |

@@ -25,18 +25,18 @@ _SECONDS: Final = ("total_seconds", "epoch_seconds", "batch_seconds")
 class Progress:
     """How far a training has come.
 
-    All counts are of what is over: after the first batch `batch` is 1.
+    All counts are of completed units: after the first batch `batch` is 1.
 
     Attributes:
         iteration: Iterations, for trainings that group epochs.
         epoch: Epochs.
-        batch: Batches of the whole training.
-        sample: Samples of the whole training, of all ranks.
-        token: Tokens of the whole training, of all ranks.
+        batch: Batches of the entire training.
+        sample: Samples of the entire training, of all ranks.
+        token: Tokens of the entire training, of all ranks.
         batch_in_epoch: Batches of the epoch under way.
         sample_in_epoch: Samples of the epoch under way.
         token_in_epoch: Tokens of the epoch under way.
-        total_seconds: Wall-clock time of the whole training, pauses between runs left out.
+        total_seconds: Wall-clock time of the entire training, without pauses between runs.
         epoch_seconds: Wall-clock time of the epoch under way.
         batch_seconds: Wall-clock time of the last batch.
         batches_per_epoch: How long an epoch is, where that is known: fractions of an epoch and of
@@ -65,7 +65,7 @@ class Progress:
     max_duration: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for what is no count, no time, or no length of a training."""
+        """Raises UsageError for an invalid count, time, or length of a training."""
         for name in _COUNTS:
             _check_count(name, getattr(self, name))
         for name in _COUNTS[2:]:
@@ -92,7 +92,7 @@ class Progress:
             samples: How many samples were in it, on all ranks together.
             tokens: How many tokens.
             seconds: How long it took.
-            batches: For loops that come by only every so many batches: how many there were.
+            batches: Number of batches since the last record, for loops that save at intervals.
 
         Raises:
             UsageError: A negative amount.
@@ -115,7 +115,7 @@ class Progress:
         )
 
     def next_epoch(self) -> Progress:
-        """Returns the progress once the epoch under way is over: counts within it begin anew."""
+        """Returns the progress after the current epoch: counts within it restart."""
         return dataclasses.replace(
             self,
             epoch=self.epoch + 1,
@@ -131,7 +131,7 @@ class Progress:
 
     @property
     def duration(self) -> float | None:
-        """The part of the training that is over, from 0 to 1 (more if it goes on); None if unknown.
+        """The completed fraction of the training, from 0 to 1 (or more); None if unknown.
 
         It is unknown without `max_duration`.
         """
@@ -144,8 +144,7 @@ class Progress:
     def count(self, unit: Unit) -> int | float | None:
         """Returns how much is over in a unit of time strings; None if it is not known.
 
-        Samples and tokens that nobody has counted in any batch are not known, which is another
-        thing than none.
+        Samples and tokens that no batch has counted are unknown, which differs from zero.
         """
         if unit == "duration":
             return self.duration

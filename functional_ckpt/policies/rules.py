@@ -47,7 +47,7 @@ SavePolicies: TypeAlias = (
     | datetime.timedelta
     | Sequence[SavePolicy | int | str | datetime.timedelta]
 )
-"""What users pass: one policy, or a list that saves whenever any of them does. A number of steps, a
+"""The argument `save_policy`: one policy, or a list (any of them saves). A number of steps, a
 time string or a timedelta means `every` of it."""
 
 
@@ -72,7 +72,7 @@ class AnySave:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveRule:
-    """A user's save policies, flattened and sorted by what they need to know.
+    """A user's save policies, flattened and sorted by the inputs they need.
 
     Attributes:
         policies: All of them, in the user's order.
@@ -135,7 +135,7 @@ def decide_save(
         step: The step at hand.
         previous_steps: The steps that exist, ascending, with the one being committed: without that
             one, a policy that counts seconds would ask for a second save while it is on its way.
-        context: What the outside world says.
+        context: The external inputs.
     """
     for policy in rule.policies:
         if policy.should_save(step, previous_steps, context=context):
@@ -178,13 +178,13 @@ def _save_advice(policy: object) -> str:
 
 
 KeepPolicies: TypeAlias = KeepPolicy | int | Sequence[KeepPolicy | int]
-"""What users pass: one policy, or a list that keeps what any of them keeps. A number n means
+"""The argument `keep_policy`: one policy, or a list (any of them keeps a step). A number n means
 `LatestN(n)`."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnyKeep:
-    """Keeps what one of several policies keeps, as a list does; everything if there is none.
+    """Keeps the steps that any of several policies keeps, as a list does; all if there is none.
 
     Attributes:
         policies: All are asked.
@@ -231,7 +231,8 @@ def decide_keep(
 ) -> tuple[bool, ...]:
     """Returns, for each step, whether it stays: if any policy keeps it, or if it is the newest.
 
-    The abandoned steps are put to the policies by themselves: they take no place from the others.
+    The policies are applied to the abandoned steps separately, so that these do not displace
+    others.
 
     Args:
         policies: None at all keeps everything.

@@ -1,7 +1,7 @@
 """When to save: the save policies.
 
 `FixedInterval`, `SpecificSteps`, `InitialSave` and `Preemption` decide as Orbax's policies of those
-names do; intervals in time and progress, and `when`, are ours.
+names do; intervals in time and progress, and `when`, are additional.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "when",
 ]
 
-# 0.3 / 0.1 is 2.9999999999999996: a boundary is crossed by whoever is this close to it.
+# 0.3 / 0.1 is 2.9999999999999996: a boundary counts as crossed within this distance.
 _ROUNDING: Final = 1e-9
 _ADVICE: Final[dict[Unit, str]] = {
     "sample": "Count them, progress.next_batch(samples=...)",
@@ -78,7 +78,7 @@ class SpecificSteps:
     step_only: ClassVar[Literal[True]] = True
 
     def __init__(self, steps: Iterable[int]) -> None:
-        """Raises UsageError for a negative step or what is no int."""
+        """Raises UsageError unless all steps are ints >= 0."""
         object.__setattr__(self, "steps", step_set("steps to save", steps))
 
     def fires_at(self, step: int) -> bool:
@@ -105,7 +105,7 @@ class InitialSave:
 
 @dataclass(frozen=True, slots=True)
 class Preemption:
-    """Saves once the process was told that it will be killed."""
+    """Saves once the process has received SIGTERM."""
 
     def should_save(
         self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
@@ -125,7 +125,7 @@ class When:
     decide: Callable[[StepInfo], bool]
 
     def __post_init__(self) -> None:
-        """Raises UsageError for what cannot be called."""
+        """Raises UsageError unless it is callable."""
         if not callable(self.decide):
             raise errors.UsageError(
                 f"when(): expected a function of a StepInfo; got {self.decide!r}."
@@ -134,13 +134,13 @@ class When:
     def should_save(
         self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
     ) -> bool:
-        """Returns what the function says."""
+        """Returns the function's decision."""
         return bool(self.decide(step))
 
 
 @dataclass(frozen=True, slots=True)
 class ElapsedInterval:
-    """Saves when some time has passed since the last save, or since the run began if later.
+    """Saves when some time has passed since the last save, or since the run started if later.
 
     The last save is the youngest of the history, whatever its number (an older step may have been
     overwritten); steps dated in the future, as after a clock was set back, are ignored.
@@ -167,7 +167,7 @@ class ElapsedInterval:
         """Returns whether the interval is over at `step.time`."""
         now = step.time
         # The history is asked for its youngest step rather than its last: after a rollback the last
-        # one may be older than what was saved since, and every step would be saved.
+        # one may be older than later steps, and every step would be saved.
         times = [saved.time for saved in previous_steps if saved.time <= now]
         if context.start_time is not None and context.start_time <= now:
             times.append(context.start_time)
@@ -190,11 +190,11 @@ class ProgressInterval:
     interval: Timespan
 
     def __post_init__(self) -> None:
-        """Raises UsageError for another unit, zero, or more than the whole training."""
+        """Raises UsageError for another unit, zero, or more than the entire training."""
         _check_interval(self.interval, ("iteration", "epoch", "sample", "token", "duration"))
         if self.interval.unit == "duration" and self.interval.value > 1:
             raise errors.UsageError(
-                f"interval: expected at most the whole training, 1dur; got {self.interval}."
+                f"interval: expected at most the entire training, 1dur; got {self.interval}."
             )
 
     def should_save(
@@ -217,8 +217,8 @@ class ProgressInterval:
         if count is None:
             raise errors.UsageError(
                 f"every({str(self.interval)!r}): expected the training's progress in {unit} units "
-                f"with step {step.step}; got {_what_is_told(step, unit)}, or save every so many "
-                "steps or seconds.",
+                f"with step {step.step}; got {_what_is_told(step, unit)}, or save at an interval "
+                "of steps or seconds.",
                 step=step.step,
             )
         return count
@@ -235,8 +235,8 @@ def every(interval: TimespanLike) -> FixedInterval | ElapsedInterval | ProgressI
 
     Args:
         interval: Of steps (`500`, `"500ba"`: every step number that the interval divides, step 0
-            included); of time (`"90m"`, `"1h20m40s"`, a timedelta: so long after the last save); or
-            of the training's progress (`"1ep"`, `"3e4tok"`, `"0.25dur"`: at the first step after
+            included); of time (`"90m"`, `"1h20m40s"`, a timedelta: this time after the last save);
+            or of the training's progress (`"1ep"`, `"3e4tok"`, `"0.25dur"`: at the first step after
             each multiple). None keeps state: the history on disk is the memory.
 
     Raises:
@@ -264,7 +264,7 @@ def when(decide: Callable[[StepInfo], bool]) -> When:
 
 
 def _what_is_told(step: StepInfo, unit: Unit) -> str:
-    """What was passed in place of the progress that is needed, and what to do."""
+    """Describes the missing progress, and the fix."""
     if step.progress is None:
         return "none. Pass save(progress=fc.Progress(...))"
     told = {key: value for key, value in step.progress.to_json().items() if value}

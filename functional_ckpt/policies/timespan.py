@@ -17,7 +17,7 @@ from functional_ckpt import errors
 __all__ = ["Timespan", "TimespanLike", "Unit", "parse_timespan"]
 
 Unit: TypeAlias = Literal["iteration", "epoch", "batch", "sample", "token", "duration", "second"]
-"""What a span is counted in; `duration` is the fraction of the whole training, from 0 to 1."""
+"""The unit of a span; `duration` is the fraction of the entire training, from 0 to 1."""
 
 _UNITS: Final[dict[str, Unit]] = {
     "iter": "iteration",
@@ -29,7 +29,7 @@ _UNITS: Final[dict[str, Unit]] = {
     "sec": "second",
 }
 _SUFFIXES: Final[dict[Unit, str]] = {unit: suffix for suffix, unit in _UNITS.items()}
-# Nobody trains half a batch; half an epoch, a quarter of the training and 0.5 s are all sensible.
+# Half a batch makes no sense; half an epoch, a quarter of the training and 0.5 s do.
 _WHOLE_UNITS: Final[frozenset[Unit]] = frozenset({"iteration", "batch", "sample", "token"})
 _CLOCK_SECONDS: Final[dict[str, int]] = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 
@@ -54,7 +54,7 @@ class Timespan:
 
     Attributes:
         value: How many units: finite and not negative; exact if an int.
-        unit: What is counted.
+        unit: Its unit.
 
     >>> str(parse_timespan("3e4tok"))
     '30000tok'
@@ -66,7 +66,7 @@ class Timespan:
     unit: Unit
 
     def __post_init__(self) -> None:
-        """Raises UsageError for what is not a span."""
+        """Raises UsageError unless it is a span."""
         if self.unit not in _SUFFIXES:
             raise errors.UsageError(
                 f"unit of a time span: expected one of {', '.join(_SUFFIXES)}; got {self.unit!r}."
@@ -85,7 +85,7 @@ class Timespan:
 
     def __str__(self) -> str:
         """Returns the shortest usual spelling, such as `500ba` or `1h20m40s`."""
-        # repr(4.791944360669179e+16) is another whole number than the float: spell whole ones out.
+        # repr(4.791944360669179e+16) is another integer than the float: print integers exactly.
         whole = int(self.value) if self.value == int(self.value) else None
         if whole and self.unit == "second":
             return _clock(whole)
@@ -93,7 +93,7 @@ class Timespan:
 
 
 TimespanLike: TypeAlias = int | str | datetime.timedelta | Timespan
-"""What `parse_timespan` accepts."""
+"""The arguments of `parse_timespan`."""
 
 
 def parse_timespan(span: TimespanLike) -> Timespan:
@@ -118,7 +118,7 @@ def parse_timespan(span: TimespanLike) -> Timespan:
     if isinstance(span, int) and not isinstance(span, bool):
         return Timespan(span, "batch")
     if isinstance(span, datetime.timedelta):
-        # `days * 86400 + seconds` keeps whole seconds whole, whatever the size.
+        # `days * 86400 + seconds` keeps seconds integral, whatever the size.
         whole = span.days * 86_400 + span.seconds
         return Timespan(whole if not span.microseconds else span.total_seconds(), "second")
     if isinstance(span, str) and len(span) <= _MAX_TEXT_CHARS:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -135,7 +135,7 @@ def parse_timespan(span: TimespanLike) -> Timespan:
 
 
 def _number(value: Fraction, unit: Unit, text: str) -> int | float:
-    """An int where the number is whole, so that counts beyond 2**53 stay exact."""
+    """An int if the number is integral, so that counts beyond 2**53 stay exact."""
     if value.denominator == 1:
         return value.numerator
     if unit in _WHOLE_UNITS:

@@ -252,10 +252,7 @@ def test_progress_after_a_rollback_and_without_memory() -> None:
 def test_progress_that_nobody_reports_is_an_error(
     interval: str, progress: Progress | None, message: str
 ) -> None:
-    message = (
-        f"every({interval!r}): expected the training's progress in {message}, or save every so "
-        "many steps or seconds"
-    )
+    message = f"every({interval!r}): expected the training's progress in {message}, or save at an interval of steps or seconds"
     with pytest.raises(UsageError, match=rf"^{re.escape(message)}\.$") as caught:
         saves(policies.every(interval), at(7, progress=progress))
     assert caught.value.step == 7
@@ -267,7 +264,7 @@ def test_progress_that_nobody_reports_is_an_error(
         (lambda: policies.every(0), "interval in steps: expected an int of at least 1; got 0"),
         (lambda: policies.every("0ep"), "interval: expected more than zero; got 0ep"),
         (lambda: policies.every("0s"), "interval: expected more than zero; got 0sec"),
-        (lambda: policies.every("2dur"), "expected at most the whole training, 1dur; got 2dur"),
+        (lambda: policies.every("2dur"), "expected at most the entire training, 1dur; got 2dur"),
         (lambda: policies.every("1e30sec"), "expected a time below a million years; got"),
         (lambda: policies.every("often"), "time span: expected a whole number of batches"),
         (lambda: policies.every(-5), "expected a finite number, zero or more; got -5"),
