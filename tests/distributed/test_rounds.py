@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional_ckpt import errors
+from functional_ckpt.distributed import torch_store
 from functional_ckpt.distributed.rounds import Rounds
 
 
@@ -165,3 +166,17 @@ def test_ranks_that_missed_rounds_meet_again(present: list[set[int]]) -> None:
         rounds._timeout_seconds = 30.0
     found = group.run(lambda rank, rounds: rounds.gather_broadcast("together", b"%d" % rank, join))
     assert found == [b"0,1,2"] * 3
+
+
+def test_a_call_that_waits_behind_a_stuck_one_is_never_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch_store, "_SECOND_LOOK_SECONDS", 0.01)
+    calls, gate, made = torch_store._Calls(), threading.Event(), list[int]()
+    stuck = calls.start(gate.wait, (60,))
+    with pytest.raises(futures.CancelledError):
+        calls.call(made.append, (1,), 0.01)
+    gate.set()
+    assert stuck.result(60)
+    calls.call(made.append, (2,), 60)
+    assert made == [2]

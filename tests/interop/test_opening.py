@@ -542,3 +542,11 @@ def test_a_destination_that_is_taken_is_refused_before_anything_is_written(tmp_p
     ):
         pytest.fail("nothing is to be written")
     assert [each.name for each in tmp_path.iterdir()] == ["taken"]
+
+
+def test_an_item_without_weights_is_not_written_as_weights(tmp_path: Path) -> None:
+    fc.save(tmp_path / "c", {"state": {"lr": 0.1, "w": torch.ones(2)}, "empty": {"a": {}}})
+    for item, text in (("state", "lr hold none"), ("empty", "tensors under names")):
+        with pytest.raises(errors.UnsupportedLeafError, match=text):
+            fc.interop.huggingface.export(tmp_path / "c", tmp_path / "out", item=item)
+    assert not (tmp_path / "out").exists()

@@ -163,3 +163,17 @@ def test_metrics_of_an_overwritten_commit_never_apply_to_the_new_one(tmp_path: P
         assert manager.metrics(1) == {"loss": 1.0}
         manager.delete(1)
     assert list(folder.iterdir()) == []
+
+
+def test_a_link_that_a_crash_left_behind_is_renewed_by_the_next_writer_alone(
+    tmp_path: Path,
+) -> None:
+    with fc.CheckpointManager(tmp_path, latest_link="latest") as manager:
+        for step in (1, 2):
+            saved(manager, step)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("1")
+    fc.CheckpointManager(tmp_path, latest_link="latest", read_only=True).close()
+    assert os.readlink(tmp_path / "latest") == "1"
+    fc.CheckpointManager(tmp_path, latest_link="latest").close()
+    assert os.readlink(tmp_path / "latest") == "2"
