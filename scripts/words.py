@@ -29,7 +29,7 @@ CLEAN: tuple[str, ...] = ("docs", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"
 """Paths (folders or files) where a match fails the check."""
 
 PATTERNS = {
-    "what (use a noun)": r"\bwhat\b(?! (to|if|for|kind|happens?|happened|happening|failed|fails|"
+    "what (use a noun)": r"\bwhat\b(?!:| (to|if|for|kind|happens?|happened|happening|failed|fails|"
     r"differs|changed|went|does|do|did|(it|they|you|this|that) (does|do))\b)",
     "begin (start)": r"\b(begin(s|ning)?|began|begun)\b",
     "place (index, offset, path, slot)": r"(?<!\bin )(?<!\btake )(?<!\btakes )\bplaces?\b",

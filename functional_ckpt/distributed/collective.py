@@ -21,7 +21,7 @@ class Turn:
     """One rank's side of a collective.
 
     Attributes:
-        value: What this rank contributes; set it in the block.
+        value: This rank's contribution; set it in the block.
         outcome: The primary's result; set after the block.
     """
 

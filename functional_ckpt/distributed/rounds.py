@@ -1,10 +1,11 @@
-"""Rounds between ranks over any key-value store: everyone gives a value, everyone gets the outcome.
+"""Rounds between ranks over any key-value store: every rank sends a value and gets the result.
 
 Each round is a numbered slot of keys:
 
-    <n>/<rank>     a rank's value, its error, or a mark that it timed out <n>/begun      the primary
-    has started <n>/gathered   every rank has come; the primary does its part <n>/outcome    the
-    result, the error, or a mark that the primary skipped to the next slot
+    <n>/<rank>     a rank's value, its error, or a mark that it timed out
+    <n>/begun      the primary has started
+    <n>/gathered   every rank has come; the primary does its part
+    <n>/outcome    the result, the error, or a mark that the primary skipped to the next slot
 
 Ranks count their rounds by themselves. After a failure one may be behind (it was suspended, and the
 others continued), so every entry names the operation: a rank that finds a slot closed for another

@@ -1,7 +1,7 @@
 """Handlers, items that bind a value to one, and the registry that chooses one for a value.
 
 `Handler.lower` is pure: it returns a pytree of live references. `Handler.lift` is where a restore
-has its effects. `Handler.target` says what a restore expects. Handlers touch no storage: one module
+has its effects. `Handler.target` returns the expected structure. Handlers do no I/O: one module
 writes arrays and one reads them, whatever the item.
 """
 

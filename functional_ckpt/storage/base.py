@@ -2,10 +2,10 @@
 
 Paths are strings: absolute ones of the local file system, or URIs such as `s3://bucket/run/7`.
 Both are joined and split with `os.path`. A store is safe to use from any thread, and raises
-`StorageError` for what it refuses.
+`StorageError` for errors of the store.
 
-Every store has the operations of `Storage`. What only one kind of store can do is in `files` or in
-`objects`, of which one is None; which one decides how steps are committed and arrays written.
+Every store has the operations of `Storage`. Operations of one kind of store are in `files` or in
+`objects`, of which one is None; this choice decides how steps are committed and arrays written.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class NewFile(Protocol):
 
 
 class Files(Protocol):
-    """What only a local file system can do."""
+    """Operations of local file systems only."""
 
     def create(self, path: str, size_bytes: int, *, is_direct: bool) -> NewFile:
         """Creates a file, with space for `size_bytes` reserved if it is large.
@@ -81,7 +81,7 @@ class Files(Protocol):
 
 
 class Objects(Protocol):
-    """What only an object store can do: conditional requests. Paths are objects."""
+    """Operations of object stores only: conditional requests. Paths are objects."""
 
     @property
     def notes(self) -> dict[str, str]:
@@ -128,7 +128,7 @@ class TensorStoreAccess(Protocol):
         """Called before TensorStore writes; raises `LockedError` if the lease was lost."""
 
     def flush(self, directory: str) -> None:
-        """Uploads what TensorStore wrote into a local copy; else does nothing."""
+        """Uploads arrays written through a local copy; otherwise does nothing."""
 
     def redact(self, text: str) -> str:
         """Returns a message without credentials."""
@@ -145,12 +145,12 @@ class Storage(Protocol):
 
     @property
     def files(self) -> Files | None:
-        """What only a local file system can do; None for an object store."""
+        """Operations of local file systems; None for an object store."""
         ...
 
     @property
     def objects(self) -> Objects | None:
-        """What only an object store can do; None for a file system."""
+        """Operations of object stores; None for a file system."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""What both commit protocols share: temporary names, the journal of an overwrite, recovery.
+"""Shared parts of both commit protocols: temporary names, journal of an overwrite, recovery.
 
 <root>/<step>.orbax-checkpoint-tmp-*/    a step being written; hidden from every reader
 <root>/<step>/                           a committed step
@@ -31,7 +31,7 @@ __all__ = ["HIDDEN", "NOTE", "CommitProtocol", "noting", "rollback", "to_note"]
 
 HIDDEN = ".functional_ckpt"
 NOTE = ".unfinished"
-"""The file in a temporary directory that says what is being written or uploaded."""
+"""The file in a temporary directory that names the step being written or uploaded."""
 _JOURNAL = "replacing.json"
 _REPLACED = ".replaced"
 _STALE_SECONDS = 60.0
@@ -86,13 +86,12 @@ class CommitProtocol(abc.ABC):
             The directory of the replaced step, for the caller to remove; None without one.
 
         Raises:
-            StepExistsError, StorageError: Nothing changed: `tmp` is still `tmp`, and `final` is
-                what it was.
+            StepExistsError, StorageError: Nothing changed: `tmp` and `final` are as before.
         """
 
     @abc.abstractmethod
     def abandon(self, tmp: str) -> bool:
-        """Removes what a failed save wrote; returns False if it remains, for a later attempt."""
+        """Removes the files of a failed save; returns False if they remain, for a later attempt."""
 
     @abc.abstractmethod
     def remove(self, names: Sequence[str]) -> dict[str, errors.CheckpointError]:
@@ -158,7 +157,7 @@ class CommitProtocol(abc.ABC):
 
     @abc.abstractmethod
     def publish_claim(self, tmp: str, final: str, *, overwrite: bool) -> None:
-        """Makes what was written in a claim visible as `final`; durable when it returns.
+        """Publishes the content of a claim as `final`; durable when it returns.
 
         Raises:
             StepExistsError: Something is there, and must not be replaced.
@@ -176,13 +175,13 @@ class CommitProtocol(abc.ABC):
             raise error
 
     def recover(self, *, keep: Collection[str] = ()) -> list[str]:
-        """Completes or removes what a dead writer left; only the holder of the lock may call it.
+        """Completes or removes a dead writer's leftovers; only the holder of the lock may call it.
 
         Args:
             keep: Names of steps whose unfinished state remains.
 
         Returns:
-            What was done, one line each, for the log.
+            The actions, one line each, for the log.
         """
         storage, hidden = self.storage, self.hidden
         done = self.finish_overwrite()
@@ -216,7 +215,7 @@ class CommitProtocol(abc.ABC):
         return done
 
     def _finish_removals(self) -> list[str]:
-        """Removes what the journal names; what cannot be removed stays out of sight."""
+        """Removes the journal's directories; those that cannot be removed stay hidden."""
         names = sorted(self.removals.hidden_names())
         there = [name for name in names if exists(self.storage, os.path.join(self.root, name))]
         failures = self.remove(there)
@@ -280,7 +279,7 @@ class CommitProtocol(abc.ABC):
         none in the directory. In any other state the overwrite is over, or was rolled back.
 
         Returns:
-            What was done, one line each, for the log.
+            The actions, one line each, for the log.
         """
         storage, journal = self.storage, os.path.join(self.hidden, _JOURNAL)
         record = read_journal(storage, journal, "journal of an interrupted overwrite")
@@ -314,7 +313,7 @@ def to_note(token: str) -> bytes:
 
 @contextlib.contextmanager
 def rollback(undo: Callable[[], object]) -> Generator[None]:
-    """Undoes a rename if what follows it fails: what is not durable must not be seen.
+    """Reverts a rename if a later action fails: an unsynced step must not be visible.
 
     Without this the caller, after the failure, would remove `tmp`, which now is the old step.
     """

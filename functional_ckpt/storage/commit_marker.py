@@ -1,6 +1,6 @@
 """The commit on an object store, which has no rename: a marker, written last.
 
-    <root>/<step>/...                               what is being written, at its final path
+    <root>/<step>/...                               the step being written, at its final path
     <root>/<step>/commit_success.txt                the marker: from now on it is a step
     <root>/<step>.orbax-checkpoint-tmp/.unfinished  the note that it is being written, or removed
 
@@ -10,7 +10,7 @@ replaces another is written below the note's folder, marked there, and copied wi
 
 The note also separates a suspended writer from the one that took over, wherever the first was
 stopped. It writes its marker, then reads its note; the other overwrites the note, then reads the
-marker. So at least one of them sees what the other did. The first reports a step only if its note
+marker. So at least one of them sees the other's write. The first reports a step only if its note
 was unchanged, else it removes its marker; the second keeps a step only after it has replaced the
 marker by its own, on condition that it was unchanged.
 """
@@ -73,7 +73,7 @@ class MarkerCommit(CommitProtocol):
         if not is_taken and exists(self.storage, final):
             raise errors.StorageError(
                 f"Cannot write {final}: objects are there, but no {_MARKER}. A copy of a step "
-                "needs that file, written last; remove what is of no use.",
+                "needs that file, written last; otherwise remove the objects.",
                 errno=errno.ENOTEMPTY,
                 path=final,
             )
@@ -108,7 +108,7 @@ class MarkerCommit(CommitProtocol):
         return None
 
     def _write_marker(self, tmp: str) -> None:
-        """Marks what was written below `tmp`, whose note is not needed any more."""
+        """Marks the step written below `tmp`, whose note is no longer needed."""
         is_noted = tmp in self._objects.notes  # else it was not created by `begin`
         content = self._own_marker(tmp) if is_noted else _to_marker(uuid.uuid4().hex)
         self.storage.write(os.path.join(tmp, _MARKER), content)
@@ -142,8 +142,8 @@ class MarkerCommit(CommitProtocol):
         if token is None or self._noted(tmp) != token:
             raise errors.LockedError(
                 f"{_note(tmp)}, the note of this save, is gone or another's: another writer has "
-                "taken the directory over, and has removed or kept what was written. Only one may "
-                "write it.",
+                "taken over the directory, and has removed or kept the step. Only one may write "
+                "it.",
                 path=tmp,
             )
 
@@ -204,7 +204,7 @@ class MarkerCommit(CommitProtocol):
         try:
             found = self._noted(tmp)
             if found not in (None, token):
-                return True  # another writer has started, and what is there is its own
+                return True  # another writer has started, and owns the objects
             marker, own = os.path.join(final, _MARKER), _to_marker(token)
             is_own = not exists(self.storage, marker) or self.storage.read(marker) == own
             if found == token and is_own:
@@ -215,7 +215,7 @@ class MarkerCommit(CommitProtocol):
         return True
 
     def _remove_unfinished(self, path: str) -> bool:
-        """See `CommitProtocol`; leaves what `fc.save` is writing under a lease of its own."""
+        """See `CommitProtocol`; keeps files that `fc.save` is writing under its own lease."""
         final = final_path(path)
         if exists(self.storage, claim_lock(final)):
             return False

@@ -56,7 +56,7 @@ def _folders(files: Iterable[str]) -> list[str]:
 
 
 def check_visible(storage: Storage, path: str, rank: int) -> None:
-    """Raises `CoordinationError` if `rank` cannot see what the primary has just created.
+    """Raises `CoordinationError` if `rank` cannot see the primary's new directory.
 
     Network file systems cache for a while that a name did not exist; listing the parent refreshes
     it.

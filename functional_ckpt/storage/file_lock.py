@@ -36,7 +36,7 @@ class FileLock:
     """A file or directory that is open, and locked by this process where the system can.
 
     Attributes:
-        path: What was opened.
+        path: The opened path.
     """
 
     def __init__(self, path: str, flags: int) -> None:
@@ -68,7 +68,7 @@ class FileLock:
         return True
 
     def is_at_path(self) -> bool:
-        """Whether the path still leads to what is open; false once it was moved or removed."""
+        """Whether the path still leads to the open file; false once it was moved or removed."""
         held = os.fstat(self.descriptor)
         try:
             found = os.stat(self.path)

@@ -25,7 +25,7 @@ _RELEASED = b"released"
 
 
 class LeaseFiles:
-    """What `buckets.lease` needs of a bucket, over local files; keys are absolute paths."""
+    """The interface of `buckets.lease` over local files; keys are absolute paths."""
 
     uri = ""
 
@@ -64,7 +64,7 @@ class LeaseFiles:
                 raise PreconditionFailed(key) from None
             with open(descriptor, "wb") as file:
                 file.write(data)
-            # If others went on meanwhile, and removed what they replaced, the number was free.
+            # If others continued meanwhile and removed the replaced file, the number was free.
             if max(_numbers(key)) != new:
                 os.unlink(f"/{key}.{new}")
                 raise PreconditionFailed(key)

@@ -181,7 +181,7 @@ class LocalStorage:
 
 
 def _unless_absent(function: object, path: str, info: Any) -> None:
-    """Ignores what another process has removed at the same time."""
+    """Ignores entries that another process has removed at the same time."""
     if not isinstance(info[1], FileNotFoundError):
         raise info[1]
 

@@ -28,9 +28,9 @@ __all__ = [
     "to_stat",
 ]
 
-# What is read whole is JSON or a record: neither has a hole of a megabyte of zeros.
+# Files that are read at once are JSON or records: neither has a megabyte of zeros.
 _PROBED_FROM_BYTES = 2**20
-# What opening a link (O_NOFOLLOW), or a socket or a device without a driver, fails with.
+# Errors of opening a link (O_NOFOLLOW), or a socket or a device without a driver.
 _IRREGULAR = (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.ENODEV)
 
 
@@ -99,7 +99,7 @@ def open_regular(path: str, *, follow: bool = False) -> tuple[int, int]:
 
 
 def read_regular(path: str, *, follow: bool = False) -> bytes:
-    """The content of a regular file of text; `open_regular` says what is refused."""
+    """The content of a regular file of text; see `open_regular` for refusals."""
     descriptor, size_bytes = open_regular(path, follow=follow)
     with clear_errors("read", path):
         try:
@@ -134,8 +134,8 @@ def _read_all(descriptor: int, size_bytes: int) -> bytes:
 def iter_files(top: str) -> Iterator[tuple[str, os.stat_result]]:
     """Relative path and status of everything below a directory that is not a directory.
 
-    Links are not followed. What disappears meanwhile is left out; whatever else cannot be looked at
-    is an error.
+    Links are not followed. Entries that disappear during the walk are skipped; others that cannot
+    be read are errors.
     """
     todo = [""]
     while todo:

@@ -1,6 +1,6 @@
 """Large new files of the local file system: written by position, past the page cache if possible.
 
-The only path by which bulk data is written; `format.data_file` decides what is written when.
+The only path by which bulk data is written; `format.data_file` decides on order and blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functional_ckpt.storage.system_errors import clear_errors
 __all__ = ["BLOCK_BYTES", "LocalFile", "LocalFiles"]
 
 BLOCK_BYTES = 4096
-"""Direct writes are whole blocks, aligned in memory and in the file."""
+"""Direct writes are complete blocks, aligned in memory and in the file."""
 _NO_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -66,7 +66,7 @@ class LocalFile:
         """Writes all segments, one after the other, from an offset on."""
         with clear_errors("write", self._path):
             if self._is_direct and sum(map(len, segments)) % BLOCK_BYTES:
-                # The end of the file is no whole block: it is written through the page cache.
+                # The end of the file is an incomplete block: it is written through the page cache.
                 flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
                 fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
                 self._is_direct = False

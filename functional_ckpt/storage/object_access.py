@@ -1,4 +1,4 @@
-"""What only object stores offer: conditional requests, and TensorStore's own drivers."""
+"""Operations of object stores only: conditional requests, and TensorStore's drivers."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class ObjectTensorStore:
         self._requests.ask("write", path, self._requests.check_leases)
 
     def flush(self, directory: str) -> None:
-        """Uploads what was written into a local copy."""
+        """Uploads the files of a local copy."""
         if self._bucket.kvstore("") is None:
             key = self._requests.key(directory)
             pairs = [(path, key) for key, path in self._spool.unsent(key)]
@@ -134,7 +134,7 @@ class ObjectTensorStore:
             self._spool.sent(pairs)
 
     def forget(self, path: str) -> None:
-        """Removes local copies of what was at or below `path`."""
+        """Removes local copies at or below `path`."""
         self._spool.forget(self._requests.key(path))
 
     def redact(self, text: str) -> str:

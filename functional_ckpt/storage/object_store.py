@@ -182,7 +182,7 @@ class ObjectStorage:
         """Does nothing: an object is durable once it is written."""
 
     def rename(self, source: str, target: str) -> None:
-        """Copies what is at or below `source`, then removes it there."""
+        """Copies the objects at or below `source`, then removes them there."""
         if any(True for _ in self._names(target)):
             raise errors.StorageError(
                 f"Cannot rename to {target}: {os.strerror(errno.ENOTEMPTY)}.",

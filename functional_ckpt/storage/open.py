@@ -26,7 +26,7 @@ def connect(
 
     Raises:
         UsageError: The URI cannot be used.
-        StorageError: The store refuses, now and for ever: no such bucket, no permission.
+        StorageError: A permanent refusal of the store: no such bucket, no permission.
     """
     resolved = resolve(path)
     if not is_remote(resolved):

@@ -1,4 +1,4 @@
-"""What a path or a URI may look like."""
+"""Validation of paths and URIs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def resolve(path: Any) -> str:
         path: A string, an `os.PathLike` or an `epath.Path`.
 
     Raises:
-        UsageError: A URI that is none, or that holds credentials.
+        UsageError: An invalid URI, or one with credentials.
     """
     text = os.fspath(path)
     if not isinstance(text, str):
@@ -29,7 +29,7 @@ def resolve(path: Any) -> str:
         text = text.removeprefix("file://")
     if is_remote(text):
         return resolve_uri(text)
-    if _SCHEME.match(text):  # what pathlib makes of a URI
+    if _SCHEME.match(text):  # a URI after pathlib
         raise errors.UsageError(
             f"{text}: a URI has two slashes after its scheme. pathlib.Path removes one: give the "
             "URI as a string.",
@@ -43,7 +43,7 @@ def resolve_local(path: Any, advice: str) -> str:
     """An absolute local path.
 
     Args:
-        path: What the user gave.
+        path: The user's path.
         advice: Why it cannot be a URI, and what to do; the end of the error.
 
     Raises:
@@ -67,7 +67,7 @@ def check_arrays_path(path: str) -> None:
     elif not path.isascii() and not _is_utf8(path):
         why = "is not UTF-8"
     elif "\\" in path and not {"", ".", ".."}.isdisjoint(re.split(r"[/\\]", path)[1:]):
-        why = "has a name that begins or ends with a backslash"
+        why = "has a name that starts or ends with a backslash"
     if why is not None:
         raise errors.UsageError(
             f"{path!r} {why}: TensorStore, which reads arrays, cannot open it. Rename the "
@@ -90,7 +90,7 @@ def is_remote(path: str) -> bool:
 
 
 def resolve_uri(text: str) -> str:
-    """A URI without a slash at its end; raises UsageError for what is none."""
+    """A URI without a slash at its end; raises UsageError if it is invalid."""
     scheme, _, rest = text.partition("://")
     bucket, *parts = rest.split("/")
     if "@" in bucket and ":" in bucket.partition("@")[0]:

@@ -4,8 +4,8 @@
 
 It is for several steps at once, and for a directory that the file system refuses to move (EXDEV, in
 the lower layer of an overlay). It names directories and the digests of their records, so that it
-does not apply to a step that is written later under the same name. Readers ignore what it names;
-the next writer completes the removal.
+does not apply to a later step of the same name. Readers ignore the named directories; the next
+writer completes the removal.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ class RemovalJournal:
         }
 
     def _identity(self, path: str) -> str:
-        """Returns what identifies a commit: its record and the digest of that; "" without one."""
+        """Returns the identity of a commit: its record's name and digest; "" without one."""
         for file in (records.EXTENSION_FILE, orbax.CHECKPOINT_METADATA_FILE):
             if (digest := self._digest(os.path.join(path, file))) is not None:
                 return f"{file} {digest}"
         return ""
 
     def _is_or_was(self, path: str, mark: str) -> bool:
-        """Returns whether a directory is the one that was marked, or what is left of it."""
+        """Returns whether a directory is the marked one, or its remainder."""
         file, _, digest = mark.partition(" ")
         if not file:
             return self._identity(path) == ""

@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 
 
 class Requests:
-    """What every request to a bucket goes through. Safe to use from any thread.
+    """The path of every request to a bucket. Safe to use from any thread.
 
     Args:
         bucket: The bucket; paths are URIs below its own.
@@ -51,8 +51,8 @@ class Requests:
     def check_leases(self) -> None:
         """Raises `LockedError` if another writer has taken over a lease of this process.
 
-        This precedes each request that changes the store, and each attempt: what held when an
-        operation started need not hold when its last request is sent.
+        This precedes each request that changes the store, and each attempt: the lease may expire
+            between the start of an operation and its last request.
         """
         self._leases = [each for each in self._leases if not each.is_released]
         for each in self._leases:
@@ -77,7 +77,7 @@ class Requests:
             self._links[key] = target
 
     def entry(self, path: str) -> Entry | None:
-        """Returns what the bucket knows of an object; None if there is none."""
+        """Returns the metadata of an object; None if there is none."""
         key = self.key(path)
         if not key:
             return None

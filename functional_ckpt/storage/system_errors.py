@@ -25,7 +25,7 @@ def is_absence(error: OSError) -> bool:
 
 @contextlib.contextmanager
 def clear_errors(action: str, path: str) -> Generator[None]:
-    """Turns the system's refusal of what is done inside into a `StorageError`."""
+    """Converts the system's errors in the block to `StorageError`."""
     try:
         yield
     except OSError as error:

@@ -4,9 +4,9 @@
     <final>.orbax-checkpoint-tmp-<unique>              a manager's
     <final>.orbax-checkpoint-tmp-<unique>.<machine>    a claim: of `fc.save`, or of an export
 
-A manager's is alive as long as the lock of its directory is held, so whoever gets that lock may
-remove it. A claim belongs to no such directory: its writer holds a `flock` on the claim itself. A
-`flock` on a directory does not reach other machines, so the name says where the writer runs.
+A manager's is alive as long as the lock of its directory is held, so the next holder of that lock
+may remove it. A claim belongs to no such directory: its writer holds a `flock` on the claim itself.
+A `flock` on a directory does not reach other machines, so the name says where the writer runs.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def unique_tmp_path(final: str, ending: str = "") -> str:
 
 
 def final_path(tmp: str) -> str:
-    """What will be the name of what is written at `tmp`."""
+    """The final path of a temporary path."""
     folder, name = os.path.split(tmp)
     return os.path.join(folder, name.partition(TMP_SUFFIX)[0])
 
@@ -73,7 +73,7 @@ def is_claim(name: str) -> bool:
 def claim(storage: Storage, final: str) -> FileLock:
     """Creates a temporary directory that no one removes while this process lives and holds it.
 
-    What dead writers of the same directory have left is removed first.
+    Leftovers of dead writers of the same directory are removed first.
     """
     folder, base = os.path.split(final)
     for name in storage.list(folder):
@@ -106,7 +106,7 @@ def _locked(path: str) -> FileLock | None:
 def remove_if_dead(storage: Storage, path: str) -> bool:
     """Removes a claim unless its writer is alive, or may be; whether it is gone."""
     try:
-        # While a claim is published, its name may be that of what it replaces.
+        # While a claim is published, its name may be that of the replaced directory.
         with serialized(os.path.dirname(path), wait_seconds=0.0):
             return _remove_if_dead(storage, path)
     except errors.LockedError:
@@ -121,7 +121,7 @@ def _remove_if_dead(storage: Storage, path: str) -> bool:
     except FileNotFoundError:
         return True
     except NotADirectoryError:
-        return False  # a file, and not ours
+        return False  # a foreign file
     except OSError as error:
         with clear_errors("open", path):
             raise error
@@ -150,7 +150,7 @@ def _age_seconds(path: str) -> float:
 
 @contextlib.contextmanager
 def serialized(folder: str, wait_seconds: float = _SERIALIZED_SECONDS) -> Generator[None]:
-    """Runs alone among what publishes claims into a folder, on this machine.
+    """Excludes other publications of claims into a folder, on this machine.
 
     Args:
         folder: The folder.

@@ -108,7 +108,7 @@ def test_leaves_get_other_names(value: Any, key_map: KeyMap, expected: Any) -> N
 @pytest.mark.parametrize(
     ("value", "key_map", "message"),
     [
-        (FLAT, {"m.head": "other.head"}, "a leaf stays in its item; expected a name that begins"),
+        (FLAT, {"m.head": "other.head"}, "a leaf stays in its item; expected a name that starts"),
         (FLAT, {"m.head.weight": "m."}, "a leaf stays in its item"),
         (
             {"a": A, "b": A},

@@ -252,7 +252,10 @@ def test_progress_after_a_rollback_and_without_memory() -> None:
 def test_progress_that_nobody_reports_is_an_error(
     interval: str, progress: Progress | None, message: str
 ) -> None:
-    message = f"every({interval!r}): expected the training's progress in {message}, or save at an interval of steps or seconds"
+    message = (
+        f"every({interval!r}): expected the training's progress in {message}, "
+        "or save at an interval of steps or seconds"
+    )
     with pytest.raises(UsageError, match=rf"^{re.escape(message)}\.$") as caught:
         saves(policies.every(interval), at(7, progress=progress))
     assert caught.value.step == 7

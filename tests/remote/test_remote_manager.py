@@ -272,7 +272,7 @@ def test_gcs_needs_credentials_and_a_url(
     with pytest.raises(errors.StorageError, match="no such bucket"):
         fc.CheckpointManager("gs://no-such-bucket/run")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:1")
-    with pytest.raises(errors.UsageError, match="STORAGE_EMULATOR_HOST must begin with http://"):
+    with pytest.raises(errors.UsageError, match="STORAGE_EMULATOR_HOST must start with http://"):
         fc.CheckpointManager(f"{gcs}/run")
     with monkeypatch.context() as patch, pytest.raises(errors.UsageError, match=r"ckpt\[gcs\]"):
         patch.setitem(sys.modules, "google.cloud.storage", None)

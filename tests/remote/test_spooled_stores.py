@@ -40,5 +40,5 @@ def test_providers_and_protocols_are_named(monkeypatch: pytest.MonkeyPatch) -> N
         fc.restore("libcloud://bucket/run")
     with pytest.raises(errors.UsageError, match="no provider"):
         fc.restore("libcloud://nobody:bucket/run")
-    with pytest.raises(errors.UsageError, match="no store is known by nothing://"):
+    with pytest.raises(errors.UsageError, match="unknown protocol nothing://"):
         fc.restore("nothing://bucket/run")

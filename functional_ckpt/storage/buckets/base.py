@@ -1,4 +1,4 @@
-"""A bucket: what every object store can do, and how a request that failed is tried again.
+"""A bucket: the interface of all object stores, and the retrying of failed requests.
 
 Keys are paths without a slash at either end. `bucket_obstore` is the bucket of S3 and of all that
 speaks as it does, `bucket_gcs` that of GCS; `bucket_fsspec` and `bucket_libcloud` are those of
@@ -40,7 +40,7 @@ _MAX_WAIT_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """What a store says of an object.
+    """Metadata of an object.
 
     Attributes:
         key: Its key.
@@ -71,7 +71,7 @@ class PermanentError(Exception):
     """A request that fails however often it is made: a permission, a bucket, a region, a token.
 
     Attributes:
-        errno: What it would be on a file system.
+        errno: The equivalent on a file system.
     """
 
     def __init__(self, message: str, errno: int) -> None:
@@ -88,19 +88,19 @@ class Bucket(Protocol):
 
     @property
     def uri(self) -> str:
-        """What its keys are below, such as `s3://bucket`."""
+        """The URI above its keys, such as `s3://bucket`."""
         ...
 
     def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
-        """Bytes `begin` to `end` of an object, which has as many."""
+        """Bytes `begin` to `end` of an object, which is at least that long."""
         ...
 
     def head(self, key: str) -> Entry:
-        """What the store says of an object."""
+        """Returns the metadata of an object."""
         ...
 
     def list(self, folder: str) -> Iterable[Entry]:
-        """Every object below a folder, however deep; "" is the whole bucket."""
+        """Every object below a folder, however deep; "" is the entire bucket."""
         ...
 
     def names(self, folder: str) -> Iterable[str]:
@@ -128,8 +128,8 @@ class Bucket(Protocol):
 
         Args:
             keys: Their keys.
-            versions: What an object must still be, by its key; only some stores can compare that
-                as they delete, the others delete whatever is there.
+            versions: Expected versions, by key; some stores compare them on deletion, the others
+                delete unconditionally.
 
         Raises:
             PreconditionFailed: One of them has changed, and is still there.
@@ -155,9 +155,9 @@ class Bucket(Protocol):
 
 
 class SpooledBucket(abc.ABC):
-    """What buckets share that TensorStore cannot read: arrays take the way of a local copy.
+    """Base of buckets that TensorStore cannot read: arrays use a local copy.
 
-    Nor do their libraries list folders, or tell versions, alike: a version is a digest.
+    Their libraries differ in listings and versions: a version is a digest.
     """
 
     @abc.abstractmethod
@@ -181,7 +181,7 @@ class SpooledBucket(abc.ABC):
         return {}
 
     def check_version(self, key: str, replacing: str | None) -> None:
-        """Raises `PreconditionFailed` unless an object is what `Bucket.write` must replace."""
+        """Raises `PreconditionFailed` unless an object has the version to be replaced."""
         if replacing is None:
             return
         try:
@@ -193,7 +193,7 @@ class SpooledBucket(abc.ABC):
 
     @staticmethod
     def written(key: str, data: bytes) -> Entry:
-        """What is known of an object that was just written."""
+        """The metadata of an object that was just written."""
         return Entry(key, len(data), 0, xxhash.xxh3_64_hexdigest(data))
 
 

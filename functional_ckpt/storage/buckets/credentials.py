@@ -46,7 +46,7 @@ class S3Credentials:
     def __post_init__(self) -> None:
         if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
             raise errors.UsageError(
-                f"S3_ENDPOINT_URL must begin with http:// or https://; got {self.endpoint!r}."
+                f"S3_ENDPOINT_URL must start with http:// or https://; got {self.endpoint!r}."
             )
         if (self.key_id is None) != (self.secret is None):
             raise errors.UsageError(
@@ -55,7 +55,7 @@ class S3Credentials:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What must not be shown."""
+        """Secrets that must not be shown."""
         return tuple(text for text in (self.key_id, self.secret, self.token) if text)
 
 
@@ -143,7 +143,7 @@ def _aws_keys(
 
 
 def _aws_profile(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """What AWS's two files say of the profile in use."""
+    """The settings of the profile in use, from AWS's two files."""
     name = environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE") or "default"
     config = _ini(environ.get("AWS_CONFIG_FILE") or "~/.aws/config")
     shared = _ini(environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials")

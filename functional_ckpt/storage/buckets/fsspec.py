@@ -31,7 +31,7 @@ def open_fsspec(uri: str, name: str) -> FsspecBucket:
     """The top of a store of fsspec's; options are those of its own configuration.
 
     Raises:
-        UsageError: fsspec, or what it needs for this protocol, is not installed.
+        UsageError: fsspec, or a package for this protocol, is not installed.
     """
     protocol = uri.partition("://")[0]
     try:
@@ -40,8 +40,8 @@ def open_fsspec(uri: str, name: str) -> FsspecBucket:
         system: Any = fsspec.filesystem(protocol)
     except (ImportError, ValueError) as error:
         raise errors.UsageError(
-            f"{uri}: no store is known by {protocol}://. It is one of s3, gs, oci, libcloud or "
-            f"what fsspec knows, which says: {error}",
+            f"{uri}: unknown protocol {protocol}://. Use s3, gs, oci, libcloud or one of fsspec, "
+            f"which reports: {error}",
             path=uri,
         ) from error
     return FsspecBucket(uri, system, name)
@@ -56,12 +56,12 @@ class FsspecBucket(SpooledBucket):
         self._top = top
 
     def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
-        """Bytes `begin` to `end` of an object."""
+        """Returns bytes `begin` to `end` of an object."""
         with self._clear(key):
             return bytes(self._system.cat_file(self._path(key), start=begin, end=end))
 
     def head(self, key: str) -> Entry:
-        """What the store says of an object."""
+        """Returns the metadata of an object."""
         with self._clear(key):
             info = self._system.info(self._path(key))
             if info["type"] == "directory":

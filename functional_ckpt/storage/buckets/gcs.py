@@ -1,7 +1,7 @@
 """Buckets of Google Cloud Storage, behind Google's own library; its only importer.
 
-It is asked by application default credentials. An object's version is its generation, on which
-writes can be conditional; what is sent and what is read whole is compared by CRC32C.
+It uses application default credentials. An object's version is its generation, on which writes can
+be conditional; uploads and complete reads are verified by CRC32C.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _tell_tensorstore(emulator: str) -> None:
     """Leads TensorStore's driver to the server: it has variables of its own, and nothing else."""
     if not emulator.startswith(("http://", "https://")):
         raise errors.UsageError(
-            f"STORAGE_EMULATOR_HOST must begin with http:// or https://; got {emulator!r}."
+            f"STORAGE_EMULATOR_HOST must start with http:// or https://; got {emulator!r}."
         )
     os.environ["TENSORSTORE_GCS_HTTP_URL"] = emulator
     # Without a token it would look for this machine's account first.
@@ -88,11 +88,11 @@ class GcsBucket:
         self._name = name
         self._client = client
         self._bucket = client.bucket(name)
-        # `bucket.retrying` makes requests again, but for parts of an upload that has begun.
+        # `bucket.retrying` repeats requests, except for parts of a started upload.
         self._options = {"timeout": _TIMEOUT_SECONDS, "retry": None}
 
     def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
-        """Bytes `begin` to `end` of an object."""
+        """Returns bytes `begin` to `end` of an object."""
         if begin == end:
             return b""
         last = None if end is None else end - 1
@@ -105,7 +105,7 @@ class GcsBucket:
         return data
 
     def head(self, key: str) -> Entry:
-        """What the store says of an object."""
+        """Returns the metadata of an object."""
         with self._clear(key):
             blob = self._bucket.blob(key)
             blob.reload(**self._options)
@@ -121,7 +121,7 @@ class GcsBucket:
         """Names of the objects and folders in a folder."""
         with self._clear(folder, of_bucket=True):
             found = self._blobs(folder, fields="items(name),prefixes,nextPageToken", delimiter="/")
-            # A name that ends with a slash is what the console makes of an empty folder.
+            # The console represents an empty folder by a name that ends with a slash.
             keys = [blob.name for blob in found if not blob.name.endswith("/")]
             return {key.rstrip("/").rpartition("/")[2] for key in [*keys, *found.prefixes]}
 
@@ -165,7 +165,7 @@ class GcsBucket:
             self._bucket.blob(key).delete(if_generation_match=generation, **self._options)
 
     def upload(self, path: str, key: str) -> None:
-        """Writes a file into an object in parts; the library compares the whole's CRC32C."""
+        """Uploads a file in parts; the library compares the CRC32C of the object."""
         retry: Any = importlib.import_module("google.cloud.storage.retry")
         with self._clear(key):
             blob = self._bucket.blob(key, chunk_size=_PART_BYTES)
@@ -202,7 +202,7 @@ class GcsBucket:
 
     @contextlib.contextmanager
     def _clear(self, key: str, *, of_bucket: bool = False) -> Generator[None]:
-        """Says what an error means; `of_bucket` when only the bucket can be what is absent."""
+        """Converts an error; `of_bucket` if only the bucket can be missing."""
         from google.api_core import exceptions as api
         from google.auth import exceptions as auth
         from google.cloud.storage import exceptions as storage

@@ -1,8 +1,8 @@
-"""A writer's lease: what stands in for a lock where the store has none.
+"""A writer's lease: replaces a lock on stores without one.
 
-The lease is an object that says who holds it, written anew every few seconds on the condition that
-it is still as its holder left it. One that was not written for longer than `LEASE_SECONDS`, by the
-store's own clock, is free to be taken; that of a dead process of this machine is so at once.
+The lease is an object that names its holder, rewritten every few seconds on the condition that it
+is unchanged. One that was not written for longer than `LEASE_SECONDS`, by the store's own clock, is
+free to be taken; that of a dead process of this machine is so at once.
 
 A holder that was suspended finds out before its next request: `check` looks at the clock, and where
 the lease may have run out it renews it on condition, which fails once another has taken it.
@@ -42,12 +42,12 @@ _LOOK_SECONDS = 2.0
 _RELIABLE_FRACTION = 0.75
 _MAX_RENEWALS = 3
 _log = logging.getLogger("functional_ckpt")
-# Leases of this process that it has given up, though the store could not be told.
+# Leases that this process has released, but could not delete in the store.
 _given_up: set[str] = set()
 
 
 class LeaseStore(Protocol):
-    """What a lease needs of a bucket: `Bucket`, or files of a file system without locks."""
+    """The interface that a lease needs: `Bucket`, or files of a file system without locks."""
 
     @property
     def uri(self) -> str:
@@ -106,12 +106,12 @@ def take(bucket: LeaseStore, key: str) -> Lease:
 
 
 class _Held(NamedTuple):
-    """What a lease's object says.
+    """The content of a lease's object.
 
     Attributes:
-        version: What a write replaces on condition.
+        version: The version that a conditional write replaces.
         modified_ns: When it was written, by the store's clock; 0 where that is not known.
-        holder: Its content; empty for what is no record of ours.
+        holder: Its content; empty for a foreign object.
     """
 
     version: str
@@ -137,7 +137,7 @@ def _look(bucket: LeaseStore, key: str) -> _Held | None:
 
 
 def _age_seconds(bucket: LeaseStore, key: str, modified_ns: int) -> float:
-    """How old the lease is by the store's clock, which a fresh object tells; 0 if none does."""
+    """The lease's age by the store's clock, read from a fresh object; 0 if unknown."""
     if not modified_ns:
         return 0.0
     probe = f"{key}.{uuid.uuid4().hex}.tmp"
@@ -153,7 +153,7 @@ def _clocks() -> tuple[float, float]:
 
 
 def _elapsed_seconds(since: tuple[float, float]) -> float:
-    """How long ago that was, by the clock that has gone further."""
+    """The time since then, by the clock that has advanced more."""
     return max(now - then for now, then in zip(_clocks(), since, strict=True))
 
 
@@ -178,11 +178,11 @@ def _machine() -> str:
             boot = file.read().strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
-        return uuid.uuid4().hex  # unlike any other's: only time tells
+        return uuid.uuid4().hex  # unique: only time shows that it is dead
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine began, in the kernel's ticks; None when it has ended."""
+    """The start of a process of this machine, in the kernel's ticks; None if it has ended."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -225,7 +225,7 @@ class Lease:
         try:
             retrying(self._write, replacing)
         except PreconditionFailed:
-            if not retrying(self._is_ours):  # a write whose answer was lost is ours
+            if not retrying(self._is_ours):  # a write whose answer was lost succeeded
                 raise
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 

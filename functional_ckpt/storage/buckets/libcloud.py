@@ -58,7 +58,7 @@ def open_libcloud(uri: str, name: str, environ: Mapping[str, str] = os.environ) 
         return LibcloudBucket(uri, driver, driver.get_container(container), secrets)
     except AttributeError as error:
         raise errors.UsageError(f"{uri}: Libcloud has no provider {provider!r}.") from error
-    except Exception as error:  # noqa: BLE001 - providers raise what their libraries do
+    except Exception as error:  # noqa: BLE001 - providers raise their libraries' errors
         text = credentials.redact(f"{type(error).__name__}: {error}", secrets)
         raise errors.StorageError(
             f"Cannot open {uri}: {text}.", errno=errno.EACCES, path=uri
@@ -76,7 +76,7 @@ class LibcloudBucket(SpooledBucket):
         self._mutex = threading.RLock()
 
     def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
-        """Bytes `begin` to `end` of an object."""
+        """Returns bytes `begin` to `end` of an object."""
         with self._clear(key):
             found = self._get(key)
             if begin == (found.size if end is None else end):
@@ -88,7 +88,7 @@ class LibcloudBucket(SpooledBucket):
             return b"".join(parts)
 
     def head(self, key: str) -> Entry:
-        """What the store says of an object."""
+        """Returns the metadata of an object."""
         with self._clear(key):
             return _entry(self._get(key))
 
@@ -111,7 +111,7 @@ class LibcloudBucket(SpooledBucket):
         return self.written(key, data)
 
     def copy(self, source: str, target: str) -> None:
-        """Copies an object by way of this machine."""
+        """Copies an object through this machine."""
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "object")
             self.download(source, path)

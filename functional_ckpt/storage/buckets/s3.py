@@ -27,7 +27,7 @@ _PART_BYTES = 8 * 2**20
 # A request that got no answer is made again: by `bucket.retrying`, which also sees to uploads.
 _RETRIES = {"max_retries": 1, "retry_timeout": datetime.timedelta(seconds=30)}
 _CLIENT = {"connect_timeout": "5s", "timeout": "120s", "read_timeout": "20s"}
-# What no repetition mends, and how the store says so; the first that is found counts.
+# Permanent errors and the store's texts for them; the first match counts.
 _FINAL = {
     "there is no such bucket": "NoSuchBucket",
     "the session token has expired or is not valid": (
@@ -45,7 +45,7 @@ _FINAL = {
         "invalid URL|builder error|MissingCredentials"
     ),
     "permission denied": "AccessDenied|AllAccessDisabled|403 Forbidden|401 Unauthorized",
-    # All of status 400 but what a bad network makes of a good request.
+    # All of status 400 except errors of a bad network.
     "the request is refused": (
         "400 Bad Request(?!(?s:.*)(RequestTimeout|IncompleteBody|BadDigest|ContentSHA256Mismatch|"
         "InvalidPart))"
@@ -99,8 +99,7 @@ def _client(endpoint: str | None) -> dict[str, Any]:
 def _tensorstore_credentials(found: credentials.S3Credentials) -> dict[str, Any]:
     """How TensorStore finds the same key; it takes none by value.
 
-    A key that is not in AWS's own variables is handed over in a file that has no name and lies in
-    memory.
+    A key that is not in AWS's variables is passed in an unnamed file in memory.
     """
     if found.key_id is None:
         return {"type": "default"}
@@ -151,7 +150,7 @@ class ObstoreBucket:
         self._conditional = conditional
 
     def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
-        """Bytes `begin` to `end` of an object."""
+        """Returns bytes `begin` to `end` of an object."""
         with self._clear(key):
             if end is None:
                 return bytes(self._obstore.get(self._store, key).bytes())
@@ -163,7 +162,7 @@ class ObstoreBucket:
             return data
 
     def head(self, key: str) -> Entry:
-        """What the store says of an object."""
+        """Returns the metadata of an object."""
         with self._clear(key):
             return _entry(self._obstore.head(self._store, key))
 
@@ -261,13 +260,13 @@ class ObstoreBucket:
         return PermanentError(f"{meaning} ({self._first_line(error)})", code)
 
     def _first_line(self, error: Exception) -> str:
-        """The store's answer, short and without what it quotes of the request."""
+        """The store's answer, shortened and without quotations of the request."""
         text = re.sub(r"<[^>]*>|\s+", " ", str(error).split("Debug source")[0])
         return self.redact(text).strip()[:300]
 
 
 def _meaning(error: Exception) -> str | None:
-    """What a refusal means that no repetition mends; None for what it may."""
+    """The meaning of a permanent error; None for a transient one."""
     text = str(error)
     return next((meaning for meaning, codes in _FINAL.items() if re.search(codes, text)), None)
 

@@ -60,7 +60,7 @@ class Spool:
             self._known.update({key: _OURS for _, key in pairs})
 
     def forget(self, key: str) -> None:
-        """Removes the copies of what is at or below `key`."""
+        """Removes the copies at or below `key`."""
         with self._mutex:
             if self._root is None:
                 return
@@ -72,7 +72,7 @@ class Spool:
             }
 
 
-# The one file of a database that is written anew.
+# The only file of a database that is rewritten.
 _CHANGING = "manifest.ocdbt"
 _OURS = (-1, -1)
 
