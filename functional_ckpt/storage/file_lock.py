@@ -130,17 +130,16 @@ class DirectoryLock:
 
     def _take(self) -> None:
         held = self._file.lock()
-        if held is None:
-            _warn_of_lease(self._root)
-            self._lease = _take_lease(self.path)
-            return
-        if not held:
+        if held is False:
             holder = os.pread(self._file.descriptor, 4096, 0).decode(errors="replace").strip()
             raise errors.LockedError(
                 f"Another live writer holds {self._root}: {holder or 'unknown'}. Stop it, give "
                 "this run its own directory, or open the directory with read_only=True.",
                 path=self.path,
             )
+        if held is None or _is_fuse(self._file.descriptor):
+            _warn_of_lease(self._root)
+            self._lease = _take_lease(self.path)
         with contextlib.suppress(OSError):  # on a full disk the lock still holds, without its note
             os.ftruncate(self._file.descriptor, 0)
             os.pwrite(self._file.descriptor, _holder(), 0)
@@ -176,6 +175,18 @@ class DirectoryLock:
         self._file.release()
 
 
+def _is_fuse(descriptor: int) -> bool:
+    """Returns whether the file is on FUSE, where a lock may be seen through one mount only."""
+    device = os.fstat(descriptor).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with contextlib.suppress(FileNotFoundError), open("/proc/self/mountinfo") as mounts:
+        for mount in mounts:
+            if mount.split()[2] == number:
+                kind = mount.rpartition(" - ")[2].split()[0]
+                return kind == "fuse" or kind.startswith("fuse.")
+    return False
+
+
 def _take_lease(path: str) -> Lease:
     try:
         return take_lease(LeaseFiles(), path.lstrip("/"))
@@ -187,9 +198,9 @@ def _take_lease(path: str) -> Lease:
 def _warn_of_lease(root: str) -> None:
     """Says once that a directory has no file locks."""
     _log.warning(
-        "%s: this file system has no file locks (flock); using a lease of %.0f s instead, which "
-        "the writer renews. After a crash on another machine the next writer waits until it "
-        "expires.",
+        "%s: this file system has no file locks (flock) that hold for every host; using a lease of "
+        "%.0f s, which the writer renews. After a crash on another machine the next writer "
+        "waits until it expires.",
         root,
         LEASE_SECONDS,
     )

@@ -6,10 +6,12 @@ import errno
 import fcntl
 import logging
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
 
+import disks
 import pytest
 
 import functional_ckpt as fc
@@ -161,3 +163,23 @@ def test_the_lock_file_is_kept_for_the_next_writer(no_flock: int, tmp_path: Path
         lock.check()
         lock.release()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_two_mounts_of_one_directory_have_one_writer(tmp_path: Path) -> None:
+    """FUSE keeps the locks of each mount apart, as those of two hosts."""
+    (tmp_path / "second").mkdir()
+    with disks.large("fuse", tmp_path) as first:
+        subprocess.run(["bindfs", tmp_path / "beneath", tmp_path / "second"], check=True)
+        try:
+            second = tmp_path / "second" / "run"
+            with fc.CheckpointManager(first / "run") as manager:
+                manager.save(1, items(1))
+                with pytest.raises(errors.LockedError, match=f'"pid": {os.getpid()}'):
+                    fc.CheckpointManager(second)
+                manager.save(2, items(2))
+            with fc.CheckpointManager(second) as manager:
+                assert manager.all_steps() == [1, 2]
+                manager.save(3, items(3))
+        finally:
+            disks.unmount(tmp_path / "second")
+    assert fc.restore(tmp_path / "beneath" / "run" / "3")["tree"]["step"] == 3
