@@ -12,9 +12,9 @@ The caller's thread, before `CheckpointManager.save` returns:
 
 The commit thread, on every rank:
 
-    commit.StepCommitter.commit       begin, write, gather, publish, prune
-      Staged.finish                   what was left to copy -> host memory
-      write.write                     this rank's chunks -> its databases
-      finalize.finalize               on the primary: merges databases, writes records, syncs
-      storage.commit.publish          on the primary: one rename; now the step counts
+    commit.StepCommitter.commit       start, write, gather, publish, prune
+      Staged.finish                   remaining copies -> host memory write.write
+      this rank's chunks -> its databases finalize.finalize               on the primary: merges
+      databases, writes records, syncs storage.commit.publish          on the primary: one rename;
+      now the step counts
 """

@@ -1,4 +1,4 @@
-"""The commit in the background: one thread at a time, a handle for it, and its error told once.
+"""The commit in the background: one thread at a time, a handle for it, and its error reported once.
 
 The thread is not a daemon: leaving the interpreter waits for it, so the last step of a program is
 never lost.
@@ -68,7 +68,7 @@ class Commit:
         return error
 
     def _check_process(self) -> None:
-        """The thread that commits, and what it finds out, are the parent's alone."""
+        """The commit thread and its outcome belong to the parent process."""
         if os.getpid() != self._pid:
             raise errors.ForkedError(
                 f"The save of step {self.step} belongs to the parent process, and its outcome is "
@@ -87,7 +87,7 @@ class Commit:
 
 
 class CommitThread:
-    """Runs one commit at a time and remembers an error until it was told."""
+    """Runs one commit at a time and keeps an error until it is reported."""
 
     def __init__(self) -> None:
         self._commit: Commit | None = None
@@ -115,9 +115,9 @@ class CommitThread:
 
         Args:
             step: The step that it commits.
-            work: Commits it; returns what could not be cleaned up afterwards.
+            work: Commits it; returns the error of the clean-up afterwards, if any.
             cancel: Called instead where the work will never run, because the caller was interrupted
-                (by Ctrl-C) before it began.
+                (by Ctrl-C) before it started.
         """
         future: futures.Future[int] = futures.Future()
         future.set_running_or_notify_cancel()
@@ -130,8 +130,8 @@ class CommitThread:
             self._thread = threading.get_ident()
             try:
                 commit.clean_up_error = work()
-            except BaseException as error:  # noqa: BLE001 - told at the next call, whatever it is
-                # What was told is forgotten: its traceback holds on to the state that was staged.
+            except BaseException as error:  # noqa: BLE001 - reported by the next call, whatever it is
+                # Reported errors are dropped: their tracebacks refer to the staged state.
                 _failed[:] = [*(each for each in _failed if not each.is_reported), commit]
                 self._thread = None
                 future.set_exception(_as_save_error(step, error))
@@ -167,7 +167,7 @@ class CommitThread:
     def raise_error(self) -> None:
         """Raises the error of a failed commit, once; nothing when it is under way or went well.
 
-        What could not be cleaned up after a commit is raised too.
+        Errors of a clean-up after a commit are raised too.
         """
         error = self.take_error()
         commit, self._not_cleaned_up = self._not_cleaned_up, None
@@ -189,7 +189,7 @@ class CommitThread:
         self._commit = None
         if commit.clean_up_error is not None:
             if self._not_cleaned_up is not None:
-                self._not_cleaned_up.is_reported = True  # the newer one is raised in its place
+                self._not_cleaned_up.is_reported = True  # the newer one is raised instead
             self._not_cleaned_up = commit
         error = commit._future.exception()
         if error is None or commit.is_reported:
@@ -229,7 +229,7 @@ _running: list[futures.Future[int]] = []
 _failed: list[Commit] = []
 
 
-# A forked child has neither the threads nor the failures: they are its parent's to tell.
+# A forked child has neither the threads nor the failures: the parent reports them.
 os.register_at_fork(after_in_child=_running.clear)
 os.register_at_fork(after_in_child=_failed.clear)
 

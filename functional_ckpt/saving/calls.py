@@ -64,7 +64,7 @@ class Calls:
             raise errors.ClosedError("This CheckpointManager was closed.", path=self._path)
 
     def check_not_within(self, name: str) -> None:
-        """Raises `UsageError` where a call would wait for what itself is part of."""
+        """Raises `UsageError` if a call would wait for itself."""
         if self._thread == threading.get_ident():
             raise errors.UsageError(
                 f"CheckpointManager.{name} was called while {self._name} of the same manager was "

@@ -40,7 +40,7 @@ class Save:
     Attributes:
         step: The step.
         staged: What to write.
-        info: What is written besides the items.
+        info: Metadata besides the items.
         is_repeat: Whether the step may exist already, if its content is the same.
     """
 
@@ -93,7 +93,7 @@ class StepCommitter:
         """Writes, commits and remembers a step, then prunes.
 
         Returns:
-            What could not be cleaned up after the commit; the step is committed all the same.
+            The error of the clean-up after the commit, if any; the step is committed regardless.
         """
         with self._busy:
             failure = self._commit(save)
@@ -247,7 +247,7 @@ class StepCommitter:
             self._steps.check_free(save.step, info.progress, overwrite=self._overwrite)
         self._steps.check_lock()
         replaced = self._steps.commits.publish(tmp, final, overwrite=self._overwrite)
-        # The primary decides what follows, so that no rank waits for a round that another skips.
+        # The primary decides on the next round, so that no rank waits for one that another skips.
         cleans_up = bool(self._keep_policies or self._steps.latest_link or self._steps.has_tiers)
         outcome = {
             "is_unchanged": False,

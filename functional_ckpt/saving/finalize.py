@@ -30,11 +30,11 @@ __all__ = ["CheckpointInfo", "finalize"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointInfo:
-    """What is written about a checkpoint besides its items.
+    """Checkpoint-level metadata.
 
     Attributes:
         step: The step, or None.
-        init_time_ns: When the save began, nanoseconds since the epoch.
+        init_time_ns: The start of the save, nanoseconds since the epoch.
         metrics: Metrics, JSON.
         progress: How far the training was.
         custom_metadata: The user's own metadata, JSON.
@@ -63,7 +63,7 @@ def finalize(
         storage: The file system.
         directory: The checkpoint, with every rank's chunks in it.
         items: The primary's items.
-        reports: What each rank wrote, in order of rank.
+        reports: The reports of all ranks, in order of rank.
         info: What to write about the checkpoint.
         commit_time_ns: The time to write as that of the commit, nanoseconds since the epoch.
     """
@@ -166,7 +166,7 @@ def _finalize_item(
     root: structure.Node,
     reports: Sequence[RankReport],
 ) -> records.ItemRecord:
-    """Makes one tree item whole but for its record, which is returned."""
+    """Completes one tree item except for its record, which is returned."""
     parts = [(rank, report.roots.get(item.name, root)) for rank, report in enumerate(reports)]
     united = merge_ranks.merge_ranks(parts, item=item.name)
     if item.per_rank and isinstance(united, structure.BranchNode):
@@ -255,7 +255,7 @@ def _write_own_scalars(
     parts: Sequence[tuple[int, structure.Node]],
     united: structure.Node,
 ) -> list[str]:
-    """Plain numbers that differ between ranks, under the names that they have in the whole.
+    """Plain numbers that differ between ranks, under their names in the merged tree.
 
     No rank knew before that they differ. Orbax reads them as arrays.
     """
@@ -277,7 +277,7 @@ def _write_own_scalars(
 def _describe(
     storage: Storage, path: str, known: Mapping[str, records.FileRecord]
 ) -> dict[str, records.FileRecord]:
-    """What every file of an item must be; what is not known yet is read back.
+    """The records of an item's files; unknown files are read.
 
     Files that were reported count even if a listing lacks them: then syncing them fails.
     """

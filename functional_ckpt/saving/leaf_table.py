@@ -1,4 +1,4 @@
-"""What a rank knows of its leaves as bytes, and one sharding for each leaf out of all ranks'."""
+"""Encodes a rank's leaves as bytes, and merges all ranks' leaves to one sharding each."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def merge(values: Sequence[bytes]) -> bytes:
 
 
 def shardings_of(merged: bytes) -> dict[str, Sharding]:
-    """Which ranks hold what of every leaf, out of the outcome of `merge`."""
+    """Decodes the result of `merge`: the sharding of every leaf."""
     found: dict[str, Sharding] = {}
     for name, leaf in _from_bytes(merged).items():
         if leaf.sharding is not None:  # merged ones always have one
@@ -115,8 +115,8 @@ def _check_alike(name: str, found: Sequence[tuple[int, Leaf]]) -> None:
             kinds = [each.spec or "a plain number" for each in (first, leaf)]
             raise errors.CoordinationError(
                 f"{_shown(name)}: rank {first_rank} holds {kinds[0]}, rank {rank} holds "
-                f"{kinds[1]}. Give them different names, or save what belongs to each rank as an "
-                "item of its own (fc.Stateful(value, per_rank=True)).",
+                f"{kinds[1]}. Give them different names, or save each rank's value in a separate "
+                "item (fc.Stateful(value, per_rank=True)).",
                 ranks=(first_rank, rank),
                 key_path=_shown(name),
             )

@@ -29,9 +29,10 @@ class Source(NamedTuple):
     """An array that holds its own bytes.
 
     Attributes:
-        node: The whole array.
-        tensor: What this rank holds of it: the local tensor of a DTensor, else all of it.
-        sharding: Who holds what; None for a plain array, which every rank that has it holds whole.
+        node: The global array.
+        tensor: This rank's part: the local tensor of a DTensor, otherwise all of it.
+        sharding: The parts of the ranks; None for a plain array, which is complete on every rank
+            that has it.
     """
 
     node: structure.ArrayNode
@@ -51,12 +52,12 @@ class LoweredItem:
         sources: Its arrays.
         tied: Leaves that share the bytes of one of these.
         scalars: Name, spec and value of the plain numbers, which Orbax reads as arrays.
-        optimizers: Whose steps alone change what it holds below `state`.
+        optimizers: The optimizers whose steps alone change its values below `state`.
         value: The live object.
         per_rank: Whether every rank has a value of its own, under a key of its own.
         first_rank: Names of the arrays that may differ between ranks, of which the first rank's is
             saved -> whether to warn when they do.
-        is_checked: Whether what several ranks hold is compared.
+        is_checked: Whether values of several ranks are compared.
     """
 
     name: str
@@ -79,7 +80,7 @@ def check_item_name(name: object) -> str:
         raise errors.UsageError(f"An item's name must be a non-empty str; got {name!r}.")
     if name in RESERVED_NAMES or name[0] in "_." or "/" in name or "\0" in name:
         raise errors.UsageError(
-            f"Item name {name!r} is reserved: names may not contain '/', begin with '_' or '.', or "
+            f"Item name {name!r} is reserved: names may not contain '/', start with '_' or '.', or "
             f"be one of {', '.join(RESERVED_NAMES)} (metrics and progress are arguments of save).",
             key_path=name,
         )
@@ -195,7 +196,7 @@ def _in_group(
 
 
 def to_json(value: Any, what: str) -> bytes:
-    """JSON text of a value; `UsageError` names what cannot be written."""
+    """JSON text of a value; `UsageError` names unsupported values."""
     try:
         return json.dumps(value).encode()
     except (TypeError, ValueError, RecursionError) as error:

@@ -42,8 +42,8 @@ class Overlapped:
     Other changes of that state need `CheckpointManager.fence` first.
 
     Attributes:
-        checked: Whether every byte of the copy is compared with what was there when `save` was
-            called. `save` reads the entire state for that, and a save whose state changed fails.
+        checked: Whether every byte of the copy is compared with its value when `save` was called.
+            `save` reads the entire state for that, and a save whose state changed fails.
             Without it a few bytes of at most 64 leaves are compared.
     """
 
@@ -98,7 +98,7 @@ class SaveOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepExtras:
-    """What is saved with a step besides its items; the arguments of `save` of the same names."""
+    """Metadata saved with a step; the arguments of `save` of the same names."""
 
     metrics: Mapping[str, Any] | None
     progress: Progress | None

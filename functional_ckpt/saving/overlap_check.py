@@ -1,4 +1,4 @@
-"""Whether what was copied in the background is what was there when `save` was called.
+"""Detects changes of leaves between `save` and their copy in the background.
 
 torch counts changes of a tensor, but not all of them: writes through `.data`, a numpy view or the
 storage, fused kernels called by hand and other processes leave no trace. So the bytes themselves
@@ -51,10 +51,10 @@ class CopiedLeaf(NamedTuple):
 
 
 class CopyCheck:
-    """Remembers what leaves are now, and compares it with what was copied.
+    """Remembers the values of leaves, and compares them with the copies.
 
     Args:
-        leaves: What will be copied; `sampled` of it where not every byte is compared.
+        leaves: The leaves to copy; `sampled` of them if not every byte is compared.
         is_whole: Whether to compare every byte, for which `save` reads all of them.
     """
 
@@ -67,7 +67,7 @@ class CopyCheck:
         ]
 
     def names_of_changed(self) -> list[str]:
-        """The leaves whose copies differ from what they were; to be called after the copy."""
+        """The leaves whose copies differ from the remembered values; call it after the copy."""
         return [
             name
             for name, host, expected in self._expected

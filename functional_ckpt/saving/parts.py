@@ -1,7 +1,6 @@
 """The regions that a rank writes, as views of live tensors, and copying them into host memory.
 
-Several threads copy what is in host memory. A stream copies what is on a CUDA device, into
-page-locked memory.
+Several threads copy host memory. A stream copies memory of a CUDA device to page-locked memory.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class StagedItem:
     """An item with the host arrays that this rank writes.
 
     Attributes:
-        lowered: What it was lowered to.
+        lowered: Its lowered form.
         writes: Host arrays that this rank writes.
         scalars: Names of the plain numbers that this rank writes for Orbax.
     """
@@ -155,7 +154,7 @@ class StagingMemory:
         self._locked = host_memory.StagingBuffer()
 
     def reserve(self, parts: Sequence[Part]) -> list[Array]:
-        """Returns an array for every part, in locked pages for what a stream copies."""
+        """Returns an array for every part, in locked pages for copies of a stream."""
         streamed = [part for part in parts if device_copies.is_streamed(part.view)]
         if not streamed:
             return self._ordinary.reserve([part.slot for part in parts])
@@ -167,7 +166,7 @@ class StagingMemory:
         return [hosts[id(part)] for part in parts]
 
     def begin(self, copies: Sequence[tuple[Part, Array]]) -> device_copies.Transfers:
-        """Returns the transfers of copies from devices, of what the devices hold now."""
+        """Returns the transfers from devices, of the devices' current values."""
         views = (part.view for part, host in copies if host.size)
         return self._streams.begin({v.device for v in views if device_copies.is_streamed(v)})
 
@@ -178,7 +177,7 @@ class StagingMemory:
 
 
 def refer(parts: Iterable[Part]) -> list[Array]:
-    """Returns host arrays over live memory; a copy of what is on a device."""
+    """Returns host arrays over live memory; copies of device memory."""
     return [
         encode.host_view(part.view if part.view.is_cpu else part.view.cpu(), part.dtype)
         for part in parts
@@ -199,7 +198,7 @@ def start_copy(
     transfers: device_copies.Transfers,
     num_threads: int = host_memory.NUM_THREADS,
 ) -> None:
-    """Copies what is in host memory, and enqueues the copies from devices."""
+    """Copies host memory, and enqueues the copies from devices."""
     on_host: list[tuple[Array, Array]] = []
     on_device: list[tuple[torch.Tensor, torch.Tensor]] = []
     for part, host in copies:

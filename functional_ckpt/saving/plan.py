@@ -30,7 +30,7 @@ __all__ = ["ItemPlan", "Planning", "SavePlan", "SavePlanner"]
 _log = logging.getLogger("functional_ckpt")
 
 Shardings: TypeAlias = "dict[str, Sharding]"
-"""`item/leaf` -> which ranks hold what of the leaf, all ranks considered."""
+"""`item/leaf` -> the sharding of the leaf over all ranks."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Planning:
     """One rank's side of planning a save.
 
     Attributes:
-        items: What this rank saves; set it in the block.
+        items: This rank's items; set it in the block.
         plan: This rank's part in writing it; set after the block.
     """
 
@@ -103,7 +103,7 @@ class SavePlanner:
         signature: str,
         step: int | None,
     ) -> bytes:
-        """Returns what the primary compares of this rank's items."""
+        """Returns this rank's data for the primary's comparison."""
         is_known = signature == self._signature
         if not is_known:
             self._num_saves, self._groups = 0, self._group(items, None)
@@ -144,7 +144,7 @@ class SavePlanner:
         return dict(self._plan)
 
     def _group(self, items: Sequence[LoweredItem], shardings: Shardings | None) -> replicas.Groups:
-        """What other ranks hold as well; going by this rank's own shardings without all ranks'."""
+        """The leaves that other ranks have too, from all ranks' shardings or this rank's."""
         if self._coordinator.num_ranks == 1:
             return {}
         whole = Sharding.replicated(tuple(range(self._coordinator.num_ranks)))
@@ -266,7 +266,7 @@ def _plan(
             if source.node.name in item.first_rank:
                 sharding = sharding.first_replica()
             placed.append((item.name, source, sharding))
-    # Ranks with different trees must meet what they share in the same order.
+    # Ranks with different trees must visit shared leaves in the same order.
     placed.sort(key=lambda entry: (entry[0], entry[1].node.name))
     planned = write_plan.plan_writes(
         [

@@ -1,4 +1,4 @@
-"""Samples of what several ranks hold of one leaf, by which they notice that it is not the same.
+"""Samples of leaves that several ranks have, to detect differences between ranks.
 
 One copy is saved of a plain tensor, and of the replicas of a sharded one: they are taken to be
 equal on all ranks that have them. Every rank hashes a few elements of each such leaf and sends the
@@ -31,7 +31,7 @@ Groups: TypeAlias = "Mapping[str, Sequence[tuple[int, int]]]"
 All ranks that hold them have this entry, and all compare the same leaves in the same order.
 """
 
-# Up to this size a leaf is compared as a whole; of a larger one, about so many elements.
+# Up to this size a leaf is compared completely; of a larger one, about this many elements.
 _MAX_WHOLE_BYTES = 4096
 _MAX_ELEMENTS = 128
 _LEAVES_PER_TURN = 64
@@ -168,7 +168,7 @@ def _digest(sample: np.ndarray[Any, Any]) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _grid(shape: tuple[int, ...], itemsize: int) -> tuple[Any, ...]:
-    """An index expression for a grid of elements over the whole tensor; all where there are few."""
+    """An index expression for a grid of elements over the tensor; all if there are few."""
     if math.prod(shape) * itemsize <= _MAX_WHOLE_BYTES:
         return (...,)
     left = _MAX_ELEMENTS

@@ -1,4 +1,4 @@
-"""What follows a commit, on the primary: the link, the promises to tiers, what is to be removed.
+"""Actions after a commit, on the primary: latest link, pending uploads, pruning.
 
 The step is durable by now. Whatever fails here costs disk space or a link, never a step: so one
 failure stops nothing else, and all of them are reported together at the end.
@@ -26,7 +26,7 @@ def clean_up(
     info: StepInfo,
     replaced: str | None,
 ) -> list[str]:
-    """Updates the link, promises the step to the tiers, removes what the policies let go.
+    """Updates the link, enqueues the uploads, removes the steps that no policy keeps.
 
     Args:
         steps: The steps of the first tier.
@@ -36,13 +36,13 @@ def clean_up(
         replaced: Where the step is that it replaced, if it did.
 
     Returns:
-        What could not be done, one line each.
+        The failures, one line each.
     """
     failures: list[str] = []
     with _noting(failures):
         if uploads is not None:
             uploads.committed(info)
-    is_promised = not failures  # else what is removed here could be in no tier
+    is_promised = not failures  # otherwise a removed step could be in no tier
     with _noting(failures):
         steps.update_latest_link()
     with _noting(failures):
@@ -70,7 +70,7 @@ def prune(
         keep_policies: Which of them stay.
         uploads: Where committed steps go from here, if there are tiers.
         committed: The step that was just committed, if one was.
-        only_copied: Leave what no other tier holds.
+        only_copied: Keep steps that no other tier has.
 
     Returns:
         Why steps could not be removed, one line each.
@@ -101,7 +101,7 @@ def _let_go(
     copied: set[tuple[int, datetime.datetime]],
     committed: int | None,
 ) -> list[StepInfo]:
-    """What the policies let go; the newest step only if another tier holds it."""
+    """The steps that no policy keeps; the newest step only if another tier has it."""
     known = steps.with_late_metrics()
     context = KeepContext(now=datetime.datetime.now(datetime.UTC))
     gone = {*rules.steps_to_prune_after(committed, keep_policies, known, context=context)}

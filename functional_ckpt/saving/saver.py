@@ -120,7 +120,7 @@ class Saver:
         return handle
 
     def _info(self, step: int, about: StepExtras, *, may_exist: bool) -> finalize.CheckpointInfo:
-        """Returns what is saved besides the items, once the step is known to be allowed."""
+        """Returns the step's metadata, after checking that the step may be saved."""
         line = lines.Line()
         if self._coordinator.rank == 0:
             self._steps.check_lock()
@@ -144,7 +144,7 @@ class Saver:
         Args:
             step: The step.
             planning: What to stage.
-            cleanup: Gets what is to be done after the commit, or in its place.
+            cleanup: Receives the actions after the commit, or in place of it.
         """
         if (lock := self._steps.lock) is not None:
             cleanup.callback(lock.leave, lock.enter())
@@ -157,7 +157,7 @@ class Saver:
         return staged
 
     def _emit_staged(self, step: int, staged: stage.Staged, seconds: float) -> BaseException | None:
-        """Notifies the listeners; returns what interrupted them.
+        """Notifies the listeners; returns the exception that interrupted them.
 
         The commit starts all the same: the other ranks take part in it already.
         """

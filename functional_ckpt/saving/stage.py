@@ -44,7 +44,7 @@ class LiveMemory:
         self._done.wait()
 
     def interrupt(self) -> None:
-        """The caller has stopped waiting: what is read from now on may have changed."""
+        """The caller has stopped waiting: data read from now on may have changed."""
         self.is_interrupted = True
 
     def release(self) -> None:
@@ -54,11 +54,12 @@ class LiveMemory:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Staged:
-    """What a save has copied, and what it has yet to read from live memory.
+    """The staged copies of a save, and the data it still reads from live memory.
 
     Attributes:
         items: What to write.
-        fence: Holds up changes of what is copied after `save` has returned; None if nothing is.
+        fence: Delays changes of values that are copied after `save` has returned; None if there are
+            none.
         live: The live memory that is written without a copy; None if none is.
     """
 
@@ -97,7 +98,7 @@ class Staged:
             self.live.interrupt()
 
     def abort(self) -> None:
-        """Lets every waiting thread continue: after the commit, or in its place."""
+        """Lets every waiting thread continue: after the commit, or in place of it."""
         if self.fence is not None:
             self.fence.give_up()
         if self.live is not None:
@@ -117,7 +118,7 @@ class Stager:
         self._fence = Fence() if isinstance(staging, Overlapped) else None
 
     def stage(self, items: Sequence[LoweredItem], plan: SavePlan, step: int | None) -> Staged:
-        """Copies what this rank writes, or prepares to copy or read it later.
+        """Copies this rank's part, or prepares to copy or read it later.
 
         Args:
             items: What to stage.
@@ -151,7 +152,7 @@ class Stager:
         parts: Sequence[Sequence[Part]],
         budget_bytes: int | None,
     ) -> Staged:
-        """Copies what fits into the budget; the rest is written from live memory."""
+        """Copies values up to the budget; the rest is written from live memory."""
         copied, referred = _split(parts, budget_bytes)
         live = None
         with threads.gc_paused():
@@ -160,7 +161,7 @@ class Stager:
         if referred:
             arrays = parts_lib.refer(referred)
             live = LiveMemory(sum(array.nbytes for array in arrays))
-            # A blocking save waits for the commit, and needs no count of what was read.
+            # A blocking save waits for the commit, and needs no count of read bytes.
             on_copied = None if isinstance(self._staging, Blocking) else live.count_down
             writes += [
                 part.write(host, on_copied=on_copied) for part, host in _pairs(referred, arrays)
@@ -185,7 +186,7 @@ class Stager:
 def _split(
     parts: Sequence[Sequence[Part]], budget_bytes: int | None
 ) -> tuple[list[Part], list[Part]]:
-    """Returns what fits into a budget, and the rest."""
+    """Returns the parts within the budget, and the rest."""
     flat = [part for item_parts in parts for part in item_parts]
     if budget_bytes is None:
         return flat, []

@@ -1,4 +1,4 @@
-"""Overlapped staging: what only an optimizer's step changes is copied after `save` has returned."""
+"""Overlapped staging: copies values that only optimizer steps change after `save` returns."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def stage(
 
     Args:
         items: What to stage.
-        parts: What this rank writes of each item.
+        parts: This rank's parts of each item.
         memory: Where to.
         fence: Holds up changes until the copy is complete; it makes the copy.
         step: The step being saved.
-        is_checked: Whether every byte of the copy is compared with what is there now.
+        is_checked: Whether every byte of the copy is compared with its current value.
 
     Returns:
         The host arrays of each item's parts; those copied later are filled by `fence.copy`.

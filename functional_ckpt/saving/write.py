@@ -1,10 +1,10 @@
 """Writing one checkpoint directory, every rank its part: stage, write, report.
 
     lower     values -> structures and sources              the caller's thread, copies nothing
-    plan      who writes what                               the caller's thread, a round trip
-    stage     sources -> host arrays                        the caller's thread, the only copy
-    write     host arrays -> chunks in this rank's databases     the background, every rank
-    finalize  merge, metadata, digests, sync                the background, the primary
+    plan      assigns chunks to ranks                       the caller's thread, a round trip stage
+    sources -> host arrays                        the caller's thread, the only copy write     host
+    arrays -> chunks in this rank's databases     the background, every rank finalize  merge,
+    metadata, digests, sync                the background, the primary
 
 The manager and `fc.save` share it; `lower`, `plan` and `finalize` hold the other parts.
 """
@@ -34,12 +34,12 @@ __all__ = ["RankReport", "read_report", "write", "write_report"]
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 REPORTS = ".ranks"
-"""Where ranks leave what they wrote for the primary; gone before the step is committed."""
+"""The folder of the ranks' reports for the primary; removed before the step is committed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
-    """What one rank wrote.
+    """The report of one rank.
 
     Attributes:
         digests: Item -> the digests of its chunks.
@@ -47,8 +47,8 @@ class RankReport:
         chunk_shapes: Item -> array -> how it is cut; of the arrays whose metadata this rank wrote.
         roots: Item -> its structure as this rank has it; only where it may differ from the
             primary's.
-        files: Item -> what the files must be that this rank wrote, by path relative to the item;
-            of those it does not name, the primary finds out.
+        files: Item -> the records of this rank's files, by path relative to the item; the primary
+            reads files that it does not list.
     """
 
     digests: Mapping[str, write_tensorstore.Digests]
@@ -84,7 +84,7 @@ def write(
         items: What to write.
         rank: This rank.
         num_ranks: All ranks; one alone may write into the items' own databases.
-        known: Digest of each item's structure on the primary: what equals it need not be reported.
+        known: Digest of each item's structure on the primary: equal structures are not reported.
         num_threads: How many are busy at a time.
     """
     digests: dict[str, write_tensorstore.Digests] = {}
@@ -159,7 +159,7 @@ def root_digest(root: structure.Node) -> str:
 
 
 def write_report(storage: Storage, directory: str, rank: int, report: RankReport) -> None:
-    """Leaves what this rank wrote where the primary finds it."""
+    """Writes this rank's report for the primary."""
     folder = os.path.join(directory, REPORTS)
     storage.make_directory(folder, parents=False)
     record = {
@@ -178,7 +178,7 @@ def write_report(storage: Storage, directory: str, rank: int, report: RankReport
 
 
 def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
-    """What a rank left; `CoordinationError` when it is not here."""
+    """A rank's report; `CoordinationError` if it is missing."""
     path = os.path.join(directory, REPORTS, f"{rank}.json")
     if not queries.exists(storage, path):
         raise errors.CoordinationError(

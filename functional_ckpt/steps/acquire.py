@@ -46,7 +46,7 @@ def open_directory(
     Args:
         steps: The directory; a writer's ranks must all see the same one.
         coordinator: The ranks.
-        options: What all of them must have been given alike.
+        options: The options that must be equal on all of them.
         owner: The manager.
 
     Raises:
@@ -86,7 +86,7 @@ def open_directory(
 
 
 def _lock_and_recover(steps: Steps, coordinator: Coordinator) -> None:
-    """Takes the directory over: locks it, then removes what a dead writer left."""
+    """Takes over the directory: locks it, then removes a dead writer's leftovers."""
     commit.makedirs_durable(steps.storage, steps.hidden)
     is_alone = coordinator.num_ranks == 1 and num_unjoined() > 1
     try:

@@ -1,4 +1,4 @@
-"""Whether to save a step: each rank for itself if its number tells, else the primary for all."""
+"""Decides whether to save: locally if the policies depend on the step only, otherwise on rank 0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from functional_ckpt.steps.directory import Steps
 
 __all__ = ["SaveDecider"]
 
-# After a SIGTERM a peer may be gone for good, and the agent kills what is left after 30 seconds.
+# After a SIGTERM a peer may never answer, and the agent kills the rest after 30 seconds.
 _PREEMPTED_TIMEOUT_SECONDS = 20.0
 _YES, _NO = b"1", b"0"
 
@@ -27,7 +27,8 @@ class SaveDecider:
         rule: The policies; None saves every step.
         steps: The history.
         busy_step: Returns the step that is being committed, or None.
-        coordinators: Told to hurry once the job is about to be killed; the first decides.
+        coordinators: Their time-outs are shortened once the job is about to be killed; the first
+            decides.
     """
 
     def __init__(
@@ -64,11 +65,11 @@ class SaveDecider:
         self._watch.stop()
 
     def is_preempted(self, step: int) -> bool:
-        """Whether the job was told to stop and `step` is, or can still be, saved.
+        """Whether the job received SIGTERM and `step` is, or can still be, saved.
 
-        False for a step that was just refused: the signal came too late for it, and whoever left
-        the loop now would lose the steps since the last save. With many ranks all get the same
-        answer: that of the decision about this step, or where there was none, one round's.
+        False for a step that was just declined: the signal came too late for it, and leaving the
+        loop now would lose all steps since the last save. With many ranks all get the same answer:
+        that of the decision about this step, or where there was none, one round's.
         """
         if step == self._refused:
             return False
@@ -101,7 +102,7 @@ class SaveDecider:
     def should_save(
         self, step: int, progress: Progress | None = None, *, force: bool = False
     ) -> bool:
-        """Whether to save; one round between the ranks only where the step alone does not tell.
+        """Whether to save; one round between the ranks unless the step alone decides.
 
         Args:
             step: The step.
@@ -123,7 +124,7 @@ class SaveDecider:
         return self._watch.is_on and self._coordinators[0].num_ranks > 1
 
     def _ask(self, what: str, step: int, combine: Combine) -> bytes:
-        """One round in which every rank says if it was told to stop: `_YES` ends the outcome."""
+        """One round in which every rank reports a received SIGTERM: `_YES` ends the outcome."""
         self._decided_step = step
         told = _YES if self._watch.is_reached else b""
         verdict = self._coordinators[0].gather_broadcast(what, told, combine)
@@ -144,7 +145,7 @@ class SaveDecider:
         decided: bool,
         told: Sequence[bytes],
     ) -> bytes:
-        """On the primary: what the policies say, and whether any rank was told to stop."""
+        """On the primary: the policies' decision, and whether any rank received SIGTERM."""
         reached = _YES in told
         now = datetime.datetime.now(datetime.UTC)
         busy = self._busy_step()

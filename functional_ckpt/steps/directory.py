@@ -1,4 +1,4 @@
-"""The steps of one run: their directory, their names and what is remembered of them."""
+"""The steps of one run: their directory, names and cached records."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _log = logging.getLogger("functional_ckpt")
 class Steps:
     """A directory of steps.
 
-    What was committed through this object is remembered at once; what other processes do is seen by
+    Commits through this object are recorded at once; changes by other processes are read by
     `reload`. Safe to use from the commit's thread beside the caller's.
 
     Args:
-        events: Told what happens to the steps; None for nobody.
-        read_only: Others write the directory: the lists of steps look at it anew.
+        events: The listeners of the steps' events; None for none.
+        read_only: Other processes write the directory: lists of steps read it again.
         latest_link: Name of a link to the latest step; None for no link.
 
     Attributes:
         storage: The store.
         root: The directory.
         commits: How its steps become visible and are removed.
-        events: Where what happens to the steps is told.
+        events: The listeners of the steps' events.
         hidden: Where everything is that is no step.
         remote: The steps of the other tiers that were reached, the nearest first.
         has_tiers: Whether there are others, reached or not.
@@ -109,14 +109,14 @@ class Steps:
         return self._infos
 
     def reload(self) -> None:
-        """Reads everything from disk anew, in every tier."""
+        """Reads everything from disk again, in every tier."""
         self.reach(False)
         self.reload_local()
         for each in self.remote:
             each.reload()
 
     def reload_local(self) -> None:
-        """Reads everything in this directory anew; no other tier is asked, which may be far."""
+        """Reads everything in this directory again, but not the other tiers, which may be slow."""
         while not self._reread():
             pass
 
@@ -134,7 +134,7 @@ class Steps:
         return True
 
     def _look(self, *, anew: bool = False) -> tuple[StepInfo, ...]:
-        """Reads which steps are there, without what was recorded of them later."""
+        """Reads the list of steps, without their late metrics."""
         found = self._index.look(anew=anew)
         strays = {n: what for n, what in self._index.strays.items() if n != self.latest_link}
         new = sorted(strays.keys() - self._reported_strays)
@@ -368,7 +368,7 @@ class Steps:
         if not queries.exists(self.storage, path):
             return
         if not self.commits.is_committed(path) and queries.is_directory(self.storage, path):
-            return  # what a failed save left; `commit.create_tmp` sees to it
+            return  # leftovers of a failed save, which the next commit removes
         if not queries.is_directory(self.storage, path):
             raise errors.StorageError(
                 f"Cannot save step {step}: {path} is a file, and not a checkpoint. Move it away.",
@@ -415,7 +415,7 @@ class Steps:
             self._change(each for each in self._infos if each.step not in steps)
 
     def follow(self, lists: Mapping[str, Collection[int]]) -> None:
-        """Remembers of every tier what the primary says that it holds, by its name."""
+        """Records the primary's list of each tier's steps, by the tier's name."""
         known = {info.step: info for info in self.all_infos()}
         for name, each in self.tiers_by_name().items():
             if name in lists:
@@ -423,7 +423,7 @@ class Steps:
                     each._change(known[step] for step in lists[name] if step in known)
 
     def with_late_metrics(self) -> tuple[StepInfo, ...]:
-        """The steps with what was recorded of them since, marked if they were abandoned."""
+        """The steps with their late metrics, marked if they were abandoned."""
         late = history.late_metrics(self.storage, self.root)
         infos = [history.with_late_metrics(self._looked_at(info), late) for info in self._infos]
         return lines.marked(infos, self._line_of_tiers())
@@ -452,7 +452,7 @@ class Steps:
             )
 
     def recorded(self, step: int) -> Mapping[str, Any]:
-        """What was recorded of a step since it was committed, by whatever process.
+        """The late metrics of a step, recorded by any process.
 
         Raises:
             CorruptCheckpointError: Some of it is damaged.
@@ -465,7 +465,7 @@ class Steps:
         return history.read_sound_step(self.storage, self.path(step), step)
 
     def forget_late_metrics(self, step: int) -> None:
-        """The step was written anew: what was measured of the old one is of no more use."""
+        """Removes late metrics of a step that was overwritten."""
         info = next((each for each in self._infos if each.step == step), None)
         history.remove_late_metrics(self.storage, self.root, step, but_of=info)
 
@@ -477,7 +477,7 @@ class Steps:
         seconds: float | None = None,
         num_bytes: int | None = None,
     ) -> None:
-        """Tells the listeners what happened to a step here."""
+        """Notifies the listeners of an event of a step."""
         self.events.tell(kind, step, self.root, seconds=seconds, num_bytes=num_bytes)
 
     # ---------------------------------------------------------------------------- lines
@@ -534,7 +534,7 @@ class Steps:
             raise error
 
     def remove(self, steps: Sequence[int]) -> dict[int, errors.CheckpointError]:
-        """Removes steps, in this order; what cannot be removed stops nothing else.
+        """Removes steps, in this order; a failure does not stop the others.
 
         Returns:
             Step -> why it could not be removed. It is forgotten all the same where it is out of

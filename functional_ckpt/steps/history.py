@@ -43,7 +43,7 @@ _T = TypeVar("_T")
 
 
 class Late(NamedTuple):
-    """What was recorded of one commit of a step since.
+    """The late metrics of one commit of a step.
 
     Attributes:
         metrics: Those that can be believed.
@@ -68,9 +68,9 @@ def list_steps(storage: Storage, root: str, names: NameFormat) -> dict[int, str]
 
 
 def read_step(storage: Storage, path: str, step: int | None) -> StepInfo | None:
-    """What policies need to know of one step, from its small files.
+    """Reads a step's facts for policies from its small files.
 
-    What is damaged, or cannot be read, is left out, and is the `problem` of the step.
+    Damaged or unreadable files are ignored, and are the `problem` of the step.
 
     Returns:
         None where the step is not there any more.
@@ -103,14 +103,14 @@ def _with_problem(info: StepInfo, error: errors.CheckpointError) -> StepInfo:
 
 
 def read_sound_step(storage: Storage, path: str, step: int) -> StepInfo:
-    """As `read_step`, but raises what is wrong with the step."""
+    """As `read_step`, but raises the step's problem."""
     if not queries.is_directory(storage, path):
         raise errors.StepNotFoundError(f"There is no step at {path}.", step=step, path=path)
     return sound_info(StepFiles.open(storage, path, step))
 
 
 def sound_info(files: StepFiles) -> StepInfo:
-    """What the small files of a checkpoint say; raises what is wrong with them."""
+    """Reads the small files of a checkpoint; raises their problems."""
     return _describe(files.storage, files.path, files.step or 0, files, lambda read: read())
 
 
@@ -172,7 +172,7 @@ def _are_numbers(texts: Sequence[str]) -> bool:
 
 
 def _read_late(storage: Storage, path: str, *, has_checksum: bool) -> tuple[int, Late] | None:
-    """When metrics were recorded, and what; None where the file was removed meanwhile."""
+    """Time and values of recorded metrics; None if the file has been removed."""
     try:
         data = read_optional(storage, path)
         if data is None:
@@ -197,7 +197,7 @@ def _merged(files: Sequence[tuple[int, Late]]) -> Late:
 
 
 def with_late_metrics(info: StepInfo, late: LateMetrics) -> StepInfo:
-    """The step with what was recorded of it since; of another commit of its number, nothing."""
+    """The step with its late metrics, without those of another commit of its number."""
     found = late.get((info.step, _commit_of(info)))
     if found is None:
         return info
@@ -209,7 +209,7 @@ def with_late_metrics(info: StepInfo, late: LateMetrics) -> StepInfo:
 
 
 def recorded(info: StepInfo, late: LateMetrics, path: str) -> Mapping[str, Any]:
-    """What was recorded of a step since it was committed; raises where some of it is damaged."""
+    """The late metrics of a step; raises if some are damaged."""
     found = late.get((info.step, _commit_of(info)), Late({}))
     if found.problem is not None and found.is_unreadable:
         raise errors.StorageError(found.problem, step=info.step, path=path)
@@ -257,7 +257,7 @@ def remove_late_metrics(
 
 
 def _commit_of(info: StepInfo) -> int:
-    """What tells a commit from others of the same step: its time, microseconds since the epoch."""
+    """The identity of a commit of a step: its time, microseconds since the epoch."""
     return (info.time - _EPOCH) // datetime.timedelta(microseconds=1)
 
 

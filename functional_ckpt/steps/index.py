@@ -1,4 +1,4 @@
-"""Which entries of a directory are steps, and what their records say. No torch.
+"""The index of a directory: its steps and their records. No torch.
 
 A step is a directory with a step's name that was committed and holds a record: this package's, or
 Orbax's. Everything else with such a name (an empty directory, a copy that was cut, a link) is no
@@ -29,8 +29,8 @@ class Entry:
 
     Attributes:
         name: The name of its directory.
-        commit_id: Tells this commit from any other under the same name.
-        info: What its own files say.
+        commit_id: Identifies this commit among those of the same name.
+        info: The facts in its files.
     """
 
     name: str
@@ -47,7 +47,7 @@ class StepIndex:
         names: How its steps are named.
 
     Attributes:
-        strays: Name -> what is there, of each entry that has a step's name and is no step.
+        strays: Name -> kind of each entry that has a step's name but is not a step.
     """
 
     def __init__(self, storage: Storage, root: str, names: NameFormat) -> None:
@@ -62,7 +62,7 @@ class StepIndex:
         """Returns the steps that are there now, ascending.
 
         Args:
-            anew: Read the records of every step again.
+            anew: Whether to read the records of every step again.
         """
         if anew:
             self._known = {}
@@ -89,7 +89,7 @@ class StepIndex:
         return dict(sorted(steps.items()))
 
     def _entry(self, step: int, name: str) -> Entry | str | None:
-        """The step, or what is there instead; None for what is gone, or not yet there."""
+        """The step, or the kind of the entry; None if it is gone, or not yet there."""
         path = os.path.join(self._root, name)
         commit_id = self._commits.commit_id(path)
         if commit_id is None:
@@ -115,7 +115,7 @@ def has_record(storage: Storage, path: str) -> bool:
     if any(queries.exists(storage, os.path.join(path, mark)) for mark in marks):
         return True
     # Old versions of Orbax wrote items and nothing above them. An item of this package without the
-    # record above it is what a copy left that was cut.
+    # record above it is an incomplete copy.
     folders = [os.path.join(path, name) for name in storage.list(path)]
     items = [
         folder

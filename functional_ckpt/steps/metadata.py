@@ -1,4 +1,4 @@
-"""What is known of a checkpoint without reading its arrays."""
+"""Metadata of a checkpoint, without reading its arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["StepMetadata", "checkpoint_metadata", "step_metadata"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetadata:
-    """What is known of a step without reading its arrays.
+    """Metadata of a step, without its arrays.
 
     Attributes:
         step: Its number; None for a checkpoint without steps.
@@ -27,7 +27,7 @@ class StepMetadata:
             JSON item.
         metrics: Its metrics, or None.
         progress: How far the training was, or None where it does not say.
-        custom_metadata: What the user saved beside it.
+        custom_metadata: The user's custom metadata.
         generation: The number of rollbacks before it was saved.
         is_abandoned: It is not on the line that the run continues: the run went back to a step
             before it.
@@ -46,7 +46,7 @@ class StepMetadata:
 def checkpoint_metadata(
     opened: checkpoint_dir.OpenCheckpoint, late: history.LateMetrics | None = None
 ) -> StepMetadata:
-    """The metadata of an opened checkpoint, with what was measured `late`."""
+    """The metadata of an opened checkpoint, with `late` metrics."""
     items = {
         name: opened.json(name) if kind == "json" else select.specs(opened.tree(name).root)
         for name, kind in opened.items.items()

@@ -1,8 +1,8 @@
 """The names of step directories: `23`, `0023`, `step_23`, `step_0023`.
 
 The names are those of Orbax's `standard_name_format(step_prefix=, step_format_fixed_length=)`. A
-name is parsed only if it is exactly what `build_name` makes: temporary, hidden and look-alike
-names are never steps.
+name is parsed only if `build_name` returns exactly the same: temporary, hidden and look-alike names
+are never steps.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _check_prefix(prefix: str) -> None:
 
 
 def check_component(what: str, text: str) -> None:
-    """Raises UsageError if a directory that is listed could not have a name that begins so."""
+    """Raises UsageError if no listed directory can have a name with this prefix."""
     if text.startswith(".") or _TMP_MARK in text or re.search(r"[/\\\x00-\x1f\x7f]", text):
         raise errors.UsageError(
             f"{what}: expected no leading dot (hidden), no slash, no control "

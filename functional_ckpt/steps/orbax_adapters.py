@@ -5,7 +5,7 @@ here initialises a JAX backend. The adapters hand everything that is not Orbax's
 so they can be applied to whatever a user passed.
 
 An adapted policy decides as Orbax's does, traps included: its BestN still raises for a missing
-metric and LatestDuration still reads its own clock. Ours, in `functional_ckpt.policies`, do not.
+metric and LatestDuration still reads its own clock. Those in `functional_ckpt.policies` do not.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 def adapted_save_rule(policies: rules.SavePolicies | None) -> rules.SaveRule | None:
-    """Returns the rule of a user's save policies, ours and Orbax's; None saves at every call."""
+    """Returns the rule of save policies, native and Orbax's; None saves at every call."""
     return None if policies is None else rules.save_rule(policies, adapt=adapt_save_policy)
 
 
 def adapted_keep_policies(policies: rules.KeepPolicies | None) -> tuple[KeepPolicy, ...]:
-    """Returns a user's keep policies, ours and Orbax's, as a tuple; an empty one keeps all."""
+    """Returns keep policies, native and Orbax's, as a tuple; an empty one keeps all."""
     return () if policies is None else rules.keep_policies(policies, adapt=adapt_keep_policy)
 
 
@@ -56,7 +56,7 @@ def is_orbax_object(value: object) -> bool:
 
 
 def adapt_save_policy(policy: Any) -> Any:
-    """Returns the policy as one of ours if it is Orbax's, else the policy itself.
+    """Returns an Orbax policy as a native one, any other policy unchanged.
 
     Raises:
         UsageError: It is, or holds, Orbax's ContinuousCheckpointingPolicy, which needs JAX.
@@ -67,7 +67,7 @@ def adapt_save_policy(policy: Any) -> Any:
         raise errors.UsageError(
             "save_policy: expected a policy that needs no JAX; got Orbax's "
             "ContinuousCheckpointingPolicy, which decides by JAX's distributed client. Use "
-            "functional_ckpt.policies.every('90s') or every(1) in its place."
+            "functional_ckpt.policies.every('90s') or every(1) instead."
         )
     if _is_exactly(policy, "AnySavePolicy"):
         return AnySave(tuple(adapt_save_policy(each) for each in policy.policies))
@@ -77,7 +77,7 @@ def adapt_save_policy(policy: Any) -> Any:
 
 
 def adapt_keep_policy(policy: Any) -> Any:
-    """Returns the policy as one of ours if it is Orbax's, else the policy itself.
+    """Returns an Orbax policy as a native one, any other policy unchanged.
 
     An AnyPreservationPolicy without policies keeps everything, as an empty list does here (Orbax
     answers a single False).
@@ -90,7 +90,7 @@ def adapt_keep_policy(policy: Any) -> Any:
 
 
 def adapt_name_format(name_format: Any) -> Any:
-    """Returns the step name format as one of ours if it is Orbax's, else the format itself.
+    """Returns an Orbax step name format as a native one, any other format unchanged.
 
     Raises:
         UsageError: Its names do not hold the number of the step, or could be no directories.
@@ -98,7 +98,7 @@ def adapt_name_format(name_format: Any) -> Any:
     if not is_orbax_object(name_format) and not _has_orbax_naming(name_format):
         return name_format
     if _is_exactly(name_format, "_StandardNameFormat"):
-        # Orbax pads to no width at all when told to pad to zero.
+        # Orbax does not pad at all with a width of zero.
         pad = name_format.step_format_fixed_length or None
         return StepName(prefix=name_format.step_prefix, zero_pad=pad)
     if _is_exactly(name_format, "_CompositeNameFormat"):

@@ -15,7 +15,7 @@ __all__ = ["Watch", "is_preemption"]
 
 
 class Watch:
-    """Whether the process was told to stop.
+    """Whether the process has received SIGTERM.
 
     Args:
         on_reached: Called by the signal handler, at every SIGTERM.
@@ -36,7 +36,7 @@ class Watch:
         return self._installed
 
     def start(self) -> None:
-        """Installs the handler; the one that was there is called after ours."""
+        """Installs the handler, which also calls the previous one."""
         if threading.current_thread() is not threading.main_thread():
             raise errors.UsageError(
                 "policies.Preemption() needs the main thread: signal handlers can be installed "
@@ -46,7 +46,7 @@ class Watch:
         self._installed = True
 
     def stop(self) -> None:
-        """Puts the previous handler back, unless somebody replaced ours since."""
+        """Restores the previous handler, unless another one was installed since."""
         if not self._installed:
             return
         self._installed = False
@@ -63,7 +63,7 @@ class Watch:
 
 
 def is_preemption(policy: object) -> bool:
-    """Whether a policy (ours or Orbax's) waits for SIGTERM."""
+    """Whether a policy (native or Orbax's) waits for SIGTERM."""
     return (
         isinstance(policy, Preemption)
         or "Preemption" in type(getattr(policy, "policy", policy)).__name__

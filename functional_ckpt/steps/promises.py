@@ -21,7 +21,7 @@ _log = logging.getLogger("functional_ckpt")
 
 
 class Promises:
-    """By tier: the steps that it was promised, and what was decided about the others.
+    """By tier: its pending uploads, and the decisions about other steps.
 
     Not safe to use from several threads; `Uploads` has the mutex.
 
@@ -33,8 +33,8 @@ class Promises:
     Attributes:
         promised: Steps that a tier will get; they stay in the first tier until then.
         decided: Steps that a tier was asked about, whatever it said.
-        replacing: Promised steps that may take the place of another commit of their number.
-        was_damaged: Whether what was written down could not be read.
+        replacing: Pending steps that may replace another commit of their number.
+        was_damaged: Whether the record could not be read.
     """
 
     def __init__(self, commits: CommitProtocol, path: str, roots: Iterable[str]) -> None:
@@ -48,7 +48,7 @@ class Promises:
         self.was_damaged = False
 
     def read(self) -> None:
-        """Takes up what was written down.
+        """Reads the record.
 
         Raises:
             StorageError: It is there and cannot be read now.
@@ -78,7 +78,7 @@ class Promises:
         """Writes them down, durably.
 
         Args:
-            steps: What the first tier holds; decisions about other steps are forgotten.
+            steps: The first tier's steps; decisions about other steps are dropped.
         """
         here = set(steps)
         for root in self._roots:
@@ -114,9 +114,9 @@ def _with_digest(record: dict[str, Any]) -> bytes:
 
 
 def _parse(data: bytes) -> dict[str, Any]:
-    """The record; raises ValueError where it is not what was written.
+    """The record; raises ValueError if it is damaged.
 
-    Versions before wrote no digest, and no list of what is being replaced.
+    Earlier versions wrote no digest and no list of replaced steps.
     """
     record: Any = plain_json.parse(data)
     if set(record) == {"promised", "considered"}:

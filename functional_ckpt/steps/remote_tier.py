@@ -16,7 +16,7 @@ from functional_ckpt.storage.base import Lock
 __all__ = ["RemoteTier", "is_outage", "open_reachable"]
 
 _REACH_SECONDS = 3.0
-# What a file system or a store says while it is out of reach; all else is an answer.
+# Errors of a file system or store that is unreachable; all others are answers.
 _OUTAGES = frozenset(
     {
         *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNREFUSED),
@@ -35,11 +35,11 @@ class RemoteTier:
         connect: Connects to its store, and asks it once; raises where there is no answer.
         rule: Which committed steps go there; None for all.
         keep: Which stay there; none for all.
-        max_delay_seconds: How long a step may be late without an error; None for ever.
+        max_delay_seconds: Maximal delay of a step without an error; None for no limit.
 
     Attributes:
         steps: Its steps; None as long as it was not reached.
-        acquire: What opening it takes besides; gives the writer's lock, if it is taken.
+        acquire: Called on opening; returns the writer's lock, if it is taken.
         on_open: Called once it is open.
         reached: Set when its store has answered, or it is known that it does not.
     """
@@ -137,7 +137,7 @@ class _Attempt:
                 raise self._error
         if self._tier.steps is None:
             _log.warning(
-                "%s cannot be reached; copies begin when it can: %s",
+                "%s cannot be reached; uploads will start when it can: %s",
                 self._tier.root,
                 self._error or f"no answer within {_REACH_SECONDS:g} s",
             )

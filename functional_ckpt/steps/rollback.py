@@ -14,7 +14,7 @@ __all__ = ["later", "remove"]
 def later(steps: Steps, step: int) -> list[int]:
     """Returns the steps that are later than one: higher ones, and those of later generations.
 
-    The latest comes first: wherever their removal is cut, what is left is what there once was.
+    The latest is removed first: after a crash the remaining steps are a consistent older state.
     """
     infos = steps.all_infos()
     generation = next((info.generation for info in infos if info.step == step), 0)
@@ -50,7 +50,7 @@ def remove(all_tiers: Sequence[Steps], doomed: Sequence[int], *, together: bool)
         failed = tier.remove(held)
         failures += failed.values()
         if failed and not together:
-            break  # what is still in the first tier can be deleted again
+            break  # steps still in the first tier can be deleted again
         if together:
             tier.unhide(name for step, name in names.items() if step not in failed)
     if len(failures) == 1 and not together:

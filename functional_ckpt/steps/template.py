@@ -19,7 +19,7 @@ from functional_ckpt.steps.names import (
 
 __all__ = ["StepTemplate", "name_format_of", "new_name"]
 
-# Variable -> what it says of a progress. Times are in whole seconds.
+# Variable -> its value of a progress. Times are in integral seconds.
 _OF_PROGRESS: Final[dict[str, Callable[[Progress], int]]] = {
     "iteration": lambda progress: progress.iteration,
     "epoch": lambda progress: progress.epoch,
@@ -60,16 +60,16 @@ class StepTemplate:
 
     Of the progress, which `save` must then be given: `iteration`, `epoch`, `batch`, `sample`,
     `token`, `batch_in_epoch`, `sample_in_epoch`, `token_in_epoch`, and the wall-clock times
-    `total_wct`, `epoch_wct`, `batch_wct` in whole seconds. Of the run: `run_name`, `world_size`,
+    `total_wct`, `epoch_wct`, `batch_wct` in integral seconds. Of the run: `run_name`, `world_size`,
     `local_world_size`. `rank`, `local_rank` and `node_rank` are the primary's, 0: ranks share a
-    step's directory. `{step}`, or `{batch}` where steps are batches, tells a step by its name, so
-    one of them must be there. `{batch:06d}` fills with zeros.
+    step's directory. `{step}`, or `{batch}` if steps are batches, identifies a step by its name, so
+    one of them is required. `{batch:06d}` fills with zeros.
 
     Attributes:
         template: The name, with variables in braces.
-        run_name: What `{run_name}` is.
-        world_size: What `{world_size}` is.
-        local_world_size: What `{local_world_size}` is.
+        run_name: Value of `{run_name}`.
+        world_size: Value of `{world_size}`.
+        local_world_size: Value of `{local_world_size}`.
 
     >>> names = StepTemplate(template="ep{epoch}-ba{batch:04d}")
     >>> names.name_of(500, Progress(epoch=2, batch=500))
@@ -86,7 +86,7 @@ class StepTemplate:
     _pattern: re.Pattern[str] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Raises UsageError for unknown variables, and for names that do not tell their step."""
+        """Raises UsageError for unknown variables, and names that do not identify their step."""
         if not isinstance(self.template, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise errors.UsageError(
                 f"template of step names: expected a string; got {self.template!r}."
@@ -101,7 +101,7 @@ class StepTemplate:
         if not {"step", "batch"} & set(names):
             raise errors.UsageError(
                 f"template of step names {self.template!r}: expected {{step}} or {{batch}} in it; "
-                "nothing else tells which step a name is of."
+                "nothing else identifies the step of a name."
             )
         object.__setattr__(self, "_parts", parts)
         object.__setattr__(self, "_pattern", self._compiled(parts))
@@ -113,7 +113,7 @@ class StepTemplate:
         Raises:
             UsageError: The name needs a progress and there is none, or its batch is not the step.
         """
-        # A run goes on with another number of ranks: on disk these are numbers like any other.
+        # A run may resume with another number of ranks: on disk these are numbers like any other.
         values: dict[str, int] = {
             "step": step,
             "world_size": self.world_size or 0,
@@ -142,7 +142,7 @@ class StepTemplate:
         return self.name_of(step, None)
 
     def names(self, step: int) -> tuple[str, ...]:
-        """Returns nothing: which names a step may have, only the directory tells."""
+        """Returns nothing: the possible names of a step are only known from the directory."""
         del step
         return ()
 
@@ -154,7 +154,7 @@ class StepTemplate:
         fields = [part for part in self._parts if isinstance(part, _Field)]
         counts = [field for field in fields if self._fixed(field.name) is None]
         values = {field.name: int(text) for field, text in zip(counts, match.groups(), strict=True)}
-        # Padded otherwise, or with two values for one variable, it is not a name of ours.
+        # Padded otherwise, or with two values for one variable, it does not follow the template.
         return values[self._key] if self._text(values) == name else None
 
     @property

@@ -1,4 +1,4 @@
-"""Further places for committed steps: local ones are fast, remote ones are kept.
+"""Tiers of committed steps, e.g. a local disk first, an object store second.
 
 A save is over when the first tier, the manager's own directory, holds the step. From there it goes
 to the others in the background, as each one's policies ask. A step stays in the first tier until
@@ -37,7 +37,7 @@ _LOOK_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tier:
-    """A place that committed steps are copied to.
+    """A directory or URI to which committed steps are copied.
 
     Attributes:
         path: A local path or the URI of an object store.
@@ -56,7 +56,7 @@ class Tier:
     storage: Storage | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a delay that is none."""
+        """Raises UsageError for a negative delay."""
         if self.max_delay_seconds is not None and not self.max_delay_seconds >= 0:
             raise errors.UsageError(
                 f"max_delay_seconds must be None or >= 0; got {self.max_delay_seconds!r}."
@@ -79,7 +79,7 @@ def open_tiers(
     read_only: bool,
     overwrite: bool,
 ) -> Uploads | None:
-    """Makes the tiers' steps known to `local`, and begins to upload what they were promised.
+    """Registers the tiers' steps with `local`, and starts pending uploads.
 
     A tier that is out of reach is opened later: at once where something depends on it.
 
@@ -162,7 +162,7 @@ def _reach(tier: RemoteTier, *, must: bool) -> None:
 
 
 def _check_apart(roots: Sequence[str], names: NameFormat) -> None:
-    """Raises where steps of one directory would be taken for what another one holds."""
+    """Raises if steps of one directory would be taken for those of another."""
     known = [root if is_remote(root) else os.path.realpath(root) for root in roots]
     for place, root in enumerate(known):
         for other in known[:place]:

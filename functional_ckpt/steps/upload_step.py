@@ -1,6 +1,6 @@
-"""One step on its way to one tier: what is missing is sent, all is verified, then published.
+"""Uploads one step to one tier: sends missing files, verifies all, then publishes it.
 
-An upload that was cut goes on where it was: files that arrived whole are not sent again.
+An interrupted upload resumes: complete files are not sent again.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _NUM_FILES = 4
 
 
 class _Sent:
-    """How much of a step has arrived, shown to whoever looks at the terminal.
+    """Progress of an upload, shown on the terminal.
 
     Args:
-        show: Told of every change.
-        done_bytes: What had arrived before.
-        total_bytes: Of the whole step.
+        show: Called for every change.
+        done_bytes: Bytes uploaded before.
+        total_bytes: Size of the step.
     """
 
     def __init__(self, show: progress_bars.Shown, done_bytes: int, total_bytes: int) -> None:
@@ -43,7 +43,7 @@ class _Sent:
         show(done_bytes, total_bytes)
 
     def add(self, num_bytes: int) -> None:
-        """So many more have arrived."""
+        """Adds uploaded bytes."""
         with self._mutex:
             self._done_bytes += num_bytes
             self._show(self._done_bytes, self._total_bytes)
@@ -58,8 +58,8 @@ class Upload:
         source: Where the step is.
         final: Where it will be.
         step: Its number.
-        may_replace: Whether it may take the place of another commit of the step. The old one stays
-            until the new one is whole.
+        may_replace: Whether it may replace another commit of the step. The old one stays until the
+            new one is complete.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Upload:
         self._may_replace = may_replace
 
     def run(self) -> int:
-        """Uploads what is missing and publishes the step.
+        """Uploads missing files and publishes the step.
 
         Returns:
             How many bytes were sent.
 
         Raises:
             StorageError: A store refused, or could not be reached.
-            CorruptCheckpointError: The step in the first tier is not what was committed.
+            CorruptCheckpointError: The step in the first tier is damaged.
             StepExistsError: The tier holds another commit of the step, and may not lose it.
         """
         self._commits.finish_overwrite()
@@ -116,10 +116,10 @@ class Upload:
             )
 
     def _files(self) -> tuple[dict[str, records.FileRecord], str]:
-        """What the step consists of by its own records, and what tells this commit from others.
+        """The step's files by its own records, and the identity of its commit.
 
-        A listing is not what says it: a file that is missed would be missing in the copy. What the
-        records do not know, which is all of a step of another program, is described as it is.
+        A listing is not sufficient: a missed file would be missing in the copy. Files without a
+            record, such as those of a foreign step, are described from their content.
         """
         path = os.path.join(self._source, records.EXTENSION_FILE)
         found: dict[str, records.FileRecord] = {}
@@ -162,7 +162,7 @@ class Upload:
     def _check_arrived(
         self, place: str, files: Mapping[str, records.FileRecord], identity: str
     ) -> None:
-        """Compares what is there with the records; what is wrong is removed, and sent again.
+        """Compares the uploaded files with the records; wrong ones are removed, and sent again.
 
         An object store is asked for sizes: it compared digests as it took the objects.
         """
@@ -185,7 +185,7 @@ class Upload:
 
 
 def _record_digest(storage: Storage, path: str) -> str | None:
-    """What tells a commit of a step from any other: its record names every digest; None without."""
+    """The identity of a commit: its record, which has every digest; None without one."""
     try:
         return records.digest_hex(storage.read(os.path.join(path, records.EXTENSION_FILE)))
     except errors.StorageError as error:

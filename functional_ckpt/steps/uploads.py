@@ -1,7 +1,7 @@
 """Committed steps on their way to other tiers: promised, copied, verified, published.
 
-What was promised is written down beside the steps before anything is pruned, so that a restart goes
-on with it.
+Pending uploads are recorded next to the steps before anything is pruned, so that a restart resumes
+them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Uploads:
     Args:
         local: The steps of the first tier.
         remote: The others.
-        overwrite: Whether a step may take the place of another commit of its number.
+        overwrite: Whether a step may replace another commit of its number.
 
     Attributes:
         on_arrived: Called when a step has arrived, on any thread.
@@ -60,13 +60,13 @@ class Uploads:
         # By tier: promised steps that cannot go there as long as this process lives.
         self._refused: dict[str, set[int]] = {each.root: set() for each in remote}
         self._deleted: set[int] = set()
-        self._num_arriving = 0  # steps that have arrived, of which what follows is not done
+        self._num_arriving = 0  # uploaded steps with outstanding later actions
         self._closing = self._is_released = False
 
     # ---------------------------------------------------------------------------- the caller's
 
     def begin(self) -> None:
-        """Takes the tiers over that can be reached, and goes on with what was promised."""
+        """Takes over the reachable tiers, and resumes pending uploads."""
         self._book.read()
         here = [info.step for info in self._local.infos]
         for tier in self._remote:
@@ -122,7 +122,7 @@ class Uploads:
 
     @contextlib.contextmanager
     def exclusive(self) -> Generator[set[int]]:
-        """Whoever removes steps from the first tier, or records metrics of them, is alone.
+        """Exclusive access to the first tier's steps, for removals and late metrics.
 
         Yields:
             The steps that must not be removed yet.
@@ -161,7 +161,7 @@ class Uploads:
             raise error
 
     def close(self) -> None:
-        """Waits for what is under way; what fails now goes on when the directory is next opened."""
+        """Waits for running uploads; failed ones resume when the directory is next opened."""
         with self._mutex:
             self._closing = True
             self._mutex.notify_all()
@@ -186,7 +186,7 @@ class Uploads:
     # ---------------------------------------------------------------------------- promises
 
     def _take_over(self, tier: RemoteTier, steps: Steps) -> Lock:
-        """Becomes the tier's writer, and decides what it gets."""
+        """Becomes the tier's writer, and decides on its steps."""
         commit.makedirs_durable(steps.storage, steps.hidden)
         lock = steps.storage.lock(os.path.join(steps.hidden, "lock"))
         try:
@@ -209,7 +209,7 @@ class Uploads:
         return lock
 
     def _consider(self, tier: RemoteTier, steps: Steps | None, info: StepInfo) -> None:
-        """Decides whether a tier gets a step; later, if only a tier that is reached can tell."""
+        """Decides whether a tier gets a step; later, if only the reachable tier can decide."""
         if info.step in self._book.decided[tier.root]:
             return
         wanted = True if tier.rule is None else tier.rule.decide_step(info.step)
@@ -259,7 +259,7 @@ class Uploads:
         return {info.step for info in self._local.infos if info.step not in decided}
 
     def _pending(self, tier: RemoteTier) -> set[int]:
-        """What a tier still waits for."""
+        """The pending steps of a tier."""
         promised = set(self._book.promised[tier.root]) - self._refused[tier.root]
         return promised | (self._undecided(tier) if tier.steps is None else set())
 
@@ -267,8 +267,8 @@ class Uploads:
     def _reporting(self) -> Generator[None]:
         """In an upload's thread: the manager's next call raises what fails here.
 
-        If promises cannot be written down, what is on disk promises too much: a step that has
-        arrived is looked at again.
+        If the record cannot be written, it lists too many pending steps: an uploaded step is
+            checked again.
         """
         try:
             yield
@@ -285,7 +285,7 @@ class Uploads:
     # ---------------------------------------------------------------------------- the work
 
     def _work(self, tier: RemoteTier) -> None:
-        """Uploads what is promised to one tier, the oldest first, until the end."""
+        """Uploads the pending steps of one tier, the oldest first, until the end."""
         wait, since = _FIRST_WAIT_SECONDS, None
         while True:
             step: int | None = None
@@ -406,7 +406,7 @@ class Uploads:
         self._prune(tier, remote, step)
 
     def _prune(self, tier: RemoteTier, remote: Steps, arrived: int) -> None:
-        """Removes what the tier's policies let go; never the step that has just arrived."""
+        """Prunes the tier by its policies; never the step that was just uploaded."""
         if not tier.keep:
             return
         known, now = remote.with_late_metrics(), datetime.datetime.now(datetime.UTC)

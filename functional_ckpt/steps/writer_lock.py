@@ -21,7 +21,7 @@ _LOOK_SECONDS = 0.01
 
 
 class WriterLock:
-    """The lock of one directory, shared by a manager and what it runs in the background.
+    """The lock of one directory, shared by a manager and its background work.
 
     Args:
         lock: The lock; released when the last user leaves.

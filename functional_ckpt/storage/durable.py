@@ -35,7 +35,7 @@ def makedirs_durable(storage: Storage, path: str) -> None:
 
 
 def sync_tree(storage: Storage, directory: str, files: Iterable[str]) -> None:
-    """Makes `files` (relative paths) and every directory from theirs up to `directory` durable.
+    """Makes `files` (relative paths) and all their parent directories up to `directory` durable.
 
     All files are written before the first is synced: that sync takes their metadata along.
     """

@@ -39,7 +39,7 @@ def is_link(storage: Storage, path: str) -> bool:
 
 
 def kind(storage: Storage, path: str, *, follow: bool = False) -> str:
-    """Returns the kind of what is at a path, for messages: `a file`, ..., `nothing`."""
+    """Returns the kind of a path, for messages: `a file`, ..., `nothing`."""
     found = storage.stat(path, follow=follow)
     return "nothing" if found is None else found.kind
 
