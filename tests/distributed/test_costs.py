@@ -126,6 +126,7 @@ def test_rows_are_read_once(
     assert overhead(workers, tmp_path, saved, restored) <= 1.05
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(("num_saved", "num_restored"), [(4, 3), (3, 4), (6, 4)])
 @pytest.mark.parametrize(
     ("shapes", "bound"), [(LARGE, 1.02), (SHAPES, 1.05)], ids=["large", "small"]

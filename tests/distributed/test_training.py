@@ -131,6 +131,7 @@ def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Ten
         assert torch.equal(got[name], tensor), name
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize(
     ("saved", "restored"),
     [

@@ -15,7 +15,7 @@ from example_modules import EXAMPLES, load_example
 
 import functional_ckpt as fc
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 NUM_STEPS = 12
 RESUMED_AFTER = 4

@@ -181,6 +181,7 @@ WAYS_OUT = {
 }
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("way", WAYS_OUT)
 def test_every_way_out_finishes_the_commit(way: str, tmp_path: Path) -> None:
     last, code, message = WAYS_OUT[way]

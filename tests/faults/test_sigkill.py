@@ -94,7 +94,6 @@ def template() -> Iterator[Template]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_kills_at_any_instant_lose_nothing(
     tmp_path: Path, template: Template, figure: Callable[[str], None]
 ) -> None:

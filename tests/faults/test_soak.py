@@ -95,7 +95,6 @@ def test_what_may_be_read(lines: list[dict[str, Any]], message: str | None) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 def test_nothing_is_lost_in_a_short_soak(tmp_path: Path, figure: Callable[[str], None]) -> None:
     # In a process of its own: it forks writers, which a process with threads must not.
     arguments = ["--seconds", "8", "--seed", "1", "--rounds", "3", "--no-store", "--folder"]

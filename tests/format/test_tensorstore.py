@@ -70,6 +70,7 @@ def _read_of(
     )
 
 
+@pytest.mark.matrix(3)
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 @pytest.mark.parametrize("shape", [(), (0, 3), (5, 7), (300, 200)])
 def test_every_dtype_small_and_large(dtype: str, shape: tuple[int, ...], tmp_path: Path) -> None:

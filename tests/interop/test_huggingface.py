@@ -38,7 +38,6 @@ def embed(model: Any, source: Path) -> torch.Tensor:
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_minilm_goes_through_a_step_and_embeds_the_same(
     minilm: Path, tmp_path: Path, format: Any

@@ -208,7 +208,7 @@ def test_lightning_s_own_checkpoints_are_passed_through(tmp_path: Path) -> None:
     assert not own.exists()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_two_processes_save_and_resume_together(tmp_path: Path) -> None:
     script = Path(lightning_run.__file__)
 

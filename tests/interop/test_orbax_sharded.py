@@ -17,7 +17,7 @@ import torch
 
 import functional_ckpt as fc
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 HERE = Path(__file__).parent
 STEP = 5

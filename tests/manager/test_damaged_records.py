@@ -80,7 +80,6 @@ CASES = [(METRICS, damage) for damage in DAMAGES] + [
 ]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("file", "damage"), CASES)
 def test_a_step_with_damaged_small_files_is_kept_and_raises_where_it_is_used(
     file: str, damage: str, root: Path, caplog: pytest.LogCaptureFixture
@@ -201,7 +200,6 @@ def tensors(target: dict[str, Any]) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in found]
 
 
-@pytest.mark.timeout(120)
 def test_touched_is_true_where_and_only_where_the_target_may_have_changed(tmp_path: Path) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
     with fc.CheckpointManager(good) as manager:

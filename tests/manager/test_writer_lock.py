@@ -209,6 +209,7 @@ def test_a_writer_whose_directory_is_gone_changes_nothing(
     assert tree(root) == before
 
 
+@pytest.mark.matrix(2)
 @pytest.mark.parametrize("kind", ["make_directory", "write", "sync", "rename"])
 @pytest.mark.parametrize("lose", [rename_root, remake_root, remake_hidden])
 def test_a_directory_that_is_lost_during_a_commit(

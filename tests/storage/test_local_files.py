@@ -46,7 +46,6 @@ def make(kind: str, path: Path) -> None:
         path.mkdir()
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", ["fifo", "socket", "device", "link", "loop", "directory"])
 def test_only_regular_files_are_read(
     kind: str, storage: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
