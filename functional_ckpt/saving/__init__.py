@@ -13,8 +13,8 @@ The caller's thread, before `CheckpointManager.save` returns:
 The commit thread, on every rank:
 
     commit.StepCommitter.commit       start, write, gather, publish, prune
-      Staged.finish                   remaining copies -> host memory write.write
-      this rank's chunks -> its databases finalize.finalize               on the primary: merges
-      databases, writes records, syncs storage.commit.publish          on the primary: one rename;
-      now the step counts
+      Staged.finish                   remaining copies -> host memory
+      write.write                     this rank's chunks -> its databases
+      finalize.finalize               on the primary: merges databases, writes records, syncs
+      storage.commit.publish          on the primary: one rename; now the step counts
 """

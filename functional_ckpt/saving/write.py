@@ -1,10 +1,10 @@
 """Writing one checkpoint directory, every rank its part: stage, write, report.
 
     lower     values -> structures and sources              the caller's thread, copies nothing
-    plan      assigns chunks to ranks                       the caller's thread, a round trip stage
-    sources -> host arrays                        the caller's thread, the only copy write     host
-    arrays -> chunks in this rank's databases     the background, every rank finalize  merge,
-    metadata, digests, sync                the background, the primary
+    plan      assigns chunks to ranks                       the caller's thread, a round trip
+    stage     sources -> host arrays                        the caller's thread, the only copy
+    write     host arrays -> chunks in this rank's databases     the background, every rank
+    finalize  merge, metadata, digests, sync                the background, the primary
 
 The manager and `fc.save` share it; `lower`, `plan` and `finalize` hold the other parts.
 """
