@@ -46,7 +46,7 @@ def save(
     registry: Registry | None = None,
     storage: Storage | None = None,
 ) -> None:
-    """Saves items into a directory; whole and durable when it returns, absent when it raises.
+    """Saves items to a directory: complete and durable when it returns, absent when it raises.
 
     Args:
         path: The directory to create.
@@ -99,7 +99,7 @@ def restore(
     registry: Registry | None = None,
     storage: Storage | None = None,
 ) -> restore_lib.Restored:
-    """Restores the checkpoint in a directory, ours or Orbax's; see `CheckpointManager.restore`."""
+    """Restores a checkpoint directory, native or Orbax's; see `CheckpointManager.restore`."""
     options = restore_lib.RestoreOptions(
         only=only, ignore=ignore, key_map=key_map, strict=strict, cast=cast, verify=verify
     )
@@ -110,12 +110,12 @@ def restore(
 
 
 def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) -> StepMetadata:
-    """What is known of the checkpoint in a directory without reading its arrays."""
+    """Returns the metadata of a checkpoint directory, without reading its arrays."""
     return checkpoint_metadata(_open(*connect(path, storage)))
 
 
 def _open(storage: Storage, path: str) -> checkpoint_dir.OpenCheckpoint:
-    """Opens a checkpoint; where there is none, the error says what is there and what to do."""
+    """Opens a checkpoint; if there is none, the error describes the path and the fix."""
     try:
         return checkpoint_dir.open_checkpoint(storage, path)
     except (errors.StepNotFoundError, errors.CorruptCheckpointError) as error:
@@ -128,10 +128,7 @@ def _advice(storage: Storage, path: str) -> str | None:
     """What to do about a path that is a directory of steps, or no checkpoint of this package."""
     if not queries.exists(storage, path):
         return None
-    foreign = (
-        "If another program wrote it, fc.interop.open(path) opens it as items, and fc.save takes "
-        "these."
-    )
+    foreign = "If it is foreign, fc.interop.open(path) opens it as items, which fc.save accepts."
     if not queries.is_directory(storage, path):
         return f"it is a file. {foreign}"
     names = storage.list(path)

@@ -9,7 +9,7 @@
     ├── StepNotFoundError (KeyError)             no such step, item or checkpoint
     ├── StepExistsError (FileExistsError)        the step exists, and overwrite was not passed
     ├── MismatchError (ValueError)               checkpoint and target differ: nothing was touched
-    ├── CorruptCheckpointError (ValueError)      bytes differ from what was written
+    ├── CorruptCheckpointError (ValueError)      stored bytes are damaged
     ├── StorageError (OSError)                   the file system refused
     ├── LockedError (BlockingIOError)            another writer holds the directory
     ├── ReadOnlyError (PermissionError)          a write through a read-only manager
@@ -170,7 +170,7 @@ class MismatchError(CheckpointError, ValueError):
 
 
 class CorruptCheckpointError(CheckpointError, ValueError):
-    """Stored bytes differ from what was written; `.touched` says whether the target was changed."""
+    """Stored stored bytes are damaged; `.touched` says whether the target was modified."""
 
 
 class StorageError(CheckpointError, OSError):

@@ -2,8 +2,8 @@
 
 A listener is any callable that takes an `Event`. It is called at once, in the thread in which the
 step got that far: it must be quick, may be called from several threads at a time, and must not call
-the manager, which may be waiting for it. What goes wrong in it is logged; a save never fails for
-it. `KeyboardInterrupt` and `SystemExit` are raised by `save` where they come at `staged`, once the
+the manager, which may be waiting for it. Its errors are logged; a save never fails for them.
+`KeyboardInterrupt` and `SystemExit` are raised by `save` where they come at `staged`, once the
 commit has started.
 """
 
@@ -27,15 +27,15 @@ _log = logging.getLogger("functional_ckpt")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """A step got further.
+    """A change of a step.
 
     Attributes:
         kind: `staged`: this rank's part was copied, and `save` is about to return; `written`: this
-            rank's part is in storage; `committed`: the step is whole and durable; `uploaded`: a
-            further tier holds it; `pruned`: it was removed, because no policy keeps it or to make
-            room. The last three are the primary's alone.
+            rank's part is in storage; `committed`: the step is complete and durable; `uploaded`: a
+            remote tier has it; `pruned`: it was removed, because no policy keeps it or to free
+            space. Only the primary emits the last three.
         step: Its number.
-        directory: Where: the directory of the manager, or that of a further tier.
+        directory: The directory of the manager, or of a remote tier.
         rank: Of the process that says so, among those that save together.
         seconds: How long it took; of `committed`, since `save` was called. None: not measured.
         num_bytes: Bytes of arrays staged or written by this rank, or bytes sent. None: not
@@ -54,7 +54,7 @@ class Event:
     )
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a kind that is none, and for amounts below zero."""
+        """Raises UsageError for an unknown kind, and for negative amounts."""
         if self.kind not in get_args(Kind):
             raise errors.UsageError(f"kind must be one of {get_args(Kind)}; got {self.kind!r}.")
         for name in ("seconds", "num_bytes"):
@@ -76,7 +76,7 @@ class Event:
 
 
 class Listener(Protocol):
-    """Whoever is told what happens to steps."""
+    """An event listener."""
 
     def __call__(self, event: Event, /) -> object:
         """Takes note of it, quickly; may be called from several threads at a time."""
@@ -87,10 +87,10 @@ Listeners: TypeAlias = Listener | Sequence[Listener]
 
 
 class Events:
-    """Tells listeners what happens to steps.
+    """Notifies listeners of events.
 
     Args:
-        listeners: One or several; None for nobody.
+        listeners: One or several; None for none.
 
     Attributes:
         rank: Of this process, among those that save together.
@@ -122,7 +122,7 @@ class Events:
         seconds: float | None = None,
         num_bytes: int | None = None,
     ) -> None:
-        """Tells every listener, and logs what they raise.
+        """Notifies every listener, and logs their errors.
 
         Raises:
             BaseException: A listener was interrupted (Ctrl-C, `sys.exit`) at `staged`, which is on
@@ -147,7 +147,7 @@ class Events:
         return threading.get_ident() in self._threads
 
     def _call_all(self, event: Event) -> BaseException | None:
-        """Calls every listener; returns what interrupted one, if anything did."""
+        """Calls every listener; returns the exception that interrupted one, if any."""
         interruption: BaseException | None = None
         thread = threading.get_ident()
         is_outermost = thread not in self._threads

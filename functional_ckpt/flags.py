@@ -54,7 +54,7 @@ class CheckpointFlags:
         keep_best: `metric`, `metric:max` or `metric:min`; keeps the best step.
         overwrite: Whether a step that exists may be saved again.
         staging: `eager`, `overlapped` or `blocking`; None leaves it to the script.
-        resume: `latest`, `none`, or the path or URI of a checkpoint to begin with.
+        resume: `latest`, `none`, or the path or URI of a checkpoint to start from.
         weights_only: Whether modules alone are restored from such a path.
         ignore: Patterns of the items and leaves that are not restored.
         strict: Whether a difference between checkpoint and target is an error.
@@ -86,17 +86,17 @@ def define(
     """Defines the flags of one checkpoint manager.
 
     Args:
-        prefix: What the flags' names begin with, for scripts with several managers.
+        prefix: The prefix of the flags' names, for scripts with several managers.
         directory: The default directory.
-        required: Whether the directory must be given where it has no default; if not, `manager`
-            must be told one.
+        required: Whether the directory flag is required if it has no default; if not, `manager`
+            needs a directory.
         save_every: The default of the flag.
         keep_latest: The default of the flag.
         keep_best: The default of the flag.
         flag_values: Where to define them.
 
     Raises:
-        UsageError: The prefix cannot begin a flag's name.
+        UsageError: The prefix cannot start a flag's name.
     """
     if not prefix.isidentifier():
         raise errors.UsageError(f"prefix must be an identifier such as 'ckpt'; got {prefix!r}.")
@@ -147,7 +147,7 @@ def define(
             None,
             list(_STAGING),
             "How a save copies the state: all of it before save() returns (eager, the default), "
-            "parameters and optimizer state while training goes on (overlapped), or not at all: "
+            "parameters and optimizer state while training continues (overlapped), or not at all: "
             "save() returns when the step is durable (blocking).",
             **where,
         ),
@@ -190,7 +190,7 @@ def manager(
     Args:
         defined: From `define`.
         directory: Where the steps are if the flag does not say.
-        arguments: Further arguments of `CheckpointManager`; policies are added to the flags', and
+        arguments: Other arguments of `CheckpointManager`; policies are added to the flags', and
             `staging` is the default of its flag.
 
     Raises:
@@ -223,7 +223,7 @@ def restore(
     *,
     registry: Registry | None = None,
 ) -> restore_lib.Restored:
-    """Begins as the flags say, and logs how: `.next_step` is the step to go on with.
+    """Restores or starts as the flags say, and logs it: `.next_step` is the first step to run.
 
     Args:
         defined: From `define`.
@@ -233,8 +233,8 @@ def restore(
         registry: Chooses handlers for plain values of a checkpoint elsewhere.
 
     Raises:
-        UsageError: The flags contradict each other, or what is there.
-        StepExistsError: The run would begin anew over steps that exist, without overwrite.
+        UsageError: The flags contradict each other, or the directory.
+        StepExistsError: The run would start from scratch over existing steps, without overwrite.
     """
     _check(defined)
     source, strict = defined.resume.value, defined.strict.value
@@ -307,7 +307,7 @@ def _malformed(defined: CheckpointFlags) -> list[str]:
 
 
 def _no_checkpoint(source: str) -> str:
-    """Why no checkpoint can be there; what a URI leads to is found out when it is restored."""
+    """Why no checkpoint can be there; URIs are checked when they are restored."""
     try:
         place = resolve(source)
     except errors.UsageError as error:
@@ -356,5 +356,5 @@ def _keep(defined: CheckpointFlags) -> list[Any]:
         metric, _, mode = defined.keep_best.value.partition(":")
         keep.append(policies.best_n(1, metric, mode="min" if mode == "min" else "max"))
     if keep and defined.keep_latest.value is None:
-        keep.append(policies.LatestN(1))  # what a run resumes from
+        keep.append(policies.LatestN(1))  # the step that a run resumes from
     return keep

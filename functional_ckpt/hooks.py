@@ -27,12 +27,12 @@ class SaveHook:
     """Saves when it is called and the manager's policies say so.
 
     Args:
-        manager: Where to, when, and what is kept.
+        manager: Directory and policies.
         items: What to save, or a function that returns it: called only when a step is saved, for
             programs whose state is a new value after each step.
 
     Attributes:
-        should_stop: Whether the process was told to stop and what it had done is saved.
+        should_stop: Whether the process has received SIGTERM and its progress is saved.
 
     >>> import tempfile
     >>> import functional_ckpt as fc

@@ -79,8 +79,8 @@ class Prometheus:
 class OpenTelemetry:
     """Records events with OpenTelemetry: a span and metrics of each.
 
-    The span `functional_ckpt.<kind>` lasts as long as what the event tells of, with the attributes
-    `step`, `directory`, `rank` and `num_bytes` below `functional_ckpt.`. The metrics are
+    The span `functional_ckpt.<kind>` has the duration of the event, with the attributes `step`,
+    `directory`, `rank` and `num_bytes` below `functional_ckpt.`. The metrics are
     `functional_ckpt.steps`, `functional_ckpt.bytes` and `functional_ckpt.duration`, by kind and
     directory.
 

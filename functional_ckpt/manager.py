@@ -32,7 +32,7 @@ __all__ = ["CheckpointManager"]
 class CheckpointManager:
     """Keeps the steps of one training run in one directory.
 
-    A step that was reported (by `Commit.result`, by the lists of steps) is whole and durable. A
+    A step that was reported (by `Commit.result`, by the lists of steps) is complete and durable. A
     failure in the background is raised once, by the next `save`, `check_for_errors`,
     `wait_until_finished` or `close`. Calls from several threads wait for each other; one made
     within another, by a signal handler or a listener, is refused. A manager that is dropped without
@@ -46,7 +46,7 @@ class CheckpointManager:
         step_name: How a step's directory is named.
         latest_link: Name of a link in the directory to the latest step; None for no link.
         tiers: Where committed steps are copied to in the background, the nearest first; see `Tier`.
-            What `directory` holds no more is restored from there.
+            Steps that `directory` no longer has are restored from there.
         overwrite: Whether a step that exists may be saved again; it is replaced atomically.
         read_only: Restore and look only, beside a live writer if there is one.
         staging: How a save copies the state. `fc.Eager()`: `save` copies all of it into host memory
@@ -54,13 +54,13 @@ class CheckpointManager:
             optimizer state are copied after `save` has returned, and the next optimizer step waits
             for the copy; see `fence`. `fc.Blocking()`: no copy; `save` returns when the step is
             durable.
-        on_busy: What a save does during another's commit: `wait` for it, or `skip` this one.
+        on_busy: Behaviour when a save is already in progress: `wait` for it, or `skip` this one.
         process_group: The ranks that save and restore together: a group of torch.distributed, for
             a replica that checkpoints alone; None for the default group, if there is one. They all
             make their managers alike, and call the methods in the same order.
         coordinator: How they agree, in place of `process_group`.
         on_event: Called with an `Event` when a step was staged, written, committed, uploaded or
-            pruned; a function or several, which must be quick. What they raise is logged.
+            pruned; a function or several, which must be quick. Their errors are logged.
         storage: The file system; tests inject faults here.
 
     Raises:
@@ -130,8 +130,8 @@ class CheckpointManager:
     ) -> background.Commit | None:
         """Saves a step if the policy says so.
 
-        When it returns, the caller may change every object it passed: what will be stored is what
-        they held at the moment of the call.
+        When it returns, the caller may change every object it passed: the values at the moment of
+            the call are stored.
 
         Args:
             step: Its number; any order.
@@ -158,9 +158,9 @@ class CheckpointManager:
         )
 
     def check_start(self, step: int) -> None:
-        """Raises `StepExistsError` where a run that begins at `step` would come to overwrite steps.
+        """Raises `StepExistsError` if a run that starts at `step` would overwrite steps.
 
-        To be called before it begins; nothing happens where the manager has `overwrite`.
+        Call it before the run starts; no effect with `overwrite`.
         """
         self._calls.check_usable()
         self._steps.check_start(check_step(step), overwrite=self._run.options.overwrite)
@@ -210,7 +210,7 @@ class CheckpointManager:
         Args:
             step: Its number; None for the latest. One that is still being committed by this manager
                 is waited for.
-            items: What to restore, and into what; None there takes the item as saved.
+            items: The targets by item name; None restores the item as saved.
             discard_later: Remove the later steps from every tier, once this one was restored.
             options: The fields of `RestoreOptions`: `only`, `ignore`, `key_map`, `strict`, `cast`,
                 `verify`, `share_reads`.
@@ -229,10 +229,10 @@ class CheckpointManager:
     def restore_or(
         self, initial: Mapping[str, Any], **options: Unpack[RestoreArguments]
     ) -> restore_lib.Restored:
-        """Goes on from the latest step if there is one, else begins with what it is given.
+        """Resumes from the latest step if there is one, otherwise returns the initial values.
 
-        The decision is logged, and is that of all ranks. Only a directory without steps is begun
-        anew: a step that cannot be restored is an error.
+        The decision is logged, and is that of all ranks. Only in a directory without steps a run
+        starts from scratch: a step that cannot be restored is an error.
 
         Args:
             initial: The items, as `restore` takes them; where there is no step, their values come
@@ -245,7 +245,7 @@ class CheckpointManager:
         return self._run.restorer.restore_or(initial, restore_lib.RestoreOptions(**options))
 
     def metadata(self, step: int | None = None) -> StepMetadata:
-        """What is known of a step (None: the latest) without reading its arrays."""
+        """Returns the metadata of a step (None: the latest), without reading its arrays."""
         self._calls.check_usable()
         return self._run.metadata(None if step is None else check_step(step))
 
@@ -258,7 +258,7 @@ class CheckpointManager:
     def all_steps(self) -> list[int]:
         """The committed steps, ascending; those that a rollback abandoned are among them.
 
-        A read-only manager looks at the directory anew.
+        A read-only manager reads the directory again.
         """
         self._calls.check_usable()
         return self._steps.all()
@@ -291,7 +291,7 @@ class CheckpointManager:
         )
 
     def reload(self) -> None:
-        """Reads the history from disk anew."""
+        """Reads the history from disk again."""
         self._calls.check_usable()
         self._steps.reload()
 
@@ -304,7 +304,7 @@ class CheckpointManager:
 
         Args:
             after: The step seen last; None for any step.
-            timeout: Seconds to wait; None for ever.
+            timeout: Seconds to wait; None for no limit.
             poll: Seconds between looks.
 
         Returns:
@@ -352,16 +352,16 @@ class CheckpointManager:
 
     @exclusive
     def reached_preemption(self, step: int) -> bool:
-        """Whether the process was told to stop (SIGTERM) and this step was the one to save.
+        """Whether the process has received SIGTERM and this step was saved for it.
 
-        Needs `policies.Preemption()` among the save policies. False for a step that `save` has
-        just refused or skipped: the signal came too late for it, and whoever left the loop now
-        would lose the steps since the last save. The next `save` is taken.
+        Needs `policies.Preemption()` among the save policies. False for a step that `save` has just
+        declined or skipped: the signal came too late for it, and leaving the loop now would lose
+        all steps since the last save. The next `save` is accepted.
         """
         return self._saver.decider.is_preempted(check_step(step))
 
     def close(self) -> None:
-        """Finishes the commit under way and lets the next writer in; raises an untold error."""
+        """Waits for pending work, releases the writer lock, raises an unreported error."""
         if self._calls.is_over:
             return
         with self._calls.turn("close"):

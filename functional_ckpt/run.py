@@ -29,7 +29,7 @@ __all__ = ["Run", "open_run"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Run:
-    """What a manager is made of, and the operations that need several of its parts.
+    """The parts of a manager, and the operations that need several of them.
 
     Attributes:
         steps: The directory, and those of the other tiers.
@@ -91,20 +91,20 @@ class Run:
         if discard_later and restored.step is not None:
             run_on_primary(
                 self.coordinator,
-                f"discarding what is later than step {restored.step}",
+                f"discarding steps later than {restored.step}",
                 functools.partial(self.saver.discard_later, restored.step),
                 after=self.steps.reload,
             )
         return restored
 
     def metadata(self, step: int | None) -> StepMetadata:
-        """What is known of a step (None: the latest) without reading its arrays."""
+        """Returns the metadata of a step (None: the latest), without reading its arrays."""
         if step is not None:
             self.saver.wait_for(step)
         return step_metadata(self.steps, step)
 
     def release(self) -> None:
-        """Lets the next writer in, and gives back what the run has held."""
+        """Releases the writer lock and the run's resources."""
         self.saver.release()
         self.coordinator.close()
         self.steps.unlock()

@@ -3,7 +3,7 @@
 Each round is a numbered slot of keys:
 
     <n>/<rank>     a rank's value, its error, or a mark that it timed out
-    <n>/begun      the primary has started
+    <n>/begun      the primary is in the round
     <n>/gathered   every rank has come; the primary does its part
     <n>/outcome    the result, the error, or a mark that the primary skipped to the next slot
 

@@ -1,7 +1,7 @@
 """Other libraries' formats and objects; each module is the only importer of its peer.
 
-`open` finds out what a checkpoint of another program is and opens it as items. The modules below it
-are imported when they are first used.
+`open` detects the format of a foreign checkpoint and opens it as items. The modules below it are
+imported when they are first used.
 """
 
 from __future__ import annotations

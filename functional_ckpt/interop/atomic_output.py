@@ -1,4 +1,4 @@
-"""New files and directories, whole and durable when they appear, absent when anything fails."""
+"""New files and directories: complete and durable when they appear, absent after an error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def atomic_output(
     """Gives a temporary path to write a file or a directory at, and commits it at the end.
 
     Args:
-        path: What the file or directory will be called.
+        path: The final path of the file or directory.
         storage: The file system.
 
     Yields:
@@ -50,7 +50,7 @@ def atomic_output(
 
 
 def check_destination(path: str | os.PathLike[str]) -> str:
-    """The absolute path of what is to be written; raises `UsageError` where it is a URI."""
+    """The absolute path of an output; raises `UsageError` for a URI."""
     return resolve_local(
         path,
         "files of other programs are written to local paths only. Write to a local path, then "
@@ -59,7 +59,7 @@ def check_destination(path: str | os.PathLike[str]) -> str:
 
 
 def check_disjoint(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
-    """Raises `UsageError` where one of two paths is, or lies inside, the other."""
+    """Raises `UsageError` if one of two paths is, or is inside, the other."""
     first, second = (_real(resolve(path)) for path in (source, destination))
     if first == second or _is_inside(first, second) or _is_inside(second, first):
         raise errors.UsageError(

@@ -102,7 +102,7 @@ def _read_optimizer(folder: str) -> dict[str, Any]:
 def _merge_flat(state: dict[Any, Any], file: str) -> None:
     """Adds the states of a file of safetensors: `state-0-exp_avg`, or with dots for hyphens.
 
-    What is no tensor there is the bytes of a pickle, of which plain values alone are taken.
+    Non-tensors there are bytes of a pickle, of which only plain values are read.
     """
     tensors, metadata = safetensors.load(file)
     try:

@@ -27,7 +27,7 @@ def fits(path: str) -> bool:
     try:
         content = torch_save.load(path)
     except errors.CheckpointError:
-        return False  # torch's own reader says what is wrong
+        return False  # torch's reader reports the error
     return isinstance(content, Mapping) and {"state", "rng"} <= content.keys()
 
 

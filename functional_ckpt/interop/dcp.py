@@ -1,7 +1,7 @@
 """PyTorch's distributed checkpoints (`torch.distributed.checkpoint`), read without running pickles.
 
-Their index, `.metadata`, is a pickle of records: it is read into inert ones. The tensors lie in the
-`.distcp` files as streams of `torch.save` and are read by `torch.load(weights_only=True)`.
+Their index, `.metadata`, is a pickle of records: it is read into inert ones. The tensors are stored
+in the `.distcp` files as streams of `torch.save` and are read by `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _INDEX = ".metadata"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """Where one stored piece of an entry lies."""
+    """The location of one stored piece of an entry."""
 
     file: str
     start: int
@@ -108,7 +108,7 @@ def _parts(storage_data: Any, path: str) -> dict[str, list[_Part]]:
         size_bytes = os.path.getsize(os.path.join(path, name))
         if start < 0 or length < 0 or start + length > size_bytes:
             raise errors.CorruptCheckpointError(
-                f"{path}: {where.fqn!r} is not whole: it is {length} bytes from byte {start} of "
+                f"{path}: {where.fqn!r} is incomplete: it is {length} bytes from byte {start} of "
                 f"{name!r}, which has {size_bytes}.",
                 path=path,
             )
@@ -133,7 +133,7 @@ def _nest(entries: Sequence[_Entry]) -> dict[Any, Any]:
         else:
             node[entry.keys[-1]] = entry
             continue
-        raise errors.CorruptCheckpointError(f"{entry.name}: its place is taken by another entry.")
+        raise errors.CorruptCheckpointError(f"{entry.name}: its key path is used by another entry.")
     return root
 
 
@@ -142,7 +142,7 @@ def _is_tensor(node: Any) -> bool:
 
 
 def _is_list(node: Mapping[Any, Any], name: object) -> bool:
-    """Whether it was a list: both a list's places and an optimizer's parameters are numbers."""
+    """Whether it was a list: both list indices and an optimizer's parameters are numbers."""
     return bool(node) and name != "state" and list(node) == list(range(len(node)))
 
 
@@ -162,7 +162,7 @@ def _read_tree(path: str, node: Any, name: object = None) -> Any:
 def _read_entry(path: str, entry: _Entry) -> Any:
     if entry.shape is None:
         if len(entry.parts) != 1:
-            raise _lost(path, entry, f"{len(entry.parts)} pieces of what can only be one")
+            raise _lost(path, entry, f"{len(entry.parts)} pieces of a value that cannot be split")
         return _read_part(path, entry, entry.parts[0])
     full: torch.Tensor | None = None
     num_elements = 0
@@ -206,7 +206,7 @@ def _read_part(path: str, entry: _Entry, part: _Part) -> Any:
 
 def _lost(path: str, entry: _Entry, got: str) -> errors.CheckpointError:
     return errors.CorruptCheckpointError(
-        f"{path}: {entry.name!r} is not whole: its files hold {got}.",
+        f"{path}: {entry.name!r} is incomplete: its files hold {got}.",
         path=path,
         key_path=entry.name,
     )

@@ -1,4 +1,4 @@
-"""Opening a checkpoint of any known format, found out from what is there."""
+"""Opening a checkpoint of any known format, which is detected from its files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FORMATS: tuple[Format, ...] = (
 
 
 def candidates(path: str, formats: Sequence[Format] = FORMATS) -> list[Format]:
-    """The formats that what is at a path looks like; a more special one hides the general."""
+    """The formats that a path matches; a more specific one hides the general."""
     with hostile.clear_failures(path):
         fitting = [format for format in formats if format.matches(path)]
     refined = {name for format in fitting for name in format.supersedes}
@@ -54,7 +54,7 @@ def open(
     *,
     formats: Sequence[Format] = FORMATS,
 ) -> Source:
-    """Opens a checkpoint of another program as items: a mapping that `fc.save` takes as it is.
+    """Opens a foreign checkpoint as items: a mapping that `fc.save` accepts.
 
     Args:
         path: A file or a directory; or the URI of a checkpoint of this package or of Orbax.

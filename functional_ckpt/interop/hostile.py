@@ -1,8 +1,8 @@
-"""Guards for files that anybody may have made: whatever goes wrong in a reader is a clear error.
+"""Guards against malicious or damaged files: any failure of a reader is a clear error.
 
-Readers of foreign formats (torch, safetensors, pickle, zipfile, JSON) fail in many ways on files
-that are damaged or made to harm. Here their errors become errors of this package, and what a file
-claims is compared with its size before memory is asked for.
+Readers of foreign formats (torch, safetensors, pickle, zipfile, JSON) fail in many ways on damaged
+or malicious files. Here their errors become errors of this package, and the claims of a file are
+compared with its size before memory is allocated.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ __all__ = [
     "read_small",
 ]
 
-# What a file may ask for beyond its own size.
+# Memory that a file may request beyond its own size.
 _SPARE_BYTES = 64 * 2**20
-# Errors of the system that are about what was asked of it, which the file decided.
+# System errors caused by the request, which the file determined.
 _ABSURD = (None, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP)
 # How many objects a pickle may stand for, for each that it holds: more is made by repetition.
 _MAX_REPETITION = 1000
@@ -66,7 +66,7 @@ def clear_failures(path: str) -> Generator[None]:
         first = str(error).strip().partition("\n")[0]
         raise errors.CorruptCheckpointError(
             f"{path}: it cannot be read ({type(error).__name__}: {first:.200}); it is damaged, or "
-            "not what its name says.",
+            "its name is wrong.",
             path=path,
         ) from error
 
@@ -79,9 +79,9 @@ def read_small(path: str) -> bytes:
 def check_pickle(data: bytes, path: str) -> None:
     """Raises `CorruptCheckpointError` for a pickle that asks for far more than it holds.
 
-    Places in the memo are numbered one by one: a large number in a small pickle makes the reader
-    ask for that many. Containers that hold one another twice, many times over, stand for more
-    objects than can ever be visited.
+    Slots of the memo are numbered one by one: a large number in a small pickle makes the reader ask
+    for that many. Containers that hold one another twice, many times over, stand for more objects
+    than can ever be visited.
     """
     memo: dict[int, list[int]] = {}
     stack: list[list[int] | None] = []  # sizes, in lists so that containers may grow; None: a mark
@@ -116,7 +116,7 @@ def _top(stack: list[list[int] | None]) -> list[int]:
 
 
 def _apply(opcode: Any, stack: list[list[int] | None]) -> None:
-    """What an opcode takes from the stack becomes part of what it leaves there."""
+    """Accounts for an opcode's stack inputs as parts of its result."""
     taken = 0
     before, after = opcode.stack_before, opcode.stack_after
     container = None
@@ -163,7 +163,7 @@ def check_repetition(content: Any, path: str, size_bytes: int) -> None:
     """Raises `CorruptCheckpointError` for tensors that repeat a few bytes without end.
 
     Args:
-        content: What was read.
+        content: The content that was read.
         path: From where.
         size_bytes: The size of the file.
     """

@@ -3,7 +3,7 @@
     config.json
     model.safetensors                        one file, or
     model-00001-of-00002.safetensors ...     shards of at most `max_shard_size`, and
-    model.safetensors.index.json             which name lies in which; written last
+    model.safetensors.index.json             the file of each name; written last
 
 `pytorch_model.bin` and its shards, in torch.save's format, likewise. A variant goes before the
 suffix: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`.
@@ -213,7 +213,7 @@ def _write_shard(given: Weights, names: Sequence[str], path: str, options: _Opti
 
 
 def _is_part(tensor: torch.Tensor) -> bool:
-    # torch.save writes the whole memory that a tensor is a view of
+    # torch.save writes the entire storage that a tensor is a view of
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
@@ -266,7 +266,7 @@ def load(
 
     Args:
         path: The directory.
-        key_prefix: What every name begins with; it is taken off.
+        key_prefix: The prefix of every name; it is removed.
         variant: Which variant.
         format: Which format, where there are two.
 
@@ -284,7 +284,7 @@ def load(
     bad = [name for name in tensors if not name.startswith(key_prefix)]
     if bad:
         raise errors.MismatchError(
-            f"{directory}: these names do not begin with {key_prefix!r}: {', '.join(bad[:8])}.",
+            f"{directory}: these names do not start with {key_prefix!r}: {', '.join(bad[:8])}.",
             unexpected=bad,
             path=directory,
         )
@@ -292,7 +292,7 @@ def load(
 
 
 def _choose(directory: str, variant: str | None, format: str | None) -> str:
-    """The file to begin with: the weights, or their index."""
+    """The first file to read: the weights, or their index."""
     found: list[str] = []
     for kind in _STEMS:
         options = _Options.of(1, "", variant, kind)

@@ -6,11 +6,11 @@
     )
     trainer.fit(module, loader, ckpt_path=io.latest())      # None where there is no step
 
-Saved at the end of an epoch (`policies.every("1ep")`), a run goes on exactly. Within an epoch
-Lightning itself begins the epoch's data again, unless the loader keeps its own place. Several
-processes of a replicating strategy (DDP) save together; give `ManagerIO` the arguments of the
-manager then, so that it is made once the processes know each other. The extra `lightning` brings
-what this module imports.
+Saved at the end of an epoch (`policies.every("1ep")`), a run resumes exactly. Within an epoch
+Lightning restarts the epoch's data, unless the loader saves its position. Several processes of a
+replicating strategy (DDP) save together; give `ManagerIO` the arguments of the manager then, so
+that it is made once the processes know each other. The extra `lightning` installs the imports of
+this module.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ class ManagerIO(lightning_io.CheckpointIO):
     wrote) goes to Lightning's own `TorchCheckpointIO`.
 
     Args:
-        manager: Where to, and what is kept: a manager; or its directory, with the manager's
-            arguments. From a directory the manager is made when a training begins and closed when
-            it ends.
+        manager: A manager; or its directory, with the manager's arguments. In the latter case the
+            manager is made when training starts and closed when it ends.
         options: The manager's arguments, with a directory.
     """
 
@@ -186,7 +185,7 @@ class SaveCallback(callbacks.Callback):
     """Saves a step when the manager's policies say so, and at the end of the training.
 
     A step is an update of the weights. It is saved once everything that belongs to it is over:
-    before the next batch; at the end of an epoch before the next epoch begins, so that a resumed
+    before the next batch; at the end of an epoch before the next epoch starts, so that a resumed
     run calls `on_train_epoch_start` and draws the same data; at the end of the training; when the
     training is ended by SIGTERM or an exception.
 
@@ -229,7 +228,7 @@ class SaveCallback(callbacks.Callback):
             )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """In a run that goes on from the end of an epoch, sets the random numbers of its step.
+        """Restores the random generators of a step, in a run that resumes at the end of an epoch.
 
         Lightning draws the first data of the epoch before it calls anything else.
         """
@@ -246,7 +245,7 @@ class SaveCallback(callbacks.Callback):
             self._resumed = step
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Saves what the epoch before has made."""
+        """Saves the state at the end of the previous epoch."""
         del pl_module
         if self._due is not None:
             self._due = _over(self._due)
@@ -255,7 +254,7 @@ class SaveCallback(callbacks.Callback):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves what is over; in a run that goes on within an epoch, sets the random numbers."""
+        """Saves the state so far; if resumed within an epoch, restores random generators."""
         del pl_module, batch, batch_idx
         if self._resumed is not None:
             self._io.manager.restore(self._resumed, {"rng": Rng()})
@@ -285,7 +284,7 @@ class SaveCallback(callbacks.Callback):
         self._take_signal(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Saves what the last batch has made."""
+        """Saves the state after the last batch."""
         del pl_module
         if self._is_preempted:
             self._due = None  # saved already; Lightning has run one more batch since
@@ -294,13 +293,13 @@ class SaveCallback(callbacks.Callback):
         self._save(trainer, force=self._save_last, is_end=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Saves the last whole update, where all processes are at the same one."""
+        """Saves the last complete update, if all processes are at the same one."""
         del pl_module
         is_whole = self._seen == int(trainer.global_step)
         if not is_whole or self._due is None:
             return
         if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
-            return  # the others may still be in the middle of theirs
+            return  # other processes may be in the middle of an update
         if _is_epoch_over(trainer):
             self._due = _over(self._due)
         try:
@@ -341,7 +340,7 @@ def _join(root: str, step: int) -> str:
 
 
 def _over(progress: Progress) -> Progress:
-    """The progress at the end of its epoch, which is the beginning of the next."""
+    """The progress at the end of its epoch, which is the start of the next."""
     return Progress(
         epoch=progress.epoch + 1,
         batch=progress.batch,
@@ -356,7 +355,7 @@ def _is_epoch_over(trainer: Any) -> bool:
 
 
 def _begin_epoch(loops: dict[str, Any]) -> None:
-    """Sets the counts of batches to the beginning of an epoch.
+    """Sets the counts of batches to the start of an epoch.
 
     Lightning does so after `on_train_epoch_start`; a run that restarts in between would take the
     batches of the epoch before for those of the next, and skip it.

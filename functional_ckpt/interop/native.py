@@ -1,4 +1,4 @@
-"""A step of ours, or a checkpoint of Orbax's, as a source like any other."""
+"""A native step, or an Orbax checkpoint, as a source like any other."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Rank:
 
 
 def parse_ranks(stems: Iterable[str], where: str) -> dict[Rank, str]:
-    """The ranks that names say, every one of a whole grid.
+    """The ranks in file names, which form a complete grid.
 
     Raises:
         CorruptCheckpointError: One is missing, or full and sharded states are mixed.

@@ -21,10 +21,10 @@ UnpicklingError = pickle.UnpicklingError
 
 
 class Record:
-    """Stands for an object of any class: keeps what it was built with, and does nothing.
+    """Placeholder for an object of any class: keeps its constructor arguments, and does nothing.
 
     Attributes:
-        arguments: What its class or function was called with.
+        arguments: The arguments of its class or function.
     """
 
     kind = ""

@@ -20,7 +20,7 @@ DTYPES = (
     *("float16", "bfloat16", "float32", "float64", "complex64"),
     *("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"),
 )
-"""What the format has a name for."""
+"""The dtypes of the format."""
 
 
 def _library(module: str = "safetensors") -> Any:
@@ -33,7 +33,7 @@ def _library(module: str = "safetensors") -> Any:
 
 
 def fits(path: str) -> bool:
-    """Whether it is a file that begins as the format says: a length, then a JSON object."""
+    """Whether the file starts as the format requires: a length, then a JSON object."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
@@ -94,7 +94,7 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def require(names: Iterable[tuple[str, str]], path: object) -> None:
-    """Raises `UnsupportedLeafError` naming what the format cannot hold.
+    """Raises `UnsupportedLeafError` that names leaves which the format cannot store.
 
     Args:
         names: Names and torch dtypes.

@@ -1,4 +1,4 @@
-"""What another program's checkpoint opens as: items by name, each read when it is asked for."""
+"""A foreign checkpoint opened as items by name, each read on access."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Format", "Source", "items_of", "match_files"]
 class Source(Mapping[str, Any]):
     """Items by name, for `fc.save` or to look into; an item is opened when it is first asked for.
 
-    Tensors are memory-mapped where the format allows: what is not used is not read, and what is
-    saved is not held twice.
+    Tensors are memory-mapped where the format allows: unused tensors are not read, and saved
+    tensors need no second copy.
 
     Attributes:
         path: Where they come from.
         format: Name of the format.
-        left_out: Files beside what was opened that are in no item.
+        left_out: Files next to the opened ones that are in no item.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Format:
     """A format that can be opened.
 
     Attributes:
-        name: What a user calls it.
-        about: What it is, for people.
+        name: Its name for users.
+        about: Its description.
         fits: Whether the file or directory at a path looks like it; reads no more than names and
             headers.
         open: Opens it.
@@ -85,10 +85,10 @@ class Format:
 def items_of(
     content: Any, path: str, is_tensor: Callable[[Any], bool] = torch.is_tensor
 ) -> dict[str, Any]:
-    """The items in what one file holds.
+    """The items in one file.
 
     A mapping of names to tensors is one item, `model`. In any other mapping each entry is an item,
-    and what is no mapping, or has a key that no item can be called by, is one item, `state`.
+    and anything but a mapping, or with a key that is not a valid item name, is one item, `state`.
     """
     if not isinstance(content, Mapping):
         return {"state": content}

@@ -37,7 +37,7 @@ class TensorReference:
 
 
 def _numpy_globals() -> list[Any]:
-    """What pickled numpy arrays are made of (RNG states hold them): data, and no code."""
+    """Classes in pickled numpy arrays (in RNG states): data, not code."""
     rebuild: Any = np.zeros(1).__reduce__()[0]
     scalar: Any = cast("Any", np.float64(0)).__reduce__()[0]
     kinds = {type(np.dtype(code)) for code in np.typecodes["All"]}
@@ -66,7 +66,7 @@ def fits(path: str) -> bool:
     with hostile.clear_failures(path), open(path, "rb") as file:
         start = file.read(4)
     if start == _ZIP:
-        # Of a broken one `load` says what is wrong.
+        # `load` reports the error of a broken one.
         with (
             contextlib.suppress(errors.CorruptCheckpointError),
             hostile.clear_failures(path),
@@ -78,7 +78,7 @@ def fits(path: str) -> bool:
 
 
 def load(path: str) -> Any:
-    """What a file of `torch.save` holds; its tensors are memory-mapped on the CPU.
+    """The content of a file of `torch.save`; its tensors are memory-mapped on the CPU.
 
     Raises:
         StepNotFoundError: There is no such file.
@@ -95,7 +95,7 @@ def load(path: str) -> Any:
 
 
 def load_stream(file: str | BinaryIO, what: str, *, size_bytes: int, mmap: bool = False) -> Any:
-    """What `torch.save` wrote into a file or a stream; `load` says what it raises.
+    """The content of a file or stream of `torch.save`; raises as `load`.
 
     Args:
         file: A path, or a stream.

@@ -1,11 +1,11 @@
-"""`transformers.Trainer` with a checkpoint manager: a callback that saves, and a way to go on.
+"""`transformers.Trainer` with a checkpoint manager: a callback that saves, a function to resume.
 
     manager = fc.CheckpointManager("run/ckpt", save_policy=fc.policies.every(500))
     trainer = transformers.Trainer(..., callbacks=[ManagerCallback(manager)])
     train(trainer, manager)                     # from the latest step, if there is one
 
 Give the `TrainingArguments` `save_strategy="no"`: the Trainer need not write checkpoints of its
-own. The extra `transformers` brings what this module imports.
+own. The extra `transformers` installs the imports of this module.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ _PROCESS_FIELDS = ("is_local_process_zero", "is_world_process_zero")
 class ManagerCallback(trainer_callback.TrainerCallback):
     """Saves the model, its optimizer and scheduler, the random numbers and the Trainer's state.
 
-    A step is what the Trainer calls so: one update of the weights. The manager's policies decide. A
-    step is saved after everything that the Trainer logs and measures at it, the evaluation at the
-    end of an epoch included; its latest numbers are the metrics of the step. The last step of a
-    training is saved whatever the policies say, as the Trainer itself does. After SIGTERM
+    A step is one update of the weights, as in the Trainer. The manager's policies decide. A step is
+    saved after everything that the Trainer logs and measures at it, the evaluation at the end of an
+    epoch included; its latest numbers are the metrics of the step. The last step of a training is
+    saved whatever the policies say, as the Trainer itself does. After SIGTERM
     (`policies.Preemption()`) the training stops once the step is saved.
 
-    Start the training with `train`: it gives the callback what the Trainer's events do not, the
-    state of the other callbacks and the gradient scaler.
+    Start the training with `train`: it gives the callback the state of the other callbacks and the
+    gradient scaler, which the Trainer's events lack.
 
     Args:
-        manager: Where to, when, and what is kept.
-        items: What else to save.
+        manager: Directory and policies.
+        items: Additional items to save.
         save_last: Whether the end of the training is saved in any case.
     """
 
@@ -71,7 +71,7 @@ class ManagerCallback(trainer_callback.TrainerCallback):
         self._trainer: Any = None
 
     def bind(self, trainer: Any) -> None:
-        """Takes the Trainer whose training begins, for what its events do not say."""
+        """Takes the Trainer whose training starts, for the state that its events lack."""
         self._trainer = trainer
 
     def uses(self, manager: CheckpointManager) -> bool:
@@ -100,7 +100,7 @@ class ManagerCallback(trainer_callback.TrainerCallback):
                 )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Weights were updated; what the Trainer logs at this step is still to come."""
+        """Weights were updated; the Trainer's logs of this step follow."""
         del args, state, control, kwargs
         self._due = True
 
@@ -164,14 +164,14 @@ class ManagerCallback(trainer_callback.TrainerCallback):
 def train(trainer: transformers.Trainer, manager: CheckpointManager, **arguments: Any) -> Any:
     """`trainer.train()`, from the manager's latest step if there is one.
 
-    Epoch, place in the data, log and callbacks' state go on by the Trainer's own rules; weights,
+    Epoch, position in the data, log and callbacks' state resume by the Trainer's rules; weights,
     optimizer, scheduler, gradient scaler and random numbers are the step's.
 
     Args:
         trainer: The Trainer, with a `ManagerCallback` among its callbacks.
         manager: The callback's.
-        arguments: Further arguments of `trainer.train`. With `resume_from_checkpoint`, a folder of
-            the Trainer's own, the run goes on from there instead.
+        arguments: Other arguments of `trainer.train`. With `resume_from_checkpoint`, a folder of
+            the Trainer, the run resumes from there instead.
 
     Raises:
         UsageError: No `ManagerCallback` of this manager is among the callbacks.
@@ -236,7 +236,7 @@ def _restore(trainer: Any, manager: CheckpointManager, step: int) -> None:
     }
     items = {name: item for name, item in _items(parts, trainer).items() if name != "rng"}
     if "scaler" in items and "scaler" not in manager.metadata(step).items:
-        del items["scaler"]  # saved without mixed precision: the scaler begins as new
+        del items["scaler"]  # saved without mixed precision: the scaler starts as new
     manager.restore(step, items)
 
 
@@ -314,7 +314,7 @@ def _restored_state(value: Any) -> Any:
 
 
 def _numbers(state: Any) -> dict[str, float]:
-    """What was logged and measured at this very step."""
+    """The logs and metrics of this step."""
     found: dict[str, float] = {}
     for entry in state.log_history:
         if entry.get("step") == state.global_step:

@@ -25,12 +25,12 @@ __all__ = ["Weights", "of_step", "of_value"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """Tensors by name; what shares memory is known by the first of its names.
+    """Tensors by name; tensors that share memory have the first of their names.
 
     Attributes:
         sizes: Name -> bytes, of each tensor that holds its own bytes, in order.
         dtypes: Name -> torch dtype, of the same.
-        tied: Further name -> the name under which its bytes are.
+        tied: Other name -> the name of its bytes.
         fetch: Names -> their tensors on the CPU.
     """
 
@@ -44,15 +44,15 @@ def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> 
     """The tensors of a module, of a state dict or of any tree of tensors, by dotted name.
 
     Args:
-        value: What `fc.save` takes as an item.
+        value: The value of an item.
         keep: Which of several names of one memory to know it by; the first that is kept.
 
     Raises:
-        UnsupportedLeafError: It holds something else than whole tensors.
+        UnsupportedLeafError: It has values other than complete tensors.
     """
     item = default_registry().bind(value)
     lowered = item.handler.lower(item.value)
-    if isinstance(lowered, Mapping):  # names to keep come first, and so own what is tied
+    if isinstance(lowered, Mapping):  # names to keep come first, and so own tied tensors
         first = [name for name in lowered if keep(str(name))]
         lowered = {name: lowered[name] for name in [*first, *lowered]}
     flat = flatten.flatten(lowered)
@@ -72,7 +72,7 @@ def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> 
 
 
 def of_step(path: str | os.PathLike[str], item: str) -> Weights:
-    """The tensors of one item of a step, local or in an object store; only what is fetched is read.
+    """The tensors of one item of a step, local or in an object store, read on access.
 
     Raises:
         StepNotFoundError: There is no such step or item.

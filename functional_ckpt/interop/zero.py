@@ -1,10 +1,10 @@
-"""ZeRO-1 optimizer states, cut along dim 0 between data-parallel ranks: merged, and cut anew. Pure.
+"""Merges and reshards ZeRO-1 optimizer states, sharded along dim 0 over data-parallel ranks. Pure.
 
-A shard is what neuronx-distributed's ZeRO-1 optimizer has on one rank: `base_state` (parameter
-number -> its state, cut), `shape_info` (parameter number -> the whole shape),
-`sharded_master_weights` where they are kept, and `param_groups` and whatever else is the same on
-every rank. The full state is the same with whole tensors. Each tensor is padded with zeros until it
-can be cut evenly; merging takes the padding off.
+A shard is the state of neuronx-distributed's ZeRO-1 optimizer on one rank: `base_state` (parameter
+number -> its sharded state), `shape_info` (parameter number -> the full shape),
+`sharded_master_weights` if there are any, and `param_groups` and other values that are equal on
+every rank. The full state is the same with full tensors. Each tensor is padded with zeros so that
+it divides evenly; merging removes the padding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["merge", "split"]
 
 # By parameter number: cut tensors, or dicts of them.
 _CUT = ("base_state", "sharded_master_weights")
-# Optimizers count in it; it is whole on every rank.
+# Optimizers count in it; it is complete on every rank.
 _WHOLE = ("step",)
 
 
@@ -105,7 +105,7 @@ def _join_tensors(values: Sequence[Any], shape: tuple[int, ...], what: str) -> t
         for value in values
     ):
         raise _broken(what, "the ranks' pieces differ in shape or dtype")
-    if not shape:  # nothing to cut: each rank has it whole
+    if not shape:  # nothing to shard: each rank has all of it
         return first
     joined = torch.cat(list(values)) if first.dim() else first
     fits = joined.dim() == len(shape) and joined.shape[1:] == torch.Size(shape[1:])

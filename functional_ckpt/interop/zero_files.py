@@ -1,7 +1,7 @@
 """ZeRO-1 optimizer states on disk, converted from one number of ranks to another, offline.
 
-Read and written: the `optim` folder of a tag of neuronx-distributed, and a step of ours that holds
-such states under the same names (as `fckpt convert` writes it).
+Read and written: the `optim` folder of a tag of neuronx-distributed, and a native step that has
+    such states under the same names (as `fckpt convert` writes it).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def convert(
     """Writes a new directory of the same kind as the source.
 
     Of a tag only the optimizer is written, as NxD's own tool does, from and to local paths; a step
-    is written whole, and either path may be a URI.
+    is written completely, and either path may be a URI.
 
     Args:
         source: A tag's folder, or a step's directory.
@@ -113,8 +113,8 @@ def _find_item(step: Source) -> tuple[str, Mapping[str, Any]]:
                 return name, states
     raise errors.UsageError(
         f"{step.path}: it has no item 'optimizer' or 'optim' with the ZeRO-1 states of ranks "
-        f"(dp_rank_00_tp_rank_00_pp_rank_00, ...); it has {', '.join(step)}. What fc.Optimizer "
-        "saved is whole already: restore it with any number of ranks.",
+        f"(dp_rank_00_tp_rank_00_pp_rank_00, ...); it has {', '.join(step)}. States saved with "
+        "fc.Optimizer are unsharded already: restore them with any number of ranks.",
         path=step.path,
     )
 

@@ -21,7 +21,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 class HostDestination(NamedTuple):
-    """Host memory for what this rank restores of an array.
+    """Host memory for this rank's part of an array.
 
     Attributes:
         array: The memory, of the local shape; may be strided.
@@ -46,7 +46,7 @@ class DeviceDestination:
 
 
 def pieces_of(read: plan.ReadArray) -> tuple[sharding.Piece, ...]:
-    """The regions to read and where each lies in the place's array."""
+    """The regions to read and the position of each in the destination."""
     if read.like is not None:
         return sharding.pieces_of(read.like)
     whole = Box.whole(read.node.spec.shape)
@@ -67,7 +67,7 @@ def host_destination(read: plan.ReadArray) -> HostDestination:
 
 
 def _local_node(node: structure.ArrayNode, tensor: torch.Tensor) -> structure.ArrayNode:
-    """What this rank restores, as an array of its own: the stored dtype, the local shape."""
+    """This rank's part as a new array: the stored dtype, the local shape."""
     local = sharding.local_of(tensor)
     detail = {key: value for key, value in node.detail.items() if key == "dtype"}
     spec = dataclasses.replace(node.spec, shape=tuple(local.shape))
@@ -89,7 +89,7 @@ def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> HostDestination:
 
 
 def device_destination(read: plan.ReadArray) -> DeviceDestination | None:
-    """What is filled by sending it what is stored; None where it is not so simple."""
+    """The device destination for a plain contiguous tensor; None if it needs a host copy."""
     if read.form not in ("fill", "tensor"):
         return None
     like = cast("torch.Tensor", read.like)

@@ -1,4 +1,4 @@
-"""What each item of a checkpoint is matched with, before anything is read or written."""
+"""Matches items of a checkpoint with targets, before anything is read or written."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class RestoreOptions:
 
     Attributes:
         only: Shell patterns on `item` or `item.leaf.name`; None for everything.
-        ignore: Such patterns, or a function of such a name, of what is not read: the target keeps
-            its own. What matches nothing is an error.
-        key_map: Other names for what is stored, where the target calls it otherwise: a mapping of
+        ignore: Such patterns, or a function of such a name, of leaves to skip: the target keeps its
+            values. A pattern without a match is an error.
+        key_map: The target's names for stored leaves: a mapping of
             old names (of leaves, or of all below) to new ones, `(regular expression, replacement)`
             pairs, or a function, which may return None to leave a leaf out. Names are
             `item.leaf.name`; `only` and `ignore` see the new ones; a rule that renames nothing is
@@ -42,8 +42,8 @@ class RestoreOptions:
         cast: `target` converts arrays to the target's dtype; None makes another dtype a mismatch.
         verify: When bytes are checked: `during` the read (default), all `before` the first is
             written into the target, or `off`.
-        share_reads: Whether ranks read for each other what several of them need: it is asked of
-            storage once and handed on over connections of their own. For replicas, for other
+        share_reads: Whether one rank reads data that several need: it is read from storage once and
+            sent to the others over separate connections. For replicas, for other
             shardings than the saved one, for slow storage.
     """
 
@@ -89,7 +89,7 @@ class MatchedItem:
 
     Attributes:
         name: Its name.
-        item: What it is restored into; None for an item as saved.
+        item: Its target; None for an item as saved.
         opened: Its tree; None where the binding says everything.
         binding: What to do for each leaf.
         report: What did not fit.
@@ -108,7 +108,7 @@ class MatchedItem:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Request:
-    """What a restore asks of a checkpoint."""
+    """A restore request."""
 
     checkpoint: OpenCheckpoint
     options: RestoreOptions
@@ -135,11 +135,11 @@ def match_items(
     options: RestoreOptions,
     group: Coordinator,
 ) -> list[MatchedItem]:
-    """Matches what is asked of a checkpoint with what it holds; nothing is read or touched.
+    """Matches a request with a checkpoint; no array is read and no target modified.
 
     Args:
         checkpoint: What to restore.
-        items: Into what; None restores everything as saved.
+        items: The targets; None restores everything as saved.
         registry: Chooses handlers for plain values.
         options: How.
         group: The ranks; each matches its own part.
@@ -165,13 +165,13 @@ def match_items(
             if wanted.may_include(name)
         ]
     matched = [each for each in found if each is not None and wanted.has_match(each.name)]
-    if group.num_ranks == 1 or not matched:  # another rank may have what a pattern names
+    if group.num_ranks == 1 or not matched:  # another rank may have a match of a pattern
         asked.check_used()
     return matched
 
 
 def _match_as_saved(asked: _Request, name: str) -> MatchedItem | None:
-    """An item as it was saved, or what is wanted of it; None for nothing."""
+    """An item as saved, or its selected part; None if there is none."""
     nothing = plan.RestoreReport()
     if not asked.wanted.may_include(name):
         return None
@@ -188,7 +188,7 @@ def _match_as_saved(asked: _Request, name: str) -> MatchedItem | None:
 
 
 def _match_json(asked: _Request, name: str, item: Item | None) -> MatchedItem | None:
-    """A JSON item, or what is wanted of it; None for nothing."""
+    """A JSON item, or its selected part; None if there is none."""
     value = asked.checkpoint.json(name)
     if asked.renamed is not None or asked.wanted.is_partial(name):
         root: structure.Node | None = json_tree.to_node(value)
@@ -207,9 +207,9 @@ def _match_json(asked: _Request, name: str, item: Item | None) -> MatchedItem | 
 
 
 def _root_for(opened: OpenItem, group: Coordinator) -> structure.Node:
-    """The structure as this rank restores it: its own part of what was saved per rank.
+    """The structure as this rank restores it: its own part of per-rank values.
 
-    An item that was saved per rank by another number of ranks comes back whole, as a dict of all.
+    An item that was saved per rank by another number of ranks is restored as a dict of all.
     """
     root = opened.root
     if is_per_rank(root) and len(root.children) != group.num_ranks:
@@ -283,7 +283,7 @@ def _match_item(asked: _Request, name: str, item: Item) -> MatchedItem | None:
 def _select(
     asked: _Request, name: str, item: Item, root: structure.Node, *, is_resized: bool
 ) -> structure.Node | None:
-    """The structure with the target's own values for what is not selected."""
+    """The structure with the target's values for leaves that are not selected."""
     selects = asked.wanted.leaves_of(name)
     pruned = select.prune(root, selects)  # asks about all that is stored, whatever the target has
     if not is_resized:
@@ -306,7 +306,7 @@ def _target_of(
     *,
     is_resized: bool,
 ) -> tuple[Any, plan.RestoreReport]:
-    """What the item expects, and what its handler says does not fit; None where nothing fits."""
+    """The item's target, and its handler's mismatches; None if nothing matches."""
     handler, group = item.handler, asked.group
     nothing = plan.RestoreReport()
     try:
@@ -317,7 +317,7 @@ def _target_of(
     except errors.MismatchError as error:
         report = _report_of(name, error)
         only_unexpected = not (error.missing or error.mismatched) and bool(error.unexpected)
-        # Another rank may have a place for what is unexpected here.
+        # Another rank may expect a leaf that is unexpected here.
         if is_resized or not (
             not asked.options.strict or (group.num_ranks > 1 and only_unexpected)
         ):

@@ -49,15 +49,15 @@ def read_all(
         verify: `during` checks each chunk as it is read; `before` checks all chunks first, so that
             damage is found before the target is written into, and then as `during`; `off` checks
             nothing.
-        touched: Told when the first byte is about to go into the caller's memory.
+        touched: Set before the first byte is written to the caller's memory.
         sharing: The ranks that read for each other, if they do.
     """
-    fence.wait_for_all()  # what is read may go where another save is still copying from
+    fence.wait_for_all()  # a target may be the source of a running copy of a save
     with threads.gc_paused():
         jobs = [_ItemRead(item, binding, touched) for item, binding in bound]
     if verify == "before":
         threads.run_in_threads([task for job in jobs for task in job.verification()])
-    verified = verify != "off"  # after `before` too: what is read now may have changed since
+    verified = verify != "off"  # after `before` too: the data may have changed since
     with contextlib.ExitStack() as files:
         fetches: list[Callable[[], None]] = []
         bounce = device_copies.PinnedBuffers()
@@ -82,7 +82,7 @@ class _Task:
         run: Reads it.
         request: Asks for it ahead, if it is small.
         size_bytes: How much it reads.
-        chunk: The region and the chunk of it that it reads; None for another program's array.
+        chunk: The region and the chunk of it that it reads; None for a foreign array.
     """
 
     run: Callable[[], None]
@@ -92,7 +92,7 @@ class _Task:
 
 
 def _without_shared(tasks: Sequence[_Task], group: Coordinator) -> list[_Task]:
-    """Lets the ranks read for each other; what each has left to read by itself."""
+    """Performs the shared reads; returns the tasks left to this rank."""
     wanted = {id(task.chunk[0]): task.chunk[0] for task in tasks if task.chunk is not None}
     delivered = shared_read.read_shared(group, list(wanted.values()))
     places = {key: place for place, key in enumerate(wanted)}
@@ -126,7 +126,7 @@ def _run_batch(tasks: Sequence[_Task]) -> None:
 
 @dataclasses.dataclass(slots=True)
 class TargetState:
-    """Whether a restore has begun to write into the caller's objects."""
+    """Set once the restore has modified a target."""
 
     value: bool = False
 
@@ -234,7 +234,7 @@ class _ArrayRead:
             self._finish()
 
     def _read_foreign(self) -> None:
-        """Another program's array: its chunks and codecs are TensorStore's to know."""
+        """A foreign array: TensorStore handles its chunks and codecs."""
         array = self._open().array
         for piece in destinations.pieces_of(self.binding):
             if piece.box.num_elements:

@@ -31,7 +31,7 @@ class Restored(Mapping[str, Any]):
     Attributes:
         items_by_name: The restored values.
         step: The step; None for a checkpoint that records none, and for initial values.
-        report: What `strict=False` left out, of all items; false where nothing was.
+        report: The differences that `strict=False` skipped, of all items; false if there are none.
         metrics: The metrics saved with the step, or None.
         progress: The training progress saved with the step, or None.
         custom_metadata: The user's own metadata.
@@ -57,8 +57,8 @@ class Restored(Mapping[str, Any]):
             return self.starts_at
         if self.step is None:
             raise errors.UsageError(
-                "The restored checkpoint does not record a step: it was written by fc.save or by "
-                "another program. Choose the first step explicitly."
+                "The restored checkpoint does not record a step: it was written by fc.save or is "
+                "foreign. Choose the first step explicitly."
             )
         return self.step + 1
 
@@ -93,7 +93,7 @@ def restore_checkpoint(
 ) -> Restored:
     """Restores a checkpoint: as saved without `items`, else into them.
 
-    Every rank opens it and matches its own part, then all go on or all raise; likewise after
+    Every rank opens it and matches its own part, then all continue or all raise; likewise after
     reading.
 
     Raises:
@@ -184,7 +184,7 @@ def _is_asked_of_all(values: Sequence[bytes]) -> bytes:
 def _unexpected_by_all(
     reports: Mapping[str, plan.RestoreReport], group: Coordinator, *, may_be: bool
 ) -> dict[str, plan.RestoreReport]:
-    """The reports without what another rank has a place for: of another pipeline stage, say.
+    """The reports without leaves that another rank expects: of another pipeline stage, say.
 
     Args:
         reports: This rank's.
@@ -222,7 +222,7 @@ def _lift(matched: MatchedItem, value: Any, group: Coordinator, target: read.Tar
         return value
     handler = matched.item.handler
     if matched.is_resized:
-        # What one rank saved alone is not wrapped in a dict of ranks.
+        # Values of a single rank are not wrapped in a dict of ranks.
         is_wrapped = matched.opened is not None and is_per_rank(matched.opened.root)
         trees = list(value.values()) if is_wrapped else [value]
         value = handler.resize(trees, group.rank, group.num_ranks)
@@ -239,7 +239,7 @@ def _read(
     sharing = group if options.share_reads and group.num_ranks > 1 else None
     trees = [(each.opened, each.binding) for each in matched if each.opened is not None]
     values = iter(read.read_all(trees, verify=options.verify, touched=target, sharing=sharing))
-    # What has no tree was known without reading.
+    # JSON items were read while matching.
     return [
         cast("plan.Given", each.binding).value if each.opened is None else next(values)
         for each in matched

@@ -1,4 +1,4 @@
-"""Which step a run goes on from: the ranks agree on one, or begin with what they have."""
+"""Chooses the step to resume from, consistently on all ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Restorer:
         steps: The steps.
         registry: Chooses handlers for plain values.
         coordinator: How the ranks agree.
-        decider: Told where the run goes on from.
+        decider: Notified of the restored step.
     """
 
     steps: Steps
@@ -51,7 +51,7 @@ class Restorer:
         *,
         discard_later: bool = False,
     ) -> restore_lib.Restored:
-        """Restores a step; `CheckpointManager.restore` says what is what."""
+        """Restores a step; see `CheckpointManager.restore`."""
         number, holders = self._agree(step, discard_later=discard_later)
         restored = self._restore(number, holders, items, options)
         if not discard_later:
@@ -61,7 +61,7 @@ class Restorer:
     def restore_or(
         self, initial: Mapping[str, Any], options: RestoreOptions
     ) -> restore_lib.Restored:
-        """Restores the latest step, or gives what was passed back where there is none."""
+        """Restores the latest step, or returns the initial values if there is none."""
         if not isinstance(initial, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise errors.UsageError(
                 f"initial must be a mapping of names to values; got {type(initial).__name__}."
@@ -83,7 +83,7 @@ class Restorer:
             _log.info(f"%s: {text}", self.steps.root, *values)
 
     def _check_others(self) -> None:
-        """A run that begins anew beside what looks like steps may have lost its way.
+        """Warns of directories that look like steps when a run starts from scratch.
 
         Raises:
             StepNotFoundError: Links lead to steps: they do not count, and must not be passed over.
@@ -134,7 +134,7 @@ class Restorer:
     ) -> restore_lib.Restored:
         """From the nearest tier that holds it; from the next where that one cannot be read."""
         *nearer, last = holders
-        # Those of one rank are raised on all, as the same class: all go on to the next tier.
+        # Errors of one rank are raised on all, as the same class: all continue with the next tier.
         failures = (errors.CorruptCheckpointError, errors.StorageError, errors.StepNotFoundError)
         with self.steps.reading(step):
             for holder in nearer:
@@ -203,14 +203,14 @@ class Restorer:
         return number, self.steps.tiers_named(names)
 
     def _existing(self, step: int) -> int:
-        """The step, if there is one as far as this rank can tell."""
+        """The step, if this rank knows of one."""
         if self.coordinator.rank and self.steps.has_tiers:
             return step
         return self.steps.existing(step)
 
 
 def initial_values(initial: Mapping[str, Any]) -> restore_lib.Restored:
-    """What a run begins with where nothing is restored: the values that it was given."""
+    """The result if nothing is restored: the initial values."""
     values = {
         name: value.value if isinstance(value, Item) else value for name, value in initial.items()
     }

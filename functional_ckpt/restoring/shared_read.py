@@ -24,7 +24,7 @@ __all__ = ["SharedRequest", "read_shared"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-# What a rank holds of other ranks' data at a time, once to give and once to get.
+# Bytes of other ranks' data that a rank holds at a time, once to send and once to receive.
 _ROUND_BYTES = 64 * 2**20
 
 
@@ -53,12 +53,12 @@ class SharedRequest:
 def read_shared(
     group: Coordinator, wanted: Sequence[SharedRequest]
 ) -> set[tuple[int, tuple[int, ...]]]:
-    """Reads and delivers what ranks share; every rank calls it.
+    """Reads and delivers shared data; a collective.
 
     Each round ends in a word between the ranks, so that a failure on one is an error on all.
 
     Returns:
-        What was delivered: the place in `wanted`, and the chunk's index.
+        The delivered parts: the position in `wanted`, and the chunk's index.
 
     Raises:
         CoordinationError: Another rank failed or is gone.
@@ -89,7 +89,7 @@ def read_shared(
 def _exchange_wants(
     group: Coordinator, wanted: Sequence[SharedRequest]
 ) -> tuple[Mapping[str, StoredArray], list[list[Region]]]:
-    """What every rank wants, and the arrays that it is of."""
+    """The requests of all ranks, and their arrays."""
     arrays = {
         each.want.array: (each.read.spec.shape, each.read.spec.dtype, each.read.grid.chunk_shape)
         for each in wanted
@@ -103,7 +103,7 @@ def _exchange_wants(
         return zlib.compress(json.dumps([every, [wants for _, wants in told]]).encode(), 1)
 
     found, wants = json.loads(
-        zlib.decompress(group.gather_broadcast("who reads what", packed, unite))
+        zlib.decompress(group.gather_broadcast("assigning shared reads", packed, unite))
     )
     return {
         name: StoredArray(
@@ -119,7 +119,7 @@ def _exchange_wants(
 def _read_round(
     group: Coordinator, own: Sequence[SharedChunk], sources: Mapping[str, SharedRequest], which: str
 ) -> list[Bytes]:
-    """Reads this rank's chunks of a round; what each rank gets of them."""
+    """Reads this rank's chunks of a round; returns each rank's parts of them."""
     chunks: list[Array] = [np.empty(0)] * len(own)
 
     def read(place: int) -> None:
@@ -131,7 +131,7 @@ def _read_round(
         read_tensorstore.read_part(source.database, request, chunk.index, whole)
         chunks[place] = whole
 
-    with collective(group, f"reading what ranks share, {which}"):
+    with collective(group, f"reading shared data, {which}"):
         threads.run_in_threads([functools.partial(read, place) for place in range(len(own))])
     outgoing: list[list[Array]] = [[np.empty(0, np.uint8)] for _ in range(group.num_ranks)]
     for chunk, whole in zip(own, chunks, strict=True):
@@ -160,7 +160,7 @@ def _deliver(
     wanted: Sequence[SharedRequest],
     rank: int,
 ) -> None:
-    """Takes apart what came, in the order in which the readers put it together."""
+    """Splits the received data, in the order of the readers."""
     begun = [0] * len(incoming)
     for chunk in chunks:
         for part in chunk.parts:

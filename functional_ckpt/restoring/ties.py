@@ -31,7 +31,7 @@ class _Use(NamedTuple):
 
     @property
     def source(self) -> tuple[str, str]:
-        """What is stored: the same for leaves that are tied in the checkpoint."""
+        """The stored array: the same for leaves that are tied in the checkpoint."""
         return self.item.name, self.filled.read.node.stored_name
 
     @property
@@ -45,11 +45,11 @@ def report_conflicts(
 ) -> Sequence[MatchedItem]:
     """The items, with leaves that would write different values to one memory as mismatches.
 
-    Such leaves keep what the target has. Values are compared by their digests, else by reading
+    Such leaves keep the target's values. Values are compared by their digests, else by reading
     them; nothing of the target is written.
 
     Args:
-        matched: What is about to be restored.
+        matched: The matched items.
         verify: How bytes are checked that are read for the comparison.
     """
     uses: defaultdict[Hashable, list[_Use]] = defaultdict(list)
@@ -87,7 +87,7 @@ def _is_same(one: _Use, other: _Use, verify: read_lib.Verify) -> bool:
 
 
 def _bytes_of(use: _Use, verify: read_lib.Verify) -> torch.Tensor:
-    """What would be written, in new memory; of a sharded tensor this rank's part."""
+    """The value to be written, in new memory; of a sharded tensor this rank's part."""
     read = dataclasses.replace(use.filled.read, form="tensor")
     touched = read_lib.TargetState()
     (value,) = read_lib.read_all([(use.opened, read)], verify=verify, touched=touched)
@@ -96,7 +96,7 @@ def _bytes_of(use: _Use, verify: read_lib.Verify) -> torch.Tensor:
 
 
 def _without(item: MatchedItem, refused: Mapping[int, Any], lines: Sequence[str]) -> MatchedItem:
-    """An item whose refused reads are replaced by what the target has."""
+    """An item whose refused reads are replaced by the target's values."""
 
     def visit(binding: plan.Binding) -> walk.Visit[plan.Binding, plan.Binding]:
         if isinstance(binding, plan.Build):

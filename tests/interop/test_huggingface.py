@@ -100,7 +100,7 @@ def test_prefix_and_variant_are_two_things(tmp_path: Path) -> None:
     assert huggingface.load(tmp_path / "x", variant="fp16").keys() == {"bert.a.w", "bert.b.0"}
     stripped = huggingface.load(tmp_path / "x", variant="fp16", key_prefix="bert.")
     assert torch.equal(stripped["a.w"], tree["a"]["w"])
-    with pytest.raises(errors.MismatchError, match=r"do not begin with 'other\.'"):
+    with pytest.raises(errors.MismatchError, match=r"do not start with 'other\.'"):
         huggingface.load(tmp_path / "x", variant="fp16", key_prefix="other.")
 
 

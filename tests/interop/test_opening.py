@@ -281,7 +281,7 @@ def test_a_damaged_dcp_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "dcp" / "__0_0.distcp"
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(errors.CorruptCheckpointError, match="is not whole"):
+    with pytest.raises(errors.CorruptCheckpointError, match="is incomplete"):
         fc.save(tmp_path / "x", fc.interop.open(tmp_path / "dcp"))
     file.unlink()
     with pytest.raises(errors.CorruptCheckpointError, match="distcp', which is not there"):
