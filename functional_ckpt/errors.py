@@ -170,7 +170,7 @@ class MismatchError(CheckpointError, ValueError):
 
 
 class CorruptCheckpointError(CheckpointError, ValueError):
-    """Stored stored bytes are damaged; `.touched` says whether the target was modified."""
+    """Stored bytes are damaged; `.touched` says whether the target was modified."""
 
 
 class StorageError(CheckpointError, OSError):

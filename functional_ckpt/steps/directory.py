@@ -125,7 +125,7 @@ class Steps:
         num_changes = self._num_changes
         root_id = self.commits.root_id()
         late = history.late_metrics(self.storage, self.root)
-        found = tuple(history.with_late_metrics(info, late) for info in self._look(anew=True))
+        found = tuple(history.with_late_metrics(info, late) for info in self._look(reread=True))
         with self._mutex:
             if num_changes != self._num_changes:
                 return False
@@ -133,9 +133,9 @@ class Steps:
         self._warn_of_problems()
         return True
 
-    def _look(self, *, anew: bool = False) -> tuple[StepInfo, ...]:
+    def _look(self, *, reread: bool = False) -> tuple[StepInfo, ...]:
         """Reads the list of steps, without their late metrics."""
-        found = self._index.look(anew=anew)
+        found = self._index.look(reread=reread)
         strays = {n: what for n, what in self._index.strays.items() if n != self.latest_link}
         new = sorted(strays.keys() - self._reported_strays)
         self._reported_strays |= strays.keys()

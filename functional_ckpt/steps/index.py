@@ -58,13 +58,13 @@ class StepIndex:
         self._known: Mapping[str, Entry] = {}
         self.strays: Mapping[str, str] = {}
 
-    def look(self, *, anew: bool = False) -> dict[int, Entry]:
+    def look(self, *, reread: bool = False) -> dict[int, Entry]:
         """Returns the steps that are there now, ascending.
 
         Args:
-            anew: Whether to read the records of every step again.
+            reread: Whether to read the records of every step again.
         """
-        if anew:
+        if reread:
             self._known = {}
         listed = self._storage.list(self._root)
         named = [(s, name) for name in listed if (s := self._names.parse(name)) is not None]
