@@ -1,7 +1,7 @@
-"""What every test runs under: a time limit that names the culprit; no accelerator for JAX.
+"""Common setup: a time limit that names the hanging test; no accelerator for JAX.
 
-Of a test with the marker `matrix` a part of the cases runs by default. What tests have measured
-(`figure`) is printed at the end of the run.
+Of a test with the marker `matrix` a part of the cases runs by default. Measurements (`figure`) are
+printed at the end of the run.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Prints what a test has measured, in the summary: a function of the text."""
+    """Prints a measurement in the summary: a function of the text."""
     return lambda text: record_property("figure", text)
 
 

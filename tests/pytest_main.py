@@ -10,7 +10,7 @@ import pytest
 
 
 def _is_outside(entry: str, runfiles: Path) -> bool:
-    """True for a checkout of ours that is no part of this target's declared files.
+    """True for a checkout that is not among this target's declared files.
 
     An editable install puts one on the path; its `functional_ckpt/__init__.py` would win over the
     namespace of this target's, and an undeclared import would be found after all.
@@ -19,7 +19,7 @@ def _is_outside(entry: str, runfiles: Path) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    # Run by hand, there are no runfiles to keep to, and the checkout itself is what is tested.
+    # Run by hand, there are no runfiles to keep to, and the checkout itself is tested.
     if (runfiles := os.environ.get("TEST_SRCDIR")) is not None:
         sys.path[:] = [entry for entry in sys.path if not _is_outside(entry, Path(runfiles))]
     if (scratch := os.environ.get("TEST_TMPDIR")) is not None:

@@ -1,4 +1,4 @@
-"""The house itself: its floors hold, its front door is light, its names are what they say."""
+"""The package's structure: its floors, the cost of its import, its public names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ floors = load_script("floors")
 tracked = load_script("tracked")
 
 
-# A house in order: every kind of room, every import that is allowed.
+# A valid package: every kind of module, every allowed import.
 SOUND = {
     "__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
     "    from functional_ckpt import manager as manager\n",
@@ -53,7 +53,7 @@ SOUND = {
 
 
 def check(tmp_path: Path, **changes: str) -> list[str]:
-    """What the checker says of the sound house with some rooms rewritten."""
+    """The checker's findings for the valid package with some modules replaced."""
     rooms = SOUND | {path.replace("__", "/") + ".py": source for path, source in changes.items()}
     for path, source in rooms.items():
         file = tmp_path / "functional_ckpt" / path

@@ -352,7 +352,7 @@ CASES: dict[str, Case] = {
     **{f"numpy_{name}": case for name, case in _NUMPY.items()},
     **{f"tensor_{name}": case for name, case in _TENSORS.items()},
 }
-"""Name -> what makes a fresh value; each comes back equal, with a target and without."""
+"""Name -> factory of a value; each is restored equal, with and without a target."""
 
 TARGET_ONLY: dict[str, Case] = {
     "subclass": lambda: TwoParts(torch.ones(2, 3), torch.zeros(2, 3), 7),
@@ -362,4 +362,4 @@ TARGET_ONLY: dict[str, Case] = {
     "jagged": _jagged,
     "registered_opaque": lambda: Opaque(torch.ones(2), object),
 }
-"""What comes back as its parts without a target: its class, or its context, is not on disk."""
+"""Values restored as parts without a target: their class or context is not on disk."""

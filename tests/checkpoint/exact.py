@@ -21,8 +21,8 @@ def assert_same(got: Any, expected: Any, *, is_own_class: bool = True) -> None:
     """Fails where `got` differs from `expected` in value, bits, type, dtype, keys or order.
 
     Args:
-        got: What came back.
-        expected: What was saved.
+        got: The restored value.
+        expected: The saved value.
         is_own_class: Whether named tuples must be of the very class; without a target they are of a
             fresh class of the same name and fields.
     """

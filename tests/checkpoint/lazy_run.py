@@ -1,7 +1,7 @@
 """Restores a model built on the meta device: `python lazy_run.py CHECKPOINT TINY`.
 
-Prints the bytes of the model and the most anonymous memory that the restore took beyond what the
-process had. Mapped files are no memory of ours: the kernel drops them when it needs to.
+Prints the bytes of the model and the peak anonymous memory of the restore above the process's
+level. Mapped files do not count: the kernel drops them when it needs to.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Peak(threading.Thread):
 
 
 def main(checkpoint: str, tiny: str) -> None:
-    fc.restore(tiny)  # what TensorStore sets up once is no part of a restore
+    fc.restore(tiny)  # excludes TensorStore's one-time setup
     with torch.device("meta"):
         model = build()
     base = anonymous_bytes()

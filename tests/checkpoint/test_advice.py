@@ -1,4 +1,4 @@
-"""`fc.restore` and `fc.metadata` of what is no checkpoint: the error says what is there."""
+"""`fc.restore` and `fc.metadata` of other paths: the error describes the path."""
 
 from __future__ import annotations
 

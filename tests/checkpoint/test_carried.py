@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 import functional_ckpt as fc
 from functional_ckpt.testing import strategies
 
-# What torch says of a kind of tensor when the first is made; it says nothing of ours.
+# Torch's warnings for the first tensor of a kind; the library adds none.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse (CSR|CSC|BSR|BSC) tensor support:UserWarning"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly:UserWarning"),
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
 ]
 
-# Of arrays, which lie on disk the same way wherever they stand in a tree, a few stand alone.
+# Arrays are stored independent of their position in a tree, so a few are tested alone.
 ALONE = [name for name in CASES if not name.startswith(("numpy_", "tensor_"))]
 ALONE += ["numpy_float32_2d", "numpy_U2_scalar", "tensor_float32_0d", "tensor_coo_hybrid"]
 
@@ -111,7 +111,7 @@ def test_any_pytree(value: Any, tmp_path: Path) -> None:
 
 
 def test_a_restore_says_nothing_of_its_own(tmp_path: Path) -> None:
-    """Warnings are of what the user makes; restoring it in a new process adds none of ours."""
+    """Only the user's own code warns; a restore in a new process adds no warning."""
     names = [name for name in CASES if name.startswith(("tensor_", "numpy_"))]
     fc.save(tmp_path / "c", {"v": {name: CASES[name]() for name in names}})
     program = f"import functional_ckpt as fc; print(len(fc.restore({str(tmp_path / 'c')!r})['v']))"

@@ -1,4 +1,4 @@
-"""`fc.save` to one path by several processes and threads, and what dead ones leave."""
+"""`fc.save` to one path by several processes and threads, and leftovers of dead ones."""
 
 from __future__ import annotations
 

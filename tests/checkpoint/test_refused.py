@@ -1,4 +1,4 @@
-"""What cannot be carried is one error that names every leaf, before anything is written."""
+"""Unsupported leaves raise one error that names each of them, before anything is written."""
 
 from __future__ import annotations
 

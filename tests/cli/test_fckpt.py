@@ -68,7 +68,7 @@ def error_of(*arguments: object, code: int = 2) -> str:
 
 
 def columns(text: str, first: str) -> list[str]:
-    """The cells of the line that begins with a cell."""
+    """The cells of the line with a given first cell."""
     lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
     return next(cells for cells in lines if cells[0] == first)
 
@@ -212,7 +212,7 @@ def test_steps_of_two_names_must_be_chosen_between(tmp_path: Path) -> None:
 
 
 def test_show_draws_the_tree(saved: Path) -> None:
-    text = output_of("show", saved, COLUMNS="400")  # wide enough for any place of the tests
+    text = output_of("show", saved, COLUMNS="400")  # wide enough for any test directory
     assert text.splitlines()[0] == str(saved / "20")
     assert "step 20" in text
     assert "accuracy=1, val_loss=nan" in text
@@ -417,7 +417,7 @@ def test_diff_of_structures(tmp_path: Path) -> None:
     assert found["flag", "data"]["max_abs"] == 1
     assert found["complex", "data"]["max_abs"] == 3
     assert found["raw", "data"]["max_abs"] is None
-    assert m["num_equal"] == 2  # `same`, and what is in `kind`
+    assert m["num_equal"] == 2  # `same`, and the leaf in `kind`
     c = {(each["leaf"], each["kind"]) for each in record["items"]["c"]["differences"]}
     assert c == {("x.1.y", "value"), ("z", "only in a"), ("w", "only in b")}
     text = output_of("diff", tmp_path / "a", tmp_path / "b", code=1)
@@ -513,7 +513,7 @@ def test_no_command_loads_torch_or_jax(saved: Path, command: str) -> None:
     loaded = loaded_by(command, *paths)
     assert "functional_ckpt" in loaded
     assert not loaded & {"torch", "jax", "jaxlib", "orbax"}
-    if command in ("ls", "show"):  # what the records say needs no arrays
+    if command in ("ls", "show"):  # records need no arrays
         assert not loaded & {"tensorstore", "numpy", "ml_dtypes", "etils"}
     if command == "ls":
         assert "rich" not in loaded_by("ls", saved, "--json")

@@ -1,4 +1,4 @@
-"""What storage does between save and restore, in memory: core's halves meet without a disk."""
+"""Storage between save and restore, in memory: tests both halves of core without a disk."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_chunks_of_one_writer_keep_to_the_bound(
     assert math.prod(grid.chunk_shape) * spec.itemsize_bytes <= max(budget, spec.itemsize_bytes)
     if 0 < spec.size_bytes <= budget:
         assert grid.num_chunks == 1
-    # Each chunk is one run of memory: whole in every dim but one, single in the dims before it.
+    # Each chunk is contiguous: complete in every dim but one, of size 1 in the dims before it.
     partial = [d for d, (n, c) in enumerate(zip(shape, grid.chunk_shape, strict=True)) if 1 < c < n]
     for dim in partial:
         assert all(c == 1 for c in grid.chunk_shape[:dim])

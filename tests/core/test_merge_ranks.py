@@ -1,4 +1,4 @@
-"""One structure out of what the ranks hold, and each rank's own out of it again."""
+"""Merging the ranks' structures, and selecting one rank's again."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def unite(*values: object) -> structure.Node:
 
 
 def told(node: structure.Node, rank: int, num_ranks: int) -> tuple[object, list[str]]:
-    """The plain values that a rank restores, and what it is told was dropped."""
+    """The plain values that a rank restores, and the dropped key paths."""
     dropped: list[str] = []
     own = merge_ranks.select_rank(node, rank, num_ranks, dropped)
     return select.specs(own), dropped

@@ -130,7 +130,7 @@ MUTATIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
 def test_a_malformed_record_is_one_clear_error(name: str) -> None:
     place, value = MUTATIONS[name]
     record = _item()
-    records.parse_item(records.with_checksum(record), "x")  # whole, before it is spoiled
+    records.parse_item(records.with_checksum(record), "x")  # valid, before it is spoiled
     target = record
     for key in place[:-1]:
         target = target[key]

@@ -1,4 +1,4 @@
-"""Other names for stored leaves: prefixes, expressions, functions; and what cannot be renamed."""
+"""Other names for stored leaves: prefixes, expressions, functions; and impossible renames."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_what_cannot_be_renamed(value: Any, key_map: Any, message: str) -> None:
     [
         ({"m.head": "m.top", "m.haed": "m.x"}, "'m.haed' renames no leaf"),
         ([("haed", "x"), ("head", "x")], "'haed' renames no leaf"),
-        ({"m.he": "m.x"}, "'m.he' renames no leaf"),  # not a whole word
+        ({"m.he": "m.x"}, "'m.he' renames no leaf"),  # not a complete key
         (str, "str() renames no leaf"),
         ({}, "no rule renames no leaf"),
     ],
@@ -159,7 +159,7 @@ def test_renaming_there_and_back_is_nothing(value: Any, word: str) -> None:
     there = Renaming({"m.top": "m.other"}).rename(root, "m")
     assert there is not None
     assert Renaming({"m.other": "m.top"}).rename(there, "m") == root
-    # What only adds to the names of leaves leaves what is stored as it is.
+    # A rule that only adds to names does not change the stored structure.
     suffixed = Renaming(lambda name: f"{name}_{word.strip('.')}").rename(root, "m")
     assert suffixed is not None
     assert len(list(structure.iter_leaves(suffixed))) == len(list(structure.iter_leaves(root)))

@@ -48,7 +48,7 @@ def as_torch(cut: DimShard | None) -> Placement:
 
 
 def torch_parts(tensor: torch.Tensor, sharding: Sharding) -> dict[tuple[int, ...], torch.Tensor]:
-    """Mesh coordinate -> what torch's own splitting gives it."""
+    """Mesh coordinate -> its part by torch's own splitting."""
     parts: dict[tuple[int, ...], torch.Tensor] = {(): tensor}
     for size, cut in zip(sharding.mesh_shape, sharding.placements, strict=True):
         found: dict[tuple[int, ...], torch.Tensor] = {}

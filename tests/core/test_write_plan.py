@@ -52,7 +52,7 @@ def check(arrays: Sequence[ShardedArray], num_ranks: int) -> list[int]:
 
 @st.composite
 def trees(draw: st.DrawFn) -> tuple[list[ShardedArray], int]:
-    """Arrays that are sharded in different ways over one mesh, or lie whole on some ranks."""
+    """Arrays that are sharded in different ways over one mesh, or complete on some ranks."""
     mesh_shape = draw(st.sampled_from([shape for shape in MESHES if math.prod(shape) <= 64]))
     num_ranks = math.prod(mesh_shape)
     arrays: list[ShardedArray] = []
@@ -101,7 +101,7 @@ def test_a_thousand_ranks_fit_together(mesh_shape: tuple[int, ...]) -> None:
 
 
 def test_ranks_that_see_parts_of_the_tree_agree() -> None:
-    """Pipeline stages: each rank plans only what it holds, and shares some of it with others."""
+    """Pipeline stages: each rank plans only its own leaves, some of which it shares."""
     spec = ArraySpec((1000, 1000), "float32")
     arrays = [
         ShardedArray("item", f"a{place:02d}", spec, Sharding.replicated(holders))

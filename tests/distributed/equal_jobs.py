@@ -1,4 +1,4 @@
-"""What ranks hold under one name, equal or not: jobs for worker processes."""
+"""Values under one name on several ranks, equal or not: jobs for worker processes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def drift(directory: Path, at: int, num_leaves: int) -> int | None:
 
 
 def save_per_rank(directory: Path) -> list[bool]:
-    """The ways out for what belongs to each rank."""
+    """The alternatives for per-rank values."""
     rank = dist.get_rank()
     model = torch.nn.Linear(4, 3)
     torch.nn.init.constant_(model.weight, rank + 1.0)

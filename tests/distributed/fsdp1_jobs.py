@@ -31,7 +31,7 @@ def train(model: Any, optimizer: torch.optim.Optimizer, steps: range) -> None:
 
 
 def refused(directory: Path, use_orig_params: bool) -> list[str]:
-    """What each way to save the optimizer's own pieces is refused with."""
+    """The error of each way to save the optimizer's pieces."""
     warnings.simplefilter("ignore")
     model, optimizer = trained(use_orig_params, 0, 2)
     found: list[str] = []
@@ -51,7 +51,7 @@ def refused(directory: Path, use_orig_params: bool) -> list[str]:
 
 
 def goes_on(directory: Path, use_orig_params: bool) -> bool:
-    """Whether training goes on as it would have, by the way that the error names."""
+    """Whether training resumes exactly with the alternative that the error names."""
     warnings.simplefilter("ignore")
     options = dcp.StateDictOptions(full_state_dict=True)
     model, optimizer = trained(use_orig_params, 0, 3)

@@ -1,4 +1,4 @@
-"""Known global arrays, and what torch says each rank of a mesh holds of them."""
+"""Known global arrays, and the parts of each rank of a mesh by torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def placements(layout: Layout, num_dims: int, variant: int) -> tuple[Placement, 
 
 
 def whole(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The global array of a name: every element depends on its place and on the name."""
+    """The global array of a name: every element depends on its index and on the name."""
     seed = sum(ord(letter) * 31**place for place, letter in enumerate(name)) % 2**31
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(-(2**15), 2**15, (math.prod(shape) or 0,), generator=generator)

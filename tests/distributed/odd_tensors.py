@@ -16,7 +16,7 @@ aten: Any = torch.ops.aten
 
 
 class Doubled(torch.Tensor):
-    """A wrapper that says what it is made of."""
+    """A wrapper with `__tensor_flatten__`."""
 
     inner: torch.Tensor
 

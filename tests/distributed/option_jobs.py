@@ -69,7 +69,7 @@ NAMES = (
 
 
 def open_all(directory: Path) -> dict[str, str]:
-    """One manager after another; what each was refused with."""
+    """Makes one manager after another; returns the error of each."""
     found: dict[str, str] = {}
     started = time.monotonic()
     for name in NAMES:

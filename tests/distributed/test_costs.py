@@ -1,4 +1,4 @@
-"""What a save and a restore ask of the other ranks and of storage."""
+"""Rounds between ranks and requests to storage of a save and a restore."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_columns_out_of_rows_read_whole_chunks(workers: Workers, tmp_path: Path)
 
 
 def test_rows_out_of_columns_read_what_they_need(workers: Workers, tmp_path: Path) -> None:
-    # A row's part lies in a run of each column chunk.
+    # A row's part is contiguous in each column chunk.
     saved, restored = ((4,), COLUMNS), ((2,), ROWS)
     assert overhead(workers, tmp_path, saved, restored) <= 1.05
 
@@ -182,7 +182,7 @@ def test_ranks_that_read_for_each_other_ask_for_nothing_twice(
 
 
 class Counting:
-    """A coordinator that remembers what its rounds were about."""
+    """A coordinator that records the names of its rounds."""
 
     def __init__(self, inner: Coordinator, rounds: list[tuple[str, int]]) -> None:
         self._inner = inner
@@ -244,7 +244,7 @@ def test_rounds_do_not_grow_with_the_leaves(alike: bool, workers: Workers, tmp_p
         assert first == [*plans[0], "starting step 0", "writing step 0"]
         assert second == [*plans[1], "starting step 1", "writing step 1"]
         assert len(restored) == 3 if alike else 4
-        # A second save sends digests and the place of a sample, however many leaves there are.
+        # A second save sends digests and a sample position, however many leaves there are.
         sizes = [sum(size for _, size in part[1]) for part in (few[rank], many[rank])]
         assert abs(sizes[0] - sizes[1]) < 16
         assert max(sizes) < 1_000
@@ -266,12 +266,12 @@ def plan_thrice() -> list[bool]:
 
 
 def test_a_plan_is_made_once_for_a_structure(workers: Workers) -> None:
-    # When the structure of one rank changes, every rank plans anew.
+    # When the structure of one rank changes, every rank plans again.
     assert workers.run(2, plan_thrice) == [[True, False, True]] * 2
 
 
 def plan_after_a_failure() -> list[int]:
-    """Rank 1 fails in the middle of planning: nobody takes a stale plan for good afterwards."""
+    """Rank 1 fails during planning: no rank uses a stale plan afterwards."""
     rank = dist.get_rank()
     rounds: list[tuple[str, int]] = []
     planner = plan_lib.SavePlanner(Counting(default_coordinator(), rounds))

@@ -1,4 +1,4 @@
-"""One copy is kept of what several ranks hold under one name: they must hold the same."""
+"""One copy is stored of a value that several ranks have: the values must be equal."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_ranks_save_the_same_boundaries_under_one_name(
         assert found["x"] == [8, 8]
         assert found["saved"] == [10, 12]
     names = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
-    # Both ranks went on with the seconds of the primary.
+    # Both ranks continued with the seconds of the primary.
     assert {"ep0-ba4-after4s", "ep1-ba8-after8s", "ep2-ba12-after12s", "latest"} <= names
     assert len(names) == 6
     assert fc.restore(tmp_path / "latest")["state"]["x"].tolist() == [12, 12]

@@ -30,7 +30,7 @@ def restore(
 ) -> list[str]:
     into = meshes.tree(layout, filled=False)
     pointers = {name: _memory(tensor) for name, tensor in into.items()}
-    # Half of the tensors are filled where they lie, half are imitated.
+    # Half of the tensors are filled in place, half are new.
     filled = set(list(into)[::2])
     target = {name: fc.Fill(t) if name in filled else t for name, t in into.items()}
     with fc.CheckpointManager(directory / _name(saved), read_only=True) as manager:

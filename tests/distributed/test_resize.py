@@ -24,7 +24,7 @@ class Queue:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QueueHandler(fc.Handler):
-    """Files are dealt out anew when the number of ranks has changed."""
+    """Files are redistributed when the number of ranks has changed."""
 
     per_rank: bool = True
 
@@ -131,7 +131,7 @@ def test_derived_streams_differ_between_ranks_and_repeat(workers: Workers, tmp_p
     drawn = workers.run(3, derive_rng, tmp_path)
     assert len(set(drawn)) == 3
     assert workers.run(3, derive_rng, tmp_path) == drawn
-    # As many as there were: each goes on with its own.
+    # The same number of ranks: each resumes with its own.
     expected = [torch.rand((), generator=_seeded(rank)).item() for rank in range(2)]
     assert workers.run(2, derive_rng, tmp_path) == expected
     workers.run(1, derive_rng, tmp_path)

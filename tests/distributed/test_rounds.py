@@ -17,7 +17,7 @@ from functional_ckpt.distributed.rounds import Rounds
 
 
 class MemoryStore:
-    """A key-value store that counts what is asked of it."""
+    """A key-value store that counts its requests."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
@@ -66,7 +66,7 @@ class Group:
         ]
 
     def run(self, job: Callable[[int, Rounds], Any], *ranks: int) -> list[Any]:
-        """What the job returned or raised, for each of the ranks (none given: for all)."""
+        """The job's result or error for each of the ranks (none given: all)."""
         chosen = ranks or range(len(self.rounds))
         with futures.ThreadPoolExecutor(len(chosen)) as pool:
             jobs = [pool.submit(job, rank, self.rounds[rank]) for rank in chosen]

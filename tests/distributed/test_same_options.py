@@ -1,4 +1,4 @@
-"""What ranks must be given alike is compared when they open the directory; errors reach all."""
+"""Options that must be equal on all ranks are compared on opening; errors reach all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real models under FSDP2, TP, HSDP, DDP and ZeRO-1 go on where they were, on other ranks."""
+"""Models under FSDP2, TP, HSDP, DDP and ZeRO-1 resume exactly, on other numbers of ranks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
-    # The same batch on every rank: what the sharding computes does not depend on their number.
+    # The same batch on every rank, so that results do not depend on their number.
     x = torch.randn(12, 7, generator=torch.Generator().manual_seed(number))
     optimizer.zero_grad()
     model(x).pow(3).mean().backward()
@@ -109,7 +109,7 @@ def train_and_save(directory: Path, mesh: str) -> dict[str, dict[str, torch.Tens
 def restore_and_train(directory: Path, mesh: str, used: bool) -> dict[str, dict[str, torch.Tensor]]:
     model = spread(mesh)
     optimizer = make_optimizer(model)
-    if used:  # state that is there already is filled where it lies
+    if used:  # existing state is filled in place
         step(model, optimizer, 99)
     owned = {name: id(parameter) for name, parameter in model.named_parameters()}
     with fc.CheckpointManager(directory, read_only=True) as manager:
@@ -148,7 +148,7 @@ def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 def test_training_goes_on(saved: str, restored: str, workers: Workers, tmp_path: Path) -> None:
     never_stopped = workers.run(num_ranks(saved), train_and_save, tmp_path, saved)[0]
     assert len(never_stopped["moments"]) == 3 * 7
-    # Half of the runs begin with an optimizer that has state already.
+    # Half of the runs start with an optimizer that has state already.
     used = restored.startswith("fsdp2")
     for found in workers.run(num_ranks(restored), restore_and_train, tmp_path, restored, used):
         assert_same_bits(found["saved"], never_stopped["saved"])
@@ -238,7 +238,7 @@ def save_zero(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
         handle = manager.save(NUM_BEFORE, items)
         assert handle is not None
         handle.result(60)
-    cast("Any", optimizer).consolidate_state_dict(to=0)  # torch's own way to the whole state
+    cast("Any", optimizer).consolidate_state_dict(to=0)  # torch's own way to the full state
     state = optimizer.state_dict() if dist.get_rank() == 0 else {"state": {}}
     names = [name for name, _ in model.module.named_parameters()]
     exp_avg = {names[key]: entry["exp_avg"].clone() for key, entry in state["state"].items()}

@@ -1,4 +1,4 @@
-"""Ranks whose trees differ: pipeline stages, values of their own, replicas; and what is refused."""
+"""Ranks whose trees differ: pipeline stages, per-rank values, replicas; and refusals."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_pipeline_stages_are_one_model(
 
 def restore_two_of_four(directory: Path) -> None:
     rank = dist.get_rank()
-    model = Stage(rank, 4)  # of two ranks: the layers of stages 2 and 3 are nobody's
+    model = Stage(rank, 4)  # of two ranks: no rank has the layers of stages 2 and 3
     restore(directory, {"model": model})
 
 

@@ -15,7 +15,7 @@ TEST = re.compile(r"`(tests/[^`]+\.py)::(\w+)`")
 
 
 def rows() -> dict[int, str]:
-    """Number of a row -> what it names as its proof."""
+    """Number of a row -> the tests that it names."""
     found = ROW.findall((ROOT / "docs" / "parity.md").read_text(encoding="utf-8"))
     assert len(found) == len(dict(found)), "a row is there twice"
     return {int(number): proof for number, proof in found}
@@ -50,7 +50,7 @@ def test_every_named_test_exists(number: int, request: pytest.FixtureRequest) ->
         assert Path(path).name.startswith("test_"), path
         assert (ROOT / path).is_file(), path
         assert name in names_in(path), f"{path} has no {name}"
-        # Where this run has the file and was not told to leave tests out, the test is in it.
+        # If this run has the file without deselection, the test is in it.
         if path in files and not request.config.option.keyword and not _is_narrowed(request):
             assert any(nodeid.startswith(f"{path}::{name}") for nodeid in collected), name
 

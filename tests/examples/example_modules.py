@@ -1,4 +1,4 @@
-"""The examples as modules: they are scripts, and lie on no path."""
+"""The examples as modules: they are scripts, and on no import path."""
 
 from __future__ import annotations
 

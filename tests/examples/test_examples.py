@@ -1,4 +1,4 @@
-"""The examples do what they say: stopped by whatever means, a run ends with the same bits."""
+"""The examples: however a run is stopped, it ends with the same bits."""
 
 from __future__ import annotations
 

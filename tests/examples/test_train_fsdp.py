@@ -1,4 +1,4 @@
-"""The distributed example: saved by two ranks, it goes on on one."""
+"""The distributed example: saved by two ranks, it resumes on one."""
 
 from __future__ import annotations
 

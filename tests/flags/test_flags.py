@@ -99,7 +99,7 @@ def test_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert (restored.next_step, restored["x"]) == (0, 9)
     assert begin({"x": 0}, other, f"--ckpt_resume={tmp_path / 'run' / '7'}")["x"] == 5
     assert begin({"x": 0}, other, "--ckpt_resume=none")["x"] == 0
-    # A run is not begun anew over another, unless that is asked for.
+    # A run does not overwrite another, unless requested.
     for how in (source, "--ckpt_resume=none"):
         with pytest.raises(fc.errors.StepExistsError, match="has 1 steps from 0 on"):
             begin({"x": 0}, run, how)

@@ -75,7 +75,7 @@ def test_no_damage_to_a_file_of_ours_passes(spoil: str, checkpoint: Path, tmp_pa
             restored = fc.restore(spoiled)
         except errors.CorruptCheckpointError as error:
             assert str(spoiled) in str(error), name
-        else:  # the file is one that only Orbax reads; what was restored is what was saved
+        else:  # only Orbax reads the file; the restored values equal the saved ones
             assert name.rsplit("/")[-1] not in (records.EXTENSION_FILE, "metadata"), name
             assert torch.equal(restored["model"]["w"], expected["model"]["w"]), name
             assert restored["model"]["n"] == [1, "x"] and restored["config"] == {"lr": 0.5}
@@ -104,7 +104,7 @@ def test_a_swapped_step_is_found(tmp_path: Path) -> None:
 
 
 def test_a_record_cannot_ask_for_more_than_there_is(checkpoint: Path) -> None:
-    """A record made by hand, sealed and all: no allocation of what is not there."""
+    """A record made by hand, sealed and all: no allocation for missing data."""
     file = checkpoint / "model" / records.EXTENSION_FILE
     record = json.loads(file.read_bytes())
     del record["xxh3"]

@@ -1,4 +1,4 @@
-"""Databases written without TensorStore: it reads them, and they say what its own would say."""
+"""Databases written without TensorStore: it reads them, and they equal its own."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_tensorstore_reads_the_same_as_from_its_own(
     is_stable: bool,
 ) -> None:
     monkeypatch.setattr(write_direct, "BYTES_PER_FILE", bytes_per_file)
-    if is_stable:  # as large files are written, from where the data lies
+    if is_stable:  # as large files are written, in place
         monkeypatch.setattr(data_file, "_DIRECT_FROM_BYTES", 1)
         monkeypatch.setattr(data_file, "_LENT_FROM_BYTES", 2 * 4096)
     rng = np.random.default_rng(0)
@@ -249,7 +249,7 @@ def test_a_data_file_writes_from_where_lent_data_lies(
     begins: Sequence[int],
     lent: Sequence[bool],
 ) -> None:
-    """Wherever it begins in memory: every byte is at its place, and the digest is the file's."""
+    """For any alignment in memory: every byte is at its offset, and the digest is the file's."""
     path = tmp_path_factory.mktemp("lent") / "x"
     random = np.random.default_rng(len(sizes))
     values = [
@@ -297,7 +297,7 @@ def test_a_buffer_is_filled_again_only_when_it_was_written(
 
 
 def test_lent_data_is_not_copied(tmp_path: Path) -> None:
-    """What changes before it is written, against the promise, shows in the file."""
+    """Data that changes before it is written, against the contract, shows in the file."""
     data = np.zeros(2 * 2**20, np.uint8)
     with contextlib.closing(data_file.DataFile(STORAGE, str(tmp_path / "x"), 2**26)) as file:
         file.append(data, is_lent=True)
@@ -331,7 +331,7 @@ def test_a_refused_write_is_a_storage_error(tmp_path: Path) -> None:
         data_file.DataFile(STORAGE, str(tmp_path / "missing" / "x"), 10)
     assert caught.value.errno == 2
     with pytest.raises(errors.StorageError) as caught:
-        data_file.DataFile(STORAGE, str(tmp_path / "x"), 2**45)  # no disk has room for it
+        data_file.DataFile(STORAGE, str(tmp_path / "x"), 2**45)  # no disk has this much space
     assert caught.value.errno in (27, 28)
     storage = testing.FaultyStorage(testing.Fault(kinds=("write_data",)))
     write = write_of("a", np.zeros(3), (3,))
@@ -360,5 +360,5 @@ def test_twenty_thousand_small_arrays_take_microseconds_each(tmp_path: Path) -> 
     ]
     begun = time.process_time()
     written = write_direct.write_arrays(STORAGE, str(tmp_path), "", writes)
-    assert time.process_time() - begun < 5  # 0.4 on an idle machine; TensorStore's road takes 2
+    assert time.process_time() - begun < 5  # 0.4 on an idle machine; TensorStore takes 2
     assert len(written.digests) == 20_000 and len(written.files) == 2

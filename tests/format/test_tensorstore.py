@@ -119,7 +119,7 @@ def test_any_name(name: str, tmp_path: Path) -> None:
 
 
 def test_tensorstore_reads_an_ordinary_zarr3_array(tmp_path: Path) -> None:
-    """What Orbax and every other reader of zarr sees, edge chunks and tied names included."""
+    """The view of Orbax and other zarr readers, including edge chunks and tied names."""
     content = np.arange(7 * 50_000, dtype=np.float32).reshape(7, 50_000)
     grid = ChunkGrid(content.shape, (3, 50_000))
     small = np.arange(5, dtype=np.int16)
@@ -321,7 +321,7 @@ def test_calls_behind_come_one_after_the_other_and_their_error_once(max_calls: i
 
 @pytest.mark.parametrize("max_calls", [1, 2, 5])
 def test_no_more_calls_than_agreed_are_behind(max_calls: int) -> None:
-    """Whoever fills buffers in turn relies on it."""
+    """Callers that rotate buffers rely on it."""
     may_end = threading.Semaphore(0)
     handed_on = threading.Semaphore(0)
 
@@ -346,7 +346,7 @@ def test_no_more_calls_than_agreed_are_behind(max_calls: int) -> None:
 
 
 def test_digests_of_a_block_are_those_of_the_valid_region(tmp_path: Path) -> None:
-    """The padding of an edge chunk is no part of what is verified."""
+    """The padding of an edge chunk is not verified."""
     content, grid = np.arange(5, dtype=np.uint8), ChunkGrid((5,), (4,))
     digests = _write(str(tmp_path), {"a": (content, grid)})["a"]
     assert len(digests) == 16 * math.prod(grid.num_chunks_per_dim)

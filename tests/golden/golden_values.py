@@ -1,6 +1,6 @@
-"""What the golden checkpoints hold, from literals: the same on every machine and version of torch.
+"""The values of the golden checkpoints, from literals: equal on every machine and torch version.
 
-Never change what a committed version expects: a new format gets a new folder, and new values if
+Never change the values of a committed version: a new format gets a new folder, and new values if
 need be.
 """
 
@@ -189,7 +189,7 @@ def seed() -> None:
 
 
 def orbax_tree() -> dict[str, Any]:
-    """What Orbax wrote, as numpy arrays and plain values."""
+    """Orbax's values, as numpy arrays and plain values."""
     return {
         "params": {
             "kernel": np.arange(12, dtype=np.float32).reshape(3, 4) / 8,

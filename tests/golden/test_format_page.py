@@ -144,7 +144,7 @@ def test_every_chunk_has_the_bytes_of_its_digests(checkpoint: Path) -> None:
         numbers = {
             f"{prefix(n)}c" for n, kind, _ in leaves(iter(record["structure"])) if kind in VALUES
         }
-        assert rest <= numbers  # what Orbax sees of plain numbers
+        assert rest <= numbers  # Orbax's copies of plain numbers
     assert num_chunks > 1
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of every released format are read for ever."""
+"""Checkpoints of every released format stay readable."""
 
 from __future__ import annotations
 

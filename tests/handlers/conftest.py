@@ -1,4 +1,4 @@
-"""A checkpoint in memory: what storage does to an item, so that handlers are tested alone."""
+"""A checkpoint in memory, to test handlers without storage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Stored:
     text: str | None = None
 
     def restore(self, item: Any) -> Any:
-        """What `restore` gives for a target, or for None: the tree as saved."""
+        """The result of `restore` for a target, or for None: the tree as saved."""
         if item is None:
             return self._fill(self.root, AS_SAVED, {})
         item = default_registry().bind(item)
@@ -106,7 +106,7 @@ def _save(value: Any) -> Stored:
 
 @pytest.fixture
 def save() -> Callable[[Any], Stored]:
-    """Captures an item's bytes, independent of what later happens to the value."""
+    """Captures an item's bytes, independent of later changes of the value."""
     return _save
 
 

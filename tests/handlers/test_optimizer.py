@@ -85,7 +85,7 @@ def assert_same_run(model, optimizer, other_model, other_optimizer) -> None:
 
 
 def check_resume(save, make, *, used_target: bool = False, steps: int = 3) -> None:
-    """Save at a step, go on; a restored pair that goes on ends bit for bit at the same place."""
+    """Saves at a step and continues; a restored pair that continues ends with the same bits."""
     model, optimizer = make()
     train(model, optimizer, 0, steps)
     stored = save(Module(model)), save(Optimizer(optimizer, model))

@@ -54,7 +54,7 @@ def comparable(result):
 @pytest.mark.parametrize("name", METRICS)
 def test_accumulated_states_come_back(save, name, num_updates, used_target):
     metric = METRICS[name]()
-    assert not metric.state_dict()  # what a module handler would have saved
+    assert not metric.state_dict()  # the value that a module handler would save
     for step in range(num_updates):
         metric.update(*batch(step))
     stored = save(metric)

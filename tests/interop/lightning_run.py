@@ -122,7 +122,7 @@ def fit(
 
 
 def run(root: Path, kill_at: int | None = None, **options: Any) -> Module:
-    """Trains, or goes on training; options are the manager's."""
+    """Trains, or resumes training; options are the manager's."""
     options = {"save_policy": fc.policies.every("1ep"), **options}
     with fc.CheckpointManager(root / "ckpt", **options) as manager:
         io = lightning_lib.ManagerIO(manager)

@@ -1,4 +1,4 @@
-"""What a value of ours must look like to Orbax, and comparison of trees to the last bit."""
+"""Orbax's view of native values, and comparison of trees to the last bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from functional_ckpt.core.tree import encode
 
 
 def as_orbax(value: Any) -> Any:
-    """What Orbax has to restore for `value`: string keys, lists, numpy arrays, plain values."""
+    """Orbax's restored form of `value`: string keys, lists, numpy arrays, plain values."""
     if isinstance(value, dict):
         return {str(key): as_orbax(child) for key, child in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

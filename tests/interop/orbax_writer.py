@@ -1,7 +1,7 @@
 """A JAX program: writes checkpoints with Orbax, v0 and v1, in every layout it knows.
 
 Run as `python orbax_writer.py DIRECTORY [SCENARIO ...]`, with as many CPU devices as XLA_FLAGS
-says. What it writes is computed from numpy alone, so that a test knows it without JAX.
+says. Its values are computed with numpy only, so that a test can compute them without JAX.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def random_keys(path: str) -> None:
 
 @scenario
 def rewritten(path: str) -> None:
-    """What a JAX program does with a checkpoint of ours, found beside `path`: opens, saves."""
+    """A JAX program with a native checkpoint next to `path`: opens it, saves it."""
     import orbax.checkpoint as ocp
 
     source = os.path.join(os.path.dirname(path), "ours")

@@ -2,7 +2,7 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 sharded_reader.py CHECKPOINTS STEP KNOWN
 
-Writes one line of JSON: what differs from KNOWN (see sharded_writer.py), and what was restored.
+Writes one line of JSON: differences from KNOWN (see sharded_writer.py), and the restored names.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def named(tree: Any) -> dict[str, Any]:
 
 
 def problems(leaf: Any, expected: Any, sharding: NamedSharding) -> list[str]:
-    """In what an array differs from its known value, device by device."""
+    """The differences of an array from its known value, device by device."""
     if leaf.sharding != sharding or len(leaf.addressable_shards) != 4:
         return [f"is sharded as {leaf.sharding}, wanted {sharding}"]
     if leaf.dtype != expected.dtype or leaf.shape != expected.shape:

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node=4 sharded_writer.py CHECKPOINTS KNOWN
 
-Rank 0 leaves in KNOWN what an eager reader must find (`arrays.npz`, `values.json`, by path) and how
-each array was sharded (`placements.json`).
+Rank 0 writes to KNOWN the values that an eager reader must find (`arrays.npz`, `values.json`, by
+path) and how each array was sharded (`placements.json`).
 """
 
 from __future__ import annotations

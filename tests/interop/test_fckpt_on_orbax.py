@@ -1,4 +1,4 @@
-"""`fckpt` on what Orbax writes: listed, shown, read in full, compared."""
+"""`fckpt` on Orbax checkpoints: ls, show, verify, diff."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def opened(path: Path, format: str | None = None) -> dict[str, Any]:
 
 
 def refuse(path: Path, read: Callable[[Path], Any] = opened) -> errors.CheckpointError:
-    """Reads what must be refused, soon and without much memory."""
+    """Reads a file that must be refused, quickly and with little memory."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(errors.CheckpointError) as caught:
         read(path)
@@ -125,7 +125,7 @@ def test_changed_bits_of_a_torch_file_are_refused_or_harmless(tmp_path: Path) ->
 
 
 def fuzz(data: bytes, path: Path, read: Callable[[Path], Any]) -> None:
-    """Changes some bits, in many ways: what is raised must be an error of this package."""
+    """Flips bits in many ways: every error must be one of this package."""
 
     @hypothesis.settings(
         max_examples=500 if IS_FULL else 40, database=None, deadline=None, derandomize=True

@@ -69,7 +69,7 @@ def test_steps_within_an_epoch(whole: lightning_run.Module, tmp_path: Path) -> N
 def whole_and_resumed(
     tmp_path: Path, epochs: int = 1, **how: Any
 ) -> tuple[lightning_run.Module, lightning_run.Module]:
-    """A whole training, and one that ends after some epochs and is resumed."""
+    """A complete training, and one that ends after some epochs and is resumed."""
     make = {name: how.pop(name) for name in ("module", "loader", "more") if name in how}
 
     def train(name: str, **changes: Any) -> lightning_run.Module:

@@ -54,7 +54,7 @@ def test_memory_is_bounded_by_a_shard(tmp_path: Path) -> None:
     model = {f"w{n}": torch.full((TENSOR_BYTES // 4,), float(n)) for n in range(NUM_TENSORS)}
     fc.save(tmp_path / "step", {"model": model})
     call = 'huggingface.export(sys.argv[1] + "/step", sys.argv[1] + "/hf", max_shard_size="10MB")'
-    # a tensor as it is read, the bytes of it that are written, and what the libraries need
+    # a tensor being read, its bytes being written, and the libraries' own memory
     assert peak_bytes(call, tmp_path) < NUM_TENSORS * TENSOR_BYTES / 2
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) == NUM_TENSORS
     assert torch.equal(huggingface.load(tmp_path / "hf")["w3"], model["w3"])

@@ -326,7 +326,7 @@ def bucket() -> str:
 
 
 def uri_errors(bucket: str, path: Path) -> Iterator[str]:
-    """What each function that writes another program's files says of a URI."""
+    """The error of each exporting function for a URI."""
     model, _ = adam()
     fc.save(path / "step", {"model": model})
     for call in (

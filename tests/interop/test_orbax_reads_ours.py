@@ -1,4 +1,4 @@
-"""What we write opens in every reader of Orbax, equal to the last bit."""
+"""Native checkpoints open in every reader of Orbax, equal to the last bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from functional_ckpt.format import write_direct
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
-    # Orbax warns that a checkpoint is read without a sharding; that is what is wanted here.
+    # Orbax warns that a checkpoint is read without a sharding, which is intended here.
     pytest.mark.filterwarnings("ignore:.*[Ss]harding.*:UserWarning"),
 ]
 

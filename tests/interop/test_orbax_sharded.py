@@ -24,7 +24,7 @@ STEP = 5
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """Runs Python on its own; what it printed."""
+    """Runs Python in a process; returns its output."""
     done = subprocess.run(
         [sys.executable, *command],
         capture_output=True,
@@ -39,7 +39,7 @@ def run(*command: str | Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with `checkpoints` and what is `known` of them."""
+    """A directory with `checkpoints` and their `known` values."""
     path = tmp_path_factory.mktemp("sharded")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4")
     run(*torchrun, HERE / "sharded_writer.py", path / "checkpoints", path / "known")
@@ -51,7 +51,7 @@ def read_json(path: Path) -> Any:
 
 
 def test_shards_are_strided_and_uneven(saved: Path) -> None:
-    """What the other tests are about is there."""
+    """The preconditions of the other tests hold."""
     placements = read_json(saved / "known" / "placements.json")
     shapes = {name: array.shape for name, array in np.load(saved / "known" / "arrays.npz").items()}
     strided = {

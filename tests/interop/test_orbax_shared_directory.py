@@ -1,4 +1,4 @@
-"""One directory, both managers: each continues what the other began."""
+"""One directory, both managers: each continues the other's run."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_extra_files_of_ours_are_few_and_hidden_from_orbax(tmp_path: Path) -> No
 
 
 def test_a_changed_record_of_orbaxs_beside_ours_is_noticed(tmp_path: Path) -> None:
-    """Custom metadata has no other home than Orbax's file, so ours vouches for it."""
+    """Custom metadata is only in Orbax's file, so the native record has its digest."""
     with fc.CheckpointManager(tmp_path) as manager:
         manager.save(1, {"state": {"w": torch.ones(1)}}, custom_metadata={"seed": 1})
     path = tmp_path / "1" / "_CHECKPOINT_METADATA"

@@ -1,4 +1,4 @@
-"""What Orbax writes, v0 and v1 and in every layout, restores here equal to the last bit."""
+"""Orbax checkpoints, v0 and v1 in every layout, are restored equal to the last bit."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_arrays_of_many_chunks_and_another_dtype_on_disk(written: Path) -> None:
 
 
 def target(like: Callable[..., Any] = torch.zeros) -> dict[Any, Any]:
-    """The tree of `orbax_writer.state` as a program of ours would hold it: tuples, an int key."""
+    """The tree of `orbax_writer.state` as a PyTorch program has it: tuples, an int key."""
     return {
         "params": {
             "kernel": like(8, 12),
@@ -239,7 +239,7 @@ def test_into_a_pytree(written: Path) -> None:
     assert type(got["optimizer"][1][1]) is np.ndarray
     assert 0 in got and "0" not in got
     assert (type(got["step"]), got["step"]) == (int, 12)
-    assert not wanted["params"]["kernel"].any()  # what was passed is not touched
+    assert not wanted["params"]["kernel"].any()  # the target is not modified
 
 
 def test_into_memory_of_the_target(written: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_cast_is_asked_for(written: Path) -> None:
 
 
 def test_training_saved_again_by_orbax_goes_on(written: Path) -> None:
-    """Ours, opened and saved by a JAX program: the next steps are the original's, bit for bit."""
+    """A native step, opened and saved by a JAX program: the next steps are equal, bit for bit."""
     torch.manual_seed(0)
     original = new_training()
     train(*original)

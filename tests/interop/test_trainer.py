@@ -87,7 +87,7 @@ def test_another_model_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def cut_and_resume(
     root: Path, stop_at: int, *, policy: Any = None, keep: Any = None, **how: Any
 ) -> tuple[transformers.Trainer, transformers.Trainer]:
-    """A whole training, and one that stops at a step and is resumed by a new Trainer."""
+    """A complete training, and one that stops at a step and is resumed by a new Trainer."""
 
     def train(name: str, **changes: Any) -> transformers.Trainer:
         make = {**how, **changes}

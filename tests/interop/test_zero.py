@@ -1,4 +1,4 @@
-"""ZeRO-1 states merged and cut anew: NxD's layout, written as its documentation says, and steps."""
+"""Merging and resharding of ZeRO-1 states: NxD's layout, as documented, and steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def assert_equal(got: Any, expected: Any) -> None:
 
 
 def full_state(seed: int) -> dict[str, Any]:
-    """What a ZeRO-1 optimizer's state is when its shards are joined."""
+    """The full state of a ZeRO-1 optimizer, from its shards."""
     generator = torch.Generator().manual_seed(seed)
 
     def entry(shape: tuple[int, ...]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def test_bad_input_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     (optim / "dp_rank_01_tp_rank_01_pp_rank_00.pt").rename(tmp_path / "tag" / "away")
     refused("missing: dp_rank_01_tp_rank_01_pp_rank_00", code=1)
     (tmp_path / "tag" / "away").rename(optim / "dp_rank_01_tp_rank_01_pp_rank_00.pt")
-    for tp in range(2):  # what a run of another size left is found by the shapes
+    for tp in range(2):  # leftovers of a run of another size are detected by their shapes
         (optim / f"dp_rank_02_tp_rank_{tp:02d}_pp_rank_00.pt").unlink()
     refused("do not make up the shape", code=1)
     torch.save(torch.nn.Linear(2, 2), optim / "dp_rank_00_tp_rank_00_pp_rank_00.pt")

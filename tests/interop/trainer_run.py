@@ -97,7 +97,7 @@ def make_trainer(
 
 
 def run(root: Path, kill_at: int | None = None, **options: Any) -> transformers.Trainer:
-    """Trains, or goes on training; options are the manager's."""
+    """Trains, or resumes training; options are the manager's."""
     options = {"save_policy": fc.policies.every(5), **options}
     with fc.CheckpointManager(root / "ckpt", **options) as manager:
         trainer = make_trainer(root, manager, more_callbacks=[Kill(manager, kill_at)])

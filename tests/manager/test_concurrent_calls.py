@@ -271,7 +271,7 @@ def test_an_interruption_once_the_commit_has_started_leaves_it_alone(
         with pytest.raises(KeyboardInterrupt):
             manager.save(1, state(1))
     manager.wait_until_finished()
-    assert manager.all_steps() in ([1], [])  # by whether its thread was the first to begin
+    assert manager.all_steps() in ([1], [])  # depending on which thread started first
     manager.close()
 
 

@@ -76,7 +76,7 @@ CASES = [(METRICS, damage) for damage in DAMAGES] + [
     (file, damage)
     for file in (PROGRESS, METADATA, RECORD)
     for damage in (DAMAGES if IS_FULL else ("flip", "pipe"))
-    if (file, damage) != (RECORD, "remove")  # as another program leaves it
+    if (file, damage) != (RECORD, "remove")  # as in a foreign checkpoint
 ]
 
 
@@ -225,7 +225,7 @@ def test_touched_is_true_where_and_only_where_the_target_may_have_changed(tmp_pa
             assert error.touched or not is_changed, (file, damage)
             assert verify == "during" or not error.touched, (file, damage)
         else:
-            # What only Orbax reads.
+            # Files that only Orbax reads.
             assert file.name in ("_METADATA", "_strings.json") or "d" in file.parts
 
 

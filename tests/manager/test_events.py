@@ -1,4 +1,4 @@
-"""What is told of steps, to whom, and what a listener cannot do to a save."""
+"""Events and listeners, and that a listener cannot break a save."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_step_is_told_of_in_order(tmp_path: Path) -> None:
         ("uploaded", 1, there),
     ]
     assert told[4:7] == [("staged", 2, here), ("written", 2, here), ("committed", 2, here)]
-    assert sorted(told[7:]) == sorted(  # near and far go on beside each other
+    assert sorted(told[7:]) == sorted(  # tiers are concurrent
         [("pruned", 1, here), ("uploaded", 2, there), ("pruned", 1, there)]
     )
     assert {each.num_bytes for each in seen if each.kind in ("staged", "written")} == {_BYTES}
@@ -90,13 +90,13 @@ def test_a_listener_that_fails_harms_nothing(
     seen = list[fc.Event]()
 
     def bad(event: fc.Event) -> None:
-        raise RuntimeError(f"no room for {event.kind}")
+        raise RuntimeError(f"refused {event.kind}")
 
     with caplog.at_level(logging.ERROR, "functional_ckpt"):
         _run(tmp_path / "near", tmp_path / "far", [bad, seen.append])
-    assert len(seen) == 10  # those after it are told all the same
+    assert len(seen) == 10  # later listeners are called regardless
     assert len([r for r in caplog.records if "a listener of on_event failed" in r.message]) == 10
-    assert "no room for uploaded" in caplog.text
+    assert "refused uploaded" in caplog.text
     assert fc.restore(tmp_path / "far" / "2")["state"]["w"][0] == 2.0
 
 
@@ -205,7 +205,7 @@ def _stderr_on_a_terminal(script: str, *arguments: str) -> str:
         while True:
             try:
                 shown += os.read(leader, 65536)
-            except OSError:  # nobody has the other side any more
+            except OSError:  # the other side is closed
                 break
     os.close(leader)
     assert process.returncode == 0

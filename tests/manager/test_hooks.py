@@ -1,4 +1,4 @@
-"""Hooks of loops written by hand: what they save, and what they do not even look at."""
+"""Hooks of custom loops: which items they save, and which they do not access."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_state_and_metrics_are_made_only_for_a_save(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path, save_policy=policies.every("4ba")) as manager:
         save = fc.hooks.SaveHook(manager, items)
         progress = fc.Progress()
-        for state in range(1, 10):  # noqa: B007 (what the functions above look at)
+        for state in range(1, 10):  # noqa: B007 (read by the functions above)
             progress = progress.next_batch()
             save(progress, metrics=measure)
             save(progress, metrics=measure)  # the same batch

@@ -1,4 +1,4 @@
-"""What the manager promises of saving, keeping, overwriting and measuring, by its public calls."""
+"""The manager's guarantees for saving, keeping, overwriting and metrics, by its public calls."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_any_policy_of_a_list_saves_and_force_saves_whatever_they_say(tmp_path: 
 def test_a_policy_in_time_counts_from_the_last_save(tmp_path: Path) -> None:
     interval = datetime.timedelta(seconds=60)
     with fc.CheckpointManager(tmp_path, save_policy=fc.policies.every(interval)) as manager:
-        assert manager.save(1, state(1)) is None, "the run has only begun"
+        assert manager.save(1, state(1)) is None, "the run has only started"
         manager._saver.decider._start_time -= interval  # pyright: ignore[reportPrivateUsage]
         assert manager.save(2, state(2))
         assert manager.save(3, state(3)) is None, "the one under way counts"
@@ -175,7 +175,7 @@ def test_overwriting_replaces_state_metrics_and_metadata(tmp_path: Path) -> None
         assert manager.all_steps() == [1]
         restored = manager.restore(1)
         assert dict(restored) == {"other": 5}
-        assert manager.metrics(1) == {"a": 2}, "what was measured of the old one counts no more"
+        assert manager.metrics(1) == {"a": 2}, "metrics of the old one are gone"
         assert manager.metadata(1).custom_metadata == {}
 
 
@@ -233,7 +233,7 @@ def test_late_metrics_of_an_evaluator_beside_the_writer(tmp_path: Path) -> None:
         assert eye.metrics(1) == {"loss": 3, "accuracy": 0.9, "f1": 0.8}
         for step in (2, 3):
             saved(manager, step)
-        assert manager.all_steps() == [1, 3], "pruning has seen what the evaluator recorded"
+        assert manager.all_steps() == [1, 3], "pruning uses the evaluator's metrics"
         manager.reload()
         assert (manager.best_step(), eye.best_step("accuracy")) == (1, 1)
         manager.record_metrics(3, {"accuracy": 0.95})

@@ -194,7 +194,7 @@ def test_a_background_failure_is_raised_once_with_its_step(name: str, tmp_path: 
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == errno.ENOSPC
     if name != "close":
-        for call in CALLS.values():  # it was told; and later saves work
+        for call in CALLS.values():  # it was reported; later saves work
             call(manager)
     else:
         manager.close()

@@ -1,4 +1,4 @@
-"""Back to an earlier step: what is saved then stays, and is what the next run resumes from."""
+"""Rollback: steps saved after it are kept, and the next run resumes from them."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_line_of_lines(run: Path) -> None:
         abandoned = [s for s in manager.all_steps() if manager.metadata(s).is_abandoned]
         assert (manager.latest_step(), abandoned) == (41, [25, 26, 50, 60])
         manager.delete(41)
-        assert manager.latest_step() == 60, "what was the newest before"
+        assert manager.latest_step() == 60, "the previous newest"
 
 
 def test_a_resumed_run_stays_on_its_line(run: Path) -> None:

@@ -39,7 +39,7 @@ def content_of(restored: fc.Restored) -> int:
 
 
 class ManagerMachine(RuleBasedStateMachine):
-    """One directory, one writer at a time, a model of what must be there."""
+    """One directory, one writer at a time, a model of its steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class ManagerMachine(RuleBasedStateMachine):
             assert isinstance(error, fc.errors.SaveError)
             assert error.step == step
             self.settle(self.model.cut_save(step, value, metrics))
-            self.writer.check_for_errors()  # it was told already
+            self.writer.check_for_errors()  # it was reported already
 
     @rule(step=STEPS, value=VALUES, metrics=METRICS, at=PLACES)
     def save_and_die(self, step: int, value: int, metrics: Metrics, at: int) -> None:
@@ -138,10 +138,10 @@ class ManagerMachine(RuleBasedStateMachine):
         self.writer.close()
         self.open()
 
-    # -------------------------------------------------------------------------- what must hold
+    # ------------------------------------------------------------------------------ invariants
 
     def seen(self) -> dict[int, tuple[int, dict[str, float] | None]]:
-        """Every step that another process sees, read whole."""
+        """Every step that another process sees, read completely."""
         with fc.CheckpointManager(self.root, read_only=True) as reader:
             found: dict[int, tuple[int, dict[str, float] | None]] = {}
             for step in reader.all_steps():

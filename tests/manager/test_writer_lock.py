@@ -34,7 +34,7 @@ def save_and_drop(root: Path, step: int, gate: Gate) -> fc.Commit:
 
 
 def try_to_write(root: Path) -> str:
-    """What another process sees that wants to write."""
+    """The result of another process that tries to write."""
     result = scripts.run(
         """
 try:

@@ -1,4 +1,4 @@
-"""What every backend of storage must do, in one body: a backend inherits it and says what it is.
+"""The contract of every storage backend, in one body: a backend inherits it and provides itself.
 
 A test file subclasses `StorageContract` and overrides the `storage` fixture; where a backend's
 paths are not those of the local file system, `root` too.

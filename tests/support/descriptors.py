@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def open_below(path: Path) -> list[str]:
-    """What is open below a folder, or was removed while it was open, sorted."""
+    """Files that are open below a folder, or were removed while open, sorted."""
     gc.collect()
     found: list[str] = []
     for descriptor in os.listdir("/proc/self/fd"):

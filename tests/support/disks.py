@@ -20,7 +20,7 @@ def mount(*arguments: str) -> None:
 
 
 def unmount(path: Path) -> None:
-    """Takes a mount away, whoever uses it."""
+    """Unmounts a mount, even if it is in use."""
     subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
@@ -57,7 +57,7 @@ def large(kind: str, folder: Path) -> Iterator[Path]:
     if kind == "tmpfs":
         mount("-t", "tmpfs", "-o", "size=300m", "none", str(place))
     elif kind == "overlay":
-        # Its own layers cannot lie on an overlay, as the root of a container often is.
+        # Its own layers cannot be on an overlay, as the root of a container often is.
         layers = folder / "layers"
         layers.mkdir()
         mount("-t", "tmpfs", "-o", "size=300m", "none", str(layers))

@@ -45,7 +45,7 @@ class FakeBucket:
 
     @property
     def keys(self) -> list[str]:
-        """What is there."""
+        """The objects."""
         with self._mutex:
             return sorted(self._objects)
 

@@ -22,7 +22,7 @@ def drawn(cases: Sequence[T], share: int, name: Callable[[T], str] = str) -> lis
     of every parameter is in one of them.
 
     Args:
-        cases: What there is.
+        cases: All cases.
         share: How many cases there are for each that is drawn.
         name: Names a case, with a `-` between its parameters.
     """

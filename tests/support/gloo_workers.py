@@ -26,7 +26,7 @@ JOB_SECONDS = 120.0
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """What a job raised: exceptions themselves need not survive the way between processes."""
+    """The error of a job: exceptions themselves need not survive pickling."""
 
     kinds: tuple[str, ...]
     text: str
@@ -59,7 +59,7 @@ class Workers:
     def outcomes(
         self, num_ranks: int, job: Callable[..., Any], *args: object, seconds: float = JOB_SECONDS
     ) -> list[Any]:
-        """What the job returned, or the `Failure`, for each rank."""
+        """The job's result, or its `Failure`, for each rank."""
         self._start(num_ranks)
         self._num_jobs += 1
         for rank, pipe in enumerate(self._pipes[:num_ranks]):
@@ -78,7 +78,7 @@ class Workers:
         return outcomes
 
     def run(self, num_ranks: int, job: Callable[..., Any], *args: object) -> list[Any]:
-        """What the job returned on each rank, when it failed on none."""
+        """The job's result on each rank, if it failed on none."""
         outcomes = self.outcomes(num_ranks, job, *args)
         for rank, outcome in enumerate(outcomes):
             if isinstance(outcome, Failure):
@@ -86,7 +86,7 @@ class Workers:
         return outcomes
 
     def failures(self, num_ranks: int, job: Callable[..., Any], *args: object) -> list[Failure]:
-        """What the job raised on each rank, when it failed on all."""
+        """The job's error on each rank, if it failed on all."""
         outcomes = self.outcomes(num_ranks, job, *args)
         for rank, outcome in enumerate(outcomes):
             if not isinstance(outcome, Failure):

@@ -1,4 +1,4 @@
-"""What the manager's tests share: a gate in the file system, states that tell their step."""
+"""Helpers of the manager's tests: a gate in the file system, states that identify their step."""
 
 from __future__ import annotations
 

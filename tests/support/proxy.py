@@ -1,4 +1,4 @@
-"""A proxy between client and server: it counts what passes, and makes the network a bad one."""
+"""A proxy between client and server: it counts traffic, and simulates a bad network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Trouble = Literal["refuse", "drop before", "drop after", "truncate", "delay", "t
 
 @dataclasses.dataclass(slots=True)
 class Traffic:
-    """What passed so far; `down` is from the server."""
+    """The traffic so far; `down` is from the server."""
 
     num_requests: int = 0
     up_bytes: int = 0
@@ -29,10 +29,9 @@ class Proxy:
         url: The server's URL.
 
     Attributes:
-        traffic: What passed so far.
+        traffic: The traffic so far.
         trouble: Chance of trouble with a request; 0 for none.
-        up_bytes_per_second: How fast it takes what clients send, all together; None for as fast as
-            it comes.
+        up_bytes_per_second: Limit of the clients' total upload rate; None for no limit.
         is_down: Whether every request is refused for now.
         refusal: Status and body of every answer; None to ask the server.
         troubles: How often what went wrong.
@@ -123,7 +122,7 @@ class Proxy:
         self._answer(request, status, headers, data, cut=cut)
 
     def _hold_back(self, seconds: float) -> None:
-        """What all clients send passes one after the other, for as long as the limit is there."""
+        """Serialises all uploads, while there is a limit."""
         with self._mutex:
             passed = self._free_at = max(self._free_at, time.monotonic()) + seconds
         while self.up_bytes_per_second is not None and (left := passed - time.monotonic()) > 0:

