@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Hold the floors of the house apart: a module imports only from the floors below its own.
+"""Check the floors of the package: a module imports only from the floors below its own.
 
-The tables below are the whole policy; the rest reads them. Nothing is imported or executed: the
+The tables below are the complete policy. Nothing is imported or executed: the
 package's sources are parsed, so the check takes a fraction of a second and needs nothing but
 Python. It finds
 
@@ -9,7 +9,7 @@ Python. It finds
    another package on its own floor;
 2. a library used by anyone but the one module that may know it;
 3. I/O, clocks, threads and randomness inside ``core/`` and ``policies/``, which are pure;
-4. modules that must start fast and yet import torch, themselves or by way of others;
+4. modules that must start fast and import torch, directly or through other modules;
 5. cycles between modules.
 
 Run ``python scripts/floors.py [ROOT]``; it exits 1 after printing one line per violation.
@@ -59,7 +59,7 @@ FLOORS: dict[str, int] = {
     "__init__.py": 13,
 }
 
-# Library -> the only modules that may name it. An empty tuple: nobody.
+# Library -> the only modules that may name it. An empty tuple: none.
 SOLE_IMPORTERS: dict[str, tuple[str, ...]] = {
     "tensorstore": ("format/*",),
     "torch.distributed": ("distributed/torch_store.py",),
@@ -70,7 +70,7 @@ SOLE_IMPORTERS: dict[str, tuple[str, ...]] = {
     "pickle": ("interop/pickles.py",),  # into inert records: nothing it names is imported or run
 }
 
-# Modules whose import must not import torch, neither themselves nor through what they import.
+# Modules whose import must not import torch, neither directly nor through another module.
 TORCH_FREE: tuple[str, ...] = (
     "__init__.py",
     "errors.py",
@@ -90,7 +90,7 @@ TORCH_FREE: tuple[str, ...] = (
     "cli/*",
 )
 
-# Folders that compute and do nothing else, and what has no place in them.
+# Folders that only compute, and the modules that they must not import.
 PURE: tuple[str, ...] = ("core/*", "policies/*")
 IMPURE_MODULES = frozenset(
     {"absl", "asyncio", "atexit", "concurrent", "etils", "fcntl", "glob", "http", "io", "logging"}
@@ -129,13 +129,13 @@ class Module:
 
     @property
     def name(self) -> str:
-        """What it is imported as."""
+        """The name that it is imported by."""
         parts = [PACKAGE, *self.path.removesuffix(".py").split("/")]
         return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
     @property
     def folder(self) -> str:
-        """The package it lies in, as a path."""
+        """The path of its package."""
         return self.path.rpartition("/")[0]
 
     @property
@@ -234,7 +234,7 @@ def _dotted(node: ast.AST) -> str | None:
 
 
 def _resolve(name: str, by_name: dict[str, Module]) -> Module | None:
-    """The module of ours that an imported name lives in: itself or the nearest package above."""
+    """Returns the module of this package that holds a name: itself or the nearest package above."""
     while name:
         if name in by_name:
             return by_name[name]
@@ -306,7 +306,7 @@ def _torch_violations(module: Module, by_name: dict[str, Module]) -> Iterator[Vi
                 continue
             at = line or item.line  # report the import in the module that promised
             if _is_in(item.name, "torch"):
-                message = f"must not import torch, and does{chain and ' by way of ' + chain}"
+                message = f"must not import torch, and does{chain and ' through ' + chain}"
                 yield Violation(path=module.path, line=at, message=message)
                 return
             for target in _executed(item.name, by_name):
@@ -316,7 +316,7 @@ def _torch_violations(module: Module, by_name: dict[str, Module]) -> Iterator[Vi
 
 
 def _executed(name: str, by_name: dict[str, Module]) -> Iterator[Module]:
-    """Every module of ours that importing a name executes: its packages' ``__init__`` too."""
+    """Yields the modules of this package that an import executes, ``__init__`` of packages too."""
     parts = name.split(".")
     prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
     return (by_name[prefix] for prefix in prefixes if prefix in by_name)
@@ -351,7 +351,7 @@ def _first_sentence(doc: str) -> str:
 
 
 def table(root: Path) -> str:
-    """Returns FLOORS as Markdown, top down: the number, the row, what its docstring says of it."""
+    """Returns FLOORS as Markdown, top down: the number, the row and its docstring."""
     package = root / PACKAGE
     rows = ["| floor | modules | what they do |", "| --- | --- | --- |"]
     for pattern, floor in sorted(FLOORS.items(), key=lambda row: (-row[1], row[0])):

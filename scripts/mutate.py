@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Change the code a little, many times, and see whether a test fails each time.
 
-Run ``scripts/mutants --sample 200 --seed 1 --measure``. It measures which test calls which function
-(once: the work directory keeps it); each change then runs the tests that call what it changes, the
-quickest first, in a copy of the repository. Without a measurement a change runs the tests of its
-folder. What survives is printed with its diff: it needs a test, or an entry in
-``scripts/mutants.json`` that says why it changes nothing.
+Run ``scripts/mutants --sample 200 --seed 1 --measure``. It measures once which test calls which
+function, and keeps the result in the work directory. Each change then runs the tests that call the
+changed function, the quickest first, in a copy of the repository. Without a measurement a change
+runs the tests of its folder. A change that survives is printed with its diff: it needs a test, or
+an entry in ``scripts/mutants.json`` that says why it changes nothing.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ _OUTCOMES = {0: "survived", 1: "killed", 2: "killed", None: "hung", _UNFINISHED:
 
 
 class Limit:
-    """A plugin of pytest: no test begins when the processor time is used up."""
+    """A pytest plugin that starts no test when the processor time is used up."""
 
     def __init__(self, seconds: float) -> None:
         self._end = seconds_used() + seconds
         self.is_over = False
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Says which test runs, for the log of one that hangs."""
-        os.write(2, f"begins {nodeid}\n".encode())
+        """Writes the name of the test to the log, which shows the one that hangs."""
+        os.write(2, f"test {nodeid}\n".encode())
 
     def pytest_runtest_teardown(self, item: Any) -> None:
-        """Ends the session."""
+        """Stops the session when the time is used up."""
         if seconds_used() > self._end:
             self.is_over = True
             item.session.shouldstop = "the time is used up"
@@ -82,7 +82,7 @@ def job_of(name: str, mutant: Mutant, tests: Sequence[str], base: Path, cpu_seco
 def run_mutants(
     mutants: Sequence[Mutant], tests: Mapping[str, Any], options: argparse.Namespace
 ) -> dict[str, tuple[Mutant, str]]:
-    """Runs each change's tests; returns by name what came of it: killed, hung or survived."""
+    """Runs the tests of each change; returns its outcome by name: killed, hung or survived."""
     work: Path = options.work
     names = {
         f"{number:04}.{label(mutant.path)}.{mutant.line}.{mutant.kind}": mutant
@@ -110,7 +110,7 @@ def run_mutants(
 
 
 class Failures:
-    """A plugin of pytest: which tests fail."""
+    """A pytest plugin that collects the tests that fail."""
 
     def __init__(self) -> None:
         self.found: set[str] = set()
@@ -124,10 +124,10 @@ class Failures:
 def confirm(
     outcomes: dict[str, tuple[Mutant, str]], options: argparse.Namespace
 ) -> dict[str, tuple[Mutant, str]]:
-    """Runs the tests that noticed once more, without a change: one that fails then shows nothing.
+    """Runs the tests that failed again, without a change: one that fails then proves nothing.
 
     Returns:
-        The outcomes, with `unclear` for a change that only such a test has noticed.
+        The outcomes, with `unclear` for a change that only such tests failed for.
     """
     work: Path = options.work
     noticed = {
@@ -160,21 +160,21 @@ def confirm(
 
 
 def diff(mutant: Mutant, base: Path) -> str:
-    """The change, as `diff -U2` shows it."""
+    """Returns the change in the format of `diff -U2`."""
     old = (base / mutant.path).read_bytes()
     lines = [each.decode().splitlines(keepends=True) for each in (old, mutant.apply(old))]
     return "".join(difflib.unified_diff(lines[0], lines[1], mutant.path, "changed", n=2))
 
 
 def copies_in(work: Path) -> list[Path]:
-    """The copies of the repository."""
+    """Returns the copies of the repository."""
     return sorted(work.glob("copy*"))
 
 
 def make_copies(work: Path, count: int) -> None:
-    """Copies what git tracks, as it is in the working tree, and what is new in it.
+    """Copies the tracked and the new files of the working tree.
 
-    `base` stays as it is: the working tree may change meanwhile.
+    `base` never changes, while the working tree may.
     """
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -188,17 +188,17 @@ def make_copies(work: Path, count: int) -> None:
 
 
 def main() -> int:
-    """Prints what survived, and how many of each; exits with 1 below the share asked for."""
+    """Prints the surviving changes and a summary; exits with 1 below the required share."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=int, default=200, help="how many changes to draw")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--module", action="append", help="only paths that contain this")
-    parser.add_argument("--measure", action="store_true", help="find out which test calls what")
+    parser.add_argument("--measure", action="store_true", help="measure the calls of tests")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     parser.add_argument("--seconds", type=float, default=30, help="processor time for a change")
     parser.add_argument("--asleep", type=float, default=90, help="when a test of a change hangs")
     parser.add_argument("--each", type=float, default=30, help="processor time to measure a file")
-    parser.add_argument("--share", type=float, default=0.95, help="how many must be caught")
+    parser.add_argument("--share", type=float, default=0.95, help="required share of caught ones")
     parser.add_argument("--work", type=Path, default=Path("/tmp/mutants"), help="copies and logs")
     parser.add_argument("--equivalent", type=Path, default=KNOWN, help="changes of no effect")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Tests of `scripts/mutants`, each in a fork of a process that has imported what is slow."""
+"""Jobs of `scripts/mutants`, each in a fork of a process that has done the slow imports."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Job", "Limits", "preload", "run_jobs", "seconds_used"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """Tests to run in a copy.
+    """A function to run in a copy.
 
     Attributes:
         name: Of its log.
         work: Runs in the child, in the copy; its result is the child's exit status.
-        prepare: Changes the copy, and returns what undoes that.
+        prepare: Changes the copy, and returns a function that undoes the change.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Limits:
 
 
 class _Watch:
-    """Sees whether a job hangs: its log grows at the beginning of each test."""
+    """Detects a job that hangs. Its log grows at the start of each test."""
 
     def __init__(self, session: int, log: Path, limits: Limits) -> None:
         self._session, self._log, self._limits = session, log, limits
@@ -55,7 +55,7 @@ class _Watch:
         self._active: dict[Path, float] = {}
 
     def is_hung(self) -> bool:
-        """Whether the present test has slept, or has run, for longer than a test may."""
+        """Returns whether the current test has slept, or has run, for longer than a test may."""
         now = time.monotonic()
         if now - self._looked < 1.0:
             return False
@@ -71,7 +71,7 @@ class _Watch:
 
 
 def _active_seconds(session: int) -> dict[Path, float]:
-    """For each thread of a session: how long it has run, or waited for a processor."""
+    """Returns for each thread of a session how long it has run or waited for a processor."""
     found: dict[Path, float] = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError, IndexError):
@@ -85,7 +85,7 @@ def _active_seconds(session: int) -> dict[Path, float]:
 
 
 def preload() -> None:
-    """Imports what every child needs and no change concerns."""
+    """Imports the libraries that every child needs."""
     names = ("torch", "torch.distributed", "torch.distributed.tensor", "numpy", "tensorstore")
     for name in (*names, "xxhash", "pytest"):
         importlib.import_module(name)
@@ -101,10 +101,10 @@ def run_jobs(
     """Runs each job in a child of its own, one at a time in each copy.
 
     Args:
-        jobs: What to run.
-        copies: Copies of the repository.
-        logs: Where the children's output goes.
-        limits: When a child hangs, and is killed with its processes.
+        jobs: The jobs.
+        copies: The copies of the repository.
+        logs: The directory of the children's output.
+        limits: When a child hangs; it is killed with its processes.
         done: Called with each job and its exit status; None for one that hung.
     """
     waiting, free = list(reversed(jobs)), list(copies)
@@ -121,7 +121,7 @@ def run_jobs(
             if not ended and not watch.is_hung():
                 continue
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)  # with what it has started
+                os.killpg(pid, signal.SIGKILL)  # and its own children
             if not ended:
                 os.waitpid(pid, 0)
             undo()
@@ -146,7 +146,7 @@ def _fork(job: Job, copy: Path, logs: Path) -> int:
         os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
         code = job.work()
-    except BaseException:  # noqa: BLE001 - there is nobody else to see it
+    except BaseException:  # noqa: BLE001 - only the log shows it
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -155,6 +155,6 @@ def _fork(job: Job, copy: Path, logs: Path) -> int:
 
 
 def seconds_used() -> float:
-    """Processor time of this process and of those it waited for."""
+    """Returns the processor time of this process and of the children that it waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + used.ru_utime + used.ru_stime

@@ -26,7 +26,7 @@ WEIGHTS: Mapping[str, int] = {
     "ret_none": 1,
     "swap_args": 2,
 }
-"""Kinds of change, and how often each is drawn: what is left out is what users lose data by."""
+"""The kinds of change and their weights: omissions, which lose data, are drawn most often."""
 
 _COMPARISONS = {
     "<": "<=",
@@ -41,7 +41,7 @@ _COMPARISONS = {
     "is not": "is",
 }
 _LOCKS = re.compile(r"mutex|lock|alone|condition", re.IGNORECASE)
-# What is only said, or only for tests: removing it changes no behaviour.
+# Log messages and hooks for tests: removing one changes no behaviour.
 _SAID = re.compile(r"(_log|logging|warnings)\.|(\w+\.)*operation\(")
 
 
@@ -56,8 +56,8 @@ class Mutant:
         line: The line of the change.
         start: Its first byte in the module.
         end: The byte after its last.
-        old: What is there.
-        new: What replaces it.
+        old: The text that is replaced.
+        new: The new text.
     """
 
     path: str
@@ -121,7 +121,7 @@ class _Finder:
             self._starts.append(self._starts[-1] + len(line))
 
     def visit(self, node: ast.AST, function: str) -> Iterator[Mutant]:
-        """The changes of a node and of what is in it."""
+        """Yields the changes of a node and of its children."""
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             function = f"{function}.{node.name}".lstrip(".")
         if isinstance(node, ast.Expr) and _SAID.match(self._text(node)):
@@ -209,7 +209,7 @@ class _Finder:
     def _gap(
         self, kind: str, left: ast.expr, right: ast.expr, swapped: Mapping[str, str]
     ) -> Iterator[tuple[str, int, int, str]]:
-        """What is between two operands, apart from spaces and brackets."""
+        """Yields the change of the operator between two operands."""
         start, end = self._span(left)[1], self._span(right)[0]
         text = self._source[start:end].decode()
         found = re.search(r"not\s+in|is\s+not|\w+|[<>=!+/-]+", text)
@@ -219,7 +219,7 @@ class _Finder:
 
 
 def _children(node: ast.AST) -> Iterable[ast.AST]:
-    """What is in a node and runs, but for the texts of messages and of types."""
+    """Yields the children of a node that are executed, except messages and annotations."""
     if isinstance(node, ast.Raise) or (
         isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     ):

@@ -1,4 +1,4 @@
-"""Which tests to run for a change: those that call what it changes, and those of its folder."""
+"""The tests to run for a change: those that call the changed function, and those of its folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["choose", "label", "measure"]
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "functional_ckpt"
 _MAX_TESTS = 24  # pytest takes seconds to find hundreds by name
-# Not measured: programs of their own, servers, many processes, documentation.
+# Not measured: separate programs, servers, many processes, documentation.
 UNMEASURED_FILES = ("test_sigkill.py", "test_soak.py", "test_syscalls.py")
 UNMEASURED = ("benchmarks", "distributed", "docs", "examples", "flags", "interop", "remote")
-# By the beginning of a module's path in the package: what to run where nothing was measured.
+# By a prefix of the module's path in the package: the tests to run without a measurement.
 TESTS = {
     "storage/buckets": ("tests/remote",),
     "storage/object_store": ("tests/remote",),
@@ -48,7 +48,7 @@ TESTS = {
 
 
 class Coverage:
-    """A plugin of pytest: the functions that each test calls, its seconds, whether it failed."""
+    """A pytest plugin: for each test the functions it calls, its seconds, whether it failed."""
 
     def __init__(self, limit_seconds: float) -> None:
         import builtins
@@ -59,7 +59,7 @@ class Coverage:
         builtins.__dict__["__mutation_hit__"] = self._hits.add
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Begins to count."""
+        """Starts to count."""
         self._hits.clear()
         self._began = seconds_used()
         self.tests[nodeid] = {"failed": False}
@@ -69,18 +69,18 @@ class Coverage:
         self.tests[report.nodeid]["failed"] |= report.failed
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        """Ends counting."""
+        """Stops counting."""
         seconds = round(seconds_used() - self._began, 3)
         self.tests[nodeid] |= {"seconds": seconds, "hits": sorted(self._hits)}
 
     def pytest_runtest_teardown(self, item: Any) -> None:
-        """Leaves out the rest of a slow file."""
+        """Skips the rest of a slow file."""
         if seconds_used() > self._limit:
             item.session.shouldstop = "long enough"
 
 
 def instrument(path: str, source: str) -> str:
-    """The module, of which every function says its name when it is called."""
+    """Returns the module with a call at the start of every function that reports its name."""
     lines = source.splitlines(keepends=True)
     inserts: list[tuple[int, str]] = []
 
@@ -108,7 +108,7 @@ def instrument(path: str, source: str) -> str:
 
 
 def measure(copies: Sequence[Path], logs: Path, file: Path, limit_seconds: float) -> None:
-    """Runs the tests once, and writes down what each calls; what was measured before is kept."""
+    """Runs each test once and records the functions it calls; earlier results are kept."""
     base = copies[0].parent / "base"
     folders = [each for each in sorted((base / "tests").iterdir()) if each.name not in UNMEASURED]
     names = [
@@ -158,14 +158,14 @@ def measure(copies: Sequence[Path], logs: Path, file: Path, limit_seconds: float
 
 
 def label(name: str) -> str:
-    """A file's name for a test or a change."""
+    """Returns the file name for a test or a change."""
     return name.replace("/", ".").removesuffix(".py")
 
 
 def choose(mutant: Mutant, tests: Mapping[str, Any]) -> list[str]:
-    """The tests to run for a change: those that call it, the quickest first, then its folder's."""
+    """Returns the tests to run for a change: the quickest that call it, then its folder's."""
     called = [t for t in tests if f"{mutant.path}:{mutant.function}" in tests[t]["hits"]]
-    if not called:  # a class, a module, or only called in other processes
+    if not called:  # in a class, in a module, or called in other processes only
         start = f"{mutant.path}:"
         called = [t for t in tests if any(hit.startswith(start) for hit in tests[t]["hits"])]
     called = [t for t in called if not tests[t]["failed"]]
@@ -182,8 +182,8 @@ def choose(mutant: Mutant, tests: Mapping[str, Any]) -> list[str]:
     called = sorted(called, key=turns.__getitem__)[:_MAX_TESTS]
     if is_enough:
         return called
-    # One file after the other: pytest would put a folder's in an order of its own. First those that
-    # are named after the module.
+    # Single files, because pytest would order those of a folder; the files named after the module
+    # come first.
     files: list[Path] = []
     for folder in folders:
         path = ROOT / folder

@@ -1,7 +1,7 @@
-"""Common setup: a time limit that names the hanging test; no accelerator for JAX.
+"""The conditions of every test: a time limit that names the test, and no accelerator for JAX.
 
-Of a test with the marker `matrix` a part of the cases runs by default. Measurements (`figure`) are
-printed at the end of the run.
+A test with the marker `matrix` runs a part of its cases by default. Figures that tests measure
+(`figure`) are printed at the end of the run.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Prints a measurement in the summary: a function of the text."""
+    """Returns a function that prints a measured figure in the summary."""
     return lambda text: record_property("figure", text)
 
 

@@ -204,13 +204,12 @@ def test_a_sound_house_has_no_violations(tmp_path: Path) -> None:
                 "core__arrays__chunks": "import math\n"
                 "from functional_ckpt.core.tree import flatten\n"
             },
-            "core/arrays/chunks.py:2: must not import torch, and does by way of "
-            "core/tree/flatten.py",
+            "core/arrays/chunks.py:2: must not import torch, and does through core/tree/flatten.py",
             id="torch-by-way-of",
         ),
         pytest.param(
             {"cli__main": "from functional_ckpt.manager import Manager\n"},
-            "cli/main.py:1: must not import torch, and does by way of manager.py",
+            "cli/main.py:1: must not import torch, and does through manager.py",
             id="torch-in-the-command",
         ),
         pytest.param(

@@ -1,4 +1,4 @@
-"""What several threads change is changed under its lock: each change waits while that is held."""
+"""State that several threads change is changed under its lock: each change waits for it."""
 
 from __future__ import annotations
 

@@ -483,6 +483,12 @@ def test_an_asynchronous_save_of_colossalai_opens_with_its_optimizer(
     assert optimizer["state"][0].keys() == {"exp_avg", "step"}
     assert optimizer["state"][0]["step"] == 4
     assert torch.equal(optimizer["state"][0]["exp_avg"], torch.ones(2))
+    safetensors.torch.save_file({"state-exp_avg": torch.ones(2)}, folders["optimizer"] / name)
+    with pytest.raises(errors.CorruptCheckpointError, match="not the state of a numbered param"):
+        _ = fc.interop.open(tmp_path)["optimizer"]
+    (folders["optimizer"] / name).unlink()
+    with pytest.raises(errors.CheckpointError, match=name):
+        fc.interop.open(tmp_path)
 
 
 def test_what_a_folder_holds_beside_its_weights_is_named(

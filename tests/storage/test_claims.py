@@ -1,4 +1,4 @@
-"""Claims, locks and replacements: what they leave, and what they say when the system refuses."""
+"""Claims, locks and replacements leave nothing behind, and name the error of the system."""
 
 from __future__ import annotations
 

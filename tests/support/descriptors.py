@@ -1,4 +1,4 @@
-"""Which files this process holds open: those of one folder, as other tests' may come and go."""
+"""The open files of this process below one directory; those of other tests may come and go."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def open_below(path: Path) -> list[str]:
-    """Files that are open below a folder, or were removed while open, sorted."""
+    """Returns the sorted paths that are open below a directory, also if they were removed."""
     gc.collect()
     found: list[str] = []
     for descriptor in os.listdir("/proc/self/fd"):

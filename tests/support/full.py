@@ -1,4 +1,4 @@
-"""Which part of long tests runs by default: all of it where FUNCTIONAL_CKPT_FULL=1."""
+"""The part of long tests that runs by default; FUNCTIONAL_CKPT_FULL=1 runs everything."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ T = TypeVar("T")
 
 
 def drawn(cases: Sequence[T], share: int, name: Callable[[T], str] = str) -> list[T]:
-    """One case of each `share`, the same in every run, or all of them.
+    """Returns one case of each `share`, the same in every run; in a full run all of them.
 
-    The names of those that are drawn have as many different words as possible, so that every value
-    of every parameter is in one of them.
+    The names of the drawn cases have as many different words as possible, so that every value of
+    every parameter occurs.
 
     Args:
         cases: All cases.
-        share: How many cases there are for each that is drawn.
-        name: Names a case, with a `-` between its parameters.
+        share: The number of cases for each drawn one.
+        name: Returns the name of a case, with a `-` between its parameters.
     """
     if IS_FULL:
         return list(cases)
@@ -39,7 +39,7 @@ def drawn(cases: Sequence[T], share: int, name: Callable[[T], str] = str) -> lis
 
 
 def drawn_numbers(seed: Any, share: int) -> Iterator[int]:
-    """0, 1, 2, ... without end: one of each `share`, the same for the same seed, or all of them."""
+    """Yields 0, 1, 2, ...: one number of each `share`, the same for the same seed, or all."""
     if IS_FULL:
         yield from itertools.count()
     draw = random.Random(str(seed))
