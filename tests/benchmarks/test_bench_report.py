@@ -125,7 +125,7 @@ def test_the_page_has_every_figure_with_its_ratios() -> None:
         task=Task(measure="sync", workload="big", peer="orbax"),
         repeat=0,
         wall_seconds=1.0,
-        error="OSError: no | room",
+        error="OSError: no | space",
     )
     run = made.run(
         made.sync("big", "functional_ckpt", 1.25, 0.25),
@@ -136,7 +136,7 @@ def test_the_page_has_every_figure_with_its_ratios() -> None:
     assert "| save, durable | **functional_ckpt** | 1.25 s | 1.6 | 2.00x | 0.80x |" in page
     assert "| save, durable | dcp | 2.50 s | 0.8 | 1.00x | 0.40x |" in page
     assert "| restore in place, cold | dcp | the cache was not dropped | | | |" in page
-    assert "| sync/big/orbax | failed: OSError: no \\| room |" in page
+    assert "| sync/big/orbax | failed: OSError: no \\| space |" in page
     assert "![durable](durable.svg)" in page
     assert "| memcpy 2 threads" not in page and "| memcpy 2 | 0.20 s" in page
 

@@ -1,4 +1,4 @@
-"""Workloads, the order of a run, files and meters: what the figures rest on."""
+"""Workloads, the order of a run, files and meters: the basis of the figures."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_cache_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert files.resident_fraction(str(tmp_path)) == 1.0
     if files.drop_cache(str(tmp_path)) == 1.0:
-        pytest.skip("a file system in memory keeps what it has")
+        pytest.skip("a file system in memory cannot drop its cache")
     assert files.resident_fraction(str(tmp_path)) == 0.0
     assert files.fill_cache(str(tmp_path)) == 1.0
 

@@ -99,7 +99,7 @@ class Site:
 
 
 def seal(record: dict[str, Any]) -> bytes:
-    """As `records.with_checksum`, for what the JSON encoder would refuse."""
+    """As `records.with_checksum`, for values that the JSON encoder refuses."""
     record.pop("xxh3", None)
     body = dump(record)[:-1]
     return body + f', "xxh3": "{records.digest_hex(body)}"}}'.encode()
@@ -124,7 +124,7 @@ SECRET = "what nobody may read"
 
 
 def make_canaries(root: Path) -> None:
-    """What lies beside a checkpoint and must not be reached through it, in every layout."""
+    """Files next to a checkpoint that must not be reached through it, in every layout."""
     (root / "canary").mkdir()
     (root / "canary" / "secret").write_text(json.dumps(SECRET))
     (root / "canary" / "metadata").write_text(json.dumps({"a": SECRET}))
@@ -139,7 +139,7 @@ def make_ours(path: Path) -> None:
 
 
 def make_foreign(path: Path) -> None:
-    """What Orbax would have written: the same, without our records."""
+    """The same as written by Orbax: without native records."""
     make_ours(path)
     (path / EXTENSION).unlink()
     (path / "tree" / EXTENSION).unlink()
@@ -190,7 +190,7 @@ HOSTILE: tuple[Any, ...] = (
 
 
 def mutate_json(record: Any, choose: random.Random, value: Any) -> Any:
-    """The record with one place replaced, removed, doubled, emptied or renamed."""
+    """The record with one entry replaced, removed, doubled, emptied or renamed."""
     places: list[tuple[Any, Any]] = []
     todo = [record]
     while todo:
@@ -220,7 +220,7 @@ def mutate_json(record: Any, choose: random.Random, value: Any) -> Any:
 
 
 def damage_bytes(path: Path, choose: random.Random) -> None:
-    """Flips bits, cuts, lengthens, removes, or puts a file of the same checkpoint in its place."""
+    """Flips bits, cuts, lengthens, removes, or replaces it by another file of the checkpoint."""
     data = bytearray(path.read_bytes())
     kinds = ("flip", "flip", "flip", "cut", "add", "zero", "remove", "swap", "folder")
     action = choose.choice(kinds)
@@ -276,7 +276,7 @@ def sealed_step(site: Site, choose: random.Random, value: Any) -> None:
 
 
 def small_json(site: Site, choose: random.Random, value: Any) -> None:
-    """A JSON file that another program would have written, its digest put right."""
+    """A foreign JSON file, with a corrected digest."""
     name = choose.choice(("_CHECKPOINT_METADATA", "config/metadata"))
     record = mutate_json(json.loads((site.path / name).read_text()), choose, value)
     data = dump(record)
@@ -313,7 +313,7 @@ def array_metadata(site: Site, choose: random.Random, value: Any) -> None:
 
 
 KINDS: dict[str, tuple[Callable[[Path], None], tuple[Mutate, ...], bool]] = {
-    # what is damaged, how, and whether a restore that succeeds must equal what was saved
+    # target, damage, and whether a successful restore must equal the saved values
     "bytes": (make_ours, (bytes_of_any_file,), True),
     "records": (make_ours, (sealed_item, sealed_item, sealed_step, small_json), False),
     "orbax": (make_foreign, (orbax_metadata, array_metadata, small_json), False),
@@ -400,7 +400,7 @@ def shown(value: Any) -> str:
         return ""
 
 
-# Modules that are imported late, and what the system tells of itself.
+# Modules that are imported late, and the system's own files.
 _PYTHONS_OWN = (*{sys.prefix, sys.base_prefix, os.path.dirname(fc.__file__)}, "/proc", "/sys")
 
 

@@ -1,8 +1,8 @@
 """Jobs of several ranks that go wrong, and the template that forks their processes.
 
 Run as a script it is the template: it imports everything once and forks a rank for each line it is
-given. Nothing in it may use TensorStore or a process group before the fork. Ranks and the test talk
-by files: what a rank tells is a line of `<rank>.jsonl`, what it waits for is a file that appears.
+given. Nothing in it may use TensorStore or a process group before the fork. Ranks and the test
+communicate by files: a rank reports lines in `<rank>.jsonl`, and waits for files to appear.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def items_of(step: int, rank: int) -> dict[str, Any]:
 
 
 def attempt(call: Callable[[], object]) -> dict[str, Any]:
-    """What became of a call: seconds, and the error with the ranks that it names."""
+    """The outcome of a call: seconds, and the error with the ranks that it names."""
     start = time.monotonic()
     try:
         call()
@@ -219,11 +219,11 @@ class Fault:
 
 def _end_or_stop(kind: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-    time.sleep(1)  # another thread may have been chosen for the signal: this one goes no further
+    time.sleep(1)  # another thread may have received the signal: this one stops here
 
 
 def matrix(this: Rank) -> None:
-    """One cell: saves until something fails, waits to be told, and goes on if the job can."""
+    """One cell: saves until something fails, waits for a command, and continues if the job can."""
     fault = Fault(this)
     manager = this.manager(storage=fault.storage)
     save(manager, 0, items_of(0, this.rank))
@@ -247,7 +247,7 @@ def matrix(this: Rank) -> None:
 
 
 def aftermath(this: Rank) -> None:
-    """The next run, on other ranks than the last: nothing is lost, nothing is left, all goes on."""
+    """The next run, on other ranks than the last: no losses, no leftovers, saves work."""
     for root in this.request["roots"]:
         with this.manager(root) as manager:
             left = [name for name in os.listdir(root) if "tmp" in name]
@@ -285,7 +285,7 @@ def unmounted(this: Rank) -> None:
             os.mkdir(link)
         this.tell(event="saved", **attempt(lambda: save(manager, 1, items_of(1, this.rank))))
         if this.rank == 1:
-            assert os.listdir(link) == [], "wrote into a directory that nobody else sees"
+            assert os.listdir(link) == [], "wrote into a directory that no other rank sees"
             os.rmdir(link)
             os.symlink(this.root, link)
         save(manager, 2, items_of(2, this.rank))
@@ -293,7 +293,7 @@ def unmounted(this: Rank) -> None:
 
 
 def disagree(this: Rank) -> None:
-    """Ranks that make different calls are told so, and can go on."""
+    """Ranks that make different calls get an error, and can continue."""
     with this.manager(timeout_seconds=PATIENCE_SECONDS) as manager:
         save(manager, 0, items_of(0, this.rank))
         step = 2 if this.rank == 1 else 1
@@ -311,7 +311,7 @@ def disagree(this: Rank) -> None:
 
 
 def background(this: Rank) -> None:
-    """A failure of one rank's commit is told once on every rank, at its next call."""
+    """A failure of one rank's commit is reported once on every rank, by its next call."""
     for number, policy in enumerate([None, [fc.policies.when(lambda step: True)]]):
         root = f"{this.root}/{number}"
         storage = Trap(root, "writing", this.rank == 0, _fail)
@@ -331,7 +331,7 @@ def _fail(path: str) -> None:
 
 
 def unsaveable(this: Rank) -> None:
-    """Staging fails on one rank: the others, who already began, are told."""
+    """Staging fails on one rank: the others, which have started already, get the error."""
     import functional_ckpt.saving.stage as stager
 
     original = stager.stage
@@ -454,15 +454,15 @@ def many_managers(this: Rank) -> None:
     policy = fc.policies.LatestN(2)
     with this.manager(f"{this.root}/a", keep_policy=policy) as manager:
         assert manager.all_steps() == [0, 1, 2]
-        for step in range(3):  # each restore above has begun a line of its own
+        for step in range(3):  # each restore above has started a new line
             if manager.metadata(step).is_abandoned:
                 manager.delete(step)
         counts: list[int] = []
         for step in range(3, 23):
             save(manager, step, {"own": {"rank": this.rank}})
-            dist.barrier()  # every rank has been told that the step is saved
+            dist.barrier()  # every rank knows that the step is saved
             counts.append(store.num_keys())
-            dist.barrier()  # and none goes on before all have counted
+            dist.barrier()  # and none continues before all have counted
             assert manager.all_steps()[-2:] == [step - 1, step]
             assert len(manager.all_steps()) == 2
     this.tell(event="keys", counts=counts)

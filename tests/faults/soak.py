@@ -1,9 +1,9 @@
 """Everything at once, for minutes or hours: `scripts/soak --help`.
 
 One directory at a time has a writer, evaluators and savers. They are killed, stopped and let go,
-and while nobody writes, files are damaged, moved and copied. After every writer, everything that it
-and the others reported is compared, bit for bit, with what can be restored. The random choices
-follow from the seed; what is interrupted where does not.
+and between writers, files are damaged, moved and copied. After every writer, all reported steps are
+compared, bit for bit, with restored ones. The random choices follow from the seed; the points of
+interruption do not.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _OPERATIONS = {
 
 @dataclasses.dataclass(slots=True)
 class Figures:
-    """What a soak did and found."""
+    """The actions and findings of a soak."""
 
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter[str])
     refusals: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter[str])
@@ -77,7 +77,7 @@ class Soak:
     """Runs arenas, one after the other, until the time is up.
 
     Args:
-        folder: Where everything happens; what lost something is left there.
+        folder: The work folder; arenas with losses are left there.
         seed: Of all choices.
         s3_url: The object store's server; None for none.
         skip: Operations to leave out.
@@ -95,7 +95,7 @@ class Soak:
         self._watchers: list[int] = []
 
     def run(self, until: float, rounds_each: int) -> None:
-        """Arenas of so many writers each, until `time.monotonic()` is `until`."""
+        """Arenas with a number of writers each, until `time.monotonic()` is `until`."""
         while time.monotonic() < until:
             self._num_arenas += 1
             arena = self._new_arena()
@@ -161,7 +161,7 @@ class Soak:
     # ------------------------------------------------------------------------------ processes
 
     def _fork(self, work: Callable[..., None], arena: Arena, journal: Journal, *more: Any) -> int:
-        """Runs it in a process of its own; what it raises is a loss."""
+        """Runs it in a separate process; an error is a loss."""
         pid = os.fork()
         if pid:
             return pid
@@ -220,7 +220,7 @@ class Soak:
         return False
 
     def _stop(self, arena: Arena, journal: Journal, pid: int, choose: random.Random) -> None:
-        """Suspends the writer, tries to get in or moves its directory away, and lets it go on."""
+        """Suspends the writer, tries to take over or moves its directory away, and resumes it."""
         os.kill(pid, signal.SIGSTOP)
         self.figures.counts["writer suspended"] += 1
         try:
@@ -234,7 +234,7 @@ class Soak:
             os.kill(pid, signal.SIGCONT)
 
     def _move_away(self, arena: Arena, journal: Journal, pid: int, choose: random.Random) -> None:
-        """The run's directory has another name while its writer goes on."""
+        """The run's directory has another name while its writer continues."""
         if not arena.run.is_dir():
             return
         self.figures.counts["directory moved"] += 1
@@ -251,7 +251,7 @@ class Soak:
     def _wait_for(self, pid: int) -> None:
         os.waitpid(pid, 0)
 
-    # -------------------------------------------------------------------- while nobody writes
+    # -------------------------------------------------------------------- between writers
 
     def _disturb(self, arena: Arena, journal: Journal) -> None:
         """Damages, moves or copies something."""
@@ -267,7 +267,7 @@ class Soak:
             (arena.run / ".functional_ckpt" / "lock").unlink(missing_ok=True)
 
     def _copy(self, arena: Arena) -> None:
-        """A copy takes the directory's place, while nobody goes on."""
+        """A copy replaces the directory, between writers."""
         self.figures.counts["directory copied"] += 1
         copied, old = arena.folder / "copied", arena.folder / "old"
         for pid in self._watchers:
@@ -304,7 +304,7 @@ class Soak:
     # -------------------------------------------------------------------------------- verdict
 
     def _verdict(self, arena: Arena, journal: Journal) -> list[str]:
-        """What is lost, found by a process of its own: this one must be able to fork others."""
+        """The losses, found by a separate process: this one must be able to fork others."""
         reading, writing = os.pipe()
         pid = self._fork(
             lambda arena, journal: soak_check.main(arena, journal, writing), arena, journal

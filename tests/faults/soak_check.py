@@ -1,4 +1,4 @@
-"""Compares what a soak left with what its journal says must be there."""
+"""Compares the state after a soak with its journal."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from functional_ckpt import errors
 
 @dataclasses.dataclass(slots=True)
 class Verdict:
-    """What a look at all of it found.
+    """The result of a check.
 
     Attributes:
-        losses: What is lost, changed, or was reported wrongly; one sentence each.
+        losses: Lost, changed or wrongly reported steps; one sentence each.
         num_verified: Values that were compared bit for bit.
     """
 
@@ -30,7 +30,7 @@ class Verdict:
 
 
 def check(arena: Arena, journal: Journal) -> Verdict:
-    """Restores everything that is listed, while no writer is alive, and looks for what is not."""
+    """Restores all listed steps, while no writer is alive, and looks for missing ones."""
     verdict = Verdict()
     items = soak_values.new_items()
     registers = soak_journal.registers(soak_journal.read(journal.path))
@@ -41,7 +41,7 @@ def check(arena: Arena, journal: Journal) -> Verdict:
                 held.add(key_of(step))
                 register = registers.get(key_of(step), Register())
                 _check_step(manager, step, register, items, verdict)
-                # Other tiers keep what is deleted here.
+                # Other tiers keep steps that are deleted here.
                 if register.must_be_absent and not arena.tiers:
                     verdict.losses.append(f"step {step} was deleted and is there again")
     for key, register in registers.items():
@@ -81,7 +81,7 @@ def _check_step(
 
 
 def _read_path(arena: Arena, journal: Journal, path: str, items: dict[str, Any]) -> None:
-    """Notes what is at a path, which others may be writing."""
+    """Records the content of a path, which other processes may be writing."""
     place = arena.folder / path
 
     def restore() -> Any:
@@ -96,7 +96,9 @@ def _check_value(what: str, digest: str, register: Register, verdict: Verdict) -
     verdict.num_verified += 1
     if digest not in register.digests:
         known = [w.fields["version"] for w in register.writes if w.fields["digest"] == digest]
-        went_back = f"version {known[0]}, which was replaced" if known else "a value nobody saved"
+        went_back = (
+            f"version {known[0]}, which was replaced" if known else "a value that was never saved"
+        )
         verdict.losses.append(f"{what} holds {went_back}")
 
 

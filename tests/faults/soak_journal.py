@@ -1,9 +1,9 @@
-"""What the processes of a soak did, in one append-only file, and what must be there by that.
+"""The journal of a soak's processes, in one append-only file, and the state that it implies.
 
 Every process appends a line before an operation and one after it. A line is one write of less than
-a page to a file that was opened for appending, so lines are whole and in one order. Each key (a
-step, or the path of a checkpoint without steps) is a register: whatever is found there must be the
-value of a write that no later, reported write has replaced.
+a page to a file that was opened for appending, so lines are complete and in one order. Each key (a
+step, or the path of a checkpoint without steps) is a register: its value must be the value of a
+write that no later, reported write has replaced.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Journal:
         os.fsync(self._descriptor)
 
     def begin(self, what: str, key: str, **fields: Any) -> str:
-        """An operation begins; returns its name, for `end`."""
+        """Records the start of an operation; returns its name, for `end`."""
         self._count += 1
         name = f"{os.getpid()}.{self._count}"
         self.say("begin", what=what, key=key, name=name, **fields)
@@ -45,7 +45,7 @@ class Journal:
 
 
 def describe(error: BaseException | None) -> str | None:
-    """The class and the beginning of the message."""
+    """The class and the start of the message."""
     return None if error is None else f"{type(error).__name__}: {str(error)[:300]}"
 
 
@@ -61,9 +61,9 @@ class Interval:
     Attributes:
         begin: The line before it.
         end: The line after it, or that of its process's death.
-        is_reported: Whether the caller was told that it is done.
-        fields: What its first line says.
-        outcome: What its last line says.
+        is_reported: Whether its success was reported to the caller.
+        fields: The fields of its first line.
+        outcome: The fields of its last line.
     """
 
     begin: int
@@ -93,20 +93,20 @@ class Register:
 
     @property
     def may_be_absent(self) -> bool:
-        """Whether nothing was reported, or what was may have been removed since."""
+        """Whether nothing was reported, or the reported value may have been removed since."""
         if not any(write.is_reported for write in self.writes):
             return True
         return any(not self._is_past(each) for each in self.removals)
 
     @property
     def is_damaged(self) -> bool:
-        """Whether somebody damaged it since the last reported write."""
+        """Whether it was damaged since the last reported write."""
         damages = (each for each in self.removals if each.fields["what"] == "damage")
         return any(not self._is_past(each) for each in damages)
 
     @property
     def must_be_absent(self) -> bool:
-        """Whether it was deleted, and nobody has begun to write it since."""
+        """Whether it was deleted, and no write has started since."""
         return any(
             removal.is_reported
             and removal.fields["what"] == "delete"
@@ -115,7 +115,7 @@ class Register:
         )
 
     def wrong_reads(self) -> Iterator[str]:
-        """What was read, and was there at no moment of the reading."""
+        """Values that were read, but existed at no moment of the reading."""
         for read in self.reads:
             begun = [write for write in self.writes if write.begin < read.end]
             over = [w for w in begun if w.is_reported and w.end < read.begin]
@@ -123,7 +123,7 @@ class Register:
                 digest = read.outcome["digest"]
                 known = [w for w in begun if w.fields["digest"] == digest]
                 if not known:
-                    yield "a reader got what nobody saved"
+                    yield "a reader got a value that was never saved"
                 elif all(any(o.begin > w.end for o in over) for w in known):
                     yield f"a reader got version {known[0].fields['version']}, which was replaced"
                 continue
@@ -133,7 +133,7 @@ class Register:
             is_changing = any(w.begin < read.end and w.end > read.begin for w in self.writes)
             is_suspicious = "Corrupt" in error or (over and "Absent" in error)
             if is_suspicious and not is_excused and not is_changing:
-                yield f"a reader was told: {error}"
+                yield f"a reader got the error: {error}"
 
     def must_have_metrics(self, digest: str) -> dict[str, Any]:
         """The late metrics that were reported for the value with this digest."""
@@ -156,7 +156,7 @@ def registers(lines: list[dict[str, Any]]) -> dict[str, Register]:
             what = {"write": register.writes, "metrics": register.metrics, "read": register.reads}
             what.get(line["what"], register.removals).append(interval)
             for key in line.get("may_prune", ()):
-                # Whoever saves may prune these until that is over.
+                # A running save may prune these until it ends.
                 pruning = Interval(number, {"what": "prune"})
                 running[line["name"]].append(pruning)
                 found[key].removals.append(pruning)

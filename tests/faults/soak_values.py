@@ -10,7 +10,7 @@ import xxhash
 
 import functional_ckpt as fc
 
-# Every so many versions a tensor is large enough to be written around the page cache.
+# At this interval of versions a tensor is large enough to be written around the page cache.
 _LARGE_EVERY = 23
 _LARGE_ELEMENTS = 5_000_000
 
@@ -36,7 +36,7 @@ def fill(items: dict[str, Any], step: int, version: int) -> dict[str, Any]:
     """The same objects in the state that `version` of `step` has, every bit of it."""
     generator = torch.Generator().manual_seed(step * 1_000_003 + version)
     optimizer = items["optimizer"].value.optimizer
-    optimizer.step()  # waits for what an overlapped save has not copied yet
+    optimizer.step()  # waits for the copy of an overlapped save
     with torch.no_grad():
         for tensor in _tensors(items["model"], optimizer):
             if tensor.is_floating_point():
@@ -61,7 +61,7 @@ def targets(items: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def digest(items: Mapping[str, Any], restored: Mapping[str, Any] | None = None) -> str:
-    """A digest of every value, of the live objects or of what was restored into them."""
+    """A digest of every value, of live or restored objects."""
     source = items if restored is None else restored
     tree, config = source["tree"], source["config"]
     config = config.value if isinstance(config, fc.Json) else config
@@ -84,5 +84,5 @@ def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterat
 
 
 def accuracy(step: int) -> float:
-    """The metric of a step, whatever its version, so that everyone can compute what is best."""
+    """The metric of a step, whatever its version, so that every process can compute the best."""
     return step * 7919 % 1000 / 1000

@@ -32,15 +32,16 @@ _KEEP_BEST = 2
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Arena:
-    """One run's directories, and what stays the same from writer to writer.
+    """One run's directories, and the settings that are the same for all writers.
 
     Attributes:
         folder: Of all of it.
         keep: How many of the latest steps the first tier keeps; None for all.
         keeps_best: Whether the best steps stay beside these.
-        tiers: Path or URI of each further tier, and how many steps it keeps; None for all.
+        tiers: Path or URI of each remote tier, and how many steps it keeps; None for all.
         paths: Where checkpoints without steps are saved, below `folder`.
-        operations: What the writer does, by the names of `Writer`'s methods, and how often.
+        operations: The writer's operations, by the names of `Writer`'s methods, and their
+            frequency.
     """
 
     folder: Path
@@ -62,11 +63,11 @@ class Arena:
 
     @property
     def keeps_of_tiers(self) -> tuple[int | None, ...]:
-        """How many steps each further tier keeps."""
+        """How many steps each remote tier keeps."""
         return tuple(keep for _, keep in self.tiers)
 
     def further(self) -> list[fc.Tier]:
-        """The further tiers, for a manager."""
+        """The remote tiers, for a manager."""
         latest = fc.policies.LatestN
         return [
             fc.Tier(path=path, keep=None if keep is None else latest(keep))
@@ -74,7 +75,7 @@ class Arena:
         ]
 
     def near_steps(self) -> list[int]:
-        """What the first tier lists, whatever the library says."""
+        """The first tier's steps, by its directory."""
         with contextlib.suppress(FileNotFoundError):  # it may have another name just now
             return [int(name) for name in os.listdir(self.run) if name.isdigit()]
         return []
@@ -93,7 +94,7 @@ def reader(arena: Arena) -> fc.CheckpointManager:
 def read_step(
     journal: Journal, manager: fc.CheckpointManager, items: dict[str, Any], step: int
 ) -> str | None:
-    """Restores a step into `items`, and notes what was seen; the digest, or None."""
+    """Restores a step into `items`, and records the digest; returns it, or None."""
     restore = functools.partial(manager.restore, step, soak_values.targets(items))
     return read(journal, key_of(step), items, restore)
 
@@ -114,7 +115,7 @@ def read(
 
 
 class Clock:
-    """`time.time` and `time.time_ns`, which jump when they are told to."""
+    """`time.time` and `time.time_ns`, which jump on demand."""
 
     def __init__(self) -> None:
         self._offset_seconds = 0.0
@@ -153,7 +154,7 @@ class Writer:
         self._manager = self._open()
 
     def run(self, num_operations: int) -> None:
-        """Does so many things, and leaves as a program should."""
+        """Performs a number of operations, and exits as a program should."""
         names, weights = zip(*self._arena.operations, strict=True)
         for _ in range(num_operations):
             (name,) = self._choose.choices(names, weights)
@@ -209,12 +210,12 @@ class Writer:
         try:
             if hasattr(self, "_manager"):
                 self._manager.close()
-        except errors.CheckpointError as error:  # what was not heard of before
+        except errors.CheckpointError as error:  # an error that was not reported before
             self._journal.say("refused", operation="close", error=describe(error))
         self._settle()
 
     def _settle(self) -> None:
-        """Waits for the commits under way, and notes what became of them."""
+        """Waits for running commits, and records their outcome."""
         pending, self._pending = self._pending, []
         for name, step, digest, commit in pending:
             try:
@@ -248,7 +249,7 @@ class Writer:
             self._pending.append((name, step, digest, commit))
 
     def _may_prune(self, known: Iterable[int], step: int) -> list[int]:
-        """What the commit of a step may remove when these are there."""
+        """The steps that a commit may remove, given the present ones."""
         arena = self._arena
         kept = arena.num_kept
         others = [] if kept == math.inf else sorted({*known, step})[: -int(kept)]
@@ -270,7 +271,7 @@ class Writer:
         self._version += 1
         return self._version
 
-    # -------------------------------------------------------------------- what a writer does
+    # -------------------------------------------------------------------- operations of a writer
 
     def save_next(self) -> None:
         """A new step, which may be waited for."""
@@ -329,14 +330,14 @@ class Writer:
             record_metrics(self._journal, self._manager, step, self._held[step])
 
     def restore(self) -> None:
-        """Any step; what was there before goes on."""
+        """Any step; the current line continues."""
         self._settle()
         known = sorted(self._known())
         if known:
             read_step(self._journal, self._manager, self._items, self._choose.choice(known))
 
     def go_back(self) -> None:
-        """An earlier step, from which the training goes on; the later ones may be discarded."""
+        """An earlier step, from which the training continues; the later ones may be discarded."""
         self._settle()
         known = sorted(self._known())
         if len(known) < 2:
@@ -357,11 +358,13 @@ class Writer:
         self._settle()
 
     def restore_latest(self) -> None:
-        """As a program that begins does it."""
+        """As a program does at its start."""
         known = self._manager.all_steps()
         restored = self._manager.restore_or(soak_values.targets(self._items))
         if known and restored.step is None:
-            self._journal.say("wrong", message=f"restore_or begins anew, steps were {known}")
+            self._journal.say(
+                "wrong", message=f"restore_or starts from scratch, steps were {known}"
+            )
 
     def reopen(self) -> None:
         """Another manager, with other options."""
@@ -401,7 +404,7 @@ class Writer:
 
 
 def record_metrics(journal: Journal, manager: fc.CheckpointManager, step: int, digest: str) -> None:
-    """Records a metric that nobody else records, for the value that was seen."""
+    """Records a metric that no other process records, for the value that was read."""
     name = f"late-{os.getpid()}-{time.monotonic_ns()}"
     metrics = {name: float(step)}
     operation = journal.begin("metrics", key_of(step), digest=digest, metrics=metrics)
@@ -439,7 +442,7 @@ def evaluate(arena: Arena, journal: Journal, seed: int) -> None:
 def _record_as_seen(
     journal: Journal, manager: fc.CheckpointManager, step: int, digest: str, items: dict[str, Any]
 ) -> None:
-    """Records a metric, which counts only if the step is afterwards what it was before."""
+    """Records a metric, which counts only if the step is unchanged afterwards."""
     name = f"late-{os.getpid()}-{time.monotonic_ns()}"
     metrics = {name: float(step)}
     operation = journal.begin("metrics", key_of(step), digest=digest, metrics=metrics)

@@ -1,8 +1,8 @@
 """Each system call on a run's own paths fails once: `scripts/syscalls --help`.
 
-strace records what an action (a save, a delete, an upload ...) asks of the kernel; then the action
-is done again for every call and error, with that one call failing. Nothing that was reported may be
-lost, nothing may be taken for absent, and whoever asked must be told in an error of this package.
+strace records the system calls of an action (a save, a delete, an upload ...); then the action is
+repeated for every call and error, with that one call failing. No reported step may be lost, nothing
+may be taken for absent, and the caller must get an error of this package.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _STEPS = (1, 2, 3)
 _TIMEOUT_SECONDS = 60.0
 _LINE = re.compile(r"^\d+\s+(\w+)\((.*)$")
 _PATHS = re.compile(r'"((?:[^"\\]|\\.)*)"|\d+<([^>]*)>')
-# Where the process stands, and what it waits for: nobody looks at these.
+# Calls about the working directory and waits: their errors have no effect.
 _IGNORED = ("getcwd", "chdir", "poll", "ppoll", "select", "pselect6")
 
 
@@ -58,7 +58,7 @@ def open_manager(folder: Path, **options: Any) -> fc.CheckpointManager:
 
 
 def make_template(folder: Path) -> None:
-    """The run that every trial begins with."""
+    """The initial run of every trial."""
     with open_manager(folder, tiers=[fc.Tier(path=folder / "far")]) as manager:
         for step in _STEPS:
             manager.save(step, items_of(step), metrics={"version": step})
@@ -71,7 +71,7 @@ def make_template(folder: Path) -> None:
 
 Done = dict[str, Any]
 Action = tuple[Callable[[Path], Any], Callable[[Path, Any], Done]]
-"""What is prepared before calls may fail, and what is done then."""
+"""The preparation before calls may fail, and the action."""
 
 
 def _writer(folder: Path) -> fc.CheckpointManager:
@@ -116,7 +116,7 @@ def _upload(folder: Path, manager: fc.CheckpointManager) -> Done:
 
 
 def _look(manager: fc.CheckpointManager) -> Done:
-    """What a program decides by: which steps there are, which is best, where to go on."""
+    """A program's view: its steps, the best one, the step to resume from."""
     restored = manager.restore_or({"tree": None, "config": None})
     return {
         "steps": manager.all_steps(),
@@ -183,7 +183,7 @@ class Bench:
         _in_child(lambda: make_template(self._template))
 
     def calls(self, action: str) -> list[Call]:
-        """What the action asks of the kernel, on the run's own paths."""
+        """The action's system calls on the run's paths."""
         done = self.run(action, ["-y", "-e", "trace=%file,%desc"])
         if done.get("error"):
             raise RuntimeError(f"{action} fails undisturbed: {done}")
@@ -200,7 +200,7 @@ class Bench:
         return [Call(n, p, k + 1) for (n, p), count in found.items() for k in range(count)]
 
     def trial(self, action: str, call: Call, error: str) -> list[str]:
-        """What is wrong after the action, with that call failing; None where it did not come."""
+        """The problems after the action with that call failing; None if it was not made."""
         inject = f"inject={call.name}:error={error}:when={call.number}"
         options = ["-P", call.path, "-e", f"trace={call.name}", "-e", inject]
         done = self.run(action, options)
@@ -270,7 +270,7 @@ def _await_tracer(pid: int, tracer: subprocess.Popen[str]) -> None:
 
 
 def _perform(folder: Path, action: str, go: int, writing: int) -> None:
-    """The child: prepares, waits for strace, acts, and tells what came of it."""
+    """The child: prepares, waits for strace, acts, and reports the outcome."""
     count = itertools.count(1)
     uuid.uuid4 = lambda: uuid.UUID(int=next(count) << 96, version=4)  # the same names every time
     os.getpid = lambda: 4242
@@ -316,7 +316,7 @@ def _in_child(work: Callable[[], Any]) -> Any:
 
 
 def _judge(done: Done) -> list[str]:
-    """What is wrong with what the caller was told."""
+    """The problems of the reported outcome."""
     if "hang" in done:
         return ["it hangs"]
     if "raw" in done:
@@ -331,12 +331,12 @@ def _judge(done: Done) -> list[str]:
         elif done["metrics"] != expected or done["best"] != 2:
             found.append(f"metrics were taken for absent: {done}")
         if done["restored"] != [3, 3]:
-            found.append(f"restore_or went on from {done['restored']}")
+            found.append(f"restore_or resumed from {done['restored']}")
     return found
 
 
 def _check(folder: Path, action: str, done: Done) -> list[str]:
-    """What is wrong with what the action left."""
+    """The problems of the state after the action."""
     may_hold: dict[int, set[int | None]] = {1: {1}, 2: {2}, 3: {3}, 4: {None}}
     if action in ("save", "upload"):
         may_hold |= {1: {1, None}, 4: {40} if "saved" in done else {None, 40}}
@@ -382,7 +382,7 @@ def _check_run(root: Path, may_hold: dict[int, set[int | None]], late: bool = Fa
 
 
 def _check_next(folder: Path) -> list[str]:
-    """Whether the next writer sees the same, and can go on."""
+    """Whether the next writer sees the same, and can continue."""
     with fc.CheckpointManager(folder / "run", read_only=True) as manager:
         steps = manager.all_steps()
     with open_manager(folder) as manager:
@@ -408,7 +408,7 @@ def is_possible() -> str | None:
 def trials(
     bench: Bench, actions: Sequence[str], codes: Sequence[str], every: int
 ) -> Iterator[tuple[str, list[str]]]:
-    """Does all of it; yields what was tried, and what is wrong."""
+    """Runs all trials; yields each trial and its problems."""
     signal.signal(signal.SIGALRM, _time_out)
     number = 0
     for action in actions:
@@ -428,13 +428,13 @@ def folder_on(place: Path | None) -> Iterator[Path]:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints what is wrong; returns the exit status."""
+    """Prints the problems; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="scripts/syscalls", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--actions", nargs="*", default=list(ACTIONS), choices=list(ACTIONS))
     parser.add_argument("--errors", nargs="*", default=list(ERRORS))
-    parser.add_argument("--every", type=int, default=1, help="only every so many trials")
+    parser.add_argument("--every", type=int, default=1, help="run every N-th trial")
     parser.add_argument("--seconds", type=float, default=1e9, help="for how long at most")
     parser.add_argument("--folder", type=Path, help="on which file system; /tmp by default")
     options = parser.parse_args(arguments)

@@ -38,7 +38,7 @@ def check(root: Path, step: int) -> None:
 def test_a_full_disk_loses_nothing_and_says_so(
     small_disk: Path, figure: Callable[[str], None]
 ) -> None:
-    """Steps of 200 kB until the disk is full; then with room again; then overwriting when full."""
+    """Steps of 200 kB until the disk is full; then with space again; then overwriting when full."""
     root = small_disk / "run"
     manager = fc.CheckpointManager(root, overwrite=True)
     saved: list[int] = []
@@ -59,7 +59,7 @@ def test_a_full_disk_loses_nothing_and_says_so(
     for step in saved:
         check(root, step)
 
-    commit = manager.save(saved[0], items(77, 50_000))  # there is no room for two of one step
+    commit = manager.save(saved[0], items(77, 50_000))  # there is no space for two of one step
     assert commit is not None and commit.exception() is not None
     check(root, saved[0])
     manager.record_metrics(saved[0], {"late": 1})  # or an error, but never a loss
@@ -88,7 +88,7 @@ def test_a_disk_with_no_byte_left_can_be_opened_and_cleared(small_disk: Path) ->
                 file.write(bytes(4096))
         except OSError as error:
             assert error.errno == errno.ENOSPC
-    with fc.CheckpointManager(root) as manager:  # the lock file takes no room
+    with fc.CheckpointManager(root) as manager:  # the lock file needs no space
         assert manager.all_steps() == [1, 2]
         manager.delete(1)
         manager.save(3, items(3, 50_000)).result()  # type: ignore[union-attr]
@@ -96,7 +96,7 @@ def test_a_disk_with_no_byte_left_can_be_opened_and_cleared(small_disk: Path) ->
     check(root, 3)
 
 
-# -------------------------------------------------------------------- full, with a further tier
+# -------------------------------------------------------------------- full, with a remote tier
 
 _TIERED_SIZE = 200_000  # 0.8 MB, on a disk of 4 MiB (tmpfs) or somewhat less than 8 (ext4)
 _NUM_TIERED = 24
@@ -122,7 +122,7 @@ def test_a_full_disk_lets_go_of_what_a_further_tier_holds(small_disk: Path, tmp_
 
 
 def test_what_is_nowhere_else_is_not_given_up(small_disk: Path, tmp_path: Path) -> None:
-    """Only every other step goes further: the others stay, and in the end the error says so."""
+    """Only every other step is uploaded: the others stay, and in the end the error says so."""
     near = small_disk / "run"
     tier = fc.Tier(path=tmp_path / "far", save=fc.policies.every(2))
     manager = fc.CheckpointManager(near, tiers=[tier])
@@ -147,7 +147,7 @@ def test_what_is_nowhere_else_is_not_given_up(small_disk: Path, tmp_path: Path) 
 
 
 def test_a_copy_that_is_gone_makes_no_room(small_disk: Path, tmp_path: Path) -> None:
-    """The tier is asked, not remembered: somebody has removed its steps."""
+    """The tier is read, not its cache: its steps have been removed."""
     near, far = small_disk / "run", tmp_path / "far"
     manager = fc.CheckpointManager(near, tiers=[fc.Tier(path=far)])
     manager.save(0, items(0, _TIERED_SIZE))
@@ -237,7 +237,7 @@ def test_without_permission_the_error_says_so(tmp_path: Path) -> None:
             folder.chmod(0o755)
     result = scripts.run(
         """
-fc.save(root + "-other", items(0))  # what is imported late may not be found with fewer rights
+fc.save(root + "-other", items(0))  # late imports may fail with fewer rights
 fc.restore(root + "-other")
 with fc.CheckpointManager(root, read_only=True) as manager:
     manager.restore()
@@ -312,7 +312,7 @@ def test_a_file_that_appears_while_the_step_is_being_written(tmp_path: Path) -> 
 
 
 def test_a_directory_that_appears_while_the_step_is_being_written(tmp_path: Path) -> None:
-    """Another program's step is not overwritten by a manager that may not overwrite."""
+    """A foreign step is not overwritten without overwrite=True."""
 
     class Rude(testing.FaultyStorage):
         def operation(self, kind: str, path: str) -> None:
@@ -358,4 +358,4 @@ def test_a_root_and_a_step_that_are_links(tmp_path: Path) -> None:
         assert manager.restore(1)["tree"]["n"] == 10
         manager.delete(1)
     archived = fc.restore(tmp_path / "archived")
-    assert archived["tree"]["n"] == 1  # what a link points to is not ours to remove
+    assert archived["tree"]["n"] == 1  # a link's target is not removed

@@ -146,7 +146,7 @@ def test_a_process_without_descriptors_does_not_call_a_step_damaged(
     is_part: bool, root: Path
 ) -> None:
     storage = LocalStorage()
-    fc.restore(root / "2")  # imports what it needs
+    fc.restore(root / "2")  # for its imports
     if is_part:  # read through TensorStore
         from functional_ckpt.format.checkpoint_dir import open_checkpoint
 
@@ -196,7 +196,7 @@ def put(kind: str, path: Path, outside: Path) -> None:
         os.truncate(path, 2**36)
 
 
-# Of each kind a third of the places, unless all are asked for.
+# A third of the paths of each kind, unless all are requested.
 PLACES = (
     *("_FUNCTIONAL_CKPT", "_CHECKPOINT_METADATA", "config/metadata", "config", "metrics"),
     *("metrics/metrics", "progress/metadata", "progress", "tree", "tree/_FUNCTIONAL_CKPT"),

@@ -1,4 +1,4 @@
-"""Forks, and every way out of the interpreter: a commit in flight is finished, errors are told."""
+"""Forks, and every way out of the interpreter: commits are finished, errors are reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import scripts
 
 FORK = """
 def fork(action):
-    '''What the action raises in a forked child: the name of the error, or 'nothing'.'''
+    '''The action's error in a forked child: its class name, or 'nothing'.'''
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -167,7 +167,7 @@ WAYS_OUT = {
     ),
     "sys.exit inside with": ("with manager:\n    sys.exit(3)", 3, ""),
     "ctrl-c": (
-        # What a shell runs in the background is started with the signal ignored.
+        # A shell starts background jobs with the signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(5)",
         -2,
@@ -198,7 +198,7 @@ assert manager.is_saving_in_progress()
     assert message in result.stderr
     if not message:
         assert result.stderr == ""
-    with fc.CheckpointManager(tmp_path / "run") as manager:  # and nobody holds the lock
+    with fc.CheckpointManager(tmp_path / "run") as manager:  # and the lock is free
         assert manager.all_steps() == ([1, 2] if "saves" in way else [1])
         for step in manager.all_steps():
             assert manager.restore(step)["tree"]["n"] == step

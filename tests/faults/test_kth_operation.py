@@ -54,7 +54,7 @@ def save(step: int, version: int) -> Action:
 
 
 def open_and_close(manager: fc.CheckpointManager) -> None:
-    del manager  # opening is what is tested
+    del manager  # opening is tested
 
 
 # What happens, and which versions each step may hold when it failed: None for none.
@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Action, dict[int, set[int | None]]]] = {
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """In memory where there is such a place: a thousand trials need no real disk."""
+    """In memory if possible: a thousand trials need no real disk."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)
@@ -129,7 +129,7 @@ def is_counted(operation: testing.Operation) -> bool:
 
 
 class Trial:
-    """One action with one fault, and what came of it."""
+    """One action with one fault, and its outcome."""
 
     def __init__(self, template: Path, root: Path, act: Action, fault: testing.Fault) -> None:
         self.root = root
@@ -155,7 +155,7 @@ class Trial:
 
 
 def _litter(root: Path) -> None:
-    """What a writer that was killed leaves."""
+    """The state after a killed writer."""
     for name in ("7.orbax-checkpoint-tmp/tree", ".functional_ckpt/trash/5.12345678/tree"):
         (root / name).mkdir(parents=True)
         (root / name / "file").write_text("torn")
@@ -180,7 +180,7 @@ def check_steps(root: Path, may_hold: dict[int, set[int | None]]) -> dict[int, i
 
 
 def check_next_writer(root: Path, held: dict[int, int], *, saves: bool = True) -> None:
-    """The next writer finds the same steps, leaves nothing lying about, and can save."""
+    """The next writer finds the same steps, leaves no leftovers, and can save."""
     with new_manager(root) as manager:
         assert manager.all_steps() == sorted(held)
         names = sorted(path.name for path in root.iterdir() if path.name[0] != ".")
@@ -215,7 +215,7 @@ def test_a_failure_loses_nothing_and_is_told_once(
         if mode == "once" and case in ("save", "overwrite"):
             step, old, new = (NEW_STEP, None, 40) if case == "save" else (2, 2, 20)
             is_new = trial.error is None or "was committed, but" in str(trial.error)
-            assert held.get(step) == (new if is_new else old), "the error does not say what is so"
+            assert held.get(step) == (new if is_new else old), "the error contradicts the state"
         if trial.error is not None:
             assert isinstance(trial.error, fc.CheckpointError)
             assert "No space left on device" in str(trial.error)
@@ -224,7 +224,7 @@ def test_a_failure_loses_nothing_and_is_told_once(
                 assert f"{trial.error.step}" in str(trial.error)
         trial.storage.heal()
         if trial.manager is not None:
-            trial.manager.check_for_errors()  # it was told once
+            trial.manager.check_for_errors()  # it was reported once
             listed = set(trial.manager.all_steps())
             # A step that could neither be made durable nor be taken back is there, but not listed.
             assert listed == set(held) or (mode == "lasting" and listed == set(held) - {NEW_STEP})
@@ -257,7 +257,7 @@ def test_a_crash_at_any_operation_loses_nothing(
 
 
 def is_publishing(operation: testing.Operation) -> bool:
-    """From the exchange on; what is before is tested above."""
+    """From the exchange on; earlier operations are tested above."""
     return f"2{commit.TMP_SUFFIX}/" not in operation.path
 
 

@@ -1,4 +1,4 @@
-"""What has failed, or is over, leaves no descriptor, no memory and no half-made state behind."""
+"""Failed or finished operations leave no descriptors, memory or partial state."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def test_a_save_whose_staging_failed_is_an_error_and_the_next_is_made(
         with monkeypatch.context() as patch:
 
             def fail(*_: object) -> None:
-                raise MemoryError("no room")
+                raise MemoryError("no space")
 
             patch.setattr(stage, "stage", fail)
-            with pytest.raises(MemoryError, match="no room"):
+            with pytest.raises(MemoryError, match="no space"):
                 manager.save(1, items(1))
         manager.save(2, items(2)).result()  # type: ignore[union-attr]
         assert manager.all_steps() == [2]

@@ -1,4 +1,4 @@
-"""The power fails at any operation: what was reported is there when it is back, bit for bit."""
+"""The power fails at any operation: reported steps are intact afterwards, bit for bit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def items_of(version: int) -> dict[str, Any]:
 
 @pytest.fixture
 def disk_path() -> Iterator[Path]:
-    """In memory where there is such a place: hundreds of images need no real disk."""
+    """In memory if possible: hundreds of images need no real disk."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         (Path(folder) / "disk").mkdir()
@@ -45,7 +45,7 @@ def disk_path() -> Iterator[Path]:
 
 
 class Promises:
-    """What must be on the disk, and what may be, from each moment on.
+    """The required and the allowed state of the disk, from each moment on.
 
     A version is that of `items_of`; None stands for no step.
     """
@@ -82,7 +82,7 @@ class Promises:
 
 
 class Run:
-    """A run on a disk that forgets, and what was promised of it."""
+    """A run on a simulated disk, and its guarantees."""
 
     def __init__(
         self, disk: Disk, root: Path, versions: Mapping[int, Versions] | None = None
@@ -133,7 +133,7 @@ def check_all(run: Run, check: Check | None = None, share: int = 1) -> None:
 
 
 def outline(image: Image) -> str:
-    """What decides how an image is read: what is in temporary directories only if it is moved."""
+    """Identity of an image for reading: temporary directories matter only if moved."""
     is_cut = any(path.endswith("replacing.json") for path in image.entries)
     if IS_FULL or is_cut:
         return image.digest
@@ -154,7 +154,7 @@ def check_image(image: Image, run: Run, promised: dict[str, Any], check: Check) 
 
 
 def check_run(root: Path, promised: dict[str, Any]) -> None:
-    """A run opened after the power cut holds what was promised, and goes on."""
+    """A run opened after the power cut keeps its guarantees, and continues."""
     with fc.CheckpointManager(root, overwrite=True) as manager:
         steps = {int(key.split()[1]): value for key, value in promised.items() if key[:4] == "step"}
         assert set(manager.all_steps()) <= set(steps)
@@ -261,7 +261,7 @@ def test_the_link_to_the_latest_step(disk_path: Path) -> None:
 
 
 def cut_between_the_renames(root: Path) -> None:
-    """What an overwrite of step 2 leaves that is cut between its two renames."""
+    """The state after an overwrite of step 2 that is cut between its two renames."""
     storage = testing.FaultyStorage(can_exchange=False)
     with fc.CheckpointManager(root, overwrite=True, storage=storage) as manager:
         storage.inject(
@@ -288,7 +288,7 @@ def test_the_end_of_an_overwrite_that_was_cut(disk_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["local", "store"])
 def test_uploads_to_a_tier(kind: str, disk_path: Path) -> None:
-    """A step is always in one tier or the other, and what has arrived in the second stays there."""
+    """A step is always in one tier or the other, and uploaded steps stay in the second."""
     far = f"memory://{uuid.uuid4().hex}/far" if kind == "store" else disk_path / "new" / "far"
     expected = {**{step: step for step in OLD_STEPS}, 4: 40, 5: 50}
     arrived: list[int] = []
@@ -328,7 +328,7 @@ def test_uploads_to_a_tier(kind: str, disk_path: Path) -> None:
 
 
 def check_tier(root: Path, expected: dict[int, int]) -> set[int]:
-    """Every step of a tier is what was saved; returns which there are."""
+    """Checks every step of a tier; returns their numbers."""
     if not root.exists():
         return set()
     with fc.CheckpointManager(root) as manager:

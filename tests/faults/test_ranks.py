@@ -42,7 +42,7 @@ class Launcher:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # A store asks DNS for the names of those who connect, and answers nobody meanwhile: not
+            # A store asks DNS for the names of those who connect, and answers no one meanwhile: not
             # for the five seconds, please, that a lost packet costs.
             env=os.environ | {"RES_OPTIONS": "timeout:1 attempts:1"},
         )
@@ -118,7 +118,7 @@ class Job:
                     raise AssertionError(f"{self.folder.name}: rank {rank}: {each['text']}")
             time.sleep(0.02)
         self.kill()
-        raise AssertionError(f"{self.folder.name}: rank {rank} hangs; it told {found}")
+        raise AssertionError(f"{self.folder.name}: rank {rank} hangs; it reported {found}")
 
     def finish(self, *ranks: int) -> None:
         """Waits until the ranks are done and have left the interpreter in peace."""
@@ -160,12 +160,12 @@ class Cell:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the victim is struck while the primary does what the step needs no others for."""
+        """Whether the victim is struck while the primary works without the others."""
         return self.victim != 0 and self.point in ("merging", "renamed")
 
     @property
     def may_be_saved(self) -> bool:
-        """Whether step 1 may end up whole on disk."""
+        """Whether step 1 may be complete on disk."""
         if self.kind == "stall" and self.victim == 0 and self.host == "first":
             # The others could not leave word that they had given up: when the primary wakes, it
             # finds all that they wrote.
@@ -192,7 +192,7 @@ class Outcome:
     failed: dict[int, dict[str, Any]]
     """Rank -> the first error after the fault; every rank that lives has one."""
     went_on: dict[int, dict[str, Any]]
-    """Rank -> what became of a later save of the same processes."""
+    """Rank -> the outcome of a later save of the same processes."""
 
 
 def play(launcher: Launcher, cell: Cell) -> Outcome:
@@ -232,7 +232,7 @@ def outcomes(launcher: Launcher, request: pytest.FixtureRequest) -> dict[Cell, O
 
 @pytest.fixture(scope="module")
 def aftermath(launcher: Launcher, outcomes: dict[Cell, Outcome | Exception]) -> dict[str, Any]:
-    """What the next run, of two ranks, finds in each directory."""
+    """The findings of the next run, of two ranks, in each directory."""
     roots = [outcome.root for outcome in outcomes.values() if isinstance(outcome, Outcome)]
     job = launcher.start("aftermath", num_ranks=2, roots=roots)
     job.finish(0, 1)
@@ -391,7 +391,7 @@ def test_managers_beside_and_after_each_other_leave_nothing_in_the_store(
     job = launcher.run("many_managers", connection=connection)
     for found in job.all("keys"):
         counts: Sequence[int] = found["counts"]
-        # A rank may still be about to delete what its last rounds have left.
+        # A rank may still delete keys of its last rounds.
         assert max(counts[10:]) <= max(counts[:10]) + 2, counts
 
 

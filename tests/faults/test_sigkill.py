@@ -1,4 +1,4 @@
-"""Killed at any instant: what was reported is there bit for bit, nothing torn is listed."""
+"""Killed at any instant: reported steps are intact bit for bit, no partial step is listed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Template:
     def kill_one(
         self, root: Path, seed: int, version: int, num_saves: int | None, seconds: float
     ) -> list[tuple[int, int]]:
-        """Starts a victim, and kills it so long after it reported so many saves.
+        """Starts a victim, and kills it some time after a number of reported saves.
 
         Args:
             root: Where it saves.

@@ -1,4 +1,4 @@
-"""The short form of `scripts/soak`, and its judge: what must be there by a journal."""
+"""The short form of `scripts/soak`, and its judge: the state implied by a journal."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ SAVED_TWICE = [write("1.1", "a"), end("1.1"), write("1.2", "b"), end("1.2")]
     [
         ([*SAVED_TWICE, other("read", "2.1"), end("2.1", digest="b")], None),
         ([*SAVED_TWICE, other("read", "2.1"), end("2.1", digest="a")], "was replaced"),
-        ([*SAVED_TWICE, other("read", "2.1"), end("2.1", digest="c")], "nobody saved"),
-        ([*SAVED_TWICE, other("read", "2.1"), end("2.1", False, error="Corrupt")], "was told"),
+        ([*SAVED_TWICE, other("read", "2.1"), end("2.1", digest="c")], "never saved"),
+        ([*SAVED_TWICE, other("read", "2.1"), end("2.1", False, error="Corrupt")], "got the error"),
         (
             [
                 *(*SAVED_TWICE[:2], other("read", "2.1"), *SAVED_TWICE[2:]),

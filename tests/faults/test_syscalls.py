@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def trials_of(folder: Path, action: str, every: int) -> str:
-    """Lets calls of an action fail with EIO; what the script prints, which must find nothing."""
+    """Lets calls of an action fail with EIO; returns the script's output, without findings."""
     # In a process of its own: it forks, which a process that has saved must not.
     command = [sys.executable, "-W", "ignore", syscalls.__file__, "--actions", action]
     command += ["--errors", "EIO", "--every", str(every), "--folder", str(folder)]

@@ -1,4 +1,4 @@
-"""What the kill test saves, and the process that saves it until it is killed.
+"""The items of the kill test, and the process that saves them until it is killed.
 
 Run as a script it is the template: it imports everything once, forks a victim for each line it is
 given, and says when the victim is dead. Nothing in it may use TensorStore before the fork.
@@ -78,7 +78,7 @@ def _randomize(tensor: torch.Tensor, generator: torch.Generator) -> None:
 
 
 def save_until_killed(items: dict[str, Any], root: str, seed: int, version: int) -> None:
-    """Saves for ever, new steps and those that are there again; reports what is durable."""
+    """Saves forever, new and existing steps; reports durable ones."""
     choose = random.Random(seed)
     # Both layouts: one database for each item, and several that are merged.
     write_direct.BYTES_PER_FILE = choose.choice((1000, 2**30))

@@ -28,10 +28,10 @@ BACK_TO_22 = ((0, 20), (1, 22))
         ([], None, []),
         (FIRST, 40, []),
         ([*FIRST, *SECOND], 45, [30, 40]),
-        ([*FIRST, info(5, 1)], 5, [10, 20, 30, 40]),  # a line that began with nothing
+        ([*FIRST, info(5, 1)], 5, [10, 20, 30, 40]),  # a line that started from scratch
         ([*FIRST, *SECOND, info(23, 2, BACK_TO_22)], 23, [30, 40, 45]),
         ([*FIRST, *SECOND, info(41, 2, ((0, 40),))], 41, [21, 22, 45]),  # back to the first line
-        ([info(30), info(10, 1, BACK_TO_20)], 10, [30]),  # what it came from is gone
+        ([info(30), info(10, 1, BACK_TO_20)], 10, [30]),  # its parent is gone
     ],
 )
 def test_the_newest_step_says_which_others_were_abandoned(

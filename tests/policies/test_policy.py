@@ -132,7 +132,7 @@ def test_when() -> None:
 @pytest.mark.parametrize(
     ("now", "history", "start", "expected"),
     [
-        (0, [], None, True),  # nothing was ever saved, and nobody says when the run began
+        (0, [], None, True),  # no step, and no start time
         (59, [], 0, False),
         (60, [], 0, True),
         (60, [at(1, 0)], None, True),
@@ -337,7 +337,7 @@ def test_no_save_policy_never_saves() -> None:
 
 
 class _Mine:
-    """A user's own policy, without a word about what it depends on."""
+    """A custom policy that does not declare its inputs."""
 
     def should_save(
         self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
@@ -381,7 +381,7 @@ def test_what_is_no_save_policy(policy: Any, message: str) -> None:
 
 
 def _kept(policy: Any, history: Sequence[StepInfo], context: KeepContext = NOW) -> list[int]:
-    """What a policy itself keeps, before the newest is saved from it."""
+    """The steps that a policy keeps, without the protection of the newest."""
     answers = policy.should_preserve(history, context=context)
     return [info.step for info, keep in zip(history, answers, strict=True) if keep]
 
@@ -571,7 +571,7 @@ def test_pruning_settles_at_once_and_spares_the_newest(
     left = [info for info in history if info.step not in gone]
     assert left[-1:] == history[-1:]
     assert list(gone) == sorted(gone)
-    # Pruning what is left again prunes nothing: no policy counts on steps that are gone.
+    # Pruning again prunes nothing: no policy depends on removed steps.
     assert steps_to_prune(keepers, left, context=context) == ()
 
 

@@ -1,4 +1,4 @@
-"""Progress: counted by hand, told in every unit, written as JSON and read back."""
+"""Progress: counted by hand, in every unit, written as JSON and read back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be removed after a commit, whatever the policies, the numbers and the clocks say."""
+"""Steps that may be removed after a commit, for any policies, numbers and clocks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ BOTH = sorted([*FIRST, *BACK], key=lambda info: info.step)
         (2, policies.CustomSteps([]), [at(1, 1), at(2, 3), at(3, 2)], [2, 3]),
         # Nothing was committed: the last one by the clock stays.
         (None, policies.LatestN(1), [at(3, 9), at(500, 1), at(600, 2)], [3, 600]),
-        # The abandoned steps take no place from the others.
+        # Abandoned steps do not displace others.
         (12, policies.LatestN(1), BOTH, [12, 50]),
         (12, policies.LatestN(2), BOTH, [11, 12, 40, 50]),
         (12, policies.LatestN(3), BOTH, [10, 11, 12, 30, 40, 50]),

@@ -1,4 +1,4 @@
-"""What ranks do on an object store; run by `gloo_workers.Workers`."""
+"""Jobs of ranks on an object store; run by `gloo_workers.Workers`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def save(environ: Mapping[str, str], run: str, seed: int) -> list[int]:
 
 
 def fill(near: str, far: str, num_steps: int) -> list[int]:
-    """Saves more than the first tier has room for; the steps that are somewhere."""
+    """Saves more than fits into the first tier; returns the steps of all tiers."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with fc.CheckpointManager(near, tiers=[fc.Tier(path=far)]) as manager:
         for step in range(num_steps):
@@ -57,7 +57,7 @@ def restore(environ: Mapping[str, str], run: str, seed: int) -> bool:
 def roll_back(
     near: str, far: str, staging: fc.Eager | fc.Blocking
 ) -> tuple[list[int], int | None, list[int], str]:
-    """Goes back twice; what is there after a save and after the later steps were discarded."""
+    """Rolls back twice; returns the steps after a save and after discarding the later ones."""
     tiers = [fc.Tier(path=far)]
     with fc.CheckpointManager(near, tiers=tiers, staging=staging) as manager:
 

@@ -28,7 +28,7 @@ def shorten_leases(patch: Callable[[Any, str, object], None], machine: str) -> N
 
 
 def items(value: float) -> dict[str, Any]:
-    """What is saved."""
+    """The items."""
     return {"t": {"w": torch.full((5000,), value)}}
 
 

@@ -1,4 +1,4 @@
-"""A network that delays, drops, cuts, repeats and refuses: what was reported is there, whole."""
+"""A network that delays, drops, cuts, repeats and refuses: reported steps are complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from functional_ckpt import errors
 from functional_ckpt.storage.open import connect
 from functional_ckpt.verify import checkpoint
 
-# The whole count: FUNCTIONAL_CKPT_BAD_NETWORK_SAVES=200 pytest tests/remote/test_bad_network.py
+# The full count: FUNCTIONAL_CKPT_BAD_NETWORK_SAVES=200 pytest tests/remote/test_bad_network.py
 _NUM_SAVES = int(os.environ.get("FUNCTIONAL_CKPT_BAD_NETWORK_SAVES", "3"))
 
 

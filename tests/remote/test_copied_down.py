@@ -17,7 +17,7 @@ import functional_ckpt as fc
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    # Orbax warns that a checkpoint is read without a sharding; that is what is wanted here.
+    # Orbax warns that a checkpoint is read without a sharding, which is intended here.
     pytest.mark.filterwarnings("ignore:.*[Ss]harding.*:UserWarning"),
 ]
 

@@ -1,4 +1,4 @@
-"""Object stores do what every backend of storage must do."""
+"""Object stores fulfil the contract of storage backends."""
 
 from __future__ import annotations
 

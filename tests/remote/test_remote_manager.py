@@ -152,7 +152,7 @@ def test_a_cut_overwrite_is_ended(bucket: str) -> None:
         manager.save(1, _state(1)).result()
     store = _store(run)
     hidden = f"{run}/.functional_ckpt"
-    store.rename(f"{run}/1", f"{run}/1.orbax-checkpoint-tmp")  # whole, and on its way
+    store.rename(f"{run}/1", f"{run}/1.orbax-checkpoint-tmp")  # complete, and being published
     store.write(f"{hidden}/trash/1.replaced/{MARKER}", b"")
     store.write(f"{run}/1/tree/_METADATA", b"a copy that was cut")
     store.write(f"{hidden}/replacing.json", b'{"tmp": "1.orbax-checkpoint-tmp", "final": "1"}')
@@ -174,7 +174,7 @@ def test_one_writer_at_a_time(bucket: str, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(errors.LockedError, match="another writer took it over"):
             manager.save(1, _state(1)).result()
     assert store.list(run) == [".functional_ckpt"]
-    assert queries.exists(store, f"{run}/.functional_ckpt/lock")  # not ours to remove
+    assert queries.exists(store, f"{run}/.functional_ckpt/lock")  # held by another writer
     monkeypatch.setattr(lease, "LEASE_SECONDS", 2.5)
     monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.2)
     started = time.monotonic()
@@ -232,7 +232,7 @@ def test_refusals_are_told_apart_and_hide_the_key(
 
 
 def test_what_may_pass_is_waited_for(s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of status 400 too, where the network is what was wrong with the request."""
+    """Of status 400 too, if the network damaged the request."""
     proxy = Proxy(s3_url)
     proxy.refusal = (400, b"<Error><Code>RequestTimeout</Code></Error>")
     set_environment(monkeypatch, proxy.url)

@@ -37,7 +37,7 @@ def test_four_ranks_save_and_two_restore(bucket: str, workers: Workers) -> None:
 def test_a_full_disk_of_ranks_lets_go_of_what_a_further_tier_holds(
     workers: Workers, tmp_path: Path
 ) -> None:
-    """Steps of 0.8 MB on 4 MiB: whichever rank finds no room, all of them write again."""
+    """Steps of 0.8 MB on 4 MiB: if any rank's disk is full, all of them write again."""
     far, num_steps = tmp_path / "far", 8
     with disks.small("tmpfs", tmp_path) as disk:
         near = disk / "run"

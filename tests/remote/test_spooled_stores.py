@@ -1,4 +1,4 @@
-"""Stores that TensorStore has no driver for: arrays go by way of a local copy."""
+"""Stores that TensorStore has no driver for: arrays use a local copy."""
 
 from __future__ import annotations
 

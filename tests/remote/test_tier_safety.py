@@ -1,4 +1,4 @@
-"""What a tier holds is not lost or replaced unasked; what it was promised stays until it has it."""
+"""A tier's steps are not lost or replaced without overwrite; pending steps are not pruned."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_steps_of_another_run_are_not_replaced_by_a_tier_that_is_added_later(
     manager.wait_until_finished()  # it is said once, and the others have arrived
     manager.close()
     assert far.values() == {1: 1.0, 2: 2.0, 3: 203.0}
-    assert _local_steps(new) == [2, 3]  # what is nowhere else is not pruned
+    assert _local_steps(new) == [2, 3]  # steps without another copy are not pruned
     with fc.CheckpointManager(new, overwrite=True, tiers=[far.tier()]) as manager:
         manager.wait_until_finished()
     assert far.values() == {1: 1.0, 2: 202.0, 3: 203.0}
@@ -386,7 +386,7 @@ def test_a_run_does_not_begin_again_because_its_tier_is_down(far: Far, tmp_path:
 def test_what_a_tier_may_want_is_not_pruned_before_it_can_be_asked(
     far: Far, tmp_path: Path
 ) -> None:
-    """Its policy looks at what it holds, which is not known while it is down."""
+    """Its policy depends on its steps, which are unknown while it is down."""
     near = tmp_path / "near"
 
     class EverySecondOfItsOwn:
@@ -625,7 +625,7 @@ def test_what_fails_after_an_upload_is_an_error_of_the_next_call(
         manager.save(1, _items(1))
         with pytest.raises(fc.errors.SaveError, match="a later action failed: No space left"):
             manager.wait_until_finished()
-        manager.save(2, _items(2))  # the thread goes on
+        manager.save(2, _items(2))  # the thread continues
         with pytest.raises(fc.errors.SaveError, match="a later action failed"):
             manager.wait_until_finished()
     with fc.CheckpointManager(tmp_path / "far", read_only=True) as manager:

@@ -1,4 +1,4 @@
-"""Steps saved near and kept far: nothing is lost on the way, and nobody waits for the network."""
+"""Local first tier, remote second tier: no step is lost, and saves do not wait for the network."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from functional_ckpt.storage.open import connect
 from functional_ckpt.testing import differences
 from functional_ckpt.verify import checkpoint
 
-# The whole count: FUNCTIONAL_CKPT_UPLOAD_KILLS=50 pytest tests/remote/test_tiers.py -k killed
+# The full count: FUNCTIONAL_CKPT_UPLOAD_KILLS=50 pytest tests/remote/test_tiers.py -k killed
 _NUM_KILLS = int(os.environ.get("FUNCTIONAL_CKPT_UPLOAD_KILLS", "3"))
-# A run begins anew after so many: opening one costs requests for every step that it has, and a
+# A new run starts after this many: opening one costs requests for every step that it has, and a
 # server of Python's takes milliseconds for each.
 _KILLS_OF_A_RUN = 10
 
@@ -109,7 +109,7 @@ def test_late_metrics_go_where_their_steps_are(far: str, tmp_path: Path) -> None
         assert _metrics(far, 1)["later"] == 7 and manager.best_step("later") == 1
         assert uploaded == [1, 2, 3, 4]
     with fc.CheckpointManager(near, read_only=True) as evaluator:
-        evaluator.record_metrics(4, {"eye": 1.0})  # while nobody uploads
+        evaluator.record_metrics(4, {"eye": 1.0})  # while there are no uploads
     assert _metrics(far, 4) == {}
     with fc.CheckpointManager(near, keep_policy=kept, tiers=[tier]) as manager:
         manager.wait_until_finished()
@@ -305,7 +305,7 @@ def test_training_does_not_wait_for_a_slow_store(
 
 @pytest.mark.parametrize("first", range(0, _NUM_KILLS, _KILLS_OF_A_RUN))
 def test_killed_in_the_middle_of_uploads(first: int, s3: str, tmp_path: Path) -> None:
-    """Every step that was reported is whole in one tier or the other; in the end, in both."""
+    """Every reported step is complete in one tier or the other; in the end, in both."""
     near, run, rng = tmp_path / "near", f"{s3}/run", random.Random(first)
     store, root = connect(run)
     names_of_steps = names.as_name_format(None, adapt=orbax_adapters.adapt_name_format)
@@ -328,7 +328,7 @@ def test_killed_in_the_middle_of_uploads(first: int, s3: str, tmp_path: Path) ->
         process.stdout.close()
         process.wait()
         found = set(history.list_steps(store, root, names_of_steps))
-        assert checked <= found  # what was there once has stayed
+        assert checked <= found  # earlier steps are still there
         for step in found - checked:
             values = fc.restore(f"{run}/{step}")["state"]
             assert float(values["w"].min()) == float(values["w"].max()) == step

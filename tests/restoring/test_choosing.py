@@ -1,4 +1,4 @@
-"""What of a step is restored, and into what: ignore=, key_map=, other heads, restore_or."""
+"""Partial restores: ignore=, key_map=, other heads, restore_or."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What would come back other than it was saved is a mismatch before anything is touched."""
+"""Values that would not be restored exactly are mismatches, before the target is modified."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_without_its_name_another_class_is_told_by_its_options(
     same = OPTIMIZERS[old](model.parameters())
     fc.restore(tmp_path / "c", {"optimizer": fc.Optimizer(same, model)})
     other = {"optimizer": fc.Optimizer(OPTIMIZERS[new](model.parameters()), model)}
-    if not found:  # nothing tells these two apart
+    if not found:  # these two cannot be distinguished
         fc.restore(tmp_path / "c", other)
         return
     with pytest.raises(errors.MismatchError, match="an optimizer with the options"):
@@ -408,7 +408,7 @@ def test_attributes_that_are_no_data_are_refused(tmp_path: Path) -> None:
         fc.save(tmp_path / "c", {"state": state})
 
 
-# ------------------------------------------------------------------------------ what is returned
+# -------------------------------------------------------------------------------- return values
 
 
 def test_initial_values_are_the_objects_that_a_restore_returns(tmp_path: Path) -> None:

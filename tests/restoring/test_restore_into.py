@@ -1,4 +1,4 @@
-"""What restore fills, imitates, refuses and reports, through the manager."""
+"""Restore targets: filled, new, refused and reported, through the manager."""
 
 from __future__ import annotations
 
@@ -330,12 +330,12 @@ def test_leaves_of_an_item_with_a_dot_in_its_name(manager: fc.CheckpointManager)
 # ------------------------------------------------------------------------------ damaged bytes
 
 
-# Small values lie compressed among the metadata; this one has a place of its own.
+# Small values are compressed inside the metadata; this one is stored separately.
 LARGE = torch.arange(600.0)
 
 
 def flip_a_byte(directory: Path, tensor: torch.Tensor) -> None:
-    """Damages the last byte of what is stored of a tensor."""
+    """Damages the last stored byte of a tensor."""
     pattern = tensor.contiguous().numpy().tobytes()
     found = [path for path in directory.rglob("*") if path.is_file()]
     holders = [path for path in found if pattern in path.read_bytes()]
@@ -375,7 +375,7 @@ def test_a_flipped_byte(
     assert "table" in error.key_path
     assert (error.step, isinstance(error, ValueError)) == (2, True)
     assert error.touched or not table.any()
-    manager.restore(2, {"tree": tree()}, verify=verify)  # the other items are whole
+    manager.restore(2, {"tree": tree()}, verify=verify)  # the other items are intact
 
 
 def test_ways_to_verify_have_names(manager: fc.CheckpointManager) -> None:

@@ -45,7 +45,7 @@ def test_memory_is_used_again_and_grown_when_needed() -> None:
     assert buffer.size_bytes >= 400_000
     buffer.release()
     assert buffer.size_bytes == 0
-    assert (third == 1).all(), "what refers to the memory keeps it"
+    assert (third == 1).all(), "references keep the memory"
 
 
 @settings(max_examples=30)

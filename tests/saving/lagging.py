@@ -1,9 +1,9 @@
-"""A device that computes at once and copies late, so that a copy which nobody waits for is seen.
+"""A device that computes immediately and copies late, to detect missing waits for copies.
 
-It has what the library asks of `torch.cuda`: a stream that runs what is asked of it later, on a
-thread of its own, and events between that stream and the host, whose own work is done at once.
-Copies begin when the thread of the test waits for them, or after a while. Memory is the host's, and
-so is the arithmetic: what is tested is who waits for whom.
+It has the parts of `torch.cuda` that the library uses: a stream that runs its work later, on a
+separate thread, and events between that stream and the host, whose own work is immediate. Copies
+start when the test's thread waits for them, or after a while. Memory and arithmetic are the host's:
+the order of waits is tested.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Event:
 
 
 class Stream:
-    """Runs what it is asked to, one after the other, and copies late.
+    """Runs its work in order, and copies late.
 
     Attributes:
-        is_awaited: Whether the thread of the test waits for what was asked last.
+        is_awaited: Whether the test's thread waits for the last work.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -76,7 +76,7 @@ class Stream:
 
 
 class Host:
-    """The stream of what is computed, which is done when it is asked for."""
+    """The stream of computations, which are immediate."""
 
     def __init__(self) -> None:
         self.num_held_back = 0
@@ -115,10 +115,10 @@ class _Later(TorchDispatchMode):
 
 
 class LaggingDevice:
-    """In the place of `torch.cuda`.
+    """Replaces `torch.cuda`.
 
     Attributes:
-        seconds: After how long copies begin that nobody waits for.
+        seconds: Delay of copies without a waiting thread.
     """
 
     Event = Event

@@ -1,4 +1,4 @@
-"""What runs in the background leaves a core to the training loop."""
+"""Background work leaves a core to the training loop."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_so_many_files_are_written_at_a_time(
                 seen.add(path)
                 busy.add(threading.get_ident())
                 most.append(len(busy))
-                time.sleep(0.1)  # so long that every other thread has begun
+                time.sleep(0.1)  # long enough for every other thread to start
                 busy.discard(threading.get_ident())
 
     monkeypatch.setattr(os, "cpu_count", lambda: num_cores)

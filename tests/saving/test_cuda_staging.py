@@ -1,4 +1,4 @@
-"""What lies on a device is copied by the device, beside the training; what is saved is the moment.
+"""Device memory is copied by the device, in parallel with training; the step has the state at save.
 
 Every test runs on a CUDA device where there is one, whose copies are made late by a kernel that
 sleeps before them. Without one, it runs on a device of threads with the same rules (`lagging`).
@@ -28,7 +28,7 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 
 
 class Device:
-    """Where the tests' tensors lie, and what was done there."""
+    """The device of the tests' tensors, and its log."""
 
     def __init__(self, name: str, lagging: LaggingDevice | None) -> None:
         self.name = name
@@ -41,7 +41,7 @@ class Device:
         return len(self._lagging.streams) if self._lagging else 1
 
     def lag(self, seconds: float) -> None:
-        """The copies of streams that are made from now on begin later."""
+        """Delays the copies of streams that are made from now on."""
         if self._lagging:
             self._lagging.seconds = seconds
 
@@ -50,7 +50,7 @@ class Device:
         assert self._lagging is None or self._lagging.host.num_held_back == num_times
 
     def check_unlocked(self, num_times: int) -> None:
-        """What threads still hold on to that are about to end is given back as well."""
+        """Also releases memory held by threads that are about to end."""
         for thread in threading.enumerate():
             if thread.name.startswith("commit-"):
                 thread.join()
@@ -141,7 +141,7 @@ def trained(
 
 
 def moment(path: Path, items: dict[str, Any]) -> dict[str, Any]:
-    """The items as they are now, by way of a save that waits for everything."""
+    """The current items, through a save that waits for everything."""
     fc.save(path, items, overwrite=True)
     return on_host(fc.restore(path))
 
@@ -192,7 +192,7 @@ def test_a_compiled_step_waits_on_the_host(tmp_path: Path, device: Device) -> No
 def test_a_step_that_is_not_held_back_loses_the_moment(
     tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the test above would see if the device did not wait."""
+    """The result of the test above if the device did not wait."""
     device.lag(2)
     monkeypatch.setattr(device_copies.Transfers, "make_stream_wait", lambda self: None)
     model, optimizer, items = trained(device)
@@ -279,7 +279,7 @@ def test_a_copy_that_fails_holds_nobody_up(
     manager.close()
 
 
-# ------------------------------------------------------------------------------------ what is kept
+# ---------------------------------------------------------------------------------- retained memory
 
 
 @pytest.mark.parametrize("staging", [fc.Eager(), fc.Overlapped()], ids=str)

@@ -1,4 +1,4 @@
-"""Memory that changes at any time, as with Hogwild: what is written is what was digested."""
+"""Memory that changes at any time, as with Hogwild: digests match the written bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`staging=fc.Overlapped()`: a step holds the state at `save`, while training goes on."""
+"""`staging=fc.Overlapped()`: a step has the state at `save`, while training continues."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Halved(torch.optim.SGD):
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The copy in the background begins late: training is well past the save by then."""
+    """The background copy starts late, when training is well past the save."""
     copied = threading.Event()
     original = host_memory.copy_in_threads
 
@@ -149,7 +149,7 @@ def made(family: str, model: torch.nn.Module) -> tuple[torch.optim.Optimizer, St
 def check_saved_moment(
     path: Path, copied: threading.Event, items: dict[str, Any], step: Step
 ) -> None:
-    """Saves, trains on while the copy has not begun, and compares with a save of the moment."""
+    """Saves, trains on before the copy starts, and compares with a save at that moment."""
     for _ in range(2):
         step()
     fc.save(path / "moment", items)
@@ -249,7 +249,7 @@ def test_zero_redundancy(tmp_path: Path, slow: threading.Event) -> None:
 def test_without_the_fence_the_moment_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the tests above would see if nobody waited: the copy comes after a step."""
+    """The result of the tests above without waits: the copy comes after a step."""
     has_stepped, original = threading.Event(), host_memory.copy_in_threads
 
     def late(copies: Any, *more: Any) -> None:
@@ -273,7 +273,7 @@ def test_without_the_fence_the_moment_is_lost(
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody presses Ctrl-C."""
+    """Simulates Ctrl-C."""
 
 
 def test_an_interrupt_after_staging_lets_the_next_step_begin(tmp_path: Path) -> None:

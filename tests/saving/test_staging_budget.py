@@ -108,7 +108,7 @@ def test_save_returns_once_live_memory_is_written_and_not_later(tmp_path: Path) 
 
 
 def test_a_save_from_live_memory_is_not_repeated_on_a_full_disk(tmp_path: Path) -> None:
-    """Room could be made, but what would be written then may have changed: it is an error."""
+    """Space could be freed, but live memory may have changed by then: it is an error."""
     storage = testing.FaultyStorage()
     small, large = torch.arange(10.0), torch.arange(10_000.0)
     with fc.CheckpointManager(

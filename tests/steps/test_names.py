@@ -1,4 +1,4 @@
-"""Step names: what is built is parsed, and nothing else is."""
+"""Step names: built names are parsed, and no others."""
 
 from __future__ import annotations
 

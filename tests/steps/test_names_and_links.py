@@ -77,14 +77,14 @@ def test_the_link_is_the_latest_step(tmp_path: Path) -> None:
         assert not os.path.lexists(link)
         saved(manager, 9)
     link.unlink()
-    link.symlink_to("5")  # what a crash between a commit and the link leaves
+    link.symlink_to("5")  # as after a crash between a commit and the link
     with fc.CheckpointManager(tmp_path, latest_link="latest"):
         assert os.readlink(link) == "9"
     assert looked_into(tmp_path).all_steps() == [9]
 
 
 def test_the_link_is_there_at_every_instant(tmp_path: Path) -> None:
-    """Killed before any operation of the next save, it names a step that is whole."""
+    """Killed before any operation of the next save, it names a complete step."""
     with fc.CheckpointManager(tmp_path, latest_link="latest") as manager:
         saved(manager, 1)
     for k in range(20):

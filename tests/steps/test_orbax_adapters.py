@@ -101,7 +101,7 @@ def test_saving_decides_as_orbax(
     if isinstance(ours, StepPolicy):
         assert isinstance(adapted, StepPolicy)
         assert ours.fires_at(step) is adapted.fires_at(step) is expected
-    # Ours work inside Orbax's, and Orbax's in our lists.
+    # Native policies work inside Orbax's, and Orbax's in lists of native ones.
     mixed = theirs.AnySavePolicy([ours, orbax])
     assert mixed.should_save(info, history, context=orbax_context(context)) is expected
     rule = save_rule([orbax, mixed], adapt=adapt_save_policy)
@@ -254,7 +254,7 @@ def test_difference_unmeasured_steps_rank_worst_unless_asked_for() -> None:
     assert _orbax_keeps(_orbax_best(1), history) == [True, True, True, False]
     ours = policies.best_n(1, "acc")
     assert ours.should_preserve(history, context=NOW) == [False, True, False, False]
-    # Without them Orbax leaves places empty; here a step of unknown worth beats an empty place.
+    # Without them Orbax leaves slots empty; here a step without a metric fills the slot.
     orbax = _orbax_best(3, keep_checkpoints_without_metrics=False)
     assert _orbax_keeps(orbax, history) == [False, True, False, True]
     ours = policies.best_n(3, "acc")
@@ -264,7 +264,7 @@ def test_difference_unmeasured_steps_rank_worst_unless_asked_for() -> None:
 def test_difference_keeping_none_is_an_error() -> None:
     assert _orbax_keeps(theirs.LatestN(0), _accuracies(1, 2)) == [False, False]
     assert _orbax_keeps(_orbax_best(0), _accuracies(1, 2)) == [False, False]
-    # Told to keep at most none, Orbax keeps all.
+    # With a maximum of none, Orbax keeps all.
     assert _orbax_keeps(theirs.EveryNSteps(1, max_to_keep=0), _accuracies(1, 2)) == [True, True]
     for build in (
         lambda: policies.best_n(0, "acc"),
@@ -298,7 +298,7 @@ def test_other_preservation_policies_of_orbax() -> None:
     assert steps_to_prune(ready, history, context=NOW) == (9, 24)
 
 
-# What is Orbax's
+# Orbax's own
 
 
 class _Mine:

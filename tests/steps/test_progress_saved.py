@@ -21,7 +21,7 @@ def train(
     batches_per_epoch: int = 6,
     **options: Any,
 ) -> list[int]:
-    """A training that goes on from the latest step, and asks twice after each batch.
+    """A training that resumes from the latest step, and calls save twice after each batch.
 
     Returns:
         The steps that this run saved.
@@ -33,7 +33,7 @@ def train(
             restored = manager.restore()
             assert restored.progress is not None
             progress = restored.progress
-            _save(manager, progress, saved)  # what a loop might do first
+            _save(manager, progress, saved)  # a possible first call of a loop
         while progress.batch < until:
             if progress.batch_in_epoch == batches_per_epoch:
                 progress = progress.next_epoch()

@@ -1,4 +1,4 @@
-"""SIGTERM at any instant of the loop: whoever is told to leave it has saved that step."""
+"""SIGTERM at any instant of the loop: a process that leaves it has saved that step."""
 
 from __future__ import annotations
 

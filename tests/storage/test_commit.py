@@ -142,7 +142,7 @@ def test_a_replacement_without_a_journal_cut_anywhere_leaves_the_old_or_the_new(
         content = plain.read(os.path.join(final, "a"))
         outcomes.add(content)
         with commit.protocol(plain, str(root)).claimed(final):
-            pass  # the next writer removes what is left
+            pass  # the next writer removes leftovers
         assert plain.list(str(root)) == ["best"]
         if not is_cut:
             assert content == b"new"
@@ -194,7 +194,7 @@ def test_what_cannot_be_removed_is_left_with_a_warning(
 
 
 def _mid_overwrite(root: str) -> tuple[str, str]:
-    """What a crash between the two renames of an overwrite of step 7 leaves."""
+    """The state after a crash between the two renames of an overwrite of step 7."""
     hidden, final = os.path.join(root, commit.HIDDEN), os.path.join(root, "7")
     plain = LocalStorage()
     _step(plain, commit.tmp_path(final), b"new")

@@ -1,4 +1,4 @@
-"""What the environment says of object stores."""
+"""Settings of object stores from the environment."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_another_machine_s_lease_is_taken_once_it_has_run_out(
     held = lease.take(bucket, KEY)
     assert clock.now - before >= lease.LEASE_SECONDS
     assert _record(bucket)["lease"] == held._token
-    assert [entry.key for entry in bucket.list("")] == [KEY]  # what told the time is gone
+    assert [entry.key for entry in bucket.list("")] == [KEY]  # the object for the clock is gone
     held.release()
 
 
@@ -151,7 +151,7 @@ def test_a_suspended_holder_learns_that_it_was_replaced(bucket: FakeBucket, cloc
         with pytest.raises(errors.LockedError, match="another writer took it over"):
             held.check()
     held.release()
-    assert _record(bucket)["machine"] == "other"  # not ours to remove
+    assert _record(bucket)["machine"] == "other"  # held by another writer
 
 
 def test_a_suspended_holder_learns_that_the_next_one_has_come_and_gone(
@@ -231,7 +231,7 @@ def test_a_release_leaves_the_next_holder_s_lease(bucket: FakeBucket) -> None:
 
 
 def test_a_store_without_versions_lets_a_lease_run_out_too(clock: Clock) -> None:
-    """The versions of such a store are digests: nothing but the content tells of a change."""
+    """The versions of such a store are digests: only the content reveals a change."""
     path = f"memory://bucket-{uuid.uuid4().hex[:8]}/run/.functional_ckpt/lock"
     storage = connect(path)[0]
     assert isinstance(storage, ObjectStorage)

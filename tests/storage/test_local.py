@@ -114,7 +114,7 @@ def test_a_forked_child_neither_keeps_nor_breaks_the_lock(tmp_path: Path) -> Non
     child = os.fork()
     if child == 0:
         os.close(wait)
-        lock.release()  # what a child's cleanup might do
+        lock.release()  # as a child's cleanup might
         os.read(release, 1)  # until the parent is done
         os._exit(0)
     try:

@@ -37,7 +37,7 @@ class _World:
         self.clock = Clock()
         self.clock.rule(monkeypatch)
         self.machine = "A"
-        # One request at a time: a suspended process has no thread that goes on.
+        # One request at a time: a suspended process has no running thread.
         monkeypatch.setattr(requests, "NUM_REQUESTS", 1)
         monkeypatch.setattr(lease, "_machine", lambda: self.machine)
         self.bucket = FakeBucket(self.clock, compares_as_it_deletes=compares_as_it_deletes)
@@ -57,7 +57,7 @@ class _World:
                 manager.close()
 
     def values(self) -> dict[int, float]:
-        """What a reader finds: every step that is listed, by its value."""
+        """A reader's view: every listed step, by its value."""
         found: dict[int, float] = {}
         storage = ObjectStorage(self.bucket)
         with fc.CheckpointManager(RUN, storage=storage, read_only=True) as reader:
@@ -69,7 +69,7 @@ class _World:
 
 
 def _take_over(world: _World) -> dict[int, float]:
-    """What the second writer reported: all steps that it lists and has not removed."""
+    """The second writer's steps: all that it lists and has not removed."""
     manager = world.open("B", keep_policy=fc.policies.LatestN(4))
     reported = world.values()
     assert sorted(reported) == manager.all_steps()

@@ -1,4 +1,4 @@
-"""The disk that forgets: what it keeps, and what it undoes."""
+"""The simulated disk: synced changes are kept, others undone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sync(path: Path) -> None:
 
 
 def safe(disk: Disk) -> dict[str, bytes | str | None]:
-    """What a power cut now leaves at least."""
+    """The minimal state after a power cut now."""
     return dict(disk.now().images()[0].entries)
 
 

@@ -1,4 +1,4 @@
-"""The public testing tools: what is drawn round-trips, faults strike where told."""
+"""The public testing tools: drawn values round-trip, faults occur as injected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint is damaged in every way there is, and verification must say what, where and whom."""
+"""A checkpoint is damaged in every way, and verification must name file, item and leaves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.verify.checkpoint import Finding, verify_checkpoint
 
 STORAGE = LocalStorage()
-WIDE = torch.arange(600, dtype=torch.int16)  # above what OCDBT keeps inside its tree
+WIDE = torch.arange(600, dtype=torch.int16)  # larger than values that OCDBT keeps inside its tree
 STORED = ("b", "lr", "n", "v", "w")  # the leaves that the database holds
 
 
@@ -72,7 +72,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-# ------------------------------------------------------------------------------------ whole
+# ------------------------------------------------------------------------------------ intact
 
 
 def test_what_is_whole_has_no_findings(checkpoint: Path, root: Path) -> None:
@@ -121,7 +121,7 @@ def test_neither_torch_nor_jax_is_needed(checkpoint: Path) -> None:
 def leaves_of(path: Path, file: str, offset: int) -> tuple[str, ...] | None:
     """Which leaves a flip takes, according to TensorStore's own view of the database.
 
-    None in the metadata of an array, where it depends on what the byte says.
+    None in the metadata of an array, where it depends on the byte.
     """
     if file == "m/manifest.ocdbt":
         return STORED
@@ -333,7 +333,7 @@ def test_swapped_steps_are_found_and_told(root: Path) -> None:
         "swapped",
         "that of step 2",
     )
-    assert verify(root / "1") == []  # as a directory of its own it is whole
+    assert verify(root / "1") == []  # as a separate directory it is intact
 
 
 def test_an_item_of_another_step_is_found_and_told(root: Path) -> None:
@@ -351,11 +351,11 @@ def test_a_data_file_of_another_step_is_found(root: Path) -> None:
     assert found[0].leaves == ("b", "w")  # the tree of the other step leads to files not here
 
 
-# ------------------------------------------------------------------------- a lying database
+# ------------------------------------------------------------------------- an inconsistent database
 
 
 def reseal(path: Path) -> None:
-    """Makes the records agree with the files again, so that only the arrays can tell."""
+    """Makes the records agree with the files again, so that only the arrays differ."""
     item = path / "m"
     record = records.parse_item((item / EXTENSION_FILE).read_bytes(), "item")
     listed = {
