@@ -27,7 +27,7 @@ flags.DEFINE_string("workdir", "runs/fine_tune", "Where the two runs are.")
 flags.DEFINE_integer("num_epochs", 3, "Epochs of each run.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 64, "Images in a batch.", lower_bound=1)
 
-NAMES = fc.StepTemplate(template="ep{epoch}-ba{batch}")
+NAMES = fc.step_names.StepTemplate(template="ep{epoch}-ba{batch}")
 BASE = fc.flags.define("base", required=False, save_every="1ep", keep_latest=2)
 FINE = fc.flags.define("fine", required=False, save_every="1ep", keep_latest=2)
 

@@ -12,36 +12,34 @@ A program needs three lines:
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from functional_ckpt import errors as errors
     from functional_ckpt import flags as flags
+    from functional_ckpt import handlers as handlers
     from functional_ckpt import hooks as hooks
     from functional_ckpt import interop as interop
     from functional_ckpt import listeners as listeners
     from functional_ckpt import policies as policies
+    from functional_ckpt import step_names as step_names
     from functional_ckpt.checkpoint import metadata as metadata
     from functional_ckpt.checkpoint import restore as restore
     from functional_ckpt.checkpoint import save as save
-    from functional_ckpt.core.arrays.spec import ArraySpec as ArraySpec
     from functional_ckpt.core.restore_plan.plan import RestoreReport as RestoreReport
-    from functional_ckpt.core.tree.placeholders import AS_SAVED as AS_SAVED
-    from functional_ckpt.core.tree.placeholders import Fill as Fill
     from functional_ckpt.errors import CheckpointError as CheckpointError
     from functional_ckpt.events import Event as Event
     from functional_ckpt.handlers import CheckpointItem as CheckpointItem
     from functional_ckpt.handlers import Generator as Generator
-    from functional_ckpt.handlers import Handler as Handler
     from functional_ckpt.handlers import Json as Json
     from functional_ckpt.handlers import Module as Module
     from functional_ckpt.handlers import Optimizer as Optimizer
     from functional_ckpt.handlers import PyTree as PyTree
-    from functional_ckpt.handlers import Registry as Registry
     from functional_ckpt.handlers import Rng as Rng
     from functional_ckpt.handlers import Stateful as Stateful
     from functional_ckpt.handlers import TorchMetric as TorchMetric
-    from functional_ckpt.handlers import default_registry as default_registry
+    from functional_ckpt.handlers import training_items as training_items
     from functional_ckpt.manager import CheckpointManager as CheckpointManager
     from functional_ckpt.policies.progress import Progress as Progress
     from functional_ckpt.restoring.restore import Restored as Restored
@@ -50,76 +48,75 @@ if TYPE_CHECKING:
     from functional_ckpt.saving.options import Eager as Eager
     from functional_ckpt.saving.options import Overlapped as Overlapped
     from functional_ckpt.steps.metadata import StepMetadata as StepMetadata
-    from functional_ckpt.steps.names import CompositeStepName as CompositeStepName
-    from functional_ckpt.steps.names import StepName as StepName
-    from functional_ckpt.steps.template import StepTemplate as StepTemplate
     from functional_ckpt.steps.tiers import Tier as Tier
 
 # Where each public name lives; imported when first used: the command line starts without torch.
 _HOMES = {
-    "AS_SAVED": "core.tree.placeholders",
-    "ArraySpec": "core.arrays.spec",
     "Blocking": "saving.options",
     "CheckpointError": "errors",
     "CheckpointItem": "handlers",
     "CheckpointManager": "manager",
     "Commit": "saving.background",
-    "CompositeStepName": "steps.names",
     "Eager": "saving.options",
     "Event": "events",
-    "Fill": "core.tree.placeholders",
     "Generator": "handlers",
-    "Handler": "handlers",
     "Json": "handlers",
     "Module": "handlers",
     "Optimizer": "handlers",
     "Overlapped": "saving.options",
     "Progress": "policies.progress",
     "PyTree": "handlers",
-    "Registry": "handlers",
     "RestoreReport": "core.restore_plan.plan",
     "Restored": "restoring.restore",
     "Rng": "handlers",
     "StepMetadata": "steps.metadata",
-    "StepName": "steps.names",
-    "StepTemplate": "steps.template",
     "Stateful": "handlers",
     "Tier": "steps.tiers",
     "TorchMetric": "handlers",
-    "default_registry": "handlers",
     "errors": "",
     "flags": "",
-    "interop": "",
+    "handlers": "",
     "hooks": "",
+    "interop": "",
     "listeners": "",
     "metadata": "checkpoint",
     "policies": "",
     "restore": "checkpoint",
     "save": "checkpoint",
+    "step_names": "",
+    "training_items": "handlers",
+}
+
+# Old name -> new name.
+_MOVED = {
+    "Metric": "TorchMetric",
+    "CompositeStepName": "step_names.CompositeStepName",
+    "StepName": "step_names.StepName",
+    "StepTemplate": "step_names.StepTemplate",
+    "AS_SAVED": "handlers.AS_SAVED",
+    "ArraySpec": "handlers.ArraySpec",
+    "Fill": "handlers.Fill",
+    "Handler": "handlers.Handler",
+    "Registry": "handlers.Registry",
+    "default_registry": "handlers.default_registry",
 }
 
 __version__ = "0.1.0"
 __all__ = [
-    "AS_SAVED",
-    "ArraySpec",
     "Blocking",
     "CheckpointError",
     "CheckpointItem",
     "CheckpointManager",
     "Commit",
-    "CompositeStepName",
     "Eager",
     "Event",
-    "Fill",
     "Generator",
-    "Handler",
     "Json",
     "Module",
     "Optimizer",
     "Overlapped",
     "Progress",
     "PyTree",
-    "Registry",
     "RestoreReport",
     "Restored",
     "Rng",
@@ -127,22 +124,26 @@ __all__ = [
     "Tier",
     "TorchMetric",
     "StepMetadata",
-    "StepName",
-    "StepTemplate",
-    "default_registry",
     "errors",
     "flags",
-    "interop",
+    "handlers",
     "hooks",
+    "interop",
     "listeners",
     "metadata",
     "policies",
     "restore",
     "save",
+    "step_names",
+    "training_items",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if (moved := _MOVED.get(name)) is not None:
+        warnings.warn(f"fc.{name} is now fc.{moved}.", DeprecationWarning, stacklevel=2)
+        module, _, name = f"{__name__}.{moved}".rpartition(".")
+        return getattr(importlib.import_module(module), name)
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Unpack
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
-from functional_ckpt.core.restore_plan import rename, select
-from functional_ckpt.distributed.coordinator import SingleProcess
+from functional_ckpt.distributed.collective import collective
+from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
+from functional_ckpt.distributed.torch_store import default_coordinator
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
+from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import restore as restore_lib
-from functional_ckpt.saving import finalize, lower, stage, write
+from functional_ckpt.restoring.match import RestoreArguments
+from functional_ckpt.saving import finalize, lower, saver, stage, write
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.saving.options import Blocking
 from functional_ckpt.steps.metadata import StepMetadata, checkpoint_metadata
@@ -41,28 +46,56 @@ def save(
     path: str | os.PathLike[str],
     items: Mapping[str, Any],
     *,
+    metrics: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
     custom_metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     registry: Registry | None = None,
+    process_group: Any = None,
     storage: Storage | None = None,
 ) -> None:
-    """Saves items to a directory: complete and durable when it returns, absent when it raises.
+    """Saves items into a directory: complete and durable when it returns, absent when it raises.
 
     Args:
-        path: The directory to create.
-        items: Name -> value or `CheckpointItem`.
-        custom_metadata: Anything to keep beside them; JSON.
-        overwrite: Whether a checkpoint that is there may be replaced, atomically.
+        path: The directory to create: a path or a URI.
+        items: Item name -> value or item.
+        metrics: Metrics, as of `CheckpointManager.save`; JSON.
+        progress: The training progress.
+        custom_metadata: Other metadata; JSON.
+        overwrite: Whether an existing checkpoint is replaced, atomically.
         registry: Chooses handlers for plain values.
-        storage: The file system.
+        process_group: The ranks that save together, all of which must call; None for this process
+            alone, whatever group it is in.
+        storage: The file system; for tests.
 
     Raises:
-        StepExistsError: Something is there and `overwrite` is False.
-        UnsupportedLeafError: Something cannot be stored; nothing was written.
+        StepExistsError: The path exists and `overwrite` is False.
+        UnsupportedLeafError: A value cannot be stored; nothing was written.
     """
+    group = SingleProcess() if process_group is None else default_coordinator(process_group)
     storage, final = connect(path, storage)
-    commits = commit.protocol(storage, os.path.dirname(final))
-    commits.recover_claim(final)
+    try:
+        with plan_lib.SavePlanner(group).planning(None) as planning:
+            if group.rank == 0:
+                _check_free(storage, final, overwrite=overwrite)
+            info = finalize.CheckpointInfo(
+                step=None,
+                init_time_ns=time.time_ns(),
+                metrics=saver.as_json(metrics, "metrics"),
+                progress=saver.checked_progress(progress),
+                custom_metadata=saver.as_json(custom_metadata, "custom_metadata") or {},
+            )
+            planning.items = lower.lower(
+                items, registry or default_registry(), rank=group.rank, ranks=group.global_ranks
+            )
+        _write(storage, final, planning, info, group, overwrite=overwrite)
+    finally:
+        group.close()
+
+
+def _check_free(storage: Storage, final: str, *, overwrite: bool) -> None:
+    """Raises unless a checkpoint may be written to a path."""
+    commit.protocol(storage, os.path.dirname(final)).recover_claim(final)
     if queries.exists(storage, final) and not overwrite:
         raise errors.StepExistsError(
             f"{final} exists; pass overwrite=True to replace it, or choose another path.",
@@ -72,45 +105,88 @@ def save(
         raise errors.UsageError(f"{final} is a file, not a checkpoint.", path=final)
     if storage.files is not None:
         check_arrays_path(final)
-    info = finalize.CheckpointInfo(
-        step=None, init_time_ns=time.time_ns(), custom_metadata=dict(custom_metadata or {})
-    )
-    lower.to_json(info.custom_metadata, "custom_metadata")
-    lowered = lower.lower(items, registry or default_registry())
-    with plan_lib.SavePlanner(SingleProcess()).planning(None) as planning:
-        planning.items = lowered
-    staged = stage.Stager(Blocking()).stage(lowered, planning.plan, None)
-    with commits.claimed(final) as tmp:
-        report = write.write(storage, tmp, staged.items)
-        finalize.finalize(storage, tmp, lowered, [report], info, time.time_ns())
-        commits.publish_claim(tmp, final, overwrite=overwrite)
+
+
+def _write(
+    storage: Storage,
+    final: str,
+    planning: plan_lib.Planning,
+    info: finalize.CheckpointInfo,
+    group: Coordinator,
+    *,
+    overwrite: bool,
+) -> None:
+    """Writes every rank's part into a temporary directory, which the primary publishes."""
+    commits = commit.protocol(storage, os.path.dirname(final))
+    with contextlib.ExitStack() as cleanup:
+
+        def begin(_: Sequence[bytes]) -> bytes:
+            tmp = cleanup.enter_context(commits.claimed(final))
+            digests = write.digests(planning.items) if group.num_ranks > 1 else {}
+            return json.dumps({"directory": os.path.basename(tmp), "digests": digests}).encode()
+
+        begun = json.loads(group.gather_broadcast(f"starting to save {final}", b"", begin))
+        tmp = os.path.join(os.path.dirname(final), begun["directory"])
+        reports: dict[int, write.RankReport] = {}
+
+        def finish(_: Sequence[bytes]) -> bytes:
+            every = write.every_report(storage, tmp, reports[0], group.num_ranks)
+            finalize.finalize(storage, tmp, planning.items, every, info, time.time_ns())
+            commits.publish_claim(tmp, final, overwrite=overwrite)
+            return b""
+
+        with collective(group, f"saving {final}", finish):
+            staged = stage.Stager(Blocking()).stage(planning.items, planning.plan, None)
+            report = write.write_part(storage, tmp, staged.items, group, begun["digests"])
+            reports[group.rank] = report
+            if group.rank:
+                write.write_report(storage, tmp, group.rank, report)
 
 
 def restore(
     path: str | os.PathLike[str],
-    items: Mapping[str, Any] | None = None,
+    into: Mapping[str, Any] | None = None,
     *,
-    only: str | Sequence[str] | None = None,
-    ignore: select.Ignored | None = None,
-    key_map: rename.KeyMap | None = None,
-    strict: bool = True,
-    cast: Literal["target"] | None = None,
-    verify: Literal["during", "before", "off"] = "during",
     registry: Registry | None = None,
     storage: Storage | None = None,
+    **options: Unpack[RestoreArguments],
 ) -> restore_lib.Restored:
-    """Restores a checkpoint directory, native or Orbax's; see `CheckpointManager.restore`."""
-    options = restore_lib.RestoreOptions(
-        only=only, ignore=ignore, key_map=key_map, strict=strict, cast=cast, verify=verify
-    )
+    """Restores a native or an Orbax checkpoint; not a collective.
+
+    Args:
+        path: The directory of the checkpoint, such as one step of a manager: a path or a URI.
+        into: Item name -> target; see `CheckpointManager.restore`. None restores everything as it
+            was saved.
+        registry: Chooses handlers for plain values.
+        storage: The file system; for tests.
+        options: As of `CheckpointManager.restore`.
+
+    Returns:
+        The items. `.step` is the step where the checkpoint records one.
+
+    Raises:
+        StepNotFoundError: No checkpoint there, or an item is missing.
+        MismatchError: Checkpoint and target differ; nothing was touched.
+        CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was changed.
+    """
+    how = restore_lib.RestoreOptions(**options)
+    return restore_with(path, into, registry or default_registry(), how, storage)
+
+
+def restore_with(
+    path: str | os.PathLike[str],
+    into: Mapping[str, Any] | None,
+    registry: Registry,
+    options: restore_lib.RestoreOptions,
+    storage: Storage | None = None,
+) -> restore_lib.Restored:
+    """Restores as `restore` does, with the options as one record."""
     open_checkpoint = functools.partial(_open, *connect(path, storage))
-    return restore_lib.restore_checkpoint(
-        open_checkpoint, items, registry or default_registry(), options
-    )
+    return restore_lib.restore_checkpoint(open_checkpoint, into, registry, options)
 
 
 def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) -> StepMetadata:
-    """Returns the metadata of a checkpoint directory, without reading its arrays."""
+    """Returns what is known of the checkpoint in a directory; reads no arrays."""
     return checkpoint_metadata(_open(*connect(path, storage)))
 
 

@@ -20,7 +20,7 @@ from functional_ckpt import errors
 
 __all__ = ["Event", "Events", "Kind", "Listener", "Listeners"]
 
-Kind: TypeAlias = Literal["staged", "written", "committed", "uploaded", "pruned"]
+Kind: TypeAlias = Literal["staged", "written", "committed", "uploaded", "pruned", "skipped"]
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -64,7 +64,7 @@ class Event:
 
     def __str__(self) -> str:
         """The event as a line of a log."""
-        where = "from" if self.kind == "pruned" else "in" if self.kind == "committed" else "to"
+        where = {"pruned": "from", "committed": "in", "skipped": "in"}.get(self.kind, "to")
         text = f"step {self.step} {self.kind}"
         if self.kind != "staged":
             text += f" {where} {self.directory}"

@@ -30,42 +30,42 @@ __all__ = ["CheckpointManager"]
 
 
 class CheckpointManager:
-    """Keeps the steps of one training run in one directory.
+    """Saves, keeps and restores the steps of one training run in one directory.
 
-    A step that was reported (by `Commit.result`, by the lists of steps) is complete and durable. A
-    failure in the background is raised once, by the next `save`, `check_for_errors`,
-    `wait_until_finished` or `close`. Calls from several threads wait for each other; one made
-    within another, by a signal handler or a listener, is refused. A manager that is dropped without
-    `close` keeps other writers out until its commit is over.
+    A reported step (`Commit.result`, the lists of steps) is complete and durable. A failure in the
+    background is raised once, by the next `save`, `check_for_errors`, `wait_until_finished` or
+    `close`. Calls from several threads wait for each other; a call inside another one, from a
+    signal handler or a listener, is refused. A manager that is dropped without `close` locks its
+    directory until its commit has ended.
 
     Args:
-        directory: A local path or the URI of an object store; created by a writer.
+        directory: A local path or the URI of an object store; a writer creates it.
         save_policy: When `save` saves: a policy, or a list of them (any). Default: every call.
-        keep_policy: Which steps stay: a policy, or a list of them (any). Default: all.
+        keep_policy: Which steps are kept: a policy, or a list of them (any). Default: all.
         registry: Chooses handlers for plain values.
-        step_name: How a step's directory is named.
+        step_name: The names of step directories: see `fc.step_names`.
         latest_link: Name of a link in the directory to the latest step; None for no link.
-        tiers: Where committed steps are copied to in the background, the nearest first; see `Tier`.
-            Steps that `directory` no longer has are restored from there.
-        overwrite: Whether a step that exists may be saved again; it is replaced atomically.
-        read_only: Restore and look only, beside a live writer if there is one.
+        tiers: Where committed steps are uploaded in the background, the nearest first; see `Tier`.
+            Steps that `directory` lacks are restored from there.
+        overwrite: Whether an existing step may be saved again; it is replaced atomically.
+        read_only: Only restore and list steps, also beside a live writer.
         staging: How a save copies the state. `fc.Eager()`: `save` copies all of it into host memory
             and returns, optionally within a memory budget. `fc.Overlapped()`: parameters and
             optimizer state are copied after `save` has returned, and the next optimizer step waits
             for the copy; see `fence`. `fc.Blocking()`: no copy; `save` returns when the step is
             durable.
-        on_busy: Behaviour when a save is already in progress: `wait` for it, or `skip` this one.
-        process_group: The ranks that save and restore together: a group of torch.distributed, for
-            a replica that checkpoints alone; None for the default group, if there is one. They all
-            make their managers alike, and call the methods in the same order.
-        coordinator: How they agree, in place of `process_group`.
-        on_event: Called with an `Event` when a step was staged, written, committed, uploaded or
-            pruned; a function or several, which must be quick. Their errors are logged.
-        storage: The file system; tests inject faults here.
+        on_busy: What a save does during another commit: `wait` for it, or `skip` this step.
+        process_group: The ranks that save and restore together: a group of torch.distributed; None
+            for the default group, if there is one. All ranks pass equal arguments, and call the
+            methods in the same order.
+        coordinator: Coordinates the ranks in place of `process_group`.
+        on_event: Called with an `Event` for each step staged, written, committed, uploaded, pruned
+            or skipped: a callable or several, which must be quick. Their exceptions are logged.
+        storage: The file system; for tests.
 
     Raises:
         LockedError: Another live writer holds the directory.
-        UsageError: An argument is wrong.
+        UsageError: An argument is invalid.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class CheckpointManager:
 
     @exclusive
     def should_save(self, step: int, *, progress: Progress | None = None) -> bool:
-        """Whether `save` would save this step now."""
+        """Returns whether `save` would save this step now."""
         return self._saver.decider.should_save(check_step(step), saver.checked_progress(progress))
 
     @exclusive
@@ -130,25 +130,25 @@ class CheckpointManager:
     ) -> background.Commit | None:
         """Saves a step if the policy says so.
 
-        When it returns, the caller may change every object it passed: the values at the moment of
-            the call are stored.
+        Once it returns, the caller may change the objects: the state of the moment of the call is
+        stored.
 
         Args:
-            step: Its number; any order.
-            items: Name -> value or `CheckpointItem`.
-            metrics: Measured at this step; JSON. Policies rank by them.
-            progress: How far the training is. Policies such as `every("1ep")` decide by it, and a
-                batch that was just saved, or that the run has gone on from, is not saved again.
-            custom_metadata: Anything to keep beside it; JSON.
+            step: The step number, >= 0; any order.
+            items: Item name -> value or item.
+            metrics: Name -> number, measured at this step; JSON. Policies rank steps by them.
+            progress: The training progress. Policies such as `every("1ep")` use it. A batch that
+                was just saved or restored is not saved again.
+            custom_metadata: Other metadata; JSON.
             force: Save whatever the policy says.
 
         Returns:
-            A handle of the commit; None when the policy, or `on_busy="skip"`, said no.
+            A handle of the commit; None if the policy or `on_busy="skip"` refused.
 
         Raises:
             SaveError: An earlier save failed in the background.
-            StepExistsError: The step exists, and the manager was made without `overwrite`.
-            UnsupportedLeafError: Something cannot be stored; nothing was written.
+            StepExistsError: The step exists, and the manager has `overwrite=False`.
+            UnsupportedLeafError: A value cannot be stored; nothing was written.
         """
         return self._saver.save(
             check_step(step),
@@ -160,17 +160,17 @@ class CheckpointManager:
     def check_start(self, step: int) -> None:
         """Raises `StepExistsError` if a run that starts at `step` would overwrite steps.
 
-        Call it before the run starts; no effect with `overwrite`.
+        Does nothing if the manager has `overwrite=True`.
         """
         self._calls.check_usable()
         self._steps.check_start(check_step(step), overwrite=self._run.options.overwrite)
 
     @exclusive
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Records metrics of a committed step that are known only now; durable when it returns.
+        """Adds metrics to a committed step; durable when it returns.
 
-        A read-only manager may do this too, so that an evaluator beside the trainer can: the
-        trainer's keep policies see them at its next commit.
+        A read-only manager may do this too, for an evaluator beside the trainer, whose keep
+        policies see the metrics at its next commit.
 
         Raises:
             StepNotFoundError: There is no such step.
@@ -179,11 +179,11 @@ class CheckpointManager:
 
     @exclusive
     def delete(self, step: int) -> None:
-        """Removes a step from every tier: out of sight in one rename, then from disk.
+        """Removes a step from every tier: hidden by one rename, then removed from disk.
 
         Raises:
             StepNotFoundError: There is no such step.
-            StorageError: A tier refuses, or cannot be reached: the step is still in the first.
+            StorageError: A tier refused or is unreachable: the first tier still has the step.
         """
         self._run.delete(check_step(step))
 
@@ -193,70 +193,78 @@ class CheckpointManager:
     def restore(
         self,
         step: int | None = None,
-        items: Mapping[str, Any] | None = None,
+        into: Mapping[str, Any] | None = None,
         *,
         discard_later: bool = False,
         **options: Unpack[RestoreArguments],
     ) -> restore_lib.Restored:
         """Restores a step.
 
-        Later steps stay as they are. Once a step is saved after the restore, they are *abandoned*:
-        the latest step is the one that was saved, whatever its number.
+        Later steps stay. The next save abandons them: `latest_step` is then the saved step.
 
-        Without `items`, everything comes back as it was saved, as pytrees of CPU tensors. With
-        `items`, stateful objects are filled in place and pytrees come back new, like the ones
-        given.
+        Without `into`, everything is returned as it was saved, as pytrees of CPU tensors. With
+        `into`, stateful objects are filled in place; pytrees are returned new, like the targets.
+        `Restored.over(items)` returns the mapping for the next save.
 
         Args:
-            step: Its number; None for the latest. One that is still being committed by this manager
-                is waited for.
-            items: The targets by item name; None restores the item as saved.
-            discard_later: Remove the later steps from every tier, once this one was restored.
+            step: The step number; None for the latest. Waits for a commit of this step.
+            into: Item name -> target: a value or an item such as `fc.Optimizer(...)`. The target
+                None restores an item as it was saved.
+            discard_later: Remove the later steps from every tier after the restore.
             options: The fields of `RestoreOptions`: `only`, `ignore`, `key_map`, `strict`, `cast`,
                 `verify`, `share_reads`.
 
         Raises:
             StepNotFoundError: No such step or item.
             MismatchError: Checkpoint and target differ; nothing was touched.
-            CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written
-                into.
+            CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was changed.
         """
         how = restore_lib.RestoreOptions(**options)
         number = None if step is None else check_step(step)
-        return self._run.restore(number, items, how, discard_later=discard_later)
+        return self._run.restore(number, into, how, discard_later=discard_later)
 
     @exclusive
     def restore_or(
-        self, initial: Mapping[str, Any], **options: Unpack[RestoreArguments]
+        self,
+        initial: Mapping[str, Any],
+        *,
+        fallback: str | os.PathLike[str] | None = None,
+        on_corrupt: Literal["raise", "older"] = "raise",
+        **options: Unpack[RestoreArguments],
     ) -> restore_lib.Restored:
-        """Resumes from the latest step if there is one, otherwise returns the initial values.
+        """Resumes from the latest step; without one, returns the initial values.
 
-        The decision is logged, and is that of all ranks. Only in a directory without steps a run
-        starts from scratch: a step that cannot be restored is an error.
+        The choice is logged, and is the same on all ranks.
 
         Args:
-            initial: The items, as `restore` takes them; where there is no step, their values come
-                back as they are, and `.step` is None.
+            initial: The targets, as of `restore`. Where there is no step, their values are returned
+                as they are; `.step` is None and `.next_step` 0.
+            fallback: A checkpoint, such as pretrained weights, that is restored where there is no
+                step; `.next_step` is 0. With `strict=False` it may lack items.
+            on_corrupt: For a damaged step: `raise`, or restore the newest `older` one that is
+                intact. The damaged step stays; an error is logged and a `skipped` event sent.
             options: As of `restore`.
 
         Raises:
             MismatchError, CorruptCheckpointError: As `restore` does.
         """
-        return self._run.restorer.restore_or(initial, restore_lib.RestoreOptions(**options))
+        how = restore_lib.RestoreOptions(**options)
+        return self._run.restore_or(initial, how, fallback=fallback, on_corrupt=on_corrupt)
 
     def metadata(self, step: int | None = None) -> StepMetadata:
-        """Returns the metadata of a step (None: the latest), without reading its arrays."""
+        """Returns what is known of a step (None: the latest), metrics included; reads no arrays."""
         self._calls.check_usable()
         return self._run.metadata(None if step is None else check_step(step))
 
-    def metrics(self, step: int | None = None) -> Mapping[str, Any] | None:
-        """The metrics of a step (None: the latest), late ones included, or None."""
-        return self.metadata(step).metrics
+    def path(self, step: int) -> str:
+        """Returns the directory of a step, for `fc.restore` and tools: a path or a URI."""
+        self._calls.check_usable()
+        return self._run.path(check_step(step))
 
     # ------------------------------------------------------------------------------ looking
 
     def all_steps(self) -> list[int]:
-        """The committed steps, ascending; those that a rollback abandoned are among them.
+        """Returns the committed steps, ascending, abandoned ones included.
 
         A read-only manager reads the directory again.
         """
@@ -264,9 +272,9 @@ class CheckpointManager:
         return self._steps.all()
 
     def latest_step(self) -> int | None:
-        """The step that a run resumes from, or None: the highest of the present line.
+        """Returns the step that a run resumes from, or None.
 
-        After a rollback that is the newest step saved since, though an abandoned one is higher.
+        That is the highest step; after a rollback, the highest one saved since.
         """
         self._calls.check_usable()
         return self._steps.newest()
@@ -274,11 +282,11 @@ class CheckpointManager:
     def best_step(
         self, metric: str | None = None, *, mode: Literal["max", "min"] = "max"
     ) -> int | None:
-        """The step with the best metric, or None where no step has it.
+        """Returns the step with the best metric, or None if no step has it.
 
         Args:
-            metric: Its key; None for that of the keep policy's `best_n`.
-            mode: Whether the highest or the lowest is best.
+            metric: Its name; None for the metric of the keep policy.
+            mode: Whether the highest or the lowest value is best.
 
         Raises:
             CorruptCheckpointError: The metrics of a step are damaged: it may be the best.
@@ -291,42 +299,42 @@ class CheckpointManager:
         )
 
     def reload(self) -> None:
-        """Reads the history from disk again."""
+        """Reads the list of steps from disk again."""
         self._calls.check_usable()
         self._steps.reload()
 
     def wait_for_new_step(
         self, after: int | None = None, *, timeout: float | None = None, poll: float = 1.0
     ) -> int | None:
-        """Waits until the latest step comes after `after`, for evaluators that follow a run.
+        """Waits until the latest step is newer than `after`, for evaluators that follow a run.
 
-        After a rollback that may be a lower step, on the new line.
+        After a rollback that may be a lower step.
 
         Args:
-            after: The step seen last; None for any step.
+            after: The last step seen; None for any step.
             timeout: Seconds to wait; None for no limit.
-            poll: Seconds between looks.
+            poll: Seconds between looks at the directory.
 
         Returns:
-            The latest step, or None when the time is up.
+            The latest step, or None after the timeout.
         """
         self._calls.check_usable()
         return self._steps.wait_for_new(after, timeout, poll)
 
     @property
     def directory(self) -> str:
-        """Where the steps are."""
+        """The directory: an absolute path or a URI."""
         return self._steps.root
 
     @property
     def num_ranks(self) -> int:
-        """How many ranks save and restore together."""
+        """The number of ranks that save and restore together."""
         return self._run.coordinator.num_ranks
 
     # ------------------------------------------------------------------------------ life
 
     def is_saving_in_progress(self) -> bool:
-        """Whether a commit is under way."""
+        """Returns whether a commit is in progress."""
         self._calls.check_process()
         return self._saver.committer.is_busy
 
@@ -340,7 +348,7 @@ class CheckpointManager:
         self._saver.fence()
 
     def wait_until_finished(self) -> None:
-        """Waits for the commit under way and for the tiers; raises what failed."""
+        """Waits for the commit and the uploads in progress; raises their errors."""
         self._calls.check_usable()
         self._calls.check_not_within("wait_until_finished")
         self._saver.wait()
@@ -352,16 +360,16 @@ class CheckpointManager:
 
     @exclusive
     def reached_preemption(self, step: int) -> bool:
-        """Whether the process has received SIGTERM and this step was saved for it.
+        """Returns whether SIGTERM has arrived and this step was saved for it.
 
-        Needs `policies.Preemption()` among the save policies. False for a step that `save` has just
-        declined or skipped: the signal came too late for it, and leaving the loop now would lose
-        all steps since the last save. The next `save` is accepted.
+        Needs `policies.Preemption()` among the save policies. False for a step that `save` has
+        refused or skipped before the signal: leaving the loop now would lose all steps since the
+        last save. The next `save` is taken.
         """
         return self._saver.decider.is_preempted(check_step(step))
 
     def close(self) -> None:
-        """Waits for pending work, releases the writer lock, raises an unreported error."""
+        """Waits for the commit, releases the writer lock, raises errors not yet raised."""
         if self._calls.is_over:
             return
         with self._calls.turn("close"):

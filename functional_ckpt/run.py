@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from functional_ckpt import checkpoint, errors
 from functional_ckpt.distributed.collective import run_on_all, run_on_primary
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.events import Events, Listeners
@@ -25,6 +28,8 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
 
 __all__ = ["Run", "open_run"]
+
+_log = logging.getLogger("functional_ckpt")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,7 +81,7 @@ class Run:
     def restore(
         self,
         step: int | None,
-        items: Mapping[str, Any] | None,
+        into: Mapping[str, Any] | None,
         options: restore_lib.RestoreOptions,
         *,
         discard_later: bool,
@@ -87,7 +92,7 @@ class Run:
             self.saver.committer.wait()
         if step is not None:
             self.saver.wait_for(step)
-        restored = self.restorer.restore(step, items, options, discard_later=discard_later)
+        restored = self.restorer.restore(step, into, options, discard_later=discard_later)
         if discard_later and restored.step is not None:
             run_on_primary(
                 self.coordinator,
@@ -96,6 +101,36 @@ class Run:
                 after=self.steps.reload,
             )
         return restored
+
+    def restore_or(
+        self,
+        initial: Mapping[str, Any],
+        options: restore_lib.RestoreOptions,
+        *,
+        fallback: str | os.PathLike[str] | None,
+        on_corrupt: Literal["raise", "older"],
+    ) -> restore_lib.Restored:
+        """Restores the latest step, else the checkpoint `fallback`, else the initial values."""
+        if on_corrupt not in ("raise", "older"):
+            raise errors.UsageError(f"on_corrupt must be 'raise' or 'older'; got {on_corrupt!r}.")
+        restored = self.restorer.restore_or(initial, options, on_corrupt)
+        if restored.step is not None or fallback is None:
+            return restored
+        found: list[restore_lib.Restored] = []
+
+        def restore() -> None:
+            registry = self.restorer.registry
+            found.append(checkpoint.restore_with(fallback, initial, registry, options))
+
+        run_on_all(self.coordinator, f"restoring {os.fspath(fallback)}", restore)
+        if self.coordinator.rank == 0:
+            _log.info("%s: starting with the values of %s", self.steps.root, fallback)
+        return found[0].with_defaults(restored)
+
+    def path(self, step: int) -> str:
+        """Returns where a step is stored: in the nearest tier that holds it."""
+        self.saver.wait_for(step)
+        return self.steps.tiers_with(self.steps.existing(step))[0].path(step)
 
     def metadata(self, step: int | None) -> StepMetadata:
         """Returns the metadata of a step (None: the latest), without reading its arrays."""
@@ -134,6 +169,8 @@ def open_run(
         UsageError: An argument is wrong.
     """
     known_tiers = as_tiers(tiers)
+    for name, value in (("directory", os.fspath(directory)), ("latest_link", latest_link)):
+        _check_no_variables(name, value)
     connected, root = connect(directory, storage)
     step_names = template.name_format_of(step_name, adapt=orbax_adapters.adapt_name_format)
     events = Events(on_event)
@@ -165,3 +202,12 @@ def open_run(
         run.release()
         raise
     return run
+
+
+def _check_no_variables(name: str, value: str | None) -> None:
+    """Raises `UsageError` for `{run_name}` and the like: no template is formatted here."""
+    if value is not None and (found := re.search(r"\{[A-Za-z_]\w*\}", value)):
+        raise errors.UsageError(
+            f"{name}={value!r} contains the variable {found[0]}, which is not replaced: format it "
+            f"first, e.g. with str.format. Only step_name is a template."
+        )

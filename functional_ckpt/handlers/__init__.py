@@ -1,5 +1,7 @@
 """Handlers and items: they lower values to pytrees and lift them back."""
 
+from functional_ckpt.core.arrays.spec import ArraySpec
+from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
 from functional_ckpt.handlers.base import CheckpointItem, Handler, Item, Registry, item_class
 from functional_ckpt.handlers.json import Json, JsonHandler
 from functional_ckpt.handlers.module import Module, ModuleHandler
@@ -9,9 +11,13 @@ from functional_ckpt.handlers.registry import default_registry
 from functional_ckpt.handlers.rng import Generator, GeneratorHandler, Rng, RngHandler
 from functional_ckpt.handlers.stateful import Stateful, StatefulHandler
 from functional_ckpt.handlers.torchmetrics import TorchMetric, TorchMetricHandler
+from functional_ckpt.handlers.training import training_items
 
 __all__ = [
+    "AS_SAVED",
+    "ArraySpec",
     "CheckpointItem",
+    "Fill",
     "Generator",
     "GeneratorHandler",
     "Handler",
@@ -33,4 +39,5 @@ __all__ = [
     "TorchMetricHandler",
     "default_registry",
     "item_class",
+    "training_items",
 ]

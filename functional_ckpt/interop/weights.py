@@ -95,7 +95,7 @@ def of_step(path: str | os.PathLike[str], item: str) -> Weights:
             return {}
         binding = match(root, AS_SAVED, item=item).binding
         touched = read.TargetState()
-        (value,) = read.read_all([(saved, binding)], verify="during", touched=touched)
+        (value,) = read.read_all([(saved, binding)], verify="stream", touched=touched)
         found = {node.name: (node, array) for node, array in flatten.flatten(value).arrays}
         return {name: encode.source_of(found[name][1], found[name][0]) for name in names}
 

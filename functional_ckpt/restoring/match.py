@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict, TypeGuard
+from typing import Any, TypedDict, TypeGuard
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import merge_ranks
@@ -39,28 +39,31 @@ class RestoreOptions:
             an error.
         strict: Whether anything missing, unexpected or mismatched is an error; if not, the target
             keeps its own values there and the report names them.
-        cast: `target` converts arrays to the target's dtype; None makes another dtype a mismatch.
-        verify: When bytes are checked: `during` the read (default), all `before` the first is
-            written into the target, or `off`.
-        share_reads: Whether one rank reads data that several need: it is read from storage once and
-            sent to the others over separate connections. For replicas, for other
-            shardings than the saved one, for slow storage.
+        cast: Whether arrays are converted to the target's dtype; if not, another dtype is a
+            mismatch.
+        verify: When bytes are checked: `"stream"`, while they are read (default); `"first"`, all of
+            them before the first is written into the target; or False, never.
+        share_reads: Whether one rank reads data that several ranks need, and sends it to them over
+            connections of its own. For replicas, for other shardings than the saved one, for slow
+            storage.
     """
 
     only: str | Sequence[str] | None = None
     ignore: select_lib.Ignored | None = None
     key_map: rename.KeyMap | None = None
     strict: bool = True
-    cast: Literal["target"] | None = None
-    verify: read.Verify = "during"
+    cast: bool = False
+    verify: read.Verify = "stream"
     share_reads: bool = False
 
     def __post_init__(self) -> None:
-        if self.cast not in (None, "target"):
-            raise errors.UsageError(f"cast must be 'target' or None; got {self.cast!r}.")
-        if self.verify not in ("during", "before", "off"):
+        for name in ("strict", "cast", "share_reads"):
+            if not isinstance(getattr(self, name), bool):
+                got = getattr(self, name)
+                raise errors.UsageError(f"{name} must be True or False; got {got!r}.")
+        if self.verify is not False and self.verify not in ("stream", "first"):
             raise errors.UsageError(
-                f"verify must be 'during', 'before' or 'off'; got {self.verify!r}."
+                f"verify must be 'stream', 'first' or False; got {self.verify!r}."
             )
 
     @property
@@ -78,7 +81,7 @@ class RestoreArguments(TypedDict, total=False):
     ignore: select_lib.Ignored | None
     key_map: rename.KeyMap | None
     strict: bool
-    cast: Literal["target"] | None
+    cast: bool
     verify: read.Verify
     share_reads: bool
 
@@ -115,6 +118,8 @@ class _Request:
     wanted: select_lib.Selection
     renamed: rename.Renaming | None
     group: Coordinator
+    keeps_missing: bool = False
+    """Whether a target whose item the checkpoint lacks is kept and reported."""
 
     def root_of(self, opened: OpenItem, name: str) -> structure.Node | None:
         """The structure of an item, under the names that the target knows; None for nothing."""
@@ -130,7 +135,7 @@ class _Request:
 
 def match_items(
     checkpoint: OpenCheckpoint,
-    items: Mapping[str, Any] | None,
+    into: Mapping[str, Any] | None,
     registry: Registry,
     options: RestoreOptions,
     group: Coordinator,
@@ -139,29 +144,31 @@ def match_items(
 
     Args:
         checkpoint: What to restore.
-        items: The targets; None restores everything as saved.
+        into: The targets by item name; None restores everything as saved.
         registry: Chooses handlers for plain values.
         options: How.
         group: The ranks; each matches its own part.
     """
+    if into is not None and not isinstance(into, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise errors.UsageError(
+            f"into must be a mapping of item names to targets; got {type(into).__name__}."
+        )
     asked = _Request(
         checkpoint=checkpoint,
         options=options,
         wanted=select_lib.Selection(options.patterns, options.ignore),
         renamed=None if options.key_map is None else rename.Renaming(options.key_map),
         group=group,
+        # Where no item is there at all, it is another checkpoint than the one that was meant.
+        keeps_missing=not options.strict and not checkpoint.items.keys().isdisjoint(into or ()),
     )
     wanted = asked.wanted
-    if items is not None and not isinstance(items, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise errors.UsageError(
-            f"items must be a mapping of names to targets; got {type(items).__name__}."
-        )
-    if items is None:
+    if into is None:
         found = [_match_as_saved(asked, name) for name in checkpoint.items]
     else:
         found = [
             _match_item(asked, name, registry.bind(value, name))
-            for name, value in items.items()
+            for name, value in into.items()
             if wanted.may_include(name)
         ]
     matched = [each for each in found if each is not None and wanted.has_match(each.name)]
@@ -235,10 +242,13 @@ def is_per_rank(root: structure.Node) -> TypeGuard[structure.BranchNode]:
 def _match_item(asked: _Request, name: str, item: Item) -> MatchedItem | None:
     checkpoint, wanted, options, group = asked.checkpoint, asked.wanted, asked.options, asked.group
     kind = checkpoint.items.get(name)
+    if kind is None and asked.keeps_missing:
+        return _left_alone(name, item, plan.RestoreReport(missing=(name,)))
     if kind is None:
         raise errors.StepNotFoundError(
             f"{checkpoint.path} has no item {name!r}; it has "
-            f"{', '.join(sorted(checkpoint.items))}.",
+            f"{', '.join(sorted(checkpoint.items))}."
+            + (" Pass strict=False to keep the target's own." if options.strict else ""),
             step=checkpoint.step,
             path=checkpoint.path,
             key_path=name,
@@ -266,9 +276,7 @@ def _match_item(asked: _Request, name: str, item: Item) -> MatchedItem | None:
     target, reported = _target_of(asked, name, item, opened.root, root, is_resized=is_resized)
     if target is None:
         return _left_alone(name, item, reported)
-    outcome = match(
-        root, target, item=name, cast_to_target=options.cast == "target", selects=handler.selects
-    )
+    outcome = match(root, target, item=name, cast_to_target=options.cast, selects=handler.selects)
     return MatchedItem(
         name=name,
         item=item,

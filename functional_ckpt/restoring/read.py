@@ -28,7 +28,7 @@ from functional_ckpt.runtime import device_copies, fence, threads
 
 __all__ = ["Verify", "read_all"]
 
-Verify: TypeAlias = Literal["during", "before", "off"]
+Verify: TypeAlias = Literal["stream", "first", False]
 
 # Enough small reads under way to hide their latency; few enough that two threads share the work.
 _BATCH_TASKS = 256
@@ -46,7 +46,7 @@ def read_all(
 
     Args:
         bound: Items and what to make of them.
-        verify: `during` checks each chunk as it is read; `before` checks all chunks first, so that
+        verify: `stream` checks each chunk as it is read; `first` checks all chunks first, so that
             damage is found before the target is written into, and then as `during`; `off` checks
             nothing.
         touched: Set before the first byte is written to the caller's memory.
@@ -55,9 +55,9 @@ def read_all(
     fence.wait_for_all()  # a target may be the source of a running copy of a save
     with threads.gc_paused():
         jobs = [_ItemRead(item, binding, touched) for item, binding in bound]
-    if verify == "before":
+    if verify == "first":
         threads.run_in_threads([task for job in jobs for task in job.verification()])
-    verified = verify != "off"  # after `before` too: the data may have changed since
+    verified = verify is not False  # after `first` too: what is read now may have changed since
     with contextlib.ExitStack() as files:
         fetches: list[Callable[[], None]] = []
         bounce = device_copies.PinnedBuffers()

@@ -15,7 +15,7 @@ from functional_ckpt.core.restore_plan import plan
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint
-from functional_ckpt.handlers.base import Registry
+from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import read, ties
 from functional_ckpt.restoring.match import MatchedItem, RestoreOptions, is_per_rank, match_items
@@ -71,6 +71,21 @@ class Restored(Mapping[str, Any]):
             self, items_by_name={**others, **self.items_by_name}, starts_at=0
         )
 
+    def over(self, items: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns `items` with every restored value in its place: what the next save takes.
+
+        Modules and optimizers are the same objects, filled in place; pytrees are the restored ones.
+        Names that were not restored keep their values.
+
+        >>> Restored({"state": 1}).over({"state": 0, "other": 2})
+        {'state': 1, 'other': 2}
+        """
+        known = self.items_by_name
+        return {
+            name: _rebound(value, known[name]) if name in known else value
+            for name, value in items.items()
+        }
+
     def __getitem__(self, name: str) -> Any:
         return self.items_by_name[name]
 
@@ -84,14 +99,19 @@ class Restored(Mapping[str, Any]):
         return f"Restored(step={self.step}, items={sorted(self.items_by_name)})"
 
 
+def _rebound(given: Any, restored: Any) -> Any:
+    """Returns the restored value with the options that its target had."""
+    return dataclasses.replace(given, value=restored) if isinstance(given, Item) else restored
+
+
 def restore_checkpoint(
     open_checkpoint: Callable[[], OpenCheckpoint],
-    items: Mapping[str, Any] | None,
+    into: Mapping[str, Any] | None,
     registry: Registry,
     options: RestoreOptions,
     coordinator: Coordinator | None = None,
 ) -> Restored:
-    """Restores a checkpoint: as saved without `items`, else into them.
+    """Restores a checkpoint: as saved without `into`, else into its values.
 
     Every rank opens it and matches its own part, then all continue or all raise; likewise after
     reading.
@@ -108,7 +128,7 @@ def restore_checkpoint(
             with _noticing_overwrite(checkpoint):
                 # Whatever may be damaged is read before anything is touched.
                 metrics, progress = checkpoint.metrics, checkpoint.progress
-                found = match_items(checkpoint, items, registry, options, group)
+                found = match_items(checkpoint, into, registry, options, group)
                 matched = ties.report_conflicts(found, options.verify)
         reports = {each.name: each.report for each in matched}
         if options.strict and any(r.missing or r.mismatched for r in reports.values()):

@@ -9,7 +9,7 @@ import logging
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from functional_ckpt import errors
 from functional_ckpt.distributed.collective import collective
@@ -46,20 +46,23 @@ class Restorer:
     def restore(
         self,
         step: int | None,
-        items: Mapping[str, Any] | None,
+        into: Mapping[str, Any] | None,
         options: RestoreOptions,
         *,
         discard_later: bool = False,
     ) -> restore_lib.Restored:
         """Restores a step; see `CheckpointManager.restore`."""
         number, holders = self._agree(step, discard_later=discard_later)
-        restored = self._restore(number, holders, items, options)
+        restored = self._restore(number, holders, into, options)
         if not discard_later:
             self._warn_of_later(number)
         return restored
 
     def restore_or(
-        self, initial: Mapping[str, Any], options: RestoreOptions
+        self,
+        initial: Mapping[str, Any],
+        options: RestoreOptions,
+        on_corrupt: Literal["raise", "older"] = "raise",
     ) -> restore_lib.Restored:
         """Restores the latest step, or returns the initial values if there is none."""
         if not isinstance(initial, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -73,10 +76,50 @@ class Restorer:
         if found != b"0":
             number, holders = self._agree(None)
             self._tell("resuming from step %d (latest of %d)", number, int(found))
-            return self._restore(number, holders, initial, options)
+            return self._restore_sound(number, holders, initial, options, on_corrupt)
         self._tell("no checkpoint found: starting from the initial values")
         self._check_others()
         return initial_values(initial)
+
+    def _restore_sound(
+        self,
+        step: int,
+        holders: Sequence[Steps],
+        initial: Mapping[str, Any],
+        options: RestoreOptions,
+        on_corrupt: Literal["raise", "older"],
+    ) -> restore_lib.Restored:
+        """Restores a step, or the newest older one of its line that is intact."""
+        if on_corrupt == "older" and not options.strict:
+            # Leaves that an older step lacks would keep what was read of the damaged one.
+            options = dataclasses.replace(options, verify="first")
+        latest = step
+        while True:
+            try:
+                restored = self._restore(step, holders, initial, options)
+                break
+            except errors.CorruptCheckpointError as error:
+                older = self._older(step) if on_corrupt == "older" else None
+                if older is None:
+                    raise
+                if self.coordinator.rank == 0:
+                    _log.error("step %d is damaged, trying step %d: %s", step, older, error)
+                    self.steps.emit("skipped", step)
+            step, holders = self._agree(older)
+        if step != latest:
+            self._warn_of_later(step)
+        return restored
+
+    def _older(self, step: int) -> int | None:
+        """Returns the step before this one on the present line, as the primary knows it."""
+
+        def find(_: Sequence[bytes]) -> bytes:
+            infos = self.steps.all_infos()
+            known = [info.step for info in infos if info.step < step and not info.is_abandoned]
+            return b"%d" % max(known) if known else b""
+
+        found = self.coordinator.gather_broadcast("which step is older", b"", find)
+        return int(found) if found else None
 
     def _tell(self, text: str, *values: object) -> None:
         if self.coordinator.rank == 0:
@@ -129,7 +172,7 @@ class Restorer:
         self,
         step: int,
         holders: Sequence[Steps],
-        items: Mapping[str, Any] | None,
+        into: Mapping[str, Any] | None,
         options: RestoreOptions,
     ) -> restore_lib.Restored:
         """From the nearest tier that holds it; from the next where that one cannot be read."""
@@ -139,19 +182,19 @@ class Restorer:
         with self.steps.reading(step):
             for holder in nearer:
                 try:
-                    return self._restore_from(holder, step, items, options)
+                    return self._restore_from(holder, step, into, options)
                 except failures as error:
                     _log.warning("step %d: trying the next tier: %s", step, error)
-            return self._restore_from(last, step, items, options)
+            return self._restore_from(last, step, into, options)
 
     def _restore_from(
-        self, holder: Steps, step: int, items: Mapping[str, Any] | None, options: RestoreOptions
+        self, holder: Steps, step: int, into: Mapping[str, Any] | None, options: RestoreOptions
     ) -> restore_lib.Restored:
         storage, path = holder.storage, holder.path(step)
         try:
             restored = restore_lib.restore_checkpoint(
                 functools.partial(checkpoint_dir.open_checkpoint, storage, path, step),
-                items,
+                into,
                 self.registry,
                 options,
                 self.coordinator,

@@ -166,11 +166,8 @@ class StepCommitter:
         reports: dict[int, write.RankReport] = {}
 
         def combine(_: Sequence[bytes]) -> bytes:
-            for rank in range(1, group.num_ranks):
-                reports[rank] = write.read_report(self._storage, tmp, rank)
-            if group.num_ranks > 1:
-                self._storage.remove(os.path.join(tmp, write.REPORTS))
-            return self._finish(save, tmp, [reports[rank] for rank in range(group.num_ranks)])
+            every = write.every_report(self._storage, tmp, reports[0], group.num_ranks)
+            return self._finish(save, tmp, every)
 
         try:
             with collective(group, f"writing step {save.step}", combine) as turn:
@@ -184,20 +181,9 @@ class StepCommitter:
     def _write_own(self, save: Save, tmp: str, digests: Mapping[str, str]) -> write.RankReport:
         """Writes this rank's part, and its report where the primary finds it."""
         group, staged = self._coordinator, save.staged
-        if group.rank:
-            is_tmp = commit.TMP_SUFFIX in os.path.basename(tmp)
-            seen = tmp if is_tmp else commit.tmp_path(tmp)
-            commit.check_visible(self._storage, seen, group.rank)
         started = time.monotonic()
-        report = write.write(
-            self._storage,
-            tmp,
-            staged.items,
-            rank=group.rank,
-            num_ranks=group.num_ranks,
-            known=digests if group.rank else None,
-            num_threads=write_direct.NUM_THREADS if staged.blocks_caller else self._num_threads,
-        )
+        num_threads = write_direct.NUM_THREADS if staged.blocks_caller else self._num_threads
+        report = write.write_part(self._storage, tmp, staged.items, group, digests, num_threads)
         if staged.is_interrupted:
             raise errors.SaveError(
                 "The save was interrupted (Ctrl-C) while it was writing the state from the "
@@ -227,12 +213,7 @@ class StepCommitter:
         ]
         final = self._steps.new_path(save.step, save.info.progress)
         tmp = self._steps.commits.begin(final)
-        is_shared = self._coordinator.num_ranks > 1
-        digests = {
-            item.name: write.root_digest(item.root)
-            for item in save.lowered
-            if item.root is not None and is_shared
-        }
+        digests = write.digests(save.lowered) if self._coordinator.num_ranks > 1 else {}
         return json.dumps({"directory": os.path.basename(tmp), "digests": digests}).encode()
 
     def _finish(self, save: Save, tmp: str, reports: Sequence[write.RankReport]) -> bytes:

@@ -24,9 +24,11 @@ from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.records import records, structure_json
 from functional_ckpt.core.tree import structure
+from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format import write_direct, write_tensorstore
+from functional_ckpt.saving.lower import LoweredItem
 from functional_ckpt.saving.parts import StagedItem
-from functional_ckpt.storage import queries
+from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 
 __all__ = ["RankReport", "read_report", "write", "write_report"]
@@ -151,6 +153,43 @@ def _write_arrays(
     if tied:
         write_tensorstore.merge_children(storage, path, (), tied)
     return write_direct.Written(digests=digests, files={})
+
+
+def write_part(
+    storage: Storage,
+    tmp: str,
+    items: Sequence[StagedItem],
+    group: Coordinator,
+    known: Mapping[str, str],
+    num_threads: int = write_direct.NUM_THREADS,
+) -> RankReport:
+    """Writes one rank's part below `tmp`, which the primary created; see `every_report`."""
+    if group.rank:
+        is_tmp = commit.TMP_SUFFIX in os.path.basename(tmp)
+        commit.check_visible(storage, tmp if is_tmp else commit.tmp_path(tmp), group.rank)
+    return write(
+        storage,
+        tmp,
+        items,
+        rank=group.rank,
+        num_ranks=group.num_ranks,
+        known=known if group.rank else None,
+        num_threads=num_threads,
+    )
+
+
+def every_report(storage: Storage, tmp: str, own: RankReport, num_ranks: int) -> list[RankReport]:
+    """On the primary: returns the reports of all ranks, and removes them from the checkpoint."""
+    if num_ranks == 1:
+        return [own]
+    reports = [own, *(read_report(storage, tmp, rank) for rank in range(1, num_ranks))]
+    storage.remove(os.path.join(tmp, REPORTS))
+    return reports
+
+
+def digests(items: Sequence[LoweredItem]) -> dict[str, str]:
+    """Returns the digest of every tree's structure."""
+    return {item.name: root_digest(item.root) for item in items if item.root is not None}
 
 
 def root_digest(root: structure.Node) -> str:

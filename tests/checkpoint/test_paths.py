@@ -56,7 +56,7 @@ def test_an_item_that_could_not_be_read_is_refused(name: str, tmp_path: Path) ->
 
 def test_step_names_that_could_not_be_read_are_refused() -> None:
     with pytest.raises(errors.UsageError):
-        fc.StepName(prefix="\\run")
+        fc.step_names.StepName(prefix="\\run")
 
 
 def test_a_double_slash_in_front_is_one(tmp_path: Path) -> None:

@@ -182,12 +182,12 @@ def test_ls_of_a_directory_without_a_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        fc.StepName(prefix="ckpt"),
-        fc.StepName(zero_pad=6),
-        fc.StepName(prefix="a_b", zero_pad=3),
+        fc.step_names.StepName(prefix="ckpt"),
+        fc.step_names.StepName(zero_pad=6),
+        fc.step_names.StepName(prefix="a_b", zero_pad=3),
     ],
 )
-def test_steps_of_every_name_are_recognised(tmp_path: Path, names: fc.StepName) -> None:
+def test_steps_of_every_name_are_recognised(tmp_path: Path, names: fc.step_names.StepName) -> None:
     with fc.CheckpointManager(tmp_path / "run", step_name=names) as manager:
         for step in (7, 1234):
             manager.save(step, {"x": {"a": 1}})
@@ -201,7 +201,9 @@ def test_steps_of_every_name_are_recognised(tmp_path: Path, names: fc.StepName) 
 
 def test_steps_of_two_names_must_be_chosen_between(tmp_path: Path) -> None:
     for prefix in (None, "eval"):
-        with fc.CheckpointManager(tmp_path, step_name=fc.StepName(prefix=prefix)) as manager:
+        with fc.CheckpointManager(
+            tmp_path, step_name=fc.step_names.StepName(prefix=prefix)
+        ) as manager:
             manager.save(4 if prefix else 3, {"x": {"a": 1}})
     assert "choose with --prefix" in error_of("ls", tmp_path)
     assert json_of("ls", tmp_path, "--prefix", "eval")["latest"] == 4
@@ -608,7 +610,7 @@ def test_a_narrow_terminal_loses_no_leaf_name(root: Path) -> None:
 
 
 def test_steps_under_names_of_a_template(tmp_path: Path) -> None:
-    names = fc.StepTemplate(template="ep{epoch}-ba{batch}")
+    names = fc.step_names.StepTemplate(template="ep{epoch}-ba{batch}")
     with fc.CheckpointManager(tmp_path, step_name=names, latest_link="latest") as manager:
         for batch in (9, 10):
             progress = fc.Progress(epoch=2, batch=batch)

@@ -117,7 +117,7 @@ def restore_odd(directory: Path, rows: tuple[int, ...], fill: bool) -> None:
     """Into a tensor of other parts than were saved; the others stay as they are."""
     tensor = ragged(rows, -1.0)
     other = torch.full((3,), -1.0)
-    items = {"s": {"t": fc.Fill(tensor) if fill else tensor, "w": fc.Fill(other)}}
+    items = {"s": {"t": fc.handlers.Fill(tensor) if fill else tensor, "w": fc.handlers.Fill(other)}}
     try:
         with fc.CheckpointManager(directory, read_only=True) as manager:
             manager.restore(0, items)

@@ -38,7 +38,9 @@ def options(name: str, rank: int, directory: Path) -> dict[str, Any]:
         "keep_policy only some": {} if last else {"keep_policy": policies.LatestN(1)},
         "keep_policy own": {"keep_policy": Own(2 if last else 1)},
         "latest_link": {"latest_link": "latest"} if last else {},
-        "step_name": {"step_name": fc.StepName(prefix="step") if last else fc.StepName()},
+        "step_name": {
+            "step_name": fc.step_names.StepName(prefix="step") if last else fc.step_names.StepName()
+        },
         "tiers": {"tiers": [fc.Tier(path=directory / "far")]} if last else {},
         "tiers policies": {"tiers": [fc.Tier(path=directory / "far", keep=Own(2 if last else 1))]},
         "overwrite": {"overwrite": last},
@@ -132,7 +134,9 @@ def restore_mismatched(directory: Path, strict: bool) -> tuple[str, float, Any]:
     report: Any = None
     with fc.CheckpointManager(directory, read_only=True, coordinator=group) as manager:
         try:
-            items = {"t": fc.PyTree({name: fc.Fill(each) for name, each in target.items()})}
+            items = {
+                "t": fc.PyTree({name: fc.handlers.Fill(each) for name, each in target.items()})
+            }
             report = manager.restore(0, items, strict=strict).report
         except fc.errors.MismatchError as error:
             kind = f"{type(error).__name__} {isinstance(error, fc.errors.CoordinationError)}"

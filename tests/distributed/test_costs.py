@@ -90,7 +90,7 @@ def restore_counted(
     Database.count = spy  # type: ignore[method-assign]
     try:
         with fc.CheckpointManager(directory, read_only=True) as manager:
-            target = {"tree": {name: fc.Fill(t) for name, t in tree.items()}}
+            target = {"tree": {name: fc.handlers.Fill(t) for name, t in tree.items()}}
             manager.restore(0, target, share_reads=share_reads)
     finally:
         Database.count = count  # type: ignore[method-assign]
@@ -254,7 +254,7 @@ def plan_thrice() -> list[bool]:
     planner = plan_lib.SavePlanner(default_coordinator())
     ranks = tuple(range(dist.get_world_size()))
     rank = dist.get_rank()
-    registry = fc.default_registry()
+    registry = fc.handlers.default_registry()
     plans: list[Any] = []
     for step, extra in enumerate((0, 0, 1, 1)):
         tree = {f"leaf{i}": torch.ones(2) for i in range(5 + extra * rank)}
@@ -275,7 +275,7 @@ def plan_after_a_failure() -> list[int]:
     rank = dist.get_rank()
     rounds: list[tuple[str, int]] = []
     planner = plan_lib.SavePlanner(Counting(default_coordinator(), rounds))
-    registry = fc.default_registry()
+    registry = fc.handlers.default_registry()
 
     def lowered(num_leaves: int) -> Any:
         tree = {f"leaf{i}": torch.ones(2) for i in range(num_leaves)}

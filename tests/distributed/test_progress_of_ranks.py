@@ -12,7 +12,7 @@ from gloo_workers import Workers
 
 import functional_ckpt as fc
 
-NAMES = fc.StepTemplate(template="ep{epoch}-ba{batch}-after{total_wct}s")
+NAMES = fc.step_names.StepTemplate(template="ep{epoch}-ba{batch}-after{total_wct}s")
 
 
 def train(directory: Path, until: int) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def save_in_replicas(directory: Path) -> list[float]:
         manager.save(0, {"state": {"bias": tensor}})
         manager.wait_until_finished()
         empty = torch.zeros_like(tensor)
-        restored = manager.restore(0, {"state": {"bias": fc.Fill(empty)}})["state"]["bias"]
+        restored = manager.restore(0, {"state": {"bias": fc.handlers.Fill(empty)}})["state"]["bias"]
     assert restored is empty
     return restored.full_tensor().tolist()
 

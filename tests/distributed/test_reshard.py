@@ -32,7 +32,7 @@ def restore(
     pointers = {name: _memory(tensor) for name, tensor in into.items()}
     # Half of the tensors are filled in place, half are new.
     filled = set(list(into)[::2])
-    target = {name: fc.Fill(t) if name in filled else t for name, t in into.items()}
+    target = {name: fc.handlers.Fill(t) if name in filled else t for name, t in into.items()}
     with fc.CheckpointManager(directory / _name(saved), read_only=True) as manager:
         got = manager.restore(None, {"tree": target}, **options)["tree"]
     moved = [name for name in filled if got[name] is not into[name]]

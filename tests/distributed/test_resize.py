@@ -23,8 +23,8 @@ class Queue:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class QueueHandler(fc.Handler):
-    """Files are redistributed when the number of ranks has changed."""
+class QueueHandler(fc.handlers.Handler):
+    """Files are dealt out anew when the number of ranks has changed."""
 
     per_rank: bool = True
 
@@ -32,7 +32,7 @@ class QueueHandler(fc.Handler):
         return {"files": list(value.files), "count": torch.tensor(len(value.files))}
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
-        return fc.AS_SAVED
+        return fc.handlers.AS_SAVED
 
     def resize(self, trees: Sequence[Any], rank: int, num_ranks: int) -> Any:
         files = sorted(file for tree in trees for file in tree["files"])

@@ -202,7 +202,7 @@ def mismatch_on_one_rank(directory: Path) -> None:
     size = 3 if dist.get_rank() == 1 else 2
     target = torch.full((size,), 5.0)
     try:
-        restore(directory, {"tree": {"x": fc.Fill(target)}})
+        restore(directory, {"tree": {"x": fc.handlers.Fill(target)}})
     finally:
         assert target.tolist() == [5.0] * size
 

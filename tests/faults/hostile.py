@@ -368,12 +368,12 @@ def try_everything(
 
     actions: list[Callable[[], Any]] = [
         lambda: fc.restore(path),
-        lambda: fc.restore(path, verify="before"),
-        lambda: fc.restore(path, target, strict=False, cast="target"),
+        lambda: fc.restore(path, verify="first"),
+        lambda: fc.restore(path, target, strict=False, cast=True),
         lambda: fc.restore(path, only="tree.b*"),
         lambda: fc.metadata(path),
         verified,
-        lambda: fc.restore(path, verify="off"),
+        lambda: fc.restore(path, verify=False),
     ]
     watch.allowed = (str(path), *_PYTHONS_OWN)
     for number, action in enumerate(actions):

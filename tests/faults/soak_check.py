@@ -63,7 +63,7 @@ def _check_step(
 ) -> None:
     try:
         restored = manager.restore(step, soak_values.targets(items))
-        metrics = manager.metrics(step) or {}
+        metrics = manager.metadata(step).metrics or {}
     except errors.CheckpointError as error:
         if not register.is_damaged:
             verdict.losses.append(f"step {step}: {soak_journal.describe(error)}")

@@ -120,7 +120,9 @@ def _look(manager: fc.CheckpointManager) -> Done:
     restored = manager.restore_or({"tree": None, "config": None})
     return {
         "steps": manager.all_steps(),
-        "metrics": {str(step): dict(manager.metrics(step) or {}) for step in manager.all_steps()},
+        "metrics": {
+            str(step): dict(manager.metadata(step).metrics or {}) for step in manager.all_steps()
+        },
         "best": manager.best_step("early"),
         "restored": [restored.step, restored["tree"]["version"]],
     }
@@ -370,7 +372,7 @@ def _check_run(root: Path, may_hold: dict[int, set[int | None]], late: bool = Fa
             expected = {**items_of(version), "config": {"version": version}}
             if testing.differences(dict(restored), expected):
                 found.append(f"step {step} is a mix")
-            metrics = dict(manager.metrics(step) or {})
+            metrics = dict(manager.metadata(step).metrics or {})
             needed = {"version": version} | ({"early": 2.0} if (step, version) == (2, 2) else {})
             needed |= {"late": 1.0} if late and step == 2 else {}
             if any(metrics.get(name) != value for name, value in needed.items()):

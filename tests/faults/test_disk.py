@@ -187,11 +187,11 @@ def frozen(tmp_path: Path) -> Iterator[Path]:
 def test_a_read_only_directory_can_be_read_and_says_so_to_writers(frozen: Path) -> None:
     with fc.CheckpointManager(frozen, read_only=True) as manager:
         assert manager.restore()["tree"]["n"] == 1
-        assert manager.metrics(1) == {"a": 1}
+        assert manager.metadata(1).metrics == {"a": 1}
         with pytest.raises(fc.errors.StorageError) as caught:
             manager.record_metrics(1, {"b": 2})
         assert caught.value.errno in (errno.EROFS, errno.EACCES)
-        assert manager.metrics(1) == {"a": 1}
+        assert manager.metadata(1).metrics == {"a": 1}
     for _ in range(2):
         with pytest.raises(fc.errors.StorageError, match=r"Read-only file system|denied") as caught:
             fc.CheckpointManager(frozen)

@@ -83,7 +83,7 @@ def look(root: Path) -> Any:
 
 def best(root: Path) -> Any:
     with fc.CheckpointManager(root, read_only=True) as manager:
-        return manager.best_step("acc"), manager.metrics(1)
+        return manager.best_step("acc"), manager.metadata(1).metrics
 
 
 def prune(root: Path) -> Any:
@@ -133,7 +133,10 @@ def test_every_call_that_fails_once_is_an_error_or_changes_nothing(
         if failing.num_calls <= at:
             break
         with fc.CheckpointManager(copy, read_only=True) as manager:
-            assert 1 in manager.all_steps() and manager.metrics(1) == {"acc": 1.0, "late": 1}
+            assert 1 in manager.all_steps() and manager.metadata(1).metrics == {
+                "acc": 1.0,
+                "late": 1,
+            }
         at += 1 if IS_FULL else 3
     assert at > 3
 

@@ -46,7 +46,7 @@ calls = {
     "should_save": lambda: manager.should_save(2),
     "restore": lambda: manager.restore(1),
     "metadata": lambda: manager.metadata(1),
-    "metrics": lambda: manager.metrics(1),
+    "metrics": lambda: manager.metadata(1).metrics,
     "all_steps": manager.all_steps,
     "latest_step": manager.latest_step,
     "best_step": lambda: manager.best_step("a"),

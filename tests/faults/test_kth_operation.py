@@ -170,7 +170,7 @@ def check_steps(root: Path, may_hold: dict[int, set[int | None]]) -> dict[int, i
             version = restored["tree"]["version"]
             expected = {**items_of(version), "config": {"version": version}}
             assert testing.differences(dict(restored), expected) == []
-            assert manager.metrics(step) is not None
+            assert manager.metadata(step).metrics is not None
             held[step] = version
     for step in (*OLD_STEPS, NEW_STEP):
         default: set[int | None] = {step if step in OLD_STEPS else None}

@@ -161,7 +161,7 @@ def check_run(root: Path, promised: dict[str, Any]) -> None:
         for step, versions in steps.items():
             check_step(manager, step, versions)
             missing = promised.get(f"metrics {step}", frozenset()) - set(
-                (manager.metrics(step) or {}) if step in manager.all_steps() else {}
+                (manager.metadata(step).metrics or {}) if step in manager.all_steps() else {}
             )
             assert not missing, f"step {step} lost {missing}"
         if "link" in promised:
@@ -324,7 +324,7 @@ def test_uploads_to_a_tier(kind: str, disk_path: Path) -> None:
     check_all(run, check, share=3)
     with fc.CheckpointManager(far, read_only=True) as copy:
         assert copy.all_steps() == sorted(expected)
-        assert copy.metrics(5) == {"late": 1.0}
+        assert copy.metadata(5).metrics == {"late": 1.0}
 
 
 def check_tier(root: Path, expected: dict[int, int]) -> set[int]:

@@ -39,11 +39,11 @@ def test_metrics_that_cannot_be_read_are_not_called_damaged(run: Path, name: str
         with pytest.raises(errors.StorageError, match=os.strerror(errno.EIO)):
             manager.best_step("loss", mode="min")
         with contextlib.suppress(errors.StorageError):
-            assert manager.metrics(2) == {"loss": 2.0, "late": 2.0}
+            assert manager.metadata(2).metrics == {"loss": 2.0, "late": 2.0}
         assert manager.all_steps() == [1, 2]
         storage.heal()
         assert manager.best_step("loss", mode="min") == 1
-        assert manager.metrics(2) == {"loss": 2.0, "late": 2.0}
+        assert manager.metadata(2).metrics == {"loss": 2.0, "late": 2.0}
 
 
 def test_a_file_that_cannot_be_closed_is_an_error_of_this_package(
@@ -90,4 +90,4 @@ def test_a_writer_whose_directory_was_moved_away_records_no_metrics(run: Path) -
             manager.record_metrics(2, {"later": 1.0})
         (run.parent / "moved").rename(run)
         manager.record_metrics(2, {"later": 1.0})
-        assert manager.metrics(2) == {"loss": 2.0, "late": 2.0, "later": 1.0}
+        assert manager.metadata(2).metrics == {"loss": 2.0, "late": 2.0, "later": 1.0}

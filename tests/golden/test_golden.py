@@ -69,14 +69,14 @@ def test_spread_over_several_databases(golden: Path) -> None:
 
 
 def test_into_a_like_tree(run: fc.CheckpointManager) -> None:
-    restored = run.restore(7, {"tree": values.tree()}, verify="before")["tree"]
+    restored = run.restore(7, {"tree": values.tree()}, verify="first")["tree"]
     assert differences(restored, values.tree()) == []
 
 
 def test_json_metrics_and_custom_metadata(run: fc.CheckpointManager) -> None:
     expected = {"lr": 0.1, "layers": [1, 2], "name": "ü", "none": None}
     assert run.restore(7, only="config")["config"] == expected
-    assert run.metrics(7) == {"accuracy": 0.75, "steps": 3}
+    assert run.metadata(7).metrics == {"accuracy": 0.75, "steps": 3}
     metadata = run.metadata(7)
     assert metadata.custom_metadata == {"note": "é", "list": [1, None, {"a": True}]}
     assert metadata.time.year >= 2025
@@ -152,7 +152,7 @@ def test_orbax(golden: Path, name: str) -> None:
 
 def test_orbax_manager_of_zarr2(golden: Path) -> None:
     with fc.CheckpointManager(golden / "orbax_v0_zarr2", read_only=True) as manager:
-        assert manager.all_steps() == [3] and manager.metrics(3) == {"accuracy": 0.5}
+        assert manager.all_steps() == [3] and manager.metadata(3).metrics == {"accuracy": 0.5}
         got = as_numpy(manager.restore(3)["default"])
     expected = values.orbax_tree()
     got = {key: got[key] for key in expected}

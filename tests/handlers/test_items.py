@@ -80,7 +80,7 @@ def test_item_is_immutable(item: Item):
 @EVERY
 def test_item_classes_derive_from_the_abstract_base_alone(item: Item):
     assert type(item).__mro__[1:3] == Item.__mro__[:2]
-    assert type(item.handler).__mro__[1:3] == fc.Handler.__mro__[:2]
+    assert type(item.handler).__mro__[1:3] == fc.handlers.Handler.__mro__[:2]
 
 
 def test_items_compare_tensors_by_content():

@@ -27,7 +27,7 @@ save = fc.policies.every(1)
 with fc.CheckpointManager(ROOT + "/run", save_policy=save, keep_policy=keep) as manager:
     for step in range(4):
         manager.save(step, items, metrics={"loss": step}).result(60)
-    manager.restore(items=items)
+    manager.restore(into=items)
     manager.restore(0)
     assert manager.all_steps() == [0, 2, 3]
     manager.metadata(3)

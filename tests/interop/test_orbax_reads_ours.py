@@ -207,7 +207,7 @@ def test_manager_lists_our_steps(root: Path) -> None:
         assert list(manager.all_steps()) == [3, 10]
         assert manager.latest_step() == 10
         assert manager.best_step() == 3
-        assert manager.metrics(10) == METRICS
+        assert manager.metadata(10).metrics == METRICS
         step = manager.metadata(10)
         assert step.custom_metadata == CUSTOM
         assert step.init_timestamp_nsecs < step.commit_timestamp_nsecs
@@ -356,5 +356,5 @@ def test_arrays_that_compress_well_inside_the_database(
     item = tmp_path / "x" / "state"
     stored = sum(file.stat().st_size for file in item.rglob("*") if file.is_file())
     assert stored < 2000 * 1024
-    assert len(fc.restore(tmp_path / "x", verify="before")["state"]) == 2000
+    assert len(fc.restore(tmp_path / "x", verify="first")["state"]) == 2000
     assert differences(ocp.PyTreeCheckpointer().restore(item), as_orbax(tree)) == []

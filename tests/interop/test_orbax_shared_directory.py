@@ -53,7 +53,7 @@ def steps_of_ours(root: Path, *, unranked: tuple[int, ...] = ()) -> list[int]:
             got = as_orbax(manager.restore(step)["state"])
             assert differences(got, value(step)) == []
             if step not in unranked:
-                assert manager.metrics(step) == {"accuracy": 1 / (1 + step)}
+                assert manager.metadata(step).metrics == {"accuracy": 1 / (1 + step)}
         return manager.all_steps()
 
 
@@ -62,7 +62,7 @@ def steps_of_orbax(root: Path, *, unranked: tuple[int, ...] = ()) -> list[int]:
         for step in manager.all_steps():
             assert differences(manager.restore(step)["state"], value(step)) == []
             if step not in unranked:
-                assert manager.metrics(step) == {"accuracy": 1 / (1 + step)}
+                assert manager.metadata(step).metrics == {"accuracy": 1 / (1 + step)}
         return sorted(manager.all_steps())
 
 
@@ -126,7 +126,7 @@ def test_we_overwrite_a_step_of_orbax(tmp_path: Path) -> None:
 
 
 def test_names_of_steps_are_orbaxs(tmp_path: Path) -> None:
-    ours = fc.StepName(prefix="ckpt", zero_pad=5)
+    ours = fc.step_names.StepName(prefix="ckpt", zero_pad=5)
     theirs = ocp.path.step.standard_name_format(step_prefix="ckpt", step_format_fixed_length=5)
     save_with_ours(tmp_path, 7, step_name=ours)
     save_with_orbax(tmp_path, 8, step_name_format=theirs)

@@ -110,7 +110,7 @@ def test_a_manager_with_one_item(written: Path) -> None:
         assert manager.all_steps() == [1, 2, 10]
         assert manager.latest_step() == 10
         assert manager.best_step("accuracy") == 1
-        assert manager.metrics(2) == {"accuracy": 0.5}
+        assert manager.metadata(2).metrics == {"accuracy": 0.5}
         assert manager.metadata(2).custom_metadata == {"note": "ключ"}
         for step in (1, 2, 10):
             restored = manager.restore(step)
@@ -127,11 +127,11 @@ def test_a_manager_with_several_items(written: Path) -> None:
     check(restored["tree"], orbax_writer.state(1))
     assert restored["config"] == orbax_writer.config()
     check(restored["arrays"], {"checkpoint": np.arange(5)})  # Orbax's own name for a lone array
-    assert shapes["state"]["params"]["bias"] == fc.ArraySpec((8,), "bfloat16")
+    assert shapes["state"]["params"]["bias"] == fc.handlers.ArraySpec((8,), "bfloat16")
 
 
 def test_a_manager_with_named_steps(written: Path) -> None:
-    name = fc.StepName(prefix="ckpt", zero_pad=6)
+    name = fc.step_names.StepName(prefix="ckpt", zero_pad=6)
     with fc.CheckpointManager(
         written / "v0_named_steps", step_name=name, read_only=True
     ) as manager:
@@ -244,7 +244,7 @@ def test_into_a_pytree(written: Path) -> None:
 
 def test_into_memory_of_the_target(written: Path) -> None:
     kernel = torch.zeros(8, 12)
-    wanted = {"params": {"kernel": fc.Fill(kernel)}}
+    wanted = {"params": {"kernel": fc.handlers.Fill(kernel)}}
     fc.restore(written / "v1_save", {"state": wanted}, strict=False)
     check(kernel, orbax_writer.state()["params"]["kernel"])
 
@@ -265,7 +265,7 @@ def test_a_target_that_differs_is_an_error(written: Path, scenario: str) -> None
 def test_a_cast_is_asked_for(written: Path) -> None:
     wanted = {"params": {"kernel": torch.zeros(8, 12, dtype=torch.float64)}}
     path = written / "v0_zarr3_ocdbt"
-    got = fc.restore(path, {"default": wanted}, only="default.params.kernel", cast="target")
+    got = fc.restore(path, {"default": wanted}, only="default.params.kernel", cast=True)
     expected = orbax_writer.state()["params"]["kernel"].astype(np.float64)
     check(got["default"]["params"]["kernel"], expected)
 

@@ -91,7 +91,7 @@ def test_a_step_with_damaged_small_files_is_kept_and_raises_where_it_is_used(
         assert 1 in manager.all_steps()
         asked: list[Callable[[], Any]] = [
             lambda: manager.metadata(1),
-            lambda: manager.metrics(1),
+            lambda: manager.metadata(1).metrics,
             lambda: manager.restore(1),
             lambda: fc.metadata(root / "1"),
             lambda: fc.restore(root / "1"),
@@ -103,7 +103,7 @@ def test_a_step_with_damaged_small_files_is_kept_and_raises_where_it_is_used(
                 ask()
         manager.delete(1)
         assert manager.best_step() is not None
-        assert manager.metrics(3) == {"acc": 0.1}
+        assert manager.metadata(3).metrics == {"acc": 0.1}
 
 
 def test_ls_says_that_metrics_are_damaged(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +129,7 @@ def test_the_best_step_is_kept_when_its_metrics_cannot_be_read_once(
         patch.setattr(os, "open", failing)
         manager = fc.CheckpointManager(root, keep_policy=BEST)
         with pytest.raises(errors.StorageError):
-            manager.metrics(1)
+            manager.metadata(1)
     with manager:
         save(manager, 3, items(), metrics={"acc": 0.1})
         assert 1 in manager.all_steps()
@@ -147,7 +147,7 @@ def test_every_call_that_records_metrics_adds_to_the_others(root: Path) -> None:
     with fc.CheckpointManager(root, read_only=True) as manager:
         manager.record_metrics(1, {"a": 1, "b": float("nan")})
         manager.record_metrics(1, {"a": 2, "c": 3})
-        got = dict(manager.metrics(1) or {})
+        got = dict(manager.metadata(1).metrics or {})
         assert got.pop("b") != got.get("b") and got == {"acc": 0.9, "a": 2, "c": 3}
         assert len(late_files(root)) == 2
 
@@ -163,12 +163,12 @@ def test_damaged_late_metrics_are_noticed_and_their_step_is_kept(damage: str, ro
     with fc.CheckpointManager(root, keep_policy=policy) as manager:
         save(manager, 3, items(), metrics={"late": 0.1})
         assert 1 in manager.all_steps()
-        for ask in (lambda: manager.metrics(1), manager.best_step):
+        for ask in (lambda: manager.metadata(1).metrics, manager.best_step):
             with pytest.raises(errors.CorruptCheckpointError, match="late"):
                 ask()
         shutil.rmtree(bad) if bad.is_dir() else bad.unlink()
         manager.record_metrics(1, {"late": 0.9})
-        assert manager.metrics(1) == {"acc": 0.9, "late": 0.9}
+        assert manager.metadata(1).metrics == {"acc": 0.9, "late": 0.9}
 
 
 def test_late_metrics_of_earlier_versions_are_read_below_newer_ones(root: Path) -> None:
@@ -178,7 +178,7 @@ def test_late_metrics_of_earlier_versions_are_read_below_newer_ones(root: Path) 
         step, commit, _, ending = new.name.split(".")
         old = new.with_name(f"{step}.{commit}.{ending}")
         old.write_text('{"a": 0, "b": 2}')
-        assert manager.metrics(1) == {"acc": 0.9, "a": 1, "b": 2}
+        assert manager.metadata(1).metrics == {"acc": 0.9, "a": 1, "b": 2}
 
 
 # ------------------------------------------------------------------------------------ a live target
@@ -207,7 +207,7 @@ def test_touched_is_true_where_and_only_where_the_target_may_have_changed(tmp_pa
         save(manager, 1, live(), metrics={"acc": 1}, progress=progress)
     files = [path.relative_to(good) for path in good.glob("1/**/*") if path.is_file()]
     damages = ("flip", "empty", "cut", "remove")
-    cases = list(itertools.product(files, damages, ("during", "before")))
+    cases = list(itertools.product(files, damages, ("stream", "first")))
     for file, damage, verify in cases if IS_FULL else cases[::9]:  # every file, damage and time
         shutil.rmtree(bad, ignore_errors=True)
         shutil.copytree(good, bad)
@@ -223,7 +223,7 @@ def test_touched_is_true_where_and_only_where_the_target_may_have_changed(tmp_pa
                 not torch.equal(a, b) for a, b in zip(before, tensors(target), strict=True)
             )
             assert error.touched or not is_changed, (file, damage)
-            assert verify == "during" or not error.touched, (file, damage)
+            assert verify == "stream" or not error.touched, (file, damage)
         else:
             # Files that only Orbax reads.
             assert file.name in ("_METADATA", "_strings.json") or "d" in file.parts

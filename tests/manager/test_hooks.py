@@ -25,7 +25,7 @@ def test_a_hook_saves_when_the_policies_say_so(tmp_path: Path) -> None:
         assert save(8, force=True) is not None
         manager.wait_until_finished()
         assert manager.all_steps() == [0, 3, 6, 8]
-        assert manager.metrics(6) == {"loss": 6}
+        assert manager.metadata(6).metrics == {"loss": 6}
     assert counter.num_captures == 4
 
 

@@ -175,7 +175,9 @@ def test_overwriting_replaces_state_metrics_and_metadata(tmp_path: Path) -> None
         assert manager.all_steps() == [1]
         restored = manager.restore(1)
         assert dict(restored) == {"other": 5}
-        assert manager.metrics(1) == {"a": 2}, "metrics of the old one are gone"
+        assert manager.metadata(1).metrics == {"a": 2}, (
+            "what was measured of the old one counts no more"
+        )
         assert manager.metadata(1).custom_metadata == {}
 
 
@@ -188,12 +190,12 @@ def test_metrics_and_custom_metadata(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path) as manager:
         saved(manager, 1, metrics={"loss": 0.5}, custom_metadata=custom)
         saved(manager, 2)
-        assert manager.metrics(1) == {"loss": 0.5}
-        assert manager.metrics() is None
+        assert manager.metadata(1).metrics == {"loss": 0.5}
+        assert manager.metadata().metrics is None
         found = manager.metadata(1)
         assert (found.step, found.custom_metadata) == (1, custom)
         assert before <= found.time <= datetime.datetime.now(datetime.UTC)
-        assert found.items["state"]["weight"] == fc.ArraySpec(shape=(3,), dtype="float32")
+        assert found.items["state"]["weight"] == fc.handlers.ArraySpec(shape=(3,), dtype="float32")
         restored = manager.restore(1)
         assert (restored.metrics, restored.custom_metadata) == ({"loss": 0.5}, custom)
 
@@ -230,7 +232,7 @@ def test_late_metrics_of_an_evaluator_beside_the_writer(tmp_path: Path) -> None:
         saved(manager, 1, metrics={"loss": 3})
         eye.record_metrics(1, {"accuracy": 0.9})
         eye.record_metrics(1, {"f1": 0.8})
-        assert eye.metrics(1) == {"loss": 3, "accuracy": 0.9, "f1": 0.8}
+        assert eye.metadata(1).metrics == {"loss": 3, "accuracy": 0.9, "f1": 0.8}
         for step in (2, 3):
             saved(manager, step)
         assert manager.all_steps() == [1, 3], "pruning uses the evaluator's metrics"
@@ -245,7 +247,7 @@ def test_late_metrics_of_an_evaluator_beside_the_writer(tmp_path: Path) -> None:
         with pytest.raises(errors.UsageError, match="metrics"):
             eye.record_metrics(3, {"accuracy": object()})
     with fc.CheckpointManager(tmp_path, keep_policy=keep) as manager:
-        assert manager.metrics(3) == {"accuracy": 0.95}
+        assert manager.metadata(3).metrics == {"accuracy": 0.95}
         assert manager.best_step() == 3
 
 
@@ -265,7 +267,7 @@ def test_short_forms_mean_what_they_say(tmp_path: Path) -> None:
                 metrics={"loss": torch.tensor(0.5), "acc": np.float32(0.25), "n": np.int64(3)},
             )
         manager.wait_until_finished()
-        assert manager.metrics(4) == {"loss": 0.5, "acc": 0.25, "n": 3}
+        assert manager.metadata(4).metrics == {"loss": 0.5, "acc": 0.25, "n": 3}
     assert [p.name for p in sorted((tmp_path / "run").glob("ep*"))] == ["ep0-ba2", "ep0-ba4"]
     assert [p.name for p in sorted((tmp_path / "tier").glob("ep*"))] == ["ep0-ba2", "ep0-ba4"]
 

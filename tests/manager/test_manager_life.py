@@ -77,7 +77,7 @@ def test_deleting(tmp_path: Path) -> None:
         with pytest.raises(errors.StepNotFoundError, match="no step 1; the latest are: 2"):
             manager.delete(1)
         saved(manager, 1)
-        assert manager.metrics(1) is None, "the metrics of the deleted one went with it"
+        assert manager.metadata(1).metrics is None, "the metrics of the deleted one went with it"
         gate.shut()
         manager.save(3, state(3))
         gate.open_soon()
@@ -86,14 +86,16 @@ def test_deleting(tmp_path: Path) -> None:
 
 
 def test_step_names_on_disk(tmp_path: Path) -> None:
-    name = fc.StepName(prefix="step", zero_pad=4)
+    name = fc.step_names.StepName(prefix="step", zero_pad=4)
     with fc.CheckpointManager(tmp_path, step_name=name) as manager:
         for step in (7, 12345):
             saved(manager, step)
         assert manager.restore(7)["state"]["step"] == 7
     assert sorted(each.name for each in tmp_path.glob("[!.]*")) == ["step_0007", "step_12345"]
     assert looked_into(tmp_path).all_steps() == [], "other names are no steps"
-    both = fc.CompositeStepName(write=fc.StepName(), read=(fc.StepName(), name))
+    both = fc.step_names.CompositeStepName(
+        write=fc.step_names.StepName(), read=(fc.step_names.StepName(), name)
+    )
     with fc.CheckpointManager(tmp_path, step_name=both) as manager:
         saved(manager, 8)
         assert manager.all_steps() == [7, 8, 12345]

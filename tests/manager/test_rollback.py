@@ -223,7 +223,7 @@ def test_the_later_steps_are_discarded(run: Path, staging: Any) -> None:
         assert os.readlink(run / "last") == "20"
         saved(manager, 30)
         assert manager.metadata(30).generation == 0
-        assert manager.metrics(30) is None
+        assert manager.metadata(30).metrics is None
     hidden = run / ".functional_ckpt"
     assert not (hidden / "removing.json").exists() and not list((hidden / "trash").iterdir())
     assert looked_into(run).all_steps() == [10, 20, 30]
@@ -487,7 +487,7 @@ def test_the_last_step_is_saved_once_more_where_nothing_has_changed(run: Path) -
             handle = manager.save(60, items, metrics=metrics, force=True)
             assert handle is not None and handle.result(60) == 60
         assert manager.metadata(60).time == before
-        assert manager.metrics(60) == {"loss": 1.0}
+        assert manager.metadata(60).metrics == {"loss": 1.0}
         for other, metrics in (
             (state(61), None),
             ({**items, "config": fc.Json({"lr": 0.2})}, None),

@@ -145,7 +145,7 @@ class ManagerMachine(RuleBasedStateMachine):
         with fc.CheckpointManager(self.root, read_only=True) as reader:
             found: dict[int, tuple[int, dict[str, float] | None]] = {}
             for step in reader.all_steps():
-                measured = reader.metrics(step)
+                measured = reader.metadata(step).metrics
                 found[step] = (
                     content_of(reader.restore(step)),
                     None if measured is None else dict(measured),

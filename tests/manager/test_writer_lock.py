@@ -236,7 +236,7 @@ def test_a_directory_that_is_lost_during_a_commit(
     if lose is remake_root:
         with looked_into(root) as eye:
             assert eye.all_steps() == [1, 2, 3]
-            assert [eye.metrics(step) for step in (1, 2, 3)] == [{"of": "other"}] * 3
+            assert [eye.metadata(step).metrics for step in (1, 2, 3)] == [{"of": "other"}] * 3
     elif lose is rename_root:
         assert not root.exists(), sorted(set(tree(root)) - set(before))
 

@@ -68,4 +68,4 @@ def test_orbax_opens_a_step_copied_down(how: str, s3: str, s3_url: str, tmp_path
     np.testing.assert_array_equal(model["weight"], module.weight.detach().numpy())
     with ocp.CheckpointManager(copied) as theirs:
         assert theirs.all_steps() == [7]
-        assert theirs.metrics(7) == {"loss": 0.5}
+        assert theirs.metadata(7).metrics == {"loss": 0.5}

@@ -56,7 +56,7 @@ def test_a_run(bucket: str) -> None:
         assert manager.restore(3)["config"] == {"seed": 33}
         with fc.CheckpointManager(run, read_only=True) as reader:
             assert reader.all_steps() == [2, 3]
-            assert reader.metrics(2) == {"loss": 0.5, "late": 7.0}
+            assert reader.metadata(2).metrics == {"loss": 0.5, "late": 7.0}
             assert not differences(reader.restore(2)["tree"], _state(2)["tree"])
             assert reader.wait_for_new_step(3, timeout=0.05, poll=0.05) is None
             thread = threading.Timer(0.1, lambda: manager.save(4, _state(4)))
@@ -85,7 +85,7 @@ def test_targets_are_filled_in_place(bucket: str) -> None:
 
 
 def test_step_names(s3: str) -> None:
-    name = fc.StepName(prefix="step", zero_pad=4)
+    name = fc.step_names.StepName(prefix="step", zero_pad=4)
     with fc.CheckpointManager(f"{s3}/run", step_name=name) as manager:
         manager.save(12, _state(1)).result()
     assert "step_0012" in _store(s3).list(f"{s3}/run")

@@ -560,7 +560,7 @@ def test_late_metrics_of_several_writers_all_arrive(far: Far, tmp_path: Path) ->
         assert len(remote.storage.list(f"{remote.hidden}/metrics")) == num_records + 1
     storage = LocalStorage() if far.is_local else ObjectStorage(far.bucket)
     with fc.CheckpointManager(far.path, storage=storage, read_only=True) as reader:
-        assert set(reader.metrics(1) or {}) == {*names, "shared", "a", "b", "c", "last"}
+        assert set(reader.metadata(1).metrics or {}) == {*names, "shared", "a", "b", "c", "last"}
 
 
 # ------------------------------------------------------------------------------------ the record

@@ -41,7 +41,7 @@ def _steps(path: object) -> list[int]:
 
 def _metrics(path: str, step: int) -> dict[str, object]:
     with fc.CheckpointManager(path, read_only=True) as manager:
-        return dict(manager.metrics(step) or {})
+        return dict(manager.metadata(step).metrics or {})
 
 
 @pytest.fixture(params=["s3", "local"])
@@ -62,7 +62,7 @@ def test_a_run_with_two_tiers(far: str, tmp_path: Path) -> None:
         assert manager.all_steps() == [2, 4, 6, 7] and manager.latest_step() == 7
         for step in (4, 7):
             assert not differences(manager.restore(step)["state"], _state(step)["state"])
-        assert manager.metrics(4) == {"loss": 4.0}
+        assert manager.metadata(4).metrics == {"loss": 4.0}
         assert manager.best_step("loss", mode="min") == 2
     assert _steps(near) == [7]
     assert _steps(far) == [2, 4, 6]

@@ -204,10 +204,10 @@ def test_another_dtype_or_shape_is_a_mismatch_unless_asked_for(
     with looked_into(run) as manager:
         with pytest.raises(errors.MismatchError, match=re.escape("pass cast='target' to convert")):
             manager.restore(5, {"model": half})
-        manager.restore(5, {"model": half}, cast="target")
+        manager.restore(5, {"model": half}, cast=True)
         assert torch.equal(half.head.weight, source.head.weight.half())
         with pytest.raises(errors.MismatchError, match=re.escape("float32[7, 4]")):
-            manager.restore(5, {"model": classifier(7)}, cast="target")
+            manager.restore(5, {"model": classifier(7)}, cast=True)
 
 
 # ------------------------------------------------------------------------------------ restore_or
@@ -264,7 +264,7 @@ def test_a_damaged_step_is_never_begun_anew(tmp_path: Path) -> None:
 def test_steps_under_another_name_are_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with fc.CheckpointManager(tmp_path, step_name=fc.StepName(prefix="step")) as manager:
+    with fc.CheckpointManager(tmp_path, step_name=fc.step_names.StepName(prefix="step")) as manager:
         saved(manager, 3)
     with fc.CheckpointManager(tmp_path) as manager:
         assert manager.restore_or(state(0)).step is None

@@ -193,7 +193,7 @@ class Tied(nn.Module):
             self.head.weight = self.embedding.weight
 
 
-@pytest.mark.parametrize("verify", ["during", "before", "off"])
+@pytest.mark.parametrize("verify", ["stream", "first", False])
 @pytest.mark.parametrize("num_rows", [6, 50_000])
 @pytest.mark.parametrize("on_meta", [False, True])
 def test_two_values_do_not_fit_one_tensor(
@@ -241,7 +241,10 @@ def test_items_that_share_memory_are_compared(tmp_path: Path) -> None:
     with pytest.raises(errors.MismatchError):
         fc.restore(
             tmp_path / "c",
-            {"one": {"weight": fc.Fill(filled)}, "two": {"weight": fc.Fill(filled)}},
+            {
+                "one": {"weight": fc.handlers.Fill(filled)},
+                "two": {"weight": fc.handlers.Fill(filled)},
+            },
             only=["*.weight"],
         )
     assert not filled.any()

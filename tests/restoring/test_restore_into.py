@@ -67,12 +67,16 @@ def test_without_items_everything_comes_back_as_it_was_saved(manager: fc.Checkpo
 def test_none_and_as_saved_stand_for_whatever_is_there(manager: fc.CheckpointManager) -> None:
     assert repr(fc.AS_SAVED) == "AS_SAVED"
     model = make_model(2)
-    restored = manager.restore(1, {"model": model, "tree": None, "config": fc.AS_SAVED})
+    restored = manager.restore(1, {"model": model, "tree": None, "config": fc.handlers.AS_SAVED})
     assert restored["model"] is model
     assert testing.differences(restored["tree"], tree()) == []
     assert restored["config"] == {"lr": 0.5}
-    target = {"a": fc.AS_SAVED, "b": [torch.zeros(2, dtype=torch.int64), fc.AS_SAVED], "c": 0}
-    restored = manager.restore(1, {"tree": target, "model": fc.AS_SAVED})
+    target = {
+        "a": fc.handlers.AS_SAVED,
+        "b": [torch.zeros(2, dtype=torch.int64), fc.handlers.AS_SAVED],
+        "c": 0,
+    }
+    restored = manager.restore(1, {"tree": target, "model": fc.handlers.AS_SAVED})
     assert testing.differences(restored["tree"], tree()) == []
     assert testing.differences(restored["model"], EXPECTED) == []
 
@@ -133,7 +137,7 @@ def test_memory_formats_and_strides_of_the_target_stay(manager: fc.CheckpointMan
     base = torch.full((2, 6), -1.0)
     transposed = torch.zeros(3, 2).t()
     for target in (base[:, ::2], transposed):
-        restored = manager.restore(1, {"tree": {**tree(), "a": fc.Fill(target)}})
+        restored = manager.restore(1, {"tree": {**tree(), "a": fc.handlers.Fill(target)}})
         assert restored["tree"]["a"] is target
         assert torch.equal(target, tree()["a"])
     assert torch.equal(base[:, 1::2], torch.full((2, 3), -1.0)), "the columns between are others'"
@@ -144,7 +148,7 @@ def test_an_expanded_tensor_cannot_be_filled(manager: fc.CheckpointManager) -> N
     before = state_of(model)
     expanded = torch.zeros(3).expand(2, 3)
     with pytest.raises(errors.MismatchError, match=r"tree\['a'\].*clone\(\) it"):
-        manager.restore(1, {"model": model, "tree": {**tree(), "a": fc.Fill(expanded)}})
+        manager.restore(1, {"model": model, "tree": {**tree(), "a": fc.handlers.Fill(expanded)}})
     assert testing.differences(state_of(model), before) == []
 
 
@@ -191,7 +195,7 @@ def test_a_mismatch_names_everything_and_touches_nothing(manager: fc.CheckpointM
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(16, 8))
     model.register_parameter("extra", nn.Parameter(torch.ones(1)))
     filled = torch.zeros(2, 3)
-    target = {"a": fc.Fill(filled), "b": [torch.zeros(3), np.arange(3)], "d": 1}
+    target = {"a": fc.handlers.Fill(filled), "b": [torch.zeros(3), np.arange(3)], "d": 1}
     before = state_of(model)
     with pytest.raises(errors.MismatchError, match="nothing was touched") as caught:
         manager.restore(1, {"model": model, "tree": target})
@@ -260,7 +264,7 @@ def test_a_cast_is_asked_for_by_name(manager: fc.CheckpointManager) -> None:
     assert testing.differences(state_of(model), before) == []
     weight: Any = model[0].weight
     pointer = weight.data_ptr()
-    restored = manager.restore(1, items, cast="target")
+    restored = manager.restore(1, items, cast=True)
     assert (model[0].weight is weight, weight.data_ptr()) == (True, pointer)
     assert torch.equal(weight, EXPECTED["0.weight"].to(torch.bfloat16))
     assert testing.differences(restored["tree"]["a"], tree()["a"].double()) == []
@@ -345,10 +349,10 @@ def flip_a_byte(directory: Path, tensor: torch.Tensor) -> None:
     holders[0].write_bytes(data)
 
 
-@pytest.mark.parametrize("verify", ["before", "during", "off"])
+@pytest.mark.parametrize("verify", ["first", "stream", False])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_flipped_byte(
-    verify: Literal["before", "during", "off"],
+    verify: Literal["first", "stream", False],
     in_place: bool,
     manager: fc.CheckpointManager,
     tmp_path: Path,
@@ -361,7 +365,7 @@ def test_a_flipped_byte(
     table = torch.zeros(600)
     large.register_buffer("table", table)
     items: dict[str, Any] = {"model": large if in_place else {"table": table}}
-    if verify == "off":
+    if verify is False:
         restored = manager.restore(2, items, verify=verify)["model"]
         got = table if in_place else restored["table"]
         assert int((got != LARGE).sum()) == 1, "nothing is checked, and all else is right"
@@ -369,7 +373,7 @@ def test_a_flipped_byte(
     with pytest.raises(errors.CorruptCheckpointError) as caught:
         manager.restore(2, items, verify=verify)
     error = caught.value
-    assert error.touched == (verify == "during" and in_place)
+    assert error.touched == (verify == "stream" and in_place)
     assert ("already been written into" if error.touched else "not touched") in str(error)
     assert error.key_path is not None
     assert "table" in error.key_path

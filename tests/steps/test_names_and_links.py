@@ -13,7 +13,7 @@ from managing import looked_into, saved, state
 import functional_ckpt as fc
 from functional_ckpt import errors, testing
 
-NAMES = fc.StepTemplate(template="ep{epoch}-ba{batch}")
+NAMES = fc.step_names.StepTemplate(template="ep{epoch}-ba{batch}")
 
 
 def run(manager: fc.CheckpointManager, first: int, last: int) -> None:
@@ -44,7 +44,7 @@ def test_steps_under_their_own_names(tmp_path: Path) -> None:
         assert steps_on_disk(tmp_path) == {"ep1-ba3"}
         assert manager.restore(3)["state"]["step"] == 30
         manager.record_metrics(3, {"a": 1})
-        assert manager.metrics(3) == {"a": 1}
+        assert manager.metadata(3).metrics == {"a": 1}
         with pytest.raises(errors.UsageError, match=r"needs save\(progress=fc"):
             manager.save(9, state(9))
         with pytest.raises(errors.StepNotFoundError):
@@ -157,10 +157,10 @@ def test_metrics_of_an_overwritten_commit_never_apply_to_the_new_one(tmp_path: P
         assert list(folder.iterdir()) == []
     old.write_text(content)  # as if the writer had died before it removed the file
     with fc.CheckpointManager(tmp_path) as manager:
-        assert manager.metrics(1) is None
+        assert manager.metadata(1).metrics is None
         assert manager.best_step("accuracy") is None
         manager.record_metrics(1, {"loss": 1.0})
-        assert manager.metrics(1) == {"loss": 1.0}
+        assert manager.metadata(1).metrics == {"loss": 1.0}
         manager.delete(1)
     assert list(folder.iterdir()) == []
 
