@@ -153,7 +153,7 @@ def test_an_expanded_tensor_cannot_be_filled(manager: fc.CheckpointManager) -> N
 
 
 def test_items_that_are_no_mapping(manager: fc.CheckpointManager) -> None:
-    with pytest.raises(errors.UsageError, match="mapping of names to targets; got Linear"):
+    with pytest.raises(errors.UsageError, match="mapping of item names to targets; got Linear"):
         manager.restore(1, nn.Linear(1, 1))  # pyright: ignore[reportArgumentType]
 
 
