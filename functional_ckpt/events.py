@@ -33,14 +33,15 @@ class Event:
         kind: `staged`: this rank's part was copied, and `save` is about to return; `written`: this
             rank's part is in storage; `committed`: the step is complete and durable; `uploaded`: a
             remote tier has it; `pruned`: it was removed, because no policy keeps it or to free
-            space. Only the primary emits the last three.
+            space; `skipped`: it is damaged, and `restore_or` tried an older one. Only the primary
+            emits the last four.
         step: Its number.
         directory: The directory of the manager, or of a remote tier.
-        rank: Of the process that says so, among those that save together.
-        seconds: How long it took; of `committed`, since `save` was called. None: not measured.
+        rank: The rank that emits the event, within the group that saves together.
+        seconds: The duration; of `committed`, since `save` was called. None: not measured.
         num_bytes: Bytes of arrays staged or written by this rank, or bytes sent. None: not
             measured.
-        time: When it was over, UTC.
+        time: The end of the change, UTC.
     """
 
     kind: Kind

@@ -1,0 +1,43 @@
+"""`fc.save` by several ranks, which a process group names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from gloo_workers import Workers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import functional_ckpt as fc
+
+
+def sharded() -> DTensor:
+    return distribute_tensor(torch.arange(5.0), init_device_mesh("cpu", (2,)), [Shard(0)])
+
+
+def save_together(directory: Path) -> list[float]:
+    items = {"state": {"bias": sharded(), "rank": dist.get_rank()}}
+    fc.save(directory / "one", items, metrics={"loss": 0.5}, process_group=dist.group.WORLD)
+    into = {"state": {"bias": sharded(), "rank": 0}}
+    state = fc.restore(directory / "one", into=into, strict=False)["state"]
+    return state["bias"].full_tensor().tolist()
+
+
+def save_again(directory: Path) -> None:
+    fc.save(directory / "one", {"state": sharded()}, process_group=dist.group.WORLD)
+
+
+def test_ranks_save_one_checkpoint(workers: Workers, tmp_path: Path) -> None:
+    assert workers.run(2, save_together, tmp_path) == [[0.0, 1.0, 2.0, 3.0, 4.0]] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    assert fc.metadata(tmp_path / "one").metrics == {"loss": 0.5}
+    assert torch.equal(fc.restore(tmp_path / "one")["state"]["bias"], torch.arange(5.0))
+
+
+def test_an_error_of_the_primary_is_raised_on_all_ranks(workers: Workers, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    for failure in workers.failures(2, save_again, tmp_path):
+        assert "StepExistsError" in failure.kinds
+    assert list((tmp_path / "one").iterdir()) == []
