@@ -186,7 +186,7 @@ def restore_with(
 
 
 def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) -> StepMetadata:
-    """Returns what is known of the checkpoint in a directory; reads no arrays."""
+    """Returns the metadata of the checkpoint in a directory; reads no arrays."""
     return checkpoint_metadata(_open(*connect(path, storage)))
 
 

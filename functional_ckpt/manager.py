@@ -54,7 +54,7 @@ class CheckpointManager:
             optimizer state are copied after `save` has returned, and the next optimizer step waits
             for the copy; see `fence`. `fc.Blocking()`: no copy; `save` returns when the step is
             durable.
-        on_busy: What a save does during another commit: `wait` for it, or `skip` this step.
+        on_busy: The behaviour of a save during another commit: `wait` for it, or `skip` this step.
         process_group: The ranks that save and restore together: a group of torch.distributed; None
             for the default group, if there is one. All ranks pass equal arguments, and call the
             methods in the same order.
@@ -252,7 +252,7 @@ class CheckpointManager:
         return self._run.restore_or(initial, how, fallback=fallback, on_corrupt=on_corrupt)
 
     def metadata(self, step: int | None = None) -> StepMetadata:
-        """Returns what is known of a step (None: the latest), metrics included; reads no arrays."""
+        """Returns the metadata of a step (None: the latest), with its metrics; reads no arrays."""
         self._calls.check_usable()
         return self._run.metadata(None if step is None else check_step(step))
 

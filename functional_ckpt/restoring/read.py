@@ -57,7 +57,7 @@ def read_all(
         jobs = [_ItemRead(item, binding, touched) for item, binding in bound]
     if verify == "first":
         threads.run_in_threads([task for job in jobs for task in job.verification()])
-    verified = verify is not False  # after `first` too: what is read now may have changed since
+    verified = verify is not False  # after `first` too: the data may have changed since
     with contextlib.ExitStack() as files:
         fetches: list[Callable[[], None]] = []
         bounce = device_copies.PinnedBuffers()

@@ -72,7 +72,7 @@ class Restored(Mapping[str, Any]):
         )
 
     def over(self, items: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns `items` with every restored value in its place: what the next save takes.
+        """Returns the items for the next save: `items` with the restored values.
 
         Modules and optimizers are the same objects, filled in place; pytrees are the restored ones.
         Names that were not restored keep their values.

@@ -91,7 +91,7 @@ class Restorer:
     ) -> restore_lib.Restored:
         """Restores a step, or the newest older one of its line that is intact."""
         if on_corrupt == "older" and not options.strict:
-            # Leaves that an older step lacks would keep what was read of the damaged one.
+            # A leaf that an older step lacks would keep the data of the damaged one.
             options = dataclasses.replace(options, verify="first")
         latest = step
         while True:

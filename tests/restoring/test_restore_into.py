@@ -65,7 +65,7 @@ def test_without_items_everything_comes_back_as_it_was_saved(manager: fc.Checkpo
 
 
 def test_none_and_as_saved_stand_for_whatever_is_there(manager: fc.CheckpointManager) -> None:
-    assert repr(fc.AS_SAVED) == "AS_SAVED"
+    assert repr(fc.handlers.AS_SAVED) == "AS_SAVED"
     model = make_model(2)
     restored = manager.restore(1, {"model": model, "tree": None, "config": fc.handlers.AS_SAVED})
     assert restored["model"] is model
