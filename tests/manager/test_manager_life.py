@@ -44,8 +44,8 @@ def test_waiting_for_a_new_step(tmp_path: Path) -> None:
         saved(manager, 1)
         assert eye.wait_for_new_step(poll=0.02) == 1
         started = time.monotonic()
-        assert eye.wait_for_new_step(1, timeout=0.1, poll=10) is None
-        assert 0.1 <= time.monotonic() - started < 5, "the time limit cuts the rest between looks"
+        assert eye.wait_for_new_step(1, timeout=0.1, poll=100) is None
+        assert 0.1 <= time.monotonic() - started < 50, "the time limit cuts the rest between looks"
         with futures.ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(eye.wait_for_new_step, 1, timeout=30, poll=0.02)
             saved(manager, 5)

@@ -44,7 +44,10 @@ def test_so_many_files_are_written_at_a_time(
                 seen.add(path)
                 busy.add(threading.get_ident())
                 most.append(len(busy))
-                time.sleep(0.1)  # long enough for every other thread to start
+                deadline = time.monotonic() + 10
+                while max(most) < expected and time.monotonic() < deadline:
+                    time.sleep(0.001)  # until the other threads have started
+                time.sleep(0.02)  # for one thread too many
                 busy.discard(threading.get_ident())
 
     monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
