@@ -21,8 +21,8 @@ from functional_ckpt.restoring.restorer import Restorer
 from functional_ckpt.saving import saver
 from functional_ckpt.saving.options import SaveOptions
 from functional_ckpt.steps import acquire, names, orbax_adapters, template
-from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.metadata import StepMetadata, step_metadata
+from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tiers import Tier, as_tiers, open_tiers
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
@@ -194,6 +194,7 @@ def open_run(
                 coordinator,
                 read_only=read_only,
                 overwrite=options.overwrite,
+                owner=owner,
             )
         )
         if steps.lock is not None:

@@ -83,10 +83,7 @@ class Root:
         """A step, or an incomplete one: opening it reports the missing part."""
         name = self.steps.get(step) or self.damaged().get(step)
         if name is None:
-            shown = ", ".join(map(str, list(self.steps)[-10:])) or "none"
-            raise errors.StepNotFoundError(
-                f"{self.path} has no step {step}; the latest are: {shown}.", path=self.path
-            )
+            raise index.no_such_step(self.path, step, tuple(self.steps))
         path = os.path.join(self.path, name)
         return Checkpoint(storage=self.storage, path=path, step=step)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from functional_ckpt import errors
+from functional_ckpt.policies.checks import check_int, is_int
 from functional_ckpt.policies.progress import Progress
 
 __all__ = [
@@ -25,7 +26,6 @@ __all__ = [
     "SavePolicy",
     "StepInfo",
     "StepPolicy",
-    "is_int",
     "step_set",
 ]
 
@@ -61,8 +61,7 @@ class StepInfo:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a negative step or a time without a time zone."""
-        if not is_int(self.step) or self.step < 0:
-            raise errors.UsageError(f"step: expected an int, zero or more; got {self.step!r}.")
+        check_int("step", self.step)
         _check_zone("time of a step", self.time)
 
 
@@ -156,11 +155,6 @@ class KeepPolicy(Protocol):
     ) -> Sequence[bool]:
         """Returns one answer for each of the steps, which come in ascending order."""
         ...
-
-
-def is_int(value: object) -> bool:
-    """Returns whether the value is an int and not, by accident, a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def step_set(what: str, steps: Iterable[int]) -> range | frozenset[int]:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from functional_ckpt import errors
-from functional_ckpt.policies.base import KeepContext, StepInfo, is_int, step_set
+from functional_ckpt.policies.base import KeepContext, StepInfo, step_set
+from functional_ckpt.policies.checks import check_int, is_int
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, parse_timespan
 
 __all__ = [
@@ -151,10 +152,7 @@ class EveryNSteps:
 
     def __post_init__(self) -> None:
         """Raises UsageError for an interval or a number below 1."""
-        if not is_int(self.interval_steps) or self.interval_steps < 1:
-            raise errors.UsageError(
-                f"interval_steps: expected an int of at least 1; got {self.interval_steps!r}."
-            )
+        check_int("interval_steps", self.interval_steps, at_least=1)
         _check_count("max_to_keep of EveryNSteps", self.max_to_keep)
 
     def should_preserve(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from functional_ckpt import errors
+from functional_ckpt.policies.checks import check_int
 from functional_ckpt.policies.timespan import Unit, parse_timespan
 
 __all__ = ["Progress"]
@@ -67,10 +68,10 @@ class Progress:
     def __post_init__(self) -> None:
         """Raises UsageError for an invalid count, time, or length of a training."""
         for name in _COUNTS:
-            _check_count(name, getattr(self, name))
+            check_int(f"{name} of a progress", getattr(self, name))
         for name in _COUNTS[2:]:
             inside = f"{name}_in_epoch"
-            _check_count(inside, getattr(self, inside))
+            check_int(f"{inside} of a progress", getattr(self, inside))
             if getattr(self, inside) > getattr(self, name):
                 raise errors.UsageError(
                     f"{inside} of a progress: expected at most {name}, which is "
@@ -79,7 +80,7 @@ class Progress:
         for name in _SECONDS:
             _check_seconds(name, getattr(self, name))
         if self.batches_per_epoch is not None:
-            _check_count("batches_per_epoch", self.batches_per_epoch, at_least=1)
+            check_int("batches_per_epoch of a progress", self.batches_per_epoch, at_least=1)
         if self.max_duration is not None:
             _check_duration(self.max_duration)
 
@@ -97,9 +98,9 @@ class Progress:
         Raises:
             UsageError: A negative amount.
         """
-        _check_count("batches", batches)
-        _check_count("samples", samples)
-        _check_count("tokens", tokens)
+        check_int("batches of a progress", batches)
+        check_int("samples of a progress", samples)
+        check_int("tokens of a progress", tokens)
         _check_seconds("seconds", seconds)
         return dataclasses.replace(
             self,
@@ -180,13 +181,6 @@ class Progress:
             raise errors.UsageError(f"progress: expected a JSON object; got {record!r:.80}.")
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{str(key): value for key, value in record.items() if key in names})
-
-
-def _check_count(name: str, value: object, at_least: int = 0) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise errors.UsageError(
-            f"{name} of a progress: expected an int of at least {at_least}; got {value!r}."
-        )
 
 
 def _check_seconds(name: str, value: float) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, cast
 
 from functional_ckpt import errors
-from functional_ckpt.policies.base import SaveContext, StepInfo, is_int, step_set
+from functional_ckpt.policies.base import SaveContext, StepInfo, step_set
+from functional_ckpt.policies.checks import check_int
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, Unit, parse_timespan
 
 __all__ = [
@@ -50,10 +51,7 @@ class FixedInterval:
 
     def __post_init__(self) -> None:
         """Raises UsageError for anything but a positive int."""
-        if not is_int(self.interval) or self.interval < 1:
-            raise errors.UsageError(
-                f"interval in steps: expected an int of at least 1; got {self.interval!r}."
-            )
+        check_int("interval in steps", self.interval, at_least=1)
 
     def fires_at(self, step: int) -> bool:
         """Returns whether the interval divides the step."""

@@ -19,7 +19,8 @@ from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreOptions
 from functional_ckpt.steps import decide, rollback
-from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.run_steps import Steps
+from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.storage import queries
 
 __all__ = ["Restorer", "check_step", "initial_values"]
@@ -171,7 +172,7 @@ class Restorer:
     def _restore(
         self,
         step: int,
-        holders: Sequence[Steps],
+        holders: Sequence[TierSteps],
         into: Mapping[str, Any] | None,
         options: RestoreOptions,
     ) -> restore_lib.Restored:
@@ -188,7 +189,11 @@ class Restorer:
             return self._restore_from(last, step, into, options)
 
     def _restore_from(
-        self, holder: Steps, step: int, into: Mapping[str, Any] | None, options: RestoreOptions
+        self,
+        holder: TierSteps,
+        step: int,
+        into: Mapping[str, Any] | None,
+        options: RestoreOptions,
     ) -> restore_lib.Restored:
         storage, path = holder.storage, holder.path(step)
         try:
@@ -210,7 +215,9 @@ class Restorer:
         self.decider.mark_resumed(step, restored.progress)
         return restored
 
-    def _agree(self, step: int | None, *, discard_later: bool = False) -> tuple[int, list[Steps]]:
+    def _agree(
+        self, step: int | None, *, discard_later: bool = False
+    ) -> tuple[int, list[TierSteps]]:
         """The step that every rank restores, and the tiers that hold it, the nearest first.
 
         All ranks raise when one cannot, or means another. The primary knows the tiers best: it

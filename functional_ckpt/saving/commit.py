@@ -24,7 +24,7 @@ from functional_ckpt.format import write_direct
 from functional_ckpt.policies.base import KeepPolicy, StepInfo
 from functional_ckpt.saving import finalize, lower, retention, stage, write
 from functional_ckpt.steps import history
-from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.uploads import Uploads
 from functional_ckpt.storage import commit
 

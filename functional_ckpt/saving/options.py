@@ -10,7 +10,7 @@ from functional_ckpt import errors
 from functional_ckpt.policies.base import KeepPolicy
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.policies.rules import SaveRule
-from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tiers import Tier
 
 __all__ = ["Blocking", "Eager", "Overlapped", "SaveOptions", "Staging", "StepExtras"]

@@ -13,7 +13,7 @@ from collections.abc import Generator, Sequence
 from functional_ckpt import errors
 from functional_ckpt.policies import lines, rules
 from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
-from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.uploads import Uploads
 
 __all__ = ["clean_up", "prune"]

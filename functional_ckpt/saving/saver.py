@@ -22,7 +22,7 @@ from functional_ckpt.saving import background, commit, finalize, lower, stage
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.saving.options import Blocking, SaveOptions, StepExtras
 from functional_ckpt.steps import decide, rollback
-from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.uploads import Uploads
 
 __all__ = ["Saver", "as_json", "checked_progress"]
@@ -179,7 +179,7 @@ class Saver:
         """Sets the upload queue, which copies committed steps to the remote tiers."""
         self._writer.uploads = uploads
         if uploads is not None:
-            uploads.on_arrived = self._writer.prune_uploaded
+            uploads.set_on_arrived(self._writer.prune_uploaded)
             self._writer.prune_uploaded()  # steps that arrived while the last manager closed
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from functional_ckpt.distributed.collective import run_on_primary
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.distributed.torch_store import default_coordinator, num_unjoined
 from functional_ckpt.steps import writer_lock
-from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.storage import commit
 
 __all__ = ["coordinator_of", "open_directory"]

@@ -11,7 +11,7 @@ from functional_ckpt.policies import rules
 from functional_ckpt.policies.base import SaveContext, StepInfo
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps import preemption
-from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.run_steps import Steps
 
 __all__ = ["SaveDecider"]
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.runtime.threads import run_in_threads
@@ -20,7 +21,7 @@ from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["Entry", "StepIndex", "has_record"]
+__all__ = ["Entry", "StepIndex", "has_record", "no_such_step"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,6 +104,14 @@ class StepIndex:
             return None if info is None else Entry(name, commit_id, info)
         is_there = self._commits.commit_id(path) is not None
         return "a directory without a record of a step" if is_there else None
+
+
+def no_such_step(root: str, step: int, known: Sequence[int]) -> errors.StepNotFoundError:
+    """Returns the error for a step that a directory lacks; it names the latest ones."""
+    shown = ", ".join(map(str, known[-10:])) or "none"
+    return errors.StepNotFoundError(
+        f"{root} has no step {step}; the latest are: {shown}.", step=step, path=root
+    )
 
 
 def has_record(storage: Storage, path: str) -> bool:

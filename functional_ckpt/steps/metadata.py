@@ -11,7 +11,7 @@ from functional_ckpt.core.restore_plan import select
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps import history
-from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.run_steps import Steps
 
 __all__ = ["StepMetadata", "checkpoint_metadata", "step_metadata"]
 

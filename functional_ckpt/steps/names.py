@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, runtime_checkable
 
 from functional_ckpt import errors
+from functional_ckpt.policies.checks import check_int, is_int
 
 __all__ = [
     "CompositeStepName",
@@ -69,15 +70,14 @@ class StepName:
         if self.prefix is not None:
             _check_prefix(self.prefix)
         pad = self.zero_pad
-        if pad is not None and (not _is_int(pad) or not 1 <= pad <= 100):
+        if pad is not None and (not is_int(pad) or not 1 <= pad <= 100):
             raise errors.UsageError(
                 f"zero_pad of a step name: expected 1 to 100 digits; got {pad!r}."
             )
 
     def build_name(self, step: int) -> str:
         """Returns the directory name of `step`; raises UsageError for a negative one."""
-        if not _is_int(step) or step < 0:
-            raise errors.UsageError(f"step: expected an int, zero or more; got {step!r}.")
+        check_int("step", step)
         return f"{self._start}{step:0{self.zero_pad or 1}d}"
 
     def names(self, step: int) -> tuple[str, ...]:
@@ -179,7 +179,3 @@ def check_component(what: str, text: str) -> None:
             f"{what}: expected no leading dot (hidden), no slash, no control "
             f"character and no {_TMP_MARK!r} (temporary); got {text!r}."
         )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

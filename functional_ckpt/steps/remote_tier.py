@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from functional_ckpt import errors
 from functional_ckpt.policies import rules
 from functional_ckpt.policies.base import KeepPolicy
-from functional_ckpt.steps.directory import Steps
-from functional_ckpt.storage.base import Lock
+from functional_ckpt.steps.tier_steps import TierSteps
 
 __all__ = ["RemoteTier", "is_outage", "open_reachable"]
 
@@ -39,7 +38,7 @@ class RemoteTier:
 
     Attributes:
         steps: Its steps; None as long as it was not reached.
-        acquire: Called on opening; returns the writer's lock, if it is taken.
+        acquire: Called with its steps when it is opened: reads them, or becomes their writer.
         on_open: Called once it is open.
         reached: Set when its store has answered, or it is known that it does not.
     """
@@ -47,7 +46,7 @@ class RemoteTier:
     def __init__(
         self,
         root: str,
-        connect: Callable[[], Steps],
+        connect: Callable[[], TierSteps],
         *,
         rule: rules.SaveRule | None,
         keep: tuple[KeepPolicy, ...],
@@ -57,16 +56,15 @@ class RemoteTier:
         self.rule = rule
         self.keep = keep
         self.max_delay_seconds = max_delay_seconds
-        self.steps: Steps | None = None
+        self.steps: TierSteps | None = None
         self.reached = threading.Event()
-        self.acquire: Callable[[RemoteTier, Steps], Lock | None] = _only_read
+        self.acquire: Callable[[RemoteTier, TierSteps], None] = _only_read
         self.on_open: Callable[[], None] = _nothing
         self._connect = connect
-        self._lock: Lock | None = None
         self._is_released = False
         self._mutex = threading.Lock()
 
-    def open(self) -> Steps:
+    def open(self) -> TierSteps:
         """The tier's steps; it is opened if it was not yet.
 
         Raises:
@@ -77,9 +75,9 @@ class RemoteTier:
             if self.steps is None:
                 steps = self._connect()
                 self.reached.set()
-                self._lock = self.acquire(self, steps)
+                self.acquire(self, steps)
                 if self._is_released:
-                    self._give_back()
+                    steps.unlock()
                     raise errors.ClosedError(
                         f"The manager was closed before {self.root} was opened.", path=self.root
                     )
@@ -90,11 +88,8 @@ class RemoteTier:
     def release(self) -> None:
         """Lets other writers in."""
         self._is_released = True
-        self._give_back()
-
-    def _give_back(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+        if self.steps is not None:
+            self.steps.unlock()
 
 
 def open_reachable(tiers: Sequence[RemoteTier]) -> None:
@@ -143,8 +138,8 @@ class _Attempt:
             )
 
 
-def _only_read(_: RemoteTier, steps: Steps) -> None:
-    steps.reload()
+def _only_read(_: RemoteTier, steps: TierSteps) -> None:
+    steps.reload_local()
 
 
 def _nothing() -> None:

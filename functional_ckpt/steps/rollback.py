@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.policies import lines
-from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.run_steps import Steps
+from functional_ckpt.steps.tier_steps import TierSteps
 
 __all__ = ["later", "remove"]
 
@@ -27,7 +28,7 @@ def later(steps: Steps, step: int) -> list[int]:
     return [info.step for info in found]
 
 
-def remove(all_tiers: Sequence[Steps], doomed: Sequence[int], *, together: bool) -> None:
+def remove(all_tiers: Sequence[TierSteps], doomed: Sequence[int], *, together: bool) -> None:
     """Removes steps from every tier that holds them.
 
     Args:
@@ -64,9 +65,9 @@ def remove(all_tiers: Sequence[Steps], doomed: Sequence[int], *, together: bool)
         ) from failures[0]
 
 
-def _hide(tiers: Sequence[tuple[Steps, Sequence[int]]]) -> None:
+def _hide(tiers: Sequence[tuple[TierSteps, Sequence[int]]]) -> None:
     """Takes steps out of sight in every tier, or in none."""
-    hidden: list[tuple[Steps, Sequence[int]]] = []
+    hidden: list[tuple[TierSteps, Sequence[int]]] = []
     try:
         for tier, held in tiers:
             hidden.append((tier, held))

@@ -19,9 +19,10 @@ from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.events import Events
 from functional_ckpt.policies import rules
 from functional_ckpt.steps import orbax_adapters
-from functional_ckpt.steps.directory import Steps
 from functional_ckpt.steps.names import NameFormat, is_taken_name
 from functional_ckpt.steps.remote_tier import RemoteTier, is_outage, open_reachable
+from functional_ckpt.steps.run_steps import Steps
+from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.steps.uploads import Uploads
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
@@ -78,6 +79,7 @@ def open_tiers(
     *,
     read_only: bool,
     overwrite: bool,
+    owner: object,
 ) -> Uploads | None:
     """Registers the tiers' steps with `local`, and starts pending uploads.
 
@@ -109,7 +111,7 @@ def open_tiers(
     for tier in remote:
         tier.on_open = show_open
     local.reach, local.has_tiers = reach, True
-    uploads = Uploads(local, remote, overwrite=overwrite) if is_writer else None
+    uploads = Uploads(local, remote, overwrite=overwrite, owner=owner) if is_writer else None
     begin = functools.partial(open_reachable, remote) if uploads is None else uploads.begin
     try:
         run_on_all(coordinator, "opening the tiers", begin)
@@ -128,12 +130,12 @@ def _remote_tier(tier: Tier, names: NameFormat, events: Events, *, is_writer: bo
     keep = orbax_adapters.adapted_keep_policies(tier.keep)
     rules.check_not_passing(f"keep of the tier {tier.path}", keep)
 
-    def connect_once() -> Steps:
+    def connect_once() -> TierSteps:
         storage, root = connect(tier.path, tier.storage, is_patient=False)
         if tier.storage is not None or storage.files is not None:
             queries.exists(storage, root)
         link = "latest" if is_writer else None
-        return Steps(storage, root, names, events, read_only=not is_writer, latest_link=link)
+        return TierSteps(storage, root, names, events, read_only=not is_writer, latest_link=link)
 
     return RemoteTier(
         resolve(tier.path),

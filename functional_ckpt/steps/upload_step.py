@@ -16,7 +16,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.records import records
 from functional_ckpt.runtime import progress_bars
 from functional_ckpt.runtime.threads import run_in_threads
-from functional_ckpt.steps.directory import Steps
+from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.commit_base import NOTE
@@ -63,7 +63,14 @@ class Upload:
     """
 
     def __init__(
-        self, local: Steps, remote: Steps, source: str, final: str, step: int, *, may_replace: bool
+        self,
+        local: TierSteps,
+        remote: TierSteps,
+        source: str,
+        final: str,
+        step: int,
+        *,
+        may_replace: bool,
     ) -> None:
         self._local, self._remote = local.storage, remote.storage
         self._local_commits, self._commits = local.commits, remote.commits

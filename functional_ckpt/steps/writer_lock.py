@@ -106,8 +106,8 @@ def _is_released_in_time(path: str) -> bool:
 def _advice(path: str) -> str:
     if any(each.path == path and each.is_abandoned for each in list(_taken)):
         return (
-            "That is this process: a CheckpointManager was dropped, and its save is still being "
-            "committed. Wait for the result() of the Commit that save returned, or close() the "
-            "manager."
+            "That is this process: a CheckpointManager was dropped, and its save or an upload is "
+            "still in progress. Wait for the result() of the Commit that save returned, or close() "
+            "the manager."
         )
     return "That is this process: close() its other CheckpointManager of this directory first."

@@ -75,7 +75,7 @@ def saves(
 
 @pytest.mark.parametrize("step", [-1, True, 1.0, None])
 def test_a_step_is_a_natural_number(step: int) -> None:
-    with pytest.raises(UsageError, match="step: expected an int, zero or more; got"):
+    with pytest.raises(UsageError, match="step: expected an int of at least 0; got"):
         StepInfo(step=step, time=START)
 
 

@@ -19,7 +19,7 @@ from full import IS_FULL
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
-from functional_ckpt.steps import promises, remote_tier, tiers, uploads
+from functional_ckpt.steps import promises, remote_tier, tiers, upload_worker
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Stat, Storage
 from functional_ckpt.storage.buckets import base as buckets
@@ -106,8 +106,8 @@ def far(request: pytest.FixtureRequest, tmp_path: Path) -> Far:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "_MAX_SECONDS", 0.05)
-    monkeypatch.setattr(uploads, "_FIRST_WAIT_SECONDS", 0.02)
-    monkeypatch.setattr(uploads, "_LAST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(upload_worker, "_FIRST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(upload_worker, "_LAST_WAIT_SECONDS", 0.05)
     monkeypatch.setattr(tiers, "_PATIENCE_SECONDS", 0.2)
     monkeypatch.setattr(tiers, "_LOOK_SECONDS", 0.05)
 
@@ -409,8 +409,8 @@ def test_what_a_tier_may_want_is_not_pruned_before_it_can_be_asked(
 def test_attempts_are_made_less_and_less_often(
     far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads, "_FIRST_WAIT_SECONDS", 0.2)
-    monkeypatch.setattr(uploads, "_LAST_WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(upload_worker, "_FIRST_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(upload_worker, "_LAST_WAIT_SECONDS", 60.0)
     with fc.CheckpointManager(tmp_path / "near", tiers=[far.tier()]) as manager:
         far.set_down(True)
         manager.save(1, _items(1)).result()

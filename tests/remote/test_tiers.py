@@ -17,7 +17,7 @@ from remote_environment import set_environment
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
-from functional_ckpt.steps import history, names, orbax_adapters, uploads
+from functional_ckpt.steps import history, names, orbax_adapters, upload_worker
 from functional_ckpt.storage.buckets import base as base_lib
 from functional_ckpt.storage.open import connect
 from functional_ckpt.testing import differences
@@ -192,8 +192,8 @@ def test_a_step_saved_anew_replaces_the_copy(far: str, tmp_path: Path) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests are given up after half a second, and made again soon."""
     monkeypatch.setattr(base_lib, "_MAX_SECONDS", 0.5)
-    monkeypatch.setattr(uploads, "_FIRST_WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(uploads, "_LAST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(upload_worker, "_FIRST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(upload_worker, "_LAST_WAIT_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("quick")

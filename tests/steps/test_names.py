@@ -110,7 +110,7 @@ def test_padding_is_validated(pad: int) -> None:
 
 @pytest.mark.parametrize("step", [-1, True, 1.0, "1"])
 def test_what_is_no_step_has_no_name(step: int) -> None:
-    with pytest.raises(UsageError, match="step: expected an int, zero or more; got"):
+    with pytest.raises(UsageError, match="step: expected an int of at least 0; got"):
         StepName().build_name(step)
 
 

@@ -1,0 +1,212 @@
+"""The steps of one run: those of its directory and its tiers, and the line that it saves on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from functional_ckpt import errors
+from functional_ckpt.events import Events
+from functional_ckpt.policies import lines
+from functional_ckpt.policies.base import StepInfo
+from functional_ckpt.policies.progress import Progress
+from functional_ckpt.steps.index import no_such_step
+from functional_ckpt.steps.names import NameFormat
+from functional_ckpt.steps.tier_steps import TierSteps, united
+from functional_ckpt.storage.base import Storage
+
+__all__ = ["Steps"]
+
+_log = logging.getLogger("functional_ckpt")
+
+
+class Steps(TierSteps):
+    """The steps of a run: its own directory, which is the first tier, and the remote tiers.
+
+    The arguments are those of `TierSteps`.
+
+    Attributes:
+        remote: The remote tiers that were opened, the nearest first.
+        has_tiers: Whether there are remote tiers, open or not.
+        reach: Opens tiers that could not be reached; with True it raises if one still cannot.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        root: str,
+        names: NameFormat,
+        events: Events | None = None,
+        *,
+        read_only: bool = False,
+        latest_link: str | None = None,
+    ) -> None:
+        super().__init__(storage, root, names, events, read_only=read_only, latest_link=latest_link)
+        self.remote: tuple[TierSteps, ...] = ()
+        self.has_tiers = False
+        self.reach: Callable[[bool], None] = lambda _: None
+        self._origin: StepInfo | None = None
+        self._line: lines.Line | None = None
+        self._has_warned = False
+        self._followed: dict[int, lines.Line] = {}
+
+    @property
+    def all_tiers(self) -> tuple[TierSteps, ...]:
+        """This tier and the others that were opened, the nearest first."""
+        return (self, *self.remote)
+
+    def reload(self) -> None:
+        """Reads every tier again."""
+        self.reach(False)
+        self.reload_local()
+        for each in self.remote:
+            each.reload_local()
+
+    def all(self) -> list[int]:
+        """Returns the steps of every open tier, ascending, including abandoned ones.
+
+        Raises:
+            StorageError: This directory has none, and a tier cannot be reached.
+        """
+        if not self.own():
+            self.reach(True)
+        return [info.step for info in self._present()]
+
+    def _present(self) -> tuple[StepInfo, ...]:
+        """Returns the steps of every open tier, ascending."""
+        return united(each.own() for each in self.all_tiers)
+
+    def tiers_with(self, step: int) -> list[TierSteps]:
+        """Returns the tiers that hold a step, the nearest first; this one if none does."""
+        found = [each for each in self.all_tiers if each.held([step])]
+        return found or [self]
+
+    def tiers_by_name(self) -> dict[str, TierSteps]:
+        """Returns the open tiers by a name that is the same on every rank.
+
+        This directory's name is empty: its path may differ between hosts.
+        """
+        return {"": self, **{each.root: each for each in self.remote}}
+
+    def tiers_named(self, names: Sequence[str]) -> list[TierSteps]:
+        """Returns the tiers of these names; opens them if needed."""
+        if not set(names) <= self.tiers_by_name().keys():
+            self.reach(True)
+        known = self.tiers_by_name()
+        return [known[name] for name in names]
+
+    def all_infos(self) -> tuple[StepInfo, ...]:
+        """Returns the steps of every tier as last read, ascending, marked if abandoned."""
+        return lines.marked(united(each.infos for each in self.all_tiers))
+
+    def is_abandoned(self, step: int) -> bool:
+        """Returns whether a step is not on the present line."""
+        return any(
+            info.step == step and info.is_abandoned for info in lines.marked(self._present())
+        )
+
+    def newest(self) -> int | None:
+        """Returns the newest step of the present line, from which a run resumes, or None."""
+        if not self.own():
+            self.reach(True)
+        found = lines.newest(self._present())
+        return None if found is None else found.step
+
+    def latest(self) -> int:
+        """Returns the newest step of the present line; raises `StepNotFoundError` without one."""
+        if (step := self.newest()) is None:
+            raise errors.StepNotFoundError(f"{self.root} has no step yet.", path=self.root)
+        return step
+
+    def existing(self, step: int) -> int:
+        """Returns the step if it exists; else raises `StepNotFoundError`."""
+        steps = self.all()
+        if step not in steps and not self.is_linked(step):
+            self.reach(True)
+            steps = self.all()
+        if step not in steps and not self.is_linked(step):
+            raise no_such_step(self.root, step, steps)
+        return step
+
+    def wait_for_new(self, after: int | None, timeout: float | None, poll: float) -> int | None:
+        """Waits for a step after `after`; returns it, or None when the time is up."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self.reload()
+            infos = self._present()
+            for info in infos:
+                if info.step == after:
+                    self._followed[info.step] = lines.line_of(info)
+            latest = lines.newest(infos)
+            if latest is not None and (
+                after is None or lines.is_after(latest, after, self._followed.get(after))
+            ):
+                self._followed = {latest.step: lines.line_of(latest)}
+                return latest.step
+            if deadline is not None and time.monotonic() >= deadline:
+                return None
+            rest = poll if deadline is None else min(poll, deadline - time.monotonic())
+            time.sleep(max(0.0, rest))
+
+    def check_start(self, step: int, *, overwrite: bool) -> None:
+        """Raises `StepExistsError` if a run from `step` on would overwrite steps."""
+        later = [each for each in self.all() if each >= step]
+        if later and not overwrite:
+            raise errors.StepExistsError(
+                f"{self.root} has {len(later)} steps from {step} on (up to {later[-1]}), which a "
+                f"run starting at step {step} would overwrite. Resume from step {self.latest()}, "
+                "use another directory, delete them, or pass overwrite=True to CheckpointManager.",
+                step=later[0],
+                path=self.root,
+            )
+
+    def check_free(self, step: int, progress: Progress | None, *, overwrite: bool) -> None:
+        """Raises `StepExistsError` if any tier has the step, and it may not be replaced."""
+        for each in () if overwrite else self.remote:
+            if any(info.step == step for info in each.infos):
+                raise errors.StepExistsError(
+                    f"Step {step} exists in the tier {each.root}. Pass overwrite=True to "
+                    "CheckpointManager to replace it, delete it, save another step, or give this "
+                    "run its own tier.",
+                    step=step,
+                    path=each.root,
+                )
+        self.check_path_free(step, progress, overwrite=overwrite)
+
+    def follow(self, lists: Mapping[str, Collection[int]]) -> None:
+        """Takes over the primary's lists of steps, by the name of their tier."""
+        known = {info.step: info for info in self.all_infos()}
+        for name, each in self.tiers_by_name().items():
+            if name in lists:
+                each.set_infos(known[step] for step in lists[name] if step in known)
+
+    def resume_from(self, step: int) -> None:
+        """Sets the step that the run resumes from; nothing is written before the next save."""
+        found = [info for info in self._present() if info.step == step]
+        self._origin = found[0] if found else None
+        self._line = None
+
+    def warn_of_newer(self, step: int) -> None:
+        """Warns, once, of a step below the latest in a run that has restored none."""
+        newest = self.newest() if self._origin is None and not self._has_warned else None
+        if newest is not None and newest > step:
+            self._has_warned = True
+            _log.warning(
+                "%s: step %d is below the latest, %d, which stays the one that a run resumes from. "
+                "To go back, restore an earlier step first; to start again, use another directory.",
+                self.root,
+                step,
+                newest,
+            )
+
+    def next_line(self) -> lines.Line:
+        """Returns the line of the next step to be saved."""
+        if self._origin is None:
+            return self._line_of_tiers()
+        if self._line is None:
+            self._line = lines.resumed(self._origin, self._present())
+        return self._line
+
+    def _line_of_tiers(self) -> lines.Line:
+        return lines.present(united(each.infos for each in self.all_tiers))

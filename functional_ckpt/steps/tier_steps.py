@@ -1,0 +1,336 @@
+"""The steps of one tier: its directory, and a cache of its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.events import Events, Kind
+from functional_ckpt.policies import lines
+from functional_ckpt.policies.base import StepInfo
+from functional_ckpt.steps import history
+from functional_ckpt.steps.directory import StepDirectory
+from functional_ckpt.steps.names import NameFormat
+from functional_ckpt.steps.writer_lock import WriterLock
+from functional_ckpt.storage import queries
+from functional_ckpt.storage.base import Storage
+
+__all__ = ["TierSteps", "united"]
+
+_log = logging.getLogger("functional_ckpt")
+
+
+class TierSteps(StepDirectory):
+    """The steps of one directory, cached.
+
+    Steps committed through this object are added at once; changes by other processes are read by
+    `reload_local`. Safe to use from several threads.
+
+    Args:
+        storage: The store.
+        root: The directory.
+        names: How its steps are named.
+        events: Notified of what happens to the steps; None for no listeners.
+        read_only: Whether other processes write the directory: then every list is read again.
+        latest_link: Name of a link to the latest step; None for no link.
+
+    Attributes:
+        events: The same.
+        latest_link: The same.
+        lock: The writer's lock, if it is held.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        root: str,
+        names: NameFormat,
+        events: Events | None = None,
+        *,
+        read_only: bool = False,
+        latest_link: str | None = None,
+    ) -> None:
+        super().__init__(storage, root, names, read_only=read_only)
+        if latest_link is not None and (
+            names.parse(latest_link) is not None or not _is_component(latest_link)
+        ):
+            raise errors.UsageError(
+                "latest_link must be a file name that no step directory can have; got "
+                f"{latest_link!r}."
+            )
+        self.events = events or Events()
+        self.latest_link = latest_link
+        self.lock: WriterLock | None = None
+        self._mutex = threading.Lock()
+        self._reported_strays: set[str] = set()
+        self._infos: tuple[StepInfo, ...] = ()
+        self._num_changes = 0
+        self._root_id: object = None
+        self._problems: set[tuple[int, str]] = set()
+        self._being_read: list[int] = []
+
+    @property
+    def all_tiers(self) -> tuple[TierSteps, ...]:
+        """This tier and the others that were opened, the nearest first."""
+        return (self,)
+
+    def check_lock(self) -> None:
+        """Raises `LockedError` if a writer has lost its lock, or its directory was replaced."""
+        if self.lock is not None:
+            self.lock.check()
+
+    def unlock(self) -> None:
+        """Releases the lock once no commit or upload needs it; safe to call twice."""
+        if self.lock is not None:
+            self.lock.release()
+
+    @property
+    def infos(self) -> tuple[StepInfo, ...]:
+        """The steps as last read, ascending."""
+        return self._infos
+
+    def reload_local(self) -> None:
+        """Reads this directory again, and no other tier, which may be slow."""
+        while not self._reread():
+            pass
+
+    def _reread(self) -> bool:
+        """Reads the steps; returns False if any was added or removed at the same time."""
+        num_changes = self._num_changes
+        root_id = self.commits.root_id()
+        late = history.late_metrics(self.storage, self.root)
+        found = tuple(history.with_late_metrics(info, late) for info in self._look(reread=True))
+        with self._mutex:
+            if num_changes != self._num_changes:
+                return False
+            self._infos, self._root_id = found, root_id
+        self._warn_of_problems()
+        return True
+
+    def _look(self, *, reread: bool = False) -> tuple[StepInfo, ...]:
+        """Reads the steps, without late metrics; with `reread` their records too."""
+        found = self._index.look(reread=reread)
+        strays = {n: what for n, what in self._index.strays.items() if n != self.latest_link}
+        new = sorted(strays.keys() - self._reported_strays)
+        self._reported_strays |= strays.keys()
+        if new:
+            listed = ", ".join(f"{name} ({strays[name]})" for name in new[:10])
+            more = f" and {len(new) - 10} more" if len(new) > 10 else ""
+            _log.warning("%s: ignoring entries that are not steps: %s%s", self.root, listed, more)
+        return tuple(entry.info for entry in found.values())
+
+    def _warn_of_problems(self) -> None:
+        """Logs each step whose records are damaged, once."""
+        found = {(info.step, info.problem) for info in self._infos if info.problem is not None}
+        for step, problem in sorted(found - self._problems):
+            _log.warning(
+                "step %d stays in %s whatever the keep policies say: %s", step, self.root, problem
+            )
+        self._problems = found
+
+    def _change(self, infos: Iterable[StepInfo]) -> None:
+        """With the mutex held: replaces the steps, and so invalidates a read in progress."""
+        self._infos = tuple(infos)
+        self._num_changes += 1
+
+    def own(self) -> tuple[StepInfo, ...]:
+        """Returns the steps of this directory: as listed now, or as its writer knows them."""
+        if self.read_only:
+            return self._look()
+        if self.commits.root_id() != self._root_id:
+            self.reload_local()  # it was removed, or made again
+        return self._infos
+
+    def held(self, steps: Sequence[int]) -> list[int]:
+        """Returns those of some steps that are in this directory, in their order."""
+        here = {info.step for info in self.own()}
+        return [step for step in steps if step in here]
+
+    def linked(self) -> list[str]:
+        """Returns the names of links to steps."""
+        return [name for name in self._index.strays if self.leads_to_step(name)]
+
+    @contextlib.contextmanager
+    def reading(self, step: int) -> Generator[None]:
+        """Keeps a step from being pruned, after its upload, while it is being read."""
+        with self._mutex:
+            self._being_read.append(step)
+        try:
+            yield
+        finally:
+            with self._mutex:
+                self._being_read.remove(step)
+
+    def is_being_read(self, step: int) -> bool:
+        """Returns whether this process is reading a step."""
+        with self._mutex:
+            return step in self._being_read
+
+    def remember(self, info: StepInfo) -> None:
+        """Adds a step that was committed."""
+        with self._mutex:
+            others = [each for each in self._infos if each.step != info.step]
+            self._change(sorted([*others, info], key=lambda each: each.step))
+
+    def set_infos(self, infos: Iterable[StepInfo]) -> None:
+        """Replaces all steps."""
+        with self._mutex:
+            self._change(infos)
+
+    def forget_missing(self) -> bool:
+        """Forgets the steps that other processes removed; returns whether there were any."""
+        listed = set(self.storage.list(self.root))
+        missing: list[int] = []
+        for info in self._infos:
+            known = self._names.names(info.step)
+            if known and listed.isdisjoint(known) and self.path_if_there(info.step) is None:
+                missing.append(info.step)
+        self.forget(missing)
+        return bool(missing)
+
+    def forget(self, steps: Collection[int]) -> None:
+        """Forgets steps that were removed."""
+        with self._mutex:
+            self._change(each for each in self._infos if each.step not in steps)
+
+    def with_late_metrics(self) -> tuple[StepInfo, ...]:
+        """Returns the steps with their late metrics, marked if they were abandoned."""
+        late = history.late_metrics(self.storage, self.root)
+        infos = [history.with_late_metrics(self._looked_at(info), late) for info in self._infos]
+        return lines.marked(infos, lines.present(united(each.infos for each in self.all_tiers)))
+
+    def _looked_at(self, info: StepInfo) -> StepInfo:
+        """Returns the step; one that had a problem is read again."""
+        if info.problem is None:
+            return info
+        return history.read_step(self.storage, self.path(info.step), info.step) or info
+
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records metrics of a committed step; durable when it returns."""
+        self.check_lock()
+        history.write_late_metrics(self.storage, self.root, self.on_disk(step), metrics)
+        path = self.path(step)
+        if not self.commits.is_committed(path):
+            raise errors.StepNotFoundError(
+                f"{path} was removed or moved while its metrics were recorded; they are not "
+                "recorded.",
+                step=step,
+                path=path,
+            )
+        with self._mutex:
+            self._change(
+                _with_metrics(each, metrics) if each.step == step else each for each in self._infos
+            )
+
+    def forget_late_metrics(self, step: int) -> None:
+        """Removes the late metrics of earlier commits of a step."""
+        info = next((each for each in self._infos if each.step == step), None)
+        history.remove_late_metrics(self.storage, self.root, step, but_of=info)
+
+    def update_latest_link(self, *, without: Collection[int] = ()) -> None:
+        """Points the link to the latest step, atomically and durably.
+
+        Args:
+            without: Steps that are about to be removed.
+        """
+        if self.latest_link is None:
+            return
+        link = os.path.join(self.root, self.latest_link)
+        is_there = queries.exists(self.storage, link)
+        if is_there and not queries.is_link(self.storage, link):
+            raise errors.StorageError(
+                f"Cannot make {link} a link to the latest step: the path exists and is not a link. "
+                "Move it away, or give another latest_link.",
+                errno=errno.EEXIST,
+                path=link,
+            )
+        newest = lines.newest(info for info in self._infos if info.step not in without)
+        if newest is not None:
+            name = os.path.basename(self.path(newest.step))
+            self.commits.replace_link(link, name)
+        elif is_there:
+            self.storage.remove(link)
+            self.storage.sync(self.root)
+
+    def emit(
+        self,
+        kind: Kind,
+        step: int,
+        *,
+        seconds: float | None = None,
+        num_bytes: int | None = None,
+    ) -> None:
+        """Notifies the listeners of an event of a step in this directory."""
+        self.events.tell(kind, step, self.root, seconds=seconds, num_bytes=num_bytes)
+
+    def prune(self, steps: Sequence[int]) -> dict[int, errors.CheckpointError]:
+        """Removes steps that no policy keeps, and notifies the listeners.
+
+        Returns:
+            Step -> why it could not be removed; the others are gone.
+        """
+        started = time.monotonic()
+        failures = self.remove(steps)
+        for step in steps:
+            if step not in failures:
+                _log.info("step %d pruned from %s", step, self.root)
+                self.emit("pruned", step, seconds=time.monotonic() - started)
+        return failures
+
+    def delete(self, step: int) -> None:
+        """Removes a step: out of sight at once, then its files."""
+        for error in self.remove([step]).values():
+            raise error
+
+    def remove(self, steps: Sequence[int]) -> dict[int, errors.CheckpointError]:
+        """Removes steps, in this order; a failure does not stop the others.
+
+        Returns:
+            Step -> why it could not be removed. It is forgotten all the same where it is out of
+            sight.
+        """
+        self.check_lock()
+        failures: dict[int, errors.CheckpointError] = {}
+        newest = lines.newest(self._infos)
+        if newest is not None and newest.step in steps:
+            try:
+                self.update_latest_link(without=steps)
+            except errors.CheckpointError as error:
+                failures[newest.step] = error
+        paths = {step: self.path_if_there(step) for step in steps}
+        names = {os.path.basename(path): step for step, path in paths.items() if path is not None}
+        failed = self.commits.remove(tuple(names))
+        failures |= {names[name]: error for name, error in failed.items()}
+        gone = [step for step, path in paths.items() if path is None or not self.is_there(path)]
+        self.forget(gone)
+        for step in gone:
+            try:
+                history.remove_late_metrics(self.storage, self.root, step)
+            except errors.CheckpointError as error:
+                failures.setdefault(step, error)
+        return {step: error.replace(step=step) for step, error in failures.items()}
+
+
+def united(tiers: Iterable[Sequence[StepInfo]]) -> tuple[StepInfo, ...]:
+    """Returns the steps of several tiers, ascending; the nearest tier's of each number."""
+    infos: dict[int, StepInfo] = {}
+    for tier in tiers:
+        for info in tier:
+            infos.setdefault(info.step, info)
+    return tuple(infos[step] for step in sorted(infos))
+
+
+def _with_metrics(info: StepInfo, late: Mapping[str, Any]) -> StepInfo:
+    return dataclasses.replace(info, metrics={**(info.metrics or {}), **late})
+
+
+def _is_component(name: str) -> bool:
+    return bool(name) and "/" not in name and not name.startswith((".", "_"))

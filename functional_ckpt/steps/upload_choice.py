@@ -1,0 +1,119 @@
+"""Which committed steps go to which tier, by the tiers' policies; written down before pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from functional_ckpt.policies import lines, rules
+from functional_ckpt.policies.base import SaveContext, StepInfo
+from functional_ckpt.steps.promises import lacks_metrics
+from functional_ckpt.steps.remote_tier import RemoteTier
+from functional_ckpt.steps.run_steps import Steps
+from functional_ckpt.steps.tier_steps import TierSteps
+from functional_ckpt.steps.upload_queue import UploadQueue
+
+__all__ = ["UploadChoice"]
+
+
+class UploadChoice:
+    """Decides which steps each tier is promised. Call it with the queue's mutex held.
+
+    Args:
+        local: The steps of the first tier.
+        tiers: The remote tiers.
+        queue: The shared state of the uploads.
+        overwrite: Whether a step may replace another commit of its number.
+    """
+
+    def __init__(
+        self, local: Steps, tiers: Sequence[RemoteTier], queue: UploadQueue, *, overwrite: bool
+    ) -> None:
+        self._local = local
+        self._tiers = tuple(tiers)
+        self._queue = queue
+        self._book = queue.book
+        self._overwrite = overwrite
+
+    def write(self) -> None:
+        """Writes the promises down, durably."""
+        self._local.check_lock()
+        self._book.write(info.step for info in self._local.infos)
+
+    def committed(self, info: StepInfo) -> None:
+        """Promises a step that was committed to the tiers that want it."""
+        self._queue.deleted.discard(info.step)
+        for tier in self._tiers:
+            decided = self._book.decided[tier.root]
+            if info.step in decided:  # it was overwritten
+                decided.remove(info.step)
+            self._queue.refused[tier.root].discard(info.step)
+            if self._overwrite and info.step not in self._book.replacing[tier.root]:
+                self._book.replacing[tier.root].append(info.step)
+            self.consider(tier, tier.steps, info)
+        self.promise_metrics()
+
+    def may_replace(self, root: str, step: int) -> bool:
+        """Returns whether a step may replace another commit of its number in a tier."""
+        return self._overwrite or step in self._book.replacing[root]
+
+    def consider(self, tier: RemoteTier, steps: TierSteps | None, info: StepInfo) -> None:
+        """Decides whether a tier gets a step; later, if that takes a tier that is not open yet."""
+        if info.step in self._book.decided[tier.root]:
+            return
+        wanted = True if tier.rule is None else tier.rule.decide_step(info.step)
+        if wanted is None and self._book.was_damaged:
+            wanted = True  # it may have been promised
+        if wanted is None and steps is None:
+            return
+        if wanted is None and steps is not None and tier.rule is not None:
+            wanted = self._is_wanted(tier.root, tier.rule, steps, info)
+        self._book.decided[tier.root].append(info.step)
+        if wanted:
+            self._book.promise(tier.root, info.step)
+
+    def _is_wanted(self, root: str, rule: rules.SaveRule, steps: TierSteps, info: StepInfo) -> bool:
+        promised = self._book.promised[root]
+        known = {each.step: each for each in self._local.infos if each.step in promised}
+        known |= {each.step: each for each in steps.infos}
+        known.pop(info.step, None)
+        line = lines.line_of(info)
+        history = [known[step] for step in sorted(known) if line.holds(known[step])]
+        return rules.decide_save(rule, info, history, context=SaveContext()) is not None
+
+    def promise_metrics(self) -> bool:
+        """Promises steps again whose copies lack metrics; returns whether there are any."""
+        infos = self._local.with_late_metrics()
+        found = [
+            self.promise_metrics_to(tier, tier.steps, infos)
+            for tier in self._tiers
+            if tier.steps is not None
+        ]
+        return any(found)
+
+    def promise_metrics_to(
+        self, tier: RemoteTier, steps: TierSteps, infos: Sequence[StepInfo]
+    ) -> bool:
+        """As `promise_metrics`, for one tier."""
+        held = {(info.step, info.time): info for info in steps.infos}
+        found = False
+        for info in infos:
+            copy = held.get((info.step, info.time))
+            if copy is not None and lacks_metrics(copy, info):
+                found = self._book.promise(tier.root, info.step) or found
+        return found
+
+    def undecided(self, root: str) -> set[int]:
+        """Returns the steps that a tier may want, which could not be opened yet."""
+        decided = self._book.decided[root]
+        return {info.step for info in self._local.infos if info.step not in decided}
+
+    def pinned(self) -> set[int]:
+        """Returns the steps that must not be removed from the first tier yet."""
+        promised = {step for steps in self._book.promised.values() for step in steps}
+        return promised.union(*(self.undecided(tier.root) for tier in self._tiers))
+
+    def is_pending(self, root: str) -> bool:
+        """Returns whether a tier still waits for a step."""
+        is_open = any(tier.root == root and tier.steps is not None for tier in self._tiers)
+        promised = set(self._book.promised[root]) - self._queue.refused[root]
+        return bool(promised) or (not is_open and bool(self.undecided(root)))

@@ -1,0 +1,204 @@
+"""The thread that uploads the promised steps of one tier, the oldest first."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Generator
+
+from functional_ckpt import errors
+from functional_ckpt.policies import rules
+from functional_ckpt.policies.base import KeepContext
+from functional_ckpt.steps.promises import lacks
+from functional_ckpt.steps.remote_tier import RemoteTier
+from functional_ckpt.steps.run_steps import Steps
+from functional_ckpt.steps.tier_steps import TierSteps
+from functional_ckpt.steps.upload_choice import UploadChoice
+from functional_ckpt.steps.upload_queue import UploadQueue
+from functional_ckpt.steps.upload_step import Upload
+
+__all__ = ["UploadWorker"]
+
+_FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
+_log = logging.getLogger("functional_ckpt")
+
+
+class UploadWorker:
+    """Uploads to one tier; used by its own thread.
+
+    Args:
+        local: The steps of the first tier.
+        tier: The tier.
+        queue: The shared state of the uploads.
+        choice: Decides which steps go where.
+
+    Attributes:
+        on_arrived: Called when a step was uploaded.
+    """
+
+    def __init__(
+        self, local: Steps, tier: RemoteTier, queue: UploadQueue, choice: UploadChoice
+    ) -> None:
+        self.on_arrived: Callable[[], None] = _nothing
+        self._local = local
+        self._tier = tier
+        self._queue = queue
+        self._choice = choice
+        self._wait_seconds = _FIRST_WAIT_SECONDS
+        self._late_since: float | None = None
+
+    def start(self) -> None:
+        """Starts the thread."""
+        serve = functools.partial(_serve, self._tier.root, self._queue, weakref.ref(self))
+        self._queue.start(serve)
+
+    def work(self) -> float | None:
+        """Opens the tier and uploads one step.
+
+        Returns:
+            How many seconds to wait before the next attempt; None if there is none.
+        """
+        step: int | None = None
+        commit_time: datetime.datetime | None = None
+        try:
+            steps = self._tier.open()
+            if (step := self._queue.next(self._tier.root)) is None:
+                return 0.0
+            commit_time = self._commit_time(step)
+            self._deliver(steps, step)
+        except Exception as error:  # noqa: BLE001 - a warning, or raised when it is too late
+            self._late_since = self._late_since or time.monotonic()
+            if step is None or self._commit_time(step) == commit_time:
+                self._fail(step, error, time.monotonic() - self._late_since)
+            if self._queue.fail(self._tier.root):
+                root = self._tier.root
+                _log.warning("%s: the upload will resume when the manager is next opened", root)
+                return None
+            seconds = self._wait_seconds
+            self._wait_seconds = min(2 * seconds, _LAST_WAIT_SECONDS)
+            return seconds
+        self._wait_seconds, self._late_since = _FIRST_WAIT_SECONDS, None
+        with self._queue.arriving():
+            with self._queue.mutex:
+                if self._commit_time(step) == commit_time:  # it was not overwritten
+                    self._queue.book.withdraw(self._tier.root, step)
+                with self._reporting():
+                    self._choice.promise_metrics()  # recorded during the upload
+                    self._choice.write()
+            with self._reporting():
+                self.on_arrived()
+        return 0.0
+
+    def _commit_time(self, step: int) -> datetime.datetime | None:
+        """Returns which commit of a step the first tier holds."""
+        return next((each.time for each in self._local.infos if each.step == step), None)
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Generator[None]:
+        """Has the manager's next call raise what fails inside.
+
+        If promises cannot be written down, those on disk promise too much: a step that was uploaded
+        is compared again.
+        """
+        try:
+            yield
+        except errors.CheckpointError as error:
+            root = self._local.root
+            _log.warning("%s: after an upload: %s", root, error)
+            text = f"A step was copied, but a later action failed: {error}"
+            self._queue.report(errors.SaveError(text, path=root), error)
+
+    def _fail(self, step: int | None, error: Exception, late_seconds: float) -> None:
+        root, queue, limit = self._tier.root, self._queue, self._tier.max_delay_seconds
+        if isinstance(error, errors.ClosedError):
+            return
+        what = "it" if step is None else f"step {step}"
+        _log.warning("Upload of %s to %s failed, retrying: %s", what, root, error)
+        is_damaged = isinstance(error, errors.CorruptCheckpointError)
+        is_refused = isinstance(error, errors.StepExistsError)
+        with queue.mutex:
+            if is_damaged and step is not None:
+                queue.book.withdraw(root, step)  # for good: others wait behind it
+                with self._reporting():
+                    self._choice.write()
+            if is_refused and step is not None:
+                queue.refused[root].add(step)  # it stays promised, so it is not pruned
+        is_late = limit is not None and late_seconds >= limit
+        if is_damaged or is_refused or is_late or isinstance(error, errors.LockedError):
+            text = "Steps" if step is None else f"Step {step}"
+            queue.report_once(root, step, f"{text} cannot be copied to {root}: {error}", error)
+
+    def _deliver(self, remote: TierSteps, step: int) -> None:
+        local, queue = self._local, self._queue
+        source = local.path(step)
+        if not local.commits.is_committed(source):
+            return  # the user has deleted it
+        remote.check_lock()
+        final = os.path.join(remote.root, os.path.basename(source))
+        with queue.mutex:
+            may_replace = self._choice.may_replace(self._tier.root, step)
+        started = time.monotonic()
+        num_bytes = Upload(local, remote, source, final, step, may_replace=may_replace).run()
+        is_new = True  # else it was there, and metrics of it are new
+        for info in (each for each in local.infos if each.step == step):
+            is_new = all((each.step, each.time) != (step, info.time) for each in remote.infos)
+            remote.remember(info)
+            remote.forget_late_metrics(step)
+            late, there = local.recorded(step), remote.recorded(step)
+            if new := {name: late[name] for name in late if lacks(there, name, late[name])}:
+                remote.record(step, new)
+            if late:
+                known = {**(info.metrics or {}), **there, **late}
+                remote.remember(dataclasses.replace(info, metrics=known))
+        remote.update_latest_link()
+        if step in queue.deleted:
+            remote.delete(step)
+            return
+        if is_new:
+            seconds = max(time.monotonic() - started, 1e-9)
+            _log.info(
+                "step %d is in %s: %.1f MiB/s", step, remote.root, num_bytes / 2**20 / seconds
+            )
+            remote.emit("uploaded", step, seconds=seconds, num_bytes=num_bytes)
+        self._prune(remote, step)
+
+    def _prune(self, remote: TierSteps, arrived: int) -> None:
+        """Removes the steps that the tier's policies do not keep; never the one that arrived."""
+        if not self._tier.keep:
+            return
+        known, now = remote.with_late_metrics(), datetime.datetime.now(datetime.UTC)
+        context = KeepContext(now=now)
+        doomed = rules.steps_to_prune_after(arrived, self._tier.keep, known, context=context)
+        for step, error in remote.prune(doomed).items():
+            _log.warning("step %d cannot be removed from %s: %s", step, remote.root, error)
+            text = (
+                f"Step {arrived} is in {remote.root}, but step {step} cannot be removed from "
+                f"there: {error}"
+            )
+            self._queue.report_once(remote.root, step, text, error)
+
+
+def _serve(root: str, queue: UploadQueue, worker: weakref.ref[UploadWorker]) -> None:
+    """Works until the end; refers to the worker only during an upload, never while it waits."""
+    try:
+        while queue.wait_for_work(root):
+            present = worker()
+            if present is None:
+                return
+            seconds = present.work()
+            del present
+            if seconds is None:
+                return
+            queue.sleep(seconds)
+    finally:
+        queue.leave()
+
+
+def _nothing() -> None:
+    pass
