@@ -85,7 +85,7 @@ class Restorer:
     def _restore_sound(
         self,
         step: int,
-        holders: Sequence[Steps],
+        holders: Sequence[TierSteps],
         initial: Mapping[str, Any],
         options: RestoreOptions,
         on_corrupt: Literal["raise", "older"],
