@@ -1,6 +1,6 @@
 """Measures this project beside its peers; each measurement in a process of its own.
 
-A run that was cut off goes on where it was when it is started again with the same folder.
+An interrupted run resumes when it is started again with the same folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _QUICK_DIVISOR = 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures what is not there yet, then writes the report."""
+    """Measures missing results, then writes the report."""
     options = _options(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"
@@ -64,14 +64,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     loads = list(dict.fromkeys(load for each in schedule.MEASURES.values() for load in each))
     add("--quick", action="store_true", help="a sixteenth of the data, once")
     add("--repeats", type=int, help="how often each is measured (default 5, quick 1)")
-    add("--minutes", type=float, help="start nothing after so long; the next call goes on")
+    add("--minutes", type=float, help="start nothing after this time; the next call continues")
     add("--workloads", nargs="+", choices=loads, help="default all; quick: without small, frozen")
-    add("--peers", nargs="+", default=[], help="systems, or what their names begin with")
+    add("--peers", nargs="+", default=[], help="systems, or prefixes of their names")
     add("--measures", nargs="+", default=list(schedule.MEASURES), choices=list(schedule.MEASURES))
     add("--out", type=Path, help="default docs/benchmarks; quick: runs/bench")
     add("--dir", help="where checkpoints are written (default: the current directory's disk)")
-    add("--fresh", action="store_true", help="forget what was measured before")
-    add("--report", action="store_true", help="measure nothing, write the report anew")
+    add("--fresh", action="store_true", help="discard earlier measurements")
+    add("--report", action="store_true", help="measure nothing, only write the report")
     options = parser.parse_args(arguments)
     options.repeats = options.repeats or (1 if options.quick else 5)
     few = [load for load in loads if load not in ("small", "frozen")]
@@ -114,7 +114,7 @@ def _measure_all(run: Run, path: Path, options: argparse.Namespace) -> Run:
                 if run.has(task, repeat) or run.is_skipped(task):
                     continue
                 if options.minutes and time.monotonic() - started > options.minutes * 60:
-                    print("time is up; the same command goes on from here", file=sys.stderr)
+                    print("time is up; the same command continues from here", file=sys.stderr)
                     return run
                 rounds = min(schedule.ROUNDS.get(task.measure, 1), options.repeats - repeat)
                 found = _measure(task, repeat, run.settings["divisor"], root, rounds)
@@ -137,14 +137,14 @@ def _measure(task: Task, repeat: int, divisor: int, root: str, rounds: int) -> l
     found: dict[str, Any]
     try:
         if shutil.disk_usage(folder).free < _FREE_BYTES // divisor:
-            found = {"error": "there is too little room on the disk"}
+            found = {"error": "there is too little space on the disk"}
         else:
             if divisor == 1:
                 files.fill_free_memory(os.path.join(root, "no-data"))
             found = _run_child(task, divisor, folder, rounds, timeout_seconds=600)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.sync()  # what one wrote is not written in the next one's time
+        os.sync()  # one system's writes do not count for the next
     wall_seconds = time.perf_counter() - started
     if "rounds" not in found:
         return [Result(task=task, repeat=repeat, wall_seconds=wall_seconds, **found)]
@@ -172,7 +172,7 @@ def _run_child(
         output, errors = child.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
         return {"error": f"no end after {timeout_seconds:.0f} s"}
-    finally:  # with whatever it started, and when we are told to stop ourselves
+    finally:  # with its children, and if this process is stopped
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()

@@ -1,4 +1,4 @@
-"""How each system saves in the background: what blocks, what must be waited for, what restores."""
+"""How each system saves in the background: blocking, waiting, restoring."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SkipMeasure(Exception):
 
 
 def overlapped_option() -> dict[str, Any]:
-    """What asks our manager for staging that goes on after `save`.
+    """Options of the manager for staging that continues after `save`.
 
     Raises:
         SkipMeasure: This version cannot.
@@ -53,7 +53,7 @@ def overlapped_items(module: torch.nn.Module) -> tuple[dict[str, Any], torch.opt
 
 
 def step_path(root: str, step: int) -> str:
-    """Where a step lies, for everyone: systems that name steps themselves name them so."""
+    """The path of a step, for all systems: those that name steps themselves name them so."""
     return os.path.join(root, str(step))
 
 
@@ -61,7 +61,7 @@ class AsyncPeer:
     """A system that saves in the background.
 
     Attributes:
-        is_durable: Whether what `wait` waited for was synced.
+        is_durable: Whether `wait` included syncing.
         is_overlapped: Whether `save` may return before the state is captured, so that `fence` must
             be called before it changes.
     """
@@ -74,7 +74,7 @@ class AsyncPeer:
         self.state, self.root = state, root
 
     def save(self, step: int) -> None:
-        """Starts a save; the time that this takes is what training is blocked."""
+        """Starts a save; training is blocked for the duration of this call."""
         raise NotImplementedError
 
     def fence(self) -> None:
@@ -89,7 +89,7 @@ class AsyncPeer:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Stops what runs in the background."""
+        """Stops background work."""
 
 
 class DcpThread(AsyncPeer):
@@ -102,7 +102,7 @@ class DcpThread(AsyncPeer):
         from torch.distributed.checkpoint import staging
 
         super().start(state, root)
-        if self.process:  # its process is told of a group
+        if self.process:  # its process needs a group
             os.environ.setdefault("MASTER_ADDR", "localhost")
             store = dist.TCPStore("localhost", 0, 1, is_master=True)
             os.environ["MASTER_PORT"] = str(store.port)
@@ -218,7 +218,7 @@ class TorchCheckpointingEager(AsyncPeer):
 
 
 class TorchCheckpointingOverlapped(TorchCheckpointingEager):
-    """Its default: staging goes on after `save` returned, a lock guards the optimizer's step."""
+    """Its default: staging continues after `save` returned, a lock guards the optimizer's step."""
 
     is_overlapped = True
 
@@ -258,7 +258,7 @@ class OursEager(AsyncPeer):
 
 
 class OursOverlapped(OursEager):
-    """The same with staging that goes on after `save` returned, until the fence."""
+    """The same with staging that continues after `save` returned, until the fence."""
 
     is_overlapped = True
 

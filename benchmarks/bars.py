@@ -18,9 +18,9 @@ class Bar:
     """One bar.
 
     Attributes:
-        name: What is measured.
+        name: The measure.
         measured: The figure, or None where it was not measured.
-        bound: What it must reach.
+        bound: The target.
         unit: Of both; `x` for ratios.
         at_most: Whether the figure must stay below the bound.
     """
@@ -36,12 +36,12 @@ class Bar:
         """Whether it is; None where it was not measured."""
         if self.measured is None:
             return None
-        shown = round(self.measured, 2)  # what the table says is what counts
+        shown = round(self.measured, 2)  # the rounded value of the table counts
         return shown <= self.bound if self.at_most else shown >= self.bound
 
 
 def bars(summary: Summary) -> list[Bar]:
-    """Every bar, in the order in which a user meets what it is about."""
+    """Every bar, in the order of a user's experience."""
     return [
         *_blocked(summary),
         *_durable(summary),

@@ -92,11 +92,11 @@ def fill_cache(path: str) -> float:
 
 
 def fill_free_memory(path: str) -> None:
-    """Fills what memory is free with the page cache of a file that has no data, of this name.
+    """Fills free memory with the page cache of a sparse file of this name.
 
     So is a machine that has trained for an hour: who needs memory takes it from the cache. Free
     memory is not the same for all: a virtual machine's may have been given back to its host, and
-    whoever takes it next waits for it, at a fraction of a disk's speed.
+        the next process that takes it waits for it, at a fraction of a disk's speed.
     """
     size = (psutil.virtual_memory().available - _KEPT_FREE_BYTES) // _MIB * _MIB
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)

@@ -1,4 +1,4 @@
-"""What the machine can do with the same bytes and no format: copies, durable writes, reads."""
+"""The machine's limits for the same bytes without a format: copies, durable writes, reads."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def measure(divisor: int, root: str) -> dict[str, float]:
                     path, source, direct, threads
                 )
             )
-    files.fill_cache(path)  # what was written past it is not there
+    files.fill_cache(path)  # data written around it is not cached
     for threads in (1, 2):
         figures[f"read_warm_{threads}_seconds"] = meters.seconds(
             lambda threads=threads: _read(path, target, threads)
         )
     if not np.array_equal(source, target):
-        raise RuntimeError("what was read is not what was written")
+        raise RuntimeError("the read bytes differ from the written ones")
     for threads in (1, 2):
         figures[f"cold_{threads}_resident"] = files.drop_cache(path)
         figures[f"read_cold_{threads}_seconds"] = meters.seconds(

@@ -1,9 +1,9 @@
-"""What saving costs a training loop that computes on one thread.
+"""The cost of saving for a training loop that computes on one thread.
 
 The loop runs a fixed number of steps: alone; while another process writes the same bytes, which is
-what the disk and the kernel take from anybody; and while it saves itself. A save begins every so
-many steps that the one before is durable by then. The modes take turns, a save each: a machine
-that is slower for a minute is slower for all of them.
+the unavoidable cost of disk and kernel; and while it saves itself. Saves are far enough apart that
+the previous one is durable by then. The modes take turns, a save each: a machine that is slower for
+a minute is slower for all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SIDE = 1024
 
 
 def steps_between(durable_seconds: float, step_seconds: float) -> int:
-    """How many steps lie between two saves: longer than the durable write, with a margin."""
+    """The number of steps between two saves: longer than the durable write, with a margin."""
     return max(3, math.ceil(_MARGIN * durable_seconds / step_seconds))
 
 
@@ -116,7 +116,7 @@ def _training_step(optimizer: torch.optim.Optimizer, wanted_seconds: float) -> C
 
 
 def _managers(root: str) -> dict[str, Any]:
-    """Ours, in every way of staging that this version has."""
+    """This library, with every staging option of this version."""
     import functional_ckpt as fc
 
     keep = fc.policies.LatestN(1)
@@ -130,7 +130,7 @@ def _managers(root: str) -> dict[str, Any]:
 
 
 class _OtherWriter:
-    """A process that writes and syncs as many bytes, of its own memory, whenever it is told."""
+    """A process that writes and syncs as many bytes of its own memory on demand."""
 
     def __init__(self, size: int, root: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -143,12 +143,12 @@ class _OtherWriter:
         self._under_way = 0
 
     def write(self) -> None:
-        """Tells it to."""
+        """Starts a write."""
         self._connection.send("write")
         self._under_way += 1
 
     def wait(self) -> None:
-        """Waits until all is durable that it was told to write."""
+        """Waits until all requested writes are durable."""
         for _ in range(self._under_way):
             self._connection.recv()
         self._under_way = 0
@@ -160,7 +160,7 @@ class _OtherWriter:
 
 
 def _write_when_told(connection: Connection, size: int, root: str) -> None:
-    data = os.urandom(2**20) * (size // 2**20)  # a plain write does not look at what it writes
+    data = os.urandom(2**20) * (size // 2**20)  # a plain write does not depend on the content
     path = files.fresh(os.path.join(root, "other"))
     os.makedirs(path)
     connection.send("ready")

@@ -1,4 +1,4 @@
-"""What is measured of one system with one workload, in a process of its own."""
+"""The measurements of one system with one workload, in a separate process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UnequalWorkError(Exception):
 def measure_sync(
     peer_name: str, workload: str, divisor: int, root: str, rounds: int = 1
 ) -> list[dict[str, Any]]:
-    """A save until written and until durable, and every way to restore it; so many times."""
+    """A save until written and until durable, and every way to restore it; repeated."""
     peer = peers.PEERS[peer_name]()
     _warm_up(peer, os.path.join(root, "warm"))
     state = workloads.make(workload, divisor)
@@ -90,7 +90,7 @@ def measure_async(
 ) -> list[dict[str, Any]]:
     """Three saves in the background of a state that changes: blocked, durable, memory, disk.
 
-    Each further round is one more save, whose figures are another third save's.
+    Each additional round is one more save, whose figures are those of another third save.
     """
     state = workloads.make(workload, divisor)
     size = sum(tensor.nbytes for tensor in state.values())
@@ -158,7 +158,7 @@ def _save_once(
 
 
 def _warm_up(peer: peers.Peer, path: str) -> None:
-    """Imports and what is built once are not what is compared."""
+    """Imports and one-time setup are not compared."""
     small = {"w": torch.rand(1000)}
     bound = peer.bind(small)
     peer.save(bound, path)

@@ -1,8 +1,8 @@
 """Watches from outside how much memory a process holds: `python -m benchmarks.memory PID`.
 
-Reads one byte for each thing that it is to do: `b` begins to watch, `p` asks for what was found,
-and is answered by three numbers. A thread of the process itself would do as well, but would take
-the interpreter from what is measured: a tenth to a third of what Python does was slower for it.
+Reads one byte per command: `b` starts sampling, `p` requests the result, three numbers. A thread of
+    the process itself would take the interpreter from the measured code, which became a tenth to a
+    third slower.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def _held_bytes(pid: int, *, with_shared: bool) -> int:
 
 
 class Watch:
-    """What a process and its children held since this was made; not counting this process.
+    """Memory of a process and its children since this was made, without this process.
 
     Attributes:
-        start: Bytes at the beginning.
+        start: Bytes at the start.
         peak: Bytes above that, at most.
         now: Bytes above that, at the last look.
     """
@@ -51,7 +51,7 @@ class Watch:
         """Looks once more."""
         self._count += 1
         if at_children or self._count % _CHILDREN_EVERY == 0:
-            # What they share with their parent is counted there already.
+            # Memory shared with their parent is counted there already.
             self._children = sum(
                 _held_bytes(child.pid, with_shared=False)
                 for child in psutil.Process(self._pid).children(recursive=True)
@@ -63,7 +63,7 @@ class Watch:
 
 
 def main(pid: int) -> None:
-    """Watches until there is nobody left to ask for it."""
+    """Samples until the pipe is closed."""
     watch = Watch(pid)
     is_watching = False
     while True:

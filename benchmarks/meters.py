@@ -40,7 +40,7 @@ def cpu_seconds() -> float:
 
 @functools.cache
 def _watcher() -> subprocess.Popen[bytes]:
-    """It lives as long as this process, so that its CPU time can be told from the others'."""
+    """It lives as long as this process, so that its CPU time can be distinguished from others."""
     watcher = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.memory", str(os.getpid())],
         stdin=subprocess.PIPE,
@@ -53,7 +53,7 @@ def _watcher() -> subprocess.Popen[bytes]:
 
 
 def _ask_watcher(byte: bytes) -> list[int]:
-    """Where it started from, the peak above that, and what is held above it now; in bytes."""
+    """The initial level, the peak above it, and the current amount above it; in bytes."""
     watcher = _watcher()
     if watcher.stdin is None or watcher.stdout is None:
         raise RuntimeError("a process without pipes cannot be asked")
@@ -68,7 +68,7 @@ class PeakMemory:
     """The most memory held above that at the start, seen every few milliseconds; one at a time.
 
     Attributes:
-        start: Bytes held at the beginning.
+        start: Bytes held at the start.
         end: Bytes held above that when it was left.
     """
 

@@ -27,7 +27,7 @@ class Peer:
     is_durable = False
 
     def bind(self, state: State) -> Any:
-        """What the user of this system has at hand, before any clock starts."""
+        """The setup of a user of this system, before any clock starts."""
         return state
 
     def save(self, bound: Any, path: str) -> None:
@@ -43,7 +43,7 @@ class Peer:
         raise NotImplementedError
 
     def restore_new(self, path: str) -> Mapping[str, torch.Tensor]:
-        """Restores into new memory, without being told what is there."""
+        """Restores into new memory, without a target."""
         raise NotImplementedError
 
 
@@ -85,7 +85,7 @@ class Safetensors(Peer):
     def restore_new(self, path: str) -> State:
         from safetensors.torch import load_file
 
-        # What load_file returns is mapped, not read.
+        # load_file returns mapped tensors, not read ones.
         loaded = load_file(os.path.join(path, "state.safetensors"))
         return {name: tensor.clone() for name, tensor in loaded.items()}
 
@@ -240,7 +240,7 @@ PEERS: Mapping[str, Callable[[], Peer]] = {
 
 
 def buffered_files() -> Any:
-    """What keeps torch_checkpointing from O_DIRECT: its unaligned writes fail on ext4 (0.1.1)."""
+    """Disables O_DIRECT in torch_checkpointing: its unaligned writes fail on ext4 (0.1.1)."""
     from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
     return LocalFileSystemStorageConfig(use_direct_io=False)

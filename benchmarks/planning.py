@@ -1,9 +1,9 @@
-"""What agreeing costs at a thousand ranks, without a thousand processes.
+"""The cost of coordination with a thousand ranks, without a thousand processes.
 
     python -m benchmarks.planning [--ranks 64 256 1024] [--tensors 2000] [--merge-ranks 16 64]
 
 Every step that a save takes beside moving bytes runs as it is, for one rank or for the primary;
-what the other ranks say is made up in the same form. Seconds of one run.
+the other ranks' messages are simulated. Seconds of one run.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def lowered(sharding: Sharding, num_tensors: int) -> lower.LoweredItem:
 
 
 def primary(item: lower.LoweredItem, plan: plan_lib.ItemPlan, num_ranks: int) -> dict[str, Any]:
-    """What rank 0 does with the reports of all: read, unite, check, join, write."""
+    """Rank 0's work on all reports: read, merge, check, join, write."""
     grids = {s.node.name: a.grid for s, a in zip(item.sources, plan.arrays, strict=True)}
     with tempfile.TemporaryDirectory() as directory:
         storage = LocalStorage()
@@ -157,7 +157,7 @@ def primary(item: lower.LoweredItem, plan: plan_lib.ItemPlan, num_ranks: int) ->
 def made_up_report(
     item: lower.LoweredItem, grids: dict[str, chunks.ChunkGrid], rank: int, num_ranks: int
 ) -> write.RankReport:
-    """Every chunk is told of once, by one rank, in digests of its true length."""
+    """Every chunk is reported once, by one rank, in digests of its true length."""
     digests: dict[str, dict[int, str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for source in item.sources:

@@ -16,7 +16,7 @@ _WORKLOADS = ("big", "small", "tiny", "gpt2")
 
 
 def draw(summary: Summary, folder: Path) -> list[str]:
-    """Draws what was measured.
+    """Draws the measurements.
 
     Returns:
         The names of the plots, without `.svg`.

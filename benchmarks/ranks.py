@@ -1,4 +1,4 @@
-"""`big` as FSDP2 shards on two gloo ranks: what the slower rank needs."""
+"""`big` as FSDP2 shards on two gloo ranks: the time of the slower rank."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _rank(rank: int, peer_name: str, workload: str, divisor: int, root: str, scr
         peer.start(module)
         return peer
 
-    # Imports and what is built once are not what is compared.
+    # Imports and one-time setup are not compared.
     small, warm_path = started({"w": torch.rand(1000)}), os.path.join(root, "warm")
     small.save(warm_path)
     dist.barrier()

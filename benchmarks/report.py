@@ -37,7 +37,7 @@ _TITLES = {
     "async": "asynchronous, three saves of a state that changes",
     "ranks": "two ranks, FSDP2 shards, synchronous",
 }
-# What a figure of the loops and of a GPU is set beside.
+# The reference of figures of the loops and of a GPU.
 _BASES = {
     **{f"loop_{mode}_seconds": "loop_other_seconds" for mode in ("alone", "eager", "overlapped")},
     **{
@@ -54,7 +54,7 @@ _MAX_RESIDENT = 0.02
 
 
 def markdown(summary: Summary, plots: Sequence[str]) -> str:
-    """The whole report, as a page beside its plots."""
+    """The complete report, as a page next to its plots."""
     settings = summary.settings
     counts = [spread.count for each in summary.spreads.values() for spread in each.values()]
     fewest, most = min(counts, default=0), max(counts, default=0)
@@ -63,8 +63,7 @@ def markdown(summary: Summary, plots: Sequence[str]) -> str:
     lines = [
         "# Measurements",
         "",
-        "Written by `scripts/bench`; do not edit. [Performance](../performance.md) says what it "
-        "means.",
+        "Written by `scripts/bench`; do not edit. [Performance](../performance.md) explains it.",
         "",
         f"{settings['machine']}; {size}; medians of {repeats}, with the lowest and the highest in "
         "brackets, up to three rounds in a process of its own, systems in turn. "
@@ -73,8 +72,8 @@ def markdown(summary: Summary, plots: Sequence[str]) -> str:
         "",
         "Durable: every file and directory is synced before the clock stops, by the system or "
         "after it. *Of best* is the speed over that of the best other system, *of limit* over the "
-        "raw limit of the same run: copies for what stays in memory, the best raw write or cold "
-        "read for what does not.",
+        "raw limit of the same run: copies for data that stays in memory, otherwise the best raw "
+        "write or cold read.",
         "",
         "## Bars",
         "",
@@ -201,7 +200,7 @@ def _limits(summary: Summary) -> list[str]:
         return []
     size = figures["size_bytes"].median
     rows = [
-        "## What the machine can do",
+        "## Limits of the machine",
         "",
         f"{size / MIB:.0f} MiB; into warm memory, written and synced, read.",
         "",

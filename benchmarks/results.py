@@ -1,4 +1,4 @@
-"""What was measured: one record for each child process, kept in one JSON file as the run goes."""
+"""The measurements: one record per child process, in one JSON file that grows with the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Result", "Run", "Task", "load", "store"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One measurement: what, with which workload, of which system."""
+    """One measurement: measure, workload, system."""
 
     measure: str
     workload: str = "-"
@@ -28,7 +28,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What came of a task, the n-th time; one of figures, skipped and error is set."""
+    """The result of a task, the n-th time; one of figures, skipped and error is set."""
 
     task: Task
     repeat: int
@@ -44,10 +44,10 @@ class Result:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A run of the benchmark, whole or not yet.
+    """A run of the benchmark, possibly incomplete.
 
     Attributes:
-        settings: What must be the same for results to be put together: versions, machine, sizes.
+        settings: Settings that must be equal to combine results: versions, machine, sizes.
         results: In the order in which they were measured.
     """
 
@@ -76,7 +76,7 @@ class Run:
 
 
 def store(run: Run, path: Path) -> None:
-    """Writes a run; whoever reads the file meanwhile sees the one before."""
+    """Writes a run atomically; a concurrent reader sees the previous one."""
     lines = ",\n".join(json.dumps(_as_json(each)) for each in run.results)
     text = f'{{"settings": {json.dumps(dict(run.settings))},\n"results": [\n{lines}\n]}}\n'
     temporary = path.with_suffix(".tmp")
@@ -85,7 +85,7 @@ def store(run: Run, path: Path) -> None:
 
 
 def _as_json(result: Result) -> dict[str, Any]:
-    """What is set, seven digits of it: there are hundreds of these in one file."""
+    """The values that are set, with seven digits: one file has hundreds of them."""
     found = {key: value for key, value in dataclasses.asdict(result).items() if value is not None}
     found["wall_seconds"] = round(result.wall_seconds, 1)
     if result.figures is not None:
@@ -97,7 +97,7 @@ def _as_json(result: Result) -> dict[str, Any]:
 
 
 def load(path: Path) -> Run:
-    """Reads what `store` wrote."""
+    """Reads a run written by `store`."""
     found = json.loads(path.read_text(encoding="utf-8"))
     return Run(
         settings=found["settings"],

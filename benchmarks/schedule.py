@@ -23,7 +23,7 @@ SYSTEMS = {
     "async": (*_ASYNC, "functional_ckpt.eager", "functional_ckpt.overlapped"),
     "ranks": ("dcp", "torch_checkpointing", "functional_ckpt"),
 }
-# Measure -> how often one process measures: what it needs to begin costs more than a round.
+# Measure -> rounds per process: starting a process costs more than a round.
 ROUNDS = {"sync": 3, "async": 3, "limits": 3}
 # Measure -> the workloads it is made with.
 MEASURES = {
@@ -36,7 +36,7 @@ MEASURES = {
 
 
 def selects(wanted: Sequence[str], system: str) -> bool:
-    """Whether a system is asked for: by its name, or by what stands before a dot in it."""
+    """Whether a system is selected: by its name, or by the part before a dot in it."""
     return any(system == name or system.startswith(f"{name}.") for name in wanted)
 
 
@@ -46,7 +46,7 @@ def tasks(
     """One repeat; the limits and each system once.
 
     Args:
-        repeat: Its number; systems begin with another one each time.
+        repeat: Its number; the first system rotates.
         workloads: Those to measure.
         peers: Systems to measure; none for all.
         measures: Kinds of measurement.

@@ -91,7 +91,7 @@ class Summary:
         return None if found is None else found.median
 
     def peers(self, measure: str, workload: str) -> list[str]:
-        """The systems that have figures, ours last."""
+        """The systems that have figures, this library last."""
         prefix = f"{measure}/{workload}/"
         names = [key.removeprefix(prefix) for key in self.spreads if key.startswith(prefix)]
         return sorted(names, key=lambda name: (is_ours(name), names.index(name)))
@@ -119,7 +119,7 @@ def kind_of_staging(peer: str) -> str:
     """`overlapped` where `save` may return before the state is captured; else `eager`.
 
     A system that returns early leaves the waiting to a fence, so that only those of one kind are
-    compared by what blocks.
+    compared by blocked time.
     """
     return "overlapped" if peer.endswith(".overlapped") else "eager"
 
@@ -164,7 +164,7 @@ def _check_equal_work(results: Sequence[Result]) -> None:
 
 
 def limit_seconds(summary: Summary, figure: str, size_bytes: float) -> float | None:
-    """What the machine needs for as many bytes, at its best, by the run's own raw figures."""
+    """The machine's best time for as many bytes, by the run's own raw figures."""
     of_size = summary.median("limits", "size_bytes")
     found = [
         value

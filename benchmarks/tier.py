@@ -1,4 +1,4 @@
-"""A second tier across a slow network: what a training thread notices of it."""
+"""A second tier across a slow network: its effect on the training thread."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ for line in sys.stdin:
 
 
 def measure(divisor: int, root: str) -> dict[str, float]:
-    """Seconds blocked in a save of 32 MiB, alone and while a slow tier gets what was saved.
+    """Seconds blocked in a save of 32 MiB, alone and during an upload to a slow tier.
 
     The store is the test suite's, and so is the proxy that lets 10 MB/s pass; each is a process of
     its own. The two ways take turns, twice.
@@ -94,5 +94,5 @@ def _blocked(
             found.append(meters.seconds(functools.partial(manager.save, step, items)))
             while manager.is_saving_in_progress():
                 time.sleep(0.01)  # for the near tier alone: `wait_until_finished` waits for both
-        tell("fast")  # what is left may pass: nothing is measured any more
+        tell("fast")  # the rest may pass: measuring has ended
     return found[_NUM_WARM:]

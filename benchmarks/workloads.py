@@ -1,4 +1,4 @@
-"""What is saved: random data, never zeros, made anew in every child process from one seed."""
+"""The saved data: random, never zeros, generated in every child process from one seed."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ WORKLOADS: Mapping[str, Callable[[int], list[Leaf]]] = {
 
 
 def leaves(name: str, divisor: int = 1) -> list[Leaf]:
-    """The tensors of a workload: what and how large, no data.
+    """The tensors of a workload: names and sizes, no data.
 
     Args:
         name: A key of `WORKLOADS`.
@@ -117,11 +117,11 @@ def fill(specs: Iterable[Leaf], seed: int = 0) -> State:
     state: State = {}
     for leaf in specs:
         kind, mask, base = _MASKS[leaf.dtype]
-        # torch's memory, as parameters have it: numpy's lies 16 bytes behind a page, and the kernel
-        # copies to there at a quarter of the speed.
+        # torch's memory, as parameters have it: numpy's starts 16 bytes after a page, and the
+        # kernel copies to there at a quarter of the speed.
         words = torch.empty(-(-leaf.size_bytes // 8), dtype=torch.uint64).numpy()
         for start in range(0, len(words), _NOISE_WORDS // 2):
-            # The same noise from another place and under another key: as random, at memory speed.
+            # The same noise from another offset and with another key: as random, at memory speed.
             piece = words[start : start + _NOISE_WORDS // 2]
             offset = int(random.integers(_NOISE_WORDS // 2))
             key = random.integers(0, 2**64, dtype=np.uint64)
@@ -162,6 +162,6 @@ def change(name: str, state: State) -> int:
     for tensor in sorted(state.values(), key=lambda tensor: tensor.nbytes):
         if changed + tensor.nbytes > budget:
             break
-        tensor += 0.25  # large enough that no bfloat16 of ours stays what it was
+        tensor += 0.25  # large enough to change every bfloat16
         changed += tensor.nbytes
     return changed

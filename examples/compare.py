@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tells in what two runs of train_digits.py differ, bit for bit; exits 1 if in anything.
+"""Compares two runs of train_digits.py, bit for bit; exits 1 if they differ.
 
 python examples/compare.py runs/one runs/other
 """
@@ -20,7 +20,7 @@ import functional_ckpt as fc
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What came of comparing two runs.
+    """The result of comparing two runs.
 
     Attributes:
         step: The last step of the first.
@@ -38,7 +38,7 @@ class Comparison:
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of nested containers, with its place; empty containers count as leaves."""
+    """Every leaf of nested containers, with its path; empty containers count as leaves."""
     if not isinstance(tree, (dict, list, tuple)) or not tree:
         yield path, tree
         return
@@ -63,7 +63,7 @@ def is_same(one: Any, other: Any) -> bool:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bytes; unlike numbers they tell -0.0 from 0.0, and a nan equals itself."""
+    """The tensor's bytes, which distinguish -0.0 from 0.0, and in which a nan equals itself."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 

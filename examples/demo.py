@@ -44,12 +44,12 @@ EXAMPLES = Path(__file__).resolve().parent
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TornSave:
-    """What a kill left of a save.
+    """The state after a kill during a save.
 
     Attributes:
         step: The step that was being saved.
         num_files: Files of it that were there.
-        committed: The latest whole step.
+        committed: The latest complete step.
     """
 
     step: int
@@ -90,14 +90,14 @@ class Run:
 
         Args:
             num_saves: Which save to cut off, counted from the start of the process.
-            delay_seconds: How long after the beginning of the save.
+            delay_seconds: Time after the start of the save.
 
         Returns:
-            What was left; None when the save was faster, or the training was over.
+            The state; None when the save was faster, or the training was over.
         """
         process = self.start()
         try:
-            # What the last kill left is no new save: the process first has to clear it away.
+            # Leftovers of the last kill are not a new save: the process removes them first.
             stale = self._unfinished()
             under_way: set[str] = set()
             while process.poll() is None:
@@ -132,7 +132,7 @@ class Run:
 
 
 def train_with_kills(run: Run) -> list[TornSave]:
-    """Kills the run again and again; each time it goes on from the last whole step."""
+    """Kills the run repeatedly; each time it resumes from the last complete step."""
     chance = random.Random(FLAGS.seed)
     torn_saves: list[TornSave] = []
     longest_seconds = 0.03
@@ -152,7 +152,7 @@ def train_with_kills(run: Run) -> list[TornSave]:
 
 
 def show(result: compare.Comparison) -> None:
-    """Prints what was compared, item by item."""
+    """Prints the comparison, item by item."""
     table = Table("item", "leaves", "", box=None, padding=(0, 2), header_style="dim")
     wrong = {text.partition(":")[0].partition(".")[0] for text in result.differences}
     rows = [*result.num_leaves.items(), ("curve", result.num_losses)]
@@ -196,12 +196,12 @@ def open_in_orbax(run: Run, step: int) -> None:
     console.print(f"[bold]4. Step {step}, opened with Orbax under JAX[/]")
     script = EXAMPLES / "open_in_orbax.py"
     opened = json.loads(run_tool([sys.executable, script, run.checkpoints, str(step)]))
-    console.print(f"   {opened['leaves']} of {opened['leaves']} leaves equal what PyTorch reads")
+    console.print(f"   {opened['leaves']} of {opened['leaves']} leaves equal PyTorch's")
     console.print(f"   the network, run in JAX: {opened['accuracy']:.2%} of the test images right")
 
 
 def list_steps(run: Run) -> None:
-    """What `fckpt ls` says of the run."""
+    """The output of `fckpt ls` for the run."""
     console.print(f"[bold]$ fckpt ls {run.checkpoints}[/]", soft_wrap=True)
     command = [sys.executable, "-m", "functional_ckpt.cli", "ls", str(run.checkpoints)]
     if subprocess.run(command, check=False).returncode != 0:

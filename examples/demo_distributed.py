@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A run on four ranks is killed, goes on on two, is killed again, and ends on three.
+"""A run on four ranks is killed, resumes on two, is killed again, and ends on three.
 
     scripts/demo_distributed [--num_steps 60] [--workdir runs/demo_distributed]
 
@@ -7,8 +7,8 @@
    break, as the reference.
 2. Trains the same, with kill -9 of every process in the middle of saves: on 4 ranks, then on 2,
    then on 3, each time over another mesh.
-3. Compares what each resumed run held, before its first step, with what one process reads from the
-   checkpoint: bit for bit.
+3. Compares the state of each resumed run, before its first step, with the checkpoint as read by one
+process, bit for bit.
 4. Compares the loss curves and the last weights: equal up to the order in which floats are added.
 
 Exits 1 if anything differs.
@@ -83,7 +83,7 @@ class Run:
         self._log = workdir / "log.txt"
 
     def restored(self, mesh: Mesh) -> Path:
-        """Where a resumed run leaves what it resumed with."""
+        """The directory of a resumed run's restored state."""
         return self.workdir / f"restored_on_{mesh.num_ranks}"
 
     def start(self, mesh: Mesh) -> subprocess.Popen[bytes]:
@@ -157,7 +157,7 @@ class Run:
             return manager.all_steps()
 
     def unfinished(self) -> set[str]:
-        """Saves that have begun and are not committed."""
+        """Saves that have started and are not committed."""
         with contextlib.suppress(FileNotFoundError):
             return {name for name in os.listdir(self.checkpoints) if TMP_SUFFIX in name}
         return set()
@@ -198,7 +198,7 @@ def children(pid: int) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there, and not just waiting for somebody to take note of its end."""
+    """Whether a process is alive, and not a zombie."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
     return False
@@ -209,10 +209,10 @@ def is_running(pid: int) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """A run that went on where another was killed.
+    """A run that resumed where another was killed.
 
     Attributes:
-        mesh: What it went on on.
+        mesh: Its mesh.
         step: The step it restored.
     """
 
@@ -240,7 +240,7 @@ def train_with_kills(run: Run) -> None:
     for index, mesh in enumerate(MESHES[:-1], start=1):
         run.kill_in_save(mesh, FLAGS.num_steps * index // len(MESHES))
         console.print(f"   [{COLOURS[index - 1]}]{describe(mesh)}[/]: {what_is_left(run)}")
-        # The next run prunes steps: what it restores is looked at afterwards.
+        # The next run prunes steps: its restored state is compared afterwards.
         step = str(run.steps()[-1])
         shutil.copytree(run.checkpoints / step, kept_steps(run, MESHES[index]) / step)
     seconds = run.finish(MESHES[-1])
@@ -257,7 +257,7 @@ def describe(mesh: Mesh) -> str:
 
 
 def what_is_left(run: Run) -> str:
-    """What a kill left of a run, in words."""
+    """Describes the state of a run after a kill."""
     committed = run.steps()[-1]
     lost = run.num_losses() - 1 - committed
     torn = sorted(run.unfinished())
@@ -273,8 +273,8 @@ def what_is_left(run: Run) -> str:
 
 
 def compare_restored(run: Run) -> list[Resumed]:
-    """Holds what each resumed run held at first against what a single process reads."""
-    console.print("[bold]3. What the ranks held when they resumed, gathered[/]")
+    """Compares the restored state of each resumed run with that read by a single process."""
+    console.print("[bold]3. The restored state of the ranks, gathered[/]")
     table = Table("", "step", "leaves", "bytes", "", box=None, padding=(0, 2), header_style="dim")
     resumed: list[Resumed] = []
     differences: list[str] = []
@@ -357,7 +357,9 @@ def compare_ends(reference: Run, run: Run) -> None:
     if weights[0].keys() != weights[1].keys():
         raise DemoError("The two runs end with other parameters.")
     largest = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
-    console.print(f"   after step {last}, no weight is further than {largest:.1e} from its twin")
+    console.print(
+        f"   after step {last}, no weight differs from its twin by more than {largest:.1e}"
+    )
     if not largest <= FLAGS.weight_tolerance:
         raise DemoError(f"The last weights are {largest:.2g} apart.")
 

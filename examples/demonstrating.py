@@ -1,4 +1,4 @@
-"""What the demos share: where they print, how they fail, how they start."""
+"""Shared code of the demos: output, errors, start."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
     ls -l runs/fine_tune/base runs/fine_tune/fine
 
 The base run saves at the end of each epoch under names such as `ep2-ba46`, with a link to the
-latest. The second run begins with its weights: there the body has another name, and the head
-another size. Run it again and both go on where they were, or have nothing left to do.
+latest. The second run starts from its weights: its body has another name, and its head another
+size. Run it again and both resume, or have nothing left to do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (what everyone calls it)
+import torch.nn.functional as F  # noqa: N812 (the customary name)
 from absl import app, flags, logging
 from sklearn.datasets import load_digits
 from torch import nn

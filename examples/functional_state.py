@@ -3,9 +3,9 @@
 
     python examples/functional_state.py --workdir runs/functional
 
-The whole training state is one frozen dataclass, registered as a pytree. `train_step` takes a
-state and returns the next; `restore` takes a state, for its structure, shapes and dtypes only, and
-returns another of the same type. Nothing that is passed in is ever changed.
+The training state is one frozen dataclass, registered as a pytree. `train_step` takes a state and
+returns the next; `restore` takes a state, for its structure, shapes and dtypes only, and returns
+another of the same type. Nothing that is passed in is ever changed.
 """
 
 from __future__ import annotations

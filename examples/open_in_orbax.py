@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Opens a step of train_digits.py with Orbax under JAX, and compares it with what PyTorch reads.
+"""Opens a step of train_digits.py with Orbax under JAX, and compares it with PyTorch's values.
 
     python examples/open_in_orbax.py runs/digits/checkpoints 399
 
@@ -26,18 +26,18 @@ import functional_ckpt as fc
 
 
 def is_empty(node: Any) -> bool:
-    """What JAX would not count as a leaf."""
+    """Values that JAX does not count as leaves."""
     return node is None or (isinstance(node, (dict, list, tuple)) and not node)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by place, with None and empty containers among them."""
+    """Leaves by path, including None and empty containers."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_empty)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
 
 def is_same(theirs: Any, ours: Any) -> bool:
-    """Whether Orbax's leaf is ours: dtype, shape and bytes of an array, or type and value."""
+    """Whether both leaves are equal: dtype, shape and bytes of an array, or type and value."""
     if not hasattr(ours, "shape"):
         return type(theirs) is type(ours) and theirs == ours
     one, other = np.asarray(theirs), np.asarray(ours)

@@ -3,9 +3,9 @@
 
     python examples/train_digits.py --workdir runs/digits
 
-Stop it however you like (Ctrl-C, SIGTERM, kill -9) and run the same command again: it goes on after
-the last committed step, and ends with the very bits of a run that was never stopped: weights,
-optimizer, random numbers, place in the data, and loss curve.
+Stop it however you like (Ctrl-C, SIGTERM, kill -9) and run the same command again: it resumes after
+the last committed step, and ends with the same bits as an uninterrupted run: weights, optimizer,
+random generators, position in the data, and loss curve.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 (what everyone calls it)
+import torch.nn.functional as F  # noqa: N812 (the customary name)
 from absl import app, flags
 from curve import Curve
 from sklearn.datasets import load_digits
@@ -40,7 +40,7 @@ flags.DEFINE_integer("seed", 0, "Of everything random.")
 
 CKPT = fc.flags.define(required=False, save_every="20ba", keep_latest=3, keep_best="accuracy")
 
-# What a run cannot change on the way and still be the same run.
+# Settings that a run cannot change when it resumes.
 FIXED = ("num_steps", "batch_size", "learning_rate", "ema_decay", "seed")
 
 
@@ -77,7 +77,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def data_loader(data: TensorDataset) -> StatefulDataLoader[Any]:
-    """Shuffled batches, which go on from any place.
+    """Shuffled batches, which resume from any position.
 
     The sampler has a generator of its own: with `shuffle=True` the loader draws a seed for its
     workers from the same one in every epoch, which it forgets to do when it resumes.
@@ -129,7 +129,7 @@ def train(workdir: Path) -> None:
     )
     average = {name: value.clone() for name, value in model.state_dict().items()}
     config = {name: FLAGS[name].value for name in FIXED}
-    items = {  # built once: what they hold is captured by each save
+    items = {  # built once: each save captures the current values
         "model": model,
         "optimizer": fc.Optimizer(optimizer, model),
         "scheduler": scheduler,
@@ -146,7 +146,7 @@ def train(workdir: Path) -> None:
             saved = manager.restore(latest, only="config")["config"]
             if saved != config:
                 raise app.UsageError(f"{workdir} holds a run with {saved}, not with {config}.")
-        restored = fc.flags.restore(CKPT, manager, items)  # --ckpt_resume says from what
+        restored = fc.flags.restore(CKPT, manager, items)  # from the checkpoint of --ckpt_resume
         items["ema"], average = restored["ema"], restored["ema"]["average"]  # pytrees are new
         start = restored.next_step
         if restored.step is not None:
@@ -170,7 +170,7 @@ def train(workdir: Path) -> None:
                 print(f"step {step}: loss {loss.item():.4f}, {metrics}", flush=True)
             manager.save(step, items, metrics=metrics, force=is_last)
             if manager.reached_preemption(step):
-                print(f"told to stop, saved step {step}", flush=True)
+                print(f"received SIGTERM, saved step {step}", flush=True)
                 break
 
 

@@ -4,10 +4,10 @@
     torchrun --standalone --nproc-per-node=4 examples/train_fsdp.py --tp_size=2
 
 Stop it however you like and run it again with any other number of processes and any --tp_size: it
-goes on after the last committed step. Every process stores its own shards, and reads from storage
-what its new shards need; nothing is gathered. A step's batch depends on the step alone and is split
-over the data-parallel ranks, so the loss curve is that of a run that was never stopped, up to the
-order in which floats are added.
+resumes after the last committed step. Every process stores its own shards, and reads the data of
+its new shards; nothing is gathered. A step's batch depends on the step alone and is split over the
+data-parallel ranks, so the loss curve is that of a run that was never stopped, up to the order in
+which floats are added.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812 (what everyone calls it)
+import torch.nn.functional as F  # noqa: N812 (the customary name)
 from absl import app, flags
 from curve import Curve
 from torch import nn
@@ -51,17 +51,17 @@ flags.DEFINE_integer("num_blocks", 2, "Blocks of the transformer.", lower_bound=
 flags.DEFINE_float("learning_rate", 3e-3, "The peak of the schedule.", lower_bound=0.0)
 flags.DEFINE_integer("seed", 0, "Of the weights and of the batches.")
 flags.DEFINE_string(
-    "restored_dir", None, "Save what was resumed from there too, gathered by rank 0, to compare."
+    "restored_dir", None, "Also save the restored state there, gathered by rank 0, to compare."
 )
 
 CKPT = fc.flags.define(required=False, save_every="20ba", keep_latest=3, keep_best="loss:min")
 
-# What a run cannot change on the way and still be the same run; how many ranks there are, it can.
+# Settings that a run cannot change when it resumes; the number of ranks may change.
 FIXED = (
     *("num_steps", "batch_size", "context", "width", "hidden", "num_heads", "num_blocks"),
     *("learning_rate", "seed"),
 )
-# 256 bytes and a beginning. An odd number: the vocabulary's shards are never all of one size.
+# 256 bytes and a start token. An odd number: the vocabulary's shards are never all of one size.
 BEGINNING = 256
 VOCABULARY = 257
 
@@ -105,7 +105,7 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """A transformer that predicts every byte of a window from those before it.
 
-    Returns the sum of the losses, so that ranks with windows of their own can add theirs up.
+    Returns the sum of the losses, so that ranks with separate windows can add them.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
 def parallelize(model: LanguageModel, mesh: DeviceMesh) -> None:
     """Cuts the layers along `tp`, then everything along `dp`.
 
-    Norms and positions are left alone by tensor parallelism: each `tp` rank has them whole.
+    Tensor parallelism does not shard norms and positions: each `tp` rank has all of them.
     """
     layers: dict[str, Any] = {
         "embedding": RowwiseParallel(input_layouts=Replicate()),
@@ -197,7 +197,7 @@ class Trainee:
         return self.model(own) * (size / windows.numel())
 
     def mean(self, loss: torch.Tensor) -> float:
-        """The loss of the whole batch."""
+        """The loss of the global batch."""
         total = loss.detach().double()
         dist.all_reduce(total, group=self._data_parallel.get_group())
         return total.item() / self._data_parallel.size()
@@ -209,7 +209,7 @@ class Trainee:
 
 
 def gathered(tree: Any) -> Any:
-    """The tree with every DTensor whole; all ranks must call it."""
+    """The tree with full tensors in place of DTensors; a collective."""
     if isinstance(tree, dict):
         return {key: gathered(child) for key, child in tree.items()}
     if isinstance(tree, list):
@@ -244,7 +244,7 @@ def train(workdir: Path, mesh: DeviceMesh) -> None:
         optimizer, max_lr=FLAGS.learning_rate, total_steps=FLAGS.num_steps
     )
     config = {name: FLAGS[name].value for name in FIXED} | {"text": text.digest}
-    items = {  # built once: what they hold is captured by each save
+    items = {  # built once: each save captures the current values
         "model": model,
         "optimizer": fc.Optimizer(optimizer, model),
         "scheduler": scheduler,
@@ -258,7 +258,7 @@ def train(workdir: Path, mesh: DeviceMesh) -> None:
             saved = manager.restore(latest, only="config")["config"]
             if saved != config:
                 raise app.UsageError(f"{workdir} holds a run with {saved}, not with {config}.")
-        restored = fc.flags.restore(CKPT, manager, items)  # each rank reads what its shards need
+        restored = fc.flags.restore(CKPT, manager, items)  # each rank reads the data of its shards
         start = restored.next_step
         if restored.step is not None:
             shape = f"{mesh['dp'].size()} x {mesh['tp'].size()} ranks"
@@ -283,7 +283,7 @@ def train(workdir: Path, mesh: DeviceMesh) -> None:
                 say(f"step {step}: loss {mean:.4f}, {metrics}")
             manager.save(step, items, metrics=metrics, force=is_last)
             if manager.reached_preemption(step):
-                say(f"told to stop, saved step {step}")
+                say(f"received SIGTERM, saved step {step}")
                 break
 
 

@@ -276,7 +276,8 @@ def _library_violations(module: Module) -> Iterator[Violation]:
                 continue
             if any(fnmatchcase(module.path, pattern) for pattern in allowed):
                 continue
-            message = f"uses {library}: only {' or '.join(allowed) or 'nobody'} may"
+            who = f"only {' or '.join(allowed)}" if allowed else "no module"
+            message = f"uses {library}: {who} may"
             yield Violation(path=module.path, line=item.line, message=message)
 
 

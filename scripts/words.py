@@ -31,13 +31,17 @@ CLEAN: tuple[str, ...] = (
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "tests",
+    "examples",
+    "benchmarks",
+    "scripts",
 )
 """Paths (folders or files) where a match fails the check."""
 
 PATTERNS = {
     "what (use a noun)": r"\bwhat\b(?!:| (to|if|for|kind|happens?|happened|happening|failed|fails|"
     r"differs|changed|went|does|do|did|(it|they|you|this|that) (does|do))\b)",
-    "begin (start)": r"\b(begin(s|ning)?|began|begun)\b",
+    "begin (start)": r"\b(begin(s|ning)?|began|begun)\b(?!:)",
     "place (index, offset, path, slot)": r"(?<!\bin )(?<!\btake )(?<!\btakes )\bplaces?\b",
     "whole (complete, entire, intact)": r"\bwhole\b",
     "tell (notify, report)": r"\b(un)?(tell|tells|told|telling)\b",

@@ -159,7 +159,7 @@ def test_a_sound_house_has_no_violations(tmp_path: Path) -> None:
         ),
         pytest.param(
             {"steps__orbax_adapters": "def f():\n    import jax\n"},
-            "steps/orbax_adapters.py:2: uses jax: only nobody may",
+            "steps/orbax_adapters.py:2: uses jax: no module may",
             id="jax-anywhere",
         ),
         pytest.param(
@@ -316,7 +316,7 @@ def test_no_module_stands_in_front_of_a_public_name() -> None:
 
     # Once imported, a module is an attribute of its package, and __getattr__ is not asked any more.
     rooms = {path.stem for path in PACKAGE.iterdir()}
-    rooms -= {name for name, home in fc._HOMES.items() if home == ""}  # which are those rooms
+    rooms -= {name for name, home in fc._HOMES.items() if home == ""}  # which are such packages
     assert rooms & set(fc.__all__) == set()
 
 

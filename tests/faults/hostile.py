@@ -120,7 +120,7 @@ DEEP = {
 }
 
 
-SECRET = "what nobody may read"
+SECRET = "content outside of the checkpoint"
 
 
 def make_canaries(root: Path) -> None:

@@ -124,7 +124,7 @@ def test_no_step_without_its_marker(bucket: str) -> None:
         assert manager.all_steps() == [1]
     with pytest.raises(errors.StepNotFoundError, match=MARKER):
         fc.restore(f"{run}/2")
-    manager = fc.CheckpointManager(run)  # what it did not write, it does not remove
+    manager = fc.CheckpointManager(run)  # it does not remove foreign objects
     with manager, pytest.raises(errors.SaveError, match=f"no {MARKER}"):
         manager.save(2, _state(2)).result()
     assert queries.exists(_store(run), f"{run}/2/tree/manifest.ocdbt")
