@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from functional_ckpt.cli import trees
-from functional_ckpt.core.arrays.chunks import ChunkGrid, digest_offsets
+from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import ArraySpec, Box, numpy_dtype
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format.checkpoint_dir import OpenItem
+from functional_ckpt.format.read_plan import Destination
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from functional_ckpt.format.reader import ArrayReader
 
 __all__ = ["Difference", "compare_items", "compare_json"]
 
@@ -58,6 +63,14 @@ def compare_items(
         b: The second.
         advance: Called with the number of bytes compared.
     """
+    with contextlib.ExitStack() as files:
+        yield from _compare_items(_Item(a, files), _Item(b, files), advance)
+
+
+def _compare_items(
+    first: _Item, second: _Item, advance: Callable[[int], None]
+) -> Iterator[Difference | None]:
+    a, b = first.opened, second.opened
     is_exact = a.record is not None and b.record is not None
     leaves_a, leaves_b = _leaves(a.root, is_exact=is_exact), _leaves(b.root, is_exact=is_exact)
     if is_exact:
@@ -68,7 +81,7 @@ def compare_items(
             text = trees.describe(leaf)
             yield Difference(leaf=name, kind="only in a", a=text, b=None)
         else:
-            yield _compare_leaves(name, a, leaf, b, other[1], advance)
+            yield _compare_leaves(name, first, leaf, second, other[1], advance)
     for key, (name, leaf) in leaves_b.items():
         if key not in leaves_a:
             text = trees.describe(leaf)
@@ -114,9 +127,9 @@ def _container(node: structure.BranchNode) -> str:
 
 def _compare_leaves(
     name: str,
-    a: OpenItem,
+    a: _Item,
     leaf_a: structure.Node,
-    b: OpenItem,
+    b: _Item,
     leaf_b: structure.Node,
     advance: Callable[[int], None],
 ) -> Difference | None:
@@ -137,7 +150,7 @@ def _compare_leaves(
     return Difference(leaf=name, kind="kind", a=texts[0], b=texts[1])
 
 
-def _plain(item: OpenItem, leaf: structure.Node) -> structure.Node:
+def _plain(item: _Item, leaf: structure.Node) -> structure.Node:
     """Converts a foreign number, stored as an array, to a plain number."""
     if not isinstance(leaf, structure.ArrayNode) or leaf.kind != "number":
         return leaf
@@ -154,49 +167,37 @@ def _same(a: object, b: object) -> bool:
 # ------------------------------------------------------------------------------------ arrays
 
 
+class _Item:
+    """An item, whose arrays are opened when the first of them is read."""
+
+    def __init__(self, opened: OpenItem, files: contextlib.ExitStack) -> None:
+        self.opened = opened
+        self._files = files
+
+    @functools.cached_property
+    def reader(self) -> ArrayReader:
+        """Reads its arrays."""
+        reader = self.opened.open_reader()
+        self._files.callback(reader.close)
+        return reader
+
+
 class _Array:
     """One stored array, read by regions."""
 
-    def __init__(self, item: OpenItem, node: structure.ArrayNode) -> None:
+    def __init__(self, item: _Item, node: structure.ArrayNode) -> None:
         self.item = item
         self.node = node
-        self.place = item.record_of(node)
-
-    def digests(self, grid: ChunkGrid, index: tuple[int, ...]) -> str | None:
-        """The recorded digests of a chunk; None if there are none or the grids differ."""
-        if self.place is None or self.place.grid != grid:
-            return None
-        offsets = digest_offsets(grid, self.node.spec.itemsize_bytes)
-        place = grid.position(index)
-        return self.place.digests[16 * offsets[place] : 16 * offsets[place + 1]]
+        self.digests = item.opened.digests(node)
 
     def read(self, box: Box) -> np.ndarray[Any, Any]:
-        """A region, verified where there is something to compare it with."""
+        """Reads a region, verified where there is something to compare it with."""
         import numpy as np
 
-        from functional_ckpt.format import read_tensorstore
-
-        node = self.node
-        data = np.empty(box.shape, numpy_dtype(node.spec.dtype))
-        if self.place is None:
-            read_tensorstore.read_foreign_array(
-                self.item.database,
-                node.name,
-                data,
-                box=box,
-                shape=node.spec.shape,
-                is_zarr3=self.item.is_zarr3,
-                fills_missing=self.item.fills_missing,
-            )
-            return data
-        read = read_tensorstore.ArrayRead(
-            name=node.stored_name,
-            spec=node.spec,
-            grid=self.place.grid,
-            digests=self.place.digests,
-            box=box,
-        )
-        read_tensorstore.read_array(self.item.database, read, data)
+        data = np.empty(box.shape, numpy_dtype(self.node.spec.dtype))
+        destination = Destination(lambda: data, lambda: None)
+        for task in self.item.reader.tasks([self.item.opened.request(self.node, box, destination)]):
+            task()
         return data
 
 
@@ -205,13 +206,10 @@ def _compare_data(
 ) -> Difference | None:
     """Compares two arrays of one spec; equal digests spare the reading."""
     spec = a.node.spec
-    grid = a.place.grid if a.place is not None else _slabs(spec)
     num_different, largest = 0, 0.0
-    for index in grid.indices():
-        box = grid.box(index)
+    for box, is_same in _regions(spec, a.digests, b.digests):
         advance(box.num_elements * spec.itemsize_bytes)
-        digest = a.digests(grid, index)
-        if digest is not None and digest == b.digests(grid, index):
+        if is_same:
             continue
         count, most = _measure(a.read(box), b.read(box))
         num_different += count
@@ -230,16 +228,18 @@ def _compare_data(
     )
 
 
+def _regions(spec: ArraySpec, a: Digests | None, b: Digests | None) -> Iterator[tuple[Box, bool]]:
+    """Yields regions that cover two arrays, and whether their recorded digests are equal."""
+    if a is None:
+        yield from ((box, False) for box in spec.slabs(_SLAB_BYTES))
+        return
+    for index in a.grid.indices():
+        is_same = b is not None and a.grid == b.grid and a.of(index) == b.of(index)
+        yield a.grid.box(index), is_same
+
+
 def _nan_first(value: float) -> float:
     return math.inf if math.isnan(value) else value
-
-
-def _slabs(spec: ArraySpec) -> ChunkGrid:
-    """A native grid over a foreign array."""
-    if not spec.shape or spec.size_bytes <= _SLAB_BYTES:
-        return ChunkGrid(spec.shape, tuple(max(1, size) for size in spec.shape))
-    rows = max(1, _SLAB_BYTES * spec.shape[0] // spec.size_bytes)
-    return ChunkGrid(spec.shape, (rows, *spec.shape[1:]))
 
 
 def _is_numeric(node: structure.ArrayNode) -> bool:

@@ -9,14 +9,16 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import chunks
+from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.tree import structure
+from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.format.step_files import (
     JSON_FILE,
     StepFiles,
@@ -29,11 +31,10 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local_files import check_ordinary
 
 if TYPE_CHECKING:
-    from functional_ckpt.format import database as database_lib
-    from functional_ckpt.format import read_tensorstore
+    from functional_ckpt.format.database import Database
+    from functional_ckpt.format.reader import ArrayReader
 
 __all__ = [
-    "ArrayPlace",
     "OpenCheckpoint",
     "OpenItem",
     "open_checkpoint",
@@ -44,19 +45,6 @@ _IGNORED = ("metrics", "descriptor", "array_metadatas")
 _BARE_ITEM = "default"
 # How often a checkpoint is opened that is overwritten each time.
 _MAX_ATTEMPTS = 4
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ArrayPlace:
-    """Chunk grid and digests of a native array.
-
-    Attributes:
-        grid: Its chunks.
-        digests: 16 hex digits per digest block.
-    """
-
-    grid: chunks.ChunkGrid
-    digests: str
 
 
 class OpenItem:
@@ -81,8 +69,7 @@ class OpenItem:
         self.is_zarr3 = True
         self.fills_missing = False
         # Before TensorStore opens anything: it would wait for a pipe and follow a link.
-        self._is_local = storage.files is not None
-        self._sizes = queries.regular_sizes(storage, path) if storage.files is not None else {}
+        sizes = queries.regular_sizes(storage, path) if storage.files is not None else None
         extension = os.path.join(path, records.EXTENSION_FILE)
         data = read_optional(storage, extension) if record is None else record
         if data is not None:
@@ -94,70 +81,69 @@ class OpenItem:
                     "directories were swapped or renamed.",
                     path=extension,
                 )
-            self._check_sizes()
+            self._check_sizes(self.record, sizes)
         else:
             self.root = self._parse_foreign()
 
-    @functools.cached_property
-    def database(self) -> database_lib.Database:
-        """The item's arrays, opened when first needed."""
-        from functional_ckpt.format import database as database_lib
+    def open_reader(self) -> ArrayReader:
+        """Opens the item's arrays; the caller closes the reader."""
+        if self.record is not None:
+            from functional_ckpt.format import backends
 
-        if self.record is None and not self._foreign_metadata.get("use_ocdbt", True):
-            return database_lib.open_files_for_reading(self.path, self.storage)
-        files = {} if self.record is None else self.record.files
-        return database_lib.open_for_reading(self.path, self.storage, files)
+            return backends.backend_of(self.storage).open_reader(self.path, self.record.files)
+        from functional_ckpt.format.read_tensorstore import TensorStoreReader
 
-    def record_of(self, node: structure.ArrayNode) -> ArrayPlace | None:
-        """Grid and digests of an array; None for a foreign one."""
+        return TensorStoreReader(
+            self._foreign_database, is_zarr3=self.is_zarr3, fills_missing=self.fills_missing
+        )
+
+    def request(
+        self,
+        node: structure.ArrayNode,
+        box: Box | None = None,
+        destination: Destination | None = None,
+        *,
+        verified: bool = True,
+    ) -> ReadRequest:
+        """Returns a request to read a region of an array.
+
+        Args:
+            node: The array.
+            box: The region; None for the entire array.
+            destination: Where it goes; None reads every chunk that the region meets and keeps
+                nothing.
+            verified: Whether bytes are compared with their digests, where there are some.
+        """
+        spec = node.spec
+        region = _whole(spec.shape) if box is None else box
         if self.record is None:
-            return None
+            return ReadRequest(node.name, spec, region, destination=destination)
         array = self.record.arrays[node.stored_name]
-        return ArrayPlace(chunks.ChunkGrid(node.spec.shape, array.chunk_shape), array.xxh3)
+        grid = _grid(spec.shape, array.chunk_shape)
+        digests = Digests(grid, spec.itemsize_bytes, array.xxh3) if verified else None
+        return ReadRequest(node.stored_name, spec, region, grid, digests, destination)
+
+    def digests(self, node: structure.ArrayNode) -> Digests | None:
+        """Returns the recorded digests of an array; None for a foreign array."""
+        return self.request(node).digests
 
     def array_nodes(self) -> Iterator[structure.ArrayNode]:
-        """Every array that holds its own bytes."""
+        """Yields every array that holds its own bytes."""
         for _, leaf in structure.iter_leaves(self.root):
             if isinstance(leaf, structure.ArrayNode) and leaf.tied_to is None:
                 yield leaf
 
-    def verification(self, node: structure.ArrayNode) -> list[Callable[[], None]]:
-        """Tasks that read every chunk of an array; they raise `CorruptCheckpointError`."""
-        place = self.record_of(node)
-        if place is None:
-            return []
-        from functional_ckpt.format import read_tensorstore
-
-        read = read_tensorstore.ArrayRead(
-            name=node.stored_name,
-            spec=node.spec,
-            grid=place.grid,
-            digests=place.digests,
-            box=Box.whole(node.spec.shape),
-        )
-        return [functools.partial(self._verify_part, read, index) for index in place.grid.indices()]
-
-    def _verify_part(self, read: read_tensorstore.ArrayRead, index: tuple[int, ...]) -> None:
-        from functional_ckpt.format import read_tensorstore
-
-        read_tensorstore.verify_part(
-            self.database, read, index
-        )  # opens the database when first needed
-
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, record: records.ItemRecord, sizes: Mapping[str, int] | None) -> None:
         """A record cannot ask for more memory than there are bytes on disk (uncompressed).
 
         Small chunks may be compressed, but each has a digest in the record, which bounds them.
         """
-        database_lib = {} if self.record is None else self.record.arrays
         wanted = sum(
-            _stored_bytes(node.spec, database_lib[node.name].chunk_shape)
+            _stored_bytes(node.spec, record.arrays[node.name].chunk_shape)
             for node in self.array_nodes()
         )
         stored = (
-            sum(self._sizes.values())
-            if self._is_local
-            else queries.total_bytes(self.storage, self.path)
+            queries.total_bytes(self.storage, self.path) if sizes is None else sum(sizes.values())
         )
         if wanted > stored:
             raise errors.CorruptCheckpointError(
@@ -166,7 +152,15 @@ class OpenItem:
                 path=self.path,
             )
 
-    # ---------------------------------------------------------------------------- Orbax's own items
+    # ---------------------------------------------------------------------------- foreign items
+
+    @functools.cached_property
+    def _foreign_database(self) -> Database:
+        from functional_ckpt.format import database
+
+        if self._foreign_metadata.get("use_ocdbt", True):
+            return database.open_for_reading(self.path, self.storage)
+        return database.open_files_for_reading(self.path, self.storage)
 
     @functools.cached_property
     def _foreign_text(self) -> bytes:
@@ -204,11 +198,18 @@ class OpenItem:
         from functional_ckpt.format import read_tensorstore
 
         try:
-            return read_tensorstore.stored_spec(self.database, name, is_zarr3=self.is_zarr3)[0]
+            return read_tensorstore.stored_spec(
+                self._foreign_database, name, is_zarr3=self.is_zarr3
+            )
         except errors.CorruptCheckpointError as error:
             raise errors.CorruptCheckpointError(
                 error.message, path=error.path, key_path=error.key_path or name
             ) from error
+
+
+# Records that many arrays share: making one takes five times as long as finding it here.
+_whole = functools.lru_cache(maxsize=4096)(Box.whole)
+_grid = functools.lru_cache(maxsize=4096)(chunks.ChunkGrid)
 
 
 @functools.lru_cache(maxsize=4096)

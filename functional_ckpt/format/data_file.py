@@ -13,13 +13,21 @@ import collections
 import functools
 import mmap
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import xxhash
 
 from functional_ckpt import errors
+from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.core.records.records import FileRecord
+from functional_ckpt.format.tuning import (
+    BUFFER_BYTES,
+    COPIED_ALONE_BYTES,
+    DIRECT_FROM_BYTES,
+    LENT_FROM_BYTES,
+    MAX_FULL,
+)
 from functional_ckpt.runtime import host_memory
 from functional_ckpt.runtime.threads import BackgroundWriter
 from functional_ckpt.storage.base import Storage
@@ -27,19 +35,7 @@ from functional_ckpt.storage.new_file import BLOCK_BYTES
 
 __all__ = ["DataFile"]
 
-Array: TypeAlias = "np.ndarray[Any, Any]"
-
-_BUFFER_BYTES = 4 * 2**20
-# Full buffers: one that is being written, and one that waits. With one alone the disk would wait
-# for the round trip to the thread that fills them.
-_MAX_FULL = 2
-# Smaller data is copied in less time than it takes to cut off its ends.
-_LENT_FROM_BYTES = 128 * 2**10
-# To copy less is done before another thread could take over the interpreter, and give it back.
-_COPIED_ALONE_BYTES = 64 * 2**10
 _ZEROS = np.zeros(BLOCK_BYTES, np.uint8)
-# Smaller files are not worth going around the page cache, from which they may soon be read.
-_DIRECT_FROM_BYTES = 16 * 2**20
 
 
 class DataFile:
@@ -66,12 +62,12 @@ class DataFile:
         self._segments: list[memoryview] = []  # complete blocks to write next
         self._gathered = 0
         self._begin = self._filled = 0  # positions in the buffer
-        blocks = -(-min(size_bytes, _BUFFER_BYTES) // BLOCK_BYTES)
+        blocks = -(-min(size_bytes, BUFFER_BYTES) // BLOCK_BYTES)
         self._prefers_huge = not is_lent  # of a huge page, all is taken at the first touch
         self._buffer = self._pages(max(1, blocks) * BLOCK_BYTES)
         self._behind: BackgroundWriter | None = None
         self._full: collections.deque[Array] = collections.deque()  # handed on before
-        self.is_large = size_bytes >= _DIRECT_FROM_BYTES
+        self.is_large = size_bytes >= DIRECT_FROM_BYTES
         if storage.files is None:
             raise errors.UsageError(f"{path}: data files are written to file systems only.")
         self._file = storage.files.create(path, size_bytes, is_direct=self.is_large)
@@ -104,7 +100,7 @@ class DataFile:
             on_copied: Called with the bytes that the file will hold, piece by piece. Where `data`
                 may change at any time, a digest must be taken of these. Not for lent data.
         """
-        if is_lent and self.is_large and len(data) >= _LENT_FROM_BYTES:
+        if is_lent and self.is_large and len(data) >= LENT_FROM_BYTES:
             return self._append_lent(data)
         offset = self.size_bytes
         self._copy(data, on_copied)
@@ -119,7 +115,7 @@ class DataFile:
         self._copy(data[:head])
         self._gather_buffer()
         self._gather(data[head : len(data) - tail])
-        if self._gathered >= _BUFFER_BYTES:
+        if self._gathered >= BUFFER_BYTES:
             self._flush()
         self._copy(data[len(data) - tail :])
         return offset
@@ -129,7 +125,7 @@ class DataFile:
         while start < count:
             taken = min(count - start, room - self._filled)
             end = self._filled + taken
-            if taken < _COPIED_ALONE_BYTES:  # numpy would offer the interpreter to others first
+            if taken < COPIED_ALONE_BYTES:  # numpy would offer the interpreter to others first
                 self._buffer.data[self._filled : end] = data.data[start : start + taken]
             else:
                 self._buffer[self._filled : end] = data[start : start + taken]
@@ -161,14 +157,14 @@ class DataFile:
             write()
             return
         if self._behind is None:
-            self._behind = BackgroundWriter(_MAX_FULL)
+            self._behind = BackgroundWriter(MAX_FULL)
         self._behind.run(write)  # waits for data of the next buffer
 
     def _turn(self) -> None:
         self._begin = self._filled = 0
         if self.is_large:
             self._full.append(self._buffer)
-            is_free = len(self._full) > _MAX_FULL
+            is_free = len(self._full) > MAX_FULL
             self._buffer = self._full.popleft() if is_free else self._pages(len(self._buffer))
 
     def finish(self) -> FileRecord:

@@ -1,64 +1,52 @@
-"""Databases of arrays: opening TensorStore, and the parts shared by reading and writing.
+"""Databases of arrays: opening TensorStore for reading and writing, and its errors.
 
-One item is one OCDBT database of zarr v3 arrays. `write_tensorstore` and `read_tensorstore` write
-and read chunks; with this module they are the only importers of tensorstore. There are two paths
-into a database and out of it, with the same bytes on disk: large chunks go through a zarr array
-without being copied, small ones straight through the key-value store, which costs a tenth per
-array.
+One item is one OCDBT database of zarr v3 arrays. Only this folder imports tensorstore.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import re
-import threading
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import tensorstore as ts
-import xxhash
 
 from functional_ckpt import errors
-from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, MAX_INLINE_BYTES, ChunkGrid
+from functional_ckpt.core.arrays.chunks import MAX_INLINE_BYTES, ChunkGrid
 from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.core.tree.structure import key_prefix
+from functional_ckpt.format.ocdbt import MANIFEST
 from functional_ckpt.format.step_files import check_content, read_optional
-from functional_ckpt.storage import queries
+from functional_ckpt.format.tuning import TREE_CACHE_BYTES
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.paths import check_arrays_path
 
 __all__ = [
     "NO_CACHE",
     "REFUSALS",
-    "SMALL_CHUNK_BYTES",
-    "BlockDigests",
     "Database",
-    "as_bytes",
     "check_process",
     "clear_error",
-    "digest_blocks",
     "open_array",
     "open_database",
     "open_files_for_reading",
     "open_for_reading",
     "read_error",
     "read_context",
+    "read_manifest",
     "write_context",
 ]
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
 
 # TensorStore's statuses are raised as the nearest Python errors.
 REFUSALS = (
     *(ArithmeticError, LookupError, MemoryError, OSError),
     *(RuntimeError, TypeError, ValueError),
 )
-_MANIFEST = "manifest.ocdbt"
 # TensorStore ends the messages of system errors with their number.
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 # Missing files and non-files: damage in a checkpoint.
@@ -73,10 +61,6 @@ _STATUSES = {
     "ABORTED": errno.EIO,
 }
 _SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
-# Below this a chunk is copied into the key-value store; above, zarr writes it without a copy.
-SMALL_CHUNK_BYTES = 128 * 1024
-_TREE_CACHE_BYTES = 2**30
-_LOCAL = LocalStorage()
 NO_CACHE = {"total_bytes_limit": 0}
 _CONFIG = {
     "compression": {"id": "zstd"},
@@ -85,9 +69,9 @@ _CONFIG = {
 }
 
 
-# A new context is made for every write and open: databases opened through one object share a cache,
-# and a step that was deleted or overwritten must not be remembered. Copying from a child to its
-# parent needs both to be opened with the same object.
+# Every write and every open makes a context of its own: databases opened through one context share
+# a cache, which would remember a deleted or overwritten step. Copying from a child to its parent
+# needs both to be opened with the same context.
 
 
 _user_pid: int | None = None
@@ -118,43 +102,32 @@ def write_context(storage: Storage) -> Any:
 
 
 def read_context(storage: Storage) -> Any:
-    """For reading: by memory map."""
+    """Returns a context for reading.
+
+    Memory maps would read local files four times as fast; but a disk error under one kills the
+    process (SIGBUS).
+    """
     check_process()
-    # Reads by memory map go straight from the page cache into the destination: 8-17 GiB/s against
-    # 1-2. The cache is for the nodes of the tree (as large as they are): without it every read
-    # decodes its node again, which for 20,000 small arrays takes 9 ms a read instead of 0.3.
-    cache = {"total_bytes_limit": _TREE_CACHE_BYTES}
-    how = {"file_io_mode": {"mode": "memmap"}, "cache_pool": cache}
-    return ts.Context({**how, **storage.tensorstore.context()})
+    return ts.Context(
+        {"cache_pool": {"total_bytes_limit": TREE_CACHE_BYTES}, **storage.tensorstore.context()}
+    )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
 class Database:
     """An item's arrays, open for reading.
 
     Attributes:
         storage: The store that it is in.
-        directory: Where the item is.
+        directory: The item.
         store: The key-value store.
         context: The TensorStore context it was opened with.
-        arrays: Arrays opened so far, by name.
-        bytes_asked: How many bytes of chunks were asked of the store so far.
-        requested: Reads of small chunks that are under way, by key.
     """
 
-    def __init__(self, storage: Storage, directory: str, store: Any, context: Any) -> None:
-        self.storage = storage
-        self.directory = directory
-        self.store = store
-        self.context = context
-        self.arrays: dict[str, Any] = {}
-        self.bytes_asked = 0
-        self.requested: dict[str, Any] = {}
-        self._lock = threading.Lock()
-
-    def count(self, num_bytes: int) -> None:
-        """Adds to `bytes_asked`."""
-        with self._lock:
-            self.bytes_asked += num_bytes
+    storage: Storage
+    directory: str
+    store: Any
+    context: Any
 
 
 def clear_error(storage: Storage, path: str, error: Exception) -> errors.CheckpointError:
@@ -178,9 +151,9 @@ def open_database(storage: Storage, directory: str, context: Any) -> Any:
 
 
 def open_for_reading(
-    directory: str, storage: Storage = _LOCAL, files: Mapping[str, FileRecord] | None = None
+    directory: str, storage: Storage, files: Mapping[str, FileRecord] | None = None
 ) -> Database:
-    """The item's database, for `read_array`.
+    """Opens an item's database.
 
     Args:
         directory: The item.
@@ -190,30 +163,38 @@ def open_for_reading(
     Raises:
         CorruptCheckpointError: There is no readable database.
     """
-    _check_manifest(storage, directory, (files or {}).get(_MANIFEST))
+    read_manifest(storage, directory, (files or {}).get(MANIFEST))
     spec = {"driver": "ocdbt", "base": storage.tensorstore.kvstore(directory)}
     context = read_context(storage)
     try:
         store = ts.KvStore.open(spec, context=context).result()
         return Database(storage, directory, store, context)
     except REFUSALS as error:
-        raise _read_error(storage, directory, _MANIFEST, error) from error
+        raise _read_error(storage, directory, MANIFEST, error) from error
 
 
-def _check_manifest(storage: Storage, directory: str, expected: FileRecord | None) -> None:
-    """Raises `CorruptCheckpointError` unless there is a manifest, on a disk as it is recorded."""
-    path = os.path.join(directory, _MANIFEST)
-    data = None
-    if storage.files is not None:
-        check_arrays_path(directory)
-        data = read_optional(storage, path)
-    if data is None and not queries.exists(storage, path):
+def read_manifest(storage: Storage, directory: str, expected: FileRecord | None) -> bytes:
+    """Returns the manifest of an item's database.
+
+    Args:
+        storage: The store that it is in.
+        directory: The item.
+        expected: Its record, where the item has one.
+
+    Raises:
+        CorruptCheckpointError: There is none, or it is not the recorded one.
+    """
+    check_arrays_path(f"/{os.path.basename(directory)}")
+    path = os.path.join(directory, MANIFEST)
+    data = read_optional(storage, path)
+    if data is None:
         raise errors.CorruptCheckpointError(
-            f"{directory}: {_MANIFEST} is missing; the item's arrays cannot be found.",
+            f"{directory}: {MANIFEST} is missing; the item's arrays cannot be found.",
             path=directory,
         )
-    if data is not None and expected is not None:
+    if expected is not None:
         check_content(path, data, expected)
+    return data
 
 
 def read_error(database: Database, what: str, error: Exception) -> errors.CheckpointError:
@@ -250,7 +231,7 @@ def _errno_of(error: Exception, text: str) -> int | None:
     return next((code for status, code in _STATUSES.items() if text.startswith(status)), None)
 
 
-def open_files_for_reading(directory: str, storage: Storage = _LOCAL) -> Database:
+def open_files_for_reading(directory: str, storage: Storage) -> Database:
     """An item whose arrays are plain zarr files (Orbax with OCDBT off)."""
     context = read_context(storage)
     store = ts.KvStore.open(storage.tensorstore.kvstore(directory), context=context).result()
@@ -274,52 +255,3 @@ def open_array(store: Any, name: str, spec: ArraySpec, grid: ChunkGrid, context:
         context=context,
         transaction=store.transaction,
     ).result()
-
-
-def as_bytes(data: Array) -> memoryview:
-    """The memory of a contiguous array as flat bytes."""
-    flat: Any = data.reshape(-1).view(np.uint8)  # numpy's stubs say nothing of buffers
-    return memoryview(flat)
-
-
-def digest_blocks(data: Array) -> str:
-    """16 hex digits for every `DIGEST_BLOCK_BYTES` of a contiguous array."""
-    flat = as_bytes(data)
-    return "".join(
-        xxhash.xxh3_64_hexdigest(flat[start : start + DIGEST_BLOCK_BYTES])
-        for start in range(0, len(flat), DIGEST_BLOCK_BYTES)
-    )
-
-
-class BlockDigests:
-    """The result of `digest_blocks`, for bytes that arrive in pieces of any size."""
-
-    def __init__(self) -> None:
-        self._found: list[str] = []
-        self._block = xxhash.xxh3_64()
-        self._missing_bytes = DIGEST_BLOCK_BYTES
-
-    def update(self, data: memoryview) -> None:
-        """Adds the next bytes."""
-        start = 0
-        while start < len(data):
-            piece = data[start : start + self._missing_bytes]
-            start += len(piece)
-            if len(piece) == DIGEST_BLOCK_BYTES:
-                self._found.append(xxhash.xxh3_64_hexdigest(piece))
-                continue
-            self._block.update(piece)
-            self._missing_bytes -= len(piece)
-            if not self._missing_bytes:
-                self._end_block()
-
-    def _end_block(self) -> None:
-        self._found.append(self._block.hexdigest())
-        self._block.reset()
-        self._missing_bytes = DIGEST_BLOCK_BYTES
-
-    def hexdigests(self) -> str:
-        """16 hex digits for every block; nothing may be added after this."""
-        if self._missing_bytes < DIGEST_BLOCK_BYTES:
-            self._end_block()
-        return "".join(self._found)

@@ -9,19 +9,17 @@ and TensorStore reads the result; trees other than a single plain leaf are left 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import struct
-import threading
 import uuid
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
+import google_crc32c
 import numpy as np
-import tensorstore as ts
 
 from functional_ckpt.core.arrays.chunks import MAX_INLINE_BYTES
-from functional_ckpt.format.database import check_process
+from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.storage.base import Storage
 
 __all__ = [
@@ -38,8 +36,7 @@ __all__ = [
     "read_entries",
 ]
 
-Array: TypeAlias = "np.ndarray[Any, Any]"
-
+MANIFEST = "manifest.ocdbt"
 MAX_NODE_BYTES = 100_000_000
 # A leaf with this many keys stays below the manifest's maximal node size.
 MAX_KEYS = 250_000
@@ -47,12 +44,11 @@ _MANIFEST_MAGIC = 0x0CDB3A2A
 _NODE_MAGIC = 0x0CDB20DE
 _HEADER = struct.Struct(">I")
 _LENGTH = struct.Struct("<Q")
+_CHECKSUM = struct.Struct("<I")
 _HEADER_BYTES = 4 + 8 + 1 + 1
 _FOOTER_BYTES = 4
 _MAX_VARINT_BYTES = 10
 _FEW = 32
-# Records up to this size are checked with an array that is kept.
-_REUSED_BYTES = 64 * 2**10
 
 
 @dataclasses.dataclass(slots=True)
@@ -215,44 +211,7 @@ def _varint(number: int) -> bytes:
 def _seal(magic: int, body: bytes) -> bytes:
     length = _HEADER_BYTES + len(body) + _FOOTER_BYTES
     content = _HEADER.pack(magic) + _LENGTH.pack(length) + b"\0\0" + body
-    return content + _crc32c(content)
-
-
-def _crc32c(data: bytes) -> bytes:
-    """TensorStore's own: its zarr codec of that name puts it behind the bytes."""
-    check_process()
-    if len(data) > _REUSED_BYTES:
-        return _check(_checker(len(data)), data)
-    with _checking:
-        return _check(_reused_checker(len(data)), data)
-
-
-def _check(array: Any, data: bytes) -> bytes:
-    array.write(np.frombuffer(data, np.uint8)).result()
-    return array.kvstore.read("c/0").result().value[-_FOOTER_BYTES:]
-
-
-def _checker(size_bytes: int) -> Any:
-    codecs = [{"name": "bytes"}, {"name": "crc32c"}]
-    grid = {"name": "regular", "configuration": {"chunk_shape": [size_bytes]}}
-    metadata = {
-        "shape": [size_bytes],
-        "data_type": "uint8",
-        "chunk_grid": grid,
-        "codecs": codecs,
-    }
-    spec = {
-        "driver": "zarr3",
-        "kvstore": "memory://",
-        "metadata": metadata,
-        "store_data_equal_to_fill_value": True,
-    }
-    return ts.open(spec, create=True, context=ts.Context()).result()
-
-
-# Steps of one run have records of few sizes, and to open an array takes longer than to write it.
-_reused_checker = functools.lru_cache(maxsize=64)(_checker)
-_checking = threading.Lock()
+    return content + _CHECKSUM.pack(google_crc32c.value(content))
 
 
 # ------------------------------------------------------------------------------------ decoding
@@ -272,7 +231,8 @@ class _Reader:
         is_plain = data[12:_HEADER_BYTES] == b"\0\0"
         if self._end < self._at or data[:4] != _HEADER.pack(magic) or not is_plain:
             raise _Unread
-        if _LENGTH.unpack_from(data, 4)[0] != len(data) or _crc32c(data[: self._end]) != data[-4:]:
+        checksum = _CHECKSUM.pack(google_crc32c.value(data[: self._end]))
+        if _LENGTH.unpack_from(data, 4)[0] != len(data) or checksum != data[self._end :]:
             raise _Unread
 
     def take(self, count: int) -> bytes:
@@ -369,18 +329,25 @@ def decode_leaf(data: bytes) -> tuple[list[str], Entries] | None:
         return None
 
 
-MANIFEST = "manifest.ocdbt"
+def read_entries(
+    storage: Storage, directory: str, manifest: bytes | None = None
+) -> tuple[list[str], Entries] | None:
+    """Returns data files and entries of a database that is one plain leaf; None for any other.
 
-
-def read_entries(storage: Storage, directory: str) -> tuple[list[str], Entries] | None:
-    """Data files and entries of a database that is one plain leaf; None where it is another."""
-    place = decode_manifest(storage.read(os.path.join(directory, MANIFEST)))
-    if place is None or not is_inside(place.file):
+    Args:
+        storage: The file system.
+        directory: The database.
+        manifest: Its manifest, where it was read before.
+    """
+    if manifest is None:
+        manifest = storage.read(os.path.join(directory, MANIFEST))
+    node = decode_manifest(manifest)
+    if node is None or not is_inside(node.file):
         return None
-    data = storage.read(os.path.join(directory, place.file), place.offset, place.length)
+    data = storage.read(os.path.join(directory, node.file), node.offset, node.length)
     return decode_leaf(data)
 
 
 def is_inside(file: str) -> bool:
-    """Whether a data file's path leads nowhere but below its database."""
+    """Returns whether a data file's path stays below its database."""
     return all(part not in ("", ".", "..") and "\0" not in part for part in file.split("/"))

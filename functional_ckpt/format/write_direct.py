@@ -16,18 +16,18 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import xxhash
 
 from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid
-from functional_ckpt.core.arrays.spec import ArraySpec, Box, numpy_dtype
+from functional_ckpt.core.arrays.digests import BlockDigests, digest_blocks
+from functional_ckpt.core.arrays.spec import Array, ArraySpec, Box, numpy_dtype
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.data_file import DataFile
-from functional_ckpt.format.database import BlockDigests, digest_blocks
 from functional_ckpt.format.ocdbt import (
     MANIFEST,
     MAX_KEYS,
@@ -37,6 +37,7 @@ from functional_ckpt.format.ocdbt import (
     encode_manifest,
     read_entries,
 )
+from functional_ckpt.format.tuning import BYTES_PER_FILE, NUM_THREADS, QUICK_BYTES, STEP_BYTES
 from functional_ckpt.format.write_tensorstore import ArrayWrite, Digests, padded
 from functional_ckpt.runtime.threads import gc_paused, run_in_threads
 from functional_ckpt.storage.base import Storage
@@ -50,18 +51,8 @@ __all__ = [
     "write_arrays",
 ]
 
-Array: TypeAlias = "np.ndarray[Any, Any]"
-
 _FOLDER = "d"
-# Bytes per file: several writers keep the disk busy while others hash and copy.
-BYTES_PER_FILE = 32 * 2**20
-NUM_THREADS = 4
-"""As many as the disk likes, each with a file of its own."""
-# An amount that is written in about a second.
-_QUICK_BYTES = 256 * 2**20
-# Hashed and copied while it is in the cache.
-_STEP_BYTES = 2**20
-_ZEROS = np.zeros(_STEP_BYTES, np.uint8)
+_ZEROS = np.zeros(STEP_BYTES, np.uint8)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +107,7 @@ def write_arrays(
         storage.make_directory(path, parents=False)
     storage.make_directory(os.path.join(path, _FOLDER), parents=False)
     with contextlib.ExitStack() as pause:
-        if sum(array.data.nbytes for array in arrays) < _QUICK_BYTES:
+        if sum(array.data.nbytes for array in arrays) < QUICK_BYTES:
             pause.enter_context(gc_paused())
         return _write_arrays(
             storage, item_directory, child, arrays, scalars, tied or {}, num_threads
@@ -333,22 +324,24 @@ def _append(
         if data.shape[1:] != grid.chunk_shape[1:]:
             own = data if is_stable else data.copy()
             whole = padded(own, grid).reshape(-1).view(np.uint8)
-            return (file.append(whole), len(whole)), digest_blocks(own)
+            return (file.append(whole), len(whole)), digest_blocks(
+                own.reshape(-1).view(np.uint8).data
+            )
     if not missing_bytes and len(flat) <= DIGEST_BLOCK_BYTES:
         own = flat if is_stable else flat.copy()
         digest = xxhash.xxh3_64_hexdigest(own.data) if len(own) else ""
         return (file.append(own), len(own)), digest
     offset = 0
     blocks = BlockDigests()
-    for start in range(0, len(flat), _STEP_BYTES):
-        step = flat[start : start + _STEP_BYTES]
+    for start in range(0, len(flat), STEP_BYTES):
+        step = flat[start : start + STEP_BYTES]
         if is_stable:
             blocks.update(step.data)
             place = file.append(step, is_lent=is_lent)
         else:
             place = file.append(step, on_copied=blocks.update)
         offset = offset if start else place
-    for start in range(0, missing_bytes, _STEP_BYTES):
+    for start in range(0, missing_bytes, STEP_BYTES):
         file.append(_ZEROS[: missing_bytes - start])
     return (offset, len(flat) + missing_bytes), blocks.hexdigests()
 

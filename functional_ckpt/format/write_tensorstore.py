@@ -20,18 +20,18 @@ import tensorstore as ts
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid
-from functional_ckpt.core.arrays.spec import ArraySpec, Box, numpy_dtype
+from functional_ckpt.core.arrays.digests import digest_blocks
+from functional_ckpt.core.arrays.spec import Array, ArraySpec, Box, numpy_dtype
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.database import (
     REFUSALS,
-    SMALL_CHUNK_BYTES,
     clear_error,
-    digest_blocks,
     open_array,
     open_database,
     write_context,
 )
+from functional_ckpt.format.tuning import MAX_COPIED_BYTES, SMALL_CHUNK_BYTES
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.storage.base import Storage
 
@@ -45,9 +45,6 @@ __all__ = [
     "write_arrays",
 ]
 
-Array: TypeAlias = "np.ndarray[Any, Any]"
-# Copies of live memory are held until a commit: of more than this, another commit follows.
-_MAX_COPIED_BYTES = 512 * 2**20
 Digests: TypeAlias = "dict[str, dict[int, str]]"
 """Array name -> position of a chunk in C order -> its digests."""
 
@@ -125,7 +122,7 @@ def write_arrays(
             num_bytes = array.grid.box(index).num_elements * array.spec.itemsize_bytes
             place.size_bytes += num_bytes
             copied_bytes += 0 if array.is_stable else num_bytes
-            if copied_bytes > _MAX_COPIED_BYTES:
+            if copied_bytes > MAX_COPIED_BYTES:
                 copied_bytes, tasks = num_bytes, []
                 batches.append(tasks)
             tasks.append(functools.partial(_write_chunk, place, array, index, found))
@@ -205,7 +202,7 @@ def _write_chunk(
         data = data.copy()
     elif not data.flags.c_contiguous:
         data = np.ascontiguousarray(data)  # bounded: one chunk per thread
-    found[array.grid.position(index)] = digest_blocks(data)
+    found[array.grid.position(index)] = digest_blocks(data.reshape(-1).view(np.uint8).data)
     if data.nbytes <= SMALL_CHUNK_BYTES:
         key = f"{key_prefix(array.name)}{array.grid.key(index)}"
         database.put(key, padded(data, array.grid).tobytes())

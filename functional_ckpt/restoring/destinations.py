@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 
 from functional_ckpt.core.arrays import sharding
-from functional_ckpt.core.arrays.spec import Box
+from functional_ckpt.core.arrays.spec import Array, Box
 from functional_ckpt.core.restore_plan import plan
 from functional_ckpt.core.tree import decode, encode, memory, structure
 from functional_ckpt.runtime import device_copies
 
 __all__ = ["HostDestination", "DeviceDestination", "host_destination", "device_destination"]
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 class HostDestination(NamedTuple):

@@ -1,73 +1,91 @@
-"""Ranks that read for each other: each shared chunk is read once, and its parts are handed on."""
+"""Ranks that read for each other: each shared chunk is read once, and its parts are sent."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeAlias, cast
 
 import numpy as np
 
 from functional_ckpt.core.arrays.chunks import ChunkGrid
-from functional_ckpt.core.arrays.read_plan import Region, SharedChunk, StoredArray, plan_sharing
-from functional_ckpt.core.arrays.spec import ArraySpec, Box, numpy_dtype
+from functional_ckpt.core.arrays.share_plan import Region, SharedChunk, StoredArray, plan_sharing
+from functional_ckpt.core.arrays.spec import Array, ArraySpec, Box, numpy_dtype
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Bytes, Coordinator
-from functional_ckpt.format import read_tensorstore
-from functional_ckpt.format.database import Database
+from functional_ckpt.format.read_plan import Destination, ReadRequest
+from functional_ckpt.format.reader import ArrayReader
+from functional_ckpt.restoring.tuning import ROUND_BYTES
 from functional_ckpt.runtime import threads
 
-__all__ = ["SharedRequest", "read_shared"]
+__all__ = ["Delivered", "read_shared"]
 
-Array: TypeAlias = "np.ndarray[Any, Any]"
-
-# Bytes of other ranks' data that a rank holds at a time, once to send and once to receive.
-_ROUND_BYTES = 64 * 2**20
+Delivered: TypeAlias = Collection[tuple[int, tuple[int, ...]]]
+"""Chunks that need not be read any more: the index of the request, the chunk's index."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SharedRequest:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Want:
     """A region that this rank restores.
 
     Attributes:
-        item: The item's name.
-        database: Where to read it.
-        read: What to read; its box is the region.
-        deliver: Takes a part of it: its box in the global array, its elements.
+        array: The array's name among all items.
+        item: Index of its item.
+        number: Index of its request among the item's.
+        reader: Reads the item.
+        request: The request.
     """
 
-    item: str
-    database: Database
-    read: read_tensorstore.ArrayRead
-    deliver: Callable[[Box, Array], None]
+    array: str
+    item: int
+    number: int
+    reader: ArrayReader
+    request: ReadRequest
 
     @property
-    def want(self) -> Region:
-        """As the plan knows it."""
-        return Region(f"{self.item}/{self.read.name}", self.read.box)
+    def grid(self) -> ChunkGrid:
+        """The array's chunks."""
+        return cast("ChunkGrid", self.request.grid)
 
 
 def read_shared(
-    group: Coordinator, wanted: Sequence[SharedRequest]
-) -> set[tuple[int, tuple[int, ...]]]:
-    """Reads and delivers shared data; a collective.
+    group: Coordinator,
+    names: Sequence[str],
+    readers: Sequence[ArrayReader | None],
+    requests: Sequence[Sequence[ReadRequest]],
+) -> list[Delivered]:
+    """Reads the chunks that several ranks need, once each, and delivers the parts; a collective.
 
-    Each round ends in a word between the ranks, so that a failure on one is an error on all.
+    Each round ends with an agreement between the ranks, so that a failure on one is an error on
+    all.
+
+    Args:
+        group: The ranks.
+        names: The items.
+        readers: Each item's reader.
+        requests: This rank's requests of each item.
 
     Returns:
-        The delivered parts: the position in `wanted`, and the chunk's index.
+        The delivered chunks of each item.
 
     Raises:
         CoordinationError: Another rank failed or is gone.
     """
+    wanted = [
+        _Want(f"{name}/{request.name}", item, number, reader, request)
+        for item, (name, reader, of_item) in enumerate(zip(names, readers, requests, strict=True))
+        if reader is not None
+        for number, request in enumerate(of_item)
+        if request.grid is not None
+    ]
+    delivered: list[set[tuple[int, tuple[int, ...]]]] = [set() for _ in names]
     arrays, wants = _exchange_wants(group, wanted)
-    rounds = plan_sharing(arrays, wants, round_bytes=_ROUND_BYTES)
+    rounds = plan_sharing(arrays, wants, round_bytes=ROUND_BYTES)
     if not rounds:
-        return set()
-    sources = {each.want.array: each for each in wanted}
+        return list(delivered)
+    sources = {each.array: each for each in wanted}
     channel = group.channel()
     try:
         for number, chunks in enumerate(rounds):
@@ -77,24 +95,23 @@ def read_shared(
             _deliver(chunks, incoming, wanted, group.rank)
     finally:
         channel.close()
-    return {
-        (part.want, chunk.index)
-        for chunks in rounds
-        for chunk in chunks
-        for part in chunk.parts
-        if part.rank == group.rank
-    }
+    for chunk in (chunk for chunks in rounds for chunk in chunks):
+        for part in chunk.parts:
+            if part.rank == group.rank:
+                want = wanted[part.want]
+                delivered[want.item].add((want.number, chunk.index))
+    return list(delivered)
 
 
 def _exchange_wants(
-    group: Coordinator, wanted: Sequence[SharedRequest]
+    group: Coordinator, wanted: Sequence[_Want]
 ) -> tuple[Mapping[str, StoredArray], list[list[Region]]]:
-    """The requests of all ranks, and their arrays."""
+    """Returns the arrays that any rank wants, and the regions that each rank wants."""
     arrays = {
-        each.want.array: (each.read.spec.shape, each.read.spec.dtype, each.read.grid.chunk_shape)
+        each.array: (each.grid.shape, each.request.spec.dtype, each.grid.chunk_shape)
         for each in wanted
     }
-    own = [(each.want.array, each.read.box.offset, each.read.box.shape) for each in wanted]
+    own = [(each.array, each.request.box.offset, each.request.box.shape) for each in wanted]
     packed = zlib.compress(json.dumps([arrays, own]).encode(), 1)
 
     def unite(values: Sequence[bytes]) -> bytes:
@@ -103,7 +120,7 @@ def _exchange_wants(
         return zlib.compress(json.dumps([every, [wants for _, wants in told]]).encode(), 1)
 
     found, wants = json.loads(
-        zlib.decompress(group.gather_broadcast("assigning shared reads", packed, unite))
+        zlib.decompress(group.gather_broadcast("planning shared reads", packed, unite))
     )
     return {
         name: StoredArray(
@@ -117,29 +134,38 @@ def _exchange_wants(
 
 
 def _read_round(
-    group: Coordinator, own: Sequence[SharedChunk], sources: Mapping[str, SharedRequest], which: str
+    group: Coordinator, own: Sequence[SharedChunk], sources: Mapping[str, _Want], which: str
 ) -> list[Bytes]:
-    """Reads this rank's chunks of a round; returns each rank's parts of them."""
-    chunks: list[Array] = [np.empty(0)] * len(own)
-
-    def read(place: int) -> None:
-        chunk = own[place]
-        source = sources[chunk.array]
-        box = source.read.grid.box(chunk.index)
-        whole = np.empty(box.shape, numpy_dtype(source.read.spec.dtype))
-        request = dataclasses.replace(source.read, box=box)
-        read_tensorstore.read_part(source.database, request, chunk.index, whole)
-        chunks[place] = whole
-
-    with collective(group, f"reading shared data, {which}"):
-        threads.run_in_threads([functools.partial(read, place) for place in range(len(own))])
+    """Reads this rank's chunks of a round, and returns the parts for each rank."""
+    chunks: list[Array] = [
+        np.empty(
+            sources[chunk.array].grid.box(chunk.index).shape,
+            numpy_dtype(sources[chunk.array].request.spec.dtype),
+        )
+        for chunk in own
+    ]
+    with collective(group, f"shared reads, {which}"):
+        threads.run_in_threads(
+            [
+                task
+                for chunk, memory in zip(own, chunks, strict=True)
+                for task in _chunk_tasks(sources[chunk.array], chunk.index, memory)
+            ]
+        )
     outgoing: list[list[Array]] = [[np.empty(0, np.uint8)] for _ in range(group.num_ranks)]
     for chunk, whole in zip(own, chunks, strict=True):
-        offset = sources[chunk.array].read.grid.box(chunk.index).offset
+        offset = sources[chunk.array].grid.box(chunk.index).offset
         for part in chunk.parts:
             values = np.ascontiguousarray(whole[part.box.relative_to(offset).slices()])
             outgoing[part.rank].append(values.reshape(-1).view(np.uint8))
     return [np.concatenate(parts) for parts in outgoing]
+
+
+def _chunk_tasks(source: _Want, index: tuple[int, ...], memory: Array) -> list[Callable[[], None]]:
+    """Returns tasks that read and verify one entire chunk."""
+    destination = Destination(lambda: memory, lambda: None)
+    request = source.request._replace(box=source.grid.box(index), destination=destination)
+    return source.reader.tasks([request])
 
 
 def _incoming_bytes(
@@ -157,18 +183,20 @@ def _incoming_bytes(
 def _deliver(
     chunks: Sequence[SharedChunk],
     incoming: Sequence[Bytes],
-    wanted: Sequence[SharedRequest],
+    wanted: Sequence[_Want],
     rank: int,
 ) -> None:
-    """Splits the received data, in the order of the readers."""
-    begun = [0] * len(incoming)
+    """Puts received parts in place, in the order in which the readers joined them."""
+    offsets = [0] * len(incoming)
     for chunk in chunks:
         for part in chunk.parts:
             if part.rank != rank:
                 continue
-            target = wanted[part.want]
-            dtype = numpy_dtype(target.read.spec.dtype)
-            begin = begun[chunk.reader]
-            begun[chunk.reader] = end = begin + part.box.num_elements * dtype.itemsize
+            request = wanted[part.want].request
+            dtype = numpy_dtype(request.spec.dtype)
+            begin = offsets[chunk.reader]
+            offsets[chunk.reader] = end = begin + part.box.num_elements * dtype.itemsize
             values = incoming[chunk.reader][begin:end].view(dtype).reshape(part.box.shape)
-            target.deliver(part.box, values)
+            destination = cast("Destination", request.destination)
+            destination.memory()[part.box.relative_to(request.box.offset).slices()] = values
+            destination.done()

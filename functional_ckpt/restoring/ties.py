@@ -80,9 +80,9 @@ def _is_same(one: _Use, other: _Use, verify: read_lib.Verify) -> bool:
     first, second = (use.filled.read.node for use in (one, other))
     if (first.spec, first.detail.get("dtype")) != (second.spec, second.detail.get("dtype")):
         return False
-    place, another = (use.opened.record_of(use.filled.read.node) for use in (one, other))
-    if place is not None and another is not None and place.grid == another.grid:
-        return place.digests == another.digests
+    mine, theirs = (use.opened.digests(use.filled.read.node) for use in (one, other))
+    if mine is not None and theirs is not None and mine.grid == theirs.grid:
+        return mine.text == theirs.text
     return torch.equal(*(_bytes_of(use, verify) for use in (one, other)))
 
 

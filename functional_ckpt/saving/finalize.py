@@ -14,7 +14,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.records import merge_ranks, orbax, records
 from functional_ckpt.core.tree import structure
-from functional_ckpt.format import write_direct, write_tensorstore
+from functional_ckpt.format import backends, write_tensorstore
 from functional_ckpt.format.step_files import JSON_FILE, PROGRESS_ITEM
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.progress import Progress
@@ -191,12 +191,7 @@ def _finalize_item(
     children += _write_own_scalars(storage, path, parts, united)
     known = {name: file for report in reports for name, file in report.files[item.name].items()}
     if children:  # else the one rank that there is has written into the item's own database
-        merged = None
-        if storage.files is not None:
-            merged = write_direct.merge_children(storage, path, children, tied)
-        if merged is None:
-            write_tensorstore.merge_children(storage, path, children, tied)
-        known |= merged or {}
+        known |= backends.backend_of(storage).merge(path, children, tied)
     name = orbax.TREE_METADATA_FILE
     known[name] = _write(storage, path, name, orbax.tree_metadata(united))
     if texts := orbax.strings(united):
@@ -267,10 +262,7 @@ def _write_own_scalars(
     if not own:
         return []
     children = write_tensorstore.child_names(len(parts), 1)
-    if storage.files is not None:
-        write_direct.write_arrays(storage, path, children[0], (), own)
-    else:
-        write_tensorstore.write_arrays(storage, path, children, (), own)
+    backends.backend_of(storage).write(path, children[0], (), own)
     return children
 
 

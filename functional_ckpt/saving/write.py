@@ -15,25 +15,19 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
-
-import numpy as np
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid
-from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.records import records, structure_json
 from functional_ckpt.core.tree import structure
 from functional_ckpt.distributed.coordinator import Coordinator
-from functional_ckpt.format import write_direct, write_tensorstore
+from functional_ckpt.format import backends, write_direct, write_tensorstore
 from functional_ckpt.saving.lower import LoweredItem
 from functional_ckpt.saving.parts import StagedItem
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 
 __all__ = ["RankReport", "read_report", "write", "write_report"]
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
 
 REPORTS = ".ranks"
 """The folder of the ranks' reports for the primary; removed before the step is committed."""
@@ -89,6 +83,7 @@ def write(
         known: Digest of each item's structure on the primary: equal structures are not reported.
         num_threads: How many are busy at a time.
     """
+    backend = backends.backend_of(storage)
     digests: dict[str, write_tensorstore.Digests] = {}
     children: dict[str, tuple[str, ...]] = {}
     chunk_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -108,8 +103,9 @@ def write(
         children[name] = tuple(write_tensorstore.child_names(rank, 1)) if has_child else ()
         written = _NOTHING
         if has_child or num_ranks == 1:
-            written = _write_arrays(
-                storage, path, children[name], item.writes, scalars, tied, num_threads
+            child = children[name][0] if has_child else ""
+            written = backend.write(
+                path, child, item.writes, scalars, tied, num_threads=num_threads
             )
         digests[name], files[name] = written.digests, written.files
         chunk_shapes[name] = {w.name: w.grid.chunk_shape for w in item.writes if w.writes_metadata}
@@ -128,31 +124,6 @@ def tied_arrays(item: StagedItem) -> dict[str, tuple[str, ChunkGrid]]:
         for leaf in item.lowered.tied
         if leaf.tied_to is not None
     }
-
-
-def _write_arrays(
-    storage: Storage,
-    path: str,
-    children: Sequence[str],
-    arrays: Sequence[write_tensorstore.ArrayWrite],
-    scalars: Sequence[tuple[str, ArraySpec, object]],
-    tied: Mapping[str, tuple[str, ChunkGrid]],
-    num_threads: int,
-) -> write_direct.Written:
-    """Through our own hands where that works, else through TensorStore's."""
-    child = children[0] if children else ""
-    is_local = storage.files is not None
-    if is_local and write_direct.can_write(arrays, 2 * len(scalars)):
-        return write_direct.write_arrays(
-            storage, path, child, arrays, scalars, tied, num_threads=num_threads
-        )
-    digests = write_tensorstore.write_arrays(storage, path, [child], arrays, scalars)
-    for array in arrays:
-        if array.on_copied is not None:
-            array.on_copied(array.data.nbytes)
-    if tied:
-        write_tensorstore.merge_children(storage, path, (), tied)
-    return write_direct.Written(digests=digests, files={})
 
 
 def write_part(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -10,16 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec
-from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
+from functional_ckpt.core.arrays.chunks import ChunkGrid
+from functional_ckpt.core.arrays.digests import Digests, digest_blocks
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.tree import plain_json, structure
+from functional_ckpt.format.read_plan import ReadRequest
 from functional_ckpt.storage import queries
 from functional_ckpt.verify.findings import Finding, Problem, Verification, reason
 
 if TYPE_CHECKING:
     from functional_ckpt.format import database as database_lib
-    from functional_ckpt.format import read_tensorstore
     from functional_ckpt.format.inspect import Places
+    from functional_ckpt.format.reader import ArrayReader
 
 __all__ = ["ItemArrays"]
 
@@ -99,11 +102,17 @@ class ItemArrays:
         )
         return False
 
-    def tasks(self) -> list[Callable[[], None]]:
-        """What to run, on any thread; nothing is raised."""
+    def tasks(self, files: contextlib.ExitStack) -> list[Callable[[], None]]:
+        """Returns what to run, on any thread; nothing is raised.
+
+        Args:
+            files: Closed by the caller after the last task.
+        """
         if not self._nodes and not self._scalars:
             return []
+        from functional_ckpt.format import backends
         from functional_ckpt.format import database as database_lib
+        from functional_ckpt.format.read_tensorstore import TensorStoreReader
 
         blocking = [name for name in self._record.files if self._would_block(name)]
         if blocking:
@@ -117,7 +126,12 @@ class ItemArrays:
         values = list(self._small_values())
         batches = (values[start : start + _BATCH] for start in range(0, len(values), _BATCH))
         tasks = [functools.partial(self._check_values, database, batch) for batch in batches]
-        return [*tasks, *self._large_chunks(database)]
+        try:
+            reader = backends.backend_of(self._search.storage).open_reader(self._directory, {})
+        except errors.CorruptCheckpointError:
+            reader = TensorStoreReader(database)  # finds the keys of intact nodes
+        files.callback(reader.close)
+        return [*tasks, *self._large_chunks(reader)]
 
     def _would_block(self, name: str) -> bool:
         """Whether a file is a pipe or a device, which TensorStore would open and wait for."""
@@ -138,14 +152,18 @@ class ItemArrays:
             key = f"{structure.key_prefix(name)}c"
             yield _Value(name, key, functools.partial(_compare_number, array, value))
         for node in self._nodes:
-            place = self._record.arrays[node.stored_name]
-            yield _metadata(node.name, node.spec, place.chunk_shape)
-            grid = ChunkGrid(node.spec.shape, place.chunk_shape)
+            grid, digests = self._digests(node)
+            yield _metadata(node.name, node.spec, grid.chunk_shape)
             for index in grid.indices():
                 if _is_small(node.spec, grid, index):
                     key = f"{structure.key_prefix(node.name)}{grid.key(index)}"
-                    check = functools.partial(_compare_chunk, node.spec, grid, index, place.xxh3)
-                    yield _Value(node.name, key, check, _size_bytes(node.spec, grid, index))
+                    check = functools.partial(_compare_chunk, digests, index)
+                    yield _Value(
+                        node.name,
+                        key,
+                        check,
+                        grid.box(index).num_elements * node.spec.itemsize_bytes,
+                    )
 
     def _check_values(self, database: database_lib.Database, values: list[_Value]) -> None:
         from functional_ckpt.format.inspect import read_values
@@ -166,41 +184,35 @@ class ItemArrays:
 
     # ---------------------------------------------------------------------------- large chunks
 
-    def _large_chunks(self, database: database_lib.Database) -> Iterator[Callable[[], None]]:
-        from functional_ckpt.format import read_tensorstore
-
+    def _large_chunks(self, reader: ArrayReader) -> Iterator[Callable[[], None]]:
         for node in self._nodes:
-            place = self._record.arrays[node.stored_name]
-            grid = ChunkGrid(node.spec.shape, place.chunk_shape)
-            # Under its own name, not its owner's: a tied leaf must resolve to the same bytes.
-            read = read_tensorstore.ArrayRead(
-                name=node.name,
-                spec=node.spec,
-                grid=grid,
-                digests=place.xxh3,
-                box=spec.Box.whole(node.spec.shape),
-            )
+            grid, digests = self._digests(node)
             for index in grid.indices():
                 if not _is_small(node.spec, grid, index):
-                    yield functools.partial(self._check_chunk, database, read, index)
+                    # Under its own name, not its owner's: a tied leaf must resolve to the same
+                    # bytes.
+                    request = ReadRequest(node.name, node.spec, grid.box(index), grid, digests)
+                    yield functools.partial(self._check_chunk, reader, request, grid.key(index))
 
-    def _check_chunk(
-        self,
-        database: database_lib.Database,
-        read: read_tensorstore.ArrayRead,
-        index: tuple[int, ...],
-    ) -> None:
-        from functional_ckpt.format import read_tensorstore
-
+    def _check_chunk(self, reader: ArrayReader, request: ReadRequest, key: str) -> None:
         try:
-            read_tensorstore.verify_part(database, read, index)
+            for task in reader.tasks([request]):
+                task()
         except (errors.CheckpointError, MemoryError, ValueError) as error:
-            key = f"{structure.key_prefix(read.name)}{read.grid.key(index)}"
             why = reason(error, self._directory)
             self._failures.append(
-                _Failure(read.name, key, ("mismatch", "the bytes that were written", why))
+                _Failure(
+                    request.name,
+                    structure.key_prefix(request.name) + key,
+                    ("mismatch", "the bytes that were written", why),
+                )
             )
-        self._search.advance(_size_bytes(read.spec, read.grid, index))
+        self._search.advance(request.box.num_elements * request.spec.itemsize_bytes)
+
+    def _digests(self, node: structure.ArrayNode) -> tuple[ChunkGrid, Digests]:
+        array = self._record.arrays[node.stored_name]
+        grid = ChunkGrid(node.spec.shape, array.chunk_shape)
+        return grid, Digests(grid, node.spec.itemsize_bytes, array.xxh3)
 
     # ---------------------------------------------------------------------------- blame
 
@@ -253,12 +265,8 @@ class ItemArrays:
 
 
 def _is_small(array: spec.ArraySpec, grid: ChunkGrid, index: tuple[int, ...]) -> bool:
-    return _size_bytes(array, grid, index) <= _SMALL_BYTES and not grid.is_padded(index)
-
-
-def _size_bytes(array: spec.ArraySpec, grid: ChunkGrid, index: tuple[int, ...]) -> int:
-    """Bytes of a chunk's valid region."""
-    return grid.box(index).num_elements * array.itemsize_bytes
+    size_bytes = grid.box(index).num_elements * array.itemsize_bytes
+    return size_bytes <= _SMALL_BYTES and not grid.is_padded(index)
 
 
 def _metadata(name: str, array: spec.ArraySpec, chunk_shape: tuple[int, ...]) -> _Value:
@@ -297,22 +305,13 @@ def _compare_number(
 
 
 def _compare_chunk(
-    array: spec.ArraySpec,
-    grid: ChunkGrid,
-    index: tuple[int, ...],
-    digests: str,
-    value: bytes | None,
+    digests: Digests, index: tuple[int, ...], value: bytes | None
 ) -> Difference | None:
+    grid = digests.grid
     if value is None:
         return ("missing", f"chunk {grid.key(index)}", "nothing")
-    size_bytes = _size_bytes(array, grid, index)
+    size_bytes = grid.box(index).num_elements * digests.itemsize_bytes
     if len(value) != size_bytes:
         return ("mismatch", f"a chunk of {size_bytes:,} bytes", f"{len(value):,} bytes")
-    offsets = digest_offsets(grid, array.itemsize_bytes)
-    place = grid.position(index)
-    expected = digests[16 * offsets[place] : 16 * offsets[place + 1]]
-    got = "".join(
-        records.digest_hex(value[start : start + DIGEST_BLOCK_BYTES])
-        for start in range(0, len(value), DIGEST_BLOCK_BYTES)
-    )
+    expected, got = digests.of(index), digest_blocks(value)
     return None if got == expected else ("mismatch", f"digest {expected}", f"digest {got}")

@@ -11,6 +11,7 @@ which lists the leaves lost with a damaged file.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Collection, Mapping
@@ -101,7 +102,8 @@ def _verify_ours(search: Verification, step: int | None) -> None:
     compare = [functools.partial(files.compare, name) for name in files.expected]
     run_in_threads(compare, num_threads)
     _find_unlisted(search, record, items, on_disk, files.expected)
-    run_in_threads([task for each in arrays for task in each.tasks()], num_threads)
+    with contextlib.ExitStack() as opened:
+        run_in_threads([task for each in arrays for task in each.tasks(opened)], num_threads)
     for each in arrays:
         each.attribute_failures(files.damaged)
     search.findings += files.damaged.values()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from functional_ckpt import errors
-from functional_ckpt.core.arrays import spec
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.verify.findings import Verification, reason
+
+if TYPE_CHECKING:
+    from functional_ckpt.format.reader import ArrayReader
 
 __all__ = ["verify_foreign"]
 
@@ -37,49 +40,31 @@ def _read_tree(search: Verification, item: checkpoint_dir.OpenItem) -> None:
 
     nodes = list(item.array_nodes())
     search.total_bytes += sum(node.spec.size_bytes for node in nodes)
-    if nodes:
-        try:
-            _ = item.database
-        except (errors.CorruptCheckpointError, errors.StorageError) as error:
-            _add(search, item.name, error, tuple(node.name for node in nodes))  # it holds them all
-            return
-    threads.run_in_threads([functools.partial(_read_array, search, item, node) for node in nodes])
+    if not nodes:
+        return
+    try:
+        reader = item.open_reader()
+    except (errors.CorruptCheckpointError, errors.StorageError) as error:
+        _add(search, item.name, error, tuple(node.name for node in nodes))  # it holds them all
+        return
+    with contextlib.closing(reader):
+        check = functools.partial(_read_array, search, item, reader)
+        threads.run_in_threads([functools.partial(check, node) for node in nodes])
 
 
 def _read_array(
-    search: Verification, item: checkpoint_dir.OpenItem, node: structure.ArrayNode
+    search: Verification,
+    item: checkpoint_dir.OpenItem,
+    reader: ArrayReader,
+    node: structure.ArrayNode,
 ) -> None:
-    import numpy as np
-
-    from functional_ckpt.format import read_tensorstore
-
     try:
-        for box in _slabs(node.spec):
-            read_tensorstore.read_foreign_array(
-                item.database,
-                node.name,
-                np.empty(box.shape, spec.numpy_dtype(node.spec.dtype)),
-                box=box,
-                shape=node.spec.shape,
-                is_zarr3=item.is_zarr3,
-                fills_missing=item.fills_missing,
-            )
+        for box in node.spec.slabs(_SLAB_BYTES):
+            for task in reader.tasks([item.request(node, box)]):
+                task()
     except (errors.CheckpointError, MemoryError, ValueError) as error:
         _add(search, item.name, error, (node.name,))
     search.advance(node.spec.size_bytes)
-
-
-def _slabs(array: spec.ArraySpec) -> Iterator[spec.Box]:
-    """The array in parts along its first dim, each of them bounded."""
-    if not array.num_elements:
-        return
-    if not array.shape or array.size_bytes <= _SLAB_BYTES:
-        yield spec.Box.whole(array.shape)
-        return
-    num_rows = max(1, _SLAB_BYTES * array.shape[0] // array.size_bytes)
-    rest = array.shape[1:]
-    for row in range(0, array.shape[0], num_rows):
-        yield spec.Box((row, *(0 for _ in rest)), (min(num_rows, array.shape[0] - row), *rest))
 
 
 def _add(search: Verification, item: str, error: Exception, leaves: tuple[str, ...]) -> None:

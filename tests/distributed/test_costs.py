@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 import functional_ckpt as fc
 from functional_ckpt.distributed.coordinator import Channel, Combine, Coordinator
 from functional_ckpt.distributed.torch_store import default_coordinator
-from functional_ckpt.format.database import Database
+from functional_ckpt.format import read_direct, read_plan
 from functional_ckpt.saving import lower
 from functional_ckpt.saving import plan as plan_lib
 
@@ -80,20 +80,21 @@ def restore_counted(
 ) -> tuple[int, int]:
     """Bytes that this rank asked of storage, and bytes of its shards."""
     asked: list[int] = []
-    count = Database.count
+    plan_reads = read_plan.plan_reads
 
-    def spy(self: Database, num_bytes: int) -> None:
-        asked.append(num_bytes)
-        count(self, num_bytes)
+    def spy(*args: Any, **options: Any) -> list[read_plan.Batch]:
+        batches = plan_reads(*args, **options)
+        asked.extend(read.num_bytes for batch in batches for read in batch)
+        return batches
 
     tree = sharded(layout, spread, shapes, filled=False)
-    Database.count = spy  # type: ignore[method-assign]
+    read_direct.plan_reads = spy
     try:
         with fc.CheckpointManager(directory, read_only=True) as manager:
             target = {"tree": {name: fc.handlers.Fill(t) for name, t in tree.items()}}
             manager.restore(0, target, share_reads=share_reads)
     finally:
-        Database.count = count  # type: ignore[method-assign]
+        read_direct.plan_reads = plan_reads
     return sum(asked), sum(4 * tensor.to_local().numel() for tensor in tree.values())
 
 

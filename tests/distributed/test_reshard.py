@@ -75,11 +75,11 @@ def test_every_rank_gets_its_part(
 
 
 def restore_sharing(directory: Path, saved: meshes.Layout, layout: meshes.Layout) -> list[str]:
-    size_bytes, shared_read._ROUND_BYTES = shared_read._ROUND_BYTES, 100  # many rounds
+    size_bytes, shared_read.ROUND_BYTES = shared_read.ROUND_BYTES, 100  # many rounds
     try:
         return restore(directory, saved, layout, share_reads=True)
     finally:
-        shared_read._ROUND_BYTES = size_bytes
+        shared_read.ROUND_BYTES = size_bytes
 
 
 @pytest.mark.parametrize("layout", [(2,), (3,), (2, 2)], ids=_name)

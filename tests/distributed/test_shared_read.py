@@ -15,7 +15,6 @@ from gloo_workers import Failure, Workers
 
 import functional_ckpt as fc
 from functional_ckpt.distributed.torch_store import StoreCoordinator
-from functional_ckpt.format import read_tensorstore
 from functional_ckpt.restoring import shared_read
 
 TREE = {f"w{i}": torch.arange(200_000.0) + i for i in range(4)}
@@ -42,14 +41,14 @@ def test_replicas_share(saved: Path, workers: Workers) -> None:
 
 def restore_after_a_failure(directory: Path) -> tuple[str, bool]:
     """One rank cannot read a chunk that it reads for all; afterwards all is as before."""
-    read_part = read_tensorstore.read_part
+    chunk_tasks = shared_read._chunk_tasks
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any) -> Any:
         if dist.get_rank() == 1:
             raise OSError("the disk is gone")
-        read_part(*args)
+        return chunk_tasks(*args)
 
-    read_tensorstore.read_part = fail
+    shared_read._chunk_tasks = fail
     try:
         restore(directory)
     except (OSError, fc.CheckpointError) as error:
@@ -57,7 +56,7 @@ def restore_after_a_failure(directory: Path) -> tuple[str, bool]:
     else:
         raise AssertionError("the failure was lost")
     finally:
-        read_tensorstore.read_part = read_part
+        shared_read._chunk_tasks = chunk_tasks
     return failure, restore(directory)
 
 
@@ -84,11 +83,11 @@ def die_while_trading(directory: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     shared_read._deliver, deliver = die, shared_read._deliver
-    shared_read._ROUND_BYTES, size_bytes = 1_000, shared_read._ROUND_BYTES
+    shared_read.ROUND_BYTES, size_bytes = 1_000, shared_read.ROUND_BYTES
     try:
         restore(directory, timeout_seconds=5.0)
     finally:
-        shared_read._deliver, shared_read._ROUND_BYTES = deliver, size_bytes
+        shared_read._deliver, shared_read.ROUND_BYTES = deliver, size_bytes
 
 
 def test_a_rank_that_dies_is_an_error_on_the_others(saved: Path) -> None:

@@ -155,8 +155,7 @@ def test_a_process_without_descriptors_does_not_call_a_step_damaged(
 
         node = next(open_checkpoint(storage, str(root / "1"), 1).tree("tree").array_nodes())
         item = open_checkpoint(storage, str(root / "1"), 1).tree("tree")
-        (task,) = item.verification(node)
-        _ = item.database
+        task = lambda: item.open_reader().tasks([item.request(node)])[0]()  # noqa: E731
     else:
         task = lambda: fc.restore(root / "1")  # noqa: E731
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import time
@@ -22,6 +23,7 @@ from functional_ckpt import errors, testing
 from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.format import data_file, ocdbt, read_direct, write_direct, write_tensorstore
+from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.storage.local import LocalStorage
 
 STORAGE = LocalStorage()
@@ -30,6 +32,12 @@ NAMES = st.lists(st.text("ab./c", min_size=1, max_size=6), min_size=1, max_size=
 
 def store_of(path: Path) -> ts.KvStore:
     return ts.KvStore.open({"driver": "ocdbt", "base": f"file://{path}/"}).result()
+
+
+def reader_of(path: Path) -> read_direct.DirectReader:
+    found = ocdbt.read_entries(STORAGE, str(path))
+    assert found is not None
+    return read_direct.DirectReader(str(path), *found)
 
 
 def write_of(name: str, data: np.ndarray, chunk: tuple[int, ...]) -> write_tensorstore.ArrayWrite:
@@ -106,8 +114,8 @@ def test_tensorstore_reads_the_same_as_from_its_own(
 ) -> None:
     monkeypatch.setattr(write_direct, "BYTES_PER_FILE", bytes_per_file)
     if is_stable:  # as large files are written, in place
-        monkeypatch.setattr(data_file, "_DIRECT_FROM_BYTES", 1)
-        monkeypatch.setattr(data_file, "_LENT_FROM_BYTES", 2 * 4096)
+        monkeypatch.setattr(data_file, "DIRECT_FROM_BYTES", 1)
+        monkeypatch.setattr(data_file, "LENT_FROM_BYTES", 2 * 4096)
     rng = np.random.default_rng(0)
     writes = [
         write_of("a", rng.random((50, 3)), (50, 3)),
@@ -159,18 +167,18 @@ def test_only_what_is_wanted_is_asked_for_ahead(
 
     monkeypatch.setattr(read_direct.os, "posix_fadvise", advise)
     read = np.zeros_like(data)
-    with contextlib.closing(read_direct.DirectReader(STORAGE, str(tmp_path))) as fetcher:
-        for place in (0, 1, 2, 15):
-            wanted = read_direct.ReadRequest(
-                name=names[place],
-                spec=writes[place].spec,
-                chunk_shape=data[place].shape,
-                digests=None,
-                destination=read[place],
-                finish=lambda: None,
-            )
-            assert fetcher.add(wanted)
-        for task in fetcher.tasks():
+    requests = [
+        ReadRequest(
+            names[place],
+            writes[place].spec,
+            writes[place].box,
+            writes[place].grid,
+            destination=Destination(functools.partial(read.__getitem__, place), lambda: None),
+        )
+        for place in (0, 1, 2, 15)
+    ]
+    with contextlib.closing(reader_of(tmp_path)) as reader:
+        for task in reader.tasks(requests):
             task()
     assert asked == [3 * data[0].nbytes, data[0].nbytes]
     assert np.array_equal(read[[0, 1, 2, 15]], data[[0, 1, 2, 15]]) and not read[3:15].any()
@@ -282,7 +290,7 @@ def test_a_buffer_is_filled_again_only_when_it_was_written(
         time.sleep(0.02)
         return write(*arguments)
 
-    monkeypatch.setattr(data_file.os, "pwritev", write_late)
+    monkeypatch.setattr(os, "pwritev", write_late)
     data = np.random.default_rng(0).integers(0, 255, 50 * 2**20 + 5, np.uint8)
     pieces = np.array_split(data, 17)
     with contextlib.closing(
@@ -316,7 +324,7 @@ def test_a_file_system_without_direct_writes(
             raise OSError(22, "Invalid argument")
         return opened(path, flags, *rest)
 
-    monkeypatch.setattr(data_file.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     data = np.arange(2**22, dtype=np.int64).view(np.uint8)
     for is_lent in (False, True):
         path = tmp_path / f"x{is_lent}"

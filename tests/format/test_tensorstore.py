@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid, choose_grid
+from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import STORAGE_DTYPES, ArraySpec, Box, numpy_dtype
 from functional_ckpt.format import database as database_lib
 from functional_ckpt.format import read_tensorstore, write_tensorstore
+from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.runtime import threads
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.testing import Fault, FaultyStorage
@@ -58,16 +60,21 @@ def _write(
     return {name: joined.get(name, "") for name in contents}
 
 
-def _read_of(
-    name: str, data: Any, grid: ChunkGrid, digests: str | None, box: Box | None = None
-) -> Any:
-    return read_tensorstore.ArrayRead(
-        name=name,
-        spec=ArraySpec(data.shape, data.dtype.name),
-        grid=grid,
-        digests=digests,
-        box=box or Box.whole(data.shape),
-    )
+def _request(
+    name: str, data: Any, grid: ChunkGrid, text: str | None, box: Box | None = None
+) -> ReadRequest:
+    spec = ArraySpec(data.shape, data.dtype.name)
+    digests = None if text is None else Digests(grid, spec.itemsize_bytes, text)
+    return ReadRequest(name, spec, box or Box.whole(data.shape), grid, digests)
+
+
+def _read(directory: str, request: ReadRequest, memory: Any = None) -> None:
+    """Reads through TensorStore; without memory only verifies."""
+    if memory is not None:
+        request = request._replace(destination=Destination(lambda: memory, lambda: None))
+    database = database_lib.open_for_reading(directory, LocalStorage())
+    for task in read_tensorstore.TensorStoreReader(database).tasks([request]):
+        task()
 
 
 @pytest.mark.matrix(3)
@@ -77,9 +84,8 @@ def test_every_dtype_small_and_large(dtype: str, shape: tuple[int, ...], tmp_pat
     spec = ArraySpec(shape, dtype)
     data, grid = _data(spec), choose_grid(spec)
     digests = _write(str(tmp_path), {"a": (data, grid)})
-    database = database_lib.open_for_reading(str(tmp_path))
     got = np.zeros(shape, data.dtype)
-    read_tensorstore.read_array(database, _read_of("a", data, grid, digests["a"]), got)
+    _read(str(tmp_path), _request("a", data, grid, digests["a"]), got)
     assert got.tobytes() == data.tobytes()
 
 
@@ -101,8 +107,7 @@ def test_any_region_of_any_grid(data: st.DataObject, tmp_path_factory: Any) -> N
     got = np.zeros(tuple(2 * n for n in box.shape), content.dtype)[
         tuple(slice(0, n) for n in box.shape)
     ]
-    database = database_lib.open_for_reading(directory)
-    read_tensorstore.read_array(database, _read_of("a", content, grid, digests["a"], box), got)
+    _read(directory, _request("a", content, grid, digests["a"], box), got)
     assert got.tobytes() == content[box.slices()].tobytes()
 
 
@@ -112,9 +117,8 @@ def test_any_region_of_any_grid(data: st.DataObject, tmp_path_factory: Any) -> N
 def test_any_name(name: str, tmp_path: Path) -> None:
     content, grid = np.arange(6.0), ChunkGrid((6,), (4,))
     digests = _write(str(tmp_path), {name: (content, grid), "other": (content + 1, grid)})
-    database = database_lib.open_for_reading(str(tmp_path))
     got = np.zeros(6)
-    read_tensorstore.read_array(database, _read_of(name, content, grid, digests[name]), got)
+    _read(str(tmp_path), _request(name, content, grid, digests[name]), got)
     assert (got == content).all()
 
 
@@ -154,8 +158,7 @@ def test_two_writers_of_one_array(tmp_path: Path) -> None:
     write_tensorstore.merge_children(storage, directory, names, {})
     digests = write_tensorstore.join_digests(found)["a"]
     got = np.zeros_like(content)
-    database = database_lib.open_for_reading(directory)
-    read_tensorstore.read_array(database, _read_of("a", content, grid, digests), got)
+    _read(directory, _request("a", content, grid, digests), got)
     assert (got == content).all()
 
 
@@ -174,19 +177,16 @@ def test_any_flipped_bit_of_the_data_is_found(shape: tuple[int, ...], tmp_path: 
     start = file.read_bytes().index(content.tobytes()[:1_000])
     for place in (0, content.nbytes // 2, content.nbytes - 1):
         _flip(file, start + place)
-        database = database_lib.open_for_reading(str(tmp_path))
         got = np.zeros_like(content)
         with pytest.raises(
             errors.CorruptCheckpointError, match="changed after it was written"
         ) as e:
-            read_tensorstore.read_array(database, _read_of("a", content, grid, digests["a"]), got)
+            _read(str(tmp_path), _request("a", content, grid, digests["a"]), got)
         assert e.value.key_path == "a" and str(tmp_path) in str(e.value)
         with pytest.raises(errors.CorruptCheckpointError):
-            read_tensorstore.verify_part(
-                database, _read_of("a", content, grid, digests["a"]), (0,) * len(shape)
-            )
-        unverified = _read_of("a", content, grid, None)
-        read_tensorstore.read_array(database, unverified, got)
+            _read(str(tmp_path), _request("a", content, grid, digests["a"]))
+        unverified = _request("a", content, grid, None)
+        _read(str(tmp_path), unverified, got)
         _flip(file, start + place)
 
 
@@ -197,27 +197,23 @@ def test_truncated_and_missing_data_is_found(shape: tuple[int, ...], tmp_path: P
     digests = _write(
         str(tmp_path), {"a": (content, grid), "b": (np.zeros(2_000), ChunkGrid((2_000,), (2_000,)))}
     )
-    read = _read_of("a", content, grid, digests["a"])
+    read = _request("a", content, grid, digests["a"])
     for file in sorted(tmp_path.rglob("d/*")):
         if file.is_file():
             whole = file.read_bytes()
             file.write_bytes(whole[: len(whole) // 3])
     with pytest.raises(errors.CorruptCheckpointError):
-        database = database_lib.open_for_reading(str(tmp_path))
-        read_tensorstore.read_array(database, read, np.zeros_like(content))
+        _read(str(tmp_path), read, np.zeros_like(content))
     (tmp_path / "manifest.ocdbt").unlink()
     with pytest.raises(errors.CorruptCheckpointError, match=r"manifest\.ocdbt is missing"):
-        database_lib.open_for_reading(str(tmp_path))
+        database_lib.open_for_reading(str(tmp_path), LocalStorage())
 
 
 def test_an_array_that_is_not_there(tmp_path: Path) -> None:
     content, grid = np.arange(3.0), ChunkGrid((3,), (3,))
     digests = _write(str(tmp_path), {"a": (content, grid)})
-    database = database_lib.open_for_reading(str(tmp_path))
-    with pytest.raises(errors.CorruptCheckpointError, match="missing"):
-        read_tensorstore.read_array(
-            database, _read_of("b", content, grid, digests["a"]), np.zeros(3)
-        )
+    with pytest.raises(errors.CorruptCheckpointError, match="found none"):
+        _read(str(tmp_path), _request("b", content, grid, digests["a"]), np.zeros(3))
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"not ocdbt" * 100])
@@ -226,10 +222,7 @@ def test_a_spoiled_manifest(text: bytes, tmp_path: Path) -> None:
     digests = _write(str(tmp_path), {"a": (content, grid)})
     (tmp_path / "manifest.ocdbt").write_bytes(text)
     with pytest.raises(errors.CorruptCheckpointError):
-        database = database_lib.open_for_reading(str(tmp_path))
-        read_tensorstore.read_array(
-            database, _read_of("a", content, grid, digests["a"]), np.zeros(3)
-        )
+        _read(str(tmp_path), _request("a", content, grid, digests["a"]), np.zeros(3))
 
 
 @pytest.mark.parametrize(
@@ -251,8 +244,8 @@ def test_metadata_of_others_is_checked_before_tensorstore_sees_it(
     spec = {"driver": "ocdbt", "base": f"file://{tmp_path}/"}
     store = ts.KvStore.open(spec).result()
     store.write("a/zarr.json", json.dumps(record).encode()).result()
-    database = database_lib.open_for_reading(str(tmp_path))
     with pytest.raises(errors.CorruptCheckpointError) as caught:
+        database = database_lib.open_for_reading(str(tmp_path), LocalStorage())
         read_tensorstore.stored_spec(database, "a", is_zarr3=True)
     assert caught.value.key_path == "a"
 

@@ -14,8 +14,8 @@ import torch
 
 import functional_ckpt as fc
 from functional_ckpt import errors
-from functional_ckpt.core.arrays.spec import Box
-from functional_ckpt.format import checkpoint_dir, read_tensorstore
+from functional_ckpt.core.arrays.spec import ArraySpec, Box
+from functional_ckpt.format import checkpoint_dir, read_plan
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.testing.equality import differences
 from functional_ckpt.verify import checkpoint
@@ -163,14 +163,14 @@ def test_a_foreign_array_of_another_shape_than_expected_is_damage(golden: Path) 
     item = checkpoint_dir.open_checkpoint(LocalStorage(), str(golden / "orbax_v0_files")).tree(
         "default"
     )
-    destination = np.zeros((3, 5), np.float32)
+    memory = np.zeros((3, 5), np.float32)
+    request = read_plan.ReadRequest(
+        "params.kernel",
+        ArraySpec((3, 5), "float32"),
+        Box.whole((3, 5)),
+        destination=read_plan.Destination(lambda: memory, lambda: None),
+    )
+    [task] = item.open_reader().tasks([request])
     with pytest.raises(errors.CorruptCheckpointError, match=r"shape \(3, 4\), expected \(3, 5\)"):
-        read_tensorstore.read_foreign_array(
-            item.database,
-            "params.kernel",
-            destination,
-            box=Box.whole((3, 5)),
-            shape=(3, 5),
-            is_zarr3=item.is_zarr3,
-        )
-    assert not destination.any()
+        task()
+    assert not memory.any()

@@ -12,7 +12,8 @@ import torch
 import xxhash
 
 import functional_ckpt as fc
-from functional_ckpt.format import data_file, database, write_direct, write_tensorstore
+from functional_ckpt.core.arrays import digests
+from functional_ckpt.format import data_file, write_direct, write_tensorstore
 from functional_ckpt.testing import differences
 
 Save = Callable[[Path, dict[str, Any]], Path]
@@ -42,19 +43,19 @@ def changing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             for value in live.values():
                 value += 1
 
-    digest, update = xxhash.xxh3_64_hexdigest, database.BlockDigests.update
+    digest, update = xxhash.xxh3_64_hexdigest, digests.BlockDigests.update
 
     def digest_then_change(data: Any, *more: Any) -> str:
         found = digest(data, *more)
         change()
         return found
 
-    def update_then_change(self: database.BlockDigests, data: memoryview) -> None:
+    def update_then_change(self: digests.BlockDigests, data: memoryview) -> None:
         update(self, data)
         change()
 
     monkeypatch.setattr(xxhash, "xxh3_64_hexdigest", digest_then_change)
-    monkeypatch.setattr(database.BlockDigests, "update", update_then_change)
+    monkeypatch.setattr(digests.BlockDigests, "update", update_then_change)
     return live
 
 
@@ -91,7 +92,7 @@ def test_a_step_of_changing_memory_can_be_restored(
     large: bool,
 ) -> None:
     if large:
-        monkeypatch.setattr(data_file, "_DIRECT_FROM_BYTES", 1)
+        monkeypatch.setattr(data_file, "DIRECT_FROM_BYTES", 1)
     place = SAVES[save](tmp_path / "a", {"tree": changing})
     restored = fc.restore(place)["tree"]
     assert {name: value.shape for name, value in restored.items()} == {
@@ -120,7 +121,7 @@ def test_live_memory_is_committed_in_batches(
 ) -> None:
     monkeypatch.setattr(write_direct, "MAX_KEYS", 0)
     monkeypatch.setattr(write_tensorstore, "SMALL_CHUNK_BYTES", 0)
-    monkeypatch.setattr(write_tensorstore, "_MAX_COPIED_BYTES", 100_000)
+    monkeypatch.setattr(write_tensorstore, "MAX_COPIED_BYTES", 100_000)
     fc.save(tmp_path / "a", {"tree": tree()})
     assert differences(fc.restore(tmp_path / "a")["tree"], tree()) == []
 
@@ -128,9 +129,9 @@ def test_live_memory_is_committed_in_batches(
 @pytest.mark.parametrize("sizes", [[1], [65536], [65536 * 3], [1, 65535, 7, 200_000, 65536, 5]])
 def test_blocks_are_digested_whatever_the_pieces(sizes: list[int]) -> None:
     data = np.random.default_rng(0).integers(0, 255, sum(sizes), np.uint8)
-    blocks = database.BlockDigests()
+    blocks = digests.BlockDigests()
     start = 0
     for size in sizes:
         blocks.update(data[start : start + size].data)
         start += size
-    assert blocks.hexdigests() == database.digest_blocks(data)
+    assert blocks.hexdigests() == digests.digest_blocks(data.data)

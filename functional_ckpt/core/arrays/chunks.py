@@ -23,6 +23,7 @@ __all__ = [
     "choose_grid",
     "digest_offsets",
     "run_in_chunk",
+    "run_of",
     "whole_blocks",
 ]
 
@@ -112,29 +113,37 @@ def digest_offsets(grid: ChunkGrid, itemsize_bytes: int) -> tuple[int, ...]:
     return tuple(itertools.accumulate(counts, initial=0))
 
 
-def run_in_chunk(
-    grid: ChunkGrid, index: tuple[int, ...], inside: Box, itemsize_bytes: int
-) -> tuple[int, int] | None:
-    """First byte and one past the last of a region that is one run of a chunk's bytes, else None.
+def run_of(shape: tuple[int, ...], inside: Box) -> tuple[int, int] | None:
+    """Returns the first element of a region and one past its last, in C order.
 
-    A chunk that is padded in a dim after the first is stored with gaps, so it is read entirely.
-
-    Args:
-        grid: The array's chunks.
-        index: Which chunk.
-        inside: A region of the chunk, counted from the chunk's first element.
-        itemsize_bytes: Bytes of one element.
+    None where the region is not one run of the elements of an array of `shape`.
     """
-    shape = grid.box(index).shape
-    if shape[1:] != grid.chunk_shape[1:]:
-        return None
     partial = [dim for dim, size in enumerate(shape) if inside.shape[dim] != size]
-    if not partial or any(size != 1 for size in inside.shape[: partial[-1]]):
+    if partial and any(size != 1 for size in inside.shape[: partial[-1]]):
         return None
     start = 0
     for offset, size in zip(inside.offset, shape, strict=True):
         start = start * size + offset
-    return start * itemsize_bytes, (start + inside.num_elements) * itemsize_bytes
+    return start, start + inside.num_elements
+
+
+def run_in_chunk(
+    grid: ChunkGrid, index: tuple[int, ...], inside: Box, itemsize_bytes: int
+) -> tuple[int, int] | None:
+    """Returns the first byte and one past the last of a region that is one run of a chunk's bytes.
+
+    None for any other region, and for a chunk that is cut off in a dim after the first: it is
+    stored with gaps.
+
+    Args:
+        grid: The array's chunks.
+        index: The chunk's index.
+        inside: A region of the chunk, counted from the chunk's first element.
+        itemsize_bytes: Bytes of one element.
+    """
+    shape = grid.box(index).shape
+    run = None if shape[1:] != grid.chunk_shape[1:] else run_of(shape, inside)
+    return None if run is None else (run[0] * itemsize_bytes, run[1] * itemsize_bytes)
 
 
 def whole_blocks(start: int, end: int, size_bytes: int) -> tuple[int, int]:

@@ -7,14 +7,24 @@ import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from functional_ckpt import errors
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CARRIED_BY", "MAX_NUM_DIMS", "STORAGE_DTYPES", "ArraySpec", "Box", "numpy_dtype"]
+__all__ = [
+    "CARRIED_BY",
+    "MAX_NUM_DIMS",
+    "STORAGE_DTYPES",
+    "Array",
+    "ArraySpec",
+    "Box",
+    "numpy_dtype",
+]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
 
 # TensorStore's limit on the rank of an array.
 MAX_NUM_DIMS = 32
@@ -35,7 +45,6 @@ _ML_FLOATS = {
 _FOREIGN = dict.fromkeys(("int2", "int4", "float4_e2m1fn", "float8_e3m4", "float8_e4m3b11fnuz"), 1)
 
 
-@functools.cache
 @functools.cache
 def numpy_dtype(name: str) -> np.dtype:
     """The numpy dtype of a storage dtype's name; `UsageError` for a name that is not in the table.
@@ -102,6 +111,23 @@ class ArraySpec:
     def size_bytes(self) -> int:
         """Bytes of all elements."""
         return self.num_elements * self.itemsize_bytes
+
+    def slabs(self, max_bytes: int) -> list[Box]:
+        """Returns regions along the first dim that cover the array; an empty array has none.
+
+        Args:
+            max_bytes: Bytes of a region at most; one row may be larger.
+        """
+        if not self.num_elements:
+            return []
+        if not self.shape or self.size_bytes <= max_bytes:
+            return [Box.whole(self.shape)]
+        rows, *rest = self.shape
+        step = max(1, max_bytes * rows // self.size_bytes)
+        return [
+            Box((row, *(0 for _ in rest)), (min(step, rows - row), *rest))
+            for row in range(0, rows, step)
+        ]
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"

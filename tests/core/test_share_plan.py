@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from functional_ckpt.core.arrays.chunks import ChunkGrid
-from functional_ckpt.core.arrays.read_plan import Region, StoredArray, plan_sharing
+from functional_ckpt.core.arrays.share_plan import Region, StoredArray, plan_sharing
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 
 SIZE = st.integers(1, 6)
