@@ -287,7 +287,7 @@ def imported(code: str) -> set[str]:
     ],
     ids=["package", "every-public-name", "cli", "cli-help"],
 )  # fmt: skip
-def test_what_an_import_loads(code: str, absent: set[str]) -> None:
+def test_import_loads_only_the_expected_modules(code: str, absent: set[str]) -> None:
     assert imported(code) & absent == set()
 
 
@@ -301,7 +301,7 @@ def test_importtime_shows_neither_jax_nor_orbax() -> None:
     assert loaded & {"jax", "jaxlib", "orbax"} == set()
 
 
-def test_all_is_what_is_public() -> None:
+def test_all_equals_the_public_names() -> None:
     import functional_ckpt as fc
 
     resolved = {name: getattr(fc, name) for name in fc.__all__}

@@ -175,7 +175,7 @@ def test_plots_are_drawn_from_the_figures_alone(tmp_path: Path) -> None:
     assert [(tmp_path / f"{name}.svg").read_bytes() for name in drawn] == first
 
 
-def test_a_run_is_stored_and_goes_on(tmp_path: Path) -> None:
+def test_run_in_a_store_resumes(tmp_path: Path) -> None:
     failed = dataclasses.replace(
         made.sync("big", "dcp", 1.0, 1.0), figures=None, error="it broke", repeat=1
     )

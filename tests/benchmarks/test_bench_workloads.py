@@ -182,6 +182,6 @@ def test_a_system_that_restores_other_bytes_has_no_figures(
         measures.measure_sync("forgetful", "tiny", 1000, str(tmp_path))
 
 
-def test_what_cannot_be_measured_says_why(tmp_path: Path) -> None:
+def test_skipped_measurements_have_a_reason(tmp_path: Path) -> None:
     with pytest.raises(async_peers.SkipMeasure, match="no way to save shards"):
         ranks.measure("torch.save", "ranks", 1, str(tmp_path))

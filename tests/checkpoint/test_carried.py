@@ -31,7 +31,7 @@ ALONE += ["numpy_float32_2d", "numpy_U2_scalar", "tensor_float32_0d", "tensor_co
 
 @pytest.mark.matrix(4)
 @pytest.mark.parametrize("name", CASES)
-def test_as_saved(name: str, tmp_path: Path) -> None:
+def test_restore_without_target_returns_saved_values(name: str, tmp_path: Path) -> None:
     value = {"inside": CASES[name]()}
     fc.save(tmp_path / "c", {"v": value})
     assert_same(fc.restore(tmp_path / "c")["v"], value, is_own_class=False)
@@ -39,7 +39,7 @@ def test_as_saved(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.matrix(4)
 @pytest.mark.parametrize("name", [*CASES, *TARGET_ONLY])
-def test_with_a_target(name: str, tmp_path: Path) -> None:
+def test_restore_with_target_returns_saved_values(name: str, tmp_path: Path) -> None:
     make = {**CASES, **TARGET_ONLY}[name]
     torch.manual_seed(0)
     saved: Any = make()
@@ -51,7 +51,7 @@ def test_with_a_target(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.matrix(2)
 @pytest.mark.parametrize("name", [*ALONE, *TARGET_ONLY])
-def test_alone(name: str, tmp_path: Path) -> None:
+def test_single_leaf_items_restore_equal(name: str, tmp_path: Path) -> None:
     """An item may be one leaf, or any container."""
     value = {**CASES, **TARGET_ONLY}[name]()
     fc.save(tmp_path / "c", {"v": fc.PyTree(value)})
@@ -104,7 +104,7 @@ def test_layout_in_memory_is_kept_where_it_is_dense(tmp_path: Path) -> None:
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=strategies.pytrees(max_leaves=8))
-def test_any_pytree(value: Any, tmp_path: Path) -> None:
+def test_random_pytrees_restore_equal(value: Any, tmp_path: Path) -> None:
     fc.save(tmp_path / "c", {"v": fc.PyTree(value)}, overwrite=True)
     assert_same(fc.restore(tmp_path / "c")["v"], value)
     assert_same(fc.restore(tmp_path / "c", {"v": fc.PyTree(value)})["v"], value)

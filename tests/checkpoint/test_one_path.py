@@ -111,7 +111,7 @@ fc.save(root + "/best", items(1), storage=Stuck())
 
 
 @pytest.mark.parametrize("cleaner", ["fc.save", "manager"])
-def test_what_a_dead_save_left_is_removed_and_a_live_one_stays(
+def test_leftovers_of_dead_saves_are_removed_and_live_ones_kept(
     cleaner: str, tmp_path: Path
 ) -> None:
     def clean() -> None:

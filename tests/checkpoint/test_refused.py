@@ -210,7 +210,7 @@ class Endless:
         (Endless, "item: a Endless that contains itself"),
     ],
 )
-def test_what_has_no_end_is_refused_by_name(make: Any, message: str, tmp_path: Path) -> None:
+def test_endless_structures_are_refused_by_name(make: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(errors.UsageError, match=message):
         fc.save(tmp_path / "c", {"item": make()})
     assert list(tmp_path.iterdir()) == []

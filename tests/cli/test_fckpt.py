@@ -131,14 +131,14 @@ def test_ls_lists_the_steps(saved: Path) -> None:
     assert "ago" in text
 
 
-def test_ls_best_can_be_told(saved: Path) -> None:
+def test_ls_best_option_overrides_the_mode(saved: Path) -> None:
     assert "0.2 ★" in columns(output_of("ls", saved, "--best", "val_loss:max"), "5")
     best = json_of("ls", saved, "--best", "accuracy:min")["best"]
     assert best["accuracy"] == {"mode": "min", "step": 5}
     assert "have: accuracy, late, val_loss" in error_of("ls", saved, "--best", "speed")
 
 
-def test_ls_for_programs(saved: Path) -> None:
+def test_ls_json_has_the_documented_members(saved: Path) -> None:
     record = json_of("ls", saved)
     assert set(record) == {"schema", "path", "latest", "best", "steps", "unfinished"}
     assert record["schema"] == "fckpt.ls/1"
@@ -234,7 +234,7 @@ def test_show_of_one_item_and_of_little_depth(saved: Path) -> None:
     assert columns(text, "├─ shared")[1:] == ["2.3 KiB", "1 array"]
 
 
-def test_show_for_programs(saved: Path) -> None:
+def test_show_json_has_the_documented_members(saved: Path) -> None:
     record = json_of("show", saved, "--step", 10)
     assert set(record) == {
         *("schema", "path", "step", "time", "writer", "size_bytes", "metrics"),
@@ -332,7 +332,7 @@ def test_verify_of_swapped_steps(root: Path) -> None:
     assert [finding["problem"] for finding in findings] == ["swapped", "swapped"]
 
 
-def test_verify_of_nothing(tmp_path: Path) -> None:
+def test_verify_of_a_missing_path_exits_two(tmp_path: Path) -> None:
     fc.CheckpointManager(tmp_path / "run").close()
     assert "no step yet" in error_of("verify", tmp_path / "run")
 
@@ -367,7 +367,7 @@ def test_diff_reads_only_what_its_digests_tell_apart(root: Path) -> None:
     assert (difference["num_different"], difference["num_elements"]) == (12, 12)
 
 
-def test_diff_of_structures(tmp_path: Path) -> None:
+def test_diff_reports_structural_differences(tmp_path: Path) -> None:
     nan = float("nan")
     first = {
         "a": torch.tensor([1.0, nan, -0.0]),
@@ -472,7 +472,7 @@ def test_a_damaged_record_is_damage_and_not_a_traceback(root: Path) -> None:
     assert "_FUNCTIONAL_CKPT" in error_of("diff", root, root / "5", code=1)
 
 
-def test_help_and_version() -> None:
+def test_help_and_version_exit_zero() -> None:
     text = output_of("--help")
     for command in ("ls", "show", "verify", "diff"):
         assert command in text

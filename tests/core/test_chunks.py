@@ -94,7 +94,7 @@ def test_grids_of_the_edges() -> None:
 
 
 @pytest.mark.parametrize("chunk_shape", [(0,), (), (2, 2), (-1,), (1.5,), (True,)])
-def test_not_a_grid(chunk_shape: tuple[int, ...]) -> None:
+def test_chunk_grid_refuses_invalid_shapes(chunk_shape: tuple[int, ...]) -> None:
     with pytest.raises(errors.UsageError, match="does not fit"):
         ChunkGrid((4,), chunk_shape)
 

@@ -79,7 +79,7 @@ def test_subclasses_of_plain_types_are_not_plain() -> None:
         (lambda t: t.numpy(), lambda t: t, False),
     ],
 )
-def test_identity(first, second, is_shared: bool) -> None:
+def test_storage_key_is_equal_for_tied_leaves_only(first, second, is_shared: bool) -> None:
     tensor = torch.arange(9.0).reshape(3, 3)
     one, other = memory.storage_key(first(tensor)), memory.storage_key(second(tensor))
     assert (one is not None and one == other) == is_shared
@@ -100,7 +100,7 @@ def test_a_dtype_of_another_torch_is_named() -> None:
         decode.allocate(node)
 
 
-def test_what_only_numpy_has_comes_back_as_numpy() -> None:
+def test_numpy_only_dtypes_restore_as_numpy() -> None:
     node = ArrayNode(kind="tensor", spec=ArraySpec((2,), "int4"), name="t")
     destination = decode.allocate(node)
     destination.array[...] = [-8, 7]

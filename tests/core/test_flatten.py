@@ -23,7 +23,7 @@ class Point(NamedTuple):
 
 @settings(max_examples=150)
 @given(value=strategies.pytrees())
-def test_what_was_taken_apart_is_put_together(value: Any) -> None:
+def test_flattened_trees_unflatten_equal(value: Any) -> None:
     flat = flatten.flatten(value)
     binding = match(flat.root, AS_SAVED, item="v").binding
     assert differences(rebuild.build(binding, rebuild.stored(flat)), value) == []
@@ -91,7 +91,7 @@ def test_the_type_of_the_target_wins() -> None:
         ("mystery", (), (), {}),
     ],
 )
-def test_what_cannot_be_put_together_is_corrupt(
+def test_invalid_parts_raise_corrupt(
     kind: str, keys: tuple[Key, ...], children: tuple[Any, ...], detail: dict[str, object]
 ) -> None:
     node = structure.BranchNode(

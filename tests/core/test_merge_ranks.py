@@ -74,7 +74,7 @@ def test_another_number_of_ranks_takes_the_first_and_says_so() -> None:
     assert told(united, 2, 3) == ({"x": [1]}, ["['x'][0]"])
 
 
-def test_values_of_stages_are_told_by_their_ranks() -> None:
+def test_values_of_stages_are_kept_per_rank() -> None:
     """Only ranks 1 and 2 have the value, and they differ."""
     united = unite({}, {"x": 1}, {"x": 2})
     assert told(united, 1, 3)[0] == {"x": 1}
@@ -96,9 +96,7 @@ def test_values_of_stages_are_told_by_their_ranks() -> None:
         ((1,), [1], "rank 0 holds a tuple of 1, rank 1 holds a list of 1"),
     ],
 )
-def test_what_ranks_disagree_on_is_an_error_naming_both(
-    one: object, other: object, text: str
-) -> None:
+def test_disagreement_of_ranks_names_both(one: object, other: object, text: str) -> None:
     with pytest.raises(errors.CoordinationError, match=text) as caught:
         unite({"x": {"z": one}}, {"x": {"z": other}})
     assert caught.value.ranks == (0, 1)

@@ -72,7 +72,7 @@ def test_columns_of_a_mesh_are_replicas(
     ],
     ids=["same", "plain", "another-shape", "overlapping", "other-placements", "replica"],
 )
-def test_what_does_not_fit_the_first_writes_nothing(
+def test_shardings_that_differ_from_the_first_write_nothing(
     others: list[Sharding | None], expected: Sharding
 ) -> None:
     parts = list(enumerate([Sharding((2,), (0, 1), ROWS), *others]))

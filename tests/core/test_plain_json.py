@@ -64,7 +64,7 @@ def test_bare_values_come_back_to_the_bit(value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, [object()], {"a": len}, (b"x", bytearray())])
-def test_not_plain(value: Any) -> None:
+def test_plain_json_refuses_other_values(value: Any) -> None:
     assert not plain_json.is_plain(value)
 
 

@@ -125,7 +125,7 @@ def test_leaves_get_other_names(value: Any, key_map: KeyMap, expected: Any) -> N
         (FLAT, ["head"], "expected a mapping of names to names, (regular expression"),
     ],
 )
-def test_what_cannot_be_renamed(value: Any, key_map: Any, message: str) -> None:
+def test_key_map_refuses_impossible_renames(value: Any, key_map: Any, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         renamed(value, key_map)
 

@@ -45,7 +45,7 @@ def test_every_array_is_read_once_for_every_leaf(value: Any) -> None:
 
 @settings(max_examples=50)
 @given(first=strategies.pytrees(max_leaves=5), second=strategies.pytrees(max_leaves=5))
-def test_any_two_trees_fit_or_are_told_apart(first: Any, second: Any) -> None:
+def test_any_two_trees_match_or_raise(first: Any, second: Any) -> None:
     """Nothing but a report: no error of Python's own, whatever the target is."""
     bound = match(flatten.flatten(first).root, second, item="v")
     assert bound.report or _reads(bound.binding) is not None
@@ -100,7 +100,7 @@ def test_numbers_are_one_family_and_text_is_another() -> None:
         assert match(root, {"a": target}, item="v").report.mismatched
 
 
-def test_what_is_not_selected_is_neither_wanted_nor_missed() -> None:
+def test_unselected_leaves_are_neither_read_nor_missing() -> None:
     root = flatten.flatten({"a": torch.ones(2), "gone": {"x": 1}}).root
     target = {"a": torch.zeros(2), "new": {"y": 5}}
     bound = match(root, target, item="v", selects=lambda name: name == "a")

@@ -58,7 +58,7 @@ def test_every_part_of_a_shared_chunk_reaches_who_wants_it(data: st.DataObject, 
             assert len(sizes) <= 1 or sum(sizes) <= limit
 
 
-def test_what_is_wanted_once_is_read_alone() -> None:
+def test_read_plan_does_not_share_single_requests() -> None:
     array = StoredArray(spec=ArraySpec((8, 4), "float32"), grid=ChunkGrid((8, 4), (4, 4)))
     rows = [[Region("a", Box((4 * rank, 0), (4, 4)))] for rank in range(2)]
     assert plan_sharing({"a": array}, rows, round_bytes=100) == ()

@@ -73,7 +73,7 @@ def test_a_box_without_dims_is_one_element() -> None:
 
 
 @pytest.mark.parametrize(("offset", "shape"), [((0,), ()), ((-1,), (2,)), ((0,), (-2,))])
-def test_not_a_box(offset: tuple[int, ...], shape: tuple[int, ...]) -> None:
+def test_box_refuses_invalid_offsets(offset: tuple[int, ...], shape: tuple[int, ...]) -> None:
     with pytest.raises(errors.UsageError, match="Not a box"):
         Box(offset, shape)
 
@@ -96,7 +96,7 @@ def test_no_other_dtype_is_let_in(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(-1,), (2**62,), (1.0,), (True,), ("3",)])
-def test_not_a_shape(shape: tuple[int, ...]) -> None:
+def test_array_spec_refuses_invalid_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(errors.UsageError, match="Not an array shape"):
         ArraySpec(shape, "float32")
 

@@ -20,7 +20,7 @@ def test_parents_before_children_and_results_in_order() -> None:
     assert seen == [tree, 1, [2, [3, 4]], 2, [3, 4], 3, 4, [], 5]
 
 
-def test_a_leaf_alone() -> None:
+def test_walk_of_a_single_leaf() -> None:
     assert walk.fold(7, _visit([])) == -7
 
 

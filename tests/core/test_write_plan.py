@@ -153,7 +153,7 @@ def test_hsdp_replicas_share_evenly(replicas: int) -> None:
     num_ranks=st.sampled_from((1, 2, 3, 8, 1024)),
     dim=st.integers(0, 2),
 )
-def test_chunks_are_bounded(shape: tuple[int, ...], num_ranks: int, dim: int) -> None:
+def test_write_plan_bounds_chunk_sizes(shape: tuple[int, ...], num_ranks: int, dim: int) -> None:
     cut = DimShard(min(dim, len(shape) - 1))
     sharding = Sharding((num_ranks,), tuple(range(num_ranks)), (cut,))
     spec = ArraySpec(shape, "float32")

@@ -58,7 +58,7 @@ def test_values_that_differ_later_are_found(
     assert at <= found[0] <= latest
 
 
-def test_what_belongs_to_each_rank_comes_back_to_it(workers: Workers, tmp_path: Path) -> None:
+def test_per_rank_values_are_restored_to_their_ranks(workers: Workers, tmp_path: Path) -> None:
     assert workers.run(2, equal_jobs.save_per_rank, tmp_path) == [[True] * 5] * 2
 
 

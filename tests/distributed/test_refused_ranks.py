@@ -32,7 +32,7 @@ def save_partial(directory: Path) -> None:
         manager.save(0, {"state": tree})
 
 
-def test_what_other_ranks_hold_is_not_saved_by_one_alone(workers: Workers, tmp_path: Path) -> None:
+def test_fc_save_refuses_shards_of_other_ranks(workers: Workers, tmp_path: Path) -> None:
     for failure in workers.failures(2, save_alone, tmp_path):
         assert "UnsupportedLeafError" in failure.kinds
         assert failure.text.startswith("state.bias: the DTensor's mesh has rank 1, ")

@@ -92,7 +92,7 @@ def test_ranks_that_read_for_each_other_get_the_same(
 
 
 @pytest.mark.parametrize("saved", SAVED, ids=_name)
-def test_a_process_without_a_group_restores_it_whole(
+def test_process_without_a_group_restores_full_tensors(
     saved: meshes.Layout, checkpoints: Path
 ) -> None:
     restored = fc.restore(checkpoints / _name(saved) / "0")

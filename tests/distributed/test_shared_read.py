@@ -35,7 +35,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_replicas_share(saved: Path, workers: Workers) -> None:
+def test_share_reads_reads_replicas_once(saved: Path, workers: Workers) -> None:
     assert workers.run(3, restore, saved) == [True] * 3
 
 

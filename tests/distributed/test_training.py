@@ -145,7 +145,9 @@ def assert_same_bits(got: dict[str, torch.Tensor], expected: dict[str, torch.Ten
         ("one", "fsdp2_tp2"),
     ],
 )
-def test_training_goes_on(saved: str, restored: str, workers: Workers, tmp_path: Path) -> None:
+def test_training_resumes_exactly_on_other_ranks(
+    saved: str, restored: str, workers: Workers, tmp_path: Path
+) -> None:
     never_stopped = workers.run(num_ranks(saved), train_and_save, tmp_path, saved)[0]
     assert len(never_stopped["moments"]) == 3 * 7
     # Half of the runs start with an optimizer that has state already.
@@ -258,7 +260,7 @@ def restore_zero(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("num_restored", [1, 2, 3])
-def test_zero_redundancy_optimizer_goes_on(
+def test_zero_redundancy_optimizer_resumes_exactly(
     num_restored: int, workers: Workers, tmp_path: Path
 ) -> None:
     never_stopped = workers.run(2, save_zero, tmp_path)[0]

@@ -175,7 +175,7 @@ def restore_two_of_four(directory: Path) -> None:
     restore(directory, {"model": model})
 
 
-def test_what_no_rank_expects_is_unexpected_on_all(workers: Workers, tmp_path: Path) -> None:
+def test_leaf_that_no_rank_expects_is_unexpected_on_all(workers: Workers, tmp_path: Path) -> None:
     workers.run(4, save_stage, tmp_path)
     for failure in workers.failures(2, restore_two_of_four, tmp_path):
         assert "MismatchError" in failure.kinds
@@ -272,9 +272,7 @@ def save_different_items(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("job", [save_different_steps, save_different_items])
-def test_ranks_that_make_different_calls_are_told(
-    job: Any, workers: Workers, tmp_path: Path
-) -> None:
+def test_ranks_with_different_calls_raise(job: Any, workers: Workers, tmp_path: Path) -> None:
     for failure in workers.failures(2, job, tmp_path):
         assert "CoordinationError" in failure.kinds
         assert "every rank must make the same calls" in failure.text
@@ -368,7 +366,7 @@ def save_on_some_of_the_mesh(directory: Path) -> None:
     save(directory, {"tree": {"x": tensor} if dist.get_rank() else {}})
 
 
-def test_a_part_that_nobody_saved_fails_the_save(workers: Workers, tmp_path: Path) -> None:
+def test_missing_shard_fails_the_save(workers: Workers, tmp_path: Path) -> None:
     for failure in workers.failures(3, save_on_some_of_the_mesh, tmp_path):
         assert "Every rank of a DTensor's mesh must save it" in failure.text
 
@@ -381,7 +379,7 @@ def outside_the_group(directory: Path) -> None:
         raise RuntimeError("rank 1 is not in the process_group")
 
 
-def test_a_rank_outside_the_group_is_told(workers: Workers, tmp_path: Path) -> None:
+def test_rank_outside_the_group_raises(workers: Workers, tmp_path: Path) -> None:
     failures = workers.failures(2, outside_the_group, tmp_path)
     assert "UsageError" in failures[1].kinds
     assert "Rank 1 is not in the process_group" in failures[1].text
@@ -390,7 +388,7 @@ def test_a_rank_outside_the_group_is_told(workers: Workers, tmp_path: Path) -> N
 # ------------------------------------------------------------------------------------ Orbax
 
 
-def test_what_orbax_reads_is_all_there(workers: Workers, tmp_path: Path) -> None:
+def test_files_for_orbax_are_complete(workers: Workers, tmp_path: Path) -> None:
     """Whatever Orbax's metadata calls an array or a number is one, the values of each rank too."""
     workers.run(4, save_own_values, tmp_path)
     import tensorstore as ts

@@ -278,7 +278,7 @@ def test_functional_example_runs_from_the_command_line(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- fine_tune.py
 
 
-def test_fine_tuning_begins_with_the_base_and_goes_on(tmp_path: Path) -> None:
+def test_fine_tuning_starts_from_the_base_and_resumes(tmp_path: Path) -> None:
     flags = (f"--workdir={tmp_path}", "--num_epochs=2")
     output = finish("fine_tune", *flags)
     losses = [float(line.rpartition(" ")[2]) for line in output.splitlines() if "loss" in line]

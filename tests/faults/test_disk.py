@@ -102,7 +102,7 @@ _TIERED_SIZE = 200_000  # 0.8 MB, on a disk of 4 MiB (tmpfs) or somewhat less th
 _NUM_TIERED = 24
 
 
-def test_a_full_disk_lets_go_of_what_a_further_tier_holds(small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_deletes_steps_that_another_tier_has(small_disk: Path, tmp_path: Path) -> None:
     near, far, seen = small_disk / "run", tmp_path / "far", list[fc.Event]()
     with fc.CheckpointManager(near, tiers=[fc.Tier(path=far)], on_event=seen.append) as manager:
         for step in range(_NUM_TIERED):
@@ -121,7 +121,7 @@ def test_a_full_disk_lets_go_of_what_a_further_tier_holds(small_disk: Path, tmp_
         assert manager.all_steps() == list(range(_NUM_TIERED))
 
 
-def test_what_is_nowhere_else_is_not_given_up(small_disk: Path, tmp_path: Path) -> None:
+def test_steps_without_another_copy_are_not_deleted(small_disk: Path, tmp_path: Path) -> None:
     """Only every other step is uploaded: the others stay, and in the end the error says so."""
     near = small_disk / "run"
     tier = fc.Tier(path=tmp_path / "far", save=fc.policies.every(2))
@@ -146,7 +146,7 @@ def test_what_is_nowhere_else_is_not_given_up(small_disk: Path, tmp_path: Path) 
         assert alone.all_steps() == list(range(1, step, 2))
 
 
-def test_a_copy_that_is_gone_makes_no_room(small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_keeps_steps_whose_copy_is_gone(small_disk: Path, tmp_path: Path) -> None:
     """The tier is read, not its cache: its steps have been removed."""
     near, far = small_disk / "run", tmp_path / "far"
     manager = fc.CheckpointManager(near, tiers=[fc.Tier(path=far)])

@@ -35,7 +35,7 @@ def fork(action):
 """
 
 
-def test_a_forked_childs_use_is_an_error_and_the_parent_goes_on(tmp_path: Path) -> None:
+def test_forked_child_raises_and_the_parent_continues(tmp_path: Path) -> None:
     result = scripts.run(
         FORK
         + """
@@ -230,7 +230,7 @@ commit = manager.save(2, items(2))
 """
 
 
-def test_a_failure_that_nobody_asks_about_is_printed(tmp_path: Path) -> None:
+def test_unreported_failure_is_printed_at_exit(tmp_path: Path) -> None:
     result = scripts.run(FAIL, tmp_path / "run")
     assert result.returncode == 0
     assert result.stderr.count("\n") == 1
@@ -239,7 +239,7 @@ def test_a_failure_that_nobody_asks_about_is_printed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", ["commit.exception()", "manager.wait_until_finished()"])
-def test_a_failure_that_was_told_is_not_printed(asked: str, tmp_path: Path) -> None:
+def test_reported_failure_is_not_printed_at_exit(asked: str, tmp_path: Path) -> None:
     ask = f"""
 try:
     {asked}

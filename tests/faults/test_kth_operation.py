@@ -198,7 +198,7 @@ def check_next_writer(root: Path, held: dict[int, int], *, saves: bool = True) -
     indirect=["layout"],
 )
 @pytest.mark.parametrize("mode", ["once", "lasting"])
-def test_a_failure_loses_nothing_and_is_told_once(
+def test_failed_save_loses_nothing_and_is_reported_once(
     case: str,
     mode: str,
     layout: str,
@@ -295,7 +295,7 @@ def test_an_overwrite_without_atomic_exchange(mode: str, template: Path, tmp_pat
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EACCES])
-def test_the_error_says_what_the_system_said(code: int, template: Path, tmp_path: Path) -> None:
+def test_error_has_the_message_of_the_system(code: int, template: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     shutil.copytree(template, root)
     storage = testing.FaultyStorage()
@@ -313,7 +313,7 @@ def test_the_error_says_what_the_system_said(code: int, template: Path, tmp_path
         assert caught.value.path is not None and str(root) in caught.value.path
 
 
-def test_a_pure_save_is_whole_or_absent(tmp_path: Path) -> None:
+def test_fc_save_is_complete_or_absent(tmp_path: Path) -> None:
     """`fc.save` and its overwrite, at every operation."""
     for name, mode in (("once", "once"), ("crash", "crash")):
         for at in range(1000):

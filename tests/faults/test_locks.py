@@ -56,14 +56,14 @@ def test_the_list_of_steps(name: str, manager: fc.CheckpointManager) -> None:
     check_waits(steps._mutex, calls[name])
 
 
-def test_what_of_an_upload_has_arrived() -> None:
+def test_upload_progress_counts_complete_files() -> None:
     shown: list[tuple[int, int]] = []
     sent = upload_step._Sent(lambda *numbers: shown.append(numbers), 3, 10)
     check_waits(sent._mutex, lambda: sent.add(4))
     assert shown == [(3, 10), (7, 10)]
 
 
-def test_what_of_live_memory_is_still_to_be_written() -> None:
+def test_live_bytes_still_to_be_written_are_counted() -> None:
     live = stage.LiveMemory(10)
     check_waits(live._lock, lambda: live.count_down(10))
     live.wait()

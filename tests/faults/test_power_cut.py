@@ -198,7 +198,7 @@ def test_a_first_save_makes_its_parent_directories_durable(disk_path: Path) -> N
     check_all(run)
 
 
-def test_a_save_that_prunes(disk_path: Path) -> None:
+def test_power_cut_during_pruning_keeps_reported_steps(disk_path: Path) -> None:
     with running(disk_path) as run:
         run.promises.step(1, 1, None)
         with run.open(keep_policy=fc.policies.LatestN(3)) as manager:
@@ -221,7 +221,7 @@ def test_an_overwrite_and_the_deletion_of_what_it_wrote(
     check_all(run)
 
 
-def test_a_deletion(disk_path: Path) -> None:
+def test_power_cut_during_a_deletion_keeps_the_other_steps(disk_path: Path) -> None:
     with running(disk_path) as run, run.open() as manager:
         run.promises.step(3, 3, None)
         manager.delete(3)
@@ -230,7 +230,7 @@ def test_a_deletion(disk_path: Path) -> None:
     check_all(run)
 
 
-def test_late_metrics(disk_path: Path) -> None:
+def test_power_cut_keeps_late_metrics(disk_path: Path) -> None:
     with running(disk_path) as run, run.open() as manager:
         manager.record_metrics(2, {"first": 1.0})
         run.promises.metrics(2, "first")
@@ -338,7 +338,9 @@ def check_tier(root: Path, expected: dict[int, int]) -> set[int]:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_pure_save(overwrite: bool, disk_path: Path) -> None:
+def test_power_cut_during_fc_save_leaves_it_complete_or_absent(
+    overwrite: bool, disk_path: Path
+) -> None:
     path = disk_path / "new" / "checkpoint"
     if overwrite:
         path.parent.mkdir()

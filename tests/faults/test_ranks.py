@@ -247,7 +247,7 @@ def outcome_of(outcomes: dict[Cell, Outcome | Exception], cell: Cell) -> Outcome
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_every_surviving_rank_is_told_in_time_by_whom(
+def test_surviving_ranks_learn_the_failed_rank_in_time(
     cell: Cell, outcomes: dict[Cell, Outcome | Exception]
 ) -> None:
     outcome = outcome_of(outcomes, cell)
@@ -263,7 +263,7 @@ def test_every_surviving_rank_is_told_in_time_by_whom(
 
 
 @pytest.mark.parametrize("cell", [c for c in CELLS if c.kind != "kill"], ids=str)
-def test_the_same_processes_can_go_on_once_the_rank_is_back(
+def test_processes_continue_once_the_rank_is_back(
     cell: Cell, outcomes: dict[Cell, Outcome | Exception]
 ) -> None:
     outcome = outcome_of(outcomes, cell)
@@ -311,7 +311,7 @@ def test_a_directory_that_changes_under_one_rank(launcher: Launcher) -> None:
         assert names_rank(found, 1)
 
 
-def test_different_calls_are_told_apart(launcher: Launcher) -> None:
+def test_different_calls_raise_a_collective_mismatch(launcher: Launcher) -> None:
     job = launcher.run("disagree")
     for event in ("steps", "items", "calls"):
         for found in job.all(event):
@@ -322,7 +322,7 @@ def test_different_calls_are_told_apart(launcher: Launcher) -> None:
         assert found["error"] == "StepNotFoundError"
 
 
-def test_a_failure_in_the_background_is_told_once_on_every_rank(launcher: Launcher) -> None:
+def test_background_failure_is_reported_once_on_every_rank(launcher: Launcher) -> None:
     job = launcher.run("background")
     for rank in range(NUM_RANKS):
         told = [each for each in job.events(rank) if each["event"] == "failed"]
@@ -343,7 +343,7 @@ def test_a_rank_without_memory_to_stage(victim: int, launcher: Launcher) -> None
         assert found["seconds"] < PATIENCE_SECONDS / 3  # the timeout is not waited for
 
 
-def test_what_one_rank_cannot_restore_no_rank_restores(launcher: Launcher) -> None:
+def test_mismatch_of_one_rank_is_raised_on_all(launcher: Launcher) -> None:
     job = launcher.run("restore_fails")
     own = {
         "mismatch": "MismatchError",

@@ -30,7 +30,7 @@ def test_nothing_is_defined_at_import() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_manager_saves_and_keeps_what_the_flags_say(tmp_path: Path) -> None:
+def test_manager_uses_the_policies_of_the_flags(tmp_path: Path) -> None:
     defined = parse(
         f"--ckpt_dir={tmp_path}",
         "--ckpt_save_every=2",
@@ -81,7 +81,9 @@ def begin(values: dict[str, object], *arguments: str) -> fc.Restored:
         return fc.flags.restore(defined, manager, values)
 
 
-def test_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resume_flag_selects_the_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "functional_ckpt")
     run, other, new = (f"--ckpt_dir={tmp_path / name}" for name in ("run", "other", "new"))
     begun = begin({"x": 0}, run)
@@ -106,7 +108,7 @@ def test_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert begin({"x": 0}, run, "--ckpt_resume=none", "--ckpt_overwrite")["x"] == 0
 
 
-def test_a_run_begins_with_a_checkpoint_in_a_store(tmp_path: Path) -> None:
+def test_run_starts_from_a_checkpoint_in_a_store(tmp_path: Path) -> None:
     bucket = f"memory://bucket-{uuid.uuid4().hex[:8]}"
     fc.save(f"{bucket}/one", {"x": 9})
     run = f"--ckpt_dir={tmp_path / 'run'}"
@@ -119,9 +121,7 @@ def test_a_run_begins_with_a_checkpoint_in_a_store(tmp_path: Path) -> None:
         begin({"x": 0}, run, "--ckpt_resume=memory:/b/one")
 
 
-def test_weights_alone_and_what_is_ignored(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_weights_only_with_ignore(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trained, model = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     fc.save(tmp_path / "one", {"model": trained, "ema": {"x": 1}})
     bias = model.bias.detach().clone()
@@ -146,7 +146,7 @@ def test_weights_alone_and_what_is_ignored(
 
 
 @pytest.mark.parametrize("interval", ["2", "2ba", "2BA"])
-def test_intervals_in_steps(tmp_path: Path, interval: str) -> None:
+def test_save_every_accepts_intervals_in_steps(tmp_path: Path, interval: str) -> None:
     with fc.flags.manager(
         parse(f"--ckpt_dir={tmp_path}", f"--ckpt_save_every={interval}")
     ) as manager:
@@ -186,15 +186,13 @@ def test_intervals_in_time_and_progress(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_the_flags_cannot_be_is_one_clear_error(
-    arguments: list[str], message: str, tmp_path: Path
-) -> None:
+def test_invalid_flags_raise_one_error(arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(fc.errors.UsageError, match=f"Invalid flags:\n  .*{message}"):
         fc.flags.manager(parse(f"--ckpt_dir={tmp_path / 'run'}", *arguments))
     assert not (tmp_path / "run").exists()
 
 
-def test_help_reads_well() -> None:
+def test_help_lists_every_flag() -> None:
     values = absl_flags.FlagValues()
     fc.flags.define(flag_values=values)
     text = values.get_help()

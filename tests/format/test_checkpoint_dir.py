@@ -29,7 +29,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_is_there(checkpoint: Path) -> None:
+def test_open_checkpoint_lists_its_items(checkpoint: Path) -> None:
     opened = open_checkpoint(STORAGE, str(checkpoint))
     assert dict(opened.items) == {"model": "tree", "state": "tree", "config": "json"}
     assert opened.json("config") == {"lr": 0.5}
@@ -39,7 +39,7 @@ def test_what_is_there(checkpoint: Path) -> None:
     assert [node.name for node in item.array_nodes()] == ["w"]
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_open_checkpoint_of_an_empty_path_raises(tmp_path: Path) -> None:
     with pytest.raises(errors.StepNotFoundError, match="no checkpoint at"):
         open_checkpoint(STORAGE, str(tmp_path / "none"))
     with pytest.raises(errors.CorruptCheckpointError, match="not a checkpoint"):
@@ -55,7 +55,9 @@ def _restore(checkpoint: Path) -> object:
 
 
 @pytest.mark.parametrize("spoil", ["flip_first", "flip_last", "cut", "empty", "remove"])
-def test_no_damage_to_a_file_of_ours_passes(spoil: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_every_damage_to_a_native_file_is_detected(
+    spoil: str, checkpoint: Path, tmp_path: Path
+) -> None:
     """Every file that a restore needs, each spoiled in turn: an error, and never other values."""
     expected = fc.restore(checkpoint)
     for name in _every_file(checkpoint):

@@ -85,7 +85,7 @@ def test_any_changed_byte_of_tree_or_manifest_is_noticed() -> None:
             assert decode(data[:end]) is None
 
 
-def test_what_tensorstore_wrote_is_left_to_it(tmp_path: Path) -> None:
+def test_databases_of_tensorstore_are_read_by_it(tmp_path: Path) -> None:
     store = store_of(tmp_path)
     store["a/c/0"] = b"x" * 2000
     store["b"] = b"inline"
@@ -348,7 +348,7 @@ def test_a_refused_write_is_a_storage_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_buffers", [1, 2, 6])
-def test_a_write_that_fails_behind_the_writer_is_told(num_buffers: int) -> None:
+def test_failed_background_write_is_raised(num_buffers: int) -> None:
     """The device that is always full takes nothing; a later call says so, or the last."""
     data = np.ones(num_buffers * 4 * 2**20, np.uint8)
     with (

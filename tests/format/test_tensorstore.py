@@ -114,7 +114,7 @@ def test_any_region_of_any_grid(data: st.DataObject, tmp_path_factory: Any) -> N
 @pytest.mark.parametrize(
     "name", ["a.b", "a/b", "é", "\U0001f600", "a b", "%41", "..", "a\0b", "?x#y"]
 )
-def test_any_name(name: str, tmp_path: Path) -> None:
+def test_arrays_with_any_name_are_read_back(name: str, tmp_path: Path) -> None:
     content, grid = np.arange(6.0), ChunkGrid((6,), (4,))
     digests = _write(str(tmp_path), {name: (content, grid), "other": (content + 1, grid)})
     got = np.zeros(6)
@@ -217,7 +217,7 @@ def test_an_array_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"not ocdbt" * 100])
-def test_a_spoiled_manifest(text: bytes, tmp_path: Path) -> None:
+def test_damaged_manifest_raises_corrupt(text: bytes, tmp_path: Path) -> None:
     content, grid = np.arange(3.0), ChunkGrid((3,), (3,))
     digests = _write(str(tmp_path), {"a": (content, grid)})
     (tmp_path / "manifest.ocdbt").write_bytes(text)

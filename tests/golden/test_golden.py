@@ -83,7 +83,7 @@ def test_json_metrics_and_custom_metadata(run: fc.CheckpointManager) -> None:
     assert run.all_steps() == [7] and run.best_step("accuracy") == 7
 
 
-def test_module_optimizer_scheduler(run: fc.CheckpointManager) -> None:
+def test_golden_module_optimizer_scheduler_restore_equal(run: fc.CheckpointManager) -> None:
     model = values.module(filled=False)
     optimizer = values.optimizer(model, filled=False)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
@@ -106,7 +106,7 @@ def test_module_optimizer_scheduler(run: fc.CheckpointManager) -> None:
     assert scheduler.base_lrs == wanted_scheduler.base_lrs
 
 
-def test_random_number_generators(run: fc.CheckpointManager) -> None:
+def test_golden_generators_restore_equal(run: fc.CheckpointManager) -> None:
     own = np.random.default_rng(0)
     run.restore(7, {"rng": fc.Rng({"own": own})})
     drawn = (random.random(), np.random.random(), torch.rand(2), own.random())
@@ -120,7 +120,7 @@ def test_random_number_generators(run: fc.CheckpointManager) -> None:
     assert differences(drawn, expected) == []
 
 
-def test_what_needs_a_target(golden: Path) -> None:
+def test_golden_types_restore_into_targets(golden: Path) -> None:
     target = {
         "named": values.Pair(torch.zeros(4, dtype=torch.int64), [0, 0.0]),
         "wrapped": values.Wrapped(torch.zeros(6), torch.tensor(0.0)),

@@ -22,7 +22,7 @@ PLAIN = st.recursive(
 
 
 @given(value=PLAIN)
-def test_comes_back_equal(value):
+def test_json_item_restores_equal(value):
     import json
 
     lowered = JsonHandler().lower(value)
@@ -60,7 +60,7 @@ SELF.append({"again": SELF})
         (SELF, r"\[0\]\['again'\] contains itself"),
     ],
 )
-def test_what_would_not_come_back_is_an_error(value, message):
+def test_json_item_refuses_values_that_would_change(value, message):
     with pytest.raises(errors.UnsupportedLeafError, match=message):
         JsonHandler().lower(value)
 

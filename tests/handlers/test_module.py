@@ -61,7 +61,7 @@ def test_items_are_frozen_records_bound_to_a_handler():
         Module({})
 
 
-def test_restores_in_place(save):
+def test_module_restore_fills_parameters_in_place(save):
     stored = save(trained(Net()))
     target = Net()
     target.eval()
@@ -90,7 +90,7 @@ def test_lowers_live_memory_without_the_parameter_role(save):
     assert not restored["head.weight"].requires_grad
 
 
-def test_only(save):
+def test_module_only_selects_tensors(save):
     model = trained(Net())
     stored = save(Module(model, only="encoder.*"))
     assert set(stored.arrays) == {n for n in model.state_dict() if n.startswith("encoder.")}
@@ -215,7 +215,7 @@ class Extra(nn.Linear):
         self.note = state
 
 
-def test_extra_state(save):
+def test_module_extra_state_is_restored(save):
     model = nn.Sequential(trained(Extra()), nn.ReLU())
     model[0].note = {"calls": 7, "scale": [1.0, 2.0, float("nan")]}
     target = nn.Sequential(Extra(), nn.ReLU())
@@ -256,7 +256,7 @@ def test_state_dict_hooks_that_rename_and_transform(save):
     assert torch.equal(target[1].weight, model[1].weight)
 
 
-def test_load_hooks_run(save):
+def test_module_restore_runs_load_hooks(save):
     class Cached(nn.Linear):
         def __init__(self) -> None:
             super().__init__(2, 2)
@@ -284,7 +284,7 @@ def test_submodule_that_takes_other_shapes(save):
     assert torch.equal(target[0].rows, torch.arange(5.0))
 
 
-def test_overridden_state_dict_is_what_counts(save):
+def test_module_with_overridden_state_dict_saves_its_result(save):
     class Adapter(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -302,7 +302,7 @@ def test_overridden_state_dict_is_what_counts(save):
     assert torch.equal(target.frozen.weight, frozen)
 
 
-def test_parametrizations(save):
+def test_module_with_parametrizations_restores_equal(save):
     def make():
         return nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
 
@@ -314,7 +314,7 @@ def test_parametrizations(save):
     assert torch.equal(model.weight, target.weight)
 
 
-def test_lazy_modules(save):
+def test_lazy_module_is_refused_before_its_first_forward(save):
     model = nn.Sequential(nn.LazyLinear(3), nn.ReLU())
     with pytest.raises(errors.UnsupportedLeafError, match=r"lazy modules.*0\.weight, 0\.bias"):
         save(model)
@@ -324,7 +324,7 @@ def test_lazy_modules(save):
     assert type(target[0].weight) is nn.Parameter
 
 
-def test_empty_module(save):
+def test_empty_module_is_saved_and_restored(save):
     target = nn.ReLU()
     assert save(nn.ReLU()).restore(target) is target
 

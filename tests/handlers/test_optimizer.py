@@ -255,7 +255,7 @@ def test_state_of_frozen_parameters_is_kept(save):
     assert_same_run(model, optimizer, fresh, target)
 
 
-def test_groups_added_later(save):
+def test_optimizer_with_groups_added_later_restores_equal(save):
     def make():
         model = Net()
         return model, O.Adam(model.first.parameters(), lr=0.01)
@@ -364,7 +364,7 @@ def test_state_under_other_keys(save):
         _lowered(Optimizer(optimizer, model))
 
 
-def test_what_was_not_saved_by_name(save):
+def test_optimizer_refuses_state_without_names(save):
     model = Net()
     optimizer = O.SGD(model.parameters(), lr=0.1)
     with pytest.raises(
@@ -483,7 +483,7 @@ class Averaging(O.SGD):
         super().load_state_dict(state_dict)
 
 
-def test_overridden_state_dict(save):
+def test_optimizer_with_overridden_state_dict_resumes_exactly(save):
     def make():
         model = Net()
         return model, Averaging(model.parameters(), lr=0.1, momentum=0.9)
@@ -523,7 +523,7 @@ def test_hooks(save):
     check_resume(save, make, used_target=True)
 
 
-def test_extras_that_nobody_would_read_are_a_mismatch(save):
+def test_unused_extra_state_is_a_mismatch(save):
     model = Net()
     stored = save(Optimizer(Averaging(model.parameters(), lr=0.1), model))
     with pytest.raises(errors.MismatchError) as caught:

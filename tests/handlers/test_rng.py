@@ -48,7 +48,7 @@ def draw_from(generator):
     return [few(0, 9, dtype=np.uint32), *generator.standard_normal(3), few(0, 9, dtype=np.uint32)]
 
 
-def test_global_generators_go_on_where_they_were(save):
+def test_global_generators_resume_exactly(save):
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     draw()  # leaves a second gaussian waiting in Python's and numpy's
     stored = save(Rng())
@@ -57,7 +57,7 @@ def test_global_generators_go_on_where_they_were(save):
     assert (draw(), draw()) == wanted
 
 
-def test_lowering_advances_nothing(save):
+def test_rng_lower_does_not_advance_generators(save):
     generators = make_generators(5)
     twins = make_generators(5)
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
@@ -92,7 +92,7 @@ def test_a_generator_by_itself(save, name):
     assert draw_from(fresh) == wanted
 
 
-def test_states_are_compact(save):
+def test_rng_states_are_compact(save):
     arrays = save(Rng({"r": random.Random(1)})).arrays
     assert arrays["python.words"].dtype == np.uint32
     assert arrays["python.words"].shape == (625,)
@@ -119,7 +119,7 @@ def test_other_generators_are_a_mismatch(save):
 
 
 @pytest.mark.parametrize("wrong", [np.random, random.SystemRandom(), 3])
-def test_not_a_generator(wrong):
+def test_rng_refuses_other_objects(wrong):
     with pytest.raises(errors.UsageError, match="g: expected a random"):
         Rng({"g": wrong})
     with pytest.raises(errors.UsageError, match="value: expected a random"):
@@ -142,7 +142,7 @@ def test_another_number_of_cuda_devices(save):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_generators(save):
+def test_rng_restores_cuda_generators(save):
     torch.cuda.manual_seed_all(1)
     torch.rand(3, device="cuda")
     own = torch.Generator("cuda").manual_seed(4)

@@ -75,7 +75,7 @@ def test_every_scheduler_of_torch_is_tested():
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["lr", "tensor lr"])
 @pytest.mark.parametrize("num_steps", [0, 1, 4, 8])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_go_on_exactly(save, name, num_steps, tensor_lr):
+def test_schedulers_resume_exactly(save, name, num_steps, tensor_lr):
     def make():
         model = nn.Linear(2, 2)
         lr = torch.tensor(0.05) if tensor_lr else 0.05
@@ -118,7 +118,7 @@ def test_a_counter_comes_back_a_counter(save):
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_grad_scaler(save, enabled):
+def test_grad_scaler_state_is_restored(save, enabled):
     def make():
         return torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3, enabled=enabled)
 
@@ -170,7 +170,7 @@ class Numbers(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", ["shuffled", "in order", "iterable"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_data_loader(save, kind, num_workers):
+def test_data_loader_resumes_exactly(save, kind, num_workers):
     def make(seed: int):
         generator = torch.Generator().manual_seed(seed) if kind == "shuffled" else None
         return StatefulDataLoader(
@@ -193,7 +193,7 @@ def test_data_loader(save, kind, num_workers):
     assert len(wanted) >= 7
 
 
-def test_what_is_stateful():
+def test_stateful_accepts_objects_with_both_methods():
     class Both:
         def state_dict(self):
             return {}

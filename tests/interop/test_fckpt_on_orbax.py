@@ -77,7 +77,7 @@ def test_everything_is_read_and_said_to_be_without_digests(
 
 
 @pytest.mark.parametrize("name", ["v0_zarr3_ocdbt", "v0_zarr2_files"])
-def test_what_cannot_be_read_is_told_with_its_leaf(orbax: Path, run: Run, name: str) -> None:
+def test_unreadable_array_is_reported_with_its_leaf(orbax: Path, run: Run, name: str) -> None:
     item = orbax / name
     if name == "v0_zarr2_files":
         file = item / "params.kernel" / "0.0"
@@ -102,7 +102,7 @@ def test_two_of_orbax_are_compared_by_their_bytes(orbax: Path, run: Run) -> None
     assert kinds == {"params.kernel": "data", "params.bias": "data"}
 
 
-def test_one_of_orbax_and_one_of_ours(orbax: Path, run: Run, tmp_path: Path) -> None:
+def test_diff_compares_orbax_with_native(orbax: Path, run: Run, tmp_path: Path) -> None:
     import torch
 
     import functional_ckpt as fc

@@ -255,7 +255,7 @@ def test_a_rank_that_holds_no_state_dict_is_refused(state: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("shard", [[1, 2], {"a": 1, 2: torch.ones(1)}, "x", {1.5: 2}])
-def test_a_shard_of_an_optimizer_that_is_none_is_refused(shard: Any, tmp_path: Path) -> None:
+def test_invalid_optimizer_shard_is_refused(shard: Any, tmp_path: Path) -> None:
     index = {"weight_map": {"0": "s.bin"}, "metadata": {"param_groups": "g.bin"}}
     (tmp_path / "pytorch_optim.bin.index.json").write_text(json.dumps(index))
     torch.save(shard, tmp_path / "s.bin")

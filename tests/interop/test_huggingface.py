@@ -82,7 +82,7 @@ def test_tied_weights_are_written_once_and_tied_again(tmp_path: Path, format: An
     assert loaded["lm_head.weight"].data_ptr() == loaded["transformer.wte.weight"].data_ptr()
 
 
-def test_what_transformers_wrote_is_loaded(tmp_path: Path) -> None:
+def test_load_reads_transformers_checkpoints(tmp_path: Path) -> None:
     model = tiny_gpt2()
     model.save_pretrained(tmp_path / "theirs", max_shard_size="3KB")
     loaded = fc.interop.open(tmp_path / "theirs")["model"]
@@ -104,7 +104,7 @@ def test_prefix_and_variant_are_two_things(tmp_path: Path) -> None:
         huggingface.load(tmp_path / "x", variant="fp16", key_prefix="other.")
 
 
-def test_a_view_is_written_as_what_it_shows(tmp_path: Path) -> None:
+def test_view_is_written_with_its_elements_only(tmp_path: Path) -> None:
     whole = torch.randn(1000, 1000)
     for format in ("safetensors", "bin"):
         huggingface.save({"v": whole[3:5, ::2]}, tmp_path / format, format=format)
@@ -133,7 +133,7 @@ def test_bad_input_writes_nothing(tmp_path: Path, call: Any, kind: Any, message:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_huggingface_save_never_overwrites(tmp_path: Path) -> None:
     huggingface.save({"w": torch.ones(2)}, tmp_path / "x")
     with pytest.raises(errors.StepExistsError, match="never overwritten"):
         huggingface.save({"w": torch.zeros(2)}, tmp_path / "x")

@@ -39,7 +39,7 @@ def check_same(whole: lightning_run.Module, other: lightning_run.Module, start: 
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_killed_and_gone_on_with(whole: lightning_run.Module, tmp_path: Path) -> None:
+def test_killed_training_resumes_exactly(whole: lightning_run.Module, tmp_path: Path) -> None:
     script = Path(lightning_run.__file__)
     done = subprocess.run(
         [sys.executable, script, tmp_path, "10"], capture_output=True, check=False
@@ -83,7 +83,7 @@ def whole_and_resumed(
     return whole, train("cut")
 
 
-def test_a_shuffled_loader_goes_on_with_the_same_order(tmp_path: Path) -> None:
+def test_shuffled_loader_resumes_in_the_same_order(tmp_path: Path) -> None:
     shuffled = functools.partial(lightning_run.make_loader, shuffle=True)
     check_same(*whole_and_resumed(tmp_path, 2, loader=shuffled), 12)
 
@@ -95,7 +95,7 @@ class Epochs(pl.Callback):
         self.seen.append(trainer.current_epoch)
 
 
-def test_a_resumed_epoch_is_begun_as_any_other(tmp_path: Path) -> None:
+def test_resumed_epoch_starts_like_any_other(tmp_path: Path) -> None:
     Epochs.seen.clear()
     whole_and_resumed(tmp_path, more=lambda: [Epochs()])
     assert Epochs.seen == [0, 1, 2, 0, 1, 2]
@@ -167,7 +167,7 @@ def test_an_exception_saves_the_last_whole_update(tmp_path: Path) -> None:
         assert manager.all_steps() == [9]
 
 
-def test_a_training_that_ends_within_an_epoch_goes_on_from_there(tmp_path: Path) -> None:
+def test_training_that_ends_within_an_epoch_resumes_there(tmp_path: Path) -> None:
     io = lightning.ManagerIO(tmp_path / "ckpt", save_policy=fc.policies.every(100))
     lightning_run.fit(io, tmp_path, max_steps=8)
     resumed = lightning_run.fit(io, tmp_path)

@@ -218,7 +218,7 @@ def test_convert_adds_a_step_to_a_directory(
 
 
 @pytest.mark.parametrize("to", ["safetensors", "torch", "hf", "dcp"])
-def test_what_is_exported_opens_again(tmp_path: Path, to: str) -> None:
+def test_exported_items_open_again(tmp_path: Path, to: str) -> None:
     tied = {**WEIGHTS, "same": WEIGHTS["w"]}
     fc.save(tmp_path / "step", {"model": tied, "epoch": 3})
     arguments = ["export", str(tmp_path / "step"), str(tmp_path / "out"), "--to", to]
@@ -237,7 +237,7 @@ def test_what_is_exported_opens_again(tmp_path: Path, to: str) -> None:
         assert safetensors.torch.load_file(tmp_path / "out").keys() == WEIGHTS.keys()
 
 
-def test_export_refuses_what_does_not_fit(
+def test_export_refuses_unsuitable_items(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fc.save(
@@ -305,7 +305,7 @@ def test_ambiguity_lists_the_candidates(tmp_path: Path) -> None:
     assert "epoch" in fc.interop.open(tmp_path / "x", "dcp")
 
 
-def test_what_is_nothing_known_is_an_error(tmp_path: Path) -> None:
+def test_open_of_an_unknown_format_raises(tmp_path: Path) -> None:
     with pytest.raises(errors.StepNotFoundError, match="no such file"):
         fc.interop.open(tmp_path / "nothing")
     with pytest.raises(errors.UsageError, match="nothing here looks like"):
@@ -491,7 +491,7 @@ def test_an_asynchronous_save_of_colossalai_opens_with_its_optimizer(
         fc.interop.open(tmp_path)
 
 
-def test_what_a_folder_holds_beside_its_weights_is_named(
+def test_files_next_to_weights_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "checkpoint-5"

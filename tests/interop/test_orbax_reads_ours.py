@@ -326,7 +326,7 @@ def test_an_item_spread_over_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert differences(got, as_orbax(tree)) == []
 
 
-def test_a_large_item(tmp_path: Path) -> None:
+def test_orbax_reads_a_large_item(tmp_path: Path) -> None:
     """Arrays of several chunks, ragged ones among them, in more than one database."""
     generator = torch.Generator().manual_seed(0)
     big = torch.randn(5_000, 4_099, generator=generator)

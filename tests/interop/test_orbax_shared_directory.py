@@ -66,32 +66,32 @@ def steps_of_orbax(root: Path, *, unranked: tuple[int, ...] = ()) -> list[int]:
         return sorted(manager.all_steps())
 
 
-def test_we_continue_orbax(tmp_path: Path) -> None:
+def test_native_manager_continues_an_orbax_run(tmp_path: Path) -> None:
     save_with_orbax(tmp_path, 1, 2)
     save_with_ours(tmp_path, 3)
     assert steps_of_ours(tmp_path) == steps_of_orbax(tmp_path) == [1, 2, 3]
 
 
-def test_orbax_continues_ours(tmp_path: Path) -> None:
+def test_orbax_manager_continues_a_native_run(tmp_path: Path) -> None:
     save_with_ours(tmp_path, 1, 2)
     save_with_orbax(tmp_path, 3)
     assert steps_of_ours(tmp_path) == steps_of_orbax(tmp_path) == [1, 2, 3]
 
 
-def test_by_turns(tmp_path: Path) -> None:
+def test_both_managers_alternate_in_one_directory(tmp_path: Path) -> None:
     for step in range(6):
         (save_with_ours if step % 2 else save_with_orbax)(tmp_path, step)
     assert steps_of_ours(tmp_path) == steps_of_orbax(tmp_path) == list(range(6))
 
 
-def test_our_keep_policy_prunes_what_orbax_wrote(tmp_path: Path) -> None:
+def test_native_keep_policy_prunes_orbax_steps(tmp_path: Path) -> None:
     save_with_orbax(tmp_path, 1, 2, 3, 4)
     keep = [fc.policies.LatestN(2), fc.policies.best_n(1, "accuracy")]
     save_with_ours(tmp_path, 5, keep_policy=keep)
     assert steps_of_ours(tmp_path) == steps_of_orbax(tmp_path) == [1, 4, 5]
 
 
-def test_orbax_prunes_what_we_wrote(tmp_path: Path) -> None:
+def test_orbax_prunes_native_steps(tmp_path: Path) -> None:
     save_with_ours(tmp_path, 1, 2, 3, 4)
     save_with_orbax(tmp_path, 5, max_to_keep=2)
     assert steps_of_ours(tmp_path, unranked=(5,)) == [4, 5]
@@ -138,7 +138,7 @@ def test_names_of_steps_are_orbaxs(tmp_path: Path) -> None:
         assert sorted(manager.all_steps()) == [7, 8]
 
 
-def test_both_versions_of_orbax_and_ours(tmp_path: Path) -> None:
+def test_orbax_v1_and_native_alternate_in_one_directory(tmp_path: Path) -> None:
     save_with_ours(tmp_path, 1)
     with v1.training.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(2, value(2), metrics={"accuracy": 1 / 3})
@@ -150,7 +150,7 @@ def test_both_versions_of_orbax_and_ours(tmp_path: Path) -> None:
     assert steps_of_ours(tmp_path) == [1, 2, 3]
 
 
-def test_what_a_crash_of_orbax_left_is_no_step(tmp_path: Path) -> None:
+def test_leftovers_of_an_orbax_crash_are_not_steps(tmp_path: Path) -> None:
     save_with_orbax(tmp_path, 1, 2)
     (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
     with fc.CheckpointManager(tmp_path, read_only=True) as manager:
@@ -197,7 +197,7 @@ def test_extra_files_of_ours_are_few_and_hidden_from_orbax(tmp_path: Path) -> No
     assert set(record) == set(orbaxs)
 
 
-def test_a_changed_record_of_orbaxs_beside_ours_is_noticed(tmp_path: Path) -> None:
+def test_changed_orbax_record_is_detected(tmp_path: Path) -> None:
     """Custom metadata is only in Orbax's file, so the native record has its digest."""
     with fc.CheckpointManager(tmp_path) as manager:
         manager.save(1, {"state": {"w": torch.ones(1)}}, custom_metadata={"seed": 1})

@@ -85,7 +85,7 @@ def check(got: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("scenario", BARE)
-def test_an_item_directory(written: Path, scenario: str) -> None:
+def test_restore_of_an_orbax_item_directory(written: Path, scenario: str) -> None:
     restored = fc.restore(written / scenario)
     assert list(restored) == ["default"]
     check(restored["default"], orbax_writer.state())
@@ -98,7 +98,7 @@ def test_an_item_directory_of_the_standard_checkpointer(written: Path) -> None:
     check(fc.restore(written / "v0_standard_bare")["default"], orbax_writer.numbers())
 
 
-def test_an_item_directory_of_ours(tmp_path: Path) -> None:
+def test_orbax_reads_a_native_item_directory(tmp_path: Path) -> None:
     fc.save(tmp_path / "x", {"state": tree()})
     restored = fc.restore(tmp_path / "x" / "state")["default"]
     assert differences(as_orbax(restored), as_orbax(tree())) == []
@@ -143,23 +143,23 @@ def test_a_manager_with_named_steps(written: Path) -> None:
     ("scenario", "item"),
     [("v1_save", "state"), ("v1_save_named", "weights"), ("v1_files", "state")],
 )
-def test_v1_save(written: Path, scenario: str, item: str) -> None:
+def test_restore_of_v1_save(written: Path, scenario: str, item: str) -> None:
     restored = fc.restore(written / scenario)
     assert list(restored) == [item]
     check(restored[item], orbax_writer.state())
 
 
-def test_v1_custom_metadata(written: Path) -> None:
+def test_metadata_of_v1_custom_metadata(written: Path) -> None:
     assert fc.metadata(written / "v1_save").custom_metadata == {"note": 1}
 
 
-def test_v1_save_checkpointables(written: Path) -> None:
+def test_restore_of_v1_save_checkpointables(written: Path) -> None:
     restored = fc.restore(written / "v1_checkpointables")
     check(restored["state"], orbax_writer.state())
     assert restored["config"] == orbax_writer.config()
 
 
-def test_v1_training_checkpointer(written: Path) -> None:
+def test_restore_of_v1_training_checkpointer(written: Path) -> None:
     with fc.CheckpointManager(written / "v1_training", read_only=True) as manager:
         assert manager.all_steps() == [0, 4]
         assert manager.best_step("accuracy") == 4
@@ -176,7 +176,7 @@ def test_arrays_sharded_over_devices(written: Path, scenario: str, item: str) ->
 
 
 @pytest.mark.parametrize(("scenario", "item"), [("narrow_v0", "default"), ("narrow_v1", "state")])
-def test_narrow_dtypes(written: Path, scenario: str, item: str) -> None:
+def test_restore_of_narrow_dtypes_gives_ml_dtypes(written: Path, scenario: str, item: str) -> None:
     restored = fc.restore(written / scenario)[item]
     expected = orbax_writer.narrow()
     assert set(restored) == set(expected)
@@ -229,7 +229,7 @@ def target(like: Callable[..., Any] = torch.zeros) -> dict[Any, Any]:
     }
 
 
-def test_into_a_pytree(written: Path) -> None:
+def test_restore_of_orbax_into_a_pytree_has_its_types(written: Path) -> None:
     wanted = target()
     got = fc.restore(written / "v0_zarr3_ocdbt", {"default": wanted})["default"]
     expected = orbax_writer.state() | {"empty": {"dict": {}, "list": ()}}
@@ -270,7 +270,7 @@ def test_a_cast_is_asked_for(written: Path) -> None:
     check(got["default"]["params"]["kernel"], expected)
 
 
-def test_training_saved_again_by_orbax_goes_on(written: Path) -> None:
+def test_training_saved_again_by_orbax_resumes(written: Path) -> None:
     """A native step, opened and saved by a JAX program: the next steps are equal, bit for bit."""
     torch.manual_seed(0)
     original = new_training()

@@ -40,7 +40,9 @@ def check_same(one: transformers.Trainer, other: transformers.Trainer) -> None:
 
 
 @pytest.mark.parametrize("kill_at", [8, 12])  # after step 5, within an epoch; after 10 and epoch 2
-def test_killed_and_gone_on_with(whole: transformers.Trainer, tmp_path: Path, kill_at: int) -> None:
+def test_killed_training_resumes_exactly(
+    whole: transformers.Trainer, tmp_path: Path, kill_at: int
+) -> None:
     script = Path(trainer_run.__file__)
     done = subprocess.run(
         [sys.executable, script, tmp_path, "12"], capture_output=True, check=False

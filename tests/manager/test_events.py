@@ -43,7 +43,7 @@ def _run(near: Path, far: Path, on_event: Any) -> None:
             manager.wait_until_finished()
 
 
-def test_every_step_is_told_of_in_order(tmp_path: Path) -> None:
+def test_events_are_emitted_in_order(tmp_path: Path) -> None:
     near, far, seen = tmp_path / "near", tmp_path / "far", list[fc.Event]()
     started = time.time()
     _run(near, far, seen.append)
@@ -100,7 +100,7 @@ def test_a_listener_that_fails_harms_nothing(
     assert fc.restore(tmp_path / "far" / "2")["state"]["w"][0] == 2.0
 
 
-def test_a_save_that_fails_is_not_told_as_committed(tmp_path: Path) -> None:
+def test_failed_save_emits_no_committed_event(tmp_path: Path) -> None:
     seen, storage = list[str](), testing.FaultyStorage()
     with fc.CheckpointManager(
         tmp_path, storage=storage, on_event=lambda event: seen.append(event.kind)

@@ -55,7 +55,7 @@ def test_state_and_metrics_are_made_only_for_a_save(tmp_path: Path) -> None:
     assert restored.progress == fc.Progress(batch=8, batch_in_epoch=8)
 
 
-def test_a_loop_leaves_once_what_it_did_is_saved(tmp_path: Path) -> None:
+def test_loop_leaves_once_its_progress_is_saved(tmp_path: Path) -> None:
     rules = [policies.every(100), policies.Preemption()]
     with fc.CheckpointManager(tmp_path, save_policy=rules) as manager:
         save = fc.hooks.SaveHook(manager, lambda: {"state": {"step": step}})
@@ -70,7 +70,7 @@ def test_a_loop_leaves_once_what_it_did_is_saved(tmp_path: Path) -> None:
         assert manager.restore()["state"] == {"step": 5}
 
 
-def test_what_is_no_mapping_is_refused(tmp_path: Path) -> None:
+def test_items_that_are_not_a_mapping_are_refused(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path) as manager:
         with pytest.raises(errors.UsageError, match="items must be a mapping, or a function"):
             fc.hooks.SaveHook(manager, [1])  # type: ignore[arg-type]

@@ -122,7 +122,7 @@ def test_steps_are_any_ints_but_no_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["metrics", "metadata", "a/b", "_x", ".x", "", "\0", 3])
-def test_reserved_item_names(name: Any, tmp_path: Path) -> None:
+def test_save_refuses_reserved_item_names(name: Any, tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path) as manager:
         with pytest.raises(errors.UsageError, match=r"(?i)item"):
             manager.save(1, {name: 1})
@@ -130,7 +130,7 @@ def test_reserved_item_names(name: Any, tmp_path: Path) -> None:
         saved(manager, 1)
 
 
-def test_what_is_saved_is_what_was_there_at_the_moment_of_the_call(tmp_path: Path) -> None:
+def test_save_stores_values_at_the_moment_of_the_call(tmp_path: Path) -> None:
     gate = Gate("make_directory", "write", "write_data")
     tensor, array, words = torch.ones(4), np.ones(4), ["a"]
     module = torch.nn.Linear(2, 2)
@@ -155,7 +155,7 @@ def test_what_is_saved_is_what_was_there_at_the_moment_of_the_call(tmp_path: Pat
 # ------------------------------------------------------------------------------ overwriting
 
 
-def test_an_existing_step_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
+def test_existing_step_is_refused_without_overwrite(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path) as manager:
         saved(manager, 1)
         for force in (False, True):
@@ -202,14 +202,14 @@ def test_metrics_and_custom_metadata(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [{"loss": torch.ones(2)}, {1: 2}, 0.5, {"loss": {1, 2}}])
 @pytest.mark.parametrize("where", ["metrics", "custom_metadata"])
-def test_what_is_no_json_is_refused(bad: Any, where: str, tmp_path: Path) -> None:
+def test_json_item_refuses_other_values(bad: Any, where: str, tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path) as manager:
         with pytest.raises(errors.UsageError, match=where):
             manager.save(1, state(1), **{where: bad})
         assert manager.all_steps() == []
 
 
-def test_best_step(tmp_path: Path) -> None:
+def test_best_step_ranks_by_metric(tmp_path: Path) -> None:
     keep = fc.policies.best_n(5, "loss", mode="min")
     with fc.CheckpointManager(tmp_path, keep_policy=keep) as manager:
         assert manager.best_step() is None

@@ -65,7 +65,7 @@ def test_two_writers_of_one_directory(tmp_path: Path) -> None:
         assert second.all_steps() == [1, 2]
 
 
-def test_deleting(tmp_path: Path) -> None:
+def test_delete_removes_a_step_and_its_metrics(tmp_path: Path) -> None:
     gate = Gate("rename")
     with fc.CheckpointManager(tmp_path, storage=gate) as manager:
         for step in (1, 2):
@@ -207,7 +207,7 @@ def test_a_background_failure_is_raised_once_with_its_step(name: str, tmp_path: 
         saved(manager, 2)
 
 
-def test_a_failure_told_by_its_handle_is_not_told_again(tmp_path: Path) -> None:
+def test_failure_reported_by_its_handle_is_not_reported_again(tmp_path: Path) -> None:
     manager, _, handle = failing(tmp_path)
     error = handle.exception()
     assert isinstance(error, errors.SaveError)
@@ -267,7 +267,7 @@ def test_leaving_by_an_exception_finishes_the_commit_and_notes_its_failure(tmp_p
         pass
 
 
-def test_a_closed_manager(tmp_path: Path) -> None:
+def test_closed_manager_refuses_every_call(tmp_path: Path) -> None:
     manager = fc.CheckpointManager(tmp_path)
     saved(manager, 1)
     manager.close()

@@ -49,7 +49,7 @@ def resumed(root: Path, **options: Any) -> int | None:
         (None, [10, 11, 12, 13, *LATER]),
     ],
 )
-def test_what_is_saved_after_a_rollback_stays(
+def test_steps_saved_after_a_rollback_are_kept(
     run: Path, keep: Any, left: list[int], staging: Any
 ) -> None:
     with fc.CheckpointManager(run, keep_policy=keep, staging=staging) as manager:
@@ -106,7 +106,7 @@ def test_a_restore_changes_nothing_before_the_next_save(run: Path) -> None:
         assert reader.latest_step() == 50
 
 
-def test_a_save_that_fails_after_a_restore_begins_no_line(run: Path) -> None:
+def test_failed_save_after_a_restore_starts_no_line(run: Path) -> None:
     storage = testing.FaultyStorage()
     with fc.CheckpointManager(run, storage=storage) as manager:
         manager.restore(10)
@@ -229,7 +229,7 @@ def test_the_later_steps_are_discarded(run: Path, staging: Any) -> None:
     assert looked_into(run).all_steps() == [10, 20, 30]
 
 
-def test_what_is_later_may_have_a_lower_number(run: Path) -> None:
+def test_newest_step_may_have_a_lower_number(run: Path) -> None:
     with fc.CheckpointManager(run) as manager:
         manager.restore(20)
         saved(manager, 21)
@@ -293,7 +293,7 @@ class Stuck(testing.FaultyStorage):
         super().rename(source, target)
 
 
-def test_what_cannot_be_discarded_is_out_of_sight(run: Path) -> None:
+def test_steps_that_cannot_be_discarded_are_hidden(run: Path) -> None:
     with fc.CheckpointManager(run, storage=Stuck("30", code=16)) as manager:
         with pytest.raises(errors.StorageError, match=r"out of sight.*Cannot rename .*30"):
             manager.restore(20, discard_later=True)
@@ -333,7 +333,7 @@ def a_file(root: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [empty, cut_copy, linked, dangling, a_file])
-def test_what_holds_no_record_is_no_step_and_is_named_once(
+def test_directory_without_a_record_is_ignored_and_logged_once(
     run: Path, make: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     make(run)

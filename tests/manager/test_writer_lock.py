@@ -114,7 +114,7 @@ def test_a_dropped_manager_without_a_commit_lets_the_next_one_in(tmp_path: Path)
     fc.CheckpointManager(tmp_path).close()
 
 
-def test_a_failure_that_nobody_has_asked_about_keeps_no_lock(tmp_path: Path) -> None:
+def test_unreported_failure_releases_the_lock(tmp_path: Path) -> None:
     gate = Gate("rename")
     handle = save_and_drop(tmp_path, 1, gate)
     shutil.rmtree(tmp_path / ".functional_ckpt")

@@ -57,7 +57,7 @@ def test_the_newest_step_says_which_others_were_abandoned(
         (FIRST[0], [], lines.Line()),  # nothing else is there
     ],
 )
-def test_what_is_saved_after_a_restore_begins_a_line_where_something_newer_is_there(
+def test_save_after_a_restore_of_an_older_step_starts_a_line(
     origin: StepInfo, infos: list[StepInfo], expected: lines.Line
 ) -> None:
     assert lines.resumed(origin, infos) == expected

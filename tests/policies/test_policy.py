@@ -79,7 +79,7 @@ def test_a_step_is_a_natural_number(step: int) -> None:
         StepInfo(step=step, time=START)
 
 
-def test_times_have_zones() -> None:
+def test_policy_times_without_zone_are_refused() -> None:
     naive = datetime.datetime(2025, 1, 1)
     for build in (
         lambda: StepInfo(step=1, time=naive),
@@ -104,7 +104,7 @@ def test_every_so_many_steps() -> None:
         assert fired == [step for step in range(1501) if policy.fires_at(step)]
 
 
-def test_specific_steps() -> None:
+def test_specific_steps_saves_only_these() -> None:
     for steps in ([3, 7], (3, 7), range(3, 8, 4), iter([3, 7])):
         policy = policies.SpecificSteps(steps)
         assert isinstance(policy, StepPolicy)
@@ -113,7 +113,7 @@ def test_specific_steps() -> None:
     assert policies.SpecificSteps([1, 2]) == policies.SpecificSteps([2, 1])
 
 
-def test_initial_save() -> None:
+def test_initial_save_saves_only_without_steps() -> None:
     assert saves(policies.InitialSave(), at(7))
     assert not saves(policies.InitialSave(), at(7), [at(3)])
 
@@ -249,9 +249,7 @@ def test_progress_after_a_rollback_and_without_memory() -> None:
         ),
     ],
 )
-def test_progress_that_nobody_reports_is_an_error(
-    interval: str, progress: Progress | None, message: str
-) -> None:
+def test_missing_progress_raises(interval: str, progress: Progress | None, message: str) -> None:
     message = (
         f"every({interval!r}): expected the training's progress in {message}, "
         "or save at an interval of steps or seconds"
@@ -299,7 +297,7 @@ def test_progress_that_nobody_reports_is_an_error(
         (lambda: policies.best_n(1, lambda a, b: 0), "expected a function of one argument"),
     ],
 )
-def test_what_makes_no_policy_is_refused(build: Any, message: str) -> None:
+def test_orbax_policies_that_need_jax_are_refused(build: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build()
 
@@ -372,7 +370,7 @@ def test_a_users_own_policy_is_asked_with_everything() -> None:
         ),
     ],
 )
-def test_what_is_no_save_policy(policy: Any, message: str) -> None:
+def test_save_rule_refuses_other_objects(policy: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         save_rule(policy)
 
@@ -408,7 +406,7 @@ HISTORY = [at(step, seconds=10 * step) for step in (0, 3, 5, 8, 10, 20)]
         (policies.CustomSteps([]), []),
     ],
 )
-def test_what_is_kept(policy: Any, kept: list[int]) -> None:
+def test_keep_policies_keep_the_expected_steps(policy: Any, kept: list[int]) -> None:
     assert _kept(policy, HISTORY) == kept
     assert _kept(policy, []) == []
 
@@ -464,7 +462,9 @@ def _measured(*values: Any) -> list[StepInfo]:
         (({"top1": 0.5}, 3, {"top1": 0.4}), policies.best_n(1, lambda m: m["acc"]["top1"]), [0]),
     ],
 )
-def test_best(values: tuple[Any, ...], policy: policies.BestN, kept: list[int]) -> None:
+def test_best_n_keeps_the_best_by_metric(
+    values: tuple[Any, ...], policy: policies.BestN, kept: list[int]
+) -> None:
     assert _kept(policy, _measured(*values)) == kept
     assert _kept(policy, []) == []
 
@@ -495,7 +495,7 @@ def test_the_best_are_kept_whatever_is_measured(
     assert not any(math.isnan(number) for number in numbers)
 
 
-def test_ranking_leaves_out_what_cannot_be_ranked() -> None:
+def test_rank_steps_skips_steps_without_the_metric() -> None:
     history = _measured(None, 0.5, math.nan, 0.9, 0.5)
     assert [info.step for info in rank_steps(history, "acc")] == [3, 4, 1]
     assert [info.step for info in rank_steps(history, "acc", mode="min")] == [4, 1, 3]
@@ -515,7 +515,7 @@ def test_a_bug_in_the_metric_function_is_not_hidden() -> None:
 # Several keep policies
 
 
-def test_a_list_keeps_what_any_keeps() -> None:
+def test_list_of_policies_keeps_steps_that_any_keeps() -> None:
     both = keep_policies([policies.LatestN(2), policies.best_n(1, "acc")])
     history = _measured(0.1, 0.9, 0.2, 0.3, 0.4)
     assert decide_keep(both, history, context=NOW) == (False, True, False, True, True)
@@ -613,7 +613,7 @@ def test_a_history_out_of_order_is_refused(steps: tuple[int, ...]) -> None:
         (policies.every(3), r"\(this one belongs in save_policy\); got FixedInterval"),
     ],
 )
-def test_what_is_no_keep_policy(policy: Any, message: str) -> None:
+def test_keep_rule_refuses_other_objects(policy: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         keep_policies(policy)
 

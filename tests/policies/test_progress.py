@@ -19,7 +19,9 @@ BATCHES = st.tuples(
 
 
 @given(st.lists(BATCHES, max_size=30))
-def test_counts_are_what_was_counted(batches: list[tuple[int, int, float, bool, bool]]) -> None:
+def test_progress_counts_batches_epochs_and_samples(
+    batches: list[tuple[int, int, float, bool, bool]],
+) -> None:
     progress = Progress()
     epochs: list[list[tuple[int, int]]] = [[]]
     num_iterations = 0
@@ -94,13 +96,13 @@ def test_an_epoch_is_over_after_its_last_batch(batches: int, expected: float) ->
         ({"max_duration": 10}, "expected a time string of more than zero"),
     ],
 )
-def test_what_is_no_progress(fields: dict[str, Any], message: str) -> None:
+def test_progress_refuses_invalid_records(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         Progress(**fields)
 
 
 @pytest.mark.parametrize("amount", [{"samples": -1}, {"tokens": 0.5}, {"seconds": -1.0}])
-def test_what_is_no_batch(amount: dict[str, Any]) -> None:
+def test_progress_refuses_invalid_batches(amount: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"{next(iter(amount))} of a progress: expected"):
         Progress().next_batch(**amount)
 

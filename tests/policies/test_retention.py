@@ -66,7 +66,7 @@ BOTH = sorted([*FIRST, *BACK], key=lambda info: info.step)
         (12, policies.LatestDuration("5s"), BOTH, [12]),
     ],
 )
-def test_what_stays_after_a_commit(
+def test_steps_kept_after_a_commit(
     committed: int | None, policy: Any, history: list[StepInfo], kept: list[int]
 ) -> None:
     assert left(committed, policy, history) == kept

@@ -47,7 +47,7 @@ from functional_ckpt.policies.timespan import Timespan, Unit, parse_timespan
         (Timespan(3, "epoch"), 3, "epoch"),
     ],
 )
-def test_spellings(text: str | int, value: float, unit: Unit) -> None:
+def test_parse_timespan_accepts_all_spellings(text: str | int, value: float, unit: Unit) -> None:
     span = parse_timespan(text)
     assert (span.value, span.unit) == (value, unit)
     assert type(span.value) is (int if value == int(value) else float)
@@ -72,7 +72,7 @@ def test_spellings(text: str | int, value: float, unit: Unit) -> None:
         *(True, 1.5, None, b"1ba"),
     ],
 )
-def test_what_is_no_span_says_what_was_expected(text: object) -> None:
+def test_invalid_timespan_names_the_expected_form(text: object) -> None:
     message = (
         "time span: expected a whole number of batches, or a number and one of iter, ep, ba, sp, "
         "tok, dur, sec ('500ba', '3e4tok', '0.25dur'), or a wall-clock time ('1h20m40s', '90m', "
@@ -133,7 +133,7 @@ _spans = st.one_of(
 
 
 @given(_spans)
-def test_text_and_back(span: Timespan) -> None:
+def test_timespan_text_parses_back(span: Timespan) -> None:
     assert parse_timespan(str(span)) == span
     assert parse_timespan(str(span).upper()) == span
 

@@ -32,7 +32,7 @@ def _is_equal(restored: object, step: int) -> bool:
 
 @pytest.mark.timeout(3600 if _NUM_SAVES > 20 else 300)
 @pytest.mark.parametrize(("kind", "lead"), [("s3", set_environment), ("gcs", set_gcs_environment)])
-def test_saves_and_restores(
+def test_saves_and_restores_survive_a_bad_network(
     kind: str,
     lead: Callable[[pytest.MonkeyPatch, str], None],
     request: pytest.FixtureRequest,

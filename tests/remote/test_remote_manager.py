@@ -84,7 +84,7 @@ def test_targets_are_filled_in_place(bucket: str) -> None:
         fc.save(f"{bucket}/one", {"model": module})
 
 
-def test_step_names(s3: str) -> None:
+def test_step_names_in_a_store_are_parsed(s3: str) -> None:
     name = fc.step_names.StepName(prefix="step", zero_pad=4)
     with fc.CheckpointManager(f"{s3}/run", step_name=name) as manager:
         manager.save(12, _state(1)).result()
@@ -93,7 +93,7 @@ def test_step_names(s3: str) -> None:
         assert manager.latest_step() == 12
 
 
-def test_the_command_line(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_accepts_a_uri(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = f"{bucket}/run"
     with fc.CheckpointManager(run) as manager:
         for step in (1, 2):
@@ -130,7 +130,7 @@ def test_no_step_without_its_marker(bucket: str) -> None:
     assert queries.exists(_store(run), f"{run}/2/tree/manifest.ocdbt")
 
 
-def test_the_next_writer_collects_what_a_crash_left(bucket: str) -> None:
+def test_next_writer_removes_leftovers_of_a_crash(bucket: str) -> None:
     run = f"{bucket}/run"
     with fc.CheckpointManager(run) as manager:
         manager.save(1, _state(1)).result()
@@ -183,7 +183,7 @@ def test_one_writer_at_a_time(bucket: str, monkeypatch: pytest.MonkeyPatch) -> N
         manager.save(1, _state(1)).result()
 
 
-def test_what_can_never_work_fails_at_once(
+def test_permanent_errors_are_not_retried(
     s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(errors.StorageError, match="no such bucket"):
@@ -212,7 +212,7 @@ def test_what_can_never_work_fails_at_once(
         (404, "NoSuchBucket", "no such bucket"),
     ],
 )
-def test_refusals_are_told_apart_and_hide_the_key(
+def test_s3_refusals_are_distinguished_and_hide_the_key(
     status: int, code: str, meaning: str, s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = Proxy(s3_url)
@@ -231,7 +231,9 @@ def test_refusals_are_told_apart_and_hide_the_key(
     proxy.close()
 
 
-def test_what_may_pass_is_waited_for(s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_errors_are_retried(
+    s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of status 400 too, if the network damaged the request."""
     proxy = Proxy(s3_url)
     proxy.refusal = (400, b"<Error><Code>RequestTimeout</Code></Error>")
@@ -253,7 +255,7 @@ def test_what_may_pass_is_waited_for(s3: str, s3_url: str, monkeypatch: pytest.M
         (404, "no such bucket"),
     ],
 )
-def test_refusals_of_gcs_are_told_apart(
+def test_gcs_refusals_are_distinguished(
     status: int, meaning: str, gcs: str, gcs_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy = Proxy(gcs_url)
@@ -283,7 +285,7 @@ def test_gcs_needs_credentials_and_a_url(
         fc.CheckpointManager(f"{gcs}/run")
 
 
-def test_a_large_file_arrives_whole(bucket: str, tmp_path: Path) -> None:
+def test_large_file_is_uploaded_completely(bucket: str, tmp_path: Path) -> None:
     """In parts, of which the last is a smaller one."""
     file, target, back = tmp_path / "file", f"{bucket}/run/file", tmp_path / "back"
     file.write_bytes(torch.randn(5_000_000).numpy().tobytes())
@@ -306,7 +308,7 @@ def test_no_credentials_are_stored(s3: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["profile", "gcs", "oci"])
-def test_credentials_from_elsewhere(
+def test_credentials_come_from_the_environment(
     where: str, s3: str, s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Of AWS's files, of Google's HMAC keys, of OCI: none of them is in AWS's variables."""

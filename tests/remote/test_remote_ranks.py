@@ -34,7 +34,7 @@ def test_four_ranks_save_and_two_restore(bucket: str, workers: Workers) -> None:
     assert torch.equal(whole["0.weight"], torch.nn.Linear(30, 50).weight)
 
 
-def test_a_full_disk_of_ranks_lets_go_of_what_a_further_tier_holds(
+def test_full_disk_of_ranks_deletes_steps_that_another_tier_has(
     workers: Workers, tmp_path: Path
 ) -> None:
     """Steps of 0.8 MB on 4 MiB: if any rank's disk is full, all of them write again."""

@@ -153,7 +153,7 @@ def test_steps_of_another_run_are_not_replaced_by_a_tier_that_is_added_later(
     assert far.values() == {1: 1.0, 2: 202.0, 3: 203.0}
 
 
-def test_the_old_copy_stays_until_the_new_one_is_whole(far: Far, tmp_path: Path) -> None:
+def test_old_copy_stays_until_the_new_one_is_complete(far: Far, tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path / "near", overwrite=True, tiers=[far.tier()]) as manager:
         for step in (1, 2):
             manager.save(step, _items(step))
@@ -285,7 +285,7 @@ def test_the_first_tier_is_pruned_when_it_is_closed_and_when_it_is_opened(
     assert _local_steps(near) == [4]
 
 
-def test_what_no_tier_holds_is_not_pruned_by_opening(tmp_path: Path) -> None:
+def test_opening_prunes_no_step_without_another_copy(tmp_path: Path) -> None:
     near, far = tmp_path / "near", Far("local", tmp_path)
     with fc.CheckpointManager(near) as manager:
         for step in range(1, 5):
@@ -309,7 +309,7 @@ def test_keeping_none_needs_another_tier(tmp_path: Path) -> None:
         manager.save(1, _items(1))
 
 
-def test_a_step_is_whole_while_it_is_read_and_arrives(tmp_path: Path) -> None:
+def test_step_stays_complete_while_it_is_read_and_uploaded(tmp_path: Path) -> None:
     far = Far("local", tmp_path)
     near = tmp_path / "near"
     with fc.CheckpointManager(near, keep_policy=_LATEST(0), tiers=[far.tier()]) as manager:
@@ -366,7 +366,7 @@ def test_a_store_that_never_answers_does_not_delay_the_manager(
     assert list(far.values()) == [1, 2, 3]
 
 
-def test_a_run_does_not_begin_again_because_its_tier_is_down(far: Far, tmp_path: Path) -> None:
+def test_run_does_not_start_from_scratch_while_its_tier_is_down(far: Far, tmp_path: Path) -> None:
     _fill(tmp_path / "old", far, range(1, 3))
     far.set_down(True)
     with fc.CheckpointManager(tmp_path / "new", tiers=[far.tier()]) as manager:
@@ -383,9 +383,7 @@ def test_a_run_does_not_begin_again_because_its_tier_is_down(far: Far, tmp_path:
         assert float(manager.restore_or(_items(0))["t"]["w"][0]) == 2.0
 
 
-def test_what_a_tier_may_want_is_not_pruned_before_it_can_be_asked(
-    far: Far, tmp_path: Path
-) -> None:
+def test_steps_are_not_pruned_before_an_unreachable_tier_decides(far: Far, tmp_path: Path) -> None:
     """Its policy depends on its steps, which are unknown while it is down."""
     near = tmp_path / "near"
 
@@ -610,7 +608,7 @@ def test_a_damaged_record_of_promises_sends_what_is_in_doubt(far: Far, tmp_path:
     assert list(far.values()) == [1, 2, 3]
 
 
-def test_what_fails_after_an_upload_is_an_error_of_the_next_call(
+def test_failure_after_an_upload_is_raised_by_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = promises.Promises.write

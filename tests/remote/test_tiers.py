@@ -72,7 +72,7 @@ def test_a_run_with_two_tiers(far: str, tmp_path: Path) -> None:
     assert fc.restore(f"{far}/latest")["state"]["n"] == 6
 
 
-def test_a_new_machine_goes_on_from_the_far_tier(far: str, tmp_path: Path) -> None:
+def test_new_machine_resumes_from_the_remote_tier(far: str, tmp_path: Path) -> None:
     tiers = [fc.Tier(path=far)]
     with fc.CheckpointManager(tmp_path / "one", tiers=tiers) as manager:
         manager.save(3, _state(3))
@@ -116,7 +116,7 @@ def test_late_metrics_go_where_their_steps_are(far: str, tmp_path: Path) -> None
         assert _metrics(far, 4) == {"eye": 1.0} and manager.best_step("eye") == 4
 
 
-def test_a_step_saved_anew_has_no_metrics_of_the_old(far: str, tmp_path: Path) -> None:
+def test_overwritten_step_loses_old_metrics(far: str, tmp_path: Path) -> None:
     tiers = [fc.Tier(path=far)]
     with fc.CheckpointManager(tmp_path / "near", overwrite=True, tiers=tiers) as manager:
         manager.save(1, _state(1)).result()
@@ -129,7 +129,7 @@ def test_a_step_saved_anew_has_no_metrics_of_the_old(far: str, tmp_path: Path) -
     assert storage.list(f"{root}/.functional_ckpt/metrics") == []
 
 
-def test_a_damaged_record_of_promises_is_told(
+def test_damaged_upload_record_is_logged(
     far: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     near = tmp_path / "near"
@@ -178,7 +178,7 @@ def test_what_has_changed_near_is_not_copied(far: str, tmp_path: Path) -> None:
     assert _steps(far) == [2]
 
 
-def test_a_step_saved_anew_replaces_the_copy(far: str, tmp_path: Path) -> None:
+def test_overwritten_step_replaces_the_copy(far: str, tmp_path: Path) -> None:
     with fc.CheckpointManager(
         tmp_path / "near", overwrite=True, tiers=[fc.Tier(path=far)]
     ) as manager:

@@ -80,7 +80,7 @@ def test_fine_tuning_onto_another_head(trained: tuple[Path, nn.Module]) -> None:
     assert not any(name.startswith("head") for name in taken)
 
 
-def test_the_report_of_what_does_not_fit(trained: tuple[Path, nn.Module]) -> None:
+def test_not_strict_restore_reports_differences(trained: tuple[Path, nn.Module]) -> None:
     run, source = trained
     model = classifier(7)
     model.extra = nn.Linear(2, 2)
@@ -127,7 +127,7 @@ def test_ignored_items_and_functions(trained: tuple[Path, nn.Module]) -> None:
 @pytest.mark.parametrize(
     "ignore", ["model.haed.*", ["model.head.*", "model.haed.*"], [], lambda name: False]
 )
-def test_what_ignores_nothing_is_an_error(trained: tuple[Path, nn.Module], ignore: Any) -> None:
+def test_ignore_without_a_match_raises(trained: tuple[Path, nn.Module], ignore: Any) -> None:
     run, source = trained
     model = classifier(2)
     before = values(model)
@@ -213,9 +213,7 @@ def test_another_dtype_or_shape_is_a_mismatch_unless_asked_for(
 # ------------------------------------------------------------------------------------ restore_or
 
 
-def test_beginning_and_going_on_are_one_call(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_restore_or_starts_or_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="functional_ckpt")
     model = classifier(2)
     items = {"model": model, "ema": {"x": torch.zeros(2)}, "config": fc.Json({"lr": 1})}
@@ -253,7 +251,7 @@ def test_restore_or_takes_what_restore_takes(trained: tuple[Path, nn.Module]) ->
             manager.restore_or([model])  # type: ignore[arg-type]
 
 
-def test_a_damaged_step_is_never_begun_anew(tmp_path: Path) -> None:
+def test_restore_or_raises_for_a_damaged_step(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path) as manager:
         saved(manager, 3)
     (tmp_path / "3" / "_FUNCTIONAL_CKPT").write_text("{}")
@@ -261,7 +259,7 @@ def test_a_damaged_step_is_never_begun_anew(tmp_path: Path) -> None:
         manager.restore_or(state(0))
 
 
-def test_steps_under_another_name_are_told_of(
+def test_steps_with_other_names_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with fc.CheckpointManager(tmp_path, step_name=fc.step_names.StepName(prefix="step")) as manager:
@@ -271,7 +269,7 @@ def test_steps_under_another_name_are_told_of(
     assert "1 subdirectories do not match step_name (step_3)" in caplog.text
 
 
-def test_content_that_is_absent_is_none(tmp_path: Path) -> None:
+def test_missing_user_content_is_none(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path) as manager:
         manager.save(1, {**state(1), "user": fc.Json({"note": "kept"})})
         manager.save(2, state(2))

@@ -122,7 +122,7 @@ def test_state_that_the_checkpoint_lacks_stays_when_it_is_ignored(tmp_path: Path
     assert state_of(optimizer) == {}
 
 
-def test_a_scheduler_keeps_what_is_ignored(tmp_path: Path) -> None:
+def test_scheduler_keeps_ignored_values(tmp_path: Path) -> None:
     scheduler = lr_scheduler.StepLR(make("sgd", 0.1)[1], 7)
     scheduler.last_epoch = 5
     fc.save(tmp_path / "c", {"scheduler": scheduler})
@@ -204,7 +204,7 @@ def test_a_generator_of_another_name_is_no_mismatch_when_it_is_ignored(tmp_path:
     assert new.getstate() == before
 
 
-def test_a_metric_keeps_what_is_ignored(tmp_path: Path) -> None:
+def test_metric_keeps_ignored_values(tmp_path: Path) -> None:
     def metric(count: int) -> Any:
         made = classification.MulticlassAccuracy(3, average="micro")
         for _ in range(count):

@@ -98,7 +98,7 @@ def test_another_class_of_optimizer_is_a_mismatch(old: str, new: str, tmp_path: 
     ("old", "new", "found"),
     [("adamw", "momentum", True), ("momentum", "adafactor", True), ("adam", "adamw", False)],
 )
-def test_without_its_name_another_class_is_told_by_its_options(
+def test_optimizer_class_is_recognised_by_its_options(
     old: str, new: str, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = net()

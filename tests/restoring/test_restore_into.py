@@ -81,7 +81,7 @@ def test_none_and_as_saved_stand_for_whatever_is_there(manager: fc.CheckpointMan
     assert testing.differences(restored["model"], EXPECTED) == []
 
 
-def test_what_is_not_there_is_named_with_what_is(
+def test_missing_item_is_named_with_the_existing_ones(
     manager: fc.CheckpointManager, tmp_path: Path
 ) -> None:
     with pytest.raises(errors.StepNotFoundError, match="no step 7; the latest are: 1") as caught:
@@ -114,7 +114,7 @@ def test_the_step_of_a_managers_directory_is_known_without_the_manager(
 # ------------------------------------------------------------------------------ into memory
 
 
-def test_a_module_is_filled_where_it_lies(manager: fc.CheckpointManager) -> None:
+def test_module_is_filled_in_place(manager: fc.CheckpointManager) -> None:
     model = make_model(2)
     model[0].weight.requires_grad_(False)
     held = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -351,7 +351,7 @@ def flip_a_byte(directory: Path, tensor: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("verify", ["first", "stream", False])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_flipped_byte(
+def test_restore_of_a_flipped_byte_raises_corrupt(
     verify: Literal["first", "stream", False],
     in_place: bool,
     manager: fc.CheckpointManager,

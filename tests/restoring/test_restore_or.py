@@ -129,7 +129,7 @@ def test_strict_false_keeps_an_item_that_the_step_lacks(tmp_path: Path) -> None:
             manager.restore(into={"others": 1}, strict=False)
 
 
-def test_over_is_what_the_next_save_takes(tmp_path: Path) -> None:
+def test_restored_with_defaults_is_accepted_by_save(tmp_path: Path) -> None:
     items = save(tmp_path, 2)
     with fc.CheckpointManager(tmp_path) as manager:
         fresh = program()
@@ -177,7 +177,7 @@ def test_a_step_that_was_just_saved_is_saved_again_by_force(tmp_path: Path) -> N
         assert manager.all_steps() == [4]
 
 
-def test_training_items_refuse_what_has_no_state() -> None:
+def test_training_items_refuse_objects_without_state() -> None:
     model = torch.nn.Linear(1, 1)
     loader = torch.utils.data.DataLoader([1, 2])
     with pytest.raises(errors.UsageError, match=r"loader: .*StatefulDataLoader"):

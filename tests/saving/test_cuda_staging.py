@@ -254,7 +254,7 @@ def test_a_change_before_the_step_fails_the_save(tmp_path: Path, device: Device)
     assert fc.CheckpointManager(tmp_path, read_only=True).all_steps() == [2]
 
 
-def test_a_copy_that_fails_holds_nobody_up(
+def test_failed_copy_blocks_no_thread(
     tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimizer, items = trained(device)
@@ -339,7 +339,7 @@ def a_module_of(values: dict[str, torch.Tensor]) -> torch.nn.Module:
 
 @pytest.mark.parametrize("is_in_place", [True, False])
 @pytest.mark.parametrize("verify", ["stream", False])
-def test_what_lies_on_a_device_is_restored(
+def test_device_tensors_are_restored(
     tmp_path: Path,
     device: Device,
     monkeypatch: pytest.MonkeyPatch,

@@ -220,7 +220,9 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("kind", ["foreach", "loop", "fused"])
-def test_fsdp2(tmp_path: Path, slow: threading.Event, kind: str) -> None:
+def test_overlapped_save_under_fsdp2_has_the_state_at_save(
+    tmp_path: Path, slow: threading.Event, kind: str
+) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -234,7 +236,9 @@ def test_fsdp2(tmp_path: Path, slow: threading.Event, kind: str) -> None:
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_zero_redundancy(tmp_path: Path, slow: threading.Event) -> None:
+def test_overlapped_save_with_zero_redundancy_has_the_state_at_save(
+    tmp_path: Path, slow: threading.Event
+) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     model = make_model()
@@ -276,7 +280,7 @@ class Interrupted(KeyboardInterrupt):
     """Simulates Ctrl-C."""
 
 
-def test_an_interrupt_after_staging_lets_the_next_step_begin(tmp_path: Path) -> None:
+def test_interrupt_after_staging_releases_the_next_step(tmp_path: Path) -> None:
     """Nothing will be copied any more: a step that waited for it would wait forever."""
 
     def interrupt(event: fc.Event) -> None:
@@ -408,7 +412,7 @@ def test_a_checked_copy_of_an_ordinary_program_passes(
         assert manager.all_steps() == [0, 1, 2]
 
 
-def test_what_was_changed_once_is_copied_at_once_from_then_on(
+def test_leaves_changed_once_are_copied_before_save_returns(
     tmp_path: Path, slow: threading.Event
 ) -> None:
     manager, model, _, items = trained(tmp_path / "run")
@@ -542,7 +546,7 @@ def test_save_returns_before_parameters_are_copied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("staging", ["overlapped", fc.Overlapped, None, True])
-def test_a_staging_that_is_none_of_the_three_is_refused(tmp_path: Path, staging: Any) -> None:
+def test_unknown_staging_is_refused(tmp_path: Path, staging: Any) -> None:
     with pytest.raises(errors.UsageError, match=r"fc\.Eager\(\), fc\.Overlapped\(\)"):
         fc.CheckpointManager(tmp_path, staging=staging)
     with pytest.raises(errors.UsageError, match="checked must be"):

@@ -31,7 +31,7 @@ _formats = st.builds(
         (StepName(prefix="a.b_c"), 7, "a.b_c_7"),
     ],
 )
-def test_build_and_parse(fmt: StepName, step: int, name: str) -> None:
+def test_step_name_build_and_parse_agree(fmt: StepName, step: int, name: str) -> None:
     assert fmt.build_name(step) == name
     assert fmt.names(step) == (name,)
     assert fmt.parse(name) == step
@@ -75,13 +75,13 @@ def test_look_alikes_are_no_steps(fmt: StepName, name: str) -> None:
 
 
 @given(_formats, st.integers(0, 10**40))
-def test_parse_inverts_build(fmt: StepName, step: int) -> None:
+def test_step_name_parse_inverts_build(fmt: StepName, step: int) -> None:
     assert fmt.parse(fmt.build_name(step)) == step
     assert fmt.parse(fmt.build_name(step) + ".orbax-checkpoint-tmp") is None
 
 
 @given(_formats, st.text(alphabet="0123456789_step.-٧", max_size=12))
-def test_whatever_parses_is_what_would_be_built(fmt: StepName, name: str) -> None:
+def test_parsed_names_equal_built_names(fmt: StepName, name: str) -> None:
     step = fmt.parse(name)
     assert step is None or fmt.build_name(step) == name
 
@@ -103,13 +103,13 @@ def test_prefixes_that_cannot_be_listed_are_refused(prefix: str, message: str) -
 
 
 @pytest.mark.parametrize("pad", [0, -1, 101, True, 4.0])
-def test_padding_is_validated(pad: int) -> None:
+def test_step_name_refuses_invalid_padding(pad: int) -> None:
     with pytest.raises(UsageError, match="zero_pad of a step name: expected 1 to 100 digits; got"):
         StepName(zero_pad=pad)
 
 
 @pytest.mark.parametrize("step", [-1, True, 1.0, "1"])
-def test_what_is_no_step_has_no_name(step: int) -> None:
+def test_step_name_refuses_invalid_steps(step: int) -> None:
     with pytest.raises(UsageError, match="step: expected an int of at least 0; got"):
         StepName().build_name(step)
 
@@ -125,7 +125,7 @@ def test_composite_reads_several_and_writes_one() -> None:
         CompositeStepName(write=new, read=(old,))
 
 
-def test_what_a_user_may_pass() -> None:
+def test_step_name_format_accepts_only_instances() -> None:
     fmt = StepName(prefix="step")
     assert as_name_format(None) == StepName()
     assert as_name_format(fmt) is fmt

@@ -106,7 +106,7 @@ def test_the_link_is_there_at_every_instant(tmp_path: Path) -> None:
     assert fc.restore(tmp_path / "latest")["state"]["step"] == 2
 
 
-def test_what_is_no_link_is_left_alone(tmp_path: Path) -> None:
+def test_latest_link_keeps_other_files(tmp_path: Path) -> None:
     (tmp_path / "latest").mkdir()
     with pytest.raises(errors.StorageError, match="the path exists and is not a link"):
         fc.CheckpointManager(tmp_path, latest_link="latest")

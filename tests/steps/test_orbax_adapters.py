@@ -313,7 +313,7 @@ class _Derived(theirs.SaveDecisionPolicy):
         return context.multiprocessing_options.primary_host == 0 and context.reached_preemption
 
 
-def test_what_is_orbaxs() -> None:
+def test_adapters_recognise_orbax_objects() -> None:
     for value in (theirs.LatestN(1), step_lib.standard_name_format(), _Derived()):
         assert is_orbax_object(value)
     for value in (_Mine(), policies.LatestN(1), [theirs.LatestN(1)], None, theirs.LatestN):
@@ -337,7 +337,7 @@ def test_a_policy_that_derives_from_orbaxs_gets_orbaxs_context() -> None:
     st.none() | st.integers(0, 12),
     st.integers(0, 10**14),
 )
-def test_names_are_orbaxs(prefix: str | None, width: int | None, step: int) -> None:
+def test_adapted_names_equal_orbaxs(prefix: str | None, width: int | None, step: int) -> None:
     orbax = step_lib.standard_name_format(step_prefix=prefix, step_format_fixed_length=width)
     ours = adapt_name_format(orbax)
     assert ours == StepName(prefix=prefix, zero_pad=width or None)
@@ -385,7 +385,7 @@ def test_difference_look_alike_numbers_are_no_steps(tmp_path: Path) -> None:
     assert [adapt_name_format(orbax).parse(name) for name in names] == [None, None]
 
 
-def test_composite_names() -> None:
+def test_composite_names_read_every_format() -> None:
     old, new = (
         step_lib.standard_name_format(),
         step_lib.standard_name_format(step_prefix="step", step_format_fixed_length=4),

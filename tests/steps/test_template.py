@@ -43,14 +43,14 @@ PROGRESS = Progress(
         ("{{{step}}}", "{500}"),
     ],
 )
-def test_every_variable(template: str, name: str) -> None:
+def test_template_fills_every_variable(template: str, name: str) -> None:
     names = StepTemplate(template=template, run_name="digits", world_size=16, local_world_size=8)
     assert as_name_format(names) is names
     assert new_name(names, 500, PROGRESS) == name
     assert names.parse(name) == 500
 
 
-def test_a_run_goes_on_with_another_number_of_ranks() -> None:
+def test_run_resumes_with_another_number_of_ranks() -> None:
     wide = StepTemplate(template="{step}-of-{world_size}", world_size=8)
     assert (
         StepTemplate(template="{step}-of-{world_size}", world_size=4).parse(wide.build_name(7)) == 7
@@ -58,7 +58,7 @@ def test_a_run_goes_on_with_another_number_of_ranks() -> None:
 
 
 @given(st.integers(0, 10**9), st.integers(0, 10**9), st.integers(1, 12))
-def test_what_is_built_is_read_back(step: int, epoch: int, width: int) -> None:
+def test_built_names_are_parsed_back(step: int, epoch: int, width: int) -> None:
     names = StepTemplate(template=f"run ep{{epoch}} - {{step:0{width}d}}.x{{epoch}}")
     name = names.name_of(step, Progress(epoch=epoch))
     assert names.parse(name) == step
@@ -105,12 +105,14 @@ def test_one_variable_has_one_value() -> None:
         ({"template": 7}, "expected a string; got 7"),
     ],
 )
-def test_what_names_no_steps(arguments: dict[str, Any], message: str) -> None:
+def test_template_refuses_names_that_do_not_identify_steps(
+    arguments: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         StepTemplate(**arguments)
 
 
-def test_what_a_name_needs() -> None:
+def test_template_requires_its_variables() -> None:
     names = StepTemplate(template="ep{epoch}-ba{batch}")
     with pytest.raises(UsageError, match=r"\{epoch\} needs save\(progress=fc"):
         names.build_name(3)

@@ -56,7 +56,7 @@ def test_an_overwrite_cut_anywhere_leaves_the_old_step_or_the_new(
     assert at > 1 and outcomes == {b"old", b"new"}
 
 
-def test_a_first_save_cut_anywhere_is_whole_or_absent(tmp_path: Path) -> None:
+def test_first_save_cut_anywhere_is_complete_or_absent(tmp_path: Path) -> None:
     for at in range(10):
         root = str(tmp_path / str(at))
         final = os.path.join(root, "7")
@@ -184,9 +184,7 @@ def test_sync_tree_syncs_files_then_every_directory_from_the_deepest(tmp_path: P
     assert synced[3:] == ["x/y", "x", "."]
 
 
-def test_what_cannot_be_removed_is_left_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_abandon_warns_if_removal_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     storage = FaultyStorage(Fault(at=0, kinds=("remove",)))
     with caplog.at_level(logging.WARNING, "functional_ckpt"):
         commit.protocol(storage, str(tmp_path)).abandon(str(tmp_path / "7.tmp"))

@@ -34,7 +34,9 @@ class TestStorageThatCannotExchange(StorageContract):
         return FaultyStorage(can_exchange=False)
 
 
-def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_makes_local_paths_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
     assert resolve("a/../b") == str(tmp_path / "b")
@@ -43,7 +45,7 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("~/x") == "/home/me/x"
 
 
-def test_resolve_uris() -> None:
+def test_resolve_normalises_uris() -> None:
     assert resolve("gs://bucket/x/") == "gs://bucket/x"
     assert resolve("S3://bucket//a/b") == "s3://bucket/a/b"
     assert resolve("s3://bucket") == "s3://bucket"

@@ -110,7 +110,7 @@ def test_a_failing_stat_never_means_that_nothing_is_there(
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTDIR])
-def test_what_is_absent_is_absent(code: int, storage: LocalStorage, tmp_path: Path) -> None:
+def test_missing_paths_are_absent(code: int, storage: LocalStorage, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     path = str(tmp_path / ("none" if code == errno.ENOENT else "file/none"))
     assert not queries.exists(storage, path) and not queries.is_directory(storage, path)

@@ -32,7 +32,7 @@ class StorageContract:
 
     # -------------------------------------------------------------------------------- operations
 
-    def test_what_was_written_is_read(self, storage: Storage, root: str) -> None:
+    def test_written_arrays_are_read_back(self, storage: Storage, root: str) -> None:
         path = os.path.join(root, "a")
         assert not queries.exists(storage, path)
         for data in (b"", b"one", bytes(range(256)) * 1_000, b"short again"):
@@ -69,7 +69,7 @@ class StorageContract:
         commit.protocol(storage, root).replace(path, b"two")
         assert storage.read(path) == b"two" and storage.list(root) == ["a"]
 
-    def test_rename_moves_a_directory_whole(self, storage: Storage, root: str) -> None:
+    def test_rename_moves_a_directory_completely(self, storage: Storage, root: str) -> None:
         source, target = os.path.join(root, "s"), os.path.join(root, "t")
         storage.make_directory(source)
         storage.write(os.path.join(source, "a"), b"1")
@@ -114,7 +114,7 @@ class StorageContract:
         assert [n for n in storage.list(root) if n != commit.HIDDEN] == ["1", "2", "latest"]
 
     @pytest.mark.parametrize("operation", ["read", "checksum"])
-    def test_what_is_absent_is_a_storage_error(
+    def test_missing_file_raises_storage_error(
         self, operation: str, storage: Storage, root: str
     ) -> None:
         path = os.path.join(root, "none")

@@ -75,12 +75,12 @@ def root(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------ intact
 
 
-def test_what_is_whole_has_no_findings(checkpoint: Path, root: Path) -> None:
+def test_intact_checkpoint_has_no_findings(checkpoint: Path, root: Path) -> None:
     assert verify(checkpoint) == []
     assert verify(root / "1", 1) == verify(root / "2", 2) == []
 
 
-def test_a_path_may_hold_what_a_url_may_not(tmp_path: Path) -> None:
+def test_path_may_have_characters_that_urls_may_not(tmp_path: Path) -> None:
     path = tmp_path / "a b%41?x#y:é%zz"
     fc.save(path, {"m%d ?#": {"w": WIDE, "v": WIDE}})
     restored = fc.restore(path)["m%d ?#"]
@@ -200,7 +200,7 @@ def test_every_step_of_a_manager_is_covered_to_its_last_file(root: Path) -> None
         (step / name).write_bytes(content)
 
 
-def test_each_damaged_file_is_told_its_own_leaves(
+def test_damaged_files_are_reported_with_their_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_direct, "BYTES_PER_FILE", 1)  # several files
@@ -286,7 +286,7 @@ def test_what_is_no_regular_file_is_found(checkpoint: Path, kind: str) -> None:
         elsewhere.rename(file)
 
 
-def test_unreadable_files_are_told(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_reported(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(testing.FaultyStorage):
         def operation(self, kind: str, path: str) -> None:
             if kind == "read" and path.endswith("_METADATA"):
@@ -307,7 +307,7 @@ def swap(a: Path, b: Path) -> None:
     aside.rename(b)
 
 
-def test_swapped_files_are_found_and_told(root: Path) -> None:
+def test_verify_reports_swapped_files(root: Path) -> None:
     step = root / "1"
     first, second = (n for n in files(step) if n.endswith("manifest.ocdbt") and n.count("/") == 1)
     swap(step / first, step / second)
@@ -318,14 +318,14 @@ def test_swapped_files_are_found_and_told(root: Path) -> None:
     assert found[first].got == f"that of {second}"
 
 
-def test_swapped_items_are_found_and_told(root: Path) -> None:
+def test_verify_reports_swapped_items(root: Path) -> None:
     swap(root / "1" / "m", root / "1" / "other")
     found = {each.file: each for each in verify(root / "1", 1) if each.problem == "swapped"}
     assert found[f"m/{EXTENSION_FILE}"].got == "that of item 'other'"
     assert found[f"other/{EXTENSION_FILE}"].got == "that of item 'm'"
 
 
-def test_swapped_steps_are_found_and_told(root: Path) -> None:
+def test_verify_reports_swapped_steps(root: Path) -> None:
     swap(root / "1", root / "2")
     finding = one(verify(root / "1", 1))
     assert (finding.file, finding.problem, finding.got) == (
@@ -336,7 +336,7 @@ def test_swapped_steps_are_found_and_told(root: Path) -> None:
     assert verify(root / "1") == []  # as a separate directory it is intact
 
 
-def test_an_item_of_another_step_is_found_and_told(root: Path) -> None:
+def test_verify_reports_an_item_of_another_step(root: Path) -> None:
     swap(root / "1" / "m", root / "2" / "m")
     finding = one(verify(root / "1", 1))
     assert (finding.file, finding.problem) == (f"m/{EXTENSION_FILE}", "swapped")
@@ -476,7 +476,7 @@ def test_an_item_alone_is_an_error(checkpoint: Path) -> None:
         verify(checkpoint / "m")
 
 
-def test_what_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
+def test_verify_of_other_directories_raises(tmp_path: Path) -> None:
     with pytest.raises(fc.errors.StepNotFoundError, match="no checkpoint"):
         verify(tmp_path / "nothing")
     (tmp_path / "folder" / "sub").mkdir(parents=True)
