@@ -33,15 +33,15 @@ def save(environ: Mapping[str, str], run: str, seed: int) -> list[int]:
         return manager.all_steps()
 
 
-def fill(near: str, far: str, num_steps: int) -> list[int]:
-    """Saves more than fits into the first tier; returns the steps of all tiers."""
+def fill(near: str, far: str, num_steps: int) -> tuple[list[int], list[int]]:
+    """Saves more than fits into the first tier; returns the steps of all tiers, and its own."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with fc.CheckpointManager(near, tiers=[fc.Tier(path=far)]) as manager:
         for step in range(num_steps):
             value = distribute_tensor(torch.full((200, 1000), float(step)), mesh, [Shard(0)])
             manager.save(step, {"tree": {"w": value}}).result()
             manager.wait_until_finished()
-        return manager.all_steps()
+        return manager.all_steps(), [info.step for info in manager._steps.infos]
 
 
 def restore(environ: Mapping[str, str], run: str, seed: int) -> bool:

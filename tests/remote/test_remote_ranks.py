@@ -44,7 +44,7 @@ def test_full_disk_of_ranks_deletes_steps_that_another_tier_has(
         outcomes = workers.run(2, rank_jobs.fill, str(near), str(far), num_steps)
         with fc.CheckpointManager(near, read_only=True) as manager:
             left = manager.all_steps()
-    assert outcomes == [list(range(num_steps))] * 2
+    assert outcomes == [(list(range(num_steps)), left)] * 2, "a rank lists steps that are gone"
     assert left and left == list(range(left[0], num_steps)) and left[0] > 0
     for step in range(num_steps):
         whole = fc.restore(far / str(step))["tree"]["w"]
