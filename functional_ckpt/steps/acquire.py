@@ -27,7 +27,7 @@ _OPENING = "opening the directory"
 
 
 def coordinator_of(coordinator: Coordinator | None, process_group: Any) -> Coordinator:
-    """The coordinator that was given, or that of a process group; None for the default group."""
+    """Returns the given coordinator, or that of a process group (None: the default one)."""
     if coordinator is None:
         return default_coordinator(process_group)
     if process_group is not None:

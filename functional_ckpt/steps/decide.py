@@ -65,7 +65,7 @@ class SaveDecider:
         self._watch.stop()
 
     def is_preempted(self, step: int) -> bool:
-        """Whether the job received SIGTERM and `step` is, or can still be, saved.
+        """Returns whether the job received SIGTERM and `step` is, or can still be, saved.
 
         False for a step that was just declined: the signal came too late for it, and leaving the
         loop now would lose all steps since the last save. With many ranks all get the same answer:
@@ -102,7 +102,7 @@ class SaveDecider:
     def should_save(
         self, step: int, progress: Progress | None = None, *, force: bool = False
     ) -> bool:
-        """Whether to save; one round between the ranks unless the step alone decides.
+        """Returns whether to save; one round between the ranks unless the step alone decides.
 
         Args:
             step: The step.
@@ -160,7 +160,7 @@ class SaveDecider:
         return (_YES if wanted else _NO) + (_YES if reached else _NO)
 
     def _past(self, busy: int | None) -> tuple[StepInfo, ...]:
-        """The steps that came before in this run: those on the line that it saves on."""
+        """Returns the steps that came before in this run: those on the line that it saves on."""
         line = self._steps.next_line()
         known = {info.step: info for info in self._steps.all_infos() if line.holds(info)}
         if busy is not None and self._last is not None:

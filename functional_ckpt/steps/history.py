@@ -144,7 +144,7 @@ def _describe(
 
 
 def commit_time(nanoseconds: int) -> datetime.datetime:
-    """The time of a commit, exact to the microsecond: late metrics know their commit by it."""
+    """Returns the time of a commit, exact to the microsecond: late metrics refer to it."""
     return _EPOCH + datetime.timedelta(microseconds=nanoseconds // 1000)
 
 
@@ -197,7 +197,7 @@ def _merged(files: Sequence[tuple[int, Late]]) -> Late:
 
 
 def with_late_metrics(info: StepInfo, late: LateMetrics) -> StepInfo:
-    """The step with its late metrics, without those of another commit of its number."""
+    """Returns the step with its late metrics, without those of another commit of its number."""
     found = late.get((info.step, _commit_of(info)))
     if found is None:
         return info
@@ -209,7 +209,7 @@ def with_late_metrics(info: StepInfo, late: LateMetrics) -> StepInfo:
 
 
 def recorded(info: StepInfo, late: LateMetrics, path: str) -> Mapping[str, Any]:
-    """The late metrics of a step; raises if some are damaged."""
+    """Returns the late metrics of a step; raises if some are damaged."""
     found = late.get((info.step, _commit_of(info)), Late({}))
     if found.problem is not None and found.is_unreadable:
         raise errors.StorageError(found.problem, step=info.step, path=path)
@@ -257,12 +257,12 @@ def remove_late_metrics(
 
 
 def _commit_of(info: StepInfo) -> int:
-    """The identity of a commit of a step: its time, microseconds since the epoch."""
+    """Returns the identity of a commit of a step: its time, microseconds since the epoch."""
     return (info.time - _EPOCH) // datetime.timedelta(microseconds=1)
 
 
 def finite_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The metrics that are finite numbers, for tables."""
+    """Returns the metrics that are finite numbers, for tables."""
     for name, value in metrics.items():
         if isinstance(value, (int, float)) and math.isfinite(value):
             yield name, float(value)

@@ -90,7 +90,7 @@ class StepIndex:
         return dict(sorted(steps.items()))
 
     def _entry(self, step: int, name: str) -> Entry | str | None:
-        """The step, or the kind of the entry; None if it is gone, or not yet there."""
+        """Returns the step, or the kind of the entry; None if it is gone, or not yet there."""
         path = os.path.join(self._root, name)
         commit_id = self._commits.commit_id(path)
         if commit_id is None:

@@ -46,7 +46,7 @@ class StepMetadata:
 def checkpoint_metadata(
     opened: checkpoint_dir.OpenCheckpoint, late: history.LateMetrics | None = None
 ) -> StepMetadata:
-    """The metadata of an opened checkpoint, with `late` metrics."""
+    """Returns the metadata of an opened checkpoint, with `late` metrics."""
     items = {
         name: opened.json(name) if kind == "json" else select.specs(opened.tree(name).root)
         for name, kind in opened.items.items()
@@ -65,7 +65,7 @@ def checkpoint_metadata(
 
 
 def step_metadata(steps: Steps, step: int | None) -> StepMetadata:
-    """The metadata of a step, None for the latest, from the nearest tier that holds it."""
+    """Returns the metadata of a step, None for the latest, from the nearest tier that holds it."""
     number = steps.latest() if step is None else steps.existing(step)
     holder = steps.tiers_with(number)[0]
     opened = checkpoint_dir.open_checkpoint(holder.storage, holder.path(number), number)

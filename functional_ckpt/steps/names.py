@@ -160,7 +160,7 @@ def as_name_format(
 
 
 def is_taken_name(name: str, names: NameFormat) -> bool:
-    """Whether a directory of steps would take `name` in it for a step or for a part of itself."""
+    """Returns whether `name` in a directory of steps is a step's, or one of its own files'."""
     return name.startswith(".") or _TMP_MARK in name or names.parse(name) is not None
 
 

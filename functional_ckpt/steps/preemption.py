@@ -63,7 +63,7 @@ class Watch:
 
 
 def is_preemption(policy: object) -> bool:
-    """Whether a policy (native or Orbax's) waits for SIGTERM."""
+    """Returns whether a policy (native or Orbax's) waits for SIGTERM."""
     return (
         isinstance(policy, Preemption)
         or "Preemption" in type(getattr(policy, "policy", policy)).__name__

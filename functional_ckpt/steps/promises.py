@@ -114,7 +114,7 @@ def _with_digest(record: dict[str, Any]) -> bytes:
 
 
 def _parse(data: bytes) -> dict[str, Any]:
-    """The record; raises ValueError if it is damaged.
+    """Returns the record; raises ValueError if it is damaged.
 
     Earlier versions wrote no digest and no list of replaced steps.
     """
@@ -128,10 +128,10 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 
 def lacks_metrics(copy: StepInfo, info: StepInfo) -> bool:
-    """Whether a step has metrics that a copy of it has not, or others."""
+    """Returns whether a step has metrics that a copy of it has not, or others."""
     return any(lacks(copy.metrics or {}, *each) for each in (info.metrics or {}).items())
 
 
 def lacks(metrics: Mapping[str, Any], name: str, value: Any) -> bool:
-    """Whether a metric is not there with this value; nan is like nan."""
+    """Returns whether a metric is not there with this value; nan is like nan."""
     return name not in metrics or json.dumps(metrics[name]) != json.dumps(value)

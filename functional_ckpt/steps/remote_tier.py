@@ -65,7 +65,7 @@ class RemoteTier:
         self._mutex = threading.Lock()
 
     def open(self) -> TierSteps:
-        """The tier's steps; it is opened if it was not yet.
+        """Returns the tier's steps; it is opened if it was not yet.
 
         Raises:
             StorageError: It is out of reach, or refuses.
@@ -104,7 +104,7 @@ def open_reachable(tiers: Sequence[RemoteTier]) -> None:
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether an error says that a store cannot be reached now."""
+    """Returns whether an error says that a store cannot be reached now."""
     return isinstance(error, errors.StorageError) and error.errno in _OUTAGES
 
 

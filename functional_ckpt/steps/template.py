@@ -163,7 +163,7 @@ class StepTemplate:
         return "step" if is_told else "batch"
 
     def _fixed(self, name: str) -> str | None:
-        """The text of a variable that is the same for all steps."""
+        """Returns the text of a variable that is the same for all steps."""
         if name in _OF_PRIMARY:
             return "0"
         return self.run_name if name == "run_name" else None

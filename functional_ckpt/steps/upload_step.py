@@ -123,7 +123,7 @@ class Upload:
             )
 
     def _files(self) -> tuple[dict[str, records.FileRecord], str]:
-        """The step's files by its own records, and the identity of its commit.
+        """Returns the step's files by its own records, and the identity of its commit.
 
         A listing is not sufficient: a missed file would be missing in the copy. Files without a
             record, such as those of a foreign step, are described from their content.
@@ -192,7 +192,7 @@ class Upload:
 
 
 def _record_digest(storage: Storage, path: str) -> str | None:
-    """The identity of a commit: its record, which has every digest; None without one."""
+    """Returns the identity of a commit: its record, which has every digest; None without one."""
     try:
         return records.digest_hex(storage.read(os.path.join(path, records.EXTENSION_FILE)))
     except errors.StorageError as error:

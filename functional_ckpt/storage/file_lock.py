@@ -68,7 +68,7 @@ class FileLock:
         return True
 
     def is_at_path(self) -> bool:
-        """Whether the path still leads to the open file; false once it was moved or removed."""
+        """Returns whether the path still leads to the open file, not moved or removed."""
         held = os.fstat(self.descriptor)
         try:
             found = os.stat(self.path)
@@ -207,5 +207,5 @@ def _warn_of_lease(root: str) -> None:
 
 
 def _holder() -> bytes:
-    """The note in the lock file, for the message to other writers."""
+    """Returns the note in the lock file, for the message to other writers."""
     return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()

@@ -99,7 +99,7 @@ def open_regular(path: str, *, follow: bool = False) -> tuple[int, int]:
 
 
 def read_regular(path: str, *, follow: bool = False) -> bytes:
-    """The content of a regular file of text; see `open_regular` for refusals."""
+    """Returns the content of a regular file of text; see `open_regular` for refusals."""
     descriptor, size_bytes = open_regular(path, follow=follow)
     with clear_errors("read", path):
         try:
@@ -119,7 +119,7 @@ def _has_hole(descriptor: int, size_bytes: int) -> bool:
 
 
 def _read_all(descriptor: int, size_bytes: int) -> bytes:
-    """As many bytes as the file had when it was opened; fewer where it was cut since."""
+    """Returns as many bytes as the file had when it was opened; fewer where it was cut since."""
     data = os.pread(descriptor, size_bytes, 0)
     if len(data) == size_bytes:
         return data

@@ -16,7 +16,7 @@ __all__ = ["connect"]
 def connect(
     path: Any, storage: Storage | None = None, *, is_patient: bool = True
 ) -> tuple[Storage, str]:
-    """The store of a path, and the path as the store knows it.
+    """Returns the store of a path, and the path as the store knows it.
 
     Args:
         path: A local path, or a URI: `s3://bucket/run`, `gs://`, `oci://bucket@namespace/run`,

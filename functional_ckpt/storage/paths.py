@@ -14,7 +14,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def resolve(path: Any) -> str:
-    """An absolute local path, or the URI of a remote one without a slash at its end.
+    """Returns an absolute local path, or the URI of a remote one without a slash at its end.
 
     Args:
         path: A string, an `os.PathLike` or an `epath.Path`.
@@ -40,7 +40,7 @@ def resolve(path: Any) -> str:
 
 
 def resolve_local(path: Any, advice: str) -> str:
-    """An absolute local path.
+    """Returns an absolute local path.
 
     Args:
         path: The user's path.
@@ -85,12 +85,12 @@ def _is_utf8(text: str) -> bool:
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URI; those of `file://` have been resolved before."""
+    """Returns whether a path is a URI; those of `file://` have been resolved before."""
     return "://" in path
 
 
 def resolve_uri(text: str) -> str:
-    """A URI without a slash at its end; raises UsageError if it is invalid."""
+    """Returns a URI without a slash at its end; raises UsageError if it is invalid."""
     scheme, _, rest = text.partition("://")
     bucket, *parts = rest.split("/")
     if "@" in bucket and ":" in bucket.partition("@")[0]:

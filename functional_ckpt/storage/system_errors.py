@@ -15,7 +15,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 
 
 def is_absence(error: OSError) -> bool:
-    """Whether an error says that nothing is at a path; any other says nothing about it.
+    """Returns whether an error says that nothing is at a path; any other says nothing about it.
 
     A server that does not answer, a directory that may not be searched and a process without
     descriptors are no reason to take a checkpoint for absent.

@@ -47,12 +47,12 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
 
 def tmp_path(final: str) -> str:
-    """Where a directory is written before it is renamed to `final`, if one name is for all."""
+    """Returns the one temporary path of `final`, for uploads and object stores."""
     return final + TMP_SUFFIX
 
 
 def unique_tmp_path(final: str, ending: str = "") -> str:
-    """Where one save alone writes a directory before it is renamed to `final`."""
+    """Returns a temporary path of `final` for one save alone."""
     folder, name = os.path.split(final)
     tail = f"{TMP_SUFFIX}-{uuid.uuid4().hex[:12]}{ending}"
     room = _MAX_NAME_BYTES - len(tail)
@@ -60,13 +60,13 @@ def unique_tmp_path(final: str, ending: str = "") -> str:
 
 
 def final_path(tmp: str) -> str:
-    """The final path of a temporary path."""
+    """Returns the final path of a temporary path."""
     folder, name = os.path.split(tmp)
     return os.path.join(folder, name.partition(TMP_SUFFIX)[0])
 
 
 def is_claim(name: str) -> bool:
-    """Whether the name, or the last part of the path, is that of a claim."""
+    """Returns whether the name, or the last part of the path, is that of a claim."""
     return _CLAIM.search(os.path.basename(name)) is not None
 
 
@@ -88,7 +88,7 @@ def claim(storage: Storage, final: str) -> FileLock:
 
 
 def _locked(path: str) -> FileLock | None:
-    """The lock of a new claim; None where a process that looked for leftovers was faster."""
+    """Returns the lock of a new claim; None if a process that removes leftovers was faster."""
     try:
         lock = FileLock(path, _DIRECTORY)
     except FileNotFoundError:
@@ -139,7 +139,7 @@ def _remove_if_dead(storage: Storage, path: str) -> bool:
 
 
 def _age_seconds(path: str) -> float:
-    """Since when nothing below a directory has changed."""
+    """Returns for how long nothing below a directory has changed."""
     newest = os.lstat(path).st_mtime
     for folder, _, names in os.walk(path):
         for name in (".", *names):

@@ -100,11 +100,11 @@ class Bucket(Protocol):
         ...
 
     def list(self, folder: str) -> Iterable[Entry]:
-        """Every object below a folder, however deep; "" is the entire bucket."""
+        """Returns every object below a folder, however deep; "" is the entire bucket."""
         ...
 
     def names(self, folder: str) -> Iterable[str]:
-        """Names of the objects and folders in a folder."""
+        """Returns the names of the objects and folders in a folder."""
         ...
 
     def write(self, key: str, data: bytes, *, replacing: str | None = None) -> Entry:
@@ -150,7 +150,7 @@ class Bucket(Protocol):
         ...
 
     def redact(self, text: str) -> str:
-        """A message without the credentials that it may quote."""
+        """Returns a message without the credentials that it may quote."""
         ...
 
 
@@ -169,7 +169,7 @@ class SpooledBucket(abc.ABC):
         """See `Bucket.list`."""
 
     def names(self, folder: str) -> Iterable[str]:
-        """Names of the objects and folders in a folder."""
+        """Returns the names of the objects and folders in a folder."""
         return {each.key[len(folder) :].lstrip("/").split("/")[0] for each in self.list(folder)}
 
     def kvstore(self, folder: str) -> Mapping[str, Any] | None:
@@ -193,7 +193,7 @@ class SpooledBucket(abc.ABC):
 
     @staticmethod
     def written(key: str, data: bytes) -> Entry:
-        """The metadata of an object that was just written."""
+        """Returns the metadata of an object that was just written."""
         return Entry(key, len(data), 0, xxhash.xxh3_64_hexdigest(data))
 
 

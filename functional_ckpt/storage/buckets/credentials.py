@@ -60,7 +60,7 @@ class S3Credentials:
 
 
 def redact(text: str, secrets: tuple[str, ...]) -> str:
-    """A text without secrets that it may quote."""
+    """Returns a text without secrets that it may quote."""
     for secret in secrets:
         text = text.replace(secret, "***")
     return text
@@ -143,7 +143,7 @@ def _aws_keys(
 
 
 def _aws_profile(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """The settings of the profile in use, from AWS's two files."""
+    """Returns the settings of the profile in use, from AWS's two files."""
     name = environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE") or "default"
     config = _ini(environ.get("AWS_CONFIG_FILE") or "~/.aws/config")
     shared = _ini(environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials")

@@ -28,7 +28,7 @@ _PART_BYTES = 8 * 2**20
 
 
 def open_fsspec(uri: str, name: str) -> FsspecBucket:
-    """The top of a store of fsspec's; options are those of its own configuration.
+    """Returns the top of a store of fsspec's; options are those of its own configuration.
 
     Raises:
         UsageError: fsspec, or a package for this protocol, is not installed.
@@ -69,7 +69,7 @@ class FsspecBucket(SpooledBucket):
             return self._entry(info)
 
     def list(self, folder: str) -> Iterable[Entry]:
-        """Every object below a folder."""
+        """Returns every object below a folder."""
         with self._clear(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             self._system.invalidate_cache()
             found = self._system.find(self._path(folder), detail=True).values()
@@ -119,7 +119,7 @@ class FsspecBucket(SpooledBucket):
             self._system.get_file(self._path(key), path)
 
     def redact(self, text: str) -> str:
-        """The message as it is: fsspec's own errors name no credentials that we know."""
+        """Returns the message as it is: fsspec's own errors name no credentials that we know."""
         return text
 
     def _path(self, key: str) -> str:

@@ -35,7 +35,7 @@ _FIELDS = "name,size,updated,generation"
 
 
 def open_gcs(uri: str, name: str, environ: Mapping[str, str] = os.environ) -> GcsBucket:
-    """The bucket `name` of GCS, or of the server that STORAGE_EMULATOR_HOST names.
+    """Returns the bucket `name` of GCS, or of the server that STORAGE_EMULATOR_HOST names.
 
     Raises:
         UsageError: Google's library is not installed, or the server's name is no URL.
@@ -112,13 +112,13 @@ class GcsBucket:
             return _entry(blob)
 
     def list(self, folder: str) -> Iterable[Entry]:
-        """Every object below a folder."""
+        """Returns every object below a folder."""
         with self._clear(folder, of_bucket=True):
             found = self._blobs(folder, fields=f"items({_FIELDS}),nextPageToken")
             return [_entry(blob) for blob in found if not blob.name.endswith("/")]
 
     def names(self, folder: str) -> Iterable[str]:
-        """Names of the objects and folders in a folder."""
+        """Returns the names of the objects and folders in a folder."""
         with self._clear(folder, of_bucket=True):
             found = self._blobs(folder, fields="items(name),prefixes,nextPageToken", delimiter="/")
             # The console represents an empty folder by a name that ends with a slash.
@@ -196,7 +196,7 @@ class GcsBucket:
         return {}
 
     def redact(self, text: str) -> str:
-        """A message without the token that requests carry."""
+        """Returns a message without the token that requests carry."""
         token = getattr(self._client._credentials, "token", None)
         return credentials.redact(text, (token,) if token else ())
 

@@ -120,7 +120,7 @@ class _Held(NamedTuple):
 
 
 def _look(bucket: LeaseStore, key: str) -> _Held | None:
-    """The lease as it is; the version is asked first, so it is never newer than the content."""
+    """Returns the lease; its version is read first, so it is never newer than the content."""
     try:
         entry = bucket.head(key)
         text = bucket.read(key)
@@ -137,7 +137,7 @@ def _look(bucket: LeaseStore, key: str) -> _Held | None:
 
 
 def _age_seconds(bucket: LeaseStore, key: str, modified_ns: int) -> float:
-    """The lease's age by the store's clock, read from a fresh object; 0 if unknown."""
+    """Returns the lease's age by the store's clock, read from a fresh object; 0 if unknown."""
     if not modified_ns:
         return 0.0
     probe = f"{key}.{uuid.uuid4().hex}.tmp"
@@ -153,7 +153,7 @@ def _clocks() -> tuple[float, float]:
 
 
 def _elapsed_seconds(since: tuple[float, float]) -> float:
-    """The time since then, by the clock that has advanced more."""
+    """Returns the time since then, by the clock that has advanced more."""
     return max(now - then for now, then in zip(_clocks(), since, strict=True))
 
 
@@ -162,7 +162,7 @@ def _is_here(holder: Mapping[str, Any]) -> bool:
 
 
 def _is_dead(holder: Mapping[str, Any]) -> bool:
-    """Whether the holder is a process of this machine that has ended, or gave it up."""
+    """Returns whether the holder is a process of this machine that has ended, or gave it up."""
     if holder.get("lease") in _given_up:
         return True
     pid = holder.get("pid")
@@ -182,7 +182,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """The start of a process of this machine, in the kernel's ticks; None if it has ended."""
+    """Returns when a process of this machine started, in ticks; None if it has ended."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()

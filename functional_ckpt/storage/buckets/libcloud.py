@@ -31,7 +31,7 @@ __all__ = ["LibcloudBucket", "open_libcloud"]
 
 
 def open_libcloud(uri: str, name: str, environ: Mapping[str, str] = os.environ) -> LibcloudBucket:
-    """A container of a provider, such as `local:bucket` or `azure_blobs:bucket`.
+    """Returns a container of a provider, such as `local:bucket` or `azure_blobs:bucket`.
 
     Raises:
         UsageError: Libcloud is not installed, or there is no such provider.
@@ -93,7 +93,7 @@ class LibcloudBucket(SpooledBucket):
             return _entry(self._get(key))
 
     def list(self, folder: str) -> Iterable[Entry]:
-        """Every object below a folder."""
+        """Returns every object below a folder."""
         with self._clear(folder), warnings.catch_warnings():
             # Drivers that list everything and then leave out say so at every call.
             warnings.filterwarnings("ignore", "Driver .* native object filtering", UserWarning)
@@ -136,7 +136,7 @@ class LibcloudBucket(SpooledBucket):
             self._driver.download_object(self._get(key), path, overwrite_existing=True)
 
     def redact(self, text: str) -> str:
-        """A message without the account's key."""
+        """Returns a message without the account's key."""
         return credentials.redact(text, self._secrets)
 
     def _get(self, key: str) -> Any:

@@ -54,7 +54,7 @@ _FINAL = {
 
 
 def open_s3(uri: str, name: str, found: credentials.S3Credentials) -> ObstoreBucket:
-    """The bucket `name` of a store that speaks S3; its keys are below `uri`."""
+    """Returns the bucket `name` of a store that speaks S3; its keys are below `uri`."""
     obstore = _obstore()
     options: dict[str, Any] = {
         "endpoint": found.endpoint,
@@ -120,7 +120,7 @@ _memory_files: dict[bytes, str] = {}
 
 
 def _memory_file(data: bytes) -> str:
-    """The path of a file in memory, for this process alone; kept as long as it lives."""
+    """Returns the path of a file in memory, for this process alone; kept as long as it lives."""
     if data not in _memory_files:
         descriptor = os.memfd_create("credentials", os.MFD_CLOEXEC)
         os.write(descriptor, data)
@@ -167,13 +167,13 @@ class ObstoreBucket:
             return _entry(self._obstore.head(self._store, key))
 
     def list(self, folder: str) -> Iterable[Entry]:
-        """Every object below a folder."""
+        """Returns every object below a folder."""
         with self._clear(folder):
             found = self._obstore.list(self._store, prefix=f"{folder}/" if folder else None)
             return [_entry(each) for page in found for each in page]
 
     def names(self, folder: str) -> Iterable[str]:
-        """Names of the objects and folders in a folder."""
+        """Returns the names of the objects and folders in a folder."""
         with self._clear(folder):
             found = self._obstore.list_with_delimiter(self._store, f"{folder}/" if folder else None)
             paths = [*found["common_prefixes"], *(each["path"] for each in found["objects"])]
@@ -234,7 +234,7 @@ class ObstoreBucket:
         return self._context
 
     def redact(self, text: str) -> str:
-        """A message without the access key."""
+        """Returns a message without the access key."""
         return credentials.redact(text, self._secrets)
 
     @contextlib.contextmanager
@@ -260,13 +260,13 @@ class ObstoreBucket:
         return PermanentError(f"{meaning} ({self._first_line(error)})", code)
 
     def _first_line(self, error: Exception) -> str:
-        """The store's answer, shortened and without quotations of the request."""
+        """Returns the store's answer, shortened and without quotations of the request."""
         text = re.sub(r"<[^>]*>|\s+", " ", str(error).split("Debug source")[0])
         return self.redact(text).strip()[:300]
 
 
 def _meaning(error: Exception) -> str | None:
-    """The meaning of a permanent error; None for a transient one."""
+    """Returns the meaning of a permanent error; None for a transient one."""
     text = str(error)
     return next((meaning for meaning, codes in _FINAL.items() if re.search(codes, text)), None)
 

@@ -23,7 +23,7 @@ class Spool:
         self._mutex = threading.RLock()
 
     def directory(self, key: str) -> str:
-        """The local folder of the objects below `key`, made."""
+        """Returns the local folder of the objects below `key`, made."""
         with self._mutex:
             if self._root is None:
                 self._root = tempfile.mkdtemp(prefix="functional-ckpt-")
