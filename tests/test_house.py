@@ -330,6 +330,8 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 def test_a_hang_is_killed_with_a_traceback(tmp_path: Path) -> None:
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "tests" / "support").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "support" / "full.py", tmp_path / "tests" / "support")
     (tmp_path / "test_hang.py").write_text(
         "import threading\nimport pytest\n\n"
         "@pytest.mark.timeout(1)\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import made_up_run as made
+import fake_run as made
 import pytest
 
 from benchmarks import bars, plots, report, results, summary

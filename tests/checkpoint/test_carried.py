@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, TARGET_ONLY
-from exact import assert_same
+from equal_values import assert_same
 from hypothesis import HealthCheck, given, settings
 
 import functional_ckpt as fc

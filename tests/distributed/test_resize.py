@@ -24,7 +24,7 @@ class Queue:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QueueHandler(fc.handlers.Handler):
-    """Files are dealt out anew when the number of ranks has changed."""
+    """Files are redistributed when the number of ranks has changed."""
 
     per_rank: bool = True
 

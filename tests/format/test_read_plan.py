@@ -1,4 +1,4 @@
-"""The plan of reads: what it covers, and that both executors read what it says."""
+"""The plan of reads: its coverage, and that both executors follow it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Device memory is copied by the device, in parallel with training; the step has the state at save.
 
 Every test runs on a CUDA device where there is one, whose copies are made late by a kernel that
-sleeps before them. Without one, it runs on a device of threads with the same rules (`lagging`).
+sleeps before them. Without one, it runs on a device of threads with the same rules (`slow_device`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from lagging import LaggingDevice
+from slow_device import LaggingDevice
 
 import functional_ckpt as fc
 from functional_ckpt import errors
@@ -30,11 +30,11 @@ on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA
 class Device:
     """The device of the tests' tensors, and its log."""
 
-    def __init__(self, name: str, lagging: LaggingDevice | None) -> None:
+    def __init__(self, name: str, slow_device: LaggingDevice | None) -> None:
         self.name = name
         self.locked: list[int] = []
         self.num_unlocked = 0
-        self._lagging = lagging
+        self._lagging = slow_device
 
     @property
     def num_streams(self) -> int:
@@ -87,7 +87,7 @@ def sleep_before_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_copies.Transfers, "enqueue", enqueue)
 
 
-@pytest.fixture(params=["lagging", pytest.param("cuda", marks=on_cuda)])
+@pytest.fixture(params=["slow_device", pytest.param("cuda", marks=on_cuda)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     if request.param == "cuda":
         found = Device("cuda", None)
@@ -95,13 +95,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         sleep_before_copies(monkeypatch)
         yield found
         return
-    lagging = LaggingDevice(SECONDS)
-    found = Device("cpu", lagging)
+    slow_device = LaggingDevice(SECONDS)
+    found = Device("cpu", slow_device)
     count_locks(found, monkeypatch, really=False)
     monkeypatch.setattr(device_copies, "is_streamed", lambda tensor: tensor.ndim > 0)
-    monkeypatch.setattr(device_copies, "module_of", lambda device: lagging)
+    monkeypatch.setattr(device_copies, "module_of", lambda device: slow_device)
     yield found
-    lagging.end()
+    slow_device.end()
 
 
 def make_model(device: Device) -> torch.nn.Sequential:
