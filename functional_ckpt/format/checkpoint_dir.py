@@ -17,12 +17,12 @@ from functional_ckpt.core.arrays import chunks
 from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.core.records import orbax, records
+from functional_ckpt.core.records.records import parse_object
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.format.step_files import (
     JSON_FILE,
     StepFiles,
-    parse_object,
     read_optional,
 )
 from functional_ckpt.policies.progress import Progress

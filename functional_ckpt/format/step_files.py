@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
-from functional_ckpt.core.tree import plain_json
+from functional_ckpt.core.records.records import parse_json, parse_object
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.storage import local_files
 from functional_ckpt.storage.base import Storage
@@ -25,8 +25,6 @@ __all__ = [
     "PROGRESS_ITEM",
     "StepFiles",
     "check_content",
-    "parse_json",
-    "parse_object",
     "read_optional",
 ]
 
@@ -58,22 +56,6 @@ def check_content(
             path=path,
             step=step,
         )
-
-
-def parse_json(data: bytes, path: str) -> Any:
-    """The JSON value in a file; `CorruptCheckpointError` for anything else."""
-    try:
-        return plain_json.parse(data)
-    except (ValueError, RecursionError) as error:
-        raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
-
-
-def parse_object(data: bytes, path: str) -> dict[str, Any]:
-    """The JSON object in a file; `CorruptCheckpointError` for anything else."""
-    record = parse_json(data, path)
-    if not isinstance(record, dict):
-        raise errors.CorruptCheckpointError(f"{path}: not a JSON object.", path=path)
-    return cast("dict[str, Any]", record)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

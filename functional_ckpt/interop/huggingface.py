@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core.tree import plain_json
+from functional_ckpt.core.records.records import parse_object
 from functional_ckpt.interop import hostile, safetensors, torch_save, weights
 from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.source import Format, Source, match_files
@@ -367,13 +367,7 @@ def _load_file(path: str) -> dict[str, torch.Tensor]:
 def _load_json(path: str) -> dict[str, Any]:
     if not os.path.exists(path):
         raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path)
-    try:
-        record = plain_json.parse(hostile.read_small(path))
-    except (ValueError, RecursionError) as error:
-        raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
-    if not isinstance(record, dict):
-        raise errors.CorruptCheckpointError(f"{path}: not a JSON object.", path=path)
-    return cast("dict[str, Any]", record)
+    return parse_object(hostile.read_small(path), path)
 
 
 def fits(path: str) -> bool:

@@ -15,12 +15,13 @@ import logging
 import os
 import queue
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
 from functional_ckpt import errors
+from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.runtime import host_memory
 
 __all__ = [
@@ -31,8 +32,6 @@ __all__ = [
     "is_streamed",
     "lock_pages",
 ]
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _log = logging.getLogger("functional_ckpt")
 

@@ -7,16 +7,15 @@ import functools
 import math
 import mmap
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.runtime import host_memory
 from functional_ckpt.runtime.threads import run_in_threads
 
 __all__ = ["ALIGNMENT_BYTES", "NUM_THREADS", "Slot", "StagingBuffer", "copy_in_threads", "prefer"]
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
 
 ALIGNMENT_BYTES = 64
 NUM_THREADS = 2

@@ -8,17 +8,16 @@ are compared: some of them at every save, all of them where the manager was aske
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import xxhash
 
+from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.core.tree import encode
 
 __all__ = ["CopiedLeaf", "CopyCheck", "sampled"]
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
 
 # Few enough that `save` takes no longer for them, spread over all leaves and over each of them.
 _MAX_SAMPLED_LEAVES = 64

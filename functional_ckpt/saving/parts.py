@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from functional_ckpt.core.arrays import write_plan
-from functional_ckpt.core.arrays.spec import Box, numpy_dtype
+from functional_ckpt.core.arrays.spec import Array, Box, numpy_dtype
 from functional_ckpt.core.tree import encode
 from functional_ckpt.format import write_tensorstore
 from functional_ckpt.runtime import device_copies, host_memory
@@ -30,8 +29,6 @@ __all__ = [
     "refer",
     "start_copy",
 ]
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

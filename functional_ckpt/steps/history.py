@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
-from functional_ckpt.format.step_files import StepFiles, parse_object, read_optional
+from functional_ckpt.core.records.records import parse_object
+from functional_ckpt.format.step_files import StepFiles, read_optional
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage import queries

@@ -29,6 +29,8 @@ __all__ = [
     "StepRecord",
     "digest_hex",
     "parse_item",
+    "parse_json",
+    "parse_object",
     "parse_step",
     "with_checksum",
     "verify_checksum",
@@ -152,6 +154,22 @@ def with_checksum(record: Mapping[str, Json], *, allow_nan: bool = False) -> byt
     return (body + _SEAL.format(digest_hex(body.encode()))).encode()
 
 
+def parse_json(data: bytes, path: object) -> Json:
+    """Returns the JSON value in a file; raises `CorruptCheckpointError` for anything else."""
+    try:
+        return parse(data)
+    except (ValueError, RecursionError) as error:
+        raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
+
+
+def parse_object(data: bytes, path: object) -> dict[str, Json]:
+    """Returns the JSON object in a file; raises `CorruptCheckpointError` for anything else."""
+    record = parse_json(data, path)
+    if not isinstance(record, dict):
+        raise errors.CorruptCheckpointError(f"{path}: not a JSON object.", path=path)
+    return cast("dict[str, Json]", record)
+
+
 def verify_checksum(data: bytes, path: object) -> dict[str, Json]:
     """The record of a sealed text.
 
@@ -166,13 +184,9 @@ def verify_checksum(data: bytes, path: object) -> dict[str, Json]:
             "short.",
             path=path,
         )
-    try:
-        record = parse(data)
-    except (ValueError, RecursionError) as error:
-        raise errors.CorruptCheckpointError(f"{path}: not JSON ({error}).", path=path) from error
-    if not isinstance(record, dict) or cast("Json", record).get("format") != _FORMAT:
+    known = parse_object(data, path)
+    if known.get("format") != _FORMAT:
         raise errors.CorruptCheckpointError(f"{path}: not a {_FORMAT} record.", path=path)
-    known = cast("dict[str, Json]", record)
     if known.get("version") != _VERSION:
         raise errors.CorruptCheckpointError(
             f"{path}: format version {known.get('version')!r}; this package reads version "

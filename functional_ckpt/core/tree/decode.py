@@ -9,18 +9,17 @@ from __future__ import annotations
 import dataclasses
 import errno
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec as spec_lib
+from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.core.tree import encode, structure
 
 __all__ = ["Destination", "allocate", "apply_tensor_role"]
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _ALIGNED_FROM_BYTES = 2**20
 _UNFIT = (TypeError, ValueError, OverflowError, RuntimeError, MemoryError)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
 from functional_ckpt.core.arrays import spec as spec_lib
+from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.core.tree import memory, structure
 
 __all__ = [
@@ -32,8 +33,6 @@ __all__ = [
     "value_node",
     "why_wrapped",
 ]
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _CARRIED_BY = spec_lib.CARRIED_BY
 # numpy kinds without a zarr counterpart: datetimes as their 64-bit counts.
