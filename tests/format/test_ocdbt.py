@@ -1,4 +1,4 @@
-"""Trees and manifests that only another program, or an attacker, writes: each check refuses one."""
+"""Trees of another form, and data files that are not plain files: each check refuses one."""
 
 from __future__ import annotations
 
