@@ -1,5 +1,4 @@
 """The plan of reads: its coverage, and that both executors follow it."""
-"""The plan of reads covers every request, and both executors follow it."""
 
 from __future__ import annotations
 
