@@ -64,7 +64,7 @@ class Event:
                 raise errors.UsageError(f"{name} must be None or >= 0; got {amount!r}.")
 
     def __str__(self) -> str:
-        """The event as a line of a log."""
+        """Returns the event as a line of a log."""
         where = {"pruned": "from", "committed": "in", "skipped": "in"}.get(self.kind, "to")
         text = f"step {self.step} {self.kind}"
         if self.kind != "staged":
@@ -144,7 +144,7 @@ class Events:
             raise interruption
 
     def is_telling(self) -> bool:
-        """Whether the current thread is calling a listener."""
+        """Returns whether the current thread is calling a listener."""
         return threading.get_ident() in self._threads
 
     def _call_all(self, event: Event) -> BaseException | None:

@@ -185,7 +185,7 @@ def manager(
     directory: str | os.PathLike[str] | None = None,
     **arguments: Any,
 ) -> CheckpointManager:
-    """The manager that the flags describe.
+    """Returns the manager that the flags describe.
 
     Args:
         defined: From `define`.

@@ -243,7 +243,7 @@ def _nan_first(value: float) -> float:
 
 
 def _is_numeric(node: structure.ArrayNode) -> bool:
-    """Whether numbers are stored as such, not as their bits or raw bytes."""
+    """Returns whether numbers are stored as such, not as their bits or raw bytes."""
     return node.kind != "bytes" and trees.dtype_of(node) == node.spec.dtype
 
 

@@ -64,7 +64,7 @@ class Printer:
         return not self.console.encoding.lower().startswith("utf")
 
     def sign(self, fancy: str, plain: str) -> str:
-        """A symbol, or its ASCII replacement if it cannot be shown."""
+        """Returns a symbol, or its ASCII replacement if it cannot be shown."""
         return plain if self.is_ascii else fancy
 
     def print(self, *what: RenderableType) -> None:
@@ -99,7 +99,7 @@ def _plain(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """The text with everything escaped that could move the cursor or change colours."""
+    """Returns the text with everything escaped that could move the cursor or change colours."""
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )
@@ -113,7 +113,7 @@ def styled(text: str, style: str = "") -> Text:
 
 
 def table(*columns: str) -> Table:
-    """A table in our style: a line below the head, no frame."""
+    """Returns a table in the style of this command: a line below the head, no frame."""
     from rich import box
     from rich.table import Table
 
@@ -127,7 +127,7 @@ def table(*columns: str) -> Table:
 
 
 def size(num_bytes: int) -> str:
-    """A size for people.
+    """Returns a size for people.
 
     >>> size(0), size(1023), size(1536), size(5 * 2**30)
     ('0 B', '1023 B', '1.5 KiB', '5.0 GiB')
@@ -143,7 +143,7 @@ def size(num_bytes: int) -> str:
 
 
 def number(value: float) -> str:
-    """A metric for people.
+    """Returns a metric for people.
 
     >>> number(0.98765), number(12345678), number(3)
     ('0.9877', '1.235e+07', '3')
@@ -163,12 +163,12 @@ def age(time: datetime.datetime, now: datetime.datetime) -> str:
 
 
 def clock(time: datetime.datetime) -> str:
-    """A time in the local time zone."""
+    """Returns a time in the local time zone."""
     return time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def utc(time: datetime.datetime) -> str:
-    """A time for programs: ISO 8601, UTC."""
+    """Returns a time for programs: ISO 8601, UTC."""
     return time.astimezone(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -180,5 +180,5 @@ def no_progress(done: int, total: int) -> None:
 
 
 def progress_bar(title: str) -> contextlib.AbstractContextManager[Progress]:
-    """A bar on standard error while the work lasts, if that is a terminal; else nothing."""
+    """Returns a bar on standard error while the work lasts, if that is a terminal; else nothing."""
     return progress_bars.bar(printable(title))

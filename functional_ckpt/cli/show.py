@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def chosen_items(opened: checkpoint_dir.OpenCheckpoint, wanted: Sequence[str] | None) -> list[str]:
-    """The items to look at; `StepNotFoundError` for one that is not there."""
+    """Returns the items to look at; `StepNotFoundError` for one that is not there."""
     for name in wanted or ():
         if name not in opened.items:
             raise errors.StepNotFoundError(

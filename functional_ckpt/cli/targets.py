@@ -80,7 +80,7 @@ class Root:
     unfinished: tuple[str, ...]
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """A step, or an incomplete one: opening it reports the missing part."""
+        """Returns a step, or an incomplete one: opening it reports the missing part."""
         name = self.steps.get(step) or self.damaged().get(step)
         if name is None:
             raise index.no_such_step(self.path, step, tuple(self.steps))
@@ -207,20 +207,20 @@ class _Recorded:
     steps: Mapping[str, int]
 
     def build_name(self, step: int) -> str:
-        """The name of a step that is there."""
+        """Returns the name of a step that is there."""
         return next(name for name, found in self.steps.items() if found == step)
 
     def names(self, step: int) -> tuple[str, ...]:
-        """Every name that means the step."""
+        """Returns every name that means the step."""
         return tuple(name for name, found in self.steps.items() if found == step)
 
     def parse(self, name: str) -> int | None:
-        """The step that a name means."""
+        """Returns the step that a name means."""
         return self.steps.get(name)
 
 
 def _recorded(storage: Storage, path: str, listed: list[str]) -> _Recorded | None:
-    """The steps of a directory by their records; None where it has none."""
+    """Returns the steps of a directory by their records; None where it has none."""
     found: dict[str, int] = {}
     for name in listed:
         record = os.path.join(path, name, records.EXTENSION_FILE)
@@ -235,7 +235,7 @@ def _recorded(storage: Storage, path: str, listed: list[str]) -> _Recorded | Non
 
 
 def _format_of(name: str) -> StepName | None:
-    """The naming scheme of a step name; None if it is not a step name."""
+    """Returns the naming scheme of a step name; None if it is not a step name."""
     match = _STEP_NAME.fullmatch(name)
     if match is None:
         return None
@@ -249,7 +249,7 @@ def _format_of(name: str) -> StepName | None:
 
 
 def _step_of(storage: Storage, path: str) -> int | None:
-    """The step that a checkpoint's name says, unless it was saved without one."""
+    """Returns the step that a checkpoint's name says, unless it was saved without one."""
     name = os.path.basename(os.path.realpath(path))
     found = _format_of(name)
     if found is None:

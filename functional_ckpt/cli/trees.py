@@ -65,12 +65,12 @@ def totals(root: structure.Node) -> tuple[int, int]:
 
 
 def dtype_of(node: structure.ArrayNode) -> str:
-    """The dtype in memory, which may be one that is stored as another."""
+    """Returns the dtype in memory, which may be one that is stored as another."""
     return str(node.detail.get("dtype", node.spec.dtype))
 
 
 def describe(node: structure.Node) -> str:
-    """A node in a few words."""
+    """Returns a node in a few words."""
     if isinstance(node, structure.ArrayNode):
         shape = ", ".join(map(str, node.spec.shape))
         return f"{node.kind} {dtype_of(node)}[{shape}]"
@@ -83,7 +83,7 @@ def describe(node: structure.Node) -> str:
 
 
 def leaf_records(root: structure.Node) -> list[dict[str, Any]]:
-    """Every leaf as a record: the output of `fckpt show --json`."""
+    """Returns every leaf as a record: the output of `fckpt show --json`."""
     return [
         {
             "name": structure.leaf_name(path),

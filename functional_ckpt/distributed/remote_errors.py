@@ -18,7 +18,7 @@ _FIELDS = ("step", "path", "key_path", "missing", "unexpected", "mismatched", "e
 
 
 def to_record(error: BaseException) -> Record:
-    """The data that other ranks need to raise an equal error."""
+    """Returns the data that other ranks need to raise an equal error."""
     known = getattr(errors, type(error).__name__, None)
     is_ours = isinstance(error, errors.CheckpointError) and isinstance(known, type)
     fields = {name: getattr(error, name) for name in _FIELDS if hasattr(error, name)}

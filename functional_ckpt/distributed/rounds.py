@@ -58,11 +58,11 @@ class KeyValueStore(Protocol):
         ...
 
     def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
-        """The values of keys that are there."""
+        """Returns the values of keys that are there."""
         ...
 
     def has(self, keys: Sequence[str], seconds: float) -> bool:
-        """Whether all the keys are there."""
+        """Returns whether all the keys are there."""
         ...
 
     def delete_soon(self, keys: Sequence[str]) -> None:
@@ -260,11 +260,11 @@ class Rounds:
         return max(start + self._limit - time.monotonic(), self._grace_seconds)
 
     def _subject(self, key: str) -> str:
-        """The operation of a closed slot."""
+        """Returns the operation of a closed slot."""
         return _parse(self._store.get([key], self._limit)[0])[1]
 
     def _outcome(self, key: str) -> bytes | None:
-        """The result of a closed slot; None if the primary skipped to the next."""
+        """Returns the result of a closed slot; None if the primary skipped to the next."""
         kind, _, payload = _parse(self._store.get([key], self._limit)[0])
         if kind == _ERROR:
             record = json.loads(payload)
@@ -314,7 +314,7 @@ def _parse(entry: bytes) -> tuple[str, str, bytes]:
 
 
 def _describe(error: BaseException, what: str) -> bytes:
-    """The primary's error as the others will raise it."""
+    """Returns the primary's error as the others will raise it."""
     record = remote_errors.to_record(error)
     if record["message"] is None:
         record |= {"message": f"Rank 0 failed in {what!r}: {record['text']}", "ranks": [0]}

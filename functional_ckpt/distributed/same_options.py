@@ -18,7 +18,7 @@ _MAX_SHOWN_CHARS = 300
 
 
 def to_bytes(options: Mapping[str, Any]) -> bytes:
-    """A rank's options, for `check` on the primary."""
+    """Returns a rank's options, for `check` on the primary."""
     return json.dumps({name: describe(value) for name, value in options.items()}).encode()
 
 
@@ -39,7 +39,7 @@ def check(values: Sequence[bytes]) -> bytes:
 
 
 def describe(value: object) -> str:
-    """A text that is the same for equal options of two processes.
+    """Returns a text that is the same for equal options of two processes.
 
     An object that is neither plain data nor a dataclass is described by its class.
 

@@ -116,7 +116,7 @@ class StoreCoordinator:
         return self._rounds.gather_broadcast(what, value, combine)
 
     def background(self) -> Coordinator:
-        """A coordinator over a store connection of its own."""
+        """Returns a coordinator over a store connection of its own."""
         other = StoreCoordinator.__new__(StoreCoordinator)
         other._setup(self._group, f"{self._prefix}/background", self._timeout_seconds)
         return other
@@ -223,14 +223,14 @@ class _Store:
         self._calls.start(self._store.set, (key, value))
 
     def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
-        """The values of keys that are there, in one round trip where the store can."""
+        """Returns the values of keys that are there, in one round trip where the store can."""
         if self._is_extended:
             found = self._call(self._store.multi_get, list(keys), seconds=seconds)
             return [bytes(value) for value in found]
         return [bytes(self._call(self._store.get, key, seconds=seconds)) for key in keys]
 
     def has(self, keys: Sequence[str], seconds: float) -> bool:
-        """Whether all the keys are there."""
+        """Returns whether all the keys are there."""
         return bool(self._call(self._store.check, list(keys), seconds=seconds))
 
     def delete_soon(self, keys: Sequence[str]) -> None:
@@ -293,7 +293,7 @@ class _Calls:
         return future
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], seconds: float) -> Any:
-        """The result; `CancelledError` when there is none in time."""
+        """Returns the result; `CancelledError` when there is none in time."""
         future = self.start(function, args)
         for patience in (seconds, _SECOND_LOOK_SECONDS):
             with contextlib.suppress(TimeoutError):
@@ -333,7 +333,7 @@ def _serve(requests: queue.SimpleQueue[_Request | None]) -> None:
 
 
 def _clone(store: Any) -> Any:
-    """A store object with a connection of its own, where the kind of store has such."""
+    """Returns a store object with a connection of its own, where the kind of store has such."""
     clone: Callable[[], Any] | None = getattr(store, "clone", None)
     if clone is None:
         return store

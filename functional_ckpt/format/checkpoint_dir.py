@@ -194,7 +194,7 @@ class OpenItem:
         )
 
     def _stored_spec(self, name: str) -> ArraySpec:
-        """The metadata of a foreign array; an error names the array."""
+        """Returns the metadata of a foreign array; an error names the array."""
         from functional_ckpt.format import read_tensorstore
 
         try:
@@ -265,7 +265,7 @@ class OpenCheckpoint:
         return OpenItem(self.storage, os.path.join(self.path, name), name, record)
 
     def json(self, name: str) -> Any:
-        """The value of a JSON item."""
+        """Returns the value of a JSON item."""
         return self.files.json(name)
 
     @property

@@ -142,7 +142,7 @@ def clear_error(storage: Storage, path: str, error: Exception) -> errors.Checkpo
 
 
 def open_database(storage: Storage, directory: str, context: Any) -> Any:
-    """A database to write into, made when it is not there."""
+    """Returns a database to write into, made when it is not there."""
     spec = {"driver": "ocdbt", "base": storage.tensorstore.kvstore(directory), "config": _CONFIG}
     try:
         return ts.KvStore.open(spec, context=context).result()
@@ -222,7 +222,7 @@ def _read_error(
 
 
 def _errno_of(error: Exception, text: str) -> int | None:
-    """The errno of a refusal; None for an error that is about the bytes."""
+    """Returns the errno of a refusal; None for an error that is about the bytes."""
     if isinstance(error, MemoryError):
         return errno.ENOMEM
     if found := _OS_ERROR.search(text):
@@ -232,14 +232,14 @@ def _errno_of(error: Exception, text: str) -> int | None:
 
 
 def open_files_for_reading(directory: str, storage: Storage) -> Database:
-    """An item whose arrays are plain zarr files (Orbax with OCDBT off)."""
+    """Returns an item whose arrays are plain zarr files (Orbax with OCDBT off)."""
     context = read_context(storage)
     store = ts.KvStore.open(storage.tensorstore.kvstore(directory), context=context).result()
     return Database(storage, directory, store, context)
 
 
 def open_array(store: Any, name: str, spec: ArraySpec, grid: ChunkGrid, context: Any) -> Any:
-    """A zarr3 array described by us: its stored metadata is neither read nor written."""
+    """Returns a zarr3 array described by us: its stored metadata is neither read nor written."""
     kvstore = store / key_prefix(name)
     return ts.open(
         {

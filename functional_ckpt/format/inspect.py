@@ -80,6 +80,6 @@ def locate(storage: Storage, directory: str) -> Places:
 
 
 def _file_of(location: str) -> str:
-    """The file of a reference, which is `kind:directory of a child:file:offset:length`."""
+    """Returns the file of a reference, which is `kind:directory of a child:file:offset:length`."""
     _, directory, name, _, _ = location.split(":")
     return directory + name

@@ -101,7 +101,7 @@ class Node:
 
 
 def encode_leaf(files: Sequence[str], entries: Entries) -> bytes:
-    """The leaf node of all entries.
+    """Returns the leaf node of all entries.
 
     Args:
         files: The table of data files, relative to the database.
@@ -141,7 +141,7 @@ def encode_leaf(files: Sequence[str], entries: Entries) -> bytes:
 
 
 def encode_manifest(node: Node, entries: Entries, time_ns: int) -> bytes:
-    """The manifest of a database of one version, whose root is a leaf.
+    """Returns the manifest of a database of one version, whose root is a leaf.
 
     Args:
         node: Where the leaf is.
@@ -236,14 +236,14 @@ class _Reader:
             raise _Unread
 
     def take(self, count: int) -> bytes:
-        """The next bytes."""
+        """Returns the next bytes."""
         if not 0 <= count <= self._end - self._at:
             raise _Unread
         self._at += count
         return self._data[self._at - count : self._at].tobytes()
 
     def varints(self, count: int) -> Array:
-        """The next numbers, as int64."""
+        """Returns the next numbers, as int64."""
         if not count:
             return np.empty(0, np.int64)
         left = self._data[self._at : min(self._end, self._at + count * _MAX_VARINT_BYTES)]
@@ -267,7 +267,7 @@ class _Reader:
         return int(self.varints(1)[0])
 
     def files(self) -> list[str]:
-        """A table of data files."""
+        """Returns a table of data files."""
         count = self.varint()
         if count > self._end:
             raise _Unread

@@ -69,7 +69,7 @@ class Written:
 
 
 def can_write(arrays: Sequence[ArrayWrite], num_others: int) -> bool:
-    """Whether there is data to write, and its keys fit one node."""
+    """Returns whether there is data to write, and its keys fit one node."""
     num_keys = num_others
     if not arrays and not num_others:
         return False

@@ -211,7 +211,7 @@ def _write_chunk(
 
 
 def padded(data: Array, grid: ChunkGrid) -> Array:
-    """An edge chunk with zeros up to the full chunk shape, as zarr stores it."""
+    """Returns an edge chunk with zeros up to the full chunk shape, as zarr stores it."""
     if data.shape == grid.chunk_shape:
         return data
     padded = np.zeros(grid.chunk_shape, data.dtype)
@@ -220,7 +220,7 @@ def padded(data: Array, grid: ChunkGrid) -> Array:
 
 
 def join_digests(parts: Iterable[Digests]) -> dict[str, str]:
-    """The digests of complete arrays from the writers' results, chunks in C order."""
+    """Returns the digests of complete arrays from the writers' results, chunks in C order."""
     first, *others = parts
     merged = first
     if others:

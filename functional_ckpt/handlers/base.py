@@ -46,7 +46,7 @@ class Handler(abc.ABC):
         """The value as a pytree of live references: no copies, and the value is left as it was."""
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
-        """The pytree that a restore into `value` expects: same shape as `lower(value)`.
+        """Returns the pytree that a restore into `value` expects: same shape as `lower(value)`.
 
         Leaves that are filled in place are `Fill(tensor)`; tensors and arrays are restored to new
         memory; `AS_SAVED` accepts any stored value. Called before anything is read; must not change
@@ -69,7 +69,7 @@ class Handler(abc.ABC):
         return self.lower(value)
 
     def optimizers(self, value: Any) -> Sequence[Any]:
-        """The torch optimizers whose steps alone change this item's values below `state`.
+        """Returns the torch optimizers whose steps alone change this item's values below `state`.
 
         A save with `staging=fc.Overlapped()` copies that, and the parameters that they update,
         while training continues to their next step.
@@ -206,7 +206,7 @@ class Registry:
     rules: tuple[tuple[Callable[[Any], bool], Callable[[Any], Item]], ...] = ()
 
     def with_handler(self, kind: type, handler: Handler) -> Registry:
-        """A new registry in which values of `kind` (and its subclasses) use `handler`."""
+        """Returns a new registry in which values of `kind` (and its subclasses) use `handler`."""
         if not isinstance(handler, Handler):
             raise errors.UsageError(
                 f"Expected a Handler instance for {kind.__name__}, got {handler!r}."
@@ -216,11 +216,11 @@ class Registry:
         )
 
     def with_rule(self, fits: Callable[[Any], bool], bind: Callable[[Any], Item]) -> Registry:
-        """A new registry in which values that fit are bound by `bind`."""
+        """Returns a new registry in which values that fit are bound by `bind`."""
         return dataclasses.replace(self, rules=((fits, bind), *self.rules))
 
     def bind(self, value: Any, name: str = "item") -> Item:
-        """The item for a value: itself if it is one already."""
+        """Returns the item for a value: itself if it is one already."""
         if isinstance(value, Item):
             value.check()
             return value

@@ -10,7 +10,7 @@ __all__ = ["class_names", "is_a"]
 
 @functools.lru_cache(maxsize=1024)
 def class_names(kind: type) -> tuple[str, ...]:
-    """The dotted names of a class and its bases, in the order of method resolution.
+    """Returns the dotted names of a class and its bases, in the order of method resolution.
 
     >>> class_names(bool)
     ('builtins.bool', 'builtins.int', 'builtins.object')
@@ -19,7 +19,7 @@ def class_names(kind: type) -> tuple[str, ...]:
 
 
 def is_a(value: object, names: Collection[str]) -> bool:
-    """Whether the value's class, or a base of it, has one of the dotted names.
+    """Returns whether the value's class, or a base of it, has one of the dotted names.
 
     >>> is_a(True, {"builtins.int"})
     True

@@ -30,7 +30,7 @@ class JsonHandler(Handler):
     changes_value: bool = False
 
     def lower(self, value: Any) -> Any:
-        """The value itself, once it is known to survive.
+        """Returns the value itself, once it is known to survive.
 
         Raises:
             UnsupportedLeafError: Naming the key path of the first value that would not come back
@@ -45,7 +45,7 @@ class JsonHandler(Handler):
         return AS_SAVED
 
     def lift(self, value: Any, tree: Any) -> Any:
-        """The restored value itself."""
+        """Returns the restored value itself."""
         del value
         return tree
 

@@ -82,7 +82,7 @@ class ModuleHandler(Handler):
         return self.only is None or _matches(head + extra, self.only)
 
     def lift(self, value: Any, tree: Any) -> Any:
-        """The module, materialised and loaded where filling memory was not enough."""
+        """Returns the module, materialised and loaded where filling memory was not enough."""
         state = self._entries(value)
         values = cast("dict[str, Any]", tree)
         for name, entry in state.items():
@@ -239,7 +239,7 @@ def _detached(value: Any) -> Any:
 
 
 def _stored(entry: _Entry) -> Any:
-    """The saved value of an entry, without the class of the module's own tensors."""
+    """Returns the saved value of an entry, without the class of the module's own tensors."""
     value = _detached(entry.value)
     has_class = isinstance(value, torch.Tensor) and not memory.can_be_imitated(value)
     if has_class and entry.is_own and not hasattr(value, "__tensor_flatten__"):
@@ -275,7 +275,7 @@ def _other_names(state: Mapping[str, _Entry], specs: Mapping[str, Any]) -> set[s
 
 
 def _is_tied(entry: _Entry) -> bool:
-    """Whether an entry may be another name of the module's own memory."""
+    """Returns whether an entry may be another name of the module's own memory."""
     return entry.is_own and isinstance(entry.value, torch.Tensor) and not entry.is_lazy
 
 

@@ -79,12 +79,12 @@ class OptimizerHandler(Handler):
         return cast("State", tree_lib.map_leaves(_off_graph, lowered))
 
     def optimizers(self, value: Any) -> tuple[torch.optim.Optimizer, ...]:
-        """The optimizer, and the one that wraps it."""
+        """Returns the optimizer, and the one that wraps it."""
         named = self._named(value)
         return (named.optimizer,) if named.outer is None else (named.optimizer, named.outer)
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> State:
-        """The stored tree, with the live tensors as targets.
+        """Returns the stored tree, with the live tensors as targets.
 
         Args:
             value: The optimizer.
@@ -345,7 +345,7 @@ def _place(entry: Any, live: Any, parameter: torch.Tensor, group: State, key: An
 
 
 def _restored_state(named: NamedOptimizer, tree: State) -> dict[torch.Tensor, Any]:
-    """Each parameter that the checkpoint knows -> its state; None where it had none yet."""
+    """Returns each parameter that the checkpoint knows -> its state; None where it had none yet."""
     known = {name for group in tree["param_groups"] for name in group["params"]}
     state: dict[torch.Tensor, Any] = {}
     names = optimizer_names.group_names(named)
@@ -362,7 +362,7 @@ def _restored_state(named: NamedOptimizer, tree: State) -> dict[torch.Tensor, An
 def _packed(
     optimizer: torch.optim.Optimizer, restored: Mapping[torch.Tensor, Any], tree: State
 ) -> State:
-    """The restored state in the layout of the optimizer's own `state_dict`."""
+    """Returns the restored state in the layout of the optimizer's own `state_dict`."""
     packed: State = {k: v for k, v in tree.items() if k not in optimizer_names.RESERVED}
     packed["state"] = dict(tree.get(optimizer_names.SHARED, {}))
     packed["param_groups"] = []

@@ -76,7 +76,7 @@ class NamedOptimizer:
 
 
 def group_names(named: NamedOptimizer) -> list[list[str]]:
-    """The names of each group's parameters, in the groups' order."""
+    """Returns the names of each group's parameters, in the groups' order."""
     names = _names(named.model)
     unknown = [
         f"param_groups[{index}]['params'][{place}] {tuple(parameter.shape)}"
@@ -96,7 +96,7 @@ def group_names(named: NamedOptimizer) -> list[list[str]]:
 
 
 def by_name(named: NamedOptimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's parameters by name."""
+    """Returns the optimizer's parameters by name."""
     return {
         name: parameter
         for group, names in zip(named.optimizer.param_groups, group_names(named), strict=True)
@@ -105,7 +105,7 @@ def by_name(named: NamedOptimizer) -> dict[str, torch.Tensor]:
 
 
 def _names(model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]) -> dict[int, str]:
-    """The `id` of each parameter -> its first name."""
+    """Returns the `id` of each parameter -> its first name."""
     pairs: Iterable[tuple[str, torch.Tensor]]
     if isinstance(model, torch.nn.Module):
         pairs = ((name, slot.tensor) for name, slot in module_names.slots(model))
@@ -138,7 +138,7 @@ def _check_state_keys(optimizer: torch.optim.Optimizer, names: Mapping[int, str]
 
 
 def loads_its_own_way(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `load_state_dict` is overridden or has hooks."""
+    """Returns whether `load_state_dict` is overridden or has hooks."""
     return (
         type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict
         or bool(optimizer._optimizer_load_state_dict_pre_hooks)
@@ -305,7 +305,7 @@ def options_lost(saved: State, group: State) -> frozenset[str]:
 
 
 def shape_problem(saved: object, live: object, parameter: torch.Tensor, kind: type) -> str | None:
-    """The expected value for state of a parameter with another saved shape."""
+    """Returns the expected value for state of a parameter with another saved shape."""
     shape = tuple(parameter.shape)
     expected = f"state of a parameter of shape {list(shape)}"
     if (known := _detail(saved).get("shape")) is not None:

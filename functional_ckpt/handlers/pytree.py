@@ -18,16 +18,16 @@ class PyTreeHandler(Handler):
     changes_value: bool = False
 
     def lower(self, value: Any) -> Any:
-        """The value itself."""
+        """Returns the value itself."""
         return value
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
-        """The value itself: its containers and arrays are imitated, in new memory."""
+        """Returns the value itself: its containers and arrays are imitated, in new memory."""
         del saved
         return value
 
     def lift(self, value: Any, tree: Any) -> Any:
-        """The restored tree itself."""
+        """Returns the restored tree itself."""
         del value
         return tree
 

@@ -44,7 +44,7 @@ class GeneratorHandler(Handler):
     per_rank: bool = True
 
     def lower(self, value: Any) -> Any:
-        """The generator's state as arrays and plain values."""
+        """Returns the generator's state as arrays and plain values."""
         return _state(value)
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
@@ -58,7 +58,7 @@ class GeneratorHandler(Handler):
         return AS_SAVED
 
     def lift(self, value: Any, tree: Any) -> Any:
-        """The generator, set to the saved state."""
+        """Returns the generator, set to the saved state."""
         _set_state(value, tree)
         return value
 
@@ -148,7 +148,7 @@ class RngHandler(Handler):
         return AS_SAVED
 
     def lift(self, value: Any, tree: Any) -> Any:
-        """The named generators; they and the global ones are set to the saved states."""
+        """Returns the named generators; they and the global ones are set to the saved states."""
         generators = _named(value)
         random.setstate(_from_python_state(tree["python"]))
         np.random.set_state(tree["numpy"])
@@ -184,7 +184,7 @@ class RngHandler(Handler):
 
 
 def is_generator(value: object) -> bool:
-    """Whether a value is a generator whose state can be saved."""
+    """Returns whether a value is a generator whose state can be saved."""
     return isinstance(
         value, (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
     ) and not isinstance(value, random.SystemRandom)
@@ -226,7 +226,7 @@ def _set_state(generator: GeneratorLike, state: Any) -> None:
 
 
 def python_state(state: tuple[Any, ...]) -> dict[str, Any]:
-    """The state of a `random.Random` as an array and plain values."""
+    """Returns the state of a `random.Random` as an array and plain values."""
     version, words, gauss_next = state
     return {"version": version, "words": np.array(words, np.uint32), "gauss_next": gauss_next}
 

@@ -36,7 +36,7 @@ class StatefulHandler(Handler):
         return AS_SAVED
 
     def lift(self, value: Any, tree: Any) -> Any:
-        """The value, after `load_state_dict`."""
+        """Returns the value, after `load_state_dict`."""
         value.load_state_dict(tree)
         return value
 
@@ -77,7 +77,7 @@ class Stateful(Item):
 
 
 def is_stateful(value: object) -> bool:
-    """Whether an object (not a class) can give and take its state."""
+    """Returns whether an object (not a class) can give and take its state."""
     return not isinstance(value, type) and all(
         callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict")
     )

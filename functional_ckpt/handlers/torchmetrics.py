@@ -62,7 +62,7 @@ class TorchMetricHandler(Handler):
         return {**dict.fromkeys(saved, AS_SAVED), "module": _without_states(value, module)}
 
     def lift(self, value: Any, tree: Any) -> Any:
-        """The metric, with its states in place and nothing cached."""
+        """Returns the metric, with its states in place and nothing cached."""
         ModuleHandler().lift(value, tree["module"])
         taken: set[int] = set()
         for name, metric in _metrics(value):
@@ -105,7 +105,7 @@ class TorchMetric(Item):
 
 
 def is_metric(value: object) -> bool:
-    """Whether a value is a torchmetrics `Metric` or `MetricCollection`."""
+    """Returns whether a value is a torchmetrics `Metric` or `MetricCollection`."""
     return classes.is_a(value, (_METRIC, _COLLECTION))
 
 

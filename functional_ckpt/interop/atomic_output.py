@@ -50,7 +50,7 @@ def atomic_output(
 
 
 def check_destination(path: str | os.PathLike[str]) -> str:
-    """The absolute path of an output; raises `UsageError` for a URI."""
+    """Returns the absolute path of an output; raises `UsageError` for a URI."""
     return resolve_local(
         path,
         "files of other programs are written to local paths only. Write to a local path, then "

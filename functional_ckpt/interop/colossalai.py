@@ -29,7 +29,7 @@ _SCHEDULERS = ("lr_scheduler", "scheduler")
 
 
 def fits(path: str) -> bool:
-    """Whether there is a sharded optimizer, here or in the folder of that name."""
+    """Returns whether there is a sharded optimizer, here or in the folder of that name."""
     return _folder_of(path) is not None
 
 
@@ -59,7 +59,7 @@ def _open(path: str) -> Source:
 
 
 def _read_index(folder: str) -> tuple[list[str], str]:
-    """The shards, and the file of the groups."""
+    """Returns the shards, and the file of the groups."""
     index, *others = _indexes(folder)
     path = os.path.join(folder, index)
     if others:

@@ -21,7 +21,7 @@ _RENAMED = {"metadata": "composer_metadata"}  # the name is reserved
 
 
 def fits(path: str) -> bool:
-    """Whether it is a file of torch.save with Composer's two keys."""
+    """Returns whether it is a file of torch.save with Composer's two keys."""
     if not torch_save.fits(path):
         return False
     try:
@@ -48,7 +48,7 @@ def _open(path: str) -> Source:
 
 
 def _plain(value: Any) -> Any:
-    """The value with seconds for spans of time, and text for versions of torch."""
+    """Returns the value with seconds for spans of time, and text for versions of torch."""
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
     if isinstance(value, TorchVersion):

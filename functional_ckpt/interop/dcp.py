@@ -52,7 +52,7 @@ class _Entry:
 
 
 def fits(path: str) -> bool:
-    """Whether it is a directory with the index of a distributed checkpoint."""
+    """Returns whether it is a directory with the index of a distributed checkpoint."""
     return os.path.isfile(os.path.join(path, _INDEX))
 
 

@@ -41,7 +41,7 @@ FORMATS: tuple[Format, ...] = (
 
 
 def candidates(path: str, formats: Sequence[Format] = FORMATS) -> list[Format]:
-    """The formats that a path matches; a more specific one hides the general."""
+    """Returns the formats that a path matches; a more specific one hides the general."""
     with hostile.clear_failures(path):
         fitting = [format for format in formats if format.matches(path)]
     refined = {name for format in fitting for name in format.supersedes}

@@ -262,7 +262,7 @@ def load(
     variant: str | None = None,
     format: FileFormat | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors in a directory by name, memory-mapped: none is read before it is used.
+    """Returns the tensors in a directory by name, memory-mapped: none is read before it is used.
 
     Args:
         path: The directory.
@@ -371,7 +371,7 @@ def _load_json(path: str) -> dict[str, Any]:
 
 
 def fits(path: str) -> bool:
-    """Whether it is a directory with weights, or shards of them, under these names."""
+    """Returns whether it is a directory with weights, or shards of them, under these names."""
     return bool(match_files(path, lambda name: _FILE.fullmatch(name) is not None))
 
 
@@ -395,7 +395,7 @@ def _open(path: str, format: FileFormat | None = None) -> Source:
 
 
 def _is_state(name: str) -> bool:
-    """Whether a file may hold more of a run: an optimizer, a scheduler, a generator."""
+    """Returns whether a file may hold more of a run: an optimizer, a scheduler, a generator."""
     return name == "trainer_state.json" or name.endswith(
         (".pt", ".pth", ".bin", ".pkl", ".safetensors")
     )

@@ -87,7 +87,7 @@ class ManagerIO(lightning_io.CheckpointIO):
             return self._path_of_latest(looking)
 
     def path(self, step: int) -> str:
-        """The path by which Lightning means a step."""
+        """Returns the path by which Lightning means a step."""
         return _join(self._root(), step)
 
     def save_step(
@@ -340,7 +340,7 @@ def _join(root: str, step: int) -> str:
 
 
 def _over(progress: Progress) -> Progress:
-    """The progress at the end of its epoch, which is the start of the next."""
+    """Returns the progress at the end of its epoch, which is the start of the next."""
     return Progress(
         epoch=progress.epoch + 1,
         batch=progress.batch,
@@ -386,7 +386,7 @@ def _reopen_epoch(loops: dict[str, Any]) -> None:
 
 
 def _storable(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint with hyperparameters that no array or plain value can hold as text."""
+    """Returns the checkpoint with hyperparameters that no array or plain value can hold as text."""
     changed = dict(checkpoint)
     for name in _HYPER_PARAMETERS:
         values = changed.get(name)

@@ -27,12 +27,12 @@ _MARKS = (
 
 
 def fits(path: str) -> bool:
-    """Whether it is one checkpoint, or one item of it, with the files that say so."""
+    """Returns whether it is one checkpoint, or one item of it, with the files that say so."""
     return _is_marked(path, match_files(path, _is_shown), os.path.isfile)
 
 
 def is_step(storage: Storage, path: str) -> bool:
-    """The same, in any store."""
+    """Returns the same, in any store."""
     names = filter(_is_shown, storage.list(path)) if queries.is_directory(storage, path) else ()
     return _is_marked(path, names, functools.partial(queries.exists, storage))
 
@@ -51,7 +51,7 @@ def _is_marked(path: str, names: Iterable[str], exists: Callable[[str], bool]) -
 
 
 def open_step(storage: Storage, path: str) -> Source:
-    """The items of a checkpoint in any store."""
+    """Returns the items of a checkpoint in any store."""
     opened = checkpoint_dir.open_checkpoint(storage, path)
     openers = {name: functools.partial(_read, storage, path, name) for name in opened.items}
     return Source(path, "step", openers)

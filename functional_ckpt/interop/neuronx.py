@@ -52,7 +52,7 @@ class Rank:
 
     @classmethod
     def parse(cls, stem: str) -> Rank | None:
-        """The rank that a file's name says; None where it says none."""
+        """Returns the rank that a file's name says; None where it says none."""
         match = _FILE.fullmatch(stem)
         if match is None:
             return None
@@ -61,7 +61,7 @@ class Rank:
 
 
 def parse_ranks(stems: Iterable[str], where: str) -> dict[Rank, str]:
-    """The ranks in file names, which form a complete grid.
+    """Returns the ranks in file names, which form a complete grid.
 
     Raises:
         CorruptCheckpointError: One is missing, or full and sharded states are mixed.
@@ -122,7 +122,7 @@ def save(state: Any, path: str) -> None:
 
 
 def stems(folder: str) -> list[str]:
-    """The names, without suffix, of the files of ranks in a folder."""
+    """Returns the names, without suffix, of the files of ranks in a folder."""
     return [name.removesuffix(_SUFFIX) for name in match_files(folder, _is_rank_file)]
 
 
@@ -131,7 +131,7 @@ def _is_rank_file(name: str) -> bool:
 
 
 def fits(path: str) -> bool:
-    """Whether it is the folder of a tag."""
+    """Returns whether it is the folder of a tag."""
     return any(stems(os.path.join(path, folder)) for folder in ("model", "optim"))
 
 

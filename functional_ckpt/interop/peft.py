@@ -18,7 +18,7 @@ _STATES = ("trainer_state.json", ".pt", ".pth", ".bin", ".pkl", ".safetensors")
 
 
 def fits(path: str) -> bool:
-    """Whether it is a directory with the weights of an adapter."""
+    """Returns whether it is a directory with the weights of an adapter."""
     return bool(_files(path))
 
 

@@ -33,7 +33,7 @@ def _library(module: str = "safetensors") -> Any:
 
 
 def fits(path: str) -> bool:
-    """Whether the file starts as the format requires: a length, then a JSON object."""
+    """Returns whether the file starts as the format requires: a length, then a JSON object."""
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
@@ -46,7 +46,7 @@ def fits(path: str) -> bool:
 
 
 def load(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a file, memory-mapped, and its metadata.
+    """Returns the tensors of a file, memory-mapped, and its metadata.
 
     Raises:
         StepNotFoundError: There is no such file.
@@ -87,7 +87,7 @@ def write(tensors: Mapping[str, torch.Tensor], tied: Mapping[str, str], path: st
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with a memory of its own, and no more of it than it shows."""
+    """Returns the tensor with a memory of its own, and no more of it than it shows."""
     tensor = tensor.detach().cpu().contiguous()
     is_whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if is_whole else tensor.clone()

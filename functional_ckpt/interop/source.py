@@ -85,7 +85,7 @@ class Format:
 def items_of(
     content: Any, path: str, is_tensor: Callable[[Any], bool] = torch.is_tensor
 ) -> dict[str, Any]:
-    """The items in one file.
+    """Returns the items in one file.
 
     A mapping of names to tensors is one item, `model`. In any other mapping each entry is an item,
     and anything but a mapping, or with a key that is not a valid item name, is one item, `state`.

@@ -60,7 +60,7 @@ _GLOBALS: list[Any] = [
 
 
 def fits(path: str) -> bool:
-    """Whether it is a file that `torch.save` may have written."""
+    """Returns whether it is a file that `torch.save` may have written."""
     if not os.path.isfile(path):
         return False
     with hostile.clear_failures(path), open(path, "rb") as file:
@@ -78,7 +78,7 @@ def fits(path: str) -> bool:
 
 
 def load(path: str) -> Any:
-    """The content of a file of `torch.save`; its tensors are memory-mapped on the CPU.
+    """Returns the content of a file of `torch.save`; its tensors are memory-mapped on the CPU.
 
     Raises:
         StepNotFoundError: There is no such file.
@@ -95,7 +95,7 @@ def load(path: str) -> Any:
 
 
 def load_stream(file: str | BinaryIO, what: str, *, size_bytes: int, mmap: bool = False) -> Any:
-    """The content of a file or stream of `torch.save`; raises as `load`.
+    """Returns the content of a file or stream of `torch.save`; raises as `load`.
 
     Args:
         file: A path, or a stream.

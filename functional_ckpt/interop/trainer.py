@@ -241,7 +241,7 @@ def _restore(trainer: Any, manager: CheckpointManager, step: int) -> None:
 
 
 def _items(parts: Mapping[str, Any], trainer: Any) -> dict[str, Any]:
-    """The items of a Trainer's parts, as its callbacks are given them."""
+    """Returns the items of a Trainer's parts, as its callbacks are given them."""
     model, optimizer = parts["model"], parts["optimizer"]
     items: dict[str, Any] = {
         "model": Module(model),
@@ -257,7 +257,7 @@ def _items(parts: Mapping[str, Any], trainer: Any) -> dict[str, Any]:
 
 
 def _num_batches(loader: Any) -> int | None:
-    """The length of a loader; None for a stream, whose `len` raises `TypeError`."""
+    """Returns the length of a loader; None for a stream, whose `len` raises `TypeError`."""
     try:
         return len(loader)
     except TypeError:
@@ -265,7 +265,7 @@ def _num_batches(loader: Any) -> int | None:
 
 
 def _state_json(state: Any, trainer: Any) -> dict[str, Any]:
-    """The Trainer's state, with that of its callbacks as they are now."""
+    """Returns the Trainer's state, with that of its callbacks as they are now."""
     record = dataclasses.asdict(state)
     callbacks: dict[str, Any] = {
         name: value
@@ -302,7 +302,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _restored_state(value: Any) -> Any:
-    """The opposite of `_to_json`."""
+    """Returns the opposite of `_to_json`."""
     if isinstance(value, dict):
         record = cast("dict[str, Any]", value)
         if set(record) == {_NON_FINITE}:
@@ -314,7 +314,7 @@ def _restored_state(value: Any) -> Any:
 
 
 def _numbers(state: Any) -> dict[str, float]:
-    """The logs and metrics of this step."""
+    """Returns the logs and metrics of this step."""
     found: dict[str, float] = {}
     for entry in state.log_history:
         if entry.get("step") == state.global_step:

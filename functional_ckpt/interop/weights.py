@@ -41,7 +41,7 @@ class Weights:
 
 
 def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> Weights:
-    """The tensors of a module, of a state dict or of any tree of tensors, by dotted name.
+    """Returns the tensors of a module, of a state dict or of any tree of tensors, by dotted name.
 
     Args:
         value: The value of an item.
@@ -72,7 +72,7 @@ def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> 
 
 
 def of_step(path: str | os.PathLike[str], item: str) -> Weights:
-    """The tensors of one item of a step, local or in an object store, read on access.
+    """Returns the tensors of one item of a step, local or in an object store, read on access.
 
     Raises:
         StepNotFoundError: There is no such step or item.

@@ -26,7 +26,7 @@ _WHOLE = ("step",)
 
 
 def merge(shards: Sequence[Mapping[str, Any]], what: str) -> dict[str, Any]:
-    """The full state of which each data-parallel rank has a shard.
+    """Returns the full state of which each data-parallel rank has a shard.
 
     Args:
         shards: In order of rank.

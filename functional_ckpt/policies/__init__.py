@@ -64,5 +64,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names: the modules of this package are its own affair."""
+    """Returns the public names: the modules of this package are its own affair."""
     return list(__all__)

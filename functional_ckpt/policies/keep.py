@@ -333,7 +333,7 @@ def _is_worst(value: float | None) -> bool:
 
 
 def _value(info: StepInfo, metric: Metric) -> float | None:
-    """The number that ranks a step: None if it is not known, nan if it is no number."""
+    """Returns the number that ranks a step: None if it is not known, nan if it is no number."""
     if info.metrics is None:
         return None
     if isinstance(metric, str):

@@ -51,7 +51,7 @@ def pieces_of(read: plan.ReadArray) -> tuple[sharding.Piece, ...]:
 
 
 def host_destination(read: plan.ReadArray) -> HostDestination:
-    """The memory for one array."""
+    """Returns the memory for one array."""
     if read.form == "fill":
         return _fill(read.node, cast("torch.Tensor", read.like))
     if read.form == "tensor":
@@ -64,7 +64,7 @@ def host_destination(read: plan.ReadArray) -> HostDestination:
 
 
 def _local_node(node: structure.ArrayNode, tensor: torch.Tensor) -> structure.ArrayNode:
-    """This rank's part as a new array: the stored dtype, the local shape."""
+    """Returns this rank's part as a new array: the stored dtype, the local shape."""
     local = sharding.local_of(tensor)
     detail = {key: value for key, value in node.detail.items() if key == "dtype"}
     spec = dataclasses.replace(node.spec, shape=tuple(local.shape))
@@ -105,7 +105,7 @@ def _dtype_of(node: structure.ArrayNode) -> str:
 
 
 def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
-    """Whether a read can go straight into the tensor's memory."""
+    """Returns whether a read can go straight into the tensor's memory."""
     if not tensor.is_cpu or _dtype_of(node) != encode.torch_dtype_name(tensor.dtype):
         return False
     return memory.is_contiguous_strided(tensor) or (
@@ -114,7 +114,7 @@ def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
 
 
 def _is_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is strided over its own memory."""
+    """Returns whether a tensor is strided over its own memory."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
         and tensor.layout == torch.strided

@@ -178,7 +178,7 @@ def match_items(
 
 
 def _match_as_saved(asked: _Request, name: str) -> MatchedItem | None:
-    """An item as saved, or its selected part; None if there is none."""
+    """Returns an item as saved, or its selected part; None if there is none."""
     nothing = plan.RestoreReport()
     if not asked.wanted.may_include(name):
         return None
@@ -195,7 +195,7 @@ def _match_as_saved(asked: _Request, name: str) -> MatchedItem | None:
 
 
 def _match_json(asked: _Request, name: str, item: Item | None) -> MatchedItem | None:
-    """A JSON item, or its selected part; None if there is none."""
+    """Returns a JSON item, or its selected part; None if there is none."""
     value = asked.checkpoint.json(name)
     if asked.renamed is not None or asked.wanted.is_partial(name):
         root: structure.Node | None = json_tree.to_node(value)
@@ -214,7 +214,7 @@ def _match_json(asked: _Request, name: str, item: Item | None) -> MatchedItem | 
 
 
 def _root_for(opened: OpenItem, group: Coordinator) -> structure.Node:
-    """The structure as this rank restores it: its own part of per-rank values.
+    """Returns the structure as this rank restores it: its own part of per-rank values.
 
     An item that was saved per rank by another number of ranks is restored as a dict of all.
     """
@@ -235,7 +235,7 @@ def _root_for(opened: OpenItem, group: Coordinator) -> structure.Node:
 
 
 def is_per_rank(root: structure.Node) -> TypeGuard[structure.BranchNode]:
-    """Whether an item holds a value for each rank that saved it."""
+    """Returns whether an item holds a value for each rank that saved it."""
     return isinstance(root, structure.BranchNode) and root.kind == "per_rank"
 
 
@@ -291,7 +291,7 @@ def _match_item(asked: _Request, name: str, item: Item) -> MatchedItem | None:
 def _select(
     asked: _Request, name: str, item: Item, root: structure.Node, *, is_resized: bool
 ) -> structure.Node | None:
-    """The structure with the target's values for leaves that are not selected."""
+    """Returns the structure with the target's values for leaves that are not selected."""
     selects = asked.wanted.leaves_of(name)
     pruned = select.prune(root, selects)  # asks about all that is stored, whatever the target has
     if not is_resized:
@@ -314,7 +314,7 @@ def _target_of(
     *,
     is_resized: bool,
 ) -> tuple[Any, plan.RestoreReport]:
-    """The item's target, and its handler's mismatches; None if nothing matches."""
+    """Returns the item's target, and its handler's mismatches; None if nothing matches."""
     handler, group = item.handler, asked.group
     nothing = plan.RestoreReport()
     try:
@@ -350,7 +350,7 @@ def _check_resizable(name: str, root: structure.Node, handler: Handler, group: C
 
 
 def _report_of(name: str, error: errors.MismatchError) -> plan.RestoreReport:
-    """A mismatch that the handler found, to be reported with the others."""
+    """Returns a mismatch that the handler found, to be reported with the others."""
     mismatched = error.mismatched
     if not (error.missing or error.unexpected or error.mismatched):
         mismatched = (f"{name}: {error.message}",)
@@ -360,6 +360,6 @@ def _report_of(name: str, error: errors.MismatchError) -> plan.RestoreReport:
 
 
 def _left_alone(name: str, item: Item, report: plan.RestoreReport) -> MatchedItem:
-    """An item of which nothing is restored: the caller's object, as it is."""
+    """Returns an item of which nothing is restored: the caller's object, as it is."""
     given = plan.Given(own_value(item.value))
     return MatchedItem(name=name, item=None, opened=None, binding=given, report=report)

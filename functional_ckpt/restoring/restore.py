@@ -204,7 +204,7 @@ def _is_asked_of_all(values: Sequence[bytes]) -> bytes:
 def _unexpected_by_all(
     reports: Mapping[str, plan.RestoreReport], group: Coordinator, *, may_be: bool
 ) -> dict[str, plan.RestoreReport]:
-    """The reports without leaves that another rank expects: of another pipeline stage, say.
+    """Returns the reports without leaves that another rank expects: of another pipeline stage, say.
 
     Args:
         reports: This rank's.

@@ -218,7 +218,7 @@ class Restorer:
     def _agree(
         self, step: int | None, *, discard_later: bool = False
     ) -> tuple[int, list[TierSteps]]:
-        """The step that every rank restores, and the tiers that hold it, the nearest first.
+        """Returns the step that every rank restores, and the tiers that hold it, the nearest first.
 
         All ranks raise when one cannot, or means another. The primary knows the tiers best: it
         alone uploads and prunes.
@@ -253,7 +253,7 @@ class Restorer:
         return number, self.steps.tiers_named(names)
 
     def _existing(self, step: int) -> int:
-        """The step, if this rank knows of one."""
+        """Returns the step, if this rank knows of one."""
         if self.coordinator.rank and self.steps.has_tiers:
             return step
         return self.steps.existing(step)
@@ -268,7 +268,7 @@ def initial_values(initial: Mapping[str, Any]) -> restore_lib.Restored:
 
 
 def check_step(step: Any) -> int:
-    """The number of a step, once it is known to be one."""
+    """Returns the number of a step, once it is known to be one."""
     try:
         number = operator.index(step)
     except TypeError:

@@ -43,7 +43,7 @@ class _Use(NamedTuple):
 def report_conflicts(
     matched: Sequence[MatchedItem], verify: read_lib.Verify
 ) -> Sequence[MatchedItem]:
-    """The items, with leaves that would write different values to one memory as mismatches.
+    """Returns the items, with leaves that would write different values to one memory as mismatches.
 
     Such leaves keep the target's values. Values are compared by their digests, else by reading
     them; nothing of the target is written.
@@ -87,7 +87,7 @@ def _is_same(one: _Use, other: _Use, verify: read_lib.Verify) -> bool:
 
 
 def _bytes_of(use: _Use, verify: read_lib.Verify) -> torch.Tensor:
-    """The value to be written, in new memory; of a sharded tensor this rank's part."""
+    """Returns the value to be written, in new memory; of a sharded tensor this rank's part."""
     read = dataclasses.replace(use.filled.read, form="tensor")
     touched = read_lib.TargetState()
     (value,) = read_lib.read_all([(use.opened, read)], verify=verify, touched=touched)
@@ -96,7 +96,7 @@ def _bytes_of(use: _Use, verify: read_lib.Verify) -> torch.Tensor:
 
 
 def _without(item: MatchedItem, refused: Mapping[int, Any], lines: Sequence[str]) -> MatchedItem:
-    """An item whose refused reads are replaced by the target's values."""
+    """Returns an item whose refused reads are replaced by the target's values."""
 
     def visit(binding: plan.Binding) -> walk.Visit[plan.Binding, plan.Binding]:
         if isinstance(binding, plan.Build):

@@ -39,12 +39,12 @@ _PORTABLE = 1  # cudaHostRegisterPortable: locked for every device, not the curr
 
 
 def is_streamed(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's copies go through here."""
+    """Returns whether a tensor's copies go through here."""
     return tensor.is_cuda
 
 
 def module_of(device: torch.device) -> Any:
-    """The module of torch with the streams and events of a device."""
+    """Returns the module of torch with the streams and events of a device."""
     return torch.get_device_module(device)
 
 
@@ -89,7 +89,7 @@ class Transfers:
         self._ends: dict[torch.device, Any] = {}
 
     def __bool__(self) -> bool:
-        """Whether there is anything to copy."""
+        """Returns whether there is anything to copy."""
         return bool(self._starts)
 
     def enqueue(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -226,7 +226,7 @@ class PinnedBuffers:
 
 
 def is_capturing() -> bool:
-    """Whether the calling thread is capturing a CUDA graph on the current device."""
+    """Returns whether the calling thread is capturing a CUDA graph on the current device."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

@@ -66,7 +66,7 @@ class StagingBuffer:
         self._arrays: list[Array] = []
 
     def reserve(self, slots: Sequence[Slot]) -> list[Array]:
-        """An array for every slot, over memory that stays valid until the next call."""
+        """Returns an array for every slot, over memory that stays valid until the next call."""
         if self._arena is None or slots != self._slots:
             self._slots, self._arrays = list(slots), []
             self._arrays = self._carve(slots)

@@ -33,7 +33,7 @@ class Commit:
         self.clean_up_error: errors.SaveError | None = None
 
     def done(self) -> bool:
-        """Whether the step was committed, or failed."""
+        """Returns whether the step was committed, or failed."""
         self._check_process()
         return self._future.done()
 
@@ -95,7 +95,7 @@ class CommitThread:
         self._thread: int | None = None
 
     def is_current(self) -> bool:
-        """Whether the current thread is the one that commits."""
+        """Returns whether the current thread is the one that commits."""
         return self._thread == threading.get_ident()
 
     @property
@@ -178,7 +178,7 @@ class CommitThread:
             raise error
 
     def take_error(self) -> BaseException | None:
-        """The error of a failed commit, once, for the caller to raise.
+        """Returns the error of a failed commit, once, for the caller to raise.
 
         A step that was committed and not cleaned up after keeps no other from being saved: that is
         left to `raise_error`.
@@ -199,7 +199,7 @@ class CommitThread:
 
 
 def _take(ticket: list[int]) -> bool:
-    """Whether the ticket was still there: only one caller gets it."""
+    """Returns whether the ticket was still there: only one caller gets it."""
     try:
         ticket.pop()
     except IndexError:

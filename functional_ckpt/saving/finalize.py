@@ -269,7 +269,7 @@ def _write_own_scalars(
 def _describe(
     storage: Storage, path: str, known: Mapping[str, records.FileRecord]
 ) -> dict[str, records.FileRecord]:
-    """The records of an item's files; unknown files are read.
+    """Returns the records of an item's files; unknown files are read.
 
     Files that were reported count even if a listing lacks them: then syncing them fails.
     """

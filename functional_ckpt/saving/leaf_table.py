@@ -48,7 +48,7 @@ class Leaf:
 
 
 def mark_of(item: LoweredItem, name: str) -> str:
-    """The mark of an array of an item."""
+    """Returns the mark of an array of an item."""
     if not item.is_checked:
         return UNCHECKED
     if name in item.first_rank:

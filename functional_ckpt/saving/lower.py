@@ -75,7 +75,7 @@ class LoweredItem:
 
 
 def check_item_name(name: object) -> str:
-    """The name, if an item may have it; else `UsageError`."""
+    """Returns the name, if an item may have it; else `UsageError`."""
     if not isinstance(name, str) or not name:
         raise errors.UsageError(f"An item's name must be a non-empty str; got {name!r}.")
     if name in RESERVED_NAMES or name[0] in "_." or "/" in name or "\0" in name:
@@ -184,7 +184,7 @@ def _source(
 def _in_group(
     sharding: sharding_lib.Sharding | None, ranks: tuple[int, ...]
 ) -> sharding_lib.Sharding | None:
-    """The sharding with ranks counted within the group that saves."""
+    """Returns the sharding with ranks counted within the group that saves."""
     if sharding is None:
         return None
     is_world = ranks == tuple(range(len(ranks)))

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def sampled(leaves: Sequence[T]) -> Sequence[T]:
-    """A few of them, evenly spread."""
+    """Returns a few of them, evenly spread."""
     return leaves[:: -(-len(leaves) // _MAX_SAMPLED_LEAVES) or 1]
 
 

@@ -214,12 +214,12 @@ def _kind(item: LoweredItem) -> tuple[str, str]:
 
 
 def _text_digest(item: LoweredItem) -> str | None:
-    """A digest of an item's JSON; None where it may differ."""
+    """Returns a digest of an item's JSON; None where it may differ."""
     return records.digest_hex(item.text) if item.is_checked else None
 
 
 def _signature(items: Sequence[LoweredItem]) -> str:
-    """A digest of everything that the plan of these items depends on."""
+    """Returns a digest of everything that the plan of these items depends on."""
     places: dict[
         Sharding | None, int
     ] = {}  # a sharding names every rank: spelled out once, not per leaf

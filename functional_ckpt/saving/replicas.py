@@ -78,7 +78,7 @@ def samples(
 
 
 def differing(found: Sequence[Mapping[str, Sequence[Any]]]) -> set[str]:
-    """The groups of which two ranks have other samples."""
+    """Returns the groups of which two ranks have other samples."""
     seen: dict[str, Sequence[Any]] = {}
     return {
         key
@@ -151,7 +151,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _is_due(num_saves: int) -> bool:
-    """Whether all leaves are compared: at the first save, and after 1, 2, 4, 8, ..."""
+    """Returns whether all leaves are compared: at the first save, and after 1, 2, 4, 8, ..."""
     return num_saves & (num_saves - 1) == 0
 
 
@@ -168,7 +168,7 @@ def _digest(sample: np.ndarray[Any, Any]) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _grid(shape: tuple[int, ...], itemsize: int) -> tuple[Any, ...]:
-    """An index expression for a grid of elements over the tensor; all if there are few."""
+    """Returns an index expression for a grid of elements over the tensor; all if there are few."""
     if math.prod(shape) * itemsize <= _MAX_WHOLE_BYTES:
         return (...,)
     left = _MAX_ELEMENTS

@@ -164,7 +164,7 @@ def digests(items: Sequence[LoweredItem]) -> dict[str, str]:
 
 
 def root_digest(root: structure.Node) -> str:
-    """A digest by which ranks compare structures, values included."""
+    """Returns a digest by which ranks compare structures, values included."""
     return records.digest_hex(json.dumps(structure_json.to_json(root)).encode())
 
 
@@ -188,7 +188,7 @@ def write_report(storage: Storage, directory: str, rank: int, report: RankReport
 
 
 def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
-    """A rank's report; `CoordinationError` if it is missing."""
+    """Returns a rank's report; `CoordinationError` if it is missing."""
     path = os.path.join(directory, REPORTS, f"{rank}.json")
     if not queries.exists(storage, path):
         raise errors.CoordinationError(

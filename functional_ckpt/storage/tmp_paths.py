@@ -179,7 +179,7 @@ def serialized(folder: str, wait_seconds: float = _SERIALIZED_SECONDS) -> Genera
 
 @functools.cache
 def _machine() -> str:
-    """This boot of this machine, whose processes see each other's locks."""
+    """Returns this boot of this machine, whose processes see each other's locks."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             text = file.read().strip()

@@ -93,7 +93,7 @@ class Moment:
     exchanged: Mapping[_Inode, _Inode]
 
     def images(self, *, num_single: int = 0, num_random: int = 0, seed: int = 0) -> list[Image]:
-        """The possible states after a power cut now, without repetitions.
+        """Returns the possible states after a power cut now, without repetitions.
 
         Args:
             num_single: How many changes to make durable alone, and to leave out alone.
@@ -145,7 +145,7 @@ def _moved(
     chosen: Iterable[_Inode],
     exchanged: Mapping[_Inode, _Inode],
 ) -> dict[_Inode, _Location]:
-    """The locations once the changes of the chosen inodes are durable.
+    """Returns the locations once the changes of the chosen inodes are durable.
 
     With them those of the inodes that stand in their way: a rename onto another file, and an
     exchange, are atomic.
@@ -169,7 +169,7 @@ def _moved(
 
 
 def _image(state: _State) -> Image:
-    """The tree of a state, without unlinked inodes."""
+    """Returns the tree of a state, without unlinked inodes."""
     below: dict[_Inode, list[tuple[str, _Inode]]] = {}
     for inode, (parent, name) in state.locations.items():
         below.setdefault(parent, []).append((name, inode))
@@ -240,7 +240,7 @@ class Disk:
         self._held.clear()
 
     def now(self, operation: Operation | None = None) -> Moment:
-        """The disk at this moment."""
+        """Returns the disk at this moment."""
         with self._mutex:
             durable = _State(self._root, dict(self._locations), dict(self._contents))
             return Moment(
@@ -300,7 +300,7 @@ class Disk:
                 self._held[inode] = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     def _look(self) -> _State:
-        """The state that programs see now."""
+        """Returns the state that programs see now."""
         locations: dict[_Inode, _Location] = {}
         contents: dict[_Inode, bytes | str | None] = {}
         todo = [(str(self.path), self._root)]
@@ -323,7 +323,7 @@ class Disk:
 
 
 def _read(descriptor: int, size_bytes: int) -> bytes:
-    """The entire file, whatever the mode of the descriptor."""
+    """Returns the entire file, whatever the mode of the descriptor."""
     with open(f"/proc/self/fd/{descriptor}", "rb") as file:
         return file.read(size_bytes)
 

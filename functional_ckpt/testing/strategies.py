@@ -53,7 +53,7 @@ def tensors(draw: st.DrawFn, shapes: st.SearchStrategy[tuple[int, ...]] = _SHAPE
 
 
 def plain_values() -> st.SearchStrategy[Any]:
-    """Every plain value that a pytree may hold, of any size and exact in its bits."""
+    """Returns every plain value that a pytree may hold, of any size and exact in its bits."""
     return st.one_of(
         st.none(),
         st.booleans(),

@@ -77,7 +77,7 @@ def _is_item(storage: Storage, path: str) -> bool:
 
 
 def _is_ours(storage: Storage, path: str) -> bool:
-    """Whether this package wrote the checkpoint, even if its record is gone."""
+    """Returns whether this package wrote the checkpoint, even if its record is gone."""
     places = (path, *(os.path.join(path, name) for name in storage.list(path)))
     if any(queries.exists(storage, os.path.join(place, EXTENSION_FILE)) for place in places):
         return True
@@ -113,7 +113,7 @@ def _verify_ours(search: Verification, step: int | None) -> None:
 
 
 def _step_record(search: Verification, step: int | None) -> records_lib.StepRecord | None:
-    """The checkpoint's own record; None, and a finding, where it cannot be believed."""
+    """Returns the checkpoint's own record; None, and a finding, where it cannot be believed."""
     path = os.path.join(search.path, EXTENSION_FILE)
     expected = "the record of a checkpoint" if step is None else f"the record of step {step}"
     if not _is_regular(search.storage, path):
@@ -139,7 +139,7 @@ def _tree_items(record: records_lib.StepRecord | None, on_disk: Collection[str])
 def _item_record(
     search: Verification, name: str, step: records_lib.StepRecord | None
 ) -> records_lib.ItemRecord | None:
-    """The record of a tree item; None, and a finding, where it cannot be believed."""
+    """Returns the record of a tree item; None, and a finding, where it cannot be believed."""
     file = f"{name}/{EXTENSION_FILE}"
     path = os.path.join(search.path, file)
     expected = f"the record of item {name!r}"
@@ -160,7 +160,7 @@ def _item_record(
 
 
 def _problem(error: errors.CheckpointError) -> Problem:
-    """An error of the system is not damage."""
+    """Returns the kind of a finding: an error of the system is not damage."""
     return "unreadable" if isinstance(error, errors.StorageError) else "record"
 
 
@@ -264,7 +264,7 @@ class _Files:
 
 
 def _item_of(name: str) -> str | None:
-    """The item that a file belongs to, by its path in the checkpoint."""
+    """Returns the item that a file belongs to, by its path in the checkpoint."""
     top, slash, rest = name.partition("/")
     return top if slash and (top, rest) != ("metrics", "metrics") else None
 

@@ -108,6 +108,6 @@ class Verification:
 
 
 def reason(error: BaseException, path: str) -> str:
-    """The message of an error, without the parts that the finding has already."""
+    """Returns the message of an error, without the parts that the finding has already."""
     text = error.message if isinstance(error, errors.CheckpointError) else str(error)
     return (text.removeprefix(f"{path}: ").rstrip(".")) or type(error).__name__

@@ -67,7 +67,7 @@ class ChunkGrid:
         return math.prod(self.num_chunks_per_dim)
 
     def box(self, index: tuple[int, ...]) -> Box:
-        """The valid region of chunk `index`: edge chunks are cut at the array's end."""
+        """Returns the valid region of chunk `index`: edge chunks are cut at the array's end."""
         offset = tuple(i * c for i, c in zip(index, self.chunk_shape, strict=True))
         shape = tuple(
             min(c, n - o) for c, n, o in zip(self.chunk_shape, self.shape, offset, strict=True)
@@ -75,7 +75,7 @@ class ChunkGrid:
         return Box(offset, shape)
 
     def is_padded(self, index: tuple[int, ...]) -> bool:
-        """Whether chunk `index` reaches over the array's end."""
+        """Returns whether chunk `index` reaches over the array's end."""
         return self.box(index).shape != self.chunk_shape
 
     def indices(self, region: Box | None = None) -> Iterator[tuple[int, ...]]:
@@ -168,7 +168,7 @@ def choose_grid(
     shard_shape: tuple[int, ...] | None = None,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
 ) -> ChunkGrid:
-    """A grid whose chunks are at most `max_chunk_bytes`, cut along the leading dims first.
+    """Returns a grid whose chunks are at most `max_chunk_bytes`, cut along the leading dims first.
 
     Args:
         spec: The global array.

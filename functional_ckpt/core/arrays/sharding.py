@@ -75,7 +75,7 @@ class Sharding:
 
     @classmethod
     def replicated(cls, ranks: tuple[int, ...]) -> Sharding:
-        """The complete array on each of `ranks`."""
+        """Returns the complete array on each of `ranks`."""
         return cls((len(ranks),), ranks, (None,))
 
     def coordinate(self, rank: int) -> tuple[int, ...] | None:
@@ -90,12 +90,12 @@ class Sharding:
         return tuple(reversed(coordinate))
 
     def pieces(self, shape: tuple[int, ...], rank: int) -> tuple[Piece, ...]:
-        """A rank's parts of an array of `shape`, in the order of its local tensor."""
+        """Returns a rank's parts of an array of `shape`, in the order of its local tensor."""
         coordinate = self.coordinate(rank)
         return () if coordinate is None else self.pieces_at(shape, coordinate)
 
     def pieces_at(self, shape: tuple[int, ...], coordinate: tuple[int, ...]) -> tuple[Piece, ...]:
-        """The parts of the rank at a mesh coordinate."""
+        """Returns the parts of the rank at a mesh coordinate."""
         runs = [
             _intervals(size, self._shard_dims(dim), self._coordinate_of(dim, coordinate))
             for dim, size in enumerate(shape)
@@ -122,7 +122,7 @@ class Sharding:
         )
 
     def to_group_ranks(self, group: tuple[int, ...]) -> Sharding:
-        """The same sharding with ranks counted within a group of processes.
+        """Returns the same sharding with ranks counted within a group of processes.
 
         Raises:
             UnsupportedLeafError: The mesh has a rank outside the group.
@@ -154,7 +154,7 @@ class Sharding:
         )
 
     def replicas(self, rank: int) -> tuple[int, ...]:
-        """The ranks with the same parts as `rank`, itself included, ascending."""
+        """Returns the ranks with the same parts as `rank`, itself included, ascending."""
         coordinate = self.coordinate(rank)
         if coordinate is None:
             return ()
@@ -202,7 +202,7 @@ def _places(ranks: tuple[int, ...]) -> dict[int, int]:
 def _intervals(
     size: int, cuts: tuple[tuple[int, int], ...], coordinate: tuple[int, ...]
 ) -> tuple[Run, ...]:
-    """The stretches of a dim that one coordinate holds, in local order."""
+    """Returns the stretches of a dim that one coordinate holds, in local order."""
     runs: list[Run] = [(0, size)] if size else []
     for (num_ranks, split_factor), here in zip(cuts, coordinate, strict=True):
         length = sum(end - start for start, end in runs)
@@ -293,7 +293,7 @@ def sharding_of(tensor: Any) -> Sharding | None:
 
 
 def pieces_of(tensor: Any) -> tuple[Piece, ...]:
-    """This rank's part of a tensor: all of it, or its shard of a DTensor."""
+    """Returns this rank's part of a tensor: all of it, or its shard of a DTensor."""
     shape = tuple(tensor.shape)
     sharding = sharding_of(tensor)
     if sharding is None:
@@ -305,7 +305,7 @@ def pieces_of(tensor: Any) -> tuple[Piece, ...]:
 
 
 def local_of(tensor: Any) -> Any:
-    """This rank's part of a DTensor; any other tensor unchanged."""
+    """Returns this rank's part of a DTensor; any other tensor unchanged."""
     if getattr(tensor, "device_mesh", None) is None:
         return tensor
     local = tensor.detach().to_local()

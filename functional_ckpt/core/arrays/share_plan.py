@@ -76,7 +76,7 @@ Rounds: TypeAlias = tuple[tuple[SharedChunk, ...], ...]
 def plan_sharing(
     arrays: Mapping[str, StoredArray], wants: Sequence[Sequence[Region]], *, round_bytes: int
 ) -> Rounds:
-    """The chunks that are read once for all, in rounds.
+    """Returns the chunks that are read once for all, in rounds.
 
     A chunk of which every rank can read just its own part is not among them: the ranks read it by
     themselves.
@@ -108,7 +108,7 @@ def plan_sharing(
 
 
 def _is_read_twice(array: StoredArray, index: tuple[int, ...], parts: Sequence[Share]) -> bool:
-    """Whether the ranks alone would ask for more than the chunk, or for a part twice."""
+    """Returns whether the ranks alone would ask for more than the chunk, or for a part twice."""
     itemsize = array.spec.itemsize_bytes
     asked = {part.box: asked_bytes(array.grid, index, part.box, itemsize) for part in parts}
     size_bytes = array.grid.box(index).num_elements * itemsize

@@ -150,7 +150,7 @@ class Box:
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Box:
-        """The box of the entire array."""
+        """Returns the box of the entire array."""
         return cls((0,) * len(shape), shape)
 
     @property
@@ -164,7 +164,7 @@ class Box:
         return tuple(o + n for o, n in zip(self.offset, self.shape, strict=True))
 
     def intersect(self, other: Box) -> Box | None:
-        """The common region, or None where there is none (0-dim boxes always meet)."""
+        """Returns the common region, or None where there is none (0-dim boxes always meet)."""
         offset = tuple(map(max, self.offset, other.offset))
         shape = tuple(
             min(a, b) - low for a, b, low in zip(self.end, other.end, offset, strict=True)
@@ -172,14 +172,14 @@ class Box:
         return Box(offset, shape) if all(n > 0 for n in shape) else None
 
     def contains(self, other: Box) -> bool:
-        """Whether this box contains every index of `other`."""
+        """Returns whether this box contains every index of `other`."""
         return all(
             a <= b and d <= c
             for a, b, c, d in zip(self.offset, other.offset, self.end, other.end, strict=True)
         )
 
     def relative_to(self, origin: tuple[int, ...]) -> Box:
-        """The same region with `origin` as index zero."""
+        """Returns the same region with `origin` as index zero."""
         return Box(tuple(o - b for o, b in zip(self.offset, origin, strict=True)), self.shape)
 
     def slices(self) -> tuple[Any, ...]:

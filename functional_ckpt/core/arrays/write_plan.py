@@ -74,7 +74,7 @@ class PlannedArray:
 
 
 def plan_writes(arrays: Sequence[ShardedArray], rank: int) -> tuple[PlannedArray, ...]:
-    """The chunks that `rank` writes of each array.
+    """Returns the chunks that `rank` writes of each array.
 
     The chunks that the same set of replicas holds are dealt out largest first, each to the replica
     with the least work so far.
@@ -97,7 +97,7 @@ def plan_writes(arrays: Sequence[ShardedArray], rank: int) -> tuple[PlannedArray
 
 @functools.lru_cache(maxsize=4096)
 def plan_alone(spec: ArraySpec) -> PlannedArray:
-    """The chunks of an array that a single rank writes: all of them."""
+    """Returns the chunks of an array that a single rank writes: all of them."""
     array = ShardedArray("", "", spec, Sharding.replicated((0,)))
     return plan_writes([array], 0)[0]
 
@@ -112,7 +112,7 @@ def _grid(array: ShardedArray) -> ChunkGrid:
 def _deal(
     arrays: Sequence[ShardedArray], grids: Sequence[ChunkGrid], rank: int
 ) -> set[tuple[int, Index]]:
-    """The chunks assigned to `rank`, as (position of the array, chunk index)."""
+    """Returns the chunks assigned to `rank`, as (position of the array, chunk index)."""
     mine: set[tuple[int, Index]] = set()
     shared: dict[tuple[int, ...], list[tuple[int, int, Index]]] = {}
     for place, (array, grid) in enumerate(zip(arrays, grids, strict=True)):

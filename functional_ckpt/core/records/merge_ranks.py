@@ -19,12 +19,12 @@ Parts: TypeAlias = "Sequence[tuple[int, Node]]"
 
 
 def rank_key(rank: int) -> str:
-    """The key under which a rank's own value is stored."""
+    """Returns the key under which a rank's own value is stored."""
     return f"rank_{rank}"
 
 
 def merge_ranks(parts: Parts, *, item: str) -> Node:
-    """The structure of which every rank holds a part.
+    """Returns the structure of which every rank holds a part.
 
     Dicts are united key by key, lists of names name by name. Plain values that differ are kept for
     every rank that has one. Arrays of one name must be the same on every rank.
@@ -118,7 +118,7 @@ class _Uniting:
 def _merge_details(
     one: Mapping[str, object], other: Mapping[str, object]
 ) -> Mapping[str, object] | None:
-    """The detail of a container on two ranks; None where they contradict each other.
+    """Returns the detail of a container on two ranks; None where they contradict each other.
 
     Per-module attributes of a state dict (`_metadata`) are merged like its keys: each pipeline
     stage has its own modules.
@@ -164,7 +164,7 @@ def _is_same_array(one: Node, other: Node) -> bool:
 
 
 def _merge_names(held: _Branches) -> Node:
-    """The names of every rank, each once, in order of the ranks."""
+    """Returns the names of every rank, each once, in order of the ranks."""
     children: list[Node] = []
     known: set[object] = set()
     for child in itertools.chain(*(node.children for _, node in held)):
@@ -185,7 +185,7 @@ def _describe(node: Node) -> str:
 
 
 def merge_shardings(parts: Sequence[tuple[int, Sharding | None]]) -> Sharding:
-    """The sharding of an array that ranks hold in different shardings, or plain.
+    """Returns the sharding of an array that ranks hold in different shardings, or plain.
 
     Meshes of one shape that have no rank in common are replicas of each other: FSDP2 shards
     parameters without tensor parallelism (norms) over another mesh on every tensor-parallel rank.

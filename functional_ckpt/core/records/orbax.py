@@ -181,7 +181,7 @@ def parse_tree(
     spec_of: Callable[[str], ArraySpec],
     texts: Mapping[str, str],
 ) -> structure.Node:
-    """The structure that Orbax's `_METADATA` describes.
+    """Returns the structure that Orbax's `_METADATA` describes.
 
     Args:
         data: Content of the file.

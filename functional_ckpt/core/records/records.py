@@ -97,7 +97,7 @@ class ItemRecord:
     files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        """The sealed text of the item's extension file."""
+        """Returns the sealed text of the item's extension file."""
         record = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -132,7 +132,7 @@ class StepRecord:
     ancestors: tuple[tuple[int, int], ...] = ()
 
     def to_json(self) -> bytes:
-        """The sealed text of the checkpoint's extension file."""
+        """Returns the sealed text of the checkpoint's extension file."""
         record: dict[str, Json] = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -171,7 +171,7 @@ def parse_object(data: bytes, path: object) -> dict[str, Json]:
 
 
 def verify_checksum(data: bytes, path: object) -> dict[str, Json]:
-    """The record of a sealed text.
+    """Returns the record of a sealed text.
 
     Raises:
         CorruptCheckpointError: The text was changed, cut, or is of a version this package does not

@@ -34,7 +34,7 @@ _ARRAYS = ("tensor", "ndarray", "numpy_scalar", "bytes")
 
 
 def to_json(root: structure.Node) -> list[Json]:
-    """The records of a structure."""
+    """Returns the records of a structure."""
     records: list[Json] = []
     todo = [root]
     while todo:
@@ -67,7 +67,7 @@ _Place: TypeAlias = tuple[structure.Key | None, int]
 
 
 def from_json(records: Json) -> structure.Node:
-    """The structure that records describe.
+    """Returns the structure that records describe.
 
     Raises:
         ValueError, TypeError, KeyError, UsageError: The records are malformed.

@@ -13,7 +13,7 @@ __all__ = ["from_node", "to_node"]
 
 
 def to_node(value: Any) -> Node:
-    """The structure of a JSON value: every scalar and every empty container is a leaf."""
+    """Returns the structure of a JSON value: every scalar and every empty container is a leaf."""
 
     def visit(current: Any) -> walk.Visit[Any, Node]:
         if isinstance(current, dict):
@@ -30,7 +30,7 @@ def to_node(value: Any) -> Node:
 
 
 def from_node(root: Node) -> Any:
-    """The JSON value of a structure.
+    """Returns the JSON value of a structure.
 
     Raises:
         UsageError: Items are left out of a list that has others behind them.

@@ -42,7 +42,7 @@ _Place: TypeAlias = tuple[Node | None, Any, Key | None, int]
 
 
 def is_own(node: object) -> bool:
-    """Whether a node stands for the target's own value."""
+    """Returns whether a node stands for the target's own value."""
     return isinstance(node, structure.ValueNode) and node.kind == OWN
 
 
@@ -82,7 +82,7 @@ def keep_unselected(saved: Node, own: Any, selects: Selects) -> Node | None:
 
 
 def _children_of(node: Node | None) -> dict[str, tuple[Key, Node]] | None:
-    """The children by the text of their keys; None for a leaf."""
+    """Returns the children by the text of their keys; None for a leaf."""
     if not isinstance(node, structure.BranchNode):
         return None
     if node.kind in composite.KINDS or structure.is_names(node):
@@ -92,7 +92,7 @@ def _children_of(node: Node | None) -> dict[str, tuple[Key, Node]] | None:
 
 
 def _own_children(live: Any) -> dict[str, tuple[Key, Any]] | None:
-    """The children by the text of their keys; None for a leaf."""
+    """Returns the children by the text of their keys; None for a leaf."""
     opened = None if isinstance(live, (Fill, torch.Tensor)) else flatten.flatten_one_level(live)
     if opened is None:
         return None
@@ -146,7 +146,7 @@ def _branch(stored: Node | None, live: Any, keys: list[Key], merged: list[_Merge
 
 
 def _is_prefix(node: structure.BranchNode) -> bool:
-    """Whether a sequence only lacks items at its end."""
+    """Returns whether a sequence only lacks items at its end."""
     return node.kind in _SEQUENCES and [key.value for key in node.keys] == list(
         range(len(node.keys))
     )

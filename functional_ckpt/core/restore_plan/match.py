@@ -326,7 +326,7 @@ _Place: TypeAlias = tuple[structure.Node, "structure.Key | None", int]
 
 
 def _built(opened: flatten.FlatNode, bound: list[Binding], target: Any) -> Build:
-    """A container like the target's, without the keys whose values are left out."""
+    """Returns a container like the target's, without the keys whose values are left out."""
     node = opened.node()
     if any(isinstance(each, Given) and each.value is NOTHING for each in bound):
         pairs = [
@@ -353,7 +353,7 @@ def _stored_dtype(node: structure.Node) -> str | None:
 
 
 def own_value(target: Any) -> Any:
-    """The value that a target keeps if the checkpoint has none."""
+    """Returns the value that a target keeps if the checkpoint has none."""
     return flatten.map_leaves(_own_leaf, target)
 
 

@@ -88,7 +88,7 @@ class Renaming:
             )
 
     def _with_names(self, node: structure.Node, item: str) -> structure.Node:
-        """A list of parameters' names under the new names that their state has."""
+        """Returns a list of parameters' names under the new names that their state has."""
         if not structure.is_names(node):
             return node
         start = f"{item}.state."
@@ -233,7 +233,7 @@ def _note_moved(
 
 
 def _renamed_parameter(path: KeyPath, new: str) -> KeyPath | None:
-    """The path of an optimizer's state, whose second key is the name of a parameter."""
+    """Returns the path of an optimizer's state, whose second key is the name of a parameter."""
     rest = "".join(f".{key.value}" for key in path[2:])
     if len(path) < 2 or path[0].value != "state" or not new.startswith("state."):
         return None
@@ -278,7 +278,7 @@ def _grow(
     branches: Mapping[KeyPath, structure.BranchNode],
     item: str,
 ) -> structure.Node:
-    """The containers above some leaves: of the kind that was there, else dicts."""
+    """Returns the containers above some leaves: of the kind that was there, else dicts."""
     groups: dict[Key, list[_Leaf]] = {}
     for place, node in entries:
         if len(place) == len(path):

@@ -46,13 +46,13 @@ class Selection:
         self._found: set[str] = set()
 
     def includes_item(self, item: str) -> bool:
-        """Whether a pattern names the item itself, and none ignores it."""
+        """Returns whether a pattern names the item itself, and none ignores it."""
         if self._ignores(item):
             return False
         return self._patterns is None or self._is_matched(item, item)
 
     def is_partial(self, item: str) -> bool:
-        """Whether some leaf of the item might not be wanted."""
+        """Returns whether some leaf of the item might not be wanted."""
         if not self.includes_item(item):
             return True
         ignored = self._ignored
@@ -61,7 +61,7 @@ class Selection:
         return any(_may_begin(pattern, f"{item}.") for pattern in ignored)
 
     def may_include(self, item: str) -> bool:
-        """Whether a pattern names the item, or could name a leaf of it."""
+        """Returns whether a pattern names the item, or could name a leaf of it."""
         if self._ignores(item):
             return False
         if self._patterns is None or self.includes_item(item):
@@ -79,7 +79,7 @@ class Selection:
         )
 
     def has_match(self, item: str) -> bool:
-        """Whether the item, or a leaf of it that was asked about, is wanted."""
+        """Returns whether the item, or a leaf of it that was asked about, is wanted."""
         return self._patterns is None or item in self._found
 
     def check_used(self) -> None:
@@ -136,7 +136,7 @@ _Place: TypeAlias = tuple[structure.Node, structure.Key | None, int]
 
 
 def specs(node: structure.Node) -> Any:
-    """The tree a structure describes, with an `ArraySpec` in place of every array."""
+    """Returns the tree a structure describes, with an `ArraySpec` in place of every array."""
     return walk.fold(node, _visit_specs)
 
 
@@ -161,7 +161,7 @@ def _visit_specs(node: structure.Node) -> walk.Visit[structure.Node, Any]:
 
 
 def _spec_of(leaf: Any) -> Any:
-    """A leaf of a live tree as `specs` shows it."""
+    """Returns a leaf of a live tree as `specs` shows it."""
     if not isinstance(leaf, torch.Tensor):
         return leaf
     name = encode.torch_dtype_name(leaf.dtype)
@@ -170,7 +170,7 @@ def _spec_of(leaf: Any) -> Any:
 
 
 def prune(node: structure.Node, keep: Callable[[str], bool]) -> structure.Node | None:
-    """The part of a structure whose leaf names `keep` accepts; None when nothing is left.
+    """Returns the part of a structure whose leaf names `keep` accepts; None when nothing is left.
 
     A dict loses the keys that are left out; in a sequence, named tuple or registered node they
     become None.

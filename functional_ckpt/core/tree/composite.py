@@ -113,17 +113,17 @@ def _open_subclass(tensor: Any) -> Parts:
 
 
 def class_name(kind: type) -> str:
-    """The stored name of a tensor's class; it is looked up at restore, never imported."""
+    """Returns the stored name of a tensor's class; it is looked up at restore, never imported."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def is_known(node: structure.BranchNode) -> bool:
-    """Whether this process has loaded the class of a stored tensor subclass."""
+    """Returns whether this process has loaded the class of a stored tensor subclass."""
     return _known_class(node) is not None
 
 
 def without_class(node: structure.BranchNode) -> structure.BranchNode:
-    """A stored tensor subclass as the dict of its parts."""
+    """Returns a stored tensor subclass as the dict of its parts."""
     detail = {key: value for key, value in node.detail.items() if key != "class"}
     return dataclasses.replace(node, detail=detail)
 

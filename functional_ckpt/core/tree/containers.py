@@ -49,7 +49,7 @@ class FlatNode:
     detail: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def node(self, children: Sequence[structure.Node] = ()) -> structure.BranchNode:
-        """The node of this container, with the children's nodes."""
+        """Returns the node of this container, with the children's nodes."""
         return structure.BranchNode(
             kind=self.kind, keys=self.keys, children=tuple(children), detail=self.detail
         )

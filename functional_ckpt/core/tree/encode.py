@@ -85,7 +85,7 @@ def value_node(value: object) -> structure.ValueNode | None:
 
 
 def plain_value(node: structure.ValueNode) -> object:
-    """The value of a value node."""
+    """Returns the value of a value node."""
     if node.kind == "torch_dtype":
         return torch_dtype(str(node.value))
     if node.kind == "torch_device":
@@ -164,7 +164,7 @@ def _tensor_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill one gapless block of memory in some order of the dims."""
+    """Returns whether the elements fill one gapless block of memory in some order of the dims."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
@@ -207,7 +207,7 @@ def _numpy_node(array: Array | np.generic, name: str) -> structure.ArrayNode:
 
 
 def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
-    """A tensor over the value's own memory, of the torch twin of the node's storage dtype.
+    """Returns a tensor over the value's own memory, of the torch twin of the node's storage dtype.
 
     Copies only values without contiguous memory: conj and neg views, read-only or foreign-endian
     numpy arrays, numpy scalars and bytes.
@@ -250,7 +250,7 @@ def why_wrapped(local: torch.Tensor) -> str:
 
 
 def tensor_over(array: Array) -> torch.Tensor:
-    """A tensor sharing a numpy array's memory, whatever its dtype."""
+    """Returns a tensor sharing a numpy array's memory, whatever its dtype."""
     if _is_registered(array.dtype):  # ml_dtypes register as void: go through an integer as wide
         carrier = torch.from_numpy(array.view(np.dtype(f"i{array.itemsize}")))
         name = array.dtype.name
@@ -259,7 +259,7 @@ def tensor_over(array: Array) -> torch.Tensor:
 
 
 def host_view(tensor: torch.Tensor, dtype: str) -> Array:
-    """A numpy array of storage dtype `dtype` over the memory of a CPU tensor; no copy."""
+    """Returns a numpy array of storage dtype `dtype` over the memory of a CPU tensor; no copy."""
     target, carrier = _host_dtypes(tensor.dtype, dtype)
     if tensor.requires_grad:
         tensor = tensor.detach()
@@ -284,7 +284,7 @@ def _is_registered(dtype: np.dtype[Any]) -> bool:
 
 
 def tensor_role(tensor: torch.Tensor) -> dict[str, object]:
-    """The role of a tensor, as a detail: Parameter, Buffer, requires_grad."""
+    """Returns the role of a tensor, as a detail: Parameter, Buffer, requires_grad."""
     if isinstance(tensor, torch.nn.Parameter):
         return {"parameter": True, **({} if tensor.requires_grad else {"requires_grad": False})}
     detail: dict[str, object] = {"requires_grad": True} if tensor.requires_grad else {}

@@ -34,7 +34,7 @@ _NO_DISPATCH = _dispatch_of(torch.Tensor)
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value is of torch's own class: no DTensor, no other subclass."""
+    """Returns whether a value is of torch's own class: no DTensor, no other subclass."""
     return type(value) in _ORDINARY
 
 
@@ -57,7 +57,7 @@ def is_wrapper(value: torch.Tensor) -> bool:
 
 
 def is_opaque(value: torch.Tensor) -> bool:
-    """Whether a tensor is a wrapper that cannot be taken apart: no DTensor, no parts.
+    """Returns whether a tensor is a wrapper that cannot be taken apart: no DTensor, no parts.
 
     Fake tensors and ShardedTensors are such; most operations on one fail.
     """
@@ -69,12 +69,12 @@ def is_opaque(value: torch.Tensor) -> bool:
 
 
 def is_expanded(tensor: torch.Tensor) -> bool:
-    """Whether several elements share an address."""
+    """Returns whether several elements share an address."""
     return any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def storage_key(value: object) -> Hashable | None:
-    """A key that is equal for leaves with the same memory and view; None if not shared."""
+    """Returns a key that is equal for leaves with the same memory and view; None if not shared."""
     if isinstance(value, torch.Tensor):
         if is_opaque(value) or value.numel() == 0 or value.is_conj() or value.is_neg():
             return None

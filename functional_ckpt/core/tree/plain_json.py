@@ -85,14 +85,14 @@ def _float(payload: Json) -> float:
 
 
 def string(value: Json) -> str:
-    """The value, if it is a string; else `ValueError`."""
+    """Returns the value, if it is a string; else `ValueError`."""
     if not isinstance(value, str):
         raise ValueError(f"{value!r:.100} is not a string")
     return value
 
 
 def integer(value: Json) -> int:
-    """The value, if it is an integer; else `ValueError`."""
+    """Returns the value, if it is an integer; else `ValueError`."""
     if type(value) is not int:
         raise ValueError(f"{value!r:.100} is not an integer")
     return value
@@ -102,7 +102,7 @@ def integer(value: Json) -> int:
 
 
 def is_plain(value: object, depth: int = _MAX_DEPTH) -> bool:
-    """Whether `tag` can write a value: scalars, and tuples, lists and dicts of such."""
+    """Returns whether `tag` can write a value: scalars, and tuples, lists and dicts of such."""
     if type(value) in _SCALARS:
         return True
     if depth == 0:
@@ -116,7 +116,7 @@ def is_plain(value: object, depth: int = _MAX_DEPTH) -> bool:
 
 
 def tag(value: object) -> Json:
-    """A plain value as `[kind, payload]`.
+    """Returns a plain value as `[kind, payload]`.
 
     >>> tag((1, "a", None))
     ['tuple', [['int', 1], ['str', 'a'], ['none', None]]]
@@ -133,7 +133,7 @@ def tag(value: object) -> Json:
 
 
 def untag(record: Json) -> Any:
-    """The opposite of `tag`; `ValueError`, `TypeError` or `KeyError` for anything else."""
+    """Returns the opposite of `tag`; `ValueError`, `TypeError` or `KeyError` for anything else."""
     kind, payload = record
     if kind == "tuple":
         return tuple(untag(part) for part in payload)

@@ -146,12 +146,12 @@ Node: TypeAlias = ValueNode | ArrayNode | BranchNode
 
 
 def join(path: KeyPath) -> str:
-    """The name of a leaf on disk: its keys joined by dots (Orbax's rule)."""
+    """Returns the name of a leaf on disk: its keys joined by dots (Orbax's rule)."""
     return ".".join([str(key.value) for key in path])
 
 
 def leaf_name(path: KeyPath) -> str:
-    """The name on disk of the leaf at `path`.
+    """Returns the name on disk of the leaf at `path`.
 
     >>> leaf_name((Key("a"), Key(0, "index"))), leaf_name(())
     ('a.0', 'value')
@@ -160,7 +160,7 @@ def leaf_name(path: KeyPath) -> str:
 
 
 def is_unicode(name: str) -> bool:
-    """Whether a name can be written: it has no lone surrogates."""
+    """Returns whether a name can be written: it has no lone surrogates."""
     if name.isascii():
         return True
     try:
@@ -171,7 +171,7 @@ def is_unicode(name: str) -> bool:
 
 
 def key_prefix(name: str) -> str:
-    """The prefix of an array's keys: TensorStore's rule, which is Orbax's.
+    """Returns the prefix of an array's keys: TensorStore's rule, which is Orbax's.
 
     >>> key_prefix("a.b"), key_prefix("a/"), key_prefix("/")
     ('a.b/', 'a/', '')
@@ -182,7 +182,7 @@ def key_prefix(name: str) -> str:
 
 
 def pretty(path: KeyPath, root: str = "") -> str:
-    """The key path as a person would write it.
+    """Returns the key path as a person would write it.
 
     >>> pretty((Key("state"), Key(0), Key(1, "index")), "optimizer")
     "optimizer['state'][0][1]"
@@ -191,7 +191,7 @@ def pretty(path: KeyPath, root: str = "") -> str:
 
 
 def is_names(node: object) -> TypeGuard[BranchNode]:
-    """Whether a node is a list of names, as `Names` lowers to."""
+    """Returns whether a node is a list of names, as `Names` lowers to."""
     return isinstance(node, BranchNode) and bool(node.detail.get(MERGED))
 
 

@@ -33,12 +33,12 @@ class Trail(Generic[K]):
             self._keys.append(key)
 
     def path(self) -> tuple[K, ...]:
-        """The path of the node that was entered last."""
+        """Returns the path of the node that was entered last."""
         return tuple(self._keys)
 
 
 def leaf(result: R) -> tuple[None, R]:
-    """A node without children, whose result is known."""
+    """Returns a node without children, whose result is known."""
     return None, result
 
 

@@ -172,7 +172,7 @@ def _is_dead(holder: Mapping[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """This boot of this machine, and its processes' numbers."""
+    """Returns this boot of this machine, and its processes' numbers."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = file.read().strip()
