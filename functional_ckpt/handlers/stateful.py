@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
 
 from functional_ckpt import errors
+from functional_ckpt.core.arrays import sharding, spec
 from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.handlers import classes
 from functional_ckpt.handlers.base import Handler, Item, item_class
@@ -31,14 +35,36 @@ class StatefulHandler(Handler):
         return value.state_dict()
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
-        """Whatever was saved: a fresh object's state need not have the shape of a used one's."""
-        del value, saved
-        return AS_SAVED
+        """Everything as saved, since a fresh object's state may lack what a used one has.
+
+        With several ranks, a DTensor of the present state is what its saved value becomes.
+        """
+        if self.per_rank or not (dist.is_available() and dist.is_initialized()):
+            return AS_SAVED
+        return _like_sharded(value.state_dict(), saved)
 
     def lift(self, value: Any, tree: Any) -> Any:
         """Returns the value, after `load_state_dict`."""
         value.load_state_dict(tree)
         return value
+
+
+def _like_sharded(live: Any, saved: Any) -> Any:
+    """Returns a target in which every DTensor of the live state stands for its saved value."""
+    if isinstance(live, torch.Tensor):
+        is_sharded = isinstance(saved, spec.ArraySpec) and sharding.sharding_of(live) is not None
+        return live.detach() if is_sharded else AS_SAVED
+    if isinstance(live, dict) and isinstance(saved, dict):
+        lives = cast("dict[Any, Any]", live)
+        found = {
+            key: _like_sharded(lives.get(key), child)
+            for key, child in cast("dict[Any, Any]", saved).items()
+        }
+        return found if any(child is not AS_SAVED for child in found.values()) else AS_SAVED
+    if type(live) in (list, tuple) and type(live) is type(saved) and len(live) == len(saved):
+        items = type(live)(map(_like_sharded, live, saved))
+        return items if any(child is not AS_SAVED for child in items) else AS_SAVED
+    return AS_SAVED
 
 
 @item_class

@@ -183,11 +183,15 @@ def restore_from_meta(directory: Path) -> dict[str, torch.Tensor]:
         model = Net()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model, mesh=mesh)
+    optimizer = make_optimizer(model)
     with fc.CheckpointManager(directory, read_only=True) as manager:
-        manager.restore(None, {"model": model})
+        manager.restore(None, {"model": model, "optimizer": fc.Optimizer(optimizer, model)})
     assert not any(tensor.is_meta for tensor in model.state_dict().values())
-    model(torch.ones(2, 7)).sum().backward()  # FSDP's own view of its parameters is sound
-    return weights(model)
+    restored = weights(model)
+    moments = [entry["exp_avg"] for entry in optimizer.state.values()]
+    assert moments and all(isinstance(moment, DTensor) for moment in moments)
+    step(model, optimizer, NUM_BEFORE)  # FSDP's own view of its parameters is sound
+    return restored
 
 
 def test_a_sharded_model_on_the_meta_device_is_materialised(
@@ -196,6 +200,36 @@ def test_a_sharded_model_on_the_meta_device_is_materialised(
     saved = workers.run(4, train_and_save, tmp_path, "fsdp4")[0]["saved"]
     for found in workers.run(2, restore_from_meta, tmp_path):
         assert_same_bits(found, saved)
+
+
+class App:
+    """An object whose state holds DTensors, as in the tutorial of torch.distributed.checkpoint."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.kinds = model, set[str]()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "epochs": [1, 2]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["epochs"] == [1, 2]
+        self.kinds = {type(value).__name__ for value in state["model"].values()}
+        self.model.load_state_dict(state["model"])
+
+
+def restore_stateful(directory: Path) -> tuple[bool, set[str]]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    apps = [App(fully_shard(Net(), mesh=mesh)) for _ in range(2)]
+    with fc.CheckpointManager(directory) as manager:
+        manager.save(1, {"app": apps[0]})
+        manager.restore(1, {"app": apps[1]})
+    whole, found = (weights(app.model) for app in apps)
+    return all(torch.equal(found[name], whole[name]) for name in whole), apps[1].kinds
+
+
+def test_a_stateful_object_gets_its_dtensors_back(workers: Workers, tmp_path: Path) -> None:
+    for is_equal, kinds in workers.run(2, restore_stateful, tmp_path):
+        assert is_equal and kinds == {"DTensor", "Tensor"}  # buffers are not sharded
 
 
 # ------------------------------------------------------------------------------------ DDP, ZeRO-1

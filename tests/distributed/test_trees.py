@@ -131,7 +131,7 @@ def stage_items(rank: int, num_ranks: int, *, trained: bool) -> dict[str, Any]:
 
 def facts(items: dict[str, Any]) -> dict[str, Any]:
     named = dict(items["model"].named_parameters())
-    state = items["optimizer"].value.optimizer.state
+    state = items["optimizer"].value.state
     weights = {name: parameter.tolist() for name, parameter in named.items()}
     moments = {name: state[p]["exp_avg"].tolist() for name, p in named.items() if p in state}
     return {"weights": weights, "moments": moments}

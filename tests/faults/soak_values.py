@@ -35,7 +35,7 @@ def new_items() -> dict[str, Any]:
 def fill(items: dict[str, Any], step: int, version: int) -> dict[str, Any]:
     """The same objects in the state that `version` of `step` has, every bit of it."""
     generator = torch.Generator().manual_seed(step * 1_000_003 + version)
-    optimizer = items["optimizer"].value.optimizer
+    optimizer = items["optimizer"].value
     optimizer.step()  # waits for the copy of an overlapped save
     with torch.no_grad():
         for tensor in _tensors(items["model"], optimizer):
@@ -67,7 +67,7 @@ def digest(items: Mapping[str, Any], restored: Mapping[str, Any] | None = None) 
     config = config.value if isinstance(config, fc.Json) else config
     found = xxhash.xxh3_64()
     for tensor in (
-        *_tensors(items["model"], items["optimizer"].value.optimizer),
+        *_tensors(items["model"], items["optimizer"].value),
         *tree["shadow"],
     ):
         found.update(str((tensor.dtype, tuple(tensor.shape))).encode())

@@ -67,7 +67,7 @@ def fill(items: dict[str, Any], step: int, version: int) -> dict[str, Any]:
 
 def optimizer_of(items: Mapping[str, Any]) -> torch.optim.Optimizer:
     """The live optimizer behind the item."""
-    return items["optimizer"].value.optimizer
+    return items["optimizer"].value
 
 
 def _randomize(tensor: torch.Tensor, generator: torch.Generator) -> None:

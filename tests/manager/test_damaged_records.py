@@ -194,7 +194,7 @@ def live() -> dict[str, Any]:
 
 
 def tensors(target: dict[str, Any]) -> list[torch.Tensor]:
-    states = target["optimizer"].value.optimizer.state.values()
+    states = target["optimizer"].value.state.values()
     found = [*target["model"].state_dict().values()]
     found += [value for state in states for value in state.values()]
     return [tensor.clone() for tensor in found]
