@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding, spec
@@ -37,9 +37,9 @@ class StatefulHandler(Handler):
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """Everything as saved, since a fresh object's state may lack what a used one has.
 
-        With several ranks, a DTensor of the present state is what its saved value becomes.
+        A DTensor of the present state is what its saved value becomes.
         """
-        if self.per_rank or not (dist.is_available() and dist.is_initialized()):
+        if self.per_rank or "torch.distributed.tensor" not in sys.modules:
             return AS_SAVED
         return _like_sharded(value.state_dict(), saved)
 
