@@ -189,7 +189,7 @@ def manager(
 
     Args:
         defined: From `define`.
-        directory: Where the steps are if the flag does not say.
+        directory: The directory if the flag is not set.
         arguments: Other arguments of `CheckpointManager`; policies are added to the flags', and
             `staging` is the default of its flag.
 
@@ -312,7 +312,7 @@ def _no_checkpoint(source: str) -> str:
         place = resolve(source)
     except errors.UsageError as error:
         return f": {error}"
-    return "" if is_remote(place) or os.path.isdir(place) else ", which is no directory"
+    return "" if is_remote(place) or os.path.isdir(place) else ", which is not a directory"
 
 
 def _contradictions(defined: CheckpointFlags) -> list[str]:

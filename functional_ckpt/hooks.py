@@ -24,7 +24,7 @@ __all__ = ["SaveHook"]
 
 
 class SaveHook:
-    """Saves when it is called and the manager's policies say so.
+    """Saves when it is called and the manager's policies accept the step.
 
     Args:
         manager: Directory and policies.
@@ -65,13 +65,13 @@ class SaveHook:
         metrics: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
         force: bool = False,
     ) -> Commit | None:
-        """Saves a step if the policies say so; see `CheckpointManager.save`.
+        """Saves a step if the policies accept it; see `CheckpointManager.save`.
 
         Args:
             step: Its number, or the progress, whose batch it is then.
             metrics: Measured at this step, or a function that measures them: called only when the
                 step is saved.
-            force: Save whatever the policies say.
+            force: Save regardless of the policies.
         """
         progress = step if isinstance(step, Progress) else None
         number = step.batch if isinstance(step, Progress) else step

@@ -128,7 +128,7 @@ class CheckpointManager:
         custom_metadata: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> background.Commit | None:
-        """Saves a step if the policy says so.
+        """Saves a step if the policy accepts it.
 
         Once it returns, the caller may change the objects: the state of the moment of the call is
         stored.
@@ -140,7 +140,7 @@ class CheckpointManager:
             progress: The training progress. Policies such as `every("1ep")` use it. A batch that
                 was just saved or restored is not saved again.
             custom_metadata: Other metadata; JSON.
-            force: Save whatever the policy says.
+            force: Save regardless of the policy.
 
         Returns:
             A handle of the commit; None if the policy or `on_busy="skip"` refused.

@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Looks the version up when it is asked for, which takes longer than listing steps."""
+    """Looks up the version on demand, which takes longer than listing steps."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from importlib import metadata

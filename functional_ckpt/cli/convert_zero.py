@@ -13,7 +13,7 @@ __all__ = ["run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Converts; says how many ranks' states were written."""
+    """Converts, and prints the number of written states."""
     if arguments.convert_to_sharded and arguments.dp_size is None:
         raise errors.UsageError("--convert_to_sharded needs --dp_size.")
     if arguments.convert_to_full and arguments.dp_size is not None:

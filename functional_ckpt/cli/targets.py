@@ -21,7 +21,7 @@ from functional_ckpt.storage.open import connect
 __all__ = ["Checkpoint", "Root", "checkpoint_of", "find"]
 
 _STEP_NAME = re.compile(r"(?:(?P<prefix>.+)_)?(?P<digits>[0-9]+)")
-# One of these says that a directory is a checkpoint.
+# A directory with one of these is a checkpoint.
 _MARKS = (
     records.EXTENSION_FILE,
     orbax.CHECKPOINT_METADATA_FILE,
@@ -38,7 +38,7 @@ class Checkpoint:
     Attributes:
         storage: The store that it is in.
         path: Its directory.
-        step: Its step, where its name says one.
+        step: Its step, if its name has one.
     """
 
     storage: Storage
@@ -207,7 +207,7 @@ class _Recorded:
     steps: Mapping[str, int]
 
     def build_name(self, step: int) -> str:
-        """Returns the name of a step that is there."""
+        """Returns the name of an existing step."""
         return next(name for name, found in self.steps.items() if found == step)
 
     def names(self, step: int) -> tuple[str, ...]:
@@ -249,7 +249,7 @@ def _format_of(name: str) -> StepName | None:
 
 
 def _step_of(storage: Storage, path: str) -> int | None:
-    """Returns the step that a checkpoint's name says, unless it was saved without one."""
+    """Returns the step in a checkpoint's name, unless it was saved without one."""
     name = os.path.basename(os.path.realpath(path))
     found = _format_of(name)
     if found is None:

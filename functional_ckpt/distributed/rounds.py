@@ -34,7 +34,7 @@ _LEAVE_SECONDS = 2.0
 _LAST_WORD_SECONDS = 1.0
 _FIRST_PAUSE_SECONDS = 0.0002
 _LONGEST_PAUSE_SECONDS = 0.05
-# One server answers every rank: thousands of them must ask less often.
+# One server answers every rank: thousands of them must poll less often.
 _POLLS_PER_SECOND = 20_000
 
 _PHASES = (("begun", "start"), ("gathered", "gather for"), ("outcome", "finish"))
@@ -50,7 +50,7 @@ class KeyValueStore(Protocol):
         ...
 
     def set_unless(self, key: str, value: bytes, other: str, seconds: float) -> bool:
-        """Sets a key unless another is there; whether it did."""
+        """Sets a key if it does not exist; returns whether it did."""
         ...
 
     def set_soon(self, key: str, value: bytes) -> None:
@@ -58,11 +58,11 @@ class KeyValueStore(Protocol):
         ...
 
     def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
-        """Returns the values of keys that are there."""
+        """Returns the values of existing keys."""
         ...
 
     def has(self, keys: Sequence[str], seconds: float) -> bool:
-        """Returns whether all the keys are there."""
+        """Returns whether all the keys exist."""
         ...
 
     def delete_soon(self, keys: Sequence[str]) -> None:
@@ -128,7 +128,7 @@ class Rounds:
     def _lead(
         self, slot: int, what: str, value: bytes | BaseException, combine: Combine
     ) -> bytes | None:
-        """The outcome; None when the slot is a leftover of something that the others gave up."""
+        """The outcome; None if the slot is a leftover of an operation that timed out."""
         keys = [f"{slot}/begun", f"{slot}/gathered", f"{slot}/outcome"]
         self._spent += keys
         begun, gathered, closed = keys
@@ -281,7 +281,7 @@ class Rounds:
         self._store.set(key, value, self._limit)
 
     def _wait(self, keys: Sequence[str], seconds: Callable[[], float]) -> bool:
-        """Whether the keys were there in time; polls, since a store's wait cannot be given up."""
+        """Whether the keys existed in time; polls, since a store's wait cannot be cancelled."""
         start = time.monotonic()
         for pause in self._pauses():
             rest = start + seconds() - time.monotonic()

@@ -1,4 +1,4 @@
-"""Whether all ranks made their managers alike; compared in the round that opens the directory."""
+"""Compares the managers' options of all ranks, in the round that opens the directory."""
 
 from __future__ import annotations
 

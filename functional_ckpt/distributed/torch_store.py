@@ -199,7 +199,7 @@ class _Store:
         self._store = dist.PrefixStore(prefix, self._store)  # pyright: ignore[reportPrivateImportUsage]
 
     def count(self, key: str) -> int:
-        """How often this was asked of the key, this time included."""
+        """The number of requests for the key, including this one."""
         return int(self._call(self._store.add, key, 1, seconds=_CONNECT_SECONDS))
 
     def set(self, key: str, value: bytes, seconds: float) -> None:
@@ -207,7 +207,7 @@ class _Store:
         self._call(self._store.set, key, value, seconds=seconds)
 
     def set_unless(self, key: str, value: bytes, other: str, seconds: float) -> bool:
-        """Sets a key unless another is there; whether it did."""
+        """Sets a key if it does not exist; returns whether it did."""
         store: Any = self._store
 
         def attempt() -> bool:
@@ -223,14 +223,14 @@ class _Store:
         self._calls.start(self._store.set, (key, value))
 
     def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
-        """Returns the values of keys that are there, in one round trip where the store can."""
+        """Returns the values of existing keys, in one round trip if the store supports it."""
         if self._is_extended:
             found = self._call(self._store.multi_get, list(keys), seconds=seconds)
             return [bytes(value) for value in found]
         return [bytes(self._call(self._store.get, key, seconds=seconds)) for key in keys]
 
     def has(self, keys: Sequence[str], seconds: float) -> bool:
-        """Returns whether all the keys are there."""
+        """Returns whether all the keys exist."""
         return bool(self._call(self._store.check, list(keys), seconds=seconds))
 
     def delete_soon(self, keys: Sequence[str]) -> None:

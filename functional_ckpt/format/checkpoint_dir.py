@@ -134,7 +134,7 @@ class OpenItem:
                 yield leaf
 
     def _check_sizes(self, record: records.ItemRecord, sizes: Mapping[str, int] | None) -> None:
-        """A record cannot ask for more memory than there are bytes on disk (uncompressed).
+        """Limits the memory for a record to the bytes on disk (uncompressed).
 
         Small chunks may be compressed, but each has a digest in the record, which bounds them.
         """
@@ -275,7 +275,7 @@ class OpenCheckpoint:
 
     @property
     def progress(self) -> Progress | None:
-        """How far the training was; None where the step does not say."""
+        """The progress of the training; None if it was not saved."""
         return None if self.record is None else self.files.progress
 
     @property

@@ -182,7 +182,7 @@ def _encode_files(files: Sequence[str]) -> bytes:
 
 
 def _varints(values: Any) -> bytes:
-    """Seven bits a byte, the lowest first; the top bit says that more follow."""
+    """Seven bits a byte, the lowest first; the top bit marks that more follow."""
     if len(values) < _FEW:  # numpy's calls would cost more than the numbers
         return b"".join(map(_varint, map(int, values)))
     numbers = np.asarray(values, np.uint64)

@@ -1,8 +1,8 @@
 """Reading data files with few system calls: each byte is copied once, many arrays at a time.
 
-The tree of a database says where every value is stored. Values that are stored side by side, as a
-save leaves them, are read by one call into the memory of many tensors, and verified while they are
-in the cache. Databases that are not one plain leaf are read by TensorStore.
+The tree of a database has the location of every value. Adjacent values, as a save leaves them, are
+read by one call into the memory of many tensors, and verified while they are in the cache.
+Databases that are not one plain leaf are read by TensorStore.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ __all__ = [
 JSON_FILE = "metadata"
 METRICS_FILE = "metrics/metrics"
 PROGRESS_ITEM = "progress"
-"""Where a step says how far the training was: a JSON item to Orbax."""
+"""The path of a step's progress: a JSON item to Orbax."""
 
 
 def read_optional(storage: Storage, path: str) -> bytes | None:
@@ -123,7 +123,7 @@ class StepFiles:
         if self.record is not None:
             expected = self.record.files.get(name)
             if expected is None:
-                return None  # whatever is there now was not saved
+                return None  # an unlisted file was not saved
         path = os.path.join(self.path, name)
         if self.storage.files is not None:
             local_files.check_no_links(self.path, name)
@@ -168,7 +168,7 @@ class StepFiles:
 
     @property
     def progress(self) -> Progress | None:
-        """How far the training was; None where the checkpoint does not say."""
+        """The progress of the training; None if it was not saved."""
         if self.record is not None and PROGRESS_ITEM in self.record.items:
             return None
         name = f"{PROGRESS_ITEM}/{JSON_FILE}"

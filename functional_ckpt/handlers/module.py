@@ -149,7 +149,7 @@ class Module(Item):
         return ModuleHandler(only=cast("Any", self.only), device=cast("Any", self.device))
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for a value that is no module."""
+        """Raises `UsageError` for other values than modules."""
         self.check()
         if self.only is not None:
             patterns = (self.only,) if isinstance(self.only, str) else tuple(self.only)
@@ -158,7 +158,7 @@ class Module(Item):
             object.__setattr__(self, "device", torch.device(self.device))
 
     def check(self) -> None:
-        """Raises `UsageError` for a value that is no module."""
+        """Raises `UsageError` for other values than modules."""
         Item.check(self)
         if not isinstance(cast("object", self.value), torch.nn.Module):
             raise errors.UsageError(f"Expected a torch.nn.Module, got {type(self.value).__name__}.")

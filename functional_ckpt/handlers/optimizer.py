@@ -159,7 +159,7 @@ class Optimizer(Item):
     model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]]
 
     def __post_init__(self) -> None:
-        """Raises `UsageError` for a value that is no optimizer."""
+        """Raises `UsageError` for other values than optimizers."""
         if not isinstance(self.model, torch.nn.Module):
             object.__setattr__(self, "model", tuple(self.model))
         self.check()
@@ -170,7 +170,7 @@ class Optimizer(Item):
         return OptimizerHandler(cast("Any", self.model))
 
     def check(self) -> None:
-        """Raises `UsageError` for a value that is no optimizer."""
+        """Raises `UsageError` for other values than optimizers."""
         Item.check(self)
         if not isinstance(cast("object", self.value), torch.optim.Optimizer):
             raise errors.UsageError(

@@ -97,7 +97,7 @@ class TorchMetric(Item):
         return TorchMetricHandler(per_rank=self.per_rank)
 
     def check(self) -> None:
-        """Raises `UsageError` for a value that is no metric."""
+        """Raises `UsageError` for other values than metrics."""
         Item.check(self)
         if not is_metric(self.value):
             kind = type(self.value).__name__

@@ -47,7 +47,7 @@ class _Entry:
     name: str
     keys: tuple[Any, ...]
     shape: tuple[int, ...] | None
-    """None for a value that is no tensor."""
+    """None for other values than tensors."""
     parts: tuple[_Part, ...]
 
 
@@ -187,7 +187,7 @@ def _read_entry(path: str, entry: _Entry) -> Any:
 
 
 def _check_size(path: str, entry: _Entry, piece: torch.Tensor) -> None:
-    """An index cannot ask for more memory than there are bytes on disk."""
+    """Limits the memory for an index to the bytes on disk."""
     shape = cast("tuple[int, ...]", entry.shape)
     lengths = {(part.file, part.start): part.length for part in entry.parts}
     if math.prod(shape) * piece.element_size() > sum(lengths.values()):
@@ -223,7 +223,7 @@ def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         path: The directory to create.
 
     Raises:
-        StepExistsError: Something is there.
+        StepExistsError: The path exists.
     """
     checkpoint: Any = importlib.import_module("torch.distributed.checkpoint")
     with atomic_output(path) as tmp, _quiet():

@@ -95,9 +95,7 @@ def open(
         return _open(found[0], place)
     if found:
         listed = "; ".join(f"{each.name!r} ({each.description})" for each in found)
-        raise errors.UsageError(
-            f"{place} may be any of {listed}; say which with format=.", path=place
-        )
+        raise errors.UsageError(f"{place} may be any of {listed}; choose with format=.", path=place)
     known = "; ".join(f"{each.name!r} ({each.description})" for each in formats)
     raise errors.UsageError(
         f"{place}: nothing here looks like a known checkpoint. Give the file or the directory of "

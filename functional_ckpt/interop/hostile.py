@@ -77,7 +77,7 @@ def read_small(path: str) -> bytes:
 
 
 def check_pickle(data: bytes, path: str) -> None:
-    """Raises `CorruptCheckpointError` for a pickle that asks for far more than it holds.
+    """Raises `CorruptCheckpointError` for a pickle that expands to far more than its size.
 
     Slots of the memo are numbered one by one: a large number in a small pickle makes the reader ask
     for that many. Containers that hold one another twice, many times over, stand for more objects

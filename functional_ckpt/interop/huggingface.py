@@ -77,7 +77,7 @@ def save(
             one; None for the module's own, where it has one.
 
     Raises:
-        StepExistsError: Something is there; it is left as it is.
+        StepExistsError: The path exists; it is not changed.
         UnsupportedLeafError: Something cannot be written; nothing was.
     """
     tied = _tied_names(model)

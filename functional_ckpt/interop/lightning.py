@@ -182,7 +182,7 @@ class ManagerIO(lightning_io.CheckpointIO):
 
 
 class SaveCallback(callbacks.Callback):
-    """Saves a step when the manager's policies say so, and at the end of the training.
+    """Saves a step when the manager's policies accept it, and at the end of the training.
 
     A step is an update of the weights. It is saved once everything that belongs to it is over:
     before the next batch; at the end of an epoch before the next epoch starts, so that a resumed
@@ -191,7 +191,7 @@ class SaveCallback(callbacks.Callback):
 
     Args:
         io: The Trainer's plugin.
-        save_last: Whether the end of the training is saved whatever the policies say.
+        save_last: Whether the end of the training is saved regardless of the policies.
     """
 
     def __init__(self, io: ManagerIO, *, save_last: bool = True) -> None:

@@ -52,7 +52,7 @@ class Rank:
 
     @classmethod
     def parse(cls, stem: str) -> Rank | None:
-        """Returns the rank that a file's name says; None where it says none."""
+        """Returns the rank in a file's name; None if there is none."""
         match = _FILE.fullmatch(stem)
         if match is None:
             return None

@@ -154,7 +154,7 @@ def save(content: Any, path: str | os.PathLike[str]) -> None:
         path: The file to create.
 
     Raises:
-        StepExistsError: Something is there.
+        StepExistsError: The path exists.
         UnsupportedLeafError: There is something that torch.save would pickle; nothing was written.
     """
     with atomic_output(path) as tmp:

@@ -44,7 +44,7 @@ class ManagerCallback(trainer_callback.TrainerCallback):
     A step is one update of the weights, as in the Trainer. The manager's policies decide. A step is
     saved after everything that the Trainer logs and measures at it, the evaluation at the end of an
     epoch included; its latest numbers are the metrics of the step. The last step of a training is
-    saved whatever the policies say, as the Trainer itself does. After SIGTERM
+    saved regardless of the policies, as the Trainer itself does. After SIGTERM
     (`policies.Preemption()`) the training stops once the step is saved.
 
     Start the training with `train`: it gives the callback the state of the other callbacks and the

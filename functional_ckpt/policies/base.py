@@ -38,10 +38,10 @@ class StepInfo:
         step: Its number.
         time: When it was saved (or, for the step to decide about, now); with a time zone.
         metrics: Its metrics; None if there are none (yet).
-        progress: How far the training was; None if it does not say. It is saved with the step,
+        progress: Progress of the training; None if it was not saved. It is saved with the step,
             since a policy that saves every epoch has no other memory.
         problem: Why its metrics, time or progress cannot be believed; None where they can. Such a
-            step is kept, whatever the policies say.
+            step is kept, regardless of the policies.
         is_unreadable: Whether the problem is that the system refused to read them.
         generation: The number of rollbacks before it was saved.
         ancestors: For each earlier generation that led to it, the number of that generation and
@@ -116,7 +116,7 @@ class SavePolicy(Protocol):
         """Returns whether to save.
 
         Args:
-            step: The step at hand.
+            step: The current step.
             previous_steps: The steps that exist, ascending, with the one being committed.
             context: The external inputs.
         """

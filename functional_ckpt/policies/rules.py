@@ -64,7 +64,7 @@ class AnySave:
     def should_save(
         self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
     ) -> bool:
-        """Returns whether any policy wants the save."""
+        """Returns whether any policy accepts the save."""
         return any(
             policy.should_save(step, previous_steps, context=context) for policy in self.policies
         )
@@ -86,7 +86,7 @@ class SaveRule:
 
     @property
     def step_only(self) -> bool:
-        """Whether no rank ever has to ask another."""
+        """Whether no rank ever needs another's decision."""
         return not self.by_state
 
     def decide_step(self, step: int) -> bool | None:
@@ -112,7 +112,7 @@ def save_rule(
         adapt: Called with each policy first, to let others' objects in.
 
     Raises:
-        UsageError: One of them is no save policy; the message says which.
+        UsageError: One of them is not a save policy; the message names it.
     """
     flat = tuple(_flatten(policies, adapt, "save_policy"))
     by_step: list[StepPolicy] = []
@@ -128,11 +128,11 @@ def save_rule(
 def decide_save(
     rule: SaveRule, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
 ) -> SavePolicy | None:
-    """Returns the first policy that wants the step saved, None if there is none.
+    """Returns the first policy that accepts the step, None if there is none.
 
     Args:
         rule: The policies.
-        step: The step at hand.
+        step: The current step.
         previous_steps: The steps that exist, ascending, with the one being committed: without that
             one, a policy that counts seconds would ask for a second save while it is on its way.
         context: The external inputs.
@@ -187,7 +187,7 @@ class AnyKeep:
     """Keeps the steps that any of several policies keeps, as a list does; all if there is none.
 
     Attributes:
-        policies: All are asked.
+        policies: All are evaluated.
     """
 
     policies: tuple[KeepPolicy, ...]
@@ -212,7 +212,7 @@ def keep_policies(
         adapt: Called with each policy first, to let others' objects in.
 
     Raises:
-        UsageError: One of them is no keep policy; the message says which.
+        UsageError: One of them is not a keep policy; the message names it.
     """
     if isinstance(policies, (list, tuple)):
         members = cast("Sequence[Any]", policies)
@@ -238,7 +238,7 @@ def decide_keep(
         policies: None at all keeps everything.
         history: The steps on disk, ascending and each once.
         context: The clock.
-        protected: Steps that stay whatever the policies say.
+        protected: Steps that stay regardless of the policies.
 
     Raises:
         UsageError: A policy does not answer once for each step, or the history is out of order.
@@ -254,7 +254,7 @@ def decide_keep(
     policy = AnyKeep(tuple(policies))
     present = [info for info in history if not info.is_abandoned]
     abandoned = [info for info in history if info.is_abandoned]
-    # Whatever the policies say: a run must always be able to resume from where it was.
+    # Regardless of the policies: a run must always be able to resume from its last step.
     newest = max(history, key=lambda info: (info.generation, info.step))
     kept = {newest.step, *protected}
     for infos in (present, abandoned):
@@ -288,7 +288,7 @@ def keeps_newest(
 ) -> bool:
     """Returns whether the newest step stays in a directory that is not the only one.
 
-    It does, whatever the policies say, unless `LatestN(0)` is among them.
+    It does, regardless of the policies, unless `LatestN(0)` is among them.
     """
     if not history or not passes_through(policies):
         return True

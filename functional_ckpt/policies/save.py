@@ -108,16 +108,16 @@ class Preemption:
     def should_save(
         self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
     ) -> bool:
-        """Returns whether the signal came."""
+        """Returns whether the signal was received."""
         return context.reached_preemption
 
 
 @dataclass(frozen=True, slots=True)
 class When:
-    """Saves when a function of the step says so.
+    """Saves when a function of the step returns true.
 
     Attributes:
-        decide: Called with the step at hand.
+        decide: Called with the current step.
     """
 
     decide: Callable[[StepInfo], bool]

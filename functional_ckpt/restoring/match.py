@@ -93,7 +93,7 @@ class MatchedItem:
     Attributes:
         name: Its name.
         item: Its target; None for an item as saved.
-        opened: Its tree; None where the binding says everything.
+        opened: Its tree; None if the binding is sufficient.
         binding: What to do for each leaf.
         report: What did not fit.
         is_resized: Whether it was saved for each of another number of ranks.
@@ -343,7 +343,7 @@ def _is_resized(root: structure.Node, handler: Handler, group: Coordinator) -> b
 
 
 def _check_resizable(name: str, root: structure.Node, handler: Handler, group: Coordinator) -> None:
-    """A handler that cannot resize says so before anything is read."""
+    """Raises before anything is read if a handler cannot resize."""
     if not handler.can_resize():
         num_saved = len(root.children) if is_per_rank(root) else 1
         handler.resize([None] * num_saved, group.rank, group.num_ranks)

@@ -72,7 +72,7 @@ class Saver:
         about: StepExtras,
         force: bool,
     ) -> background.Commit | None:
-        """Saves a step if the policy says so; see `CheckpointManager.save`."""
+        """Saves a step if the policy accepts it; see `CheckpointManager.save`."""
         started = time.monotonic()
         progress = checked_progress(about.progress)
         # A rank with a pending error takes part in the collectives below: the others would hang.

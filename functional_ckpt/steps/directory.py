@@ -64,7 +64,7 @@ class StepDirectory:
         return os.path.join(self.root, entry.name)
 
     def path_if_there(self, step: int) -> str | None:
-        """Returns the path of a step; None if nothing is there."""
+        """Returns the path of a step; None if it does not exist."""
         with contextlib.suppress(errors.StepNotFoundError):
             path = self.path(step)
             return path if queries.exists(self.storage, path) else None

@@ -124,7 +124,7 @@ class _Attempt(Protocol):
 def _describe(
     storage: Storage, path: str, step: int, files: StepFiles | None, attempt: _Attempt
 ) -> StepInfo:
-    """The time is that of the commit; where no metadata says it, the directory's own."""
+    """The time is that of the commit; without metadata, the directory's own."""
     metadata = metrics = progress = None
     if files is not None:
         metadata = attempt(lambda: files.metadata)

@@ -60,7 +60,7 @@ class StepIndex:
         self.strays: Mapping[str, str] = {}
 
     def look(self, *, reread: bool = False) -> dict[int, Entry]:
-        """Returns the steps that are there now, ascending.
+        """Returns the present steps, ascending.
 
         Args:
             reread: Whether to read the records of every step again.

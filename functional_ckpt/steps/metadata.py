@@ -26,7 +26,7 @@ class StepMetadata:
         items: Name of each item -> its tree, with an `ArraySpec` for every array; the value of a
             JSON item.
         metrics: Its metrics, or None.
-        progress: How far the training was, or None where it does not say.
+        progress: Progress of the training, or None if it was not saved.
         custom_metadata: The user's custom metadata.
         generation: The number of rollbacks before it was saved.
         is_abandoned: It is not on the line that the run continues: the run went back to a step

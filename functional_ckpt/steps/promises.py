@@ -32,7 +32,7 @@ class Promises:
 
     Attributes:
         promised: Steps that a tier will get; they stay in the first tier until then.
-        decided: Steps that a tier was asked about, whatever it said.
+        decided: Steps for which a tier has decided, either way.
         replacing: Pending steps that may replace another commit of their number.
         was_damaged: Whether the record could not be read.
     """

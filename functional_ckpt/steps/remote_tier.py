@@ -31,7 +31,7 @@ class RemoteTier:
 
     Args:
         root: Its path.
-        connect: Connects to its store, and asks it once; raises where there is no answer.
+        connect: Connects to its store, with one request; raises without an answer.
         rule: Which committed steps go there; None for all.
         keep: Which stay there; none for all.
         max_delay_seconds: Maximal delay of a step without an error; None for no limit.
@@ -104,7 +104,7 @@ def open_reachable(tiers: Sequence[RemoteTier]) -> None:
 
 
 def is_outage(error: BaseException) -> bool:
-    """Returns whether an error says that a store cannot be reached now."""
+    """Returns whether an error means that a store is unreachable now."""
     return isinstance(error, errors.StorageError) and error.errno in _OUTAGES
 
 

@@ -132,7 +132,7 @@ class TierSteps(StepDirectory):
         found = {(info.step, info.problem) for info in self._infos if info.problem is not None}
         for step, problem in sorted(found - self._problems):
             _log.warning(
-                "step %d stays in %s whatever the keep policies say: %s", step, self.root, problem
+                "step %d stays in %s regardless of the keep policies: %s", step, self.root, problem
             )
         self._problems = found
 

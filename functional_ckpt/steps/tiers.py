@@ -42,9 +42,9 @@ class Tier:
 
     Attributes:
         path: A local path or the URI of an object store.
-        save: Which of the committed steps go there: a policy, or a list of which any says yes.
+        save: Which of the committed steps to upload: a policy, or a list of which any accepts.
             None: every one.
-        keep: Which of them stay there: a policy, or a list of which any says yes. None: all.
+        keep: Which of them to keep there: a policy, or a list of which any accepts. None: all.
         max_delay_seconds: For how long a step may fail to arrive before that is an error, raised by
             the manager's next call. None: it is never one, only a warning.
         storage: The store, if the caller has made it.

@@ -159,7 +159,7 @@ class Storage(Protocol):
         ...
 
     def stat(self, path: str, *, follow: bool = False) -> Stat | None:
-        """Returns the status of a path; None only if nothing is there.
+        """Returns the status of a path; None only if it does not exist.
 
         Args:
             path: The path.
@@ -172,7 +172,7 @@ class Storage(Protocol):
         ...
 
     def walk(self, path: str) -> dict[str, Stat]:
-        """Returns all entries below `path` that are no directories, by sorted relative path.
+        """Returns all entries below `path` that are not directories, by sorted relative path.
 
         Links are not followed.
         """

@@ -160,7 +160,7 @@ class CommitProtocol(abc.ABC):
         """Publishes the content of a claim as `final`; durable when it returns.
 
         Raises:
-            StepExistsError: Something is there, and must not be replaced.
+            StepExistsError: The path exists, and must not be replaced.
         """
 
     @abc.abstractmethod

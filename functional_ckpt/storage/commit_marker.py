@@ -72,7 +72,7 @@ class MarkerCommit(CommitProtocol):
         is_taken = self.is_committed(final)
         if not is_taken and exists(self.storage, final):
             raise errors.StorageError(
-                f"Cannot write {final}: objects are there, but no {_MARKER}. A copy of a step "
+                f"Cannot write {final}: it has objects, but no {_MARKER}. A copy of a step "
                 "needs that file, written last; otherwise remove the objects.",
                 errno=errno.ENOTEMPTY,
                 path=final,

@@ -63,7 +63,7 @@ class LocalStorage:
     # -------------------------------------------------------------------------------- reading
 
     def stat(self, path: str, *, follow: bool = False) -> Stat | None:
-        """Returns the status of a path; None only if nothing is there."""
+        """Returns the status of a path; None only if it does not exist."""
         return local_files.stat_at(path, follow=follow)
 
     def list(self, path: str) -> list[str]:
@@ -75,7 +75,7 @@ class LocalStorage:
                 return []
 
     def walk(self, path: str) -> dict[str, Stat]:
-        """Returns all entries below `path` that are no directories, by sorted relative path."""
+        """Returns all entries below `path` that are not directories, by sorted relative path."""
         found = sorted(local_files.iter_files(path), key=lambda entry: entry[0])
         return {name: local_files.to_stat(entry) for name, entry in found}
 

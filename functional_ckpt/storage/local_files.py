@@ -35,10 +35,10 @@ _IRREGULAR = (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.ENODEV)
 
 
 def stat_at(path: str, *, follow: bool = False) -> Stat | None:
-    """Returns the status of a path; None only if nothing is there.
+    """Returns the status of a path; None only if it does not exist.
 
     Raises:
-        StorageError: The system refuses to answer, which does not mean that nothing is there.
+        StorageError: The system refuses to answer, which does not mean absence.
     """
     with clear_errors("look at", path):
         try:
@@ -77,8 +77,8 @@ def open_regular(path: str, *, follow: bool = False) -> tuple[int, int]:
         A descriptor, which the caller closes, and the file's size in bytes.
 
     Raises:
-        CorruptCheckpointError: Something else than a regular file is there.
-        StorageError: Nothing is there, or the system refuses.
+        CorruptCheckpointError: The path is not a regular file.
+        StorageError: The path does not exist, or the system refuses.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     with clear_errors("read", path):
@@ -113,7 +113,7 @@ def read_regular(path: str, *, follow: bool = False) -> bytes:
 
 
 def _has_hole(descriptor: int, size_bytes: int) -> bool:
-    with contextlib.suppress(OSError):  # not every file system says where its holes are
+    with contextlib.suppress(OSError):  # not every file system reports holes
         return os.lseek(descriptor, 0, os.SEEK_HOLE) < size_bytes
     return False
 

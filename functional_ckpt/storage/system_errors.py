@@ -1,4 +1,4 @@
-"""The system's refusals as errors of this package, and which of them mean "nothing is there"."""
+"""The system's refusals as errors of this package, and which of them mean absence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 
 
 def is_absence(error: OSError) -> bool:
-    """Returns whether an error says that nothing is at a path; any other says nothing about it.
+    """Returns whether an error means that a path does not exist; other errors do not.
 
     A server that does not answer, a directory that may not be searched and a process without
     descriptors are no reason to take a checkpoint for absent.

@@ -168,7 +168,7 @@ def test_intervals_in_time_and_progress(tmp_path: Path) -> None:
         (["--ckpt_keep_best=loss:lowest"], "--ckpt_keep_best: expected METRIC"),
         (["--ckpt_keep_best=:max"], "--ckpt_keep_best: expected METRIC"),
         (["--ckpt_keep_best="], "--ckpt_keep_best: expected METRIC"),
-        (["--ckpt_resume=/nowhere/at/all"], "'/nowhere/at/all', which is no directory"),
+        (["--ckpt_resume=/nowhere/at/all"], "'/nowhere/at/all', which is not a directory"),
         (
             ["--ckpt_resume=none", "--ckpt_weights_only"],
             "--ckpt_weights_only has no effect with --ckpt_resume=none, which restores nothing",

@@ -153,7 +153,7 @@ def whole_blocks(start: int, end: int, size_bytes: int) -> tuple[int, int]:
 
 
 def asked_bytes(grid: ChunkGrid, index: tuple[int, ...], box: Box, itemsize_bytes: int) -> int:
-    """Bytes that a verified read of a region asks of one chunk that it meets."""
+    """Bytes that a verified read of a region reads of one overlapping chunk."""
     chunk = grid.box(index)
     size_bytes = chunk.num_elements * itemsize_bytes
     run = run_in_chunk(grid, index, box.relative_to(chunk.offset), itemsize_bytes)

@@ -314,7 +314,7 @@ def local_of(tensor: Any) -> Any:
 
 
 def wrong_local(tensor: Any, sharding: Sharding | None, found: tuple[int, ...]) -> str | None:
-    """Why this rank does not hold the part of a DTensor that its placements say; None if it does.
+    """Why this rank's part of a DTensor differs from its placements; None if it does not.
 
     `DTensor.from_local` checks nothing: with parts that differ from torch.chunk's, the elements of
     a rank are unknown.

@@ -133,7 +133,7 @@ def strings(root: structure.Node) -> dict[str, str]:
     for path, leaf in structure.iter_leaves(root):
         if isinstance(leaf, structure.ValueNode) and _stored_as(leaf) == "string":
             text = hex(leaf.value) if isinstance(leaf.value, int) else str(leaf.value)
-            # Orbax wants valid Unicode; the exact text is in our own record.
+            # Orbax requires valid Unicode; the exact text is in the native record.
             text = text.encode("utf-8", "replace").decode()
             found[structure.leaf_name(path)] = text
     return found

@@ -34,7 +34,7 @@ class Selection:
     """Selects leaves and records the matched patterns, so that typing errors are reported.
 
     Args:
-        patterns: Shell patterns; a `*` also matches dots. None wants everything.
+        patterns: Shell patterns; a `*` also matches dots. None selects everything.
         ignored: Patterns, or a function, of leaves to skip; None skips nothing.
     """
 
@@ -52,7 +52,7 @@ class Selection:
         return self._patterns is None or self._is_matched(item, item)
 
     def is_partial(self, item: str) -> bool:
-        """Returns whether some leaf of the item might not be wanted."""
+        """Returns whether some leaf of the item might not be selected."""
         if not self.includes_item(item):
             return True
         ignored = self._ignored
@@ -69,7 +69,7 @@ class Selection:
         return any(_may_begin(pattern, f"{item}.") for pattern in self._patterns)
 
     def leaves_of(self, item: str) -> Selects:
-        """Which leaves of an item are wanted, by name."""
+        """The selected leaves of an item, by name."""
         if self.includes_item(item):
             if self._ignored is None:
                 return lambda name: True
@@ -79,11 +79,11 @@ class Selection:
         )
 
     def has_match(self, item: str) -> bool:
-        """Returns whether the item, or a leaf of it that was asked about, is wanted."""
+        """Returns whether the item, or a tested leaf of it, is selected."""
         return self._patterns is None or item in self._found
 
     def check_used(self) -> None:
-        """Raises `UsageError` for a pattern that matched nothing, once all was asked about."""
+        """Raises `UsageError` for a pattern without a match, after all leaves were tested."""
         unused = [pattern for pattern in self._patterns or () if pattern not in self._used]
         if unused or self._patterns == ():
             raise _matches_nothing("only", list(self._patterns or ()), unused)

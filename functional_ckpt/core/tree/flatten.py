@@ -58,7 +58,7 @@ def flatten(value: object, *, item: str = "") -> FlatTree:
     return FlatTree(root=root, arrays=tuple(state.arrays), tied=tuple(state.tied))
 
 
-# TensorStore's keys have up to 65,535 bytes, the last of which say which chunk it is.
+# TensorStore's keys have up to 65,535 bytes, the last of which are the chunk's index.
 _MAX_NAME_BYTES = 64_000
 
 _Place: TypeAlias = tuple[object, Key | None, int]

@@ -1,9 +1,8 @@
 """The shape of an item as data: nodes of a pytree whose leaves are values or array specs.
 
-A *structure* says everything about a lowered item except the bytes of its arrays: containers and
-their types, keys and their types, plain values, and for each array its location. Restores are
-validated against it, and records store it as JSON. Free of torch, so that the command line can read
-it.
+A *structure* describes a lowered item except for the bytes of its arrays: containers and their
+types, keys and their types, plain values, and for each array its location. Restores are validated
+against it, and records store it as JSON. Free of torch, so that the command line can read it.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class MergedNames(list[str]):
 
 
 class Described(dict[Any, Any]):
-    """A dict that says something about itself: its node carries the detail.
+    """A dict with details: its node carries them.
 
     It is restored as a plain dict. `Handler.target` receives it with these details.
 

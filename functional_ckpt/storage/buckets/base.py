@@ -113,10 +113,10 @@ class Bucket(Protocol):
         Args:
             key: Its key.
             data: Its content.
-            replacing: The version that it must replace: "" for none; None for whatever is there.
+            replacing: The version that it must replace: "" for none; None for any.
 
         Raises:
-            Conflict: Something else is there.
+            Conflict: Another version exists.
         """
         ...
 

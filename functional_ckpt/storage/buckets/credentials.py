@@ -33,7 +33,7 @@ class S3Credentials:
         key_id: The access key; None where the machine's own role is to be used.
         secret: Its secret.
         token: The session token of a temporary one.
-        conditional: Whether the store writes on the condition that nothing is there.
+        conditional: Whether the store supports writes on the condition of absence.
     """
 
     endpoint: str | None

@@ -108,10 +108,10 @@ class FsspecBucket(SpooledBucket):
                 begin = 0
                 while part := file.read(_PART_BYTES):
                     if self.read(key, begin, begin + len(part)) != part:
-                        raise TransientError(f"{key} did not arrive as it was sent")
+                        raise TransientError(f"{key} differs after the upload")
                     begin += len(part)
             if self.head(key).size_bytes != begin:
-                raise TransientError(f"{key} did not arrive as it was sent")
+                raise TransientError(f"{key} differs after the upload")
 
     def download(self, key: str, path: str) -> None:
         """Writes an object into a new file."""

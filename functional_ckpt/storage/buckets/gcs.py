@@ -101,7 +101,7 @@ class GcsBucket:
                 start=begin or None, end=last, raw_download=True, **self._options
             )
         if end is not None and len(data) != end - begin:
-            raise TransientError(f"{key}: {len(data)} bytes came of {end - begin}")
+            raise TransientError(f"{key}: {len(data)} bytes received of {end - begin}")
         return data
 
     def head(self, key: str) -> Entry:
@@ -176,7 +176,7 @@ class GcsBucket:
                 retry=retry.DEFAULT_RETRY.with_timeout(_UPLOAD_SECONDS),
             )
         if blob.size != os.path.getsize(path):
-            raise TransientError(f"{key}: {blob.size} bytes arrived of {os.path.getsize(path)}")
+            raise TransientError(f"{key}: {blob.size} bytes uploaded of {os.path.getsize(path)}")
 
     def download(self, key: str, path: str) -> None:
         """Writes an object into a new file."""

@@ -128,7 +128,7 @@ class LibcloudBucket(SpooledBucket):
         with self._clear(key):
             self._driver.upload_object(path, self._container, key)
             if self.head(key).size_bytes != os.path.getsize(path):
-                raise TransientError(f"{key} did not arrive as it was sent")
+                raise TransientError(f"{key} differs after the upload")
 
     def download(self, key: str, path: str) -> None:
         """Writes an object into a new file."""

@@ -158,7 +158,7 @@ class ObstoreBucket:
                 return b""
             data = bytes(self._obstore.get_range(self._store, key, start=begin, end=end))
             if len(data) != end - begin:
-                raise TransientError(f"{key}: {len(data)} bytes came of {end - begin}")
+                raise TransientError(f"{key}: {len(data)} bytes received of {end - begin}")
             return data
 
     def head(self, key: str) -> Entry:
@@ -216,7 +216,7 @@ class ObstoreBucket:
             self._obstore.put(self._store, key, file, chunk_size=_PART_BYTES, max_concurrency=4)
         stored = self.head(key).size_bytes
         if stored != size_bytes:
-            raise TransientError(f"{key}: {stored} bytes arrived of {size_bytes}")
+            raise TransientError(f"{key}: {stored} bytes uploaded of {size_bytes}")
 
     def download(self, key: str, path: str) -> None:
         """Writes an object into a new file."""
