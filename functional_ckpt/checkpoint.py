@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -25,12 +26,14 @@ from functional_ckpt.saving import finalize, lower, saver, stage, write
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.saving.options import Blocking
 from functional_ckpt.steps.metadata import StepMetadata, checkpoint_metadata
-from functional_ckpt.storage import commit, queries
+from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import check_arrays_path
 
 __all__ = ["metadata", "restore", "save"]
+
+_log = logging.getLogger("functional_ckpt")
 
 # One of these is in every checkpoint.
 _CHECKPOINT_MARKS = (
@@ -195,6 +198,10 @@ def _open(storage: Storage, path: str) -> checkpoint_dir.OpenCheckpoint:
     try:
         return checkpoint_dir.open_checkpoint(storage, path)
     except (errors.StepNotFoundError, errors.CorruptCheckpointError) as error:
+        is_committed = commit.protocol(storage, os.path.dirname(path)).is_committed
+        if not is_committed(path) and (old := replacement.old_copy(storage, path, is_committed)):
+            _log.warning("%s: an overwrite was interrupted; reading the old one, %s", path, old)
+            return checkpoint_dir.open_checkpoint(storage, old)
         if (advice := _advice(storage, path)) is None:
             raise
         raise type(error)(f"{path}: not a checkpoint: {advice}", path=path) from error

@@ -119,9 +119,10 @@ class UploadWorker:
         if isinstance(error, errors.ClosedError):
             return
         what = "it" if step is None else f"step {step}"
-        _log.warning("Upload of %s to %s failed, retrying: %s", what, root, error)
         is_damaged = isinstance(error, errors.CorruptCheckpointError)
         is_refused = isinstance(error, errors.StepExistsError)
+        fate = "" if is_damaged or is_refused or queue.is_closing else ", retrying"
+        _log.warning("Upload of %s to %s failed%s: %s", what, root, fate, error)
         with queue.mutex:
             if is_damaged and step is not None:
                 queue.book.withdraw(root, step)  # for good: others wait behind it

@@ -17,7 +17,7 @@ from functional_ckpt.storage.commit_base import rollback
 from functional_ckpt.storage.queries import exists
 from functional_ckpt.storage.tmp_paths import tmp_path
 
-__all__ = ["finish", "is_replaced", "is_under_way", "replace"]
+__all__ = ["finish", "is_replaced", "is_under_way", "old_copy", "replace"]
 
 _ENDING = "-replaced"
 _MAX_NAME_BYTES = 255
@@ -65,6 +65,12 @@ def finish(storage: Storage, final: str, is_there: Callable[[str], bool]) -> Non
             storage.remove(final)  # an incomplete copy
         storage.rename(old, final)
         storage.sync(os.path.dirname(final))
+
+
+def old_copy(storage: Storage, final: str, is_committed: Callable[[str], bool]) -> str | None:
+    """Returns the old directory of an interrupted replacement, for readers; None without one."""
+    old = _replaced(final)
+    return old if is_under_way(storage, final) and is_committed(old) else None
 
 
 def _replaced(final: str) -> str:

@@ -172,7 +172,7 @@ def test_what_has_changed_near_is_not_copied(far: str, tmp_path: Path) -> None:
         manager.save(2, _state(2))
     (near / "1" / "state" / "_METADATA").write_bytes(b"{}")
     manager = fc.CheckpointManager(near, tiers=[fc.Tier(path=far)])
-    with pytest.raises(errors.SaveError, match="changed since it was committed"):
+    with pytest.raises(errors.SaveError, match="changed after it was committed"):
         manager.wait_until_finished()
     manager.close()
     assert _steps(far) == [2]
