@@ -35,7 +35,7 @@ class StatefulHandler(Handler):
         return value.state_dict()
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
-        """Everything as saved, since a fresh object's state may lack what a used one has.
+        """Everything as saved, since a fresh object's state may lack entries of a used one.
 
         A DTensor of the present state is what its saved value becomes.
         """
