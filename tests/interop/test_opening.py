@@ -20,7 +20,7 @@ from torch.distributed import checkpoint as dcp
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.cli import main
-from functional_ckpt.interop import atomic_output, torch_save
+from functional_ckpt.interop import atomic_output, neuronx, torch_save
 from functional_ckpt.interop import dcp as interop_dcp
 from functional_ckpt.interop import safetensors as interop_safetensors
 from functional_ckpt.storage.open import connect
@@ -559,3 +559,31 @@ def test_an_item_without_weights_is_not_written_as_weights(tmp_path: Path) -> No
         with pytest.raises(errors.UnsupportedLeafError, match=text):
             fc.interop.huggingface.export(tmp_path / "c", tmp_path / "out", item=item)
     assert not (tmp_path / "out").exists()
+
+
+def test_files_of_ranks_form_a_grid_without_gaps(tmp_path: Path) -> None:
+    def stem(tp: int, pp: int, dp: int = 0, width: int = 2) -> str:
+        return f"dp_rank_{dp:0{width}}_tp_rank_{tp:0{width}}_pp_rank_{pp:0{width}}"
+
+    whole = [stem(tp, pp, dp) for tp in range(2) for pp in range(3) for dp in range(2)]
+    assert list(neuronx.parse_ranks(whole, "x").values()) == sorted(whole)
+    for gone in whole[:-1]:
+        with pytest.raises(errors.CorruptCheckpointError, match=f"are missing: {gone}"):
+            neuronx.parse_ranks([name for name in whole if name != gone], "x")
+    with pytest.raises(errors.CorruptCheckpointError, match="both of one rank"):
+        neuronx.parse_ranks([stem(0, 0), stem(0, 0, width=3)], "x")
+    make_neuronx(tmp_path / "step_10")
+    files = sorted((tmp_path / "step_10" / "model").glob("*tp_rank_*"))
+    files[0].rename(files[0].with_name(files[0].name.replace("tp_rank_00", "tp_rank_07")))
+    with pytest.raises(errors.CorruptCheckpointError, match="are missing"):
+        fc.interop.open(tmp_path / "step_10")
+
+
+class Odd:
+    """An object that `torch.save` pickles."""
+
+
+def test_a_file_that_could_not_be_loaded_safely_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(errors.UnsupportedLeafError, match="pickle an object"):
+        torch_save.save({"w": torch.ones(2), "odd": Odd()}, tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []
