@@ -37,7 +37,7 @@ class StatefulHandler(Handler):
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """Everything as saved, since a fresh object's state may lack entries of a used one.
 
-        A DTensor of the present state is what its saved value becomes.
+        A saved value becomes a DTensor if the present state has one.
         """
         if self.per_rank or "torch.distributed.tensor" not in sys.modules:
             return AS_SAVED
