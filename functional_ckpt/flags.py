@@ -15,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, Unpack
 
 from absl import flags as absl_flags
 
@@ -47,7 +47,7 @@ class CheckpointFlags:
     """The flags that one call of `define` made; read them after absl has parsed the command line.
 
     Attributes:
-        directory: Where the steps are.
+        directory: The checkpoint directory, an `epath.Path`.
         save_every: A number of steps or a time string; None saves at every call.
         keep_latest: How many of the newest steps stay; None keeps all.
         keep_every: Keep every step whose number is a multiple; None for none.
@@ -60,7 +60,7 @@ class CheckpointFlags:
         strict: Whether a difference between checkpoint and target is an error.
     """
 
-    directory: absl_flags.FlagHolder[str | None]
+    directory: absl_flags.FlagHolder[Any]
     save_every: absl_flags.FlagHolder[str | None]
     keep_latest: absl_flags.FlagHolder[int | None]
     keep_every: absl_flags.FlagHolder[int | None]
@@ -73,108 +73,141 @@ class CheckpointFlags:
     strict: absl_flags.FlagHolder[bool]
 
 
+class Defaults(TypedDict, total=False):
+    """The defaults of the flags, by the names of `CheckpointFlags`."""
+
+    directory: str | os.PathLike[str] | None
+    save_every: str | None
+    keep_latest: int | None
+    keep_every: int | None
+    keep_best: str | None
+    overwrite: bool
+    staging: Literal["eager", "overlapped", "blocking"] | None
+    resume: str
+    weights_only: bool
+    ignore: Sequence[str]
+    strict: bool
+
+
+class _PathParser(absl_flags.ArgumentParser[Any]):
+    """Parses an `epath.Path`; a URI that etils does not know stays text."""
+
+    def parse(self, argument: Any) -> Any:
+        from etils import epath
+
+        try:
+            return epath.Path(argument)
+        except KeyError:
+            return argument
+
+
+class _PathSerializer(absl_flags.ArgumentSerializer[Any]):
+    def serialize(self, value: Any) -> str:
+        return os.fspath(value)
+
+
 def define(
     prefix: str = "ckpt",
     *,
-    directory: str | None = None,
     required: bool = True,
-    save_every: str | None = None,
-    keep_latest: int | None = None,
-    keep_best: str | None = None,
     flag_values: absl_flags.FlagValues = absl_flags.FLAGS,
+    **defaults: Unpack[Defaults],
 ) -> CheckpointFlags:
-    """Defines the flags of one checkpoint manager.
+    """Defines the flags of one checkpoint manager: `--ckpt_dir`, `--ckpt_save_every` ...
 
     Args:
         prefix: The prefix of the flags' names, for scripts with several managers.
-        directory: The default directory.
         required: Whether the directory flag is required if it has no default; if not, `manager`
             needs a directory.
-        save_every: The default of the flag.
-        keep_latest: The default of the flag.
-        keep_best: The default of the flag.
         flag_values: Where to define them.
+        defaults: Defaults of the flags, by the names of `CheckpointFlags`.
 
     Raises:
-        UsageError: The prefix cannot start a flag's name.
+        UsageError: The prefix cannot start a flag's name, or a default has no flag.
     """
     if not prefix.isidentifier():
         raise errors.UsageError(f"prefix must be an identifier such as 'ckpt'; got {prefix!r}.")
-    where: dict[str, Any] = {"flag_values": flag_values}
+    if unknown := sorted(defaults.keys() - Defaults.__annotations__.keys()):
+        known = ", ".join(Defaults.__annotations__)
+        raise errors.UsageError(f"No flags {', '.join(unknown)}; the flags are {known}.")
 
-    def name(suffix: str) -> str:
-        return f"{prefix}_{suffix}"
+    def flag(make: Any, field: str, text: str, default: Any = None, **options: Any) -> Any:
+        suffix = "dir" if field == "directory" else field
+        value = defaults.get(field, default)
+        return make(
+            name=f"{prefix}_{suffix}", default=value, help=text, flag_values=flag_values, **options
+        )
 
     return CheckpointFlags(
-        directory=absl_flags.DEFINE_string(
-            name("dir"),
-            directory,
-            "Checkpoint directory.",
-            required=required and directory is None,
-            **where,
+        directory=flag(
+            absl_flags.DEFINE,
+            "directory",
+            "Checkpoint directory: a path or a URI.",
+            parser=_PathParser(),
+            serializer=_PathSerializer(),
+            required=required and defaults.get("directory") is None,
         ),
-        save_every=absl_flags.DEFINE_string(
-            name("save_every"),
-            save_every,
+        save_every=flag(
+            absl_flags.DEFINE_string,
+            "save_every",
             "Save interval: steps (500, 500ba), time (90m, 1h30m) or progress (1ep, 3e4tok, "
             "0.25dur). Default: at every save() call.",
-            **where,
         ),
-        keep_latest=absl_flags.DEFINE_integer(
-            name("keep_latest"),
-            keep_latest,
+        keep_latest=flag(
+            absl_flags.DEFINE_integer,
+            "keep_latest",
             "Number of newest steps to keep. Default: all.",
             lower_bound=1,
-            **where,
         ),
-        keep_every=absl_flags.DEFINE_integer(
-            name("keep_every"), None, "Also keep multiples of this step.", lower_bound=1, **where
+        keep_every=flag(
+            absl_flags.DEFINE_integer,
+            "keep_every",
+            "Also keep multiples of this step.",
+            lower_bound=1,
         ),
-        keep_best=absl_flags.DEFINE_string(
-            name("keep_best"),
-            keep_best,
+        keep_best=flag(
+            absl_flags.DEFINE_string,
+            "keep_best",
             "Also keep the best step: METRIC (the highest is best), METRIC:max or METRIC:min.",
-            **where,
         ),
-        overwrite=absl_flags.DEFINE_bool(
-            name("overwrite"),
-            False,
+        overwrite=flag(
+            absl_flags.DEFINE_bool,
+            "overwrite",
             "Allow overwriting existing steps. Default: a run that would is refused at the start.",
-            **where,
+            False,
         ),
-        staging=absl_flags.DEFINE_enum(
-            name("staging"),
-            None,
-            list(_STAGING),
+        staging=flag(
+            absl_flags.DEFINE_enum,
+            "staging",
             "How a save copies the state: all of it before save() returns (eager, the default), "
             "parameters and optimizer state while training continues (overlapped), or not at all: "
             "save() returns when the step is durable (blocking).",
-            **where,
+            enum_values=list(_STAGING),
         ),
-        resume=absl_flags.DEFINE_string(
-            name("resume"),
-            "latest",
+        resume=flag(
+            absl_flags.DEFINE_string,
+            "resume",
             "Checkpoint to start from: latest (the latest step, if any), none, or the path or URI "
             "of a checkpoint, used while the directory has no step.",
-            **where,
+            "latest",
         ),
-        weights_only=absl_flags.DEFINE_bool(
-            name("weights_only"),
+        weights_only=flag(
+            absl_flags.DEFINE_bool,
+            "weights_only",
+            f"With --{prefix}_resume=PATH: restore only modules, as for fine-tuning.",
             False,
-            f"With --{name('resume')}=PATH: restore only modules, as for fine-tuning.",
-            **where,
         ),
-        ignore=absl_flags.DEFINE_list(
-            name("ignore"),
-            [],
+        ignore=flag(
+            absl_flags.DEFINE_list,
+            "ignore",
             "Patterns of items or leaves not to restore, such as model.head.*.",
-            **where,
+            [],
         ),
-        strict=absl_flags.DEFINE_bool(
-            name("strict"),
-            True,
+        strict=flag(
+            absl_flags.DEFINE_bool,
+            "strict",
             "Raise on any mismatch; otherwise restore matching leaves and log the rest.",
-            **where,
+            True,
         ),
     )
 
@@ -189,7 +222,7 @@ def manager(
 
     Args:
         defined: From `define`.
-        directory: The directory if the flag is not set.
+        directory: The checkpoint directory where the flag gives none.
         arguments: Other arguments of `CheckpointManager`; policies are added to the flags', and
             `staging` is the default of its flag.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import uuid
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from absl import flags as absl_flags
+from etils import epath
 
 import functional_ckpt as fc
 
@@ -236,6 +238,41 @@ def test_a_script_may_have_a_directory_and_defaults_of_its_own(tmp_path: Path) -
     values(["program", f"--ckpt_dir={tmp_path / 'given'}"])
     with fc.flags.manager(defined, directory=tmp_path / "own") as manager:
         assert manager.directory == str(tmp_path / "given")
+
+
+def test_every_flag_takes_a_default_of_the_script(tmp_path: Path) -> None:
+    values = absl_flags.FlagValues()
+    defaults = fc.flags.Defaults(
+        directory=epath.Path(tmp_path) / "run",
+        save_every="2",
+        keep_latest=3,
+        keep_every=4,
+        keep_best="loss:min",
+        overwrite=True,
+        staging="blocking",
+        resume="none",
+        weights_only=True,
+        ignore=["model.head.*"],
+        strict=False,
+    )
+    defined = fc.flags.define(flag_values=values, **defaults)
+    values(["program"])
+    assert {name: getattr(defined, name).value for name in defaults} == defaults
+    with pytest.raises(fc.errors.UsageError, match="No flags keep; the flags are directory"):
+        fc.flags.define("two", flag_values=values, keep=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/run", "libcloud://local:bucket/run", "oci://b@n/x"])
+def test_the_directory_may_be_any_uri(uri: str) -> None:
+    defined = parse(f"--ckpt_dir={uri}/")
+    assert os.fspath(defined.directory.value).rstrip("/") == uri
+
+
+def test_the_directory_is_an_epath(tmp_path: Path) -> None:
+    defined = parse(f"--ckpt_dir={tmp_path}/run")
+    assert isinstance(defined.directory.value, epath.Path)
+    with fc.flags.manager(defined) as manager:
+        assert manager.directory == str(tmp_path / "run")
 
 
 def test_a_bad_prefix_is_a_clear_error() -> None:
