@@ -189,7 +189,16 @@ def restore_with(
 
 
 def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) -> StepMetadata:
-    """Returns the metadata of the checkpoint in a directory; reads no arrays."""
+    """Returns the metadata of a checkpoint; reads no arrays.
+
+    Args:
+        path: The directory of the checkpoint: a path or a URI.
+        storage: The file system; for tests.
+
+    Raises:
+        StepNotFoundError: There is no checkpoint.
+        CorruptCheckpointError: Its records are damaged.
+    """
     return checkpoint_metadata(_open(*connect(path, storage)))
 
 

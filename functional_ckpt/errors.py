@@ -110,7 +110,13 @@ class CheckpointError(Exception):
 
 
 def rebuild(kind: type[_Kind], message: str, fields: Mapping[str, object]) -> _Kind:
-    """Returns an error of a class with these attributes."""
+    """Returns an error with other attributes than its constructor takes.
+
+    Args:
+        kind: Its class.
+        message: Its text.
+        fields: Attribute name -> value.
+    """
     error = kind(message)
     for name, value in fields.items():
         setattr(error, name, value)

@@ -168,7 +168,11 @@ class Item(abc.ABC):
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,))
 def item_class(kind: _Kind) -> _Kind:
-    """Makes a subclass of `Item` a frozen dataclass and a node of `torch.utils._pytree`."""
+    """Makes a class a frozen dataclass and a node of `torch.utils._pytree`.
+
+    Args:
+        kind: A direct subclass of `Item`, with its options as fields.
+    """
     made: Any = dataclasses.dataclass(frozen=True, slots=True, eq=False)(kind)
     containers.register_record(made)
     return made

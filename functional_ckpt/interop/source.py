@@ -23,8 +23,9 @@ class Source(Mapping[str, Any]):
     tensors need no second copy.
 
     Attributes:
-        path: Where they come from.
+        path: The file or directory.
         format: Name of the format.
+        items: Item name -> function that opens it.
         left_out: Files next to the opened ones that are in no item.
     """
 
@@ -68,11 +69,11 @@ class Format:
 
     Attributes:
         name: Its name for users.
-        about: Its description.
-        fits: Whether the file or directory at a path looks like it; reads no more than names and
-            headers.
+        description: One line for users.
+        matches: Whether the file or directory at a path has this format; reads no more than names
+            and headers.
         open: Opens it.
-        refines: Names of more general formats that fit wherever this one does, and give way to it.
+        supersedes: Names of more general formats that match wherever this one does.
     """
 
     name: str

@@ -175,7 +175,7 @@ def test_overwriting_replaces_state_metrics_and_metadata(tmp_path: Path) -> None
         assert manager.all_steps() == [1]
         restored = manager.restore(1)
         assert dict(restored) == {"other": 5}
-        assert manager.metadata(1).metrics == {"a": 2}, "metrics of the old one are gone"
+        assert manager.metadata(1).metrics == {"a": 2}, "metrics of the old step are gone"
         assert manager.metadata(1).custom_metadata == {}
 
 
