@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.restore_plan import plan
+from functional_ckpt.core.tree import containers
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint
@@ -82,7 +83,9 @@ class Restored(Mapping[str, Any]):
         """
         known = self.items_by_name
         return {
-            name: _rebound(value, known[name]) if name in known else value
+            name: containers.overlay(value, known[name], _is_item, _rebound)
+            if name in known
+            else value
             for name, value in items.items()
         }
 
@@ -99,9 +102,13 @@ class Restored(Mapping[str, Any]):
         return f"Restored(step={self.step}, items={sorted(self.items_by_name)})"
 
 
-def _rebound(given: Any, restored: Any) -> Any:
+def _is_item(value: object) -> bool:
+    return isinstance(value, Item)
+
+
+def _rebound(given: Item, restored: Any) -> Item:
     """Returns the restored value with the options that its target had."""
-    return dataclasses.replace(given, value=restored) if isinstance(given, Item) else restored
+    return dataclasses.replace(given, value=restored)
 
 
 def restore_checkpoint(

@@ -142,6 +142,14 @@ def test_restored_with_defaults_is_accepted_by_save(tmp_path: Path) -> None:
     assert fc.metadata(tmp_path / "2").items["config"] == {"lr": 1}
 
 
+def test_over_keeps_the_options_of_items_below_others() -> None:
+    model = torch.nn.Linear(1, 1)
+    given = {"nets": {"g": fc.Module(model, only="w*"), "scale": 1.0, "all": [fc.Json(1)]}}
+    restored = fc.Restored({"nets": {"g": model, "scale": 2.0, "all": [3]}})
+    following = {"g": fc.Module(model, only="w*"), "scale": 2.0, "all": [fc.Json(3)]}
+    assert restored.over(given) == {"nets": following}
+
+
 def test_path_of_a_step_is_where_it_is_restored_from(tmp_path: Path) -> None:
     names = fc.step_names.StepName(prefix="step", zero_pad=4)
     save(tmp_path, 2, step_name=names)

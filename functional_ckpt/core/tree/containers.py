@@ -24,6 +24,7 @@ __all__ = [
     "FlatNode",
     "flatten_one_level",
     "is_equal",
+    "overlay",
     "register_record",
     "registered_name",
     "unflatten_one_level",
@@ -330,6 +331,18 @@ def register_record(kind: type) -> None:
         serialized_type_name=f"{kind.__module__}.{kind.__qualname__}",
         flatten_with_keys_fn=flatten_with_keys,
     )
+
+
+def overlay(
+    given: Any, other: Any, is_leaf: Callable[[Any], bool], combine: Callable[[Any, Any], Any]
+) -> Any:
+    """Returns `other` with `combine(leaf, part)` for every part where `given` has such a leaf."""
+    leaves, spec = _pytree.tree_flatten(given, is_leaf=is_leaf)
+    if not any(map(is_leaf, leaves)):
+        return other
+    parts = zip(leaves, spec.flatten_up_to(other), strict=True)
+    combined = [combine(leaf, part) if is_leaf(leaf) else part for leaf, part in parts]
+    return _pytree.tree_unflatten(combined, spec)
 
 
 def is_equal(one: Any, other: Any) -> bool:
