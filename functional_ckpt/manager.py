@@ -58,7 +58,8 @@ class CheckpointManager:
         process_group: The ranks that save and restore together: a group of torch.distributed; None
             for the default group, if there is one. All ranks pass equal arguments, and call the
             methods in the same order.
-        coordinator: Coordinates the ranks in place of `process_group`.
+        timeout_seconds: How long a rank waits for another one; None for 600.
+        coordinator: Coordinates the ranks in place of these two.
         on_event: Called with an `Event` for each step staged, written, committed, uploaded, pruned
             or skipped: a callable or several, which must be quick. Their exceptions are logged.
         storage: The file system; for tests.
@@ -83,6 +84,7 @@ class CheckpointManager:
         staging: Staging = Eager(),  # noqa: B008 - frozen
         on_busy: Literal["wait", "skip"] = "wait",
         process_group: Any = None,
+        timeout_seconds: float | None = None,
         coordinator: Coordinator | None = None,
         on_event: Listeners | None = None,
         storage: Storage | None = None,
@@ -102,7 +104,7 @@ class CheckpointManager:
             latest_link=latest_link,
             tiers=tiers,
             read_only=read_only,
-            coordinator=acquire.coordinator_of(coordinator, process_group),
+            coordinator=acquire.coordinator_of(coordinator, process_group, timeout_seconds),
             on_event=on_event,
             storage=storage,
             owner=self,
@@ -169,8 +171,7 @@ class CheckpointManager:
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds metrics to a committed step; durable when it returns.
 
-        A read-only manager may do this too, for an evaluator beside the trainer, whose keep
-        policies see the metrics at its next commit.
+        A read-only manager may do this too; the trainer's keep policies see it at the next commit.
 
         Raises:
             StepNotFoundError: There is no such step.
@@ -239,8 +240,8 @@ class CheckpointManager:
         Args:
             initial: The targets, as of `restore`. Where there is no step, their values are returned
                 as they are; `.step` is None and `.next_step` 0.
-            fallback: A checkpoint, such as pretrained weights, that is restored where there is no
-                step; `.next_step` is 0. With `strict=False` it may lack items.
+            fallback: A checkpoint, such as pretrained weights, restored where there is no step;
+                `.next_step` is 0. With `strict=False` it may lack items.
             on_corrupt: For a damaged step: `raise`, or restore the newest `older` one that is
                 intact. The damaged step stays; an error is logged and a `skipped` event sent.
             options: As of `restore`.

@@ -14,7 +14,11 @@ from functional_ckpt import errors
 from functional_ckpt.distributed import same_options
 from functional_ckpt.distributed.collective import run_on_primary
 from functional_ckpt.distributed.coordinator import Coordinator
-from functional_ckpt.distributed.torch_store import default_coordinator, num_unjoined
+from functional_ckpt.distributed.torch_store import (
+    DEFAULT_TIMEOUT_SECONDS,
+    default_coordinator,
+    num_unjoined,
+)
 from functional_ckpt.steps import writer_lock
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.storage import commit
@@ -26,12 +30,19 @@ _log = logging.getLogger("functional_ckpt")
 _OPENING = "opening the directory"
 
 
-def coordinator_of(coordinator: Coordinator | None, process_group: Any) -> Coordinator:
+def coordinator_of(
+    coordinator: Coordinator | None, process_group: Any, timeout_seconds: float | None = None
+) -> Coordinator:
     """Returns the given coordinator, or that of a process group (None: the default one)."""
     if coordinator is None:
-        return default_coordinator(process_group)
-    if process_group is not None:
-        raise errors.UsageError("Give process_group or coordinator, not both.")
+        seconds = DEFAULT_TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds
+        if not seconds > 0:
+            raise errors.UsageError(f"timeout_seconds must be > 0; got {timeout_seconds!r}.")
+        return default_coordinator(process_group, seconds)
+    if process_group is not None or timeout_seconds is not None:
+        raise errors.UsageError(
+            "Pass a coordinator, or process_group and timeout_seconds; not both."
+        )
     return coordinator
 
 

@@ -1,8 +1,11 @@
 """Old names lead to the new ones, and say so."""
 
+from pathlib import Path
+
 import pytest
 
 import functional_ckpt as fc
+from functional_ckpt.distributed.coordinator import SingleProcess
 
 
 @pytest.mark.parametrize(
@@ -18,3 +21,18 @@ def test_a_moved_name_warns_with_its_new_place(old: str, new: object) -> None:
     with pytest.warns(DeprecationWarning, match=f"fc.{old} is now fc."):
         assert getattr(fc, old) is new
     assert old not in fc.__all__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"timeout_seconds": 0}, "timeout_seconds must be > 0; got 0"),
+        ({"timeout_seconds": 5, "coordinator": SingleProcess()}, "not both"),
+        ({"process_group": object(), "coordinator": SingleProcess()}, "not both"),
+    ],
+)
+def test_a_timeout_that_cannot_be_is_refused(
+    tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(fc.errors.UsageError, match=message):
+        fc.CheckpointManager(tmp_path / "run", **arguments)  # type: ignore[arg-type]
