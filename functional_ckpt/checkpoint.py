@@ -22,7 +22,7 @@ from functional_ckpt.handlers.base import Registry
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
-from functional_ckpt.saving import finalize, lower, saver, stage, write
+from functional_ckpt.saving import finalize, lower, retry, saver, stage, write
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.saving.options import Blocking
 from functional_ckpt.steps.metadata import StepMetadata, checkpoint_metadata
@@ -91,7 +91,15 @@ def save(
             planning.items = lower.lower(
                 items, registry or default_registry(), rank=group.rank, ranks=group.global_ranks
             )
-        _write(storage, final, planning, info, group, overwrite=overwrite)
+        published: list[str] = []
+        try:
+            _write(storage, final, planning, info, group, published, overwrite=overwrite)
+        except errors.StorageError as error:
+            # A checkpoint whose publishing failed may be visible.
+            if group.num_ranks > 1 or published or not retry.is_transient(error):
+                raise
+            _log.warning("writing %s again after: %s", final, error)
+            _write(storage, final, planning, info, group, published, overwrite=overwrite)
     finally:
         group.close()
 
@@ -116,10 +124,14 @@ def _write(
     planning: plan_lib.Planning,
     info: finalize.CheckpointInfo,
     group: Coordinator,
+    published: list[str],
     *,
     overwrite: bool,
 ) -> None:
-    """Writes every rank's part into a temporary directory, which the primary publishes."""
+    """Writes every rank's part into a temporary directory, which the primary publishes.
+
+    `published` gets the directory before it is published.
+    """
     commits = commit.protocol(storage, os.path.dirname(final))
     with contextlib.ExitStack() as cleanup:
 
@@ -135,6 +147,7 @@ def _write(
         def finish(_: Sequence[bytes]) -> bytes:
             every = write.every_report(storage, tmp, reports[0], group.num_ranks)
             finalize.finalize(storage, tmp, planning.items, every, info, time.time_ns())
+            published.append(tmp)
             commits.publish_claim(tmp, final, overwrite=overwrite)
             return b""
 

@@ -387,7 +387,7 @@ def _keep(defined: CheckpointFlags) -> list[Any]:
         keep.append(policies.EveryNSteps(defined.keep_every.value))
     if defined.keep_best.value is not None:
         metric, _, mode = defined.keep_best.value.partition(":")
-        keep.append(policies.best_n(1, metric, mode="min" if mode == "min" else "max"))
+        keep.append(policies.BestN(1, metric, mode="min" if mode == "min" else "max"))
     if keep and defined.keep_latest.value is None:
         keep.append(policies.LatestN(1))  # the step that a run resumes from
     return keep

@@ -1,11 +1,11 @@
 """When to save and what to keep: `fc.policies`.
 
-Save policies: `every`, `when`, `FixedInterval`, `SpecificSteps`, `InitialSave`, `Preemption`. Keep
-policies: `LatestN`, `LatestDuration`, `best_n`, `BestN`, `EveryNSteps`, `EveryNSeconds`,
-`CustomSteps`, `PreserveAll`, `preserve_all`. A list of either means any of them.
+Save policies: `every`, `When`, `FixedInterval`, `SpecificSteps`, `InitialSave`, `AtEnd`,
+`Preemption`. Keep policies: `LatestN`, `LatestDuration`, `BestN`, `EveryNSteps`, `EveryNSeconds`,
+`CustomSteps`, `PreserveAll`. A list of either means any of them.
 
-For policies of one's own: `SavePolicy` and `KeepPolicy` are the protocols (Orbax's), `StepInfo`,
-`SaveContext` and `KeepContext` are their arguments.
+Custom policies implement the protocols `SavePolicy` and `KeepPolicy` (Orbax's), and are given
+`StepInfo`, `SaveContext` and `KeepContext`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from functional_ckpt.policies.keep import (
     LatestDuration,
     LatestN,
     PreserveAll,
-    best_n,
-    preserve_all,
 )
 from functional_ckpt.policies.save import (
+    AtEnd,
     FixedInterval,
     InitialSave,
     Preemption,
     SpecificSteps,
+    When,
     every,
-    when,
 )
 
 __all__ = [
+    "AtEnd",
     "BestN",
     "CustomSteps",
     "EveryNSeconds",
@@ -56,13 +56,11 @@ __all__ = [
     "SpecificSteps",
     "StepInfo",
     "StepPolicy",
-    "best_n",
+    "When",
     "every",
-    "preserve_all",
-    "when",
 ]
 
 
 def __dir__() -> list[str]:
-    """Returns the public names: the modules of this package are its own affair."""
+    """Returns the public names, without the modules of this package."""
     return list(__all__)

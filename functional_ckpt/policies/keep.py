@@ -12,7 +12,7 @@ import datetime
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from functional_ckpt import errors
@@ -29,9 +29,9 @@ __all__ = [
     "LatestN",
     "Metric",
     "PreserveAll",
-    "best_n",
-    "preserve_all",
+    "best_step",
     "rank_steps",
+    "unknown_metric",
 ]
 
 Metric: TypeAlias = str | Callable[[Mapping[str, Any]], float]
@@ -194,7 +194,7 @@ class CustomSteps:
         return [info.step in self.steps for info in checkpoints]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class BestN:
     """Keeps the `n` steps with the best metric; of equal ones, the newer.
 
@@ -202,17 +202,20 @@ class BestN:
     there are fewer than `n` better ones.
 
     Attributes:
+        n: At least 1; None keeps all.
         metric: The key of the metric, or a function of all metrics that returns the number.
         mode: Whether the highest (`max`) or the lowest (`min`) is best.
-        n: At least 1; None keeps all.
         keep_without_metrics: Keep, beside the best, every step whose metric is not known yet (as
             when evaluation comes later). Such steps stay until their metric is recorded.
+
+    >>> BestN(1, "loss", mode="min")
+    BestN(n=1, metric='loss', mode='min', keep_without_metrics=False)
     """
 
+    n: int | None
     metric: Metric
-    mode: Literal["max", "min"] = "max"
-    n: int | None = None
-    keep_without_metrics: bool = False
+    mode: Literal["max", "min"] = field(default="max", kw_only=True)
+    keep_without_metrics: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Raises UsageError for a number below 1, another mode, or an invalid metric."""
@@ -234,26 +237,6 @@ class BestN:
             unknown = {index for index, value in enumerate(values) if value is None}
             kept = unknown.union(known[-self.n :])
         return [index in kept for index in range(len(checkpoints))]
-
-
-def best_n(
-    n: int,
-    metric: Metric,
-    *,
-    mode: Literal["max", "min"] = "max",
-    keep_without_metrics: bool = False,
-) -> BestN:
-    """Returns the policy that keeps the `n` steps with the best metric.
-
-    >>> best_n(1, "loss", mode="min")
-    BestN(metric='loss', mode='min', n=1, keep_without_metrics=False)
-    """
-    return BestN(metric=metric, mode=mode, n=n, keep_without_metrics=keep_without_metrics)
-
-
-def preserve_all() -> PreserveAll:
-    """Returns the policy that keeps everything."""
-    return PreserveAll()
 
 
 def rank_steps(
@@ -309,11 +292,25 @@ def best_step(
         best = next((each for each in policies if isinstance(each, BestN)), None)
         if best is None:
             raise errors.UsageError(
-                "best_step() needs a metric's name, or a keep policy best_n(n, name)."
+                "best_step() needs a metric's name, or a keep policy BestN(n, name)."
             )
         metric, mode = best.metric, best.mode
     ranked = rank_steps(history, metric, mode=mode)
     return ranked[0].step if ranked else None
+
+
+def unknown_metric(policy: object, history: Sequence[StepInfo]) -> str | None:
+    """Returns a warning if a `BestN` policy ranks by a metric that no step has.
+
+    Such a policy keeps the newest steps: its metric may be misspelled.
+    """
+    if not isinstance(policy, BestN) or policy.n is None or policy.keep_without_metrics:
+        return None
+    if not history or any(_value(info, policy.metric) is not None for info in history):
+        return None
+    names = sorted({str(name) for info in history for name in info.metrics or ()})
+    recorded = ", ".join(names) or "none"
+    return f"no step has the metric of {policy!r}; recorded metrics: {recorded}."
 
 
 def _ascending(values: Sequence[float | None], mode: str) -> list[int]:

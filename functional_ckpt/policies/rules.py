@@ -1,9 +1,7 @@
-"""Whether to save: the decision of several save policies together."""
+"""The decision of several policies together: whether to save, and what to keep."""
 
 from __future__ import annotations
 
-import bisect
-import dataclasses
 import datetime
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from itertools import pairwise
 from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
+from functional_ckpt.policies import plausible_times
 from functional_ckpt.policies.base import (
     KeepContext,
     KeepPolicy,
@@ -19,7 +18,7 @@ from functional_ckpt.policies.base import (
     StepInfo,
     StepPolicy,
 )
-from functional_ckpt.policies.keep import LatestN
+from functional_ckpt.policies.keep import LatestN, unknown_metric
 from functional_ckpt.policies.save import every
 
 __all__ = [
@@ -37,7 +36,7 @@ __all__ = [
     "save_rule",
     "steps_to_prune",
     "steps_to_prune_after",
-    "with_plausible_times",
+    "unknown_metrics",
 ]
 
 SavePolicies: TypeAlias = (
@@ -173,7 +172,7 @@ def _save_advice(policy: object) -> str:
     if hasattr(policy, "should_preserve"):
         return " (this one belongs in keep_policy)"
     if callable(policy):
-        return ", such as when(function)"
+        return ", such as When(function)"
     return " or a list of them"
 
 
@@ -305,6 +304,17 @@ def passes_through(policies: Sequence[KeepPolicy]) -> bool:
     )
 
 
+def unknown_metrics(policies: Sequence[KeepPolicy], history: Sequence[StepInfo]) -> dict[str, str]:
+    """Returns a warning for each policy that ranks by a metric that no step has."""
+    found: dict[str, str] = {}
+    for each in policies:
+        if isinstance(each, AnyKeep):
+            found |= unknown_metrics(each.policies, history)
+        elif (warning := unknown_metric(each, history)) is not None:
+            found[repr(each)] = warning
+    return found
+
+
 def check_not_passing(place: str, policies: Sequence[KeepPolicy]) -> None:
     """Raises UsageError for `LatestN(0)` where steps have nowhere else to go."""
     if passes_through(policies):
@@ -337,54 +347,12 @@ def steps_to_prune_after(
         return ()
     last = max(history, key=lambda info: (info.time, info.step))
     protected = {last.step} if committed is None else {last.step, committed}
-    plausible = with_plausible_times(history, context.now)
+    plausible = plausible_times.with_plausible_times(history, context.now)
     gone = steps_to_prune(policies, history, context=context, protected=protected)
     if plausible == tuple(history):
         return gone
     others = steps_to_prune(policies, plausible, context=context, protected=protected)
     return tuple(sorted({*gone} & {*others}))
-
-
-def with_plausible_times(
-    history: Sequence[StepInfo], now: datetime.datetime
-) -> tuple[StepInfo, ...]:
-    """Returns the history with other times for steps whose own contradict those of most others.
-
-    Times rise with the steps of a generation, and none is in the future. The longest run of steps
-    for which that holds is believed; each other step gets the time of the believed one before it.
-
-    Args:
-        history: The steps in ascending order.
-        now: The present time.
-    """
-    order = sorted(range(len(history)), key=lambda i: (history[i].generation, history[i].step))
-    believed = _longest_rising([(i, history[i].time) for i in order if history[i].time <= now])
-    times: dict[int, datetime.datetime] = {}
-    earliest = min((history[i].time for i in believed), default=now)
-    for index in order:
-        earliest = times[index] = history[index].time if index in believed else earliest
-    return tuple(
-        info if times[index] == info.time else dataclasses.replace(info, time=times[index])
-        for index, info in enumerate(history)
-    )
-
-
-def _longest_rising(timed: Sequence[tuple[int, datetime.datetime]]) -> set[int]:
-    """Returns the keys of a longest subsequence whose times do not fall."""
-    ends: list[datetime.datetime] = []  # the earliest end of a rising subsequence of each length
-    keys: list[int] = []
-    before: dict[int, int | None] = {}
-    for key, time in timed:
-        place = bisect.bisect_right(ends, time)
-        before[key] = keys[place - 1] if place else None
-        ends[place : place + 1] = [time]
-        keys[place : place + 1] = [key]
-    found: set[int] = set()
-    key = keys[-1] if keys else None
-    while key is not None:
-        found.add(key)
-        key = before[key]
-    return found
 
 
 def _ask(
@@ -415,7 +383,7 @@ def _checked(policy: Any, adapt: Callable[[Any], Any], place: str) -> KeepPolicy
 
 def _keep_advice(policy: object) -> str:
     if isinstance(policy, str):
-        return f", such as best_n(1, {policy!r})"
+        return f", such as BestN(1, {policy!r})"
     if isinstance(policy, type):
         return f", an instance such as {policy.__name__}(...)"
     if hasattr(policy, "should_save"):

@@ -18,6 +18,7 @@ from functional_ckpt.policies.checks import check_int
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, Unit, parse_timespan
 
 __all__ = [
+    "AtEnd",
     "ElapsedInterval",
     "FixedInterval",
     "InitialSave",
@@ -26,7 +27,6 @@ __all__ = [
     "SpecificSteps",
     "When",
     "every",
-    "when",
 ]
 
 # 0.3 / 0.1 is 2.9999999999999996: a boundary counts as crossed within this distance.
@@ -116,8 +116,10 @@ class Preemption:
 class When:
     """Saves when a function of the step returns true.
 
+    With several ranks the function is called on the primary alone, which decides for all.
+
     Attributes:
-        decide: Called with the current step.
+        decide: Called with the step's `StepInfo`.
     """
 
     decide: Callable[[StepInfo], bool]
@@ -126,7 +128,7 @@ class When:
         """Raises UsageError unless it is callable."""
         if not callable(self.decide):
             raise errors.UsageError(
-                f"when(): expected a function of a StepInfo; got {self.decide!r}."
+                f"When: expected a function of a StepInfo; got {self.decide!r}."
             )
 
     def should_save(
@@ -199,7 +201,7 @@ class ProgressInterval:
         self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
     ) -> bool:
         """Returns whether a boundary was crossed; raises UsageError without progress."""
-        here = self._boundaries(self._count(step))
+        here = self._boundaries(_count(step, self.interval.unit, f"every({str(self.interval)!r})"))
         # Steps beyond this one were left behind by a rollback: they are no memory of this run.
         for saved in reversed(previous_steps):
             if saved.step <= step.step:
@@ -209,23 +211,59 @@ class ProgressInterval:
                 return here > self._boundaries(before or 0)
         return here > 0
 
-    def _count(self, step: StepInfo) -> float:
-        unit = self.interval.unit
-        count = step.progress.count(unit) if step.progress is not None else None
-        if count is None:
-            raise errors.UsageError(
-                f"every({str(self.interval)!r}): expected the training's progress in {unit} units "
-                f"with step {step.step}; got {_what_is_told(step, unit)}, or save at an interval "
-                "of steps or seconds.",
-                step=step.step,
-            )
-        return count
-
     def _boundaries(self, progress: float) -> int:
         interval = self.interval.value
         if isinstance(progress, int) and isinstance(interval, int):
             return progress // interval
         return math.floor(progress / interval + _ROUNDING)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class AtEnd:
+    """Saves the last step of a training whose length is known.
+
+    A policy only decides about steps that are passed to `save`. If training may end at any other
+    step (early stopping, an exception), call `save(step, items, force=True)` after the loop.
+
+    Attributes:
+        max_duration: The length of the training: a number of steps or a time string (`5000`,
+            `"5000ba"`, `"10ep"`, `"24h"` of training time). None for that of the progress that is
+            passed to `save`, `fc.Progress(max_duration=...)`. In steps, the steps `n - 1` and `n`
+            are saved: the last of `range(n)`, or of steps that are counted from 1. In other units,
+            the first step at which the progress reaches it.
+    """
+
+    max_duration: Timespan
+
+    def __init__(self, max_duration: TimespanLike | None = None) -> None:
+        """Raises UsageError for what is no time span, or zero."""
+        span = Timespan(1, "duration") if max_duration is None else parse_timespan(max_duration)
+        if not span.value:
+            raise errors.UsageError(f"max_duration: expected more than zero; got {span}.")
+        object.__setattr__(self, "max_duration", span)
+
+    @property
+    def step_only(self) -> bool:
+        """Whether the number of a step decides."""
+        return self.max_duration.unit == "batch"
+
+    def fires_at(self, step: int) -> bool:
+        """Returns whether the step is the last one, counted from 0 or from 1."""
+        return 0 <= self.max_duration.value - step <= 1
+
+    def should_save(
+        self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+    ) -> bool:
+        """Returns whether the training ends here; raises UsageError without progress."""
+        if self.step_only:
+            return self.fires_at(step.step)
+        unit, end = self.max_duration.unit, self.max_duration.value
+        what = "AtEnd()" if unit == "duration" else f"AtEnd({str(self.max_duration)!r})"
+        if _count(step, unit, what) < end:
+            return False
+        before = [each.progress for each in previous_steps if each.step <= step.step]
+        counted = before[-1].count(unit) if before and before[-1] is not None else None
+        return counted is None or counted < end
 
 
 def every(interval: TimespanLike) -> FixedInterval | ElapsedInterval | ProgressInterval:
@@ -253,12 +291,16 @@ def every(interval: TimespanLike) -> FixedInterval | ElapsedInterval | ProgressI
     return ProgressInterval(span)
 
 
-def when(decide: Callable[[StepInfo], bool]) -> When:
-    """Returns the policy that saves whenever `decide(step_info)` is true.
-
-    With several ranks the function is called on the primary alone, which decides for all.
-    """
-    return When(decide)
+def _count(step: StepInfo, unit: Unit, what: str) -> float:
+    """Returns the progress at a step in a unit; raises UsageError if it is not known."""
+    count = step.progress.count(unit) if step.progress is not None else None
+    if count is None:
+        raise errors.UsageError(
+            f"{what}: expected the training's progress in {unit} units with step {step.step}; got "
+            f"{_what_is_told(step, unit)}, or save at an interval of steps or seconds.",
+            step=step.step,
+        )
+    return count
 
 
 def _what_is_told(step: StepInfo, unit: Unit) -> str:

@@ -8,7 +8,6 @@ parent directory is durable.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import json
 import logging
@@ -16,13 +15,14 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format import write_direct
 from functional_ckpt.policies.base import KeepPolicy, StepInfo
-from functional_ckpt.saving import finalize, lower, retention, stage, write
+from functional_ckpt.saving import finalize, lower, retention, retry, stage, write
 from functional_ckpt.steps import history
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.uploads import Uploads
@@ -32,6 +32,9 @@ __all__ = ["Save", "StepCommitter"]
 
 _log = logging.getLogger("functional_ckpt")
 
+# What a rank says of its part: written (empty), written from live memory, or why not.
+_LIVE, _IS_FULL, _AGAIN = b"live", b"full", b"again"
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Save:
@@ -40,7 +43,7 @@ class Save:
     Attributes:
         step: The step.
         staged: What to write.
-        info: Metadata besides the items.
+        info: What is written besides the items.
         is_repeat: Whether the step may exist already, if its content is the same.
     """
 
@@ -55,6 +58,27 @@ class Save:
         return [item.lowered for item in self.staged.items]
 
 
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Attempt:
+    """One rank's side of writing a step.
+
+    Attributes:
+        is_last: Whether no other attempt follows.
+        tmp: The directory that is written.
+        report: What this rank wrote.
+        is_publishing: On the primary, whether the step may be visible.
+        failure: The error after which writing may succeed a second time.
+        verdict: What all ranks know of the step; with `retries` if it was not published.
+    """
+
+    is_last: bool
+    tmp: str = ""
+    report: write.RankReport = dataclasses.field(default_factory=dict[str, write.ItemReport])
+    is_publishing: bool = False
+    failure: Exception | None = None
+    verdict: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+
 class StepCommitter:
     """Commits staged steps, on every rank.
 
@@ -64,9 +88,6 @@ class StepCommitter:
         coordinator: The ranks; used from one thread at a time.
         overwrite: Whether an existing step may be replaced.
         num_threads: How many threads write while `save` does not wait for them.
-
-    Attributes:
-        uploads: The upload queue; on the primary, if there are remote tiers.
     """
 
     def __init__(
@@ -80,20 +101,29 @@ class StepCommitter:
     ) -> None:
         self._overwrite = overwrite
         self._num_threads = num_threads
-        self.uploads: Uploads | None = None
         self._steps = steps
         self._storage = steps.storage
-        self._keep_policies = tuple(keep_policies)
+        self._prunes = bool(keep_policies)
+        self._retention = retention.Retention(steps, keep_policies)
         self._busy = threading.Lock()  # a commit, or the pruning after an upload
         self._is_prune_due = False
         self._coordinator = coordinator
         self._leftovers: list[str] = []
 
+    @property
+    def uploads(self) -> Uploads | None:
+        """The upload queue; on the primary, if there are remote tiers."""
+        return self._retention.uploads
+
+    @uploads.setter
+    def uploads(self, uploads: Uploads | None) -> None:
+        self._retention.uploads = uploads
+
     def commit(self, save: Save) -> errors.SaveError | None:
         """Writes, commits and remembers a step, then prunes.
 
         Returns:
-            The error of the clean-up after the commit, if any; the step is committed regardless.
+            What could not be cleaned up after the commit; the step is committed all the same.
         """
         with self._busy:
             failure = self._commit(save)
@@ -107,7 +137,7 @@ class StepCommitter:
         except Exception as error:
             self.abort(step, error)
             raise
-        outcome = json.loads(self._write_or_free_space(save))
+        outcome = self._write_or_retry(save)
         if outcome["is_unchanged"]:
             return None
         committed = StepInfo(
@@ -129,54 +159,85 @@ class StepCommitter:
         """Raises on all ranks, in place of `commit`, where staging failed."""
         self._coordinator.gather_broadcast(_starting(step), error, b"".join)
 
-    def _write_or_free_space(self, save: Save) -> bytes:
-        """Writes and publishes; a second time if remote tiers allow space to be freed."""
-        try:
-            return self._write_shards(save)
-        except errors.CheckpointError as error:
-            if not self._steps.has_tiers or isinstance(error, errors.CoordinationTimeoutError):
-                raise
-            # Live memory that `save` does not wait for any more may have changed by now.
-            is_fixed = not save.staged.blocks_caller
-            state = b"live" if not is_fixed else b"full" if _is_full(error) else b""
-            what = f"freeing space for step {save.step}"
-            removed = json.loads(self._coordinator.gather_broadcast(what, state, self._free_space))
-            self._steps.forget(removed)
-            if not removed:
-                raise
-        return self._write_shards(save)
+    def _write_or_retry(self, save: Save) -> dict[str, Any]:
+        """Writes and publishes; a second time, in a new directory, after an error that may pass.
 
-    def _free_space(self, states: Sequence[bytes]) -> bytes:
-        """On the primary: removes the steps that remote tiers hold, if a rank's disk is full."""
-        if self.uploads is None or b"full" not in states or b"live" in states:
-            return b"[]"
+        Only what was copied is written again: live memory that `save` does not wait for any more
+        may have changed.
+        """
+        attempt = self._write_shards(save, _Attempt(is_last=False))
+        if "retries" not in attempt.verdict:
+            return attempt.verdict
+        if self._coordinator.rank == 0:
+            self._abandon(attempt.tmp)
+        self._steps.forget(attempt.verdict["removed"])
+        if not attempt.verdict["retries"]:
+            with collective(self._coordinator, f"writing step {save.step}"):
+                if attempt.failure is not None:
+                    raise attempt.failure
+        if attempt.failure is not None:
+            _log.warning("writing step %d again after: %s", save.step, attempt.failure)
+        return self._write_shards(save, _Attempt(is_last=True)).verdict
+
+    def _write_shards(self, save: Save, attempt: _Attempt) -> _Attempt:
+        """Writes and publishes; or finds out whether to try again, the same on all ranks."""
+        group = self._coordinator
+        begin = functools.partial(self._begin, save)
+        begun = json.loads(group.gather_broadcast(_starting(save.step), b"", lambda _: begin()))
+        attempt.tmp = os.path.join(self._steps.root, begun["directory"])
+        combine = functools.partial(self._finish_or_retry, save, attempt)
+        try:
+            with collective(group, f"writing step {save.step}", combine) as turn:
+                turn.value = _LIVE if save.staged.blocks_caller else b""
+                try:
+                    attempt.report = self._write_own(save, attempt.tmp, begun["digests"])
+                except Exception as error:
+                    state = self._state_of(error)
+                    if attempt.is_last or turn.value == _LIVE or not state:
+                        raise
+                    attempt.failure, turn.value = error, state
+        except BaseException:
+            if group.rank == 0:
+                self._abandon(attempt.tmp)
+            raise
+        attempt.verdict = json.loads(turn.outcome)
+        return attempt
+
+    def _state_of(self, error: BaseException) -> bytes:
+        """Returns why writing may succeed a second time; empty if it will not."""
+        if retry.is_full(error):
+            return _IS_FULL if self._steps.has_tiers else b""
+        return _AGAIN if retry.is_transient(error) else b""
+
+    def _finish_or_retry(self, save: Save, attempt: _Attempt, states: Sequence[bytes]) -> bytes:
+        """On the primary: finishes the save, or decides whether all ranks write it again."""
+        found = set(states)
+        if not found - {b"", _LIVE}:
+            try:
+                return self._finish(save, attempt)
+            except Exception as error:
+                state = self._state_of(error)
+                # A step whose publishing failed may be visible.
+                is_certain = state == _IS_FULL or not attempt.is_publishing
+                if attempt.is_last or not state or not is_certain:
+                    raise
+                attempt.failure = error
+                found.add(state)
+        removed = self._free_space() if _IS_FULL in found and _LIVE not in found else []
+        retries = _LIVE not in found and (_IS_FULL not in found or bool(removed))
+        return json.dumps({"retries": retries, "removed": removed}).encode()
+
+    def _free_space(self) -> list[int]:
+        """On the primary: removes the steps that remote tiers hold; returns them."""
+        if self.uploads is None:
+            return []
         held = self.uploads.held_elsewhere()
         with self.uploads.exclusive() as promised:
             doomed = [step for step in held if step not in promised]
             failures = self._steps.prune(doomed)
         steps = [step for step in doomed if step not in failures]
         _log.warning("%s is full: removed %s", self._steps.root, steps or "nothing")
-        return json.dumps(steps).encode()
-
-    def _write_shards(self, save: Save) -> bytes:
-        group = self._coordinator
-        begin = functools.partial(self._begin, save)
-        begun = json.loads(group.gather_broadcast(_starting(save.step), b"", lambda _: begin()))
-        tmp = os.path.join(self._steps.root, begun["directory"])
-        reports: dict[int, write.RankReport] = {}
-
-        def combine(_: Sequence[bytes]) -> bytes:
-            every = write.every_report(self._storage, tmp, reports[0], group.num_ranks)
-            return self._finish(save, tmp, every)
-
-        try:
-            with collective(group, f"writing step {save.step}", combine) as turn:
-                reports[group.rank] = self._write_own(save, tmp, begun["digests"])
-        except BaseException:
-            if group.rank == 0:
-                self._abandon(tmp)
-            raise
-        return turn.outcome
+        return steps
 
     def _write_own(self, save: Save, tmp: str, digests: Mapping[str, str]) -> write.RankReport:
         """Writes this rank's part, and its report where the primary finds it."""
@@ -216,9 +277,11 @@ class StepCommitter:
         digests = write.digests(save.lowered) if self._coordinator.num_ranks > 1 else {}
         return json.dumps({"directory": os.path.basename(tmp), "digests": digests}).encode()
 
-    def _finish(self, save: Save, tmp: str, reports: Sequence[write.RankReport]) -> bytes:
+    def _finish(self, save: Save, attempt: _Attempt) -> bytes:
         """On the primary: finalizes and publishes; the step is committed when this returns."""
-        commit_time_ns, info = time.time_ns(), save.info
+        commit_time_ns, info, tmp = time.time_ns(), save.info, attempt.tmp
+        num_ranks = self._coordinator.num_ranks
+        reports = write.every_report(self._storage, tmp, attempt.report, num_ranks)
         finalize.finalize(self._storage, tmp, save.lowered, reports, info, commit_time_ns)
         final = commit.final_path(tmp)
         if save.is_repeat and finalize.is_same(self._storage, tmp, final):
@@ -227,9 +290,10 @@ class StepCommitter:
         if save.is_repeat:
             self._steps.check_free(save.step, info.progress, overwrite=self._overwrite)
         self._steps.check_lock()
+        attempt.is_publishing = True
         replaced = self._steps.commits.publish(tmp, final, overwrite=self._overwrite)
-        # The primary decides on the next round, so that no rank waits for one that another skips.
-        cleans_up = bool(self._keep_policies or self._steps.latest_link or self._steps.has_tiers)
+        # The primary decides what follows, so that no rank waits for a round that another skips.
+        cleans_up = bool(self._prunes or self._steps.latest_link or self._steps.has_tiers)
         outcome = {
             "is_unchanged": False,
             "commit_time_ns": commit_time_ns,
@@ -245,9 +309,7 @@ class StepCommitter:
 
         def on_primary(_: Sequence[bytes]) -> bytes:
             self._steps.check_lock()
-            failures = retention.clean_up(
-                self._steps, self._keep_policies, self.uploads, info, replaced
-            )
+            failures = self._retention.clean_up(info, replaced)
             return json.dumps({"failures": failures, "lists": self._lists()}).encode()
 
         what = f"cleaning up after step {info.step}"
@@ -293,10 +355,7 @@ class StepCommitter:
         while self._is_prune_due and self._busy.acquire(blocking=False):
             try:
                 self._is_prune_due = False
-                failures = retention.prune(
-                    self._steps, self._keep_policies, self.uploads, only_copied=True
-                )
-                for failure in failures:
+                for failure in self._retention.prune(only_copied=True):
                     _log.warning("%s: pruning failed: %s", self._steps.root, failure)
             except errors.CheckpointError as error:
                 _log.warning("%s: pruning failed: %s", self._steps.root, error)
@@ -306,12 +365,3 @@ class StepCommitter:
 
 def _starting(step: int) -> str:
     return f"starting step {step}"
-
-
-def _is_full(error: BaseException | None) -> bool:
-    """Returns whether a full disk caused an error."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__
-    return False

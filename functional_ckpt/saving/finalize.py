@@ -1,4 +1,4 @@
-"""The primary's part of a save: one global item out of every rank's chunks, then its metadata."""
+"""The primary's part of a save: merges the chunks of all ranks, then writes the records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from functional_ckpt.policies.progress import Progress
 from functional_ckpt.runtime import threads
 from functional_ckpt.saving import lower
 from functional_ckpt.saving.lower import LoweredItem
-from functional_ckpt.saving.write import RankReport
+from functional_ckpt.saving.write import ItemReport, RankReport
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 
@@ -36,9 +36,9 @@ class CheckpointInfo:
         step: The step, or None.
         init_time_ns: The start of the save, nanoseconds since the epoch.
         metrics: Metrics, JSON.
-        progress: How far the training was.
+        progress: The training progress.
         custom_metadata: The user's own metadata, JSON.
-        line: The line of training that the step is saved on.
+        line: The line of training that the step belongs to.
     """
 
     step: int | None
@@ -57,15 +57,15 @@ def finalize(
     info: CheckpointInfo,
     commit_time_ns: int,
 ) -> None:
-    """Merges, writes every metadata file, and makes all of `directory` durable.
+    """Merges, writes every record, and makes `directory` durable.
 
     Args:
         storage: The file system.
-        directory: The checkpoint, with every rank's chunks in it.
+        directory: The checkpoint, with the chunks of all ranks.
         items: The primary's items.
-        reports: The reports of all ranks, in order of rank.
-        info: What to write about the checkpoint.
-        commit_time_ns: The time to write as that of the commit, nanoseconds since the epoch.
+        reports: What each rank wrote, in order of rank.
+        info: The checkpoint's metadata.
+        commit_time_ns: The commit time to record, nanoseconds since the epoch.
     """
     names: dict[str, str] = {}
     files: dict[str, records.FileRecord] = {}
@@ -79,7 +79,8 @@ def finalize(
             files[file] = _write(storage, directory, file, item.text)
         elif item.root is not None:
             with threads.gc_paused():
-                record = _finalize_item(storage, path, item, item.root, reports)
+                own = [report[item.name] for report in reports]
+                record = _finalize_item(storage, path, item, item.root, own)
                 text = record.to_json()
             of_items += [f"{item.name}/{name}" for name in record.files]
             file = f"{item.name}/{records.EXTENSION_FILE}"
@@ -143,7 +144,7 @@ def _step_record(storage: Storage, path: str) -> records.StepRecord:
 
 
 def _content(storage: Storage, path: str, item: str) -> tuple[Any, Any]:
-    """Structure and digests of a tree item, as its record has them."""
+    """Returns the structure and the digests of a tree item from its record."""
     path = os.path.join(path, item, records.EXTENSION_FILE)
     record = records.verify_checksum(storage.read(path), path)
     return record["structure"], record["arrays"]
@@ -164,67 +165,65 @@ def _finalize_item(
     path: str,
     item: LoweredItem,
     root: structure.Node,
-    reports: Sequence[RankReport],
+    reports: Sequence[ItemReport],
 ) -> records.ItemRecord:
-    """Completes one tree item except for its record, which is returned."""
-    parts = [(rank, report.roots.get(item.name, root)) for rank, report in enumerate(reports)]
-    united = merge_ranks.merge_ranks(parts, item=item.name)
-    if item.per_rank and isinstance(united, structure.BranchNode):
-        united = dataclasses.replace(united, kind="per_rank")
-    joined = write_tensorstore.join_digests([report.digests[item.name] for report in reports])
+    """Completes one tree item but for its record, which is returned."""
+    parts = [(rank, report.root or root) for rank, report in enumerate(reports)]
+    merged = merge_ranks.merge_ranks(parts, item=item.name)
+    if item.per_rank and isinstance(merged, structure.BranchNode):
+        merged = dataclasses.replace(merged, kind="per_rank")
+    digests = write_tensorstore.join_digests([report.digests for report in reports])
     nodes = [
-        leaf for _, leaf in structure.iter_leaves(united) if isinstance(leaf, structure.ArrayNode)
+        leaf for _, leaf in structure.iter_leaves(merged) if isinstance(leaf, structure.ArrayNode)
     ]
-    shapes = {
-        name: shape for report in reports for name, shape in report.chunk_shapes[item.name].items()
-    }
+    shapes = {name: shape for report in reports for name, shape in report.chunk_shapes.items()}
     grids = {
         node.name: _grid(node.spec.shape, shapes[node.name])
         for node in nodes
         if node.tied_to is None and node.name in shapes
     }
-    _check_whole(item.name, nodes, grids, reports)
+    _check_complete(item.name, nodes, grids, reports)
     tied = {
         node.name: (node.tied_to, grids[node.tied_to]) for node in nodes if node.tied_to is not None
     }
-    children = [child for report in reports for child in report.children[item.name]]
-    children += _write_own_scalars(storage, path, parts, united)
-    known = {name: file for report in reports for name, file in report.files[item.name].items()}
-    if children:  # else the one rank that there is has written into the item's own database
+    children = [child for report in reports for child in report.children]
+    children += _write_own_scalars(storage, path, parts, merged)
+    known = {name: file for report in reports for name, file in report.files.items()}
+    if children:  # else a single rank has written into the item's own database
         known |= backends.backend_of(storage).merge(path, children, tied)
     name = orbax.TREE_METADATA_FILE
-    known[name] = _write(storage, path, name, orbax.tree_metadata(united))
-    if texts := orbax.strings(united):
+    known[name] = _write(storage, path, name, orbax.tree_metadata(merged))
+    if texts := orbax.strings(merged):
         name = orbax.STRINGS_FILE
         known[name] = _write(storage, path, name, json.dumps(texts).encode())
     return records.ItemRecord(
         item=item.name,
         handler=item.handler,
-        root=united,
+        root=merged,
         arrays={
-            name: records.ArrayRecord(grid.chunk_shape, joined.get(name, ""))
+            name: records.ArrayRecord(grid.chunk_shape, digests.get(name, ""))
             for name, grid in grids.items()
         },
         files=_describe(storage, path, known),
     )
 
 
-def _check_whole(
+def _check_complete(
     item: str,
     nodes: Sequence[structure.ArrayNode],
     grids: Mapping[str, ChunkGrid],
-    reports: Sequence[RankReport],
+    reports: Sequence[ItemReport],
 ) -> None:
-    """Raises unless every array's metadata and chunks were written, and by one rank only."""
+    """Raises unless one rank wrote the metadata of every array, and one rank each chunk."""
     written: collections.Counter[str] = collections.Counter()
     for report in reports:
-        for name, chunks in report.digests[item].items():
+        for name, chunks in report.digests.items():
             written[name] += len(chunks)
     for node in nodes:
         grid = grids.get(node.name)
         if node.tied_to is not None or (grid and written[node.name] == _num_chunks(grid)):
             continue
-        ranks = [r for r, report in enumerate(reports) if report.digests[item].get(node.name)]
+        ranks = [rank for rank, report in enumerate(reports) if report.digests.get(node.name)]
         expected = "" if grid is None else f" of {grid.num_chunks}"
         raise errors.CoordinationError(
             f"{item}: array {node.name!r} is incomplete or duplicated: ranks {ranks} wrote "
@@ -248,17 +247,17 @@ def _write_own_scalars(
     storage: Storage,
     path: str,
     parts: Sequence[tuple[int, structure.Node]],
-    united: structure.Node,
+    merged: structure.Node,
 ) -> list[str]:
-    """Plain numbers that differ between ranks, under their names in the merged tree.
+    """Writes plain numbers that differ between ranks, which Orbax reads as arrays.
 
-    No rank knew before that they differ. Orbax reads them as arrays.
+    That they differ is known only after the structures of all ranks were gathered.
     """
     roots = {id(root): root for _, root in parts}.values()
     if len(roots) == 1:
         return []
     written = {name for root in roots for name, _, _ in orbax.scalar_leaves(root)}
-    own = [scalar for scalar in orbax.scalar_leaves(united) if scalar[0] not in written]
+    own = [scalar for scalar in orbax.scalar_leaves(merged) if scalar[0] not in written]
     if not own:
         return []
     children = write_tensorstore.child_names(len(parts), 1)
@@ -271,7 +270,7 @@ def _describe(
 ) -> dict[str, records.FileRecord]:
     """Returns the records of an item's files; unknown files are read.
 
-    Files that were reported count even if a listing lacks them: then syncing them fails.
+    A reported file counts even if a listing lacks it: then syncing it fails.
     """
     return {
         name: known.get(name) or storage.checksum(os.path.join(path, name))

@@ -1,13 +1,14 @@
-"""Actions after a commit, on the primary: latest link, pending uploads, pruning.
+"""After a commit, on the primary: the latest link, the promises to tiers, and pruning.
 
-The step is durable by now. Whatever fails here costs disk space or a link, never a step: so one
-failure stops nothing else, and all of them are reported together at the end.
+The step is durable by now. A failure here costs disk space or a link, never a step. So a failure
+stops nothing else, and all of them are reported together at the end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 from collections.abc import Generator, Sequence
 
 from functional_ckpt import errors
@@ -16,104 +17,106 @@ from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.uploads import Uploads
 
-__all__ = ["clean_up", "prune"]
+__all__ = ["Retention"]
+
+_log = logging.getLogger("functional_ckpt")
 
 
-def clean_up(
-    steps: Steps,
-    keep_policies: Sequence[KeepPolicy],
-    uploads: Uploads | None,
-    info: StepInfo,
-    replaced: str | None,
-) -> list[str]:
-    """Updates the link, enqueues the uploads, removes the steps that no policy keeps.
+class Retention:
+    """Removes steps of the first tier, on the primary.
 
     Args:
         steps: The steps of the first tier.
-        keep_policies: Which of them stay.
-        uploads: Where committed steps go from here, if there are tiers.
-        info: The step that was committed.
-        replaced: Where the step is that it replaced, if it did.
-
-    Returns:
-        The failures, one line each.
+        keep_policies: Which of them to keep.
     """
-    failures: list[str] = []
-    with _noting(failures):
-        if uploads is not None:
-            uploads.committed(info)
-    is_promised = not failures  # otherwise a removed step could be in no tier
-    with _noting(failures):
-        steps.update_latest_link()
-    with _noting(failures):
-        if replaced is not None:
-            steps.forget_late_metrics(info.step)
-            steps.storage.remove(replaced)
-    with _noting(failures):
-        if is_promised:
-            failures += prune(steps, keep_policies, uploads, committed=info.step)
-    return failures
 
+    def __init__(self, steps: Steps, keep_policies: Sequence[KeepPolicy]) -> None:
+        self._steps = steps
+        self._policies = tuple(keep_policies)
+        self._warnings: set[str] = set()
+        self.uploads: Uploads | None = None
 
-def prune(
-    steps: Steps,
-    keep_policies: Sequence[KeepPolicy],
-    uploads: Uploads | None,
-    *,
-    committed: int | None = None,
-    only_copied: bool = False,
-) -> list[str]:
-    """Removes the steps that the policies let go.
+    def clean_up(self, info: StepInfo, replaced: str | None) -> list[str]:
+        """Updates the link, promises a step to the tiers, and prunes.
 
-    Args:
-        steps: The steps of the first tier.
-        keep_policies: Which of them stay.
-        uploads: Where committed steps go from here, if there are tiers.
-        committed: The step that was just committed, if one was.
-        only_copied: Keep steps that no other tier has.
+        Args:
+            info: The step that was committed.
+            replaced: The path of the step that it replaced, if any.
 
-    Returns:
-        Why steps could not be removed, one line each.
-    """
-    if not keep_policies:
-        return []
-    alone = contextlib.nullcontext(set[int]()) if uploads is None else uploads.exclusive()
-    with alone as promised:
-        copied = {(info.step, info.time) for each in steps.remote for info in each.infos}
+        Returns:
+            What could not be done, one line each.
+        """
+        steps, failures = self._steps, list[str]()
+        with _noting(failures):
+            if self.uploads is not None:
+                self.uploads.committed(info)
+        is_promised = not failures  # else a pruned step could be in no tier
+        with _noting(failures):
+            steps.update_latest_link()
+        with _noting(failures):
+            if replaced is not None:
+                steps.forget_late_metrics(info.step)
+                steps.storage.remove(replaced)
+        with _noting(failures):
+            if is_promised:
+                failures += self.prune(committed=info.step)
+        return failures
 
-        def chosen() -> list[int]:
-            known = [
-                info
-                for info in _let_go(steps, keep_policies, copied, committed)
-                if not (info.step in promised or steps.is_being_read(info.step))
-            ]
-            return [i.step for i in known if not only_copied or (i.step, i.time) in copied]
+    def prune(self, *, committed: int | None = None, only_copied: bool = False) -> list[str]:
+        """Removes the steps that the policies do not keep.
 
-        doomed = chosen()
-        if doomed and steps.forget_missing():
-            doomed = chosen()  # others removed steps that were counted as kept
-        return [str(error) for error in steps.prune(doomed).values()]
+        Args:
+            committed: The step that was just committed, if any.
+            only_copied: Keep steps that no other tier holds.
 
+        Returns:
+            Why steps could not be removed, one line each.
+        """
+        if not self._policies:
+            return []
+        steps, uploads = self._steps, self.uploads
+        alone = contextlib.nullcontext(set[int]()) if uploads is None else uploads.exclusive()
+        with alone as promised:
+            copied = {(info.step, info.time) for each in steps.remote for info in each.infos}
 
-def _let_go(
-    steps: Steps,
-    keep_policies: Sequence[KeepPolicy],
-    copied: set[tuple[int, datetime.datetime]],
-    committed: int | None,
-) -> list[StepInfo]:
-    """The steps that no policy keeps; the newest step only if another tier has it."""
-    known = steps.with_late_metrics()
-    context = KeepContext(now=datetime.datetime.now(datetime.UTC))
-    gone = {*rules.steps_to_prune_after(committed, keep_policies, known, context=context)}
-    present = [info for info in known if not info.is_abandoned]
-    newest = lines.newest(present)
-    if (
-        newest is not None
-        and (newest.step, newest.time) in copied
-        and not rules.keeps_newest(keep_policies, present, context=context)
-    ):
-        gone.add(newest.step)
-    return [info for info in known if info.step in gone]
+            def chosen() -> list[int]:
+                known = [
+                    info
+                    for info in self._not_kept(copied, committed)
+                    if not (info.step in promised or steps.is_being_read(info.step))
+                ]
+                return [i.step for i in known if not only_copied or (i.step, i.time) in copied]
+
+            doomed = chosen()
+            if doomed and steps.forget_missing():
+                doomed = chosen()  # other processes removed steps that were counted as kept
+            return [str(error) for error in steps.prune(doomed).values()]
+
+    def _not_kept(
+        self, copied: set[tuple[int, datetime.datetime]], committed: int | None
+    ) -> list[StepInfo]:
+        """Returns what the policies do not keep; the newest step only if another tier holds it."""
+        known = self._steps.with_late_metrics()
+        context = KeepContext(now=datetime.datetime.now(datetime.UTC))
+        gone = {*rules.steps_to_prune_after(committed, self._policies, known, context=context)}
+        present = [info for info in known if not info.is_abandoned]
+        newest = lines.newest(present)
+        if (
+            newest is not None
+            and (newest.step, newest.time) in copied
+            and not rules.keeps_newest(self._policies, present, context=context)
+        ):
+            gone.add(newest.step)
+        if gone:
+            self._warn_of_metrics(known)
+        return [info for info in known if info.step in gone]
+
+    def _warn_of_metrics(self, known: Sequence[StepInfo]) -> None:
+        """Logs once for each policy that it ranks by a metric that no step has."""
+        for policy, warning in rules.unknown_metrics(self._policies, known).items():
+            if policy not in self._warnings:
+                self._warnings.add(policy)
+                _log.warning("%s: %s The newest steps are kept.", self._steps.root, warning)
 
 
 @contextlib.contextmanager

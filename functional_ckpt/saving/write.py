@@ -1,13 +1,4 @@
-"""Writing one checkpoint directory, every rank its part: stage, write, report.
-
-    lower     values -> structures and sources              the caller's thread, copies nothing
-    plan      assigns chunks to ranks                       the caller's thread, a round trip
-    stage     sources -> host arrays                        the caller's thread, the only copy
-    write     host arrays -> chunks in this rank's databases     the background, every rank
-    finalize  merge, metadata, digests, sync                the background, the primary
-
-The manager and `fc.save` share it; `lower`, `plan` and `finalize` hold the other parts.
-"""
+"""Writes one rank's part of a checkpoint, and reports it to the primary."""
 
 from __future__ import annotations
 
@@ -27,39 +18,61 @@ from functional_ckpt.saving.parts import StagedItem
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["RankReport", "read_report", "write", "write_report"]
+__all__ = ["ItemReport", "RankReport", "read_report", "write", "write_report"]
 
 REPORTS = ".ranks"
-"""The folder of the ranks' reports for the primary; removed before the step is committed."""
+"""The folder of the ranks' reports; removed before the step is committed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RankReport:
-    """The report of one rank.
+class ItemReport:
+    """What one rank wrote of one tree item.
 
     Attributes:
-        digests: Item -> the digests of its chunks.
-        children: Item -> the databases it used, relative to the item.
-        chunk_shapes: Item -> array -> how it is cut; of the arrays whose metadata this rank wrote.
-        roots: Item -> its structure as this rank has it; only where it may differ from the
-            primary's.
-        files: Item -> the records of this rank's files, by path relative to the item; the primary
-            reads files that it does not list.
+        digests: Array -> the digests of its chunks.
+        chunk_shapes: Array -> its chunk shape, if this rank wrote the array's metadata.
+        children: The databases that it wrote, relative to the item.
+        files: The files that it wrote, by path relative to the item; the primary reads the others.
+        root: The structure on this rank, if it may differ from the primary's.
     """
 
-    digests: Mapping[str, write_tensorstore.Digests]
-    chunk_shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
-    children: Mapping[str, tuple[str, ...]]
-    roots: Mapping[str, structure.Node]
-    files: Mapping[str, Mapping[str, records.FileRecord]] = dataclasses.field(
-        default_factory=dict[str, Mapping[str, records.FileRecord]]
-    )
+    digests: write_tensorstore.Digests
+    chunk_shapes: Mapping[str, tuple[int, ...]]
+    children: tuple[str, ...]
+    files: Mapping[str, records.FileRecord]
+    root: structure.Node | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as JSON."""
+        return {
+            "digests": self.digests,
+            "chunk_shapes": self.chunk_shapes,
+            "children": self.children,
+            "files": {name: [file.size_bytes, file.xxh3] for name, file in self.files.items()},
+            "root": None if self.root is None else structure_json.to_json(self.root),
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> ItemReport:
+        """Returns the report of `to_json`."""
+        root = record["root"]
+        return cls(
+            digests={
+                name: {int(position): text for position, text in chunks.items()}
+                for name, chunks in record["digests"].items()
+            },
+            chunk_shapes={name: tuple(shape) for name, shape in record["chunk_shapes"].items()},
+            children=tuple(record["children"]),
+            files={name: records.FileRecord(*file) for name, file in record["files"].items()},
+            root=None if root is None else structure_json.from_json(root),
+        )
+
+
+RankReport: TypeAlias = Mapping[str, ItemReport]
+"""What one rank wrote: tree item -> its report."""
 
 
 # ------------------------------------------------------------------------------------ write
-
-
-_NOTHING = write_direct.Written(digests={}, files={})
 
 
 def write(
@@ -79,16 +92,12 @@ def write(
         directory: The checkpoint.
         items: What to write.
         rank: This rank.
-        num_ranks: All ranks; one alone may write into the items' own databases.
-        known: Digest of each item's structure on the primary: equal structures are not reported.
-        num_threads: How many are busy at a time.
+        num_ranks: The number of ranks; a single one writes into the items' own databases.
+        known: The digest of each item's structure on the primary; an equal one is not reported.
+        num_threads: How many threads write at a time.
     """
     backend = backends.backend_of(storage)
-    digests: dict[str, write_tensorstore.Digests] = {}
-    children: dict[str, tuple[str, ...]] = {}
-    chunk_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    roots: dict[str, structure.Node] = {}
-    files: dict[str, Mapping[str, records.FileRecord]] = {}
+    found: dict[str, ItemReport] = {}
     for item in sorted(items, key=lambda item: not item.blocks_caller):
         name, root = item.lowered.name, item.lowered.root
         if root is None:
@@ -96,28 +105,30 @@ def write(
         path = os.path.join(directory, name)
         # Never the parents: a directory that was moved away meanwhile must not come back.
         storage.make_directory(path, parents=False)
-        tied = tied_arrays(item) if num_ranks == 1 else {}
         scalars = [scalar for scalar in item.lowered.scalars if scalar[0] in item.scalars]
-        # One rank alone writes into the item's own database, and who has nothing has none.
-        has_child = num_ranks > 1 and (item.writes or scalars)
-        children[name] = tuple(write_tensorstore.child_names(rank, 1)) if has_child else ()
-        written = _NOTHING
-        if has_child or num_ranks == 1:
-            child = children[name][0] if has_child else ""
+        tied = tied_arrays(item) if num_ranks == 1 else {}
+        written = write_direct.Written(digests={}, files={})
+        # A single rank writes into the item's own database; a rank without a part has none.
+        children: tuple[str, ...] = ()
+        if num_ranks > 1 and (item.writes or scalars):
+            children = tuple(write_tensorstore.child_names(rank, 1))
+        if children or num_ranks == 1:
             written = backend.write(
-                path, child, item.writes, scalars, tied, num_threads=num_threads
+                path, "".join(children), item.writes, scalars, tied, num_threads=num_threads
             )
-        digests[name], files[name] = written.digests, written.files
-        chunk_shapes[name] = {w.name: w.grid.chunk_shape for w in item.writes if w.writes_metadata}
-        if known is None or known.get(name) != root_digest(root):
-            roots[name] = root
-    return RankReport(
-        digests=digests, children=children, chunk_shapes=chunk_shapes, roots=roots, files=files
-    )
+        is_known = known is not None and known.get(name) == root_digest(root)
+        found[name] = ItemReport(
+            digests=written.digests,
+            chunk_shapes={w.name: w.grid.chunk_shape for w in item.writes if w.writes_metadata},
+            children=children,
+            files=written.files,
+            root=None if is_known else root,
+        )
+    return found
 
 
 def tied_arrays(item: StagedItem) -> dict[str, tuple[str, ChunkGrid]]:
-    """Name of every tied leaf -> name and grid of the array that holds its bytes."""
+    """Returns, for every tied leaf, the name and the grid of the array that holds its bytes."""
     grids = {write.name: write.grid for write in item.writes}
     return {
         leaf.name: (leaf.tied_to, grids[leaf.tied_to])
@@ -169,20 +180,13 @@ def root_digest(root: structure.Node) -> str:
 
 
 def write_report(storage: Storage, directory: str, rank: int, report: RankReport) -> None:
-    """Writes this rank's report for the primary."""
+    """Writes what this rank wrote to a file that the primary reads."""
     folder = os.path.join(directory, REPORTS)
     storage.make_directory(folder, parents=False)
     record = {
         "format": "functional_ckpt",
         "version": 1,
-        "digests": report.digests,
-        "children": report.children,
-        "chunk_shapes": report.chunk_shapes,
-        "roots": {name: structure_json.to_json(root) for name, root in report.roots.items()},
-        "files": {
-            item: {name: [file.size_bytes, file.xxh3] for name, file in files.items()}
-            for item, files in report.files.items()
-        },
+        "items": {name: item.to_json() for name, item in report.items()},
     }
     storage.write(os.path.join(folder, f"{rank}.json"), records.with_checksum(record))
 
@@ -198,22 +202,4 @@ def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
             path=path,
         )
     record = records.verify_checksum(storage.read(path), path)
-    return RankReport(
-        digests={
-            item: {
-                name: {int(place): text for place, text in chunks.items()}
-                for name, chunks in found.items()
-            }
-            for item, found in record["digests"].items()
-        },
-        children={item: tuple(names) for item, names in record["children"].items()},
-        chunk_shapes={
-            item: {name: tuple(shape) for name, shape in shapes.items()}
-            for item, shapes in record["chunk_shapes"].items()
-        },
-        roots={name: structure_json.from_json(node) for name, node in record["roots"].items()},
-        files={
-            item: {name: records.FileRecord(*file) for name, file in files.items()}
-            for item, files in record["files"].items()
-        },
-    )
+    return {name: ItemReport.from_json(item) for name, item in record["items"].items()}

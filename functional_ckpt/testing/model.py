@@ -31,12 +31,12 @@ class SavedStep:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ManagerModel:
-    """The committed steps of a directory under keep policies `LatestN` and `best_n`, together.
+    """The committed steps of a directory under keep policies `LatestN` and `BestN`, together.
 
     Attributes:
         steps: The committed steps.
         keep_latest: The `n` of `LatestN`; None where nothing is pruned.
-        keep_best: The `n` of `best_n(n, metric)`, the highest being best; 0 for no such policy.
+        keep_best: The `n` of `BestN(n, metric)`, the highest being best; 0 for no such policy.
         metric: The metric that ranks.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -151,7 +152,7 @@ def test_a_leftover_of_another_machine_stays_for_a_day(tmp_path: Path) -> None:
 
 def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     for kind in ("write", "sync", "rename"):
-        storage = testing.FaultyStorage(testing.Fault(at=0, kinds=(kind,)))
+        storage = testing.FaultyStorage(testing.Fault(errno=errno.EACCES, kinds=(kind,)))
         with pytest.raises(errors.StorageError):
             fc.save(tmp_path / "best", items(1), storage=storage)
         assert os.listdir(tmp_path) == []

@@ -94,7 +94,7 @@ def open_alike(directory: Path) -> list[int]:
     with fc.CheckpointManager(
         directory,
         save_policy=[fc.policies.every(1), fc.policies.Preemption()],
-        keep_policy=[fc.policies.LatestN(2), fc.policies.best_n(1, best), Own(1)],
+        keep_policy=[fc.policies.LatestN(2), fc.policies.BestN(1, best), Own(1)],
         staging=fc.Eager(budget_bytes=1000 * dist.get_rank()),
         on_event=print if dist.get_rank() else None,
     ) as manager:

@@ -312,7 +312,7 @@ def disagree(this: Rank) -> None:
 
 def background(this: Rank) -> None:
     """A failure of one rank's commit is reported once on every rank, by its next call."""
-    for number, policy in enumerate([None, [fc.policies.when(lambda step: True)]]):
+    for number, policy in enumerate([None, [fc.policies.When(lambda step: True)]]):
         root = f"{this.root}/{number}"
         storage = Trap(root, "writing", this.rank == 0, _fail)
         with this.manager(root, storage=storage, save_policy=policy) as manager:

@@ -187,7 +187,7 @@ class Writer:
         arena, latest = self._arena, fc.policies.LatestN
         keep: list[Any] | None = None if arena.keep is None else [latest(arena.keep)]
         if keep is not None and arena.keeps_best:
-            keep.append(fc.policies.best_n(_KEEP_BEST, "accuracy"))
+            keep.append(fc.policies.BestN(_KEEP_BEST, "accuracy"))
         # Both layouts: one data file for each item, and several.
         write_direct.BYTES_PER_FILE = self._choose.choice((1000, 2**30))
         options = self._options()

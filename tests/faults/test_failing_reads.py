@@ -87,7 +87,7 @@ def best(root: Path) -> Any:
 
 
 def prune(root: Path) -> Any:
-    with fc.CheckpointManager(root, keep_policy=fc.policies.best_n(1, "acc")) as manager:
+    with fc.CheckpointManager(root, keep_policy=fc.policies.BestN(1, "acc")) as manager:
         manager.save(3, state(3), metrics={"acc": 0.1})
         manager.wait_until_finished()
     return 1 in look(root)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def test_a_save_that_failed_leaves_no_descriptor(
         manager.save(1, items()).result()  # type: ignore[union-attr]
         before = open_below(tmp_path)
         for at in range(2):
-            storage.inject(testing.Fault(at=at if kind in ("sync", "write") else 0, kinds=(kind,)))
+            at = at if kind in ("sync", "write") else 0
+            storage.inject(testing.Fault(at=at, errno=errno.EACCES, kinds=(kind,)))
             with pytest.raises(errors.SaveError):
                 manager.save(1, items(2)).result()  # type: ignore[union-attr]
             assert storage.has_failed
@@ -90,7 +92,7 @@ def test_a_save_whose_staging_failed_is_an_error_and_the_next_is_made(
             def fail(*_: object) -> None:
                 raise MemoryError("no space")
 
-            patch.setattr(stage, "stage", fail)
+            patch.setattr(stage.Stager, "stage", fail)
             with pytest.raises(MemoryError, match="no space"):
                 manager.save(1, items(1))
         manager.save(2, items(2)).result()  # type: ignore[union-attr]

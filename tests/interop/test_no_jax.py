@@ -22,7 +22,7 @@ model(torch.ones(1, 3)).sum().backward()
 optimizer.step()
 items = {"model": model, "optimizer": fc.Optimizer(optimizer, model), "rng": fc.Rng(),
          "tree": {"a": [torch.ones(2).bfloat16(), 1, None]}, "config": fc.Json({"lr": 1})}
-keep = [fc.policies.LatestN(2), fc.policies.best_n(1, "loss", mode="min")]
+keep = [fc.policies.LatestN(2), fc.policies.BestN(1, "loss", mode="min")]
 save = fc.policies.every(1)
 with fc.CheckpointManager(ROOT + "/run", save_policy=save, keep_policy=keep) as manager:
     for step in range(4):

@@ -86,7 +86,7 @@ def test_both_managers_alternate_in_one_directory(tmp_path: Path) -> None:
 
 def test_native_keep_policy_prunes_orbax_steps(tmp_path: Path) -> None:
     save_with_orbax(tmp_path, 1, 2, 3, 4)
-    keep = [fc.policies.LatestN(2), fc.policies.best_n(1, "accuracy")]
+    keep = [fc.policies.LatestN(2), fc.policies.BestN(1, "accuracy")]
     save_with_ours(tmp_path, 5, keep_policy=keep)
     assert steps_of_ours(tmp_path) == steps_of_orbax(tmp_path) == [1, 4, 5]
 

@@ -145,7 +145,7 @@ def test_an_evaluation_at_the_end_of_an_epoch_is_the_step_s_metrics(tmp_path: Pa
     def metrics(_: Any) -> dict[str, float]:
         return {"score": next(calls)}
 
-    best = fc.policies.best_n(1, "eval_score", mode="min")
+    best = fc.policies.BestN(1, "eval_score", mode="min")
     with fc.CheckpointManager(
         tmp_path / "ckpt",
         save_policy=fc.policies.every("1ep"),

@@ -28,7 +28,7 @@ METRICS, PROGRESS, METADATA, RECORD = (
     "_FUNCTIONAL_CKPT",
 )
 
-BEST = fc.policies.best_n(1, "acc")
+BEST = fc.policies.BestN(1, "acc")
 
 
 def items(value: float = 1.0) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def test_damaged_late_metrics_are_noticed_and_their_step_is_kept(damage: str, ro
         manager.record_metrics(2, {"late": 0.5})
     (bad,) = [path for path in late_files(root) if path.name.startswith("1.")]
     DAMAGES[damage](bad)
-    policy = fc.policies.best_n(1, "late")
+    policy = fc.policies.BestN(1, "late")
     with fc.CheckpointManager(root, keep_policy=policy) as manager:
         save(manager, 3, items(), metrics={"late": 0.1})
         assert 1 in manager.all_steps()

@@ -71,7 +71,7 @@ class Recorder:
 
 
 def test_reopening_keeps_the_history_that_policies_see(tmp_path: Path) -> None:
-    keep = [fc.policies.LatestN(2), fc.policies.best_n(1, "accuracy")]
+    keep = [fc.policies.LatestN(2), fc.policies.BestN(1, "accuracy")]
     with fc.CheckpointManager(tmp_path, keep_policy=keep) as manager:
         for step, accuracy in ((1, 0.9), (2, 0.1), (3, 0.2)):
             saved(manager, step, metrics={"accuracy": accuracy})
@@ -208,7 +208,7 @@ def test_json_item_refuses_other_values(bad: Any, where: str, tmp_path: Path) ->
 
 
 def test_best_step_ranks_by_metric(tmp_path: Path) -> None:
-    keep = fc.policies.best_n(5, "loss", mode="min")
+    keep = fc.policies.BestN(5, "loss", mode="min")
     with fc.CheckpointManager(tmp_path, keep_policy=keep) as manager:
         assert manager.best_step() is None
         for step, loss in ((1, math.nan), (2, 0.5), (3, 0.2), (4, 0.2)):
@@ -220,12 +220,12 @@ def test_best_step_ranks_by_metric(tmp_path: Path) -> None:
         assert manager.best_step("absent") is None
         with pytest.raises(errors.UsageError, match="mode"):
             manager.best_step("loss", mode="lowest")  # pyright: ignore[reportArgumentType]
-    with looked_into(tmp_path) as manager, pytest.raises(errors.UsageError, match="best_n"):
+    with looked_into(tmp_path) as manager, pytest.raises(errors.UsageError, match="BestN"):
         manager.best_step()
 
 
 def test_late_metrics_of_an_evaluator_beside_the_writer(tmp_path: Path) -> None:
-    keep = [fc.policies.LatestN(1), fc.policies.best_n(1, "accuracy")]
+    keep = [fc.policies.LatestN(1), fc.policies.BestN(1, "accuracy")]
     with fc.CheckpointManager(tmp_path, keep_policy=keep) as manager, looked_into(tmp_path) as eye:
         saved(manager, 1, metrics={"loss": 3})
         eye.record_metrics(1, {"accuracy": 0.9})

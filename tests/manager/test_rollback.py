@@ -15,7 +15,7 @@ from managing import Gate, looked_into, saved, state
 
 import functional_ckpt as fc
 from functional_ckpt import cli, errors, testing
-from functional_ckpt.policies import EveryNSteps, LatestN, best_n
+from functional_ckpt.policies import BestN, EveryNSteps, LatestN
 
 LATER = [20, 30, 40, 50]
 
@@ -45,7 +45,7 @@ def resumed(root: Path, **options: Any) -> int | None:
         (LatestN(1), [13, 50]),
         (LatestN(2), [12, 13, 40, 50]),
         ([LatestN(1), EveryNSteps(20)], [13, 20, 40, 50]),
-        (best_n(1, "no such metric"), [13, 50]),
+        (BestN(1, "no such metric"), [13, 50]),
         (None, [10, 11, 12, 13, *LATER]),
     ],
 )

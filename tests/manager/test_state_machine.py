@@ -57,7 +57,7 @@ class ManagerMachine(RuleBasedStateMachine):
         if self.model.keep_latest is not None:
             keep.append(fc.policies.LatestN(self.model.keep_latest))
         if self.model.keep_best:
-            keep.append(fc.policies.best_n(self.model.keep_best, self.model.metric))
+            keep.append(fc.policies.BestN(self.model.keep_best, self.model.metric))
         self.storage = FaultyStorage()
         self.manager = fc.CheckpointManager(
             self.root, keep_policy=keep, overwrite=True, storage=self.storage

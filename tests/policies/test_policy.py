@@ -124,7 +124,7 @@ def test_preemption() -> None:
 
 
 def test_when() -> None:
-    policy = policies.when(lambda info: info.step > 5)
+    policy = policies.When(lambda info: info.step > 5)
     assert saves(policy, at(6)) is True
     assert saves(policy, at(5)) is False
 
@@ -275,7 +275,7 @@ def test_missing_progress_raises(interval: str, progress: Progress | None, messa
         (lambda: policies.SpecificSteps(range(5, -5, -1)), "zero or more; got -4 among them"),
         (lambda: policies.SpecificSteps("12"), "steps to save: expected ints"),
         (lambda: policies.SpecificSteps(7), "steps to save: expected several ints; got 7"),
-        (lambda: policies.when(7), r"when\(\): expected a function of a StepInfo; got 7"),
+        (lambda: policies.When(7), r"When: expected a function of a StepInfo; got 7"),
         (lambda: ElapsedInterval(Timespan(1, "epoch")), "expected a Timespan in second; got"),
         (lambda: ProgressInterval(Timespan(1, "second")), "expected a Timespan in iteration or"),
         (lambda: policies.LatestN(-1), "n of LatestN: expected an int of at least 1"),
@@ -291,10 +291,10 @@ def test_missing_progress_raises(interval: str, progress: Progress | None, messa
             lambda: policies.CustomSteps([1.5]),
             "steps to keep: expected ints, zero or more; got 1.5",
         ),
-        (lambda: policies.best_n(0, "acc"), "n of BestN: expected an int of at least 1"),
-        (lambda: policies.best_n(1, "acc", mode="best"), "mode: expected 'max' or 'min'; got 'be"),
-        (lambda: policies.best_n(1, 7), "metric: expected a key or a function of all metrics; got"),
-        (lambda: policies.best_n(1, lambda a, b: 0), "expected a function of one argument"),
+        (lambda: policies.BestN(0, "acc"), "n of BestN: expected an int of at least 1"),
+        (lambda: policies.BestN(1, "acc", mode="best"), "mode: expected 'max' or 'min'; got 'be"),
+        (lambda: policies.BestN(1, 7), "metric: expected a key or a function of all metrics; got"),
+        (lambda: policies.BestN(1, lambda a, b: 0), "expected a function of one argument"),
     ],
 )
 def test_orbax_policies_that_need_jax_are_refused(build: Any, message: str) -> None:
@@ -363,7 +363,7 @@ def test_a_users_own_policy_is_asked_with_everything() -> None:
             r"expected a save policy, an instance such as Preemption\(...\); got",
         ),
         (policies.LatestN(3), r"\(this one belongs in keep_policy\); got LatestN\(n=3\)"),
-        (lambda step: True, r"expected a save policy, such as when\(function\); got"),
+        (lambda step: True, r"expected a save policy, such as When\(function\); got"),
         (
             _Half(),
             r"expected `fires_at\(step\)` of a policy whose `step_only` is true; .* has none",
@@ -394,7 +394,7 @@ HISTORY = [at(step, seconds=10 * step) for step in (0, 3, 5, 8, 10, 20)]
         (policies.LatestN(1), [20]),
         (policies.LatestN(2), [10, 20]),
         (policies.LatestN(99), [0, 3, 5, 8, 10, 20]),
-        (policies.preserve_all(), [0, 3, 5, 8, 10, 20]),
+        (policies.PreserveAll(), [0, 3, 5, 8, 10, 20]),
         (policies.EveryNSteps(5), [0, 5, 10, 20]),
         (policies.EveryNSteps(5, max_to_keep=2), [10, 20]),
         (policies.EveryNSteps(4, exact_interval=False), [0, 5, 10, 20]),
@@ -428,38 +428,38 @@ def _measured(*values: Any) -> list[StepInfo]:
 @pytest.mark.parametrize(
     ("values", "policy", "kept"),
     [
-        ((0.9, 0.1, 0.5), policies.best_n(1, "acc"), [0]),
-        ((0.9, 0.1, 0.5), policies.best_n(2, "acc"), [0, 2]),
-        ((0.9, 0.1, 0.5), policies.best_n(1, "acc", mode="min"), [1]),
-        ((0.9, math.nan, 0.1), policies.best_n(1, "acc"), [0]),
-        ((0.9, math.nan, 0.1), policies.best_n(1, "acc", mode="min"), [2]),
-        ((0.9, math.nan, 0.1), policies.best_n(2, "acc"), [0, 2]),
-        ((math.nan, math.nan), policies.best_n(1, "acc"), [1]),
-        ((None, 0.1, None), policies.best_n(1, "acc"), [1]),
-        ((None, 0.1, None), policies.best_n(2, "acc"), [1, 2]),
-        ((None, 0.1, None, 0.3), policies.best_n(1, "acc", keep_without_metrics=True), [0, 2, 3]),
-        ((math.nan, 0.1, None), policies.best_n(1, "acc", keep_without_metrics=True), [1, 2]),
-        ((0.5, 0.5, 0.5), policies.best_n(1, "acc"), [2]),
-        ((0.5, 0.5, 0.5), policies.best_n(2, "acc", mode="min"), [1, 2]),
-        ((math.inf, 1.0, -math.inf), policies.best_n(1, "acc"), [0]),
-        ((math.inf, 1.0, -math.inf), policies.best_n(1, "acc", mode="min"), [2]),
-        ((math.nan, math.inf), policies.best_n(1, "acc", mode="min"), [1]),
-        (("0.99", 0.1), policies.best_n(1, "acc"), [1]),
-        (([1, 2], 0.1, {}, 1j, b"9"), policies.best_n(1, "acc"), [1]),
-        ((10**400, 0.1), policies.best_n(1, "acc"), [1]),
-        ((True, 0.1), policies.best_n(1, "acc"), [0]),
-        ((0.9, 0.1, 0.5), policies.BestN(metric="acc"), [0, 1, 2]),
-        ((0.9, 0.1, 0.5), policies.best_n(1, "loss"), [2]),
-        ((0.9, 0.1, 0.5), policies.best_n(1, "loss", keep_without_metrics=True), [0, 1, 2]),
-        ((0.9, 0.1, 0.5), policies.best_n(1, lambda m: -m["acc"]), [1]),
-        ((0.9, 0.1, 0.5), policies.best_n(1, operator.itemgetter("acc")), [0]),
+        ((0.9, 0.1, 0.5), policies.BestN(1, "acc"), [0]),
+        ((0.9, 0.1, 0.5), policies.BestN(2, "acc"), [0, 2]),
+        ((0.9, 0.1, 0.5), policies.BestN(1, "acc", mode="min"), [1]),
+        ((0.9, math.nan, 0.1), policies.BestN(1, "acc"), [0]),
+        ((0.9, math.nan, 0.1), policies.BestN(1, "acc", mode="min"), [2]),
+        ((0.9, math.nan, 0.1), policies.BestN(2, "acc"), [0, 2]),
+        ((math.nan, math.nan), policies.BestN(1, "acc"), [1]),
+        ((None, 0.1, None), policies.BestN(1, "acc"), [1]),
+        ((None, 0.1, None), policies.BestN(2, "acc"), [1, 2]),
+        ((None, 0.1, None, 0.3), policies.BestN(1, "acc", keep_without_metrics=True), [0, 2, 3]),
+        ((math.nan, 0.1, None), policies.BestN(1, "acc", keep_without_metrics=True), [1, 2]),
+        ((0.5, 0.5, 0.5), policies.BestN(1, "acc"), [2]),
+        ((0.5, 0.5, 0.5), policies.BestN(2, "acc", mode="min"), [1, 2]),
+        ((math.inf, 1.0, -math.inf), policies.BestN(1, "acc"), [0]),
+        ((math.inf, 1.0, -math.inf), policies.BestN(1, "acc", mode="min"), [2]),
+        ((math.nan, math.inf), policies.BestN(1, "acc", mode="min"), [1]),
+        (("0.99", 0.1), policies.BestN(1, "acc"), [1]),
+        (([1, 2], 0.1, {}, 1j, b"9"), policies.BestN(1, "acc"), [1]),
+        ((10**400, 0.1), policies.BestN(1, "acc"), [1]),
+        ((True, 0.1), policies.BestN(1, "acc"), [0]),
+        ((0.9, 0.1, 0.5), policies.BestN(None, "acc"), [0, 1, 2]),
+        ((0.9, 0.1, 0.5), policies.BestN(1, "loss"), [2]),
+        ((0.9, 0.1, 0.5), policies.BestN(1, "loss", keep_without_metrics=True), [0, 1, 2]),
+        ((0.9, 0.1, 0.5), policies.BestN(1, lambda m: -m["acc"]), [1]),
+        ((0.9, 0.1, 0.5), policies.BestN(1, operator.itemgetter("acc")), [0]),
         (
             (0.9, 0.1, 0.5),
-            policies.best_n(1, lambda m: m["no"], keep_without_metrics=True),
+            policies.BestN(1, lambda m: m["no"], keep_without_metrics=True),
             [0, 1, 2],
         ),
-        ((0.0, 0.1, 0.5), policies.best_n(1, lambda m: 1 / m["acc"]), [1]),
-        (({"top1": 0.5}, 3, {"top1": 0.4}), policies.best_n(1, lambda m: m["acc"]["top1"]), [0]),
+        ((0.0, 0.1, 0.5), policies.BestN(1, lambda m: 1 / m["acc"]), [1]),
+        (({"top1": 0.5}, 3, {"top1": 0.4}), policies.BestN(1, lambda m: m["acc"]["top1"]), [0]),
     ],
 )
 def test_best_n_keeps_the_best_by_metric(
@@ -484,7 +484,7 @@ def test_the_best_are_kept_whatever_is_measured(
     values: list[Any], n: int, mode: Any, unknown_too: bool
 ) -> None:
     history = _measured(*values)
-    kept = _kept(policies.best_n(n, "acc", mode=mode, keep_without_metrics=unknown_too), history)
+    kept = _kept(policies.BestN(n, "acc", mode=mode, keep_without_metrics=unknown_too), history)
     assert len(kept) >= min(n, len(history))
     if not unknown_too:
         assert len(kept) == min(n, len(history))
@@ -509,14 +509,14 @@ def test_a_bug_in_the_metric_function_is_not_hidden() -> None:
         raise NotImplementedError("later")
 
     with pytest.raises(NotImplementedError, match="later"):
-        _kept(policies.best_n(1, broken), _measured(0.1, 0.2))
+        _kept(policies.BestN(1, broken), _measured(0.1, 0.2))
 
 
 # Several keep policies
 
 
 def test_list_of_policies_keeps_steps_that_any_keeps() -> None:
-    both = keep_policies([policies.LatestN(2), policies.best_n(1, "acc")])
+    both = keep_policies([policies.LatestN(2), policies.BestN(1, "acc")])
     history = _measured(0.1, 0.9, 0.2, 0.3, 0.4)
     assert decide_keep(both, history, context=NOW) == (False, True, False, True, True)
     assert steps_to_prune(both, history, context=NOW) == (0, 2)
@@ -533,7 +533,7 @@ def test_an_empty_list_keeps_all() -> None:
 def test_the_newest_step_is_never_pruned() -> None:
     none = keep_policies(policies.CustomSteps([]))
     assert steps_to_prune(none, HISTORY, context=NOW) == (0, 3, 5, 8, 10)
-    best = keep_policies(policies.best_n(1, "acc"))
+    best = keep_policies(policies.BestN(1, "acc"))
     assert steps_to_prune(best, _measured(0.9, 0.2, 0.1), context=NOW) == (1,)
     assert steps_to_prune(best, _measured(0.9), context=NOW) == ()
     assert decide_keep(best, [], context=NOW) == ()
@@ -558,7 +558,7 @@ _keepers = st.one_of(
     st.builds(policies.EveryNSeconds, st.integers(1, 300)),
     st.builds(policies.EveryNSteps, st.integers(1, 50), st.booleans(), st.integers(1, 5)),
     st.builds(policies.CustomSteps, st.sets(st.integers(0, 200), max_size=5)),
-    st.builds(policies.best_n, st.integers(1, 4), st.just("acc")),
+    st.builds(policies.BestN, st.integers(1, 4), st.just("acc")),
 )
 
 
@@ -607,7 +607,7 @@ def test_a_history_out_of_order_is_refused(steps: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (["acc"], r"^keep_policy\[0\]: expected a keep policy, such as best_n\(1, 'acc'\); got"),
+        (["acc"], r"^keep_policy\[0\]: expected a keep policy, such as BestN\(1, 'acc'\); got"),
         ([None], r"^keep_policy\[0\]: expected a keep policy or a list of them; got None\.$"),
         (policies.LatestN, r"expected a keep policy, an instance such as LatestN\(...\); got"),
         (policies.every(3), r"\(this one belongs in save_policy\); got FixedInterval"),

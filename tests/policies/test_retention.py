@@ -11,12 +11,12 @@ import pytest
 from functional_ckpt import policies
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import KeepContext, StepInfo
+from functional_ckpt.policies.plausible_times import with_plausible_times
 from functional_ckpt.policies.rules import (
     decide_keep,
     keep_policies,
     steps_to_prune,
     steps_to_prune_after,
-    with_plausible_times,
 )
 
 START = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
@@ -50,7 +50,7 @@ BOTH = sorted([*FIRST, *BACK], key=lambda info: info.step)
         (3, policies.LatestN(1), [at(3, 9), at(500, 1), at(600, 2)], [3, 600]),
         (
             3,
-            policies.best_n(1, "acc"),
+            policies.BestN(1, "acc"),
             [at(1, 1, metrics={"acc": 1}), at(3, 2, metrics=NAN)],
             [1, 3],
         ),

@@ -85,7 +85,7 @@ def test_new_machine_resumes_from_the_remote_tier(far: str, tmp_path: Path) -> N
 
 def test_late_metrics_go_where_their_steps_are(far: str, tmp_path: Path) -> None:
     near = tmp_path / "near"
-    tier = fc.Tier(path=far, keep=[fc.policies.LatestN(2), fc.policies.best_n(1, "eye")])
+    tier = fc.Tier(path=far, keep=[fc.policies.LatestN(2), fc.policies.BestN(1, "eye")])
     kept = [fc.policies.LatestN(1)]
     uploaded: list[int] = []
 

@@ -136,7 +136,7 @@ def test_continuous_checkpointing_is_refused(wrap: Any) -> None:
 def _pairs() -> st.SearchStrategy[tuple[Any, Any]]:
     count = st.integers(1, 6)
     return st.one_of(
-        st.just((policies.preserve_all(), theirs.preservation_policy.PreserveAll())),
+        st.just((policies.PreserveAll(), theirs.preservation_policy.PreserveAll())),
         st.just((policies.LatestN(), theirs.LatestN())),
         count.map(lambda n: (policies.LatestN(n), theirs.LatestN(n))),
         st.integers(1, 900).map(lambda n: (policies.EveryNSeconds(n), theirs.EveryNSeconds(n))),
@@ -188,7 +188,7 @@ def test_the_best_and_the_unmeasured_are_orbaxs(
     n: int, reverse: bool, history: list[StepInfo]
 ) -> None:
     orbax = theirs.BestN(get_metric_fn=lambda metrics: metrics["acc"], reverse=reverse, n=n)
-    ours = policies.best_n(n, "acc", mode="min" if reverse else "max", keep_without_metrics=True)
+    ours = policies.BestN(n, "acc", mode="min" if reverse else "max", keep_without_metrics=True)
     expected = orbax.should_preserve(history, context=theirs.PreservationContext())
     assert ours.should_preserve(history, context=NOW) == expected
 
@@ -239,25 +239,25 @@ def _orbax_best(n: int | None, **options: Any) -> Any:
 def test_difference_nan_breaks_no_ranking() -> None:
     history = _accuracies(0.9, math.nan, 0.1)
     assert _orbax_keeps(_orbax_best(1), history) == [False, False, True]
-    assert policies.best_n(1, "acc").should_preserve(history, context=NOW) == [True, False, False]
+    assert policies.BestN(1, "acc").should_preserve(history, context=NOW) == [True, False, False]
 
 
 def test_difference_a_missing_key_raises_nothing() -> None:
     history = [at(0, metrics={"loss": 1.0}), at(1, metrics={"acc": 0.5})]
     with pytest.raises(KeyError):
         _orbax_keeps(_orbax_best(1), history)
-    assert policies.best_n(1, "acc").should_preserve(history, context=NOW) == [False, True]
+    assert policies.BestN(1, "acc").should_preserve(history, context=NOW) == [False, True]
 
 
 def test_difference_unmeasured_steps_rank_worst_unless_asked_for() -> None:
     history = _accuracies(None, 0.5, None, 0.4)
     assert _orbax_keeps(_orbax_best(1), history) == [True, True, True, False]
-    ours = policies.best_n(1, "acc")
+    ours = policies.BestN(1, "acc")
     assert ours.should_preserve(history, context=NOW) == [False, True, False, False]
     # Without them Orbax leaves slots empty; here a step without a metric fills the slot.
     orbax = _orbax_best(3, keep_checkpoints_without_metrics=False)
     assert _orbax_keeps(orbax, history) == [False, True, False, True]
-    ours = policies.best_n(3, "acc")
+    ours = policies.BestN(3, "acc")
     assert ours.should_preserve(history, context=NOW) == [False, True, True, True]
 
 
@@ -267,7 +267,7 @@ def test_difference_keeping_none_is_an_error() -> None:
     # With a maximum of none, Orbax keeps all.
     assert _orbax_keeps(theirs.EveryNSteps(1, max_to_keep=0), _accuracies(1, 2)) == [True, True]
     for build in (
-        lambda: policies.best_n(0, "acc"),
+        lambda: policies.BestN(0, "acc"),
         lambda: policies.EveryNSteps(1, max_to_keep=0),
     ):
         with pytest.raises(UsageError, match="expected an int of at least 1"):

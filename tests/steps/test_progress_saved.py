@@ -90,7 +90,7 @@ def test_a_function_of_the_progress(tmp_path: Path) -> None:
         assert info.progress is not None
         return info.progress.batch_in_epoch == 0 and info.progress.epoch % 2 == 1
 
-    assert train(tmp_path, policies.when(at_the_end_of_odd_epochs)) == [6, 18]
+    assert train(tmp_path, policies.When(at_the_end_of_odd_epochs)) == [6, 18]
 
 
 def test_time_and_preemption_go_with_progress(tmp_path: Path) -> None:
