@@ -236,7 +236,7 @@ class AtEnd:
     max_duration: Timespan
 
     def __init__(self, max_duration: TimespanLike | None = None) -> None:
-        """Raises UsageError for what is no time span, or zero."""
+        """Raises UsageError for an invalid time span, or zero."""
         span = Timespan(1, "duration") if max_duration is None else parse_timespan(max_duration)
         if not span.value:
             raise errors.UsageError(f"max_duration: expected more than zero; got {span}.")

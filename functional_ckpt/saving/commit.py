@@ -32,7 +32,7 @@ __all__ = ["Save", "StepCommitter"]
 
 _log = logging.getLogger("functional_ckpt")
 
-# What a rank says of its part: written (empty), written from live memory, or why not.
+# State of a rank's part: written (empty), written from live memory, or why writing failed.
 _LIVE, _IS_FULL, _AGAIN = b"live", b"full", b"again"
 
 
@@ -43,7 +43,7 @@ class Save:
     Attributes:
         step: The step.
         staged: What to write.
-        info: What is written besides the items.
+        info: Metadata besides the items.
         is_repeat: Whether the step may exist already, if its content is the same.
     """
 
@@ -65,10 +65,10 @@ class _Attempt:
     Attributes:
         is_last: Whether no other attempt follows.
         tmp: The directory that is written.
-        report: What this rank wrote.
+        report: The report of this rank.
         is_publishing: On the primary, whether the step may be visible.
         failure: The error after which writing may succeed a second time.
-        verdict: What all ranks know of the step; with `retries` if it was not published.
+        verdict: The outcome, the same on all ranks; with `retries` if it was not published.
     """
 
     is_last: bool
@@ -123,7 +123,7 @@ class StepCommitter:
         """Writes, commits and remembers a step, then prunes.
 
         Returns:
-            What could not be cleaned up after the commit; the step is committed all the same.
+            The error of the clean-up after the commit, if any; the step is committed regardless.
         """
         with self._busy:
             failure = self._commit(save)
@@ -162,8 +162,8 @@ class StepCommitter:
     def _write_or_retry(self, save: Save) -> dict[str, Any]:
         """Writes and publishes; a second time, in a new directory, after an error that may pass.
 
-        Only what was copied is written again: live memory that `save` does not wait for any more
-        may have changed.
+        Only staged copies are written again: live memory that `save` does not wait for any more may
+        have changed.
         """
         attempt = self._write_shards(save, _Attempt(is_last=False))
         if "retries" not in attempt.verdict:
@@ -292,7 +292,7 @@ class StepCommitter:
         self._steps.check_lock()
         attempt.is_publishing = True
         replaced = self._steps.commits.publish(tmp, final, overwrite=self._overwrite)
-        # The primary decides what follows, so that no rank waits for a round that another skips.
+        # The primary decides on the next round, so that no rank waits for one that another skips.
         cleans_up = bool(self._prunes or self._steps.latest_link or self._steps.has_tiers)
         outcome = {
             "is_unchanged": False,

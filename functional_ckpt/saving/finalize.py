@@ -63,7 +63,7 @@ def finalize(
         storage: The file system.
         directory: The checkpoint, with the chunks of all ranks.
         items: The primary's items.
-        reports: What each rank wrote, in order of rank.
+        reports: The reports of all ranks, in order of rank.
         info: The checkpoint's metadata.
         commit_time_ns: The commit time to record, nanoseconds since the epoch.
     """

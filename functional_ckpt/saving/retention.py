@@ -44,7 +44,7 @@ class Retention:
             replaced: The path of the step that it replaced, if any.
 
         Returns:
-            What could not be done, one line each.
+            The failures, one line each.
         """
         steps, failures = self._steps, list[str]()
         with _noting(failures):
@@ -95,7 +95,7 @@ class Retention:
     def _not_kept(
         self, copied: set[tuple[int, datetime.datetime]], committed: int | None
     ) -> list[StepInfo]:
-        """Returns what the policies do not keep; the newest step only if another tier holds it."""
+        """Returns the steps that no policy keeps; the newest only if another tier has it."""
         known = self._steps.with_late_metrics()
         context = KeepContext(now=datetime.datetime.now(datetime.UTC))
         gone = {*rules.steps_to_prune_after(committed, self._policies, known, context=context)}

@@ -26,7 +26,7 @@ REPORTS = ".ranks"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ItemReport:
-    """What one rank wrote of one tree item.
+    """One rank's part of one tree item.
 
     Attributes:
         digests: Array -> the digests of its chunks.
@@ -69,7 +69,7 @@ class ItemReport:
 
 
 RankReport: TypeAlias = Mapping[str, ItemReport]
-"""What one rank wrote: tree item -> its report."""
+"""One rank's part of a checkpoint: tree item -> its report."""
 
 
 # ------------------------------------------------------------------------------------ write
@@ -180,7 +180,7 @@ def root_digest(root: structure.Node) -> str:
 
 
 def write_report(storage: Storage, directory: str, rank: int, report: RankReport) -> None:
-    """Writes what this rank wrote to a file that the primary reads."""
+    """Writes this rank's report to a file that the primary reads."""
     folder = os.path.join(directory, REPORTS)
     storage.make_directory(folder, parents=False)
     record = {
