@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid

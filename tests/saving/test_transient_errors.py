@@ -1,4 +1,4 @@
-"""A write that fails once with an error that may pass is made again from what was copied."""
+"""A write that fails once with a transient error is made again from the staged copy."""
 
 from __future__ import annotations
 
