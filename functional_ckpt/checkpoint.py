@@ -19,6 +19,8 @@ from functional_ckpt.distributed.torch_store import default_coordinator
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
+from functional_ckpt.interop import opened
+from functional_ckpt.interop.source import Source
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
@@ -28,6 +30,7 @@ from functional_ckpt.saving.options import Blocking
 from functional_ckpt.steps.metadata import StepMetadata, checkpoint_metadata
 from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import check_arrays_path
 
@@ -160,17 +163,19 @@ def _write(
 
 
 def restore(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Source,
     into: Mapping[str, Any] | None = None,
     *,
     registry: Registry | None = None,
     storage: Storage | None = None,
     **options: Unpack[RestoreArguments],
 ) -> restore_lib.Restored:
-    """Restores a native or an Orbax checkpoint; not a collective.
+    """Restores a native or an Orbax checkpoint, or one of another program; not a collective.
 
     Args:
-        path: The directory of the checkpoint, such as one step of a manager: a path or a URI.
+        path: The directory of the checkpoint, such as one step of a manager: a path or a URI. A
+            local path may be of any format that `interop.open` detects: its tensors are read into
+            the targets without a copy on disk. What `interop.open` returned is accepted too.
         into: Item name -> target; see `CheckpointManager.restore`. None restores everything as it
             was saved.
         registry: Chooses handlers for plain values.
@@ -190,14 +195,17 @@ def restore(
 
 
 def restore_with(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Source,
     into: Mapping[str, Any] | None,
     registry: Registry,
     options: restore_lib.RestoreOptions,
     storage: Storage | None = None,
 ) -> restore_lib.Restored:
     """Restores as `restore` does, with the options as one record."""
-    open_checkpoint = functools.partial(_open, *connect(path, storage))
+    if isinstance(path, Source):
+        open_checkpoint = functools.partial(opened.open_source, path)
+    else:
+        open_checkpoint = functools.partial(_open, *connect(path, storage), warns=into is None)
     return restore_lib.restore_checkpoint(open_checkpoint, into, registry, options)
 
 
@@ -205,18 +213,24 @@ def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) ->
     """Returns the metadata of a checkpoint; reads no arrays.
 
     Args:
-        path: The directory of the checkpoint: a path or a URI.
+        path: The checkpoint: a path or a URI, or a local path of a foreign format.
         storage: The file system; for tests.
 
     Raises:
         StepNotFoundError: There is no checkpoint.
         CorruptCheckpointError: Its records are damaged.
     """
-    return checkpoint_metadata(_open(*connect(path, storage)))
+    return checkpoint_metadata(_open(*connect(path, storage), warns=False))
 
 
-def _open(storage: Storage, path: str) -> checkpoint_dir.OpenCheckpoint:
-    """Opens a checkpoint; if there is none, the error describes the path and the fix."""
+def _open(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.OpenCheckpoint:
+    """Opens a checkpoint; if there is none, the error describes the path and the fix.
+
+    Args:
+        storage: The file system.
+        path: The checkpoint.
+        warns: Whether files that a foreign format leaves out are named by a warning.
+    """
     try:
         return checkpoint_dir.open_checkpoint(storage, path)
     except (errors.StepNotFoundError, errors.CorruptCheckpointError) as error:
@@ -226,16 +240,27 @@ def _open(storage: Storage, path: str) -> checkpoint_dir.OpenCheckpoint:
             return checkpoint_dir.open_checkpoint(storage, old)
         if (advice := _advice(storage, path)) is None:
             raise
+        if advice.startswith(_UNKNOWN) and isinstance(storage, LocalStorage):
+            from functional_ckpt.interop import detect  # late: every format's module
+
+            if detect.candidates(path):
+                return opened.open_source(detect.recognise(path, warns=warns))
         raise type(error)(f"{path}: not a checkpoint: {advice}", path=path) from error
+
+
+_UNKNOWN = "it holds no item that this package or Orbax wrote"
 
 
 def _advice(storage: Storage, path: str) -> str | None:
     """What to do about a path that is a directory of steps, or no checkpoint of this package."""
     if not queries.exists(storage, path):
         return None
-    foreign = "If it is foreign, fc.interop.open(path) opens it as items, which fc.save accepts."
+    unknown = (
+        f"{_UNKNOWN}, and is of no format that fc.interop.open knows. Files of other programs are "
+        "opened at local paths."
+    )
     if not queries.is_directory(storage, path):
-        return f"it is a file. {foreign}"
+        return unknown
     names = storage.list(path)
     if any(queries.exists(storage, os.path.join(path, mark)) for mark in _CHECKPOINT_MARKS):
         return None  # a checkpoint, damaged
@@ -254,7 +279,7 @@ def _advice(storage: Storage, path: str) -> str | None:
         queries.exists(storage, os.path.join(path, name, records.EXTENSION_FILE)) for name in names
     ):
         return None  # items of a checkpoint whose record is gone
-    return f"it holds no item that this package or Orbax wrote. {foreign}"
+    return unknown
 
 
 def _is_step(storage: Storage, path: str) -> bool:

@@ -7,6 +7,7 @@ import warnings
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output
+from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.storage import queries
 
 __all__ = ["run"]
@@ -32,11 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         source = detect.open(arguments.source, arguments.format)
     for name in arguments.item or ():
         if name not in source:
-            raise errors.StepNotFoundError(
-                f"{arguments.source} ({source.format}) has no item {name!r}; it has "
-                f"{', '.join(source)}.",
-                path=source.path,
-            )
+            raise checkpoint_dir.missing_item(source.path, name, source)
     items = {name: source[name] for name in arguments.item or source}
     if arguments.step is None:
         checkpoint.save(path, items)

@@ -54,7 +54,10 @@ def _pair(arguments: argparse.Namespace) -> list[targets.Checkpoint]:
         if not (arguments.b.isascii() and arguments.b.isdigit()):
             raise errors.UsageError(f"diff DIR STEP STEP: {arguments.b!r} is not a step's number.")
         named = [(arguments.a, int(arguments.b)), (arguments.a, arguments.number)]
-    return [targets.checkpoint_of(text, step, arguments.prefix) for text, step in named]
+    return [
+        targets.checkpoint_of(text, step, arguments.prefix, opens_foreign=True)
+        for text, step in named
+    ]
 
 
 def _names(

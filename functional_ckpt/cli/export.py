@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output, targets
+from functional_ckpt.cli.show import chosen_items
 
 if TYPE_CHECKING:
     from functional_ckpt.format import checkpoint_dir
@@ -24,12 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     atomic_output.check_disjoint(checkpoint.path, arguments.destination)
     _check_options(arguments)
     opened = checkpoint.open()
-    for name in arguments.item or ():
-        if name not in opened.items:
-            raise errors.StepNotFoundError(
-                f"{opened.path} has no item {name!r}; it has {', '.join(opened.items)}.",
-                path=opened.path,
-            )
+    chosen_items(opened, arguments.item)
     if arguments.to in ("hf", "safetensors"):
         items = [_weights_item(arguments, opened)]
         _export_weights(arguments, checkpoint.path, items[0])

@@ -7,9 +7,8 @@ import datetime
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from functional_ckpt import errors
 from functional_ckpt.cli import output, targets, trees
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import checkpoint_dir
@@ -20,18 +19,25 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from functional_ckpt.interop.opened import ForeignCheckpoint
+
 __all__ = ["chosen_items", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the checkpoint's metadata and the tree of each item."""
     step = arguments.number if arguments.step is None else arguments.step
-    checkpoint = targets.checkpoint_of(arguments.checkpoint, step, arguments.prefix)
+    checkpoint = targets.checkpoint_of(
+        arguments.checkpoint, step, arguments.prefix, opens_foreign=True
+    )
     opened = checkpoint.open()
     names = chosen_items(opened, arguments.item)
     trees_of = {name: opened.tree(name) for name in names if opened.items[name] == "tree"}
     values = {name: opened.json(name) for name in names if opened.items[name] == "json"}
     facts = _facts(opened)
+    if checkpoint.is_foreign:
+        source = cast("ForeignCheckpoint", opened).source
+        facts |= {"format": source.format, "left_out": list(source.left_out)}
     if arguments.json:
         output.as_json({**facts, "items": _item_records(names, trees_of, values)})
     else:
@@ -40,13 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def chosen_items(opened: checkpoint_dir.OpenCheckpoint, wanted: Sequence[str] | None) -> list[str]:
-    """Returns the items to look at; `StepNotFoundError` for one that is not there."""
+    """The items named, or all; raises `StepNotFoundError` for one that is not there."""
     for name in wanted or ():
         if name not in opened.items:
-            raise errors.StepNotFoundError(
-                f"{opened.path} has no item {name!r}; it has {', '.join(opened.items)}.",
-                path=opened.path,
-            )
+            raise checkpoint_dir.missing_item(opened.path, name, opened.items)
     return [name for name in opened.items if not wanted or name in wanted]
 
 
@@ -61,13 +64,18 @@ def _facts(opened: checkpoint_dir.OpenCheckpoint) -> dict[str, Any]:
     info = history.sound_info(opened.files)
     history.recorded(info, late, opened.path)  # raises where some of it is damaged
     info = history.with_late_metrics(info, late)
+    size_bytes = (
+        queries.total_bytes(opened.storage, opened.path)
+        if queries.is_directory(opened.storage, opened.path)
+        else os.path.getsize(opened.path)
+    )
     return {
         "schema": "fckpt.show/1",
         "path": opened.path,
         "step": opened.step,
         "time": output.utc(info.time),
         "writer": "other" if opened.record is None else "functional_ckpt",
-        "size_bytes": queries.total_bytes(opened.storage, opened.path),
+        "size_bytes": size_bytes,
         "metrics": None if info.metrics is None else dict(info.metrics),
         "progress": None if info.progress is None else info.progress.to_json(),
         "custom_metadata": dict(opened.custom_metadata),
@@ -114,10 +122,13 @@ def _print(
         ("metrics", facts["metrics"]),
         ("progress", {k: v for k, v in (facts["progress"] or {}).items() if v}),
         ("custom metadata", facts["custom_metadata"]),
+        ("left out", dict.fromkeys(facts.get("left_out", ()), "")),
     ):
         if record:
             line = Text(f"{title}  ", "dim")
-            pairs = ", ".join(f"{key}={_plain(value)}" for key, value in record.items())
+            pairs = ", ".join(
+                f"{key}={_plain(value)}" if value != "" else key for key, value in record.items()
+            )
             printer.print(line.append(output.printable(pairs), "default not dim"))
     for name in names:
         printer.print(Text())
@@ -142,7 +153,7 @@ def _summary(
         *([] if checkpoint.step is None else [f"step {checkpoint.step}"]),
         f"saved {output.clock(time)} ({output.age(time, datetime.datetime.now(datetime.UTC))})",
         f"{output.size(facts['size_bytes'])} on disk",
-        *(["foreign"] if facts["writer"] == "other" else []),
+        *([facts.get("format", "foreign")] if facts["writer"] == "other" else []),
     ]
     return printer.sign(" · ", ", ").join(parts)
 

@@ -16,6 +16,7 @@ from functional_ckpt.steps import index
 from functional_ckpt.steps.names import CompositeStepName, NameFormat, StepName
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
 
 __all__ = ["Checkpoint", "Root", "checkpoint_of", "find"]
@@ -39,11 +40,13 @@ class Checkpoint:
         storage: The store that it is in.
         path: Its directory.
         step: Its step, if its name has one.
+        is_foreign: Whether it is of a format that `interop.open` opens.
     """
 
     storage: Storage
     path: str
     step: int | None
+    is_foreign: bool = False
 
     @property
     def title(self) -> str:
@@ -52,6 +55,10 @@ class Checkpoint:
 
     def open(self) -> checkpoint_dir.OpenCheckpoint:
         """Opens it for reading."""
+        if self.is_foreign:
+            from functional_ckpt.interop import detect, opened  # late: torch
+
+            return opened.open_source(detect.recognise(self.path, warns=False))
         return checkpoint_dir.open_checkpoint(self.storage, self.path, self.step)
 
 
@@ -94,8 +101,13 @@ class Root:
         return {step: name for name in folders if (step := self.names.parse(name)) is not None}
 
 
-def find(text: str, prefix: str | None = None) -> Root | Checkpoint:
+def find(text: str, prefix: str | None = None, *, opens_foreign: bool = False) -> Root | Checkpoint:
     """Finds steps or a checkpoint at a path.
+
+    Args:
+        text: A path or a URI.
+        prefix: Prefix of the steps' names.
+        opens_foreign: Whether checkpoints of other programs are opened too.
 
     Raises:
         StepNotFoundError: There is nothing.
@@ -103,9 +115,9 @@ def find(text: str, prefix: str | None = None) -> Root | Checkpoint:
     """
     storage, path = connect(text)
     if not queries.exists(storage, path):
-        raise errors.StepNotFoundError(f"{text}: there is no such directory.", path=path)
+        raise errors.StepNotFoundError(f"{text}: there is no such file or directory.", path=path)
     if not queries.is_directory(storage, path):
-        raise errors.UsageError(f"{text}: this is a file, not a checkpoint.", path=path)
+        return _foreign(storage, path, text, opens_foreign)
     if _is_marked(storage, path):
         return Checkpoint(storage=storage, path=path, step=_step_of(storage, path))
     root = _find_root(storage, path, prefix)
@@ -113,12 +125,38 @@ def find(text: str, prefix: str | None = None) -> Root | Checkpoint:
         return root
     if _holds_items(storage, path):
         return Checkpoint(storage=storage, path=path, step=_step_of(storage, path))
-    raise errors.UsageError(f"{text}: neither a checkpoint nor a directory of steps.", path=path)
+    return _foreign(storage, path, text, opens_foreign)
 
 
-def checkpoint_of(text: str, step: int | None = None, prefix: str | None = None) -> Checkpoint:
+def _foreign(storage: Storage, path: str, text: str, opens_foreign: bool) -> Checkpoint:
+    """A checkpoint of another program."""
+    from functional_ckpt.interop import detect  # late: torch
+
+    formats = detect.candidates(path) if isinstance(storage, LocalStorage) else []
+    if not formats:
+        raise errors.UsageError(
+            f"{text}: neither a checkpoint nor a directory of steps, and of no other format that "
+            "is known.",
+            path=path,
+        )
+    if not opens_foreign:
+        raise errors.UsageError(
+            f"{text} is {formats[0].description}. fckpt show and fckpt diff open it; fckpt convert "
+            "makes a step of it.",
+            path=path,
+        )
+    return Checkpoint(storage=storage, path=path, step=None, is_foreign=True)
+
+
+def checkpoint_of(
+    text: str,
+    step: int | None = None,
+    prefix: str | None = None,
+    *,
+    opens_foreign: bool = False,
+) -> Checkpoint:
     """The one checkpoint at a path; of a directory of steps the one asked for, else the latest."""
-    target = find(text, prefix)
+    target = find(text, prefix, opens_foreign=opens_foreign)
     if isinstance(target, Root):
         step = target.latest if step is None else step
         if step is None:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from functional_ckpt import errors
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OpenCheckpoint",
     "OpenItem",
+    "missing_item",
     "open_checkpoint",
 ]
 
@@ -282,6 +283,18 @@ class OpenCheckpoint:
     def custom_metadata(self) -> Mapping[str, Any]:
         """The user's custom metadata."""
         return self.metadata.get("custom_metadata") or {}
+
+
+def missing_item(
+    path: str, name: str, items: Iterable[str], step: int | None = None, hint: str = ""
+) -> errors.StepNotFoundError:
+    """Returns the error for an item that a checkpoint does not hold."""
+    return errors.StepNotFoundError(
+        f"{path} has no item {name!r}; it has {', '.join(sorted(items))}.{hint}",
+        step=step,
+        path=path,
+        key_path=name,
+    )
 
 
 def open_checkpoint(storage: Storage, path: str, step: int | None = None) -> OpenCheckpoint:

@@ -99,6 +99,8 @@ class OptimizerHandler(Handler):
         named = self._named(value)
         own = self.own(value)
         optimizer_names.check_layout(saved)
+        names = optimizer_names.numbered(saved, named)
+        saved = optimizer_names.named_by(saved, names)
         optimizer_names.check_same_class(saved, named.optimizer)
         optimizer_names.check_same_size(saved, named.optimizer)
         if strict:
@@ -107,7 +109,7 @@ class OptimizerHandler(Handler):
         by_name = optimizer_names.by_name(named)
         # State of a parameter that is not here (of another pipeline stage) is not read.
         known = {name for group in own["param_groups"] for name in group["params"]}
-        return {
+        target = {
             **dict.fromkeys(saved, AS_SAVED),
             "state": {
                 name: match.entry(own["state"].get(name), entry, by_name[name])
@@ -121,10 +123,12 @@ class OptimizerHandler(Handler):
                 for index, group in enumerate(saved["param_groups"])
             ],
         }
+        return optimizer_names.by_numbers(target, names)
 
     def lift(self, value: Any, tree: Any) -> torch.optim.Optimizer:
         """The optimizer, with the groups' options and the state of every parameter as saved."""
         named = self._named(value)
+        tree = optimizer_names.named_by(tree, optimizer_names.numbered(tree, named))
         _restore_options(named.optimizer, tree)
         _restore_state(named, tree)
         if named.outer is not None:

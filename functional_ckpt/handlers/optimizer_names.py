@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
@@ -20,6 +21,7 @@ __all__ = [
     "NamedOptimizer",
     "State",
     "by_name",
+    "by_numbers",
     "check_layout",
     "check_not_flattened",
     "check_same_class",
@@ -30,6 +32,8 @@ __all__ = [
     "options_lost",
     "shape_problem",
     "loads_its_own_way",
+    "named_by",
+    "numbered",
 ]
 
 State: TypeAlias = dict[Any, Any]
@@ -221,6 +225,67 @@ def _membership(tree: State) -> dict[str, int]:
     return {
         name: index for index, group in enumerate(tree["param_groups"]) for name in group["params"]
     }
+
+
+# ------------------------------------------------------------------------------------ numbers
+
+
+def numbered(saved: State, named: NamedOptimizer) -> dict[int, str]:
+    """Number -> name of each parameter, where a checkpoint numbers them; empty where it names them.
+
+    `torch.optim` numbers parameters in the order of the groups, and so do the files of other
+    programs.
+
+    Raises:
+        MismatchError: The groups have other sizes than the optimizer's.
+    """
+    numbers: list[list[int]] = []
+    for group in saved["param_groups"]:
+        params = group["params"]
+        if isinstance(params, spec_lib.ArraySpec):  # many plain numbers are stored as one array
+            first = sum(map(len, numbers))
+            params = list(range(first, first + params.num_elements))
+        if any(type(number) is not int for number in params):
+            return {}
+        numbers.append(list(params))
+    if not any(numbers):
+        return {}
+    names = group_names(named)
+    sizes, own = [len(each) for each in numbers], [len(each) for each in names]
+    if sizes != own:
+        problem = f"groups of {sizes} numbered parameters, the target has groups of {own}"
+        raise errors.MismatchError(
+            f"The checkpoint has {problem}. Build the optimizer as it was built for the run that "
+            "was saved.",
+            mismatched=[f"param_groups: {problem}"],
+        )
+    flat = itertools.chain.from_iterable
+    return dict(zip(flat(numbers), flat(names), strict=True))
+
+
+def named_by(tree: State, names: Mapping[int, str]) -> State:
+    """A tree whose parameters are numbered, with names for the numbers."""
+    if not names:
+        return tree
+    remaining = iter(names.values())
+    return {
+        **tree,
+        "state": {names.get(key, key): entry for key, entry in tree["state"].items()},
+        "param_groups": [
+            {**group, "params": [next(remaining) for _ in range(_count(group["params"]))]}
+            for group in tree["param_groups"]
+        ],
+    }
+
+
+def by_numbers(tree: State, names: Mapping[int, str]) -> State:
+    """The opposite for the state of the parameters."""
+    numbers = {name: number for number, name in names.items()}
+    return {**tree, "state": {numbers.get(key, key): each for key, each in tree["state"].items()}}
+
+
+def _count(params: Any) -> int:
+    return params.num_elements if isinstance(params, spec_lib.ArraySpec) else len(params)
 
 
 # ------------------------------------------------------------------------------------ same class

@@ -1,18 +1,19 @@
 """Files of MosaicML Composer: a training state under `state`, and `rng`.
 
 Times are spans of `datetime.timedelta` there; here they are seconds. Versions of torch are text.
+The generators are what `fc.Rng()` restores: `rng`, or `rng_0`, `rng_1` ... of several ranks.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch.torch_version import TorchVersion
 
 from functional_ckpt import errors
-from functional_ckpt.interop import torch_save
+from functional_ckpt.interop import torch_save, training_state
 from functional_ckpt.interop.source import Format, Source
 
 __all__ = ["FORMAT"]
@@ -21,14 +22,8 @@ _RENAMED = {"metadata": "composer_metadata"}  # the name is reserved
 
 
 def fits(path: str) -> bool:
-    """Returns whether it is a file of torch.save with Composer's two keys."""
-    if not torch_save.fits(path):
-        return False
-    try:
-        content = torch_save.load(path)
-    except errors.CheckpointError:
-        return False  # torch's reader reports the error
-    return isinstance(content, Mapping) and {"state", "rng"} <= content.keys()
+    """Whether it is a file of torch.save with Composer's two keys."""
+    return torch_save.has_keys(path, {"state", "rng"})
 
 
 def _open(path: str) -> Source:
@@ -40,11 +35,16 @@ def _open(path: str) -> Source:
         _RENAMED.get(name, name): _plain(value)
         for name, value in cast("Mapping[str, Any]", state).items()
     }
-    items["rng"] = content["rng"]
+    states = [training_state.rng_state(each, path) for each in content["rng"]]
+    items |= {"rng": states[0]} if len(states) == 1 else _numbered(states)
     if isinstance(model := items.get("model"), Mapping):
         items["model"] = dict(cast("Mapping[str, Any]", model))
     openers = {name: (lambda value=value: value) for name, value in items.items()}
     return Source(path, "composer", openers)
+
+
+def _numbered(states: Sequence[Any]) -> dict[str, Any]:
+    return {f"rng_{rank}": state for rank, state in enumerate(states)}
 
 
 def _plain(value: Any) -> Any:

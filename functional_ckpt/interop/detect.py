@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.interop import (
+    ckpt_file,
     colossalai,
     composer,
     dcp,
@@ -24,7 +25,7 @@ from functional_ckpt.storage import queries
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import is_remote, resolve
 
-__all__ = ["FORMATS", "candidates", "open"]
+__all__ = ["FORMATS", "candidates", "open", "recognise"]
 
 FORMATS: tuple[Format, ...] = (
     native.FORMAT,
@@ -36,6 +37,7 @@ FORMATS: tuple[Format, ...] = (
     colossalai.FORMAT,
     composer.FORMAT,
     peft.FORMAT,
+    ckpt_file.FORMAT,
 )
 """Every format that can be opened."""
 
@@ -73,12 +75,23 @@ def open(
     place = resolve(path)
     if is_remote(place):
         return _open_remote(place, format)
+    return recognise(place, format, formats)
+
+
+def recognise(
+    place: str,
+    format: str | None = None,
+    formats: Sequence[Format] = FORMATS,
+    *,
+    warns: bool = True,
+) -> Source:
+    """`open` of an absolute local path; `warns` says whether left-out files are a warning."""
     if not os.path.exists(place):
         raise errors.StepNotFoundError(f"{place}: there is no such file or directory.", path=place)
     by_name = {each.name: each for each in formats}
     if format is not None:
         if huggingface.FORMAT in formats and huggingface.holds(place, format):
-            return _open(huggingface.of_files(format), place)
+            return _open(huggingface.of_files(format), place, warns)
         if format not in by_name:
             known = ", ".join([*by_name, "bin"])
             raise errors.UsageError(
@@ -89,10 +102,10 @@ def open(
                 f"{place} does not look like {by_name[format].description} ({format!r}).",
                 path=place,
             )
-        return _open(by_name[format], place)
+        return _open(by_name[format], place, warns)
     found = candidates(place, formats)
     if len(found) == 1:
-        return _open(found[0], place)
+        return _open(found[0], place, warns)
     if found:
         listed = "; ".join(f"{each.name!r} ({each.description})" for each in found)
         raise errors.UsageError(f"{place} may be any of {listed}; choose with format=.", path=place)
@@ -104,14 +117,14 @@ def open(
     )
 
 
-def _open(format: Format, place: str) -> Source:
+def _open(format: Format, place: str, warns: bool) -> Source:
     with hostile.clear_failures(place):
         source = format.open(place)
-    if source.left_out:
+    if source.left_out and warns:
         warnings.warn(
             f"{place}: opened as {source.format}, items {', '.join(source)}; left out: "
             f"{', '.join(source.left_out)}. Open these files by themselves, or keep them.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return source
 

@@ -23,7 +23,7 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.records.records import parse_object
-from functional_ckpt.interop import hostile, safetensors, torch_save, weights
+from functional_ckpt.interop import hostile, safetensors, torch_save, training_state, weights
 from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.source import Format, Source, match_files
 from functional_ckpt.interop.weights import Weights
@@ -390,15 +390,10 @@ def of_files(format: str) -> Format:
 
 def _open(path: str, format: FileFormat | None = None) -> Source:
     tensors = load(path, format=format)
-    left_out = match_files(path, lambda name: _is_state(name) and not _FILE.fullmatch(name))
-    return Source(path, "huggingface", {"model": lambda: tensors}, left_out)
-
-
-def _is_state(name: str) -> bool:
-    """Returns whether a file may hold more of a run: an optimizer, a scheduler, a generator."""
-    return name == "trainer_state.json" or name.endswith(
-        (".pt", ".pth", ".bin", ".pkl", ".safetensors")
+    openers, left_out = training_state.openers_of(
+        path, lambda name: _FILE.fullmatch(name) is not None
     )
+    return Source(path, "huggingface", {"model": lambda: tensors, **openers}, left_out)
 
 
 FORMAT = Format(

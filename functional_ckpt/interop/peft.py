@@ -7,14 +7,12 @@ import os
 from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.interop import safetensors, torch_save
-from functional_ckpt.interop.source import Format, Source, match_files
+from functional_ckpt.interop import safetensors, torch_save, training_state
+from functional_ckpt.interop.source import Format, Source
 
 __all__ = ["FORMAT"]
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# Beside them: an optimizer, a scheduler, generators.
-_STATES = ("trainer_state.json", ".pt", ".pth", ".bin", ".pkl", ".safetensors")
 
 
 def fits(path: str) -> bool:
@@ -30,8 +28,8 @@ def _open(path: str) -> Source:
     file, *others = _files(path)
     if others:
         raise errors.UsageError(f"{path}: an adapter in two formats; open one file.", path=path)
-    left_out = match_files(path, lambda name: name not in _FILES and name.endswith(_STATES))
-    return Source(path, "peft", {"model": functools.partial(_read, file)}, left_out)
+    openers, left_out = training_state.openers_of(path, _FILES.__contains__)
+    return Source(path, "peft", {"model": functools.partial(_read, file), **openers}, left_out)
 
 
 def _read(file: str) -> dict[str, Any]:

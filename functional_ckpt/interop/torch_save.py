@@ -8,7 +8,7 @@ import functools
 import os
 import re
 import zipfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Set
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -21,7 +21,7 @@ from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.pickles import UnpicklingError
 from functional_ckpt.interop.source import Format, Source, items_of
 
-__all__ = ["FORMAT", "TensorReference", "fits", "load", "load_stream", "save"]
+__all__ = ["FORMAT", "TensorReference", "fits", "has_keys", "load", "load_stream", "save"]
 
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02"
 
@@ -75,6 +75,17 @@ def fits(path: str) -> bool:
             return any(name.endswith("/data.pkl") for name in archive.namelist())
         return True
     return start.startswith(_LEGACY)
+
+
+def has_keys(path: str, keys: Set[str]) -> bool:
+    """Whether it is a file of `torch.save` that holds a mapping with these keys."""
+    if not fits(path):
+        return False
+    try:
+        content = load(path)
+    except errors.CheckpointError:
+        return False  # the opener of `torch` says what is wrong
+    return isinstance(content, Mapping) and keys <= cast("Mapping[str, Any]", content).keys()
 
 
 def load(path: str) -> Any:

@@ -15,7 +15,7 @@ from functional_ckpt.core.restore_plan.match import match, own_value
 from functional_ckpt.core.tree import structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING
 from functional_ckpt.distributed.coordinator import Coordinator
-from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
+from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem, missing_item
 from functional_ckpt.handlers.base import Handler, Item, Registry
 from functional_ckpt.restoring import read
 
@@ -245,14 +245,8 @@ def _match_item(asked: _Request, name: str, item: Item) -> MatchedItem | None:
     if kind is None and asked.keeps_missing:
         return _left_alone(name, item, plan.RestoreReport(missing=(name,)))
     if kind is None:
-        raise errors.StepNotFoundError(
-            f"{checkpoint.path} has no item {name!r}; it has "
-            f"{', '.join(sorted(checkpoint.items))}."
-            + (" Pass strict=False to keep the target's own." if options.strict else ""),
-            step=checkpoint.step,
-            path=checkpoint.path,
-            key_path=name,
-        )
+        hint = " Pass strict=False to keep the target's own." if options.strict else ""
+        raise missing_item(checkpoint.path, name, checkpoint.items, checkpoint.step, hint)
     handler = item.handler
     if kind == "json":
         if handler.format != "json" and item.value is not None and item.value is not AS_SAVED:

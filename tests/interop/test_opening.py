@@ -107,7 +107,8 @@ def make_composer(path: Path) -> dict[str, Any]:
     ]
     torch.save({"state": state, "rng": rng}, path)
     metadata = state.pop("metadata")
-    return {**state, "model": dict(model.state_dict()), "composer_metadata": metadata, "rng": rng}
+    expected = {**state, "model": dict(model.state_dict()), "composer_metadata": metadata}
+    return {**expected, "rng": fc.Rng().handler.lower({})}
 
 
 def make_colossalai(path: Path) -> dict[str, Any]:
@@ -419,11 +420,7 @@ def test_a_format_that_a_directory_does_not_hold_is_an_error(tmp_path: Path) -> 
 
 
 def test_times_and_versions_in_a_file_of_composer_are_plain_values(tmp_path: Path) -> None:
-    """The file has the shape that Composer 0.32's own code gives it.
-
-    Composer cannot be installed beside the versions that these tests need, so the file is built
-    here: `Timestamp.state_dict()` as in composer/core/time.py, with four spans of time.
-    """
+    """`Timestamp.state_dict()` of Composer has four spans of time; test_opened has a real file."""
     make_composer(tmp_path / "plain.pt")
     content = torch.load(tmp_path / "plain.pt", weights_only=False)
     counts = ("iteration", "epoch", "batch", "sample", "token", "epoch_in_iteration")
@@ -491,19 +488,25 @@ def test_an_asynchronous_save_of_colossalai_opens_with_its_optimizer(
         fc.interop.open(tmp_path)
 
 
-def test_files_next_to_weights_are_reported(
+def test_what_a_folder_holds_beside_its_weights_is_an_item_or_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
     safetensors.torch.save_file(WEIGHTS, folder / "model.safetensors")
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "random_states_0.pkl"):
+    torch.save(adam()[1].state_dict(), folder / "optimizer.pt")
+    torch.save({"last_epoch": 2}, folder / "scheduler.pt")
+    for name in ("training_args.bin", "custom_checkpoint_0.pkl"):
         torch.save({}, folder / name)
-    with pytest.warns(UserWarning, match=r"left out: optimizer\.pt, random_states_0\.pkl, rng_s"):
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    with pytest.warns(UserWarning, match=r"left out: custom_checkpoint_0\.pkl, training_args\.bin"):
         source = fc.interop.open(folder)
-    assert list(source) == ["model"] and len(source.left_out) == 4
+    assert set(source) == {"model", "optimizer", "scheduler", "trainer"}
     assert main(["convert", str(folder), str(tmp_path / "step")]) == 0
-    assert "left out: optimizer.pt, random_states_0.pkl" in capsys.readouterr().out
+    assert "left out: custom_checkpoint_0.pkl, training_args.bin" in capsys.readouterr().out
+    assert fc.restore(tmp_path / "step")["trainer"] == {"global_step": 5}
+    assert main(["show", str(folder)]) == 0
+    assert "left out  custom_checkpoint_0.pkl, training_args.bin" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

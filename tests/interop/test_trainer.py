@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 import trainer_run
 import transformers
 
+from functional_ckpt.cli import main
 from functional_ckpt.interop import trainer as trainer_lib
 
 
@@ -37,6 +38,26 @@ def check_same(one: transformers.Trainer, other: transformers.Trainer) -> None:
     assert losses(one) == losses(other)
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name
+
+
+def test_a_folder_of_the_trainer_s_own_becomes_a_step_that_a_run_goes_on_from(
+    whole: transformers.Trainer, tmp_path: Path
+) -> None:
+    def trainer(manager: fc.CheckpointManager, **changes: Any) -> transformers.Trainer:
+        return trainer_run.make_trainer(tmp_path, manager, **changes)
+
+    with fc.CheckpointManager(tmp_path / "unused", save_policy=100) as manager:
+        native = trainer(manager, save_strategy="steps", save_steps=7)
+        trainer_lib.train(native, manager)
+    folder = tmp_path / "out" / "checkpoint-7"
+    model = trainer_run.Model()
+    fc.restore(folder, {"model": model})
+    assert main(["convert", str(folder), str(tmp_path / "ckpt"), "--step", "7"]) == 0
+    resumed = trainer_run.run(tmp_path)
+    assert resumed.state.global_step == trainer_run.NUM_STEPS
+    check_same(whole, resumed)
+    with fc.CheckpointManager(tmp_path / "ckpt", read_only=True) as manager:
+        assert manager.all_steps() == [7, 10, 14]
 
 
 @pytest.mark.parametrize("kill_at", [8, 12])  # after step 5, within an epoch; after 10 and epoch 2

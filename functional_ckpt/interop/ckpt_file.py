@@ -1,0 +1,49 @@
+"""Checkpoints of Lightning (`.ckpt`): files of `torch.save` with a state dict and the loops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from functional_ckpt.interop import torch_save
+from functional_ckpt.interop.source import Format, Source
+
+__all__ = ["FORMAT"]
+
+_KEYS = {"state_dict", "pytorch-lightning_version"}
+# Lists of one state each -> what the states are called.
+_LISTS = {"optimizer_states": "optimizer", "lr_schedulers": "scheduler"}
+
+
+def fits(path: str) -> bool:
+    """Whether it is a file of torch.save with Lightning's keys."""
+    return torch_save.has_keys(path, _KEYS)
+
+
+def _open(path: str) -> Source:
+    content = cast("dict[str, Any]", torch_save.load(path))
+    items: dict[str, Any] = {"model": dict(content.pop("state_dict"))}
+    for key, name in _LISTS.items():
+        states: list[Any] = content.pop(key, [])
+        numbered = len(states) > 1
+        items |= {f"{name}_{i}" if numbered else name: each for i, each in enumerate(states)}
+    items |= {_item_name(name): value for name, value in content.items()}
+    return Source(path, "lightning", {name: _constant(value) for name, value in items.items()})
+
+
+def _item_name(name: str) -> str:
+    return "lightning_version" if name == "pytorch-lightning_version" else name
+
+
+def _constant(value: Any) -> Any:
+    plain = dict(cast("Mapping[Any, Any]", value)) if hasattr(value, "_metadata") else value
+    return lambda: plain
+
+
+FORMAT = Format(
+    name="lightning",
+    description="a checkpoint of Lightning",
+    matches=fits,
+    open=_open,
+    supersedes=("torch",),
+)

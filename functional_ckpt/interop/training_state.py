@@ -1,0 +1,116 @@
+"""What trainers write beside weights: optimizers, schedulers, generators, loaders, counters.
+
+transformers.Trainer (`checkpoint-500`) and accelerate (`save_state`) put each into a file of its
+own. Optimizers number their parameters: `fc.Optimizer(optimizer, model)` takes them by its own
+order. Generators become what `fc.Rng()` restores.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from functional_ckpt import errors
+from functional_ckpt.core.tree import plain_json
+from functional_ckpt.handlers.rng import python_state
+from functional_ckpt.interop import hostile, torch_save
+from functional_ckpt.interop.source import match_files
+
+__all__ = ["openers_of", "rng_state"]
+
+# File -> item. A number is that of a further optimizer, or of a rank.
+_FILES = {
+    r"optimizer(?:_(\d+))?\.(?:pt|bin)": "optimizer",
+    r"scheduler(?:_(\d+))?\.(?:pt|bin)": "scheduler",
+    r"scaler\.pt()": "scaler",
+    r"rng_state(?:_(\d+))?\.pth": "rng",
+    r"random_states_(\d+)\.pkl": "rng",
+    r"dl_state_dict(?:_(\d+))?\.bin": "loader",
+    r"trainer_state\.json()": "trainer",
+}
+# Of a generator's state: in torch's own words, transformers', accelerate's, Composer's.
+_RNG_KEYS = {
+    "python": ("python", "random_state"),
+    "numpy": ("numpy", "numpy_random_seed"),
+    "torch": ("torch", "cpu", "torch_manual_seed"),
+    "cuda": ("cuda", "torch_cuda_manual_seed"),
+}
+# What may hold more of a run, whatever it is called.
+_STATES = (".pt", ".pth", ".bin", ".pkl", ".safetensors")
+
+
+def openers_of(
+    path: str, is_weights: Callable[[str], bool]
+) -> tuple[dict[str, Callable[[], Any]], Sequence[str]]:
+    """The items beside the weights of a directory, and the names of the files in none of them.
+
+    Args:
+        path: The directory.
+        is_weights: Whether a file of this name is opened as weights.
+    """
+    found: dict[str, dict[str, str]] = {}
+    left_out: list[str] = []
+    for name in match_files(path, lambda name: not is_weights(name)):
+        for pattern, item in _FILES.items():
+            if (match := re.fullmatch(pattern, name)) is not None:
+                found.setdefault(item, {})[match[1] or ""] = os.path.join(path, name)
+                break
+        else:
+            left_out += [name] if name.endswith(_STATES) else []
+    openers: dict[str, Callable[[], Any]] = {}
+    for item, files in found.items():
+        is_one_rank = item == "rng" and len(files) == 1
+        for number, file in files.items():
+            key = f"{item}_{number}" if number and not is_one_rank else item
+            openers[key] = functools.partial(_READERS.get(item, torch_save.load), file)
+    return openers, left_out
+
+
+def _read_rng(file: str) -> Any:
+    return rng_state(torch_save.load(file), file)
+
+
+def _read_json(file: str) -> Any:
+    try:
+        return plain_json.parse(hostile.read_small(file))
+    except (ValueError, RecursionError) as error:
+        raise errors.CorruptCheckpointError(f"{file}: not JSON ({error}).", path=file) from error
+
+
+_READERS: Mapping[str, Callable[[str], Any]] = {"rng": _read_rng, "trainer": _read_json}
+
+
+def rng_state(content: Any, path: str) -> dict[str, Any]:
+    """The state of a process's generators as `fc.Rng()` restores it.
+
+    Raises:
+        CorruptCheckpointError: It is none.
+    """
+    try:
+        states = {
+            item: next((content[key] for key in keys if key in content), None)
+            for item, keys in _RNG_KEYS.items()
+        }
+        python, cuda = cast("tuple[Any, ...]", states["python"]), states["cuda"]
+        bit_generator, key, position, has_gauss, gauss = cast("tuple[Any, ...]", states["numpy"])
+        return {
+            "python": python_state(python),
+            "numpy": {
+                "bit_generator": str(bit_generator),
+                "state": {"key": key, "pos": int(position)},
+                "has_gauss": int(has_gauss),
+                "gauss": float(gauss),
+            },
+            "torch": states["torch"],
+            "cuda": list(cast("Sequence[Any]", cuda)) if isinstance(cuda, (list, tuple)) else [],
+            "generators": {},
+        }
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise errors.CorruptCheckpointError(
+            f"{path}: not the state of Python's, numpy's and torch's generators "
+            f"({type(error).__name__}: {error}).",
+            path=path,
+        ) from error
