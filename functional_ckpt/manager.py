@@ -332,6 +332,11 @@ class CheckpointManager:
         """The number of ranks that save and restore together."""
         return self._run.coordinator.num_ranks
 
+    @property
+    def waits_for_signal(self) -> bool:
+        """Whether `policies.Preemption()` is among the save policies: SIGTERM is the manager's."""
+        return self._saver.decider.waits_for_signal
+
     # ------------------------------------------------------------------------------ life
 
     def is_saving_in_progress(self) -> bool:

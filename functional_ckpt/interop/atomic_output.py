@@ -16,13 +16,14 @@ __all__ = ["atomic_output", "check_destination", "check_disjoint"]
 
 @contextlib.contextmanager
 def atomic_output(
-    path: str | os.PathLike[str], storage: LocalStorage | None = None
+    path: str | os.PathLike[str], storage: LocalStorage | None = None, *, overwrite: bool = False
 ) -> Generator[str]:
     """Gives a temporary path to write a file or a directory at, and commits it at the end.
 
     Args:
         path: The final path of the file or directory.
         storage: The file system.
+        overwrite: Whether what is at `path` is replaced.
 
     Yields:
         The temporary path. Nothing is there yet.
@@ -33,20 +34,25 @@ def atomic_output(
     """
     storage = storage or LocalStorage()
     final = check_destination(path)
-    if queries.exists(storage, final):
+    if queries.exists(storage, final) and not overwrite:
         raise errors.StepExistsError(
-            f"{final} exists and is never overwritten; remove it or choose another path.",
+            f"{final} exists and is never overwritten unless asked for; remove it or choose another path.",
             path=final,
         )
     commits = commit.protocol(storage, os.path.dirname(final))
     with commits.claimed(final) as claim:
         tmp = os.path.join(claim, os.path.basename(final))
         yield tmp
-        if queries.is_directory(storage, tmp):
-            commit.sync_tree(storage, tmp, storage.walk(tmp))
-        else:
+        is_file = not queries.is_directory(storage, tmp)
+        if is_file:
             storage.sync(tmp)
-        commits.publish_claim(tmp, final, overwrite=False)
+        else:
+            commit.sync_tree(storage, tmp, storage.walk(tmp))
+        if is_file and queries.kind(storage, final) == "a file" and overwrite:
+            storage.rename(tmp, final)
+            storage.sync(os.path.dirname(final))
+        else:
+            commits.publish_claim(tmp, final, overwrite=overwrite)
 
 
 def check_destination(path: str | os.PathLike[str]) -> str:

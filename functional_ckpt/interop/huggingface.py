@@ -22,17 +22,16 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core.records.records import parse_object
-from functional_ckpt.interop import hostile, safetensors, torch_save, training_state, weights
+from functional_ckpt.interop import safetensors, torch_save, training_state, weights
 from functional_ckpt.interop.atomic_output import atomic_output
+from functional_ckpt.interop.hf_config import Config, load_json, own_config, read_config
 from functional_ckpt.interop.source import Format, Source, match_files
 from functional_ckpt.interop.weights import Weights
 from functional_ckpt.storage.local import LocalStorage
-from functional_ckpt.storage.paths import resolve, resolve_local
+from functional_ckpt.storage.paths import resolve_local
 
 __all__ = ["FORMAT", "export", "load", "save"]
 
-Config: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
 FileFormat: TypeAlias = Literal["safetensors", "bin"]
 
 _STEMS: Mapping[str, str] = {"safetensors": "model", "bin": "pytorch_model"}
@@ -42,6 +41,7 @@ _UNITS: Mapping[str, int] = {
     **{unit: 1024**n for n, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)},
 }
 _DEFAULT_SHARD = "5GB"
+_ONE_FILE = (".safetensors", ".bin", ".pt")
 # Weights, their shards and their indexes, of any variant.
 _FILE = re.compile(
     r"(model|pytorch_model)(\.[\w-]+?)?(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
@@ -60,6 +60,7 @@ def save(
     variant: str | None = None,
     format: FileFormat = "safetensors",
     config: Config | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes a module, or a tree of tensors, into a new directory.
 
@@ -67,7 +68,8 @@ def save(
 
     Args:
         model: A module, a state dict or any tree of tensors (names are joined by dots).
-        path: The directory to create; a local path.
+        path: The directory to create; a local path. One that ends in `.safetensors`, `.bin` or
+            `.pt` becomes one file of the weights alone.
         max_shard_size: Bytes of a file, as a number or like `"5GB"`, `"200MB"`, `"1GiB"`; a larger
             tensor has a file to itself.
         key_prefix: Put before every name.
@@ -75,16 +77,18 @@ def save(
         format: `safetensors`, or `bin` for torch.save.
         config: What to write as `config.json`: a mapping, or a file to copy, or a directory with
             one; None for the module's own, where it has one.
+        overwrite: Whether what is at the path is replaced, atomically.
 
     Raises:
-        StepExistsError: The path exists; it is not changed.
+        StepExistsError: The path exists and `overwrite` is False; it is not changed.
         UnsupportedLeafError: Something cannot be written; nothing was.
     """
     tied = _tied_names(model)
-    texts = {} if config is not None else _own_config(model)
+    texts = {} if config is not None else own_config(model)
     given = weights.of_value(model, keep=lambda name: name not in tied)
     options = _Options.of(max_shard_size, key_prefix, variant, format)
-    _write(given, path, options, texts if config is None else _read_config(config))
+    texts = texts if config is None else read_config(config)
+    _write(given, path, options, texts, overwrite=overwrite)
 
 
 def export(
@@ -97,6 +101,7 @@ def export(
     variant: str | None = None,
     format: FileFormat = "safetensors",
     config: Config | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes an item of a step into a new directory, reading one file's tensors at a time.
 
@@ -111,10 +116,11 @@ def export(
         variant: Put into the files' names.
         format: `safetensors` or `bin`.
         config: What to write as `config.json`; None for no such file.
+        overwrite: Whether what is at the path is replaced, atomically.
     """
     options = _Options.of(max_shard_size, key_prefix, variant, format)
-    texts = {} if config is None else _read_config(config)
-    _write(weights.of_step(step, item), path, options, texts)
+    texts = {} if config is None else read_config(config)
+    _write(weights.of_step(step, item), path, options, texts, overwrite=overwrite)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,13 +165,24 @@ def _parse_size(size: int | str) -> int:
 
 
 def _write(
-    given: Weights, path: str | os.PathLike[str], options: _Options, texts: Mapping[str, str]
+    given: Weights,
+    path: str | os.PathLike[str],
+    options: _Options,
+    texts: Mapping[str, str],
+    *,
+    overwrite: bool,
 ) -> None:
+    if os.fspath(path).endswith(".safetensors"):
+        options = dataclasses.replace(options, format="safetensors")
     if options.format == "safetensors":
         safetensors.require(given.dtypes.items(), path)
+    if os.fspath(path).endswith(_ONE_FILE):
+        with atomic_output(path, overwrite=overwrite) as tmp:
+            _write_shard(given, list(given.sizes), tmp, options)
+        return
     shards = _shards(given.sizes, options.max_shard_bytes)
     storage = LocalStorage()
-    with atomic_output(path, storage) as tmp:
+    with atomic_output(path, storage, overwrite=overwrite) as tmp:
         storage.make_directory(tmp)
         for name, text in texts.items():
             storage.write(os.path.join(tmp, name), text.encode())
@@ -221,35 +238,6 @@ def _tied_names(model: Any) -> frozenset[str]:
     """The names that a transformers model says it ties to another parameter, and does not save."""
     found: Any = getattr(model, "all_tied_weights_keys", None)
     return frozenset(found or getattr(model, "_tied_weights_keys", None) or ())
-
-
-def _own_config(model: Any) -> dict[str, str]:
-    texts: dict[str, str] = {}
-    for attribute, file in (("config", "config.json"), ("generation_config",) * 2):
-        own = getattr(model, attribute, None)
-        if not isinstance(model, torch.nn.Module) or not hasattr(own, "to_json_string"):
-            continue
-        record = json.loads(cast("Any", own).to_json_string())
-        if file == "config.json":
-            record["architectures"] = record.get("architectures") or [type(model).__name__]
-        name = file if file.endswith(".json") else f"{file}.json"
-        texts[name] = json.dumps(record, indent=2, sort_keys=True) + "\n"
-    return texts
-
-
-def _read_config(config: Config) -> dict[str, str]:
-    if isinstance(config, Mapping):
-        try:
-            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        except (TypeError, ValueError) as error:
-            raise errors.UsageError(f"config is not JSON: {error}.") from error
-        return {"config.json": text}
-    path = resolve(config)
-    if os.path.isdir(path):
-        path = os.path.join(path, "config.json")
-    _load_json(path)
-    with open(path, encoding="utf-8") as file:
-        return {"config.json": file.read()}
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -319,7 +307,7 @@ def _choose(directory: str, variant: str | None, format: str | None) -> str:
 
 def _load_shards(directory: str, index: str) -> dict[str, torch.Tensor]:
     path = os.path.join(directory, index)
-    weight_map = _load_json(path).get("weight_map")
+    weight_map = load_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise errors.CorruptCheckpointError(f"{path}: it has no weight_map.", path=path)
     placed = cast("dict[str, str]", weight_map)
@@ -362,12 +350,6 @@ def _load_file(path: str) -> dict[str, torch.Tensor]:
     if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
         raise errors.CorruptCheckpointError(f"{path}: not names and tensors.", path=path)
     return dict(cast("Mapping[str, torch.Tensor]", content))
-
-
-def _load_json(path: str) -> dict[str, Any]:
-    if not os.path.exists(path):
-        raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path)
-    return parse_object(hostile.read_small(path), path)
 
 
 def fits(path: str) -> bool:

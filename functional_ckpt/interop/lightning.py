@@ -15,15 +15,14 @@ this module.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.core.tree import flatten
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.handlers import PyTree, Rng
+from functional_ckpt.interop import lightning_loops as loops
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.policies.progress import Progress
 
@@ -39,10 +38,7 @@ except ImportError as error:
 
 __all__ = ["ManagerIO", "SaveCallback"]
 
-_log = logging.getLogger("functional_ckpt")
-
 _ITEM = "lightning"
-_HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
 class ManagerIO(lightning_io.CheckpointIO):
@@ -100,7 +96,7 @@ class ManagerIO(lightning_io.CheckpointIO):
     ) -> None:
         """Saves Lightning's checkpoint as a step; every process calls it."""
         # Replicas are equal but for the buffers of their own batches: those of rank 0 count.
-        item = PyTree(_storable(checkpoint), replicated="unchecked")
+        item = PyTree(loops.storable(checkpoint), replicated="unchecked")
         items = {_ITEM: item, "rng": Rng()}
         self.manager.save(step, items, metrics=metrics or None, progress=progress, force=True)
 
@@ -248,7 +244,7 @@ class SaveCallback(callbacks.Callback):
         """Saves the state at the end of the previous epoch."""
         del pl_module
         if self._due is not None:
-            self._due = _over(self._due)
+            self._due = loops.at_epoch_end(self._due)
         self._save(trainer)
 
     def on_train_batch_start(
@@ -288,8 +284,8 @@ class SaveCallback(callbacks.Callback):
         del pl_module
         if self._is_preempted:
             self._due = None  # saved already; Lightning has run one more batch since
-        if self._due is not None and _is_epoch_over(trainer):
-            self._due = _over(self._due)
+        if self._due is not None and loops.is_epoch_over(trainer):
+            self._due = loops.at_epoch_end(self._due)
         self._save(trainer, force=self._save_last, is_end=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -300,8 +296,8 @@ class SaveCallback(callbacks.Callback):
             return
         if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
             return  # other processes may be in the middle of an update
-        if _is_epoch_over(trainer):
-            self._due = _over(self._due)
+        if loops.is_epoch_over(trainer):
+            self._due = loops.at_epoch_end(self._due)
         try:
             self._save(trainer, force=True)
             self._io.manager.wait_until_finished()
@@ -310,7 +306,7 @@ class SaveCallback(callbacks.Callback):
 
     def _take_signal(self, trainer: Any) -> None:
         """With `policies.Preemption()`, SIGTERM is the manager's: all stop at one step."""
-        if self._io.manager._saver.decider.waits_for_signal:
+        if self._io.manager.waits_for_signal:
             trainer._signal_connector.received_sigterm = False
 
     def _save(self, trainer: Any, *, force: bool = False, is_end: bool = False) -> None:
@@ -326,9 +322,9 @@ class SaveCallback(callbacks.Callback):
             }
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(False)
             if progress.batch_in_epoch == 0:
-                _begin_epoch(checkpoint["loops"]["fit_loop"])
+                loops.begin_epoch(checkpoint["loops"]["fit_loop"])
             elif is_end:
-                _reopen_epoch(checkpoint["loops"]["fit_loop"])
+                loops.reopen_epoch(checkpoint["loops"]["fit_loop"])
             self._io.save_step(step, checkpoint, metrics=metrics, progress=progress)
         if manager.reached_preemption(step):
             self._is_preempted = True
@@ -337,73 +333,3 @@ class SaveCallback(callbacks.Callback):
 
 def _join(root: str, step: int) -> str:
     return f"{root.rstrip('/')}/{step}"
-
-
-def _over(progress: Progress) -> Progress:
-    """Returns the progress at the end of its epoch, which is the start of the next."""
-    return Progress(
-        epoch=progress.epoch + 1,
-        batch=progress.batch,
-        batch_in_epoch=0,
-        batches_per_epoch=progress.batches_per_epoch,
-    )
-
-
-def _is_epoch_over(trainer: Any) -> bool:
-    batches = trainer.fit_loop.epoch_loop.batch_progress
-    return bool(batches.is_last_batch) or batches.current.ready >= trainer.num_training_batches
-
-
-def _begin_epoch(loops: dict[str, Any]) -> None:
-    """Sets the counts of batches to the start of an epoch.
-
-    Lightning does so after `on_train_epoch_start`; a run that restarts in between would take the
-    batches of the epoch before for those of the next, and skip it.
-    """
-    for name in list(loops):
-        if name.startswith("epoch_loop.") and name.endswith("progress"):
-            _zero_current(loops[name])
-    batches = loops["epoch_loop.batch_progress"]
-    batches["is_last_batch"] = False
-
-
-def _zero_current(progress: Any) -> None:
-    if not isinstance(progress, dict):
-        return
-    for key, value in cast("dict[str, Any]", progress).items():
-        if key == "current":
-            for count in value:
-                value[count] = 0
-        else:
-            _zero_current(value)
-
-
-def _reopen_epoch(loops: dict[str, Any]) -> None:
-    """Takes back that an epoch is over which was stopped in the middle (`max_steps`)."""
-    for counts in loops["epoch_progress"].values():
-        counts["processed"] -= 1
-        counts["completed"] -= 1
-
-
-def _storable(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the checkpoint with hyperparameters that no array or plain value can hold as text."""
-    changed = dict(checkpoint)
-    for name in _HYPER_PARAMETERS:
-        values = changed.get(name)
-        if not isinstance(values, Mapping):
-            continue
-        known = cast("Mapping[Any, Any]", values)
-        stored = {key: value if _is_storable(value) else str(value) for key, value in known.items()}
-        as_text = sorted(str(key) for key in known if stored[key] is not known[key])
-        if as_text:
-            _log.warning("%s: %s saved as text", name, ", ".join(as_text))
-        changed[name] = stored
-    return changed
-
-
-def _is_storable(value: object) -> bool:
-    try:
-        flatten.flatten(value, item="hyper_parameters")
-    except errors.UnsupportedLeafError:
-        return False
-    return True
