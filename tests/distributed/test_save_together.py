@@ -41,3 +41,36 @@ def test_an_error_of_the_primary_is_raised_on_all_ranks(workers: Workers, tmp_pa
     for failure in workers.failures(2, save_again, tmp_path):
         assert "StepExistsError" in failure.kinds
     assert list((tmp_path / "one").iterdir()) == []
+
+
+def save_steps(directory: Path) -> None:
+    with fc.CheckpointManager(directory) as manager:
+        for step in range(2):
+            tensor = DTensor.from_local(
+                torch.arange(300.0) + 1000 * step + 500 * dist.get_rank(),
+                init_device_mesh("cpu", (2,)),
+                [Shard(0)],
+            )
+            manager.save(step, {"state": {"bias": tensor}})
+
+
+def resume(directory: Path) -> int | None:
+    target = distribute_tensor(torch.zeros(600), init_device_mesh("cpu", (2,)), [Shard(0)])
+    with fc.CheckpointManager(directory) as manager:
+        restored = manager.restore_or({"state": {"bias": target}}, on_corrupt="older")
+        assert restored["state"]["bias"].to_local()[0] == 500 * dist.get_rank()
+        return restored.step
+
+
+def test_ranks_agree_on_the_older_step(workers: Workers, tmp_path: Path) -> None:
+    workers.run(2, save_steps, tmp_path)
+    pattern = (torch.arange(300.0) + 1500).numpy().tobytes()  # read by rank 1 alone
+    (path,) = [
+        path
+        for path in (tmp_path / "1").rglob("*")
+        if path.is_file() and pattern in path.read_bytes()
+    ]
+    data = bytearray(path.read_bytes())
+    data[data.index(pattern) + 5] ^= 1
+    path.write_bytes(data)
+    assert workers.run(2, resume, tmp_path) == [0, 0]
