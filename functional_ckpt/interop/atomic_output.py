@@ -36,7 +36,8 @@ def atomic_output(
     final = check_destination(path)
     if queries.exists(storage, final) and not overwrite:
         raise errors.StepExistsError(
-            f"{final} exists and is never overwritten unless asked for; remove it or choose another path.",
+            f"{final} exists and is never overwritten unless asked for; remove it or choose "
+            "another path.",
             path=final,
         )
     commits = commit.protocol(storage, os.path.dirname(final))

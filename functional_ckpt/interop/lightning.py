@@ -6,11 +6,10 @@
     )
     trainer.fit(module, loader, ckpt_path=io.latest())      # None where there is no step
 
-Saved at the end of an epoch (`policies.every("1ep")`), a run resumes exactly. Within an epoch
-Lightning restarts the epoch's data, unless the loader saves its position. Several processes of a
-replicating strategy (DDP) save together; give `ManagerIO` the arguments of the manager then, so
-that it is made once the processes know each other. The extra `lightning` installs the imports of
-this module.
+A run that was saved at the end of an epoch (`policies.every("1ep")`) resumes exactly. Within an
+epoch Lightning restarts the epoch's data, unless the loader saves its position. The processes of a
+replicating strategy (DDP) save together: give `ManagerIO` the arguments of the manager, so that the
+manager is made after the process group. The extra `lightning` installs what this module imports.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""`transformers.Trainer` with a checkpoint manager: a callback that saves, a function to resume.
+"""`transformers.Trainer` with a checkpoint manager: a callback that saves, a call that resumes.
 
     manager = fc.CheckpointManager("run/ckpt", save_policy=fc.policies.every(500))
     trainer = transformers.Trainer(..., callbacks=[ManagerCallback(manager)])
     train(trainer, manager)                     # from the latest step, if there is one
 
-Give the `TrainingArguments` `save_strategy="no"`: the Trainer need not write checkpoints of its
-own. The extra `transformers` installs the imports of this module.
+Set `save_strategy="no"` in the `TrainingArguments`: the Trainer's own checkpoints are not needed.
+The extra `transformers` installs what this module imports.
 """
 
 from __future__ import annotations

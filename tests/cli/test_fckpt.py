@@ -453,7 +453,7 @@ def test_diff_meets_damage_only_where_it_must_read(root: Path) -> None:
 def test_errors_are_one_line(saved: Path, tmp_path: Path) -> None:
     assert "there is no such file or directory" in error_of("ls", tmp_path / "nothing")
     (tmp_path / "file").touch()
-    assert "is a file" in error_of("show", tmp_path / "file")
+    assert "of no other format" in error_of("show", tmp_path / "file")
     assert "neither a checkpoint nor" in error_of("verify", tmp_path)
     assert "has no step 7; the latest are: 5, 10, 20" in error_of("show", saved, "--step", "7")
     assert "has no item 'x'" in error_of("show", saved, "--item", "x")
