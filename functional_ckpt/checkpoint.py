@@ -170,12 +170,12 @@ def restore(
     storage: Storage | None = None,
     **options: Unpack[RestoreArguments],
 ) -> restore_lib.Restored:
-    """Restores a native or an Orbax checkpoint, or one of another program; not a collective.
+    """Restores a native or an Orbax checkpoint, or a foreign file; not a collective.
 
     Args:
         path: The directory of the checkpoint, such as one step of a manager: a path or a URI. A
             local path may be of any format that `interop.open` detects: its tensors are read into
-            the targets without a copy on disk. What `interop.open` returned is accepted too.
+            the targets without a copy on disk. The result of `interop.open` is accepted too.
         into: Item name -> target; see `CheckpointManager.restore`. None restores everything as it
             was saved.
         registry: Chooses handlers for plain values.

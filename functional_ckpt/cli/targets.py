@@ -129,7 +129,7 @@ def find(text: str, prefix: str | None = None, *, opens_foreign: bool = False) -
 
 
 def _foreign(storage: Storage, path: str, text: str, opens_foreign: bool) -> Checkpoint:
-    """A checkpoint of another program."""
+    """A foreign checkpoint."""
     from functional_ckpt.interop import detect  # late: torch
 
     formats = detect.candidates(path) if isinstance(storage, LocalStorage) else []

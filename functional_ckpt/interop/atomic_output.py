@@ -23,7 +23,7 @@ def atomic_output(
     Args:
         path: The final path of the file or directory.
         storage: The file system.
-        overwrite: Whether what is at `path` is replaced.
+        overwrite: Whether an existing file or directory is replaced.
 
     Yields:
         The temporary path. Nothing is there yet.

@@ -11,7 +11,7 @@ from functional_ckpt.interop.source import Format, Source
 __all__ = ["FORMAT"]
 
 _KEYS = {"state_dict", "pytorch-lightning_version"}
-# Lists of one state each -> what the states are called.
+# Lists of states -> name of the items.
 _LISTS = {"optimizer_states": "optimizer", "lr_schedulers": "scheduler"}
 
 

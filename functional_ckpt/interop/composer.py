@@ -1,7 +1,7 @@
 """Files of MosaicML Composer: a training state under `state`, and `rng`.
 
 Times are spans of `datetime.timedelta` there; here they are seconds. Versions of torch are text.
-The generators are what `fc.Rng()` restores: `rng`, or `rng_0`, `rng_1` ... of several ranks.
+`fc.Rng()` restores the generators: `rng`, or `rng_0`, `rng_1` ... of several ranks.
 """
 
 from __future__ import annotations

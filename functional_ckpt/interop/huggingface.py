@@ -77,7 +77,7 @@ def save(
         format: `safetensors`, or `bin` for torch.save.
         config: What to write as `config.json`: a mapping, or a file to copy, or a directory with
             one; None for the module's own, where it has one.
-        overwrite: Whether what is at the path is replaced, atomically.
+        overwrite: Whether an existing file or directory is replaced, atomically.
 
     Raises:
         StepExistsError: The path exists and `overwrite` is False; it is not changed.
@@ -116,7 +116,7 @@ def export(
         variant: Put into the files' names.
         format: `safetensors` or `bin`.
         config: What to write as `config.json`; None for no such file.
-        overwrite: Whether what is at the path is replaced, atomically.
+        overwrite: Whether an existing file or directory is replaced, atomically.
     """
     options = _Options.of(max_shard_size, key_prefix, variant, format)
     texts = {} if config is None else read_config(config)

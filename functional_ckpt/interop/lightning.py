@@ -9,7 +9,7 @@
 A run that was saved at the end of an epoch (`policies.every("1ep")`) resumes exactly. Within an
 epoch Lightning restarts the epoch's data, unless the loader saves its position. The processes of a
 replicating strategy (DDP) save together: give `ManagerIO` the arguments of the manager, so that the
-manager is made after the process group. The extra `lightning` installs what this module imports.
+manager is made after the process group. The extra `lightning` installs its imports.
 """
 
 from __future__ import annotations

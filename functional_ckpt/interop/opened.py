@@ -1,4 +1,4 @@
-"""A checkpoint of another program as the restore flow reads it: nothing is copied on disk first."""
+"""A foreign checkpoint as the restore flow reads it: nothing is copied on disk first."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ class ForeignCheckpoint(OpenCheckpoint):
 
     @property
     def metrics(self) -> Mapping[str, Any] | None:
-        """None: another program's metrics are items, where it has any."""
+        """None: metrics of foreign checkpoints are items."""
         return None
 
     @property
     def progress(self) -> Progress | None:
-        """None: another program counts in its own way."""
+        """None: foreign checkpoints do not record it in this form."""
         return None
 
 

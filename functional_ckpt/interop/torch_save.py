@@ -84,7 +84,7 @@ def has_keys(path: str, keys: Set[str]) -> bool:
     try:
         content = load(path)
     except errors.CheckpointError:
-        return False  # the opener of `torch` says what is wrong
+        return False  # the opener of `torch` reports the error
     return isinstance(content, Mapping) and keys <= cast("Mapping[str, Any]", content).keys()
 
 

@@ -5,7 +5,7 @@
     train(trainer, manager)                     # from the latest step, if there is one
 
 Set `save_strategy="no"` in the `TrainingArguments`: the Trainer's own checkpoints are not needed.
-The extra `transformers` installs what this module imports.
+The extra `transformers` installs the imports of this module.
 """
 
 from __future__ import annotations

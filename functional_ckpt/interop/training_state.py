@@ -1,8 +1,8 @@
-"""What trainers write beside weights: optimizers, schedulers, generators, loaders, counters.
+"""Files that trainers write beside weights: optimizers, schedulers, generators, loaders, counters.
 
 transformers.Trainer (`checkpoint-500`) and accelerate (`save_state`) put each into a file of its
 own. Optimizers number their parameters: `fc.Optimizer(optimizer, model)` takes them by its own
-order. Generators become what `fc.Rng()` restores.
+order. `fc.Rng()` restores the generators.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functional_ckpt.interop.source import match_files
 
 __all__ = ["openers_of", "rng_state"]
 
-# File -> item. A number is that of a further optimizer, or of a rank.
+# File -> item. The number is that of the optimizer or of the rank.
 _FILES = {
     r"optimizer(?:_(\d+))?\.(?:pt|bin)": "optimizer",
     r"scheduler(?:_(\d+))?\.(?:pt|bin)": "scheduler",
@@ -38,7 +38,7 @@ _RNG_KEYS = {
     "torch": ("torch", "cpu", "torch_manual_seed"),
     "cuda": ("cuda", "torch_cuda_manual_seed"),
 }
-# What may hold more of a run, whatever it is called.
+# Suffixes of files that may hold state of a run.
 _STATES = (".pt", ".pth", ".bin", ".pkl", ".safetensors")
 
 

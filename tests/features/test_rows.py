@@ -197,7 +197,7 @@ def test_row_10_a_hook_saves_each_interval(trained: Run) -> None:
 
 
 def nxd(directory: str = "checkpoint_dir", **options: Any) -> fc.CheckpointManager:
-    return fc.CheckpointManager(directory, step_name=fc.StepName(prefix="step"), **options)
+    return fc.CheckpointManager(directory, step_name=fc.step_names.StepName(prefix="step"), **options)
 
 
 def test_row_11_save_checkpoint_with_any_parts(trained: Run) -> None:
@@ -299,7 +299,7 @@ def fit(run: Run, folder: str, num_epochs: int, num_batches: int = 4, **options:
         return manager.all_steps()
 
 
-NAMES = fc.StepTemplate(template="ep{epoch}-ba{batch}")
+NAMES = fc.step_names.StepTemplate(template="ep{epoch}-ba{batch}")
 
 
 def test_row_18_names_with_variables() -> None:
@@ -308,7 +308,7 @@ def test_row_18_names_with_variables() -> None:
     names = {path.name for path in Path("checkpoints").glob("ep*")}
     assert names == {"ep1-ba4", "ep2-ba8"}
     with pytest.raises(errors.UsageError, match="epohc"):
-        fc.StepTemplate(template="ep{epohc}-ba{batch}")
+        fc.step_names.StepTemplate(template="ep{epohc}-ba{batch}")
 
 
 def test_row_19_latest_is_a_link_to_the_newest() -> None:

@@ -56,14 +56,6 @@ class ChunkGrid:
         ):
             raise errors.UsageError(f"Chunk shape {self.chunk_shape} does not fit {self.shape}.")
 
-    @classmethod
-    def of_rows(cls, spec: ArraySpec, max_bytes: int) -> ChunkGrid:
-        """A grid that cuts an array along its first dim into parts of about `max_bytes`."""
-        if not spec.shape or spec.size_bytes <= max_bytes:
-            return cls(spec.shape, tuple(max(1, size) for size in spec.shape))
-        rows = max(1, max_bytes * spec.shape[0] // spec.size_bytes)
-        return cls(spec.shape, (rows, *spec.shape[1:]))
-
     @property
     def num_chunks_per_dim(self) -> tuple[int, ...]:
         """Chunks along each dim; zero where the dim is empty."""
