@@ -45,14 +45,16 @@ def test_of_a_manager_without_a_step_the_error_says_so(tmp_path: Path) -> None:
         fc.restore(tmp_path / "run")
 
 
-def test_of_foreign_files_the_error_says_how_they_open(tmp_path: Path) -> None:
+def test_foreign_files_are_opened_and_unknown_ones_are_an_error(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
     fc.interop.huggingface.save({"w": torch.ones(2)}, tmp_path / "hf")
     for name in ("x.pt", "hf"):
-        for read in (fc.restore, fc.metadata):
-            with pytest.raises(errors.CheckpointError, match=r"fc\.interop\.open"):
-                read(tmp_path / name)
-        assert list(fc.interop.open(tmp_path / name)) == ["model"]
+        assert list(fc.restore(tmp_path / name)) == ["model"]
+        assert list(fc.metadata(tmp_path / name).items) == ["model"]
+    (tmp_path / "unknown").mkdir()
+    for read in (fc.restore, fc.metadata):
+        with pytest.raises(errors.CheckpointError, match=r"of no format that fc\.interop\.open"):
+            read(tmp_path / "unknown")
     with pytest.raises(errors.StepNotFoundError, match="There is no checkpoint at"):
         fc.restore(tmp_path / "nothing")
 

@@ -25,9 +25,9 @@ def train(model: Any, optimizer: Any, step: int) -> None:
     optimizer.step()
 
 
-def fsdp(rank: int, num_ranks: int, root: Path) -> None:
+def fsdp(root: Path) -> None:
     """Trains a sharded model for two steps, and saves them."""
-    model = fully_shard(make(), mesh=init_device_mesh("cpu", (num_ranks,)))
+    model = fully_shard(make(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     items = {"model": model, "optimizer": fc.Optimizer(optimizer, model)}
     with fc.CheckpointManager(root) as manager:
@@ -36,7 +36,7 @@ def fsdp(rank: int, num_ranks: int, root: Path) -> None:
             manager.save(step, items)
 
 
-def zero(rank: int, num_ranks: int, root: Path) -> int:
+def zero(root: Path) -> int:
     """Saves a replicated model and what each rank updates of it; returns the bytes on disk."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.jit, in torch's own module

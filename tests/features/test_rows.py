@@ -197,7 +197,8 @@ def test_row_10_a_hook_saves_each_interval(trained: Run) -> None:
 
 
 def nxd(directory: str = "checkpoint_dir", **options: Any) -> fc.CheckpointManager:
-    return fc.CheckpointManager(directory, step_name=fc.step_names.StepName(prefix="step"), **options)
+    named = fc.step_names.StepName(prefix="step")
+    return fc.CheckpointManager(directory, step_name=named, **options)
 
 
 def test_row_11_save_checkpoint_with_any_parts(trained: Run) -> None:
@@ -372,7 +373,7 @@ def test_row_23_full_and_weights_only_checkpoints(trained: Run) -> None:
 def test_row_24_none_is_kept_locally_once_it_is_uploaded(bucket: str) -> None:
     """`save_num_checkpoints_to_keep=0` beside a remote folder, whose steps stay."""
     keep = policies.LatestN(0)
-    with fc.CheckpointManager("local", keep_policy=keep, tiers=[fc.Tier(bucket)]) as manager:
+    with fc.CheckpointManager("local", keep_policy=keep, tiers=[bucket]) as manager:
         for step in range(3):
             manager.save(step, {"model": make()})
         manager.wait_until_finished()
@@ -448,14 +449,14 @@ def test_row_29_weights_outside_a_trainer(trained: Run) -> None:
 
 def test_row_30_steps_are_uploaded(bucket: str) -> None:
     """`save_folder="s3://my_bucket/checkpoints"`: written locally, then uploaded."""
-    assert fit(Run(), "local", 2, tiers=[fc.Tier(f"{bucket}/checkpoints")]) == [4, 8]
+    assert fit(Run(), "local", 2, tiers=[f"{bucket}/checkpoints"]) == [4, 8]
     shutil.rmtree("local")
     assert "model" in fc.restore(f"{bucket}/checkpoints/8")
 
 
 def test_row_31_names_in_the_bucket_are_the_uri_s(bucket: str) -> None:
     """`save_remote_file_name`: the path in the URI, and the step's name."""
-    fit(Run(), "local", 1, step_name=NAMES, tiers=[fc.Tier(f"{bucket}/run/checkpoints")])
+    fit(Run(), "local", 1, step_name=NAMES, tiers=[f"{bucket}/run/checkpoints"])
     assert "model" in fc.restore(f"{bucket}/run/checkpoints/ep1-ba4")
 
 

@@ -96,7 +96,7 @@ def test_the_same_checks_and_report_as_of_a_step(tmp_path: Path) -> None:
     )
     assert torch.equal(named["b"].weight, model[1].weight)
     half = make(1)[0].double()
-    fc.restore(tmp_path / "hf", {"model": half}, cast="target")
+    fc.restore(tmp_path / "hf", {"model": half}, cast=True)
     assert torch.equal(half[0].weight, model[0].weight.double())
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
