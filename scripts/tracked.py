@@ -13,7 +13,7 @@ from pathlib import Path
 
 MAX_BYTES = 512 * 1024
 LARGE_ALLOWED = ("tests/golden/*",)
-# Files that other programs wrote, which tests read without running what they pickle.
+# Foreign files, which tests read without running pickled code.
 FOREIGN_ALLOWED = ("tests/interop/data/*",)
 FORBIDDEN = {
     "*.pt": "a pickle",

@@ -1,4 +1,4 @@
-"""LoRA with PEFT: only the adapters are saved; the base is made anew."""
+"""LoRA with PEFT: only the adapters are saved; the base is initialised again."""
 
 import peft
 import resuming

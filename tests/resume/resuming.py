@@ -1,4 +1,4 @@
-"""What the programs of the resume matrix share: a loop, an end to compare, their interruption.
+"""Shared by the programs of the resume matrix: a loop, a result to compare, the interruption.
 
 A program runs as `python program_NAME.py ROOT`, also under torchrun. The environment says how it is
 interrupted: `KILL_AT=N` kills the process (of rank `KILL_RANK`) at its N-th write to the disk,
@@ -58,7 +58,7 @@ def tick(step: int) -> None:
 
 
 def finish(state: Any) -> None:
-    """Leaves what the run has come to, and the number of its writes."""
+    """Writes the result of the run, and the number of its writes."""
     state = {"state": whole(state), "drawn": torch.rand(3)}
     torch.save(state, ROOT / f"result-{RANK}.part")
     os.rename(ROOT / f"result-{RANK}.part", ROOT / f"result-{RANK}")

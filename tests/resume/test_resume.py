@@ -1,6 +1,6 @@
-"""Programs that people have, interrupted and run again: they end like the whole run.
+"""Programs that people have, interrupted and started again: they end like the uninterrupted run.
 
-Killed at a random write of a save, or told by SIGTERM to stop, and started again until they end.
+Killed at a random write of a save, or stopped by SIGTERM, and started again until they end.
 `FUNCTIONAL_CKPT_FULL=1` (scripts/resume_matrix) runs all of them, with several moments each.
 """
 
@@ -22,7 +22,7 @@ from full import IS_FULL
 
 from functional_ckpt.testing import equality
 
-# Program -> the numbers of ranks, and what it needs.
+# Program -> the numbers of ranks, and the package that it needs.
 PROGRAMS: dict[str, tuple[tuple[int, ...], str]] = {
     "nanogpt": ((1,), "torch"),
     "gan": ((1,), "torch"),
@@ -82,7 +82,7 @@ def launcher() -> Iterator[Launcher]:
 
 
 def results(case: str, root: Path) -> list[Any] | None:
-    """What every rank came to; None while one has not come to its end."""
+    """Returns the result of every rank; None until all ranks have finished."""
     paths = [root / f"result-{rank}" for rank in range(int(case.rpartition("-")[2]))]
     if not all(path.exists() for path in paths):
         return None
