@@ -1,4 +1,4 @@
-"""What users of ColossalAI, neuronx-distributed and Composer do, by the snippets of their pages.
+"""Calls of ColossalAI's, neuronx-distributed's and Composer's users, by their own documents.
 
 A test is a row of docs/parity.md, of the same number: their call stands in its docstring.
 """
@@ -12,11 +12,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import features_jobs
 import pytest
-import row_jobs
 import torch
+from features_jobs import make, train
 from gloo_workers import Workers
-from row_jobs import make, train
 
 import functional_ckpt as fc
 from functional_ckpt import errors, policies
@@ -163,7 +163,7 @@ def test_row_07_a_model_built_without_memory_is_loaded(trained: Run) -> None:
 
 def test_row_08_another_parallel_strategy(workers: Workers, tmp_path: Path) -> None:
     """`when loading, you are not demanded to use the same parallel strategy as saving`."""
-    workers.run(2, row_jobs.fsdp, tmp_path / "run")
+    workers.run(2, features_jobs.fsdp, tmp_path / "run")
     one, whole = Run(1), Run()
     for step in range(2):
         train(whole.model, whole.optimizer, step)
@@ -236,7 +236,7 @@ def test_row_13_user_content_is_none_where_there_is_none(trained: Run) -> None:
 
 def test_row_14_each_byte_is_written_once(workers: Workers, tmp_path: Path) -> None:
     """`states are saved on all ranks` with ZeRO-1, the model by one replica."""
-    sizes = workers.run(2, row_jobs.zero, tmp_path / "run")
+    sizes = workers.run(2, features_jobs.zero, tmp_path / "run")
     with fc.CheckpointManager("run", read_only=True) as manager:
         restored = manager.restore(0)
     assert restored["user"] == {"total_steps": 1}
@@ -470,14 +470,16 @@ def test_row_32_loading_by_uri(bucket: str, trained: Run) -> None:
 
 def test_row_33_sharded_checkpoints_are_elastic(workers: Workers, tmp_path: Path) -> None:
     """Sharded FSDP checkpoints: saved by two ranks, gone on with by one."""
-    workers.run(2, row_jobs.fsdp, tmp_path / "run")
-    workers.run(1, row_jobs.fsdp, tmp_path / "run")  # nothing is left to do: it resumes at the end
+    workers.run(2, features_jobs.fsdp, tmp_path / "run")
+    workers.run(
+        1, features_jobs.fsdp, tmp_path / "run"
+    )  # nothing is left to do: it resumes at the end
     with fc.CheckpointManager("run", read_only=True) as manager:
         assert manager.all_steps() == [0, 1]
 
 
 def test_row_34_autoresume(caplog: pytest.LogCaptureFixture) -> None:
-    """`autoresume=True`: the decision is logged, and a lost link does not begin the run anew."""
+    """`autoresume=True`: the decision is logged, and a lost link does not restart the run."""
     with caplog.at_level(logging.INFO, logger="functional_ckpt"):
         assert fit(Run(), "run", 1, latest_link="latest") == [4]
         os.unlink("run/latest")

@@ -1,4 +1,4 @@
-"""What other programs saved is restored into targets from where it lies, optimizers included."""
+"""Foreign checkpoints are restored into targets from their own files, optimizers included."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_same(
         assert differences(mine.state_dict(), theirs.state_dict()) == []
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["as it lies", "converted"])
+@pytest.mark.parametrize("converted", [False, True], ids=["foreign", "converted"])
 @pytest.mark.parametrize("steps", [0, 1], ids=["new", "used"])
 def test_numbers_of_parameters_become_names_by_the_optimizer(
     tmp_path: Path, converted: bool, steps: int
@@ -59,7 +59,7 @@ def test_numbers_of_parameters_become_names_by_the_optimizer(
     target = make(1, steps)
     fc.restore(path, {"model": target[0], "optimizer": fc.Optimizer(target[1], target[0])})
     check_same(target, saved)
-    for each in (saved, target):  # and both go on alike
+    for each in (saved, target):  # and both continue alike
         each[1].zero_grad()
         torch.manual_seed(3)
         each[0](torch.randn(2, 4)).sum().backward()

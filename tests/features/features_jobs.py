@@ -1,4 +1,4 @@
-"""What ranks do in the rows about several of them."""
+"""Jobs of several ranks for the rows that need them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fsdp(root: Path) -> None:
 
 
 def zero(root: Path) -> int:
-    """Saves a replicated model and what each rank updates of it; returns the bytes on disk."""
+    """Saves a replicated model and the state that each rank updates; returns the bytes on disk."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.jit, in torch's own module
         from torch.distributed.optim import ZeroRedundancyOptimizer
