@@ -325,7 +325,7 @@ def test_row_19_latest_is_a_link_to_the_newest() -> None:
         (policies.every("1ep"), [4, 8, 12]),
         (policies.every("2ep"), [8, 12]),
         (policies.every("5ba"), [5, 10, 12]),
-        (policies.when(lambda info: info.progress.epoch > 1), [8, 9, 10, 11, 12]),
+        (policies.When(lambda info: info.progress.epoch > 1), [8, 9, 10, 11, 12]),
     ],
     ids=["1ep", "2ep", "5ba", "function"],
 )

@@ -37,7 +37,7 @@ PROGRAMS: dict[str, tuple[tuple[int, ...], str]] = {
     "torchao": ((1,), "torchao"),
     "lora": ((1,), "peft"),
 }
-DEFAULT = ("gan-1", "replay-1", "tp-2")
+DEFAULT = ("gan-1", "replay-1")
 CASES = [f"{name}-{n}" for name, (ranks, _) in PROGRAMS.items() for n in ranks]
 NUM_MOMENTS = int(os.environ.get("RESUME_MOMENTS", "3" if IS_FULL else "1"))
 MAX_STARTS = 4
