@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar, dataclass_transform, final
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, dataclass_transform, final
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree import containers
@@ -33,6 +33,7 @@ class Handler(abc.ABC):
         format: The layout on disk: `tree` (arrays and a structure) or `json` (one readable file).
         per_rank: Whether every rank stores a value of its own.
         changes_value: Whether `lift` may change the value that it is given.
+        holds_values: Whether the tree may contain values that have other handlers.
     """
 
     __slots__ = ()
@@ -40,6 +41,7 @@ class Handler(abc.ABC):
     format: Literal["tree", "json"] = "tree"
     per_rank: bool = False
     changes_value: bool = True
+    holds_values: bool = False
 
     @abc.abstractmethod
     def lower(self, value: Any) -> Any:
@@ -199,40 +201,71 @@ class CheckpointItem(Item):
             raise errors.UsageError(f"Expected a Handler instance, got {self.handler!r:.80}.")
 
 
+class _Rule(NamedTuple):
+    """Which values are bound to a handler, and how."""
+
+    fits: Callable[[Any], bool]
+    bind: Callable[[Any], Item]
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Registry:
     """An immutable, ordered choice of handlers; the latest rule that fits a value wins.
 
+    The handlers apply to items and to values that stand in the tree of an item.
+
     Attributes:
-        rules: `(fits, make)` pairs: a predicate on the value and a function that binds it.
+        rules: The user's rules, the latest first.
+        defaults: Rules that are asked after these.
+        named: The user's handlers of types, by the name that checkpoints have for them.
     """
 
-    rules: tuple[tuple[Callable[[Any], bool], Callable[[Any], Item]], ...] = ()
+    rules: tuple[_Rule, ...] = ()
+    defaults: tuple[_Rule, ...] = ()
+    named: Mapping[str, Handler] = dataclasses.field(default_factory=dict[str, Handler])
 
     def with_handler(self, kind: type, handler: Handler) -> Registry:
-        """Returns a new registry in which values of `kind` (and its subclasses) use `handler`."""
+        """Returns a new registry in which values of `kind` (and its subclasses) use `handler`.
+
+        If the target has no live value (in the state of a `Stateful`, say), a restore calls
+        `handler.lift(None, tree)`.
+        """
         if not isinstance(handler, Handler):
             raise errors.UsageError(
                 f"Expected a Handler instance for {kind.__name__}, got {handler!r}."
             )
-        return self.with_rule(
+        name = f"{type(handler).__name__}[{kind.__name__}]"
+        extended = self.with_rule(
             lambda value: isinstance(value, kind), lambda value: CheckpointItem(value, handler)
         )
+        return dataclasses.replace(extended, named={**self.named, name: handler})
 
     def with_rule(self, fits: Callable[[Any], bool], bind: Callable[[Any], Item]) -> Registry:
         """Returns a new registry in which values that fit are bound by `bind`."""
-        return dataclasses.replace(self, rules=((fits, bind), *self.rules))
+        return dataclasses.replace(self, rules=(_Rule(fits, bind), *self.rules))
+
+    def find(self, value: Any, *, is_own: bool = False) -> Item | None:
+        """Returns the item for a value by the first rule that fits; None if there is none.
+
+        Args:
+            value: Any value.
+            is_own: Whether only the user's rules count.
+        """
+        for rule in self.rules if is_own else (*self.rules, *self.defaults):
+            if rule.fits(value):
+                return rule.bind(value)
+        return None
 
     def bind(self, value: Any, name: str = "item") -> Item:
         """Returns the item for a value: itself if it is one already."""
         if isinstance(value, Item):
             value.check()
             return value
-        for fits, bind in self.rules:
-            if fits(value):
-                return bind(value)
-        raise errors.UsageError(
-            f"No handler for {name}, a {type(value).__name__}; wrap it in a CheckpointItem or "
-            "register a handler (registry.with_handler).",
-            key_path=name,
-        )
+        item = self.find(value)
+        if item is None:
+            raise errors.UsageError(
+                f"No handler for {name}, a {type(value).__name__}; wrap it in a CheckpointItem or "
+                "register a handler (registry.with_handler).",
+                key_path=name,
+            )
+        return item

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivateUsage]
@@ -27,6 +27,12 @@ _WRAPPERS: Mapping[str, str] = MappingProxyType(
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.ActivationWrapper": (
             "_checkpoint_wrapped_module"
         ),
+    }
+)
+_FSDP2 = frozenset(
+    {
+        "torch.distributed.fsdp.FSDPModule",
+        "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule",
     }
 )
 _DDP = frozenset({"torch.nn.parallel.distributed.DistributedDataParallel"})
@@ -72,7 +78,12 @@ def slots(root: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
     Raises:
         UsageError: The module contains itself: its tensors would have names without end.
     """
-    for prefix, module in _named_modules(root):
+    modules = _named_modules(root)
+    for _, module in modules:
+        if classes.is_a(module, _FSDP2):
+            # After a forward pass without a backward, the parameters are still unsharded copies.
+            cast("Any", module).reshard()
+    for prefix, module in modules:
         start = clean_prefix(root, prefix)
         for attribute, parameter in module._parameters.items():
             if parameter is not None:

@@ -21,7 +21,7 @@ from functional_ckpt.core.tree import encode, memory, structure
 from functional_ckpt.core.tree import flatten as tree_lib
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING, Fill, Refused
 from functional_ckpt.core.tree.structure import MergedNames
-from functional_ckpt.handlers import classes, optimizer_names
+from functional_ckpt.handlers import classes, dtensor_parts, optimizer_names
 from functional_ckpt.handlers.base import Handler, Item, item_class
 from functional_ckpt.handlers.optimizer_names import NamedOptimizer, State
 
@@ -213,6 +213,11 @@ class _Matching:
 
         State that a sharded parameter does not have yet is made with the parameter's sharding.
         """
+        if isinstance(saved, structure.Handled):
+            if saved.detail.get(structure.HANDLER) != dtensor_parts.DTensorPartsHandler.__name__:
+                return AS_SAVED
+            is_live = isinstance(live, torch.Tensor)
+            return Fill(live) if is_live else dtensor_parts.made_like(parameter, saved)
         if isinstance(live, torch.Tensor):
             if isinstance(saved, dict) and hasattr(live, "__tensor_flatten__"):
                 return live  # a new tensor of the live one's class, made of the saved parts
@@ -278,6 +283,7 @@ def _new_shard(parameter: torch.Tensor | None, saved: spec_lib.ArraySpec) -> Any
     if tuple(parameter.shape) != saved.shape or saved.shape == ():
         return AS_SAVED
     new = torch.empty_like(parameter.detach(), dtype=getattr(torch, saved.dtype))
+    # One on the meta device is imitated on the device of its mesh.
     return new if new.is_meta else Fill(new)
 
 
@@ -317,7 +323,7 @@ def _as_run_wants(live: Any, option: Any) -> Any:
     """A group's option as the kind of value the run has: its tensor, a plain number, a tuple."""
     if isinstance(live, torch.Tensor):
         if option is not live:
-            with torch.no_grad():
+            with memory.writing(live):
                 live.copy_(torch.as_tensor(option, device="cpu"))
         return live
     if type(live) in (int, float) and isinstance(option, torch.Tensor):

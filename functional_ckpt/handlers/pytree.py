@@ -12,10 +12,14 @@ __all__ = ["PyTree", "PyTreeHandler"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PyTreeHandler(Handler):
-    """Saves a pytree as it is; restores a new one like the target and leaves the target alone."""
+    """Saves a pytree as it is; restores a new one like the target and leaves the target alone.
+
+    Values with handlers that stand in it are saved and restored by these.
+    """
 
     per_rank: bool = False
     changes_value: bool = False
+    holds_values: bool = True
 
     def lower(self, value: Any) -> Any:
         """Returns the value itself."""

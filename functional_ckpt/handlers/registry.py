@@ -34,7 +34,7 @@ def default_registry() -> Registry:
         (is_metric, TorchMetric),
     ):
         registry = registry.with_rule(fits, bind)
-    return registry
+    return Registry(defaults=registry.rules)
 
 
 def _always(value: object) -> bool:

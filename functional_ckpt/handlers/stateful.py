@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import sys
 from typing import Any, cast
@@ -9,8 +10,10 @@ from typing import Any, cast
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core.arrays import sharding, spec
-from functional_ckpt.core.tree.placeholders import AS_SAVED
+from functional_ckpt.core.arrays import sharding
+from functional_ckpt.core.arrays.spec import CARRIED_BY, ArraySpec
+from functional_ckpt.core.tree import encode, structure
+from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
 from functional_ckpt.handlers import classes
 from functional_ckpt.handlers.base import Handler, Item, item_class
 
@@ -37,34 +40,17 @@ class StatefulHandler(Handler):
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """Everything as saved, since a fresh object's state may lack entries of a used one.
 
-        A saved value becomes a DTensor if the present state has one.
+        A DTensor of the object is filled: its state is restored in its sharding.
         """
-        if self.per_rank or "torch.distributed.tensor" not in sys.modules:
+        has_dtensors = "torch.distributed.tensor" in sys.modules
+        if self.per_rank or not has_dtensors or not _has_arrays(saved):
             return AS_SAVED
-        return _like_sharded(value.state_dict(), saved)
+        return _sharded(value.state_dict(), saved)
 
     def lift(self, value: Any, tree: Any) -> Any:
         """Returns the value, after `load_state_dict`."""
         value.load_state_dict(tree)
         return value
-
-
-def _like_sharded(live: Any, saved: Any) -> Any:
-    """Returns a target in which every DTensor of the live state stands for its saved value."""
-    if isinstance(live, torch.Tensor):
-        is_sharded = isinstance(saved, spec.ArraySpec) and sharding.sharding_of(live) is not None
-        return live.detach() if is_sharded else AS_SAVED
-    if isinstance(live, dict) and isinstance(saved, dict):
-        lives = cast("dict[Any, Any]", live)
-        found = {
-            key: _like_sharded(lives.get(key), child)
-            for key, child in cast("dict[Any, Any]", saved).items()
-        }
-        return found if any(child is not AS_SAVED for child in found.values()) else AS_SAVED
-    if type(live) in (list, tuple) and type(live) is type(saved) and len(live) == len(saved):
-        items = type(live)(map(_like_sharded, live, saved))
-        return items if any(child is not AS_SAVED for child in items) else AS_SAVED
-    return AS_SAVED
 
 
 @item_class
@@ -107,3 +93,52 @@ def is_stateful(value: object) -> bool:
     return not isinstance(value, type) and all(
         callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict")
     )
+
+
+def _has_arrays(saved: Any) -> bool:
+    """Whether a stored tree has arrays of one dim or more, which may be sharded."""
+    if isinstance(saved, structure.Handled):
+        return _has_arrays(saved.tree)
+    if isinstance(saved, dict):
+        return any(map(_has_arrays, cast("dict[Any, Any]", saved).values()))
+    if isinstance(saved, (list, tuple)) and not isinstance(saved, torch.Size):
+        return any(map(_has_arrays, cast("list[Any]", saved)))
+    return isinstance(saved, ArraySpec) and saved.shape != ()
+
+
+def _sharded(live: Any, saved: Any) -> Any:
+    """The stored tree with `AS_SAVED` for all leaves but the DTensors of the live one."""
+    if isinstance(live, torch.Tensor) and sharding.sharding_of(live) is not None:
+        if isinstance(saved, structure.Handled):
+            return Fill(live)
+        return _shard(live, saved) if isinstance(saved, ArraySpec) else AS_SAVED
+    if isinstance(live, dict) and isinstance(saved, dict):
+        lives = cast("dict[Any, Any]", live)
+        return _of_children(saved, {key: _sharded(lives.get(key), saved[key]) for key in saved})
+    if type(live) in (list, tuple) and type(live) is type(saved) and len(live) == len(saved):
+        return _of_children(saved, type(live)(map(_sharded, live, saved)))
+    return AS_SAVED
+
+
+def _of_children(saved: Any, target: Any) -> Any:
+    """The target; `AS_SAVED` where all of it is, so that the stored container comes back."""
+    children = target.values() if isinstance(target, dict) else target
+    if all(child is AS_SAVED for child in children):
+        return AS_SAVED
+    if isinstance(target, dict) and type(saved) is collections.OrderedDict:
+        whole = collections.OrderedDict(target)
+        vars(whole).update(vars(saved))
+        return whole
+    return target
+
+
+def _shard(live: torch.Tensor, saved: ArraySpec) -> Any:
+    """Memory for a stored array in the sharding of a live DTensor: its own, where that fits."""
+    if tuple(live.shape) != saved.shape:
+        return AS_SAVED
+    name = encode.torch_dtype_name(live.dtype)
+    if CARRIED_BY.get(name, name) != saved.dtype:
+        if saved.dtype in encode.NUMPY_ONLY:
+            return AS_SAVED
+        live = torch.empty_like(live.detach(), dtype=encode.torch_dtype(saved.dtype))
+    return live.detach() if live.is_meta else Fill(live.detach())

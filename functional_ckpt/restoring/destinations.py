@@ -78,7 +78,7 @@ def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> HostDestination:
     detour = decode.allocate(_local_node(node, tensor))
 
     def finish() -> torch.Tensor:
-        with torch.no_grad():
+        with memory.writing(local):
             local.copy_(cast("torch.Tensor", detour.finish()))
         return tensor
 
@@ -92,7 +92,7 @@ def device_destination(read: plan.ReadArray) -> DeviceDestination | None:
     like = cast("torch.Tensor", read.like)
     if not device_copies.is_streamed(like) or not memory.is_contiguous_strided(like):
         return None
-    if _dtype_of(read.node) != encode.torch_dtype_name(like.dtype):
+    if read.node.dtype != encode.torch_dtype_name(like.dtype):
         return None
     value = like
     if read.form == "tensor":
@@ -100,13 +100,9 @@ def device_destination(read: plan.ReadArray) -> DeviceDestination | None:
     return DeviceDestination(value.detach().view(-1).view(torch.uint8), value)
 
 
-def _dtype_of(node: structure.ArrayNode) -> str:
-    return str(node.detail.get("dtype", node.spec.dtype))
-
-
 def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
     """Returns whether a read can go straight into the tensor's memory."""
-    if not tensor.is_cpu or _dtype_of(node) != encode.torch_dtype_name(tensor.dtype):
+    if not tensor.is_cpu or node.dtype != encode.torch_dtype_name(tensor.dtype):
         return False
     return memory.is_contiguous_strided(tensor) or (
         _is_memory(tensor) and not memory.is_expanded(tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, TypeGuard
@@ -12,12 +13,13 @@ from functional_ckpt.core.records import merge_ranks
 from functional_ckpt.core.restore_plan import json_tree, keep, plan, rename, select
 from functional_ckpt.core.restore_plan import select as select_lib
 from functional_ckpt.core.restore_plan.match import match, own_value
-from functional_ckpt.core.tree import structure
+from functional_ckpt.core.tree import context, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem, missing_item
+from functional_ckpt.handlers import nested as nested_values
 from functional_ckpt.handlers.base import Handler, Item, Registry
-from functional_ckpt.restoring import read
+from functional_ckpt.restoring import nested, read
 
 __all__ = ["MatchedItem", "RestoreArguments", "RestoreOptions", "is_per_rank", "match_items"]
 
@@ -98,6 +100,7 @@ class MatchedItem:
         report: What did not fit.
         is_resized: Whether it was saved for each of another number of ranks.
         filled: The target's own tensors that are filled.
+        is_nested: Whether values of handlers stand in the tree.
     """
 
     name: str
@@ -107,6 +110,7 @@ class MatchedItem:
     report: plan.RestoreReport
     is_resized: bool = False
     filled: tuple[plan.Filled, ...] = ()
+    is_nested: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +121,7 @@ class _Request:
     options: RestoreOptions
     wanted: select_lib.Selection
     renamed: rename.Renaming | None
+    registry: Registry
     group: Coordinator
     keeps_missing: bool = False
     """Whether a target whose item the checkpoint lacks is kept and reported."""
@@ -158,6 +163,7 @@ def match_items(
         options=options,
         wanted=select_lib.Selection(options.patterns, options.ignore),
         renamed=None if options.key_map is None else rename.Renaming(options.key_map),
+        registry=registry,
         group=group,
         # Where no item is there at all, it is another checkpoint than the one that was meant.
         keeps_missing=not options.strict and not checkpoint.items.keys().isdisjoint(into or ()),
@@ -190,7 +196,7 @@ def _match_as_saved(asked: _Request, name: str) -> MatchedItem | None:
         root = select.prune(root, asked.wanted.leaves_of(name))
     if root is None:
         return None
-    binding = match(root, AS_SAVED, item=name, as_parts=True).binding
+    binding = match(root, AS_SAVED, item=name).binding
     return MatchedItem(name=name, item=None, opened=opened, binding=binding, report=nothing)
 
 
@@ -204,11 +210,13 @@ def _match_json(asked: _Request, name: str, item: Item | None) -> MatchedItem | 
         if root is not None and asked.wanted.is_partial(name):
             selects = asked.wanted.leaves_of(name)
             pruned = select.prune(root, selects)
-            own = NOTHING if item is None or item.value is None else item.value
+            own = NOTHING if item is None or item.value is None else item.handler.own(item.value)
             root = pruned if item is None else keep.keep_unselected(root, own, selects)
         if root is None:
             return None
         value = json_tree.from_node(root)
+    if item is None:
+        value = context.unpack(value)
     nothing = plan.RestoreReport()
     return MatchedItem(name=name, item=item, opened=None, binding=plan.Given(value), report=nothing)
 
@@ -243,7 +251,7 @@ def _match_item(asked: _Request, name: str, item: Item) -> MatchedItem | None:
     checkpoint, wanted, options, group = asked.checkpoint, asked.wanted, asked.options, asked.group
     kind = checkpoint.items.get(name)
     if kind is None and asked.keeps_missing:
-        return _left_alone(name, item, plan.RestoreReport(missing=(name,)))
+        return _left_alone(asked, name, item, plan.RestoreReport(missing=(name,)))
     if kind is None:
         hint = " Pass strict=False to keep the target's own." if options.strict else ""
         raise missing_item(checkpoint.path, name, checkpoint.items, checkpoint.step, hint)
@@ -262,23 +270,33 @@ def _match_item(asked: _Request, name: str, item: Item) -> MatchedItem | None:
         return _match_as_saved(asked, name)
     opened = checkpoint.tree(name)
     root = asked.root_of(opened, name) or structure.BranchNode(kind="dict", keys=(), children=())
+    if asked.renamed is not None and handler.holds_values:
+        root = nested.with_module_names(root, item, asked.registry)
     is_resized = _is_resized(opened.root, handler, group)
     if wanted.is_partial(name):
         root = _select(asked, name, item, root, is_resized=is_resized)
         if root is None or keep.is_own(root):
-            return _left_alone(name, item, plan.RestoreReport())
-    target, reported = _target_of(asked, name, item, opened.root, root, is_resized=is_resized)
-    if target is None:
-        return _left_alone(name, item, reported)
-    outcome = match(root, target, item=name, cast_to_target=options.cast, selects=handler.selects)
+            return _left_alone(asked, name, item, plan.RestoreReport())
+    target = _target_of(asked, name, item, opened.root, root, is_resized=is_resized)
+    if target.tree is None:
+        return _left_alone(asked, name, item, target.report)
+    outcome = match(
+        root,
+        target.tree,
+        item=name,
+        cast_to_target=options.cast,
+        selects=nested.selects(handler, target.inside),
+        lifts=functools.partial(nested_values.lifts, asked.registry),
+    )
     return MatchedItem(
         name=name,
         item=item,
         opened=opened,
         binding=outcome.binding,
-        report=plan.merge([reported, outcome.report]),
+        report=plan.merge([target.report, outcome.report]),
         is_resized=is_resized,
         filled=outcome.filled,
+        is_nested=outcome.is_nested,
     )
 
 
@@ -289,7 +307,7 @@ def _select(
     selects = asked.wanted.leaves_of(name)
     pruned = select.prune(root, selects)  # asks about all that is stored, whatever the target has
     if not is_resized:
-        return keep.keep_unselected(root, item.handler.own(item.value), selects)
+        return keep.keep_unselected(root, nested_values.own(asked.registry, item), selects)
     if pruned is not None and pruned != root:
         raise errors.UsageError(
             f"{name} was saved for each of another number of ranks and cannot be restored in part: "
@@ -307,27 +325,26 @@ def _target_of(
     root: structure.Node,
     *,
     is_resized: bool,
-) -> tuple[Any, plan.RestoreReport]:
-    """Returns the item's target, and its handler's mismatches; None if nothing matches."""
+) -> nested.Target:
+    """Returns the item's target, and the mismatches that handlers find."""
     handler, group = item.handler, asked.group
-    nothing = plan.RestoreReport()
-    try:
-        if is_resized:
-            _check_resizable(name, saved, handler, group)
-            return AS_SAVED, nothing
-        return handler.target(item.value, select.specs(root), strict=True), nothing
-    except errors.MismatchError as error:
-        report = _report_of(name, error)
+
+    def may_differ(error: errors.MismatchError) -> bool:
         only_unexpected = not (error.missing or error.mismatched) and bool(error.unexpected)
         # Another rank may expect a leaf that is unexpected here.
-        if is_resized or not (
-            not asked.options.strict or (group.num_ranks > 1 and only_unexpected)
-        ):
-            return None, report
-    try:
-        return handler.target(item.value, select.specs(root), strict=False), report
-    except errors.MismatchError:
-        return None, report
+        return not asked.options.strict or (group.num_ranks > 1 and only_unexpected)
+
+    if not is_resized:
+        return nested.target_of(
+            item,
+            select.specs(root),
+            name=name,
+            registry=asked.registry,
+            may_differ=may_differ,
+        )
+    num_saved = len(saved.children) if is_per_rank(saved) else 1
+    wrong = nested.why_not_resizable(handler, num_saved, group.rank, group.num_ranks, name)
+    return nested.Target(tree=None if wrong else AS_SAVED, report=wrong, inside={})
 
 
 def _is_resized(root: structure.Node, handler: Handler, group: Coordinator) -> bool:
@@ -336,24 +353,7 @@ def _is_resized(root: structure.Node, handler: Handler, group: Coordinator) -> b
     return (handler.per_rank or is_per_rank(root)) and num_saved != group.num_ranks
 
 
-def _check_resizable(name: str, root: structure.Node, handler: Handler, group: Coordinator) -> None:
-    """Raises before anything is read if a handler cannot resize."""
-    if not handler.can_resize():
-        num_saved = len(root.children) if is_per_rank(root) else 1
-        handler.resize([None] * num_saved, group.rank, group.num_ranks)
-
-
-def _report_of(name: str, error: errors.MismatchError) -> plan.RestoreReport:
-    """Returns a mismatch that the handler found, to be reported with the others."""
-    mismatched = error.mismatched
-    if not (error.missing or error.unexpected or error.mismatched):
-        mismatched = (f"{name}: {error.message}",)
-    return plan.RestoreReport(
-        missing=error.missing, unexpected=error.unexpected, mismatched=mismatched
-    )
-
-
-def _left_alone(name: str, item: Item, report: plan.RestoreReport) -> MatchedItem:
+def _left_alone(asked: _Request, name: str, item: Item, report: plan.RestoreReport) -> MatchedItem:
     """Returns an item of which nothing is restored: the caller's object, as it is."""
-    given = plan.Given(own_value(item.value))
+    given = plan.Given(own_value(nested_values.unchanged(asked.registry, item)))
     return MatchedItem(name=name, item=None, opened=None, binding=given, report=report)

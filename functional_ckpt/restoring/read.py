@@ -258,8 +258,9 @@ def _build(binding: plan.Build, touched: TargetState, children: Sequence[Any]) -
     value = flatten.unflatten_one_level(binding.node, children, binding.like)
     if binding.into is not None:
         touched.value = True
-        with torch.no_grad():
-            return binding.into.copy_(value)
+        with memory.writing(binding.into):
+            binding.into.copy_(value)
+        return binding.into if binding.result is None else binding.result
     if isinstance(binding.like, torch.Tensor) and isinstance(value, torch.Tensor):
         return decode.apply_tensor_role(value, {}, binding.like.device)
     return value

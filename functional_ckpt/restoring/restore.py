@@ -10,12 +10,15 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
+
 from functional_ckpt import errors
 from functional_ckpt.core.restore_plan import plan
 from functional_ckpt.core.tree import containers
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint
+from functional_ckpt.handlers import nested
 from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import read, ties
@@ -128,6 +131,10 @@ def restore_checkpoint(
         MismatchError: Something does not fit; nothing was touched.
         CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written into.
     """
+    if torch.is_inference_mode_enabled():
+        # Restored tensors must not be inference tensors, which cannot be trained.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            return restore_checkpoint(open_checkpoint, into, registry, options, coordinator)
     group = coordinator or SingleProcess()
     with collective(group, "matching the checkpoint with the target", _is_asked_of_all) as round_:
         with threads.gc_paused():
@@ -152,10 +159,7 @@ def restore_checkpoint(
     ):
         values = _read(matched, options, group, target)
         with threads.gc_paused():
-            lifted = {
-                each.name: _lift(each, value, group, target)
-                for each, value in zip(matched, values, strict=True)
-            }
+            lifted = _lift_all(matched, values, registry, group, target)
     return Restored(
         lifted,
         step=checkpoint.step,
@@ -244,17 +248,43 @@ def _packed(text: str) -> bytes:
     return zlib.compress(text.encode(), 1)
 
 
-def _lift(matched: MatchedItem, value: Any, group: Coordinator, target: read.TargetState) -> Any:
-    if matched.item is None:
-        return value
-    handler = matched.item.handler
+def _lift_all(
+    matched: Sequence[MatchedItem],
+    values: Sequence[Any],
+    registry: Registry,
+    group: Coordinator,
+    target: read.TargetState,
+) -> dict[str, Any]:
+    """The restored values of all items; those of optimizers last, which need their modules."""
+    lifted = {each.name: value for each, value in zip(matched, values, strict=True)}
+    for is_late in (False, True):
+        for each in matched:
+            if each.item is None:
+                continue
+            if each.is_nested:
+                target.value = True
+                lifted[each.name] = nested.lift(registry, lifted[each.name], is_late=is_late)
+            # A tree that holds values is complete once all of them are lifted.
+            if is_late == (each.item.handler.holds_values or nested.is_lifted_late(each.item)):
+                lifted[each.name] = _lift(each, each.item, lifted[each.name], group, target)
+    return lifted
+
+
+def _lift(
+    matched: MatchedItem,
+    item: Item,
+    value: Any,
+    group: Coordinator,
+    target: read.TargetState,
+) -> Any:
+    handler = item.handler
     if matched.is_resized:
         # Values of a single rank are not wrapped in a dict of ranks.
         is_wrapped = matched.opened is not None and is_per_rank(matched.opened.root)
         trees = list(value.values()) if is_wrapped else [value]
         value = handler.resize(trees, group.rank, group.num_ranks)
     target.value = target.value or handler.changes_value
-    return handler.lift(matched.item.value, value)
+    return handler.lift(item.value, value)
 
 
 def _read(

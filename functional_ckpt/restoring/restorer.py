@@ -15,7 +15,9 @@ from functional_ckpt import errors
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.handlers import nested
 from functional_ckpt.handlers.base import Item, Registry
+from functional_ckpt.handlers.pytree import PyTree
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreOptions
 from functional_ckpt.steps import decide, rollback
@@ -261,8 +263,10 @@ class Restorer:
 
 def initial_values(initial: Mapping[str, Any]) -> restore_lib.Restored:
     """The result if nothing is restored: the initial values."""
+    registry = Registry()
     values = {
-        name: value.value if isinstance(value, Item) else value for name, value in initial.items()
+        name: nested.unchanged(registry, value if isinstance(value, Item) else PyTree(value))
+        for name, value in initial.items()
     }
     return restore_lib.Restored(values, starts_at=0)
 

@@ -12,9 +12,10 @@ import torch
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding as sharding_lib
 from functional_ckpt.core.arrays.spec import ArraySpec
-from functional_ckpt.core.records import merge_ranks, orbax
+from functional_ckpt.core.records import orbax
 from functional_ckpt.core.tree import encode, flatten, memory, structure
 from functional_ckpt.format.step_files import PROGRESS_ITEM
+from functional_ckpt.handlers import nested
 from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.runtime import device_copies, threads
 from functional_ckpt.storage import commit
@@ -53,7 +54,7 @@ class LoweredItem:
         tied: Leaves that share the bytes of one of these.
         scalars: Name, spec and value of the plain numbers, which Orbax reads as arrays.
         optimizers: The optimizers whose steps alone change its values below `state`.
-        value: The live object.
+        values: The live objects: the item's, and those with handlers in its tree.
         per_rank: Whether every rank has a value of its own, under a key of its own.
         first_rank: Names of the arrays that may differ between ranks, of which the first rank's is
             saved -> whether to warn when they do.
@@ -68,7 +69,7 @@ class LoweredItem:
     tied: tuple[structure.ArrayNode, ...] = ()
     scalars: tuple[tuple[str, ArraySpec, object], ...] = ()
     optimizers: tuple[Any, ...] = ()
-    value: Any = None
+    values: tuple[Any, ...] = ()
     per_rank: bool = False
     first_rank: Mapping[str, bool] = dataclasses.field(default_factory=dict[str, bool])
     is_checked: bool = True
@@ -109,10 +110,12 @@ def lower(
     device_copies.check_not_capturing()
     bound = {check_item_name(name): registry.bind(value, name) for name, value in items.items()}
     with threads.gc_paused():
-        return tuple(_lower_item(name, item, rank, ranks) for name, item in bound.items())
+        return tuple(_lower_item(name, item, registry, rank, ranks) for name, item in bound.items())
 
 
-def _lower_item(name: str, item: Item, rank: int, ranks: tuple[int, ...]) -> LoweredItem:
+def _lower_item(
+    name: str, item: Item, registry: Registry, rank: int, ranks: tuple[int, ...]
+) -> LoweredItem:
     kind = type(item.handler).__name__
     lowered = _tree_of(name, item)
     is_checked = item.replicated == "checked"
@@ -121,10 +124,16 @@ def _lower_item(name: str, item: Item, rank: int, ranks: tuple[int, ...]) -> Low
         return LoweredItem(name=name, handler=kind, root=None, text=text, is_checked=is_checked)
     per_rank = item.handler.per_rank and len(ranks) > 1
     flat = flatten.flatten(
-        {merge_ranks.rank_key(rank): lowered} if per_rank else lowered, item=name
+        {structure.rank_key(rank): lowered} if per_rank else lowered,
+        item=name,
+        open_leaf=lambda value, around: nested.lower(registry, value, around or item),
+        ranks=None if per_rank else (rank, len(ranks)),
     )
     sources = tuple(_source(name, node, value, rank, ranks) for node, value in flat.arrays)
-    if per_rank and (spread := next((s for s in sources if s.sharding is not None), None)):
+    own = [prefix for prefix, each in flat.nested if each.is_per_rank]
+    for spread in (source for source in sources if source.sharding is not None):
+        if not per_rank and not any(_is_below(spread.node.name, prefix) for prefix in own):
+            continue
         raise errors.UnsupportedLeafError(
             f"{name}: {spread.node.name!r} is a DTensor, of which each rank has a part, but every "
             "rank has a state of its own in this item; save it with "
@@ -139,9 +148,9 @@ def _lower_item(name: str, item: Item, rank: int, ranks: tuple[int, ...]) -> Low
         tied=flat.tied,
         scalars=tuple(orbax.scalar_leaves(flat.root)),
         optimizers=tuple(item.handler.optimizers(item.value)),
-        value=item.value,
+        values=(item.value, *(each.item.value for _, each in flat.nested)),
         per_rank=per_rank,
-        first_rank={} if len(ranks) == 1 or per_rank else _first_rank(item, sources),
+        first_rank={} if len(ranks) == 1 or per_rank else _first_rank(item, flat, sources),
         is_checked=is_checked,
     )
 
@@ -157,10 +166,26 @@ def _tree_of(name: str, item: Item) -> Any:
         ) from error
 
 
-def _first_rank(item: Item, sources: Sequence[Source]) -> Mapping[str, bool]:
-    if item.replicated == "unchecked":
-        return {source.node.name: False for source in sources}
-    return item.handler.first_rank_leaves(item.value)
+def _first_rank(
+    item: Item, flat: flatten.FlatTree, sources: Sequence[Source]
+) -> Mapping[str, bool]:
+    """Arrays that may differ between ranks: of the item, and of the values in its tree."""
+    found: dict[str, bool] = {}
+    inside: list[tuple[str, Item]] = [(name, each.item) for name, each in flat.nested]
+    for prefix, each in [("", item), *inside]:
+        if each.replicated == "unchecked":
+            names = [source.node.name for source in sources]
+            found |= {name: False for name in names if _is_below(name, prefix)}
+            continue
+        start = f"{prefix}." if prefix not in ("", structure.ROOT_NAME) else ""
+        leaves = each.handler.first_rank_leaves(each.value)
+        found |= {f"{start}{name}": warns for name, warns in leaves.items()}
+    return found
+
+
+def _is_below(name: str, prefix: str) -> bool:
+    """Whether a leaf belongs to the value whose leaves have this prefix; all belong to the root."""
+    return prefix in ("", structure.ROOT_NAME) or f"{name}.".startswith(f"{prefix}.")
 
 
 def _source(

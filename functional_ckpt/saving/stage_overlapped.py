@@ -73,7 +73,8 @@ def stage(
     pending = PendingCopy(copy, optimizers, step, transfers, fence.unfenced)
     _watch(pending, later, optimizers, is_checked=is_checked)
     parts_lib.copy(now, memory)
-    modules = [item.value for item in items if isinstance(item.value, torch.nn.Module)]
+    values = [value for item in items for value in item.values]
+    modules = [value for value in values if isinstance(value, torch.nn.Module)]
     fence.arm(pending, [*(each for module in modules for each in module.modules()), *optimizers])
     return found
 
@@ -106,8 +107,9 @@ def _changed_by_forward(items: Sequence[LoweredItem]) -> frozenset[int]:
     return frozenset(
         storage_of(module.weight)
         for item in items
-        if isinstance(item.value, torch.nn.Module)
-        for module in item.value.modules()
+        for value in item.values
+        if isinstance(value, torch.nn.Module)
+        for module in value.modules()
         if getattr(module, "max_norm", None) is not None
         and isinstance(getattr(module, "weight", None), torch.Tensor)
     )

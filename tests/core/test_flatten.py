@@ -100,7 +100,7 @@ def test_invalid_parts_raise_corrupt(
         children=tuple(structure.ValueNode(kind="int", value=0) for _ in keys),
         detail=detail,
     )
-    with pytest.raises(errors.CorruptCheckpointError, match=f"stored as '{kind}'"):
+    with pytest.raises(errors.CorruptCheckpointError, match=f"stored '{kind}'"):
         flatten.unflatten_one_level(node, children)
 
 

@@ -103,7 +103,6 @@ def test_a_local_tensor_of_another_shape_is_refused_by_name(
 
 ODD = {
     "replica": "has the shape [3]; expected [4]",
-    "over wrapper": "is a odd_tensors.Doubled, a subclass without memory of its own",
     "over shards": "LocalShardsWrapper, a subclass without memory of its own",
     "sharded tensor": "ShardedTensor is a tensor subclass without memory of its own",
     "fake": "FakeTensor is a tensor subclass without memory of its own",
@@ -136,7 +135,7 @@ def test_a_target_whose_local_tensor_has_another_shape_is_a_mismatch(
         assert "s['t']: cannot be restored into: the local tensor of this DTensor" in failure.text
 
 
-@pytest.mark.parametrize("kind", ["over wrapper", "over shards", "fake", "closed"])
+@pytest.mark.parametrize("kind", ["over shards", "fake", "closed"])
 def test_a_target_without_memory_of_its_own_is_a_mismatch(
     kind: str, workers: Workers, tmp_path: Path
 ) -> None:

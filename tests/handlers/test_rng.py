@@ -182,7 +182,7 @@ def test_other_ranks_derive_streams_of_their_own():
 
 
 def test_other_ranks_are_an_error_unless_asked():
-    with pytest.raises(errors.MismatchError, match="saved by 2 ranks, restoring on 3"):
+    with pytest.raises(errors.MismatchError, match="saved by 2 ranks"):
         Rng().handler.resize([None, None], 0, 3)
     with pytest.raises(errors.UsageError, match="other_ranks"):
         Rng(other_ranks="ignore")  # pyright: ignore[reportArgumentType]

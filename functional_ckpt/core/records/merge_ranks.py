@@ -12,15 +12,9 @@ from functional_ckpt.core.arrays.sharding import Sharding
 from functional_ckpt.core.tree import plain_json, structure, walk
 from functional_ckpt.core.tree.structure import ArrayNode, BranchNode, Key, KeyPath, Node, ValueNode
 
-__all__ = ["select_rank", "rank_key", "merge_ranks", "merge_shardings"]
+__all__ = ["select_rank", "merge_ranks", "merge_shardings"]
 
-_MAPPINGS = ("dict", "ordered_dict", "default_dict", "counter")
 Parts: TypeAlias = "Sequence[tuple[int, Node]]"
-
-
-def rank_key(rank: int) -> str:
-    """Returns the key under which a rank's own value is stored."""
-    return f"rank_{rank}"
 
 
 def merge_ranks(parts: Parts, *, item: str) -> Node:
@@ -74,7 +68,7 @@ class _Uniting:
         pairs = sorted((rank, place) for place, (ranks, _) in enumerate(held) for rank in ranks)
         return BranchNode(
             kind="per_rank",
-            keys=tuple(Key(rank_key(rank)) for rank, _ in pairs),
+            keys=tuple(Key(structure.rank_key(rank)) for rank, _ in pairs),
             children=tuple(held[place][1] for _, place in pairs),
             # Distinguishes ranks without a value from another number of ranks.
             detail={} if len(pairs) == self.num_ranks else {"num_ranks": self.num_ranks},
@@ -92,7 +86,8 @@ class _Uniting:
             return _merge_names(held)
         children: dict[Key, Held] = {}
         for ranks, node in held:
-            if first.kind not in _MAPPINGS and node.keys != first.keys:
+            is_united = first.is_mapping or first.kind == "per_rank"
+            if not is_united and node.keys != first.keys:
                 raise self._conflict(path, held[0], (ranks, node))
             for key, child in zip(node.keys, node.children, strict=True):
                 children.setdefault(key, []).append((ranks, child))
@@ -108,8 +103,8 @@ class _Uniting:
         where = structure.pretty(path, self.item)
         rank, other = first[0][0], second[0][0]
         return errors.CoordinationError(
-            f"{where}: rank {rank} holds {_describe(first[1])}, rank {other} holds "
-            f"{_describe(second[1])}. {_advice(path)}",
+            f"{where}: rank {rank} holds {structure.describe(first[1])}, rank {other} holds "
+            f"{structure.describe(second[1])}. {_advice(path)}",
             ranks=(rank, other),
             key_path=where,
         )
@@ -176,14 +171,6 @@ def _merge_names(held: _Branches) -> Node:
     return dataclasses.replace(held[0][1], keys=keys, children=tuple(children))
 
 
-def _describe(node: Node) -> str:
-    if isinstance(node, ArrayNode):
-        return f"{node.kind} {node.spec}"
-    if isinstance(node, ValueNode):
-        return f"{node.kind} {node.value!r:.40}"
-    return f"a {node.kind} of {len(node.children)}"
-
-
 def merge_shardings(parts: Sequence[tuple[int, Sharding | None]]) -> Sharding:
     """Returns the sharding of an array that ranks hold in different shardings, or plain.
 
@@ -217,8 +204,14 @@ def merge_shardings(parts: Sequence[tuple[int, Sharding | None]]) -> Sharding:
 def select_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> Node:
     """The structure as one rank restores it: its own of every value that was saved per rank.
 
-    With another number of ranks, the values of rank 0 are taken; `dropped` receives their key
-    paths.
+    With another number of ranks, a value that has a handler comes with those of all ranks, in a
+    dict; of plain values, those of rank 0 are taken.
+
+    Args:
+        root: The stored structure.
+        rank: The rank that restores.
+        num_ranks: How many there are.
+        dropped: Receives the key paths of plain values of which rank 0's are taken.
     """
     trail: walk.Trail[Key] = walk.Trail()
 
@@ -229,14 +222,26 @@ def select_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> No
             return walk.leaf(node)
         if node.kind == "per_rank":
             own = {key.value: child for key, child in zip(node.keys, node.children, strict=True)}
-            if node.detail.get("num_ranks", len(own)) != num_ranks:
-                dropped.append(structure.pretty(trail.path()))
-                return walk.leaf(node.children[0])
-            # A rank that had none, and asks for it all the same, takes the first one's.
-            return walk.leaf(own.get(rank_key(rank), node.children[0]))
+            if node.detail.get("num_ranks", len(own)) == num_ranks:
+                # A rank that had none, and asks for it all the same, takes the first one's.
+                return walk.leaf(own.get(structure.rank_key(rank), node.children[0]))
+            if structure.handler_of(node) is not None:
+                return walk.leaf(_of_all_ranks(node, rank, num_ranks))
+            dropped.append(structure.pretty(trail.path()))
+            return walk.leaf(node.children[0])
         pairs = zip(node.children, node.keys, strict=True)
         return [
             (child, key, depth + 1) for child, key in pairs
         ], lambda children: dataclasses.replace(node, children=tuple(children))
 
     return walk.fold((root, None, 0), visit)
+
+
+def _of_all_ranks(node: BranchNode, rank: int, num_ranks: int) -> BranchNode:
+    """The values of all ranks, for a handler that resizes."""
+    children = (
+        structure.without(child, structure.HANDLER) if isinstance(child, BranchNode) else child
+        for child in node.children
+    )
+    detail = {**node.detail, structure.RESIZE: [rank, num_ranks]}
+    return dataclasses.replace(node, kind="dict", children=tuple(children), detail=detail)

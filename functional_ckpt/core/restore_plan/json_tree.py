@@ -6,16 +6,18 @@ from typing import Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.restore_plan.keep import INCOMPLETE
-from functional_ckpt.core.tree import encode, structure, walk
-from functional_ckpt.core.tree.structure import BranchNode, Key, Node
+from functional_ckpt.core.tree import encode, plain_json, structure, walk
+from functional_ckpt.core.tree.structure import BranchNode, Key, Node, ValueNode
 
 __all__ = ["from_node", "to_node"]
 
 
 def to_node(value: Any) -> Node:
-    """Returns the structure of a JSON value: every scalar and every empty container is a leaf."""
+    """Returns the structure of a JSON value; packed values and empty containers are leaves."""
 
     def visit(current: Any) -> walk.Visit[Any, Node]:
+        if plain_json.is_packed(current):
+            return walk.leaf(ValueNode(kind="json", value=current))
         if isinstance(current, dict):
             keys = tuple(map(Key, cast("dict[str, Any]", current)))
             values = list(cast("dict[str, Any]", current).values())

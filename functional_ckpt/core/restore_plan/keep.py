@@ -23,7 +23,6 @@ __all__ = ["INCOMPLETE", "is_own", "keep_unselected"]
 INCOMPLETE = "incomplete"
 """Detail of a container some of whose children are left out though it needs them all."""
 
-_FLEXIBLE = ("dict", "ordered_dict", "default_dict", "counter")
 _SEQUENCES = ("list", "tuple", "deque", "torch_size")
 _NONE = structure.ValueNode(kind="none", value=None)
 
@@ -54,7 +53,8 @@ def keep_unselected(saved: Node, own: Any, selects: Selects) -> Node | None:
 
     Args:
         saved: The stored structure.
-        own: The target's own tree, as its handler lowers it.
+        own: The target's own tree, as its handler lowers it; with a `Handled` for each value that
+            has a handler of its own.
         selects: Which leaves are to be restored, by name; asked about every leaf of both.
 
     Returns:
@@ -65,7 +65,7 @@ def keep_unselected(saved: Node, own: Any, selects: Selects) -> Node | None:
     def visit(place: _Place) -> walk.Visit[_Place, _Merged]:
         stored, live, key, depth = place
         trail.enter(depth, key)
-        children, lives = _children_of(stored), _own_children(live)
+        children, lives = _children_of(stored), _own_children(_inside(live))
         is_stored_leaf = stored is not None and children is None
         if is_stored_leaf or (not children and not lives):
             selected = selects(structure.leaf_name(trail.path())) or structure.is_names(stored)
@@ -73,12 +73,16 @@ def keep_unselected(saved: Node, own: Any, selects: Selects) -> Node | None:
         is_own_leaf = lives is None and live is not AS_SAVED and live is not NOTHING
         if is_own_leaf and not selects(structure.leaf_name(trail.path())):
             return walk.leaf(_leaf(stored, live, False))
-        pairs = _pairs(children or {}, lives or {}, live)
+        pairs = _pairs(children or {}, lives or {}, _inside(live))
         places = [(one, other, at, depth + 1) for one, other, at in pairs]
         keys = [at for _, _, at in pairs]
         return places, lambda merged: _branch(stored, live, keys, merged)
 
     return walk.fold((saved, own, None, 0), visit).node
+
+
+def _inside(live: Any) -> Any:
+    return live.tree if isinstance(live, structure.Handled) else live
 
 
 def _children_of(node: Node | None) -> dict[str, tuple[Key, Node]] | None:
@@ -130,17 +134,17 @@ def _branch(stored: Node | None, live: Any, keys: list[Key], merged: list[_Merge
     if not selected:
         return _leaf(stored, live, False)
     if stored is None:
-        opened = cast("flatten.FlatNode", flatten.flatten_one_level(live))
+        opened = cast("flatten.FlatNode", flatten.flatten_one_level(_inside(live)))
         stored = opened.node()
     branch = cast("structure.BranchNode", stored)
     pairs = [(key, each.node) for key, each in zip(keys, merged, strict=True)]
-    if live is AS_SAVED and branch.kind not in _FLEXIBLE:  # as where there is no target at all
+    if live is AS_SAVED and not branch.is_mapping:  # as where there is no target at all
         pairs = [(key, node or _NONE) for key, node in pairs]
     present = [(key, node) for key, node in pairs if node is not None]
     node = dataclasses.replace(
         branch, keys=tuple(key for key, _ in present), children=tuple(node for _, node in present)
     )
-    if branch.kind not in _FLEXIBLE and len(present) < len(pairs) and not _is_prefix(node):
+    if not branch.is_mapping and len(present) < len(pairs) and not _is_prefix(node):
         node = dataclasses.replace(node, detail={**node.detail, INCOMPLETE: True})
     return _Merged(node, selected=True, kept=True)
 

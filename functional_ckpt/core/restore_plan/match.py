@@ -29,6 +29,7 @@ from functional_ckpt.core.tree.structure import KeyPath
 __all__ = ["match", "own_value"]
 
 _LEAVES = (Fill, Refused, torch.Tensor)
+_HANDLED = structure.BranchNode(kind="handled", keys=(), children=())
 _Pair: TypeAlias = tuple[structure.Node | None, Any, KeyPath]
 """Stored node (None if absent), target value and key path."""
 
@@ -40,7 +41,7 @@ def match(
     item: str,
     cast_to_target: bool = False,
     selects: Callable[[str], bool] | None = None,
-    as_parts: bool = False,
+    lifts: Callable[[structure.BranchNode], bool | None] | None = None,
 ) -> Bound:
     """Binds every leaf of a target to its stored leaf.
 
@@ -50,11 +51,13 @@ def match(
         item: The item's name, for messages.
         cast_to_target: Whether an array of another dtype may be converted to the target's.
         selects: Which stored leaves the target is about, by name; the others are left alone.
-        as_parts: Whether a tensor subclass comes back as a dict of its parts where it is taken as
-            saved; else as a tensor of its class, and a class that this process does not know is a
+        lifts: Whether a handler makes a value of a node that is taken as saved; None for a handler
+            that is not there, which is a mismatch. Without `lifts`, all comes back as plain data:
+            the trees of handlers, and a tensor subclass as a dict of its parts; with it,
+            such a tensor is of its class, and a class that this process does not know is a
             mismatch.
     """
-    matching = _Matching(item, cast_to_target, selects or (lambda name: True), as_parts)
+    matching = _Matching(item, cast_to_target, selects or (lambda name: True), lifts)
     binding = walk.fold((saved, target, ()), matching.visit)
     return Bound(
         binding=binding,
@@ -64,6 +67,7 @@ def match(
             mismatched=tuple(matching.mismatched),
         ),
         filled=tuple(matching.filled),
+        is_nested=matching.is_nested,
     )
 
 
@@ -71,12 +75,17 @@ class _Matching:
     """The mutable state of one `match` call."""
 
     def __init__(
-        self, item: str, cast_to_target: bool, selects: Callable[[str], bool], as_parts: bool
+        self,
+        item: str,
+        cast_to_target: bool,
+        selects: Callable[[str], bool],
+        lifts: Callable[[structure.BranchNode], bool | None] | None,
     ) -> None:
         self.item = item
         self.cast_to_target = cast_to_target
         self.selects = selects
-        self.as_parts = as_parts
+        self.lifts = lifts
+        self.is_nested = False
         self.filled: list[Filled] = []
         self.missing: list[str] = []
         self.unexpected: list[str] = []
@@ -84,22 +93,44 @@ class _Matching:
 
     def visit(self, place: _Pair) -> walk.Visit[_Pair, Binding]:
         saved, target, path = place
+        if isinstance(target, structure.Handled):
+            return self._visit_handled(saved, target, path)
         if saved is None:
             return walk.leaf(self._absent(target, path))
         if keep.is_own(saved):
+            self.is_nested = True
             return walk.leaf(Given(own_value(cast("structure.ValueNode", saved).value)))
         if target is AS_SAVED:
             return walk.leaf(self._as_saved(saved, path))
         if isinstance(target, Refused):
-            return walk.leaf(self._differs(path, target.expected, _describe(saved), target.own))
+            found = structure.describe(saved)
+            return walk.leaf(self._differs(path, target.expected, found, target.own))
+        saved, path = _inside(saved, path)
         if not self._is_wanted(saved, target, path):
             return walk.leaf(Given(own_value(target)))
         opened = None if isinstance(target, _LEAVES) else flatten.flatten_one_level(target)
         if opened is None:
             return walk.leaf(self._bind_leaf(saved, target, path))
         if not isinstance(saved, structure.BranchNode):
-            return walk.leaf(self._differs(path, f"a {opened.kind}", _describe(saved), target))
+            return walk.leaf(
+                self._differs(path, f"a {opened.kind}", structure.describe(saved), target)
+            )
         return self._bind_container(saved, target, opened, path)
+
+    def _visit_handled(
+        self, saved: structure.Node | None, target: structure.Handled, path: KeyPath
+    ) -> walk.Visit[_Pair, Binding]:
+        self.is_nested = True
+        if saved is None:
+            return walk.leaf(self._absent(target, path))
+        if target.is_kept or keep.is_own(saved):
+            return walk.leaf(Given(own_value(target)))
+        if structure.handler_of(saved) is not None:
+            saved = structure.without(cast("structure.BranchNode", saved), structure.HANDLER)
+        inner, inner_path = _inside(saved, path)
+        return [(inner, target.tree, inner_path)], lambda bound: Build(
+            node=_HANDLED, children=tuple(bound), like=target
+        )
 
     def _bind_leaf(self, saved: structure.Node, target: Any, path: KeyPath) -> Binding:
         if isinstance(target, Fill):
@@ -141,6 +172,9 @@ class _Matching:
         todo: list[tuple[Any, KeyPath]] = [(target, path)]
         while todo:
             current, place = todo.pop()
+            if isinstance(current, structure.Handled):
+                todo.append((current.tree, place))
+                continue
             opened = None if isinstance(current, _LEAVES) else flatten.flatten_one_level(current)
             if opened is not None and opened.children:
                 pairs = zip(reversed(opened.keys), reversed(opened.children), strict=True)
@@ -155,6 +189,8 @@ class _Matching:
         self, saved: structure.Node, tensor: torch.Tensor, path: KeyPath, *, fill: bool
     ) -> Binding:
         own = Fill(tensor) if fill else tensor
+        if fill and structure.handler_of(saved) and sharding.sharding_of(tensor) is not None:
+            return self._bind_local_parts(cast("structure.BranchNode", saved), tensor, path)
         if (wrong := _wrong_target(tensor)) is not None:
             return self._refuse(path, f"cannot be restored into: {wrong}", own)
         opened = None if tensor.is_meta else flatten.flatten_one_level(tensor)
@@ -165,23 +201,44 @@ class _Matching:
         if not isinstance(saved, structure.ArrayNode) or saved.kind in ("bytes", "number"):
             is_number = isinstance(saved, structure.ArrayNode) and saved.kind == "number"
             if not (is_number and shape == ()):
-                return self._differs(path, expected, _describe(saved), own)
+                return self._differs(path, expected, structure.describe(saved), own)
         node = cast("structure.ArrayNode", saved)
         if node.spec.shape != shape:
-            return self._differs(path, expected, _describe(saved), own)
+            return self._differs(path, expected, structure.describe(saved), own)
         if fill and not tensor.is_contiguous() and memory.is_expanded(tensor):
             shared = "memory for each element (it is expanded: clone() it)"
-            return self._differs(path, shared, _describe(saved), own)
+            return self._differs(path, shared, structure.describe(saved), own)
         if _stored_dtype(node) != dtype and not self.cast_to_target:
             hint = " (pass cast='target' to convert)"
-            return self._differs(path, expected, _describe(saved) + hint, own)
+            return self._differs(path, expected, structure.describe(saved) + hint, own)
         read = ReadArray(node=node, form="fill" if fill else "tensor", like=tensor)
         if fill or tensor.is_meta:  # a module's tensors on the meta device are given memory
             self.filled.append(Filled(where=structure.pretty(path, self.item), read=read))
         elif not memory.can_be_imitated(tensor):
             wanted = f"a {type(tensor).__name__}, whose class is not stored"
-            return self._differs(path, wanted, _describe(saved), own)
+            return self._differs(path, wanted, structure.describe(saved), own)
         return read
+
+    def _bind_local_parts(
+        self, saved: structure.BranchNode, tensor: torch.Tensor, path: KeyPath
+    ) -> Binding:
+        """A DTensor over a subclass: this rank's part, of the same sharding as saved."""
+        stored = {
+            str(key.value): child for key, child in zip(saved.keys, saved.children, strict=True)
+        }
+        text = stored.get(structure.SHARDING)
+        expected = structure.sharding_text(sharding.sharding_of(tensor), tuple(tensor.shape))
+        found = text.value if isinstance(text, structure.ValueNode) else structure.describe(saved)
+        if found != expected:
+            return self._differs(path, expected, str(found), Fill(tensor))
+        local = sharding.local_of(tensor)
+        opened = flatten.flatten_one_level(local)
+        if opened is None:
+            return self._differs(path, "a DTensor of plain tensors", str(found), Fill(tensor))
+        bound = self._bind_parts(stored[structure.LOCAL], local, opened, path, fill=True)
+        if isinstance(bound, Build):
+            return dataclasses.replace(bound, result=tensor)
+        return Given(tensor)
 
     def _bind_parts(
         self,
@@ -195,7 +252,7 @@ class _Matching:
         """Sparse, quantized and subclass tensors: built from their parts as saved, of any size."""
         own = Fill(tensor) if fill else tensor
         if not isinstance(saved, structure.BranchNode) or saved.kind != opened.kind:
-            return self._differs(path, f"a {opened.kind} tensor", _describe(saved), own)
+            return self._differs(path, f"a {opened.kind} tensor", structure.describe(saved), own)
         if saved.detail.get("shape") != opened.detail.get("shape"):
             return self._differs(
                 path, f"shape {opened.detail.get('shape')}", f"{saved.detail.get('shape')}", own
@@ -204,7 +261,7 @@ class _Matching:
         for key, part in zip(opened.keys, opened.children, strict=True):
             expected, got = _dtype_of(part), stored.get(key)
             if expected is not None and (got is None or _stored_dtype(got) != expected):
-                found = "nothing" if got is None else _describe(got)
+                found = "nothing" if got is None else structure.describe(got)
                 return self._differs((*path, key), f"dtype {expected}", found, own)
         children = tuple(
             self._as_saved(child, (*path, key))
@@ -232,7 +289,7 @@ class _Matching:
                 or _stored_dtype(wanted) != _stored_dtype(saved)
             ):
                 expected = f"ndarray {target.dtype}{list(target.shape)}"
-                return self._differs(path, expected, _describe(saved), target)
+                return self._differs(path, expected, structure.describe(saved), target)
             return ReadArray(
                 node=saved, form="as_saved" if saved.kind == wanted.kind else "ndarray"
             )
@@ -241,18 +298,18 @@ class _Matching:
             saved.kind == "number" and (is_number or target is None)
         ):
             return ReadArray(node=saved, form="as_saved")
-        return self._differs(path, _describe_value(target), _describe(saved), target)
+        return self._differs(path, _describe_value(target), structure.describe(saved), target)
 
     def _bind_value(self, saved: structure.Node, target: Any, path: KeyPath) -> Binding:
         wanted = encode.value_node(target)
         if wanted is None:
             expected = _describe_value(target)
-            return self._differs(path, expected, _describe(saved), target)
+            return self._differs(path, expected, structure.describe(saved), target)
         if not isinstance(saved, structure.ValueNode):
-            return self._differs(path, _describe_value(target), _describe(saved), target)
+            return self._differs(path, _describe_value(target), structure.describe(saved), target)
         numbers = ("none", "bool", "int", "float", "complex")
         if saved.kind != wanted.kind and not (saved.kind in numbers and wanted.kind in numbers):
-            return self._differs(path, _describe_value(target), _describe(saved), target)
+            return self._differs(path, _describe_value(target), structure.describe(saved), target)
         return Given(encode.plain_value(saved))
 
     def _differs(self, path: KeyPath, expected: str, got: str, target: Any) -> Binding:
@@ -278,9 +335,11 @@ class _Matching:
                 return walk.leaf(ReadArray(node=node, form="as_saved"))
             if node.detail.get(keep.INCOMPLETE):
                 raise self._incomplete(node, (*path, *trail.path()))
+            if structure.handler_of(node) is not None:
+                node = self._saved_by_handler(node, (*path, *trail.path()))
             if node.kind == "subclass":
-                if self.as_parts:
-                    node = composite.without_class(node)
+                if self.lifts is None:
+                    node = structure.without(node, "class")
                 elif not composite.is_known(node):
                     self._unknown_class(node, (*path, *trail.path()))
             pairs = zip(node.children, node.keys, strict=True)
@@ -289,6 +348,18 @@ class _Matching:
             )
 
         return walk.fold((root, None, 0), visit)
+
+    def _saved_by_handler(self, node: structure.BranchNode, path: KeyPath) -> structure.BranchNode:
+        """The node, if its handler makes a value of it; else as plain data."""
+        is_lifted = False if self.lifts is None else self.lifts(node)
+        if is_lifted is None:
+            self.mismatched.append(
+                f"{structure.pretty(path, self.item)}: {structure.handler_of(node)} saved it, and "
+                "neither has the target such a value nor the registry this handler; pass the "
+                "registry that it was saved with"
+            )
+        self.is_nested = self.is_nested or bool(is_lifted)
+        return node if is_lifted else structure.without(node, structure.HANDLER)
 
     def _incomplete(self, node: structure.BranchNode, path: KeyPath) -> errors.UsageError:
         where = structure.pretty(path, self.item)
@@ -347,9 +418,14 @@ def _dtype_of(part: object) -> str | None:
 
 
 def _stored_dtype(node: structure.Node) -> str | None:
-    if not isinstance(node, structure.ArrayNode):
-        return None
-    return str(node.detail.get("dtype", node.spec.dtype))
+    return node.dtype if isinstance(node, structure.ArrayNode) else None
+
+
+def _inside(saved: structure.Node, path: KeyPath) -> tuple[structure.Node, KeyPath]:
+    """The single leaf of a handler's value and its path; other nodes unchanged."""
+    if isinstance(saved, structure.BranchNode) and structure.BARE in saved.detail:
+        return saved.children[0], (*path, saved.keys[0])
+    return saved, path
 
 
 def own_value(target: Any) -> Any:
@@ -362,21 +438,10 @@ def _own_leaf(target: Any) -> Any:
         return target.tensor
     if isinstance(target, Refused):
         return target.own
+    if isinstance(target, structure.Handled):
+        return dataclasses.replace(target, is_kept=True)
     return None if target is AS_SAVED else target
 
 
-def _describe(node: structure.Node) -> str:
-    if isinstance(node, structure.ArrayNode):
-        return f"{node.kind} {_stored_dtype(node)}{list(node.spec.shape)}"
-    if isinstance(node, structure.ValueNode):
-        return "None" if node.kind == "none" else f"{node.kind} {_short(node.value)}"
-    return f"a {node.kind} of {len(node.children)}"
-
-
 def _describe_value(value: Any) -> str:
-    return "None" if value is None else f"{type(value).__name__} {_short(value)}"
-
-
-def _short(value: object) -> str:
-    # Python refuses to print integers of more than 4,300 digits in decimal.
-    return f"{hex(value) if type(value) is int and value.bit_length() > 128 else repr(value):.40}"
+    return "None" if value is None else f"{type(value).__name__} {structure.short(value)}"

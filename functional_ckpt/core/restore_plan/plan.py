@@ -53,12 +53,14 @@ class Build:
         children: Their bindings.
         like: The target's container, or None to build the saved type.
         into: A tensor that receives the built value by `copy_`, for tensors made of parts.
+        result: The DTensor whose part `into` is; None for `into` itself.
     """
 
     node: structure.BranchNode
     children: tuple[Binding, ...]
     like: Any = None
     into: Any = None
+    result: Any = None
 
 
 Binding: TypeAlias = Given | ReadArray | Build
@@ -85,11 +87,13 @@ class Bound:
         binding: The binding of the item's root.
         report: What did not fit.
         filled: The target's own tensors that are filled.
+        is_nested: Whether values of handlers stand in the tree.
     """
 
     binding: Binding
     report: RestoreReport
     filled: tuple[Filled, ...] = ()
+    is_nested: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
 from functional_ckpt import errors
@@ -30,6 +30,8 @@ function is given each name and returns the new one, or None to leave the leaf o
 """
 
 _Leaf: TypeAlias = tuple[KeyPath, structure.Node]
+# Where names of parameters stand in an optimizer: param_groups, the group's index, params.
+_NAMES_DEPTH = 3
 
 
 class Renaming:
@@ -55,9 +57,9 @@ class Renaming:
         branches: dict[KeyPath, structure.BranchNode] = {}
         leaves = list(_leaves(root, branches))
         renamed: dict[KeyPath, tuple[structure.Node, KeyPath]] = {}
-        has_parameters = any(structure.is_names(node) for _, node in leaves)
+        optimizers = {path[:-_NAMES_DEPTH] for path, node in leaves if structure.is_names(node)}
         for path, node in leaves:
-            new_path = self._new_path(path, item, has_parameters=has_parameters)
+            new_path = self._new_path(path, item, optimizers=optimizers)
             if new_path is None:
                 continue
             if new_path in renamed:
@@ -70,7 +72,7 @@ class Renaming:
                     key_path=second,
                 )
             _note_moved(branches, path, new_path)
-            renamed[new_path] = (self._with_names(node, item), path)
+            renamed[new_path] = (self._with_names(node, path, item), path)
         if all(renamed.get(path) == (node, path) for path, node in leaves):
             return root  # nothing was renamed, or left out
         if not renamed:
@@ -87,11 +89,11 @@ class Renaming:
                 "rule is given names such as 'item.leaf.name'."
             )
 
-    def _with_names(self, node: structure.Node, item: str) -> structure.Node:
+    def _with_names(self, node: structure.Node, path: KeyPath, item: str) -> structure.Node:
         """Returns a list of parameters' names under the new names that their state has."""
         if not structure.is_names(node):
             return node
-        start = f"{item}.state."
+        start = structure.join((Key(item), *path[:-_NAMES_DEPTH], Key("state"), Key("")))
         children: list[structure.Node] = []
         for child in node.children:
             old = f"{start}{child.value if isinstance(child, structure.ValueNode) else ''}"
@@ -111,7 +113,9 @@ class Renaming:
         keys = tuple(Key(index, "index") for index in range(len(children)))
         return dataclasses.replace(node, keys=keys, children=tuple(children))
 
-    def _new_path(self, path: KeyPath, item: str, *, has_parameters: bool) -> KeyPath | None:
+    def _new_path(
+        self, path: KeyPath, item: str, *, optimizers: Collection[KeyPath]
+    ) -> KeyPath | None:
         name = f"{item}.{structure.leaf_name(path)}"
         new, used = self._rules.apply(name)
         self._used |= used
@@ -124,8 +128,12 @@ class Renaming:
                 key_path=name,
             )
         new = new.removeprefix(f"{item}.")
-        if has_parameters and (moved := _renamed_parameter(path, new)) is not None:
-            return moved
+        for start in optimizers:
+            if path[: len(start)] != start or not new.startswith(_prefix(start)):
+                continue
+            moved = _renamed_parameter(path[len(start) :], new.removeprefix(_prefix(start)))
+            if moved is not None:
+                return (*start, *moved)
         return _respelled(path, new, name)
 
 
@@ -232,6 +240,11 @@ def _note_moved(
         size += 1
 
 
+def _prefix(path: KeyPath) -> str:
+    """The prefix of the names of the leaves below a path."""
+    return f"{structure.join(path)}." if path else ""
+
+
 def _renamed_parameter(path: KeyPath, new: str) -> KeyPath | None:
     """Returns the path of an optimizer's state, whose second key is the name of a parameter."""
     rest = "".join(f".{key.value}" for key in path[2:])
@@ -294,7 +307,7 @@ def _grow(
     was = branches.get(path)
     if was is None:
         was = structure.BranchNode(kind="dict", keys=(), children=())
-    elif was.kind not in _DICTS and keys != was.keys:
+    elif not was.is_mapping and keys != was.keys:
         raise errors.UsageError(
             f"key_map changes the members of {structure.pretty(path, item)}, a {was.kind}; only "
             "those of dicts have names to change.",
@@ -302,6 +315,3 @@ def _grow(
         )
     children = tuple(_grow(groups[key], (*path, key), branches, item) for key in keys)
     return dataclasses.replace(was, keys=keys, children=children)
-
-
-_DICTS = ("dict", "ordered_dict", "default_dict", "counter")

@@ -136,7 +136,10 @@ _Place: TypeAlias = tuple[structure.Node, structure.Key | None, int]
 
 
 def specs(node: structure.Node) -> Any:
-    """Returns the tree a structure describes, with an `ArraySpec` in place of every array."""
+    """Returns the tree a structure describes, with an `ArraySpec` in place of every array.
+
+    The tree of a handler is a `Handled`; a dict with a detail is a `Described`.
+    """
     return walk.fold(node, _visit_specs)
 
 
@@ -148,16 +151,20 @@ def _visit_specs(node: structure.Node) -> walk.Visit[structure.Node, Any]:
             return walk.leaf(flatten.map_leaves(_spec_of, node.value))
         return walk.leaf(encode.plain_value(node))
 
-    def build(children: list[Any]) -> Any:
-        if node.kind in _PARTS or node.kind in ("registered", "per_rank"):  # not made of specs
-            parts = dict(zip([key.value for key in node.keys], children, strict=True))
-            # A single tensor differs from a dict.
-            return structure.Described(parts, node.detail) if node.kind in _PARTS else parts
-        built = flatten.unflatten_one_level(node, children)
-        is_described = node.kind == "dict" and node.detail
-        return structure.Described(built, node.detail) if is_described else built
+    return node.children, functools.partial(_built_of_specs, node)
 
-    return node.children, build
+
+def _built_of_specs(node: structure.BranchNode, children: Sequence[Any]) -> Any:
+    if structure.HANDLER in node.detail:
+        tree = _built_of_specs(structure.without(node, structure.HANDLER), children)
+        return structure.Handled(tree, node.detail)
+    if node.kind in _PARTS or node.kind in ("registered", "per_rank"):  # not made of specs
+        parts = dict(zip([key.value for key in node.keys], children, strict=True))
+        # A single tensor differs from a dict.
+        return structure.Described(parts, node.detail) if node.kind in _PARTS else parts
+    built = flatten.unflatten_one_level(node, children)
+    is_described = type(built) is dict and node.detail
+    return structure.Described(built, node.detail) if is_described else built
 
 
 def _spec_of(leaf: Any) -> Any:
@@ -197,7 +204,7 @@ def _pruned(
     if all(child is None for child in children):
         return None
     pairs = list(zip(node.keys, children, strict=True))
-    if node.kind in ("dict", "ordered_dict", "default_dict", "counter"):
+    if node.is_mapping:
         pairs = [(key, child) for key, child in pairs if child is not None]
     nothing = structure.ValueNode(kind="none", value=None)
     return dataclasses.replace(

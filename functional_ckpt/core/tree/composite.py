@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -12,7 +11,8 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
-from functional_ckpt.core.tree import decode, encode, memory, plain_json, structure
+from functional_ckpt.core.tree import context as context_lib
+from functional_ckpt.core.tree import decode, encode, memory, structure
 
 __all__ = [
     "KINDS",
@@ -21,7 +21,6 @@ __all__ = [
     "is_known",
     "open_tensor",
     "why_opaque",
-    "without_class",
 ]
 
 Parts: TypeAlias = tuple[str, Mapping[str, Any], Mapping[str, object]]
@@ -101,14 +100,16 @@ def _open_quantized(tensor: torch.Tensor) -> Parts:
 
 def _open_subclass(tensor: Any) -> Parts:
     names, context = tensor.__tensor_flatten__()
-    if not plain_json.is_plain(context):
+    if not context_lib.is_storable(context):
         raise errors.UnsupportedLeafError(
             f"tensor subclass {type(tensor).__name__} has a context that is not plain data "
-            f"({context!r:.80}); register a handler for it (registry.with_handler)"
+            f"({context!r:.80}); register a handler for its class: pass registry=fc.handlers."
+            f"default_registry().with_handler({type(tensor).__name__}, handler) to save and to "
+            "restore"
         )
     strides = [stride if type(stride) is int else None for stride in tensor.stride()]
     parts = {name: getattr(tensor, name) for name in names}
-    detail = {"class": class_name(type(tensor)), "context": plain_json.tag(context)}
+    detail = {"class": class_name(type(tensor)), "context": context_lib.tag(context)}
     return "subclass", parts, {**detail, "strides": strides}
 
 
@@ -120,12 +121,6 @@ def class_name(kind: type) -> str:
 def is_known(node: structure.BranchNode) -> bool:
     """Returns whether this process has loaded the class of a stored tensor subclass."""
     return _known_class(node) is not None
-
-
-def without_class(node: structure.BranchNode) -> structure.BranchNode:
-    """Returns a stored tensor subclass as the dict of its parts."""
-    detail = {key: value for key, value in node.detail.items() if key != "class"}
-    return dataclasses.replace(node, detail=detail)
 
 
 def _known_class(node: structure.BranchNode) -> type | None:
@@ -209,7 +204,7 @@ def _build_subclass(node: structure.BranchNode, children: Sequence[Any], like: o
     kind: Any = type(like) if hasattr(like, "__tensor_unflatten__") else _known_class(node)
     if kind is None:
         return parts
-    context = plain_json.untag(node.detail["context"])
+    context = context_lib.untag(node.detail["context"])
     sizes = torch.Size(size or 0 for size in cast("list[int | None]", node.detail["shape"]))
     strides = tuple(stride or 0 for stride in cast("list[int | None]", node.detail["strides"]))
     return kind.__tensor_unflatten__(parts, context, sizes, strides)

@@ -18,6 +18,7 @@ from torch.utils import _pytree
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree import composite, plain_json, structure
+from functional_ckpt.core.tree import context as context_lib
 from functional_ckpt.core.tree.structure import Key
 
 __all__ = [
@@ -73,6 +74,12 @@ def flatten_one_level(value: object) -> FlatNode | None:
     if kind is collections.OrderedDict or kind is collections.Counter:
         name = "counter" if kind is collections.Counter else "ordered_dict"
         return _open_mapping(name, value, _attributes(value))
+    if kind is structure.Handled:
+        return FlatNode(
+            kind="handled",
+            keys=(Key(structure.HANDLER),),
+            children=(cast("structure.Handled", value).tree,),
+        )
     if kind is structure.Described:
         return _open_mapping("dict", value, cast("structure.Described", value).detail)
     if kind is collections.defaultdict:
@@ -176,8 +183,8 @@ def _open_registered(value: object) -> FlatNode | None:
         pairs, _ = definition.flatten_with_keys_fn(value)
         keys = tuple(_entry_key(entry, index) for index, (entry, _) in enumerate(pairs))
     detail: dict[str, object] = {"type": registered_name(type(value))}
-    if plain_json.is_plain(context):
-        detail["context"] = plain_json.tag(context)
+    if context_lib.is_storable(context):
+        detail["context"] = context_lib.tag(context)
     return FlatNode(kind="registered", keys=keys, children=children, detail=detail)
 
 
@@ -212,15 +219,21 @@ def unflatten_one_level(
     Args:
         node: The stored node.
         children: The restored children, one per key.
-        like: A container of the wanted type, whose own type and context take precedence; None to
-            build the saved type. A registered or named-tuple type that this process does
-            not know comes back as a dict of its fields and a fresh named tuple.
+        like: A container of the wanted type, whose own type and context win over the stored ones;
+            None to build the saved type. A registered or named-tuple type that this process does
+            not know comes back as a dict of its fields and a fresh named tuple; the tree of a
+            handler, as a `Handled`.
 
     Raises:
         CorruptCheckpointError: The stored parts do not make up the container.
     """
     if like is not None and not isinstance(like, torch.Tensor):
         return _close_like(node, children, like)
+    if structure.HANDLER in node.detail:
+        tree = unflatten_one_level(structure.without(node, structure.HANDLER), children)
+        return structure.Handled(tree, node.detail)
+    if structure.BARE in node.detail:
+        return children[0]
     try:
         if node.kind in composite.KINDS:
             return composite.build_tensor(node, children, like)
@@ -233,6 +246,8 @@ def unflatten_one_level(
 
 def _close_like(node: structure.BranchNode, children: Sequence[Any], like: object) -> Any:
     kind: Any = type(like)
+    if isinstance(like, structure.Handled):
+        return dataclasses.replace(like, tree=children[0])
     if isinstance(like, structure.Described):
         return structure.Described(_build_mapping(node, children), like.detail)
     if isinstance(like, dict):
@@ -286,7 +301,7 @@ def _build_named_tuple(node: structure.BranchNode, children: Sequence[Any]) -> A
 def _build_registered(node: structure.BranchNode, children: Sequence[Any]) -> Any:
     for kind, definition in _pytree.SUPPORTED_NODES.items():
         if registered_name(kind) == node.detail["type"] and "context" in node.detail:
-            context = plain_json.untag(node.detail["context"])
+            context = context_lib.untag(node.detail["context"])
             return definition.unflatten_fn(list(children), context)
     return dict(zip([key.value for key in node.keys], children, strict=True))
 

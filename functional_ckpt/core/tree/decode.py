@@ -112,7 +112,7 @@ def _new_array(node: structure.ArrayNode, dtype: np.dtype[Any]) -> Array:
 
 def _new_tensor(node: structure.ArrayNode) -> torch.Tensor:
     """Returns an uninitialised CPU tensor of the node's torch dtype, shape and layout."""
-    name = str(node.detail.get("dtype", node.spec.dtype))
+    name = node.dtype
     strides = node.detail.get("strides")
     carrier = encode.torch_dtype(node.spec.dtype)
     if isinstance(strides, list):

@@ -17,7 +17,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
 from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.arrays.spec import Array
-from functional_ckpt.core.tree import memory, structure
+from functional_ckpt.core.tree import memory, plain_json, structure
 
 __all__ = [
     "NUMPY_ONLY",
@@ -73,6 +73,9 @@ _PLAIN_KINDS: Mapping[type, str] = {
 }
 
 
+_MUTABLE_KINDS = ("set", "namespace")
+
+
 def value_node(value: object) -> structure.ValueNode | None:
     """The node of a plain value; None for anything else, subclasses of plain types included."""
     if (kind := _PLAIN_KINDS.get(type(value))) is not None:
@@ -81,6 +84,10 @@ def value_node(value: object) -> structure.ValueNode | None:
         return structure.ValueNode(kind="torch_dtype", value=torch_dtype_name(value))
     if isinstance(value, torch.device):
         return structure.ValueNode(kind="torch_device", value=str(value))
+    if (kind := plain_json.kind_of(value)) is not None and plain_json.is_plain(value):
+        if kind in _MUTABLE_KINDS:  # a copy: the caller may change it before it is written
+            value = plain_json.decode(kind, plain_json.encode(value))
+        return structure.ValueNode(kind=kind, value=value)
     return None
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import enum
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 
 from functional_ckpt import errors
@@ -14,15 +17,24 @@ from functional_ckpt.core.tree.containers import FlatNode, flatten_one_level, un
 from functional_ckpt.core.tree.structure import ROOT_NAME, Key, KeyPath, leaf_name
 
 __all__ = [
+    "PLAIN_TYPES",
     "ROOT_NAME",
-    "FlatTree",
     "FlatNode",
+    "FlatTree",
+    "OpenLeaf",
     "unflatten_one_level",
     "flatten",
     "leaf_name",
     "map_leaves",
     "flatten_one_level",
 ]
+
+
+OpenLeaf: TypeAlias = Callable[[Any, Any], structure.Handled | None]
+"""Returns the tree of a value's handler; None for a value without one.
+
+The second argument is the item whose tree contains the value, None for the root item.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,43 +46,86 @@ class FlatTree:
         arrays: For each array that holds its own bytes: its name, node and live value, in tree
             order.
         tied: The others, which share the bytes of one of these.
+        nested: Values with handlers of their own, each with the prefix of its leaves' names.
     """
 
     root: structure.Node
     arrays: tuple[tuple[structure.ArrayNode, object], ...]
     tied: tuple[structure.ArrayNode, ...] = ()
+    nested: tuple[tuple[str, structure.Handled], ...] = ()
 
 
-def flatten(value: object, *, item: str = "") -> FlatTree:
+def flatten(
+    value: object,
+    *,
+    item: str = "",
+    open_leaf: OpenLeaf | None = None,
+    ranks: tuple[int, int] | None = None,
+) -> FlatTree:
     """Takes a value apart into a structure and the arrays it holds; copies nothing.
 
     Args:
         value: Any pytree.
         item: The item's name, for messages.
+        open_leaf: Finds values with handlers.
+        ranks: This rank and their number, for values that each rank has one of its own of; None
+            where each has a tree of its own.
 
     Raises:
         UnsupportedLeafError: Naming every leaf that cannot be carried and the ways out.
         NameCollisionError: Leaves would share one name on disk; all of them are named.
     """
-    state = _Flattening(item)
-    root = walk.fold((value, None, 0), state.visit)
+    state = _Flattening(item, open_leaf, ranks)
+    root = walk.fold((value, None, 0, _Around()), state.visit)
     state.raise_problems()
-    return FlatTree(root=root, arrays=tuple(state.arrays), tied=tuple(state.tied))
+    return FlatTree(
+        root=root,
+        arrays=tuple(state.arrays),
+        tied=tuple(state.tied),
+        nested=tuple(state.nested),
+    )
 
 
 # TensorStore's keys have up to 65,535 bytes, the last of which are the chunk's index.
 _MAX_NAME_BYTES = 64_000
 
-_Place: TypeAlias = tuple[object, Key | None, int]
-"""A value, its key (None for the root) and its depth."""
+PLAIN_TYPES: frozenset[type] = frozenset(
+    {dict, list, tuple, bytes, torch.Size, torch.Tensor, torch.nn.Parameter, np.ndarray}
+    | {collections.OrderedDict, collections.Counter, collections.defaultdict, collections.deque}
+    | {type(None), bool, int, float, complex, str, torch.dtype, torch.device}
+    | {structure.Described, structure.MergedNames}
+)
+"""Types of plain data, about which no handler is asked where they stand in a tree."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Around:
+    """The surroundings of a value.
+
+    Attributes:
+        item: The nearest value with a handler above it; None for the root.
+        is_per_rank: Whether each rank has one of its own.
+    """
+
+    item: Any = None
+    is_per_rank: bool = False
+
+
+_Place: TypeAlias = tuple[object, Key | None, int, _Around]
+"""A value, its key (None for the root), its depth and its surroundings."""
 _NOTHING = structure.ValueNode(kind="none", value=None)
 
 
 class _Flattening:
     """The mutable state of one `flatten` call."""
 
-    def __init__(self, item: str) -> None:
+    def __init__(
+        self, item: str, open_leaf: OpenLeaf | None, ranks: tuple[int, int] | None
+    ) -> None:
         self.item = item
+        self.open_leaf = open_leaf
+        self.ranks = ranks
+        self.nested: list[tuple[str, structure.Handled]] = []
         self.arrays: list[tuple[structure.ArrayNode, object]] = []
         self.tied: list[structure.ArrayNode] = []
         self.problems: list[tuple[str, str]] = []
@@ -81,7 +136,7 @@ class _Flattening:
         self.trail: walk.Trail[Key] = walk.Trail()
 
     def visit(self, place: _Place) -> walk.Visit[_Place, structure.Node]:
-        value, key, depth = place
+        value, key, depth, around = place
         self.trail.enter(depth, key)
         if memory.is_contiguous_strided(value):
             return walk.leaf(self._ordinary(cast("torch.Tensor", value)))
@@ -89,10 +144,12 @@ class _Flattening:
             if (plain := encode.value_node(value)) is not None:
                 self._take_name()
                 return walk.leaf(plain)
+            if (handled := self._handled(value, around)) is not None:
+                return self._open_handled(handled, depth, around)
             if id(value) in self.open_ids:
-                raise errors.UnsupportedLeafError("the container contains itself")
+                raise errors.UnsupportedLeafError(_CYCLE)
             if (opened := flatten_one_level(value)) is not None:
-                return self._branch(value, opened, depth)
+                return self._branch(value, opened, depth, around)
             if (array := encode.array_node(value, leaf_name(self.trail.path()))) is not None:
                 self._take_name()
                 return walk.leaf(self._array(array, value))
@@ -110,8 +167,41 @@ class _Flattening:
             self._add_problem(error.message)
             return _NOTHING
 
+    def _handled(self, value: object, around: _Around) -> structure.Handled | None:
+        if type(value) is structure.Handled:
+            return value
+        if self.open_leaf is None or type(value) in PLAIN_TYPES:
+            return None
+        found = self.open_leaf(value, around.item)
+        if found is not None:
+            self.nested.append((leaf_name(self.trail.path()), found))
+        return found
+
+    def _open_handled(
+        self, handled: structure.Handled, depth: int, around: _Around
+    ) -> walk.Visit[_Place, structure.Node]:
+        """The tree that a handler makes; for each rank under a key of its own, where it says so."""
+        tree, detail = handled.tree, handled.detail
+        if id(tree) in self.open_ids:
+            raise errors.UnsupportedLeafError(_CYCLE)
+        if handled.is_per_rank and self.ranks is not None and not around.is_per_rank:
+            rank, num_ranks = self.ranks
+            opened = FlatNode(
+                kind="per_rank",
+                keys=(Key(structure.rank_key(rank)),),
+                children=(handled,),
+                detail={**detail, "num_ranks": num_ranks},
+            )
+            return self._branch(opened, opened, depth, _Around(around.item, is_per_rank=True))
+        opened = None if isinstance(tree, torch.Tensor) else flatten_one_level(tree)
+        if opened is None:
+            detail = {**detail, structure.BARE: True}
+            opened = FlatNode(kind="dict", keys=(Key(ROOT_NAME),), children=(tree,))
+        opened = dataclasses.replace(opened, detail={**opened.detail, **detail})
+        return self._branch(tree, opened, depth, _Around(handled.item, around.is_per_rank))
+
     def _branch(
-        self, value: object, opened: FlatNode, depth: int
+        self, value: object, opened: FlatNode, depth: int, around: _Around
     ) -> walk.Visit[_Place, structure.Node]:
         if not opened.children:
             self._take_name()
@@ -123,7 +213,7 @@ class _Flattening:
             return opened.node(children)
 
         pairs = zip(opened.keys, opened.children, strict=True)
-        return [(child, key, depth + 1) for key, child in pairs], build
+        return [(child, key, depth + 1, around) for key, child in pairs], build
 
     def _check_keys(self, keys: tuple[Key, ...]) -> None:
         """Two keys that read the same are two branches of one name, even if no leaf collides."""
@@ -179,12 +269,23 @@ class _Flattening:
         )
 
 
+_CYCLE = "the container contains itself"
+
+
 def _why_unsupported(value: object) -> str:
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, torch.utils.data.DataLoader):
+        return (
+            f"{kind} has no state to save; use torchdata.stateful_dataloader.StatefulDataLoader, "
+            "or save the number of the batch and build the loader again after the restore"
+        )
     if isinstance(value, torch.nn.Module) or hasattr(value, "state_dict"):
-        return f"{kind} is a stateful object; give it as an item of its own, not inside a pytree"
-    if isinstance(value, (set, frozenset)):
-        return f"{kind} has no order; pass sorted(value) as a list"
+        return (
+            f"{kind} is a stateful object in the state of another one; save it as an item of its "
+            f"own, or {_REGISTER.format(type(value).__name__)}"
+        )
+    if isinstance(value, enum.Enum):
+        return f"{kind} is an enum of a class that is not stored; pass value.name or value.value"
     if callable(value):
         return (
             f"{kind} is code, and code is never stored; leave it out and build it again after "
@@ -192,15 +293,25 @@ def _why_unsupported(value: object) -> str:
         )
     return (
         f"{kind} is not a tensor, array, plain value or container; convert it, register its class "
-        "as a pytree node (torch.utils._pytree), or register a handler (registry.with_handler)"
+        f"as a pytree node (torch.utils._pytree), or {_REGISTER.format(type(value).__name__)}"
     )
 
 
+_REGISTER = (
+    "register a handler: pass registry=fc.handlers.default_registry().with_handler({}, handler) to "
+    "save and to restore, with a fc.handlers.Handler that lowers it to plain data"
+)
+
+
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """A copy of the pytree with `function` applied to every leaf (None and plain values too)."""
+    """A copy of the pytree with `function` applied to every leaf (None and plain values too).
+
+    A `Handled` is a leaf.
+    """
 
     def visit(current: Any) -> walk.Visit[Any, Any]:
-        opened = None if isinstance(current, torch.Tensor) else flatten_one_level(current)
+        is_leaf = isinstance(current, (torch.Tensor, structure.Handled))
+        opened = None if is_leaf else flatten_one_level(current)
         if opened is None:
             return walk.leaf(function(current))
         return opened.children, lambda children: unflatten_one_level(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -21,6 +22,7 @@ __all__ = [
     "is_wrapper",
     "storage_key",
     "tie_key",
+    "writing",
 ]
 
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
@@ -66,6 +68,11 @@ def is_opaque(value: torch.Tensor) -> bool:
         and not callable(getattr(type(value), "__tensor_flatten__", None))
         and not hasattr(type(value), "device_mesh")
     )
+
+
+def writing(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The mode in which a tensor may be written: inference tensors need inference mode."""
+    return torch.inference_mode() if tensor.is_inference() else torch.no_grad()
 
 
 def is_expanded(tensor: torch.Tensor) -> bool:

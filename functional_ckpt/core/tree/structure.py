@@ -11,19 +11,28 @@ import dataclasses
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, TypeGuard
 
+from functional_ckpt.core.arrays import sharding as sharding_lib
 from functional_ckpt.core.arrays import spec as spec_lib
 
 __all__ = [
-    "ROOT_NAME",
+    "BARE",
+    "HANDLER",
+    "LOCAL",
     "MERGED",
+    "RESIZE",
+    "ROOT_NAME",
+    "SHARDING",
     "ArrayNode",
     "BranchNode",
     "Described",
+    "Handled",
     "Key",
     "KeyPath",
     "MergedNames",
     "Node",
     "ValueNode",
+    "describe",
+    "handler_of",
     "is_names",
     "is_unicode",
     "iter_leaves",
@@ -31,12 +40,25 @@ __all__ = [
     "key_prefix",
     "leaf_name",
     "pretty",
+    "rank_key",
+    "sharding_text",
+    "short",
+    "without",
 ]
 
 # The name on disk of an item that is one bare leaf.
 ROOT_NAME = "value"
 # Detail of a list of names.
 MERGED = "united"
+# Detail of a container: the name of the handler whose value stood there.
+HANDLER = "handler"
+# Detail of a container of one child: that handler made a bare leaf of the value.
+BARE = "bare"
+# Detail of a value that was saved for each of another number of ranks: [rank, number] here.
+RESIZE = "resize"
+# Keys of a rank's part of a DTensor over a tensor subclass.
+LOCAL, SHARDING = "local", "sharding"
+_MAPPINGS = ("dict", "ordered_dict", "default_dict", "counter")
 
 
 class MergedNames(list[str]):
@@ -66,6 +88,25 @@ class Described(dict[Any, Any]):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Handled:
+    """The tree of a value that has a handler of its own, within another tree.
+
+    Attributes:
+        tree: The handler's lowered tree, its target, or the restored tree.
+        detail: The node's detail: `HANDLER`, and `BARE` or `RESIZE` where they apply.
+        item: The value with its handler; None for a stored value without a live one.
+        is_per_rank: Whether each rank has one of its own.
+        is_kept: Whether the checkpoint has nothing for the live value, which stays as it is.
+    """
+
+    tree: Any
+    detail: Mapping[str, object] = dataclasses.field(default_factory=dict[str, object])
+    item: Any = None
+    is_per_rank: bool = False
+    is_kept: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Key:
     """One step from a container to a child.
 
@@ -86,8 +127,9 @@ class ValueNode:
     """A leaf whose value lives in the record itself.
 
     Attributes:
-        kind: `none`, `bool`, `int`, `float`, `complex`, `str`, `torch_dtype`, `torch_device`.
-        value: The value (a name, for the last two).
+        kind: `none`, `bool`, `int`, `float`, `complex`, `str`, `torch_dtype`, `torch_device`, or
+            another kind that `plain_json.encode` knows (`path`, `timedelta`, `set` ...).
+        value: The value (a name, for `torch_dtype` and `torch_device`).
     """
 
     kind: str
@@ -120,6 +162,11 @@ class ArrayNode:
         """Name of the array that holds the bytes."""
         return self.tied_to or self.name
 
+    @property
+    def dtype(self) -> str:
+        """The dtype in memory, where it differs from the one on disk too."""
+        return str(self.detail.get("dtype", self.spec.dtype))
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BranchNode:
@@ -139,6 +186,11 @@ class BranchNode:
     keys: tuple[Key, ...]
     children: tuple[Node, ...]
     detail: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether it is a dict of some kind, which may lack some of its keys."""
+        return self.kind in _MAPPINGS
 
 
 Node: TypeAlias = ValueNode | ArrayNode | BranchNode
@@ -187,6 +239,52 @@ def pretty(path: KeyPath, root: str = "") -> str:
     "optimizer['state'][0][1]"
     """
     return root + "".join(f"[{key.value!r}]" for key in path)
+
+
+def rank_key(rank: int) -> str:
+    """The key under which a rank's own value is stored."""
+    return f"rank_{rank}"
+
+
+def sharding_text(sharding: sharding_lib.Sharding | None, shape: tuple[int, ...]) -> str:
+    """A shape and how it is sharded, in words that two sides compare."""
+    if sharding is None:
+        return f"{list(shape)}, not sharded"
+    cuts = [
+        "replicated"
+        if cut is None
+        else f"dim {cut.dim}" + (f" in {cut.split_factor}" if cut.split_factor > 1 else "")
+        for cut in sharding.placements
+    ]
+    return f"{list(shape)}, {', '.join(cuts)} on a mesh of {list(sharding.mesh_shape)}"
+
+
+def describe(node: Node) -> str:
+    """A node in a few words."""
+    if isinstance(node, ArrayNode):
+        return f"{node.kind} {node.dtype}{list(node.spec.shape)}"
+    if isinstance(node, BranchNode):
+        return f"a {node.kind} of {len(node.children)}"
+    return "None" if node.kind == "none" else f"{node.kind} {short(node.value)}"
+
+
+def short(value: object) -> str:
+    """The first characters of a value's repr."""
+    # Python refuses to print integers of more than 4,300 digits in decimal.
+    return f"{hex(value) if type(value) is int and value.bit_length() > 128 else repr(value):.40}"
+
+
+def without(node: BranchNode, key: str) -> BranchNode:
+    """The node without an entry of its detail."""
+    detail = {name: entry for name, entry in node.detail.items() if name != key}
+    return dataclasses.replace(node, detail=detail)
+
+
+def handler_of(node: object) -> str | None:
+    """The name of the handler whose value stood at a node; None for plain data."""
+    if not isinstance(node, BranchNode) or HANDLER not in node.detail:
+        return None
+    return str(node.detail[HANDLER])
 
 
 def is_names(node: object) -> TypeGuard[BranchNode]:

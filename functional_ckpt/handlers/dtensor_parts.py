@@ -1,0 +1,82 @@
+"""DTensors over tensor subclasses: each rank's part, taken apart as such tensors are.
+
+The parts of a quantized tensor (codes, scales) cannot be merged over ranks: they depend on how
+the tensor was cut. Each rank saves its own parts; only the same sharding restores them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+import torch
+
+from functional_ckpt import errors
+from functional_ckpt.core.arrays import sharding
+from functional_ckpt.core.tree import memory, structure
+from functional_ckpt.core.tree.placeholders import AS_SAVED, Refused
+from functional_ckpt.handlers.base import CheckpointItem, Handler, Item
+
+__all__ = ["DTensorPartsHandler", "made_like", "parts_item"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DTensorPartsHandler(Handler):
+    """Saves this rank's part of a DTensor over a tensor subclass, and its sharding."""
+
+    per_rank: bool = True
+
+    def lower(self, value: Any) -> dict[str, Any]:
+        """The local tensor, and mesh and placements in words."""
+        return {structure.LOCAL: sharding.local_of(value), structure.SHARDING: _sharding(value)}
+
+    def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
+        """The local tensor as saved.
+
+        Raises:
+            MismatchError: It was sharded in another way.
+        """
+        known = cast("dict[str, Any]", saved) if isinstance(saved, dict) else {}
+        if (found := known.get(structure.SHARDING)) != (expected := _sharding(value)):
+            problem = f"the target is {expected}, the checkpoint has {found}"
+            raise errors.MismatchError(
+                f"A DTensor over a tensor subclass must keep its sharding: {problem}.",
+                mismatched=[problem],
+            )
+        return dict.fromkeys(known, AS_SAVED)
+
+    def lift(self, value: Any, tree: Any) -> Any:
+        """A new DTensor, sharded as `value` is."""
+        kind: Any = type(value.detach())
+        return kind.from_local(
+            tree[structure.LOCAL].to(value.device_mesh.device_type),
+            value.device_mesh,
+            value.placements,
+            run_check=False,
+            shape=value.shape,
+            stride=value.stride(),
+        )
+
+
+def parts_item(value: object) -> Item | None:
+    """The item of a DTensor over a tensor subclass; None for anything else."""
+    local = getattr(value, "_local_tensor", None)
+    if local is None or not memory.is_wrapper(local) or memory.is_opaque(local):
+        return None
+    return CheckpointItem(value, DTensorPartsHandler())
+
+
+def made_like(parameter: torch.Tensor | None, saved: structure.Handled) -> Any:
+    """The target of state that a parameter does not have yet: sharded as the parameter is."""
+    if parameter is None or sharding.sharding_of(parameter) is None:
+        return Refused("no DTensor")
+    item = CheckpointItem(parameter, DTensorPartsHandler())
+    try:
+        tree = item.handler.target(parameter, saved.tree)
+    except errors.MismatchError as error:
+        return Refused(error.mismatched[0])
+    return structure.Handled(tree, saved.detail, item)
+
+
+def _sharding(value: Any) -> str:
+    return structure.sharding_text(sharding.sharding_of(value), tuple(value.shape))
