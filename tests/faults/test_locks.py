@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ import functional_ckpt as fc
 from functional_ckpt.format import read_direct, write_tensorstore
 from functional_ckpt.saving import stage
 from functional_ckpt.steps import upload_step
-from functional_ckpt.storage.local import LocalStorage
 
 Case = tuple[Any, Callable[[], Any]]
 
@@ -87,13 +85,6 @@ def test_the_arrays_of_a_database() -> None:
     assert len(database._writes) == 1
 
 
-def test_what_of_an_array_is_still_to_be_read(
-    manager: fc.CheckpointManager, tmp_path: Path
-) -> None:
-    finished: list[bool] = []
-    wanted: Any = type("Wanted", (), {"finish": staticmethod(lambda: finished.append(True))})
-    reader = read_direct.DirectReader(LocalStorage(), str(tmp_path / "1" / "tree"))
-    with contextlib.closing(reader):
-        pending = read_direct._Pending(wanted, 1, False)
-        check_waits(reader._lock, lambda: reader._count((0, 0, 0, None, 0, pending)))
-    assert finished == [True]
+def test_files_are_opened_once() -> None:
+    reader = read_direct.DirectReader("item", [], read_direct.Entries())
+    check_waits(reader._opening, lambda: reader.tasks([]))
