@@ -188,7 +188,9 @@ class Saver:
         If the first tier holds it, the upload queue copies the metrics to the remote ones.
         """
         uploads = self._writer.uploads
-        self._steps.check_lock()  # of a directory that was moved away, only other tiers would know
+        # The remote tiers alone would have the metrics of a directory that was moved away.
+        self._steps.check_lock()
+        self._steps.check_there()
         with contextlib.nullcontext() if uploads is None else uploads.exclusive():
             holders = self._steps.tiers_with(step)
             if holders[0] is self._steps:

@@ -74,6 +74,7 @@ class TierSteps(StepDirectory):
         self._infos: tuple[StepInfo, ...] = ()
         self._num_changes = 0
         self._root_id: object = None
+        self._was_there = False
         self._problems: set[tuple[int, str]] = set()
         self._being_read: list[int] = []
 
@@ -86,6 +87,15 @@ class TierSteps(StepDirectory):
         """Raises `LockedError` if a writer has lost its lock, or its directory was replaced."""
         if self.lock is not None:
             self.lock.check()
+
+    def check_there(self) -> None:
+        """Raises `StorageError` if the directory was there before, and is not there now."""
+        if self._was_there and self.commits.root_id() is None:
+            raise errors.StorageError(
+                f"{self.root} was moved or removed, so nothing is recorded. Move it back, or make "
+                "a new CheckpointManager.",
+                path=self.root,
+            )
 
     def unlock(self) -> None:
         """Releases the lock once no commit or upload needs it; safe to call twice."""
@@ -112,6 +122,7 @@ class TierSteps(StepDirectory):
             if num_changes != self._num_changes:
                 return False
             self._infos, self._root_id = found, root_id
+            self._was_there |= root_id is not None
         self._warn_of_problems()
         return True
 

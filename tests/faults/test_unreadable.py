@@ -91,3 +91,21 @@ def test_a_writer_whose_directory_was_moved_away_records_no_metrics(run: Path) -
         (run.parent / "moved").rename(run)
         manager.record_metrics(2, {"later": 1.0})
         assert manager.metadata(2).metrics == {"loss": 2.0, "late": 2.0, "later": 1.0}
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_an_evaluator_whose_directory_was_moved_away_records_no_metrics(
+    looks: bool, run: Path
+) -> None:
+    tiers = [fc.Tier(path=run.parent / "far")]
+    with fc.CheckpointManager(run, tiers=tiers) as manager:
+        manager.wait_until_finished()
+    with fc.CheckpointManager(run, tiers=tiers, read_only=True) as manager:
+        run.rename(run.parent / "moved")
+        if looks:
+            assert 2 in manager.all_steps()
+        with pytest.raises(errors.StorageError, match="was moved or removed"):
+            manager.record_metrics(2, {"later": 1.0})
+        (run.parent / "moved").rename(run)
+        manager.record_metrics(2, {"later": 1.0})
+        assert manager.metadata(2).metrics == {"loss": 2.0, "late": 2.0, "later": 1.0}
