@@ -85,6 +85,49 @@ print("fine")
     assert (result.returncode, result.stdout) == (0, "fine\n"), result.stderr
 
 
+@pytest.mark.parametrize(
+    "staging", ["fc.Eager(budget_bytes=0)", "fc.Eager(budget_bytes=10_000)", "fc.Overlapped()"]
+)
+def test_a_child_forked_during_a_save_harms_neither_itself_nor_the_step(
+    staging: str, tmp_path: Path
+) -> None:
+    result = scripts.run(
+        FORK
+        + f"""
+model = torch.nn.Linear(300, 300)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+state = {{"model": model, "optimizer": fc.Optimizer(optimizer, model)}}
+manager = fc.CheckpointManager(root, staging={staging}, storage=Slow())
+before = {{name: value.clone() for name, value in model.state_dict().items()}}
+commit = manager.save(1, state)
+
+def train():
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # the fence is the parent's: nothing to wait for
+    model.load_state_dict(before)
+    with torch.no_grad():
+        model.weight.zero_()
+
+assert fork(train) == "nothing"
+for call in (lambda: manager.save(2, state), manager.fence, commit.result):
+    outcome = fork(call)
+    assert outcome.startswith("ForkedError"), outcome
+for parameter in model.parameters():
+    parameter.grad = torch.ones_like(parameter)
+optimizer.step()
+assert commit.result() == 1
+saved = manager.restore(1)["model"]
+assert all(torch.equal(saved[name], before[name]) for name in before)
+manager.save(2, state).result()
+manager.close()
+print("fine")
+""",
+        tmp_path / "run",
+    )
+    assert (result.returncode, result.stdout) == (0, "fine\n"), result.stderr
+
+
 def test_a_child_forked_before_any_use_may_save(tmp_path: Path) -> None:
     result = scripts.run(
         FORK
