@@ -202,8 +202,10 @@ class Fault:
             return
         put(self._this.folder / "struck", "")
         if self.kind == "raise":
-            cause = OSError(errno.EIO, os.strerror(errno.EIO), path)
-            raise errors.StorageError(f"injected at {path}", errno=errno.EIO, path=path) from cause
+            cause = OSError(errno.EACCES, os.strerror(errno.EACCES), path)
+            raise errors.StorageError(
+                f"injected at {path}", errno=errno.EACCES, path=path
+            ) from cause
         _end_or_stop(self.kind)
 
     def _watch(self) -> None:
@@ -327,7 +329,7 @@ def background(this: Rank) -> None:
 
 
 def _fail(path: str) -> None:
-    raise errors.StorageError(f"injected at {path}", errno=errno.EIO, path=path)
+    raise errors.StorageError(f"injected at {path}", errno=errno.EACCES, path=path)
 
 
 def unsaveable(this: Rank) -> None:
