@@ -130,10 +130,7 @@ class CheckpointManager:
         custom_metadata: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> background.Commit | None:
-        """Saves a step if the policy accepts it.
-
-        Once it returns, the caller may change the objects: the state of the moment of the call is
-        stored.
+        """Saves a step if the policy accepts it: the state at the moment of the call.
 
         Args:
             step: The step number, >= 0; any order.
@@ -160,10 +157,7 @@ class CheckpointManager:
         )
 
     def check_start(self, step: int) -> None:
-        """Raises `StepExistsError` if a run that starts at `step` would overwrite steps.
-
-        Does nothing if the manager has `overwrite=True`.
-        """
+        """Raises `StepExistsError` if a run from `step` would overwrite without `overwrite`."""
         self._calls.check_usable()
         self._steps.check_start(check_step(step), overwrite=self._run.options.overwrite)
 
@@ -233,9 +227,7 @@ class CheckpointManager:
         on_corrupt: Literal["raise", "older"] = "raise",
         **options: Unpack[RestoreArguments],
     ) -> restore_lib.Restored:
-        """Resumes from the latest step; without one, returns the initial values.
-
-        The choice is logged, and is the same on all ranks.
+        """Resumes from the latest step, or returns the initial values; logged, equal on all ranks.
 
         Args:
             initial: The targets, as of `restore`. Where there is no step, their values are returned
