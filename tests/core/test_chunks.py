@@ -12,6 +12,7 @@ from functional_ckpt.core.arrays.chunks import (
     DIGEST_BLOCK_BYTES,
     MAX_CHUNK_BYTES,
     ChunkGrid,
+    asked_bytes,
     choose_grid,
     digest_offsets,
 )
@@ -108,3 +109,10 @@ def test_digests_cover_every_byte_of_every_chunk(grid: ChunkGrid, itemsize: int)
         count = offsets[place + 1] - offsets[place]
         size = grid.box(index).num_elements * itemsize
         assert (count - 1) * DIGEST_BLOCK_BYTES < size <= count * DIGEST_BLOCK_BYTES
+
+
+def test_columns_of_a_chunk_ask_for_all_of_it() -> None:
+    grid = ChunkGrid((1000, 1000), (1000, 1000))
+    columns, row = Box((0, 0), (1000, 10)), Box((500, 0), (1, 1000))
+    assert asked_bytes(grid, (0, 0), columns, 4) == 4_000_000
+    assert 4_000 <= asked_bytes(grid, (0, 0), row, 4) < 4_000_000
