@@ -257,18 +257,12 @@ class CheckpointManager:
     # ------------------------------------------------------------------------------ looking
 
     def all_steps(self) -> list[int]:
-        """Returns the committed steps, ascending, abandoned ones included.
-
-        A read-only manager reads the directory again.
-        """
+        """Returns the committed steps, abandoned ones too; a read-only manager looks again."""
         self._calls.check_usable()
         return self._steps.all()
 
     def latest_step(self) -> int | None:
-        """Returns the step that a run resumes from, or None.
-
-        That is the highest step; after a rollback, the highest one saved since.
-        """
+        """Returns the step that a run resumes from: the highest one since the last rollback."""
         self._calls.check_usable()
         return self._steps.newest()
 
