@@ -133,7 +133,7 @@ def test_the_record_says_what_stood_where(saved: tuple[Path, Any]) -> None:
         ({"ignore": ["all.optimizers.*", "all.state.*"]}, {"g", "d"}),
         ({"ignore": lambda name: "nets.g" in name}, {"d", "counter", "adam"}),
     ],
-    ids=str,
+    ids=["one pattern", "two patterns", "ignored patterns", "a function"],
 )
 def test_in_part(saved: tuple[Path, Any], options: Any, restored: set[str]) -> None:
     tree, live = make(0)
