@@ -74,7 +74,11 @@ STANDARD: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("value", STANDARD, ids=repr)
+IDS = [f"{number}-{type(value).__name__}" for number, value in enumerate(STANDARD)]
+"""Not their `repr`: the order of a set differs between processes."""
+
+
+@pytest.mark.parametrize("value", STANDARD, ids=IDS)
 @pytest.mark.parametrize("kind", [Json, PyTree])
 def test_plain_values_of_the_library_come_back(kind, value, tmp_path):
     fc.save(tmp_path / "c", {"config": kind({"a": [value]})})
