@@ -68,7 +68,7 @@ def save(
         metrics: Metrics, as of `CheckpointManager.save`; JSON.
         progress: The training progress.
         custom_metadata: Other metadata; JSON.
-        overwrite: Whether an existing checkpoint is replaced, atomically.
+        overwrite: Whether an existing checkpoint is replaced, atomically; no other directory is.
         registry: Chooses handlers for plain values.
         process_group: The ranks that save together, all of which must call; None for this process
             alone, whatever group it is in.
@@ -76,6 +76,7 @@ def save(
 
     Raises:
         StepExistsError: The path exists and `overwrite` is False.
+        UsageError: The path is no checkpoint: a file, or another directory.
         UnsupportedLeafError: A value cannot be stored; nothing was written.
     """
     group = SingleProcess() if process_group is None else default_coordinator(process_group)
@@ -110,15 +111,30 @@ def save(
 def _check_free(storage: Storage, final: str, *, overwrite: bool) -> None:
     """Raises unless a checkpoint may be written to a path."""
     commit.protocol(storage, os.path.dirname(final)).recover_claim(final)
-    if queries.exists(storage, final) and not overwrite:
-        raise errors.StepExistsError(
-            f"{final} exists; pass overwrite=True to replace it, or choose another path.",
-            path=final,
-        )
-    if queries.exists(storage, final) and not queries.is_directory(storage, final):
-        raise errors.UsageError(f"{final} is a file, not a checkpoint.", path=final)
+    if queries.exists(storage, final):
+        if not overwrite:
+            raise errors.StepExistsError(
+                f"{final} exists; pass overwrite=True to replace it, or choose another path.",
+                path=final,
+            )
+        if not queries.is_directory(storage, final):
+            raise errors.UsageError(f"{final} is a file, not a checkpoint.", path=final)
+        # `commits.claimed` refuses objects without a marker.
+        if storage.objects is None and (names := storage.list(final)):
+            _check_replaceable(final, names)
     if storage.files is not None:
         check_arrays_path(final)
+
+
+def _check_replaceable(final: str, names: Sequence[str]) -> None:
+    """Raises unless a directory with these names is a checkpoint: all of it would be removed."""
+    if set(names).isdisjoint(_CHECKPOINT_MARKS):
+        shown = ", ".join(sorted(names)[:_MAX_SHOWN])
+        raise errors.UsageError(
+            f"{final} is a directory without a record of a checkpoint (it holds {shown}): "
+            "overwrite=True replaces checkpoints only. Choose another path, or move it away.",
+            path=final,
+        )
 
 
 def _write(

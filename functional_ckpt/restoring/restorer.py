@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
 from functional_ckpt import errors
@@ -97,11 +98,14 @@ class Restorer:
             # A leaf that an older step lacks would keep the data of the damaged one.
             options = dataclasses.replace(options, verify="first")
         latest = step
+        damage: errors.CheckpointError | None = None
         while True:
             try:
-                restored = self._restore(step, holders, initial, options)
+                with _touched_by(damage):
+                    restored = self._restore(step, holders, initial, options)
                 break
             except errors.CorruptCheckpointError as error:
+                damage = error
                 older = self._older(step) if on_corrupt == "older" else None
                 if older is None:
                     raise
@@ -182,13 +186,17 @@ class Restorer:
         *nearer, last = holders
         # Errors of one rank are raised on all, as the same class: all continue with the next tier.
         failures = (errors.CorruptCheckpointError, errors.StorageError, errors.StepNotFoundError)
+        failure: errors.CheckpointError | None = None
         with self.steps.reading(step):
             for holder in nearer:
                 try:
-                    return self._restore_from(holder, step, into, options)
+                    with _touched_by(failure):
+                        return self._restore_from(holder, step, into, options)
                 except failures as error:
+                    failure = error
                     _log.warning("step %d: trying the next tier: %s", step, error)
-            return self._restore_from(last, step, into, options)
+            with _touched_by(failure):
+                return self._restore_from(last, step, into, options)
 
     def _restore_from(
         self,
@@ -259,6 +267,18 @@ class Restorer:
         if self.coordinator.rank and self.steps.has_tiers:
             return step
         return self.steps.existing(step)
+
+
+@contextlib.contextmanager
+def _touched_by(earlier: errors.CheckpointError | None) -> Generator[None]:
+    """Adds to an error that an earlier attempt had written into the target."""
+    try:
+        yield
+    except errors.CheckpointError as error:
+        if earlier is None or not earlier.touched or error.touched:
+            raise
+        message = f"{error.message} An earlier attempt had written into it: {earlier.message}"
+        raise error.replace(message, touched=True) from error.__cause__
 
 
 def initial_values(initial: Mapping[str, Any]) -> restore_lib.Restored:

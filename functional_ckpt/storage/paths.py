@@ -20,13 +20,15 @@ def resolve(path: Any) -> str:
         path: A string, an `os.PathLike` or an `epath.Path`.
 
     Raises:
-        UsageError: An invalid URI, or one with credentials.
+        UsageError: An empty path, an invalid URI, or one with credentials.
     """
     text = os.fspath(path)
     if not isinstance(text, str):
         raise errors.UsageError(f"{text!r}: a path must be text, not bytes.")
     if text.startswith("file://"):
         text = text.removeprefix("file://")
+    if not text:
+        raise errors.UsageError("The path is empty. Give '.' for the current directory.")
     if is_remote(text):
         return resolve_uri(text)
     if _SCHEME.match(text):  # a URI after pathlib

@@ -163,3 +163,33 @@ def test_the_longest_name_can_be_saved(tmp_path: Path) -> None:
     fc.save(path, items(1))
     fc.save(path, items(2), overwrite=True)
     assert number_of(path) == 2 and os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("kind", ["a run", "files"])
+def test_a_directory_that_is_no_checkpoint_is_never_replaced(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "place"
+    if kind == "files":
+        (path / "src").mkdir(parents=True)
+        (path / "src" / "main.py").write_text("x")
+    else:
+        with fc.CheckpointManager(path) as manager:
+            manager.save(1, items(1))
+    before = sorted(path.rglob("*"))
+    with pytest.raises(errors.UsageError, match="without a record of a checkpoint"):
+        fc.save(path, items(2), overwrite=True)
+    assert sorted(path.rglob("*")) == before and os.listdir(tmp_path) == ["place"]
+
+
+def test_an_empty_directory_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    fc.save(tmp_path / "best", items(2), overwrite=True)
+    assert number_of(tmp_path / "best") == 2
+
+
+@pytest.mark.parametrize("empty", ["", "file://"])
+def test_an_empty_path_is_not_the_current_directory(empty: str) -> None:
+    for call in (lambda: fc.save(empty, items(1), overwrite=True), lambda: fc.restore(empty)):
+        with pytest.raises(errors.UsageError, match="path is empty"):
+            call()
+    with pytest.raises(errors.UsageError, match="path is empty"):
+        fc.CheckpointManager(empty)

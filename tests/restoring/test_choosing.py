@@ -202,7 +202,7 @@ def test_another_dtype_or_shape_is_a_mismatch_unless_asked_for(
     run, source = trained
     half = classifier(2).to(torch.float16)
     with looked_into(run) as manager:
-        with pytest.raises(errors.MismatchError, match=re.escape("pass cast='target' to convert")):
+        with pytest.raises(errors.MismatchError, match=re.escape("pass cast=True to convert")):
             manager.restore(5, {"model": half})
         manager.restore(5, {"model": half}, cast=True)
         assert torch.equal(half.head.weight, source.head.weight.half())

@@ -47,6 +47,26 @@ def damage(run: Path, step: int) -> None:
     path.write_bytes(data)
 
 
+def test_an_error_after_a_damaged_step_says_that_the_target_was_written_into(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(600))
+    model = torch.nn.ParameterDict({"w": weight})
+    with fc.CheckpointManager(tmp_path) as manager:
+        manager.save(0, {"first": torch.nn.Linear(3, 2)})
+        with torch.no_grad():
+            weight.copy_(average(1)["w"])
+        manager.save(1, {"first": torch.nn.Linear(3, 2), "ema": model})
+    damage(tmp_path, 1)
+    with fc.CheckpointManager(tmp_path, read_only=True) as manager:
+        first = torch.nn.Linear(3, 2)
+        before = first.weight.detach().clone()
+        with pytest.raises(errors.StepNotFoundError, match="earlier attempt had writ") as found:
+            manager.restore_or({"first": first, "ema": model}, on_corrupt="older")
+        assert found.value.touched and not torch.equal(before, first.weight)
+
+
 def test_a_damaged_step_is_passed_over_only_when_asked(tmp_path: Path) -> None:
     save(tmp_path, 3)
     damage(tmp_path, 2)

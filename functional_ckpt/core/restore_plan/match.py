@@ -209,7 +209,7 @@ class _Matching:
             shared = "memory for each element (it is expanded: clone() it)"
             return self._differs(path, shared, structure.describe(saved), own)
         if _stored_dtype(node) != dtype and not self.cast_to_target:
-            hint = " (pass cast='target' to convert)"
+            hint = " (pass cast=True to convert)"
             return self._differs(path, expected, structure.describe(saved) + hint, own)
         read = ReadArray(node=node, form="fill" if fill else "tensor", like=tensor)
         if fill or tensor.is_meta:  # a module's tensors on the meta device are given memory
