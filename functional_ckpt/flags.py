@@ -24,6 +24,7 @@ from functional_ckpt import checkpoint, errors, policies
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.handlers.module import ModuleHandler
+from functional_ckpt.handlers.registry import for_items
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring import restorer
@@ -295,6 +296,7 @@ def _log_report(restored: restore_lib.Restored) -> None:
 
 
 def _weights(items: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+    registry = for_items(registry, items)
     found = {
         name: value
         for name, value in items.items()

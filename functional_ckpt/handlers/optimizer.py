@@ -21,7 +21,7 @@ from functional_ckpt.core.tree import encode, memory, structure
 from functional_ckpt.core.tree import flatten as tree_lib
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING, Fill, Refused
 from functional_ckpt.core.tree.structure import MergedNames
-from functional_ckpt.handlers import classes, dtensor_parts, optimizer_names
+from functional_ckpt.handlers import classes, dtensor_parts, optimizer_names, parameter_names
 from functional_ckpt.handlers.base import Handler, Item, item_class
 from functional_ckpt.handlers.optimizer_names import NamedOptimizer, State
 
@@ -44,10 +44,10 @@ class OptimizerHandler(Handler):
     order does not matter, save to LBFGS, which flattens its parameters in order.
 
     Attributes:
-        model: The module whose parameters it updates, or `(name, parameter)` pairs.
+        model: Names the parameters that it updates.
     """
 
-    model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]
+    model: parameter_names.Model
 
     def lower(self, value: Any) -> State:
         """State and groups by name, as live references, and the optimizer's identity."""
@@ -149,8 +149,8 @@ class Optimizer(Item):
     Args:
         value: Any `torch.optim.Optimizer`. Of a `ZeroRedundancyOptimizer`, every rank saves the
             state of the parameters that it updates, and restores that of those it updates then.
-        model: The module whose parameters it updates (wrapped or not), or `(name, parameter)`
-            pairs.
+        model: The module whose parameters it updates (wrapped or not); several modules by name,
+            which is the prefix of their parameters' names; or `(name, parameter)` pairs.
         replicated: `checked` makes plain tensors that differ between ranks an error (samples are
             compared); `unchecked` saves the first rank's.
 
@@ -160,12 +160,18 @@ class Optimizer(Item):
     """
 
     value: torch.optim.Optimizer
-    model: torch.nn.Module | Iterable[tuple[str, torch.Tensor]]
+    model: (
+        torch.nn.Module
+        | Mapping[str, torch.nn.Module]
+        | Iterable[tuple[str, torch.Tensor | torch.nn.Module]]
+    )
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for other values than optimizers."""
         if not isinstance(self.model, torch.nn.Module):
-            object.__setattr__(self, "model", tuple(self.model))
+            given = cast("Any", self.model)
+            pairs = given.items() if isinstance(self.model, Mapping) else given
+            object.__setattr__(self, "model", tuple(pairs))
         self.check()
 
     @property
@@ -181,7 +187,7 @@ class Optimizer(Item):
                 f"Expected a torch.optim.Optimizer, got {type(self.value).__name__}; "
                 "fc.Stateful saves any object with state_dict() and load_state_dict()."
             )
-        optimizer_names.check_not_flattened(self.value, self.model)
+        optimizer_names.check_not_flattened(self.value, cast("Any", self.model))
 
 
 # ------------------------------------------------------------------------------------ matching

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.tree import structure
-from functional_ckpt.handlers import classes, module_names
+from functional_ckpt.handlers import classes, parameter_names
 
 __all__ = [
     "RESERVED",
@@ -70,29 +70,24 @@ class NamedOptimizer:
 
     Attributes:
         optimizer: Any `torch.optim.Optimizer`.
-        model: A module, or `(name, parameter)` pairs.
+        model: Names the parameters.
         outer: The ZeRO optimizer of which `optimizer` updates this rank's share; else None.
     """
 
     optimizer: torch.optim.Optimizer
-    model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]
+    model: parameter_names.Model
     outer: torch.optim.Optimizer | None = None
 
 
 def group_names(named: NamedOptimizer) -> list[list[str]]:
     """Returns the names of each group's parameters, in the groups' order."""
-    names = _names(named.model)
-    unknown = [
-        f"param_groups[{index}]['params'][{place}] {tuple(parameter.shape)}"
-        for index, group in enumerate(named.optimizer.param_groups)
-        for place, parameter in enumerate(group["params"])
-        if id(parameter) not in names
-    ]
+    names = parameter_names.names_of(named.model)
+    unknown = parameter_names.without_name(named.optimizer, names)
     if unknown:
         raise errors.UsageError(
             "The optimizer updates parameters that the model does not have: "
-            f"{', '.join(unknown)}. Pass the module that holds all of them, or "
-            "(name, parameter) pairs."
+            f"{', '.join(unknown)}. Pass the module that holds all of them, several modules by "
+            "name, or (name, parameter) pairs."
         )
     groups = [[names[id(p)] for p in group["params"]] for group in named.optimizer.param_groups]
     _check_state_keys(named.optimizer, names)
@@ -106,22 +101,6 @@ def by_name(named: NamedOptimizer) -> dict[str, torch.Tensor]:
         for group, names in zip(named.optimizer.param_groups, group_names(named), strict=True)
         for parameter, name in zip(group["params"], names, strict=True)
     }
-
-
-def _names(model: torch.nn.Module | tuple[tuple[str, torch.Tensor], ...]) -> dict[int, str]:
-    """Returns the `id` of each parameter -> its first name."""
-    pairs: Iterable[tuple[str, torch.Tensor]]
-    if isinstance(model, torch.nn.Module):
-        pairs = ((name, slot.tensor) for name, slot in module_names.slots(model))
-    else:
-        pairs = model
-    names: dict[int, str] = {}
-    owners: dict[str, int] = {}
-    for name, parameter in pairs:
-        if owners.setdefault(name, id(parameter)) != id(parameter):
-            raise errors.UsageError(f"Two parameters are named {name!r}.", key_path=name)
-        names.setdefault(id(parameter), name)
-    return names
 
 
 def _check_state_keys(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
@@ -150,7 +129,7 @@ def loads_its_own_way(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def check_not_flattened(optimizer: torch.optim.Optimizer, model: object) -> None:
+def check_not_flattened(optimizer: torch.optim.Optimizer, model: parameter_names.Model) -> None:
     """Raises `UsageError` for parameters that FSDP1 has cut into flat pieces, one for each rank.
 
     Their state has the same name and often the same shape on all ranks, and is not the same.
@@ -158,8 +137,11 @@ def check_not_flattened(optimizer: torch.optim.Optimizer, model: object) -> None
     groups = optimizer.param_groups
     if not any(getattr(p, "_fsdp_flattened", False) for group in groups for p in group["params"]):
         return
-    if isinstance(model, torch.nn.Module):
-        wrappers: list[Any] = [m for m in model.modules() if classes.is_a(m, _FSDP1)]
+    named = (("", model),) if isinstance(model, torch.nn.Module) else model
+    modules = [each for _, each in named if isinstance(each, torch.nn.Module)]
+    if modules:
+        inner = (each for module in modules for each in module.modules())
+        wrappers: list[Any] = [each for each in inner if classes.is_a(each, _FSDP1)]
         if wrappers and all(each.sharding_strategy.name == "NO_SHARD" for each in wrappers):
             return
     raise errors.UsageError(

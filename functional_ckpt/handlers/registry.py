@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from functional_ckpt import errors
-from functional_ckpt.handlers.base import Registry
+from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.handlers.module import Module
+from functional_ckpt.handlers.owners import Owners
 from functional_ckpt.handlers.pytree import PyTree
 from functional_ckpt.handlers.rng import Generator, is_generator
 from functional_ckpt.handlers.stateful import Stateful, is_stateful
 from functional_ckpt.handlers.torchmetrics import TorchMetric, is_metric
 
-__all__ = ["default_registry"]
+__all__ = ["default_registry", "for_items"]
 
 
 def default_registry() -> Registry:
     """The registry used when none is given; extend it with `with_handler`.
 
-    Asked in this order: torchmetrics metrics, modules, optimizers (an error: they need their
-    model), random number generators, objects with `state_dict` and `load_state_dict`; everything
-    else is a pytree.
+    Asked in this order: torchmetrics metrics, modules, optimizers (named by the modules that stand
+    in the same save or restore), random number generators, objects with `state_dict` and
+    `load_state_dict`; everything else is a pytree.
     """
     registry = Registry()
     for fits, bind in (  # the rule that is added last is asked first
         (_always, PyTree),
         (is_stateful, Stateful),
         (is_generator, Generator),
-        (_is_optimizer, _refuse_optimizer),
+        (_is_optimizer, _bind_alone),
         (_is_module, Module),
         (is_metric, TorchMetric),
     ):
@@ -50,8 +52,19 @@ def _is_optimizer(value: object) -> bool:
     return isinstance(value, torch.optim.Optimizer)
 
 
-def _refuse_optimizer(value: Any) -> NoReturn:
-    raise errors.UsageError(
-        f"{type(value).__name__} is saved by the names of its parameters, and needs the model that "
-        "names them: pass fc.Optimizer(optimizer, model)."
+def _bind_alone(value: Any) -> Item:
+    return Owners({}).bind(value)
+
+
+def for_items(registry: Registry, items: Mapping[str, Any]) -> Registry:
+    """The registry for one save or restore: modules in the items name optimizers' parameters.
+
+    Args:
+        registry: Chooses handlers for plain values.
+        items: All items, by name.
+    """
+    bind = Owners(items).bind
+    rules = (
+        each._replace(bind=bind) if each.bind is _bind_alone else each for each in registry.defaults
     )
+    return dataclasses.replace(registry, defaults=tuple(rules))

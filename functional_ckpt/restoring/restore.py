@@ -20,6 +20,7 @@ from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint
 from functional_ckpt.handlers import nested
 from functional_ckpt.handlers.base import Item, Registry
+from functional_ckpt.handlers.registry import for_items
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import read, ties
 from functional_ckpt.restoring.match import MatchedItem, RestoreOptions, is_per_rank, match_items
@@ -135,6 +136,7 @@ def restore_checkpoint(
         # Restored tensors must not be inference tensors, which cannot be trained.
         with torch.inference_mode(mode=False), torch.no_grad():
             return restore_checkpoint(open_checkpoint, into, registry, options, coordinator)
+    registry = for_items(registry, {} if into is None else into)
     group = coordinator or SingleProcess()
     with collective(group, "matching the checkpoint with the target", _is_asked_of_all) as round_:
         with threads.gc_paused():

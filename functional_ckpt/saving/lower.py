@@ -17,6 +17,7 @@ from functional_ckpt.core.tree import encode, flatten, memory, structure
 from functional_ckpt.format.step_files import PROGRESS_ITEM
 from functional_ckpt.handlers import nested
 from functional_ckpt.handlers.base import Item, Registry
+from functional_ckpt.handlers.registry import for_items
 from functional_ckpt.runtime import device_copies, threads
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.paths import check_arrays_path
@@ -108,6 +109,7 @@ def lower(
             f"{items!r:.60}. Wrap a single value: {{'state': value}}."
         )
     device_copies.check_not_capturing()
+    registry = for_items(registry, items)
     bound = {check_item_name(name): registry.bind(value, name) for name, value in items.items()}
     with threads.gc_paused():
         return tuple(_lower_item(name, item, registry, rank, ranks) for name, item in bound.items())
