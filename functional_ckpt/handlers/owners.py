@@ -70,7 +70,7 @@ class Owners:
         raise errors.UsageError(
             f"{type(optimizer).__name__} is saved by the names of its parameters, and no module in "
             f"the items has {', '.join(unknown)}. Add that module to the items, or pass "
-            "fc.Optimizer(optimizer, model)."
+            "fc.Optimizer(optimizer, model); model may also be (name, parameter) pairs."
         )
 
 
