@@ -73,7 +73,7 @@ def measure(mesh: str, num_ranks: int, num_tensors: int) -> dict[str, Any]:
         chunks.digest_offsets,
     ):
         cached.cache_clear()
-    signature_seconds, _ = timed(lambda: plan_lib._signature([item]))
+    signature_seconds, _ = timed(lambda: plan_lib._signature([item], with_trees=True))
     plan_seconds, plan = timed(lambda: plan_lib._plan([item], num_ranks - 1, ranks, None))
     again_seconds, _ = timed(lambda: plan_lib._plan([item], num_ranks - 1, ranks, None))
     return {

@@ -1,14 +1,16 @@
 """Tensors that share memory in the target and not in the checkpoint: one memory, two values.
 
-Where both values are the same, nothing is wrong. Where they are not, the last one written would
-win, so it is a mismatch, found before anything is touched.
+They share all of it (tied tensors), or a part (views of one buffer). Where both values are the
+same, nothing is wrong. Where they are not, the last one written would win, so it is a mismatch,
+found before anything is touched.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +23,8 @@ from functional_ckpt.restoring import read as read_lib
 from functional_ckpt.restoring.match import MatchedItem
 
 __all__ = ["report_conflicts"]
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Use(NamedTuple):
@@ -40,6 +44,38 @@ class _Use(NamedTuple):
         return cast("OpenItem", self.item.opened)
 
 
+class _Extent(NamedTuple):
+    """The addresses from a tensor's first byte to its last, with the gaps of a strided one.
+
+    Attributes:
+        device: The device, as text.
+        start: The first address.
+        end: The address after the last.
+        local: This rank's part of the tensor.
+        tied: The leaves that fill it.
+    """
+
+    device: str
+    start: int
+    end: int
+    local: torch.Tensor
+    tied: Sequence[_Use]
+
+    @property
+    def where(self) -> str:
+        """The first of its leaves."""
+        return self.tied[0].filled.where
+
+    def view(self, words: torch.Tensor, base: int, word: int) -> torch.Tensor:
+        """Returns the part of `words`, a copy of the memory from `base` on, where the tensor is."""
+        num_words = self.local.element_size() // word
+        return words.as_strided(
+            (*self.local.shape, num_words),
+            (*(step * num_words for step in self.local.stride()), 1),
+            (self.start - base) // word,
+        )
+
+
 def report_conflicts(
     matched: Sequence[MatchedItem], verify: read_lib.Verify
 ) -> Sequence[MatchedItem]:
@@ -57,21 +93,119 @@ def report_conflicts(
         for filled in item.filled:
             if (key := memory.tie_key(filled.read.like)) is not None:
                 uses[key].append(_Use(item, filled))
-    lines: defaultdict[str, list[str]] = defaultdict(list)
-    refused: dict[int, Any] = {}
-    for shared in uses.values():
-        others = [use for use in shared[1:] if not _is_same(shared[0], use, verify)]
-        for use in others:
-            lines[use.item.name].append(
-                f"{use.filled.where}: the target has one tensor for it and "
-                f"{shared[0].filled.where}, the checkpoint has two that differ; untie them, or "
-                "ignore one"
+    wrong: list[tuple[_Use, str]] = []
+    refused: list[_Use] = []
+    alike: list[Sequence[_Use]] = []
+    for tied in uses.values():
+        others = [use for use in tied[1:] if not _is_same(tied[0], use, verify)]
+        wrong += [
+            (
+                use,
+                f"the target has one tensor for it and {tied[0].filled.where}, the checkpoint has "
+                "two that differ; untie them, or ignore one",
             )
+            for use in others
+        ]
         if others:
-            refused |= {id(use.filled.read): use.filled.read.like for use in shared}
+            refused += tied
+        else:
+            alike.append(tied)
+    for cluster in _clusters(alike):
+        if found := _conflicts(cluster, verify):
+            wrong += found
+            refused += [use for extent in cluster for use in extent.tied]
     if not refused:
         return matched
-    return [_without(item, refused, lines[item.name]) for item in matched]
+    kept = {id(use.filled.read): use.filled.read.like for use in refused}
+    lines: defaultdict[str, list[str]] = defaultdict(list)
+    for use, text in wrong:
+        lines[use.item.name].append(f"{use.filled.where}: {text}")
+    return [_without(item, kept, lines[item.name]) for item in matched]
+
+
+# --------------------------------------------------------------------------- overlapping memory
+
+
+def _clusters(uses: Sequence[Sequence[_Use]]) -> Iterator[Sequence[_Extent]]:
+    """Every group of tensors whose extents overlap, in order of their addresses."""
+    extents = [extent for tied in uses if (extent := _extent(tied)) is not None]
+    cluster: list[_Extent] = []
+    end = 0
+    for extent in sorted(extents, key=lambda extent: extent[:3]):
+        if cluster and extent.device == cluster[0].device and extent.start < end:
+            cluster.append(extent)
+            end = max(end, extent.end)
+            continue
+        if len(cluster) > 1:
+            yield cluster
+        cluster, end = [extent], extent.end
+    if len(cluster) > 1:
+        yield cluster
+
+
+def _extent(tied: Sequence[_Use]) -> _Extent | None:
+    local = cast("torch.Tensor", sharding.local_of(tied[0].filled.read.like))
+    if local.is_meta or not local.numel():  # a restore gives it memory of its own, or none
+        return None
+    last = sum((n - 1) * step for n, step in zip(local.shape, local.stride(), strict=True))
+    start = local.data_ptr()
+    end = start + (last + 1) * local.element_size()
+    return _Extent(str(local.device), start, end, local, tied)
+
+
+def _conflicts(cluster: Sequence[_Extent], verify: read_lib.Verify) -> Sequence[tuple[_Use, str]]:
+    """Returns a line for each leaf but the first, if two write different values to one address.
+
+    The values are written to new memory, at the same offsets as in the target.
+    """
+    base, end = cluster[0].start, max(extent.end for extent in cluster)
+    word = math.gcd(8, *(n for e in cluster for n in (e.start - base, e.local.element_size())))
+    written = torch.zeros((end - base) // word, dtype=torch.bool)
+    if not _is_any_twice([extent.view(written, base, word) for extent in cluster]):
+        return []
+    written.zero_()
+    values = torch.zeros(len(written), dtype=_WORDS[word])
+    partners: dict[int, str] = {}
+    for number, extent in enumerate(cluster):
+        before, has_value = (extent.view(each, base, word) for each in (values, written))
+        value = _bytes_of(extent.tied[0], verify).cpu().view(values.dtype).view(before.shape)
+        differs = has_value & (before != value)
+        if differs.any():
+            at = torch.zeros_like(written)
+            extent.view(at, base, word).copy_(differs)
+            earlier = (each for each in cluster[:number] if each.view(at, base, word).any())
+            partners[number] = next(earlier).where
+        before.copy_(torch.where(has_value, before, value))
+        has_value.fill_(True)
+    if not partners:
+        return []
+    first = min(partners)
+    texts = {
+        number: f"its memory in the target overlaps that of {partner}, the checkpoint has values "
+        "that differ there; give each its own memory, or ignore one"
+        for number, partner in partners.items()
+    }
+    kept = cluster[first].where
+    also = f"its memory in the target may overlap that of {kept}, which keeps its value"
+    named = {partners[first], *(cluster[number].where for number in partners)}
+    return [
+        (use, texts.get(number, also))
+        for number, extent in enumerate(cluster)
+        for use in extent.tied
+        if number in texts or use.filled.where not in named
+    ]
+
+
+def _is_any_twice(views: Sequence[torch.Tensor]) -> bool:
+    """Returns whether two views have an element in common; marks elements."""
+    for view in views:
+        if view.any():
+            return True
+        view.fill_(True)
+    return False
+
+
+# --------------------------------------------------------------------------- values
 
 
 def _is_same(one: _Use, other: _Use, verify: read_lib.Verify) -> bool:

@@ -1,4 +1,4 @@
-"""Encodes a rank's leaves as bytes, and merges all ranks' leaves to one sharding each."""
+"""Encodes a rank's structures and leaves as bytes, and merges those of all ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.sharding import DimShard, Sharding
-from functional_ckpt.core.records import merge_ranks
+from functional_ckpt.core.records import merge_ranks, structure_json
+from functional_ckpt.core.tree import structure
 from functional_ckpt.saving import replicas
 from functional_ckpt.saving.lower import LoweredItem
 
@@ -36,7 +37,7 @@ class Leaf:
 
     Attributes:
         sharding: Its sharding; None for a plain one.
-        spec: Shape and dtype as text; empty for a plain number.
+        spec: Kind, dtype and shape as text; empty for a plain number.
         mark: Whether other ranks must hold the same.
         digest: Of a sample; 0 where nothing is compared.
     """
@@ -64,7 +65,7 @@ def leaves_of(items: Sequence[LoweredItem]) -> dict[str, Leaf]:
         for source, digest in zip(item.sources, digests, strict=True):
             found[f"{item.name}/{source.node.name}"] = Leaf(
                 sharding=source.sharding,
-                spec=f"{source.node.kind} {source.node.spec}",
+                spec=structure.describe(source.node),
                 mark=mark_of(item, source.node.name),
                 digest=digest,
             )
@@ -77,13 +78,17 @@ def merge(values: Sequence[bytes]) -> bytes:
     """On the primary: one sharding for every leaf that any rank holds.
 
     Raises:
-        CoordinationError: Two ranks hold arrays of different shapes, or different values, under one
-            name.
+        CoordinationError: Two ranks hold arrays of different shapes, different values, or different
+            containers, under one name.
     """
     held: dict[str, list[tuple[int, Leaf]]] = {}
+    trees: dict[str, list[tuple[int, str]]] = {}
     for rank, value in enumerate(values):
-        for name, leaf in _from_bytes(value).items():
+        leaves, texts = _from_bytes(value)
+        for name, leaf in leaves.items():
             held.setdefault(name, []).append((rank, leaf))
+        for item, text in texts.items():
+            trees.setdefault(item, []).append((rank, text))
     merged: dict[str, Leaf] = {}
     compared: dict[str, tuple[Sharding, dict[int, int]]] = {}
     for name, found in held.items():
@@ -94,14 +99,17 @@ def merge(values: Sequence[bytes]) -> bytes:
         if first.mark == EQUAL and sharding.num_replicas > 1:
             digests = {rank: leaf.digest for rank, leaf in found}
             compared[_shown(name)] = (sharding, digests)
+    for item, texts_of_item in trees.items():
+        roots = {text: structure_json.from_json(json.loads(text)) for _, text in texts_of_item}
+        merge_ranks.merge_ranks([(rank, roots[text]) for rank, text in texts_of_item], item=item)
     replicas.check_equal(compared)
-    return to_bytes(merged)
+    return to_bytes(merged, ())
 
 
 def shardings_of(merged: bytes) -> dict[str, Sharding]:
     """Decodes the result of `merge`: the sharding of every leaf."""
     found: dict[str, Sharding] = {}
-    for name, leaf in _from_bytes(merged).items():
+    for name, leaf in _from_bytes(merged)[0].items():
         if leaf.sharding is not None:  # merged ones always have one
             found[name] = leaf.sharding
     return found
@@ -137,8 +145,8 @@ def _shown(name: str) -> str:
 # ------------------------------------------------------------------------------------ bytes
 
 
-def to_bytes(leaves: Mapping[str, Leaf]) -> bytes:
-    """JSON in which each different sharding and spec is spelled out once."""
+def to_bytes(leaves: Mapping[str, Leaf], items: Sequence[LoweredItem]) -> bytes:
+    """Returns JSON of leaves, each different sharding and spec once, and of items' structures."""
     shardings: dict[Sharding | None, int] = {}
     specs: dict[tuple[str, str], int] = {}
     rows = [
@@ -154,18 +162,24 @@ def to_bytes(leaves: Mapping[str, Leaf]) -> bytes:
         "specs": list(specs),
         "names": list(leaves),
         "rows": rows,
+        "trees": {
+            item.name: json.dumps(structure_json.to_json(item.root))
+            for item in items
+            if item.root is not None
+        },
     }
     return zlib.compress(json.dumps(record).encode(), 1)
 
 
-def _from_bytes(value: bytes) -> dict[str, Leaf]:
+def _from_bytes(value: bytes) -> tuple[dict[str, Leaf], dict[str, str]]:
+    """Returns the leaves, and the JSON of each item's structure."""
     record: dict[str, Any] = json.loads(zlib.decompress(value))
     shardings = [None if each is None else _sharding(*each) for each in record["shardings"]]
     found: dict[str, Leaf] = {}
     for name, (sharding, number, digest) in zip(record["names"], record["rows"], strict=True):
         spec, mark = record["specs"][number]
         found[name] = Leaf(sharding=shardings[sharding], spec=spec, mark=mark, digest=digest)
-    return found
+    return found, record["trees"]
 
 
 def _sharding(mesh_shape: list[int], ranks: list[int], placements: list[Any]) -> Sharding:

@@ -3,7 +3,7 @@
 Every rank sends the primary a digest of its structure, and samples of the leaves that other ranks
 hold too. If all structures are equal, or unchanged since the last save, every rank knows its part.
 If they differ (pipeline stages; norms that each tensor-parallel rank shards over its own mesh), or
-if samples do, the ranks exchange the names, shardings and samples of their leaves.
+if samples do, the ranks exchange their structures, and the shardings and samples of their leaves.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import write_plan
 from functional_ckpt.core.arrays.sharding import Sharding
 from functional_ckpt.core.records import records
+from functional_ckpt.core.tree import structure
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.runtime import threads
@@ -91,7 +92,7 @@ class SavePlanner:
             shared = [item for item in planning.items if not item.per_rank]
             own = [item for item in planning.items if item.per_rank]
             with threads.gc_paused():
-                signature = _signature(shared)
+                signature = _signature(shared, with_trees=self._coordinator.num_ranks > 1)
             turn.value = self._describe(shared, planning.items, signature, step)
         planning.plan = self._plan_shared(shared, step, signature, turn.outcome)
         planning.plan |= _plan(own, self._coordinator.rank, (), None)
@@ -134,7 +135,7 @@ class SavePlanner:
         shardings: Shardings | None = None
         if verdict != b"alike":
             with collective(coordinator, f"the leaves of step {step}", leaf_table.merge) as turn:
-                turn.value = leaf_table.to_bytes(leaf_table.leaves_of(items))
+                turn.value = leaf_table.to_bytes(leaf_table.leaves_of(items), items)
             shardings = leaf_table.shardings_of(turn.outcome)
         with threads.gc_paused():
             self._plan = _plan(items, coordinator.rank, ranks, shardings)
@@ -218,8 +219,13 @@ def _text_digest(item: LoweredItem) -> str | None:
     return records.digest_hex(item.text) if item.is_checked else None
 
 
-def _signature(items: Sequence[LoweredItem]) -> str:
-    """Returns a digest of everything that the plan of these items depends on."""
+def _signature(items: Sequence[LoweredItem], *, with_trees: bool) -> str:
+    """Returns a digest of everything that the plan of these items depends on.
+
+    Args:
+        items: The items.
+        with_trees: Whether their structures count too, which ranks merge.
+    """
     places: dict[
         Sharding | None, int
     ] = {}  # a sharding names every rank: spelled out once, not per leaf
@@ -230,17 +236,36 @@ def _signature(items: Sequence[LoweredItem]) -> str:
                 (
                     s.node.name,
                     s.node.spec.shape,
-                    s.node.spec.dtype,
+                    s.node.dtype,
                     places.setdefault(s.sharding, len(places)),
                 )
                 for s in item.sources
             ],
             [name for name, _, _ in item.scalars],
             sorted(item.first_rank.items()),
+            _skeleton(item.root) if with_trees and item.root is not None else None,
         )
         for item in items
     ]
     return records.digest_hex(repr((described, list(places))).encode())
+
+
+def _skeleton(root: structure.Node) -> list[object]:
+    """Returns all of a structure in which ranks could contradict each other: no plain values."""
+    found: list[object] = []
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, structure.ValueNode):
+            found.append(None)
+        elif isinstance(node, structure.ArrayNode):
+            found.append((node.kind, node.dtype, node.spec.shape, node.tied_to))
+        elif node.kind == "per_rank" or structure.is_names(node):
+            found.append(node.kind)
+        else:
+            found.append((node.kind, [key.value for key in node.keys], node.detail))
+            todo.extend(node.children)
+    return found
 
 
 def _plan(

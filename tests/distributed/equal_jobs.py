@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,59 @@ def save_all_differing(directory: Path, kinds: tuple[str, ...]) -> dict[str, str
         # The ranks still agree.
         handle = manager.save(100, {"state": {"w": torch.ones(3)}})
         assert handle is not None and handle.result(60) == 100
+    return found
+
+
+class One(NamedTuple):
+    """A tuple of one field."""
+
+    one: int
+
+
+class Other(NamedTuple):
+    """A tuple of another field."""
+
+    other: int
+
+
+def conflicting(what: str, rank: int) -> Any:
+    """A tree of which two ranks hold different structures under one name."""
+    w = torch.zeros(3)
+    return {
+        "tensor or text": (w, "text"),
+        "tensor or None": (w, None),
+        "text or dict": ("text", {}),
+        "list or dict": ([w], {"0": w}),
+        "list or tuple": ([1], (1,)),
+        "dict or OrderedDict": ({"v": 1}, collections.OrderedDict(v=1)),
+        "longer list": (["a"], ["a", "b"]),
+        "tensor or ndarray": (w, w.numpy()),
+        "other dtype": (w.double(), w),
+        "carried dtype": (w.to(torch.float8_e5m2), w.to(torch.float8_e4m3fn)),
+        "other dims": (w, w[None]),
+        "tied or not": ([w, w], [w, w.clone()]),
+        "other field": (One(one=1), Other(other=1)),
+    }[what][rank]
+
+
+def save_all_conflicting(directory: Path, kinds: tuple[str, ...]) -> dict[str, str]:
+    """One manager, one `save` of each kind; the error of each."""
+    rank = dist.get_rank()
+    found: dict[str, str] = {}
+    with fc.CheckpointManager(directory) as manager:
+        for step, what in enumerate(kinds):
+            tree = {"own": {f"own{rank}": 1}, "x": conflicting(what, rank)}
+            try:
+                manager.save(step, {"state": fc.PyTree(tree, replicated="unchecked")})
+            except fc.errors.CoordinationError as error:
+                found[what] = f"{error.ranks} {error}"
+        # Values and keys of dicts may differ, and a tree that is known already may change.
+        manager.save(100, {"state": {"x": [str(rank), 1], "y": {str(rank): None}}}).result(60)
+        try:
+            manager.save(101, {"state": {"x": [str(rank), 1][rank:], "y": {str(rank): None}}})
+        except fc.errors.CoordinationError as error:
+            found["later"] = f"{error.ranks} {error}"
+        assert manager.all_steps() == [100]
     return found
 
 

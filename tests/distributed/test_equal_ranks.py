@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,25 @@ LEAVES = {
     "moments": "state.state.weight.exp_avg",
     "buffer": "state.scale",
     "other trees": "state.shared",
+}
+CONFLICTS = {
+    "tensor or text": ("tensor float32[3]", "str 'text'"),
+    "tensor or None": ("tensor float32[3]", "None"),
+    "text or dict": ("str 'text'", "a dict of 0"),
+    "list or dict": ("a list of 1", "a dict of 1"),
+    "list or tuple": ("a list of 1", "a tuple of 1"),
+    "dict or OrderedDict": ("a dict of 1", "a ordered_dict of 1"),
+    "longer list": ("a list of 1", "a list of 2"),
+    "tensor or ndarray": ("tensor float32[3]", "ndarray float32[3]"),
+    "other dtype": ("tensor float64[3]", "tensor float32[3]"),
+    "carried dtype": ("tensor float8_e5m2[3]", "tensor float8_e4m3fn[3]"),
+    "other dims": ("tensor float32[3]", "tensor float32[1, 3]"),
+    "tied or not": (
+        "tensor float32[3] with {'tied to': 'x.0'}",
+        "tensor float32[3] with {'tied to': None}",
+    ),
+    "other field": ("a named_tuple of 1 with {", "a named_tuple of 1 with {"),
+    "later": ("a list of 2", "a list of 1"),
 }
 STAGINGS: tuple[dict[str, Any], ...] = (
     {"staging": fc.Overlapped()},
@@ -37,6 +57,18 @@ def test_values_that_differ_between_ranks_are_refused_by_name_on_every_rank(
             assert text.startswith(f"{leaf} (1,) {leaf}"), text
             assert "rank 0 and rank 1 hold different values under one name" in text
     assert fc.restore(tmp_path / "100")["state"]["w"].tolist() == [1.0] * 3
+
+
+def test_structures_that_contradict_each_other_are_refused_by_save_on_every_rank(
+    workers: Workers, tmp_path: Path
+) -> None:
+    kinds = tuple(kind for kind in CONFLICTS if kind != "later")
+    for found in workers.run(2, equal_jobs.save_all_conflicting, tmp_path, kinds):
+        assert list(found) == list(CONFLICTS)
+        for what, text in found.items():
+            one, other = CONFLICTS[what]
+            assert re.match(r"\(0, 1\) state(\.x|\['x'\])", text), text
+            assert f"rank 0 holds {one}" in text and f", rank 1 holds {other}" in text, text
 
 
 @pytest.mark.parametrize("options", STAGINGS, ids=str)

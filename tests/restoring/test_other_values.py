@@ -250,6 +250,81 @@ def test_items_that_share_memory_are_compared(tmp_path: Path) -> None:
     assert not filled.any()
 
 
+def overlapping(what: str) -> dict[str, torch.Tensor]:
+    """Two views that have a part of one memory in common, and one of other memory beside."""
+    buffer = torch.arange(24.0)
+    grid = buffer.view(4, 6)
+    views = {
+        "shifted": (buffer[:10], buffer[6:]),
+        "inside": (buffer, buffer[8:12]),
+        "reshaped": (buffer, grid),
+        "columns": (grid[:, :4], grid[:, 3:]),
+        "transposed": (grid.t()[:2], grid[1:, :3]),
+        "other dtype": (buffer[:10], buffer.view(torch.int16)[13:30]),
+        "scalar": (buffer[4:8], buffer[7]),
+    }
+    return dict(zip(("a", "b"), views[what], strict=True)) | {"c": torch.ones(3)}
+
+
+OVERLAPS = ("shifted", "inside", "reshaped", "columns", "transposed", "other dtype", "scalar")
+
+
+def fills(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: fc.handlers.Fill(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("what", OVERLAPS)
+def test_values_that_differ_in_common_memory_are_a_mismatch(what: str, tmp_path: Path) -> None:
+    saved = {name: tensor.clone() for name, tensor in overlapping(what).items()}
+    saved["b"] += 1
+    fc.save(tmp_path / "c", {"t": saved})
+    target = overlapping(what)
+    before = copy.deepcopy(target)
+    with pytest.raises(errors.MismatchError, match=r"t\['[ab]'\].*overlaps.*t\['[ab]'\]") as caught:
+        fc.restore(tmp_path / "c", {"t": fills(target)})
+    assert len(caught.value.mismatched) == 1
+    assert testing.differences(target, before) == []
+    report = fc.restore(tmp_path / "c", {"t": fills(target)}, strict=False).report
+    assert len(report.mismatched) == 1
+    assert testing.differences(target, before) == []
+    fc.restore(tmp_path / "c", {"t": fills(target)}, ignore="t.b")
+    assert torch.equal(target["a"], saved["a"])
+
+
+@pytest.mark.parametrize("what", OVERLAPS)
+def test_values_that_agree_in_common_memory_are_restored(what: str, tmp_path: Path) -> None:
+    saved = overlapping(what)
+    fc.save(tmp_path / "c", {"t": {name: tensor.clone() for name, tensor in saved.items()}})
+    target = overlapping(what)
+    for tensor in target.values():
+        tensor.zero_()
+    assert not fc.restore(tmp_path / "c", {"t": fills(target)}).report
+    assert testing.differences(target, saved) == []
+
+
+def test_views_that_interleave_have_no_memory_in_common(tmp_path: Path) -> None:
+    fc.save(tmp_path / "c", {"t": {"a": torch.zeros(4, 2), "b": torch.ones(4, 4)}})
+    grid = torch.full((4, 6), 7.0)
+    assert not fc.restore(tmp_path / "c", {"t": fills({"a": grid[:, :2], "b": grid[:, 2:]})}).report
+    assert torch.equal(grid, torch.tensor([0.0, 0, 1, 1, 1, 1]).expand(4, 6))
+
+
+def test_every_leaf_of_a_memory_that_is_kept_is_reported(tmp_path: Path) -> None:
+    names = ("flat", "one", "two", "tied")
+    fc.save(
+        tmp_path / "c", {"m": {name: torch.zeros(8 if name == "flat" else 4) for name in names}}
+    )
+    buffer = torch.ones(8)
+    target = {"flat": buffer, "one": buffer[:4], "two": buffer[4:], "tied": buffer[4:]}
+    assert not fc.restore(tmp_path / "c", {"m": fills(target)}).report
+    values = {name: torch.full_like(tensor, name == "one") for name, tensor in target.items()}
+    fc.save(tmp_path / "d", {"m": values})
+    buffer.fill_(3)
+    report = fc.restore(tmp_path / "d", {"m": fills(target)}, strict=False).report
+    assert len(report.mismatched) == 3
+    assert buffer.tolist() == [3.0] * 8
+
+
 @pytest.mark.parametrize("name", ["embedding.weight", "head.weight"])
 @pytest.mark.parametrize("on_meta", [False, True])
 def test_one_name_of_a_tied_tensor_is_enough(name: str, on_meta: bool, tmp_path: Path) -> None:

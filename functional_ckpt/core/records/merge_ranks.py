@@ -103,8 +103,8 @@ class _Uniting:
         where = structure.pretty(path, self.item)
         rank, other = first[0][0], second[0][0]
         return errors.CoordinationError(
-            f"{where}: rank {rank} holds {structure.describe(first[1])}, rank {other} holds "
-            f"{structure.describe(second[1])}. {_advice(path)}",
+            f"{where}: rank {rank} holds {_contrast(first[1], second[1])}, rank {other} holds "
+            f"{_contrast(second[1], first[1])}. {_advice(path)}",
             ranks=(rank, other),
             key_path=where,
         )
@@ -139,6 +139,24 @@ def _merge_details(
     return {**one, "attributes": plain_json.tag(united)}
 
 
+def _contrast(node: Node, other: Node) -> str:
+    """Returns a node in a few words, with the facts that differ if the other's are the same."""
+    text = structure.describe(node)
+    if text != structure.describe(other):
+        return text
+    mine, theirs = _facts(node), _facts(other)
+    facts = {name: fact for name, fact in mine.items() if theirs.get(name) != fact}
+    return f"{text} with {facts!r:.200}" if facts else text
+
+
+def _facts(node: Node) -> Mapping[str, object]:
+    if isinstance(node, ArrayNode):
+        return {"tied to": node.tied_to}
+    if isinstance(node, BranchNode):
+        return {**node.detail, "keys": [key.value for key in node.keys]}
+    return {}
+
+
 def _advice(path: KeyPath) -> str:
     if path and path[-1].value == "param_groups":
         return (
@@ -155,7 +173,9 @@ def _advice(path: KeyPath) -> str:
 def _is_same_array(one: Node, other: Node) -> bool:
     if not isinstance(one, ArrayNode) or not isinstance(other, ArrayNode):
         return False
-    return (one.spec, one.kind, one.tied_to) == (other.spec, other.kind, other.tied_to)
+    return one.dtype == other.dtype and (
+        (one.spec, one.kind, one.tied_to) == (other.spec, other.kind, other.tied_to)
+    )
 
 
 def _merge_names(held: _Branches) -> Node:
