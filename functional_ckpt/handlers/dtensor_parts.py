@@ -63,6 +63,10 @@ def parts_item(value: object) -> Item | None:
     local = getattr(value, "_local_tensor", None)
     if local is None or not memory.is_wrapper(local) or memory.is_opaque(local):
         return None
+    if not memory.is_wrapper(
+        sharding.local_of(value)
+    ):  # a redistribution that had to be waited for
+        return None
     return CheckpointItem(value, DTensorPartsHandler())
 
 

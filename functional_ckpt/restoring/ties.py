@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -48,14 +49,12 @@ class _Extent(NamedTuple):
     """The addresses from a tensor's first byte to its last, with the gaps of a strided one.
 
     Attributes:
-        device: The device, as text.
         start: The first address.
         end: The address after the last.
         local: This rank's part of the tensor.
         tied: The leaves that fill it.
     """
 
-    device: str
     start: int
     end: int
     local: torch.Tensor
@@ -128,29 +127,34 @@ def report_conflicts(
 
 def _clusters(uses: Sequence[Sequence[_Use]]) -> Iterator[Sequence[_Extent]]:
     """Every group of tensors whose extents overlap, in order of their addresses."""
-    extents = [extent for tied in uses if (extent := _extent(tied)) is not None]
-    cluster: list[_Extent] = []
-    end = 0
-    for extent in sorted(extents, key=lambda extent: extent[:3]):
-        if cluster and extent.device == cluster[0].device and extent.start < end:
+    extents: defaultdict[torch.device, list[_Extent]] = defaultdict(list)
+    for tied in uses:
+        local = cast("torch.Tensor", sharding.local_of(tied[0].filled.read.like))
+        # A restore gives a tensor on the meta device memory of its own.
+        if not local.is_meta and (num_bytes := _num_bytes(local)):
+            start = local.data_ptr()
+            extents[local.device].append(_Extent(start, start + num_bytes, local, tied))
+    for of_device in extents.values():
+        of_device.sort(key=operator.itemgetter(0))
+        cluster: list[_Extent] = []
+        end = 0
+        for extent in of_device:
+            if extent.start >= end:
+                if len(cluster) > 1:
+                    yield cluster
+                cluster = []
             cluster.append(extent)
             end = max(end, extent.end)
-            continue
         if len(cluster) > 1:
             yield cluster
-        cluster, end = [extent], extent.end
-    if len(cluster) > 1:
-        yield cluster
 
 
-def _extent(tied: Sequence[_Use]) -> _Extent | None:
-    local = cast("torch.Tensor", sharding.local_of(tied[0].filled.read.like))
-    if local.is_meta or not local.numel():  # a restore gives it memory of its own, or none
-        return None
-    last = sum((n - 1) * step for n, step in zip(local.shape, local.stride(), strict=True))
-    start = local.data_ptr()
-    end = start + (last + 1) * local.element_size()
-    return _Extent(str(local.device), start, end, local, tied)
+def _num_bytes(tensor: torch.Tensor) -> int:
+    """Returns the number of bytes from a tensor's first to its last."""
+    if not tensor.numel() or tensor.is_contiguous():
+        return tensor.nbytes
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _conflicts(cluster: Sequence[_Extent], verify: read_lib.Verify) -> Sequence[tuple[_Use, str]]:

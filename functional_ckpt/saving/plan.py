@@ -235,6 +235,7 @@ def _signature(items: Sequence[LoweredItem], *, with_trees: bool) -> str:
             [
                 (
                     s.node.name,
+                    s.node.kind,
                     s.node.spec.shape,
                     s.node.dtype,
                     places.setdefault(s.sharding, len(places)),
@@ -251,15 +252,18 @@ def _signature(items: Sequence[LoweredItem], *, with_trees: bool) -> str:
 
 
 def _skeleton(root: structure.Node) -> list[object]:
-    """Returns all of a structure in which ranks could contradict each other: no plain values."""
+    """Returns all of a structure in which ranks could contradict each other, but for the sources.
+
+    Plain values may differ.
+    """
     found: list[object] = []
     todo = [root]
     while todo:
         node = todo.pop()
         if isinstance(node, structure.ValueNode):
-            found.append(None)
+            found.append(0)
         elif isinstance(node, structure.ArrayNode):
-            found.append((node.kind, node.dtype, node.spec.shape, node.tied_to))
+            found.append(node.tied_to and (node.tied_to, node.kind, node.dtype, node.spec.shape))
         elif node.kind == "per_rank" or structure.is_names(node):
             found.append(node.kind)
         else:
