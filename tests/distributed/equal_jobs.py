@@ -129,7 +129,8 @@ def save_all_conflicting(directory: Path, kinds: tuple[str, ...]) -> dict[str, s
             except fc.errors.CoordinationError as error:
                 found[what] = f"{error.ranks} {error}"
         # Values and keys of dicts may differ, and a tree that is known already may change.
-        manager.save(100, {"state": {"x": [str(rank), 1], "y": {str(rank): None}}}).result(60)
+        handle = manager.save(100, {"state": {"x": [str(rank), 1], "y": {str(rank): None}}})
+        assert handle is not None and handle.result(60) == 100
         try:
             manager.save(101, {"state": {"x": [str(rank), 1][rank:], "y": {str(rank): None}}})
         except fc.errors.CoordinationError as error:
