@@ -15,6 +15,8 @@ manager is made after the process group. The extra `lightning` installs its impo
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -196,6 +198,7 @@ class SaveCallback(callbacks.Callback):
         self._seen: int | None = None
         self._due: Progress | None = None
         self._is_preempted = False
+        self._handler: Any = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks that all processes save together.
@@ -221,6 +224,8 @@ class SaveCallback(callbacks.Callback):
                 "made before the processes knew each other. Give ManagerIO the manager's directory "
                 "and arguments; it makes the manager then."
             )
+        if self._io.manager.waits_for_signal:
+            self._handler = signal.getsignal(signal.SIGTERM)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Restores the random generators of a step, in a run that resumes at the end of an epoch.
@@ -238,6 +243,16 @@ class SaveCallback(callbacks.Callback):
             self._io.manager.restore(step, {"rng": Rng()})
         else:
             self._resumed = step
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Gives SIGTERM back to the manager, which stops all processes at one step.
+
+        Lightning's handler communicates at whatever point the signal comes, and blocks for ever
+        where one process receives it.
+        """
+        del trainer, pl_module
+        if self._handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Saves the state at the end of the previous epoch."""
@@ -261,7 +276,6 @@ class SaveCallback(callbacks.Callback):
     ) -> None:
         """Notes how far the training is, where the batch has updated the weights."""
         del pl_module, outputs, batch
-        self._take_signal(trainer)
         step, num_batches = int(trainer.global_step), trainer.num_training_batches
         if step == self._seen:
             return
@@ -272,11 +286,6 @@ class SaveCallback(callbacks.Callback):
             batch_in_epoch=batch_idx + 1,
             batches_per_epoch=int(num_batches) if num_batches != float("inf") else None,
         )
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leaves a signal to the manager, which stops all processes at one step."""
-        del pl_module
-        self._take_signal(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Saves the state after the last batch."""
@@ -302,11 +311,6 @@ class SaveCallback(callbacks.Callback):
             self._io.manager.wait_until_finished()
         except errors.CheckpointError as error:
             exception.add_note(f"The last step could not be saved: {error}")
-
-    def _take_signal(self, trainer: Any) -> None:
-        """With `policies.Preemption()`, SIGTERM is the manager's: all stop at one step."""
-        if self._io.manager.waits_for_signal:
-            trainer._signal_connector.received_sigterm = False
 
     def _save(self, trainer: Any, *, force: bool = False, is_end: bool = False) -> None:
         manager, step = self._io.manager, int(trainer.global_step)

@@ -1,11 +1,14 @@
 """Runs programs in forks of one process that has imported torch: a request a line on stdin.
 
-A request is JSON: `program`, `root`, `num_ranks`, `environment`. The answer is the exit code of the
-first rank that failed, or 0. The ranks that are left are killed then, as torchrun does.
+A request is JSON: `program`, `root`, `num_ranks`, `environment`, and the `modules` to import before
+the fork. The answer is the exit code of the first rank that failed, or 0. The ranks that are left
+are killed then, as torchrun does.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -15,16 +18,19 @@ import sys
 import traceback
 from typing import Any
 
-import torch
+import torch._dynamo  # noqa: F401 - an optimizer imports it: 2 s in each fork
 
 import functional_ckpt as fc
 
 
 def serve() -> None:
     """Answers requests until stdin ends."""
-    fc.CheckpointManager, fc.restore, torch.optim.AdamW  # noqa: B018 - imported before the forks
+    fc.CheckpointManager, fc.restore  # noqa: B018 - imported before the forks
     for line in sys.stdin:
         request = json.loads(line)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answers
+            for module in request["modules"]:
+                importlib.import_module(module)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

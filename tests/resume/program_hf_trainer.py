@@ -40,7 +40,7 @@ arguments = transformers.TrainingArguments(
     report_to=[],
     disable_tqdm=True,
     use_cpu=True,
-    ddp_backend="gloo",
+    ddp_backend="gloo" if resuming.NUM_RANKS > 1 else None,
     seed=5,
     dataloader_pin_memory=False,
 )

@@ -6,7 +6,7 @@ import torchao.optim
 
 import functional_ckpt as fc
 
-torch._dynamo.config.disable = True  # compiling takes longer than the rest
+torch.compiler.set_stance("force_eager")  # compiling takes longer than the rest
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64))
 optimizer = torchao.optim.AdamW8bit(model.parameters(), lr=1e-2)
