@@ -96,6 +96,8 @@ class _PathParser(absl_flags.ArgumentParser[Any]):
     def parse(self, argument: Any) -> Any:
         from etils import epath
 
+        if not os.fspath(argument):
+            raise ValueError("the path is empty")  # for etils the current directory
         try:
             return epath.Path(argument)
         except KeyError:

@@ -54,7 +54,8 @@ class CheckpointManager:
             optimizer state are copied after `save` has returned, and the next optimizer step waits
             for the copy; see `fence`. `fc.Blocking()`: no copy; `save` returns when the step is
             durable.
-        on_busy: The behaviour of a save during another commit: `wait` for it, or `skip` this step.
+        on_busy: The behaviour of a save during another commit: `wait` for it, or `skip` this step,
+            unless it is forced, saved for SIGTERM, or accepted by `AtEnd`.
         process_group: The ranks that save and restore together: a group of torch.distributed; None
             for the default group, if there is one. All ranks pass equal arguments, and call the
             methods in the same order.

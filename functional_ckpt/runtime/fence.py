@@ -180,8 +180,8 @@ class PendingCopy:
         """Returns the leaves that changed before the first step that was let through."""
         with self._looking:
             if self._changed is None:
-                watched = self._watched
-                self._changed = [name for each in watched if (name := each.name_if_changed())]
+                found = (each.name_if_changed() for each in self._watched)
+                self._changed = list(dict.fromkeys(name for name in found if name))
             return self._changed
 
     def give_up(self) -> None:

@@ -80,7 +80,8 @@ class Saver:
         if not self.decider.should_save(step, progress, force=force):
             return self._refuse(step, failure)
         self._steps.check_writable()
-        skips = self._options.on_busy == "skip" and not self.decider.is_preempted(step)
+        can_skip = self._options.on_busy == "skip" and not force
+        skips = can_skip and not self.decider.is_last_chance(step, progress)
         if skips and self._is_any_busy(step):
             _log.info("step %d skipped: another is still being committed", step)
             return self._refuse(step, failure)

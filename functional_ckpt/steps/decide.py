@@ -10,6 +10,7 @@ from functional_ckpt.distributed.coordinator import Combine, Coordinator
 from functional_ckpt.policies import rules
 from functional_ckpt.policies.base import SaveContext, StepInfo
 from functional_ckpt.policies.progress import Progress
+from functional_ckpt.policies.save import AtEnd
 from functional_ckpt.steps import preemption
 from functional_ckpt.steps.run_steps import Steps
 
@@ -78,6 +79,14 @@ class SaveDecider:
         if self._decided_step != step and not self._stop_agreed:
             self._ask(f"whether to stop at step {step}", step, b"".join)
         return self._stop_agreed
+
+    def is_last_chance(self, step: int, progress: Progress | None) -> bool:
+        """Returns whether a step must not be skipped: the job ends here, by a signal or `AtEnd`."""
+        info = StepInfo(step=step, time=datetime.datetime.now(datetime.UTC), progress=progress)
+        policies = () if self._rule is None else self._rule.policies
+        ends = [each for each in policies if isinstance(each, AtEnd)]
+        is_end = any(each.should_save(info, (), context=SaveContext()) for each in ends)
+        return is_end or self.is_preempted(step)
 
     @property
     def last_saved(self) -> int | None:

@@ -212,6 +212,7 @@ _VALUES: dict[str, Any] = {
     "str_emoji": "naïve \U0001f600\u2028",
     "str_surrogates": "\ud800x\udfff",
     "str_mixed_surrogate": "\U0001f600\ud800",
+    "str_surrogate_pair": "\ud83d\ude00 \U0001f600\ud800",
     "str_long": "x" * 70_000,
     "bytes_empty": b"",
     "bytes": bytes(range(256)),

@@ -63,7 +63,7 @@ def test_bare_values_come_back_to_the_bit(value: Any) -> None:
     assert _exact(plain_json.decode(kind, _through_json(plain_json.encode(value)))) == _exact(value)
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, [object()], {"a": len}, (b"x", bytearray())])
+@pytest.mark.parametrize("value", [object(), {1, len}, [object()], {"a": len}, (b"x", bytearray())])
 def test_plain_json_refuses_other_values(value: Any) -> None:
     assert not plain_json.is_plain(value)
 
@@ -89,7 +89,8 @@ def test_neither_is_what_contains_itself() -> None:
         ("complex", [1.0]),
         ("complex", "ab"),
         ("str", 1),
-        ("str", {"utf-8": "00"}),
+        ("str", {"utf-7": "00"}),
+        ("str", {"utf-8": "00", "utf-16": "00"}),
         ("str", {"utf-16": "0"}),
         ("bytes", "*"),
         ("bytes", 3),

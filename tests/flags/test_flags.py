@@ -32,6 +32,11 @@ def test_nothing_is_defined_at_import() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_an_empty_directory_is_refused() -> None:
+    with pytest.raises(absl_flags.IllegalFlagValueError, match="path is empty"):
+        parse("--ckpt_dir=")
+
+
 def test_manager_uses_the_policies_of_the_flags(tmp_path: Path) -> None:
     defined = parse(
         f"--ckpt_dir={tmp_path}",

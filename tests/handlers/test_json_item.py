@@ -42,6 +42,12 @@ def test_json_item_restores_equal(value):
     assert handler.lift(None, stored) == value
 
 
+@pytest.mark.parametrize("value", ["\ud83d\ude00", ["\ud83d\ude00x"], {"\ud83d\ude00": 1}])
+def test_two_surrogates_stay_two(value: Any) -> None:
+    handler = JsonHandler()
+    assert handler.lift(None, json.loads(json.dumps(handler.lower(value)))) == value
+
+
 def test_restore_needs_no_value(save):
     assert save(Json({"lr": 3e-4, "layers": [1, 2]})).restore(Json()) == {
         "lr": 3e-4,

@@ -152,6 +152,17 @@ def test_a_save_while_another_is_committed(tmp_path: Path) -> None:
         assert manager.save(3, state(3))
         manager.wait_until_finished()
         assert manager.all_steps() == [1, 3]
+    policies = [fc.policies.every(1), fc.policies.AtEnd(9)]
+    with fc.CheckpointManager(
+        tmp_path / "last", storage=gate, on_busy="skip", save_policy=policies
+    ) as manager:
+        for last, force in ((2, True), (9, False)):
+            gate.shut()
+            assert manager.save(last - 1, state(1), force=True)
+            gate.open_soon()
+            assert manager.save(last, state(2), force=force)
+        manager.wait_until_finished()
+        assert manager.all_steps() == [1, 2, 8, 9]
     with fc.CheckpointManager(tmp_path / "wait", storage=gate) as manager:
         gate.shut()
         first = manager.save(1, state(1))
@@ -277,7 +288,7 @@ def test_closed_manager_refuses_every_call(tmp_path: Path) -> None:
         lambda: manager.should_save(2),
         lambda: manager.delete(1),
         lambda: manager.record_metrics(1, {"a": 1}),
-        *(manager.restore, manager.metadata, manager.metrics, manager.all_steps),
+        *(manager.restore, manager.metadata, manager.all_steps),
         *(manager.latest_step, manager.reload, manager.check_for_errors),
         *(manager.wait_until_finished, manager.wait_for_new_step, manager.__enter__),
         lambda: manager.best_step("a"),

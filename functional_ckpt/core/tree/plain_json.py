@@ -13,6 +13,7 @@ import collections
 import functools
 import importlib
 import json
+import re
 import struct
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -38,6 +39,7 @@ __all__ = [
 Json: TypeAlias = Any
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 # Tagged values are small: a context must not contain a tree of data.
 _MAX_DEPTH = 100
 
@@ -63,6 +65,8 @@ def encode(value: object) -> Json:
     if type(value) is bytes:
         return base64.b64encode(value).decode()
     if type(value) is str and not value.isascii() and _has_surrogates(value):
+        if _is_joined_by_json(value):
+            return {"utf-8": value.encode("utf-8", "surrogatepass").hex()}
         return {"utf-16": value.encode("utf-16-le", "surrogatepass").hex()}
     if (kind := kind_of(value)) is not None:
         return _STANDARD[kind][0](value)
@@ -71,6 +75,11 @@ def encode(value: object) -> Json:
 
 def _has_surrogates(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _is_joined_by_json(text: str) -> bool:
+    """Whether JSON, as UTF-16, would return two surrogates as one character."""
+    return not text.isascii() and _SURROGATE_PAIR.search(text) is not None
 
 
 def decode(kind: str, payload: Json) -> Any:
@@ -89,7 +98,9 @@ def decode(kind: str, payload: Json) -> Any:
     if kind == "bytes":
         return base64.b64decode(payload, validate=True)
     if kind == "str" and isinstance(payload, dict):
-        return bytes.fromhex(cast("Json", payload)["utf-16"]).decode("utf-16-le", "surrogatepass")
+        ((encoding, digits),) = cast("dict[str, Json]", payload).items()
+        codec = {"utf-16": "utf-16-le", "utf-8": "utf-8"}[encoding]
+        return bytes.fromhex(digits).decode(codec, "surrogatepass")
     if kind in ("str", "torch_dtype", "torch_device"):
         return string(payload)
     if kind in _STANDARD:
@@ -206,12 +217,17 @@ def pack(value: Any, special: Special | None = None) -> Json:
     kind = type(value)
     if kind is list:
         return [pack(part, special) for part in value]
-    if kind is dict and TYPE not in value and all(type(key) is str for key in value):
+    if kind is dict and TYPE not in value and all(map(_is_json_text, value)):
         return {key: pack(part, special) for key, part in value.items()}
-    if value is None or kind in (bool, int, str) or (kind is float and value - value == 0):
+    is_finite = kind is float and value - value == 0
+    if value is None or kind in (bool, int) or is_finite or _is_json_text(value):
         return value
     kind, payload = tag(value, special)
     return {TYPE: kind, "value": payload}
+
+
+def _is_json_text(value: object) -> bool:
+    return type(value) is str and not _is_joined_by_json(value)
 
 
 def unpack(value: Json, special: Unspecial | None = None) -> Any:
