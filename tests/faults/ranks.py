@@ -334,18 +334,18 @@ def _fail(path: str) -> None:
 
 def unsaveable(this: Rank) -> None:
     """Staging fails on one rank: the others, which have started already, get the error."""
-    import functional_ckpt.saving.stage as stager
+    from functional_ckpt.saving import stage as stager
 
-    original = stager.stage
+    original = stager.Stager.stage
 
     def stage(*arguments: Any) -> Any:
         raise MemoryError("injected")
 
     with this.manager(timeout_seconds=PATIENCE_SECONDS) as manager:
         if this.rank == this.request["victim"]:
-            stager.stage = stage
+            stager.Stager.stage = stage
         found = attempt(lambda: save(manager, 0, items_of(0, this.rank)))
-        stager.stage = original
+        stager.Stager.stage = original
         this.tell(event="saved", **found)
         save(manager, 1, items_of(1, this.rank))
         assert manager.all_steps() == [1]

@@ -31,6 +31,7 @@ import torch
 
 import functional_ckpt as fc
 from functional_ckpt import errors, testing
+from functional_ckpt.storage.buckets import lease
 
 ERRORS = ("EIO", "ENOSPC", "ESTALE", "EINTR")
 _STEPS = (1, 2, 3)
@@ -276,6 +277,7 @@ def _perform(folder: Path, action: str, go: int, writing: int) -> None:
     count = itertools.count(1)
     uuid.uuid4 = lambda: uuid.UUID(int=next(count) << 96, version=4)  # the same names every time
     os.getpid = lambda: 4242
+    lease._started = lambda _: "then"  # so that its lease is that of a process which has ended
     prepare, act = ACTIONS[action]
     done: Done = {}
     try:

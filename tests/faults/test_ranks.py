@@ -298,7 +298,7 @@ def test_a_rank_that_sees_another_directory(launcher: Launcher) -> None:
     job = launcher.run("elsewhere")
     for found in job.all("opened"):
         assert names_rank(found, 1)
-        assert "another directory" in found["text"]
+        assert "All ranks must use the same directory" in found["text"]
     assert not os.path.exists(job.root + "-of-another-machine")
     assert sorted(os.listdir(job.root)) == [".functional_ckpt", "1"]
     assert os.listdir(Path(job.root, ".functional_ckpt")) == ["lock"]
@@ -307,7 +307,7 @@ def test_a_rank_that_sees_another_directory(launcher: Launcher) -> None:
 def test_a_directory_that_changes_under_one_rank(launcher: Launcher) -> None:
     job = launcher.run("unmounted")
     for found in job.all("saved"):
-        assert "another directory" in found["text"]
+        assert "All ranks must use the same directory" in found["text"]
         assert names_rank(found, 1)
 
 

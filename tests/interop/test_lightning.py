@@ -193,7 +193,7 @@ def test_hyperparameters_of_any_kind_are_saved(tmp_path: Path) -> None:
     io = lightning.ManagerIO(tmp_path / "ckpt", save_policy=fc.policies.every("1ep"))
     lightning_run.fit(io, tmp_path, module, max_epochs=1)
     saved = fc.restore(tmp_path / "ckpt" / "6")["lightning"]["hyper_parameters"]
-    assert saved == {"root": "/data", "kind": "Kind.A", "lr": 0.1, "tags": "{'a'}"}
+    assert saved == {"root": Path("/data"), "kind": "Kind.A", "lr": 0.1, "tags": {"a"}}
 
 
 def test_lightning_s_own_checkpoints_are_passed_through(tmp_path: Path) -> None:

@@ -288,8 +288,8 @@ def test_a_step_that_is_overwritten_while_it_is_opened_is_opened_again(
     fc.save(path, items(1.0))
     real, done = LocalStorage.read, []
 
-    def overwriting(self: LocalStorage, file: str) -> bytes:
-        data = real(self, file)
+    def overwriting(self: LocalStorage, file: str, *part: Any) -> bytes:
+        data = real(self, file, *part)
         if not done and file.endswith(RECORD):
             done.append(1)
             fc.save(path, items(2.0), overwrite=True, custom_metadata={"new": True})

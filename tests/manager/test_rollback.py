@@ -110,7 +110,7 @@ def test_failed_save_after_a_restore_starts_no_line(run: Path) -> None:
     storage = testing.FaultyStorage()
     with fc.CheckpointManager(run, storage=storage) as manager:
         manager.restore(10)
-        storage.inject(testing.Fault(at=0, kinds=("write",)))
+        storage.inject(testing.Fault(at=0, kinds=("write",), mode="lasting"))
         handle = manager.save(11, state(11))
         assert handle is not None and handle.exception(60) is not None
         storage.heal()
