@@ -247,7 +247,7 @@ class SaveCallback(callbacks.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Gives SIGTERM back to the manager, which stops all processes at one step.
 
-        Lightning's handler communicates at whatever point the signal comes, and blocks for ever
+        Lightning's handler communicates at whatever point the signal comes, and blocks forever
         where one process receives it.
         """
         del trainer, pl_module

@@ -55,6 +55,11 @@ class Watch:
             signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._installed and signal.getsignal(number) == self._on_signal:
+            # A trainer that saves and restores handlers has put this one back after `stop`.
+            signal.signal(number, self._previous or signal.SIG_DFL)
+            signal.raise_signal(number)
+            return
         self.is_reached = True
         self._on_reached()
         previous: Callable[[int, FrameType | None], Any] | Any = self._previous

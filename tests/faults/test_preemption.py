@@ -105,3 +105,28 @@ def test_another_thread_cannot_ask_for_it(tmp_path: Path) -> None:
     thread.join()
     assert isinstance(caught[0], fc.errors.UsageError) and "main thread" in str(caught[0])
     fc.CheckpointManager(tmp_path).close()  # and the lock was let go
+
+
+STALE = """
+before = signal.getsignal(signal.SIGTERM)
+with fc.CheckpointManager(root, save_policy=[fc.policies.Preemption()]) as manager:
+    handler = signal.getsignal(signal.SIGTERM)
+signal.signal(signal.SIGTERM, handler)  # as a trainer does that restores what it found
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_closed_manager_whose_handler_is_put_back_lets_the_signal_end_the_process(
+    tmp_path: Path,
+) -> None:
+    with subprocess.Popen(
+        scripts.command(STALE, tmp_path),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=scripts.environment(),
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=30) == -signal.SIGTERM
