@@ -111,7 +111,7 @@ STALE = """
 before = signal.getsignal(signal.SIGTERM)
 with fc.CheckpointManager(root, save_policy=[fc.policies.Preemption()]) as manager:
     handler = signal.getsignal(signal.SIGTERM)
-signal.signal(signal.SIGTERM, handler)  # as a trainer does that restores what it found
+signal.signal(signal.SIGTERM, handler)  # as a trainer does that saves and restores handlers
 print("ready", flush=True)
 time.sleep(60)
 """
