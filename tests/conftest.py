@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator
 
 import full
 import hypothesis
 import pytest
+
+# A shell that starts the tests in the background has Ctrl-C ignored; tests raise it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A hang in C (a lock, a barrier, TensorStore) is out of reach of a signal handler or of a thread.
 # faulthandler's watchdog needs no interpreter: it prints every thread's traceback, and exits.

@@ -164,11 +164,11 @@ def _conflicts(cluster: Sequence[_Extent], verify: read_lib.Verify) -> Sequence[
     """
     base, end = cluster[0].start, max(extent.end for extent in cluster)
     word = math.gcd(8, *(n for e in cluster for n in (e.start - base, e.local.element_size())))
-    written = torch.zeros((end - base) // word, dtype=torch.bool)
+    written = torch.zeros((end - base) // word, dtype=torch.bool, device="cpu")
     if not _is_any_twice([extent.view(written, base, word) for extent in cluster]):
         return []
     written.zero_()
-    values = torch.zeros(len(written), dtype=_WORDS[word])
+    values = torch.zeros(len(written), dtype=_WORDS[word], device="cpu")
     partners: dict[int, str] = {}
     for number, extent in enumerate(cluster):
         before, has_value = (extent.view(each, base, word) for each in (values, written))

@@ -39,7 +39,7 @@ def refuse(path: Path, read: Callable[[Path], Any] = opened) -> errors.Checkpoin
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(errors.CheckpointError) as caught:
         read(path)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < SPARE_KIB
     return caught.value
 
