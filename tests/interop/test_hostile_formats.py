@@ -36,12 +36,21 @@ def opened(path: Path, format: str | None = None) -> dict[str, Any]:
 
 def refuse(path: Path, read: Callable[[Path], Any] = opened) -> errors.CheckpointError:
     """Reads a file that must be refused, quickly and with little memory."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found, seconds = timed_refusal(path, read)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < SPARE_KIB
+    if seconds >= 2:  # cores that are shared make processor time longer: once more, undisturbed
+        found, seconds = timed_refusal(path, read)
+    assert seconds < 2
+    return found
+
+
+def timed_refusal(path: Path, read: Callable[[Path], Any]) -> tuple[errors.CheckpointError, float]:
+    """Returns the error, and the seconds of processor time until it was raised."""
+    start = time.process_time()
     with pytest.raises(errors.CheckpointError) as caught:
         read(path)
-    assert time.process_time() - start < 10
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < SPARE_KIB
-    return caught.value
+    return caught.value, time.process_time() - start
 
 
 # ------------------------------------------------------------------------------------ pickles
