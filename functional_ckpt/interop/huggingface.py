@@ -41,7 +41,8 @@ _UNITS: Mapping[str, int] = {
     **{unit: 1024**n for n, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)},
 }
 _DEFAULT_SHARD = "5GB"
-_ONE_FILE = (".safetensors", ".bin", ".pt")
+# Suffix of a path that is one file -> its format.
+_ONE_FILE: Mapping[str, FileFormat] = {".safetensors": "safetensors", ".bin": "bin", ".pt": "bin"}
 # Weights, their shards and their indexes, of any variant.
 _FILE = re.compile(
     r"(model|pytorch_model)(\.[\w-]+?)?(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
@@ -69,7 +70,7 @@ def save(
     Args:
         model: A module, a state dict or any tree of tensors (names are joined by dots).
         path: The directory to create; a local path. One that ends in `.safetensors`, `.bin` or
-            `.pt` becomes one file of the weights alone.
+            `.pt` becomes one file of the weights alone, in the format of its suffix.
         max_shard_size: Bytes of a file, as a number or like `"5GB"`, `"200MB"`, `"1GiB"`; a larger
             tensor has a file to itself.
         key_prefix: Put before every name.
@@ -172,11 +173,12 @@ def _write(
     *,
     overwrite: bool,
 ) -> None:
-    if os.fspath(path).endswith(".safetensors"):
-        options = dataclasses.replace(options, format="safetensors")
+    one_file = _ONE_FILE.get(os.path.splitext(path)[1])
+    if one_file is not None:
+        options = dataclasses.replace(options, format=one_file)
     if options.format == "safetensors":
         safetensors.require(given.dtypes.items(), path)
-    if os.fspath(path).endswith(_ONE_FILE):
+    if one_file is not None:
         with atomic_output(path, overwrite=overwrite) as tmp:
             _write_shard(given, list(given.sizes), tmp, options)
         return

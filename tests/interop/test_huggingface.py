@@ -38,6 +38,18 @@ def embed(model: Any, source: Path) -> torch.Tensor:
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
 
 
+@pytest.mark.parametrize("name", ["one.safetensors", "one.bin", "one.pt"])
+def test_one_file_has_the_format_of_its_suffix(tmp_path: Path, name: str) -> None:
+    model = torch.nn.Linear(2, 3)
+    huggingface.save(model, tmp_path / name)
+    assert fc.interop.open(tmp_path / name).format == (
+        "safetensors" if name == "one.safetensors" else "torch"
+    )
+    other = torch.nn.Linear(2, 3)
+    fc.restore(tmp_path / name, {"model": other})
+    assert torch.equal(other.weight, model.weight)
+
+
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_minilm_goes_through_a_step_and_embeds_the_same(
     minilm: Path, tmp_path: Path, format: Any
