@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from functional_ckpt import errors
-from functional_ckpt.core.tree import plain_json
 from functional_ckpt.handlers.rng import python_state
-from functional_ckpt.interop import hostile, torch_save
+from functional_ckpt.interop import torch_save
+from functional_ckpt.interop.hf_config import load_json
 from functional_ckpt.interop.source import match_files
 
 __all__ = ["openers_of", "rng_state"]
@@ -50,37 +50,44 @@ def openers_of(
     Args:
         path: The directory.
         is_weights: Whether a file of this name is opened as weights.
+
+    Raises:
+        UsageError: Two files are the same item.
     """
     found: dict[str, dict[str, str]] = {}
     left_out: list[str] = []
     for name in match_files(path, lambda name: not is_weights(name)):
-        for pattern, item in _FILES.items():
-            if (match := re.fullmatch(pattern, name)) is not None:
-                found.setdefault(item, {})[match[1] or ""] = os.path.join(path, name)
-                break
-        else:
+        if (item_of := _item_of(name)) is None:
             left_out += [name] if name.endswith(_STATES) else []
+            continue
+        item, number = item_of
+        if (other := found.setdefault(item, {}).setdefault(number, name)) != name:
+            raise errors.UsageError(
+                f"{path}: {other} and {name} are the same item ({item}); move one away.", path=path
+            )
     openers: dict[str, Callable[[], Any]] = {}
     for item, files in found.items():
+        read = _READERS.get(item, torch_save.load)
         is_one_rank = item == "rng" and len(files) == 1
-        for number, file in files.items():
+        for number, name in files.items():
             key = f"{item}_{number}" if number and not is_one_rank else item
-            openers[key] = functools.partial(_READERS.get(item, torch_save.load), file)
+            openers[key] = functools.partial(read, os.path.join(path, name))
     return openers, left_out
+
+
+def _item_of(name: str) -> tuple[str, str] | None:
+    """Returns the item of a file, and the number of its optimizer or rank; None for other files."""
+    for pattern, item in _FILES.items():
+        if (match := re.fullmatch(pattern, name)) is not None:
+            return item, match[1] or ""
+    return None
 
 
 def _read_rng(file: str) -> Any:
     return rng_state(torch_save.load(file), file)
 
 
-def _read_json(file: str) -> Any:
-    try:
-        return plain_json.parse(hostile.read_small(file))
-    except (ValueError, RecursionError) as error:
-        raise errors.CorruptCheckpointError(f"{file}: not JSON ({error}).", path=file) from error
-
-
-_READERS: Mapping[str, Callable[[str], Any]] = {"rng": _read_rng, "trainer": _read_json}
+_READERS: Mapping[str, Callable[[str], Any]] = {"rng": _read_rng, "trainer": load_json}
 
 
 def rng_state(content: Any, path: str) -> dict[str, Any]:

@@ -509,6 +509,19 @@ def test_what_a_folder_holds_beside_its_weights_is_an_item_or_named(
     assert "left out  custom_checkpoint_0.pkl, training_args.bin" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("optimizer.bin", "optimizer.pt"), ("random_states_0.pkl", "rng_state_0.pth")],
+    ids=["optimizer", "rng"],
+)
+def test_two_files_of_one_item_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    safetensors.torch.save_file(WEIGHTS, tmp_path / "model.safetensors")
+    for name in names:
+        torch.save({"of": name}, tmp_path / name)
+    with pytest.raises(errors.UsageError, match=f"{names[0]} and {names[1]} are the same item"):
+        fc.interop.open(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_a_folder_of_peft_opens_as_the_weights_of_its_adapter(tmp_path: Path, kind: str) -> None:
     if kind == "bin":
