@@ -256,7 +256,7 @@ def _open(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.OpenChe
             return checkpoint_dir.open_checkpoint(storage, old)
         if (advice := _advice(storage, path)) is None:
             raise
-        if advice.startswith(_UNKNOWN) and isinstance(storage, LocalStorage):
+        if advice == _UNKNOWN and isinstance(storage, LocalStorage):
             from functional_ckpt.interop import detect  # late: every format's module
 
             if detect.candidates(path):
@@ -264,19 +264,18 @@ def _open(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.OpenChe
         raise type(error)(f"{path}: not a checkpoint: {advice}", path=path) from error
 
 
-_UNKNOWN = "it holds no item that this package or Orbax wrote"
+_UNKNOWN = (
+    "it holds no item that this package or Orbax wrote, and is of no format that fc.interop.open "
+    "knows. Files of other programs are opened at local paths."
+)
 
 
 def _advice(storage: Storage, path: str) -> str | None:
     """What to do about a path that is a directory of steps, or no checkpoint of this package."""
     if not queries.exists(storage, path):
         return None
-    unknown = (
-        f"{_UNKNOWN}, and is of no format that fc.interop.open knows. Files of other programs are "
-        "opened at local paths."
-    )
     if not queries.is_directory(storage, path):
-        return unknown
+        return _UNKNOWN
     names = storage.list(path)
     if any(queries.exists(storage, os.path.join(path, mark)) for mark in _CHECKPOINT_MARKS):
         return None  # a checkpoint, damaged
@@ -295,11 +294,12 @@ def _advice(storage: Storage, path: str) -> str | None:
         queries.exists(storage, os.path.join(path, name, records.EXTENSION_FILE)) for name in names
     ):
         return None  # items of a checkpoint whose record is gone
-    return unknown
+    return _UNKNOWN
 
 
 def _is_step(storage: Storage, path: str) -> bool:
-    is_hidden = os.path.basename(path).startswith(".") or commit.TMP_SUFFIX in path
+    name = os.path.basename(path)
+    is_hidden = name.startswith(".") or commit.TMP_SUFFIX in name
     return not is_hidden and queries.exists(
         storage, os.path.join(path, orbax.CHECKPOINT_METADATA_FILE)
     )

@@ -38,6 +38,16 @@ def test_of_a_directory_of_steps_the_error_names_the_steps(
     assert read(f"{run}/11") is not None
 
 
+def test_steps_are_named_below_a_folder_that_is_called_like_an_unfinished_step(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "old.orbax-checkpoint-tmp" / "run"
+    with fc.CheckpointManager(run) as manager:
+        manager.save(7, {"x": 1})
+    with pytest.raises(errors.CheckpointError, match=r"a directory of steps \(7\)"):
+        fc.restore(run)
+
+
 def test_of_a_manager_without_a_step_the_error_says_so(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path / "run"):
         pass
