@@ -118,18 +118,15 @@ def _print(
     printer = output.Printer()
     printer.print(output.styled(checkpoint.path, "bold"))
     printer.print(output.styled(_summary(printer, checkpoint, facts), "dim"))
-    for title, record in (
-        ("metrics", facts["metrics"]),
-        ("progress", {k: v for k, v in (facts["progress"] or {}).items() if v}),
-        ("custom metadata", facts["custom_metadata"]),
-        ("left out", dict.fromkeys(facts.get("left_out", ()), "")),
+    for title, words in (
+        ("metrics", _pairs(facts["metrics"] or {})),
+        ("progress", _pairs({k: v for k, v in (facts["progress"] or {}).items() if v})),
+        ("custom metadata", _pairs(facts["custom_metadata"])),
+        ("left out", facts.get("left_out", ())),
     ):
-        if record:
+        if words:
             line = Text(f"{title}  ", "dim")
-            pairs = ", ".join(
-                f"{key}={_plain(value)}" if value != "" else key for key, value in record.items()
-            )
-            printer.print(line.append(output.printable(pairs), "default not dim"))
+            printer.print(line.append(output.printable(", ".join(words)), "default not dim"))
     for name in names:
         printer.print(Text())
         if name in values:
@@ -156,6 +153,10 @@ def _summary(
         *([facts.get("format", "foreign")] if facts["writer"] == "other" else []),
     ]
     return printer.sign(" · ", ", ").join(parts)
+
+
+def _pairs(record: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={_plain(value)}" for key, value in record.items()]
 
 
 def _plain(value: Any) -> str:

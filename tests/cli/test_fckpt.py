@@ -96,7 +96,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "config": fc.Json({"lr": 0.1}),
             }
             metrics = {"accuracy": step / 20, "val_loss": float("nan") if step == 20 else 1 / step}
-            manager.save(step, items, metrics=metrics, custom_metadata={"git": "abc"})
+            manager.save(step, items, metrics=metrics, custom_metadata={"git": "abc", "note": ""})
         manager.wait_until_finished()
         manager.record_metrics(10, {"late": 7})
     return root
@@ -218,7 +218,7 @@ def test_show_draws_the_tree(saved: Path) -> None:
     assert text.splitlines()[0] == str(saved / "20")
     assert "step 20" in text
     assert "accuracy=1, val_loss=nan" in text
-    assert "git=abc" in text
+    assert "git=abc, note=\n" in text
     assert columns(text, "├─ w")[1:] == ["float32", "[3, 4]", "48 B"]
     assert "tied to shared.one" in text
     assert columns(text, "├─ same")[1:] == ["bfloat16", "[2]", "4 B"]
@@ -242,7 +242,7 @@ def test_show_json_has_the_documented_members(saved: Path) -> None:
     }
     assert record["schema"] == "fckpt.show/1"
     assert record["metrics"] == {"accuracy": 0.5, "val_loss": 0.1, "late": 7}
-    assert record["custom_metadata"] == {"git": "abc"}
+    assert record["custom_metadata"] == {"git": "abc", "note": ""}
     assert record["items"]["config"] == {"format": "json", "value": {"lr": 0.1}}
     state = record["items"]["state"]
     assert {k: state[k] for k in ("format", "num_arrays", "size_bytes")} == {
