@@ -260,7 +260,8 @@ def _open(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.OpenChe
             from functional_ckpt.interop import detect  # late: every format's module
 
             if detect.candidates(path):
-                return opened.open_source(detect.recognise(path, warns=warns))
+                open_source = detect.open if warns else detect.recognise
+                return opened.open_source(open_source(path))
         raise type(error)(f"{path}: not a checkpoint: {advice}", path=path) from error
 
 

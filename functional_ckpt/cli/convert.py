@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output
@@ -28,9 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
             "step to a directory of steps.",
             path=path,
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # omitted files are printed below
-        source = detect.open(arguments.source, arguments.format)
+    source = detect.recognise(arguments.source, arguments.format)
     for name in arguments.item or ():
         if name not in source:
             raise checkpoint_dir.missing_item(source.path, name, source)

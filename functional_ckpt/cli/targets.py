@@ -58,7 +58,7 @@ class Checkpoint:
         if self.is_foreign:
             from functional_ckpt.interop import detect, opened  # late: torch
 
-            return opened.open_source(detect.recognise(self.path, warns=False))
+            return opened.open_source(detect.recognise(self.path))
         return checkpoint_dir.open_checkpoint(self.storage, self.path, self.step)
 
 

@@ -72,26 +72,31 @@ def open(
         UsageError: It looks like no known format, or like several: they are listed.
         CorruptCheckpointError: It is incomplete or damaged.
     """
-    place = resolve(path)
-    if is_remote(place):
-        return _open_remote(place, format)
-    return recognise(place, format, formats)
+    source = recognise(path, format, formats)
+    if source.left_out:
+        warnings.warn(
+            f"{source.path}: opened as {source.format}, items {', '.join(source)}; left out: "
+            f"{', '.join(source.left_out)}. Open these files by themselves, or keep them.",
+            stacklevel=2,
+        )
+    return source
 
 
 def recognise(
-    place: str,
+    path: str | os.PathLike[str],
     format: str | None = None,
     formats: Sequence[Format] = FORMATS,
-    *,
-    warns: bool = True,
 ) -> Source:
-    """`open` of an absolute local path; `warns` says whether left-out files are a warning."""
+    """Opens as `open` does, without the warning of left-out files."""
+    place = resolve(path)
+    if is_remote(place):
+        return _open_remote(place, format)
     if not os.path.exists(place):
         raise errors.StepNotFoundError(f"{place}: there is no such file or directory.", path=place)
     by_name = {each.name: each for each in formats}
     if format is not None:
         if huggingface.FORMAT in formats and huggingface.holds(place, format):
-            return _open(huggingface.of_files(format), place, warns)
+            return _open(huggingface.of_files(format), place)
         if format not in by_name:
             known = ", ".join([*by_name, "bin"])
             raise errors.UsageError(
@@ -102,10 +107,10 @@ def recognise(
                 f"{place} does not look like {by_name[format].description} ({format!r}).",
                 path=place,
             )
-        return _open(by_name[format], place, warns)
+        return _open(by_name[format], place)
     found = candidates(place, formats)
     if len(found) == 1:
-        return _open(found[0], place, warns)
+        return _open(found[0], place)
     if found:
         listed = "; ".join(f"{each.name!r} ({each.description})" for each in found)
         raise errors.UsageError(f"{place} may be any of {listed}; choose with format=.", path=place)
@@ -117,16 +122,9 @@ def recognise(
     )
 
 
-def _open(format: Format, place: str, warns: bool) -> Source:
+def _open(format: Format, place: str) -> Source:
     with hostile.clear_failures(place):
-        source = format.open(place)
-    if source.left_out and warns:
-        warnings.warn(
-            f"{place}: opened as {source.format}, items {', '.join(source)}; left out: "
-            f"{', '.join(source.left_out)}. Open these files by themselves, or keep them.",
-            stacklevel=4,
-        )
-    return source
+        return format.open(place)
 
 
 def _open_remote(uri: str, format: str | None) -> Source:
