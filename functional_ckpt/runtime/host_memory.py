@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from functional_ckpt.core.arrays.spec import Array
-from functional_ckpt.runtime import host_memory
 from functional_ckpt.runtime.threads import run_in_threads
 
 __all__ = ["ALIGNMENT_BYTES", "NUM_THREADS", "Slot", "StagingBuffer", "copy_in_threads", "prefer"]
@@ -85,7 +84,7 @@ class StagingBuffer:
             # worker) has no use for it, and would have every page of it copied at the next save.
             self._arena = _Arena(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self._arena.madvise(mmap.MADV_DONTFORK)
-            host_memory.prefer(self._arena)  # the disk gets it from here
+            prefer(self._arena)  # the disk gets it from here
             self.size_bytes = end
         arrays: list[Array] = []
         for (shape, dtype), size_bytes, offset in zip(slots, sizes, offsets, strict=True):
