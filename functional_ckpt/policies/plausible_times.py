@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 from collections.abc import Sequence
 
+from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import StepInfo
 
 __all__ = ["with_plausible_times"]
@@ -24,7 +25,7 @@ def with_plausible_times(
         history: The steps in ascending order.
         now: The present time.
     """
-    order = sorted(range(len(history)), key=lambda i: (history[i].generation, history[i].step))
+    order = sorted(range(len(history)), key=lambda i: lines.age(history[i]))
     believed = _longest_rising([(i, history[i].time) for i in order if history[i].time <= now])
     times: dict[int, datetime.datetime] = {}
     earliest = min((history[i].time for i in believed), default=now)

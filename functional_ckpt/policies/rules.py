@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
-from functional_ckpt.policies import plausible_times
+from functional_ckpt.policies import lines, plausible_times
 from functional_ckpt.policies.base import (
     KeepContext,
     KeepPolicy,
@@ -254,8 +254,7 @@ def decide_keep(
     present = [info for info in history if not info.is_abandoned]
     abandoned = [info for info in history if info.is_abandoned]
     # Regardless of the policies: a run must always be able to resume from its last step.
-    newest = max(history, key=lambda info: (info.generation, info.step))
-    kept = {newest.step, *protected}
+    kept = {max(history, key=lines.age).step, *protected}
     for infos in (present, abandoned):
         answers = policy.should_preserve(infos, context=context) if infos else ()
         kept |= {info.step for info, keep in zip(infos, answers, strict=True) if keep}
