@@ -285,7 +285,7 @@ class StepCommitter:
         finalize.finalize(self._storage, tmp, save.lowered, reports, info, commit_time_ns)
         final = commit.final_path(tmp)
         if save.is_repeat and finalize.is_same(self._storage, tmp, final):
-            self._steps.commits.abandon(tmp)
+            self._abandon(tmp)
             return json.dumps({"is_unchanged": True}).encode()
         if save.is_repeat:
             self._steps.check_free(save.step, info.progress, overwrite=self._overwrite)
