@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import time
@@ -153,14 +152,13 @@ def _write(
     """
     commits = commit.protocol(storage, os.path.dirname(final))
     with contextlib.ExitStack() as cleanup:
-
-        def begin(_: Sequence[bytes]) -> bytes:
-            tmp = cleanup.enter_context(commits.claimed(final))
-            digests = write.digests(planning.items) if group.num_ranks > 1 else {}
-            return json.dumps({"directory": os.path.basename(tmp), "digests": digests}).encode()
-
-        begun = json.loads(group.gather_broadcast(f"starting to save {final}", b"", begin))
-        tmp = os.path.join(os.path.dirname(final), begun["directory"])
+        tmp, digests = write.begin(
+            group,
+            f"starting to save {final}",
+            planning.items,
+            os.path.dirname(final),
+            lambda: cleanup.enter_context(commits.claimed(final)),
+        )
         reports: dict[int, write.RankReport] = {}
 
         def finish(_: Sequence[bytes]) -> bytes:
@@ -172,10 +170,7 @@ def _write(
 
         with collective(group, f"saving {final}", finish):
             staged = stage.Stager(Blocking()).stage(planning.items, planning.plan, None)
-            report = write.write_part(storage, tmp, staged.items, group, begun["digests"])
-            reports[group.rank] = report
-            if group.rank:
-                write.write_report(storage, tmp, group.rank, report)
+            reports[group.rank] = write.write_part(storage, tmp, staged.items, group, digests)
 
 
 def restore(

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -182,15 +181,15 @@ class StepCommitter:
     def _write_shards(self, save: Save, attempt: _Attempt) -> _Attempt:
         """Writes and publishes; or finds out whether to try again, the same on all ranks."""
         group = self._coordinator
-        begin = functools.partial(self._begin, save)
-        begun = json.loads(group.gather_broadcast(_starting(save.step), b"", lambda _: begin()))
-        attempt.tmp = os.path.join(self._steps.root, begun["directory"])
+        create = functools.partial(self._create, save)
+        what, root = _starting(save.step), self._steps.root
+        attempt.tmp, digests = write.begin(group, what, save.lowered, root, create)
         combine = functools.partial(self._finish_or_retry, save, attempt)
         try:
             with collective(group, f"writing step {save.step}", combine) as turn:
                 turn.value = _LIVE if save.staged.blocks_caller else b""
                 try:
-                    attempt.report = self._write_own(save, attempt.tmp, begun["digests"])
+                    attempt.report = self._write_own(save, attempt.tmp, digests)
                 except Exception as error:
                     state = self._state_of(error)
                     if attempt.is_last or turn.value == _LIVE or not state:
@@ -241,10 +240,12 @@ class StepCommitter:
 
     def _write_own(self, save: Save, tmp: str, digests: Mapping[str, str]) -> write.RankReport:
         """Writes this rank's part, and its report where the primary finds it."""
-        group, staged = self._coordinator, save.staged
+        staged = save.staged
         started = time.monotonic()
         num_threads = write_direct.NUM_THREADS if staged.blocks_caller else self._num_threads
-        report = write.write_part(self._storage, tmp, staged.items, group, digests, num_threads)
+        report = write.write_part(
+            self._storage, tmp, staged.items, self._coordinator, digests, num_threads
+        )
         if staged.is_interrupted:
             raise errors.SaveError(
                 "The save was interrupted (Ctrl-C) while it was writing the state from the "
@@ -253,8 +254,6 @@ class StepCommitter:
             )
         seconds = time.monotonic() - started
         self._steps.emit("written", save.step, seconds=seconds, num_bytes=staged.num_bytes)
-        if group.rank:
-            write.write_report(self._storage, tmp, group.rank, report)
         return report
 
     def _abandon(self, tmp: str) -> None:
@@ -262,20 +261,15 @@ class StepCommitter:
         if not self._steps.commits.abandon(tmp):
             self._leftovers.append(tmp)
 
-    def _begin(self, save: Save) -> bytes:
-        """On the primary: creates the temporary directory; returns its name and structure digests.
-
-        The directory's name is the primary's: clocks of ranks may differ.
-        """
+    def _create(self, save: Save) -> str:
+        """On the primary: creates the temporary directory; returns its path."""
         self._steps.check_lock()
         self._steps.commits.finish_overwrite()
         self._leftovers = [
             each for each in self._leftovers if not self._steps.commits.abandon(each)
         ]
         final = self._steps.new_path(save.step, save.info.progress)
-        tmp = self._steps.commits.begin(final)
-        digests = write.digests(save.lowered) if self._coordinator.num_ranks > 1 else {}
-        return json.dumps({"directory": os.path.basename(tmp), "digests": digests}).encode()
+        return self._steps.commits.begin(final)
 
     def _finish(self, save: Save, attempt: _Attempt) -> bytes:
         """On the primary: finalizes and publishes; the step is committed when this returns."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from functional_ckpt import errors
@@ -138,6 +138,34 @@ def tied_arrays(item: StagedItem) -> dict[str, tuple[str, ChunkGrid]]:
     }
 
 
+def begin(
+    group: Coordinator,
+    what: str,
+    items: Sequence[LoweredItem],
+    root: str,
+    create: Callable[[], str],
+) -> tuple[str, dict[str, str]]:
+    """Starts writing on all ranks; returns the directory and the digests of its structures.
+
+    The directory's name is the primary's: clocks of ranks may differ.
+
+    Args:
+        group: The ranks.
+        what: Name of the operation, for messages.
+        items: This rank's items.
+        root: The parent directory.
+        create: On the primary: creates the temporary directory and returns its path.
+    """
+
+    def on_primary(_: Sequence[bytes]) -> bytes:
+        name = os.path.basename(create())
+        known = digests(items) if group.num_ranks > 1 else {}
+        return json.dumps({"directory": name, "digests": known}).encode()
+
+    begun = json.loads(group.gather_broadcast(what, b"", on_primary))
+    return os.path.join(root, begun["directory"]), begun["digests"]
+
+
 def write_part(
     storage: Storage,
     tmp: str,
@@ -146,11 +174,14 @@ def write_part(
     known: Mapping[str, str],
     num_threads: int = write_direct.NUM_THREADS,
 ) -> RankReport:
-    """Writes one rank's part below `tmp`, which the primary created; see `every_report`."""
+    """Writes one rank's part below `tmp`, which the primary created, and the file of its report.
+
+    The primary needs no file; it gets those of the other ranks from `every_report`.
+    """
     if group.rank:
         is_tmp = commit.TMP_SUFFIX in os.path.basename(tmp)
         commit.check_visible(storage, tmp if is_tmp else commit.tmp_path(tmp), group.rank)
-    return write(
+    report = write(
         storage,
         tmp,
         items,
@@ -159,6 +190,9 @@ def write_part(
         known=known if group.rank else None,
         num_threads=num_threads,
     )
+    if group.rank:
+        write_report(storage, tmp, group.rank, report)
+    return report
 
 
 def every_report(storage: Storage, tmp: str, own: RankReport, num_ranks: int) -> list[RankReport]:
