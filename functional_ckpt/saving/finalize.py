@@ -15,7 +15,7 @@ from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.records import merge_ranks, orbax, records
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import backends, write_tensorstore
-from functional_ckpt.format.step_files import JSON_FILE, PROGRESS_ITEM
+from functional_ckpt.format.step_files import JSON_FILE, METRICS_FILE, PROGRESS_ITEM
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.runtime import threads
@@ -72,28 +72,23 @@ def finalize(
     of_items: list[str] = []
     for item in items:
         names[item.name] = "json" if item.root is None else "tree"
-        path = os.path.join(directory, item.name)
         if item.text is not None:
-            storage.make_directory(path, parents=False)
-            file = f"{item.name}/{JSON_FILE}"
-            files[file] = _write(storage, directory, file, item.text)
+            files |= _write_item(storage, directory, f"{item.name}/{JSON_FILE}", item.text)
         elif item.root is not None:
             with threads.gc_paused():
                 own = [report[item.name] for report in reports]
+                path = os.path.join(directory, item.name)
                 record = _finalize_item(storage, path, item, item.root, own)
                 text = record.to_json()
             of_items += [f"{item.name}/{name}" for name in record.files]
             file = f"{item.name}/{records.EXTENSION_FILE}"
             files[file] = _write(storage, directory, file, text)
     if info.metrics is not None:
-        storage.make_directory(os.path.join(directory, "metrics"), parents=False)
-        file = "metrics/metrics"
-        files[file] = _write(storage, directory, file, lower.to_json(info.metrics, "metrics"))
+        text = lower.to_json(info.metrics, "metrics")
+        files |= _write_item(storage, directory, METRICS_FILE, text)
     if info.progress is not None:
-        storage.make_directory(os.path.join(directory, PROGRESS_ITEM), parents=False)
-        file = f"{PROGRESS_ITEM}/{JSON_FILE}"
         text = lower.to_json(info.progress.to_json(), PROGRESS_ITEM)
-        files[file] = _write(storage, directory, file, text)
+        files |= _write_item(storage, directory, f"{PROGRESS_ITEM}/{JSON_FILE}", text)
     text = orbax.checkpoint_metadata(
         names if info.progress is None else {**names, PROGRESS_ITEM: "json"},
         init_time_ns=info.init_time_ns,
@@ -127,7 +122,7 @@ def is_same(storage: Storage, new: str, old: str) -> bool:
         return False
     same_files = [f"{name}/{JSON_FILE}" for name, kind in mine.items.items() if kind == "json"]
     same_files += [
-        file for file in ("metrics/metrics", f"{PROGRESS_ITEM}/{JSON_FILE}") if file in mine.files
+        file for file in (METRICS_FILE, f"{PROGRESS_ITEM}/{JSON_FILE}") if file in mine.files
     ]
     if any(mine.files[file] != other.files.get(file) for file in same_files):
         return False
@@ -153,6 +148,14 @@ def _content(storage: Storage, path: str, item: str) -> tuple[Any, Any]:
 def _custom_metadata(storage: Storage, path: str) -> Any:
     text = storage.read(os.path.join(path, orbax.CHECKPOINT_METADATA_FILE))
     return json.loads(text).get("custom_metadata")
+
+
+def _write_item(
+    storage: Storage, path: str, name: str, data: bytes
+) -> dict[str, records.FileRecord]:
+    """Writes the only file of an item, and its directory; returns the file's record by name."""
+    storage.make_directory(os.path.dirname(os.path.join(path, name)), parents=False)
+    return {name: _write(storage, path, name, data)}
 
 
 def _write(storage: Storage, path: str, name: str, data: bytes) -> records.FileRecord:
