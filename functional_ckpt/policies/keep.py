@@ -372,7 +372,7 @@ def _check_metric(metric: object, mode: object) -> None:
 
 
 def _check_count(what: str, count: object) -> None:
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+    if count is not None and (not is_int(count) or count < 1):
         raise errors.UsageError(
             f"{what}: expected an int of at least 1, or None for all; got {count!r}."
         )
