@@ -179,9 +179,9 @@ class Rounds:
             )
         others = {rank: about for rank, (_, about, _) in entries.items() if about != what}
         if others:
-            told = "; ".join(f"rank {rank} in {about!r}" for rank, about in others.items())
+            elsewhere = "; ".join(f"rank {rank} in {about!r}" for rank, about in others.items())
             raise errors.CoordinationError(
-                f"Collective mismatch: rank 0 is in {what!r}, {told}. "
+                f"Collective mismatch: rank 0 is in {what!r}, {elsewhere}. "
                 "All ranks must make the same calls.",
                 ranks=others,
             )
@@ -196,16 +196,16 @@ class Rounds:
     def _raise_missing(
         self, what: str, failed: dict[int, remote_errors.Record], absent: Sequence[int]
     ) -> None:
-        told = [f"Rank {rank} failed in {what!r}: {each['text']}" for rank, each in failed.items()]
+        texts = [f"Rank {rank} failed in {what!r}: {each['text']}" for rank, each in failed.items()]
         if absent:
-            told.append(
+            texts.append(
                 f"{_named(absent).capitalize()} did not reach {what!r} within "
                 f"{self._timeout_seconds:g} s (crashed or hung?)."
             )
             ranks = sorted([*failed, *absent])
-            raise errors.CoordinationTimeoutError(" ".join(told), ranks=ranks)
+            raise errors.CoordinationTimeoutError(" ".join(texts), ranks=ranks)
         if failed:
-            raise remote_errors.rebuild(next(iter(failed.values())), " ".join(told), list(failed))
+            raise remote_errors.rebuild(next(iter(failed.values())), " ".join(texts), list(failed))
 
     # ------------------------------------------------------------------------------ others
 

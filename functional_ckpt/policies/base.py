@@ -4,8 +4,7 @@ A policy is a pure function of its arguments: the history of the steps on disk, 
 and, in a context, external inputs (the clock, a signal). It holds no state, so it decides the same
 after a restart as before.
 
-The policies themselves are in `save` and `keep`; `rules` decides by
-several at once.
+The policies themselves are in `save` and `keep`; `rules` decides by several at once.
 """
 
 from __future__ import annotations
@@ -73,9 +72,8 @@ class SaveContext:
         is_saving_in_progress: An earlier save is still being committed in the background.
         reached_preemption: The process has received SIGTERM.
         start_time: When this run started, with a time zone: the first interval in seconds is
-            counted
-            from here if nothing was saved since. None: an interval in seconds is over at once if
-            nothing was ever saved.
+            counted from here if nothing was saved since. None: an interval in seconds is over at
+            once if nothing was ever saved.
     """
 
     is_saving_in_progress: bool = False

@@ -108,7 +108,7 @@ def save_rule(
     Args:
         policies: One policy or a sequence of them (sequences within are flattened). An empty one
             never saves: only forced saves happen.
-        adapt: Called with each policy first, to let others' objects in.
+        adapt: Called with each policy first; converts foreign objects, such as Orbax's.
 
     Raises:
         UsageError: One of them is not a save policy; the message names it.
@@ -208,7 +208,7 @@ def keep_policies(
 
     Args:
         policies: One policy or a sequence of them; an empty one keeps everything.
-        adapt: Called with each policy first, to let others' objects in.
+        adapt: Called with each policy first; converts foreign objects, such as Orbax's.
 
     Raises:
         UsageError: One of them is not a keep policy; the message names it.

@@ -297,18 +297,18 @@ def _count(step: StepInfo, unit: Unit, what: str) -> float:
     if count is None:
         raise errors.UsageError(
             f"{what}: expected the training's progress in {unit} units with step {step.step}; got "
-            f"{_what_is_told(step, unit)}, or save at an interval of steps or seconds.",
+            f"{_missing_progress(step, unit)}, or save at an interval of steps or seconds.",
             step=step.step,
         )
     return count
 
 
-def _what_is_told(step: StepInfo, unit: Unit) -> str:
+def _missing_progress(step: StepInfo, unit: Unit) -> str:
     """Describes the missing progress, and the fix."""
     if step.progress is None:
         return "none. Pass save(progress=fc.Progress(...))"
-    told = {key: value for key, value in step.progress.to_json().items() if value}
-    counts = ", ".join(f"{key}={value!r}" for key, value in told.items()) or "no count"
+    counted = {key: value for key, value in step.progress.to_json().items() if value}
+    counts = ", ".join(f"{key}={value!r}" for key, value in counted.items()) or "no count"
     return f"{counts}. {_ADVICE[unit]}"
 
 

@@ -1,9 +1,9 @@
-"""Copies between a device and host memory that run by themselves, on a stream of their own.
+"""Asynchronous copies between a device and host memory, on separate streams.
 
-This module is independent of items and of waiting threads. The host's pages are locked where the
-driver lets us, for only then does a copy run by itself; a copy into others is as right, and holds
-up the thread that asks for it. Devices other than CUDA's (and ROCm's, which go by the same name)
-have no part in this.
+This module is independent of items and of waiting threads. The host's pages are locked if the
+driver permits it, since only then is a copy asynchronous; a copy into other pages is correct, but
+blocks the thread that starts it. Only CUDA devices (and ROCm's, which have the same name) are
+supported.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class CopyStreams:
 
 
 class Transfers:
-    """The copies of one save. Who makes them keeps both ends of each until `synchronize` returns.
+    """The copies of one save; the caller keeps both ends of each until `synchronize` returns.
 
     Args:
         streams: Where the copies run.
@@ -272,6 +272,6 @@ def _unlock_pages(cudart: Any, address: int, process: int) -> None:
 
 
 def _forget_error() -> None:
-    """Has torch ask for the error that was handled here, as it does after the next launch."""
+    """Clears the CUDA error that was handled here: else torch raises it after the next launch."""
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda")

@@ -47,7 +47,7 @@ class _Arena(mmap.mmap):
     unlock: Callable[[], None] | None = None
 
     def __del__(self) -> None:
-        """Comes before the memory goes, which must not go while it is locked."""
+        """Unlocks the pages before the memory is freed."""
         if self.unlock is not None:
             self.unlock()
 
@@ -79,12 +79,12 @@ class StagingBuffer:
             offsets.append(end)
             end += -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         if end > self.size_bytes:
-            self._arena = None  # the old memory goes before the new comes
+            self._arena = None  # free the old memory before the new is allocated
             # Private memory is a quarter cheaper to touch first. A forked child (a data loader's
             # worker) has no use for it, and would have every page of it copied at the next save.
             self._arena = _Arena(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self._arena.madvise(mmap.MADV_DONTFORK)
-            prefer(self._arena)  # the disk gets it from here
+            prefer(self._arena)  # the disk is written from here
             self.size_bytes = end
         arrays: list[Array] = []
         for (shape, dtype), size_bytes, offset in zip(slots, sizes, offsets, strict=True):
@@ -96,7 +96,7 @@ class StagingBuffer:
         return arrays
 
     def lock(self, lock: Callable[[int, int], Callable[[], None] | None]) -> None:
-        """Has the memory's pages locked, if that was not tried yet.
+        """Locks the memory's pages, if that was not tried yet.
 
         Args:
             lock: Page-locks a number of bytes at an address and returns a function that unlocks

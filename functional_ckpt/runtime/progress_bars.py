@@ -24,7 +24,7 @@ def bar(title: str) -> Generator[Shown]:
     Bars of several threads share one display.
     """
     if sys.stderr is None or not sys.stderr.isatty():  # pyright: ignore[reportUnnecessaryComparison]
-        yield _nobody
+        yield _ignore
         return
     board = _enter()
     task = board.add_task(title, total=None)
@@ -36,7 +36,7 @@ def bar(title: str) -> Generator[Shown]:
         _leave(board)
 
 
-def _nobody(done: int, total: int) -> None:
+def _ignore(done: int, total: int) -> None:
     """No-op progress callback."""
 
 

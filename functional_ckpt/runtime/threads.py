@@ -152,10 +152,10 @@ _was_enabled = False
 
 @contextlib.contextmanager
 def gc_paused() -> Generator[None]:
-    """Lets Python's cycle collector rest while records are made by ten thousands.
+    """Pauses Python's cycle collector while tens of thousands of records are made.
 
-    None of them is garbage, and each time it looked through every object of the program for some:
-    up to half of the time that a save of many small leaves takes. For work of milliseconds only.
+    None of the records is garbage, but each collection scans every object of the program: up to
+    half of the time of a save of many small leaves. For work of milliseconds only.
     """
     global _num_pauses, _was_enabled
     with _pausing:

@@ -180,8 +180,7 @@ class CommitThread:
     def take_error(self) -> BaseException | None:
         """Returns the error of a failed commit, once, for the caller to raise.
 
-        A step that was committed and not cleaned up after keeps no other from being saved: that is
-        left to `raise_error`.
+        A failed clean-up after a commit does not prevent the next save: `raise_error` raises it.
         """
         commit = self._commit
         if commit is None or not commit.done():
@@ -236,9 +235,10 @@ os.register_at_fork(after_in_child=_failed.clear)
 
 @atexit.register
 def _report_at_exit() -> None:
-    """A failure that no call was left to raise must not pass in silence.
+    """Prints the errors that no later call could raise.
 
-    The interpreter has waited for our threads by now, save for one that an exit handler started.
+    The interpreter has waited for the commit threads by now, except for one that an exit handler
+    started.
     """
     futures.wait(list(_running))
     for commit in _failed:

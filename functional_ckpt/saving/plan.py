@@ -226,9 +226,8 @@ def _signature(items: Sequence[LoweredItem], *, with_trees: bool) -> str:
         items: The items.
         with_trees: Whether their structures count too, which ranks merge.
     """
-    places: dict[
-        Sharding | None, int
-    ] = {}  # a sharding names every rank: spelled out once, not per leaf
+    # A sharding names every rank: it is spelled out once, not per leaf.
+    places: dict[Sharding | None, int] = {}
     described = [
         (
             item.name,
