@@ -102,6 +102,19 @@ def test_a_step_whose_publishing_failed_is_not_published_again(tmp_path: Path) -
         assert commit is not None and isinstance(commit.exception(), errors.SaveError)
 
 
+def test_an_unchanged_copy_that_could_not_be_removed_is_removed_before_the_next_save(
+    tmp_path: Path,
+) -> None:
+    storage = testing.FaultyStorage()
+    with fc.CheckpointManager(tmp_path, storage=storage) as manager:
+        manager.save(1, {"state": tree()}).result()  # type: ignore[union-attr]
+        storage.inject(testing.Fault(kinds=("remove",)))
+        manager.save(1, {"state": tree()}, force=True)
+        assert storage.has_failed
+        manager.save(2, {"state": tree()}).result()  # type: ignore[union-attr]
+        assert sorted(os.listdir(tmp_path)) == [".functional_ckpt", "1", "2"]
+
+
 class Unsynced(LocalStorage):
     """A disk on which the first sync of a step's file fails; it counts the syncs of every path."""
 
