@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import threading
 from pathlib import Path
 
@@ -38,15 +37,7 @@ def test_the_next_save_is_taken_and_the_loop_ends(
     chains: bool, on_busy: str, tmp_path: Path
 ) -> None:
     script = LOOP.format(chains=chains, on_busy=on_busy)
-    with subprocess.Popen(
-        scripts.command(script, tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=scripts.environment(),
-    ) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
+    with scripts.ready(script, tmp_path) as child:
         child.send_signal(signal.SIGTERM)
         output, trouble = child.communicate(timeout=60)
     assert child.returncode == 0, trouble
@@ -120,13 +111,6 @@ time.sleep(60)
 def test_a_closed_manager_whose_handler_is_put_back_lets_the_signal_end_the_process(
     tmp_path: Path,
 ) -> None:
-    with subprocess.Popen(
-        scripts.command(STALE, tmp_path),
-        stdout=subprocess.PIPE,
-        text=True,
-        env=scripts.environment(),
-    ) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
+    with scripts.ready(STALE, tmp_path) as child:
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=30) == -signal.SIGTERM

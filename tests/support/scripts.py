@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Generator
 from pathlib import Path
 
 _PRELUDE = """
@@ -45,6 +47,21 @@ def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]
         timeout=120,
         env=environment(),
     )
+
+
+@contextlib.contextmanager
+def ready(script: str, *arguments: str | Path) -> Generator[subprocess.Popen[str]]:
+    """Starts a script as `run` does; enters the block once it has printed `ready`."""
+    with subprocess.Popen(
+        command(script, *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        yield child
 
 
 def command(script: str, *arguments: str | Path) -> list[str]:
