@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -135,14 +134,8 @@ class OpenItem:
                 yield leaf
 
     def _check_sizes(self, record: records.ItemRecord, sizes: Mapping[str, int] | None) -> None:
-        """Limits the memory for a record to the bytes on disk (uncompressed).
-
-        Small chunks may be compressed, but each has a digest in the record, which bounds them.
-        """
-        wanted = sum(
-            _stored_bytes(node.spec, record.arrays[node.name].chunk_shape)
-            for node in self.array_nodes()
-        )
+        """Limits the memory for a record to the bytes on disk."""
+        wanted = record.least_bytes
         stored = (
             queries.total_bytes(self.storage, self.path) if sizes is None else sum(sizes.values())
         )
@@ -211,13 +204,6 @@ class OpenItem:
 # Records that many arrays share: making one takes five times as long as finding it here.
 _whole = functools.lru_cache(maxsize=4096)(Box.whole)
 _grid = functools.lru_cache(maxsize=4096)(chunks.ChunkGrid)
-
-
-@functools.lru_cache(maxsize=4096)
-def _stored_bytes(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> int:
-    """Bytes that an array takes on disk for certain: small chunks may be compressed."""
-    chunk_bytes = math.prod(chunk_shape) * spec.itemsize_bytes
-    return spec.size_bytes if chunk_bytes > chunks.MAX_INLINE_BYTES else 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,8 +88,8 @@ class ItemArrays:
             self._nodes, self._scalars = [], []
 
     def _check_sizes(self) -> bool:
-        """No record makes us allocate more than its files hold: chunks are not compressed."""
-        wanted = sum(node.spec.size_bytes for node in self._nodes if node.tied_to is None)
+        """Limits the memory for a record to the bytes of its files."""
+        wanted = self._record.least_bytes
         stored = sum(file.size_bytes for file in self._record.files.values())
         if wanted <= stored:
             return True

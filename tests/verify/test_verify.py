@@ -80,6 +80,13 @@ def test_intact_checkpoint_has_no_findings(checkpoint: Path, root: Path) -> None
     assert verify(root / "1", 1) == verify(root / "2", 2) == []
 
 
+def test_small_chunks_may_be_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_direct, "MAX_KEYS", 0)  # through TensorStore, as to an object store
+    path = tmp_path / "checkpoint"
+    fc.save(path, {"m": {str(number): torch.zeros(256) for number in range(500)}})
+    assert verify(path) == []
+
+
 def test_path_may_have_characters_that_urls_may_not(tmp_path: Path) -> None:
     path = tmp_path / "a b%41?x#y:é%zz"
     fc.save(path, {"m%d ?#": {"w": WIDE, "v": WIDE}})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
@@ -16,7 +17,12 @@ import xxhash
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec as spec_lib
-from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
+from functional_ckpt.core.arrays.chunks import (
+    DIGEST_BLOCK_BYTES,
+    MAX_INLINE_BYTES,
+    ChunkGrid,
+    digest_offsets,
+)
 from functional_ckpt.core.records import structure_json
 from functional_ckpt.core.tree import structure
 from functional_ckpt.core.tree.plain_json import integer, parse, string
@@ -96,6 +102,19 @@ class ItemRecord:
     arrays: Mapping[str, ArrayRecord]
     files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict)
 
+    @property
+    def least_bytes(self) -> int:
+        """Bytes that the arrays take on disk at least; a record of more is not believed.
+
+        Small chunks count as nothing, because they may be compressed. Each of them has a digest in
+        the record, which bounds their number.
+        """
+        return sum(
+            _least_bytes(leaf.spec, self.arrays[leaf.name].chunk_shape)
+            for _, leaf in structure.iter_leaves(self.root)
+            if isinstance(leaf, structure.ArrayNode) and leaf.tied_to is None
+        )
+
     def to_json(self) -> bytes:
         """Returns the sealed text of the item's extension file."""
         record = {
@@ -111,6 +130,12 @@ class ItemRecord:
             "files": _files_to_json(self.files),
         }
         return with_checksum(record)
+
+
+@functools.lru_cache(maxsize=4096)
+def _least_bytes(spec: spec_lib.ArraySpec, chunk_shape: tuple[int, ...]) -> int:
+    chunk_bytes = math.prod(chunk_shape) * spec.itemsize_bytes
+    return spec.size_bytes if chunk_bytes > MAX_INLINE_BYTES else 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
