@@ -90,7 +90,7 @@ class OpenItem:
         if self.record is not None:
             from functional_ckpt.format import backends
 
-            return backends.backend_of(self.storage).open_reader(self.path, self.record.files)
+            return backends.Arrays(self.storage).open_reader(self.path, self.record.files)
         from functional_ckpt.format.read_tensorstore import TensorStoreReader
 
         return TensorStoreReader(

@@ -31,7 +31,7 @@ from functional_ckpt.format.read_plan import (
 )
 from functional_ckpt.format.reader import deliver, put, verify
 from functional_ckpt.storage.local_files import open_regular
-from functional_ckpt.storage.system_errors import clear_errors, is_absence
+from functional_ckpt.storage.system_errors import absence_as_damage, clear_errors
 
 __all__ = ["DirectReader"]
 
@@ -76,14 +76,8 @@ class DirectReader:
             raise errors.CorruptCheckpointError(
                 f"{self._directory}: data file {file!r} is outside the item.", path=self._directory
             )
-        try:
+        with absence_as_damage(f"{path}: the file is missing.", path):
             descriptor, _ = open_regular(path)
-        except errors.StorageError as error:
-            if not is_absence(error):
-                raise
-            raise errors.CorruptCheckpointError(
-                f"{path}: the file is missing.", path=path
-            ) from error
         # Each page is read once: the kernel need not keep track of which are used again.
         _advise(descriptor, 0, 0, "POSIX_FADV_NOREUSE")
         return descriptor

@@ -193,7 +193,7 @@ def _finalize_item(
     children += _write_own_scalars(storage, path, parts, merged)
     known = {name: file for report in reports for name, file in report.files.items()}
     if children:  # else a single rank has written into the item's own database
-        known |= backends.backend_of(storage).merge(path, children, tied)
+        known |= backends.Arrays(storage).merge(path, children, tied)
     name = orbax.TREE_METADATA_FILE
     known[name] = _write(storage, path, name, orbax.tree_metadata(merged))
     if texts := orbax.strings(merged):
@@ -264,7 +264,7 @@ def _write_own_scalars(
     if not own:
         return []
     children = write_tensorstore.child_names(len(parts), 1)
-    backends.backend_of(storage).write(path, children[0], (), own)
+    backends.Arrays(storage).write(path, children[0], (), own)
     return children
 
 

@@ -97,7 +97,7 @@ def write(
         known: The digest of each item's structure on the primary; an equal one is not reported.
         num_threads: How many threads write at a time.
     """
-    backend = backends.backend_of(storage)
+    backend = backends.Arrays(storage)
     found: dict[str, ItemReport] = {}
     for item in sorted(items, key=lambda item: not item.blocks_caller):
         name, root = item.lowered.name, item.lowered.root

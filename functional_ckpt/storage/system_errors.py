@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 from functional_ckpt import errors
 
-__all__ = ["clear_errors", "is_absence"]
+__all__ = ["absence_as_damage", "clear_errors", "is_absence"]
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 
@@ -21,6 +21,17 @@ def is_absence(error: OSError) -> bool:
     descriptors are no reason to take a checkpoint for absent.
     """
     return error.errno in _ABSENT
+
+
+@contextlib.contextmanager
+def absence_as_damage(message: str, path: str) -> Generator[None]:
+    """Converts an error of the block that means absence to `CorruptCheckpointError`."""
+    try:
+        yield
+    except errors.StorageError as error:
+        if not is_absence(error):
+            raise
+        raise errors.CorruptCheckpointError(message, path=path) from error
 
 
 @contextlib.contextmanager

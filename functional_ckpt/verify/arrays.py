@@ -127,7 +127,7 @@ class ItemArrays:
         batches = (values[start : start + _BATCH] for start in range(0, len(values), _BATCH))
         tasks = [functools.partial(self._check_values, database, batch) for batch in batches]
         try:
-            reader = backends.backend_of(self._search.storage).open_reader(self._directory, {})
+            reader = backends.Arrays(self._search.storage).open_reader(self._directory, {})
         except errors.CorruptCheckpointError:
             reader = TensorStoreReader(database)  # finds the keys of intact nodes
         files.callback(reader.close)

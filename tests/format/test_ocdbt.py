@@ -137,7 +137,7 @@ def item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     )
     path = tmp_path / "item"
     path.mkdir()
-    backends.DirectArrays(STORAGE).write(str(path), "", [write])
+    backends.Arrays(STORAGE).write(str(path), "", [write])
     [file] = [f for f in path.glob("d/*") if f.stat().st_size == DATA.shape[1]]
     return path, file
 
@@ -147,7 +147,7 @@ def read(path: Path) -> np.ndarray:
     destination = Destination(lambda: memory, lambda: None)
     spec = ArraySpec(DATA.shape, "uint8")
     request = ReadRequest("a", spec, Box.whole(DATA.shape), GRID, destination=destination)
-    with contextlib.closing(backends.DirectArrays(STORAGE).open_reader(str(path), {})) as reader:
+    with contextlib.closing(backends.Arrays(STORAGE).open_reader(str(path), {})) as reader:
         assert isinstance(reader, read_direct.DirectReader)
         for task in reader.tasks([request]):
             task()
@@ -202,7 +202,7 @@ def test_descriptors_are_closed(item: tuple[Path, Path]) -> None:
 
 def test_a_file_is_read_by_one_descriptor(item: tuple[Path, Path]) -> None:
     spec = ArraySpec(DATA.shape, "uint8")
-    opened = backends.DirectArrays(STORAGE).open_reader(str(item[0]), {})
+    opened = backends.Arrays(STORAGE).open_reader(str(item[0]), {})
     with contextlib.closing(opened) as reader:
         before = len(os.listdir("/proc/self/fd"))
         request = ReadRequest("a", spec, Box.whole(DATA.shape), GRID)

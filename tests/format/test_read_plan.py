@@ -154,8 +154,10 @@ BOXES = [
 def arrays(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[str, Any, list[str]]:
     """An item with `CONTENT` once per grid, its backend, and the recorded digests."""
     path = str(tmp_path_factory.mktemp("item"))
-    is_direct = request.param == "direct"
-    backend = (backends.DirectArrays if is_direct else backends.TensorStoreArrays)(STORAGE)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "tensorstore":
+            patch.setattr(LocalStorage, "files", None)
+        backend = backends.Arrays(STORAGE)
     writes = [
         write_tensorstore.ArrayWrite(
             name=f"a{n}",
@@ -222,7 +224,7 @@ def test_executors_notice_a_wrong_digest_of_any_block(
 
 
 def test_a_truncated_or_missing_data_file_is_damage(tmp_path: Path) -> None:
-    backend = backends.DirectArrays(STORAGE)
+    backend = backends.Arrays(STORAGE)
     grid = ChunkGrid(CONTENT.shape, CONTENT.shape)
     write = write_tensorstore.ArrayWrite(
         "a", ArraySpec(CONTENT.shape, "float64"), grid, Box.whole(CONTENT.shape), CONTENT
