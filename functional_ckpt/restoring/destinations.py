@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 
 from functional_ckpt.core.arrays import sharding
-from functional_ckpt.core.arrays.spec import Array, Box
 from functional_ckpt.core.restore_plan import plan
 from functional_ckpt.core.tree import decode, encode, memory, structure
 from functional_ckpt.runtime import device_copies
 
-__all__ = ["HostDestination", "DeviceDestination", "host_destination", "device_destination"]
-
-
-class HostDestination(NamedTuple):
-    """Host memory for this rank's part of an array.
-
-    Attributes:
-        array: The memory, of the local shape; may be strided.
-        finish: Called once after the last byte is there; returns the restored value.
-    """
-
-    array: Array
-    finish: Callable[[], Any]
+__all__ = ["DeviceDestination", "device_destination", "host_destination"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,15 +28,7 @@ class DeviceDestination:
     value: torch.Tensor
 
 
-def pieces_of(read: plan.ReadArray) -> tuple[sharding.Piece, ...]:
-    """The regions to read and the position of each in the destination."""
-    if read.like is not None:
-        return sharding.pieces_of(read.like)
-    whole = Box.whole(read.node.spec.shape)
-    return (sharding.Piece(whole, whole),)
-
-
-def host_destination(read: plan.ReadArray) -> HostDestination:
+def host_destination(read: plan.ReadArray) -> decode.Destination:
     """Returns the memory for one array."""
     if read.form == "fill":
         return _fill(read.node, cast("torch.Tensor", read.like))
@@ -59,8 +37,7 @@ def host_destination(read: plan.ReadArray) -> HostDestination:
     node = read.node
     if read.form == "ndarray":
         node = dataclasses.replace(node, kind="ndarray", detail={})
-    new = decode.allocate(node)
-    return HostDestination(new.array, new.finish)
+    return decode.allocate(node)
 
 
 def _local_node(node: structure.ArrayNode, tensor: torch.Tensor) -> structure.ArrayNode:
@@ -71,10 +48,10 @@ def _local_node(node: structure.ArrayNode, tensor: torch.Tensor) -> structure.Ar
     return dataclasses.replace(node, kind="tensor", spec=spec, detail=detail)
 
 
-def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> HostDestination:
+def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> decode.Destination:
     local = cast("torch.Tensor", sharding.local_of(tensor))
     if _is_direct(node, local):
-        return HostDestination(encode.host_view(local, node.spec.dtype), lambda: tensor)
+        return decode.Destination(encode.host_view(local, node.spec.dtype), lambda: tensor)
     detour = decode.allocate(_local_node(node, tensor))
 
     def finish() -> torch.Tensor:
@@ -82,7 +59,7 @@ def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> HostDestination:
             local.copy_(cast("torch.Tensor", detour.finish()))
         return tensor
 
-    return HostDestination(detour.array, finish)
+    return decode.Destination(detour.array, finish)
 
 
 def device_destination(read: plan.ReadArray) -> DeviceDestination | None:
@@ -118,7 +95,7 @@ def _is_memory(tensor: torch.Tensor) -> bool:
     )
 
 
-def _like(node: structure.ArrayNode, like: torch.Tensor) -> HostDestination:
+def _like(node: structure.ArrayNode, like: torch.Tensor) -> decode.Destination:
     """New memory with dtype, device and sharding of `like`; for a meta tensor on the CPU."""
     new = decode.allocate(_local_node(node, like))
 
@@ -139,4 +116,4 @@ def _like(node: structure.ArrayNode, like: torch.Tensor) -> HostDestination:
         )
         return decode.apply_tensor_role(tensor, encode.tensor_role(like))
 
-    return HostDestination(new.array, finish)
+    return decode.Destination(new.array, finish)

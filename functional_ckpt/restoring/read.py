@@ -108,7 +108,7 @@ class _ArrayRead:
         self.binding = binding
         self.value: Any = None
         self._touched = touched
-        self._place: destinations.HostDestination | None = None
+        self._place: decode.Destination | None = None
         self._sent: destinations.DeviceDestination | None = None
         self._num_reads = 0
 
@@ -128,7 +128,7 @@ class _ArrayRead:
                     Destination(functools.partial(self._piece, piece.local), self._count),
                     verified=verified,
                 )
-                for piece in destinations.pieces_of(self.binding)
+                for piece in sharding.pieces_of(like)
             ]
         self._num_reads = sum(request.num_reads for request in requests)
         if not self._num_reads:
@@ -168,7 +168,7 @@ class _ArrayRead:
         if self.binding.form == "fill":
             self._touched.value = True
 
-    def _open(self) -> destinations.HostDestination:
+    def _open(self) -> decode.Destination:
         """Makes the host memory of a sharded tensor when its first part arrives."""
         with _counting:
             if self._place is None:

@@ -1,15 +1,14 @@
 """Leaves built again: memory that restore fills, and the value that it becomes.
 
-The other half of the codec of `leaves`: `allocate` turns a stored node into a *destination*, an
+The other half of the codec of `encode`: `allocate` turns a stored node into a *destination*, an
 array that restore fills, and `finish`, which makes the value out of it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,12 +24,11 @@ _ALIGNED_FROM_BYTES = 2**20
 _UNFIT = (TypeError, ValueError, OverflowError, RuntimeError, MemoryError)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Destination:
-    """Memory that restore fills, and the value it becomes.
+class Destination(NamedTuple):
+    """Host memory that restore fills, and the value it becomes.
 
     Attributes:
-        array: Host memory of the node's spec; may be strided.
+        array: The memory, of the shape of this rank's part; may be strided.
         finish: Called once after the last byte is in `array`; returns the restored value.
     """
 
@@ -38,19 +36,15 @@ class Destination:
     finish: Callable[[], object]
 
 
-def allocate(node: structure.ArrayNode, device: torch.device | None = None) -> Destination:
+def allocate(node: structure.ArrayNode) -> Destination:
     """New memory for an array as it was saved: the same kind, dtype and layout.
-
-    Args:
-        node: The stored node.
-        device: Where a tensor shall live; None for the CPU.
 
     Raises:
         CorruptCheckpointError: No such array can exist (`finish` raises it too).
         StorageError: There is not enough memory.
     """
     try:
-        new = _allocate(node, device)
+        new = _allocate(node)
     except _UNFIT as error:
         raise _unfit(node, error) from error
 
@@ -79,11 +73,11 @@ def _unfit(node: structure.ArrayNode, error: Exception) -> errors.CheckpointErro
     )
 
 
-def _allocate(node: structure.ArrayNode, device: torch.device | None) -> Destination:
+def _allocate(node: structure.ArrayNode) -> Destination:
     if node.kind == "tensor" and node.spec.dtype not in encode.NUMPY_ONLY:
         tensor = _new_tensor(node)
         destination = encode.host_view(tensor, node.spec.dtype)
-        return Destination(destination, lambda: apply_tensor_role(tensor, node.detail, device))
+        return Destination(destination, lambda: apply_tensor_role(tensor, node.detail))
     dtype = spec_lib.numpy_dtype(node.spec.dtype)
     array = _new_array(node, dtype)
     if node.kind == "bytes":

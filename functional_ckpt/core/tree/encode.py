@@ -1,7 +1,7 @@
 """Encodes tensors, numpy arrays and plain values as leaves.
 
 A leaf codec is two pure halves. This one turns a value into a node and a *source*, a tensor over
-the caller's own memory from which the bytes will be copied; `destinations` is the other.
+the caller's own memory from which the bytes will be copied; `decode` is the other.
 """
 
 from __future__ import annotations
