@@ -6,6 +6,7 @@ types that the user has registered a handler for.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
@@ -100,8 +101,8 @@ def place(registry: Registry, tree: Any, stored: Any, around: Item, make: Make) 
                 made = make(item, stored, path)
                 if not item.handler.holds_values:
                     return walk.leaf(made)
-                inner = [(made.tree, _tree_of(stored), path, item)]
-                return inner, lambda trees: _with_tree(made, trees[0])
+                inner = [(made.tree, structure.tree_of(stored), path, item)]
+                return inner, lambda trees: dataclasses.replace(made, tree=trees[0])
         opened = None if isinstance(value, _LEAVES) else flatten.flatten_one_level(value)
         if opened is None:
             return walk.leaf(value)
@@ -116,10 +117,6 @@ def place(registry: Registry, tree: Any, stored: Any, around: Item, make: Make) 
     return walk.fold((tree, stored, (), around), visit)
 
 
-def _with_tree(handled: Handled, tree: Any) -> Handled:
-    return Handled(tree, handled.detail, handled.item, handled.is_per_rank, handled.is_kept)
-
-
 def _rebuilt(value: Any, opened: flatten.FlatNode, children: list[Any]) -> Any:
     """The container with new children; itself if none has changed."""
     if all(new is old for new, old in zip(children, opened.children, strict=True)):
@@ -127,13 +124,9 @@ def _rebuilt(value: Any, opened: flatten.FlatNode, children: list[Any]) -> Any:
     return flatten.unflatten_one_level(opened.node(), children, value)
 
 
-def _tree_of(stored: Any) -> Any:
-    return stored.tree if isinstance(stored, Handled) else stored
-
-
 def _children_of(stored: Any) -> Mapping[str, Any]:
     """The stored children of a container, by the text of their keys."""
-    opened = flatten.flatten_one_level(_tree_of(stored))
+    opened = flatten.flatten_one_level(structure.tree_of(stored))
     if opened is None:
         return {}
     pairs = zip(opened.keys, opened.children, strict=True)
@@ -180,7 +173,7 @@ def lift(registry: Registry, tree: Any, *, is_late: bool) -> Any:
 
     def lifted(each: Handled, tree: Any) -> Any:
         if each.item is not None and not is_late and is_lifted_late(each.item):
-            return _with_tree(each, tree)
+            return dataclasses.replace(each, tree=tree)
         return _lift_one(registry, each, tree)
 
     return _map_handled(tree, lifted)

@@ -11,7 +11,6 @@ from typing import Any, TypedDict, TypeGuard
 from functional_ckpt import errors
 from functional_ckpt.core.records import merge_ranks
 from functional_ckpt.core.restore_plan import json_tree, keep, plan, rename, select
-from functional_ckpt.core.restore_plan import select as select_lib
 from functional_ckpt.core.restore_plan.match import match, own_value
 from functional_ckpt.core.tree import context, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING
@@ -51,7 +50,7 @@ class RestoreOptions:
     """
 
     only: str | Sequence[str] | None = None
-    ignore: select_lib.Ignored | None = None
+    ignore: select.Ignored | None = None
     key_map: rename.KeyMap | None = None
     strict: bool = True
     cast: bool = False
@@ -80,7 +79,7 @@ class RestoreArguments(TypedDict, total=False):
     """The fields of `RestoreOptions`, as keyword arguments of calls that hand them on."""
 
     only: str | Sequence[str] | None
-    ignore: select_lib.Ignored | None
+    ignore: select.Ignored | None
     key_map: rename.KeyMap | None
     strict: bool
     cast: bool
@@ -119,7 +118,7 @@ class _Request:
 
     checkpoint: OpenCheckpoint
     options: RestoreOptions
-    wanted: select_lib.Selection
+    wanted: select.Selection
     renamed: rename.Renaming | None
     registry: Registry
     group: Coordinator
@@ -161,7 +160,7 @@ def match_items(
     asked = _Request(
         checkpoint=checkpoint,
         options=options,
-        wanted=select_lib.Selection(options.patterns, options.ignore),
+        wanted=select.Selection(options.patterns, options.ignore),
         renamed=None if options.key_map is None else rename.Renaming(options.key_map),
         registry=registry,
         group=group,

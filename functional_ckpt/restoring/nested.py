@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from functional_ckpt import errors
@@ -58,7 +58,7 @@ def target_of(
     def make(each: Item, stored: Any, path: KeyPath) -> Handled:
         inside[structure.join(path)] = each
         if stored is NOTHING:
-            return Handled(_own(each), item=each, is_kept=True)
+            return Handled(each.handler.own(each.value), item=each, is_kept=True)
         detail: Mapping[str, object] = {}
         if isinstance(stored, Handled):
             if stored.is_kept:
@@ -101,7 +101,8 @@ def _flat_below(node: structure.Node, path: KeyPath) -> structure.Node:
     if not isinstance(node, structure.BranchNode) or not node.children:
         return node
     if not path:
-        leaves = list(_leaves(node))
+        # A tensor made of parts is one leaf.
+        leaves = list(structure.iter_leaves(node, leaf_kinds=KINDS))
         keys = tuple(structure.Key(structure.join(inner)) for inner, _ in leaves)
         return dataclasses.replace(node, keys=keys, children=tuple(leaf for _, leaf in leaves))
     children = [
@@ -109,19 +110,6 @@ def _flat_below(node: structure.Node, path: KeyPath) -> structure.Node:
         for key, child in zip(node.keys, node.children, strict=True)
     ]
     return dataclasses.replace(node, children=tuple(children))
-
-
-def _leaves(node: structure.Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, structure.Node]]:
-    """Every leaf with its path; a tensor made of parts is one."""
-    if isinstance(node, structure.BranchNode) and node.children and node.kind not in KINDS:
-        for key, child in zip(node.keys, node.children, strict=True):
-            yield from _leaves(child, (*path, key))
-    else:
-        yield path, node
-
-
-def _own(item: Item) -> Any:
-    return item.handler.own(item.value)
 
 
 def _ask(

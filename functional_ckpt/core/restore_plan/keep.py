@@ -65,7 +65,7 @@ def keep_unselected(saved: Node, own: Any, selects: Selects) -> Node | None:
     def visit(place: _Place) -> walk.Visit[_Place, _Merged]:
         stored, live, key, depth = place
         trail.enter(depth, key)
-        children, lives = _children_of(stored), _own_children(_inside(live))
+        children, lives = _children_of(stored), _own_children(structure.tree_of(live))
         is_stored_leaf = stored is not None and children is None
         if is_stored_leaf or (not children and not lives):
             selected = selects(structure.leaf_name(trail.path())) or structure.is_names(stored)
@@ -73,16 +73,12 @@ def keep_unselected(saved: Node, own: Any, selects: Selects) -> Node | None:
         is_own_leaf = lives is None and live is not AS_SAVED and live is not NOTHING
         if is_own_leaf and not selects(structure.leaf_name(trail.path())):
             return walk.leaf(_leaf(stored, live, False))
-        pairs = _pairs(children or {}, lives or {}, _inside(live))
+        pairs = _pairs(children or {}, lives or {}, structure.tree_of(live))
         places = [(one, other, at, depth + 1) for one, other, at in pairs]
         keys = [at for _, _, at in pairs]
         return places, lambda merged: _branch(stored, live, keys, merged)
 
     return walk.fold((saved, own, None, 0), visit).node
-
-
-def _inside(live: Any) -> Any:
-    return live.tree if isinstance(live, structure.Handled) else live
 
 
 def _children_of(node: Node | None) -> dict[str, tuple[Key, Node]] | None:
@@ -134,7 +130,7 @@ def _branch(stored: Node | None, live: Any, keys: list[Key], merged: list[_Merge
     if not selected:
         return _leaf(stored, live, False)
     if stored is None:
-        opened = cast("flatten.FlatNode", flatten.flatten_one_level(_inside(live)))
+        opened = cast("flatten.FlatNode", flatten.flatten_one_level(structure.tree_of(live)))
         stored = opened.node()
     branch = cast("structure.BranchNode", stored)
     pairs = [(key, each.node) for key, each in zip(keys, merged, strict=True)]

@@ -8,7 +8,7 @@ against it, and records store it as JSON. Free of torch, so that the command lin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, TypeGuard
 
 from functional_ckpt.core.arrays import sharding as sharding_lib
@@ -43,6 +43,7 @@ __all__ = [
     "rank_key",
     "sharding_text",
     "short",
+    "tree_of",
     "without",
 ]
 
@@ -173,10 +174,10 @@ class BranchNode:
     """A container.
 
     Attributes:
-        kind: `dict`, `ordered_dict`, `default_dict`, `list`, `tuple`, `named_tuple`, `deque`,
-            `torch_size`, `registered` (a registered pytree node), `per_rank` (a value that differs
-            between ranks, one child for each), or a leaf made of parts:
-            `sparse_coo`, `sparse_csr` and its kin, `quantized`, `subclass`.
+        kind: `dict`, `ordered_dict`, `default_dict`, `counter`, `list`, `tuple`, `named_tuple`,
+            `deque`, `torch_size`, `registered` (a registered pytree node), `per_rank` (a value that
+            differs between ranks, one child for each), or a leaf made of parts: `sparse_coo`,
+            `sparse_csr` and its kin, `quantized`, `subclass`.
         keys: One key per child.
         children: The children, in order.
         detail: Data for rebuilding the kind: JSON values.
@@ -274,6 +275,11 @@ def short(value: object) -> str:
     return f"{hex(value) if type(value) is int and value.bit_length() > 128 else repr(value):.40}"
 
 
+def tree_of(value: Any) -> Any:
+    """The tree of a `Handled`; any other value unchanged."""
+    return value.tree if isinstance(value, Handled) else value
+
+
 def without(node: BranchNode, key: str) -> BranchNode:
     """The node without an entry of its detail."""
     detail = {name: entry for name, entry in node.detail.items() if name != key}
@@ -288,20 +294,28 @@ def handler_of(node: object) -> str | None:
 
 
 def is_names(node: object) -> TypeGuard[BranchNode]:
-    """Returns whether a node is a list of names, as `Names` lowers to."""
+    """Returns whether a node is a list of names, as `MergedNames` lowers to."""
     return isinstance(node, BranchNode) and bool(node.detail.get(MERGED))
 
 
-def iter_leaves(node: Node, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Node]]:
-    """Every leaf with its key path, depth first; an empty container counts as a leaf."""
-    if not isinstance(node, BranchNode) or not node.children:
+def iter_leaves(
+    node: Node, path: KeyPath = (), leaf_kinds: Collection[str] = ()
+) -> Iterator[tuple[KeyPath, Node]]:
+    """Every leaf with its key path, depth first; an empty container counts as a leaf.
+
+    Args:
+        node: The structure.
+        path: Its key path.
+        leaf_kinds: Kinds of containers that count as leaves.
+    """
+    if not isinstance(node, BranchNode) or not node.children or node.kind in leaf_kinds:
         yield path, node
         return
     # One path that grows and shrinks: a copy for every level would be quadratic in the depth.
     keys, todo = list(path), [_pairs(node)]
     while todo:
         for key, child in todo[-1]:
-            if isinstance(child, BranchNode) and child.children:
+            if isinstance(child, BranchNode) and child.children and child.kind not in leaf_kinds:
                 keys.append(key)
                 todo.append(_pairs(child))
                 break
