@@ -1,7 +1,8 @@
-"""DTensors over tensor subclasses: each rank's part, taken apart as such tensors are.
+"""DTensors: new memory with the sharding of one; each rank's part of those over subclasses.
 
-The parts of a quantized tensor (codes, scales) cannot be merged over ranks: they depend on how
-the tensor was cut. Each rank saves its own parts; only the same sharding restores them.
+Such a part is taken apart as a tensor of the subclass is. The parts of a quantized tensor (codes,
+scales) cannot be merged over ranks: they depend on how the tensor was cut. Each rank saves its own
+parts; only the same sharding restores them.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
-from functional_ckpt.core.tree import memory, structure
-from functional_ckpt.core.tree.placeholders import AS_SAVED, Refused
+from functional_ckpt.core.arrays.spec import ArraySpec
+from functional_ckpt.core.tree import encode, memory, structure
+from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill, Refused
 from functional_ckpt.handlers.base import CheckpointItem, Handler, Item
 
-__all__ = ["DTensorPartsHandler", "made_like", "parts_item"]
+__all__ = ["DTensorPartsHandler", "made_like", "parts_item", "shard_like"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,11 +65,18 @@ def parts_item(value: object) -> Item | None:
     local = getattr(value, "_local_tensor", None)
     if local is None or not memory.is_wrapper(local) or memory.is_opaque(local):
         return None
-    if not memory.is_wrapper(
-        sharding.local_of(value)
-    ):  # a redistribution that had to be waited for
-        return None
+    if not memory.is_wrapper(sharding.local_of(value)):
+        return None  # it was only a redistribution that nothing had waited for
     return CheckpointItem(value, DTensorPartsHandler())
+
+
+def shard_like(tensor: torch.Tensor, saved: ArraySpec) -> Any:
+    """New memory for a stored array, sharded as a DTensor of its shape; `AS_SAVED` for another."""
+    if tuple(tensor.shape) != saved.shape or saved.dtype in encode.NUMPY_ONLY:
+        return AS_SAVED
+    new = torch.empty_like(tensor.detach(), dtype=encode.torch_dtype(saved.dtype))
+    # One on the meta device is imitated on the device of its mesh.
+    return new if new.is_meta else Fill(new)
 
 
 def made_like(parameter: torch.Tensor | None, saved: structure.Handled) -> Any:

@@ -284,13 +284,9 @@ def _is_strided(tensor: torch.Tensor) -> bool:
 
 def _new_shard(parameter: torch.Tensor | None, saved: spec_lib.ArraySpec) -> Any:
     """Memory for state that a sharded parameter does not have yet: sharded as the parameter is."""
-    if parameter is None or sharding.sharding_of(parameter) is None:
+    if parameter is None or saved.shape == () or sharding.sharding_of(parameter) is None:
         return AS_SAVED
-    if tuple(parameter.shape) != saved.shape or saved.shape == ():
-        return AS_SAVED
-    new = torch.empty_like(parameter.detach(), dtype=getattr(torch, saved.dtype))
-    # One on the meta device is imitated on the device of its mesh.
-    return new if new.is_meta else Fill(new)
+    return dtensor_parts.shard_like(parameter, saved)
 
 
 def _off_graph(leaf: Any) -> Any:

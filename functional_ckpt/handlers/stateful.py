@@ -14,7 +14,7 @@ from functional_ckpt.core.arrays import sharding
 from functional_ckpt.core.arrays.spec import CARRIED_BY, ArraySpec
 from functional_ckpt.core.tree import encode, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
-from functional_ckpt.handlers import classes
+from functional_ckpt.handlers import classes, dtensor_parts
 from functional_ckpt.handlers.base import Handler, Item, item_class
 
 __all__ = ["Stateful", "StatefulHandler", "is_stateful"]
@@ -134,11 +134,7 @@ def _of_children(saved: Any, target: Any) -> Any:
 
 def _shard(live: torch.Tensor, saved: ArraySpec) -> Any:
     """Memory for a stored array in the sharding of a live DTensor: its own, where that fits."""
-    if tuple(live.shape) != saved.shape:
-        return AS_SAVED
     name = encode.torch_dtype_name(live.dtype)
-    if CARRIED_BY.get(name, name) != saved.dtype:
-        if saved.dtype in encode.NUMPY_ONLY:
-            return AS_SAVED
-        live = torch.empty_like(live.detach(), dtype=encode.torch_dtype(saved.dtype))
+    if (tuple(live.shape), CARRIED_BY.get(name, name)) != (saved.shape, saved.dtype):
+        return dtensor_parts.shard_like(live, saved)
     return live.detach() if live.is_meta else Fill(live.detach())
