@@ -172,7 +172,6 @@ class OpenItem:
         return parse_object(self._foreign_text, os.path.join(self.path, orbax.TREE_METADATA_FILE))
 
     def _parse_foreign(self) -> structure.Node:
-
         path = os.path.join(self.path, orbax.TREE_METADATA_FILE)
         self.is_zarr3 = bool(self._foreign_metadata.get("use_zarr3", False))
         # Old versions of Orbax left chunks of zeros out; since then a missing chunk is lost.

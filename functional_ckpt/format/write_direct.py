@@ -1,6 +1,6 @@
 """Chunks straight into data files, and the tree over them written in one go.
 
-The same databases as `arrays_write` makes through TensorStore, without it: a value is copied once,
+The same databases as `write_tensorstore` makes, without TensorStore: a value is copied once,
 into the buffer that goes to the disk, and costs a few microseconds whatever its size. Falls back to
 `write_tensorstore` for too many keys and for object stores.
 """

@@ -57,12 +57,12 @@ class ArrayWrite(NamedTuple):
         spec: The array.
         grid: Its chunks.
         box: The region `data` holds; its edges are on the grid, or at the array's end.
-        data: Host memory of the region, unchanged until the write is done; may be strided.
-        is_owner: Whether this writer also writes the array's metadata.
-        is_staged: Whether `data` is memory of our own, in large pages, from which the disk is
-            served best.
-        taken: Called with the number of bytes of `data` that are no longer needed, if the caller
-            waits to change them; on any thread.
+        data: Host memory of the region; may be strided.
+        writes_metadata: Whether this writer also writes the array's metadata.
+        is_stable: Whether `data` does not change until the write is done. If it may, its digest is
+            taken of a copy.
+        on_copied: Called with the number of bytes of `data` that are no longer needed, if the
+            caller waits to change them; on any thread.
     """
 
     name: str

@@ -304,8 +304,8 @@ def _class_of(optimizer: torch.optim.Optimizer) -> str:
 def check_same_class(saved: State, optimizer: torch.optim.Optimizer) -> None:
     """Raises `MismatchError` unless the checkpoint is of an optimizer of this class.
 
-    Checkpoints without the class are recognised by their options: both sides have some that the
-        other lacks.
+    Where the checkpoint does not name the class, another one is recognised by its options: both
+    sides have some that the other lacks.
     """
     here, there = _class_of(optimizer), _detail(saved).get("optimizer")
     if there is None:
