@@ -29,20 +29,17 @@ class WriterLock:
 
     Attributes:
         is_abandoned: Whether its manager was dropped without being closed.
+        is_released: Whether other writers may get in.
     """
 
     def __init__(self, lock: Lock, path: str) -> None:
         self.path = path
         self.is_abandoned = False
+        self.is_released = False
         self._lock = lock
         # Sets change atomically: finalizers run at any time, on any thread, so none may wait.
         self._users: set[object] = {self}
         _taken.add(self)
-
-    @property
-    def is_released(self) -> bool:
-        """Whether other writers may get in."""
-        return not self._users
 
     def check(self) -> None:
         """Raises `LockedError` if the lock was lost, or its directory moved or replaced."""
@@ -59,6 +56,7 @@ class WriterLock:
         self._users.discard(token)
         if not self._users:
             self._lock.release()
+            self.is_released = True
 
     def release(self) -> None:
         """The manager was closed; safe to call twice."""
@@ -70,6 +68,7 @@ class WriterLock:
         self._users.discard(self)
         if not self._users:
             self._lock.drop()
+            self.is_released = True
 
 
 _taken: weakref.WeakSet[WriterLock] = weakref.WeakSet()
@@ -83,20 +82,26 @@ def take(storage: Storage, path: str) -> WriterLock:
     Raises:
         LockedError: Another live writer holds it.
     """
+    held = _held(path)  # looked up first: it may be released before the error is handled
     try:
         return WriterLock(storage.lock(path), path)
     except errors.LockedError as error:
-        if not any(each.path == path and not each.is_released for each in list(_taken)):
+        if not held:
             raise
+        del held
         gc.collect()  # a dropped manager may wait for that, in a cycle of references
         if _is_released_in_time(path):
             return WriterLock(storage.lock(path), path)
         raise errors.LockedError(f"{error.message} {_advice(path)}", path=error.path) from None
 
 
+def _held(path: str) -> list[WriterLock]:
+    return [each for each in list(_taken) if each.path == path and not each.is_released]
+
+
 def _is_released_in_time(path: str) -> bool:
     deadline = time.monotonic() + _WAIT_SECONDS
-    while held := [each for each in list(_taken) if each.path == path and not each.is_released]:
+    while held := _held(path):
         if not all(each.is_abandoned for each in held) or time.monotonic() >= deadline:
             return False
         time.sleep(_LOOK_SECONDS)

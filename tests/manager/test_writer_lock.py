@@ -21,6 +21,8 @@ import functional_ckpt as fc
 import scripts
 from functional_ckpt import errors
 from functional_ckpt.steps import writer_lock
+from functional_ckpt.storage.base import Lock
+from functional_ckpt.storage.local import LocalStorage
 
 # ------------------------------------------------------------------------------ dropped managers
 
@@ -103,6 +105,54 @@ def test_one_manager_for_each_save_loses_nothing(tmp_path: Path) -> None:
         assert eye.all_steps() == list(range(15))
         for step in range(15):
             assert bool((eye.restore(step)["state"]["weight"] == step).all())
+
+
+class SlowlyReleased:
+    """A lock that stays locked for a while in `release`, as where the thread is descheduled."""
+
+    def __init__(self, lock: Lock) -> None:
+        self._lock = lock
+        self.is_releasing = threading.Event()
+
+    def check(self) -> None:
+        self._lock.check()
+
+    def release(self) -> None:
+        self.is_releasing.set()
+        time.sleep(0.2)
+        self._lock.release()
+
+    drop = release
+
+
+def test_a_lock_counts_as_held_until_it_is_unlocked(tmp_path: Path) -> None:
+    path = str(tmp_path / "lock")
+    slow = SlowlyReleased(LocalStorage().lock(path))
+    lock = writer_lock.WriterLock(slow, path)
+    token = lock.enter()
+    lock.abandon()
+    thread = threading.Thread(target=lock.leave, args=(token,))
+    thread.start()
+    assert slow.is_releasing.wait(10)
+    writer_lock.take(LocalStorage(), path).release()  # waits
+    thread.join()
+
+
+def test_a_lock_that_is_released_while_the_next_one_is_refused_is_tried_again(
+    tmp_path: Path,
+) -> None:
+    path = str(tmp_path / "lock")
+    first = writer_lock.take(LocalStorage(), path)
+
+    class Releasing(LocalStorage):
+        def lock(self, path: str) -> Lock:
+            try:
+                return super().lock(path)
+            except errors.LockedError:
+                first.abandon()
+                raise
+
+    writer_lock.take(Releasing(), path).release()
 
 
 def test_a_dropped_manager_without_a_commit_lets_the_next_one_in(tmp_path: Path) -> None:
