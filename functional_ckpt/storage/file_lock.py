@@ -16,7 +16,7 @@ import os
 import socket
 
 from functional_ckpt import errors
-from functional_ckpt.storage.buckets.base import PermanentError
+from functional_ckpt.storage.buckets.base import NotFound, PermanentError
 from functional_ckpt.storage.buckets.lease import LEASE_SECONDS, Lease
 from functional_ckpt.storage.buckets.lease import take as take_lease
 from functional_ckpt.storage.lease_files import LeaseFiles
@@ -190,8 +190,9 @@ def _is_fuse(descriptor: int) -> bool:
 def _take_lease(path: str) -> Lease:
     try:
         return take_lease(LeaseFiles(), path.lstrip("/"))
-    except PermanentError as error:
-        raise OSError(error.errno, str(error)) from error
+    except (NotFound, PermanentError) as error:
+        code = error.errno if isinstance(error, PermanentError) else errno.ENOENT
+        raise OSError(code, os.strerror(code)) from error
 
 
 @functools.cache

@@ -54,19 +54,19 @@ class LeaseFiles:
         """
         with _clear_errors(key):
             number = max(_numbers(key), default=0)
-            is_held = number > 0 and _content(key, number) != _RELEASED
-            if replacing not in (None, str(number) if is_held else ""):
-                raise PreconditionFailed(key)
             new = number + 1
             try:
+                is_held = number > 0 and _content(key, number) != _RELEASED
+                if replacing not in (None, str(number) if is_held else ""):
+                    raise PreconditionFailed(key)
                 descriptor = os.open(f"/{key}.{new}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            except FileExistsError:
+            except (FileExistsError, FileNotFoundError):  # another process has replaced the state
                 raise PreconditionFailed(key) from None
             with open(descriptor, "wb") as file:
                 file.write(data)
             # If others continued meanwhile and removed the replaced file, the number was free.
-            if max(_numbers(key)) != new:
-                os.unlink(f"/{key}.{new}")
+            if max(_numbers(key), default=0) != new:
+                _unlink(key, [new])
                 raise PreconditionFailed(key)
             _unlink(key, [each for each in _numbers(key) if each < new])
             return self.head(key) if data != _RELEASED else Entry(key, len(data), 0)

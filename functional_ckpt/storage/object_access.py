@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +51,7 @@ class ConditionalObjects:
                 "write", path, lambda: self._bucket.write(key, data, replacing="")
             )
         except errors.StepExistsError:
-            return self._read(path) == data
+            return self._requests.content(path) == data
         return True
 
     def replace_exactly(self, path: str, old: bytes, data: bytes) -> bool:
@@ -61,38 +60,29 @@ class ConditionalObjects:
         No lease is checked: the condition alone protects the objects of another writer.
         """
         key = self._requests.key(path)
+        entry, found = self._requests.entry(path), self._requests.content(path)
+        if entry is None or found != old:
+            return found == data
+        version = entry.version or xxhash.xxh3_64_hexdigest(old)
         try:
-            entry = self._requests.ask("read", path, lambda: self._bucket.head(key))
-            found = self._read(path)
-            if found != old:
-                return found == data
-            version = entry.version or xxhash.xxh3_64_hexdigest(found)
             self._requests.ask(
                 "write", path, lambda: self._bucket.write(key, data, replacing=version)
             )
         except errors.StepExistsError:
-            return self._read(path) == data
-        except errors.StorageError as error:
-            if error.errno == errno.ENOENT:
-                return False
-            raise
+            return self._requests.content(path) == data
         return True
 
     def remove_exactly(self, path: str, old: bytes) -> None:
         """Removes an object of content `old`; no lease is checked."""
         key = self._requests.key(path)
         entry = self._requests.entry(path)
-        if entry is None or self._read(path) != old:
+        if entry is None or self._requests.content(path) != old:
             return
         versions = {} if entry.version is None else {key: entry.version}
         with contextlib.suppress(errors.StepExistsError):
             self._requests.ask(
                 "remove", path, lambda: self._bucket.delete([key], versions=versions)
             )
-
-    def _read(self, path: str) -> bytes:
-        key = self._requests.key(path)
-        return self._requests.ask("read", path, lambda: self._bucket.read(key))
 
 
 class ObjectTensorStore:

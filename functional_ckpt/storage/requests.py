@@ -79,18 +79,21 @@ class Requests:
     def entry(self, path: str) -> Entry | None:
         """Returns the metadata of an object; None if there is none."""
         key = self.key(path)
-        if not key:
-            return None
-        try:
-            return retrying(self._head, key)
-        except (PermanentError, TransientError) as error:
-            raise self.error("look at", path, error) from None
+        return self._if_there("look at", path, lambda: self.bucket.head(key)) if key else None
 
-    def _head(self, key: str) -> Entry | None:
-        try:
-            return self.bucket.head(key)
-        except NotFound:
-            return None
+    def content(self, path: str) -> bytes | None:
+        """Returns the content of an object; None if there is none."""
+        key = self.key(path)
+        return self._if_there("read", path, lambda: self.bucket.read(key))
+
+    def _if_there(self, action: str, path: str, request: Callable[[], _T]) -> _T | None:
+        def attempt() -> _T | None:
+            try:
+                return request()
+            except NotFound:
+                return None
+
+        return self.ask(action, path, attempt)
 
     def each(
         self,

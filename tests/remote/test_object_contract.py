@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import types
 import uuid
 
+import obstore
 import pytest
+import xxhash
 from contract import StorageContract
 
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.buckets.base import PreconditionFailed
 from functional_ckpt.storage.open import connect
 
 
@@ -53,3 +57,27 @@ class TestS3(StorageContract):
     @pytest.fixture
     def root(self, s3: str) -> str:
         return f"{s3}/run"
+
+
+@pytest.mark.parametrize("store", ["gcs", "libcloud", "s3"])
+def test_an_object_that_is_gone_is_not_replaced(store: str, request: pytest.FixtureRequest) -> None:
+    bucket = connect(request.getfixturevalue(store))[0]._bucket  # type: ignore[attr-defined]
+    bucket.write("run/lock", b"old", replacing="")
+    version = bucket.head("run/lock").version or xxhash.xxh3_64_hexdigest(b"old")
+    bucket.delete(["run/lock"])
+    with pytest.raises(PreconditionFailed):
+        bucket.write("run/lock", b"new", replacing=version)
+
+
+def test_an_s3_store_may_answer_that_the_replaced_object_is_not_found(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = connect(s3)[0]._bucket  # type: ignore[attr-defined]
+
+    def put(*_: object, **options: object) -> None:
+        raise obstore.exceptions.NotFoundError("404 Not Found: NoSuchKey")
+
+    answers = types.SimpleNamespace(put=put, exceptions=obstore.exceptions)
+    monkeypatch.setattr(bucket, "_obstore", answers)
+    with pytest.raises(PreconditionFailed):
+        bucket.write("run/lock", b"new", replacing="version")

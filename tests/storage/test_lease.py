@@ -253,3 +253,18 @@ def test_the_age_of_a_lease_is_told_by_the_store_and_leaves_nothing_there(
     assert lease._age_seconds(bucket, KEY, modified_ns) == pytest.approx(7)
     assert lease._age_seconds(bucket, KEY, 0) == 0.0
     assert [entry.key for entry in bucket.list("")] == [KEY]
+
+
+@pytest.mark.parametrize("kind", ["head", "read", "write"])
+def test_an_object_that_vanishes_is_not_replaced(kind: str, bucket: FakeBucket) -> None:
+    objects, path = ObjectStorage(bucket).objects, f"{bucket.uri}/run/7/marker"
+    objects.overwrite(path, b"old")
+
+    def other_removes_it(each: str, key: str) -> None:
+        if each == kind:
+            bucket.before = lambda kind, key: None
+            bucket.delete([key])
+
+    bucket.before = other_removes_it
+    assert not objects.replace_exactly(path, b"old", b"new")
+    assert bucket.keys == []

@@ -17,6 +17,7 @@ import pytest
 import functional_ckpt as fc
 import scripts
 from functional_ckpt import errors
+from functional_ckpt.storage import file_lock, lease_files
 from functional_ckpt.storage.buckets import lease
 from functional_ckpt.storage.buckets.base import NotFound, PreconditionFailed
 from functional_ckpt.storage.lease_files import LeaseFiles
@@ -154,6 +155,31 @@ def test_a_state_that_is_long_gone_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         files.head(key)
     assert files.write(key, b"new", replacing="").version == "6"
+
+
+@pytest.mark.parametrize("replacing", ["", "1"])
+def test_a_state_that_vanishes_during_a_write_is_not_replaced(
+    replacing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes the lease between the listing and the reading of the old state."""
+    files, key = LeaseFiles(), str(tmp_path / "lock").lstrip("/")
+    files.write(key, b"old", replacing="")
+    content = lease_files._content
+
+    def other_is_faster(key: str, number: int) -> bytes:
+        monkeypatch.setattr(lease_files, "_content", content)
+        files.write(key, b"other")
+        return content(key, number)
+
+    monkeypatch.setattr(lease_files, "_content", other_is_faster)
+    with pytest.raises(PreconditionFailed):
+        files.write(key, b"new", replacing=replacing)
+    assert files.read(key) == b"other"
+
+
+def test_a_lease_in_a_directory_that_is_gone_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        file_lock._take_lease(str(tmp_path / "gone" / "lock"))
 
 
 def test_the_lock_file_is_kept_for_the_next_writer(no_flock: int, tmp_path: Path) -> None:

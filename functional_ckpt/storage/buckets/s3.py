@@ -186,9 +186,12 @@ class ObstoreBucket:
             mode = {"e_tag": replacing} if replacing else "create"
         elif replacing is not None:
             self._compare(key, replacing)
-        with self._clear(key):
-            result = self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
-            return Entry(key, len(data), 0, result.get("e_tag"))
+        try:
+            with self._clear(key):
+                result = self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+        except NotFound:  # the answer of some stores if the object to be replaced is gone
+            raise PreconditionFailed(key) from None
+        return Entry(key, len(data), 0, result.get("e_tag"))
 
     def _compare(self, key: str, version: str) -> None:
         """Instead of a condition, where the store knows none: two writers may both pass."""
