@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 import uuid
 
-import obstore
 import pytest
 import xxhash
 from contract import StorageContract
@@ -74,10 +73,11 @@ def test_an_s3_store_may_answer_that_the_replaced_object_is_not_found(
 ) -> None:
     bucket = connect(s3)[0]._bucket  # type: ignore[attr-defined]
 
-    def put(*_: object, **options: object) -> None:
-        raise obstore.exceptions.NotFoundError("404 Not Found: NoSuchKey")
+    known = bucket._obstore.exceptions
 
-    answers = types.SimpleNamespace(put=put, exceptions=obstore.exceptions)
-    monkeypatch.setattr(bucket, "_obstore", answers)
+    def put(*_: object, **options: object) -> None:
+        raise known.NotFoundError("404 Not Found: NoSuchKey")
+
+    monkeypatch.setattr(bucket, "_obstore", types.SimpleNamespace(put=put, exceptions=known))
     with pytest.raises(PreconditionFailed):
         bucket.write("run/lock", b"new", replacing="version")
