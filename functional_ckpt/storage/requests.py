@@ -46,16 +46,18 @@ class Requests:
 
     def add_lease(self, lease: Lease) -> None:
         """Checks a lease before every change from now on, until it is released."""
-        self._leases.append(lease)
+        with self._mutex:
+            self._leases.append(lease)
 
     def check_leases(self) -> None:
         """Raises `LockedError` if another writer has taken over a lease of this process.
 
         This precedes each request that changes the store, and each attempt: the lease may expire
-            between the start of an operation and its last request.
+        between the start of an operation and its last request.
         """
-        self._leases = [each for each in self._leases if not each.is_released]
-        for each in self._leases:
+        with self._mutex:
+            self._leases = leases = [each for each in self._leases if not each.is_released]
+        for each in leases:
             each.renew_if_stale()
 
     def key(self, path: str) -> str:

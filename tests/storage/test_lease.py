@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from functional_ckpt import errors
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.buckets import base, lease
 from functional_ckpt.storage.buckets.base import TransientError
+from functional_ckpt.storage.buckets.lease import Lease
 from functional_ckpt.storage.object_store import ObjectStorage
 from functional_ckpt.storage.open import connect
+from functional_ckpt.storage.requests import Requests
 
 KEY = "run/.functional_ckpt/lock"
 
@@ -268,3 +272,19 @@ def test_an_object_that_vanishes_is_not_replaced(kind: str, bucket: FakeBucket) 
     bucket.before = other_removes_it
     assert not objects.replace_exactly(path, b"old", b"new")
     assert bucket.keys == []
+
+
+def test_a_lease_that_is_added_during_a_check_is_checked_from_then_on(bucket: FakeBucket) -> None:
+    requests, added = Requests(bucket), Lease(bucket, KEY)
+    adding = threading.Thread(target=requests.add_lease, args=(added,))
+
+    class Leases(list[Lease]):
+        def __iter__(self) -> Iterator[Lease]:
+            yield from super().__iter__()
+            adding.start()
+            adding.join(0.1)
+
+    requests._leases = Leases()
+    requests.check_leases()
+    adding.join()
+    assert requests._leases == [added]
