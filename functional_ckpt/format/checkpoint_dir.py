@@ -19,11 +19,7 @@ from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.records.records import parse_object
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format.read_plan import Destination, ReadRequest
-from functional_ckpt.format.step_files import (
-    JSON_FILE,
-    StepFiles,
-    read_optional,
-)
+from functional_ckpt.format.step_files import JSON_FILE, StepFiles
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
@@ -71,7 +67,7 @@ class OpenItem:
         # Before TensorStore opens anything: it would wait for a pipe and follow a link.
         sizes = queries.regular_sizes(storage, path) if storage.files is not None else None
         extension = os.path.join(path, records.EXTENSION_FILE)
-        data = read_optional(storage, extension) if record is None else record
+        data = queries.read_optional(storage, extension) if record is None else record
         if data is not None:
             self.record = records.parse_item(data, extension)
             self.root = self.record.root
@@ -158,7 +154,9 @@ class OpenItem:
 
     @functools.cached_property
     def _foreign_text(self) -> bytes:
-        data = read_optional(self.storage, os.path.join(self.path, orbax.TREE_METADATA_FILE))
+        data = queries.read_optional(
+            self.storage, os.path.join(self.path, orbax.TREE_METADATA_FILE)
+        )
         if data is None:
             raise errors.CorruptCheckpointError(
                 f"{self.path}: neither {records.EXTENSION_FILE} nor "
@@ -178,7 +176,7 @@ class OpenItem:
         stores_zeros = self._foreign_metadata.get("store_array_data_equal_to_fill_value", False)
         self.fills_missing = not stores_zeros
         strings = os.path.join(self.path, orbax.STRINGS_FILE)
-        texts = read_optional(self.storage, strings)
+        texts = queries.read_optional(self.storage, strings)
         return orbax.parse_tree(
             self._foreign_text,
             path,

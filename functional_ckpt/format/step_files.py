@@ -17,7 +17,7 @@ from functional_ckpt.core.records.records import parse_json, parse_object
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.storage import local_files
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.system_errors import is_absence
+from functional_ckpt.storage.queries import read_optional
 
 __all__ = [
     "JSON_FILE",
@@ -25,23 +25,12 @@ __all__ = [
     "PROGRESS_ITEM",
     "StepFiles",
     "check_content",
-    "read_optional",
 ]
 
 JSON_FILE = "metadata"
 METRICS_FILE = "metrics/metrics"
 PROGRESS_ITEM = "progress"
 """The path of a step's progress: a JSON item to Orbax."""
-
-
-def read_optional(storage: Storage, path: str) -> bytes | None:
-    """The content of a file; None where there is none."""
-    try:
-        return storage.read(path)
-    except errors.StorageError as error:
-        if not is_absence(error):
-            raise
-        return None
 
 
 def check_content(

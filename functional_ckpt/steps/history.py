@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
 from functional_ckpt.core.records.records import parse_object
-from functional_ckpt.format.step_files import StepFiles, read_optional
+from functional_ckpt.format.step_files import StepFiles
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage import queries
@@ -175,7 +175,7 @@ def _are_numbers(texts: Sequence[str]) -> bool:
 def _read_late(storage: Storage, path: str, *, has_checksum: bool) -> tuple[int, Late] | None:
     """Time and values of recorded metrics; None if the file has been removed."""
     try:
-        data = read_optional(storage, path)
+        data = queries.read_optional(storage, path)
         if data is None:
             return None
         if not has_checksum:

@@ -5,7 +5,6 @@ An interrupted upload resumes: complete files are not sent again.
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
@@ -126,15 +125,16 @@ class Upload:
         """Returns the step's files by its own records, and the identity of its commit.
 
         A listing is not sufficient: a missed file would be missing in the copy. Files without a
-            record, such as those of a foreign step, are described from their content.
+        record, such as those of a foreign step, are described from their content.
         """
         path = os.path.join(self._source, records.EXTENSION_FILE)
         found: dict[str, records.FileRecord] = {}
-        digest = _record_digest(self._local, self._source)
-        if digest is not None:
-            text = self._local.read(path)
-            found = {records.EXTENSION_FILE: records.FileRecord(len(text), digest)}
-            record = records.parse_step(text, path)
+        data = queries.read_optional(self._local, path)
+        identity = None
+        if data is not None:
+            identity = records.digest_hex(data)
+            found = {records.EXTENSION_FILE: records.FileRecord(len(data), identity)}
+            record = records.parse_step(data, path)
             found |= record.files
             for item, kind in record.items.items():
                 if kind == "tree":
@@ -145,7 +145,7 @@ class Upload:
             path = os.path.join(self._source, name)
             if name not in found and queries.kind(self._local, path) == "a file":
                 found[name] = self._local.checksum(path)
-        return found, digest or _digest_of(found)
+        return found, identity or _digest_of(found)
 
     def _send(self, name: str, expected: records.FileRecord, place: str, identity: str) -> None:
         source = os.path.join(self._source, name)
@@ -193,12 +193,8 @@ class Upload:
 
 def _record_digest(storage: Storage, path: str) -> str | None:
     """Returns the identity of a commit: its record, which has every digest; None without one."""
-    try:
-        return records.digest_hex(storage.read(os.path.join(path, records.EXTENSION_FILE)))
-    except errors.StorageError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
+    data = queries.read_optional(storage, os.path.join(path, records.EXTENSION_FILE))
+    return None if data is None else records.digest_hex(data)
 
 
 def _digest_of(files: Mapping[str, records.FileRecord]) -> str:

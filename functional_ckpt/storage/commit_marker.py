@@ -33,7 +33,7 @@ from functional_ckpt.core.tree import plain_json
 from functional_ckpt.storage import replacement
 from functional_ckpt.storage.base import Objects, Storage
 from functional_ckpt.storage.commit_base import NOTE, CommitProtocol, noting, to_note
-from functional_ckpt.storage.queries import exists
+from functional_ckpt.storage.queries import exists, read_optional
 from functional_ckpt.storage.tmp_paths import final_path, tmp_path
 
 __all__ = ["MarkerCommit", "claim_lock"]
@@ -127,13 +127,12 @@ class MarkerCommit(CommitProtocol):
 
     def _noted(self, tmp: str) -> str | None:
         """Returns the token of the note; None without a note, "" for one without a token."""
+        data = read_optional(self.storage, _note(tmp))
+        if data is None:
+            return None
         try:
-            record: Any = plain_json.parse(self.storage.read(_note(tmp)))
+            record: Any = plain_json.parse(data)
             return str(record["token"])
-        except errors.StorageError as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
         except (ValueError, KeyError, TypeError):
             return ""
 
@@ -177,8 +176,7 @@ class MarkerCommit(CommitProtocol):
         tmp = tmp_path(final)
         self._write_note(tmp, uuid.uuid4().hex)
         marker = os.path.join(final, _MARKER)
-        if exists(self.storage, marker):
-            found = self.storage.read(marker)
+        if (found := read_optional(self.storage, marker)) is not None:
             self._check_note(tmp)
             if not self._objects.replace_exactly(marker, found, _TAKEN_BACK):
                 raise errors.LockedError(
@@ -205,9 +203,8 @@ class MarkerCommit(CommitProtocol):
             found = self._noted(tmp)
             if found not in (None, token):
                 return True  # another writer has started, and owns the objects
-            marker, own = os.path.join(final, _MARKER), _to_marker(token)
-            is_own = not exists(self.storage, marker) or self.storage.read(marker) == own
-            if found == token and is_own:
+            marker = read_optional(self.storage, os.path.join(final, _MARKER))
+            if found == token and marker in (None, _to_marker(token)):
                 self.storage.remove(final)
             self.storage.remove(tmp)
         except (errors.StorageError, errors.LockedError) as error:
@@ -239,18 +236,12 @@ class MarkerCommit(CommitProtocol):
     def _keep(self, final: str) -> bool:
         """Replaces the marker of a dead writer by this writer's; returns whether there is one."""
         marker = os.path.join(final, _MARKER)
-        while self.is_committed(final):
-            try:
-                found = self.storage.read(marker)
-            except errors.StorageError as error:
-                if error.errno == errno.ENOENT:
-                    return False
-                raise
-            if found == _TAKEN_BACK:
+        while True:
+            found = read_optional(self.storage, marker)
+            if found is None or found == _TAKEN_BACK:
                 return False
             if self._objects.replace_exactly(marker, found, _to_marker(uuid.uuid4().hex)):
                 return True
-        return False
 
     # ---------------------------------------------------------------------------- uploads
 

@@ -20,7 +20,7 @@ from functional_ckpt.storage import replacement, tmp_paths
 from functional_ckpt.storage.commit_base import NOTE, CommitProtocol, noting, to_note
 from functional_ckpt.storage.durable import makedirs_durable, sync_tree
 from functional_ckpt.storage.paths import check_arrays_path
-from functional_ckpt.storage.queries import exists, is_directory
+from functional_ckpt.storage.queries import exists, is_directory, read_optional
 from functional_ckpt.storage.tmp_paths import final_path, tmp_path
 
 __all__ = ["RenameCommit"]
@@ -125,7 +125,7 @@ class RenameCommit(CommitProtocol):
         """See `CommitProtocol.begin_upload`."""
         storage, tmp = self.storage, tmp_path(final)
         note, content = os.path.join(tmp, NOTE), to_note(token)
-        if not (exists(storage, note) and storage.read(note) == content):
+        if read_optional(storage, note) != content:
             storage.remove(tmp)
             storage.make_directory(tmp)
             storage.write(note, content)

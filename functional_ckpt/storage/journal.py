@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 from typing import Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree import plain_json
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.queries import exists
+from functional_ckpt.storage.queries import exists, read_optional
 
 __all__ = ["name_in_directory", "read_journal"]
 
@@ -19,14 +18,8 @@ def read_journal(storage: Storage, path: str, what: str) -> dict[str, Any] | Non
     Raises:
         CorruptCheckpointError: It is no JSON object.
     """
-    if not exists(storage, path):
-        return None
-    try:
-        data = storage.read(path)
-    except errors.StorageError as error:
-        if error.errno == errno.ENOENT:  # its writer has just removed it
-            return None
-        raise
+    if not exists(storage, path) or (data := read_optional(storage, path)) is None:
+        return None  # in the second case its writer has just removed it
     try:
         record = plain_json.parse(data)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Questions about paths of any store, answered by `Storage.stat` and `Storage.walk`."""
+"""Questions about paths of any store, answered by `Storage`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 
 from functional_ckpt import errors
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.system_errors import is_absence
 
 __all__ = [
     "age_seconds",
@@ -15,6 +16,7 @@ __all__ = [
     "is_link",
     "kind",
     "modified_ns",
+    "read_optional",
     "regular_sizes",
     "sizes",
     "total_bytes",
@@ -42,6 +44,16 @@ def kind(storage: Storage, path: str, *, follow: bool = False) -> str:
     """Returns the kind of a path, for messages: `a file`, ..., `nothing`."""
     found = storage.stat(path, follow=follow)
     return "nothing" if found is None else found.kind
+
+
+def read_optional(storage: Storage, path: str) -> bytes | None:
+    """Returns the content of a file; None if it does not exist."""
+    try:
+        return storage.read(path)
+    except errors.StorageError as error:
+        if is_absence(error):
+            return None
+        raise
 
 
 def modified_ns(storage: Storage, path: str) -> int:

@@ -10,7 +10,6 @@ writer completes the removal.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.journal import name_in_directory, read_journal
+from functional_ckpt.storage.queries import read_optional
 
 __all__ = ["RemovalJournal"]
 
@@ -85,12 +85,8 @@ class RemovalJournal:
         return self._digest(os.path.join(path, file)) in (None, digest)
 
     def _digest(self, path: str) -> str | None:
-        try:
-            return records.digest_hex(self._storage.read(path))
-        except errors.StorageError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
-                return None
-            raise
+        data = read_optional(self._storage, path)
+        return None if data is None else records.digest_hex(data)
 
     def _read(self) -> dict[str, str]:
         record = read_journal(self._storage, self._path, "journal of steps being removed")
