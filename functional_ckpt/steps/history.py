@@ -16,7 +16,6 @@ from functional_ckpt.core.records import records
 from functional_ckpt.core.records.records import parse_object
 from functional_ckpt.format.step_files import StepFiles
 from functional_ckpt.policies.base import StepInfo
-from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.commit import HIDDEN, makedirs_durable, protocol
@@ -27,7 +26,6 @@ __all__ = [
     "commit_time",
     "finite_metrics",
     "late_metrics",
-    "list_steps",
     "read_sound_step",
     "recorded",
     "read_step",
@@ -59,13 +57,6 @@ class Late(NamedTuple):
 
 LateMetrics: TypeAlias = dict[tuple[int, int], Late]
 """By step and by the time of its commit in microseconds since the epoch."""
-
-
-def list_steps(storage: Storage, root: str, names: NameFormat) -> dict[int, str]:
-    """Step -> name of its directory, ascending."""
-    from functional_ckpt.steps.index import StepIndex
-
-    return {step: entry.name for step, entry in StepIndex(storage, root, names).look().items()}
 
 
 def read_step(storage: Storage, path: str, step: int | None) -> StepInfo | None:

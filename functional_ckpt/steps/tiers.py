@@ -123,10 +123,6 @@ def open_tiers(
 
 
 def _remote_tier(tier: Tier, names: NameFormat, events: Events, *, is_writer: bool) -> RemoteTier:
-    rule = None
-    if tier.save is not None:
-        rule = rules.save_rule(tier.save, adapt=orbax_adapters.adapt_save_policy)
-
     keep = orbax_adapters.adapted_keep_policies(tier.keep)
     rules.check_not_passing(f"keep of the tier {tier.path}", keep)
 
@@ -140,7 +136,7 @@ def _remote_tier(tier: Tier, names: NameFormat, events: Events, *, is_writer: bo
     return RemoteTier(
         resolve(tier.path),
         connect_once,
-        rule=rule,
+        rule=orbax_adapters.adapted_save_rule(tier.save),
         keep=keep,
         max_delay_seconds=tier.max_delay_seconds,
     )

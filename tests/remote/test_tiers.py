@@ -17,7 +17,8 @@ from remote_environment import set_environment
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
-from functional_ckpt.steps import history, names, orbax_adapters, upload_worker
+from functional_ckpt.steps import names, orbax_adapters, upload_worker
+from functional_ckpt.steps.index import StepIndex
 from functional_ckpt.storage.buckets import base as base_lib
 from functional_ckpt.storage.open import connect
 from functional_ckpt.testing import differences
@@ -327,7 +328,7 @@ def test_killed_in_the_middle_of_uploads(first: int, s3: str, tmp_path: Path) ->
         reported = max([reported, *map(int, process.stdout.read().split())])
         process.stdout.close()
         process.wait()
-        found = set(history.list_steps(store, root, names_of_steps))
+        found = set(StepIndex(store, root, names_of_steps).look())
         assert checked <= found  # earlier steps are still there
         for step in found - checked:
             values = fc.restore(f"{run}/{step}")["state"]
