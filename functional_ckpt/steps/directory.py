@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,25 +49,21 @@ class StepDirectory:
 
     def path(self, step: int) -> str:
         """Returns the path of a step, or its future path if the number determines it."""
-        candidates = [os.path.join(self.root, name) for name in self._names.names(step)]
-        for path in candidates:
-            if queries.exists(self.storage, path):
-                return path
-        if candidates:
-            return candidates[0]
-        entry = self._index.look().get(step)
-        if entry is None:
-            raise errors.StepNotFoundError(
-                f"{self.root} has no directory of step {step}.", step=step, path=self.root
-            )
-        return os.path.join(self.root, entry.name)
+        if (path := self.path_if_there(step)) is not None:
+            return path
+        if names := self._names.names(step):
+            return os.path.join(self.root, names[0])
+        raise errors.StepNotFoundError(
+            f"{self.root} has no directory of step {step}.", step=step, path=self.root
+        )
 
     def path_if_there(self, step: int) -> str | None:
         """Returns the path of a step; None if it does not exist."""
-        with contextlib.suppress(errors.StepNotFoundError):
-            path = self.path(step)
-            return path if queries.exists(self.storage, path) else None
-        return None
+        names = self._names.names(step)
+        if not names and (entry := self._index.look().get(step)) is not None:
+            return os.path.join(self.root, entry.name)
+        paths = (os.path.join(self.root, name) for name in names)
+        return next((path for path in paths if queries.exists(self.storage, path)), None)
 
     def is_there(self, path: str) -> bool:
         """Returns whether a directory counts as a step; one that is being removed does not."""
@@ -81,11 +76,9 @@ class StepDirectory:
 
     def new_path(self, step: int, progress: Progress | None) -> str:
         """Returns where to write a step: its present path if it exists, else a new one."""
-        with contextlib.suppress(errors.StepNotFoundError):
-            path = self.path(step)
-            if queries.exists(self.storage, path):
-                return path
-        return os.path.join(self.root, template.new_name(self._names, step, progress))
+        return self.path_if_there(step) or os.path.join(
+            self.root, template.new_name(self._names, step, progress)
+        )
 
     def is_linked(self, step: int) -> bool:
         """Returns whether a link has the step's name: it does not count, but can be read."""
