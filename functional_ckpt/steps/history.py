@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
-from functional_ckpt.core.records.records import parse_object
 from functional_ckpt.format.step_files import StepFiles
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.storage import queries
@@ -170,7 +169,7 @@ def _read_late(storage: Storage, path: str, *, has_checksum: bool) -> tuple[int,
         if data is None:
             return None
         if not has_checksum:
-            return 0, Late(parse_object(data, path))
+            return 0, Late(records.parse_object(data, path))
         record = records.verify_checksum(data, path)
         metrics, recorded_ns = record.get("metrics"), record.get("time_ns")
         if not isinstance(metrics, dict) or type(recorded_ns) is not int:

@@ -42,16 +42,7 @@ class LeaseFiles:
             return _content(key, self._held(key))
 
     def write(self, key: str, data: bytes, *, replacing: str | None = None) -> Entry:
-        """Writes the next state.
-
-        Args:
-            key: The lease.
-            data: Its content.
-            replacing: The version that it must replace: "" for none; None for any.
-
-        Raises:
-            PreconditionFailed: The present state is another one.
-        """
+        """Writes the next state; see `Bucket.write`."""
         with _clear_errors(key):
             number = max(_numbers(key), default=0)
             new = number + 1

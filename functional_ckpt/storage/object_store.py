@@ -95,7 +95,7 @@ class ObjectStorage:
         with self._mutex:
             if not key or key in self._made:
                 return True
-        return any(True for _ in self._names(path))
+        return bool(self._names(path))
 
     def list(self, path: str) -> list[str]:
         """Returns the sorted names in a directory, without the marker."""
@@ -183,7 +183,7 @@ class ObjectStorage:
 
     def rename(self, source: str, target: str) -> None:
         """Copies the objects at or below `source`, then removes them there."""
-        if any(True for _ in self._names(target)):
+        if self._names(target):
             raise errors.StorageError(
                 f"Cannot rename to {target}: {os.strerror(errno.ENOTEMPTY)}.",
                 errno=errno.ENOTEMPTY,

@@ -116,15 +116,13 @@ def remove_if_dead(storage: Storage, path: str) -> bool:
 def _remove_if_dead(storage: Storage, path: str) -> bool:
     match = _CLAIM.search(os.path.basename(path))
     is_here = match is not None and match["machine"] == _machine()
-    try:
-        lock = FileLock(path, _DIRECTORY)
-    except FileNotFoundError:
-        return True
-    except NotADirectoryError:
-        return False  # a foreign file
-    except OSError as error:
-        with clear_errors("open", path):
-            raise error
+    with clear_errors("open", path):
+        try:
+            lock = FileLock(path, _DIRECTORY)
+        except FileNotFoundError:
+            return True
+        except NotADirectoryError:
+            return False  # a foreign file
     try:
         with clear_errors("lock", path):
             is_free = lock.lock()

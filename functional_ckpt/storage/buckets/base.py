@@ -1,8 +1,7 @@
 """A bucket: the interface of all object stores, and the retrying of failed requests.
 
-Keys are paths without a slash at either end. `bucket_obstore` is the bucket of S3 and of all that
-speaks as it does, `bucket_gcs` that of GCS; `bucket_fsspec` and `bucket_libcloud` are those of
-other libraries.
+Keys are paths without a slash at either end. `s3` has the bucket of S3 and of compatible stores,
+`gcs` that of GCS; `fsspec` and `libcloud` have those of the libraries of that name.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ class Bucket(Protocol):
             replacing: The version that it must replace: "" for none; None for any.
 
         Raises:
-            Conflict: Another version exists.
+            PreconditionFailed: The object has another version, or is gone.
         """
         ...
 
@@ -201,7 +200,7 @@ def retrying(call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
     """Makes a request until it goes well, waiting longer each time, by chance more or less.
 
     Raises:
-        Transient: It never did.
+        TransientError: It never did.
     """
     try:
         return call(*arguments, **options)  # tenacity is imported only when something fails

@@ -48,7 +48,7 @@ def open_fsspec(uri: str, name: str) -> FsspecBucket:
 
 
 class FsspecBucket(SpooledBucket):
-    """A bucket behind fsspec; see `bucket.Bucket`."""
+    """A bucket behind fsspec; see `base.Bucket`."""
 
     def __init__(self, uri: str, system: Any, top: str) -> None:
         self.uri = uri

@@ -81,14 +81,14 @@ def _tell_tensorstore(emulator: str) -> None:
 
 
 class GcsBucket:
-    """A bucket behind Google's library; see `bucket.Bucket`."""
+    """A bucket behind Google's library; see `base.Bucket`."""
 
     def __init__(self, uri: str, name: str, client: Any) -> None:
         self.uri = uri
         self._name = name
         self._client = client
         self._bucket = client.bucket(name)
-        # `bucket.retrying` repeats requests, except for parts of a started upload.
+        # `base.retrying` repeats requests, except for parts of a started upload.
         self._options = {"timeout": _TIMEOUT_SECONDS, "retry": None}
 
     def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:

@@ -66,7 +66,7 @@ def open_libcloud(uri: str, name: str, environ: Mapping[str, str] = os.environ) 
 
 
 class LibcloudBucket(SpooledBucket):
-    """A container behind Libcloud; see `bucket.Bucket`."""
+    """A container behind Libcloud; see `base.Bucket`."""
 
     def __init__(self, uri: str, driver: Any, container: Any, secrets: tuple[str, ...]) -> None:
         self.uri = uri

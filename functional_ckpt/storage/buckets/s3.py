@@ -24,7 +24,7 @@ from functional_ckpt.storage.buckets.base import (
 __all__ = ["ObstoreBucket", "open_s3"]
 
 _PART_BYTES = 8 * 2**20
-# A request that got no answer is made again: by `bucket.retrying`, which also sees to uploads.
+# A request that got no answer is made again: by `base.retrying`, which also sees to uploads.
 _RETRIES = {"max_retries": 1, "retry_timeout": datetime.timedelta(seconds=30)}
 _CLIENT = {"connect_timeout": "5s", "timeout": "120s", "read_timeout": "20s"}
 # Permanent errors and the store's texts for them; the first match counts.
@@ -129,7 +129,7 @@ def _memory_file(data: bytes) -> str:
 
 
 class ObstoreBucket:
-    """A bucket behind obstore; see `bucket.Bucket`."""
+    """A bucket behind obstore; see `base.Bucket`."""
 
     def __init__(
         self,
