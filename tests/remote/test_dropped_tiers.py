@@ -33,6 +33,16 @@ def items(step: int) -> dict[str, Any]:
     return {"tree": {"w": torch.full((10,), float(step))}}
 
 
+def uploading(tmp_path: Path) -> tuple[fc.CheckpointManager, Slow]:
+    """A manager that has saved step 1, and its tier, whose upload has begun and waits."""
+    slow = Slow()
+    tier = fc.Tier(path=tmp_path / "far", storage=slow)
+    manager = fc.CheckpointManager(tmp_path / "near", tiers=[tier])
+    manager.save(1, items(1)).result()  # type: ignore[union-attr]
+    assert slow.entered.wait(30)
+    return manager, slow
+
+
 def upload_threads() -> list[str]:
     return [each.name for each in threading.enumerate() if each.name == "upload"]
 
@@ -70,12 +80,9 @@ def test_a_dropped_manager_ends_its_threads_and_unlocks_its_tiers(
 
 
 def test_an_upload_in_progress_finishes_before_others_get_in(tmp_path: Path) -> None:
-    before, slow = upload_threads(), Slow()
-    tier = fc.Tier(path=tmp_path / "far", storage=slow)
-    manager = fc.CheckpointManager(tmp_path / "near", tiers=[tier])
-    manager.save(1, items(1)).result()  # type: ignore[union-attr]
+    before = upload_threads()
+    manager, slow = uploading(tmp_path)
     manager.save(2, items(2)).result()  # type: ignore[union-attr]
-    assert slow.entered.wait(30)
     del manager
     gc.collect()
     threading.Timer(0.3, slow.go.set).start()
@@ -87,11 +94,7 @@ def test_an_upload_in_progress_finishes_before_others_get_in(tmp_path: Path) -> 
 
 
 def test_another_process_is_kept_out_during_the_upload(tmp_path: Path) -> None:
-    slow = Slow()
-    tier = fc.Tier(path=tmp_path / "far", storage=slow)
-    manager = fc.CheckpointManager(tmp_path / "near", tiers=[tier])
-    manager.save(1, items(1)).result()  # type: ignore[union-attr]
-    assert slow.entered.wait(30)
+    manager, slow = uploading(tmp_path)
     locks = [manager._steps.lock, manager._steps.remote[0].lock]
     del manager
     gc.collect()
@@ -120,11 +123,7 @@ def test_a_tier_that_was_replaced_is_not_written(which: str, tmp_path: Path) -> 
 
 def test_promises_are_not_written_into_another_directory(tmp_path: Path) -> None:
     """An upload that arrives after the first tier was moved away."""
-    slow = Slow()
-    tier = fc.Tier(path=tmp_path / "far", storage=slow)
-    manager = fc.CheckpointManager(tmp_path / "near", tiers=[tier])
-    manager.save(1, items(1)).result()  # type: ignore[union-attr]
-    assert slow.entered.wait(30)
+    manager, slow = uploading(tmp_path)
     (tmp_path / "near").rename(tmp_path / "moved")
     (tmp_path / "near" / ".functional_ckpt").mkdir(parents=True)
     slow.go.set()
