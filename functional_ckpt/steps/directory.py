@@ -36,9 +36,7 @@ class StepDirectory:
         hidden: The bookkeeping directory.
     """
 
-    def __init__(
-        self, storage: Storage, root: str, names: NameFormat, *, read_only: bool = False
-    ) -> None:
+    def __init__(self, storage: Storage, root: str, names: NameFormat, *, read_only: bool) -> None:
         self.storage = storage
         self.root = root
         self.read_only = read_only

@@ -37,10 +37,10 @@ class Steps(TierSteps):
         storage: Storage,
         root: str,
         names: NameFormat,
-        events: Events | None = None,
+        events: Events,
         *,
-        read_only: bool = False,
-        latest_link: str | None = None,
+        read_only: bool,
+        latest_link: str | None,
     ) -> None:
         super().__init__(storage, root, names, events, read_only=read_only, latest_link=latest_link)
         self.remote: tuple[TierSteps, ...] = ()

@@ -38,7 +38,7 @@ class TierSteps(StepDirectory):
         storage: The store.
         root: The directory.
         names: How its steps are named.
-        events: Notified of what happens to the steps; None for no listeners.
+        events: Notified of what happens to the steps.
         read_only: Whether other processes write the directory: then every list is read again.
         latest_link: Name of a link to the latest step; None for no link.
 
@@ -53,10 +53,10 @@ class TierSteps(StepDirectory):
         storage: Storage,
         root: str,
         names: NameFormat,
-        events: Events | None = None,
+        events: Events,
         *,
-        read_only: bool = False,
-        latest_link: str | None = None,
+        read_only: bool,
+        latest_link: str | None,
     ) -> None:
         super().__init__(storage, root, names, read_only=read_only)
         if latest_link is not None and (
@@ -66,7 +66,7 @@ class TierSteps(StepDirectory):
                 "latest_link must be a file name that no step directory can have; got "
                 f"{latest_link!r}."
             )
-        self.events = events or Events()
+        self.events = events
         self.latest_link = latest_link
         self.lock: WriterLock | None = None
         self._mutex = threading.Lock()
