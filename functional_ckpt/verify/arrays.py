@@ -114,13 +114,13 @@ class ItemArrays:
         from functional_ckpt.format import database as database_lib
         from functional_ckpt.format.read_tensorstore import TensorStoreReader
 
-        blocking = [name for name in self._record.files if self._would_block(name)]
-        if blocking:
-            self._fail_all(blocking[0], "it cannot be read safely")
-            return []
         try:
+            blocking = [name for name in self._record.files if self._would_block(name)]
+            if blocking:
+                self._fail_all(blocking[0], "it cannot be read safely")
+                return []
             database = database_lib.open_for_reading(self._directory, self._search.storage)
-        except errors.CorruptCheckpointError as error:
+        except (errors.CorruptCheckpointError, errors.StorageError) as error:
             self._fail_all(_MANIFEST, reason(error, self._directory))
             return []
         values = list(self._small_values())
@@ -128,7 +128,7 @@ class ItemArrays:
         tasks = [functools.partial(self._check_values, database, batch) for batch in batches]
         try:
             reader = backends.Arrays(self._search.storage).open_reader(self._directory, {})
-        except errors.CorruptCheckpointError:
+        except (errors.CorruptCheckpointError, errors.StorageError):
             reader = TensorStoreReader(database)  # finds the keys of intact nodes
         files.callback(reader.close)
         return [*tasks, *self._large_chunks(reader)]

@@ -293,15 +293,31 @@ def test_what_is_no_regular_file_is_found(checkpoint: Path, kind: str) -> None:
         elsewhere.rename(file)
 
 
-def test_unreadable_files_are_reported(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing(testing.FaultyStorage):
-        def operation(self, kind: str, path: str) -> None:
-            if kind == "read" and path.endswith("_METADATA"):
-                raise fc.errors.StorageError("Input/output error", path=path)
+class Unreadable(testing.FaultyStorage):
+    """A store in which no file whose path ends in a text can be read."""
 
-    found = verify_checkpoint(Failing(), str(checkpoint))
+    def __init__(self, end: str) -> None:
+        super().__init__()
+        self.end = end
+
+    def operation(self, kind: str, path: str) -> None:
+        if kind == "read" and path.endswith(self.end):
+            raise fc.errors.StorageError("Input/output error", path=path)
+
+
+def test_unreadable_files_are_reported(checkpoint: Path) -> None:
+    found = verify_checkpoint(Unreadable("_METADATA"), str(checkpoint))
     assert {each.problem for each in found} == {"unreadable"}
     assert {each.file for each in found} == {"_CHECKPOINT_METADATA", "m/_METADATA"}
+
+
+def test_an_unreadable_file_of_arrays_is_reported(checkpoint: Path) -> None:
+    names = [name for name in files(checkpoint / "m") if "/" in name or name == "manifest.ocdbt"]
+    assert len(names) == 3
+    for name in names:
+        found = one(verify_checkpoint(Unreadable(name), str(checkpoint)))
+        assert (found.file, found.problem) == (f"m/{name}", "unreadable")
+        assert found.leaves == (STORED if name == "manifest.ocdbt" else ())
 
 
 # ------------------------------------------------------------------------------------ swaps
