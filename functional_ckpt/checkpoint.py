@@ -37,13 +37,6 @@ __all__ = ["metadata", "restore", "save"]
 
 _log = logging.getLogger("functional_ckpt")
 
-# One of these is in every checkpoint.
-_CHECKPOINT_MARKS = (
-    records.EXTENSION_FILE,
-    orbax.CHECKPOINT_METADATA_FILE,
-    orbax.TREE_METADATA_FILE,
-    orbax.COMMIT_FILE,
-)
 _MAX_SHOWN = 10
 
 
@@ -127,7 +120,7 @@ def _check_free(storage: Storage, final: str, *, overwrite: bool) -> None:
 
 def _check_replaceable(final: str, names: Sequence[str]) -> None:
     """Raises unless a directory with these names is a checkpoint: all of it would be removed."""
-    if set(names).isdisjoint(_CHECKPOINT_MARKS):
+    if set(names).isdisjoint(checkpoint_dir.RECORD_FILES):
         shown = ", ".join(sorted(names)[:_MAX_SHOWN])
         raise errors.UsageError(
             f"{final} is a directory without a record of a checkpoint (it holds {shown}): "
@@ -273,7 +266,7 @@ def _advice(storage: Storage, path: str) -> str | None:
     if not queries.is_directory(storage, path):
         return _UNKNOWN
     names = storage.list(path)
-    if any(queries.exists(storage, os.path.join(path, mark)) for mark in _CHECKPOINT_MARKS):
+    if checkpoint_dir.has_record(storage, path):
         return None  # a checkpoint, damaged
     steps = [name for name in names if _is_step(storage, os.path.join(path, name))]
     if steps:

@@ -22,13 +22,6 @@ from functional_ckpt.storage.open import connect
 __all__ = ["Checkpoint", "Root", "checkpoint_of", "find"]
 
 _STEP_NAME = re.compile(r"(?:(?P<prefix>.+)_)?(?P<digits>[0-9]+)")
-# A directory with one of these is a checkpoint.
-_MARKS = (
-    records.EXTENSION_FILE,
-    orbax.CHECKPOINT_METADATA_FILE,
-    orbax.TREE_METADATA_FILE,
-    orbax.COMMIT_FILE,
-)
 _ROOT_MARKS = (commit.HIDDEN, "metadata/_ROOT_METADATA")
 
 
@@ -118,7 +111,7 @@ def find(text: str, prefix: str | None = None, *, opens_foreign: bool = False) -
         raise errors.StepNotFoundError(f"{text}: there is no such file or directory.", path=path)
     if not queries.is_directory(storage, path):
         return _foreign(storage, path, text, opens_foreign)
-    if _is_marked(storage, path):
+    if checkpoint_dir.has_record(storage, path):
         return Checkpoint(storage=storage, path=path, step=_step_of(storage, path))
     root = _find_root(storage, path, prefix)
     if root is not None:
@@ -170,10 +163,6 @@ def checkpoint_of(
     return target
 
 
-def _is_marked(storage: Storage, path: str) -> bool:
-    return any(queries.exists(storage, os.path.join(path, mark)) for mark in _MARKS)
-
-
 def _holds_items(storage: Storage, path: str) -> bool:
     """Whether it holds trees: a checkpoint whose own record is gone, or an old one of Orbax."""
     folders = [os.path.join(path, name) for name in storage.list(path)]
@@ -194,7 +183,9 @@ def _find_root(storage: Storage, path: str, prefix: str | None) -> Root | None:
         known = formats.setdefault(found.prefix, {})
         folder = os.path.join(path, name)
         known[found] = (
-            any(known.values()) or _is_marked(storage, folder) or _holds_items(storage, folder)
+            any(known.values())
+            or checkpoint_dir.has_record(storage, folder)
+            or _holds_items(storage, folder)
         )
     formats = {key: known for key, known in formats.items() if any(known.values())}
     if prefix is not None:

@@ -32,9 +32,19 @@ if TYPE_CHECKING:
 __all__ = [
     "OpenCheckpoint",
     "OpenItem",
+    "RECORD_FILES",
+    "has_record",
     "missing_item",
     "open_checkpoint",
 ]
+
+RECORD_FILES = (
+    records.EXTENSION_FILE,
+    orbax.CHECKPOINT_METADATA_FILE,
+    orbax.TREE_METADATA_FILE,
+    orbax.COMMIT_FILE,
+)
+"""One of these is in every checkpoint, native or Orbax's."""
 
 _IGNORED = ("metrics", "descriptor", "array_metadatas")
 # The item of a directory that is an item itself, as Orbax's checkpointers write it.
@@ -278,6 +288,11 @@ def missing_item(
         path=path,
         key_path=name,
     )
+
+
+def has_record(storage: Storage, path: str) -> bool:
+    """Returns whether a directory is a checkpoint by its files, damaged or not."""
+    return any(queries.exists(storage, os.path.join(path, name)) for name in RECORD_FILES)
 
 
 def open_checkpoint(storage: Storage, path: str, step: int | None = None) -> OpenCheckpoint:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from functional_ckpt.interop import torch_save
-from functional_ckpt.interop.source import Format, Source
+from functional_ckpt.interop.source import Format, Source, numbered
 
 __all__ = ["FORMAT"]
 
@@ -24,9 +24,7 @@ def _open(path: str) -> Source:
     content = cast("dict[str, Any]", torch_save.load(path))
     items: dict[str, Any] = {"model": dict(content.pop("state_dict"))}
     for key, name in _LISTS.items():
-        states: list[Any] = content.pop(key, [])
-        numbered = len(states) > 1
-        items |= {f"{name}_{i}" if numbered else name: each for i, each in enumerate(states)}
+        items |= numbered(name, content.pop(key, []))
     items |= {_item_name(name): value for name, value in content.items()}
     return Source(path, "lightning", {name: _constant(value) for name, value in items.items()})
 

@@ -7,14 +7,14 @@ Times are spans of `datetime.timedelta` there; here they are seconds. Versions o
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch.torch_version import TorchVersion
 
 from functional_ckpt import errors
 from functional_ckpt.interop import torch_save, training_state
-from functional_ckpt.interop.source import Format, Source
+from functional_ckpt.interop.source import Format, Source, numbered
 
 __all__ = ["FORMAT"]
 
@@ -35,16 +35,11 @@ def _open(path: str) -> Source:
         _RENAMED.get(name, name): _plain(value)
         for name, value in cast("Mapping[str, Any]", state).items()
     }
-    states = [training_state.rng_state(each, path) for each in content["rng"]]
-    items |= {"rng": states[0]} if len(states) == 1 else _numbered(states)
+    items |= numbered("rng", [training_state.rng_state(each, path) for each in content["rng"]])
     if isinstance(model := items.get("model"), Mapping):
         items["model"] = dict(cast("Mapping[str, Any]", model))
     openers = {name: (lambda value=value: value) for name, value in items.items()}
     return Source(path, "composer", openers)
-
-
-def _numbered(states: Sequence[Any]) -> dict[str, Any]:
-    return {f"rng_{rank}": state for rank, state in enumerate(states)}
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,6 @@ from functional_ckpt.storage.local import LocalStorage
 
 if TYPE_CHECKING:
     from functional_ckpt.format.reader import ArrayReader
-    from functional_ckpt.policies.progress import Progress
 
 __all__ = ["ForeignCheckpoint", "open_source"]
 
@@ -88,11 +87,6 @@ class ForeignCheckpoint(OpenCheckpoint):
     @property
     def metrics(self) -> Mapping[str, Any] | None:
         """None: metrics of foreign checkpoints are items."""
-        return None
-
-    @property
-    def progress(self) -> Progress | None:
-        """None: foreign checkpoints do not record it in this form."""
         return None
 
 

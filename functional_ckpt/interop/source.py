@@ -13,7 +13,7 @@ from functional_ckpt import errors
 from functional_ckpt.interop import hostile
 from functional_ckpt.saving import lower
 
-__all__ = ["Format", "Source", "items_of", "match_files"]
+__all__ = ["Format", "Source", "items_of", "match_files", "numbered"]
 
 
 class Source(Mapping[str, Any]):
@@ -109,6 +109,13 @@ def _is_item_name(name: object) -> bool:
     except errors.UsageError:
         return False
     return True
+
+
+def numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Returns one item under its name, several under the name and a number."""
+    if len(values) == 1:
+        return {name: values[0]}
+    return {f"{name}_{number}": value for number, value in enumerate(values)}
 
 
 def match_files(path: str, matches: Callable[[str], bool]) -> list[str]:
