@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+from functional_ckpt import errors
 from functional_ckpt.interop import torch_save
 from functional_ckpt.interop.source import Format, Source, numbered
 
@@ -25,7 +26,14 @@ def _open(path: str) -> Source:
     items: dict[str, Any] = {"model": dict(content.pop("state_dict"))}
     for key, name in _LISTS.items():
         items |= numbered(name, content.pop(key, []))
-    items |= {_item_name(name): value for name, value in content.items()}
+    others = {_item_name(name): value for name, value in content.items()}
+    if both := sorted(items.keys() & others.keys()):
+        raise errors.UsageError(
+            f"{path}: its entries {', '.join(both)} have the names of Lightning's own state. Open "
+            "it with fc.interop.open(path, 'torch'), which keeps the names of the file.",
+            path=path,
+        )
+    items |= others
     return Source(path, "lightning", {name: _constant(value) for name, value in items.items()})
 
 

@@ -157,6 +157,18 @@ def test_a_checkpoint_of_lightning_goes_into_module_optimizer_and_scheduler(tmp_
     assert fc.interop.open(tmp_path / "last.ckpt").format == "lightning"
 
 
+def test_an_entry_of_a_lightning_file_does_not_replace_an_item_of_that_name(
+    tmp_path: Path,
+) -> None:
+    content = {"pytorch-lightning_version": "2.6.6", "state_dict": {"w": torch.ones(2)}}
+    torch.save(content | {"model": {"name": "unet"}}, tmp_path / "last.ckpt")
+    with pytest.raises(errors.UsageError, match="entries model have the names"):
+        fc.interop.open(tmp_path / "last.ckpt")
+    source = fc.interop.open(tmp_path / "last.ckpt", "torch")
+    assert source["model"] == {"name": "unet"}
+    assert torch.equal(fc.restore(source)["state_dict"]["w"], torch.ones(2))
+
+
 def test_what_accelerate_saved_is_restored_with_optimizer_scheduler_and_generators(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
