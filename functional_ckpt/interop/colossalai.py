@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from functional_ckpt import errors
@@ -30,14 +31,7 @@ _SCHEDULERS = ("lr_scheduler", "scheduler")
 
 def fits(path: str) -> bool:
     """Returns whether there is a sharded optimizer, here or in the folder of that name."""
-    return _folder_of(path) is not None
-
-
-def _folder_of(path: str) -> str | None:
-    for name in _OPTIMIZERS:
-        if _indexes(folder := os.path.join(path, name)):
-            return folder
-    return None
+    return any(_indexes(os.path.join(path, name)) for name in _OPTIMIZERS)
 
 
 def _indexes(folder: str) -> list[str]:
@@ -46,16 +40,24 @@ def _indexes(folder: str) -> list[str]:
 
 def _open(path: str) -> Source:
     openers: dict[str, Any] = {}
-    for name in _MODELS:
-        if huggingface.fits(folder := os.path.join(path, name)):
-            openers["model"] = functools.partial(huggingface.load, folder)
-    if (folder := _folder_of(path)) is not None:
+    if (folder := _only(path, _MODELS, huggingface.fits)) is not None:
+        openers["model"] = functools.partial(huggingface.load, folder)
+    if (folder := _only(path, _OPTIMIZERS, lambda each: bool(_indexes(each)))) is not None:
         _read_index(folder)  # a missing shard is found before anything is read
         openers["optimizer"] = functools.partial(_read_optimizer, folder)
-    for name in _SCHEDULERS:
-        if torch_save.fits(file := os.path.join(path, name)):
-            openers["lr_scheduler"] = functools.partial(torch_save.load, file)
+    if (file := _only(path, _SCHEDULERS, torch_save.fits)) is not None:
+        openers["lr_scheduler"] = functools.partial(torch_save.load, file)
     return Source(path, "colossalai", openers)
+
+
+def _only(path: str, names: Sequence[str], matches: Callable[[str], bool]) -> str | None:
+    """Returns the path of the one name that matches; None if none does."""
+    found = [each for name in names if matches(each := os.path.join(path, name))]
+    if len(found) > 1:
+        raise errors.UsageError(
+            f"{path}: {' and '.join(found)} hold the same item; move one away.", path=path
+        )
+    return found[0] if found else None
 
 
 def _read_index(folder: str) -> tuple[list[str], str]:

@@ -445,6 +445,16 @@ def test_times_and_versions_in_a_file_of_composer_are_plain_values(tmp_path: Pat
     assert restored["composer_metadata"] == {"PyTorch_version": str(torch.__version__)}
 
 
+def test_two_folders_of_one_item_of_colossalai_are_refused(tmp_path: Path) -> None:
+    make_colossalai(tmp_path)
+    for first, second in (("modeling", "model"), ("lr_scheduler", "scheduler")):
+        (tmp_path / second).symlink_to(first)
+        with pytest.raises(errors.UsageError, match="hold the same item; move one away"):
+            fc.interop.open(tmp_path)
+        (tmp_path / second).unlink()
+    assert set(fc.interop.open(tmp_path)) == {"model", "optimizer", "lr_scheduler"}
+
+
 @pytest.mark.parametrize("layout", ["one folder", "two folders"])
 @pytest.mark.parametrize("separator", ["-", "."])
 def test_an_asynchronous_save_of_colossalai_opens_with_its_optimizer(
