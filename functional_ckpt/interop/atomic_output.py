@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 from functional_ckpt import errors
+from functional_ckpt.interop.source import match_files
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.paths import is_remote, resolve, resolve_local
 
-__all__ = ["atomic_output", "check_destination", "check_disjoint"]
+__all__ = ["atomic_output", "check_destination", "check_disjoint", "check_replaceable"]
 
 
 @contextlib.contextmanager
@@ -63,6 +64,22 @@ def check_destination(path: str | os.PathLike[str]) -> str:
         "files of other programs are written to local paths only. Write to a local path, then "
         "copy it there with the tool of the store.",
     )
+
+
+def check_replaceable(path: str | os.PathLike[str], is_own: Callable[[str], bool]) -> None:
+    """Raises `UsageError` if overwriting a directory would remove files of others.
+
+    Args:
+        path: The output.
+        is_own: Whether the writer of the output writes files of this name.
+    """
+    final = check_destination(path)
+    if others := match_files(final, lambda name: not is_own(name)):
+        raise errors.UsageError(
+            f"{final} also holds {', '.join(others[:8])}, which overwrite=True would remove. "
+            "Choose another path, or move them away.",
+            path=final,
+        )
 
 
 def check_disjoint(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:

@@ -23,7 +23,7 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.interop import safetensors, torch_save, training_state, weights
-from functional_ckpt.interop.atomic_output import atomic_output
+from functional_ckpt.interop.atomic_output import atomic_output, check_replaceable
 from functional_ckpt.interop.hf_config import Config, load_json, own_config, read_config
 from functional_ckpt.interop.source import Format, Source, match_files
 from functional_ckpt.interop.weights import Weights
@@ -43,6 +43,7 @@ _UNITS: Mapping[str, int] = {
 _DEFAULT_SHARD = "5GB"
 # Suffix of a path that is one file -> its format.
 _ONE_FILE: Mapping[str, FileFormat] = {".safetensors": "safetensors", ".bin": "bin", ".pt": "bin"}
+_CONFIGS = ("config.json", "generation_config.json")
 # Weights, their shards and their indexes, of any variant.
 _FILE = re.compile(
     r"(model|pytorch_model)(\.[\w-]+?)?(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
@@ -82,6 +83,7 @@ def save(
 
     Raises:
         StepExistsError: The path exists and `overwrite` is False; it is not changed.
+        UsageError: An existing directory has other files, which would be lost.
         UnsupportedLeafError: Something cannot be written; nothing was.
     """
     tied = _tied_names(model)
@@ -178,6 +180,8 @@ def _write(
         options = dataclasses.replace(options, format=one_file)
     if options.format == "safetensors":
         safetensors.require(given.dtypes.items(), path)
+    if overwrite:
+        check_replaceable(path, lambda name: name in _CONFIGS or _is_weights(name))
     if one_file is not None:
         with atomic_output(path, overwrite=overwrite) as tmp:
             _write_shard(given, list(given.sizes), tmp, options)
@@ -356,7 +360,11 @@ def _load_file(path: str) -> dict[str, torch.Tensor]:
 
 def fits(path: str) -> bool:
     """Returns whether it is a directory with weights, or shards of them, under these names."""
-    return bool(match_files(path, lambda name: _FILE.fullmatch(name) is not None))
+    return bool(match_files(path, _is_weights))
+
+
+def _is_weights(name: str) -> bool:
+    return _FILE.fullmatch(name) is not None
 
 
 def holds(path: str, format: str) -> bool:
@@ -374,9 +382,7 @@ def of_files(format: str) -> Format:
 
 def _open(path: str, format: FileFormat | None = None) -> Source:
     tensors = load(path, format=format)
-    openers, left_out = training_state.openers_of(
-        path, lambda name: _FILE.fullmatch(name) is not None
-    )
+    openers, left_out = training_state.openers_of(path, _is_weights)
     return Source(path, "huggingface", {"model": lambda: tensors, **openers}, left_out)
 
 

@@ -50,6 +50,19 @@ def test_one_file_has_the_format_of_its_suffix(tmp_path: Path, name: str) -> Non
     assert torch.equal(other.weight, model.weight)
 
 
+@pytest.mark.parametrize("name", ["model", "model.safetensors"])
+def test_overwriting_a_directory_never_removes_files_of_others(tmp_path: Path, name: str) -> None:
+    model, path = torch.nn.Linear(2, 3), tmp_path / name
+    huggingface.save(model, tmp_path / "model", config={"a": 1})
+    huggingface.save(model, tmp_path / "model", config={"a": 2}, overwrite=True)
+    (tmp_path / "model").rename(path)
+    (path / "tokenizer.json").write_text("{}")
+    with pytest.raises(errors.UsageError, match=r"also holds tokenizer\.json"):
+        huggingface.save(model, path, overwrite=True)
+    assert (path / "tokenizer.json").read_text() == "{}"
+    assert json.loads((path / "config.json").read_text()) == {"a": 2}
+
+
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_minilm_goes_through_a_step_and_embeds_the_same(
     minilm: Path, tmp_path: Path, format: Any
