@@ -34,7 +34,7 @@ def items(step: int) -> dict[str, Any]:
 
 
 def uploading(tmp_path: Path) -> tuple[fc.CheckpointManager, Slow]:
-    """A manager that has saved step 1, and its tier, whose upload has begun and waits."""
+    """A manager that has saved step 1, and its tier, with an upload that has started and waits."""
     slow = Slow()
     tier = fc.Tier(path=tmp_path / "far", storage=slow)
     manager = fc.CheckpointManager(tmp_path / "near", tiers=[tier])
