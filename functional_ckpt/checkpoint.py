@@ -33,8 +33,6 @@ from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import check_arrays_path
 
-__all__ = ["metadata", "restore", "save"]
-
 _log = logging.getLogger("functional_ckpt")
 
 _MAX_SHOWN = 10

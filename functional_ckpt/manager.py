@@ -26,8 +26,6 @@ from functional_ckpt.steps.metadata import StepMetadata
 from functional_ckpt.steps.tiers import Tier
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["CheckpointManager"]
-
 
 class CheckpointManager:
     """Saves, keeps and restores the steps of one training run in one directory.

@@ -27,8 +27,6 @@ from functional_ckpt.steps.tiers import Tier, as_tiers, open_tiers
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
 
-__all__ = ["Run", "open_run"]
-
 _log = logging.getLogger("functional_ckpt")
 
 

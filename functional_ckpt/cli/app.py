@@ -12,8 +12,6 @@ from typing import NoReturn
 
 from functional_ckpt import errors
 
-__all__ = ["main"]
-
 OK, DAMAGED, FAILED = 0, 1, 2
 # Exit codes that shells report for these signals.
 _INTERRUPTED, _BROKEN_PIPE = 128 + 2, 128 + 13

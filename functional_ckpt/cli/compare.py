@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from functional_ckpt.format.reader import ArrayReader
 
-__all__ = ["Difference", "compare_items", "compare_json"]
-
 Kind: TypeAlias = Literal["only in a", "only in b", "kind", "value", "data"]
 # How much of each of two arrays is held in memory at a time, where their chunks differ.
 _SLAB_BYTES = 64 * 2**20

@@ -9,8 +9,6 @@ from functional_ckpt.cli import output
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.storage import queries
 
-__all__ = ["run"]
-
 
 def run(arguments: argparse.Namespace) -> int:
     """Opens the source, saves its items and prints a summary."""

@@ -9,8 +9,6 @@ from typing import Any
 from functional_ckpt import errors
 from functional_ckpt.cli import output
 
-__all__ = ["run"]
-
 
 def run(arguments: argparse.Namespace) -> int:
     """Converts, and prints the number of written states."""

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["run"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _ItemDiff:

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from functional_ckpt.format import checkpoint_dir
     from functional_ckpt.interop.source import Source
 
-__all__ = ["run"]
-
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the selected items and prints a summary."""

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-__all__ = ["run"]
-
 # Metrics whose names hold one of these words are best when lowest.
 _LOWER_IS_BETTER = frozenset(
     [

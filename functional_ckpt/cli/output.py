@@ -19,21 +19,6 @@ if TYPE_CHECKING:
 
     from functional_ckpt.verify.findings import Progress
 
-__all__ = [
-    "Printer",
-    "age",
-    "as_json",
-    "clock",
-    "no_progress",
-    "number",
-    "printable",
-    "progress_bar",
-    "size",
-    "styled",
-    "table",
-    "utc",
-]
-
 # Wide enough that nothing is truncated in a file or a pipe.
 _WIDTH_OF_PIPES = 160
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from functional_ckpt.interop.opened import ForeignCheckpoint
 
-__all__ = ["chosen_items", "run"]
-
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the checkpoint's metadata and the tree of each item."""

@@ -19,8 +19,6 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
 
-__all__ = ["Checkpoint", "Root", "checkpoint_of", "find"]
-
 _STEP_NAME = re.compile(r"(?:(?P<prefix>.+)_)?(?P<digits>[0-9]+)")
 _ROOT_MARKS = (commit.HIDDEN, "metadata/_ROOT_METADATA")
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from functional_ckpt.core.tree import structure
 
-__all__ = ["Row", "describe", "dtype_of", "leaf_records", "rows", "totals"]
-
 _MAX_VALUE_CHARS = 60
 
 

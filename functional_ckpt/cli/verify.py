@@ -15,8 +15,6 @@ from functional_ckpt.verify.checkpoint import Finding, verify_checkpoint
 if TYPE_CHECKING:
     from rich.padding import Padding
 
-__all__ = ["run"]
-
 _MAX_LEAVES = 4
 
 

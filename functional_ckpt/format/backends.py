@@ -19,8 +19,6 @@ from functional_ckpt.format.write_tensorstore import ArrayWrite
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.system_errors import absence_as_damage
 
-__all__ = ["Arrays"]
-
 Scalars: TypeAlias = Sequence[tuple[str, ArraySpec, object]]
 Tied: TypeAlias = Mapping[str, tuple[str, ChunkGrid]]
 

@@ -29,15 +29,6 @@ if TYPE_CHECKING:
     from functional_ckpt.format.database import Database
     from functional_ckpt.format.reader import ArrayReader
 
-__all__ = [
-    "OpenCheckpoint",
-    "OpenItem",
-    "RECORD_FILES",
-    "has_record",
-    "missing_item",
-    "open_checkpoint",
-]
-
 RECORD_FILES = (
     records.EXTENSION_FILE,
     orbax.CHECKPOINT_METADATA_FILE,

@@ -33,8 +33,6 @@ from functional_ckpt.runtime.threads import BackgroundWriter
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.new_file import BLOCK_BYTES
 
-__all__ = ["DataFile"]
-
 _ZEROS = np.zeros(BLOCK_BYTES, np.uint8)
 
 

@@ -13,8 +13,6 @@ from functional_ckpt.format.database import Database
 from functional_ckpt.format.ocdbt import MANIFEST
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["Places", "locate", "read_values"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Places:

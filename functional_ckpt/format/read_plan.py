@@ -30,16 +30,6 @@ from functional_ckpt.format.tuning import BATCH_BYTES, BATCH_READS
 if TYPE_CHECKING:
     from functional_ckpt.core.arrays.spec import Array
 
-__all__ = [
-    "Batch",
-    "ChunkPart",
-    "ChunkRead",
-    "Destination",
-    "Location",
-    "ReadRequest",
-    "plan_reads",
-]
-
 Location: TypeAlias = tuple[int, int, int]
 """Data file (its index), offset of a stored chunk in it, and its bytes."""
 

@@ -17,8 +17,6 @@ from functional_ckpt.format.database import NO_CACHE, REFUSALS, Database, read_e
 from functional_ckpt.format.read_plan import Batch, ChunkPart, ChunkRead, ReadRequest, plan_reads
 from functional_ckpt.format.reader import deliver
 
-__all__ = ["TensorStoreReader", "stored_spec"]
-
 
 class TensorStoreReader:
     """Executes a read plan through a database; `reader.ArrayReader` says how it is used.

@@ -12,8 +12,6 @@ from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES
 from functional_ckpt.core.arrays.spec import Array, numpy_dtype
 from functional_ckpt.format.read_plan import ChunkPart, ChunkRead, ReadRequest
 
-__all__ = ["ArrayReader", "deliver", "put", "verify"]
-
 
 class ArrayReader(Protocol):
     """Reads arrays of one item. Close it after the last task."""

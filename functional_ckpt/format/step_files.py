@@ -19,14 +19,6 @@ from functional_ckpt.storage import local_files
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.queries import read_optional
 
-__all__ = [
-    "JSON_FILE",
-    "METRICS_FILE",
-    "PROGRESS_ITEM",
-    "StepFiles",
-    "check_content",
-]
-
 JSON_FILE = "metadata"
 METRICS_FILE = "metrics/metrics"
 PROGRESS_ITEM = "progress"

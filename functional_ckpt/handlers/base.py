@@ -15,8 +15,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, dataclass_trans
 from functional_ckpt import errors
 from functional_ckpt.core.tree import containers
 
-__all__ = ["CheckpointItem", "Handler", "Item", "Registry", "Replicated", "item_class"]
-
 _Kind = TypeVar("_Kind", bound="type[Item]")
 
 Replicated: TypeAlias = Literal["checked", "unchecked"]

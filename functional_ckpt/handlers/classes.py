@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection
 
-__all__ = ["class_names", "is_a"]
-
 
 @functools.lru_cache(maxsize=1024)
 def class_names(kind: type) -> tuple[str, ...]:

@@ -19,8 +19,6 @@ from functional_ckpt.core.tree import encode, memory, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill, Refused
 from functional_ckpt.handlers.base import CheckpointItem, Handler, Item
 
-__all__ = ["DTensorPartsHandler", "made_like", "parts_item", "shard_like"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DTensorPartsHandler(Handler):

@@ -12,9 +12,6 @@ from functional_ckpt.core.tree import context, plain_json
 from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.handlers.base import Handler, Item, item_class
 
-__all__ = ["Json", "JsonHandler"]
-
-
 # Python's reader recurses: deeper values could be written but not read.
 _MAX_DEPTH = 200
 

@@ -19,8 +19,6 @@ from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
 from functional_ckpt.handlers import module_names
 from functional_ckpt.handlers.base import Handler, Item, item_class
 
-__all__ = ["Module", "ModuleHandler"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleHandler(Handler):

@@ -12,8 +12,6 @@ from torch.nn.modules.batchnorm import _NormBase  # pyright: ignore[reportPrivat
 from functional_ckpt import errors
 from functional_ckpt.handlers import classes
 
-__all__ = ["Slot", "clean_prefix", "first_rank_buffers", "slots"]
-
 # The class of a wrapper -> the attribute under which it holds the wrapped module. Only these are
 # stripped: a user's own attribute that happens to be called `module` is part of the name.
 _WRAPPERS: Mapping[str, str] = MappingProxyType(

@@ -18,8 +18,6 @@ from functional_ckpt.core.tree.structure import Handled, KeyPath
 from functional_ckpt.handlers import dtensor_parts
 from functional_ckpt.handlers.base import Handler, Item, Registry
 
-__all__ = ["is_lifted_late", "item_at", "lift", "lifts", "lower", "own", "place", "unchanged"]
-
 Make: TypeAlias = Callable[[Item, Any, KeyPath], Handled]
 """Returns the target of a value, given its stored tree (`NOTHING` for none)."""
 

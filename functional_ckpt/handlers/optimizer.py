@@ -25,8 +25,6 @@ from functional_ckpt.handlers import classes, dtensor_parts, optimizer_names, pa
 from functional_ckpt.handlers.base import Handler, Item, item_class
 from functional_ckpt.handlers.optimizer_names import NamedOptimizer, State
 
-__all__ = ["Optimizer", "OptimizerHandler"]
-
 # Parameters by index and by the user's names: replaced by the model's names.
 _NAMING = frozenset({"params", "param_names"})
 # Scalars that torch.optim keeps on the CPU unless the step is fused or capturable (see "special

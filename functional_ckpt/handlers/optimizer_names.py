@@ -14,28 +14,6 @@ from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.tree import structure
 from functional_ckpt.handlers import classes, parameter_names
 
-__all__ = [
-    "RESERVED",
-    "RUN_FLAGS",
-    "SHARED",
-    "NamedOptimizer",
-    "State",
-    "by_name",
-    "by_numbers",
-    "check_layout",
-    "check_not_flattened",
-    "check_same_class",
-    "check_same_parameters",
-    "check_same_size",
-    "described",
-    "group_names",
-    "options_lost",
-    "shape_problem",
-    "loads_its_own_way",
-    "named_by",
-    "numbered",
-]
-
 State: TypeAlias = dict[Any, Any]
 
 # State whose key is not a parameter.

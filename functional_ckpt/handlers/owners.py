@@ -15,8 +15,6 @@ from functional_ckpt.handlers import optimizer_names, parameter_names
 from functional_ckpt.handlers.base import Item
 from functional_ckpt.handlers.optimizer import Optimizer
 
-__all__ = ["Owners"]
-
 _Found: TypeAlias = Sequence[tuple[KeyPath, Any]]
 
 

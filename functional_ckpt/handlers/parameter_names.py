@@ -10,8 +10,6 @@ import torch
 from functional_ckpt import errors
 from functional_ckpt.handlers import module_names
 
-__all__ = ["Model", "ids_of", "names_of", "without_name"]
-
 Model: TypeAlias = torch.nn.Module | tuple[tuple[str, torch.Tensor | torch.nn.Module], ...]
 """A module, or `(name, parameter or module)` pairs: a module's name is the prefix of its names."""
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from functional_ckpt.handlers.base import Handler, Item, item_class
 
-__all__ = ["PyTree", "PyTreeHandler"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PyTreeHandler(Handler):

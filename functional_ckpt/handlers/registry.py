@@ -16,8 +16,6 @@ from functional_ckpt.handlers.rng import Generator, is_generator
 from functional_ckpt.handlers.stateful import Stateful, is_stateful
 from functional_ckpt.handlers.torchmetrics import TorchMetric, is_metric
 
-__all__ = ["default_registry", "for_items"]
-
 
 def default_registry() -> Registry:
     """The registry used when none is given; extend it with `with_handler`.

@@ -21,17 +21,6 @@ from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.handlers.base import Handler, Item, item_class
 
-__all__ = [
-    "Generator",
-    "GeneratorHandler",
-    "GeneratorLike",
-    "Rng",
-    "RngHandler",
-    "check_generator",
-    "is_generator",
-    "python_state",
-]
-
 GeneratorLike: TypeAlias = (
     random.Random | np.random.Generator | np.random.RandomState | torch.Generator
 )

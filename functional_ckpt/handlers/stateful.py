@@ -17,8 +17,6 @@ from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
 from functional_ckpt.handlers import classes, dtensor_parts
 from functional_ckpt.handlers.base import Handler, Item, item_class
 
-__all__ = ["Stateful", "StatefulHandler", "is_stateful"]
-
 _DATA_LOADERS = frozenset(
     {
         "torchdata.stateful_dataloader.stateful_dataloader.StatefulDataLoader",

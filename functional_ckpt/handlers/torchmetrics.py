@@ -18,8 +18,6 @@ from functional_ckpt.handlers import classes
 from functional_ckpt.handlers.base import Handler, Item, item_class
 from functional_ckpt.handlers.module import ModuleHandler
 
-__all__ = ["TorchMetric", "TorchMetricHandler", "is_metric"]
-
 _METRIC = "torchmetrics.metric.Metric"
 _COLLECTION = "torchmetrics.collections.MetricCollection"
 

@@ -13,8 +13,6 @@ from functional_ckpt.handlers.optimizer import Optimizer
 from functional_ckpt.handlers.rng import Rng
 from functional_ckpt.handlers.stateful import Stateful
 
-__all__ = ["training_items"]
-
 
 def training_items(
     model: torch.nn.Module,

@@ -12,8 +12,6 @@ from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.paths import is_remote, resolve, resolve_local
 
-__all__ = ["atomic_output", "check_destination", "check_disjoint", "check_replaceable"]
-
 
 @contextlib.contextmanager
 def atomic_output(

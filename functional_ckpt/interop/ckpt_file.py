@@ -9,8 +9,6 @@ from functional_ckpt import errors
 from functional_ckpt.interop import torch_save
 from functional_ckpt.interop.source import Format, Source, numbered
 
-__all__ = ["FORMAT"]
-
 _KEYS = {"state_dict", "pytorch-lightning_version"}
 # Lists of states -> name of the items.
 _LISTS = {"optimizer_states": "optimizer", "lr_schedulers": "scheduler"}

@@ -21,8 +21,6 @@ from functional_ckpt.core.tree import plain_json
 from functional_ckpt.interop import hostile, huggingface, pickles, safetensors, torch_save
 from functional_ckpt.interop.source import Format, Source
 
-__all__ = ["FORMAT"]
-
 _INDEXES = ("pytorch_optim.bin.index.json", "optimizer.safetensors.index.json")
 _MODELS = ("", "model", "modeling")
 _OPTIMIZERS = ("", "optimizer")

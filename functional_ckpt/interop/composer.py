@@ -16,8 +16,6 @@ from functional_ckpt import errors
 from functional_ckpt.interop import torch_save, training_state
 from functional_ckpt.interop.source import Format, Source, numbered
 
-__all__ = ["FORMAT"]
-
 _RENAMED = {"metadata": "composer_metadata"}  # the name is reserved
 
 

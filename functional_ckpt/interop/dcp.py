@@ -25,8 +25,6 @@ from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.pickles import read_inert
 from functional_ckpt.interop.source import Format, Source, items_of
 
-__all__ = ["FORMAT", "save"]
-
 _INDEX = ".metadata"
 
 

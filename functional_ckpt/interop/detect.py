@@ -25,8 +25,6 @@ from functional_ckpt.storage import queries
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import is_remote, resolve
 
-__all__ = ["FORMATS", "candidates", "open", "recognise"]
-
 FORMATS: tuple[Format, ...] = (
     native.FORMAT,
     huggingface.FORMAT,

@@ -14,8 +14,6 @@ from functional_ckpt.core.records.records import parse_object
 from functional_ckpt.interop import hostile
 from functional_ckpt.storage.paths import resolve
 
-__all__ = ["Config", "load_json", "own_config", "read_config"]
-
 Config: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
 
 

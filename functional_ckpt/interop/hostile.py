@@ -20,14 +20,6 @@ import torch
 from functional_ckpt import errors
 from functional_ckpt.storage import local_files
 
-__all__ = [
-    "check_archive",
-    "check_pickle",
-    "check_repetition",
-    "clear_failures",
-    "read_small",
-]
-
 # Memory that a file may request beyond its own size.
 _SPARE_BYTES = 64 * 2**20
 # System errors caused by the request, which the file determined.

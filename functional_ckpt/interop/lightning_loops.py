@@ -10,8 +10,6 @@ from functional_ckpt import errors
 from functional_ckpt.core.tree import flatten
 from functional_ckpt.policies.progress import Progress
 
-__all__ = ["at_epoch_end", "begin_epoch", "is_epoch_over", "reopen_epoch", "storable"]
-
 _log = logging.getLogger("functional_ckpt")
 
 _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")

@@ -17,8 +17,6 @@ from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 
-__all__ = ["FORMAT", "is_step", "open_step"]
-
 _MARKS = (
     records.EXTENSION_FILE,
     orbax.CHECKPOINT_METADATA_FILE,

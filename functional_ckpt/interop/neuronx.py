@@ -24,8 +24,6 @@ from functional_ckpt import errors
 from functional_ckpt.interop import torch_save
 from functional_ckpt.interop.source import Format, Source, match_files
 
-__all__ = ["FORMAT", "Rank", "load", "parse_ranks", "save"]
-
 _FILE = re.compile(r"(?:full|dp_rank_(\d+))_tp_rank_(\d+)_pp_rank_(\d+)")
 _SUFFIX = ".pt"
 

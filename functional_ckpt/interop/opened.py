@@ -17,8 +17,6 @@ from functional_ckpt.storage.local import LocalStorage
 if TYPE_CHECKING:
     from functional_ckpt.format.reader import ArrayReader
 
-__all__ = ["ForeignCheckpoint", "open_source"]
-
 
 class _ForeignItem(OpenItem):
     """An item whose arrays are tensors, most of them mapped from a file."""

@@ -10,8 +10,6 @@ from functional_ckpt import errors
 from functional_ckpt.interop import safetensors, torch_save, training_state
 from functional_ckpt.interop.source import Format, Source
 
-__all__ = ["FORMAT"]
-
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 

@@ -15,8 +15,6 @@ import torch
 
 from functional_ckpt.interop import hostile
 
-__all__ = ["Record", "UnpicklingError", "read_inert"]
-
 UnpicklingError = pickle.UnpicklingError
 
 

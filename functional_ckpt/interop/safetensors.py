@@ -13,8 +13,6 @@ from functional_ckpt import errors
 from functional_ckpt.interop import hostile
 from functional_ckpt.interop.source import Format, Source
 
-__all__ = ["DTYPES", "FORMAT", "fits", "load", "require", "retie", "write"]
-
 DTYPES = (
     *("bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
     *("float16", "bfloat16", "float32", "float64", "complex64"),

@@ -13,8 +13,6 @@ from functional_ckpt import errors
 from functional_ckpt.interop import hostile
 from functional_ckpt.saving import lower
 
-__all__ = ["Format", "Source", "items_of", "match_files", "numbered"]
-
 
 class Source(Mapping[str, Any]):
     """Items by name, for `fc.save` or to look into; an item is opened when it is first asked for.

@@ -21,8 +21,6 @@ from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.pickles import UnpicklingError
 from functional_ckpt.interop.source import Format, Source, items_of
 
-__all__ = ["FORMAT", "TensorReference", "fits", "has_keys", "load", "load_stream", "save"]
-
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02"
 
 

@@ -19,8 +19,6 @@ from functional_ckpt.interop import torch_save
 from functional_ckpt.interop.hf_config import load_json
 from functional_ckpt.interop.source import match_files
 
-__all__ = ["openers_of", "rng_state"]
-
 # File -> item. The number is that of the optimizer or of the rank.
 _FILES = {
     r"optimizer(?:_(\d+))?\.(?:pt|bin)": "optimizer",

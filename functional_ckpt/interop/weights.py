@@ -20,8 +20,6 @@ from functional_ckpt.handlers import default_registry
 from functional_ckpt.restoring import read
 from functional_ckpt.storage.open import connect
 
-__all__ = ["Weights", "of_step", "of_value"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:

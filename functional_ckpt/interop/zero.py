@@ -17,8 +17,6 @@ import torch
 
 from functional_ckpt import errors
 
-__all__ = ["merge", "split"]
-
 # By parameter number: cut tensors, or dicts of them.
 _CUT = ("base_state", "sharded_master_weights")
 # Optimizers count in it; it is complete on every rank.

@@ -21,8 +21,6 @@ from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import is_remote, resolve
 
-__all__ = ["convert"]
-
 _FOLDER = "optim"
 
 

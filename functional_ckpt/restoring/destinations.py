@@ -12,8 +12,6 @@ from functional_ckpt.core.restore_plan import plan
 from functional_ckpt.core.tree import decode, encode, memory, structure
 from functional_ckpt.runtime import device_copies
 
-__all__ = ["DeviceDestination", "device_destination", "host_destination"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceDestination:

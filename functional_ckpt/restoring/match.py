@@ -20,8 +20,6 @@ from functional_ckpt.handlers import nested as nested_values
 from functional_ckpt.handlers.base import Handler, Item, Registry
 from functional_ckpt.restoring import nested, read
 
-__all__ = ["MatchedItem", "RestoreArguments", "RestoreOptions", "is_per_rank", "match_items"]
-
 _log = logging.getLogger("functional_ckpt")
 
 

@@ -16,8 +16,6 @@ from functional_ckpt.handlers import nested
 from functional_ckpt.handlers.base import Handler, Item, Registry
 from functional_ckpt.handlers.module import ModuleHandler
 
-__all__ = ["Target", "selects", "target_of", "why_not_resizable", "with_module_names"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Target:

@@ -27,8 +27,6 @@ from functional_ckpt.format.reader import ArrayReader
 from functional_ckpt.restoring import destinations, shared_read
 from functional_ckpt.runtime import device_copies, fence, threads
 
-__all__ = ["TargetState", "Verify", "read_all"]
-
 Verify: TypeAlias = Literal["stream", "first", False]
 
 

@@ -26,8 +26,6 @@ from functional_ckpt.restoring import read, ties
 from functional_ckpt.restoring.match import MatchedItem, RestoreOptions, is_per_rank, match_items
 from functional_ckpt.runtime import threads
 
-__all__ = ["RestoreOptions", "Restored", "restore_checkpoint"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Restored(Mapping[str, Any]):

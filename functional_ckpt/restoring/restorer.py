@@ -26,8 +26,6 @@ from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.storage import queries
 
-__all__ = ["Restorer", "check_step", "initial_values"]
-
 _log = logging.getLogger("functional_ckpt")
 
 

@@ -20,8 +20,6 @@ from functional_ckpt.format.reader import ArrayReader
 from functional_ckpt.restoring.tuning import ROUND_BYTES
 from functional_ckpt.runtime import threads
 
-__all__ = ["Delivered", "read_shared"]
-
 Delivered: TypeAlias = Collection[tuple[int, tuple[int, ...]]]
 """Chunks that need not be read any more: the index of the request, the chunk's index."""
 

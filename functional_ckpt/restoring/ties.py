@@ -23,8 +23,6 @@ from functional_ckpt.format.checkpoint_dir import OpenItem
 from functional_ckpt.restoring import read as read_lib
 from functional_ckpt.restoring.match import MatchedItem
 
-__all__ = ["report_conflicts"]
-
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -24,15 +24,6 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.runtime import host_memory
 
-__all__ = [
-    "PinnedBuffers",
-    "CopyStreams",
-    "Transfers",
-    "check_not_capturing",
-    "is_streamed",
-    "lock_pages",
-]
-
 _log = logging.getLogger("functional_ckpt")
 
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every device, not the current one alone

@@ -24,16 +24,6 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
 from functional_ckpt.runtime.device_copies import Transfers
 
-__all__ = [
-    "Fence",
-    "PendingCopy",
-    "UnfencedChanges",
-    "changes_between_steps",
-    "storage_of",
-    "storages_of",
-    "wait_for_all",
-]
-
 
 def storages_of(optimizers: Iterable[Any]) -> frozenset[int]:
     """Returns the storage addresses of the parameters that these optimizers update."""

@@ -14,8 +14,6 @@ import numpy as np
 from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.runtime.threads import run_in_threads
 
-__all__ = ["ALIGNMENT_BYTES", "NUM_THREADS", "Slot", "StagingBuffer", "copy_in_threads", "prefer"]
-
 ALIGNMENT_BYTES = 64
 NUM_THREADS = 2
 """As many as it takes to keep the memory busy."""

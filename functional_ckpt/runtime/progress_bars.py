@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["Shown", "bar"]
-
 Shown: TypeAlias = Callable[[int, int], None]
 """Bytes that are done, and bytes in all."""
 

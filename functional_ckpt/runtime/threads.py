@@ -10,8 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
-__all__ = ["BackgroundWriter", "num_spare_cores", "run_in_threads", "gc_paused"]
-
 _NUM_THREADS = 2
 _LOOK_SECONDS = 0.002
 

@@ -15,8 +15,6 @@ from concurrent import futures
 
 from functional_ckpt import errors
 
-__all__ = ["Commit", "CommitThread"]
-
 
 class Commit:
     """A save on its way to disk.

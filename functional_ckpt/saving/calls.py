@@ -15,8 +15,6 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 from functional_ckpt import errors
 
-__all__ = ["Calls", "exclusive"]
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 

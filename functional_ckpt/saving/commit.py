@@ -27,8 +27,6 @@ from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.uploads import Uploads
 from functional_ckpt.storage import commit
 
-__all__ = ["Save", "StepCommitter"]
-
 _log = logging.getLogger("functional_ckpt")
 
 # State of a rank's part: written (empty), written from live memory, or why writing failed.

@@ -25,8 +25,6 @@ from functional_ckpt.saving.write import ItemReport, RankReport
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["CheckpointInfo", "finalize"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointInfo:

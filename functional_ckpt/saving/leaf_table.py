@@ -15,18 +15,6 @@ from functional_ckpt.core.tree import structure
 from functional_ckpt.saving import replicas
 from functional_ckpt.saving.lower import LoweredItem
 
-__all__ = [
-    "EQUAL",
-    "FIRST_RANK",
-    "UNCHECKED",
-    "Leaf",
-    "leaves_of",
-    "mark_of",
-    "merge",
-    "shardings_of",
-    "to_bytes",
-]
-
 EQUAL, FIRST_RANK, UNCHECKED = "=", "1", "?"
 """Marks: equal on all ranks that have it; the first rank's counts; that without a comparison."""
 

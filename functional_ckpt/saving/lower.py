@@ -22,8 +22,6 @@ from functional_ckpt.runtime import device_copies, threads
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.paths import check_arrays_path
 
-__all__ = ["RESERVED_NAMES", "LoweredItem", "Source", "check_item_name", "lower", "to_json"]
-
 RESERVED_NAMES = ("metrics", "metadata", PROGRESS_ITEM)
 
 

@@ -13,8 +13,6 @@ from functional_ckpt.policies.rules import SaveRule
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tiers import Tier
 
-__all__ = ["Blocking", "Eager", "Overlapped", "SaveOptions", "Staging", "StepExtras"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Eager:

@@ -17,8 +17,6 @@ import xxhash
 from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.core.tree import encode
 
-__all__ = ["CopiedLeaf", "CopyCheck", "sampled"]
-
 # Few enough that `save` takes no longer for them, spread over all leaves and over each of them.
 _MAX_SAMPLED_LEAVES = 64
 _NUM_SAMPLES = 16

@@ -19,17 +19,6 @@ from functional_ckpt.runtime import device_copies, host_memory
 from functional_ckpt.saving.lower import LoweredItem, Source
 from functional_ckpt.saving.plan import ItemPlan, SavePlan
 
-__all__ = [
-    "Array",
-    "Part",
-    "StagedItem",
-    "StagingMemory",
-    "copy",
-    "parts_of",
-    "refer",
-    "start_copy",
-]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StagedItem:

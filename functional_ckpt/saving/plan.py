@@ -26,8 +26,6 @@ from functional_ckpt.runtime import threads
 from functional_ckpt.saving import leaf_table, replicas
 from functional_ckpt.saving.lower import LoweredItem, Source
 
-__all__ = ["ItemPlan", "Planning", "SavePlan", "SavePlanner"]
-
 _log = logging.getLogger("functional_ckpt")
 
 Shardings: TypeAlias = "dict[str, Sharding]"

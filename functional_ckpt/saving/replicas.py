@@ -23,8 +23,6 @@ from functional_ckpt.core.records import records
 from functional_ckpt.core.tree import encode
 from functional_ckpt.saving.lower import Source
 
-__all__ = ["Groups", "check_equal", "differing", "digests", "group", "samples"]
-
 Groups: TypeAlias = "Mapping[str, Sequence[tuple[int, int]]]"
 """Who holds the same leaves -> these, as the numbers of item and source, in order of their names.
 

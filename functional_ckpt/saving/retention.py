@@ -17,8 +17,6 @@ from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.uploads import Uploads
 
-__all__ = ["Retention"]
-
 _log = logging.getLogger("functional_ckpt")
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
-__all__ = ["is_full", "is_transient"]
-
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _TRANSIENT = frozenset(
     {errno.EIO, errno.ESTALE, errno.EINTR, errno.EAGAIN, errno.ETIMEDOUT, errno.EREMOTEIO}

@@ -25,8 +25,6 @@ from functional_ckpt.steps import decide, rollback
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.uploads import Uploads
 
-__all__ = ["Saver", "as_json", "checked_progress"]
-
 _log = logging.getLogger("functional_ckpt")
 
 

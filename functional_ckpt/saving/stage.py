@@ -16,8 +16,6 @@ from functional_ckpt.saving.options import Blocking, Eager, Overlapped, Staging
 from functional_ckpt.saving.parts import Array, Part, StagedItem, StagingMemory
 from functional_ckpt.saving.plan import SavePlan
 
-__all__ = ["LiveMemory", "Staged", "Stager"]
-
 
 class LiveMemory:
     """Live memory that a commit reads while `save` waits.

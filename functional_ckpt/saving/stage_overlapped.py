@@ -22,8 +22,6 @@ from functional_ckpt.saving import parts as parts_lib
 from functional_ckpt.saving.lower import LoweredItem, Source
 from functional_ckpt.saving.parts import Array, Part
 
-__all__ = ["stage"]
-
 _Copies: TypeAlias = "list[tuple[Part, Array]]"
 
 

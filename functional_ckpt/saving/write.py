@@ -19,8 +19,6 @@ from functional_ckpt.saving.parts import StagedItem
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["ItemReport", "RankReport", "read_report", "write", "write_report"]
-
 REPORTS = ".ranks"
 """The folder of the ranks' reports; removed before the step is committed."""
 

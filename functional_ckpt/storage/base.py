@@ -16,8 +16,6 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from functional_ckpt.core.records.records import FileRecord
 
-__all__ = ["Files", "Kind", "Lock", "NewFile", "Objects", "Stat", "Storage", "TensorStoreAccess"]
-
 Kind: TypeAlias = Literal["a file", "a directory", "a link", "a special file"]
 
 

@@ -27,8 +27,6 @@ from functional_ckpt.storage.queries import age_seconds, exists, is_directory
 from functional_ckpt.storage.removal import RemovalJournal
 from functional_ckpt.storage.tmp_paths import TMP_SUFFIX, final_path
 
-__all__ = ["HIDDEN", "NOTE", "CommitProtocol", "noting", "rollback", "to_note"]
-
 HIDDEN = ".functional_ckpt"
 NOTE = ".unfinished"
 """The file in a temporary directory that names the step being written or uploaded."""

@@ -36,8 +36,6 @@ from functional_ckpt.storage.commit_base import NOTE, CommitProtocol, noting, to
 from functional_ckpt.storage.queries import exists, read_optional
 from functional_ckpt.storage.tmp_paths import final_path, tmp_path
 
-__all__ = ["MarkerCommit", "claim_lock"]
-
 _MARKER = orbax.COMMIT_FILE
 _TAKEN_BACK = b'{"writer": "functional_ckpt", "taken_back": true}'
 _log = logging.getLogger("functional_ckpt")

@@ -23,8 +23,6 @@ from functional_ckpt.storage.paths import check_arrays_path
 from functional_ckpt.storage.queries import exists, is_directory, read_optional
 from functional_ckpt.storage.tmp_paths import final_path, tmp_path
 
-__all__ = ["RenameCommit"]
-
 _log = logging.getLogger("functional_ckpt")
 
 

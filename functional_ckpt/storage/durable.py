@@ -10,8 +10,6 @@ from functional_ckpt import errors
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.queries import exists
 
-__all__ = ["check_visible", "makedirs_durable", "sync_tree"]
-
 _SETTLE_SECONDS = 2.0
 
 

@@ -22,8 +22,6 @@ from functional_ckpt.storage.buckets.lease import take as take_lease
 from functional_ckpt.storage.lease_files import LeaseFiles
 from functional_ckpt.storage.system_errors import clear_errors
 
-__all__ = ["DirectoryLock", "FileLock"]
-
 _UNSUPPORTED = (
     *(errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP),
     *(errno.EINVAL, errno.EBADF),

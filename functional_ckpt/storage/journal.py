@@ -9,8 +9,6 @@ from functional_ckpt.core.tree import plain_json
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.queries import exists, read_optional
 
-__all__ = ["name_in_directory", "read_journal"]
-
 
 def read_journal(storage: Storage, path: str, what: str) -> dict[str, Any] | None:
     """Returns the content of a journal; None if there is none.

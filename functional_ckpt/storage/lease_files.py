@@ -19,8 +19,6 @@ from functional_ckpt.storage.buckets.base import (
     PreconditionFailed,
 )
 
-__all__ = ["LeaseFiles"]
-
 _RELEASED = b"released"
 
 

@@ -21,8 +21,6 @@ from functional_ckpt.storage.file_lock import DirectoryLock
 from functional_ckpt.storage.new_file import LocalFiles
 from functional_ckpt.storage.system_errors import clear_errors
 
-__all__ = ["LocalStorage"]
-
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 # Read and hashed while it is in the cache.

@@ -18,16 +18,6 @@ from functional_ckpt.storage.base import Kind, Stat
 from functional_ckpt.storage.queries import irregular
 from functional_ckpt.storage.system_errors import clear_errors, is_absence
 
-__all__ = [
-    "check_no_links",
-    "check_ordinary",
-    "iter_files",
-    "open_regular",
-    "read_regular",
-    "stat_at",
-    "to_stat",
-]
-
 # Files that are read at once are JSON or records: neither has a megabyte of zeros.
 _PROBED_FROM_BYTES = 2**20
 # Errors of opening a link (O_NOFOLLOW), or a socket or a device without a driver.

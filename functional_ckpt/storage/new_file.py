@@ -16,8 +16,6 @@ from typing import Any
 
 from functional_ckpt.storage.system_errors import clear_errors
 
-__all__ = ["BLOCK_BYTES", "LocalFile", "LocalFiles"]
-
 BLOCK_BYTES = 4096
 """Direct writes are complete blocks, aligned in memory and in the file."""
 _NO_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)

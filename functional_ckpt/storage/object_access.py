@@ -12,8 +12,6 @@ from functional_ckpt import errors
 from functional_ckpt.storage.buckets.spool import Spool
 from functional_ckpt.storage.requests import Requests
 
-__all__ = ["ConditionalObjects", "ObjectTensorStore"]
-
 
 class ConditionalObjects:
     """Conditional requests to a bucket, by path. Safe to use from any thread.

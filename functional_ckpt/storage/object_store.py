@@ -26,8 +26,6 @@ from functional_ckpt.storage.buckets.base import Bucket, Entry, NotFound
 from functional_ckpt.storage.object_access import ConditionalObjects, ObjectTensorStore
 from functional_ckpt.storage.requests import NUM_REQUESTS, Requests
 
-__all__ = ["MARKER", "ObjectStorage"]
-
 MARKER = orbax.COMMIT_FILE
 _READ_BYTES = 16 * 2**20
 _MAX_LINK_BYTES = 1024

@@ -10,8 +10,6 @@ from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.object_store import ObjectStorage
 from functional_ckpt.storage.paths import check_arrays_path, is_remote, resolve
 
-__all__ = ["connect"]
-
 
 def connect(
     path: Any, storage: Storage | None = None, *, is_patient: bool = True

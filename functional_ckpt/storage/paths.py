@@ -8,8 +8,6 @@ from typing import Any
 
 from functional_ckpt import errors
 
-__all__ = ["check_arrays_path", "is_remote", "resolve", "resolve_local", "resolve_uri"]
-
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 

@@ -8,20 +8,6 @@ from functional_ckpt import errors
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.system_errors import is_absence
 
-__all__ = [
-    "age_seconds",
-    "exists",
-    "irregular",
-    "is_directory",
-    "is_link",
-    "kind",
-    "modified_ns",
-    "read_optional",
-    "regular_sizes",
-    "sizes",
-    "total_bytes",
-]
-
 
 def exists(storage: Storage, path: str) -> bool:
     """Returns whether anything is at `path`, be it a link that leads nowhere."""

@@ -20,8 +20,6 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.journal import name_in_directory, read_journal
 from functional_ckpt.storage.queries import read_optional
 
-__all__ = ["RemovalJournal"]
-
 _JOURNAL = "removing.json"
 
 

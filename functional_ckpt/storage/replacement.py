@@ -17,8 +17,6 @@ from functional_ckpt.storage.commit_base import rollback
 from functional_ckpt.storage.queries import exists
 from functional_ckpt.storage.tmp_paths import tmp_path
 
-__all__ = ["finish", "is_replaced", "is_under_way", "old_copy", "replace"]
-
 _ENDING = "-replaced"
 _MAX_NAME_BYTES = 255
 

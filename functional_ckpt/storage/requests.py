@@ -22,8 +22,6 @@ from functional_ckpt.storage.buckets.base import (
 )
 from functional_ckpt.storage.buckets.lease import Lease
 
-__all__ = ["NUM_REQUESTS", "Requests"]
-
 NUM_REQUESTS = 16
 _T = TypeVar("_T")
 

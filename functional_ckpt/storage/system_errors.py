@@ -9,8 +9,6 @@ from collections.abc import Generator
 
 from functional_ckpt import errors
 
-__all__ = ["absence_as_damage", "clear_errors", "is_absence"]
-
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 
 

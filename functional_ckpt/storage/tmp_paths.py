@@ -26,17 +26,6 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.file_lock import FileLock
 from functional_ckpt.storage.system_errors import clear_errors
 
-__all__ = [
-    "TMP_SUFFIX",
-    "claim",
-    "final_path",
-    "is_claim",
-    "remove_if_dead",
-    "serialized",
-    "tmp_path",
-    "unique_tmp_path",
-]
-
 TMP_SUFFIX = ".orbax-checkpoint-tmp"
 _CLAIM = re.compile(re.escape(TMP_SUFFIX) + r"-[0-9a-f]{12}\.(?P<machine>[0-9a-f]{8})")
 _MAX_NAME_BYTES = 255

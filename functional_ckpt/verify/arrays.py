@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from functional_ckpt.format.inspect import Places
     from functional_ckpt.format.reader import ArrayReader
 
-__all__ = ["ItemArrays"]
-
 # Values up to this size are read many at a time, straight from the key-value store.
 _SMALL_BYTES = 128 * 1024
 _BATCH = 512

@@ -26,8 +26,6 @@ from functional_ckpt.verify.arrays import ItemArrays
 from functional_ckpt.verify.findings import Finding, Problem, Progress, Verification, reason
 from functional_ckpt.verify.foreign import verify_foreign
 
-__all__ = ["Finding", "Problem", "Progress", "verify_checkpoint"]
-
 # Below this a second thread takes longer to start than it saves.
 _THREADS_BYTES = 2**20
 

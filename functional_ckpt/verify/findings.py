@@ -10,8 +10,6 @@ from typing import Literal, TypeAlias
 from functional_ckpt import errors
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["Finding", "Problem", "Progress", "Verification", "reason"]
-
 Problem: TypeAlias = Literal[
     "missing",
     "unexpected",

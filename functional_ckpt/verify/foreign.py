@@ -15,8 +15,6 @@ from functional_ckpt.verify.findings import Verification, reason
 if TYPE_CHECKING:
     from functional_ckpt.format.reader import ArrayReader
 
-__all__ = ["verify_foreign"]
-
 # How much of an array is held in memory at a time.
 _SLAB_BYTES = 256 * 2**20
 

@@ -14,19 +14,6 @@ from collections.abc import Iterator
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 
-__all__ = [
-    "DIGEST_BLOCK_BYTES",
-    "MAX_CHUNK_BYTES",
-    "MAX_INLINE_BYTES",
-    "ChunkGrid",
-    "asked_bytes",
-    "choose_grid",
-    "digest_offsets",
-    "run_in_chunk",
-    "run_of",
-    "whole_blocks",
-]
-
 # Small enough that object stores and partial reads stay cheap, large enough that a 2 GiB state is
 # 64 chunks.
 MAX_CHUNK_BYTES = 32 * 2**20

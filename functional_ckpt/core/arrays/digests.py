@@ -12,8 +12,6 @@ import xxhash
 
 from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, digest_offsets
 
-__all__ = ["BlockDigests", "Digests", "Mismatch", "digest_blocks"]
-
 _DIGITS = 16
 
 

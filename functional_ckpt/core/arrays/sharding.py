@@ -18,8 +18,6 @@ from typing import Any, TypeAlias
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.spec import Box
 
-__all__ = ["DimShard", "Piece", "Sharding", "local_of", "pieces_of", "sharding_of", "wrong_local"]
-
 Run: TypeAlias = tuple[int, int]
 """First index and one past the last of a stretch of a dim."""
 

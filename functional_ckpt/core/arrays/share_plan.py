@@ -14,8 +14,6 @@ from typing import TypeAlias
 from functional_ckpt.core.arrays.chunks import ChunkGrid, asked_bytes
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 
-__all__ = ["Share", "SharedChunk", "StoredArray", "Region", "plan_sharing"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StoredArray:

@@ -14,16 +14,6 @@ from functional_ckpt import errors
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = [
-    "CARRIED_BY",
-    "MAX_NUM_DIMS",
-    "STORAGE_DTYPES",
-    "Array",
-    "ArraySpec",
-    "Box",
-    "numpy_dtype",
-]
-
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 # TensorStore's limit on the rank of an array.

@@ -17,8 +17,6 @@ from functional_ckpt.core.arrays.chunks import MAX_CHUNK_BYTES, ChunkGrid, choos
 from functional_ckpt.core.arrays.sharding import Piece, Sharding
 from functional_ckpt.core.arrays.spec import ArraySpec
 
-__all__ = ["PlannedArray", "PlannedPiece", "ShardedArray", "plan_alone", "plan_writes"]
-
 Index: TypeAlias = tuple[int, ...]
 
 # Eight replicas that share 2 GiB in full chunks have eight each, and none more than one more.

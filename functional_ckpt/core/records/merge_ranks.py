@@ -12,8 +12,6 @@ from functional_ckpt.core.arrays.sharding import Sharding
 from functional_ckpt.core.tree import plain_json, structure, walk
 from functional_ckpt.core.tree.structure import ArrayNode, BranchNode, Key, KeyPath, Node, ValueNode
 
-__all__ = ["select_rank", "merge_ranks", "merge_shardings"]
-
 Parts: TypeAlias = "Sequence[tuple[int, Node]]"
 
 

@@ -16,20 +16,6 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.tree import plain_json, structure
 
-__all__ = [
-    "CHECKPOINT_METADATA_FILE",
-    "COMMIT_FILE",
-    "TREE_METADATA_FILE",
-    "STRINGS_FILE",
-    "TMP_SUFFIX",
-    "checkpoint_metadata",
-    "parse_tree",
-    "scalar_leaves",
-    "strings",
-    "tree_metadata",
-    "zarr3_metadata",
-]
-
 Json: TypeAlias = Any
 
 CHECKPOINT_METADATA_FILE = "_CHECKPOINT_METADATA"

@@ -27,21 +27,6 @@ from functional_ckpt.core.records import structure_json
 from functional_ckpt.core.tree import structure
 from functional_ckpt.core.tree.plain_json import integer, parse, string
 
-__all__ = [
-    "EXTENSION_FILE",
-    "ArrayRecord",
-    "FileRecord",
-    "ItemRecord",
-    "StepRecord",
-    "digest_hex",
-    "parse_item",
-    "parse_json",
-    "parse_object",
-    "parse_step",
-    "with_checksum",
-    "verify_checksum",
-]
-
 Json: TypeAlias = Any
 
 EXTENSION_FILE = "_FUNCTIONAL_CKPT"

@@ -17,8 +17,6 @@ from functional_ckpt.core.arrays.spec import CARRIED_BY, ArraySpec
 from functional_ckpt.core.tree import plain_json, structure, walk
 from functional_ckpt.core.tree.plain_json import integer, string
 
-__all__ = ["from_json", "shape", "to_json"]
-
 Json: TypeAlias = Any
 
 _SEQUENCES = ("list", "tuple", "torch_size", "deque")

@@ -9,8 +9,6 @@ from functional_ckpt.core.restore_plan.keep import INCOMPLETE
 from functional_ckpt.core.tree import encode, plain_json, structure, walk
 from functional_ckpt.core.tree.structure import BranchNode, Key, Node, ValueNode
 
-__all__ = ["from_node", "to_node"]
-
 
 def to_node(value: Any) -> Node:
     """Returns the structure of a JSON value; packed values and empty containers are leaves."""

@@ -18,8 +18,6 @@ from functional_ckpt.core.tree import composite, flatten, structure, walk
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING, Fill
 from functional_ckpt.core.tree.structure import Key, Node
 
-__all__ = ["INCOMPLETE", "is_own", "keep_unselected"]
-
 INCOMPLETE = "incomplete"
 """Detail of a container some of whose children are left out though it needs them all."""
 

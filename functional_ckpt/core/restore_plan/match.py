@@ -26,8 +26,6 @@ from functional_ckpt.core.tree import composite, encode, flatten, memory, struct
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING, Fill, Refused
 from functional_ckpt.core.tree.structure import KeyPath
 
-__all__ = ["match", "own_value"]
-
 _LEAVES = (Fill, Refused, torch.Tensor)
 _HANDLED = structure.BranchNode(kind="handled", keys=(), children=())
 _Pair: TypeAlias = tuple[structure.Node | None, Any, KeyPath]

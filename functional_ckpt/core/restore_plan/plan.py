@@ -9,18 +9,6 @@ from typing import Any, Literal, TypeAlias
 from functional_ckpt import errors
 from functional_ckpt.core.tree import structure
 
-__all__ = [
-    "Binding",
-    "Bound",
-    "Build",
-    "Filled",
-    "Given",
-    "ReadArray",
-    "RestoreReport",
-    "merge",
-    "raise_report",
-]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Given:

@@ -14,11 +14,6 @@ from functional_ckpt import errors
 from functional_ckpt.core.tree import composite, structure
 from functional_ckpt.core.tree.structure import Key, KeyPath
 
-__all__ = [
-    "KeyMap",
-    "Renaming",
-]
-
 KeyMap: TypeAlias = (
     Mapping[str, str] | Sequence[tuple[str | re.Pattern[str], str]] | Callable[[str], str | None]
 )

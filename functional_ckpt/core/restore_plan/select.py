@@ -14,15 +14,6 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays.spec import CARRIED_BY, STORAGE_DTYPES, ArraySpec
 from functional_ckpt.core.tree import composite, encode, flatten, structure, walk
 
-__all__ = [
-    "OWN",
-    "Ignored",
-    "Selection",
-    "Selects",
-    "prune",
-    "specs",
-]
-
 OWN = "own"
 """Kind of a node whose value is the target's own: in a restore only, never on disk."""
 Selects: TypeAlias = Callable[[str], bool]

@@ -14,15 +14,6 @@ from functional_ckpt.core.arrays import sharding
 from functional_ckpt.core.tree import context as context_lib
 from functional_ckpt.core.tree import decode, encode, memory, structure
 
-__all__ = [
-    "KINDS",
-    "Parts",
-    "build_tensor",
-    "is_known",
-    "open_tensor",
-    "why_opaque",
-]
-
 Parts: TypeAlias = tuple[str, Mapping[str, Any], Mapping[str, object]]
 """Kind, parts by name, detail."""
 

@@ -21,16 +21,6 @@ from functional_ckpt.core.tree import composite, plain_json, structure
 from functional_ckpt.core.tree import context as context_lib
 from functional_ckpt.core.tree.structure import Key
 
-__all__ = [
-    "FlatNode",
-    "flatten_one_level",
-    "is_equal",
-    "overlay",
-    "register_record",
-    "registered_name",
-    "unflatten_one_level",
-]
-
 _PLAIN_KEYS = (str, int, bool, float, bytes, type(None))
 # Python refuses to print longer integers, and keys are printed: they are part of names.
 _MAX_KEY_BITS = 10_000

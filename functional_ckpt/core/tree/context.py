@@ -17,8 +17,6 @@ import torch
 from functional_ckpt.core.tree import plain_json
 from functional_ckpt.core.tree.plain_json import Json, string
 
-__all__ = ["is_of_torch", "is_storable", "pack", "tag", "unpack", "untag"]
-
 _MAX_DEPTH = 20
 _OF_TORCH = (torch.dtype, torch.layout, torch.memory_format)
 

@@ -18,8 +18,6 @@ from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.core.tree import encode, structure
 
-__all__ = ["Destination", "allocate", "apply_tensor_role"]
-
 _ALIGNED_FROM_BYTES = 2**20
 _UNFIT = (TypeError, ValueError, OverflowError, RuntimeError, MemoryError)
 

@@ -19,21 +19,6 @@ from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.core.tree import memory, plain_json, structure
 
-__all__ = [
-    "NUMPY_ONLY",
-    "array_node",
-    "tensor_role",
-    "host_view",
-    "ordinary_node",
-    "plain_value",
-    "source_of",
-    "tensor_over",
-    "torch_dtype",
-    "torch_dtype_name",
-    "value_node",
-    "why_wrapped",
-]
-
 _CARRIED_BY = spec_lib.CARRIED_BY
 # numpy kinds without a zarr counterpart: datetimes as their 64-bit counts.
 _NUMPY_CARRIED_BY = {"M": "int64", "m": "int64"}

@@ -16,20 +16,6 @@ from functional_ckpt.core.tree import encode, memory, structure, walk
 from functional_ckpt.core.tree.containers import FlatNode, flatten_one_level, unflatten_one_level
 from functional_ckpt.core.tree.structure import ROOT_NAME, Key, KeyPath, leaf_name
 
-__all__ = [
-    "PLAIN_TYPES",
-    "ROOT_NAME",
-    "FlatNode",
-    "FlatTree",
-    "OpenLeaf",
-    "unflatten_one_level",
-    "flatten",
-    "leaf_name",
-    "map_leaves",
-    "flatten_one_level",
-]
-
-
 OpenLeaf: TypeAlias = Callable[[Any, Any], structure.Handled | None]
 """Returns the tree of a value's handler; None for a value without one.
 

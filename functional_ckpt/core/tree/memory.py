@@ -13,18 +13,6 @@ from functional_ckpt.core.arrays import sharding
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-__all__ = [
-    "can_be_imitated",
-    "is_contiguous_strided",
-    "is_expanded",
-    "is_opaque",
-    "is_plain",
-    "is_wrapper",
-    "storage_key",
-    "tie_key",
-    "writing",
-]
-
 _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 
 

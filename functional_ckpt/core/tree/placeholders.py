@@ -9,8 +9,6 @@ import dataclasses
 import enum
 from typing import Any, Final
 
-__all__ = ["AS_SAVED", "NOTHING", "AsSaved", "Fill", "Nothing", "Refused"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fill:

@@ -19,23 +19,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
-__all__ = [
-    "TYPE",
-    "Json",
-    "Special",
-    "Unspecial",
-    "decode",
-    "encode",
-    "is_packed",
-    "is_plain",
-    "kind_of",
-    "pack",
-    "parse",
-    "tag",
-    "unpack",
-    "untag",
-]
-
 Json: TypeAlias = Any
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))

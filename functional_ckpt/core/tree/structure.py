@@ -14,39 +14,6 @@ from typing import Any, Literal, TypeAlias, TypeGuard
 from functional_ckpt.core.arrays import sharding as sharding_lib
 from functional_ckpt.core.arrays import spec as spec_lib
 
-__all__ = [
-    "BARE",
-    "HANDLER",
-    "LOCAL",
-    "MERGED",
-    "RESIZE",
-    "ROOT_NAME",
-    "SHARDING",
-    "ArrayNode",
-    "BranchNode",
-    "Described",
-    "Handled",
-    "Key",
-    "KeyPath",
-    "MergedNames",
-    "Node",
-    "ValueNode",
-    "describe",
-    "handler_of",
-    "is_names",
-    "is_unicode",
-    "iter_leaves",
-    "join",
-    "key_prefix",
-    "leaf_name",
-    "pretty",
-    "rank_key",
-    "sharding_text",
-    "short",
-    "tree_of",
-    "without",
-]
-
 # The name on disk of an item that is one bare leaf.
 ROOT_NAME = "value"
 # Detail of a list of names.

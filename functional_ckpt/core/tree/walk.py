@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeAlias, TypeVar
 
-__all__ = ["Trail", "Visit", "fold", "leaf"]
-
 K = TypeVar("K")
 T = TypeVar("T")
 R = TypeVar("R")

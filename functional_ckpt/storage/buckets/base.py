@@ -17,17 +17,6 @@ import xxhash
 
 from functional_ckpt import errors
 
-__all__ = [
-    "NotFound",
-    "Bucket",
-    "PreconditionFailed",
-    "SpooledBucket",
-    "Entry",
-    "PermanentError",
-    "TransientError",
-    "retrying",
-]
-
 _log = logging.getLogger("functional_ckpt")
 _T = TypeVar("_T")
 

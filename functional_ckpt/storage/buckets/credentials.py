@@ -17,8 +17,6 @@ from collections.abc import Mapping
 
 from functional_ckpt import errors
 
-__all__ = ["S3Credentials", "gcs_credentials", "oci_credentials", "redact", "s3_credentials"]
-
 _GCS_ENDPOINT = "https://storage.googleapis.com"
 _OCI_ENDPOINT = "https://{namespace}.compat.objectstorage.{region}.oraclecloud.com"
 

@@ -22,8 +22,6 @@ from functional_ckpt.storage.buckets.base import (
     TransientError,
 )
 
-__all__ = ["FsspecBucket", "open_fsspec"]
-
 _PART_BYTES = 8 * 2**20
 
 

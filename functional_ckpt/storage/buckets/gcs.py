@@ -24,8 +24,6 @@ from functional_ckpt.storage.buckets.base import (
     TransientError,
 )
 
-__all__ = ["GcsBucket", "open_gcs"]
-
 _PART_BYTES = 16 * 2**20
 _NUM_CONNECTIONS = 64
 _TIMEOUT_SECONDS = (5, 60)  # to connect; between two pieces of an answer

@@ -33,8 +33,6 @@ from functional_ckpt.storage.buckets.base import (
     retrying,
 )
 
-__all__ = ["LEASE_SECONDS", "Lease", "LeaseStore", "take"]
-
 LEASE_SECONDS = 60.0
 _RENEW_SECONDS = LEASE_SECONDS / 4
 _LOOK_SECONDS = 2.0

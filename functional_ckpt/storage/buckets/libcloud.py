@@ -27,8 +27,6 @@ from functional_ckpt.storage.buckets.base import (
     TransientError,
 )
 
-__all__ = ["LibcloudBucket", "open_libcloud"]
-
 
 def open_libcloud(uri: str, name: str, environ: Mapping[str, str] = os.environ) -> LibcloudBucket:
     """Returns a container of a provider, such as `local:bucket` or `azure_blobs:bucket`.

@@ -21,8 +21,6 @@ from functional_ckpt.storage.buckets.base import (
     TransientError,
 )
 
-__all__ = ["ObstoreBucket", "open_s3"]
-
 _PART_BYTES = 8 * 2**20
 # A request that got no answer is made again: by `base.retrying`, which also sees to uploads.
 _RETRIES = {"max_retries": 1, "retry_timeout": datetime.timedelta(seconds=30)}

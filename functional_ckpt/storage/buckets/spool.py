@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable
 
 from functional_ckpt.storage.buckets.base import Entry
 
-__all__ = ["Spool"]
-
 
 class Spool:
     """A temporary folder of copies, removed with its storage. Safe to use from any thread."""
