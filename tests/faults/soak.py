@@ -33,7 +33,7 @@ import soak_check
 import soak_journal
 import torch
 from soak_journal import Journal
-from soak_worker import Arena, Writer, evaluate, key_of, save_paths
+from soak_worker import Arena, Writer, evaluate, key_of, save_paths, staying
 
 import functional_ckpt.manager
 from functional_ckpt import errors
@@ -228,12 +228,13 @@ class Soak:
             if what == "intrude":
                 self._wait_for(self._fork(_intrude, arena, journal))
             elif what == "move" and arena.paths == ("side",) and self._may("move"):
-                self._move_away(arena, journal, pid, choose)
+                with contextlib.suppress(BlockingIOError), staying(arena, wait=False):
+                    self._move_away(arena, pid, choose)
             time.sleep(choose.uniform(0.0, 0.2))
         finally:
             os.kill(pid, signal.SIGCONT)
 
-    def _move_away(self, arena: Arena, journal: Journal, pid: int, choose: random.Random) -> None:
+    def _move_away(self, arena: Arena, pid: int, choose: random.Random) -> None:
         """The run's directory has another name while its writer continues."""
         if not arena.run.is_dir():
             return

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import math
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,25 @@ class Clock:
         self._offset_seconds = seconds
 
 
+@contextlib.contextmanager
+def staying(arena: Arena, *, wait: bool = True) -> Generator[None]:
+    """Either a manager is opened or the run's directory is elsewhere, never both.
+
+    A manager that is opened meanwhile starts a new run at the old path, which is right, and which
+    is removed when the directory is moved back.
+
+    Args:
+        arena: The arena.
+        wait: Whether to wait for the other process.
+
+    Raises:
+        BlockingIOError: The other process has the directory, and `wait` is False.
+    """
+    with open(arena.folder / "staying", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
 class Writer:
     """One process that writes, with options and operations drawn at random."""
 
@@ -194,9 +214,10 @@ class Writer:
         until = time.monotonic() + _TIMEOUT_SECONDS
         while True:
             try:
-                manager = fc.CheckpointManager(
-                    arena.run, keep_policy=keep, tiers=arena.further(), **options
-                )
+                with staying(arena):
+                    manager = fc.CheckpointManager(
+                        arena.run, keep_policy=keep, tiers=arena.further(), **options
+                    )
             except errors.LockedError:  # a manager that was dropped may still be committing
                 if time.monotonic() > until:
                     raise
@@ -386,7 +407,8 @@ class Writer:
     def intrude(self) -> None:
         """A second writer, which must not get in."""
         try:
-            fc.CheckpointManager(self._arena.run).close()
+            with staying(self._arena):
+                fc.CheckpointManager(self._arena.run).close()
         except errors.LockedError:
             return
         self._journal.say("wrong", message="a second writer of the same process got in")
