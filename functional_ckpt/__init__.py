@@ -50,41 +50,24 @@ if TYPE_CHECKING:
     from functional_ckpt.steps.metadata import StepMetadata as StepMetadata
     from functional_ckpt.steps.tiers import Tier as Tier
 
-# Where each public name lives; imported when first used: the command line starts without torch.
+# Module -> its public names, which are imported when first used: the command line starts without
+# torch. The other names of `__all__` are modules.
 _HOMES = {
-    "Blocking": "saving.options",
-    "CheckpointError": "errors",
-    "CheckpointItem": "handlers",
-    "CheckpointManager": "manager",
-    "Commit": "saving.background",
-    "Eager": "saving.options",
-    "Event": "events",
-    "Generator": "handlers",
-    "Json": "handlers",
-    "Module": "handlers",
-    "Optimizer": "handlers",
-    "Overlapped": "saving.options",
-    "Progress": "policies.progress",
-    "PyTree": "handlers",
-    "RestoreReport": "core.restore_plan.plan",
-    "Restored": "restoring.restore",
-    "Rng": "handlers",
-    "StepMetadata": "steps.metadata",
-    "Stateful": "handlers",
-    "Tier": "steps.tiers",
-    "TorchMetric": "handlers",
-    "errors": "",
-    "flags": "",
-    "handlers": "",
-    "hooks": "",
-    "interop": "",
-    "listeners": "",
-    "metadata": "checkpoint",
-    "policies": "",
-    "restore": "checkpoint",
-    "save": "checkpoint",
-    "step_names": "",
-    "training_items": "handlers",
+    "checkpoint": ("metadata", "restore", "save"),
+    "core.restore_plan.plan": ("RestoreReport",),
+    "errors": ("CheckpointError",),
+    "events": ("Event",),
+    "handlers": (
+        *("CheckpointItem", "Generator", "Json", "Module", "Optimizer", "PyTree", "Rng"),
+        *("Stateful", "TorchMetric", "training_items"),
+    ),
+    "manager": ("CheckpointManager",),
+    "policies.progress": ("Progress",),
+    "restoring.restore": ("Restored",),
+    "saving.background": ("Commit",),
+    "saving.options": ("Blocking", "Eager", "Overlapped"),
+    "steps.metadata": ("StepMetadata",),
+    "steps.tiers": ("Tier",),
 }
 
 # Old name -> new name.
@@ -144,12 +127,11 @@ def __getattr__(name: str) -> Any:
         warnings.warn(f"fc.{name} is now fc.{moved}.", DeprecationWarning, stacklevel=2)
         module, _, name = f"{__name__}.{moved}".rpartition(".")
         return getattr(importlib.import_module(module), name)
-    home = _HOMES.get(name)
-    if home is None:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if home == "":
-        return importlib.import_module(f"{__name__}.{name}")
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    module = importlib.import_module(f"{__name__}.{home or name}")
+    value = getattr(module, name) if home else module
     globals()[name] = value
     return value
 

@@ -20,6 +20,7 @@ from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.interop import opened
 from functional_ckpt.interop.source import Source
+from functional_ckpt.policies import lines
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
@@ -75,13 +76,7 @@ def save(
         with plan_lib.SavePlanner(group).planning(None) as planning:
             if group.rank == 0:
                 _check_free(storage, final, overwrite=overwrite)
-            info = finalize.CheckpointInfo(
-                step=None,
-                init_time_ns=time.time_ns(),
-                metrics=saver.as_json(metrics, "metrics"),
-                progress=saver.checked_progress(progress),
-                custom_metadata=saver.as_json(custom_metadata, "custom_metadata") or {},
-            )
+            info = saver.checkpoint_info(None, metrics, progress, custom_metadata, lines.Line())
             planning.items = lower.lower(
                 items, registry or default_registry(), rank=group.rank, ranks=group.global_ranks
             )

@@ -20,7 +20,7 @@ from functional_ckpt.restoring.restorer import check_step
 from functional_ckpt.run import open_run
 from functional_ckpt.saving import background, saver
 from functional_ckpt.saving.calls import Calls, exclusive
-from functional_ckpt.saving.options import Eager, SaveOptions, Staging, StepExtras
+from functional_ckpt.saving.options import Eager, SaveOptions, Staging
 from functional_ckpt.steps import acquire, names, orbax_adapters
 from functional_ckpt.steps.metadata import StepMetadata
 from functional_ckpt.steps.tiers import Tier
@@ -151,7 +151,9 @@ class CheckpointManager:
         return self._saver.save(
             check_step(step),
             items,
-            about=StepExtras(metrics=metrics, progress=progress, custom_metadata=custom_metadata),
+            metrics=metrics,
+            progress=progress,
+            custom_metadata=custom_metadata,
             force=force,
         )
 

@@ -61,7 +61,6 @@ class Handler(abc.ABC):
         Raises:
             MismatchError: The checkpoint cannot be restored into `value`.
         """
-        del saved, strict
         return self.lower(value)
 
     def own(self, value: Any) -> Any:
@@ -74,7 +73,6 @@ class Handler(abc.ABC):
         A save with `staging=fc.Overlapped()` copies that, and the parameters that they update,
         while training continues to their next step.
         """
-        del value
         return ()
 
     def first_rank_leaves(self, value: Any) -> Mapping[str, bool]:
@@ -86,7 +84,6 @@ class Handler(abc.ABC):
         Returns:
             Name -> whether a difference is worth a warning.
         """
-        del value
         return {}
 
     def can_resize(self) -> bool:
@@ -113,7 +110,6 @@ class Handler(abc.ABC):
 
     def selects(self, name: str) -> bool:
         """Whether a stored leaf concerns this handler; one that does not is no unexpected leaf."""
-        del name
         return True
 
     @abc.abstractmethod

@@ -25,12 +25,10 @@ class PyTreeHandler(Handler):
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """Returns the value itself: its containers and arrays are imitated, in new memory."""
-        del saved
         return value
 
     def lift(self, value: Any, tree: Any) -> Any:
         """Returns the restored tree itself."""
-        del value
         return tree
 
 

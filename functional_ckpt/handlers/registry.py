@@ -38,7 +38,6 @@ def default_registry() -> Registry:
 
 
 def _always(value: object) -> bool:
-    del value
     return True
 
 

@@ -16,21 +16,15 @@ if TYPE_CHECKING:
     from functional_ckpt.interop.source import Format as Format
     from functional_ckpt.interop.source import Source as Source
 
-_HOMES = {
-    "FORMATS": "detect",
-    "Format": "source",
-    "Source": "source",
-    "huggingface": "",
-    "open": "detect",
-}
+_HOMES = {"FORMATS": "detect", "Format": "source", "Source": "source", "open": "detect"}
 
 __all__ = ["FORMATS", "Format", "Source", "huggingface", "open"]
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES.get(name)
     module = importlib.import_module(f"{__name__}.{home or name}")
     return getattr(module, name) if home else module
 

@@ -207,7 +207,6 @@ class SaveCallback(callbacks.Callback):
             UsageError: The manager was made before the processes knew each other, or the strategy
                 shards the model.
         """
-        del pl_module
         if stage != "fit":
             return
         strategy = type(trainer.strategy).__name__
@@ -232,7 +231,6 @@ class SaveCallback(callbacks.Callback):
 
         Lightning draws the first data of the epoch before it calls anything else.
         """
-        del pl_module
         path, self._resumed, self._is_preempted = trainer.ckpt_path, None, False
         self._due, self._seen = None, int(trainer.global_step)
         step = self._io._step(path) if path else None
@@ -250,13 +248,11 @@ class SaveCallback(callbacks.Callback):
         Lightning's handler communicates at whatever point the signal comes, and blocks forever
         where one process receives it.
         """
-        del trainer, pl_module
         if self._handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._handler)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Saves the state at the end of the previous epoch."""
-        del pl_module
         if self._due is not None:
             self._due = loops.at_epoch_end(self._due)
         self._save(trainer)
@@ -265,7 +261,6 @@ class SaveCallback(callbacks.Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves the state so far; if resumed within an epoch, restores random generators."""
-        del pl_module, batch, batch_idx
         if self._resumed is not None:
             self._io.manager.restore(self._resumed, {"rng": Rng()})
             self._resumed = None
@@ -275,7 +270,6 @@ class SaveCallback(callbacks.Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Notes how far the training is, where the batch has updated the weights."""
-        del pl_module, outputs, batch
         step, num_batches = int(trainer.global_step), trainer.num_training_batches
         if step == self._seen:
             return
@@ -289,7 +283,6 @@ class SaveCallback(callbacks.Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Saves the state after the last batch."""
-        del pl_module
         if self._is_preempted:
             self._due = None  # saved already; Lightning has run one more batch since
         if self._due is not None and loops.is_epoch_over(trainer):
@@ -298,7 +291,6 @@ class SaveCallback(callbacks.Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Saves the last complete update, if all processes are at the same one."""
-        del pl_module
         is_whole = self._seen == int(trainer.global_step)
         if not is_whole or self._due is None:
             return

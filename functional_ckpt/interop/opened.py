@@ -53,7 +53,6 @@ class _TensorReader:
         delivered: Collection[tuple[int, tuple[int, ...]]] = (),
     ) -> list[Callable[[], None]]:
         """See `ArrayReader.tasks`."""
-        del delivered  # of chunks, which tensors do not have
         return [functools.partial(self._read, each) for each in requests if each.num_reads]
 
     def _read(self, request: ReadRequest) -> None:

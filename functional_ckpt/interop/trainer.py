@@ -85,7 +85,6 @@ class ManagerCallback(trainer_callback.TrainerCallback):
             UsageError: The training was not started by `train`, and some of its state would be
                 left out of every step.
         """
-        del control
         self._due = False
         num_batches = _num_batches(kwargs.get("train_dataloader"))
         if num_batches is not None:
@@ -101,7 +100,6 @@ class ManagerCallback(trainer_callback.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Weights were updated; the Trainer's logs of this step follow."""
-        del args, state, control, kwargs
         self._due = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -201,14 +199,12 @@ def train(trainer: transformers.Trainer, manager: CheckpointManager, **arguments
     # The Trainer reads its state and where it is in the data from a folder, and the rest from
     # files that are not there: the step has it.
     def nothing(*args: Any, **kwargs: Any) -> None:
-        del args, kwargs
+        pass
 
     def restore(folder: Any) -> None:
-        del folder
         _restore(target, manager, step)
 
     def restore_rng(folder: Any) -> None:
-        del folder
         manager.restore(step, {"rng": Rng()})
 
     replaced = {

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.policies.base import KeepPolicy
-from functional_ckpt.policies.progress import Progress
 from functional_ckpt.policies.rules import SaveRule
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tiers import Tier
@@ -92,12 +91,3 @@ class SaveOptions:
             "on_busy": self.on_busy,
             "staging": Eager() if isinstance(self.staging, Eager) else self.staging,
         }
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepExtras:
-    """Metadata saved with a step; the arguments of `save` of the same names."""
-
-    metrics: Mapping[str, Any] | None
-    progress: Progress | None
-    custom_metadata: Mapping[str, Any] | None

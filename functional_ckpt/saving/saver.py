@@ -20,7 +20,7 @@ from functional_ckpt.policies.progress import Progress
 from functional_ckpt.runtime import threads
 from functional_ckpt.saving import background, commit, finalize, lower, stage
 from functional_ckpt.saving import plan as plan_lib
-from functional_ckpt.saving.options import Blocking, SaveOptions, StepExtras
+from functional_ckpt.saving.options import Blocking, SaveOptions
 from functional_ckpt.steps import decide, rollback
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.uploads import Uploads
@@ -67,12 +67,14 @@ class Saver:
         step: int,
         items: Mapping[str, Any],
         *,
-        about: StepExtras,
+        metrics: Mapping[str, Any] | None,
+        progress: Progress | None,
+        custom_metadata: Mapping[str, Any] | None,
         force: bool,
     ) -> background.Commit | None:
         """Saves a step if the policy accepts it; see `CheckpointManager.save`."""
         started = time.monotonic()
-        progress = checked_progress(about.progress)
+        progress = checked_progress(progress)
         # A rank with a pending error takes part in the collectives below: the others would hang.
         failure = self.committer.take_error()
         if not self.decider.should_save(step, progress, force=force):
@@ -89,7 +91,8 @@ class Saver:
         with self._planner.planning(step) as planning:
             if failure is not None:
                 raise failure
-            info = self._info(step, about, may_exist=self._options.overwrite or is_repeat)
+            line = self._next_line(step, progress, may_exist=self._options.overwrite or is_repeat)
+            info = checkpoint_info(step, metrics, progress, custom_metadata, line)
             group = self._coordinator
             planning.items = lower.lower(
                 items, self._registry, rank=group.rank, ranks=group.global_ranks
@@ -118,22 +121,15 @@ class Saver:
             raise cause if isinstance(cause, errors.StepExistsError) else error
         return handle
 
-    def _info(self, step: int, about: StepExtras, *, may_exist: bool) -> finalize.CheckpointInfo:
-        """Returns the step's metadata, after checking that the step may be saved."""
-        line = lines.Line()
-        if self._coordinator.rank == 0:
-            self._steps.check_lock()
-            self._steps.check_free(step, about.progress, overwrite=may_exist)
-            line = self._steps.next_line()
-            self._steps.warn_of_newer(step)
-        return finalize.CheckpointInfo(
-            step=step,
-            init_time_ns=time.time_ns(),
-            metrics=as_json(about.metrics, "metrics"),
-            progress=about.progress,
-            custom_metadata=as_json(about.custom_metadata, "custom_metadata") or {},
-            line=line,
-        )
+    def _next_line(self, step: int, progress: Progress | None, *, may_exist: bool) -> lines.Line:
+        """Returns the line that the step belongs to, after checking that it may be saved."""
+        if self._coordinator.rank:
+            return lines.Line()  # the primary's counts
+        self._steps.check_lock()
+        self._steps.check_free(step, progress, overwrite=may_exist)
+        line = self._steps.next_line()
+        self._steps.warn_of_newer(step)
+        return line
 
     def _stage(
         self, step: int, planning: plan_lib.Planning, cleanup: contextlib.ExitStack
@@ -266,6 +262,24 @@ def _run_and_close(
 ) -> errors.SaveError | None:
     with closing:
         return committer.commit(save)
+
+
+def checkpoint_info(
+    step: int | None,
+    metrics: Mapping[str, Any] | None,
+    progress: Progress | None,
+    custom_metadata: Mapping[str, Any] | None,
+    line: lines.Line,
+) -> finalize.CheckpointInfo:
+    """Returns the metadata of a checkpoint whose save starts now, once it is known to be valid."""
+    return finalize.CheckpointInfo(
+        step=step,
+        init_time_ns=time.time_ns(),
+        metrics=as_json(metrics, "metrics"),
+        progress=checked_progress(progress),
+        custom_metadata=as_json(custom_metadata, "custom_metadata") or {},
+        line=line,
+    )
 
 
 def as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | None:

@@ -71,62 +71,64 @@ RankReport: TypeAlias = Mapping[str, ItemReport]
 """One rank's part of a checkpoint: tree item -> its report."""
 
 
-# ------------------------------------------------------------------------------------ write
-
-
-def write(
+def write_part(
     storage: Storage,
-    directory: str,
+    tmp: str,
     items: Sequence[StagedItem],
-    *,
-    rank: int = 0,
-    num_ranks: int = 1,
-    known: Mapping[str, str] | None = None,
+    group: Coordinator,
+    known: Mapping[str, str],
     num_threads: int = write_direct.NUM_THREADS,
 ) -> RankReport:
-    """Writes this rank's chunks of every item below `directory`; nothing is durable yet.
+    """Writes this rank's chunks of every item; nothing is durable yet.
+
+    The ranks other than the primary also write their report, which `every_report` reads.
 
     Args:
         storage: The file system.
-        directory: The checkpoint.
+        tmp: The checkpoint, which the primary has created.
         items: What to write.
-        rank: This rank.
-        num_ranks: The number of ranks; a single one writes into the items' own databases.
+        group: The ranks; a single one writes into the items' own databases.
         known: The digest of each item's structure on the primary; an equal one is not reported.
         num_threads: How many threads write at a time.
     """
+    if group.rank:
+        is_tmp = commit.TMP_SUFFIX in os.path.basename(tmp)
+        commit.check_visible(storage, tmp if is_tmp else commit.tmp_path(tmp), group.rank)
+    is_alone = group.num_ranks == 1
     backend = backends.Arrays(storage)
-    found: dict[str, ItemReport] = {}
+    report: dict[str, ItemReport] = {}
     for item in sorted(items, key=lambda item: not item.blocks_caller):
         name, root = item.lowered.name, item.lowered.root
         if root is None:
             continue
-        path = os.path.join(directory, name)
+        path = os.path.join(tmp, name)
         # Never the parents: a directory that was moved away meanwhile must not come back.
         storage.make_directory(path, parents=False)
         scalars = [scalar for scalar in item.lowered.scalars if scalar[0] in item.scalars]
-        tied = tied_arrays(item) if num_ranks == 1 else {}
+        tied = _tied_arrays(item) if is_alone else {}
         written = write_direct.Written(digests={}, files={})
         # A single rank writes into the item's own database; a rank without a part has none.
         children: tuple[str, ...] = ()
-        if num_ranks > 1 and (item.writes or scalars):
-            children = tuple(write_tensorstore.child_names(rank, 1))
-        if children or num_ranks == 1:
+        if not is_alone and (item.writes or scalars):
+            children = tuple(write_tensorstore.child_names(group.rank, 1))
+        if children or is_alone:
             written = backend.write(
                 path, "".join(children), item.writes, scalars, tied, num_threads=num_threads
             )
-        is_known = known is not None and known.get(name) == root_digest(root)
-        found[name] = ItemReport(
+        is_known = group.rank > 0 and known.get(name) == _root_digest(root)
+        report[name] = ItemReport(
             digests=written.digests,
             chunk_shapes={w.name: w.grid.chunk_shape for w in item.writes if w.writes_metadata},
             children=children,
             files=written.files,
             root=None if is_known else root,
         )
-    return found
+    if group.rank:
+        write_report(storage, tmp, group.rank, report)
+    return report
 
 
-def tied_arrays(item: StagedItem) -> dict[str, tuple[str, ChunkGrid]]:
+def _tied_arrays(item: StagedItem) -> dict[str, tuple[str, ChunkGrid]]:
     """Returns, for every tied leaf, the name and the grid of the array that holds its bytes."""
     grids = {write.name: write.grid for write in item.writes}
     return {
@@ -157,40 +159,13 @@ def begin(
 
     def on_primary(_: Sequence[bytes]) -> bytes:
         name = os.path.basename(create())
-        known = digests(items) if group.num_ranks > 1 else {}
+        known: dict[str, str] = {}
+        if group.num_ranks > 1:
+            known = {item.name: _root_digest(item.root) for item in items if item.root is not None}
         return json.dumps({"directory": name, "digests": known}).encode()
 
     begun = json.loads(group.gather_broadcast(what, b"", on_primary))
     return os.path.join(root, begun["directory"]), begun["digests"]
-
-
-def write_part(
-    storage: Storage,
-    tmp: str,
-    items: Sequence[StagedItem],
-    group: Coordinator,
-    known: Mapping[str, str],
-    num_threads: int = write_direct.NUM_THREADS,
-) -> RankReport:
-    """Writes one rank's part below `tmp`, which the primary created, and the file of its report.
-
-    The primary needs no file; it gets those of the other ranks from `every_report`.
-    """
-    if group.rank:
-        is_tmp = commit.TMP_SUFFIX in os.path.basename(tmp)
-        commit.check_visible(storage, tmp if is_tmp else commit.tmp_path(tmp), group.rank)
-    report = write(
-        storage,
-        tmp,
-        items,
-        rank=group.rank,
-        num_ranks=group.num_ranks,
-        known=known if group.rank else None,
-        num_threads=num_threads,
-    )
-    if group.rank:
-        write_report(storage, tmp, group.rank, report)
-    return report
 
 
 def every_report(storage: Storage, tmp: str, own: RankReport, num_ranks: int) -> list[RankReport]:
@@ -202,12 +177,7 @@ def every_report(storage: Storage, tmp: str, own: RankReport, num_ranks: int) ->
     return reports
 
 
-def digests(items: Sequence[LoweredItem]) -> dict[str, str]:
-    """Returns the digest of every tree's structure."""
-    return {item.name: root_digest(item.root) for item in items if item.root is not None}
-
-
-def root_digest(root: structure.Node) -> str:
+def _root_digest(root: structure.Node) -> str:
     """Returns a digest by which ranks compare structures, values included."""
     return records.digest_hex(json.dumps(structure_json.to_json(root)).encode())
 

@@ -11,10 +11,14 @@ Every store has the operations of `Storage`. Operations of one kind of store are
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from functional_ckpt.core.records.records import FileRecord
+
+if TYPE_CHECKING:
+    from functional_ckpt.storage.new_file import LocalFiles
+    from functional_ckpt.storage.object_access import ConditionalObjects
 
 Kind: TypeAlias = Literal["a file", "a directory", "a link", "a special file"]
 
@@ -51,66 +55,6 @@ class Lock(Protocol):
         """Releases the lock without waiting; finalizers call it."""
 
 
-class NewFile(Protocol):
-    """A file under construction. Use it from one thread at a time."""
-
-    def write(self, segments: Sequence[memoryview], offset: int) -> None:
-        """Writes all segments, one after the other, from an offset on."""
-
-    def truncate(self, size_bytes: int) -> None:
-        """Sets the size of the file."""
-
-    def close(self) -> None:
-        """Closes the file; safe to call twice."""
-
-
-class Files(Protocol):
-    """Operations of local file systems only."""
-
-    def create(self, path: str, size_bytes: int, *, is_direct: bool) -> NewFile:
-        """Creates a file, with space for `size_bytes` reserved if it is large.
-
-        Args:
-            path: The file; its directory exists.
-            size_bytes: The expected size.
-            is_direct: Whether to bypass the page cache if the file system can.
-        """
-        ...
-
-
-class Objects(Protocol):
-    """Operations of object stores only: conditional requests. Paths are objects."""
-
-    @property
-    def notes(self) -> dict[str, str]:
-        """The tokens of the saves that this process has started, by temporary directory."""
-        ...
-
-    def commit_id(self, path: str) -> str | None:
-        """Time and size of an object; None if there is none."""
-        ...
-
-    def overwrite(self, path: str, data: bytes) -> None:
-        """Writes an object, whether or not there is one."""
-
-    def create(self, path: str, data: bytes) -> bool:
-        """Creates an object; returns whether it now has the given content.
-
-        The answer to an earlier attempt may have been lost: equal content counts as created.
-        """
-        ...
-
-    def replace_exactly(self, path: str, old: bytes, data: bytes) -> bool:
-        """Replaces an object of content `old`; returns whether it now has the given content.
-
-        No lease is checked: the condition alone protects the objects of another writer.
-        """
-        ...
-
-    def remove_exactly(self, path: str, old: bytes) -> None:
-        """Removes an object of content `old`; no lease is checked."""
-
-
 class TensorStoreAccess(Protocol):
     """How TensorStore reaches the store."""
 
@@ -142,12 +86,12 @@ class Storage(Protocol):
         ...
 
     @property
-    def files(self) -> Files | None:
+    def files(self) -> LocalFiles | None:
         """Operations of local file systems; None for an object store."""
         ...
 
     @property
-    def objects(self) -> Objects | None:
+    def objects(self) -> ConditionalObjects | None:
         """Operations of object stores; None for a file system."""
         ...
 

@@ -31,8 +31,9 @@ from functional_ckpt import errors
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.tree import plain_json
 from functional_ckpt.storage import replacement
-from functional_ckpt.storage.base import Objects, Storage
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.commit_base import NOTE, CommitProtocol, noting, to_note
+from functional_ckpt.storage.object_access import ConditionalObjects
 from functional_ckpt.storage.queries import exists, read_optional
 from functional_ckpt.storage.tmp_paths import final_path, tmp_path
 
@@ -51,7 +52,7 @@ class MarkerCommit(CommitProtocol):
 
     verifies_uploads: ClassVar[bool] = True
 
-    def __init__(self, storage: Storage, root: str, objects: Objects) -> None:
+    def __init__(self, storage: Storage, root: str, objects: ConditionalObjects) -> None:
         super().__init__(storage, root)
         self._objects = objects
 
@@ -255,7 +256,6 @@ class MarkerCommit(CommitProtocol):
         self, place: str, final: str, files: Iterable[str], *, overwrite: bool
     ) -> None:
         """See `CommitProtocol.publish_upload`."""
-        del files  # an object is durable once it is written
         replaced = self.publish(place, final, overwrite=overwrite)
         if replaced is not None:
             self.storage.remove(replaced)

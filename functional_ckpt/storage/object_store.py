@@ -139,7 +139,6 @@ class ObjectStorage:
 
     def make_directory(self, path: str, *, parents: bool = True) -> None:
         """Remembers an empty directory and its parents."""
-        del parents
         key = self._requests.key(path)
         with self._mutex:
             while key:

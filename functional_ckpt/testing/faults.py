@@ -18,16 +18,9 @@ from typing import Any, Literal
 
 from functional_ckpt import errors
 from functional_ckpt.core.records.records import FileRecord
-from functional_ckpt.storage.base import (
-    Files,
-    Lock,
-    NewFile,
-    Objects,
-    Stat,
-    Storage,
-    TensorStoreAccess,
-)
+from functional_ckpt.storage.base import Lock, Stat, Storage
 from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.new_file import LocalFiles
 
 __all__ = ["CHANGES", "Crash", "Fault", "FaultyStorage", "Operation"]
 
@@ -113,9 +106,13 @@ class FaultyStorage:
         self.has_failed = False
         self.num_requests = self._inner.num_requests
         files, objects = self._inner.files, self._inner.objects
-        self.files = None if files is None else _Files(self, files)
-        self.objects = None if objects is None else _Objects(self, objects)
-        self.tensorstore = _TensorStore(self, self._inner.tensorstore)
+        self.files: Any = None if files is None else _Files(self, files)
+        kinds = {"overwrite": "write", "create": "write", "replace_exactly": "write"}
+        kinds["remove_exactly"] = "remove"
+        self.objects: Any = None if objects is None else _Counted(self, objects, kinds)
+        # The check before TensorStore writes stands for the write.
+        kinds = {"check_writable": "write_array"}
+        self.tensorstore: Any = _Counted(self, self._inner.tensorstore, kinds)
 
     @property
     def operations(self) -> Sequence[Operation]:
@@ -243,77 +240,42 @@ class FaultyStorage:
 class _Files:
     """Data files: creating, writing and truncating one are operations."""
 
-    def __init__(self, storage: FaultyStorage, inner: Files) -> None:
+    def __init__(self, storage: FaultyStorage, inner: LocalFiles) -> None:
         self._storage, self._inner = storage, inner
 
-    def create(self, path: str, size_bytes: int, *, is_direct: bool) -> _NewFile:
+    def create(self, path: str, size_bytes: int, *, is_direct: bool) -> Any:
         self._storage.operation("write_data", path)
-        return _NewFile(
-            self._storage, path, self._inner.create(path, size_bytes, is_direct=is_direct)
-        )
+        file = self._inner.create(path, size_bytes, is_direct=is_direct)
+        kinds = {"write": "write_data", "truncate": "write_data"}
+        return _Counted(self._storage, file, kinds, path)
 
 
-class _NewFile:
-    def __init__(self, storage: FaultyStorage, path: str, inner: NewFile) -> None:
-        self._storage, self._path, self._inner = storage, path, inner
+class _Counted:
+    """A part of a store, some of whose methods are operations.
 
-    def write(self, segments: Sequence[memoryview], offset: int) -> None:
-        self._storage.operation("write_data", self._path)
-        self._inner.write(segments, offset)
+    Args:
+        storage: Counts the operations.
+        inner: The part.
+        kinds: Method -> kind of operation.
+        path: The path of all operations; None for the first argument of each.
+    """
 
-    def truncate(self, size_bytes: int) -> None:
-        self._storage.operation("write_data", self._path)
-        self._inner.truncate(size_bytes)
+    def __init__(
+        self,
+        storage: FaultyStorage,
+        inner: object,
+        kinds: Mapping[str, str],
+        path: str | None = None,
+    ) -> None:
+        self._storage, self._inner, self._kinds, self._path = storage, inner, kinds, path
 
-    def close(self) -> None:
-        self._inner.close()
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if name not in self._kinds:
+            return found
 
+        def call(*arguments: Any, **options: Any) -> Any:
+            self._storage.operation(self._kinds[name], self._path or arguments[0])
+            return found(*arguments, **options)
 
-class _Objects:
-    """Conditional requests."""
-
-    def __init__(self, storage: FaultyStorage, inner: Objects) -> None:
-        self._storage, self._inner = storage, inner
-        self.notes = inner.notes
-
-    def commit_id(self, path: str) -> str | None:
-        return self._inner.commit_id(path)
-
-    def overwrite(self, path: str, data: bytes) -> None:
-        self._storage.operation("write", path)
-        self._inner.overwrite(path, data)
-
-    def create(self, path: str, data: bytes) -> bool:
-        self._storage.operation("write", path)
-        return self._inner.create(path, data)
-
-    def replace_exactly(self, path: str, old: bytes, data: bytes) -> bool:
-        self._storage.operation("write", path)
-        return self._inner.replace_exactly(path, old, data)
-
-    def remove_exactly(self, path: str, old: bytes) -> None:
-        self._storage.operation("remove", path)
-        self._inner.remove_exactly(path, old)
-
-
-class _TensorStore:
-    """Arrays that TensorStore writes: the check before a write is an operation."""
-
-    def __init__(self, storage: FaultyStorage, inner: TensorStoreAccess) -> None:
-        self._storage, self._inner = storage, inner
-
-    def kvstore(self, directory: str) -> Mapping[str, Any]:
-        return self._inner.kvstore(directory)
-
-    def context(self) -> Mapping[str, Any]:
-        return self._inner.context()
-
-    def check_writable(self, path: str) -> None:
-        self._storage.operation("write_array", path)
-        self._inner.check_writable(path)
-
-    def flush(self, directory: str) -> None:
-        self._inner.flush(directory)
-
-    def redact(self, text: str) -> str:
-        return self._inner.redact(text)
+        return call

@@ -151,7 +151,6 @@ def _shape(node: structure.BranchNode) -> list[int]:
 
 
 def _build_coo(node: structure.BranchNode, children: Sequence[Any], like: object) -> torch.Tensor:
-    del like
     indices, values = children
     return torch.sparse_coo_tensor(
         indices,
@@ -166,7 +165,6 @@ def _build_coo(node: structure.BranchNode, children: Sequence[Any], like: object
 def _build_compressed(
     node: structure.BranchNode, children: Sequence[Any], like: object
 ) -> torch.Tensor:
-    del like
     compressed, plain, values = children
     return torch.sparse_compressed_tensor(
         compressed,
@@ -182,7 +180,6 @@ def _build_compressed(
 def _build_quantized(
     node: structure.BranchNode, children: Sequence[Any], like: object
 ) -> torch.Tensor:
-    del like
     # No public function makes a quantized tensor out of the integers it holds.
     library: Any = torch
     if "axis" in node.detail:

@@ -67,8 +67,8 @@ class PermanentError(Exception):
         self.errno = errno
 
 
-class Bucket(Protocol):
-    """Objects by key. Safe to use from any thread.
+class LeaseStore(Protocol):
+    """Objects by key, written on condition: all that a lease needs. Safe to use from any thread.
 
     Every method raises `PermanentError` or `TransientError`, and `NotFound` where an object is
     needed.
@@ -79,20 +79,12 @@ class Bucket(Protocol):
         """The URI above its keys, such as `s3://bucket`."""
         ...
 
-    def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
-        """Bytes `begin` to `end` of an object, which is at least that long."""
-        ...
-
     def head(self, key: str) -> Entry:
         """Returns the metadata of an object."""
         ...
 
-    def list(self, folder: str) -> Iterable[Entry]:
-        """Returns every object below a folder, however deep; "" is the entire bucket."""
-        ...
-
-    def names(self, folder: str) -> Iterable[str]:
-        """Returns the names of the objects and folders in a folder."""
+    def read(self, key: str) -> bytes:
+        """Returns the content of an object."""
         ...
 
     def write(self, key: str, data: bytes, *, replacing: str | None = None) -> Entry:
@@ -108,9 +100,6 @@ class Bucket(Protocol):
         """
         ...
 
-    def copy(self, source: str, target: str) -> None:
-        """Copies an object within the store."""
-
     def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
         """Deletes objects; those that are not there are passed over.
 
@@ -122,6 +111,29 @@ class Bucket(Protocol):
         Raises:
             PreconditionFailed: One of them has changed, and is still there.
         """
+
+    def redact(self, text: str) -> str:
+        """Returns a message without the credentials that it may quote."""
+        ...
+
+
+class Bucket(LeaseStore, Protocol):
+    """An object store."""
+
+    def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+        """Bytes `begin` to `end` of an object, which is at least that long."""
+        ...
+
+    def list(self, folder: str) -> Iterable[Entry]:
+        """Returns every object below a folder, however deep; "" is the entire bucket."""
+        ...
+
+    def names(self, folder: str) -> Iterable[str]:
+        """Returns the names of the objects and folders in a folder."""
+        ...
+
+    def copy(self, source: str, target: str) -> None:
+        """Copies an object within the store."""
 
     def upload(self, path: str, key: str) -> None:
         """Writes a file into an object; the store holds exactly its bytes when it returns."""
@@ -135,10 +147,6 @@ class Bucket(Protocol):
 
     def context(self) -> Mapping[str, Any]:
         """TensorStore's resources, credentials among them."""
-        ...
-
-    def redact(self, text: str) -> str:
-        """Returns a message without the credentials that it may quote."""
         ...
 
 

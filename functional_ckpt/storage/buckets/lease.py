@@ -16,16 +16,16 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from errno import EIO
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import xxhash
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree import plain_json
 from functional_ckpt.storage.buckets.base import (
-    Entry,
+    LeaseStore,
     NotFound,
     PermanentError,
     PreconditionFailed,
@@ -42,34 +42,6 @@ _MAX_RENEWALS = 3
 _log = logging.getLogger("functional_ckpt")
 # Leases that this process has released, but could not delete in the store.
 _given_up: set[str] = set()
-
-
-class LeaseStore(Protocol):
-    """The interface that a lease needs: `Bucket`, or files of a file system without locks."""
-
-    @property
-    def uri(self) -> str:
-        """The prefix of every key."""
-        ...
-
-    def head(self, key: str) -> Entry:
-        """Returns the status of an object; see `Bucket.head`."""
-        ...
-
-    def read(self, key: str) -> bytes:
-        """Returns the content of an object."""
-        ...
-
-    def write(self, key: str, data: bytes, *, replacing: str | None = None) -> Entry:
-        """Writes an object on condition; see `Bucket.write`."""
-        ...
-
-    def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
-        """Deletes objects; see `Bucket.delete`."""
-
-    def redact(self, text: str) -> str:
-        """Returns a message without credentials."""
-        ...
 
 
 def take(bucket: LeaseStore, key: str) -> Lease:
