@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
 """Change the code a little, many times, and see whether a test fails each time.
 
-Run ``scripts/mutants --sample 200 --seed 1 --measure``. It measures once which test calls which
-function, and keeps the result in the work directory. Each change then runs the tests that call the
-changed function, the quickest first, in a copy of the repository. Without a measurement a change
-runs the tests of its folder. A change that survives is printed with its diff: it needs a test, or
-an entry in ``scripts/mutants.json`` that says why it changes nothing.
+Run ``scripts/mutants --sample 200 --seed 1``. It measures once which test runs which lines, and
+keeps that in the work directory, by the content of the files. Each change then runs the tests that
+run the changed line, the quickest first, in a copy of the repository, until one fails. A change
+that survives is printed with its diff: it needs a test, or an entry in ``scripts/mutants.json``
+that says why it changes nothing. ``--again`` runs those that the last run did not catch.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import itertools
 import json
 import os
 import re
@@ -19,30 +21,54 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import mutate_sites
+import pytest
 from mutate_jobs import Job, Limits, preload, run_jobs, seconds_used
 from mutate_sites import Mutant
-from mutate_tests import PACKAGE, ROOT, choose, label, measure
+from mutate_tests import OPTIONS, PACKAGE, ROOT, Map, label, measure
 
 KNOWN = ROOT / "scripts" / "mutants.json"
 # By pytest's exit status: 2 is that of a module that cannot be imported any more.
 _UNFINISHED = 7
+_CAUGHT = ("killed", "hung")
+_FIRST = 12  # tests of a change
+_TIMES = itertools.count(1_000_000_000)  # of changed files
 _OUTCOMES = {0: "survived", 1: "killed", 2: "killed", None: "hung", _UNFINISHED: "unfinished"}
 
 
 # ------------------------------------------------------------------------------------- the changes
 
 
-class Limit:
-    """A pytest plugin that starts no test when the processor time is used up."""
+class Chosen:
+    """A pytest plugin that runs chosen tests, and starts none when the processor time is used up.
 
-    def __init__(self, seconds: float) -> None:
+    Args:
+        tests: Their names; a name of a file means all of it.
+        seconds: The processor time.
+    """
+
+    def __init__(self, tests: Sequence[str], seconds: float) -> None:
+        self._places = {test: number for number, test in enumerate(tests)}
+        self.files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
         self._end = seconds_used() + seconds
         self.is_over = False
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Leaves the other tests of the files out; the tests of one file stay together."""
+
+        def place(item: Any) -> tuple[int, int]:
+            file = item.nodeid.partition("::")[0]
+            number = self._places.get(item.nodeid, self._places.get(file, -1))
+            return self.files.index(file), number
+
+        found = [(place(item), item) for item in items]
+        found = [each for each in found if each[0][1] >= 0]
+        items[:] = [item for _, item in sorted(found, key=lambda each: each[0])]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Writes the name of the test to the log, which shows the one that hangs."""
@@ -55,32 +81,42 @@ class Limit:
             item.session.shouldstop = "the time is used up"
 
 
+def run_tests(tests: Sequence[str], seconds: float) -> int:
+    """Runs tests until one fails, the first few before the files of the others are imported.
+
+    Returns:
+        0 where none failed, 1 or 2 where one did, as pytest's exit status.
+    """
+    codes: list[int] = []
+    for some in filter(None, (tests[:_FIRST], tests[_FIRST:])):
+        chosen = Chosen(some, seconds)
+        codes.append(int(pytest.main([*chosen.files, *OPTIONS, "-x"], plugins=[chosen])))
+        if chosen.is_over and codes[-1] == pytest.ExitCode.INTERRUPTED:
+            return _UNFINISHED
+        if codes[-1] not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            return codes[-1]
+    return min(codes)
+
+
 def job_of(name: str, mutant: Mutant, tests: Sequence[str], base: Path, cpu_seconds: float) -> Job:
-    """Runs the tests of a change; exits with 0 where none failed, 1 or 2 where one did."""
+    """Returns the job that runs the tests of a change."""
 
     def prepare(copy: Path) -> Callable[[], None]:
         file = copy / mutant.path
-        source = (base / mutant.path).read_bytes()
-        file.write_bytes(mutant.apply(source))
+        file.write_bytes(mutant.apply((base / mutant.path).read_bytes()))
+        when = next(_TIMES)  # the bytecode of another change may have the same size
+        os.utime(file, (when, when))
 
         def undo() -> None:
-            file.write_bytes(source)
+            shutil.copy2(base / mutant.path, file)
 
         return undo
 
-    def work() -> int:
-        import pytest
-
-        limit = Limit(cpu_seconds)
-        options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line"]
-        code = int(pytest.main([*tests, *options], plugins=[limit]))
-        return _UNFINISHED if limit.is_over and code == pytest.ExitCode.INTERRUPTED else code
-
-    return Job(name, work, prepare)
+    return Job(name, lambda: run_tests(tests, cpu_seconds), prepare)
 
 
 def run_mutants(
-    mutants: Sequence[Mutant], tests: Mapping[str, Any], options: argparse.Namespace
+    mutants: Sequence[Mutant], tests: Map, options: argparse.Namespace
 ) -> dict[str, tuple[Mutant, str]]:
     """Runs the tests of each change; returns its outcome by name: killed, hung or survived."""
     work: Path = options.work
@@ -97,12 +133,12 @@ def run_mutants(
         print(
             f"{outcome:11}{mutant.path}:{mutant.line} {mutant.kind} {mutant.function}", flush=True
         )
-        if outcome in ("survived", "unfinished"):
+        if outcome not in _CAUGHT:
             print(diff(mutant, work / "base"), flush=True)
 
     base = work / "base"
     jobs = [
-        job_of(name, each, choose(each, tests), base, options.seconds)
+        job_of(name, each, tests.choose(each, options.seconds), base, 2 * options.seconds)
         for name, each in names.items()
     ]
     run_jobs(jobs, copies_in(work), work, Limits(options.asleep, 10 * options.seconds), done)
@@ -120,6 +156,8 @@ class Failures:
         if report.failed:
             self.found.add(report.nodeid)
 
+    pytest_collectreport = pytest_runtest_logreport
+
 
 def confirm(
     outcomes: dict[str, tuple[Mutant, str]], options: argparse.Namespace
@@ -131,7 +169,7 @@ def confirm(
     """
     work: Path = options.work
     noticed = {
-        name: set(re.findall(r"^FAILED (.+?)(?: - .*)?$", log.read_text(), re.MULTILINE))
+        name: set(re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", log.read_text(), re.MULTILINE))
         for name, (_, outcome) in outcomes.items()
         if outcome == "killed" and (log := work / f"{name}.log").exists()
     }
@@ -140,11 +178,8 @@ def confirm(
     result.unlink(missing_ok=True)
 
     def check() -> int:
-        import pytest
-
-        failures = Failures()
-        options = ["-q", "-p", "no:cacheprovider", "--tb=line"]
-        pytest.main([*tests, *options], plugins=[failures])
+        failures, chosen = Failures(), Chosen(tests, 1e9)
+        pytest.main([*chosen.files, *OPTIONS], plugins=[failures, chosen])
         result.write_text(json.dumps(sorted(failures.found)))
         return 0
 
@@ -187,14 +222,39 @@ def make_copies(work: Path, count: int) -> None:
                 shutil.copy2(ROOT / file, copy / file)
 
 
+def draw(base: Path, options: argparse.Namespace) -> list[Mutant]:
+    """Returns the changes of a sample, or those of the last run that were not caught."""
+    found: list[Mutant] = []
+    for path in sorted((base / PACKAGE).rglob("*.py")):
+        name = str(path.relative_to(base))
+        is_wanted = not options.module or any(part in name for part in options.module)
+        if is_wanted and not name.startswith(f"{PACKAGE}/testing/"):
+            found += mutate_sites.find(name, path.read_bytes())
+    if not options.again:
+        return mutate_sites.sample(found, options.sample, options.seed)
+    drawn: list[Mutant] = []
+    for last in json.loads((options.work / "outcomes.json").read_text()):
+        mutant = Mutant(**last["mutant"])
+        if last["outcome"] not in _CAUGHT:
+            same = [each for each in found if each.key == mutant.key and each.new == mutant.new]
+            drawn += sorted(same, key=lambda each: abs(each.line - mutant.line))[:1]
+    return drawn
+
+
+def keep(outcomes: Iterable[tuple[Mutant, str]], file: Path) -> None:
+    """Writes the outcomes for `--again`."""
+    found = [{"mutant": dataclasses.asdict(each), "outcome": outcome} for each, outcome in outcomes]
+    file.write_text(json.dumps(found, indent=1))
+
+
 def main() -> int:
     """Prints the surviving changes and a summary; exits with 1 below the required share."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=int, default=200, help="how many changes to draw")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--again", action="store_true", help="what the last run did not catch")
     parser.add_argument("--module", action="append", help="only paths that contain this")
-    parser.add_argument("--measure", action="store_true", help="measure the calls of tests")
-    parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument("--seconds", type=float, default=30, help="processor time for a change")
     parser.add_argument("--asleep", type=float, default=90, help="when a test of a change hangs")
     parser.add_argument("--each", type=float, default=30, help="processor time to measure a file")
@@ -205,25 +265,16 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     make_copies(options.work, options.jobs)
     preload()
-    coverage = options.work / "coverage.json"
-    if options.measure:
-        measure(copies_in(options.work), options.work, coverage, options.each)
-    tests = json.loads(coverage.read_text()) if coverage.exists() else {}
-    found: list[Mutant] = []
-    base = options.work / "base"
-    for path in sorted((base / PACKAGE).rglob("*.py")):
-        name = str(path.relative_to(base))
-        is_wanted = not options.module or any(part in name for part in options.module)
-        if is_wanted and not name.startswith(f"{PACKAGE}/testing/"):
-            found += mutate_sites.find(name, path.read_bytes())
-    drawn = mutate_sites.sample(found, options.sample, options.seed)
+    base, kept = options.work / "base", options.work / "map"
+    measure(copies_in(options.work)[0], options.work, kept, options.each)
+    drawn = draw(base, options)
     known = {tuple(each["change"]) for each in json.loads(options.equivalent.read_text())}
     wanted = [each for each in drawn if each.key not in known]
-    outcomes = confirm(run_mutants(wanted, tests, options), options)
+    outcomes = confirm(run_mutants(wanted, Map(kept, base), options), options)
+    keep(outcomes.values(), options.work / "outcomes.json")
     counts = Counter(outcome for _, outcome in outcomes.values())
     counts["equivalent"] = len(drawn) - len(wanted)
-    caught = counts["killed"] + counts["hung"]
-    share = caught / max(1, len(wanted))
+    share = sum(map(counts.__getitem__, _CAUGHT)) / max(1, len(wanted))
     print(
         f"seed {options.seed}: {dict(counts)}: {share:.1%} of the changes that matter were caught"
     )

@@ -86,9 +86,11 @@ def _active_seconds(session: int) -> dict[Path, float]:
 
 def preload() -> None:
     """Imports the libraries that every child needs."""
-    names = ("torch", "torch.distributed", "torch.distributed.tensor", "numpy", "tensorstore")
-    for name in (*names, "xxhash", "pytest"):
-        importlib.import_module(name)
+    torch = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint")
+    other = ("orbax.checkpoint", "hypothesis.extra.numpy", "moto.server", "obstore.store")
+    for name in (*torch, *other, "pytest", "rich.table", "tensorstore", "xxhash"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def run_jobs(
@@ -144,7 +146,7 @@ def _fork(job: Job, copy: Path, logs: Path) -> int:
         os.chdir(copy)
         sys.path[0:0] = [str(copy)]
         os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-        sys.dont_write_bytecode = True
+        sys.dont_write_bytecode = False  # in the copy, for the next child
         code = job.work()
     except BaseException:  # noqa: BLE001 - only the log shows it
         traceback.print_exc()

@@ -1,26 +1,36 @@
-"""The tests to run for a change: those that call the changed function, and those of its folder."""
+"""The tests to run for a change: those that run the changed line, the quickest first."""
 
 from __future__ import annotations
 
-import ast
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mutate_lines
+import pytest
 from mutate_jobs import Job, Limits, run_jobs, seconds_used
 from mutate_sites import Mutant
 
-__all__ = ["choose", "label", "measure"]
+__all__ = ["OPTIONS", "PACKAGE", "ROOT", "Map", "label", "measure"]
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "functional_ckpt"
-_MAX_TESTS = 24  # pytest takes seconds to find hundreds by name
-# Not measured: separate programs, servers, many processes, documentation.
-UNMEASURED_FILES = ("test_sigkill.py", "test_soak.py", "test_syscalls.py")
-UNMEASURED = ("benchmarks", "distributed", "docs", "examples", "flags", "interop", "remote")
+# The plugins that rewrite assertions were imported before.
+_NO_WARNING = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+OPTIONS = ("-q", "-p", "no:cacheprovider", "--tb=line", *_NO_WARNING)
+_CASES = 2  # that are measured of a test with parameters
+# Not measured: documentation, and programs that run for minutes.
+UNMEASURED_FILES = (
+    "test_sigkill.py",
+    "test_soak.py",
+    "test_syscalls.py",
+    "test_mutants.py",
+    "test_ranks.py",
+)
+UNMEASURED = ("benchmarks", "distributed", "docs", "examples", "golden", "resume")
 # By a prefix of the module's path in the package: the tests to run without a measurement.
 TESTS = {
     "storage/buckets": ("tests/remote",),
@@ -48,19 +58,28 @@ TESTS = {
 
 
 class Coverage:
-    """A pytest plugin: for each test the functions it calls, its seconds, whether it failed."""
+    """A pytest plugin: for each test the lines it runs, its seconds, whether it failed."""
 
-    def __init__(self, limit_seconds: float) -> None:
-        import builtins
-
+    def __init__(self, lines: mutate_lines.Lines, limit_seconds: float) -> None:
         self.tests: dict[str, dict[str, Any]] = {}
-        self._hits: set[str] = set()
+        self._lines = lines
         self._began, self._limit = 0.0, seconds_used() + limit_seconds
-        builtins.__dict__["__mutation_hit__"] = self._hits.add
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Leaves all but the first few cases of a test out."""
+        cases = Counter[str]()
+        found: list[Any] = []
+        for item in items:
+            function = item.nodeid.partition("[")[0]
+            cases[function] += 1
+            if cases[function] <= _CASES:
+                found.append(item)
+        items[:] = found
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Starts to count."""
-        self._hits.clear()
+        self._lines.reset()
         self._began = seconds_used()
         self.tests[nodeid] = {"failed": False}
 
@@ -71,7 +90,7 @@ class Coverage:
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """Stops counting."""
         seconds = round(seconds_used() - self._began, 3)
-        self.tests[nodeid] |= {"seconds": seconds, "hits": sorted(self._hits)}
+        self.tests[nodeid] |= {"seconds": seconds, "lines": self._lines.found()}
 
     def pytest_runtest_teardown(self, item: Any) -> None:
         """Skips the rest of a slow file."""
@@ -79,82 +98,58 @@ class Coverage:
             item.session.shouldstop = "long enough"
 
 
-def instrument(path: str, source: str) -> str:
-    """Returns the module with a call at the start of every function that reports its name."""
-    lines = source.splitlines(keepends=True)
-    inserts: list[tuple[int, str]] = []
+def measure(copy: Path, logs: Path, kept: Path, limit_seconds: float) -> None:
+    """Runs each test once and keeps the lines it runs; a test file is measured again if it changed.
 
-    def visit(node: ast.AST, name: str) -> None:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            name = f"{name}.{node.name}".lstrip(".")
-            first = node.body[0]
-            if not isinstance(node, ast.ClassDef) and first.lineno > node.lineno:
-                call = 'get("__mutation_hit__", len)'
-                text = f'__import__("builtins").__dict__.{call}("{path}:{name}")'
-                after = first.end_lineno or 0
-                is_documented = isinstance(first, ast.Expr) and isinstance(
-                    first.value, ast.Constant
-                )
-                place = after if is_documented else first.lineno - 1
-                if not getattr(first, "decorator_list", None):
-                    inserts.append((place, f"{' ' * first.col_offset}{text}\n"))
-        for child in ast.iter_child_nodes(node):
-            visit(child, name)
-
-    visit(ast.parse(source), "")
-    for place, text in sorted(inserts, reverse=True):
-        lines.insert(place, text)
-    return "".join(lines)
-
-
-def measure(copies: Sequence[Path], logs: Path, file: Path, limit_seconds: float) -> None:
-    """Runs each test once and records the functions it calls; earlier results are kept."""
-    base = copies[0].parent / "base"
-    folders = [each for each in sorted((base / "tests").iterdir()) if each.name not in UNMEASURED]
-    names = [
+    Args:
+        copy: A copy of the repository, beside its `base`.
+        logs: The directory of logs.
+        kept: The directory of the measurements.
+        limit_seconds: The processor time for a file; the tests after it are not measured.
+    """
+    base = copy.parent / "base"
+    paths = [
         str(path.relative_to(base))
-        for each in folders
-        for path in sorted(each.glob("test_*.py"))
-        if path.name not in UNMEASURED_FILES
+        for path in sorted((base / PACKAGE).rglob("*.py"))
+        if not path.is_relative_to(base / PACKAGE / "testing")
     ]
-    found: dict[str, Any] = {}
+    modules: dict[str, str] = {}
+    (kept / "sources").mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        source = (base / path).read_bytes()
+        modules[path] = mutate_lines.digest(source)
+        (kept / "sources" / modules[path]).write_bytes(source)
 
-    def instrumented(copy: Path) -> Callable[[], None]:
-        for path in copy.glob(f"{PACKAGE}/**/*.py"):
-            if (text := (copy.parent / "base" / path.relative_to(copy)).read_text()).strip():
-                path.write_text(instrument(str(path.relative_to(copy)), text))
-        return lambda: None
-
-    def work(name: str) -> Callable[[], int]:
+    def work(name: str, digest: str) -> Callable[[], int]:
         def run() -> int:
-            import pytest
-
-            coverage = Coverage(limit_seconds)
-            pytest.main([name, "-q", "-p", "no:cacheprovider"], plugins=[coverage])
-            complete = {k: v for k, v in coverage.tests.items() if "hits" in v}
-            (logs / f"{label(name)}.json").write_text(json.dumps(complete))
+            coverage = Coverage(mutate_lines.Lines(hits, sites), limit_seconds)
+            pytest.main([name, *OPTIONS], plugins=[coverage])
+            tests = {k: v for k, v in coverage.tests.items() if "lines" in v}
+            result = {"digest": digest, "modules": modules, "tests": tests}
+            (kept / f"{label(name)}.json").write_text(json.dumps(result))
             return 0
 
         return run
 
-    def done(job: Job, code: int | None) -> None:
-        result = logs / f"{job.name}.json"
-        if code is None or not result.exists():
-            print(f"not measured: {job.name}", flush=True)
-            return
-        found.update(json.loads(result.read_text()))
-
     jobs: list[Job] = []
-    for name in names:
-        if (result := logs / f"{label(name)}.json").exists():
-            found.update(json.loads(result.read_text()))
-        else:
-            jobs.append(Job(label(name), work(name), instrumented))
-    run_jobs(jobs, copies, logs, Limits(300.0, 300.0), done)
-    file.write_text(json.dumps(found))
-    for copy in copies:
-        shutil.rmtree(copy / PACKAGE)
-        shutil.copytree(copy.parent / "base" / PACKAGE, copy / PACKAGE)
+    for file in sorted((base / "tests").glob("*/test_*.py")):
+        if file.parent.name in UNMEASURED or file.name in UNMEASURED_FILES:
+            continue
+        name, digest = str(file.relative_to(base)), mutate_lines.digest(file.read_bytes())
+        result = kept / f"{label(name)}.json"
+        if not result.exists() or json.loads(result.read_text())["digest"] != digest:
+            jobs.append(Job(label(name), work(name, digest)))
+    if not jobs:
+        return
+    hits, sites = mutate_lines.instrument_all(base, copy, paths, PACKAGE)
+
+    def done(job: Job, code: int | None) -> None:
+        if code != 0:
+            print(f"not measured: {job.name}", flush=True)
+
+    run_jobs(jobs, [copy], logs, Limits(300.0, 300.0), done)
+    shutil.rmtree(copy / PACKAGE)
+    shutil.copytree(base / PACKAGE, copy / PACKAGE)
 
 
 def label(name: str) -> str:
@@ -162,32 +157,62 @@ def label(name: str) -> str:
     return name.replace("/", ".").removesuffix(".py")
 
 
-def choose(mutant: Mutant, tests: Mapping[str, Any]) -> list[str]:
-    """Returns the tests to run for a change: the quickest that call it, then its folder's."""
-    called = [t for t in tests if f"{mutant.path}:{mutant.function}" in tests[t]["hits"]]
-    if not called:  # in a class, in a module, or called in other processes only
-        start = f"{mutant.path}:"
-        called = [t for t in tests if any(hit.startswith(start) for hit in tests[t]["hits"])]
-    called = [t for t in called if not tests[t]["failed"]]
-    inside = mutant.path.removeprefix(f"{PACKAGE}/")
-    folders = next(found for start, found in TESTS.items() if inside.startswith(start))
-    is_enough = len(called) >= 3 and folders[0].rpartition("/")[2] not in UNMEASURED
-    called.sort(key=lambda t: tests[t]["seconds"])
-    cases = Counter[str]()  # one case of each test first, then a second one, and so on
-    turns: dict[str, int] = {}
-    for test in called:
-        function = test.partition("[")[0]
-        turns[test] = cases[function]
-        cases[function] += 1
-    called = sorted(called, key=turns.__getitem__)[:_MAX_TESTS]
-    if is_enough:
-        return called
-    # Single files, because pytest would order those of a folder; the files named after the module
-    # come first.
-    files: list[Path] = []
-    for folder in folders:
-        path = ROOT / folder
-        files += [path] if path.is_file() else sorted(path.glob("test_*.py"))
-    stem = Path(mutant.path).stem
-    files.sort(key=lambda path: stem not in path.stem)
-    return [*called, *dict.fromkeys(str(path.relative_to(ROOT)) for path in files)]
+class Map:
+    """Which lines each test runs, as `measure` kept it.
+
+    Args:
+        kept: The directory of the measurements; it may be missing.
+        base: The repository.
+    """
+
+    def __init__(self, kept: Path, base: Path) -> None:
+        self._base, self._sources = base, kept / "sources"
+        self._files = [json.loads(path.read_text()) for path in sorted(kept.glob("*.json"))]
+        self._folders = sorted((base / "tests").glob("*/test_*.py"))
+
+    def choose(self, mutant: Mutant, seconds: float) -> list[str]:
+        """Returns tests for a change: those that run its line, as many as the time allows.
+
+        The quickest are first, and one case of each test before a second one. In a module that has
+        changed since it was measured, the tests that ran the function take the part of those that
+        ran the line. Whole files follow where fewer than three tests are found.
+        """
+        found: dict[str, float] = {}
+        masks: dict[str, int] = {}
+        for file in self._files:
+            digest = file["modules"].get(mutant.path)
+            if digest is None:
+                continue
+            if digest not in masks:
+                masks[digest] = self._mask(mutant, digest)
+            for name, test in file["tests"].items():
+                lines = int(test["lines"].get(mutant.path, "0"), 16)
+                if lines & masks[digest] and not test["failed"]:
+                    found[name] = test["seconds"]
+        cases = Counter[str]()
+        turns: dict[str, int] = {}
+        for test in sorted(found, key=found.__getitem__):
+            function = test.partition("[")[0]
+            turns[test] = cases[function]
+            cases[function] += 1
+        chosen: list[str] = []
+        for test in sorted(turns, key=turns.__getitem__):
+            if (seconds := seconds - found[test]) < 0 and chosen:
+                break
+            chosen.append(test)
+        return chosen if len(found) >= 3 else [*chosen, *self._named(mutant)]
+
+    def _mask(self, mutant: Mutant, digest: str) -> int:
+        source = (self._sources / digest).read_bytes()
+        is_same = source == (self._base / mutant.path).read_bytes()
+        return mutate_lines.mask(source, mutant.function, mutant.line if is_same else None)
+
+    def _named(self, mutant: Mutant) -> list[str]:
+        """Returns test files by the path of the module; those that have its name are first."""
+        inside = mutant.path.removeprefix(f"{PACKAGE}/")
+        files: list[Path] = []
+        for folder in next(found for start, found in TESTS.items() if inside.startswith(start)):
+            path = self._base / folder
+            files += [path] if path.is_file() else [p for p in self._folders if p.parent == path]
+        files.sort(key=lambda path: Path(mutant.path).stem not in path.stem)
+        return list(dict.fromkeys(str(path.relative_to(self._base)) for path in files))

@@ -25,3 +25,17 @@ from functional_ckpt.cli import output
 def test_an_age_is_in_its_largest_unit(seconds: int, shown: str) -> None:
     now = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
     assert output.age(now - datetime.timedelta(seconds=seconds), now) == shown
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shown"),
+    [
+        (1048063, "1023 KiB"),
+        (1048064, "1.0 MiB"),  # 1023.5 KiB, which would be shown as "1024 KiB"
+        (102348, "99.9 KiB"),
+        (102349, "100 KiB"),
+        (2**60, "1024 PiB"),
+    ],
+)
+def test_a_size_has_at_most_four_digits(num_bytes: int, shown: str) -> None:
+    assert output.size(num_bytes) == shown

@@ -129,3 +129,21 @@ def test_strides_are_kept_only_where_memory_is_gapless() -> None:
     value = decode.allocate(dense).finish()
     assert isinstance(value, torch.Tensor) and value.stride() == (1, 12, 4)
     assert math.prod(value.shape) == 24
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "is_expanded"),
+    [((3, 2), (0, 1), True), ((1, 3, 2), (0, 1, 3), False), ((1,), (0,), False), ((), (), False)],
+)
+def test_a_single_element_with_stride_0_shares_no_memory(
+    shape: tuple[int, ...], strides: tuple[int, ...], is_expanded: bool
+) -> None:
+    assert memory.is_expanded(torch.zeros(6).as_strided(shape, strides)) is is_expanded
+
+
+def test_the_known_descriptions_of_tensors_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "_MAX_DESCRIBED", 5)
+    monkeypatch.setattr(encode, "_described", {})
+    for size in range(12):
+        assert encode.ordinary_node(torch.zeros(size), "a").spec.shape == (size,)
+        assert 1 <= len(encode._described) <= 5

@@ -6,10 +6,11 @@ import struct
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from functional_ckpt.core.tree import plain_json
+from functional_ckpt.core.tree import context, plain_json
 
 SCALARS = st.one_of(
     st.none(),
@@ -110,3 +111,10 @@ def test_large_integers_keep_every_digit() -> None:
 
 def test_json_never_holds_what_json_has_not() -> None:
     assert plain_json.encode(math.inf) == "7ff0000000000000"
+
+
+@pytest.mark.parametrize("name", ["float33", "nn", "Tensor"])
+def test_a_name_that_is_no_dtype_of_this_torch_is_refused(name: str) -> None:
+    assert context.untag(["torch", "float16"]) is torch.float16
+    with pytest.raises(ValueError, match=f"this torch has no '{name}'"):
+        context.untag(["torch", name])

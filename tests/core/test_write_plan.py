@@ -81,6 +81,12 @@ def test_each_chunk_and_each_metadata_has_one_writer(
     check(*case)
 
 
+def test_the_lowest_rank_that_has_an_empty_array_writes_its_metadata() -> None:
+    array = ShardedArray("item", "a", ArraySpec((0, 3), "float32"), Sharding.replicated((2, 4, 7)))
+    owners = [rank for rank in range(8) if plan_writes([array], rank)[0].is_owner]
+    assert owners == [2]
+
+
 @pytest.mark.parametrize("mesh_shape", [(1024,), (32, 32), (2, 512), (4, 8, 32)])
 def test_a_thousand_ranks_fit_together(mesh_shape: tuple[int, ...]) -> None:
     ranks = tuple(range(1024))

@@ -141,6 +141,15 @@ def test_hurry_shortens_a_wait_under_way() -> None:
     assert isinstance(error, errors.CoordinationTimeoutError)
 
 
+def test_a_timeout_is_shortened_and_never_lengthened() -> None:
+    coordinator = torch_store.StoreCoordinator.__new__(torch_store.StoreCoordinator)
+    [coordinator._rounds] = Group(1, timeout_seconds=30).rounds
+    coordinator._timeout_seconds = 30.0
+    for seconds, expected in ((60.0, 30.0), (5.0, 5.0), (20.0, 5.0)):
+        coordinator.shorten_timeout(seconds)
+        assert coordinator._timeout_seconds == coordinator._rounds._timeout_seconds == expected
+
+
 def test_different_calls_are_an_error_that_says_so() -> None:
     group = Group(3)
     found = group.run(lambda rank, rounds: rounds.gather_broadcast(f"call {rank // 2}", b"", join))

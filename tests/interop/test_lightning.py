@@ -25,7 +25,7 @@ import lightning.pytorch as pl
 import lightning_run
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from functional_ckpt.interop import lightning
+from functional_ckpt.interop import lightning, lightning_loops
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +194,16 @@ def test_hyperparameters_of_any_kind_are_saved(tmp_path: Path) -> None:
     lightning_run.fit(io, tmp_path, module, max_epochs=1)
     saved = fc.restore(tmp_path / "ckpt" / "6")["lightning"]["hyper_parameters"]
     assert saved == {"root": Path("/data"), "kind": "Kind.A", "lr": 0.1, "tags": {"a"}}
+
+
+def test_the_hyperparameters_that_are_saved_as_text_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    known = {"kind": Kind.A, "lr": 0.1}
+    assert lightning_loops.storable({"hyper_parameters": known}) == {
+        "hyper_parameters": {"kind": "Kind.A", "lr": 0.1}
+    }
+    assert [r.getMessage() for r in caplog.records] == ["hyper_parameters: kind saved as text"]
 
 
 def test_lightning_s_own_checkpoints_are_passed_through(tmp_path: Path) -> None:

@@ -532,6 +532,16 @@ def test_two_files_of_one_item_are_refused(tmp_path: Path, names: tuple[str, str
         fc.interop.open(tmp_path)
 
 
+def test_a_folder_of_peft_opens_without_its_weights_a_second_time(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "adapter_model.bin")
+    torch.save({"state": 1}, tmp_path / "optimizer.pt")
+    source = fc.interop.open(tmp_path)
+    assert sorted(source) == ["model", "optimizer"] and source.format == "peft"
+    torch.save(WEIGHTS, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(errors.UsageError, match="in two formats"):
+        fc.interop.open(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_a_folder_of_peft_opens_as_the_weights_of_its_adapter(tmp_path: Path, kind: str) -> None:
     if kind == "bin":
@@ -560,6 +570,15 @@ def test_files_behind_links_open_as_those_of_a_cache_do(tmp_path: Path) -> None:
     opened = fc.interop.open(folder)
     assert opened.format == "huggingface"
     assert differences(dict(opened["model"]), WEIGHTS) == []
+
+
+def test_an_item_that_a_step_no_longer_has_is_named(tmp_path: Path) -> None:
+    fc.save(tmp_path / "step", {"model": WEIGHTS, "more": {"n": 1}})
+    source = fc.interop.open(tmp_path / "step")
+    fc.save(tmp_path / "step", {"model": WEIGHTS}, overwrite=True)
+    assert differences(dict(source["model"]), WEIGHTS) == []
+    with pytest.raises(errors.StepNotFoundError, match="has no item 'more' any more"):
+        source["more"]
 
 
 def test_a_file_without_tensors_opens_and_one_that_is_absent_is_named(tmp_path: Path) -> None:

@@ -234,6 +234,16 @@ def test_the_gradient_scaler_is_saved_and_restored(tmp_path: Path) -> None:
         assert again.accelerator.scaler.get_scale() == 4.0
 
 
+def test_a_trainer_that_was_resumed_has_its_own_methods_again(tmp_path: Path) -> None:
+    with fc.CheckpointManager(tmp_path / "ckpt") as manager:
+        trainer_lib.train(trainer_run.make_trainer(tmp_path, manager, max_steps=1), manager)
+        resumed = trainer_run.make_trainer(tmp_path, manager, max_steps=2)
+        before = set(vars(resumed))
+        trainer_lib.train(resumed, manager)
+    assert resumed.state.global_step == 2
+    assert not {name for name in set(vars(resumed)) - before if name.startswith("_load")}
+
+
 def test_a_checkpoint_of_the_trainers_own_is_passed_through(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path / "ckpt", save_policy=fc.policies.every(100)) as manager:
         own = trainer_run.make_trainer(tmp_path, manager, max_steps=4, save_strategy="steps")

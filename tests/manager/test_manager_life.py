@@ -14,6 +14,7 @@ from managing import Counter, Gate, looked_into, saved, state
 
 import functional_ckpt as fc
 from functional_ckpt import errors, testing
+from functional_ckpt.steps import run_steps
 
 # ------------------------------------------------------------------------------ who may write
 
@@ -50,6 +51,29 @@ def test_waiting_for_a_new_step(tmp_path: Path) -> None:
             waiting = pool.submit(eye.wait_for_new_step, 1, timeout=30, poll=0.02)
             saved(manager, 5)
             assert waiting.result(30) == 5
+
+
+@pytest.mark.parametrize(("poll", "timeout"), [(7.0, None), (7.0, 20.0), (90.0, 20.0)])
+def test_between_two_looks_for_a_new_step_it_rests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poll: float, timeout: float | None
+) -> None:
+    now, rests = [0.0], list[float]()
+
+    class Clock:
+        monotonic = staticmethod(lambda: now[0])
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            rests.append(seconds)
+            now[0] += seconds
+            if len(rests) == 3:
+                saved(manager, 1)
+
+    with fc.CheckpointManager(tmp_path) as manager, looked_into(tmp_path) as eye:
+        monkeypatch.setattr(run_steps, "time", Clock)
+        found = eye.wait_for_new_step(timeout=timeout, poll=poll)
+    expected = {None: [7.0, 7.0, 7.0], 20.0: [7.0, 7.0, 6.0]}[timeout]
+    assert (found, rests) == ((1, expected) if poll < 20 else (None, [20.0]))
 
 
 def test_two_writers_of_one_directory(tmp_path: Path) -> None:

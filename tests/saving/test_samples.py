@@ -15,6 +15,14 @@ def test_a_large_leaf_is_sampled_from_its_beginning_to_its_end() -> None:
     assert found.nbytes == limit
     assert found[0] == 0 and found[-1] > 2**20 * (1 - 2 / overlap_check._NUM_SAMPLES)
     assert overlap_check._samples(flat[:limit]) == flat[:limit].tobytes()
+    assert overlap_check._samples(flat[:-3]) == overlap_check._samples(flat[:-16])
+
+
+@pytest.mark.parametrize("num_leaves", [0, 1, 2, 63, 64, 65, 1000, 6400])
+def test_of_many_leaves_a_few_are_sampled_evenly(num_leaves: int) -> None:
+    found = overlap_check.sampled(range(num_leaves))
+    assert min(num_leaves, 32) <= len(found) <= 64
+    assert not num_leaves or (found[0] == 0 and found[-1] >= num_leaves * 31 // 32 - 1)
 
 
 @pytest.mark.parametrize("shape", [(10**6,), (1000, 1000), (3, 10**6), (10**6, 3), (2,) * 22])
