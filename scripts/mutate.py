@@ -252,7 +252,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=int, default=200, help="how many changes to draw")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--again", action="store_true", help="what the last run did not catch")
+    parser.add_argument(
+        "--again", action="store_true", help="changes that the last run did not catch"
+    )
     parser.add_argument("--module", action="append", help="only paths that contain this")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument("--seconds", type=float, default=30, help="processor time for a change")

@@ -175,7 +175,7 @@ class Map:
 
         The quickest are first, and one case of each test before a second one. In a module that has
         changed since it was measured, the tests that ran the function take the part of those that
-        ran the line. Whole files follow where fewer than three tests are found.
+        ran the line. The files of its folders follow where fewer than three tests are found.
         """
         found: dict[str, float] = {}
         masks: dict[str, int] = {}
