@@ -572,6 +572,15 @@ def test_files_behind_links_open_as_those_of_a_cache_do(tmp_path: Path) -> None:
     assert differences(dict(opened["model"]), WEIGHTS) == []
 
 
+@pytest.mark.parametrize(("header_bytes", "fits"), [(2, True), (3, False), (17, False)])
+def test_a_file_that_is_shorter_than_its_header_is_not_of_safetensors(
+    tmp_path: Path, header_bytes: int, fits: bool
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(header_bytes.to_bytes(8, "little") + b"{}")
+    assert interop_safetensors.fits(str(path)) is fits
+
+
 def test_an_item_that_a_step_no_longer_has_is_named(tmp_path: Path) -> None:
     fc.save(tmp_path / "step", {"model": WEIGHTS, "more": {"n": 1}})
     source = fc.interop.open(tmp_path / "step")
