@@ -281,15 +281,15 @@ class CheckpointManager:
         """
         self._calls.check_usable()
         if self._steps.read_only or any(info.problem for info in self._steps.all_infos()):
-            self.reload()
+            self._steps.reload()
         return keep.best_step(
             self._steps.all_infos(), metric, mode, self._run.options.keep_policies
         )
 
     def reload(self) -> None:
-        """Reads the list of steps from disk again."""
+        """Reads every step from disk again."""
         self._calls.check_usable()
-        self._steps.reload()
+        self._steps.reload(reread=True)
 
     def wait_for_new_step(
         self, after: int | None = None, *, timeout: float | None = None, poll: float = 1.0

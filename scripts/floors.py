@@ -89,6 +89,7 @@ TORCH_FREE: tuple[str, ...] = (
     "steps/names.py",
     "steps/history.py",
     "steps/index.py",
+    "steps/late_metrics.py",
     "verify/*",
     "cli/*",
 )

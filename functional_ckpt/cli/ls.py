@@ -13,6 +13,7 @@ from functional_ckpt import errors
 from functional_ckpt.cli import output, targets
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps import history
+from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.storage import queries
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the list; 0, also when a step is damaged: that is for `fckpt verify` to say."""
     target = targets.find(arguments.directory, arguments.prefix)
     storage = target.storage
-    late = history.late_metrics(storage, target.path) if isinstance(target, targets.Root) else {}
+    late = LateMetrics(storage, target.path)
+    if isinstance(target, targets.Root):
+        late.look()
     checkpoints = (
         [target.checkpoint(step) for step in target.steps]
         if isinstance(target, targets.Root)
@@ -68,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _row(checkpoint: targets.Checkpoint, late: history.LateMetrics) -> _Row | None:
+def _row(checkpoint: targets.Checkpoint, late: LateMetrics) -> _Row | None:
     """None where the step was just removed."""
     storage = checkpoint.storage
     items: Mapping[str, str] = {}
@@ -82,7 +85,7 @@ def _row(checkpoint: targets.Checkpoint, late: history.LateMetrics) -> _Row | No
     info = history.read_step(storage, checkpoint.path, checkpoint.step)
     if info is None:
         return None
-    info = history.with_late_metrics(info, late)
+    info = late.added_to(info)
     if info.problem is not None:
         problem = problem or info.problem.removeprefix(f"{checkpoint.path}: ")
     return _Row(

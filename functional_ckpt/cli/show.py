@@ -13,6 +13,7 @@ from functional_ckpt.cli import output, targets, trees
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.steps import history
+from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.storage import commit, queries
 
 if TYPE_CHECKING:
@@ -54,14 +55,14 @@ def chosen_items(opened: checkpoint_dir.OpenCheckpoint, wanted: Sequence[str] | 
 def _facts(opened: checkpoint_dir.OpenCheckpoint) -> dict[str, Any]:
     """Facts about the checkpoint besides its items."""
     root = os.path.dirname(opened.path)
-    late: history.LateMetrics = {}
+    late = LateMetrics(opened.storage, root)
     if opened.step is not None and queries.exists(
         opened.storage, os.path.join(root, commit.HIDDEN)
     ):
-        late = history.late_metrics(opened.storage, root)
+        late.look(opened.step)
     info = history.sound_info(opened.files)
-    history.recorded(info, late, opened.path)  # raises where some of it is damaged
-    info = history.with_late_metrics(info, late)
+    late.of(info, opened.path)  # raises where some of it is damaged
+    info = late.added_to(info)
     size_bytes = (
         queries.total_bytes(opened.storage, opened.path)
         if queries.is_directory(opened.storage, opened.path)

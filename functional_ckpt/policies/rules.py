@@ -18,7 +18,15 @@ from functional_ckpt.policies.base import (
     StepInfo,
     StepPolicy,
 )
-from functional_ckpt.policies.keep import LatestN, unknown_metric
+from functional_ckpt.policies.keep import (
+    CustomSteps,
+    EveryNSeconds,
+    EveryNSteps,
+    LatestDuration,
+    LatestN,
+    PreserveAll,
+    unknown_metric,
+)
 from functional_ckpt.policies.save import every
 
 __all__ = [
@@ -33,6 +41,7 @@ __all__ = [
     "keep_policies",
     "keeps_newest",
     "passes_through",
+    "read_metrics",
     "save_rule",
     "steps_to_prune",
     "steps_to_prune_after",
@@ -301,6 +310,17 @@ def passes_through(policies: Sequence[KeepPolicy]) -> bool:
         else isinstance(each, LatestN) and each.n == 0
         for each in policies
     )
+
+
+def read_metrics(policies: Sequence[KeepPolicy]) -> bool:
+    """Returns whether a policy may depend on metrics, as any class of the user's may."""
+    return any(
+        read_metrics(each.policies) if isinstance(each, AnyKeep) else type(each) not in _BLIND
+        for each in policies
+    )
+
+
+_BLIND = (PreserveAll, LatestN, LatestDuration, EveryNSeconds, EveryNSteps, CustomSteps)
 
 
 def unknown_metrics(policies: Sequence[KeepPolicy], history: Sequence[StepInfo]) -> dict[str, str]:

@@ -77,24 +77,30 @@ class Retention:
         with alone as promised:
             copied = {(info.step, info.time) for each in steps.remote for info in each.infos}
 
-            def chosen() -> list[int]:
+            def chosen(*, look: bool) -> list[int]:
                 known = [
                     info
-                    for info in self._not_kept(copied, committed)
+                    for info in self._not_kept(copied, committed, look=look)
                     if not (info.step in promised or steps.is_being_read(info.step))
                 ]
                 return [i.step for i in known if not only_copied or (i.step, i.time) in copied]
 
-            doomed = chosen()
+            doomed = chosen(look=rules.read_metrics(self._policies))
             if doomed and steps.forget_missing():
-                doomed = chosen()  # other processes removed steps that were counted as kept
+                doomed = chosen(
+                    look=False
+                )  # other processes removed steps that were counted as kept
             return [str(error) for error in steps.prune(doomed).values()]
 
     def _not_kept(
-        self, copied: set[tuple[int, datetime.datetime]], committed: int | None
+        self,
+        copied: set[tuple[int, datetime.datetime]],
+        committed: int | None,
+        *,
+        look: bool,
     ) -> list[StepInfo]:
         """Returns the steps that no policy keeps; the newest only if another tier has it."""
-        known = self._steps.with_late_metrics()
+        known = self._steps.with_late_metrics(look=look)
         context = KeepContext(now=datetime.datetime.now(datetime.UTC))
         gone = {*rules.steps_to_prune_after(committed, self._policies, known, context=context)}
         present = [info for info in known if not info.is_abandoned]

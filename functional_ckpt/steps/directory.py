@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps import history, template
 from functional_ckpt.steps.index import StepIndex, has_record
+from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
@@ -20,7 +20,7 @@ __all__ = ["StepDirectory"]
 
 
 class StepDirectory:
-    """A directory of steps. Nothing is cached but the records of known commits.
+    """A directory of steps. Nothing is cached but the records of commits and late metrics.
 
     Args:
         storage: The store.
@@ -34,6 +34,7 @@ class StepDirectory:
         read_only: The same.
         commits: How steps become visible and are removed.
         hidden: The bookkeeping directory.
+        late: The metrics recorded after the steps were committed.
     """
 
     def __init__(self, storage: Storage, root: str, names: NameFormat, *, read_only: bool) -> None:
@@ -43,6 +44,7 @@ class StepDirectory:
         self.commits = commit.protocol(storage, root)
         self.hidden = self.commits.hidden
         self._names = names
+        self.late = LateMetrics(storage, root)
         self._index = StepIndex(storage, root, names)
 
     def path(self, step: int) -> str:
@@ -63,10 +65,28 @@ class StepDirectory:
         paths = (os.path.join(self.root, name) for name in names)
         return next((path for path in paths if queries.exists(self.storage, path)), None)
 
-    def is_there(self, path: str) -> bool:
+    def paths_if_there(self, steps: Sequence[int]) -> dict[int, str]:
+        """As `path_if_there`, of several steps; the directory is listed once."""
+        if len(steps) == 1:
+            path = self.path_if_there(steps[0])
+            return {} if path is None else {steps[0]: path}
+        listed = set(self.storage.list(self.root))
+        entries = None
+        found: dict[int, str] = {}
+        for step in steps:
+            names = self._names.names(step)
+            if not names:
+                entries = self._index.look() if entries is None else entries
+                names = (entries[step].name,) if step in entries else ()
+            for name in names:
+                if name in listed:
+                    found.setdefault(step, os.path.join(self.root, name))
+        return found
+
+    def is_there(self, name: str) -> bool:
         """Returns whether a directory counts as a step; one that is being removed does not."""
         hidden = self.commits.removals.hidden_names()
-        return queries.exists(self.storage, path) and os.path.basename(path) not in hidden
+        return queries.exists(self.storage, os.path.join(self.root, name)) and name not in hidden
 
     def names_of(self, steps: Sequence[int]) -> dict[int, str]:
         """Returns the name of each step's directory."""
@@ -98,15 +118,6 @@ class StepDirectory:
     def on_disk(self, step: int) -> StepInfo:
         """Returns the step as it is stored now: another process may have committed it again."""
         return history.read_sound_step(self.storage, self.path(step), step)
-
-    def recorded(self, step: int) -> Mapping[str, Any]:
-        """Returns the late metrics of a step, recorded by any process.
-
-        Raises:
-            CorruptCheckpointError: Some of it is damaged.
-        """
-        late = history.late_metrics(self.storage, self.root)
-        return history.recorded(self.on_disk(step), late, self.path(step))
 
     def check_writable(self) -> None:
         """Raises `ReadOnlyError` if the manager was opened with `read_only=True`."""

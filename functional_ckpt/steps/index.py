@@ -39,8 +39,22 @@ class Entry:
     info: StepInfo
 
 
+_NUM_CHECKED = 8
+"""How many known steps each look at an object store compares, in turn."""
+
+
 class StepIndex:
     """The steps of a directory; the records of a commit are read once.
+
+    A step that was read is known by its name and its `commit_id`: inode and time of the directory,
+    or time, size and version of the marker, one of which differs in each commit. Steps with a
+    problem are read again at each look. On a file system each look compares every commit.
+
+    On an object store that would be a request for each step. There a name means the same commit as
+    before unless a writer has replaced or removed steps since the last look, and renewed the
+    `change_id`: then all are compared. Earlier versions, other programs and a writer that was
+    killed before it renewed it are noticed too: each look compares some known steps in turn, so
+    all of them within a few looks, and at each look where there are only a few.
 
     Args:
         storage: The file system.
@@ -56,7 +70,9 @@ class StepIndex:
         self._root = root
         self._names = names
         self._commits = commit.protocol(storage, root)
-        self._known: Mapping[str, Entry] = {}
+        # The change_id and the steps of the last look; threads must not see those of two looks.
+        self._last: tuple[bytes | None, Mapping[str, Entry]] = None, {}
+        self._num_looks = 0
         self.strays: Mapping[str, str] = {}
 
     def look(self, *, reread: bool = False) -> dict[int, Entry]:
@@ -65,38 +81,52 @@ class StepIndex:
         Args:
             reread: Whether to read the records of every step again.
         """
-        if reread:
-            self._known = {}
+        last_change_id, last = (None, {}) if reread else self._last
+        change_id = self._commits.change_id()  # first: a change from now on is seen next time
         listed = self._storage.list(self._root)
         named = [(s, name) for name in listed if (s := self._names.parse(name)) is not None]
         hidden = self._commits.removals.hidden_names()
-        found: dict[str, Entry] = {}
+        is_known = change_id is not None and change_id == last_change_id
+        unchanged = self._unchanged(last) if is_known else {}
+        shown = [each for each in named if each[1] not in hidden]
+        found = {name: unchanged[name] for _, name in shown if name in unchanged}
         strays: dict[str, str] = {}
 
         def look_at(step: int, name: str) -> None:
-            entry = self._entry(step, name)
+            entry = self._entry(step, name, last.get(name))
             if isinstance(entry, Entry):
                 found[name] = entry
             elif entry is not None:
                 strays[name] = entry
 
-        tasks = [functools.partial(look_at, *each) for each in named if each[1] not in hidden]
+        tasks = [functools.partial(look_at, *each) for each in shown if each[1] not in found]
         run_in_threads(tasks, self._storage.num_requests)
-        self._known, self.strays = found, strays
+        self._last, self.strays = (change_id, found), strays
         steps: dict[int, Entry] = {}
         for step, name in named:
             if name in found:
                 steps.setdefault(step, found[name])
         return dict(sorted(steps.items()))
 
-    def _entry(self, step: int, name: str) -> Entry | str | None:
+    def _unchanged(self, known: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Returns the known steps without those to compare in this look."""
+        names = sorted(known)
+        start = self._num_looks * _NUM_CHECKED
+        self._num_looks += 1
+        compared = {names[(start + k) % len(names)] for k in range(min(_NUM_CHECKED, len(names)))}
+        return {
+            name: entry
+            for name, entry in known.items()
+            if name not in compared and entry.info.problem is None
+        }
+
+    def _entry(self, step: int, name: str, known: Entry | None) -> Entry | str | None:
         """Returns the step, or the kind of the entry; None if it is gone, or not yet there."""
         path = os.path.join(self._root, name)
         commit_id = self._commits.commit_id(path)
         if commit_id is None:
             what = queries.kind(self._storage, path)
             return None if what in ("nothing", "a directory") else what
-        known = self._known.get(name)
         if known is not None and known.commit_id == commit_id and known.info.problem is None:
             return known
         if has_record(self._storage, path):

@@ -11,6 +11,7 @@ from functional_ckpt.core.restore_plan import select
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps import history
+from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.steps.run_steps import Steps
 
 __all__ = ["StepMetadata", "checkpoint_metadata", "step_metadata"]
@@ -44,15 +45,15 @@ class StepMetadata:
 
 
 def checkpoint_metadata(
-    opened: checkpoint_dir.OpenCheckpoint, late: history.LateMetrics | None = None
+    opened: checkpoint_dir.OpenCheckpoint, late: LateMetrics | None = None
 ) -> StepMetadata:
-    """Returns the metadata of an opened checkpoint, with `late` metrics."""
+    """Returns the metadata of an opened checkpoint, with its `late` metrics as last read."""
     items = {
         name: opened.json(name) if kind == "json" else select.specs(opened.tree(name).root)
         for name, kind in opened.items.items()
     }
     info = history.sound_info(opened.files)
-    recorded = history.recorded(info, late or {}, opened.path)
+    recorded = {} if late is None else late.of(info, opened.path)
     return StepMetadata(
         step=opened.step,
         time=info.time,
@@ -69,5 +70,6 @@ def step_metadata(steps: Steps, step: int | None) -> StepMetadata:
     number = steps.latest() if step is None else steps.existing(step)
     holder = steps.tiers_with(number)[0]
     opened = checkpoint_dir.open_checkpoint(holder.storage, holder.path(number), number)
-    found = checkpoint_metadata(opened, history.late_metrics(holder.storage, holder.root))
+    holder.look_at_metrics(number)
+    found = checkpoint_metadata(opened, holder.late)
     return dataclasses.replace(found, is_abandoned=steps.is_abandoned(number))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
@@ -17,6 +17,8 @@ from functional_ckpt.storage.commit import CommitProtocol
 __all__ = ["Promises", "lacks", "lacks_metrics"]
 
 _LISTS = ("promised", "considered", "replacing")
+_Ordered: TypeAlias = dict[int, None]
+"""Steps, each once, in the order in which they were added."""
 _log = logging.getLogger("functional_ckpt")
 
 
@@ -42,9 +44,9 @@ class Promises:
         self._storage = commits.storage
         self._path = path
         self._roots = tuple(roots)
-        self.promised: dict[str, list[int]] = {root: [] for root in self._roots}
-        self.decided: dict[str, list[int]] = {root: [] for root in self._roots}
-        self.replacing: dict[str, list[int]] = {root: [] for root in self._roots}
+        self.promised: dict[str, _Ordered] = {root: {} for root in self._roots}
+        self.decided: dict[str, _Ordered] = {root: {} for root in self._roots}
+        self.replacing: dict[str, _Ordered] = {root: {} for root in self._roots}
         self.was_damaged = False
 
     def read(self) -> None:
@@ -59,7 +61,10 @@ class Promises:
         try:
             record = _parse(data)
             found = [
-                {root: [int(step) for step in record[name].get(root, [])] for root in self._roots}
+                {
+                    root: dict.fromkeys(int(step) for step in record[name].get(root, []))
+                    for root in self._roots
+                }
                 for name in _LISTS
             ]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -82,30 +87,36 @@ class Promises:
         """
         here = set(steps)
         for root in self._roots:
-            self.decided[root] = [step for step in self.decided[root] if step in here]
-            promised = self.promised[root]
-            self.replacing[root] = [step for step in self.replacing[root] if step in promised]
-        lists = (self.promised, self.decided, self.replacing)
-        record: dict[str, Any] = dict(zip(_LISTS, lists, strict=True))
+            _keep_only(self.decided[root], here)
+            _keep_only(self.replacing[root], self.promised[root])
+        record: dict[str, Any] = {
+            name: {root: list(steps) for root, steps in known.items()}
+            for name, known in zip(
+                _LISTS, (self.promised, self.decided, self.replacing), strict=True
+            )
+        }
         self._commits.replace(self._path, _with_digest(record))
 
     def promise(self, root: str, step: int) -> bool:
         """Promises a step to a tier; whether it was not promised before."""
         if step in self.promised[root]:
             return False
-        self.promised[root].append(step)
+        self.promised[root][step] = None
         return True
 
     def withdraw(self, root: str, step: int) -> None:
         """A step has arrived, or will never be there."""
         for steps in (self.promised[root], self.replacing[root]):
-            if step in steps:
-                steps.remove(step)
+            steps.pop(step, None)
 
     def keep_only(self, root: str, steps: Iterable[int]) -> None:
         """Forgets promises of steps that the first tier does not hold any more."""
-        here = set(steps)
-        self.promised[root] = [step for step in self.promised[root] if step in here]
+        _keep_only(self.promised[root], set(steps))
+
+
+def _keep_only(steps: _Ordered, kept: Container[int]) -> None:
+    for step in [step for step in steps if step not in kept]:
+        del steps[step]
 
 
 def _with_digest(record: dict[str, Any]) -> bytes:

@@ -56,12 +56,11 @@ class Steps(TierSteps):
         """This tier and the others that were opened, the nearest first."""
         return (self, *self.remote)
 
-    def reload(self) -> None:
-        """Reads every tier again."""
+    def reload(self, *, reread: bool = False) -> None:
+        """Lists every tier again and reads new steps, or with `reread` all of them."""
         self.reach(False)
-        self.reload_local()
-        for each in self.remote:
-            each.reload_local()
+        for each in self.all_tiers:
+            each.reload_local(reread=reread)
 
     def all(self) -> list[int]:
         """Returns the steps of every open tier, ascending, including abandoned ones.
@@ -69,13 +68,18 @@ class Steps(TierSteps):
         Raises:
             StorageError: This directory has none, and a tier cannot be reached.
         """
-        if not self.own():
-            self.reach(True)
-        return [info.step for info in self._present()]
+        return [info.step for info in self._present(must_reach=True)]
 
-    def _present(self) -> tuple[StepInfo, ...]:
-        """Returns the steps of every open tier, ascending."""
-        return united(each.own() for each in self.all_tiers)
+    def _present(self, *, must_reach: bool = False) -> tuple[StepInfo, ...]:
+        """Returns the steps of every open tier, ascending.
+
+        Args:
+            must_reach: Whether to open the other tiers if this directory has no step.
+        """
+        infos = self.own()
+        if must_reach and not infos:
+            self.reach(True)
+        return united((infos, *(each.own() for each in self.remote)))
 
     def tiers_with(self, step: int) -> list[TierSteps]:
         """Returns the tiers that hold a step, the nearest first; this one if none does."""
@@ -108,9 +112,7 @@ class Steps(TierSteps):
 
     def newest(self) -> int | None:
         """Returns the newest step of the present line, from which a run resumes, or None."""
-        if not self.own():
-            self.reach(True)
-        found = lines.newest(self._present())
+        found = lines.newest(self._present(must_reach=True))
         return None if found is None else found.step
 
     def latest(self) -> int:
@@ -133,7 +135,10 @@ class Steps(TierSteps):
         """Waits for a step after `after`; returns it, or None when the time is up."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            self.reload()
+            if self.read_only:
+                self.reach(False)  # the tiers list their steps at each call
+            else:
+                self.reload()
             infos = self._present()
             for info in infos:
                 if info.step == after:
@@ -164,7 +169,7 @@ class Steps(TierSteps):
     def check_free(self, step: int, progress: Progress | None, *, overwrite: bool) -> None:
         """Raises `StepExistsError` if any tier has the step, and it may not be replaced."""
         for each in () if overwrite else self.remote:
-            if any(info.step == step for info in each.infos):
+            if each.info(step) is not None:
                 raise errors.StepExistsError(
                     f"Step {step} exists in the tier {each.root}. Pass overwrite=True to "
                     "CheckpointManager to replace it, delete it, save another step, or give this "

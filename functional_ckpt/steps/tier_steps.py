@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import logging
 import os
@@ -19,6 +18,7 @@ from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps import history
 from functional_ckpt.steps.directory import StepDirectory
 from functional_ckpt.steps.names import NameFormat
+from functional_ckpt.steps.step_table import StepTable
 from functional_ckpt.steps.writer_lock import WriterLock
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
@@ -71,7 +71,8 @@ class TierSteps(StepDirectory):
         self.lock: WriterLock | None = None
         self._mutex = threading.Lock()
         self._reported_strays: set[str] = set()
-        self._infos: tuple[StepInfo, ...] = ()
+        self._table = StepTable(self.late)
+        self._looking = threading.Lock()
         self._num_changes = 0
         self._root_id: object = None
         self._was_there = False
@@ -105,26 +106,39 @@ class TierSteps(StepDirectory):
     @property
     def infos(self) -> tuple[StepInfo, ...]:
         """The steps as last read, ascending."""
-        return self._infos
+        with self._mutex:
+            return self._table.infos
 
-    def reload_local(self) -> None:
-        """Reads this directory again, and no other tier, which may be slow."""
-        while not self._reread():
+    def info(self, step: int) -> StepInfo | None:
+        """Returns a step as last read; None if there is none."""
+        return self._table.by_step.get(step)
+
+    def reload_local(self, *, reread: bool = False) -> None:
+        """Lists this directory again and reads new steps, or with `reread` all of them."""
+        while not self._reload(reread=reread):
             pass
 
-    def _reread(self) -> bool:
+    def _reload(self, *, reread: bool) -> bool:
         """Reads the steps; returns False if any was added or removed at the same time."""
         num_changes = self._num_changes
         root_id = self.commits.root_id()
-        late = history.late_metrics(self.storage, self.root)
-        found = tuple(history.with_late_metrics(info, late) for info in self._look(reread=True))
+        self.look_at_metrics(reread=reread)
+        found = self._look(reread=reread)
         with self._mutex:
             if num_changes != self._num_changes:
                 return False
-            self._infos, self._root_id = found, root_id
+            self._table.replace(found)
+            self._root_id = root_id
             self._was_there |= root_id is not None
         self._warn_of_problems()
         return True
+
+    def look_at_metrics(self, step: int | None = None, *, reread: bool = False) -> None:
+        """Reads new late metrics, of one step or of all, or with `reread` all again."""
+        with self._looking:  # else another thread would decide before the table is refreshed
+            changed = self.late.look(step, reread=reread)
+            with self._mutex:
+                self._table.refresh(changed)
 
     def _look(self, *, reread: bool = False) -> tuple[StepInfo, ...]:
         """Reads the steps, without late metrics; with `reread` their records too."""
@@ -140,25 +154,23 @@ class TierSteps(StepDirectory):
 
     def _warn_of_problems(self) -> None:
         """Logs each step whose records are damaged, once."""
-        found = {(info.step, info.problem) for info in self._infos if info.problem is not None}
+        found = {(info.step, info.problem) for info in self.infos if info.problem is not None}
         for step, problem in sorted(found - self._problems):
             _log.warning(
                 "step %d stays in %s regardless of the keep policies: %s", step, self.root, problem
             )
         self._problems = found
 
-    def _change(self, infos: Iterable[StepInfo]) -> None:
-        """With the mutex held: replaces the steps, and so invalidates a read in progress."""
-        self._infos = tuple(infos)
-        self._num_changes += 1
-
     def own(self) -> tuple[StepInfo, ...]:
         """Returns the steps of this directory: as listed now, or as its writer knows them."""
         if self.read_only:
-            return self._look()
+            found = self._look()
+            with self._mutex:
+                self._table.replace(found)
+            return found
         if self.commits.root_id() != self._root_id:
             self.reload_local()  # it was removed, or made again
-        return self._infos
+        return self.infos
 
     def held(self, steps: Sequence[int]) -> list[int]:
         """Returns those of some steps that are in this directory, in their order."""
@@ -187,47 +199,71 @@ class TierSteps(StepDirectory):
 
     def remember(self, info: StepInfo) -> None:
         """Adds a step that was committed."""
-        with self._mutex:
-            others = [each for each in self._infos if each.step != info.step]
-            self._change(sorted([*others, info], key=lambda each: each.step))
+        with self._changing() as table:
+            table.add(info)
 
     def set_infos(self, infos: Iterable[StepInfo]) -> None:
         """Replaces all steps."""
-        with self._mutex:
-            self._change(infos)
+        with self._changing() as table:
+            table.replace(infos)
 
     def forget_missing(self) -> bool:
         """Forgets the steps that other processes removed; returns whether there were any."""
-        listed = set(self.storage.list(self.root))
-        missing: list[int] = []
-        for info in self._infos:
-            known = self._names.names(info.step)
-            if known and listed.isdisjoint(known) and self.path_if_there(info.step) is None:
-                missing.append(info.step)
+        known = [info.step for info in self.infos]
+        there = self.paths_if_there(known)
+        missing = [step for step in known if step not in there]
         self.forget(missing)
         return bool(missing)
 
     def forget(self, steps: Collection[int]) -> None:
         """Forgets steps that were removed."""
+        with self._changing() as table:
+            table.discard(steps)
+
+    @contextlib.contextmanager
+    def _changing(self) -> Generator[StepTable]:
+        """Gives the table to change, which invalidates a read in progress."""
         with self._mutex:
-            self._change(each for each in self._infos if each.step not in steps)
+            yield self._table
+            self._num_changes += 1
 
-    def with_late_metrics(self) -> tuple[StepInfo, ...]:
-        """Returns the steps with their late metrics, marked if they were abandoned."""
-        late = history.late_metrics(self.storage, self.root)
-        infos = [history.with_late_metrics(self._looked_at(info), late) for info in self._infos]
-        return lines.marked(infos, lines.present(united(each.infos for each in self.all_tiers)))
+    def with_late_metrics(self, *, look: bool = True) -> tuple[StepInfo, ...]:
+        """Returns the steps with their late metrics, marked if they were abandoned.
 
-    def _looked_at(self, info: StepInfo) -> StepInfo:
-        """Returns the step; one that had a problem is read again."""
-        if info.problem is None:
-            return info
-        return history.read_step(self.storage, self.path(info.step), info.step) or info
+        Steps with a problem are read again.
+
+        Args:
+            look: Whether to read late metrics that any process has recorded since the last look.
+        """
+        if look:
+            self.look_at_metrics()
+        with self._mutex:
+            doubtful = self._table.doubtful()
+        for info in doubtful:
+            found = history.read_step(self.storage, self.path(info.step), info.step)
+            with self._changing() as table:
+                if found is not None and table.is_known(info):
+                    table.add(found)
+        return lines.marked(
+            self.infos, lines.present(united(each.infos for each in self.all_tiers))
+        )
+
+    def recorded(self, info: StepInfo) -> Mapping[str, Any]:
+        """Returns the late metrics of a step as last read; damaged ones are read again.
+
+        Raises:
+            CorruptCheckpointError, StorageError: Some are damaged, or cannot be read.
+        """
+        path = self.path(info.step)
+        with contextlib.suppress(errors.CheckpointError):
+            return self.late.of(info, path)
+        self.look_at_metrics(info.step)
+        return self.late.of(info, path)
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step; durable when it returns."""
         self.check_lock()
-        history.write_late_metrics(self.storage, self.root, self.on_disk(step), metrics)
+        self.late.record(self.on_disk(step), metrics)
         path = self.path(step)
         if not self.commits.is_committed(path):
             raise errors.StepNotFoundError(
@@ -237,14 +273,11 @@ class TierSteps(StepDirectory):
                 path=path,
             )
         with self._mutex:
-            self._change(
-                _with_metrics(each, metrics) if each.step == step else each for each in self._infos
-            )
+            self._table.refresh([step])
 
     def forget_late_metrics(self, step: int) -> None:
         """Removes the late metrics of earlier commits of a step."""
-        info = next((each for each in self._infos if each.step == step), None)
-        history.remove_late_metrics(self.storage, self.root, step, but_of=info)
+        self.late.remove([step], but_of=self.info(step))
 
     def update_latest_link(self, *, without: Collection[int] = ()) -> None:
         """Points the link to the latest step, atomically and durably.
@@ -263,7 +296,8 @@ class TierSteps(StepDirectory):
                 errno=errno.EEXIST,
                 path=link,
             )
-        newest = lines.newest(info for info in self._infos if info.step not in without)
+        gone = set(without)
+        newest = lines.newest(info for info in self.infos if info.step not in gone)
         if newest is not None:
             name = os.path.basename(self.path(newest.step))
             self.commits.replace_link(link, name)
@@ -310,23 +344,24 @@ class TierSteps(StepDirectory):
         """
         self.check_lock()
         failures: dict[int, errors.CheckpointError] = {}
-        newest = lines.newest(self._infos)
+        newest = lines.newest(self.infos)
         if newest is not None and newest.step in steps:
             try:
                 self.update_latest_link(without=steps)
             except errors.CheckpointError as error:
                 failures[newest.step] = error
-        paths = {step: self.path_if_there(step) for step in steps}
-        names = {os.path.basename(path): step for step, path in paths.items() if path is not None}
+        paths = self.paths_if_there(steps)
+        names = {os.path.basename(path): step for step, path in paths.items()}
         failed = self.commits.remove(tuple(names))
         failures |= {names[name]: error for name, error in failed.items()}
-        gone = [step for step, path in paths.items() if path is None or not self.is_there(path)]
+        left = {step for name, step in names.items() if name in failed and self.is_there(name)}
+        gone = [step for step in steps if step not in left]
         self.forget(gone)
-        for step in gone:
+        if gone:
             try:
-                history.remove_late_metrics(self.storage, self.root, step)
+                self.late.remove(gone)
             except errors.CheckpointError as error:
-                failures.setdefault(step, error)
+                failures.setdefault(gone[0], error)
         return {step: error.replace(step=step) for step, error in failures.items()}
 
 
@@ -337,10 +372,6 @@ def united(tiers: Iterable[Sequence[StepInfo]]) -> tuple[StepInfo, ...]:
         for info in tier:
             infos.setdefault(info.step, info)
     return tuple(infos[step] for step in sorted(infos))
-
-
-def _with_metrics(info: StepInfo, late: Mapping[str, Any]) -> StepInfo:
-    return dataclasses.replace(info, metrics={**(info.metrics or {}), **late})
 
 
 def _is_component(name: str) -> bool:

@@ -43,12 +43,10 @@ class UploadChoice:
         """Promises a step that was committed to the tiers that want it."""
         self._queue.deleted.discard(info.step)
         for tier in self._tiers:
-            decided = self._book.decided[tier.root]
-            if info.step in decided:  # it was overwritten
-                decided.remove(info.step)
+            self._book.decided[tier.root].pop(info.step, None)  # if it was overwritten
             self._queue.refused[tier.root].discard(info.step)
-            if self._overwrite and info.step not in self._book.replacing[tier.root]:
-                self._book.replacing[tier.root].append(info.step)
+            if self._overwrite:
+                self._book.replacing[tier.root].setdefault(info.step)
             self.consider(tier, tier.steps, info)
         self.promise_metrics()
 
@@ -67,7 +65,7 @@ class UploadChoice:
             return
         if wanted is None and steps is not None and tier.rule is not None:
             wanted = self._is_wanted(tier.root, tier.rule, steps, info)
-        self._book.decided[tier.root].append(info.step)
+        self._book.decided[tier.root].setdefault(info.step)
         if wanted:
             self._book.promise(tier.root, info.step)
 
@@ -115,5 +113,5 @@ class UploadChoice:
     def is_pending(self, root: str) -> bool:
         """Returns whether a tier still waits for a step."""
         is_open = any(tier.root == root and tier.steps is not None for tier in self._tiers)
-        promised = set(self._book.promised[root]) - self._queue.refused[root]
-        return bool(promised) or (not is_open and bool(self.undecided(root)))
+        is_promised = self._queue.next(root) is not None
+        return is_promised or (not is_open and bool(self.undecided(root)))

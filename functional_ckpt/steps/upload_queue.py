@@ -99,11 +99,11 @@ class UploadQueue:
                 self.mutex.wait()
             return False
 
-    def next(self, root: str) -> int | None:
-        """Returns the oldest promised step that can be uploaded."""
+    def next(self, root: str, *, but: int | None = None) -> int | None:
+        """Returns the oldest promised step that can be uploaded, apart from one."""
         with self.mutex:
-            steps = self.book.promised[root]
-            return next((step for step in steps if step not in self.refused[root]), None)
+            steps, refused = self.book.promised[root], self.refused[root]
+            return next((step for step in steps if step not in refused and step != but), None)
 
     def sleep(self, seconds: float) -> None:
         """Waits before the next attempt; no longer than until the run ends."""

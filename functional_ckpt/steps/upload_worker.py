@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import functools
 import logging
@@ -26,6 +25,7 @@ from functional_ckpt.steps.upload_step import Upload
 __all__ = ["UploadWorker"]
 
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
+_SETTLE_SECONDS = 1.0
 _log = logging.getLogger("functional_ckpt")
 
 
@@ -52,6 +52,8 @@ class UploadWorker:
         self._choice = choice
         self._wait_seconds = _FIRST_WAIT_SECONDS
         self._late_since: float | None = None
+        self._is_settled = True
+        self._settled_at = time.monotonic()
 
     def start(self) -> None:
         """Starts the thread."""
@@ -66,14 +68,20 @@ class UploadWorker:
         """
         step: int | None = None
         commit_time: datetime.datetime | None = None
+        is_due = True
         try:
             steps = self._tier.open()
             if (step := self._queue.next(self._tier.root)) is None:
                 return 0.0
             commit_time = self._commit_time(step)
             self._deliver(steps, step)
+            is_last = self._queue.next(self._tier.root, but=step) is None
+            is_due = is_last or time.monotonic() >= self._settled_at + _SETTLE_SECONDS
+            if is_due:
+                self._prune(steps, step)
         except Exception as error:  # noqa: BLE001 - a warning, or raised when it is too late
             self._late_since = self._late_since or time.monotonic()
+            self._settle()
             if step is None or self._commit_time(step) == commit_time:
                 self._fail(step, error, time.monotonic() - self._late_since)
             if self._queue.fail(self._tier.root):
@@ -88,16 +96,31 @@ class UploadWorker:
             with self._queue.mutex:
                 if self._commit_time(step) == commit_time:  # it was not overwritten
                     self._queue.book.withdraw(self._tier.root, step)
-                with self._reporting():
-                    self._choice.promise_metrics()  # recorded during the upload
-                    self._choice.write()
+            self._is_settled = False
+            if is_due:
+                self._settle()
+        return 0.0
+
+    def _settle(self) -> None:
+        """Does the local actions after uploads, whose costs depend on the number of steps.
+
+        It is called after the last upload, and about once a second during many. Until then the
+        promises on disk promise too much, and the first tier holds more than it must.
+        """
+        if self._is_settled:
+            return
+        with self._queue.arriving():
+            with self._queue.mutex, self._reporting():
+                self._choice.promise_metrics()  # recorded during the uploads
+                self._choice.write()
             with self._reporting():
                 self.on_arrived()
-        return 0.0
+        self._is_settled, self._settled_at = True, time.monotonic()
 
     def _commit_time(self, step: int) -> datetime.datetime | None:
         """Returns which commit of a step the first tier holds."""
-        return next((each.time for each in self._local.infos if each.step == step), None)
+        found = self._local.info(step)
+        return None if found is None else found.time
 
     @contextlib.contextmanager
     def _reporting(self) -> Generator[None]:
@@ -147,16 +170,15 @@ class UploadWorker:
         started = time.monotonic()
         num_bytes = Upload(local, remote, source, final, step, may_replace=may_replace).run()
         is_new = True  # else it was there, and metrics of it are new
-        for info in (each for each in local.infos if each.step == step):
-            is_new = all((each.step, each.time) != (step, info.time) for each in remote.infos)
+        if (info := local.info(step)) is not None:
+            old = remote.info(step)
+            is_new = old is None or old.time != info.time
             remote.remember(info)
-            remote.forget_late_metrics(step)
-            late, there = local.recorded(step), remote.recorded(step)
+            if old is not None and is_new:
+                remote.forget_late_metrics(step)
+            late, there = local.recorded(info), remote.recorded(info)
             if new := {name: late[name] for name in late if lacks(there, name, late[name])}:
                 remote.record(step, new)
-            if late:
-                known = {**(info.metrics or {}), **there, **late}
-                remote.remember(dataclasses.replace(info, metrics=known))
         remote.update_latest_link()
         if step in queue.deleted:
             remote.delete(step)
@@ -167,13 +189,13 @@ class UploadWorker:
                 "step %d is in %s: %.1f MiB/s", step, remote.root, num_bytes / 2**20 / seconds
             )
             remote.emit("uploaded", step, seconds=seconds, num_bytes=num_bytes)
-        self._prune(remote, step)
 
     def _prune(self, remote: TierSteps, arrived: int) -> None:
         """Removes the steps that the tier's policies do not keep; never the one that arrived."""
         if not self._tier.keep:
             return
-        known, now = remote.with_late_metrics(), datetime.datetime.now(datetime.UTC)
+        known = remote.with_late_metrics(look=rules.read_metrics(self._tier.keep))
+        now = datetime.datetime.now(datetime.UTC)
         context = KeepContext(now=now)
         doomed = rules.steps_to_prune_after(arrived, self._tier.keep, known, context=context)
         for step, error in remote.prune(doomed).items():

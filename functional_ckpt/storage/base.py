@@ -33,6 +33,7 @@ class Stat:
         modified_ns: The time of the last change, nanoseconds since the epoch; 0 if unknown.
         identity: Differs between two entries that have had the same path; None on object stores.
         is_link: Whether the entry is a link, or an object small enough to be one.
+        version: Changes with every write of an object; None if the store has no versions.
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class Stat:
     modified_ns: int = 0
     identity: tuple[int, int] | None = None
     is_link: bool = False
+    version: str | None = None
 
 
 class Lock(Protocol):

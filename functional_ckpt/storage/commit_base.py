@@ -7,6 +7,7 @@
 <root>/.functional_ckpt/replacing.json   journal of an overwrite in two renames
 <root>/.functional_ckpt/removing.json    journal of removals that one rename cannot do
 <root>/.functional_ckpt/metrics/         metrics recorded after their step was committed
+<root>/.functional_ckpt/changed          renewed after steps are replaced or removed; object stores
 """
 
 from __future__ import annotations
@@ -122,6 +123,13 @@ class CommitProtocol(abc.ABC):
         """Returns what differs between any two commits at `path`; None without a commit.
 
         A link is no commit.
+        """
+
+    @abc.abstractmethod
+    def change_id(self) -> bytes | None:
+        """Returns what differs once a known name may mean another commit.
+
+        None if that is not known: then ask for the `commit_id` of each path, which is cheap.
         """
 
     @abc.abstractmethod

@@ -38,6 +38,7 @@ from functional_ckpt.storage.queries import exists, read_optional
 from functional_ckpt.storage.tmp_paths import final_path, tmp_path
 
 _MARKER = orbax.COMMIT_FILE
+_CHANGED = "changed"
 _TAKEN_BACK = b'{"writer": "functional_ckpt", "taken_back": true}'
 _log = logging.getLogger("functional_ckpt")
 
@@ -89,7 +90,9 @@ class MarkerCommit(CommitProtocol):
         """
         if tmp != final:
             self._write_marker(tmp)
-            return self._put_in_place(tmp, final, overwrite, self._replace_in_two)
+            replaced = self._put_in_place(tmp, final, overwrite, self._replace_in_two)
+            self._note_change()
+            return replaced
         tmp = tmp_path(final)
         marker, content = os.path.join(final, _MARKER), self._own_marker(tmp)
         if not self._objects.create(marker, content):
@@ -117,6 +120,12 @@ class MarkerCommit(CommitProtocol):
         """Returns the content of this writer's marker; raises if another has taken over."""
         self._check_note(tmp)
         return _to_marker(self._objects.notes[tmp])
+
+    def finish_overwrite(self) -> list[str]:
+        """See `CommitProtocol.finish_overwrite`."""
+        if done := super().finish_overwrite():
+            self._note_change()
+        return done
 
     # ---------------------------------------------------------------------------- the note
 
@@ -161,6 +170,8 @@ class MarkerCommit(CommitProtocol):
         for name in names:
             with noting(failures, name):
                 self._remove(os.path.join(self.root, name))
+        if names:
+            self._note_change()
         return failures
 
     def _remove(self, final: str) -> None:
@@ -273,8 +284,23 @@ class MarkerCommit(CommitProtocol):
     # ---------------------------------------------------------------------------- identity
 
     def commit_id(self, path: str) -> str | None:
-        """Returns time and size of the marker."""
+        """Returns time, size and version of the marker."""
         return self._objects.commit_id(os.path.join(path, _MARKER))
+
+    def change_id(self) -> bytes | None:
+        """Returns the content of an object that is renewed after each replacement and removal."""
+        return read_optional(self.storage, os.path.join(self.hidden, _CHANGED)) or b""
+
+    def _note_change(self) -> None:
+        try:
+            self.replace(os.path.join(self.hidden, _CHANGED), uuid.uuid4().hex.encode())
+        except (errors.StorageError, errors.LockedError) as error:
+            _log.warning(
+                "%s: read-only managers may notice only after some looks that steps were replaced "
+                "or removed: %s",
+                self.root,
+                error,
+            )
 
     def is_committed(self, path: str) -> bool:
         """Returns whether there is a marker."""

@@ -166,6 +166,10 @@ class RenameCommit(CommitProtocol):
             return None
         return f"{found.identity[1]}.{found.modified_ns}"
 
+    def change_id(self) -> bytes | None:
+        """Returns None: a system call returns the identity of a commit."""
+        return None
+
     def is_committed(self, path: str) -> bool:
         """Returns whether a directory is at `path`: it gets its name when it is complete."""
         return is_directory(self.storage, path)

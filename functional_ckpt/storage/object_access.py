@@ -29,9 +29,11 @@ class ConditionalObjects:
         self._bucket = requests.bucket
 
     def commit_id(self, path: str) -> str | None:
-        """Returns time and size of an object; None if there is none."""
+        """Returns time, size and version of an object; None if there is none."""
         entry = self._requests.entry(path)
-        return None if entry is None else f"{entry.modified_ns}.{entry.size_bytes}"
+        if entry is None:
+            return None
+        return f"{entry.modified_ns}.{entry.size_bytes}.{entry.version}"
 
     def overwrite(self, path: str, data: bytes) -> None:
         """Writes an object, whether or not there is one."""

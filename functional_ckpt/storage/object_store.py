@@ -253,7 +253,13 @@ class ObjectStorage:
 
 
 def _to_stat(entry: Entry) -> Stat:
-    return Stat("a file", entry.size_bytes, entry.modified_ns, is_link=_may_be_link(entry))
+    return Stat(
+        "a file",
+        entry.size_bytes,
+        entry.modified_ns,
+        is_link=_may_be_link(entry),
+        version=entry.version,
+    )
 
 
 def _may_be_link(entry: Entry) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -29,20 +28,28 @@ def run(tmp_path: Path) -> Path:
 def test_metrics_that_cannot_be_read_are_not_called_damaged(run: Path, name: str) -> None:
     place = ".functional_ckpt/metrics/2." if name == "late" else f"run/2/{name}"
 
-    def is_wanted(operation: testing.Operation) -> bool:
-        return operation.kind == "read" and place in operation.path
+    class Refusing(testing.FaultyStorage):
+        is_refusing = True
 
-    storage = testing.FaultyStorage()
-    fault = testing.Fault(mode="lasting", errno=errno.EIO, where=is_wanted)
+        def operation(self, kind: str, path: str) -> None:
+            super().operation(kind, path)
+            if self.is_refusing and kind == "read" and place in path:
+                text = f"Cannot read {path}: {os.strerror(errno.EIO)}."
+                raise errors.StorageError(text, errno=errno.EIO, path=path)
+
+    storage = Refusing()
     with fc.CheckpointManager(run, read_only=True, storage=storage) as manager:
-        storage.inject(fault)
+        for ask in (lambda: manager.best_step("loss", mode="min"), lambda: manager.metadata(2)):
+            with pytest.raises(errors.StorageError, match=os.strerror(errno.EIO)):
+                ask()
+        assert manager.all_steps() == [1, 2]
+        for is_refusing in (False, True):
+            storage.is_refusing = is_refusing
+            assert manager.best_step("loss", mode="min") == 1, "known metrics are not read again"
+        manager.reload()
         with pytest.raises(errors.StorageError, match=os.strerror(errno.EIO)):
             manager.best_step("loss", mode="min")
-        with contextlib.suppress(errors.StorageError):
-            assert manager.metadata(2).metrics == {"loss": 2.0, "late": 2.0}
-        assert manager.all_steps() == [1, 2]
-        storage.heal()
-        assert manager.best_step("loss", mode="min") == 1
+        storage.is_refusing = False
         assert manager.metadata(2).metrics == {"loss": 2.0, "late": 2.0}
 
 

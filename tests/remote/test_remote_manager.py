@@ -68,7 +68,7 @@ def test_a_run(bucket: str) -> None:
         assert manager.all_steps() == [4]
     restored = fc.restore(f"{run}/4")
     assert not differences(restored["tree"], _state(4)["tree"])
-    assert _store(run).list(run) == ["4", "latest"]
+    assert _store(run).list(run) == [".functional_ckpt", "4", "latest"]
     assert fc.restore(f"{run}/latest")["config"] == {"seed": 4}
 
 

@@ -580,7 +580,7 @@ def test_a_record_of_promises_with_a_flipped_bit_loses_none(
     path = str(tmp_path / "uploads.json")
     book = Promises(commit.protocol(LocalStorage(), str(tmp_path)), path, ["far"])
     book.promise("far", 12)
-    book.decided["far"].append(12)
+    book.decided["far"][12] = None
     book.write([12])
     data = Path(path).read_bytes()
     assert records.digest_hex(b"") not in data.decode()
@@ -588,7 +588,7 @@ def test_a_record_of_promises_with_a_flipped_bit_loses_none(
         Path(path).write_bytes(changed)
         read = Promises(commit.protocol(LocalStorage(), str(tmp_path)), path, ["far"])
         read.read()
-        assert read.was_damaged or read.promised == {"far": [12]}
+        assert read.was_damaged or list(read.promised["far"]) == [12]
     assert "recomputing which steps" in caplog.text
 
 
