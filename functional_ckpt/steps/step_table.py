@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps.late_metrics import LateMetrics
@@ -33,10 +33,9 @@ class StepTable:
             found = self._infos = tuple(self._shown[step] for step in self._order)
         return found
 
-    @property
-    def by_step(self) -> Mapping[int, StepInfo]:
-        """The steps by number."""
-        return self._shown
+    def get(self, step: int) -> StepInfo | None:
+        """Returns a step; None if it is not there."""
+        return self._shown.get(step)
 
     def replace(self, infos: Iterable[StepInfo]) -> None:
         """Replaces all steps."""

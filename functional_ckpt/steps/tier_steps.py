@@ -111,7 +111,8 @@ class TierSteps(StepDirectory):
 
     def info(self, step: int) -> StepInfo | None:
         """Returns a step as last read; None if there is none."""
-        return self._table.by_step.get(step)
+        with self._mutex:
+            return self._table.get(step)
 
     def reload_local(self, *, reread: bool = False) -> None:
         """Lists this directory again and reads new steps, or with `reread` all of them."""

@@ -28,7 +28,7 @@ from functional_ckpt.storage.requests import Requests
 # By class: its lock, the fields that are read and written with it, and those that are only written
 # with it (they hold immutable values).
 GUARDED: dict[type, tuple[str, set[str], set[str]]] = {
-    TierSteps: ("_mutex", {"_being_read"}, {"_infos", "_num_changes"}),
+    TierSteps: ("_mutex", {"_being_read", "_table"}, {"_num_changes"}),
     ObjectStorage: ("_mutex", {"_made"}, set()),
     Requests: ("_mutex", {"_leases", "_links"}, set()),
     _ChildDatabase: ("_lock", {"_arrays"}, set()),
