@@ -13,6 +13,7 @@ __all__ = [
     "Combine",
     "Coordinator",
     "SingleProcess",
+    "Turns",
 ]
 
 Combine: TypeAlias = Callable[[Sequence[bytes]], bytes]
@@ -39,6 +40,32 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Closes the channel; a pending `all_to_all` raises."""
+        ...
+
+
+class Turns(Protocol):
+    """The steps that the ranks ask about: all the same ones in the same order, not in lockstep."""
+
+    def enter(self, step: int) -> bool:
+        """Enters a step, a new turn unless it is the last one; returns whether a round is due.
+
+        Then the caller makes one with all ranks, which are at the same step, and calls `finish`.
+
+        Raises:
+            CoordinationError: The ranks cannot agree on rounds any more.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Ends the round, also one that failed."""
+        ...
+
+    def wake(self) -> None:
+        """Looks at once whether this rank asks for a round; signal handlers may call it."""
+        ...
+
+    def close(self) -> None:
+        """Enters no other turn."""
         ...
 
 
@@ -91,6 +118,15 @@ class Coordinator(Protocol):
         """Returns a channel between the ranks; every rank makes one."""
         ...
 
+    def turns(self, period_seconds: float, is_wanted: Callable[[], bool]) -> Turns:
+        """Returns turns with rounds only when a rank asks for one; all ranks call it.
+
+        Args:
+            period_seconds: The time between two looks whether a rank asks for a round.
+            is_wanted: Returns whether this rank asks for one; called in another thread.
+        """
+        ...
+
     def shorten_timeout(self, seconds: float) -> None:
         """Lowers the timeout, waits in progress included, when peers may be about to end.
 
@@ -131,11 +167,31 @@ class SingleProcess:
         """Returns a channel that returns the sent data."""
         return _Loop()
 
+    def turns(self, period_seconds: float, is_wanted: Callable[[], bool]) -> Turns:
+        """Returns turns in which a round, which costs nothing, is always due."""
+        del period_seconds, is_wanted
+        return _EveryTurn()
+
     def shorten_timeout(self, seconds: float) -> None:
         """Does nothing."""
 
     def close(self) -> None:
         """Does nothing."""
+
+
+class _EveryTurn:
+    def enter(self, step: int) -> bool:
+        del step
+        return True
+
+    def finish(self) -> None:
+        pass
+
+    def wake(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class _Loop:

@@ -18,56 +18,22 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.distributed import remote_errors
 from functional_ckpt.distributed.coordinator import Combine
+from functional_ckpt.distributed.key_values import GRACE_SECONDS, KeyValueStore, pauses, wait_for
 
-__all__ = ["KeyValueStore", "Rounds"]
+__all__ = ["Rounds", "named"]
 
-# How much longer the others wait than the primary, so that its verdict reaches them first.
-_GRACE_SECONDS = 2.0
 _LEAVE_SECONDS = 2.0
 # Time to publish the reason of a time-out; the store itself may not answer.
 _LAST_WORD_SECONDS = 1.0
-_FIRST_PAUSE_SECONDS = 0.0002
-_LONGEST_PAUSE_SECONDS = 0.05
-# One server answers every rank: thousands of them must poll less often.
-_POLLS_PER_SECOND = 20_000
 
 _PHASES = (("begun", "start"), ("gathered", "gather for"), ("outcome", "finish"))
 _PHASE_SECONDS = 0.25
 _VALUE, _ERROR, _GONE, _SKIPPED = "value", "error", "gone", "skipped"
-
-
-class KeyValueStore(Protocol):
-    """The interface of a store; every call returns or raises within `seconds`."""
-
-    def set(self, key: str, value: bytes, seconds: float) -> None:
-        """Sets a key."""
-        ...
-
-    def set_unless(self, key: str, value: bytes, other: str, seconds: float) -> bool:
-        """Sets a key if it does not exist; returns whether it did."""
-        ...
-
-    def set_soon(self, key: str, value: bytes) -> None:
-        """Sets a key before the next request, without waiting for it."""
-        ...
-
-    def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
-        """Returns the values of existing keys."""
-        ...
-
-    def has(self, keys: Sequence[str], seconds: float) -> bool:
-        """Returns whether all the keys exist."""
-        ...
-
-    def delete_soon(self, keys: Sequence[str]) -> None:
-        """Deletes keys before the next request, without waiting for it."""
-        ...
 
 
 class Rounds:
@@ -87,10 +53,14 @@ class Rounds:
         self._rank = rank
         self._num_ranks = num_ranks
         self._timeout_seconds = timeout_seconds
-        self._grace_seconds = _GRACE_SECONDS
+        self._grace_seconds = GRACE_SECONDS
         self._next = 0
         self._spent: list[str] = []
-        self._longest_pause = max(_LONGEST_PAUSE_SECONDS, num_ranks / _POLLS_PER_SECOND)
+
+    @property
+    def timeout_seconds(self) -> float:
+        """How long to wait for another rank, as last shortened."""
+        return self._timeout_seconds
 
     def shorten_timeout(self, seconds: float) -> None:
         """Waits no longer than this from now on, waits under way included; signal handlers may."""
@@ -107,21 +77,26 @@ class Rounds:
             if outcome is not None:
                 return outcome
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """The last call: the primary, which may host the store, leaves after the others.
 
         Never fails, and waits a few seconds at most.
+
+        Returns:
+            Whether this rank is the primary, and all others have left.
         """
         with contextlib.suppress(errors.CoordinationError):
             if self._rank:
                 self._set(f"left/{self._rank}", b"")
-                return
+                return False
             others = range(1, self._num_ranks)
             left = [f"left/{rank}" for rank in others]
             if self._wait(left, lambda: min(_LEAVE_SECONDS, self._timeout_seconds)):
                 slots = {key.partition("/")[0] for key in self._spent}
                 self._spent += left + [f"{slot}/{rank}" for slot in slots for rank in others]
                 self._forget([])
+                return True
+        return False
 
     # ------------------------------------------------------------------------------ primary
 
@@ -174,7 +149,7 @@ class Rounds:
             return None
         if gone:
             raise errors.CoordinationError(
-                f"Rank 0 reached {what!r} after {_named(gone)} timed out waiting for it.",
+                f"Rank 0 reached {what!r} after {named(gone)} timed out waiting for it.",
                 ranks=(0,),
             )
         others = {rank: about for rank, (_, about, _) in entries.items() if about != what}
@@ -199,7 +174,7 @@ class Rounds:
         texts = [f"Rank {rank} failed in {what!r}: {each['text']}" for rank, each in failed.items()]
         if absent:
             texts.append(
-                f"{_named(absent).capitalize()} did not reach {what!r} within "
+                f"{named(absent).capitalize()} did not reach {what!r} within "
                 f"{self._timeout_seconds:g} s (crashed or hung?)."
             )
             ranks = sorted([*failed, *absent])
@@ -237,7 +212,7 @@ class Rounds:
         """Waits for the primary: to come, then to gather, then to do its part; as long for each."""
         phase, start = 0, time.monotonic()
         looked = start
-        for pause in self._pauses():
+        for pause in pauses(self._num_ranks):
             if self._store.has([f"{slot}/outcome"], self._rest(start)):
                 return
             # How far the primary is matters only to those who wait long.
@@ -281,22 +256,7 @@ class Rounds:
         self._store.set(key, value, self._limit)
 
     def _wait(self, keys: Sequence[str], seconds: Callable[[], float]) -> bool:
-        """Whether the keys existed in time; polls, since a store's wait cannot be cancelled."""
-        start = time.monotonic()
-        for pause in self._pauses():
-            rest = start + seconds() - time.monotonic()
-            if self._store.has(keys, max(rest, self._grace_seconds)):
-                return True
-            if rest <= 0:
-                return False
-            time.sleep(min(pause, rest))
-        return False
-
-    def _pauses(self) -> Iterator[float]:
-        pause = _FIRST_PAUSE_SECONDS
-        while True:
-            yield pause
-            pause = min(2 * pause, self._longest_pause)
+        return wait_for(self._store, keys, seconds, self._num_ranks)
 
     def _forget(self, current: list[str]) -> None:
         """Deletes this rank's keys of earlier rounds: no rank that came this far needs them."""
@@ -325,6 +285,7 @@ def _failed(what: str, error: BaseException) -> bytes:
     return _entry(_ERROR, what, json.dumps(remote_errors.to_record(error)).encode())
 
 
-def _named(ranks: Sequence[int] | dict[int, str]) -> str:
+def named(ranks: Sequence[int] | dict[int, str]) -> str:
+    """Returns ranks as text: `rank 1`, `ranks 1, 2`."""
     names = [str(rank) for rank in ranks]
     return f"rank {names[0]}" if len(names) == 1 else f"ranks {', '.join(names)}"

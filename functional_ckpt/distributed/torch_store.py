@@ -29,8 +29,10 @@ from functional_ckpt.distributed.coordinator import (
     Combine,
     Coordinator,
     SingleProcess,
+    Turns,
 )
 from functional_ckpt.distributed.rounds import Rounds
+from functional_ckpt.distributed.turns import StoreTurns
 
 __all__ = ["DEFAULT_TIMEOUT_SECONDS", "StoreCoordinator", "default_coordinator", "num_unjoined"]
 
@@ -100,6 +102,7 @@ class StoreCoordinator:
         self._group = group
         self._timeout_seconds = timeout_seconds
         self._num_channels = 0
+        self._turns: list[StoreTurns] = []
         store = _Store(group.get_group_store(), self.rank)
         if prefix is None:
             # Every rank makes its coordinators of a group in the same order. The store counts them:
@@ -107,6 +110,7 @@ class StoreCoordinator:
             prefix = f"functional_ckpt/{store.count(f'functional_ckpt/opened/{self.rank}')}"
         self._prefix = prefix
         store.enter(prefix)
+        self._store = store
         self._rounds = Rounds(
             store, rank=self.rank, num_ranks=self.num_ranks, timeout_seconds=timeout_seconds
         )
@@ -128,6 +132,21 @@ class StoreCoordinator:
         store = dist.PrefixStore(prefix, _clone(self._group.get_group_store()))  # pyright: ignore[reportPrivateImportUsage]
         return _GlooChannel(store, self.rank, self.num_ranks, self._timeout_seconds)
 
+    def turns(self, period_seconds: float, is_wanted: Callable[[], bool]) -> Turns:
+        """See `Coordinator.turns`."""
+        rounds = self._rounds  # and not self, which a dropped manager drops
+        turns = StoreTurns(
+            self._store,
+            f"turns/{len(self._turns)}",
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            timeout_seconds=lambda: rounds.timeout_seconds,
+            period_seconds=period_seconds,
+            is_wanted=is_wanted,
+        )
+        self._turns.append(turns)
+        return turns
+
     def shorten_timeout(self, seconds: float) -> None:
         """Shortens the timeout."""
         self._timeout_seconds = min(self._timeout_seconds, seconds)
@@ -135,7 +154,8 @@ class StoreCoordinator:
 
     def close(self) -> None:
         """See `Coordinator.close`."""
-        self._rounds.close()
+        if self._rounds.close():
+            self._store.delete_soon([key for turns in self._turns for key in turns.last_keys()])
 
 
 class _GlooChannel:

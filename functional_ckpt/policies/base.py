@@ -105,7 +105,9 @@ class SavePolicy(Protocol):
     """Decides whether a step is saved.
 
     A class may set `step_only = True` and add `fires_at` (see `StepPolicy`): then it is decided on
-    every rank by itself. Any other policy is decided by the primary for all.
+    every rank by itself. Any other policy is decided by the primary for all, in a round trip a
+    step; or, if it sets `ignores_step = True`, only when a thread of the primary, which asks it
+    once a second, finds that it accepts.
     """
 
     def should_save(

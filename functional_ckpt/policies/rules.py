@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,7 +28,7 @@ from functional_ckpt.policies.keep import (
     PreserveAll,
     unknown_metric,
 )
-from functional_ckpt.policies.save import every
+from functional_ckpt.policies.save import ElapsedInterval, every
 
 __all__ = [
     "AnyKeep",
@@ -96,6 +97,18 @@ class SaveRule:
     def step_only(self) -> bool:
         """Whether no rank ever needs another's decision."""
         return not self.by_state
+
+    @property
+    def ignores_step(self) -> bool:
+        """Whether `by_state` depends on the clock, signals and the history, not on the step."""
+        ignoring = (getattr(policy, "ignores_step", False) for policy in self.by_state)
+        return bool(self.by_state) and all(ignoring)
+
+    @property
+    def shortest_seconds(self) -> float:
+        """The shortest interval of the clock; infinite without one."""
+        clocks = (each for each in self.by_state if isinstance(each, ElapsedInterval))
+        return min((each.interval.value for each in clocks), default=math.inf)
 
     def decide_step(self, step: int) -> bool | None:
         """Decides from the number of the step, in well under a microsecond.

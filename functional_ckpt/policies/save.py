@@ -31,6 +31,8 @@ __all__ = [
 
 # 0.3 / 0.1 is 2.9999999999999996: a boundary counts as crossed within this distance.
 _ROUNDING: Final = 1e-9
+# A shorter interval may be over at the next step.
+_SHORTEST_SECONDS: Final = 1.0
 _ADVICE: Final[dict[Unit, str]] = {
     "sample": "Count them, progress.next_batch(samples=...)",
     "token": "Count them, progress.next_batch(tokens=...)",
@@ -94,6 +96,8 @@ class SpecificSteps:
 class InitialSave:
     """Saves as soon as possible if there is no checkpoint at all."""
 
+    ignores_step: ClassVar[Literal[True]] = True
+
     def should_save(
         self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
     ) -> bool:
@@ -104,6 +108,8 @@ class InitialSave:
 @dataclass(frozen=True, slots=True)
 class Preemption:
     """Saves once the process has received SIGTERM."""
+
+    ignores_step: ClassVar[Literal[True]] = True
 
     def should_save(
         self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
@@ -160,6 +166,11 @@ class ElapsedInterval:
             raise errors.UsageError(
                 f"interval: expected a time below a million years; got {self.interval}."
             ) from None
+
+    @property
+    def ignores_step(self) -> bool:
+        """Whether the ranks need no round at each step: the interval is long enough for that."""
+        return self.interval.value >= _SHORTEST_SECONDS
 
     def should_save(
         self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext

@@ -1,12 +1,18 @@
-"""Decides whether to save: locally if the policies depend on the step only, otherwise on rank 0."""
+"""Decides whether to save: locally if the policies depend on the step only, otherwise on rank 0.
+
+With several ranks a decision of rank 0 is a round. If the policies depend on the clock and on
+signals, not on the step, there is one only when the clock or a signal asks for it; see
+`distributed.turns`.
+"""
 
 from __future__ import annotations
 
 import datetime
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 
-from functional_ckpt.distributed.coordinator import Combine, Coordinator
+from functional_ckpt.distributed.coordinator import Combine, Coordinator, Turns
 from functional_ckpt.policies import rules
 from functional_ckpt.policies.base import SaveContext, StepInfo
 from functional_ckpt.policies.progress import Progress
@@ -19,6 +25,9 @@ __all__ = ["SaveDecider"]
 # After a SIGTERM a peer may never answer, and the agent kills the rest after 30 seconds.
 _PREEMPTED_TIMEOUT_SECONDS = 20.0
 _YES, _NO = b"1", b"0"
+# How late a signal or the clock may be noticed, absolutely and as a part of an interval; and how
+# often at most the ranks look.
+_LATEST_SECONDS, _LATEST_PART, _SHORTEST_SECONDS = 1.0, 0.001, 0.05
 
 
 class SaveDecider:
@@ -48,6 +57,8 @@ class SaveDecider:
         self._stop_agreed = False
         self._refused: int | None = None
         self._decided_step: int | None = None
+        self._accepted: int | None = None
+        self._turns: Turns | None = None
         self._last: StepInfo | None = None
         self._last_batch: tuple[int, int] | None = None
 
@@ -57,26 +68,39 @@ class SaveDecider:
         return self._rule is not None and any(map(preemption.is_preemption, self._rule.policies))
 
     def start(self) -> None:
-        """Listens for SIGTERM, if a policy waits for it and steps are saved at all."""
-        if self.waits_for_signal and not self._steps.read_only:
+        """Listens for SIGTERM and the clock, if a policy waits for them and steps are saved."""
+        if self._rule is None or self._steps.read_only:
+            return
+        if self.waits_for_signal:
             self._watch.start()
+        if self._rule.ignores_step and self._coordinators[0].num_ranks > 1:
+            seconds = min(self._rule.shortest_seconds * _LATEST_PART, _LATEST_SECONDS)
+            wants_round = weakref.WeakMethod(self._wants_round)  # the thread keeps no manager
+            self._turns = self._coordinators[0].turns(
+                max(seconds, _SHORTEST_SECONDS),
+                lambda: (ask := wants_round()) is not None and ask(),
+            )
 
     def stop(self) -> None:
         """Listens no more."""
         self._watch.stop()
+        if self._turns is not None:
+            self._turns.close()
 
     def is_preempted(self, step: int) -> bool:
         """Returns whether the job received SIGTERM and `step` is, or can still be, saved.
 
         False for a step that was just declined: the signal came too late for it, and leaving the
         loop now would lose all steps since the last save. With many ranks all get the same answer:
-        that of the decision about this step, or where there was none, one round's.
+        that of the last round.
         """
         if step == self._refused:
             return False
         if not self._is_shared:
             return self._watch.is_reached
-        if self._decided_step != step and not self._stop_agreed:
+        if self._turns is not None and self._rule is not None:
+            self._decide_in_turn(self._turns, self._rule, step, None, decided=False)
+        elif self._decided_step != step and not self._stop_agreed:
             self._ask(f"whether to stop at step {step}", step, b"".join)
         return self._stop_agreed
 
@@ -99,6 +123,7 @@ class SaveDecider:
 
     def mark_saved(self, step: int, progress: Progress | None) -> None:
         """Notes that this run is saving a step."""
+        self._accepted = None
         now = datetime.datetime.now(datetime.UTC)
         self._last = StepInfo(step=step, time=now, progress=progress)
         self._last_batch = None if progress is None else (step, progress.batch)
@@ -111,7 +136,7 @@ class SaveDecider:
     def should_save(
         self, step: int, progress: Progress | None = None, *, force: bool = False
     ) -> bool:
-        """Returns whether to save; one round between the ranks unless the step alone decides.
+        """Returns whether to save; one round between the ranks if that may depend on the step.
 
         Args:
             step: The step.
@@ -122,6 +147,10 @@ class SaveDecider:
         if progress is not None and not force and (step, progress.batch) == self._last_batch:
             return False
         decided = True if force or self._rule is None else self._rule.decide_step(step)
+        if self._turns is not None and self._rule is not None:
+            return self._decide_in_turn(
+                self._turns, self._rule, step, progress, decided=bool(decided)
+            )
         if self._rule is None or (decided is not None and not (decided and self._is_shared)):
             return bool(decided)
         combine = functools.partial(self._decide, self._rule, step, progress, bool(decided))
@@ -145,6 +174,43 @@ class SaveDecider:
     def _hurry(self) -> None:
         for coordinator in self._coordinators:
             coordinator.shorten_timeout(_PREEMPTED_TIMEOUT_SECONDS)
+        if self._turns is not None:
+            self._turns.wake()
+
+    def _decide_in_turn(
+        self,
+        turns: Turns,
+        rule: rules.SaveRule,
+        step: int,
+        progress: Progress | None,
+        *,
+        decided: bool,
+    ) -> bool:
+        """Returns whether to save, by a round if one is due at this step."""
+        if not self._stop_agreed and turns.enter(step):
+            try:
+                combine = functools.partial(self._decide, rule, step, progress, decided)
+                verdict = self._ask(f"whether to save step {step}", step, combine)
+                # Before the next round can be asked for.
+                self._accepted = step if verdict[:1] == _YES else None
+            finally:
+                turns.finish()
+        elif self._accepted != step:
+            self._accepted = None
+        return decided or self._stop_agreed or self._accepted == step
+
+    def _wants_round(self) -> bool:
+        """In a thread: whether this rank asks for a round, by a signal or the primary's clock."""
+        if self._stop_agreed or self._rule is None:
+            return False
+        if self._watch.is_reached:
+            return True
+        if self._coordinators[0].rank or self._accepted is not None:
+            return False
+        now, busy = datetime.datetime.now(datetime.UTC), self._busy_step()
+        info = StepInfo(step=0, time=now)
+        known, context = self._past(busy), self._context(busy, reached=False)
+        return any(each.should_save(info, known, context=context) for each in self._rule.by_state)
 
     def _decide(
         self,
@@ -158,15 +224,18 @@ class SaveDecider:
         reached = _YES in told
         now = datetime.datetime.now(datetime.UTC)
         busy = self._busy_step()
-        context = SaveContext(
-            is_saving_in_progress=busy is not None,
-            reached_preemption=reached,
-            start_time=self._start_time,
-        )
+        context = self._context(busy, reached=reached)
         info = StepInfo(step=step, time=now, progress=progress)
         known = self._past(busy)
         wanted = decided or rules.decide_save(rule, info, known, context=context) is not None
         return (_YES if wanted else _NO) + (_YES if reached else _NO)
+
+    def _context(self, busy: int | None, *, reached: bool) -> SaveContext:
+        return SaveContext(
+            is_saving_in_progress=busy is not None,
+            reached_preemption=reached,
+            start_time=self._start_time,
+        )
 
     def _past(self, busy: int | None) -> tuple[StepInfo, ...]:
         """Returns the steps that came before in this run: those on the line that it saves on."""

@@ -115,6 +115,10 @@ class _SavePolicy:
 
     theirs: Any
 
+    @property
+    def ignores_step(self) -> bool:
+        return _is_exactly(self.theirs, "InitialSavePolicy", "PreemptionCheckpointingPolicy")
+
     def should_save(
         self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
     ) -> bool:

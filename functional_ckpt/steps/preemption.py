@@ -71,5 +71,5 @@ def is_preemption(policy: object) -> bool:
     """Returns whether a policy (native or Orbax's) waits for SIGTERM."""
     return (
         isinstance(policy, Preemption)
-        or "Preemption" in type(getattr(policy, "policy", policy)).__name__
+        or "Preemption" in type(getattr(policy, "theirs", policy)).__name__
     )

@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 import torch.distributed as dist
+from doubles import Counting
 from gloo_workers import Workers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import functional_ckpt as fc
-from functional_ckpt.distributed.coordinator import Channel, Combine, Coordinator
 from functional_ckpt.distributed.torch_store import default_coordinator
 from functional_ckpt.format import read_direct, read_plan
 from functional_ckpt.saving import lower
@@ -180,33 +180,6 @@ def test_ranks_that_read_for_each_other_ask_for_nothing_twice(
 
 
 # ------------------------------------------------------------------------------------ rounds
-
-
-class Counting:
-    """A coordinator that records the names of its rounds."""
-
-    def __init__(self, inner: Coordinator, rounds: list[tuple[str, int]]) -> None:
-        self._inner = inner
-        self._rounds = rounds
-        self.rank = inner.rank
-        self.num_ranks = inner.num_ranks
-        self.global_ranks = inner.global_ranks
-
-    def gather_broadcast(self, what: str, value: bytes | BaseException, combine: Combine) -> bytes:
-        self._rounds.append((what, len(value) if isinstance(value, bytes) else 0))
-        return self._inner.gather_broadcast(what, value, combine)
-
-    def background(self) -> Coordinator:
-        return Counting(self._inner.background(), self._rounds)
-
-    def channel(self) -> Channel:
-        return self._inner.channel()
-
-    def shorten_timeout(self, seconds: float) -> None:
-        self._inner.shorten_timeout(seconds)
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 def rounds_of(directory: Path, num_leaves: int, alike: bool) -> list[list[tuple[str, int]]]:

@@ -8,51 +8,13 @@ from concurrent import futures
 from typing import Any
 
 import pytest
+from doubles import MemoryStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional_ckpt import errors
 from functional_ckpt.distributed import torch_store
 from functional_ckpt.distributed.rounds import Rounds
-
-
-class MemoryStore:
-    """A key-value store that counts its requests."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self.values: dict[str, bytes] = {}
-        self.num_writes = 0
-
-    def set(self, key: str, value: bytes, seconds: float) -> None:
-        with self._mutex:
-            self.num_writes += 1
-            self.values[key] = value
-
-    def set_unless(self, key: str, value: bytes, other: str, seconds: float) -> bool:
-        with self._mutex:
-            if other in self.values:
-                return False
-            self.num_writes += 1
-            self.values[key] = value
-            return True
-
-    def set_soon(self, key: str, value: bytes) -> None:
-        self.set(key, value, 1.0)
-
-    def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
-        with self._mutex:
-            return [self.values[key] for key in keys]
-
-    def has(self, keys: Sequence[str], seconds: float) -> bool:
-        with self._mutex:
-            return all(key in self.values for key in keys)
-
-    def delete_soon(self, keys: Sequence[str]) -> None:
-        with self._mutex:
-            self.num_writes += len(keys)
-            for key in keys:
-                self.values.pop(key, None)
 
 
 class Group:

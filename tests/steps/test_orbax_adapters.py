@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import functional_ckpt as fc
 from functional_ckpt import policies
 from functional_ckpt.errors import UsageError
 from functional_ckpt.policies.base import KeepContext, SaveContext, StepInfo, StepPolicy
@@ -442,6 +444,7 @@ def test_a_users_name_format_on_orbaxs_protocol() -> None:
 
 _NO_BACKEND = """
 import datetime, sys
+import functional_ckpt as fc
 from functional_ckpt import policies
 from functional_ckpt.policies.rules import keep_policies, steps_to_prune
 from functional_ckpt.steps.names import as_name_format
@@ -486,3 +489,20 @@ def test_no_jax_backend_is_initialised() -> None:
         [sys.executable, "-c", _NO_BACKEND], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout.strip()) == (0, "no backend"), done.stderr
+
+
+def test_orbax_preemption_policy_waits_for_the_signal(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with fc.CheckpointManager(tmp_path, save_policy=theirs.PreemptionCheckpointingPolicy()) as own:
+        assert signal.getsignal(signal.SIGTERM) is not before
+        assert own.waits_for_signal and own.save(1, {"x": 1}) is None
+        signal.raise_signal(signal.SIGTERM)
+        assert own.save(2, {"x": 1}) and own.reached_preemption(2)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_orbax_policies_that_ignore_the_step_need_no_round_at_each() -> None:
+    ignoring = [theirs.PreemptionCheckpointingPolicy(), theirs.InitialSavePolicy()]
+    assert save_rule([policies.every("90m"), *ignoring], adapt=adapt_save_policy).ignores_step
+    assert not save_rule([policies.When(bool)], adapt=adapt_save_policy).ignores_step
+    assert not save_rule([policies.every(5)], adapt=adapt_save_policy).ignores_step

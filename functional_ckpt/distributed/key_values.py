@@ -1,0 +1,74 @@
+"""The key-value store of the ranks, and how to wait for its keys."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+__all__ = ["GRACE_SECONDS", "KeyValueStore", "pauses", "wait_for"]
+
+# How much longer the others wait than the primary, so that its verdict reaches them first.
+GRACE_SECONDS = 2.0
+# One server answers every rank: thousands of them must poll less often.
+_FIRST_PAUSE_SECONDS, _FIRST_POLLS_PER_SECOND = 0.0002, 50_000
+_LONGEST_PAUSE_SECONDS, _POLLS_PER_SECOND = 0.05, 20_000
+
+
+class KeyValueStore(Protocol):
+    """The interface of a store; every call returns or raises within `seconds`."""
+
+    def set(self, key: str, value: bytes, seconds: float) -> None:
+        """Sets a key."""
+        ...
+
+    def set_unless(self, key: str, value: bytes, other: str, seconds: float) -> bool:
+        """Sets a key if it does not exist; returns whether it did."""
+        ...
+
+    def set_soon(self, key: str, value: bytes) -> None:
+        """Sets a key before the next request, without waiting for it."""
+        ...
+
+    def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
+        """Returns the values of existing keys."""
+        ...
+
+    def has(self, keys: Sequence[str], seconds: float) -> bool:
+        """Returns whether all the keys exist."""
+        ...
+
+    def delete_soon(self, keys: Sequence[str]) -> None:
+        """Deletes keys before the next request, without waiting for it."""
+        ...
+
+
+def pauses(num_ranks: int) -> Iterator[float]:
+    """Yields the seconds between polls of each of the ranks: short ones first."""
+    pause = max(_FIRST_PAUSE_SECONDS, num_ranks / _FIRST_POLLS_PER_SECOND)
+    longest = max(_LONGEST_PAUSE_SECONDS, num_ranks / _POLLS_PER_SECOND)
+    while True:
+        yield pause
+        pause = min(2 * pause, longest)
+
+
+def wait_for(
+    store: KeyValueStore, keys: Sequence[str], seconds: Callable[[], float], num_ranks: int
+) -> bool:
+    """Returns whether the keys existed in time; polls, since a store's wait cannot be cancelled.
+
+    Args:
+        store: The store.
+        keys: The keys.
+        seconds: Returns how long to wait, from the start; read again after each poll.
+        num_ranks: How many ranks poll.
+    """
+    start = time.monotonic()
+    for pause in pauses(num_ranks):
+        rest = start + seconds() - time.monotonic()
+        if store.has(keys, max(rest, GRACE_SECONDS)):
+            return True
+        if rest <= 0:
+            return False
+        time.sleep(min(pause, rest))
+    return False
