@@ -15,13 +15,14 @@ import dataclasses
 import difflib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ KNOWN = ROOT / "scripts" / "mutants.json"
 # By pytest's exit status: 2 is that of a module that cannot be imported any more.
 _UNFINISHED = 7
 _CAUGHT = ("killed", "hung")
-_FIRST = 12  # tests of a change
+_QUICK = 8  # a first look takes this part of the time
 _TIMES = itertools.count(1_000_000_000)  # of changed files
 _OUTCOMES = {0: "survived", 1: "killed", 2: "killed", None: "hung", _UNFINISHED: "unfinished"}
 
@@ -47,14 +48,14 @@ class Chosen:
     """A pytest plugin that runs chosen tests, and starts none when the processor time is used up.
 
     Args:
-        tests: Their names; a name of a file means all of it.
-        seconds: The processor time.
+        tests: Their names; a file, or a test without its parameters, means all of it.
+        end: The processor time at which it ends.
     """
 
-    def __init__(self, tests: Sequence[str], seconds: float) -> None:
+    def __init__(self, tests: Sequence[str], end: float) -> None:
         self._places = {test: number for number, test in enumerate(tests)}
         self.files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
-        self._end = seconds_used() + seconds
+        self._end = end
         self.is_over = False
 
     @pytest.hookimpl(trylast=True)
@@ -62,9 +63,9 @@ class Chosen:
         """Leaves the other tests of the files out; the tests of one file stay together."""
 
         def place(item: Any) -> tuple[int, int]:
-            file = item.nodeid.partition("::")[0]
-            number = self._places.get(item.nodeid, self._places.get(file, -1))
-            return self.files.index(file), number
+            file, function = (item.nodeid.partition(each)[0] for each in ("::", "["))
+            found = map(self._places.get, (item.nodeid, function, file))
+            return self.files.index(file), next((n for n in found if n is not None), -1)
 
         found = [(place(item), item) for item in items]
         found = [each for each in found if each[0][1] >= 0]
@@ -82,14 +83,16 @@ class Chosen:
 
 
 def run_tests(tests: Sequence[str], seconds: float) -> int:
-    """Runs tests until one fails, the first few before the files of the others are imported.
+    """Runs tests until one fails: two, then four, and so on, so that few files are imported.
 
     Returns:
         0 where none failed, 1 or 2 where one did, as pytest's exit status.
     """
     codes: list[int] = []
-    for some in filter(None, (tests[:_FIRST], tests[_FIRST:])):
-        chosen = Chosen(some, seconds)
+    start, size, end = 0, 2, seconds_used() + seconds
+    while some := tests[start : start + size]:
+        start, size = start + size, 2 * size
+        chosen = Chosen(some, end)
         codes.append(int(pytest.main([*chosen.files, *OPTIONS, "-x"], plugins=[chosen])))
         if chosen.is_over and codes[-1] == pytest.ExitCode.INTERRUPTED:
             return _UNFINISHED
@@ -116,14 +119,10 @@ def job_of(name: str, mutant: Mutant, tests: Sequence[str], base: Path, cpu_seco
 
 
 def run_mutants(
-    mutants: Sequence[Mutant], tests: Map, options: argparse.Namespace
+    names: Mapping[str, Mutant], tests: Map, options: argparse.Namespace, seconds: float
 ) -> dict[str, tuple[Mutant, str]]:
-    """Runs the tests of each change; returns its outcome by name: killed, hung or survived."""
+    """Runs the tests of each change, by name; returns its outcome: killed, hung or survived."""
     work: Path = options.work
-    names = {
-        f"{number:04}.{label(mutant.path)}.{mutant.line}.{mutant.kind}": mutant
-        for number, mutant in enumerate(mutants)
-    }
     outcomes: dict[str, tuple[Mutant, str]] = {}
 
     def done(job: Job, code: int | None) -> None:
@@ -133,15 +132,15 @@ def run_mutants(
         print(
             f"{outcome:11}{mutant.path}:{mutant.line} {mutant.kind} {mutant.function}", flush=True
         )
-        if outcome not in _CAUGHT:
+        if outcome not in _CAUGHT and seconds == options.seconds:
             print(diff(mutant, work / "base"), flush=True)
 
     base = work / "base"
     jobs = [
-        job_of(name, each, tests.choose(each, options.seconds), base, 2 * options.seconds)
+        job_of(name, each, tests.choose(each, seconds), base, 2 * seconds)
         for name, each in names.items()
     ]
-    run_jobs(jobs, copies_in(work), work, Limits(options.asleep, 10 * options.seconds), done)
+    run_jobs(jobs, copies_in(work), work, Limits(options.asleep, 10 * seconds), done)
     return outcomes
 
 
@@ -178,7 +177,7 @@ def confirm(
     result.unlink(missing_ok=True)
 
     def check() -> int:
-        failures, chosen = Failures(), Chosen(tests, 1e9)
+        failures, chosen = Failures(), Chosen(tests, math.inf)
         pytest.main([*chosen.files, *OPTIONS], plugins=[failures, chosen])
         result.write_text(json.dumps(sorted(failures.found)))
         return 0
@@ -272,7 +271,17 @@ def main() -> int:
     drawn = draw(base, options)
     known = {tuple(each["change"]) for each in json.loads(options.equivalent.read_text())}
     wanted = [each for each in drawn if each.key not in known]
-    outcomes = confirm(run_mutants(wanted, Map(kept, base), options), options)
+    names = {
+        f"{number:04}.{label(mutant.path)}.{mutant.line}.{mutant.kind}": mutant
+        for number, mutant in enumerate(wanted)
+    }
+    tests, outcomes = Map(kept, base), dict[str, tuple[Mutant, str]]()
+    for seconds in (options.seconds / _QUICK, options.seconds):  # most fail at their first tests
+        left = {
+            n: m for n, m in names.items() if n not in outcomes or outcomes[n][1] not in _CAUGHT
+        }
+        outcomes |= run_mutants(left, tests, options, seconds)
+    outcomes = confirm(outcomes, options)
     keep(outcomes.values(), options.work / "outcomes.json")
     counts = Counter(outcome for _, outcome in outcomes.values())
     counts["equivalent"] = len(drawn) - len(wanted)

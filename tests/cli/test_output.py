@@ -6,7 +6,8 @@ import datetime
 
 import pytest
 
-from functional_ckpt.cli import output
+from functional_ckpt.cli import output, verify
+from functional_ckpt.verify.findings import Finding
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,20 @@ def test_an_age_is_in_its_largest_unit(seconds: int, shown: str) -> None:
 )
 def test_a_size_has_at_most_four_digits(num_bytes: int, shown: str) -> None:
     assert output.size(num_bytes) == shown
+
+
+@pytest.mark.parametrize(
+    ("num_leaves", "shown"),
+    [
+        (1, "1 leaf of m: l0"),
+        (4, "4 leaves of m: l0, l1, l2, l3"),
+        (6, "6 leaves of m: l0, l1, l2, l3 and 2 more"),
+    ],
+)
+def test_the_first_lost_leaves_are_named_and_the_others_counted(
+    num_leaves: int, shown: str
+) -> None:
+    leaves = tuple(f"l{number}" for number in range(num_leaves))
+    finding = Finding(item="m", leaves=leaves, file="m/d/0", problem="size", expected="9", got="8")
+    *_, last = verify._block(finding)
+    assert str(last.renderable) == f"lost: {shown}"

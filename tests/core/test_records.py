@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from functional_ckpt import errors
-from functional_ckpt.core.records import records
+from functional_ckpt.core.arrays.spec import ArraySpec
+from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.restore_plan.match import match
 from functional_ckpt.core.tree import flatten
 from functional_ckpt.core.tree.placeholders import AS_SAVED
@@ -165,3 +166,15 @@ def test_a_text_nested_beyond_reason_is_one_clear_error() -> None:
     text = body[:-1] + f', "xxh3": "{records.digest_hex(body[:-1])}"}}'.encode()
     with pytest.raises(errors.CorruptCheckpointError, match="not JSON"):
         records.verify_checksum(text, "x")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_leaf_of_orbax_that_is_a_container_too_is_refused(order: int) -> None:
+    def entry(*names: str) -> dict[str, object]:
+        keys = [{"key": name, "key_type": 2} for name in names]
+        return {"key_metadata": keys, "value_metadata": {"value_type": "None"}}
+
+    entries = [("a", entry("a")), ("a.b", entry("a", "b"))][::order]
+    data = json.dumps({"tree_metadata": dict(entries)}).encode()
+    with pytest.raises(errors.CorruptCheckpointError, match="share one key path"):
+        orbax.parse_tree(data, "path", spec_of=lambda name: ArraySpec((), "int8"), texts={})

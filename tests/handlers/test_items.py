@@ -123,3 +123,11 @@ def test_an_item_without_a_handler_is_refused(wrong):
 def test_rng_of_a_generator_alone_names_the_item_that_takes_one():
     with pytest.raises(errors.UsageError, match=r"fc\.Generator takes one generator"):
         fc.Rng(GENERATOR)  # type: ignore[arg-type]
+
+
+@EVERY
+def test_item_takes_its_options_by_name(item: Item):
+    options = {field.name: field for field in dataclasses.fields(item) if field.init}
+    positional = {name for name, field in options.items() if not field.kw_only}
+    expected = {fc.Optimizer: {"value", "model"}, fc.CheckpointItem: {"value", "handler"}}
+    assert positional == expected.get(type(item), {"value"})

@@ -383,6 +383,24 @@ def test_a_change_that_torch_does_not_count_fails_the_save(
         assert differences(dict(manager.restore(2)), dict(fc.restore(tmp_path / "moment"))) == []
 
 
+@pytest.mark.parametrize("name", ["weight", "exp_avg"])
+def test_a_single_element_that_torch_counts_fails_the_save(
+    tmp_path: Path, slow: threading.Event, name: str
+) -> None:
+    model = torch.nn.Linear(300, 200)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(300)).sum().backward()
+    optimizer.step()
+    leaf = model.weight if name == "weight" else optimizer.state[model.weight][name]
+    manager = fc.CheckpointManager(tmp_path / "run", staging=fc.Overlapped())
+    manager.save(1, {"model": model, "optimizer": fc.Optimizer(optimizer, model)})
+    with torch.no_grad():
+        leaf[100, 111] += 1  # between the bytes that are compared
+    with pytest.raises(errors.SaveError, match=rf"{name}.* changed while being copied"):
+        manager.wait_until_finished()
+    manager.close()
+
+
 def test_only_the_checked_copy_sees_a_single_element(tmp_path: Path, slow: threading.Event) -> None:
     model = torch.nn.Linear(300, 200)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -14,7 +14,7 @@ from fake_bucket import Clock, FakeBucket
 from functional_ckpt import errors
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.buckets import base, lease
-from functional_ckpt.storage.buckets.base import TransientError
+from functional_ckpt.storage.buckets.base import SpooledBucket, TransientError
 from functional_ckpt.storage.buckets.lease import Lease
 from functional_ckpt.storage.object_store import ObjectStorage
 from functional_ckpt.storage.open import connect
@@ -288,3 +288,9 @@ def test_a_lease_that_is_added_during_a_check_is_checked_from_then_on(bucket: Fa
     requests.check_leases()
     adding.join()
     assert requests._leases == [added]
+
+
+def test_the_version_of_an_object_that_was_spooled_follows_its_content() -> None:
+    one, two = (SpooledBucket.written("key", content) for content in (b"one", b"more"))
+    assert (one.key, one.size_bytes, two.size_bytes) == ("key", 3, 4)
+    assert one == SpooledBucket.written("key", b"one") and one.version != two.version

@@ -170,3 +170,13 @@ def test_links_to_directories_are_told_from_directories(
     assert stat.S_ISLNK(os.lstat(tmp_path / "link").st_mode)
     with pytest.raises(errors.CorruptCheckpointError, match="a link"):
         queries.regular_sizes(storage, str(tmp_path / "link"))
+
+
+@pytest.mark.parametrize("offset", [3, 4, 2**62])
+def test_a_read_from_the_end_of_a_file_on_is_empty_and_reserves_nothing(
+    tmp_path: Path, storage: LocalStorage, offset: int
+) -> None:
+    path = str(tmp_path / "file")
+    Path(path).write_bytes(b"abc")
+    assert storage.read(path, offset) == storage.read(path, offset, 2**62) == b""
+    assert storage.read(path, 1) == storage.read(path, 1, 2**62) == b"bc"

@@ -209,3 +209,19 @@ def test_two_mounts_of_one_directory_have_one_writer(tmp_path: Path) -> None:
         finally:
             disks.unmount(tmp_path / "second")
     assert fc.restore(tmp_path / "beneath" / "run" / "3")["tree"]["step"] == 3
+
+
+def test_a_state_is_replaced_only_by_who_knows_its_version(tmp_path: Path) -> None:
+    files, key = LeaseFiles(), str(tmp_path / "lock").lstrip("/")
+    first = files.write(key, b"one", replacing="")
+    for replacing in ("", "0", "2", "x"):
+        with pytest.raises(PreconditionFailed):
+            files.write(key, b"two", replacing=replacing)
+    assert files.read(key) == b"one" and first.version == "1"
+    second = files.write(key, b"two", replacing=first.version)
+    with pytest.raises(PreconditionFailed):
+        files.write(key, b"three", replacing=first.version)
+    files.delete([key], versions={key: second.version or ""})
+    with pytest.raises(PreconditionFailed):
+        files.write(key, b"four", replacing=second.version)
+    assert files.write(key, b"five", replacing="").version == "4"

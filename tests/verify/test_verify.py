@@ -10,17 +10,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tensorstore as ts
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt import testing
+from functional_ckpt import errors, testing
 from functional_ckpt.core.records import records
 from functional_ckpt.core.records.records import EXTENSION_FILE, FileRecord
 from functional_ckpt.format import write_direct
 from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.verify import foreign
 from functional_ckpt.verify.checkpoint import Finding, verify_checkpoint
 
 STORAGE = LocalStorage()
@@ -505,3 +507,20 @@ def test_verify_of_other_directories_raises(tmp_path: Path) -> None:
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     with pytest.raises(fc.errors.CorruptCheckpointError, match="not a checkpoint"):
         verify(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("error", "file"),
+    [
+        (errors.CorruptCheckpointError("broken", path="/c/m/d/0"), "m/d/0"),
+        (errors.CorruptCheckpointError("broken"), "."),
+        (ValueError("broken"), "."),
+    ],
+    ids=["a file", "no file", "not ours"],
+)
+def test_the_file_of_a_foreign_checkpoint_that_cannot_be_read_is_named(
+    error: Exception, file: str
+) -> None:
+    search = mock.Mock(path="/c")
+    foreign._add(search, "m", error, ("w",))
+    assert search.add.call_args.args[:3] == ("m", file, "unreadable")
