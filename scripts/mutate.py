@@ -105,6 +105,7 @@ def job_of(name: str, mutant: Mutant, tests: Sequence[str], base: Path, cpu_seco
     """Returns the job that runs the tests of a change."""
 
     def prepare(copy: Path) -> Callable[[], None]:
+        repair(base, copy)
         file = copy / mutant.path
         file.write_bytes(mutant.apply((base / mutant.path).read_bytes()))
         when = next(_TIMES)  # the bytecode of another change may have the same size
@@ -205,6 +206,14 @@ def copies_in(work: Path) -> list[Path]:
     return sorted(work.glob("copy*"))
 
 
+def repair(base: Path, copy: Path) -> None:
+    """Copies again the files that a test of the last change removed."""
+    for file in base.rglob("*"):
+        if file.is_file() and not (again := copy / file.relative_to(base)).exists():
+            again.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, again)
+
+
 def make_copies(work: Path, count: int) -> None:
     """Copies the tracked and the new files of the working tree.
 
@@ -254,6 +263,7 @@ def main() -> int:
     parser.add_argument(
         "--again", action="store_true", help="changes that the last run did not catch"
     )
+    parser.add_argument("--skip-measuring", action="store_true", help="take the last measurement")
     parser.add_argument("--module", action="append", help="only paths that contain this")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument("--seconds", type=float, default=30, help="processor time for a change")
@@ -267,7 +277,8 @@ def main() -> int:
     make_copies(options.work, options.jobs)
     preload()
     base, kept = options.work / "base", options.work / "map"
-    measure(copies_in(options.work)[0], options.work, kept, options.each)
+    if not options.skip_measuring:
+        measure(copies_in(options.work)[0], options.work, kept, options.each)
     drawn = draw(base, options)
     known = {tuple(each["change"]) for each in json.loads(options.equivalent.read_text())}
     wanted = [each for each in drawn if each.key not in known]
