@@ -112,6 +112,7 @@ def job_of(name: str, mutant: Mutant, tests: Sequence[str], base: Path, cpu_seco
         os.utime(file, (when, when))
 
         def undo() -> None:
+            file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(base / mutant.path, file)
 
         return undo

@@ -516,7 +516,7 @@ def test_verify_of_other_directories_raises(tmp_path: Path) -> None:
         (errors.CorruptCheckpointError("broken"), "."),
         (ValueError("broken"), "."),
     ],
-    ids=["a file", "no file", "not ours"],
+    ids=["a file", "no file", "a ValueError"],
 )
 def test_the_file_of_a_foreign_checkpoint_that_cannot_be_read_is_named(
     error: Exception, file: str
