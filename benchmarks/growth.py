@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import functional_ckpt as fc
+from benchmarks import growth_ranks
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps.history import commit_time
@@ -160,6 +161,7 @@ def copy_step(
 TABLES: dict[str, tuple[Callable[[int], Figures], tuple[int, ...]]] = {
     "steps": (steps, (300, 1_000, 3_000, 10_000)),
     "deliveries": (deliveries, (30, 100, 300, 1_000)),
+    "ranks": (growth_ranks.declined, (4, 8, 12)),
 }
 
 
