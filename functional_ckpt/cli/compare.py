@@ -140,7 +140,7 @@ def _compare_leaves(
         return Difference(leaf=name, kind=kind, a=texts[0], b=texts[1])
     texts = trees.describe(leaf_a), trees.describe(leaf_b)
     if isinstance(leaf_a, structure.ArrayNode) and isinstance(leaf_b, structure.ArrayNode):
-        is_same = leaf_a.spec == leaf_b.spec and trees.dtype_of(leaf_a) == trees.dtype_of(leaf_b)
+        is_same = leaf_a.spec == leaf_b.spec and leaf_a.dtype == leaf_b.dtype
         if is_same:
             return _compare_data(name, _Array(a, leaf_a), _Array(b, leaf_b), advance)
     elif texts == texts[::-1] and type(leaf_a) is type(leaf_b):
@@ -211,7 +211,7 @@ def _compare_data(
             continue
         count, most = _measure(a.read(box), b.read(box))
         num_different += count
-        largest = max(largest, most, key=_nan_first)
+        largest = max(largest, most, key=lambda each: math.inf if math.isnan(each) else each)
     if not num_different:
         return None
     text = trees.describe(a.node)
@@ -236,13 +236,9 @@ def _regions(spec: ArraySpec, a: Digests | None, b: Digests | None) -> Iterator[
         yield a.grid.box(index), is_same
 
 
-def _nan_first(value: float) -> float:
-    return math.inf if math.isnan(value) else value
-
-
 def _is_numeric(node: structure.ArrayNode) -> bool:
     """Returns whether numbers are stored as such, not as their bits or raw bytes."""
-    return node.kind != "bytes" and trees.dtype_of(node) == node.spec.dtype
+    return node.kind != "bytes" and node.dtype == node.spec.dtype
 
 
 def _measure(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> tuple[int, float]:

@@ -160,10 +160,6 @@ def utc(time: datetime.datetime) -> str:
 # ------------------------------------------------------------------------------------ progress
 
 
-def no_progress(done: int, total: int) -> None:
-    """No-op progress callback."""
-
-
 def progress_bar(title: str) -> contextlib.AbstractContextManager[Progress]:
     """Returns a bar on standard error while the work lasts, if that is a terminal; else nothing."""
     return progress_bars.bar(printable(title))

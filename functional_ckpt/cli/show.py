@@ -206,7 +206,7 @@ def _cells(row: trees.Row) -> tuple[Text, Text, Text, Text]:
         shape = f"[{', '.join(map(str, node.spec.shape))}]"
         size = "" if node.tied_to is not None else output.size(node.spec.size_bytes)
         return (
-            Text(output.printable(trees.dtype_of(node)), "green"),
+            Text(output.printable(node.dtype), "green"),
             Text(shape),
             Text(size),
             output.styled(_remarks(node), "dim"),

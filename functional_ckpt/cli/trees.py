@@ -62,16 +62,11 @@ def totals(root: structure.Node) -> tuple[int, int]:
     return len(arrays), sum(leaf.spec.size_bytes for leaf in arrays)
 
 
-def dtype_of(node: structure.ArrayNode) -> str:
-    """Returns the dtype in memory, which may be one that is stored as another."""
-    return str(node.detail.get("dtype", node.spec.dtype))
-
-
 def describe(node: structure.Node) -> str:
     """Returns a node in a few words."""
     if isinstance(node, structure.ArrayNode):
         shape = ", ".join(map(str, node.spec.shape))
-        return f"{node.kind} {dtype_of(node)}[{shape}]"
+        return f"{node.kind} {node.dtype}[{shape}]"
     if isinstance(node, structure.ValueNode):
         if node.kind == "none":
             return "None"
@@ -98,7 +93,7 @@ def _leaf_record(leaf: structure.Node) -> dict[str, Any]:
     if isinstance(leaf, structure.ArrayNode):
         return {
             "kind": leaf.kind,
-            "dtype": dtype_of(leaf),
+            "dtype": leaf.dtype,
             "shape": list(leaf.spec.shape),
             "size_bytes": 0 if leaf.tied_to is not None else leaf.spec.size_bytes,
             "tied_to": leaf.tied_to,

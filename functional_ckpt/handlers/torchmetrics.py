@@ -34,7 +34,7 @@ class TorchMetricHandler(Handler):
         leaders = _leaders(value)
         owners = {name: metrics[leaders.get(name, name)] for name in metrics}
         return {
-            "states": {name: _states(owner) for name, owner in owners.items()},
+            "states": {name: dict(owner.metric_state) for name, owner in owners.items()},
             "update_counts": {name: owner._update_count for name, owner in owners.items()},
             "module": _without_states(value, ModuleHandler().lower(value)),
         }
@@ -129,10 +129,6 @@ def _leaders(value: torch.nn.Module) -> dict[str, str]:
         for group in cast("Mapping[int, list[str]]", collection.compute_groups).values():
             leaders |= {start + name: start + group[0] for name in group}
     return leaders
-
-
-def _states(metric: Any) -> dict[str, Any]:
-    return dict(metric.metric_state)
 
 
 def _without_states(value: torch.nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:

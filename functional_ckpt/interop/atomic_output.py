@@ -82,16 +82,15 @@ def check_replaceable(path: str | os.PathLike[str], is_own: Callable[[str], bool
 
 def check_disjoint(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
     """Raises `UsageError` if one of two paths is, or is inside, the other."""
-    first, second = (_real(resolve(path)) for path in (source, destination))
+    first, second = (
+        path if is_remote(path) else os.path.realpath(path)
+        for path in map(resolve, (source, destination))
+    )
     if first == second or _is_inside(first, second) or _is_inside(second, first):
         raise errors.UsageError(
             f"Source and destination overlap: {first}, {second}. Choose another destination.",
             path=second,
         )
-
-
-def _real(path: str) -> str:
-    return path if is_remote(path) else os.path.realpath(path)
 
 
 def _is_inside(path: str, folder: str) -> bool:

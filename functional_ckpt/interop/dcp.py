@@ -6,7 +6,6 @@ in the `.distcp` files as streams of `torch.save` and are read by `torch.load(we
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -14,7 +13,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -224,17 +223,11 @@ def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         StepExistsError: The path exists.
     """
     checkpoint: Any = importlib.import_module("torch.distributed.checkpoint")
-    with atomic_output(path) as tmp, _quiet():
+    with atomic_output(path) as tmp, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         checkpoint.save(
             dict(content), storage_writer=checkpoint.FileSystemWriter(tmp), no_dist=True
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 FORMAT = Format(name="dcp", description="torch.distributed.checkpoint", matches=fits, open=_open)

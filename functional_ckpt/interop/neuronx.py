@@ -18,8 +18,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
-import torch
-
 from functional_ckpt import errors
 from functional_ckpt.interop import torch_save
 from functional_ckpt.interop.source import Format, Source, match_files
@@ -112,11 +110,6 @@ def _resolve(value: Any, folder: str) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_resolve(each, folder) for each in value)
     return value
-
-
-def save(state: Any, path: str) -> None:
-    """Writes one rank's file, not durably; its own tensors only, however large their memory."""
-    torch.save(state, path)
 
 
 def stems(folder: str) -> list[str]:

@@ -116,7 +116,7 @@ def _weights(
             tied[node.name] = node.tied_to
         else:
             sizes[node.name] = node.spec.size_bytes
-            dtypes[node.name] = str(node.detail.get("dtype", node.spec.dtype))
+            dtypes[node.name] = node.dtype
     if others or not sizes:
         named = f": {', '.join(others[:8])} hold none" if others else ""
         raise errors.UnsupportedLeafError(

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import torch
+
 from functional_ckpt import errors
 from functional_ckpt.interop import native, neuronx, zero
 from functional_ckpt.interop.atomic_output import atomic_output, check_disjoint
@@ -59,15 +61,19 @@ def convert(
         raise errors.StepNotFoundError(f"{path}: there is no such directory.", path=path)
     folder = os.path.join(path, _FOLDER)
     if not is_remote(path) and neuronx.stems(folder):
-        states = _FolderStates(folder)
+        ranks = neuronx.parse_ranks(neuronx.stems(folder), folder)
         with atomic_output(destination) as tmp:
             out = os.path.join(tmp, _FOLDER)
             LocalStorage().make_directory(out)
 
-            def write(rank: Rank, state: Any) -> None:
-                neuronx.save(state, os.path.join(out, f"{rank.stem}.pt"))
-
-            return _convert(states.ranks, states.read, write, dp_size, num_workers, folder)
+            return _convert(
+                ranks,
+                lambda rank: neuronx.load(os.path.join(folder, f"{ranks[rank]}.pt")),
+                lambda rank, state: torch.save(state, os.path.join(out, f"{rank.stem}.pt")),
+                dp_size,
+                num_workers,
+                folder,
+            )
     if not native.is_step(storage, path):
         raise errors.UsageError(
             f"{path}: neither a tag of neuronx-distributed with a folder {_FOLDER!r} nor a step.",
@@ -90,17 +96,6 @@ def convert(
         {**{n: step[n] for n in step if n != item}, item: dict(sorted(written.items()))},
     )
     return num_written
-
-
-class _FolderStates:
-    """The states in a tag's folder, each read when it is needed."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self.ranks = neuronx.parse_ranks(neuronx.stems(folder), folder)
-
-    def read(self, rank: Rank) -> Any:
-        return neuronx.load(os.path.join(self._folder, f"{self.ranks[rank]}.pt"))
 
 
 def _find_item(step: Source) -> tuple[str, Mapping[str, Any]]:

@@ -80,16 +80,9 @@ def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
     if not tensor.is_cpu or node.dtype != encode.torch_dtype_name(tensor.dtype):
         return False
     return memory.is_contiguous_strided(tensor) or (
-        _is_memory(tensor) and not memory.is_expanded(tensor)
-    )
-
-
-def _is_memory(tensor: torch.Tensor) -> bool:
-    """Returns whether a tensor is strided over its own memory."""
-    return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
         and tensor.layout == torch.strided
-        and not (tensor.is_conj() or tensor.is_neg())
+        and not (tensor.is_conj() or tensor.is_neg() or memory.is_expanded(tensor))
     )
 
 

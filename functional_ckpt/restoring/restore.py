@@ -85,7 +85,9 @@ class Restored(Mapping[str, Any]):
         """
         known = self.items_by_name
         return {
-            name: containers.overlay(value, known[name], _is_item, _rebound)
+            name: containers.overlay(
+                value, known[name], lambda each: isinstance(each, Item), _rebound
+            )
             if name in known
             else value
             for name, value in items.items()
@@ -136,7 +138,7 @@ def restore_checkpoint(
             return restore_checkpoint(open_checkpoint, into, registry, options, coordinator)
     registry = for_items(registry, {} if into is None else into)
     group = coordinator or SingleProcess()
-    with collective(group, "matching the checkpoint with the target", _is_asked_of_all) as round_:
+    with collective(group, "matching the checkpoint with the target", _all_or_none) as round_:
         with threads.gc_paused():
             checkpoint = open_checkpoint()
             with _noticing_overwrite(checkpoint):
@@ -208,7 +210,7 @@ def _reporting(target: read.TargetState, checkpoint: OpenCheckpoint) -> Generato
         raise
 
 
-def _is_asked_of_all(values: Sequence[bytes]) -> bytes:
+def _all_or_none(values: Sequence[bytes]) -> bytes:
     return b"1" if all(values) else b""
 
 

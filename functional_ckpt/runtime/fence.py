@@ -83,10 +83,6 @@ class UnfencedChanges:
         """Adds leaves whose change torch counted."""
         self._names.update(names)
 
-    def add_all(self) -> None:
-        """Adds all leaves: something changes them in a way that torch does not count."""
-        self.is_all = True
-
     def __contains__(self, name: str) -> bool:
         return self.is_all or name in self._names
 
@@ -151,7 +147,7 @@ class PendingCopy:
             self.give_up()
         self._unfenced.add(changed)
         if not changed and find_changed is not None and (changed := find_changed()):
-            self._unfenced.add_all()
+            self._unfenced.is_all = True  # torch does not count what changes them
         if changed:
             raise self._failure(changed)
 

@@ -158,7 +158,7 @@ def _write_item(
 
 def _write(storage: Storage, path: str, name: str, data: bytes) -> records.FileRecord:
     storage.write(os.path.join(path, name), data)
-    return records.FileRecord(len(data), records.digest_hex(data))
+    return records.FileRecord.of(data)
 
 
 def _finalize_item(
@@ -234,9 +234,7 @@ def _check_complete(
         )
 
 
-@functools.lru_cache(maxsize=4096)
-def _grid(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> ChunkGrid:
-    return ChunkGrid(shape, chunk_shape)
+_grid = functools.lru_cache(maxsize=4096)(ChunkGrid)
 
 
 @functools.lru_cache(maxsize=4096)

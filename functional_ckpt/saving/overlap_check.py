@@ -7,7 +7,7 @@ are compared: some of them at every save, all of them where the manager was aske
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -47,29 +47,21 @@ class CopiedLeaf(NamedTuple):
     host: Array
 
 
-class CopyCheck:
-    """Remembers the values of leaves, and compares them with the copies.
+def remember(leaves: Sequence[CopiedLeaf], *, is_whole: bool) -> Callable[[], list[str]]:
+    """Remembers the values of leaves, to be compared with the copies.
 
     Args:
         leaves: The leaves to copy; `sampled` of them if not every byte is compared.
         is_whole: Whether to compare every byte, for which `save` reads all of them.
+
+    Returns:
+        A function to call after the copy, which names the leaves whose copies differ.
     """
-
-    def __init__(self, leaves: Sequence[CopiedLeaf], *, is_whole: bool) -> None:
-        self._fingerprint = _digest if is_whole else _samples
-        if not is_whole:
-            leaves = [leaf for leaf in leaves if leaf.live.is_contiguous()]
-        self._expected = [
-            (leaf.name, leaf.host, self._fingerprint(_bytes(leaf))) for leaf in leaves
-        ]
-
-    def names_of_changed(self) -> list[str]:
-        """The leaves whose copies differ from the remembered values; call it after the copy."""
-        return [
-            name
-            for name, host, expected in self._expected
-            if self._fingerprint(_flat(host)) != expected
-        ]
+    fingerprint = _digest if is_whole else _samples
+    if not is_whole:
+        leaves = [leaf for leaf in leaves if leaf.live.is_contiguous()]
+    expected = [(leaf.name, leaf.host, fingerprint(_bytes(leaf))) for leaf in leaves]
+    return lambda: [name for name, host, was in expected if fingerprint(_flat(host)) != was]
 
 
 def _bytes(leaf: CopiedLeaf) -> Array:

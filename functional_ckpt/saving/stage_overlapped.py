@@ -96,8 +96,7 @@ def _watch(
     leaves = [
         overlap_check.CopiedLeaf(part.name, part.view, part.dtype, host) for part, host in compared
     ]
-    check = overlap_check.CopyCheck(leaves, is_whole=is_checked)
-    pending.check(check.names_of_changed)
+    pending.check(overlap_check.remember(leaves, is_whole=is_checked))
 
 
 def _changed_by_forward(items: Sequence[LoweredItem]) -> frozenset[int]:

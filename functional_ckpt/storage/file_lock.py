@@ -140,7 +140,8 @@ class DirectoryLock:
             self._lease = _take_lease(self.path)
         with contextlib.suppress(OSError):  # on a full disk the lock still holds, without its note
             os.ftruncate(self._file.descriptor, 0)
-            os.pwrite(self._file.descriptor, _holder(), 0)
+            holder = {"pid": os.getpid(), "host": socket.gethostname()}  # for other writers
+            os.pwrite(self._file.descriptor, json.dumps(holder).encode(), 0)
 
     def check(self) -> None:
         """Raises `LockedError` unless the lock is held, and of the directory at its path.
@@ -203,8 +204,3 @@ def _warn_of_lease(root: str) -> None:
         root,
         LEASE_SECONDS,
     )
-
-
-def _holder() -> bytes:
-    """Returns the note in the lock file, for the message to other writers."""
-    return json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()

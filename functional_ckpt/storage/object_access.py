@@ -101,11 +101,13 @@ class ObjectTensorStore:
             return spec
         local = self._spool.directory(key)
         for entry in self._requests.ask("list", directory, lambda: self._bucket.list(key)):
-            self._spool.fetch(entry, lambda name, path: self._download(directory, name, path))
+            self._spool.fetch(
+                entry,
+                lambda key, path: self._requests.ask(
+                    "read", directory, lambda: self._bucket.download(key, path)
+                ),
+            )
         return {"driver": "file", "path": f"{local}/"}
-
-    def _download(self, directory: str, key: str, path: str) -> None:
-        self._requests.ask("read", directory, lambda: self._bucket.download(key, path))
 
     def context(self) -> Mapping[str, Any]:
         """Returns TensorStore's resources for the store."""

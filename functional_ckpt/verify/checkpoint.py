@@ -152,7 +152,7 @@ def _item_record(
         return None
     if record.item != name:
         search.add(name, file, "swapped", expected, f"that of item {record.item!r}")
-    elif step is not None and step.files.get(file) != _describe(data):
+    elif step is not None and step.files.get(file) != FileRecord.of(data):
         search.add(name, file, "swapped", expected, "that of the same item in another save")
     return record
 
@@ -160,10 +160,6 @@ def _item_record(
 def _problem(error: errors.CheckpointError) -> Problem:
     """Returns the kind of a finding: an error of the system is not damage."""
     return "unreadable" if isinstance(error, errors.StorageError) else "record"
-
-
-def _describe(data: bytes) -> FileRecord:
-    return FileRecord(len(data), records_lib.digest_hex(data))
 
 
 # ------------------------------------------------------------------------------------ files

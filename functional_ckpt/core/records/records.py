@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, TypeAlias, cast
 
 import xxhash
@@ -53,6 +54,11 @@ class FileRecord:
 
     size_bytes: int
     xxh3: str
+
+    @classmethod
+    def of(cls, data: bytes) -> FileRecord:
+        """Returns the record of a file with this content."""
+        return cls(len(data), digest_hex(data))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -209,7 +215,7 @@ def verify_checksum(data: bytes, path: object) -> dict[str, Json]:
 def parse_item(data: bytes, path: object) -> ItemRecord:
     """The record in an item's extension file; `CorruptCheckpointError` for anything else."""
     record = verify_checksum(data, path)
-    with _Parsing(path):
+    with _parsing(path):
         if record["digest_block_bytes"] != DIGEST_BLOCK_BYTES:
             raise ValueError(f"digest blocks of {record['digest_block_bytes']!r} bytes")
         root = structure_json.from_json(record["structure"])
@@ -230,7 +236,7 @@ def parse_item(data: bytes, path: object) -> ItemRecord:
 def parse_step(data: bytes, path: object) -> StepRecord:
     """The record in a checkpoint's extension file; `CorruptCheckpointError` for anything else."""
     record = verify_checksum(data, path)
-    with _Parsing(path):
+    with _parsing(path):
         step = record["step"]
         if step is not None and (type(step) is not int or step < 0):
             raise ValueError(f"step {step!r}")
@@ -258,20 +264,15 @@ def _natural(value: Json) -> int:
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-class _Parsing:
+@contextlib.contextmanager
+def _parsing(path: object) -> Generator[None]:
     """Turns whatever a malformed record raises into one clear error."""
-
-    def __init__(self, path: object) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, _MALFORMED):
-            raise errors.CorruptCheckpointError(
-                f"{self.path}: malformed record ({type(error).__name__}: {error}).", path=self.path
-            ) from error
+    try:
+        yield
+    except _MALFORMED as error:
+        raise errors.CorruptCheckpointError(
+            f"{path}: malformed record ({type(error).__name__}: {error}).", path=path
+        ) from error
 
 
 def _check_arrays(root: structure.Node, arrays: Mapping[str, ArrayRecord]) -> None:

@@ -123,9 +123,7 @@ def _array(
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _spec(shape: tuple[int, ...], dtype: str) -> ArraySpec:
-    return ArraySpec(shape, dtype)
+_spec = functools.lru_cache(maxsize=4096)(ArraySpec)
 
 
 def _check_tensor(spec: ArraySpec, detail: dict[str, object]) -> None:

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias, cast
 Json: TypeAlias = Any
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 # Tagged values are small: a context must not contain a tree of data.
 _MAX_DEPTH = 100
@@ -47,17 +48,13 @@ def encode(value: object) -> Json:
         return [encode(value.real), encode(value.imag)]
     if type(value) is bytes:
         return base64.b64encode(value).decode()
-    if type(value) is str and not value.isascii() and _has_surrogates(value):
+    if type(value) is str and not value.isascii() and _SURROGATE.search(value):
         if _is_joined_by_json(value):
             return {"utf-8": value.encode("utf-8", "surrogatepass").hex()}
         return {"utf-16": value.encode("utf-16-le", "surrogatepass").hex()}
     if (kind := kind_of(value)) is not None:
         return _STANDARD[kind][0](value)
     return value
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_joined_by_json(text: str) -> bool:
