@@ -110,13 +110,7 @@ class CheckpointError(Exception):
 
 
 def rebuild(kind: type[_Kind], message: str, fields: Mapping[str, object]) -> _Kind:
-    """Returns an error with other attributes than its constructor takes.
-
-    Args:
-        kind: Its class.
-        message: Its text.
-        fields: Attribute name -> value.
-    """
+    """Returns an error with other attributes than its constructor takes."""
     error = kind(message)
     for name, value in fields.items():
         setattr(error, name, value)

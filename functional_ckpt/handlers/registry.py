@@ -54,12 +54,7 @@ def _bind_alone(value: Any) -> Item:
 
 
 def for_items(registry: Registry, items: Mapping[str, Any]) -> Registry:
-    """The registry for one save or restore: modules in the items name optimizers' parameters.
-
-    Args:
-        registry: Chooses handlers for plain values.
-        items: All items, by name.
-    """
+    """The registry for one save or restore: modules in the items name optimizers' parameters."""
     bind = Owners(items).bind
     rules = (
         each._replace(bind=bind) if each.bind is _bind_alone else each for each in registry.defaults

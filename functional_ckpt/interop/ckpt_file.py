@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.interop import torch_save
-from functional_ckpt.interop.source import Format, Source, numbered
+from functional_ckpt.interop.source import Format, Source, numbered, source_of
 
 _KEYS = {"state_dict", "pytorch-lightning_version"}
 # Lists of states -> name of the items.
@@ -31,17 +30,11 @@ def _open(path: str) -> Source:
             "it with fc.interop.open(path, 'torch'), which keeps the names of the file.",
             path=path,
         )
-    items |= others
-    return Source(path, "lightning", {name: _constant(value) for name, value in items.items()})
+    return source_of(path, "lightning", items | others)
 
 
 def _item_name(name: str) -> str:
     return "lightning_version" if name == "pytorch-lightning_version" else name
-
-
-def _constant(value: Any) -> Any:
-    plain = dict(cast("Mapping[Any, Any]", value)) if hasattr(value, "_metadata") else value
-    return lambda: plain
 
 
 FORMAT = Format(

@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 from functional_ckpt import errors
 from functional_ckpt.interop import torch_save, training_state
-from functional_ckpt.interop.source import Format, Source, numbered
+from functional_ckpt.interop.source import Format, Source, numbered, source_of
 
 _RENAMED = {"metadata": "composer_metadata"}  # the name is reserved
 
@@ -36,8 +36,7 @@ def _open(path: str) -> Source:
     items |= numbered("rng", [training_state.rng_state(each, path) for each in content["rng"]])
     if isinstance(model := items.get("model"), Mapping):
         items["model"] = dict(cast("Mapping[str, Any]", model))
-    openers = {name: (lambda value=value: value) for name, value in items.items()}
-    return Source(path, "composer", openers)
+    return source_of(path, "composer", items)
 
 
 def _plain(value: Any) -> Any:

@@ -63,6 +63,12 @@ def clear_failures(path: str) -> Generator[None]:
         ) from error
 
 
+def check_file(path: str) -> None:
+    """Raises `StepNotFoundError` if there is no file."""
+    if not os.path.isfile(path):
+        raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path)
+
+
 def read_small(path: str) -> bytes:
     """The content of an index, which is text or a pickle: not of a pipe, nor of endless zeros."""
     return local_files.read_regular(path, follow=True)
@@ -152,13 +158,7 @@ def check_archive(path: str) -> None:
 
 
 def check_repetition(content: Any, path: str, size_bytes: int) -> None:
-    """Raises `CorruptCheckpointError` for tensors that repeat a few bytes without end.
-
-    Args:
-        content: The content that was read.
-        path: From where.
-        size_bytes: The size of the file.
-    """
+    """Raises `CorruptCheckpointError` for tensors that repeat a few bytes without end."""
     repeated = 0
     for tensor in _tensors(content):
         if tensor.layout == torch.strided and not tensor.is_meta:

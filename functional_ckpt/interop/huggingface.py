@@ -301,7 +301,7 @@ def _choose(directory: str, variant: str | None, format: str | None) -> str:
             "format='safetensors' or 'bin', or move the others away.",
             path=directory,
         )
-    there = match_files(directory, lambda name: _FILE.fullmatch(name) is not None)
+    there = match_files(directory, _is_weights)
     raise errors.StepNotFoundError(
         f"{directory}: there are no weights"
         + (f" of variant {variant!r}" if variant else "")
@@ -349,9 +349,7 @@ def check_files(directory: str, index: str, files: Iterable[object]) -> None:
 
 def _load_file(path: str) -> dict[str, torch.Tensor]:
     if path.endswith(".safetensors"):
-        tensors, metadata = safetensors.load(path)
-        safetensors.retie(tensors, metadata)
-        return tensors
+        return safetensors.load_all(path)
     content = torch_save.load(path)
     if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
         raise errors.CorruptCheckpointError(f"{path}: not names and tensors.", path=path)
@@ -369,7 +367,7 @@ def _is_weights(name: str) -> bool:
 
 def holds(path: str, format: str) -> bool:
     """Whether it is a directory with weights, or shards of them, in files of one of the formats."""
-    names = match_files(path, lambda name: _FILE.fullmatch(name) is not None)
+    names = match_files(path, _is_weights)
     return format in _STEMS and any(name.startswith(_STEMS[format]) for name in names)
 
 

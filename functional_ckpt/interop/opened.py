@@ -69,11 +69,7 @@ class _TensorReader:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ForeignCheckpoint(OpenCheckpoint):
-    """The items of a source; each is read when it is asked for.
-
-    Attributes:
-        source: The items.
-    """
+    """The items of a source; each is read when it is asked for."""
 
     source: Source
 

@@ -32,9 +32,7 @@ def _open(path: str) -> Source:
 
 def _read(file: str) -> dict[str, Any]:
     if file.endswith(".safetensors"):
-        tensors, metadata = safetensors.load(file)
-        safetensors.retie(tensors, metadata)
-        return tensors
+        return safetensors.load_all(file)
     return dict(torch_save.load(file))
 
 

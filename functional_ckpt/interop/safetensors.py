@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Iterable, Mapping
@@ -50,8 +51,7 @@ def load(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         StepNotFoundError: There is no such file.
         CorruptCheckpointError: It is broken, or no such file.
     """
-    if not os.path.isfile(path):
-        raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path)
+    hostile.check_file(path)
     library = _library()
     try:
         with hostile.clear_failures(path), library.safe_open(path, framework="pt") as file:
@@ -63,11 +63,13 @@ def load(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         ) from error
 
 
-def retie(tensors: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Adds the names that were left out because they share another's memory."""
+def load_all(path: str) -> dict[str, torch.Tensor]:
+    """As `load`, with the names that were left out because they share another's memory."""
+    tensors, metadata = load(path)
     for name, kept in metadata.items():
-        if kept in tensors and name not in tensors:
-            tensors[name] = tensors[kept]
+        if kept in tensors:
+            tensors.setdefault(name, tensors[kept])
+    return tensors
 
 
 def write(tensors: Mapping[str, torch.Tensor], tied: Mapping[str, str], path: str) -> None:
@@ -109,12 +111,7 @@ def require(names: Iterable[tuple[str, str]], path: object) -> None:
 
 
 def _open(path: str) -> Source:
-    def read() -> dict[str, torch.Tensor]:
-        tensors, metadata = load(path)
-        retie(tensors, metadata)
-        return tensors
-
-    return Source(path, "safetensors", {"model": read})
+    return Source(path, "safetensors", {"model": functools.partial(load_all, path)})
 
 
 FORMAT = Format(name="safetensors", description="a file of safetensors", matches=fits, open=_open)

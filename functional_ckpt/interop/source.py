@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -79,6 +80,16 @@ class Format:
     matches: Callable[[str], bool]
     open: Callable[[str], Source]
     supersedes: tuple[str, ...] = ()
+
+
+def source_of(path: str, format: str, items: Mapping[str, Any]) -> Source:
+    """Returns a source of values that were read; a state dict is opened as a plain dict."""
+
+    def plain(value: Any) -> Any:  # an OrderedDict carries the versions of the modules too
+        return dict(value) if hasattr(value, "_metadata") else value
+
+    openers = {name: functools.partial(plain, value) for name, value in items.items()}
+    return Source(path, format, openers)
 
 
 def items_of(

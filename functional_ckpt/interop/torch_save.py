@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import os
 import re
 import zipfile
@@ -19,7 +18,7 @@ from functional_ckpt import errors
 from functional_ckpt.interop import hostile
 from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.pickles import UnpicklingError
-from functional_ckpt.interop.source import Format, Source, items_of
+from functional_ckpt.interop.source import Format, Source, items_of, source_of
 
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02"
 
@@ -94,8 +93,7 @@ def load(path: str) -> Any:
         UsageError: It holds a pickled object; nothing was loaded.
         CorruptCheckpointError: It is broken, or no such file.
     """
-    if not os.path.isfile(path):
-        raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path)
+    hostile.check_file(path)
     with hostile.clear_failures(path), open(path, "rb") as file:
         is_zip = file.read(4) == _ZIP  # older files cannot be mapped
     if is_zip:
@@ -181,14 +179,7 @@ def save(content: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _open(path: str) -> Source:
-    items = items_of(load(path), path)
-    openers = {name: functools.partial(_plain, item) for name, item in items.items()}
-    return Source(path, "torch", openers)
-
-
-def _plain(item: Any) -> Any:
-    """A state dict as the dict that it is: an OrderedDict carries the module's versions too."""
-    return dict(cast("Mapping[Any, Any]", item)) if hasattr(item, "_metadata") else item
+    return source_of(path, "torch", items_of(load(path), path))
 
 
 FORMAT = Format(name="torch", description="a file of torch.save", matches=fits, open=_open)

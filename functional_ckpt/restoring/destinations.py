@@ -15,12 +15,7 @@ from functional_ckpt.runtime import device_copies
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceDestination:
-    """Memory on a device for an array.
-
-    Attributes:
-        target: Its bytes.
-        value: The restored value, over them.
-    """
+    """Memory on a device for an array."""
 
     target: torch.Tensor
     value: torch.Tensor

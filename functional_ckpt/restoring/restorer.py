@@ -31,14 +31,7 @@ _log = logging.getLogger("functional_ckpt")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Restorer:
-    """Restores the steps of one run, on every rank.
-
-    Attributes:
-        steps: The steps.
-        registry: Chooses handlers for plain values.
-        coordinator: How the ranks agree.
-        decider: Notified of the restored step.
-    """
+    """Restores the steps of one run, on every rank."""
 
     steps: Steps
     registry: Registry

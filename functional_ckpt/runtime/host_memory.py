@@ -22,12 +22,7 @@ _PIECE_BYTES = 8 * 2**20
 
 
 class Slot(NamedTuple):
-    """Memory for one array.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Its numpy dtype.
-    """
+    """Memory for one array."""
 
     shape: tuple[int, ...]
     dtype: Any

@@ -104,11 +104,7 @@ class Staged:
 
 
 class Stager:
-    """Stages the saves of one manager.
-
-    Args:
-        staging: How.
-    """
+    """Stages the saves of one manager."""
 
     def __init__(self, staging: Staging) -> None:
         self._staging = staging

@@ -34,11 +34,7 @@ _SMALL_FILE_BYTES = 8 * 2**20
 
 
 class ObjectStorage:
-    """A bucket, in which paths are URIs below the bucket's.
-
-    Args:
-        bucket: The bucket.
-    """
+    """A bucket, in which paths are URIs below the bucket's."""
 
     num_requests = NUM_REQUESTS
     files = None

@@ -122,10 +122,8 @@ def merge(reports: Sequence[RestoreReport]) -> RestoreReport:
 
 def raise_report(reports: Mapping[str, RestoreReport], *, step: int | None, path: str) -> None:
     """Raises one `MismatchError` for everything that did not fit, in all items."""
-    missing = [leaf for report in reports.values() for leaf in report.missing]
-    unexpected = [leaf for report in reports.values() for leaf in report.unexpected]
-    mismatched = [leaf for report in reports.values() for leaf in report.mismatched]
-    if not (missing or unexpected or mismatched):
+    every = merge(list(reports.values()))
+    if not every:
         return
     body = "\n".join(str(report) for report in reports.values() if report)
     where = "checkpoint" if step is None else f"step {step}"
@@ -134,9 +132,9 @@ def raise_report(reports: Mapping[str, RestoreReport], *, step: int | None, path
         f"{_shorten(body)}\n"
         "Fix the target, select leaves with only=, or pass strict=False to keep the "
         "target's own values for these.",
-        missing=missing,
-        unexpected=unexpected,
-        mismatched=mismatched,
+        missing=every.missing,
+        unexpected=every.unexpected,
+        mismatched=every.mismatched,
         step=step,
         path=path,
     )
