@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from functional_ckpt import errors
 
-OK, DAMAGED, FAILED = 0, 1, 2
+_DAMAGED, _FAILED = 1, 2
 # Exit codes that shells report for these signals.
 _INTERRUPTED, _BROKEN_PIPE = 128 + 2, 128 + 13
 _EXIT_CODES = "exit codes: 0 success; 1 damage or differences found; 2 usage error or not found"
@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
     """Prints the error as one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(FAILED, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(_FAILED, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 class _Version(argparse.Action):
@@ -70,18 +70,18 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as exit:  # --help, --version, or a usage error that was printed
-        return exit.code if isinstance(exit.code, int) else FAILED
+        return exit.code if isinstance(exit.code, int) else _FAILED
     try:
         command = importlib.import_module(f"functional_ckpt.cli.{arguments.command}")
         return command.run(arguments)
     except BrokenPipeError:
         raise
     except errors.CorruptCheckpointError as error:
-        return _fail(str(error), DAMAGED)
+        return _fail(str(error), _DAMAGED)
     except (errors.CheckpointError, OSError) as error:
-        return _fail(str(error), FAILED)
+        return _fail(str(error), _FAILED)
     except MemoryError:
-        return _fail("out of memory", FAILED)
+        return _fail("out of memory", _FAILED)
 
 
 def _fail(message: str, code: int) -> int:

@@ -106,10 +106,6 @@ class Restored(Mapping[str, Any]):
         return f"Restored(step={self.step}, items={sorted(self.items_by_name)})"
 
 
-def _is_item(value: object) -> bool:
-    return isinstance(value, Item)
-
-
 def _rebound(given: Item, restored: Any) -> Item:
     """Returns the restored value with the options that its target had."""
     return dataclasses.replace(given, value=restored)

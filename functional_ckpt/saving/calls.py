@@ -11,7 +11,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Generator
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from functional_ckpt import errors
 
@@ -94,25 +94,15 @@ class Calls:
                 self._thread = None
 
 
-class _HasCalls(Protocol):
-    _calls: Calls
-
-
-_M = TypeVar("_M", bound=_HasCalls)
-
-
-def exclusive(
-    method: Callable[Concatenate[_M, _P], _T],
-) -> Callable[Concatenate[_M, _P], _T]:
+def exclusive(method: Callable[_P, _T]) -> Callable[_P, _T]:
     """Makes a manager's method one that runs alone, and only while the manager is usable."""
-    name = cast("Any", method).__name__
 
     @functools.wraps(method)
-    def call(self: _M, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        calls = self._calls  # pyright: ignore[reportPrivateUsage]
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        calls: Calls = cast("Any", args[0])._calls
         calls.check_usable()
-        with calls.turn(name):
+        with calls.turn(cast("Any", method).__name__):
             calls.check_usable()  # it may have been closed meanwhile
-            return method(self, *args, **kwargs)
+            return method(*args, **kwargs)
 
     return call

@@ -175,6 +175,11 @@ class CommitProtocol(abc.ABC):
 
     # ---------------------------------------------------------------------------- shared parts
 
+    def drop(self, replaced: str | None) -> None:
+        """Removes the step that `publish` has replaced, if any."""
+        if replaced is not None:
+            self.storage.remove(replaced)
+
     def discard(self, path: str) -> None:
         """Removes a step: out of sight at once; a crash leaves only trash."""
         for error in self.remove([os.path.basename(path)]).values():
@@ -307,6 +312,15 @@ class CommitProtocol(abc.ABC):
     def _is_mid_swap(self, final: str) -> bool:
         """Returns whether a step is out of sight, between the two renames of its overwrite."""
         return self._is_there(self._replaced(final)) and not self._is_there(final)
+
+    def _is_left(self, tmp: str) -> bool:
+        """Returns whether a failed save's directory is needed to complete an overwrite."""
+        is_needed = self._is_mid_swap(final_path(tmp))
+        if is_needed:
+            _log.warning(
+                "Leaving %s in place: the next save will complete the interrupted overwrite", tmp
+            )
+        return is_needed
 
     def _replaced(self, final: str) -> str:
         return os.path.join(self.hidden, "trash", f"{os.path.basename(final)}{_REPLACED}")

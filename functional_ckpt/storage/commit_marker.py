@@ -201,10 +201,7 @@ class MarkerCommit(CommitProtocol):
         """See `CommitProtocol.abandon`; never removes the step of another writer."""
         final = final_path(tmp)
         tmp = tmp_path(final)
-        if self._is_mid_swap(final):
-            _log.warning(
-                "Leaving %s in place: the next save will complete the interrupted overwrite", tmp
-            )
+        if self._is_left(tmp):
             return False
         token = self._objects.notes.pop(tmp, None)
         if token is None:
@@ -267,9 +264,7 @@ class MarkerCommit(CommitProtocol):
         self, place: str, final: str, files: Iterable[str], *, overwrite: bool
     ) -> None:
         """See `CommitProtocol.publish_upload`."""
-        replaced = self.publish(place, final, overwrite=overwrite)
-        if replaced is not None:
-            self.storage.remove(replaced)
+        self.drop(self.publish(place, final, overwrite=overwrite))
 
     # ---------------------------------------------------------------------------- small files
 
@@ -336,11 +331,8 @@ class MarkerCommit(CommitProtocol):
             self.publish(tmp, final, overwrite=overwrite)
             return
         self._write_marker(tmp)
-        replaced = self._put_in_place(
-            tmp, final, overwrite, functools.partial(replacement.replace, self.storage)
-        )
-        if replaced is not None:
-            self.storage.remove(replaced)
+        replace = functools.partial(replacement.replace, self.storage)
+        self.drop(self._put_in_place(tmp, final, overwrite, replace))
 
     def recover_claim(self, final: str) -> None:
         """Does nothing: `claimed` does it, under the lease."""

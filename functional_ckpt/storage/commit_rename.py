@@ -42,10 +42,7 @@ class RenameCommit(CommitProtocol):
 
     def abandon(self, tmp: str) -> bool:
         """See `CommitProtocol.abandon`."""
-        if self._is_mid_swap(final_path(tmp)):
-            _log.warning(
-                "Leaving %s in place: the next save will complete the interrupted overwrite", tmp
-            )
+        if self._is_left(tmp):
             return False
         try:
             self.storage.remove(tmp)
@@ -135,9 +132,7 @@ class RenameCommit(CommitProtocol):
         """See `CommitProtocol.publish_upload`."""
         self.storage.remove(os.path.join(place, NOTE))
         sync_tree(self.storage, place, files)
-        replaced = self.publish(place, final, overwrite=overwrite)
-        if replaced is not None:
-            self.storage.remove(replaced)
+        self.drop(self.publish(place, final, overwrite=overwrite))
 
     # ---------------------------------------------------------------------------- small files
 
@@ -203,14 +198,11 @@ class RenameCommit(CommitProtocol):
 
     def publish_claim(self, tmp: str, final: str, *, overwrite: bool) -> None:
         """See `CommitProtocol.publish_claim`."""
-        storage = self.storage
+        replace = functools.partial(replacement.replace, self.storage)
         with tmp_paths.serialized(os.path.dirname(final)):
-            replacement.finish(storage, final, self._is_there)
-            replaced = self._put_in_place(
-                tmp, final, overwrite, functools.partial(replacement.replace, storage)
-            )
-        if replaced is not None:
-            storage.remove(replaced)
+            replacement.finish(self.storage, final, self._is_there)
+            replaced = self._put_in_place(tmp, final, overwrite, replace)
+        self.drop(replaced)
 
     def recover_claim(self, final: str) -> None:
         """See `CommitProtocol.recover_claim`."""
