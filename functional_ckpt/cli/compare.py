@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from functional_ckpt.format.reader import ArrayReader
 
-Kind: TypeAlias = Literal["only in a", "only in b", "kind", "value", "data"]
+_Kind: TypeAlias = Literal["only in a", "only in b", "kind", "value", "data"]
 # How much of each of two arrays is held in memory at a time, where their chunks differ.
 _SLAB_BYTES = 64 * 2**20
 
@@ -43,7 +43,7 @@ class Difference:
     """
 
     leaf: str
-    kind: Kind
+    kind: _Kind
     a: str | None
     b: str | None
     num_different: int | None = None
@@ -135,7 +135,7 @@ def _compare_leaves(
     if isinstance(value_a, structure.ValueNode) and isinstance(value_b, structure.ValueNode):
         if value_a.kind == value_b.kind and _same(value_a.value, value_b.value):
             return None
-        kind: Kind = "value" if value_a.kind == value_b.kind else "kind"
+        kind: _Kind = "value" if value_a.kind == value_b.kind else "kind"
         texts = trees.describe(value_a), trees.describe(value_b)
         return Difference(leaf=name, kind=kind, a=texts[0], b=texts[1])
     texts = trees.describe(leaf_a), trees.describe(leaf_b)

@@ -28,7 +28,7 @@ _LOWER_IS_BETTER = frozenset(
         *("distance", "regret", "time", "seconds", "latency"),
     ]
 )
-Mode = Literal["min", "max"]
+_Mode = Literal["min", "max"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +98,13 @@ def _row(checkpoint: targets.Checkpoint, late: LateMetrics) -> _Row | None:
     )
 
 
-def _best(rows: Sequence[_Row], chosen: Sequence[str]) -> dict[str, tuple[Mode, int]]:
+def _best(rows: Sequence[_Row], chosen: Sequence[str]) -> dict[str, tuple[_Mode, int]]:
     """Metric -> which of its values is best, and the step that has it; of equal ones the newest."""
     values: dict[str, list[tuple[float, int]]] = {}
     for row in rows:
         for name, value in row.metrics.items():
             values.setdefault(name, []).append((value, row.info.step))
-    modes: dict[str, Mode] = {name: _mode(name) for name in values}
+    modes: dict[str, _Mode] = {name: _mode(name) for name in values}
     for text in chosen:
         name, colon, mode = text.rpartition(":")
         name, mode = (name, mode) if colon and mode in ("min", "max") else (text, "")
@@ -120,7 +120,7 @@ def _best(rows: Sequence[_Row], chosen: Sequence[str]) -> dict[str, tuple[Mode, 
     }
 
 
-def _mode(metric: str) -> Mode:
+def _mode(metric: str) -> _Mode:
     words = re.split(r"[^a-z]+", metric.lower())
     return "max" if _LOWER_IS_BETTER.isdisjoint(words) else "min"
 
@@ -128,7 +128,7 @@ def _mode(metric: str) -> Mode:
 def _record(
     target: targets.Root | targets.Checkpoint,
     rows: Sequence[_Row],
-    best: Mapping[str, tuple[Mode, int]],
+    best: Mapping[str, tuple[_Mode, int]],
 ) -> dict[str, Any]:
     is_root = isinstance(target, targets.Root)
     abandoned = target.abandoned if isinstance(target, targets.Root) else frozenset[int]()
@@ -158,7 +158,7 @@ def _record(
 def _print(
     target: targets.Root | targets.Checkpoint,
     rows: Sequence[_Row],
-    best: Mapping[str, tuple[Mode, int]],
+    best: Mapping[str, tuple[_Mode, int]],
 ) -> None:
     from rich.text import Text
 
@@ -189,7 +189,7 @@ def _table(
     printer: output.Printer,
     target: targets.Root | targets.Checkpoint,
     rows: Sequence[_Row],
-    best: Mapping[str, tuple[Mode, int]],
+    best: Mapping[str, tuple[_Mode, int]],
     *,
     has_items: bool,
 ) -> Table:

@@ -25,7 +25,7 @@ _PLACEHOLDERS = (Fill, Refused, Handled)
 _LEAVES = (torch.Tensor, *_PLACEHOLDERS)
 
 
-def item_at(registry: Registry, value: Any, around: Item) -> Item | None:
+def _item_at(registry: Registry, value: Any, around: Item) -> Item | None:
     """The item of a value that stands in the tree of another one; None for plain data."""
     if isinstance(value, torch.Tensor) and (parts := dtensor_parts.parts_item(value)) is not None:
         return parts
@@ -42,7 +42,7 @@ def item_at(registry: Registry, value: Any, around: Item) -> Item | None:
 
 def lower(registry: Registry, value: Any, around: Item) -> Handled | None:
     """The tree of a value's handler; None for plain data."""
-    item = item_at(registry, value, around)
+    item = _item_at(registry, value, around)
     if item is None:
         return None
     return Handled(
@@ -94,7 +94,7 @@ def place(registry: Registry, tree: Any, stored: Any, around: Item, make: Make) 
     def visit(at: tuple[Any, Any, KeyPath, Item]) -> walk.Visit[Any, Any]:
         value, stored, path, around = at
         if type(value) not in flatten.PLAIN_TYPES and not isinstance(value, _PLACEHOLDERS):
-            item = item_at(registry, value, around)
+            item = _item_at(registry, value, around)
             if item is not None:
                 made = make(item, stored, path)
                 if not item.handler.holds_values:

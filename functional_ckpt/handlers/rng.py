@@ -68,7 +68,7 @@ class Generator(Item):
     def check(self) -> None:
         """Raises `UsageError` for a value whose state cannot be saved."""
         Item.check(self)
-        check_generator(self.value, "value")
+        _check_generator(self.value, "value")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +179,7 @@ def is_generator(value: object) -> bool:
     ) and not isinstance(value, random.SystemRandom)
 
 
-def check_generator(value: object, name: str) -> None:
+def _check_generator(value: object, name: str) -> None:
     """Raises `UsageError` unless the state of a value can be saved."""
     if not is_generator(value):
         raise errors.UsageError(
@@ -289,7 +289,7 @@ class Rng(Item):
                 "fc.Generator takes one generator."
             )
         for name, generator in _named(self.value).items():
-            check_generator(generator, name)
+            _check_generator(generator, name)
 
 
 def _named(value: Any) -> Mapping[str, GeneratorLike]:

@@ -13,7 +13,7 @@ _KEYS = {"state_dict", "pytorch-lightning_version"}
 _LISTS = {"optimizer_states": "optimizer", "lr_schedulers": "scheduler"}
 
 
-def fits(path: str) -> bool:
+def _fits(path: str) -> bool:
     """Whether it is a file of torch.save with Lightning's keys."""
     return torch_save.has_keys(path, _KEYS)
 
@@ -40,7 +40,7 @@ def _item_name(name: str) -> str:
 FORMAT = Format(
     name="lightning",
     description="a checkpoint of Lightning",
-    matches=fits,
+    matches=_fits,
     open=_open,
     supersedes=("torch",),
 )

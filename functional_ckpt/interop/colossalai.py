@@ -27,7 +27,7 @@ _OPTIMIZERS = ("", "optimizer")
 _SCHEDULERS = ("lr_scheduler", "scheduler")
 
 
-def fits(path: str) -> bool:
+def _fits(path: str) -> bool:
     """Returns whether there is a sharded optimizer, here or in the folder of that name."""
     return any(_indexes(os.path.join(path, name)) for name in _OPTIMIZERS)
 
@@ -134,7 +134,7 @@ def _plain(tensor: Any, name: str, file: str) -> Any:
 FORMAT = Format(
     name="colossalai",
     description="a sharded checkpoint of ColossalAI",
-    matches=fits,
+    matches=_fits,
     open=_open,
     supersedes=("huggingface",),
 )

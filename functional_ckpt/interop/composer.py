@@ -19,7 +19,7 @@ from functional_ckpt.interop.source import Format, Source, numbered, source_of
 _RENAMED = {"metadata": "composer_metadata"}  # the name is reserved
 
 
-def fits(path: str) -> bool:
+def _fits(path: str) -> bool:
     """Whether it is a file of torch.save with Composer's two keys."""
     return torch_save.has_keys(path, {"state", "rng"})
 
@@ -55,7 +55,7 @@ def _plain(value: Any) -> Any:
 FORMAT = Format(
     name="composer",
     description="a file of MosaicML Composer",
-    matches=fits,
+    matches=_fits,
     open=_open,
     supersedes=("torch",),
 )

@@ -48,7 +48,7 @@ class _Entry:
     parts: tuple[_Part, ...]
 
 
-def fits(path: str) -> bool:
+def _fits(path: str) -> bool:
     """Returns whether it is a directory with the index of a distributed checkpoint."""
     return os.path.isfile(os.path.join(path, _INDEX))
 
@@ -230,4 +230,4 @@ def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         )
 
 
-FORMAT = Format(name="dcp", description="torch.distributed.checkpoint", matches=fits, open=_open)
+FORMAT = Format(name="dcp", description="torch.distributed.checkpoint", matches=_fits, open=_open)

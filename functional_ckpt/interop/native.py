@@ -24,7 +24,7 @@ _MARKS = (
 )
 
 
-def fits(path: str) -> bool:
+def _fits(path: str) -> bool:
     """Returns whether it is one checkpoint, or one item of it, with the files that say so."""
     return _is_marked(path, match_files(path, _is_shown), os.path.isfile)
 
@@ -71,5 +71,5 @@ def _read(storage: Storage, path: str, name: str) -> Any:
 
 
 FORMAT = Format(
-    name="step", description="a checkpoint of this package or of Orbax", matches=fits, open=_open
+    name="step", description="a checkpoint of this package or of Orbax", matches=_fits, open=_open
 )

@@ -13,7 +13,7 @@ from functional_ckpt.interop.source import Format, Source
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def fits(path: str) -> bool:
+def _fits(path: str) -> bool:
     """Returns whether it is a directory with the weights of an adapter."""
     return bool(_files(path))
 
@@ -36,4 +36,4 @@ def _read(file: str) -> dict[str, Any]:
     return dict(torch_save.load(file))
 
 
-FORMAT = Format(name="peft", description="a folder of PEFT", matches=fits, open=_open)
+FORMAT = Format(name="peft", description="a folder of PEFT", matches=_fits, open=_open)

@@ -34,7 +34,7 @@ def is_streamed(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
-def module_of(device: torch.device) -> Any:
+def _module_of(device: torch.device) -> Any:
     """Returns the module of torch with the streams and events of a device."""
     return torch.get_device_module(device)
 
@@ -57,7 +57,7 @@ class CopyStreams:
         """
         starts: dict[torch.device, Any] = {}
         for device in devices:
-            module = module_of(device)
+            module = _module_of(device)
             if device not in self._streams:
                 self._streams[device] = module.Stream(device)
             starts[device] = module.current_stream(device).record_event()
@@ -93,7 +93,7 @@ class Transfers:
         for host, source in copies:
             from_device[source.device].append((host, source))
         for device, start in self._starts.items():
-            module, stream = module_of(device), self._streams[device]
+            module, stream = _module_of(device), self._streams[device]
             end = module.Event(blocking=True)  # who waits for it on the host sleeps meanwhile
             stream.wait_event(start)
             try:
@@ -113,9 +113,9 @@ class Transfers:
         Work that is being captured into a graph does not run now, and must not wait for work
         outside of the graph.
         """
-        if not is_capturing():
+        if not _is_capturing():
             for device, end in self._ends.items():
-                module_of(device).current_stream(device).wait_event(end)
+                _module_of(device).current_stream(device).wait_event(end)
 
     def synchronize(self) -> None:
         """Waits for the enqueued copies.
@@ -168,7 +168,7 @@ class PinnedBuffers:
             for slot in self._slots:
                 self._free.put(slot)
         if device not in self._streams:
-            module = module_of(device)
+            module = _module_of(device)
             stream = self._streams[device] = module.Stream(device)
             stream.wait_event(module.current_stream(device).record_event())
 
@@ -184,7 +184,7 @@ class PinnedBuffers:
             fill: Writes them into the memory it is given, of at most 8 MiB at a time, from the
                 first to the last.
         """
-        stream, module = self._streams[target.device], module_of(target.device)
+        stream, module = self._streams[target.device], _module_of(target.device)
         for begin in range(start, start + size_bytes, _SLOT_BYTES):
             end = min(begin + _SLOT_BYTES, start + size_bytes)
             slot = self._free.get()
@@ -216,14 +216,14 @@ class PinnedBuffers:
 # ------------------------------------------------------------------------------------ graphs
 
 
-def is_capturing() -> bool:
+def _is_capturing() -> bool:
     """Returns whether the calling thread is capturing a CUDA graph on the current device."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def check_not_capturing() -> None:
     """Raises `UsageError` while a CUDA graph is captured, of which no save can be a part."""
-    if is_capturing():
+    if _is_capturing():
         raise errors.UsageError(
             "A state cannot be saved while a CUDA graph is being captured; save before or after."
         )

@@ -147,7 +147,7 @@ class PendingCopy:
             self.give_up()
         self._unfenced.add(changed)
         if not changed and find_changed is not None and (changed := find_changed()):
-            self._unfenced.is_all = True  # torch does not count what changes them
+            self._unfenced.is_all = True  # torch does not count these changes
         if changed:
             raise self._failure(changed)
 

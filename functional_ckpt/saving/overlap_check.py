@@ -23,10 +23,10 @@ _NUM_SAMPLES = 16
 _SAMPLE_BYTES = 32
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
-def sampled(leaves: Sequence[T]) -> Sequence[T]:
+def sampled(leaves: Sequence[_T]) -> Sequence[_T]:
     """Returns a few of them, evenly spread."""
     return leaves[:: -(-len(leaves) // _MAX_SAMPLED_LEAVES) or 1]
 

@@ -28,7 +28,7 @@ from functional_ckpt.saving.lower import LoweredItem, Source
 
 _log = logging.getLogger("functional_ckpt")
 
-Shardings: TypeAlias = "dict[str, Sharding]"
+_Shardings: TypeAlias = "dict[str, Sharding]"
 """`item/leaf` -> the sharding of the leaf over all ranks."""
 
 
@@ -130,7 +130,7 @@ class SavePlanner:
             self._num_saves += 1
             return dict(self._plan)
         ranks = tuple(range(coordinator.num_ranks))
-        shardings: Shardings | None = None
+        shardings: _Shardings | None = None
         if verdict != b"alike":
             with collective(coordinator, f"the leaves of step {step}", leaf_table.merge) as turn:
                 turn.value = leaf_table.to_bytes(leaf_table.leaves_of(items), items)
@@ -142,7 +142,7 @@ class SavePlanner:
         self._num_saves = 1
         return dict(self._plan)
 
-    def _group(self, items: Sequence[LoweredItem], shardings: Shardings | None) -> replicas.Groups:
+    def _group(self, items: Sequence[LoweredItem], shardings: _Shardings | None) -> replicas.Groups:
         """The leaves that other ranks have too, from all ranks' shardings or this rank's."""
         if self._coordinator.num_ranks == 1:
             return {}
@@ -270,7 +270,7 @@ def _skeleton(root: structure.Node) -> list[object]:
 
 
 def _plan(
-    items: Sequence[LoweredItem], rank: int, ranks: tuple[int, ...], shardings: Shardings | None
+    items: Sequence[LoweredItem], rank: int, ranks: tuple[int, ...], shardings: _Shardings | None
 ) -> SavePlan:
     if ranks == (0,) and not any(s.sharding for item in items for s in item.sources):
         return {
@@ -316,7 +316,7 @@ def _plan(
     }
 
 
-def _writes_scalar(item: LoweredItem, name: str, rank: int, shardings: Shardings | None) -> bool:
+def _writes_scalar(item: LoweredItem, name: str, rank: int, shardings: _Shardings | None) -> bool:
     if item.per_rank:
         return True
     return rank == (0 if shardings is None else min(shardings[f"{item.name}/{name}"].ranks))

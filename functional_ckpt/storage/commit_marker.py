@@ -43,7 +43,7 @@ _TAKEN_BACK = b'{"writer": "functional_ckpt", "taken_back": true}'
 _log = logging.getLogger("functional_ckpt")
 
 
-def claim_lock(final: str) -> str:
+def _claim_lock(final: str) -> str:
     """Returns the path of the lease of the writer of a single checkpoint."""
     return f"{final}.functional_ckpt-lock"
 
@@ -221,7 +221,7 @@ class MarkerCommit(CommitProtocol):
     def _remove_unfinished(self, path: str) -> bool:
         """See `CommitProtocol`; keeps files that `fc.save` is writing under its own lease."""
         final = final_path(path)
-        if exists(self.storage, claim_lock(final)):
+        if exists(self.storage, _claim_lock(final)):
             return False
         if replacement.is_replaced(path):
             replacement.finish(self.storage, final, self._is_there)
@@ -313,7 +313,7 @@ class MarkerCommit(CommitProtocol):
     @contextlib.contextmanager
     def claimed(self, final: str) -> Generator[str]:
         """See `CommitProtocol.claimed`; a lease allows one writer."""
-        lock = self.storage.lock(claim_lock(final))
+        lock = self.storage.lock(_claim_lock(final))
         tmp = tmp_path(final)
         try:
             replacement.finish(self.storage, final, self._is_there)

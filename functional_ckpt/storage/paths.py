@@ -28,7 +28,7 @@ def resolve(path: Any) -> str:
     if not text:
         raise errors.UsageError("The path is empty. Give '.' for the current directory.")
     if is_remote(text):
-        return resolve_uri(text)
+        return _resolve_uri(text)
     if _SCHEME.match(text):  # a URI after pathlib
         raise errors.UsageError(
             f"{text}: a URI has two slashes after its scheme. pathlib.Path removes one: give the "
@@ -89,7 +89,7 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def resolve_uri(text: str) -> str:
+def _resolve_uri(text: str) -> str:
     """Returns a URI without a slash at its end; raises UsageError if it is invalid."""
     scheme, _, rest = text.partition("://")
     bucket, *parts = rest.split("/")

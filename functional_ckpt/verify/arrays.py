@@ -30,9 +30,9 @@ _BATCH = 512
 _MANIFEST = "manifest.ocdbt"
 _METADATA_FIELDS = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs")
 
-Difference: TypeAlias = tuple[Problem, str, str]
+_Difference: TypeAlias = tuple[Problem, str, str]
 """Problem, expected, got."""
-Check: TypeAlias = "Callable[[bytes | None], Difference | None]"
+_Check: TypeAlias = "Callable[[bytes | None], _Difference | None]"
 """Compares the value of a key, None where there is none."""
 
 
@@ -43,7 +43,7 @@ class _Failure:
     leaf: str
     key: str | None
     """None where it is all of the database."""
-    difference: Difference
+    difference: _Difference
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class _Value:
 
     leaf: str
     key: str
-    check: Check
+    check: _Check
     size_bytes: int = 0
     """Bytes that count as progress."""
 
@@ -138,7 +138,7 @@ class ItemArrays:
 
     def _fail_all(self, file: str, why: str) -> None:
         names = (*(node.name for node in self._nodes), *(name for name, _, _ in self._scalars))
-        difference: Difference = ("unreadable", "a database", why)
+        difference: _Difference = ("unreadable", "a database", why)
         self._failures += [_Failure(name, None, difference) for name in names]
         self._fallback_file = file
 
@@ -169,7 +169,7 @@ class ItemArrays:
         found = read_values(database, [value.key for value in values])
         for value, got in zip(values, found, strict=True):
             if isinstance(got, errors.CorruptCheckpointError):
-                why: Difference | None = (
+                why: _Difference | None = (
                     "unreadable",
                     "the written value",
                     reason(got, self._directory),
@@ -274,7 +274,7 @@ def _metadata(name: str, array: spec.ArraySpec, chunk_shape: tuple[int, ...]) ->
 
 def _compare_metadata(
     array: spec.ArraySpec, chunk_shape: tuple[int, ...], value: bytes | None
-) -> Difference | None:
+) -> _Difference | None:
     """Checks that Orbax's metadata of an array agrees with the native record."""
     if value is None:
         return ("missing", "the array's zarr.json", "nothing")
@@ -292,7 +292,7 @@ def _compare_metadata(
 
 def _compare_number(
     array: spec.ArraySpec, number: object, value: bytes | None
-) -> Difference | None:
+) -> _Difference | None:
     """A plain number is in our record; the copy that Orbax reads must be the same."""
     import numpy as np
 
@@ -304,7 +304,7 @@ def _compare_number(
 
 def _compare_chunk(
     digests: Digests, index: tuple[int, ...], value: bytes | None
-) -> Difference | None:
+) -> _Difference | None:
     grid = digests.grid
     if value is None:
         return ("missing", f"chunk {grid.key(index)}", "nothing")

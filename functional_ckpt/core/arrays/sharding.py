@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.spec import Box
 
-Run: TypeAlias = tuple[int, int]
+_Run: TypeAlias = tuple[int, int]
 """First index and one past the last of a stretch of a dim."""
 
 
@@ -199,12 +199,12 @@ def _places(ranks: tuple[int, ...]) -> dict[int, int]:
 @functools.lru_cache(maxsize=65536)
 def _intervals(
     size: int, cuts: tuple[tuple[int, int], ...], coordinate: tuple[int, ...]
-) -> tuple[Run, ...]:
+) -> tuple[_Run, ...]:
     """Returns the stretches of a dim that one coordinate holds, in local order."""
-    runs: list[Run] = [(0, size)] if size else []
+    runs: list[_Run] = [(0, size)] if size else []
     for (num_ranks, split_factor), here in zip(cuts, coordinate, strict=True):
         length = sum(end - start for start, end in runs)
-        taken: list[Run] = []
+        taken: list[_Run] = []
         for start, end in _parts(0, length, split_factor):
             low, high = _part(start, end, num_ranks, here)
             taken += _slice_runs(runs, low, high)
@@ -212,17 +212,17 @@ def _intervals(
     return tuple(runs)
 
 
-def _parts(start: int, end: int, count: int) -> Iterator[Run]:
+def _parts(start: int, end: int, count: int) -> Iterator[_Run]:
     for index in range(count):
         yield _part(start, end, count, index)
 
 
-def _part(start: int, end: int, count: int, index: int) -> Run:
+def _part(start: int, end: int, count: int, index: int) -> _Run:
     step = -(-(end - start) // count)
     return min(start + index * step, end), min(start + (index + 1) * step, end)
 
 
-def _slice_runs(runs: list[Run], low: int, high: int) -> Iterator[Run]:
+def _slice_runs(runs: list[_Run], low: int, high: int) -> Iterator[_Run]:
     """The stretches at positions `low` to `high` of the sequence that `runs` spell out."""
     position = 0
     for start, end in runs:
@@ -233,9 +233,9 @@ def _slice_runs(runs: list[Run], low: int, high: int) -> Iterator[Run]:
         position += end - start
 
 
-def _join(runs: list[Run]) -> list[Run]:
+def _join(runs: list[_Run]) -> list[_Run]:
     """Neighbouring stretches as one."""
-    joined: list[Run] = []
+    joined: list[_Run] = []
     for start, end in runs:
         if joined and joined[-1][1] == start:
             joined[-1] = (joined[-1][0], end)
@@ -259,9 +259,9 @@ def _unit(size: int, cuts: tuple[tuple[int, int], ...]) -> int:
     return unit or size
 
 
-def _combine(runs: list[tuple[Run, ...]]) -> Iterator[Piece]:
+def _combine(runs: list[tuple[_Run, ...]]) -> Iterator[Piece]:
     """The boxes that are products of one stretch in every dim."""
-    places: list[list[tuple[int, Run]]] = []
+    places: list[list[tuple[int, _Run]]] = []
     for stretches in runs:
         position, placed = 0, []
         for start, end in stretches:

@@ -68,12 +68,12 @@ class SharedChunk:
     parts: tuple[Share, ...]
 
 
-Rounds: TypeAlias = tuple[tuple[SharedChunk, ...], ...]
+_Rounds: TypeAlias = tuple[tuple[SharedChunk, ...], ...]
 
 
 def plan_sharing(
     arrays: Mapping[str, StoredArray], wants: Sequence[Sequence[Region]], *, round_bytes: int
-) -> Rounds:
+) -> _Rounds:
     """Returns the chunks that are read once for all, in rounds.
 
     A chunk of which every rank can read just its own part is not among them: the ranks read it by

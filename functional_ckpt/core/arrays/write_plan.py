@@ -17,7 +17,7 @@ from functional_ckpt.core.arrays.chunks import MAX_CHUNK_BYTES, ChunkGrid, choos
 from functional_ckpt.core.arrays.sharding import Piece, Sharding
 from functional_ckpt.core.arrays.spec import ArraySpec
 
-Index: TypeAlias = tuple[int, ...]
+_Index: TypeAlias = tuple[int, ...]
 
 # Eight replicas that share 2 GiB in full chunks have eight each, and none more than one more.
 _REPLICAS_PER_FULL_CHUNK = 8
@@ -52,7 +52,7 @@ class PlannedPiece:
     """
 
     piece: Piece
-    indices: tuple[Index, ...]
+    indices: tuple[_Index, ...]
     is_whole: bool
 
 
@@ -109,10 +109,10 @@ def _grid(array: ShardedArray) -> ChunkGrid:
 
 def _deal(
     arrays: Sequence[ShardedArray], grids: Sequence[ChunkGrid], rank: int
-) -> set[tuple[int, Index]]:
+) -> set[tuple[int, _Index]]:
     """Returns the chunks assigned to `rank`, as (position of the array, chunk index)."""
-    mine: set[tuple[int, Index]] = set()
-    shared: dict[tuple[int, ...], list[tuple[int, int, Index]]] = {}
+    mine: set[tuple[int, _Index]] = set()
+    shared: dict[tuple[int, ...], list[tuple[int, int, _Index]]] = {}
     for place, (array, grid) in enumerate(zip(arrays, grids, strict=True)):
         replicas = array.sharding.replicas(rank)
         for index in _held(array, grid, rank):
@@ -132,6 +132,6 @@ def _deal(
     return mine
 
 
-def _held(array: ShardedArray, grid: ChunkGrid, rank: int) -> Iterator[Index]:
+def _held(array: ShardedArray, grid: ChunkGrid, rank: int) -> Iterator[_Index]:
     for piece in array.sharding.pieces(array.spec.shape, rank):
         yield from grid.indices(piece.box)

@@ -12,10 +12,10 @@ from functional_ckpt.core.arrays.sharding import Sharding
 from functional_ckpt.core.tree import plain_json, structure, walk
 from functional_ckpt.core.tree.structure import ArrayNode, BranchNode, Key, KeyPath, Node, ValueNode
 
-Parts: TypeAlias = "Sequence[tuple[int, Node]]"
+_Parts: TypeAlias = "Sequence[tuple[int, Node]]"
 
 
-def merge_ranks(parts: Parts, *, item: str) -> Node:
+def merge_ranks(parts: _Parts, *, item: str) -> Node:
     """Returns the structure of which every rank holds a part.
 
     Dicts are united key by key, lists of names name by name. Plain values that differ are kept for
@@ -27,7 +27,7 @@ def merge_ranks(parts: Parts, *, item: str) -> Node:
     return _Uniting(item, len(parts)).unite([((rank,), node) for rank, node in parts], ())
 
 
-Held: TypeAlias = "list[tuple[tuple[int, ...], Node]]"
+_Held: TypeAlias = "list[tuple[tuple[int, ...], Node]]"
 """Groups of ranks with equal values, in order of their first rank."""
 _Branches: TypeAlias = "list[tuple[tuple[int, ...], BranchNode]]"
 
@@ -39,10 +39,10 @@ class _Uniting:
     item: str
     num_ranks: int
 
-    def unite(self, held: Held, path: KeyPath) -> Node:
+    def unite(self, held: _Held, path: KeyPath) -> Node:
         first = held[0][1]
         alike: list[int] = []
-        others: Held = []
+        others: _Held = []
         for ranks, node in held:
             if node is first or node == first:
                 alike += ranks
@@ -61,7 +61,7 @@ class _Uniting:
                 raise self._conflict(path, held[0], (ranks, node))
         return first
 
-    def _keep_all(self, held: Held) -> Node:
+    def _keep_all(self, held: _Held) -> Node:
         """One value for each of the ranks that have one."""
         pairs = sorted((rank, place) for place, (ranks, _) in enumerate(held) for rank in ranks)
         return BranchNode(
@@ -82,7 +82,7 @@ class _Uniting:
             detail = merged
         if first.detail.get(structure.MERGED):
             return _merge_names(held)
-        children: dict[Key, Held] = {}
+        children: dict[Key, _Held] = {}
         for ranks, node in held:
             is_united = first.is_mapping or first.kind == "per_rank"
             if not is_united and node.keys != first.keys:

@@ -24,8 +24,8 @@ STRINGS_FILE = "_strings.json"
 COMMIT_FILE = "commit_success.txt"
 TMP_SUFFIX = ".orbax-checkpoint-tmp"
 _HANDLERS = "orbax.checkpoint._src.handlers."
-TREE_HANDLER = _HANDLERS + "standard_checkpoint_handler.StandardCheckpointHandler"
-JSON_HANDLER = _HANDLERS + "json_checkpoint_handler.JsonCheckpointHandler"
+_TREE_HANDLER = _HANDLERS + "standard_checkpoint_handler.StandardCheckpointHandler"
+_JSON_HANDLER = _HANDLERS + "json_checkpoint_handler.JsonCheckpointHandler"
 _SEQUENCE_KEY, _DICT_KEY = 1, 2
 _EMPTY = {"list": "List", "deque": "List", "tuple": "Tuple", "torch_size": "Tuple", "none": "None"}
 _SCALAR_DTYPES = {"int": "int64", "float": "float64", "bool": "bool", "complex": "complex128"}
@@ -41,10 +41,10 @@ def checkpoint_metadata(
 ) -> bytes:
     """Orbax's `_CHECKPOINT_METADATA`: which handler opens which item (`tree` or `json`)."""
     handlers = {
-        name: TREE_HANDLER if kind == "tree" else JSON_HANDLER for name, kind in items.items()
+        name: _TREE_HANDLER if kind == "tree" else _JSON_HANDLER for name, kind in items.items()
     }
     if metrics is not None:
-        handlers["metrics"] = JSON_HANDLER
+        handlers["metrics"] = _JSON_HANDLER
     record = {
         "item_handlers": handlers,
         "metrics": dict(metrics or {}),

@@ -172,7 +172,7 @@ def _open_registered(value: object) -> FlatNode | None:
         # unflatten_fn takes (torch's own register_dataclass is a case in point).
         pairs, _ = definition.flatten_with_keys_fn(value)
         keys = tuple(_entry_key(entry, index) for index, (entry, _) in enumerate(pairs))
-    detail: dict[str, object] = {"type": registered_name(type(value))}
+    detail: dict[str, object] = {"type": _registered_name(type(value))}
     if context_lib.is_storable(context):
         detail["context"] = context_lib.tag(context)
     return FlatNode(kind="registered", keys=keys, children=children, detail=detail)
@@ -189,7 +189,7 @@ def _entry_key(entry: object, index: int) -> Key:
     return Key(index, "index")
 
 
-def registered_name(kind: type) -> str:
+def _registered_name(kind: type) -> str:
     """The stored name of a registered node type; it is looked up at restore, never imported."""
     serialized = _pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
     name = serialized.serialized_type_name if serialized is not None else None
@@ -290,7 +290,7 @@ def _build_named_tuple(node: structure.BranchNode, children: Sequence[Any]) -> A
 
 def _build_registered(node: structure.BranchNode, children: Sequence[Any]) -> Any:
     for kind, definition in _pytree.SUPPORTED_NODES.items():
-        if registered_name(kind) == node.detail["type"] and "context" in node.detail:
+        if _registered_name(kind) == node.detail["type"] and "context" in node.detail:
             context = context_lib.untag(node.detail["context"])
             return definition.unflatten_fn(list(children), context)
     return dict(zip([key.value for key in node.keys], children, strict=True))

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeAlias, TypeVar
 
-K = TypeVar("K")
-T = TypeVar("T")
-R = TypeVar("R")
+_K = TypeVar("_K")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
-Visit: TypeAlias = tuple[Iterable[T], Callable[[list[R]], R]] | tuple[None, R]
+Visit: TypeAlias = tuple[Iterable[_T], Callable[[list[_R]], _R]] | tuple[None, _R]
 """The visit of a node: its children and the function that combines their results; or its result."""
 
 
-class Trail(Generic[K]):
+class Trail(Generic[_K]):
     """The keys from the root to the node that `fold` is visiting.
 
     One list that grows and shrinks: a tuple for every level would be quadratic in the depth.
@@ -22,25 +22,25 @@ class Trail(Generic[K]):
     __slots__ = ("_keys",)
 
     def __init__(self) -> None:
-        self._keys: list[K] = []
+        self._keys: list[_K] = []
 
-    def enter(self, depth: int, key: K | None) -> None:
+    def enter(self, depth: int, key: _K | None) -> None:
         """Notes that the node being visited is at `depth`, under `key`; the root is at 0."""
         if key is not None:
             del self._keys[depth - 1 :]
             self._keys.append(key)
 
-    def path(self) -> tuple[K, ...]:
+    def path(self) -> tuple[_K, ...]:
         """Returns the path of the node that was entered last."""
         return tuple(self._keys)
 
 
-def leaf(result: R) -> tuple[None, R]:
+def leaf(result: _R) -> tuple[None, _R]:
     """Returns a node without children, whose result is known."""
     return None, result
 
 
-def fold(root: T, visit: Callable[[T], Visit[T, R]]) -> R:
+def fold(root: _T, visit: Callable[[_T], Visit[_T, _R]]) -> _R:
     """Folds a tree: visits nodes from the root down, and combines their results upwards.
 
     Args:
@@ -53,7 +53,7 @@ def fold(root: T, visit: Callable[[T], Visit[T, R]]) -> R:
     found = visit(root)
     if found[0] is None:
         return found[1]
-    stack: list[tuple[Iterator[T], list[R], Callable[[list[R]], R]]] = [
+    stack: list[tuple[Iterator[_T], list[_R], Callable[[list[_R]], _R]]] = [
         (iter(found[0]), [], found[1])
     ]
     while True:
