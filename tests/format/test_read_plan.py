@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid
 from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
-from functional_ckpt.format import backends, read_plan, write_tensorstore
+from functional_ckpt.format import backends, read_plan, reader, write_tensorstore
 from functional_ckpt.format.read_plan import ChunkRead, Destination, Location, ReadRequest
 from functional_ckpt.storage.local import LocalStorage
 
@@ -250,3 +251,20 @@ def test_a_truncated_or_missing_data_file_is_damage(tmp_path: Path) -> None:
     file.symlink_to(outside)
     with pytest.raises(errors.CorruptCheckpointError, match="got a link"):
         backend.open_reader(item, written.files)
+
+
+def test_bytes_for_a_device_are_sent_piece_by_piece() -> None:
+    data, got = np.arange(10, dtype=np.uint8), list[int]()
+
+    def send(start: int, num_bytes: int, fill: Callable[[Any], None]) -> None:
+        assert (start, num_bytes) == (40, 10)
+        for size in (4, 4, 2):
+            piece = np.zeros(size, np.uint8)
+            fill(piece)
+            got.extend(piece.tolist())
+
+    destination = mock.Mock(send=send)
+    read = mock.Mock(request=mock.Mock(destination=destination))
+    reader.put(read, mock.Mock(start=40), data)
+    assert got == list(range(10))
+    destination.done.assert_called_once_with()

@@ -532,6 +532,19 @@ def test_two_files_of_one_item_are_refused(tmp_path: Path, names: tuple[str, str
         fc.interop.open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("numbers", "items"),
+    [("0", {"rng"}), ("3", {"rng"}), ("01", {"rng_0", "rng_1"}), ("12", {"rng_1", "rng_2"})],
+)
+def test_the_random_states_of_several_ranks_have_their_numbers(
+    tmp_path: Path, numbers: str, items: set[str]
+) -> None:
+    safetensors.torch.save_file(WEIGHTS, tmp_path / "model.safetensors")
+    for number in numbers:
+        torch.save({"python": random.Random(1).getstate()}, tmp_path / f"rng_state_{number}.pth")
+    assert set(fc.interop.open(tmp_path)) == {"model"} | items
+
+
 def test_a_folder_of_peft_opens_without_its_weights_a_second_time(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "adapter_model.bin")
     torch.save({"state": 1}, tmp_path / "optimizer.pt")
