@@ -105,3 +105,19 @@ def test_more_dims_than_tensorstore_has() -> None:
     assert math.prod(ArraySpec((1,) * MAX_NUM_DIMS, "bool").shape) == 1
     with pytest.raises(errors.UsageError, match="at most 32"):
         ArraySpec((1,) * (MAX_NUM_DIMS + 1), "bool")
+
+
+@given(shape=st.lists(SIZES, max_size=3).map(tuple), max_bytes=st.integers(1, 500))
+def test_slabs_cover_an_array_and_are_as_large_as_they_may_be(
+    shape: tuple[int, ...], max_bytes: int
+) -> None:
+    spec = ArraySpec(shape, "float32")
+    slabs = spec.slabs(max_bytes)
+    count = np.zeros(shape, int)
+    for slab in slabs:
+        count[slab.slices()] += 1
+    assert (count == 1).all() and all(slab.num_elements for slab in slabs)
+    if slabs and spec.size_bytes <= max_bytes:
+        assert slabs == [Box.whole(shape)]
+    for slab in slabs:
+        assert 4 * slab.num_elements <= max_bytes or not shape or slab.shape[0] == 1

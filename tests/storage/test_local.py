@@ -16,7 +16,7 @@ from functional_ckpt import errors
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
-from functional_ckpt.storage.paths import resolve
+from functional_ckpt.storage.paths import check_arrays_path, resolve
 from functional_ckpt.testing import FaultyStorage
 
 
@@ -176,3 +176,22 @@ def test_sync_reaches_the_disk_and_leaves_no_descriptor(
     commits.replace_link(str(tmp_path / "link"), "file")
     assert synced[2:] == [str(tmp_path)]
     assert open_below(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/run/\udcff", "is not UTF-8"),
+        ("/run/a\0b", "has a NUL byte"),
+        ("/run\\/a", "starts or ends with a backslash"),
+        ("/run/\u00e4", None),
+        ("/run/a\\b", None),
+    ],
+    ids=["bytes", "nul", "backslash", "umlaut", "inner backslash"],
+)
+def test_a_path_at_which_no_array_could_be_read_is_refused(path: str, why: str | None) -> None:
+    if why is None:
+        check_arrays_path(path)
+        return
+    with pytest.raises(errors.UsageError, match=why):
+        check_arrays_path(path)
