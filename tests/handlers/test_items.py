@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch.utils import _pytree
 
 import functional_ckpt as fc
 from functional_ckpt import errors
-from functional_ckpt.handlers import Item
+from functional_ckpt.core.tree import structure
+from functional_ckpt.handlers import Handler, Item, nested
 
 MODEL = torch.nn.Linear(2, 2)
 ADAM = torch.optim.Adam(MODEL.parameters())
@@ -131,3 +133,15 @@ def test_item_takes_its_options_by_name(item: Item):
     positional = {name for name, field in options.items() if not field.kw_only}
     expected = {fc.Optimizer: {"value", "model"}, fc.CheckpointItem: {"value", "handler"}}
     assert positional == expected.get(type(item), {"value"})
+
+
+def test_nested_state_of_another_number_of_ranks_is_resized_before_it_is_lifted():
+    handler = mock.Mock(spec=Handler)
+    handler.resize.return_value = "resized"
+    item = mock.Mock(value="live", handler=handler)
+    detail = {structure.HANDLER: "queue", structure.RESIZE: [1, 3]}
+    handled = structure.Handled("target", detail, item)
+    found = nested._lift_one(mock.Mock(), handled, {"rank_0": "a", "rank_1": "b"})
+    handler.resize.assert_called_once_with(["a", "b"], 1, 3)
+    handler.lift.assert_called_once_with("live", "resized")
+    assert found is handler.lift.return_value
