@@ -225,3 +225,12 @@ def test_a_state_is_replaced_only_by_who_knows_its_version(tmp_path: Path) -> No
     with pytest.raises(PreconditionFailed):
         files.write(key, b"four", replacing=second.version)
     assert files.write(key, b"five", replacing="").version == "4"
+
+
+def test_the_newest_of_two_states_counts_after_a_crash_between_them(tmp_path: Path) -> None:
+    files, key = LeaseFiles(), str(tmp_path / "lock").lstrip("/")
+    for number in (8, 9):
+        (tmp_path / f"lock.{number}").write_bytes(b"%d" % number)
+    assert files.read(key) == b"9" and files.head(key).version == "9"
+    assert files.write(key, b"new", replacing="9").version == "10"
+    assert [path.name for path in tmp_path.iterdir()] == ["lock.10"]
