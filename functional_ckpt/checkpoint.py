@@ -16,8 +16,8 @@ from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
 from functional_ckpt.distributed.torch_store import default_coordinator
 from functional_ckpt.format import checkpoint_dir
-from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
+from functional_ckpt.handlers.registry import chosen
 from functional_ckpt.interop import opened
 from functional_ckpt.interop.source import Source
 from functional_ckpt.policies import lines
@@ -71,14 +71,14 @@ def save(
         UnsupportedLeafError: A value cannot be stored; nothing was written.
     """
     group = SingleProcess() if process_group is None else default_coordinator(process_group)
-    storage, final = connect(path, storage)
     try:
-        with plan_lib.SavePlanner(group).planning(None) as planning:
+        with plan_lib.SavePlanner(group).planning(None, overwrite=overwrite) as planning:
+            storage, final = connect(path, storage)
             if group.rank == 0:
                 _check_free(storage, final, overwrite=overwrite)
             info = saver.checkpoint_info(None, metrics, progress, custom_metadata, lines.Line())
             planning.items = lower.lower(
-                items, registry or default_registry(), rank=group.rank, ranks=group.global_ranks
+                items, chosen(registry), rank=group.rank, ranks=group.global_ranks
             )
         published: list[str] = []
         try:
@@ -188,22 +188,11 @@ def restore(
         CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was changed.
     """
     how = restore_lib.RestoreOptions(**options)
-    return restore_with(path, into, registry or default_registry(), how, storage)
-
-
-def restore_with(
-    path: str | os.PathLike[str] | Source,
-    into: Mapping[str, Any] | None,
-    registry: Registry,
-    options: restore_lib.RestoreOptions,
-    storage: Storage | None = None,
-) -> restore_lib.Restored:
-    """Restores as `restore` does, with the options as one record."""
     if isinstance(path, Source):
         open_checkpoint = functools.partial(opened.open_source, path)
     else:
         open_checkpoint = functools.partial(_open, *connect(path, storage), warns=into is None)
-    return restore_lib.restore_checkpoint(open_checkpoint, into, registry, options)
+    return restore_lib.restore_checkpoint(open_checkpoint, into, chosen(registry), how)
 
 
 def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) -> StepMetadata:

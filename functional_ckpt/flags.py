@@ -21,10 +21,9 @@ from typing import Any, Literal, TypedDict, Unpack
 from absl import flags as absl_flags
 
 from functional_ckpt import checkpoint, errors, policies
-from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.handlers.module import ModuleHandler
-from functional_ckpt.handlers.registry import for_items
+from functional_ckpt.handlers.registry import chosen, for_items
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring import restorer
@@ -284,7 +283,7 @@ def restore(
     if source == "none":
         _log.info("%s: starting from the initial values (resume=none)", manager.directory)
         return initial
-    registry = registry or default_registry()
+    registry = chosen(registry)
     wanted = _weights(items, registry) if defined.weights_only.value else items
     _log.info("%s: starting from %s of %s", manager.directory, ", ".join(wanted), source)
     found = checkpoint.restore(source, wanted, strict=strict, ignore=ignore, registry=registry)

@@ -10,19 +10,19 @@ from typing import Any, Literal, Self, Unpack
 from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.events import Listeners
-from functional_ckpt.handlers import default_registry
 from functional_ckpt.handlers.base import Registry
+from functional_ckpt.handlers.registry import chosen
 from functional_ckpt.policies import keep, rules
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
-from functional_ckpt.restoring.restorer import check_step
 from functional_ckpt.run import open_run
 from functional_ckpt.saving import background, saver
 from functional_ckpt.saving.calls import Calls, exclusive
 from functional_ckpt.saving.options import Eager, SaveOptions, Staging
 from functional_ckpt.steps import acquire, names, orbax_adapters
 from functional_ckpt.steps.metadata import StepMetadata
+from functional_ckpt.steps.names import check_step
 from functional_ckpt.steps.tiers import Tier
 from functional_ckpt.storage.base import Storage
 
@@ -57,7 +57,7 @@ class CheckpointManager:
         process_group: The ranks that save and restore together: a group of torch.distributed; None
             for the default group, if there is one. All ranks pass equal arguments, and call the
             methods in the same order.
-        timeout_seconds: How long a rank waits for another one; None for 600.
+        timeout_seconds: How long a rank waits for another one; None for as long as `process_group`.
         coordinator: Coordinates the ranks in place of these two.
         on_event: Called with an `Event` for each step staged, written, committed, uploaded, pruned
             or skipped: a callable or several, which must be quick. Their exceptions are logged.
@@ -88,22 +88,25 @@ class CheckpointManager:
         on_event: Listeners | None = None,
         storage: Storage | None = None,
     ) -> None:
-        options = SaveOptions(
-            save_rule=orbax_adapters.adapted_save_rule(save_policy),
-            keep_policies=orbax_adapters.adapted_keep_policies(keep_policy),
-            overwrite=overwrite,
-            on_busy=on_busy,
-            staging=staging,
-        )
+        group = acquire.coordinator_of(coordinator, process_group, timeout_seconds)
+        with acquire.checking_arguments(group):
+            options = SaveOptions(
+                save_rule=orbax_adapters.adapted_save_rule(save_policy),
+                keep_policies=orbax_adapters.adapted_keep_policies(keep_policy),
+                overwrite=overwrite,
+                on_busy=on_busy,
+                staging=staging,
+            )
+            registry = chosen(registry)
         self._run = open_run(
             directory,
             options,
-            registry=registry or default_registry(),
+            registry=registry,
             step_name=step_name,
             latest_link=latest_link,
             tiers=tiers,
             read_only=read_only,
-            coordinator=acquire.coordinator_of(coordinator, process_group, timeout_seconds),
+            coordinator=group,
             on_event=on_event,
             storage=storage,
             owner=self,
@@ -149,7 +152,7 @@ class CheckpointManager:
             UnsupportedLeafError: A value cannot be stored; nothing was written.
         """
         return self._saver.save(
-            check_step(step),
+            step,
             items,
             metrics=metrics,
             progress=progress,
@@ -171,7 +174,7 @@ class CheckpointManager:
         Raises:
             StepNotFoundError: There is no such step.
         """
-        self._run.record_metrics(check_step(step), saver.as_json(metrics, "metrics") or {})
+        self._run.record_metrics(step, metrics)
 
     @exclusive
     def delete(self, step: int) -> None:
@@ -181,7 +184,7 @@ class CheckpointManager:
             StepNotFoundError: There is no such step.
             StorageError: A tier refused or is unreachable: the first tier still has the step.
         """
-        self._run.delete(check_step(step))
+        self._run.delete(step)
 
     # ------------------------------------------------------------------------------ restoring
 
@@ -215,9 +218,7 @@ class CheckpointManager:
             MismatchError: Checkpoint and target differ; nothing was touched.
             CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was changed.
         """
-        how = restore_lib.RestoreOptions(**options)
-        number = None if step is None else check_step(step)
-        return self._run.restore(number, into, how, discard_later=discard_later)
+        return self._run.restore(step, into, options, discard_later=discard_later)
 
     @exclusive
     def restore_or(
@@ -242,8 +243,7 @@ class CheckpointManager:
         Raises:
             MismatchError, CorruptCheckpointError: As `restore` does.
         """
-        how = restore_lib.RestoreOptions(**options)
-        return self._run.restore_or(initial, how, fallback=fallback, on_corrupt=on_corrupt)
+        return self._run.restore_or(initial, options, fallback=fallback, on_corrupt=on_corrupt)
 
     def metadata(self, step: int | None = None) -> StepMetadata:
         """Returns the metadata of a step (None: the latest), with its metrics; reads no arrays."""

@@ -17,11 +17,13 @@ from functional_ckpt.events import Events, Listeners
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.policies import rules
 from functional_ckpt.restoring import restore as restore_lib
+from functional_ckpt.restoring.match import RestoreArguments
 from functional_ckpt.restoring.restorer import Restorer
 from functional_ckpt.saving import saver
 from functional_ckpt.saving.options import SaveOptions
 from functional_ckpt.steps import acquire, names, orbax_adapters, template
 from functional_ckpt.steps.metadata import StepMetadata, step_metadata
+from functional_ckpt.steps.names import check_step
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tiers import Tier, as_tiers, open_tiers
 from functional_ckpt.storage.base import Storage
@@ -51,11 +53,19 @@ class Run:
     def record_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records metrics of a committed step; one that is still being committed is waited for."""
         self.saver.wait_for(step)
+
+        def prepare() -> None:
+            self.steps.existing(check_step(step))
+            saver.as_json(metrics, "metrics")
+
+        def record() -> None:
+            self.saver.record(check_step(step), saver.as_json(metrics, "metrics") or {})
+
         run_on_primary(
             self.coordinator,
             f"recording metrics of step {step}",
-            functools.partial(self.saver.record, step, metrics),
-            prepare=functools.partial(self.steps.existing, step),
+            record,
+            prepare=prepare,
             after=self.steps.reload_local,
         )
 
@@ -66,7 +76,7 @@ class Run:
         def prepare() -> None:
             if self.saver.committer.is_busy:
                 self.saver.wait()
-            self.steps.existing(step)
+            self.steps.existing(check_step(step))
 
         run_on_primary(
             self.coordinator,
@@ -80,7 +90,7 @@ class Run:
         self,
         step: int | None,
         into: Mapping[str, Any] | None,
-        options: restore_lib.RestoreOptions,
+        options: RestoreArguments,
         *,
         discard_later: bool,
     ) -> restore_lib.Restored:
@@ -103,22 +113,22 @@ class Run:
     def restore_or(
         self,
         initial: Mapping[str, Any],
-        options: restore_lib.RestoreOptions,
+        options: RestoreArguments,
         *,
         fallback: str | os.PathLike[str] | None,
         on_corrupt: Literal["raise", "older"],
     ) -> restore_lib.Restored:
         """Restores the latest step, else the checkpoint `fallback`, else the initial values."""
-        if on_corrupt not in ("raise", "older"):
-            raise errors.UsageError(f"on_corrupt must be 'raise' or 'older'; got {on_corrupt!r}.")
-        restored = self.restorer.restore_or(initial, options, on_corrupt)
+        restored = self.restorer.restore_or(
+            initial, options, fallback=fallback, on_corrupt=on_corrupt
+        )
         if restored.step is not None or fallback is None:
             return restored
         found: list[restore_lib.Restored] = []
 
         def restore() -> None:
             registry = self.restorer.registry
-            found.append(checkpoint.restore_with(fallback, initial, registry, options))
+            found.append(checkpoint.restore(fallback, initial, registry=registry, **options))
 
         run_on_all(self.coordinator, f"restoring {os.fspath(fallback)}", restore)
         if self.coordinator.rank == 0:
@@ -166,16 +176,19 @@ def open_run(
         LockedError: Another live writer holds the directory.
         UsageError: An argument is wrong.
     """
-    known_tiers = as_tiers(tiers)
-    for name, value in (("directory", os.fspath(directory)), ("latest_link", latest_link)):
-        _check_no_variables(name, value)
-    connected, root = connect(directory, storage)
-    step_names = template.name_format_of(step_name, adapt=orbax_adapters.adapt_name_format)
-    events = Events(on_event)
-    events.rank = coordinator.rank
-    steps = Steps(connected, root, step_names, events, read_only=read_only, latest_link=latest_link)
-    if not known_tiers:
-        rules.check_not_passing("keep_policy", options.keep_policies)
+    with acquire.checking_arguments(coordinator):
+        known_tiers = as_tiers(tiers)
+        for name, value in (("directory", directory), ("latest_link", latest_link)):
+            _check_no_variables(name, value)
+        connected, root = connect(directory, storage)
+        step_names = template.name_format_of(step_name, adapt=orbax_adapters.adapt_name_format)
+        events = Events(on_event)
+        events.rank = coordinator.rank
+        steps = Steps(
+            connected, root, step_names, events, read_only=read_only, latest_link=latest_link
+        )
+        if not known_tiers:
+            rules.check_not_passing("keep_policy", options.keep_policies)
     saving = saver.Saver(steps, registry, coordinator, options)
     restorer = Restorer(steps, registry, coordinator, saving.decider)
     run = Run(steps, options, coordinator, saving, restorer)
@@ -203,10 +216,10 @@ def open_run(
     return run
 
 
-def _check_no_variables(name: str, value: str | None) -> None:
+def _check_no_variables(name: str, value: object) -> None:
     """Raises `UsageError` for `{run_name}` and the like: no template is formatted here."""
-    if value is not None and (found := re.search(r"\{[A-Za-z_]\w*\}", value)):
+    if found := re.search(r"\{[A-Za-z_]\w*\}", str(value)):
         raise errors.UsageError(
-            f"{name}={value!r} contains the variable {found[0]}, which is not replaced: format it "
-            f"first, e.g. with str.format. Only step_name is a template."
+            f"{name}={str(value)!r} contains the variable {found[0]}, which is not replaced: "
+            f"format it first, e.g. with str.format. Only step_name is a template."
         )

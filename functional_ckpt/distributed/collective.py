@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 
 from functional_ckpt.distributed.coordinator import Combine, Coordinator
 
-__all__ = ["Turn", "collective", "run_on_all", "run_on_primary"]
+__all__ = ["Turn", "collective", "fails_on_all", "run_on_all", "run_on_primary"]
 
 
 def _nothing(values: Sequence[bytes]) -> bytes:
@@ -53,6 +53,24 @@ def collective(group: Coordinator, what: str, combine: Combine = _nothing) -> Ge
         group.gather_broadcast(what, error, combine)
         raise
     turn.outcome = group.gather_broadcast(what, turn.value, combine)
+
+
+@contextlib.contextmanager
+def fails_on_all(group: Coordinator, what: str) -> Generator[None]:
+    """Runs a block on each rank by itself; its exception fails the other ranks' next collective.
+
+    For the arguments of a call: a rank with invalid ones does not reach the collectives of the
+    others.
+
+    Args:
+        group: The ranks.
+        what: Name of that collective.
+    """
+    try:
+        yield
+    except Exception as error:
+        group.gather_broadcast(what, error, _nothing)
+        raise
 
 
 def run_on_all(group: Coordinator, what: str, action: Callable[[], object]) -> None:

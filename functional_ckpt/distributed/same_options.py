@@ -1,4 +1,4 @@
-"""Compares the managers' options of all ranks, in the round that opens the directory."""
+"""Compares the arguments that all ranks pass to one call, in a round that it makes anyway."""
 
 from __future__ import annotations
 
@@ -12,30 +12,39 @@ from typing import Any, cast
 
 from functional_ckpt import errors
 
-__all__ = ["check", "describe", "to_bytes"]
+__all__ = ["check", "check_texts", "describe", "texts", "to_bytes"]
 
 _MAX_SHOWN_CHARS = 300
 
 
 def to_bytes(options: Mapping[str, Any]) -> bytes:
     """Returns a rank's options, for `check` on the primary."""
-    return json.dumps({name: describe(value) for name, value in options.items()}).encode()
+    return json.dumps(texts(options)).encode()
 
 
 def check(values: Sequence[bytes]) -> bytes:
     """On the primary: raises `CoordinationError` unless all ranks gave the same options."""
-    first: dict[str, str] = json.loads(values[0])
-    for rank, value in enumerate(values):
-        own: dict[str, str] = json.loads(value)
-        if wrong := [name for name in first if own.get(name) != first[name]]:
-            name = wrong[0]
+    check_texts([json.loads(value) for value in values])
+    return b""
+
+
+def texts(options: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the description of each option."""
+    return {name: describe(value) for name, value in options.items()}
+
+
+def check_texts(given: Sequence[Mapping[str, str]]) -> None:
+    """As `check`, with the `texts` of each rank."""
+    first = given[0]
+    for rank, own in enumerate(given):
+        if wrong := [name for name in {**first, **own} if own.get(name) != first.get(name)]:
+            name, expected = wrong[0], _cut(first.get(wrong[0]))
             others = f" They differ in {', '.join(wrong[1:])} too." if wrong[1:] else ""
             raise errors.CoordinationError(
-                f"Rank {rank} has {name}={_cut(own.get(name))}, rank 0 has {_cut(first[name])}: "
-                f"every rank must make its manager with the same arguments.{others}",
+                f"Rank {rank} has {name}={_cut(own.get(name))}, rank 0 has {expected}: "
+                f"every rank must pass the same arguments.{others}",
                 ranks=(rank,),
             )
-    return b""
 
 
 def describe(value: object) -> str:
@@ -71,5 +80,5 @@ def describe(value: object) -> str:
 
 
 def _cut(text: str | None) -> str:
-    shown = text or "nothing"
+    shown = text or "the default"
     return shown if len(shown) <= _MAX_SHOWN_CHARS else f"{shown[:_MAX_SHOWN_CHARS]}..."

@@ -34,9 +34,10 @@ from functional_ckpt.distributed.coordinator import (
 from functional_ckpt.distributed.rounds import Rounds
 from functional_ckpt.distributed.turns import StoreTurns
 
-__all__ = ["DEFAULT_TIMEOUT_SECONDS", "StoreCoordinator", "default_coordinator", "num_unjoined"]
+__all__ = ["StoreCoordinator", "default_coordinator", "num_unjoined"]
 
-DEFAULT_TIMEOUT_SECONDS = 600.0
+# Where the process group does not say how long its ranks wait.
+_TIMEOUT_SECONDS = 600.0
 _CONNECT_SECONDS = 60.0
 # A process that was stopped itself finds its time over and the answer waiting.
 _SECOND_LOOK_SECONDS = 0.5
@@ -45,14 +46,14 @@ _LAST_SECONDS = 1.0
 
 
 def default_coordinator(
-    process_group: Any = None, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    process_group: Any = None, timeout_seconds: float | None = None
 ) -> Coordinator:
     """The coordinator of the process group, if it has more than one rank; else a single process's.
 
     Args:
         process_group: The group that saves and restores together; None for the default group. A
             sub-group is for replicas that checkpoint alone.
-        timeout_seconds: How long to wait for another rank.
+        timeout_seconds: How long to wait for another rank; None for the group's own timeout.
     """
     if not dist.is_available() or not dist.is_initialized():
         if process_group is not None:
@@ -71,6 +72,15 @@ def default_coordinator(
     return StoreCoordinator(group, timeout_seconds=timeout_seconds)
 
 
+def _timeout_of(group: Any) -> float:
+    """Returns how long the collectives of a process group wait, in seconds."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        if isinstance(timeout := getattr(options, "_timeout", None), datetime.timedelta):
+            return timeout.total_seconds()
+    return _TIMEOUT_SECONDS
+
+
 def num_unjoined() -> int:
     """How many processes a launcher such as torchrun started that no process group joins; or 1."""
     text = os.environ.get("WORLD_SIZE", "")
@@ -86,11 +96,11 @@ class StoreCoordinator:
 
     Args:
         group: The process group.
-        timeout_seconds: How long to wait for another rank.
+        timeout_seconds: How long to wait for another rank; None for the group's own timeout.
     """
 
-    def __init__(self, group: Any, *, timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS) -> None:
-        self._setup(group, None, timeout_seconds)
+    def __init__(self, group: Any, *, timeout_seconds: float | None = None) -> None:
+        self._setup(group, None, timeout_seconds or _timeout_of(group))
 
     def _setup(self, group: Any, prefix: str | None, timeout_seconds: float) -> None:
         self.rank = dist.get_rank(group)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from functional_ckpt import errors
 from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.handlers.module import Module
 from functional_ckpt.handlers.owners import Owners
@@ -35,6 +36,18 @@ def default_registry() -> Registry:
     ):
         registry = registry.with_rule(fits, bind)
     return Registry(defaults=registry.rules)
+
+
+def chosen(registry: object) -> Registry:
+    """Returns a caller's registry, the default one for None; `UsageError` for another value."""
+    if registry is None:
+        return default_registry()
+    if not isinstance(registry, Registry):
+        raise errors.UsageError(
+            f"registry must be an fc.Registry or None; got {registry!r:.80}. Extend "
+            "fc.handlers.default_registry() with with_handler(type, handler)."
+        )
+    return registry
 
 
 def _always(value: object) -> bool:

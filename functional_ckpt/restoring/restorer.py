@@ -7,25 +7,28 @@ import dataclasses
 import functools
 import json
 import logging
-import operator
 import os
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Literal
 
 from functional_ckpt import errors
-from functional_ckpt.distributed.collective import collective
+from functional_ckpt.distributed import same_options
+from functional_ckpt.distributed.collective import collective, fails_on_all
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers import nested
 from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.handlers.pytree import PyTree
 from functional_ckpt.restoring import restore as restore_lib
-from functional_ckpt.restoring.match import RestoreOptions
+from functional_ckpt.restoring.match import RestoreArguments, RestoreOptions
 from functional_ckpt.steps import decide, rollback
+from functional_ckpt.steps.names import check_step
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.storage import queries
 
+_WHICH = "which step to restore"
+_WHETHER = "whether there is a step to resume from"
 _log = logging.getLogger("functional_ckpt")
 
 
@@ -42,13 +45,17 @@ class Restorer:
         self,
         step: int | None,
         into: Mapping[str, Any] | None,
-        options: RestoreOptions,
+        options: RestoreArguments,
         *,
         discard_later: bool = False,
     ) -> restore_lib.Restored:
         """Restores a step; see `CheckpointManager.restore`."""
-        number, holders = self._agree(step, discard_later=discard_later)
-        restored = self._restore(number, holders, into, options)
+        with fails_on_all(self.coordinator, _WHICH):
+            step = None if step is None else check_step(step)
+            how = RestoreOptions(**options)
+        asked = {"step": step, "discard_later": discard_later, **options}
+        number, holders = self._agree(step, asked)
+        restored = self._restore(number, holders, into, how)
         if not discard_later:
             self._warn_of_later(number)
         return restored
@@ -56,22 +63,29 @@ class Restorer:
     def restore_or(
         self,
         initial: Mapping[str, Any],
-        options: RestoreOptions,
+        options: RestoreArguments,
+        *,
+        fallback: str | os.PathLike[str] | None,
         on_corrupt: Literal["raise", "older"] = "raise",
     ) -> restore_lib.Restored:
         """Restores the latest step, or returns the initial values if there is none."""
-        if not isinstance(initial, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise errors.UsageError(
-                f"initial must be a mapping of names to values; got {type(initial).__name__}."
+        num_steps = 0
+
+        def combine(values: Sequence[bytes]) -> bytes:
+            same_options.check(values)
+            return b"%d" % num_steps
+
+        with collective(self.coordinator, _WHETHER, combine) as turn:
+            _check_arguments(initial, on_corrupt)
+            how = RestoreOptions(**options)
+            turn.value = same_options.to_bytes(
+                {"fallback": fallback, "on_corrupt": on_corrupt, **options}
             )
-        what = "whether there is a step to resume from"
-        found = self.coordinator.gather_broadcast(
-            what, b"%d" % len(self.steps.all()), lambda v: v[0]
-        )
-        if found != b"0":
+            num_steps = len(self.steps.all())
+        if turn.outcome != b"0":
             number, holders = self._agree(None)
-            self._tell("resuming from step %d (latest of %d)", number, int(found))
-            return self._restore_sound(number, holders, initial, options, on_corrupt)
+            self._tell("resuming from step %d (latest of %d)", number, int(turn.outcome))
+            return self._restore_sound(number, holders, initial, how, on_corrupt)
         self._tell("no checkpoint found: starting from the initial values")
         self._check_others()
         return initial_values(initial)
@@ -217,39 +231,26 @@ class Restorer:
         return restored
 
     def _agree(
-        self, step: int | None, *, discard_later: bool = False
+        self, step: int | None, asked: Mapping[str, object] | None = None
     ) -> tuple[int, list[TierSteps]]:
         """Returns the step that every rank restores, and the tiers that hold it, the nearest first.
 
-        All ranks raise when one cannot, or means another. The primary knows the tiers best: it
-        alone uploads and prunes.
+        All ranks raise when one cannot, or has other arguments (`asked`). The primary knows the
+        tiers best: it alone uploads and prunes.
         """
+        number = 0
 
         def combine(values: Sequence[bytes]) -> bytes:
+            same_options.check(values)
             # A rank may list a directory before or after the newest commit: the primary's latest
             # counts.
-            mine, discards = values[0].split()
-            for rank, found in enumerate(values):
-                other, also_discards = found.split()
-                if step is not None and other != mine:
-                    raise errors.CoordinationError(
-                        f"Rank {rank} restores step {other.decode()}, rank 0 step "
-                        f"{mine.decode()}; every rank must make the same calls.",
-                        ranks=(rank,),
-                    )
-                if also_discards != discards:
-                    raise errors.CoordinationError(
-                        f"Rank {rank} and rank 0 disagree on discard_later; every rank must "
-                        "make the same calls.",
-                        ranks=(rank,),
-                    )
-            holders = self.steps.tiers_with(int(mine))
+            holders = self.steps.tiers_with(number)
             names = {tier: name for name, tier in self.steps.tiers_by_name().items()}
-            return json.dumps([int(mine), [names[each] for each in holders]]).encode()
+            return json.dumps([number, [names[each] for each in holders]]).encode()
 
-        with collective(self.coordinator, "which step to restore", combine) as turn:
-            number = self.steps.latest() if step is None else self._existing(check_step(step))
-            turn.value = b"%d %d" % (number, discard_later)
+        with collective(self.coordinator, _WHICH, combine) as turn:
+            number = self.steps.latest() if step is None else self._existing(step)
+            turn.value = same_options.to_bytes({"step": step} if asked is None else asked)
         number, names = json.loads(turn.outcome)
         return number, self.steps.tiers_named(names)
 
@@ -258,6 +259,15 @@ class Restorer:
         if self.coordinator.rank and self.steps.has_tiers:
             return step
         return self.steps.existing(step)
+
+
+def _check_arguments(initial: object, on_corrupt: object) -> None:
+    if not isinstance(initial, Mapping):
+        raise errors.UsageError(
+            f"initial must be a mapping of names to values; got {type(initial).__name__}."
+        )
+    if on_corrupt not in ("raise", "older"):
+        raise errors.UsageError(f"on_corrupt must be 'raise' or 'older'; got {on_corrupt!r}.")
 
 
 @contextlib.contextmanager
@@ -280,14 +290,3 @@ def initial_values(initial: Mapping[str, Any]) -> restore_lib.Restored:
         for name, value in initial.items()
     }
     return restore_lib.Restored(values, starts_at=0)
-
-
-def check_step(step: Any) -> int:
-    """Returns the number of a step, once it is known to be one."""
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if number < 0 or isinstance(step, bool):
-        raise errors.UsageError(f"A step must be an int >= 0; got {step!r}.")
-    return number

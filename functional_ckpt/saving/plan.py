@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from functional_ckpt import errors
@@ -20,6 +20,7 @@ from functional_ckpt.core.arrays import write_plan
 from functional_ckpt.core.arrays.sharding import Sharding
 from functional_ckpt.core.records import records
 from functional_ckpt.core.tree import structure
+from functional_ckpt.distributed import same_options
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.runtime import threads
@@ -61,6 +62,15 @@ class Planning:
     plan: SavePlan = dataclasses.field(default_factory=dict[str, ItemPlan])
 
 
+def plan_of(step: int | None) -> str:
+    """Returns the name of the round in which a save is planned."""
+    return f"the plan of {_named(step)}"
+
+
+def _named(step: int | None) -> str:
+    return "the checkpoint" if step is None else f"step {step}"
+
+
 class SavePlanner:
     """Plans saves for one rank; keeps the last plan, since structures rarely change."""
 
@@ -73,25 +83,26 @@ class SavePlanner:
         self._has_warned = False
 
     @contextlib.contextmanager
-    def planning(self, step: int | None) -> Generator[Planning]:
+    def planning(self, step: int | None, **options: object) -> Generator[Planning]:
         """Plans a save: every rank sets `.items` in the block, and gets `.plan` after it.
 
         Args:
-            step: The step; the same on every rank.
+            step: The step; the same on every rank. None for a checkpoint without a step.
+            options: Other arguments that must be the same on every rank.
 
         Raises:
             CoordinationError: Another rank failed in its block, or the ranks disagree about the
                 step or the items, or hold different values of one leaf.
         """
         planning = Planning()
-        what = f"the plan of step {step}"
+        what = plan_of(step)
         with collective(self._coordinator, what, self._compare) as turn:
             yield planning
             shared = [item for item in planning.items if not item.per_rank]
             own = [item for item in planning.items if item.per_rank]
             with threads.gc_paused():
                 signature = _signature(shared, with_trees=self._coordinator.num_ranks > 1)
-            turn.value = self._describe(shared, planning.items, signature, step)
+            turn.value = self._describe(shared, planning.items, signature, step, options)
         planning.plan = self._plan_shared(shared, step, signature, turn.outcome)
         planning.plan |= _plan(own, self._coordinator.rank, (), None)
 
@@ -101,6 +112,7 @@ class SavePlanner:
         every: Sequence[LoweredItem],
         signature: str,
         step: int | None,
+        options: Mapping[str, object],
     ) -> bytes:
         """Returns this rank's data for the primary's comparison."""
         is_known = signature == self._signature
@@ -110,6 +122,7 @@ class SavePlanner:
         self._signature = ""
         value = {
             "step": step,
+            "options": same_options.texts(options),
             "items": dict(sorted(map(_kind, every))),
             "texts": {item.name: _text_digest(item) for item in every if item.text is not None},
             "is_known": is_known,
@@ -132,7 +145,7 @@ class SavePlanner:
         ranks = tuple(range(coordinator.num_ranks))
         shardings: _Shardings | None = None
         if verdict != b"alike":
-            with collective(coordinator, f"the leaves of step {step}", leaf_table.merge) as turn:
+            with collective(coordinator, f"the leaves of {_named(step)}", leaf_table.merge) as turn:
                 turn.value = leaf_table.to_bytes(leaf_table.leaves_of(items), items)
             shardings = leaf_table.shardings_of(turn.outcome)
         with threads.gc_paused():
@@ -180,6 +193,7 @@ class SavePlanner:
 def _check_same_call(given: Sequence[dict[str, Any]]) -> None:
     """Raises unless all ranks save the same step, with the same items, of the same kinds."""
     first = given[0]
+    same_options.check_texts([each["options"] for each in given])
     for rank, each in enumerate(given):
         if (each["step"], list(each["items"])) != (first["step"], list(first["items"])):
             raise errors.CoordinationError(

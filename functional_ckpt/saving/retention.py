@@ -15,6 +15,7 @@ from functional_ckpt import errors
 from functional_ckpt.policies import lines, rules
 from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
 from functional_ckpt.steps.run_steps import Steps
+from functional_ckpt.steps.tier_steps import united
 from functional_ckpt.steps.uploads import Uploads
 
 _log = logging.getLogger("functional_ckpt")
@@ -100,7 +101,11 @@ class Retention:
         look: bool,
     ) -> list[StepInfo]:
         """Returns the steps that no policy keeps; the newest only if another tier has it."""
-        known = self._steps.with_late_metrics(look=look)
+        known: Sequence[StepInfo] = self._steps.with_late_metrics(look=look)
+        if self._steps.remote:  # an evaluator may have recorded metrics in a remote tier alone
+            numbers = {info.step for info in known}
+            every = united([known, *(each.infos for each in self._steps.remote)])
+            known = [info for info in every if info.step in numbers]
         context = KeepContext(now=datetime.datetime.now(datetime.UTC))
         gone = {*rules.steps_to_prune_after(committed, self._policies, known, context=context)}
         present = [info for info in known if not info.is_abandoned]

@@ -7,11 +7,13 @@ import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from functional_ckpt import errors
+from functional_ckpt.core.tree import plain_json
+from functional_ckpt.distributed.collective import fails_on_all
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format import write_direct
 from functional_ckpt.handlers.base import Registry
@@ -22,6 +24,7 @@ from functional_ckpt.saving import background, commit, finalize, lower, stage
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.saving.options import Blocking, SaveOptions
 from functional_ckpt.steps import decide, rollback
+from functional_ckpt.steps.names import check_step
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.uploads import Uploads
 
@@ -74,7 +77,8 @@ class Saver:
     ) -> background.Commit | None:
         """Saves a step if the policy accepts it; see `CheckpointManager.save`."""
         started = time.monotonic()
-        progress = checked_progress(progress)
+        with fails_on_all(self._coordinator, plan_lib.plan_of(step)):
+            step, progress = check_step(step), checked_progress(progress)
         # A rank with a pending error takes part in the collectives below: the others would hang.
         failure = self.committer.take_error()
         if not self.decider.should_save(step, progress, force=force):
@@ -88,7 +92,7 @@ class Saver:
         self.committer.wait()
         failure = failure or self.committer.take_error()
         is_repeat = force and step == self.decider.last_saved
-        with self._planner.planning(step) as planning:
+        with self._planner.planning(step, force=force) as planning:
             if failure is not None:
                 raise failure
             line = self._next_line(step, progress, may_exist=self._options.overwrite or is_repeat)
@@ -290,7 +294,27 @@ def as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | N
         raise errors.UsageError(f"{what} must be a mapping with str keys; got {value!r:.80}.")
     plain = {key: _plain_number(each) for key, each in value.items()}
     lower.to_json(plain, what)
+    _check_kept_by_json(plain, what)
     return plain
+
+
+def _check_kept_by_json(value: object, where: str) -> None:
+    """Raises `UsageError` for strings and keys that JSON returns as others."""
+    if isinstance(value, str) and plain_json.is_joined_by_json(value):
+        raise errors.UsageError(
+            f"{where} has a str of two surrogates that JSON returns as one character: {value!r}."
+        )
+    if isinstance(value, Mapping):
+        for key, each in cast("Mapping[object, object]", value).items():
+            if not isinstance(key, str):
+                raise errors.UsageError(
+                    f"{where} has the key {key!r}, which JSON returns as a str. Pass str(key)."
+                )
+            _check_kept_by_json(key, where)
+            _check_kept_by_json(each, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, each in enumerate(cast("Sequence[object]", value)):
+            _check_kept_by_json(each, f"{where}[{index}]")
 
 
 def _plain_number(value: Any) -> Any:

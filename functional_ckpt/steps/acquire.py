@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.distributed import same_options
-from functional_ckpt.distributed.collective import run_on_primary
+from functional_ckpt.distributed.collective import fails_on_all, run_on_primary
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.distributed.torch_store import (
-    DEFAULT_TIMEOUT_SECONDS,
     default_coordinator,
     num_unjoined,
 )
@@ -23,7 +23,7 @@ from functional_ckpt.steps import writer_lock
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.storage import commit
 
-__all__ = ["coordinator_of", "open_directory"]
+__all__ = ["checking_arguments", "coordinator_of", "open_directory"]
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -35,15 +35,28 @@ def coordinator_of(
 ) -> Coordinator:
     """Returns the given coordinator, or that of a process group (None: the default one)."""
     if coordinator is None:
-        seconds = DEFAULT_TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds
-        if not seconds > 0:
-            raise errors.UsageError(f"timeout_seconds must be > 0; got {timeout_seconds!r}.")
+        seconds = timeout_seconds
+        if seconds is not None and (type(seconds) not in (int, float) or not seconds > 0):
+            raise errors.UsageError(
+                f"timeout_seconds must be a number of seconds > 0; got {timeout_seconds!r}."
+            )
         return default_coordinator(process_group, seconds)
     if process_group is not None or timeout_seconds is not None:
         raise errors.UsageError(
             "Pass a coordinator, or process_group and timeout_seconds; not both."
         )
     return coordinator
+
+
+@contextlib.contextmanager
+def checking_arguments(coordinator: Coordinator) -> Generator[None]:
+    """Raises errors of this rank's arguments, on every rank that opens the directory."""
+    try:
+        with fails_on_all(coordinator, _OPENING):
+            yield
+    except Exception:
+        coordinator.close()
+        raise
 
 
 def open_directory(

@@ -72,4 +72,11 @@ def step_metadata(steps: Steps, step: int | None) -> StepMetadata:
     opened = checkpoint_dir.open_checkpoint(holder.storage, holder.path(number), number)
     holder.look_at_metrics(number)
     found = checkpoint_metadata(opened, holder.late)
-    return dataclasses.replace(found, is_abandoned=steps.is_abandoned(number))
+    copies = [info for each in steps.remote if (info := each.info(number)) is not None]
+    metrics = dict(found.metrics or {})
+    for copy in copies:
+        if copy.time == found.time:
+            metrics = {**(copy.metrics or {}), **metrics}
+    return dataclasses.replace(
+        found, metrics=metrics or found.metrics, is_abandoned=steps.is_abandoned(number)
+    )

@@ -7,6 +7,7 @@ are never steps.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ __all__ = [
     "StepName",
     "as_name_format",
     "check_component",
+    "check_step",
     "is_taken_name",
 ]
 
@@ -179,3 +181,14 @@ def check_component(what: str, text: str) -> None:
             f"{what}: expected no leading dot (hidden), no slash, no control "
             f"character and no {_TMP_MARK!r} (temporary); got {text!r}."
         )
+
+
+def check_step(step: Any) -> int:
+    """Returns the number of a step, once it is known to be one."""
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0 or isinstance(step, bool):
+        raise errors.UsageError(f"A step must be an int >= 0; got {step!r}.")
+    return number

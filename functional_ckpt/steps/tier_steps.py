@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -90,13 +91,15 @@ class TierSteps(StepDirectory):
             self.lock.check()
 
     def check_there(self) -> None:
-        """Raises `StorageError` if the directory was there before, and is not there now."""
-        if self._was_there and self.commits.root_id() is None:
-            raise errors.StorageError(
-                f"{self.root} was moved or removed, so nothing is recorded. Move it back, or make "
-                "a new CheckpointManager.",
-                path=self.root,
-            )
+        """Raises `StorageError` if the directory is missing: a remote tier alone has its steps."""
+        if self.commits.root_id() is not None:
+            return
+        advice = "Move it back, or make a new CheckpointManager."
+        if not self._was_there:
+            advice = "Make a manager of the tier itself to record metrics there."
+        raise errors.StorageError(
+            f"{self.root} was moved or removed, so nothing is recorded. {advice}", path=self.root
+        )
 
     def unlock(self) -> None:
         """Releases the lock once no commit or upload needs it; safe to call twice."""
@@ -367,11 +370,17 @@ class TierSteps(StepDirectory):
 
 
 def united(tiers: Iterable[Sequence[StepInfo]]) -> tuple[StepInfo, ...]:
-    """Returns the steps of several tiers, ascending; the nearest tier's of each number."""
+    """Returns the steps of several tiers, ascending; the nearest tier's of each number.
+
+    Metrics that only another tier has of the same commit are added.
+    """
     infos: dict[int, StepInfo] = {}
     for tier in tiers:
         for info in tier:
-            infos.setdefault(info.step, info)
+            near = infos.setdefault(info.step, info)
+            if near is not info and near.time == info.time and info.metrics:
+                metrics = {**info.metrics, **(near.metrics or {})}
+                infos[info.step] = dataclasses.replace(near, metrics=metrics)
     return tuple(infos[step] for step in sorted(infos))
 
 

@@ -177,7 +177,10 @@ class UploadWorker:
             if old is not None and is_new:
                 remote.forget_late_metrics(step)
             late, there = local.recorded(info), remote.recorded(info)
-            if new := {name: late[name] for name in late if lacks(there, name, late[name])}:
+            # The first tier's value takes precedence over one recorded in the tier itself.
+            own = {**(info.metrics or {}), **late}
+            names = [name for name in own if name in late or name in there]
+            if new := {name: own[name] for name in names if lacks(there, name, own[name])}:
                 remote.record(step, new)
         remote.update_latest_link()
         if step in queue.deleted:

@@ -20,9 +20,11 @@ def resolve(path: Any) -> str:
     Raises:
         UsageError: An empty path, an invalid URI, or one with credentials.
     """
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        raise errors.UsageError(f"{text!r}: a path must be text, not bytes.")
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(text := os.fspath(path), str):
+        raise errors.UsageError(
+            f"A path must be a str, an os.PathLike or a URI; got {path!r:.80} "
+            f"({type(path).__name__})."
+        )
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     if not text:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,62 @@ def restore_mismatched(directory: Path, strict: bool) -> tuple[str, float, Any]:
         manager.restore(0)
     assert all((each == 0).all() for each in target.values()) or kind == "restored"
     return kind, time.monotonic() - started, str(report)
+
+
+RESTORES = (
+    *({"step": 0}, {"discard_later": True}, {"strict": False}, {"cast": True}, {"verify": "first"}),
+    *({"share_reads": True}, {"only": ["t.*"]}, {"ignore": "t.w"}, {"key_map": {"t.v": "t.w"}}),
+    *({"step": -1}, {"strict": 1}, {"verify": "last"}, {"unknown": 3}),
+)
+"""Arguments of `restore` that the last rank alone passes; those of the last row are invalid."""
+
+STARTS = ({"on_corrupt": "older"}, {"fallback": "weights"}, {"strict": False}, {"on_corrupt": "x"})
+"""The same of `restore_or`."""
+
+SAVES = ({"force": True}, {"step": -2}, {"progress": 3}, {"metrics": {"a": len}})
+"""The same of `save`."""
+
+
+def _outcome(act: Callable[[], object]) -> str:
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__} {isinstance(error, fc.errors.CoordinationError)} {error}"
+    return "done"
+
+
+def ask_differently(directory: Path) -> list[str]:
+    """Calls in which the last rank has another argument; then all ranks make an equal one."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    group = StoreCoordinator(dist.group.WORLD, timeout_seconds=SECONDS)
+    items = {"t": {"w": torch.ones(3)}}
+    started = time.monotonic()
+    found: list[str] = []
+    with fc.CheckpointManager(directory, coordinator=group) as manager:
+        for step in (0, 1):
+            manager.save(step, items)
+        for each in RESTORES:
+            own: dict[str, Any] = {"step": 1, **(each if last else {})}
+            found.append(_outcome(lambda own=own: manager.restore(into=items, **own)))
+        for each in STARTS:
+            own = each if last else {}
+            found.append(_outcome(lambda own=own: manager.restore_or(items, **own)))
+        for each in SAVES:
+            own = {"step": 2, "items": items, **(each if last else {})}
+            found.append(_outcome(lambda own=own: manager.save(**own)))
+        step, metrics = (-1, {"a": len}) if last else (1, {"a": 1.0})
+        found.append(_outcome(lambda: manager.delete(step)))
+        found.append(_outcome(lambda: manager.record_metrics(1, metrics)))
+        path = directory.parent / "one"
+        for own in ({"overwrite": last}, {"path": 3 if last else path}):
+            arguments: dict[str, Any] = {"path": path, "items": items, **own}
+            alike = functools.partial(fc.save, process_group=dist.group.WORLD, **arguments)
+            found.append(_outcome(alike))
+        assert not path.exists()
+        manager.save(2, items)
+        manager.wait_until_finished()
+        assert manager.all_steps() == [0, 1, 2] and manager.restore_or(items).step == 2
+    invalid: dict[str, Any] = {"on_busy": "stop"} if last else {}
+    found.append(_outcome(lambda: fc.CheckpointManager(directory, coordinator=group, **invalid)))
+    assert time.monotonic() - started < 2 * SECONDS
+    return found

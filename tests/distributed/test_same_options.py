@@ -25,7 +25,7 @@ def test_managers_made_differently_are_refused_at_once_on_every_rank(
         for name, text in found.items():
             option = name.partition(" ")[0]
             assert text.startswith(f"({num_ranks - 1},) Rank {num_ranks - 1} has {option}="), text
-            assert "every rank must make its manager with the same arguments" in text
+            assert "every rank must pass the same arguments" in text
     assert not (tmp_path / "far").exists()
 
 
@@ -64,6 +64,19 @@ def test_a_mismatch_of_one_rank_is_raised_as_such_on_all_at_once(
     assert "t['b']: the target expects tensor float32[4]" in report
     assert "t['b']: the target expects tensor float32[4]" in other[2]
     assert max(seconds, other[1]) < option_jobs.SECONDS / 2
+
+
+def test_calls_with_other_arguments_are_refused_at_once_on_every_rank(
+    workers: Workers, tmp_path: Path
+) -> None:
+    found = workers.run(2, option_jobs.ask_differently, tmp_path / "run")
+    for outcomes in zip(*found, strict=True):
+        assert all(each != "done" for each in outcomes), outcomes
+        assert any(each.split()[1] == "True" for each in outcomes), outcomes
+    assert "Rank 1 has step=0, rank 0 has 1: every rank must pass the same" in found[0][0]
+    assert "Rank 1 has on_corrupt='older', rank 0 has 'raise'" in found[1][13]
+    assert "Rank 1 has strict=False, rank 0 has the default" in found[1][2]
+    assert "UsageError: progress must be an fc.Progress or None; got 3." in found[0][19]
 
 
 @pytest.mark.parametrize(

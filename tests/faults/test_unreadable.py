@@ -116,3 +116,30 @@ def test_an_evaluator_whose_directory_was_moved_away_records_no_metrics(
         (run.parent / "moved").rename(run)
         manager.record_metrics(2, {"later": 1.0})
         assert manager.metadata(2).metrics == {"loss": 2.0, "late": 2.0, "later": 1.0}
+
+
+def test_an_evaluator_opened_without_the_directory_records_in_the_tier_itself(run: Path) -> None:
+    far = run.parent / "far"
+    with fc.CheckpointManager(run, tiers=[far]) as manager:
+        manager.wait_until_finished()
+    run.rename(run.parent / "moved")
+    with (
+        fc.CheckpointManager(run, tiers=[far], read_only=True) as manager,
+        pytest.raises(errors.StorageError, match="of the tier itself"),
+    ):
+        manager.record_metrics(1, {"loss": 0.0})
+    with fc.CheckpointManager(far, read_only=True) as manager:
+        manager.record_metrics(1, {"loss": 9.0, "far": 1.0})
+    (run.parent / "moved").rename(run)
+    policy = fc.policies.BestN(1, "far")
+    with fc.CheckpointManager(run, tiers=[far], keep_policy=policy) as manager:
+        # The first tier's value of a name takes precedence.
+        assert manager.metadata(1).metrics == {"loss": 1.0, "far": 1.0}
+        assert manager.best_step("far") == 1
+        manager.save(3, {"tree": {"x": torch.zeros(9)}}, metrics={"far": 0.0})
+        manager.wait_until_finished()
+        assert manager.all_steps() == [1, 2, 3]
+    with fc.CheckpointManager(run, read_only=True) as manager:
+        assert manager.all_steps() == [1, 3]
+    with fc.CheckpointManager(far, read_only=True) as manager:
+        assert manager.metadata(1).metrics == {"loss": 1.0, "far": 1.0}

@@ -49,7 +49,7 @@ def encode(value: object) -> Json:
     if type(value) is bytes:
         return base64.b64encode(value).decode()
     if type(value) is str and not value.isascii() and _SURROGATE.search(value):
-        if _is_joined_by_json(value):
+        if is_joined_by_json(value):
             return {"utf-8": value.encode("utf-8", "surrogatepass").hex()}
         return {"utf-16": value.encode("utf-16-le", "surrogatepass").hex()}
     if (kind := kind_of(value)) is not None:
@@ -57,7 +57,7 @@ def encode(value: object) -> Json:
     return value
 
 
-def _is_joined_by_json(text: str) -> bool:
+def is_joined_by_json(text: str) -> bool:
     """Whether JSON, as UTF-16, would return two surrogates as one character."""
     return not text.isascii() and _SURROGATE_PAIR.search(text) is not None
 
@@ -207,7 +207,7 @@ def pack(value: Any, special: Special | None = None) -> Json:
 
 
 def _is_json_text(value: object) -> bool:
-    return type(value) is str and not _is_joined_by_json(value)
+    return type(value) is str and not is_joined_by_json(value)
 
 
 def unpack(value: Json, special: Unspecial | None = None) -> Any:
