@@ -74,6 +74,8 @@ def save(
     try:
         with plan_lib.SavePlanner(group).planning(None, overwrite=overwrite) as planning:
             storage, final = connect(path, storage)
+            if isinstance(items, Source):
+                opened.check_bytes(dict(items))
             if group.rank == 0:
                 _check_free(storage, final, overwrite=overwrite)
             info = saver.checkpoint_info(None, metrics, progress, custom_metadata, lines.Line())

@@ -13,7 +13,7 @@ from functional_ckpt.storage import queries
 def run(arguments: argparse.Namespace) -> int:
     """Opens the source, saves its items and prints a summary."""
     from functional_ckpt import checkpoint  # late: torch, which a listing does not need
-    from functional_ckpt.interop import atomic_output, detect
+    from functional_ckpt.interop import atomic_output, detect, opened
     from functional_ckpt.manager import CheckpointManager
     from functional_ckpt.storage.open import connect
 
@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         if name not in source:
             raise checkpoint_dir.missing_item(source.path, name, source)
     items = {name: source[name] for name in arguments.item or source}
+    opened.check_bytes(items)
     if arguments.step is None:
         checkpoint.save(path, items)
     else:

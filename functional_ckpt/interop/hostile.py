@@ -11,6 +11,8 @@ import contextlib
 import errno
 import os
 import pickletools
+import re
+import sys
 import zipfile
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any, cast
@@ -27,6 +29,8 @@ _ABSURD = (None, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.ENAMETOOLONG,
 # How many objects a pickle may stand for, for each that it holds: more is made by repetition.
 _MAX_REPETITION = 1000
 _FEW_OBJECTS = 10**6
+_BYTE_ORDER = sys.byteorder.encode()
+_DATA = re.compile(r"/data/[^/]*$")
 _PUTS = frozenset(["PUT", "BINPUT", "LONG_BINPUT"])
 _GETS = frozenset(["GET", "BINGET", "LONG_BINGET"])
 
@@ -138,10 +142,14 @@ def _apply(opcode: Any, stack: list[list[int] | None]) -> None:
         stack.append([taken + 1])
 
 
-def check_archive(path: str) -> None:
+def check_archive(path: str) -> dict[int, set[int]]:
     """Raises `CorruptCheckpointError` for an archive that unpacks to more than it is.
 
     `torch.save` never compresses, and no two of its records share bytes.
+
+    Returns:
+        Size -> the CRC-32 of each record of that size that holds a tensor. Empty where torch turns
+        the bytes of each number around.
     """
     with clear_failures(path), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -152,15 +160,23 @@ def check_archive(path: str) -> None:
                 "writes; it is not unpacked.",
                 path=path,
             )
+        found: dict[int, set[int]] = {}
         for entry in entries:
+            if _DATA.search(entry.filename):
+                found.setdefault(entry.file_size, set()).add(entry.CRC)
+            if not entry.CRC:  # the writer left it out
+                del entry.CRC
             if entry.filename.endswith("/data.pkl"):
                 check_pickle(archive.read(entry), path)
+            if entry.filename.endswith("/byteorder") and archive.read(entry) != _BYTE_ORDER:
+                return {}
+    return found
 
 
 def check_repetition(content: Any, path: str, size_bytes: int) -> None:
     """Raises `CorruptCheckpointError` for tensors that repeat a few bytes without end."""
     repeated = 0
-    for tensor in _tensors(content):
+    for tensor in tensors(content):
         if tensor.layout == torch.strided and not tensor.is_meta:
             num_bytes = tensor.numel() * tensor.element_size()
             repeated += max(0, num_bytes - tensor.untyped_storage().nbytes())
@@ -172,7 +188,8 @@ def check_repetition(content: Any, path: str, size_bytes: int) -> None:
         )
 
 
-def _tensors(content: Any) -> Iterator[torch.Tensor]:
+def tensors(content: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a tree of mappings, lists and tuples."""
     todo: list[Any] = [content]
     seen: set[int] = set()
     while todo:

@@ -11,7 +11,9 @@ from functional_ckpt.core.tree import encode, flatten, structure
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
 from functional_ckpt.format.read_plan import ReadRequest
 from functional_ckpt.format.step_files import StepFiles
+from functional_ckpt.interop import hostile, torch_save
 from functional_ckpt.interop.source import Source
+from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.storage.local import LocalStorage
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class _TensorReader:
         if (destination := request.destination) is None:
             return
         node, value = self.arrays[request.name]
+        torch_save.check_bytes(value)
         source = encode.host_view(encode.source_of(value, node), node.spec.dtype)
         destination.memory()[...] = source[request.box.slices()]
         destination.done()
@@ -81,6 +84,12 @@ class ForeignCheckpoint(OpenCheckpoint):
     def metrics(self) -> Mapping[str, Any] | None:
         """None: metrics of foreign checkpoints are items."""
         return None
+
+
+def check_bytes(items: Mapping[str, Any]) -> None:
+    """Raises `CorruptCheckpointError` for tensors that differ from the checksums of their file."""
+    tasks = [functools.partial(torch_save.check_bytes, each) for each in hostile.tensors(items)]
+    run_in_threads(tasks)
 
 
 def open_source(source: Source) -> ForeignCheckpoint:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import re
 import zipfile
-from collections.abc import Generator, Mapping, Set
+import zlib
+from collections.abc import Generator, Mapping, MutableMapping, Set
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 from torch.torch_version import TorchVersion
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_ckpt import errors
 from functional_ckpt.interop import hostile
@@ -21,6 +24,26 @@ from functional_ckpt.interop.pickles import UnpicklingError
 from functional_ckpt.interop.source import Format, Source, items_of, source_of
 
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02"
+
+
+@dataclasses.dataclass(slots=True)
+class _Bytes:
+    """The bytes of tensors that share memory.
+
+    Attributes:
+        path: Their file.
+        crcs: The CRC-32 of each record of this size in it.
+        version: The version of the tensors when they were read.
+        is_sound: Whether they were compared.
+    """
+
+    path: str
+    crcs: set[int]
+    version: int
+    is_sound: bool = False
+
+
+_read: MutableMapping[torch.Tensor, _Bytes] = WeakTensorKeyDictionary()
 
 
 class TensorReference:
@@ -96,9 +119,36 @@ def load(path: str) -> Any:
     hostile.check_file(path)
     with hostile.clear_failures(path), open(path, "rb") as file:
         is_zip = file.read(4) == _ZIP  # older files cannot be mapped
-    if is_zip:
-        hostile.check_archive(path)
-    return load_stream(path, path, size_bytes=os.path.getsize(path), mmap=is_zip)
+    known = hostile.check_archive(path) if is_zip else {}
+    content = load_stream(path, path, size_bytes=os.path.getsize(path), mmap=is_zip)
+    found: dict[int, _Bytes] = {}
+    for tensor in hostile.tensors(content):
+        if tensor.layout != torch.strided or tensor.is_meta:
+            continue
+        storage = tensor.untyped_storage()
+        # A writer may leave the CRC-32 out: `torch.serialization.set_crc32_options(False)`.
+        if (crcs := known.get(storage.nbytes())) and 0 not in crcs:
+            bytes_ = _Bytes(path, crcs, tensor._version)
+            _read[tensor] = found.setdefault(storage.data_ptr(), bytes_)
+    return content
+
+
+def check_bytes(value: object) -> None:
+    """Raises `CorruptCheckpointError` if the CRC-32 of a tensor that `load` returned is wrong.
+
+    Bytes are compared once, and not after a change in memory.
+    """
+    found = _read.get(value) if isinstance(value, torch.Tensor) else None
+    if found is None or found.is_sound or value._version != found.version:
+        return
+    data = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
+    if zlib.crc32(data.numpy()) not in found.crcs:
+        raise errors.CorruptCheckpointError(
+            f"{found.path}: the bytes of a tensor ({value.dtype}, {list(value.shape)}) do not "
+            "match their CRC-32 in the file: it is damaged. Copy it again from its source.",
+            path=found.path,
+        )
+    found.is_sound = True
 
 
 def load_stream(file: str | BinaryIO, what: str, *, size_bytes: int, mmap: bool = False) -> Any:

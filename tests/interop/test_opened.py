@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from contextlib import nullcontext as nothing
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +205,38 @@ def test_what_accelerate_saved_is_restored_with_optimizer_scheduler_and_generato
     assert "huggingface" in shown
     for name in ("model", "optimizer", "scheduler", "rng"):
         assert f"\n{name}  " in shown
+
+
+@pytest.mark.parametrize("has_crc", [True, False])
+def test_flipped_bytes_in_a_file_of_torch_save_are_found(tmp_path: Path, has_crc: bool) -> None:
+    path = tmp_path / "x.pt"
+    tensor = torch.arange(1000.0)
+    content = {"whole": tensor, "part": tensor[10:20], "other": torch.ones(1000)}
+    torch.serialization.set_crc32_options(has_crc)
+    try:
+        torch.save(content, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    fc.save(tmp_path / "sound", fc.interop.open(path))
+    assert torch.equal(fc.restore(path)["model"]["part"], tensor[10:20])
+    data = bytearray(path.read_bytes())
+    data[data.index(tensor[500:600].numpy().tobytes()) + 3] ^= 1
+    path.write_bytes(data)
+    target = {name: torch.zeros_like(each) for name, each in content.items()}
+    acts: list[Callable[[], object]] = [
+        lambda: fc.restore(path),
+        lambda: fc.restore(path, {"model": target}),
+        lambda: fc.restore(path, {"model": target}, only="model.part"),
+        lambda: fc.save(tmp_path / "one", fc.interop.open(path)),
+    ]
+    for act in acts:
+        with pytest.raises(errors.CorruptCheckpointError, match="CRC-32") if has_crc else nothing():
+            act()
+    assert (tmp_path / "one").exists() is not has_crc
+    assert main(["convert", str(path), str(tmp_path / "two")]) == (1 if has_crc else 0)
+    # Tensors of other records are read, and so are those that the caller has changed.
+    assert torch.equal(fc.restore(path, only="model.other")["model"]["other"], content["other"])
+    opened = fc.interop.open(path)
+    for name in ("whole", "part"):
+        opened["model"][name].zero_()
+    fc.save(tmp_path / "changed", opened)
