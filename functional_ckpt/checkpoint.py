@@ -222,8 +222,7 @@ def _open(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.OpenChe
     try:
         return checkpoint_dir.open_checkpoint(storage, path)
     except (errors.StepNotFoundError, errors.CorruptCheckpointError) as error:
-        is_committed = commit.protocol(storage, os.path.dirname(path)).is_committed
-        if not is_committed(path) and (old := replacement.old_copy(storage, path, is_committed)):
+        if old := replacement.old_copy(commit.protocol(storage, os.path.dirname(path)), path):
             _log.warning("%s: an overwrite was interrupted; reading the old one, %s", path, old)
             return checkpoint_dir.open_checkpoint(storage, old)
         if (advice := _advice(storage, path)) is None:

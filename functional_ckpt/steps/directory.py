@@ -13,7 +13,7 @@ from functional_ckpt.steps import history, template
 from functional_ckpt.steps.index import StepIndex, has_record
 from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.steps.names import NameFormat
-from functional_ckpt.storage import commit, queries
+from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
 
 __all__ = ["StepDirectory"]
@@ -62,8 +62,14 @@ class StepDirectory:
         names = self._names.names(step)
         if not names and (entry := self._index.look().get(step)) is not None:
             return os.path.join(self.root, entry.name)
-        paths = (os.path.join(self.root, name) for name in names)
-        return next((path for path in paths if queries.exists(self.storage, path)), None)
+        paths = [os.path.join(self.root, name) for name in names]
+        there = next((path for path in paths if queries.exists(self.storage, path)), None)
+        # A writer completes interrupted overwrites when it opens the directory. On an object store
+        # they leave parts of the step.
+        if self.read_only and (there is None or self.storage.objects is not None):
+            old = (replacement.old_copy(self.commits, path) for path in paths)
+            return next((path for path in old if path is not None), there)
+        return there
 
     def paths_if_there(self, steps: Sequence[int]) -> dict[int, str]:
         """As `path_if_there`, of several steps; the directory is listed once."""

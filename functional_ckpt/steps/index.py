@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
@@ -18,7 +18,7 @@ from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps import history
 from functional_ckpt.steps.names import NameFormat
-from functional_ckpt.storage import commit, queries
+from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
 
 __all__ = ["Entry", "StepIndex", "has_record", "no_such_step"]
@@ -85,6 +85,7 @@ class StepIndex:
         change_id = self._commits.change_id()  # first: a change from now on is seen next time
         listed = self._storage.list(self._root)
         named = [(s, name) for name in listed if (s := self._names.parse(name)) is not None]
+        named += self._overwritten(set(listed))
         hidden = self._commits.removals.hidden_names()
         is_known = change_id is not None and change_id == last_change_id
         unchanged = self._unchanged(last) if is_known else {}
@@ -119,6 +120,15 @@ class StepIndex:
             for name, entry in known.items()
             if name not in compared and entry.info.problem is None
         }
+
+    def _overwritten(self, listed: Set[str]) -> list[tuple[int, str]]:
+        """Returns the steps that are between the two renames of an overwrite, with their paths."""
+        found: list[tuple[int, str]] = []
+        for name in {commit.final_path(name) for name in listed if commit.TMP_SUFFIX in name}:
+            step, path = self._names.parse(name), os.path.join(self._root, name)
+            if step is not None and (old := replacement.old_copy(self._commits, path)) is not None:
+                found.append((step, os.path.relpath(old, self._root)))
+        return found
 
     def _entry(self, step: int, name: str, known: Entry | None) -> Entry | str | None:
         """Returns the step, or the kind of the entry; None if it is gone, or not yet there."""

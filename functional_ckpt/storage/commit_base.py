@@ -309,6 +309,13 @@ class CommitProtocol(abc.ABC):
         storage.remove(journal)
         return done
 
+    def overwritten(self, final: str) -> str | None:
+        """Returns where the old directory is moved by an overwrite in progress, or None."""
+        journal = os.path.join(self.hidden, _JOURNAL)
+        record = read_journal(self.storage, journal, "journal of an interrupted overwrite")
+        is_named = record is not None and record.get("final") == os.path.basename(final)
+        return self._replaced(final) if is_named else None
+
     def _is_mid_swap(self, final: str) -> bool:
         """Returns whether a step is out of sight, between the two renames of its overwrite."""
         return self._is_there(self._replaced(final)) and not self._is_there(final)

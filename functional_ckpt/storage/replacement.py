@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.commit_base import rollback
+from functional_ckpt.storage.commit_base import CommitProtocol, rollback
 from functional_ckpt.storage.queries import exists
 from functional_ckpt.storage.tmp_paths import tmp_path
 
@@ -65,10 +65,17 @@ def finish(storage: Storage, final: str, is_there: Callable[[str], bool]) -> Non
         storage.sync(os.path.dirname(final))
 
 
-def old_copy(storage: Storage, final: str, is_committed: Callable[[str], bool]) -> str | None:
-    """Returns the old directory of an interrupted replacement, for readers; None without one."""
-    old = _replaced(final)
-    return old if is_under_way(storage, final) and is_committed(old) else None
+def old_copy(commits: CommitProtocol, final: str) -> str | None:
+    """Returns the old directory between the two renames of a replacement, for readers, or None.
+
+    A manager's overwrite is under way as long as its journal is there.
+    """
+    if commits.is_committed(final):
+        return None
+    if is_under_way(commits.storage, final) and commits.is_committed(_replaced(final)):
+        return _replaced(final)
+    old = commits.overwritten(final)
+    return old if old is not None and commits.is_committed(old) else None
 
 
 def _replaced(final: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ class Cut(BaseException):
 
 def items(value: float) -> dict[str, Any]:
     return {"t": {"w": torch.full((40,), value)}}
+
+
+def ignore(kind: str, key: str) -> None:
+    """No request is cut."""
+    del kind, key
 
 
 def value_of(bucket: FakeBucket) -> float:
@@ -87,6 +93,47 @@ def test_between_two_renames_the_old_checkpoint_is_read(tmp_path: Path) -> None:
         except testing.Crash:
             is_cut = True
         found.add(float(fc.restore(path)["t"]["w"][0]))
+        if not is_cut:
+            break
+    assert found == {1.0, 2.0} and not is_cut
+
+
+def test_readers_see_the_step_whose_overwrite_by_a_manager_was_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    clock.rule(monkeypatch)
+    monkeypatch.setattr(requests, "NUM_REQUESTS", 1)
+    monkeypatch.setattr(lease, "_RENEW_SECONDS", 3600.0)
+    found: set[float] = set()
+    for at in range(0, 1000, 1 if IS_FULL else 6):
+        bucket, num_left = FakeBucket(clock), at
+        root, storage = "fake://bucket/run", ObjectStorage(bucket)
+        with fc.CheckpointManager(root, storage=storage) as manager:
+            manager.save(3, items(1.0))
+        is_cut = False
+        with fc.CheckpointManager(root, storage=storage, overwrite=True) as manager:
+
+            def cut(kind: str, key: str) -> None:
+                nonlocal num_left, is_cut
+                num_left -= 1
+                if num_left < 0:
+                    is_cut = True
+                    raise PermissionError(key)
+
+            bucket.before = cut
+            with contextlib.suppress(errors.CheckpointError, PermissionError):
+                manager.save(3, items(2.0))
+                manager.wait_until_finished()
+            copy = FakeBucket(clock)
+            copy._objects = dict(bucket._objects)
+            bucket.before = ignore
+        with fc.CheckpointManager(root, storage=ObjectStorage(copy), read_only=True) as reader:
+            assert reader.all_steps() == [3] and reader.latest_step() == 3
+            restored = reader.restore()
+            assert reader.metadata(3).step == restored.step == 3
+            found.add(float(restored["t"]["w"][0]))
+        found.add(float(fc.restore(f"{root}/3", storage=ObjectStorage(copy))["t"]["w"][0]))
         if not is_cut:
             break
     assert found == {1.0, 2.0} and not is_cut
