@@ -21,6 +21,7 @@ from functional_ckpt.handlers.registry import chosen
 from functional_ckpt.interop import opened
 from functional_ckpt.interop.source import Source
 from functional_ckpt.policies import lines
+from functional_ckpt.policies.checks import check_bool
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
@@ -73,6 +74,7 @@ def save(
     group = SingleProcess() if process_group is None else default_coordinator(process_group)
     try:
         with plan_lib.SavePlanner(group).planning(None, overwrite=overwrite) as planning:
+            check_bool("overwrite", overwrite)
             storage, final = connect(path, storage)
             if isinstance(items, Source):
                 opened.check_bytes(dict(items))
@@ -233,7 +235,8 @@ def _open(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.OpenChe
             if detect.candidates(path):
                 open_source = detect.open if warns else detect.recognise
                 return opened.open_source(open_source(path))
-        raise type(error)(f"{path}: not a checkpoint: {advice}", path=path) from error
+        kind = type(error) if advice == _UNKNOWN else errors.StepNotFoundError
+        raise kind(f"{path}: not a checkpoint: {advice}", path=path) from error
 
 
 _UNKNOWN = (

@@ -307,6 +307,7 @@ class CheckpointManager:
             The latest step, or None after the timeout.
         """
         self._calls.check_usable()
+        after = None if after is None else check_step(after)
         return self._steps.wait_for_new(after, timeout, poll)
 
     @property

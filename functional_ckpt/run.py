@@ -16,6 +16,7 @@ from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.events import Events, Listeners
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.policies import rules
+from functional_ckpt.policies.checks import check_bool
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
 from functional_ckpt.restoring.restorer import Restorer
@@ -95,7 +96,7 @@ class Run:
         discard_later: bool,
     ) -> restore_lib.Restored:
         """Restores a step (None: the latest), and then removes the later ones if asked to."""
-        if discard_later:
+        if discard_later is True:
             self.steps.check_writable()
             self.saver.committer.wait()
         if step is not None:
@@ -130,7 +131,7 @@ class Run:
             registry = self.restorer.registry
             found.append(checkpoint.restore(fallback, initial, registry=registry, **options))
 
-        run_on_all(self.coordinator, f"restoring {os.fspath(fallback)}", restore)
+        run_on_all(self.coordinator, f"restoring {fallback}", restore)
         if self.coordinator.rank == 0:
             _log.info("%s: starting with the values of %s", self.steps.root, fallback)
         return found[0].with_defaults(restored)
@@ -177,6 +178,7 @@ def open_run(
         UsageError: An argument is wrong.
     """
     with acquire.checking_arguments(coordinator):
+        check_bool("read_only", read_only)
         known_tiers = as_tiers(tiers)
         for name, value in (("directory", directory), ("latest_link", latest_link)):
             _check_no_variables(name, value)

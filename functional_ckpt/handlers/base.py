@@ -253,7 +253,10 @@ class Registry:
     def bind(self, value: Any, name: str = "item") -> Item:
         """Returns the item for a value: itself if it is one already."""
         if isinstance(value, Item):
-            value.check()
+            try:
+                value.check()
+            except errors.UsageError as error:
+                raise error.replace(f"{name}: {error.message}", key_path=name) from error.__cause__
             return value
         item = self.find(value)
         if item is None:

@@ -166,9 +166,19 @@ class Optimizer(Item):
 
     def __post_init__(self) -> None:
         """Raises `UsageError` for other values than optimizers."""
+        if isinstance(self.value, torch.nn.Module):
+            raise errors.UsageError(
+                f"fc.Optimizer(optimizer, model): the first argument is a module, "
+                f"{type(self.value).__name__}; are the two exchanged?"
+            )
         if not isinstance(self.model, torch.nn.Module):
             given = cast("Any", self.model)
-            pairs = given.items() if isinstance(self.model, Mapping) else given
+            if not isinstance(given, Iterable):
+                raise errors.UsageError(
+                    "fc.Optimizer(optimizer, model): model must be a module, modules by name, or "
+                    f"(name, parameter) pairs; got {type(given).__name__}."
+                )
+            pairs = given.items() if isinstance(given, Mapping) else given
             object.__setattr__(self, "model", tuple(pairs))
         self.check()
 

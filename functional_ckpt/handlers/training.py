@@ -45,6 +45,11 @@ def training_items(
     Raises:
         UsageError: A value has no state, or `extra` repeats a name.
     """
+    if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise errors.UsageError(
+            f"model must be a torch.nn.Module, not an item; got {type(model).__name__}. Replace "
+            "the item 'model' of the result where it needs options."
+        )
     items: dict[str, Any] = {"model": model}
     if optimizer is not None:
         items["optimizer"] = Optimizer(optimizer, model)

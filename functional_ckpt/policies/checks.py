@@ -6,12 +6,25 @@ from typing import TypeGuard
 
 from functional_ckpt import errors
 
-__all__ = ["check_int", "is_int"]
+__all__ = ["check_bool", "check_int", "check_seconds", "is_int"]
 
 
 def is_int(value: object) -> TypeGuard[int]:
     """Returns whether the value is an int and not, by accident, a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raises UsageError for anything but True and False: the text "no" would count as True."""
+    if type(value) is not bool:
+        raise errors.UsageError(f"{name} must be True or False; got {value!r:.80}.")
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raises UsageError unless a value is None or a number of seconds, at least 0."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (is_number and value >= 0):
+        raise errors.UsageError(f"{name} must be None or >= 0 seconds; got {value!r:.80}.")
 
 
 def check_int(name: str, value: object, at_least: int = 0) -> None:

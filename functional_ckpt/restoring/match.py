@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict, TypeGuard
 
 from functional_ckpt import errors
@@ -18,6 +18,7 @@ from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem, missing_item
 from functional_ckpt.handlers import nested as nested_values
 from functional_ckpt.handlers.base import Handler, Item, Registry
+from functional_ckpt.policies.checks import check_bool
 from functional_ckpt.restoring import nested, read
 
 _log = logging.getLogger("functional_ckpt")
@@ -57,9 +58,13 @@ class RestoreOptions:
 
     def __post_init__(self) -> None:
         for name in ("strict", "cast", "share_reads"):
-            if not isinstance(getattr(self, name), bool):
-                got = getattr(self, name)
-                raise errors.UsageError(f"{name} must be True or False; got {got!r}.")
+            check_bool(name, getattr(self, name))
+        for name in ("only", "ignore"):
+            given: object = getattr(self, name)
+            if given is not None and not callable(given) and not isinstance(given, Iterable):
+                raise errors.UsageError(
+                    f"{name} must be a pattern or a list of patterns; got {given!r:.80}."
+                )
         if self.verify is not False and self.verify not in ("stream", "first"):
             raise errors.UsageError(
                 f"verify must be 'stream', 'first' or False; got {self.verify!r}."

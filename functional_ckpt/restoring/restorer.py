@@ -19,6 +19,7 @@ from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers import nested
 from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.handlers.pytree import PyTree
+from functional_ckpt.policies.checks import check_bool
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments, RestoreOptions
 from functional_ckpt.steps import decide, rollback
@@ -52,6 +53,7 @@ class Restorer:
         """Restores a step; see `CheckpointManager.restore`."""
         with fails_on_all(self.coordinator, _WHICH):
             step = None if step is None else check_step(step)
+            check_bool("discard_later", discard_later)
             how = RestoreOptions(**options)
         asked = {"step": step, "discard_later": discard_later, **options}
         number, holders = self._agree(step, asked)

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.policies.base import KeepPolicy
+from functional_ckpt.policies.checks import check_bool
 from functional_ckpt.policies.rules import SaveRule
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tiers import Tier
@@ -47,8 +48,7 @@ class Overlapped:
     checked: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.checked) is not bool:
-            raise errors.UsageError(f"checked must be True or False; got {self.checked!r}.")
+        check_bool("checked", self.checked)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +75,7 @@ class SaveOptions:
                 "staging must be fc.Eager(), fc.Overlapped() or fc.Blocking(); got "
                 f"{self.staging!r}."
             )
+        check_bool("overwrite", self.overwrite)
         if self.on_busy not in ("wait", "skip"):
             raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {self.on_busy!r}.")
 

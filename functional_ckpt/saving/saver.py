@@ -18,6 +18,7 @@ from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format import write_direct
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.policies import lines
+from functional_ckpt.policies.checks import check_bool
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.runtime import threads
 from functional_ckpt.saving import background, commit, finalize, lower, stage
@@ -79,6 +80,7 @@ class Saver:
         started = time.monotonic()
         with fails_on_all(self._coordinator, plan_lib.plan_of(step)):
             step, progress = check_step(step), checked_progress(progress)
+            check_bool("force", force)
         # A rank with a pending error takes part in the collectives below: the others would hang.
         failure = self.committer.take_error()
         if not self.decider.should_save(step, progress, force=force):
@@ -219,8 +221,9 @@ class Saver:
 
     def wait_for(self, step: int) -> None:
         """Waits for the commit of a step, if it is in progress; `wait` raises its error."""
-        if self.committer.step == step and not self.is_in_background():
-            self.committer.wait()
+        with contextlib.suppress(errors.UsageError):  # an invalid step is refused on all ranks
+            if self.committer.step == check_step(step) and not self.is_in_background():
+                self.committer.wait()
 
     def wait(self) -> None:
         """Waits for the commit in progress and for uploads; raises their errors."""

@@ -45,6 +45,8 @@ def coordinator_of(
         raise errors.UsageError(
             "Pass a coordinator, or process_group and timeout_seconds; not both."
         )
+    if not isinstance(coordinator, Coordinator):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise errors.UsageError(f"coordinator must be a Coordinator; got {coordinator!r:.80}.")
     return coordinator
 
 

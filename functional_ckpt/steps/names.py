@@ -190,5 +190,5 @@ def check_step(step: Any) -> int:
     except TypeError:
         number = -1
     if number < 0 or isinstance(step, bool):
-        raise errors.UsageError(f"A step must be an int >= 0; got {step!r}.")
+        raise errors.UsageError(f"A step must be an int >= 0; got {step!r:.80}.")
     return number

@@ -10,6 +10,7 @@ from functional_ckpt import errors
 from functional_ckpt.events import Events
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import StepInfo
+from functional_ckpt.policies.checks import check_seconds
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps.index import no_such_step
 from functional_ckpt.steps.names import NameFormat
@@ -133,6 +134,8 @@ class Steps(TierSteps):
 
     def wait_for_new(self, after: int | None, timeout: float | None, poll: float) -> int | None:
         """Waits for a step after `after`; returns it, or None when the time is up."""
+        check_seconds("timeout", timeout)
+        check_seconds("poll", poll)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             if self.read_only:

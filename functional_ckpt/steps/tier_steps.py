@@ -61,7 +61,9 @@ class TierSteps(StepDirectory):
     ) -> None:
         super().__init__(storage, root, names, read_only=read_only)
         if latest_link is not None and (
-            names.parse(latest_link) is not None or not _is_component(latest_link)
+            not isinstance(latest_link, str)  # pyright: ignore[reportUnnecessaryIsInstance]
+            or names.parse(latest_link) is not None
+            or not _is_component(latest_link)
         ):
             raise errors.UsageError(
                 "latest_link must be a file name that no step directory can have; got "

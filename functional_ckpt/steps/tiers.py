@@ -11,13 +11,14 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.distributed.collective import run_on_all
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.events import Events
 from functional_ckpt.policies import rules
+from functional_ckpt.policies.checks import check_seconds
 from functional_ckpt.steps import orbax_adapters
 from functional_ckpt.steps.names import NameFormat, is_taken_name
 from functional_ckpt.steps.remote_tier import RemoteTier, is_outage, open_reachable
@@ -57,16 +58,14 @@ class Tier:
     storage: Storage | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a negative delay."""
-        if self.max_delay_seconds is not None and not self.max_delay_seconds >= 0:
-            raise errors.UsageError(
-                f"max_delay_seconds must be None or >= 0; got {self.max_delay_seconds!r}."
-            )
+        """Raises UsageError for a negative delay, and for anything but a path."""
+        resolve(self.path)
+        check_seconds("max_delay_seconds", self.max_delay_seconds)
 
 
 def as_tiers(tiers: Sequence[Tier | str | os.PathLike[str]]) -> tuple[Tier, ...]:
     """Returns a user's tiers; a bare path means `Tier(path=path)`."""
-    if isinstance(tiers, (str, os.PathLike)):
+    if isinstance(tiers, (str, os.PathLike)) or not isinstance(tiers, Iterable):
         raise errors.UsageError(f"tiers must be a list of tiers or paths; got {tiers!r}.")
     return tuple(tier if isinstance(tier, Tier) else Tier(path=tier) for tier in tiers)
 
