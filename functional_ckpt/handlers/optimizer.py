@@ -168,8 +168,7 @@ class Optimizer(Item):
         """Raises `UsageError` for other values than optimizers."""
         if isinstance(self.value, torch.nn.Module):
             raise errors.UsageError(
-                f"fc.Optimizer(optimizer, model): the first argument is a module, "
-                f"{type(self.value).__name__}; are the two exchanged?"
+                "fc.Optimizer(optimizer, model) got a module first; are the two exchanged?"
             )
         if not isinstance(self.model, torch.nn.Module):
             given = cast("Any", self.model)

@@ -138,11 +138,13 @@ def check_bytes(value: object) -> None:
 
     Bytes are compared once, and not after a change in memory.
     """
-    found = _read.get(value) if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor):
+        return
+    found = _read.get(value)
     if found is None or found.is_sound or value._version != found.version:
         return
     data = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
-    if zlib.crc32(data.numpy()) not in found.crcs:
+    if zlib.crc32(data.numpy().data) not in found.crcs:
         raise errors.CorruptCheckpointError(
             f"{found.path}: the bytes of a tensor ({value.dtype}, {list(value.shape)}) do not "
             "match their CRC-32 in the file: it is damaged. Copy it again from its source.",

@@ -22,8 +22,8 @@ def check_bool(name: str, value: object) -> None:
 
 def check_seconds(name: str, value: object) -> None:
     """Raises UsageError unless a value is None or a number of seconds, at least 0."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (is_number and value >= 0):
+    is_valid = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+    if value is not None and not is_valid:
         raise errors.UsageError(f"{name} must be None or >= 0 seconds; got {value!r:.80}.")
 
 

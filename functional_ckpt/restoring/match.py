@@ -11,7 +11,8 @@ from typing import Any, TypedDict, TypeGuard
 from functional_ckpt import errors
 from functional_ckpt.core.records import merge_ranks
 from functional_ckpt.core.restore_plan import json_tree, keep, plan, rename, select
-from functional_ckpt.core.restore_plan.match import match, own_value
+from functional_ckpt.core.restore_plan.match import match
+from functional_ckpt.core.restore_plan.targets import own_value
 from functional_ckpt.core.tree import context, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING
 from functional_ckpt.distributed.coordinator import Coordinator

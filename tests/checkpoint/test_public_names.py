@@ -26,7 +26,7 @@ def test_a_moved_name_warns_with_its_new_place(old: str, new: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"timeout_seconds": 0}, "timeout_seconds must be > 0; got 0"),
+        ({"timeout_seconds": 0}, "timeout_seconds must be a number of seconds > 0; got 0"),
         ({"timeout_seconds": 5, "coordinator": SingleProcess()}, "not both"),
         ({"process_group": object(), "coordinator": SingleProcess()}, "not both"),
     ],

@@ -12,7 +12,7 @@ import torch
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
 from functional_ckpt.core.arrays.spec import ArraySpec
-from functional_ckpt.core.restore_plan import keep
+from functional_ckpt.core.restore_plan import keep, targets
 from functional_ckpt.core.restore_plan.plan import (
     Binding,
     Bound,
@@ -97,15 +97,15 @@ class _Matching:
             return walk.leaf(self._absent(target, path))
         if keep.is_own(saved):
             self.is_nested = True
-            return walk.leaf(Given(own_value(cast("structure.ValueNode", saved).value)))
+            return walk.leaf(Given(targets.own_value(cast("structure.ValueNode", saved).value)))
         if target is AS_SAVED:
             return walk.leaf(self._as_saved(saved, path))
         if isinstance(target, Refused):
             found = structure.describe(saved)
             return walk.leaf(self._differs(path, target.expected, found, target.own))
-        saved, path = _inside(saved, path)
+        saved, path = targets.inside(saved, path)
         if not self._is_wanted(saved, target, path):
-            return walk.leaf(Given(own_value(target)))
+            return walk.leaf(Given(targets.own_value(target)))
         opened = None if isinstance(target, _LEAVES) else flatten.flatten_one_level(target)
         if opened is None:
             return walk.leaf(self._bind_leaf(saved, target, path))
@@ -122,10 +122,10 @@ class _Matching:
         if saved is None:
             return walk.leaf(self._absent(target, path))
         if target.is_kept or keep.is_own(saved):
-            return walk.leaf(Given(own_value(target)))
+            return walk.leaf(Given(targets.own_value(target)))
         if structure.handler_of(saved) is not None:
             saved = structure.without(cast("structure.BranchNode", saved), structure.HANDLER)
-        inner, inner_path = _inside(saved, path)
+        inner, inner_path = targets.inside(saved, path)
         return [(inner, target.tree, inner_path)], lambda bound: Build(
             node=_HANDLED, children=tuple(bound), like=target
         )
@@ -179,7 +179,7 @@ class _Matching:
                 todo.extend((child, (*place, key)) for key, child in pairs)
             elif current is not AS_SAVED and self.selects(structure.leaf_name(place)):
                 self.missing.append(structure.pretty(place, self.item))
-        return Given(own_value(target))
+        return Given(targets.own_value(target))
 
     # -------------------------------------------------------------------------- leaves
 
@@ -189,7 +189,7 @@ class _Matching:
         own = Fill(tensor) if fill else tensor
         if fill and structure.handler_of(saved) and sharding.sharding_of(tensor) is not None:
             return self._bind_local_parts(cast("structure.BranchNode", saved), tensor, path)
-        if (wrong := _wrong_target(tensor)) is not None:
+        if (wrong := targets.why_wrong(tensor)) is not None:
             return self._refuse(path, f"cannot be restored into: {wrong}", own)
         opened = None if tensor.is_meta else flatten.flatten_one_level(tensor)
         if opened is not None:
@@ -206,7 +206,7 @@ class _Matching:
         if fill and not tensor.is_contiguous() and memory.is_expanded(tensor):
             shared = "memory for each element (it is expanded: clone() it)"
             return self._differs(path, shared, structure.describe(saved), own)
-        if _stored_dtype(node) != dtype and not self.cast_to_target:
+        if targets.stored_dtype(node) != dtype and not self.cast_to_target:
             hint = " (pass cast=True to convert)"
             return self._differs(path, expected, structure.describe(saved) + hint, own)
         read = ReadArray(node=node, form="fill" if fill else "tensor", like=tensor)
@@ -257,8 +257,8 @@ class _Matching:
             )
         stored = dict(zip(saved.keys, saved.children, strict=True))
         for key, part in zip(opened.keys, opened.children, strict=True):
-            expected, got = _dtype_of(part), stored.get(key)
-            if expected is not None and (got is None or _stored_dtype(got) != expected):
+            expected, got = targets.dtype_of(part), stored.get(key)
+            if expected is not None and (got is None or targets.stored_dtype(got) != expected):
                 found = "nothing" if got is None else structure.describe(got)
                 return self._differs((*path, key), f"dtype {expected}", found, own)
         children = tuple(
@@ -284,7 +284,7 @@ class _Matching:
             if (
                 wanted is None
                 or wanted.spec != saved.spec
-                or _stored_dtype(wanted) != _stored_dtype(saved)
+                or targets.stored_dtype(wanted) != targets.stored_dtype(saved)
             ):
                 expected = f"ndarray {target.dtype}{list(target.shape)}"
                 return self._differs(path, expected, structure.describe(saved), target)
@@ -296,18 +296,18 @@ class _Matching:
             saved.kind == "number" and (is_number or target is None)
         ):
             return ReadArray(node=saved, form="as_saved")
-        return self._differs(path, _describe_value(target), structure.describe(saved), target)
+        return self._differs(path, targets.describe(target), structure.describe(saved), target)
 
     def _bind_value(self, saved: structure.Node, target: Any, path: KeyPath) -> Binding:
         wanted = encode.value_node(target)
         if wanted is None:
-            expected = _describe_value(target)
+            expected = targets.describe(target)
             return self._differs(path, expected, structure.describe(saved), target)
         if not isinstance(saved, structure.ValueNode):
-            return self._differs(path, _describe_value(target), structure.describe(saved), target)
+            return self._differs(path, targets.describe(target), structure.describe(saved), target)
         numbers = ("none", "bool", "int", "float", "complex")
         if saved.kind != wanted.kind and not (saved.kind in numbers and wanted.kind in numbers):
-            return self._differs(path, _describe_value(target), structure.describe(saved), target)
+            return self._differs(path, targets.describe(target), structure.describe(saved), target)
         return Given(encode.plain_value(saved))
 
     def _differs(self, path: KeyPath, expected: str, got: str, target: Any) -> Binding:
@@ -316,7 +316,7 @@ class _Matching:
 
     def _refuse(self, path: KeyPath, why: str, target: Any) -> Binding:
         self.mismatched.append(f"{structure.pretty(path, self.item)}: {why}")
-        return Given(NOTHING if target is NOTHING else own_value(target))
+        return Given(NOTHING if target is NOTHING else targets.own_value(target))
 
     # -------------------------------------------------------------------------- as saved
 
@@ -328,7 +328,9 @@ class _Matching:
             trail.enter(depth, key)
             if isinstance(node, structure.ValueNode):
                 own = keep.is_own(node)
-                return walk.leaf(Given(own_value(node.value) if own else encode.plain_value(node)))
+                return walk.leaf(
+                    Given(targets.own_value(node.value) if own else encode.plain_value(node))
+                )
             if isinstance(node, structure.ArrayNode):
                 return walk.leaf(ReadArray(node=node, form="as_saved"))
             if node.detail.get(keep.INCOMPLETE):
@@ -376,21 +378,6 @@ class _Matching:
         )
 
 
-def _wrong_target(tensor: torch.Tensor) -> str | None:
-    """Why nothing can be restored into a tensor of this class, or into a DTensor's part of it."""
-    if memory.is_plain(tensor):
-        return None
-    if memory.is_opaque(tensor):
-        return composite.why_opaque(tensor)
-    placed = sharding.sharding_of(tensor)
-    if placed is None:
-        return None
-    local = sharding.local_of(tensor)
-    if memory.is_wrapper(local):
-        return encode.why_wrapped(local)
-    return sharding.wrong_local(tensor, placed, tuple(local.shape))
-
-
 _Place: TypeAlias = tuple[structure.Node, "structure.Key | None", int]
 
 
@@ -406,40 +393,3 @@ def _built(opened: flatten.FlatNode, bound: list[Binding], target: Any) -> Build
         node = dataclasses.replace(node, keys=tuple(key for key, _ in pairs))
         bound = [each for _, each in pairs]
     return Build(node=node, children=tuple(bound), like=target)
-
-
-def _dtype_of(part: object) -> str | None:
-    """The dtype of a part that is one tensor; None for numbers and for parts made of parts."""
-    if not isinstance(part, torch.Tensor) or flatten.flatten_one_level(part) is not None:
-        return None
-    return encode.torch_dtype_name(part.dtype)
-
-
-def _stored_dtype(node: structure.Node) -> str | None:
-    return node.dtype if isinstance(node, structure.ArrayNode) else None
-
-
-def _inside(saved: structure.Node, path: KeyPath) -> tuple[structure.Node, KeyPath]:
-    """The single leaf of a handler's value and its path; other nodes unchanged."""
-    if isinstance(saved, structure.BranchNode) and structure.BARE in saved.detail:
-        return saved.children[0], (*path, saved.keys[0])
-    return saved, path
-
-
-def own_value(target: Any) -> Any:
-    """Returns the value that a target keeps if the checkpoint has none."""
-    return flatten.map_leaves(_own_leaf, target)
-
-
-def _own_leaf(target: Any) -> Any:
-    if isinstance(target, Fill):
-        return target.tensor
-    if isinstance(target, Refused):
-        return target.own
-    if isinstance(target, structure.Handled):
-        return dataclasses.replace(target, is_kept=True)
-    return None if target is AS_SAVED else target
-
-
-def _describe_value(value: Any) -> str:
-    return "None" if value is None else f"{type(value).__name__} {structure.short(value)}"

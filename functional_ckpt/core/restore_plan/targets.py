@@ -1,0 +1,67 @@
+"""Questions about one value of a target: its own value, its dtype, its text in messages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from functional_ckpt.core.arrays import sharding
+from functional_ckpt.core.tree import composite, encode, flatten, memory, structure
+from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill, Refused
+from functional_ckpt.core.tree.structure import KeyPath
+
+
+def own_value(target: Any) -> Any:
+    """Returns the value that a target keeps if the checkpoint has none."""
+    return flatten.map_leaves(_own_leaf, target)
+
+
+def _own_leaf(target: Any) -> Any:
+    if isinstance(target, Fill):
+        return target.tensor
+    if isinstance(target, Refused):
+        return target.own
+    if isinstance(target, structure.Handled):
+        return dataclasses.replace(target, is_kept=True)
+    return None if target is AS_SAVED else target
+
+
+def why_wrong(tensor: torch.Tensor) -> str | None:
+    """Why nothing can be restored into a tensor of this class, or into a DTensor's part of it."""
+    if memory.is_plain(tensor):
+        return None
+    if memory.is_opaque(tensor):
+        return composite.why_opaque(tensor)
+    placed = sharding.sharding_of(tensor)
+    if placed is None:
+        return None
+    local = sharding.local_of(tensor)
+    if memory.is_wrapper(local):
+        return encode.why_wrapped(local)
+    return sharding.wrong_local(tensor, placed, tuple(local.shape))
+
+
+def dtype_of(part: object) -> str | None:
+    """The dtype of a part that is one tensor; None for numbers and for parts made of parts."""
+    if not isinstance(part, torch.Tensor) or flatten.flatten_one_level(part) is not None:
+        return None
+    return encode.torch_dtype_name(part.dtype)
+
+
+def stored_dtype(node: structure.Node) -> str | None:
+    """The dtype of an array; None for other nodes."""
+    return node.dtype if isinstance(node, structure.ArrayNode) else None
+
+
+def describe(value: Any) -> str:
+    """The type and a short text of a value, for messages."""
+    return "None" if value is None else f"{type(value).__name__} {structure.short(value)}"
+
+
+def inside(saved: structure.Node, path: KeyPath) -> tuple[structure.Node, KeyPath]:
+    """The single leaf of a handler's value and its path; other nodes unchanged."""
+    if isinstance(saved, structure.BranchNode) and structure.BARE in saved.detail:
+        return saved.children[0], (*path, saved.keys[0])
+    return saved, path
