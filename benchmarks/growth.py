@@ -9,26 +9,33 @@ slope of its cost over the size, both as logarithms: 1.0 is linear.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import gc
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import orbax.checkpoint as ocp
 import torch
 
 import functional_ckpt as fc
 from benchmarks import growth_ranks
+from functional_ckpt import cli
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps.history import commit_time
 from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.open import connect
+from functional_ckpt.verify import verify_checkpoint
 
 Figures = dict[str, float]
 
@@ -70,6 +77,59 @@ def check(is_right: bool) -> None:
     """Raises if a measured call did not do its work."""
     if not is_right:
         raise RuntimeError("The measured call did not do its work.")
+
+
+# -------------------------------------------------------------------------------------- leaves
+
+
+def leaves(size: int) -> Figures:
+    """Tensors of 16 bytes in one item, on this disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        return round_trip(f"{folder}/step", size)
+
+
+def leaves_s3(size: int) -> Figures:
+    """Tensors of 16 bytes in one item, on the S3 server of the tests."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))
+    import servers
+
+    with servers.s3_server() as url:
+        os.environ.update(servers.environment(url))
+        servers.make_bucket(url, "growth")
+        return round_trip("s3://growth/step", size)
+
+
+def leaves_orbax(size: int) -> Figures:
+    """Orbax reading an item of this library, and one of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        state = make_state(size)
+        fc.save(f"{folder}/step", {"state": state})
+        arrays = {name: value.numpy() for name, value in state.items()}
+        ocp.PyTreeCheckpointer().save(f"{folder}/own", arrays)
+        return {
+            name: cpu_seconds(functools.partial(ocp.PyTreeCheckpointer().restore, path))
+            for name, path in {
+                "of this library": f"{folder}/step/state",
+                "its own": f"{folder}/own",
+            }.items()
+        }
+
+
+def make_state(size: int) -> dict[str, torch.Tensor]:
+    values = torch.arange(4 * size, dtype=torch.float32).view(size, 4)
+    return {f"w{number:07}": values[number].clone() for number in range(size)}
+
+
+def round_trip(path: str, size: int) -> Figures:
+    """Saves, restores, verifies and shows one checkpoint."""
+    state = make_state(size)
+    found = {"save": cpu_seconds(lambda: fc.save(path, {"state": state}))}
+    found["restore"] = cpu_seconds(lambda: check(len(fc.restore(path)["state"]) == size))
+    store = connect(path)
+    found["verify"] = cpu_seconds(lambda: check(verify_checkpoint(*store) == []))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        found["show"] = cpu_seconds(lambda: check(cli.main(["show", path]) == 0))
+    return found
 
 
 # -------------------------------------------------------------------------------------- steps
@@ -159,6 +219,9 @@ def copy_step(
 
 
 TABLES: dict[str, tuple[Callable[[int], Figures], tuple[int, ...]]] = {
+    "leaves": (leaves, (10_000, 30_000, 100_000, 300_000)),
+    "leaves_s3": (leaves_s3, (1_000, 10_000, 60_000)),
+    "leaves_orbax": (leaves_orbax, (1_000, 10_000, 30_000)),
     "steps": (steps, (300, 1_000, 3_000, 10_000)),
     "deliveries": (deliveries, (30, 100, 300, 1_000)),
     "ranks": (growth_ranks.declined, (4, 8, 12)),

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from functional_ckpt.runtime import progress_bars
@@ -57,8 +58,12 @@ class Printer:
         with self.console.capture() as capture:
             for each in what:
                 self.console.print(each, soft_wrap=isinstance(each, str))
-        for line in capture.get().splitlines():
-            sys.stdout.write(f"{line.rstrip()}\n")
+        self.write(line.rstrip() for line in capture.get().splitlines())
+
+    def write(self, lines: Iterable[str]) -> None:
+        """Prints lines as they are."""
+        for line in lines:
+            sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
 
 
@@ -85,6 +90,8 @@ def _plain(value: Any) -> Any:
 
 def printable(text: str) -> str:
     """Returns the text with everything escaped that could move the cursor or change colours."""
+    if text.isprintable():
+        return text
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -9,15 +10,16 @@ from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.format import write_direct, write_tensorstore
-from functional_ckpt.format.database import check_process, open_for_reading, read_manifest
-from functional_ckpt.format.ocdbt import MANIFEST, read_entries
+from functional_ckpt.format.database import check_process
+from functional_ckpt.format.index import Index, open_index
 from functional_ckpt.format.read_direct import DirectReader
-from functional_ckpt.format.read_tensorstore import TensorStoreReader
+from functional_ckpt.format.read_store import StoreReader
 from functional_ckpt.format.reader import ArrayReader
 from functional_ckpt.format.write_direct import NUM_THREADS, Written
 from functional_ckpt.format.write_tensorstore import ArrayWrite
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.system_errors import absence_as_damage
+
+_log = logging.getLogger("functional_ckpt")
 
 Scalars: TypeAlias = Sequence[tuple[str, ArraySpec, object]]
 Tied: TypeAlias = Mapping[str, tuple[str, ChunkGrid]]
@@ -26,7 +28,7 @@ Tied: TypeAlias = Mapping[str, tuple[str, ChunkGrid]]
 class Arrays:
     """The arrays of a store's items.
 
-    Object stores, and trees that are not one plain leaf, are left to TensorStore.
+    TensorStore writes to object stores; one index serves the readers of both.
 
     Args:
         storage: The store.
@@ -59,7 +61,8 @@ class Arrays:
         Raises:
             StorageError: The store refused.
         """
-        if self._is_direct and write_direct.can_write(arrays, 2 * len(scalars)):
+        # A tree has at least one key.
+        if self._is_direct and (arrays or scalars):
             check_process()
             return write_direct.write_arrays(
                 self._storage, item, child, arrays, scalars, tied, num_threads=num_threads
@@ -82,6 +85,11 @@ class Arrays:
             merged = write_direct.merge_children(self._storage, item, children, tied)
             if merged is not None:
                 return merged
+            _log.warning(
+                "%s: some of its databases were written by TensorStore, which merges them too; "
+                "that takes several times as long.",
+                item,
+            )
         write_tensorstore.merge_children(self._storage, item, children, tied)
         return {}
 
@@ -95,12 +103,8 @@ class Arrays:
         Raises:
             CorruptCheckpointError: There is no readable database.
         """
-        if self._is_direct:
-            check_process()
-            manifest = read_manifest(self._storage, item, files.get(MANIFEST))
-            missing = f"{item}: the data file with the item's tree is missing."
-            with absence_as_damage(missing, item):
-                found = read_entries(self._storage, item, manifest)
-            if found is not None:
-                return DirectReader(item, *found)
-        return TensorStoreReader(open_for_reading(item, self._storage, files))
+        return self.reader(item, open_index(self._storage, item, files))
+
+    def reader(self, item: str, index: Index) -> ArrayReader:
+        """Returns a reader of an item whose index is open."""
+        return DirectReader(item, index) if self._is_direct else StoreReader(item, index)

@@ -20,7 +20,7 @@ from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.core.tree.structure import key_prefix
-from functional_ckpt.format.ocdbt import MANIFEST
+from functional_ckpt.format.ocdbt import MANIFEST, MAX_NODE_BYTES
 from functional_ckpt.format.step_files import check_content
 from functional_ckpt.format.tuning import TREE_CACHE_BYTES
 from functional_ckpt.storage.base import Storage
@@ -66,7 +66,7 @@ NO_CACHE = {"total_bytes_limit": 0}
 _CONFIG = {
     "compression": {"id": "zstd"},
     "max_inline_value_bytes": MAX_INLINE_BYTES,
-    "max_decoded_node_bytes": 100_000_000,
+    "max_decoded_node_bytes": MAX_NODE_BYTES,
 }
 
 

@@ -1,8 +1,7 @@
 """Reading data files with few system calls: each byte is copied once, many arrays at a time.
 
-The tree of a database has the location of every value. Adjacent values, as a save leaves them, are
+The index of a database has the location of every value. Adjacent values, as a save leaves them, are
 read by one call into the memory of many tensors, and verified while they are in the cache.
-Databases that are not one plain leaf are read by TensorStore.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -20,13 +19,14 @@ import numpy as np
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.format import tuning
-from functional_ckpt.format.ocdbt import Entries, is_inside
+from functional_ckpt.format.index import Index
+from functional_ckpt.format.ocdbt_decode import INLINE
 from functional_ckpt.format.read_plan import (
     Batch,
     ChunkPart,
     ChunkRead,
-    Location,
     ReadRequest,
+    adjacent,
     plan_reads,
 )
 from functional_ckpt.format.reader import deliver, put, verify
@@ -41,17 +41,14 @@ class DirectReader:
 
     Args:
         directory: The item.
-        files: Its data files, relative to it.
-        entries: Where every value is stored.
+        index: Where every value is stored.
     """
 
-    def __init__(self, directory: str, files: Sequence[str], entries: Entries) -> None:
+    def __init__(self, directory: str, index: Index) -> None:
         self._directory = directory
-        self._files = files
+        self._index = index
         self._descriptors: dict[int, int] = {}
         self._opening = threading.Lock()
-        columns = zip(entries.files, entries.offsets, entries.lengths, strict=True)
-        self._locations: Mapping[bytes, Location] = dict(zip(entries.keys, columns, strict=True))
 
     def tasks(
         self,
@@ -60,11 +57,13 @@ class DirectReader:
         delivered: Collection[tuple[int, tuple[int, ...]]] = (),
     ) -> list[Callable[[], None]]:
         """Plans the reads of requests, in the order of the files, and opens those."""
-        batches = plan_reads(requests, self._locations, path=self._directory, delivered=delivered)
+        self._index.load_for(requests)
+        locations = self._index.locations
+        batches = plan_reads(requests, locations, path=self._directory, delivered=delivered)
         with self._opening:
-            for file in sorted({read.file for batch in batches for read in batch}):
+            for file in sorted({read.file for batch in batches for read in batch} - {INLINE}):
                 if file not in self._descriptors:
-                    self._descriptors[file] = self._open(self._files[file])
+                    self._descriptors[file] = self._open(self._index.files[file])
         for batch in batches[: tuning.NUM_AHEAD]:
             self._prefetch(batch)
         pairs = itertools.zip_longest(batches, batches[tuning.NUM_AHEAD :], fillvalue=())
@@ -72,10 +71,6 @@ class DirectReader:
 
     def _open(self, file: str) -> int:
         path = os.path.join(self._directory, file)
-        if not is_inside(file):
-            raise errors.CorruptCheckpointError(
-                f"{self._directory}: data file {file!r} is outside the item.", path=self._directory
-            )
         with absence_as_damage(f"{path}: the file is missing.", path):
             descriptor, _ = open_regular(path)
         # Each page is read once: the kernel need not keep track of which are used again.
@@ -93,6 +88,10 @@ class DirectReader:
         run_bytes = run_file = run_end = 0
         for read in batch:
             part = cast("ChunkPart", read.part)
+            if read.file == INLINE:
+                data = self._index.inline[read.offset : read.offset + read.num_bytes]
+                deliver(self._directory, read, part, np.frombuffer(data, np.uint8))
+                continue
             view = _memory_of(read, part)
             if view is None:
                 self._read_apart(read, part)
@@ -180,7 +179,7 @@ class DirectReader:
                 name = read.request.name
                 raise errors.CorruptCheckpointError(
                     f"{self._directory}: array {name!r} cannot be read: its file "
-                    f"{self._files[read.file]!r} is truncated.",
+                    f"{self._index.files[read.file]!r} is truncated.",
                     path=self._directory,
                     key_path=name,
                 )
@@ -208,15 +207,10 @@ def _memory_of(read: ChunkRead, part: ChunkPart) -> memoryview | None:
 
 def _spans(batch: Batch) -> Iterator[tuple[int, int, int]]:
     """Yields file, start and end of values that are stored side by side, padding aside."""
-    file = begin = end = -1
-    for read in batch:
-        if read.file != file or read.offset - end > tuning.PADDING_BYTES:
-            if file >= 0:
-                yield file, begin, end
-            file, begin = read.file, read.offset
-        end = read.offset + read.num_bytes
-    if file >= 0:
-        yield file, begin, end
+    for reads in adjacent(batch):
+        file, start, _, _ = reads[0]
+        if file != INLINE:
+            yield file, start, reads[-1].offset + reads[-1].num_bytes
 
 
 def _advise(descriptor: int, offset: int, size_bytes: int, advice: str) -> None:

@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import (
@@ -25,7 +25,7 @@ from functional_ckpt.core.arrays.chunks import (
 from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.core.tree.structure import key_prefix
-from functional_ckpt.format.tuning import BATCH_BYTES, BATCH_READS
+from functional_ckpt.format.tuning import BATCH_BYTES, BATCH_READS, PADDING_BYTES
 
 if TYPE_CHECKING:
     from functional_ckpt.core.arrays.spec import Array
@@ -165,7 +165,7 @@ def plan_reads(
 
     Args:
         requests: What to read, of one item.
-        locations: Where each key's value is stored; None where only TensorStore knows.
+        locations: Where each key's value is stored; None for foreign arrays.
         path: The item's directory, for errors.
         delivered: Chunks that are not to be read: the index of the request, the chunk's index.
 
@@ -216,6 +216,42 @@ def _batches(reads: Sequence[ChunkRead]) -> Iterator[Batch]:
         filled += read.num_bytes
     if batch:
         yield batch
+
+
+class Located(Protocol):
+    """A read of a known location."""
+
+    @property
+    def file(self) -> int:
+        """The index of the data file."""
+        ...
+
+    @property
+    def offset(self) -> int:
+        """The first byte."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """The number of bytes."""
+        ...
+
+
+_Read = TypeVar("_Read", bound=Located)
+
+
+def adjacent(reads: Sequence[_Read]) -> Iterator[list[_Read]]:
+    """Yields reads, sorted by location, in runs that are stored side by side, padding aside."""
+    run: list[_Read] = []
+    file = end = -2
+    for read in reads:
+        if run and (read.file != file or read.offset - end > PADDING_BYTES):
+            yield run
+            run = []
+        run.append(read)
+        file, end = read.file, read.offset + read.num_bytes
+    if run:
+        yield run
 
 
 # Its arguments are plain tuples, which are hashed faster than the records made of them.

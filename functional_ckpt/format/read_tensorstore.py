@@ -1,4 +1,4 @@
-"""Reading through TensorStore: object stores, databases of many nodes, foreign arrays."""
+"""Reading foreign arrays through TensorStore: their chunks, codecs and databases are its own."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import numpy as np
 import tensorstore as ts
 
 from functional_ckpt import errors
-from functional_ckpt.core.arrays.spec import Array, ArraySpec, numpy_dtype
+from functional_ckpt.core.arrays.spec import ArraySpec, numpy_dtype
 from functional_ckpt.core.tree import plain_json
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.database import NO_CACHE, REFUSALS, Database, read_error
-from functional_ckpt.format.read_plan import Batch, ChunkPart, ChunkRead, ReadRequest, plan_reads
-from functional_ckpt.format.reader import deliver
+from functional_ckpt.format.read_plan import Batch, ReadRequest, plan_reads
 
 
 class TensorStoreReader:
-    """Executes a read plan through a database; `reader.ArrayReader` says how it is used.
+    """Reads foreign arrays, each at once; `reader.ArrayReader` says how it is used.
 
     Args:
         database: The item's arrays.
-        is_zarr3: Whether foreign arrays are of zarr version 3, or 2.
-        fills_missing: Whether chunks that a foreign array lacks are zeros, or damage.
+        is_zarr3: Whether they are of zarr version 3, or 2.
+        fills_missing: Whether chunks that an array lacks are zeros, or damage.
     """
 
     def __init__(
@@ -48,41 +47,11 @@ class TensorStoreReader:
         """Does nothing: TensorStore closes its files itself."""
 
     def _read(self, batch: Batch) -> None:
-        # All are requested before the first is waited for, which hides the latency of each.
-        futures = [read.part and self._request(read, read.part) for read in batch]
-        for read, future in zip(batch, futures, strict=True):
-            if read.part is None:
-                self._read_foreign(read.request)
-            else:
-                deliver(
-                    self._database.directory, read, read.part, self._wait(read, read.part, future)
-                )
+        for read in batch:
+            self._read_array(read.request)
 
-    def _request(self, read: ChunkRead, part: ChunkPart) -> Any:
-        key = key_prefix(read.request.name) + part.key
-        try:
-            return self._database.store.read(key, byte_range=slice(part.first, part.end))
-        except REFUSALS as error:
-            raise self._error(read.request.name, error) from error
-
-    def _wait(self, read: ChunkRead, part: ChunkPart, future: Any) -> Array:
-        try:
-            result = future.result()
-        except REFUSALS as error:
-            raise self._error(read.request.name, error) from error
-        if result.state != "value" or len(result.value) != read.num_bytes:
-            key = key_prefix(read.request.name) + part.key
-            got = f"got {len(result.value)} bytes" if result.state == "value" else "found none"
-            raise errors.CorruptCheckpointError(
-                f"{self._database.directory}: array {read.request.name!r}, chunk {key!r}: expected "
-                f"{read.num_bytes} bytes, {got}.",
-                path=self._database.directory,
-                key_path=read.request.name,
-            )
-        return np.frombuffer(result.value, np.uint8)
-
-    def _read_foreign(self, request: ReadRequest) -> None:
-        """Reads a region of a foreign array, whatever its chunks and codecs."""
+    def _read_array(self, request: ReadRequest) -> None:
+        """Reads a region of an array, whatever its chunks and codecs."""
         destination = request.destination
         memory = (
             np.empty(request.box.shape, numpy_dtype(request.spec.dtype))
@@ -102,12 +71,9 @@ class TensorStoreReader:
                 raise ValueError(f"shape {tuple(array.shape)}, expected {request.spec.shape}")
             ts.array(memory).write(array[request.box.slices()]).result()
         except REFUSALS as error:
-            raise self._error(request.name, error) from error
+            raise read_error(self._database, f"array {request.name!r}", error) from error
         if destination is not None:
             destination.done()
-
-    def _error(self, name: str, error: Exception) -> errors.CheckpointError:
-        return read_error(self._database, f"array {name!r}", error)
 
 
 def stored_spec(database: Database, name: str, *, is_zarr3: bool) -> ArraySpec:

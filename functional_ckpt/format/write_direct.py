@@ -1,8 +1,8 @@
 """Chunks straight into data files, and the tree over them written in one go.
 
 The same databases as `write_tensorstore` makes, without TensorStore: a value is copied once,
-into the buffer that goes to the disk, and costs a few microseconds whatever its size. Falls back to
-`write_tensorstore` for too many keys and for object stores.
+into the buffer that goes to the disk, and costs a few microseconds whatever its size. Object stores
+are left to `write_tensorstore`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.data_file import DataFile
+from functional_ckpt.format.index import open_tree, span_reader
 from functional_ckpt.format.ocdbt import (
     MANIFEST,
-    MAX_KEYS,
     Entries,
-    Node,
-    encode_leaf,
+    Span,
     encode_manifest,
-    read_entries,
+    encode_tree,
 )
 from functional_ckpt.format.tuning import BYTES_PER_FILE, NUM_THREADS, QUICK_BYTES, STEP_BYTES
 from functional_ckpt.format.write_tensorstore import ArrayWrite, Digests, padded
@@ -46,7 +45,6 @@ __all__ = [
     "BYTES_PER_FILE",
     "NUM_THREADS",
     "Written",
-    "can_write",
     "merge_children",
     "write_arrays",
 ]
@@ -68,16 +66,6 @@ class Written:
     files: Mapping[str, FileRecord]
 
 
-def can_write(arrays: Sequence[ArrayWrite], num_others: int) -> bool:
-    """Returns whether there is data to write, and its keys fit one node."""
-    num_keys = num_others
-    if not arrays and not num_others:
-        return False
-    for array in arrays:
-        num_keys += 1 + (1 if array.box.shape == array.grid.chunk_shape else array.grid.num_chunks)
-    return num_keys <= MAX_KEYS
-
-
 def write_arrays(
     storage: Storage,
     item_directory: str,
@@ -94,7 +82,7 @@ def write_arrays(
         storage: The file system.
         item_directory: The item.
         child: The database's directory relative to the item; empty for the item's own.
-        arrays: What to write.
+        arrays: What to write; at least one, or a scalar.
         scalars: 0-dim arrays given by value: name, spec, value.
         tied: Name of a tied leaf -> name and grid of the array that holds its bytes.
         num_threads: How many are busy, each with a file of its own.
@@ -292,13 +280,16 @@ class _Part:
     def complete(self, storage: Storage, path: str, names: Sequence[str]) -> dict[str, FileRecord]:
         """Writes the tree behind the last value, and the manifest."""
         file = self._open
-        node = encode_leaf(names, self.entries)
-        offset = file.append(np.frombuffer(node, np.uint8))
+
+        def append(node: bytes) -> Span:
+            offset = file.append(np.frombuffer(node, np.uint8))
+            return Span(names[self.place], offset, len(node))
+
+        root = encode_tree(names, self.entries, append)
         self.record = file.finish()
         if file.is_large:  # a small one is synced with all the others, in one go of the journal
             storage.sync(self._path)
-        place = Node(names[self.place], offset, len(node))
-        manifest = encode_manifest(place, self.entries, time.time_ns())
+        manifest = encode_manifest(root, time.time_ns())
         storage.write(os.path.join(path, MANIFEST), manifest)
         record = FileRecord(len(manifest), xxhash.xxh3_64_hexdigest(manifest))
         return {names[self.place]: self.record, MANIFEST: record}
@@ -364,18 +355,27 @@ def merge_children(
 
     Returns:
         The records of the new files; None, with nothing written, if a child was written by
-        TensorStore, or there are too many keys for one node.
+        TensorStore, or there are no keys.
     """
     names: list[str] = [f"{_FOLDER}/{uuid.uuid4().hex}"]
     merged = Entries()
     for child in children:
-        found = read_entries(storage, os.path.join(item_directory, child))
-        if found is None or len(found[1].keys) + len(merged.keys) > MAX_KEYS:
-            return None
-        files, entries = found
-        entries.files = [place + len(names) for place in entries.files]
-        names += [f"{child}/{file}" for file in files]
-        merged.extend(entries)
+        path = os.path.join(item_directory, child)
+        numbers: dict[str, int] = {}
+        for leaf in open_tree(storage, path, span_reader(storage, path)).read():
+            if leaf.node.inline:
+                return None
+            table = [
+                numbers.setdefault(file, len(names) + len(numbers)) for file in leaf.node.files
+            ]
+            entries = leaf.node.entries
+            merged.keys += leaf.keys
+            merged.files.extend(map(table.__getitem__, entries.files))
+            merged.offsets.extend(entries.offsets)
+            merged.lengths.extend(entries.lengths)
+        names += [f"{child}/{file}" for file in numbers]
+    if not merged.keys:
+        return None
     storage.make_directory(os.path.join(item_directory, _FOLDER), parents=False)
     part = _Part(0, os.path.join(item_directory, names[0]))
     try:

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec
@@ -20,12 +20,12 @@ from functional_ckpt.storage import queries
 from functional_ckpt.verify.findings import Finding, Problem, Verification, reason
 
 if TYPE_CHECKING:
-    from functional_ckpt.format import database as database_lib
-    from functional_ckpt.format.inspect import Places
+    from functional_ckpt.format.index import Index
     from functional_ckpt.format.reader import ArrayReader
 
 # Values up to this size are read many at a time, straight from the key-value store.
 _SMALL_BYTES = 128 * 1024
+_MAX_VALUE_BYTES = 8 * 2**20
 _BATCH = 512
 _MANIFEST = "manifest.ocdbt"
 _METADATA_FIELDS = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs")
@@ -77,6 +77,7 @@ class ItemArrays:
         self._directory = os.path.join(search.path, item)
         self._failures: list[_Failure] = []
         self._fallback_file = _MANIFEST  # of failures without a key
+        self._index: Index | None = None
         leaves = structure.iter_leaves(record.root)
         self._nodes = [leaf for _, leaf in leaves if isinstance(leaf, structure.ArrayNode)]
         self._scalars = list(orbax.scalar_leaves(record.root))
@@ -109,27 +110,31 @@ class ItemArrays:
         if not self._nodes and not self._scalars:
             return []
         from functional_ckpt.format import backends
-        from functional_ckpt.format import database as database_lib
-        from functional_ckpt.format.read_tensorstore import TensorStoreReader
+        from functional_ckpt.format.index import open_index
 
         try:
             blocking = [name for name in self._record.files if self._would_block(name)]
             if blocking:
                 self._fail_all(blocking[0], "it cannot be read safely")
                 return []
-            database = database_lib.open_for_reading(self._directory, self._search.storage)
+            index = open_index(self._search.storage, self._directory, skips_damage=True)
         except (errors.CorruptCheckpointError, errors.StorageError) as error:
             self._fail_all(_MANIFEST, reason(error, self._directory))
             return []
         values = list(self._small_values())
-        batches = (values[start : start + _BATCH] for start in range(0, len(values), _BATCH))
-        tasks = [functools.partial(self._check_values, database, batch) for batch in batches]
-        try:
-            reader = backends.Arrays(self._search.storage).open_reader(self._directory, {})
-        except (errors.CorruptCheckpointError, errors.StorageError):
-            reader = TensorStoreReader(database)  # finds the keys of intact nodes
+        large = list(self._large_chunks())
+        index.load([value.key.encode() for value in values])
+        index.load_for([request for request, _ in large])
+        self._index = index
+        reader = backends.Arrays(self._search.storage).reader(self._directory, index)
         files.callback(reader.close)
-        return [*tasks, *self._large_chunks(reader)]
+        found = [value for value in values if self._is_found(value)]
+        found.sort(key=lambda value: index.locations[value.key.encode()])
+        batches = [found[start : start + _BATCH] for start in range(0, len(found), _BATCH)]
+        return [
+            *(functools.partial(self._check_values, batch) for batch in batches),
+            *(functools.partial(self._check_chunk, reader, *chunk) for chunk in large),
+        ]
 
     def _would_block(self, name: str) -> bool:
         """Whether a file is a pipe or a device, which TensorStore would open and wait for."""
@@ -150,30 +155,39 @@ class ItemArrays:
             key = f"{structure.key_prefix(name)}c"
             yield _Value(name, key, functools.partial(_compare_number, array, value))
         for node in self._nodes:
-            grid, digests = self._digests(node)
-            yield _metadata(node.name, node.spec, grid.chunk_shape)
-            for index in grid.indices():
-                if _is_small(node.spec, grid, index):
-                    key = f"{structure.key_prefix(node.name)}{grid.key(index)}"
-                    check = functools.partial(_compare_chunk, digests, index)
-                    yield _Value(
-                        node.name,
-                        key,
-                        check,
-                        grid.box(index).num_elements * node.spec.itemsize_bytes,
-                    )
+            digests = self._digests(node)
+            prefix = structure.key_prefix(node.name)
+            yield _metadata(node.name, node.spec, digests.grid.chunk_shape)
+            for chunk in _chunks(digests.grid, digests.itemsize_bytes):
+                if chunk.is_small:
+                    check = functools.partial(_compare_chunk, digests, chunk)
+                    yield _Value(node.name, prefix + chunk.key, check, chunk.size_bytes)
 
-    def _check_values(self, database: database_lib.Database, values: list[_Value]) -> None:
-        from functional_ckpt.format.inspect import read_values
+    def _is_found(self, value: _Value) -> bool:
+        """Returns whether the index has a value; it fails else."""
+        index = cast("Index", self._index)
+        key = value.key.encode()
+        if key in index.locations:
+            return True
+        damage = index.damage_of(key)
+        why = (
+            value.check(None)
+            if damage is None
+            else _unreadable("the written value", damage.error, self._directory)
+        )
+        if why is not None:
+            self._failures.append(_Failure(value.leaf, value.key, why))
+        self._search.advance(value.size_bytes)
+        return False
 
-        found = read_values(database, [value.key for value in values])
-        for value, got in zip(values, found, strict=True):
-            if isinstance(got, errors.CorruptCheckpointError):
-                why: _Difference | None = (
-                    "unreadable",
-                    "the written value",
-                    reason(got, self._directory),
-                )
+    def _check_values(self, values: list[_Value]) -> None:
+        index = cast("Index", self._index)
+        keys = [value.key.encode() for value in values]
+        found = index.read_values(keys, _MAX_VALUE_BYTES)
+        for value, key in zip(values, keys, strict=True):
+            got = found[key]
+            if isinstance(got, errors.CheckpointError):
+                why = _unreadable("the written value", got, self._directory)
             else:
                 why = value.check(got)
             if why is not None:
@@ -182,15 +196,16 @@ class ItemArrays:
 
     # ---------------------------------------------------------------------------- large chunks
 
-    def _large_chunks(self, reader: ArrayReader) -> Iterator[Callable[[], None]]:
+    def _large_chunks(self) -> Iterator[tuple[ReadRequest, str]]:
         for node in self._nodes:
-            grid, digests = self._digests(node)
-            for index in grid.indices():
-                if not _is_small(node.spec, grid, index):
+            digests = self._digests(node)
+            grid = digests.grid
+            for chunk in _chunks(grid, digests.itemsize_bytes):
+                if not chunk.is_small:
                     # Under its own name, not its owner's: a tied leaf must resolve to the same
                     # bytes.
-                    request = ReadRequest(node.name, node.spec, grid.box(index), grid, digests)
-                    yield functools.partial(self._check_chunk, reader, request, grid.key(index))
+                    box = grid.box(chunk.chunk)
+                    yield ReadRequest(node.name, node.spec, box, grid, digests), chunk.key
 
     def _check_chunk(self, reader: ArrayReader, request: ReadRequest, key: str) -> None:
         try:
@@ -207,10 +222,10 @@ class ItemArrays:
             )
         self._search.advance(request.box.num_elements * request.spec.itemsize_bytes)
 
-    def _digests(self, node: structure.ArrayNode) -> tuple[ChunkGrid, Digests]:
+    def _digests(self, node: structure.ArrayNode) -> Digests:
         array = self._record.arrays[node.stored_name]
-        grid = ChunkGrid(node.spec.shape, array.chunk_shape)
-        return grid, Digests(grid, node.spec.itemsize_bytes, array.xxh3)
+        grid = _grid(node.spec.shape, array.chunk_shape)
+        return Digests(grid, node.spec.itemsize_bytes, array.xxh3)
 
     # ---------------------------------------------------------------------------- blame
 
@@ -223,15 +238,10 @@ class ItemArrays:
         """
         if not self._failures:
             return
-        from functional_ckpt.format.inspect import locate
-
-        # Nothing is opened where a pipe may be waiting.
-        is_open = any(failure.key is not None for failure in self._failures)
-        places = locate(self._search.storage, self._directory) if is_open else None
         leaves: dict[str, set[str]] = {}
         first: dict[str, _Failure] = {}
         for failure in self._failures:
-            suspects = self._candidate_files(failure, places)
+            suspects = self._candidate_files(failure)
             guilty = [file for file in suspects if f"{self._item}/{file}" in damaged]
             for file in guilty or suspects[:1]:
                 leaves.setdefault(file, set()).add(failure.leaf)
@@ -246,25 +256,46 @@ class ItemArrays:
                 )
             damaged[path] = dataclasses.replace(finding, leaves=tuple(sorted(names)))
 
-    def _candidate_files(self, failure: _Failure, places: Places | None) -> list[str]:
+    def _candidate_files(self, failure: _Failure) -> list[str]:
         """The files that may be the cause."""
-        if failure.key is None or places is None:
+        index = self._index
+        if failure.key is None or index is None:
             return [self._fallback_file]
-        known = places.files.get(failure.key)
-        if known is not None:
-            # A tree that leads to a file that was never there is the wrong tree.
-            return [known if known in self._record.files else _MANIFEST]
-        # Values that the tree no longer reaches are behind its unreadable part.
-        lost = sorted(places.unreadable & self._record.files.keys())
-        return lost or [_MANIFEST]
+        key = failure.key.encode()
+        if key in index.locations:
+            file = index.file_of(key)
+        else:
+            damage = index.damage_of(key)
+            file = _MANIFEST if damage is None else damage.file
+        # A tree that leads to a file that was never there is the wrong tree.
+        return [file if file in self._record.files else _MANIFEST]
+
+
+def _unreadable(expected: str, error: errors.CheckpointError, directory: str) -> _Difference:
+    return ("unreadable", expected, reason(error, directory))
 
 
 # ------------------------------------------------------------------------------------ comparisons
 
 
-def _is_small(array: spec.ArraySpec, grid: ChunkGrid, index: tuple[int, ...]) -> bool:
-    size_bytes = grid.box(index).num_elements * array.itemsize_bytes
-    return size_bytes <= _SMALL_BYTES and not grid.is_padded(index)
+class _Chunk(NamedTuple):
+    chunk: tuple[int, ...]
+    key: str
+    size_bytes: int
+    is_small: bool
+
+
+_grid = functools.lru_cache(maxsize=1024)(ChunkGrid)  # arrays that are alike have the same
+
+
+@functools.lru_cache(maxsize=1024)
+def _chunks(grid: ChunkGrid, itemsize_bytes: int) -> Sequence[_Chunk]:
+    chunks: list[_Chunk] = []
+    for index in grid.indices():
+        size_bytes = grid.box(index).num_elements * itemsize_bytes
+        is_small = size_bytes <= _SMALL_BYTES and not grid.is_padded(index)
+        chunks.append(_Chunk(index, grid.key(index), size_bytes, is_small))
+    return chunks
 
 
 def _metadata(name: str, array: spec.ArraySpec, chunk_shape: tuple[int, ...]) -> _Value:
@@ -278,6 +309,13 @@ def _compare_metadata(
     """Checks that Orbax's metadata of an array agrees with the native record."""
     if value is None:
         return ("missing", "the array's zarr.json", "nothing")
+    return _metadata_difference(array, chunk_shape, value)
+
+
+@functools.lru_cache(maxsize=1024)  # arrays that are alike have the same
+def _metadata_difference(
+    array: spec.ArraySpec, chunk_shape: tuple[int, ...], value: bytes
+) -> _Difference | None:
     try:
         record: Any = plain_json.parse(value)
         found = {field: record[field] for field in _METADATA_FIELDS}
@@ -302,14 +340,10 @@ def _compare_number(
     return ("mismatch", f"the number {number!r}", got)
 
 
-def _compare_chunk(
-    digests: Digests, index: tuple[int, ...], value: bytes | None
-) -> _Difference | None:
-    grid = digests.grid
+def _compare_chunk(digests: Digests, chunk: _Chunk, value: bytes | None) -> _Difference | None:
     if value is None:
-        return ("missing", f"chunk {grid.key(index)}", "nothing")
-    size_bytes = grid.box(index).num_elements * digests.itemsize_bytes
-    if len(value) != size_bytes:
-        return ("mismatch", f"a chunk of {size_bytes:,} bytes", f"{len(value):,} bytes")
-    expected, got = digests.of(index), digest_blocks(value)
+        return ("missing", f"chunk {chunk.key}", "nothing")
+    if len(value) != chunk.size_bytes:
+        return ("mismatch", f"a chunk of {chunk.size_bytes:,} bytes", f"{len(value):,} bytes")
+    expected, got = digests.of(chunk.chunk), digest_blocks(value)
     return None if got == expected else ("mismatch", f"digest {expected}", f"digest {got}")

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt.cli import main
+from functional_ckpt.cli import main, show
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "functional_ckpt.cli"]
@@ -225,6 +225,20 @@ def test_show_draws_the_tree(saved: Path) -> None:
     assert columns(text, "├─ empty")[1:] == ["dict", "empty"]
     assert columns(text, "└─ name")[1:] == ["str", "'run é'"]
     assert '"lr": 0.1' in text
+
+
+def test_many_lines_are_laid_out_as_few(
+    saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above a thousand lines `show` prints plain text: rich takes 0.4 ms for each."""
+    monkeypatch.setenv("COLUMNS", "400")
+    outputs: list[str] = []
+    for max_rows in (1000, 0):
+        monkeypatch.setattr(show, "_MAX_TABLE_ROWS", max_rows)
+        assert main(["show", str(saved)]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert columns(outputs[1], "├─ w")[1:] == ["float32", "[3, 4]", "48 B"]
 
 
 def test_show_of_one_item_and_of_little_depth(saved: Path) -> None:

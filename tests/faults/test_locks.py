@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt.format import read_direct, write_tensorstore
+from functional_ckpt.format import index, node_tree, read_direct, write_tensorstore
 from functional_ckpt.saving import stage
 from functional_ckpt.steps import upload_step
 
@@ -86,5 +86,7 @@ def test_the_arrays_of_a_database() -> None:
 
 
 def test_files_are_opened_once() -> None:
-    reader = read_direct.DirectReader("item", [], read_direct.Entries())
+    opened = index.Index(node_tree.NodeTree("item", lambda spans: [], None), lambda spans: [])
+    reader = read_direct.DirectReader("item", opened)
+    check_waits(opened._loading, lambda: opened.load([b"a"]))
     check_waits(reader._opening, lambda: reader.tasks([]))

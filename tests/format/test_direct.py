@@ -22,12 +22,11 @@ from hypothesis import strategies as st
 from functional_ckpt import errors, testing
 from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
-from functional_ckpt.format import data_file, ocdbt, read_direct, write_direct, write_tensorstore
+from functional_ckpt.format import data_file, index, read_direct, write_direct, write_tensorstore
 from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.storage.local import LocalStorage
 
 STORAGE = LocalStorage()
-NAMES = st.lists(st.text("ab./c", min_size=1, max_size=6), min_size=1, max_size=12, unique=True)
 
 
 def store_of(path: Path) -> ts.KvStore:
@@ -35,9 +34,7 @@ def store_of(path: Path) -> ts.KvStore:
 
 
 def reader_of(path: Path) -> read_direct.DirectReader:
-    found = ocdbt.read_entries(STORAGE, str(path))
-    assert found is not None
-    return read_direct.DirectReader(str(path), *found)
+    return read_direct.DirectReader(str(path), index.open_index(STORAGE, str(path)))
 
 
 def write_of(name: str, data: np.ndarray, chunk: tuple[int, ...]) -> write_tensorstore.ArrayWrite:
@@ -46,58 +43,6 @@ def write_of(name: str, data: np.ndarray, chunk: tuple[int, ...]) -> write_tenso
     return write_tensorstore.ArrayWrite(
         name=name, spec=spec, grid=grid, box=Box.whole(data.shape), data=data
     )
-
-
-# ------------------------------------------------------------------------------------ the tree
-
-
-@given(NAMES, st.integers(0, 2**40), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
-def test_a_leaf_decodes_to_what_was_encoded(names: list[str], offset: int, num_files: int) -> None:
-    entries = ocdbt.Entries()
-    for place, name in enumerate(names):
-        entries.add(name.encode(), place % (num_files + 1), offset * place, place * 200)
-    files = [f"d/{number}" for number in range(num_files + 1)]
-    found = ocdbt.decode_leaf(ocdbt.encode_leaf(files, entries))
-    assert found is not None and found[0] == files
-    assert sorted(_rows(found[1])) == sorted(_rows(entries))
-    assert found[1].keys == sorted(entries.keys)
-
-
-def _rows(entries: ocdbt.Entries) -> list[tuple[bytes, int, int, int]]:
-    return list(zip(entries.keys, entries.files, entries.offsets, entries.lengths, strict=True))
-
-
-def test_any_changed_byte_of_tree_or_manifest_is_noticed() -> None:
-    entries = ocdbt.Entries([b"a/c/0", b"a/zarr.json"], [0, 0], [0, 7], [7, 9])
-    leaf = ocdbt.encode_leaf(["d/x"], entries)
-    manifest = ocdbt.encode_manifest(ocdbt.Node("d/x", 16, 9), entries, 1)
-    assert ocdbt.decode_manifest(manifest) == ocdbt.Node("d/x", 16, 9)
-    for data, decode in (
-        (leaf, ocdbt.decode_leaf),
-        (manifest, ocdbt.decode_manifest),
-    ):
-        for place in range(len(data)):
-            changed = bytearray(data)
-            changed[place] ^= 0x41
-            assert decode(bytes(changed)) is None
-        for end in range(len(data)):
-            assert decode(data[:end]) is None
-
-
-def test_databases_of_tensorstore_are_read_by_it(tmp_path: Path) -> None:
-    store = store_of(tmp_path)
-    store["a/c/0"] = b"x" * 2000
-    store["b"] = b"inline"
-    assert ocdbt.read_entries(STORAGE, str(tmp_path)) is None
-
-
-@pytest.mark.parametrize("file", ["../x", "/etc/passwd", "d/../../x", ""])
-def test_a_path_out_of_the_database_is_not_followed(tmp_path: Path, file: str) -> None:
-    entries = ocdbt.Entries([b"a"], [0], [0], [1])
-    manifest = ocdbt.encode_manifest(ocdbt.Node(file, 0, 9), entries, 1)
-    (tmp_path / "manifest.ocdbt").write_bytes(manifest)
-    assert ocdbt.read_entries(STORAGE, str(tmp_path)) is None
 
 
 # ------------------------------------------------------------------------------------ arrays
@@ -209,14 +154,6 @@ def test_children_are_merged_without_their_data(tmp_path: Path) -> None:
     # TensorStore can still add to it.
     store_of(tmp_path)["new"] = b"x"
     assert len(store_of(tmp_path).list().result()) == 7
-
-
-def test_too_many_keys_are_left_to_tensorstore(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = write_of("a", np.zeros((10, 2)), (1, 2))
-    assert write_direct.can_write([write], 0)
-    monkeypatch.setattr(write_direct, "MAX_KEYS", 10)
-    assert not write_direct.can_write([write], 0)
-    assert not write_direct.can_write([], 0)  # an empty database has no leaf
 
 
 # ------------------------------------------------------------------------------------ files

@@ -16,12 +16,20 @@ import pytest
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
-from functional_ckpt.format import backends, ocdbt, read_direct, write_direct, write_tensorstore
+from functional_ckpt.format import (
+    backends,
+    ocdbt,
+    ocdbt_decode,
+    read_direct,
+    write_direct,
+    write_tensorstore,
+)
+from functional_ckpt.format.ocdbt_decode import InvalidNodeError
 from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.storage.local import LocalStorage
 
 STORAGE = LocalStorage()
-ENTRIES = ocdbt.Entries([b"a/c/0", b"a/c/1", b"b/zarr.json"], [0, 1, 0], [0, 7, 16], [7, 9, 3])
+KEYS = [b"a/c/0", b"a/c/1", b"b/zarr.json"]
 VARINTS = ocdbt._varints
 
 
@@ -34,7 +42,7 @@ def leaf_of(
     kinds: bytes = b"\1\1\1",
     numbers: Sequence[int] = (0, 1, 0),
     offsets: bytes | None = None,
-    magic: int = ocdbt._NODE_MAGIC,
+    magic: int = ocdbt.NODE_MAGIC,
 ) -> bytes:
     """A leaf of three keys in two files; each argument spoils one field."""
     body = b"".join(
@@ -55,16 +63,18 @@ def leaf_of(
 
 
 def test_the_leaf_that_the_cases_spoil_is_read() -> None:
-    found = ocdbt.decode_leaf(leaf_of())
-    assert found is not None and found[0] == ["d/x", "d/y"] and found[1].keys == ENTRIES.keys
+    found = ocdbt_decode.decode_node(leaf_of())
+    assert found.files == ["d/x", "d/y"] and found.entries.keys == KEYS
 
 
 @pytest.mark.parametrize(
     "spoiled",
     [
         {"kind": b"\1"},
-        {"magic": ocdbt._MANIFEST_MAGIC},
+        {"magic": ocdbt.MANIFEST_MAGIC},
         {"files": VARINTS([10_000])},
+        {"files": VARINTS([2, 0, 3, 3, 2, 0]) + b"d/xd/y"},
+        {"shared": (6, 0)},
         {"files": VARINTS([1]) + VARINTS([2**20]) + VARINTS([0]) + b"d/x"},
         {"files": VARINTS([1]) + VARINTS([1]) + VARINTS([0]) + b"\xff"},
         {"count": 0},
@@ -76,8 +86,12 @@ def test_the_leaf_that_the_cases_spoil_is_read() -> None:
     ],
     ids=lambda spoiled: str(next(iter(spoiled))),
 )
-def test_a_leaf_of_another_form_is_left_to_tensorstore(spoiled: dict[str, Any]) -> None:
-    assert ocdbt.decode_leaf(leaf_of(**spoiled)) is None
+def test_a_leaf_of_another_form_is_refused(spoiled: dict[str, Any]) -> None:
+    with pytest.raises(ocdbt_decode.InvalidNodeError):
+        ocdbt_decode.decode_node(leaf_of(**spoiled))
+
+
+ROOT = ocdbt.Root(ocdbt.Span("d/x", 16, 9), 0)
 
 
 def manifest_of(
@@ -92,11 +106,12 @@ def manifest_of(
     files = ocdbt._encode_files(["d/x"])
     version = VARINTS([num_versions, generation]) + height + VARINTS([file, 16, 9, 2, 9, 16])
     body = config + files + version + b"\0" * 8 + VARINTS([0])
-    return ocdbt._seal(ocdbt._MANIFEST_MAGIC, body)
+    return ocdbt._seal(ocdbt.MANIFEST_MAGIC, body)
 
 
 def test_the_manifest_that_the_cases_spoil_is_read() -> None:
-    assert ocdbt.decode_manifest(manifest_of()) == ocdbt.Node("d/x", 16, 9)
+    assert ocdbt_decode.decode_manifest(manifest_of()) == ROOT
+    assert ocdbt_decode.decode_manifest(manifest_of(height=b"\2")) == ROOT._replace(height=2)
 
 
 @pytest.mark.parametrize(
@@ -106,20 +121,21 @@ def test_the_manifest_that_the_cases_spoil_is_read() -> None:
         {"num_versions": 2},
         {"num_versions": 0},
         {"generation": 0},
-        {"height": b"\1"},
         {"file": 1},
     ],
     ids=lambda spoiled: "-".join(map(str, next(iter(spoiled.items())))),
 )
 def test_a_manifest_of_another_form_is_left_to_tensorstore(spoiled: dict[str, Any]) -> None:
-    assert ocdbt.decode_manifest(manifest_of(**spoiled)) is None
+    assert ocdbt_decode.decode_manifest(manifest_of(**spoiled)) is None
 
 
 @pytest.mark.parametrize("change", [lambda d: d + b"\0", lambda d: d[:-1], lambda d: b"", bytes])
 def test_a_record_of_another_length_is_not_decoded(change: Callable[[bytes], bytes]) -> None:
     expected = change is bytes
-    assert (ocdbt.decode_leaf(change(leaf_of())) is not None) == expected
-    assert (ocdbt.decode_manifest(change(manifest_of())) is not None) == expected
+    assert (ocdbt_decode.decode_manifest(change(manifest_of())) is not None) == expected
+    refusal = contextlib.nullcontext() if expected else pytest.raises(InvalidNodeError)
+    with refusal:
+        ocdbt_decode.decode_node(change(leaf_of()))
 
 
 # ------------------------------------------------------------------------------------ data files
@@ -167,17 +183,6 @@ def test_only_regular_data_files_are_read(item: tuple[Path, Path], kind: str) ->
         file.mkdir()
     with pytest.raises(errors.CorruptCheckpointError):
         read(path)
-
-
-def test_a_data_file_outside_the_item_is_not_read(item: tuple[Path, Path]) -> None:
-    path, _ = item
-    entries = ocdbt.Entries([b"a/c/0/0", b"a/c/1/0"], [0, 0], [0, 0], [200_000] * 2)
-    spec = ArraySpec(DATA.shape, "uint8")
-    request = ReadRequest("a", spec, Box.whole(DATA.shape), GRID)
-    for file in ("../outside", "/etc/passwd", "d/../../x"):
-        reader = read_direct.DirectReader(str(path), [file], entries)
-        with pytest.raises(errors.CorruptCheckpointError, match="is outside the item"):
-            reader.tasks([request])
 
 
 @pytest.mark.parametrize("most_bytes", [1000, 70_000])

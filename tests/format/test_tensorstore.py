@@ -19,7 +19,7 @@ from functional_ckpt.core.arrays.chunks import ChunkGrid, choose_grid
 from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import STORAGE_DTYPES, ArraySpec, Box, numpy_dtype
 from functional_ckpt.format import database as database_lib
-from functional_ckpt.format import read_tensorstore, write_tensorstore
+from functional_ckpt.format import index, read_store, read_tensorstore, write_tensorstore
 from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.runtime import threads
 from functional_ckpt.storage.local import LocalStorage
@@ -69,11 +69,11 @@ def _request(
 
 
 def _read(directory: str, request: ReadRequest, memory: Any = None) -> None:
-    """Reads through TensorStore; without memory only verifies."""
+    """Reads as from an object store; without memory only verifies."""
     if memory is not None:
         request = request._replace(destination=Destination(lambda: memory, lambda: None))
-    database = database_lib.open_for_reading(directory, LocalStorage())
-    for task in read_tensorstore.TensorStoreReader(database).tasks([request]):
+    opened = index.open_index(LocalStorage(), directory)
+    for task in read_store.StoreReader(directory, opened).tasks([request]):
         task()
 
 

@@ -15,9 +15,11 @@ import pytest
 import torch
 from orbax.checkpoint import v1
 from orbax_view import as_orbax, differences
+from tensorstore_writes import force_tensorstore
 
 import functional_ckpt as fc
-from functional_ckpt.format import write_direct
+from functional_ckpt import testing
+from functional_ckpt.format import database, ocdbt, write_direct
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -346,11 +348,29 @@ def test_orbax_reads_a_large_item(tmp_path: Path) -> None:
     assert stored < 1.05 * (big.nbytes + tree["ragged"].nbytes)  # the tied leaf is stored once
 
 
+@pytest.mark.parametrize("writer", ["direct", "tensorstore"])
+def test_orbax_reads_an_index_of_several_levels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str
+) -> None:
+    monkeypatch.setattr(ocdbt, "MAX_NODE_BYTES", 1500)
+    if writer == "tensorstore":
+        force_tensorstore(monkeypatch)
+        config = {**database._CONFIG, "max_decoded_node_bytes": 1500}
+        monkeypatch.setattr(database, "_CONFIG", config)
+    tree = {f"block{index % 5}": {} for index in range(5)}
+    for index in range(300):
+        tree[f"block{index % 5}"][f"w{index}"] = torch.full((3,), float(index))
+    fc.save(tmp_path / "x", {"state": tree})
+    for got in _read_by_all(tmp_path / "x"):
+        assert differences(got, as_orbax(tree)) == []
+    assert testing.differences(fc.restore(tmp_path / "x")["state"], tree) == []
+
+
 def test_arrays_that_compress_well_inside_the_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorStore keeps chunks of up to 1 KiB in compressed nodes: fewer bytes than in memory."""
-    monkeypatch.setattr(write_direct, "MAX_KEYS", 0)
+    force_tensorstore(monkeypatch)
     tree = {f"x{index}": torch.zeros(256) for index in range(2000)}
     fc.save(tmp_path / "x", {"state": tree})
     item = tmp_path / "x" / "state"

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from tensorstore_writes import force_tensorstore
 
 import functional_ckpt as fc
 from functional_ckpt.core.arrays import digests
-from functional_ckpt.format import data_file, write_direct, write_tensorstore
+from functional_ckpt.format import data_file, write_tensorstore
 from functional_ckpt.testing import differences
 
 Save = Callable[[Path, dict[str, Any]], Path]
@@ -109,7 +110,7 @@ def test_the_same_through_tensorstore(
     save: str,
     chunked: bool,
 ) -> None:
-    monkeypatch.setattr(write_direct, "MAX_KEYS", 0)
+    force_tensorstore(monkeypatch)
     if chunked:
         monkeypatch.setattr(write_tensorstore, "SMALL_CHUNK_BYTES", 0)
     place = SAVES[save](tmp_path / "a", {"tree": changing})
@@ -119,7 +120,7 @@ def test_the_same_through_tensorstore(
 def test_live_memory_is_committed_in_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write_direct, "MAX_KEYS", 0)
+    force_tensorstore(monkeypatch)
     monkeypatch.setattr(write_tensorstore, "SMALL_CHUNK_BYTES", 0)
     monkeypatch.setattr(write_tensorstore, "MAX_COPIED_BYTES", 100_000)
     fc.save(tmp_path / "a", {"tree": tree()})

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorstore_writes import force_tensorstore
 
 import functional_ckpt as fc
 from functional_ckpt import errors, testing
@@ -39,7 +40,7 @@ def test_the_state_may_change_once_save_returns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_bytes: int, road: str
 ) -> None:
     if road == "tensorstore":
-        monkeypatch.setattr(write_direct, "MAX_KEYS", 0)
+        force_tensorstore(monkeypatch)
     monkeypatch.setattr(write_direct, "BYTES_PER_FILE", 10_000)
     reserved: list[int] = []
     original = host_memory.StagingBuffer.reserve

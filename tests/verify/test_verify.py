@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import tensorstore as ts
 import torch
+from tensorstore_writes import force_tensorstore
 
 import functional_ckpt as fc
 from functional_ckpt import errors, testing
@@ -83,7 +84,7 @@ def test_intact_checkpoint_has_no_findings(checkpoint: Path, root: Path) -> None
 
 
 def test_small_chunks_may_be_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write_direct, "MAX_KEYS", 0)  # through TensorStore, as to an object store
+    force_tensorstore(monkeypatch)  # through TensorStore, as to an object store
     path = tmp_path / "checkpoint"
     fc.save(path, {"m": {str(number): torch.zeros(256) for number in range(500)}})
     assert verify(path) == []
@@ -319,7 +320,8 @@ def test_an_unreadable_file_of_arrays_is_reported(checkpoint: Path) -> None:
     for name in names:
         found = one(verify_checkpoint(Unreadable(name), str(checkpoint)))
         assert (found.file, found.problem) == (f"m/{name}", "unreadable")
-        assert found.leaves == (STORED if name == "manifest.ocdbt" else ())
+        assert found.leaves and set(found.leaves) <= set(STORED)
+        assert found.leaves == STORED or name != "manifest.ocdbt"
 
 
 # ------------------------------------------------------------------------------------ swaps

@@ -1,0 +1,337 @@
+"""The index of an item's database: where the value of each key is stored.
+
+Every reader uses it: of local files, of object stores, and `verify`. Only nodes that hold wanted
+keys are read, each once.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import tensorstore as ts
+
+from functional_ckpt import errors
+from functional_ckpt.core.records.records import FileRecord
+from functional_ckpt.core.tree.structure import key_prefix
+from functional_ckpt.format.database import (
+    REFUSALS,
+    Database,
+    check_process,
+    open_files_for_reading,
+    read_error,
+    read_manifest,
+)
+from functional_ckpt.format.node_tree import DamagedNode, Fetch, Leaf, NodeTree
+from functional_ckpt.format.ocdbt import MANIFEST, Root, Span
+from functional_ckpt.format.ocdbt_decode import (
+    INLINE,
+    DecodedNode,
+    InvalidNodeError,
+    decode_manifest,
+    decode_node,
+    dump_location,
+    from_dump,
+    root_of_dump,
+)
+from functional_ckpt.format.read_plan import Located, Location, ReadRequest, adjacent
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.system_errors import absence_as_damage
+
+_ReadSpans = Callable[[Sequence[Span]], "list[bytes | errors.CheckpointError]"]
+"""Reads spans of data files; an error in place of one that cannot be read."""
+
+
+class _ValueRead(NamedTuple):
+    file: int
+    offset: int
+    num_bytes: int
+    key: bytes
+
+
+class Index:
+    """Locations of values, as far as they were wanted. Safe to use from any thread.
+
+    Args:
+        tree: The database's tree.
+        read_spans: Reads parts of data files.
+
+    Attributes:
+        files: Data files, relative to the item.
+        locations: Key -> index of the file, offset and length, for every key in a loaded node.
+        inline: The file `INLINE`: values that are stored inside nodes.
+        read_spans: As given.
+    """
+
+    def __init__(self, tree: NodeTree, read_spans: _ReadSpans) -> None:
+        self.files: list[str] = []
+        self.locations: dict[bytes, Location] = {}
+        self.inline = bytearray()
+        self.read_spans = read_spans
+        self._inline_files: list[tuple[int, str]] = []  # where the values of each node end
+        self._tree = tree
+        self._numbers: dict[str, int] = {}
+        self._loading = threading.Lock()
+        if tree.is_leaf:
+            self.load(None)
+
+    @property
+    def damaged(self) -> Sequence[DamagedNode]:
+        """The nodes that could not be read."""
+        return self._tree.damaged
+
+    def load_for(self, requests: Sequence[ReadRequest]) -> None:
+        """Loads the locations of the chunks of requests."""
+        if not self._tree.num_unread:
+            return
+        keys: list[bytes] = []
+        for request in requests:
+            prefix = key_prefix(request.name)
+            keys += [(prefix + part.key).encode() for part in request.parts]
+        self.load(keys)
+
+    def load(self, keys: Collection[bytes] | None) -> None:
+        """Loads the locations of keys; of all for None.
+
+        Raises:
+            CorruptCheckpointError: A node is damaged.
+            StorageError: The store refused.
+        """
+        with self._loading:
+            for leaf in self._tree.read(keys):
+                self._add(leaf)
+
+    def file_of(self, key: bytes) -> str:
+        """Returns the file of a loaded key: a data file, or that of the node with the value."""
+        number, offset, _ = self.locations[key]
+        if number != INLINE:
+            return self.files[number]
+        ends = [end for end, _ in self._inline_files]
+        return self._inline_files[bisect.bisect_right(ends, offset)][1]
+
+    def damage_of(self, key: bytes) -> DamagedNode | None:
+        """Returns the damaged node that may hold a key."""
+        for node in self._tree.damaged:
+            if node.low <= key and (node.high is None or key < node.high):
+                return node
+        return None
+
+    def read_values(
+        self, keys: Sequence[bytes], max_bytes: int
+    ) -> dict[bytes, bytes | errors.CheckpointError]:
+        """Reads small values; returns an error in place of one that cannot be read.
+
+        Args:
+            keys: Loaded keys, in the order of their locations.
+            max_bytes: The size of the largest value; a larger one is damage.
+        """
+        values: dict[bytes, bytes | errors.CheckpointError] = {}
+        reads: list[_ValueRead] = []
+        for key in keys:
+            file, offset, size = self.locations[key]
+            if size > max_bytes:
+                values[key] = errors.CorruptCheckpointError(
+                    f"expected at most {max_bytes:,} bytes, got {size:,}"
+                )
+            elif file == INLINE:
+                values[key] = bytes(self.inline[offset : offset + size])
+            else:
+                reads.append(_ValueRead(file, offset, size, key))
+        runs = list(adjacent(reads))
+        for run, data in self._contents(runs):
+            if isinstance(data, errors.CheckpointError) and len(run) > 1:  # of some of them
+                for each, part in self._contents([[read] for read in run]):
+                    values[each[0].key] = part
+                continue
+            for _, offset, size, key in run:
+                start = offset - run[0].offset
+                is_error = isinstance(data, errors.CheckpointError)
+                values[key] = data if is_error else data[start : start + size]
+        return values
+
+    def _contents(
+        self, runs: Sequence[list[_ValueRead]]
+    ) -> Iterator[tuple[list[_ValueRead], bytes | errors.CheckpointError]]:
+        spans = [span_of(self.files, run) for run in runs]
+        return zip(runs, self.read_spans(spans), strict=True)
+
+    def _add(self, leaf: Leaf) -> None:
+        node = leaf.node
+        table = [self._number(file) for file in node.files]
+        table.append(INLINE)  # which is at the index INLINE
+        files, offsets, lengths = node.entries.files, node.entries.offsets, node.entries.lengths
+        if node.inline:
+            start = len(self.inline)
+            self.inline += node.inline
+            self._inline_files.append((len(self.inline), leaf.file))
+            pairs = zip(files, offsets, strict=True)
+            offsets = [offset + start if file == INLINE else offset for file, offset in pairs]
+        places = zip(map(table.__getitem__, files), offsets, lengths, strict=True)
+        self.locations.update(zip(leaf.keys, places, strict=True))
+
+    def _number(self, file: str) -> int:
+        number = self._numbers.setdefault(file, len(self.files))
+        if number == len(self.files):
+            self.files.append(file)
+        return number
+
+
+def open_index(
+    storage: Storage,
+    directory: str,
+    files: Mapping[str, FileRecord] | None = None,
+    *,
+    skips_damage: bool = False,
+) -> Index:
+    """Opens the index of an item's database.
+
+    Args:
+        storage: The store.
+        directory: The item.
+        files: The item's file records, if it has a record.
+        skips_damage: Whether damaged nodes are collected, in place of raising.
+
+    Raises:
+        CorruptCheckpointError: There is no readable database.
+        StorageError: The store refused.
+    """
+    check_process()
+    read_spans = span_reader(storage, directory)
+    tree = open_tree(storage, directory, read_spans, files, skips_damage=skips_damage)
+    return Index(tree, read_spans)
+
+
+def open_tree(
+    storage: Storage,
+    directory: str,
+    read_spans: _ReadSpans,
+    files: Mapping[str, FileRecord] | None = None,
+    *,
+    skips_damage: bool = False,
+) -> NodeTree:
+    """Opens the tree of a database; `open_index` describes arguments and errors."""
+    manifest = read_manifest(storage, directory, (files or {}).get(MANIFEST))
+    root = decode_manifest(manifest)
+    if root is None:
+        database = open_files_for_reading(directory, storage)
+        root, fetch = _dumped_root(database), _dumped(database)
+    else:
+        fetch = _decoded(read_spans)
+    return NodeTree(directory, fetch, root, skips_damage=skips_damage)
+
+
+# ------------------------------------------------------------------------------------ nodes
+
+
+def _decoded(read_spans: _ReadSpans) -> Fetch:
+    """Returns a reader of plain nodes."""
+
+    def fetch(spans: Sequence[Span]) -> list[DecodedNode | Exception]:
+        return [_decode(data) for data in read_spans(spans)]
+
+    return fetch
+
+
+def _decode(data: bytes | errors.CheckpointError) -> DecodedNode | Exception:
+    if isinstance(data, errors.CheckpointError):
+        return data
+    try:
+        return decode_node(data)
+    except InvalidNodeError as error:
+        return error
+
+
+def _dumped_root(database: Database) -> Root | None:
+    try:
+        return root_of_dump(ts.ocdbt.dump(database.store).result())
+    except (*REFUSALS, IndexError) as error:
+        raise read_error(database, MANIFEST, error) from error
+
+
+def _dumped(database: Database) -> Fetch:
+    """Returns a reader of nodes that TensorStore wrote."""
+
+    def fetch(spans: Sequence[Span]) -> list[DecodedNode | Exception]:
+        dumps = [ts.ocdbt.dump(database.store, dump_location(span)) for span in spans]
+        return [_undump(database, span, dump) for span, dump in zip(spans, dumps, strict=True)]
+
+    return fetch
+
+
+def _undump(database: Database, span: Span, dump: Any) -> DecodedNode | Exception:
+    try:
+        return from_dump(dump.result())
+    except REFUSALS as error:
+        return read_error(database, f"the index node at byte {span.offset} of {span.file!r}", error)
+
+
+# ------------------------------------------------------------------------------------ spans
+
+
+def span_of(files: Sequence[str], run: Sequence[Located]) -> Span:
+    """Returns the bytes of a run of `adjacent`.
+
+    Args:
+        files: The index's data files.
+        run: Reads of one file, in order.
+    """
+    first = run[0]
+    end = max([read.offset + read.num_bytes for read in run])
+    return Span(files[first.file], first.offset, end - first.offset)
+
+
+def span_reader(storage: Storage, directory: str) -> _ReadSpans:
+    """Returns a reader of parts of an item's data files: of many at a time from a store."""
+    if storage.files is None:
+        return _remote_spans(open_files_for_reading(directory, storage))
+
+    def read(spans: Sequence[Span]) -> list[bytes | errors.CheckpointError]:
+        return [_read_local(storage, directory, span) for span in spans]
+
+    return read
+
+
+def _read_local(storage: Storage, directory: str, span: Span) -> bytes | errors.CheckpointError:
+    path = os.path.join(directory, span.file)
+    try:
+        with absence_as_damage(f"{path}: the file is missing.", path):
+            data = storage.read(path, span.offset, span.length)
+    except errors.CheckpointError as error:
+        return error
+    return data if len(data) == span.length else _truncated(path, span)
+
+
+def _remote_spans(database: Database) -> _ReadSpans:
+    def read(spans: Sequence[Span]) -> list[bytes | errors.CheckpointError]:
+        futures = [
+            database.store.read(span.file, byte_range=slice(span.offset, span.offset + span.length))
+            for span in spans
+        ]
+        return [
+            _read_remote(database, span, future)
+            for span, future in zip(spans, futures, strict=True)
+        ]
+
+    return read
+
+
+def _read_remote(database: Database, span: Span, future: Any) -> bytes | errors.CheckpointError:
+    try:
+        result = future.result()
+    except REFUSALS as error:
+        return read_error(database, repr(span.file), error)
+    path = os.path.join(database.directory, span.file)
+    if result.state != "value":
+        return errors.CorruptCheckpointError(f"{path}: the file is missing.", path=path)
+    return result.value if len(result.value) == span.length else _truncated(path, span)
+
+
+def _truncated(path: str, span: Span) -> errors.CorruptCheckpointError:
+    return errors.CorruptCheckpointError(
+        f"{path}: {span.length:,} bytes at byte {span.offset:,} cannot be read: the file is "
+        "truncated.",
+        path=path,
+    )
