@@ -17,7 +17,7 @@ from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.storage.buckets import s3 as s3_bucket
 from functional_ckpt.storage.open import connect
 
-SIZES = (10, 900 if IS_FULL else 20)
+SIZES = (10, 900)
 KEEP = [fc.policies.LatestN(10**6), fc.policies.BestN(1, "acc")]
 METHODS = ("read", "head", "list", "names", "write", "copy", "delete", "upload", "download")
 
@@ -63,6 +63,7 @@ def commit(manager: fc.CheckpointManager, step: int) -> None:
     handle.result(60)
 
 
+@pytest.mark.skipif(not IS_FULL, reason="minutes; tests/steps/test_step_counts.py is the part")
 @pytest.mark.timeout(1800)
 def test_requests_do_not_depend_on_the_number_of_steps(
     s3: str, monkeypatch: pytest.MonkeyPatch
@@ -71,7 +72,8 @@ def test_requests_do_not_depend_on_the_number_of_steps(
 
     def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *arguments: Any, **options: Any) -> Any:
-            count[name] += 1
+            if "/.functional_ckpt/lock" not in str(arguments[:1]):  # the lease is renewed by time
+                count[name] += 1
             return method(self, *arguments, **options)
 
         return call
