@@ -145,3 +145,11 @@ def test_nested_state_of_another_number_of_ranks_is_resized_before_it_is_lifted(
     handler.resize.assert_called_once_with(["a", "b"], 1, 3)
     handler.lift.assert_called_once_with("live", "resized")
     assert found is handler.lift.return_value
+
+
+def test_nested_item_is_checked_again_when_it_is_saved(tmp_path):
+    item = fc.Stateful(ADAM)
+    object.__setattr__(item, "value", 3)
+    for items in ({"a": item}, {"a": {"nested": item}}):
+        with pytest.raises(errors.UsageError, match="Expected an object with state_dict"):
+            fc.save(tmp_path / "step", items)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 import uuid
@@ -187,6 +188,18 @@ def test_a_tag_whose_saving_did_not_end_is_refused(tmp_path: Path) -> None:
     source = fc.interop.open(tmp_path / "tag")
     assert list(source) == ["optimizer", "user_content"]
     assert source["user_content"] == {"total_steps": 7}
+
+
+def test_the_outcome_of_a_conversion_is_written_as_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tag(tmp_path / "tag", 2, tp_size=3)
+    convert(tmp_path / "tag", tmp_path / "full", "--convert_to_full", "--json")
+    assert json.loads(capsys.readouterr().out) == {
+        "schema": "fckpt.convert_zero/1",
+        "path": str(tmp_path / "full"),
+        "num_states": 3,
+    }
 
 
 def test_a_step_in_a_store_is_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,15 @@ def test_between_two_looks_for_a_new_step_it_rests(
     assert (found, rests) == ((1, expected) if poll < 20 else (None, [20.0]))
 
 
+def test_the_metadata_of_a_step_under_way_waits_for_its_commit(tmp_path: Path) -> None:
+    gate = Gate("rename")
+    with fc.CheckpointManager(tmp_path, storage=gate) as manager:
+        gate.shut()
+        manager.save(1, state(1))
+        gate.open_soon()
+        assert manager.metadata(1).step == 1
+
+
 def test_two_writers_of_one_directory(tmp_path: Path) -> None:
     first = fc.CheckpointManager(tmp_path)
     with pytest.raises(errors.LockedError, match=rf"\b{os.getpid()}\b") as caught:
