@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
+import torch
 
-from functional_ckpt.saving import overlap_check, replicas
+from functional_ckpt.saving import overlap_check, parts, replicas
 
 
 def test_a_large_leaf_is_sampled_from_its_beginning_to_its_end() -> None:
@@ -30,3 +33,15 @@ def test_a_grid_has_many_elements_and_not_too_many(shape: tuple[int, ...]) -> No
     taken = np.broadcast_to(np.float32(1), shape)[replicas._grid(shape, 4)]
     assert replicas._MAX_ELEMENTS / 4 <= taken.size <= replicas._MAX_ELEMENTS * 1.5
     assert replicas._grid((3, 4), 4) == (...,)
+
+
+def test_elements_on_a_device_are_enqueued_and_empty_parts_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parts.device_copies, "is_streamed", lambda view: True)
+    transfers, part = mock.Mock(), mock.Mock(view=torch.ones(3), dtype="float32")
+    empty = mock.Mock(view=torch.ones(0), dtype="float32")
+    host = np.zeros(3, np.float32)
+    parts.start_copy([(part, host), (empty, np.zeros(0, np.float32))], transfers, 1)
+    [(target, source)] = transfers.enqueue.call_args.args[0]
+    assert source is part.view and target.data_ptr() == host.ctypes.data
