@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from functional_ckpt.cli import trees
 from functional_ckpt.core.arrays.digests import Digests
@@ -71,6 +71,9 @@ def _compare_items(
     a, b = first.opened, second.opened
     is_exact = a.record is not None and b.record is not None
     leaves_a, leaves_b = _leaves(a.root, is_exact=is_exact), _leaves(b.root, is_exact=is_exact)
+    if _numbers(leaves_a) != _numbers(leaves_b):  # lists that are one leaf on one side only
+        roots = structure.with_unpacked(a.root), structure.with_unpacked(b.root)
+        leaves_a, leaves_b = (_leaves(root, is_exact=is_exact) for root in roots)
     if is_exact:
         yield from _compare_containers(a.root, b.root)
     for key, (name, leaf) in leaves_a.items():
@@ -95,6 +98,11 @@ def _leaves(
         keys = tuple((type(k.value), k.value) if is_exact else str(k.value) for k in path)
         found[keys] = (structure.leaf_name(path), leaf)
     return found
+
+
+def _numbers(leaves: Mapping[tuple[object, ...], tuple[str, structure.Node]]) -> set[Any]:
+    """Returns the key paths of long lists of numbers."""
+    return {key for key, (_, leaf) in leaves.items() if structure.is_numbers(leaf)}
 
 
 def _compare_containers(a: structure.Node, b: structure.Node) -> Iterator[Difference]:
@@ -159,6 +167,9 @@ def _plain(item: _Item, leaf: structure.Node) -> structure.Node:
 def _same(a: object, b: object) -> bool:
     if isinstance(a, float) and isinstance(b, float):
         return a.hex() == b.hex()  # NaN equals NaN, and 0.0 is not -0.0
+    if isinstance(a, (list, tuple)) and type(a) is type(b):
+        parts, others = cast("Sequence[object]", a), cast("Sequence[object]", b)
+        return len(parts) == len(others) and all(map(_same, parts, others))
     return a == b
 
 

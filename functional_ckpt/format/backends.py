@@ -54,7 +54,7 @@ class Arrays:
             item: The item's directory.
             child: The database's directory relative to the item; empty for the item's own.
             arrays: What to write.
-            scalars: 0-dim arrays given by value: name, spec, value.
+            scalars: Arrays of one chunk, given by value: name, spec, value.
             tied: Name of a tied leaf -> name and grid of the array that holds its bytes.
             num_threads: How many threads write data files; TensorStore has threads of its own.
 

@@ -83,7 +83,7 @@ def write_arrays(
         item_directory: The item.
         child: The database's directory relative to the item; empty for the item's own.
         arrays: What to write; at least one, or a scalar.
-        scalars: 0-dim arrays given by value: name, spec, value.
+        scalars: Arrays of one chunk, given by value: name, spec, value.
         tied: Name of a tied leaf -> name and grid of the array that holds its bytes.
         num_threads: How many are busy, each with a file of its own.
 
@@ -246,8 +246,9 @@ class _Part:
                     _metadata(array.spec, array.grid.chunk_shape),
                 )
         for name, spec, value in scalars:
-            self._put(key_prefix(name) + "zarr.json", _metadata(spec, ()))
-            self._put(key_prefix(name) + "c", np.array(value, numpy_dtype(spec.dtype)).tobytes())
+            self._put(key_prefix(name) + "zarr.json", _metadata(spec, spec.shape))
+            data = np.array(value, numpy_dtype(spec.dtype)).tobytes()
+            self._put(key_prefix(name) + orbax.only_chunk(spec), data)
 
     @functools.cached_property
     def _places(self) -> dict[bytes, int]:

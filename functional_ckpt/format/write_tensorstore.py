@@ -94,7 +94,7 @@ def write_arrays(
         item_directory: The item.
         children: Directories relative to the item; `[""]` writes into the item's own database.
         arrays: What to write.
-        scalars: 0-dim arrays given by value: name, spec, value.
+        scalars: Arrays of one chunk, given by value: name, spec, value.
 
     Returns:
         The digests of every chunk written.
@@ -170,8 +170,9 @@ class _ChildDatabase:
         self.put(f"{key_prefix(name)}zarr.json", json.dumps(metadata).encode())
 
     def put_scalar(self, name: str, spec: ArraySpec, value: object) -> None:
-        self.put_metadata(name, spec, ())
-        self.put(f"{key_prefix(name)}c", np.array(value, numpy_dtype(spec.dtype)).tobytes())
+        self.put_metadata(name, spec, spec.shape)
+        data = np.array(value, numpy_dtype(spec.dtype)).tobytes()
+        self.put(f"{key_prefix(name)}{orbax.only_chunk(spec)}", data)
 
     def put_array(self, array: ArrayWrite, box: Box, data: Array) -> None:
         """Writes a region through zarr; `data` is referenced until the commit is done."""

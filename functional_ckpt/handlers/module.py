@@ -14,9 +14,9 @@ from torch.nn import parameter
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec as spec_lib
-from functional_ckpt.core.tree import memory
+from functional_ckpt.core.tree import memory, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
-from functional_ckpt.handlers import module_names
+from functional_ckpt.handlers import module_metadata, module_names
 from functional_ckpt.handlers.base import Handler, Item, item_class
 
 
@@ -39,7 +39,8 @@ class ModuleHandler(Handler):
 
     def lower(self, value: Any) -> dict[str, Any]:
         """Name -> detached tensor over the module's own memory, or extra state."""
-        state = self._entries(value)
+        raw = _state_dict(value)
+        state = self._entries(value, raw)
         lazy = [name for name, entry in state.items() if _is_uninitialized(entry.value)]
         if lazy:
             raise errors.UnsupportedLeafError(
@@ -47,7 +48,9 @@ class ModuleHandler(Handler):
                 "run a forward pass first.",
                 key_path=lazy[0],
             )
-        return {name: _stored(entry) for name, entry in state.items()}
+        stored = {name: _stored(entry) for name, entry in state.items()}
+        metadata = module_metadata.to_store(value, raw, _loads_its_own_way)
+        return structure.Described(stored, metadata) if metadata else stored
 
     def own(self, value: Any) -> dict[str, Any]:
         """Name -> current value, of lazy modules too."""
@@ -64,11 +67,13 @@ class ModuleHandler(Handler):
         specs = cast("Mapping[str, Any]", saved) if isinstance(saved, Mapping) else {}
         spare = _other_names(state, specs)
         # Leaves that the checkpoint lacks stay, so that the error or report names them.
-        return {
+        wanted = {
             name: _wanted(entry, specs[name]) if name in specs else _detached(entry.value)
             for name, entry in state.items()
             if name not in spare
         }
+        metadata = module_metadata.stored(saved)
+        return structure.Described(wanted, metadata) if metadata else wanted
 
     def first_rank_leaves(self, value: Any) -> Mapping[str, bool]:
         """Buffers that DDP broadcasts from the first rank; the statistics of batch norm."""
@@ -102,13 +107,14 @@ class ModuleHandler(Handler):
             for name, entry in state.items()
             if name in values and not _is_meta(values[name])
         }
+        loaded = module_metadata.attach(module, loaded, values)
         if self.only is None and len(loaded) == len(state):
             module.load_state_dict(loaded)
         else:
             module.load_state_dict(loaded, strict=False)
 
-    def _entries(self, module: Any) -> dict[str, _Entry]:
-        entries = _entries(module)
+    def _entries(self, module: Any, state: Mapping[str, Any] | None = None) -> dict[str, _Entry]:
+        entries = _entries(module, _state_dict(module) if state is None else state)
         if self.only is None:
             return entries
         unused = [p for p in self.only if not any(_matches(name, (p,)) for name in entries)]
@@ -176,11 +182,11 @@ class _Entry(NamedTuple):
         return _is_uninitialized(self.value)
 
 
-def _entries(module: torch.nn.Module) -> dict[str, _Entry]:
+def _entries(module: torch.nn.Module, state: Mapping[str, Any]) -> dict[str, _Entry]:
     own = {name: slot for name, slot in module_names.slots(module) if slot.persistent}
     entries: dict[str, _Entry] = {}
     prefixes: dict[str, str] = {}
-    for raw_name, value in _state_dict(module).items():
+    for raw_name, value in state.items():
         prefix, _, last = raw_name.rpartition(".")
         start = prefixes.get(prefix)
         if start is None:

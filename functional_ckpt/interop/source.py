@@ -83,12 +83,12 @@ class Format:
 
 
 def source_of(path: str, format: str, items: Mapping[str, Any]) -> Source:
-    """Returns a source of values that were read; a state dict is opened as a plain dict."""
+    """Returns a source of values that were read; state dicts keep the versions of their modules."""
 
-    def plain(value: Any) -> Any:  # an OrderedDict carries the versions of the modules too
-        return dict(value) if hasattr(value, "_metadata") else value
+    def same(value: Any) -> Any:
+        return value
 
-    openers = {name: functools.partial(plain, value) for name, value in items.items()}
+    openers = {name: functools.partial(same, value) for name, value in items.items()}
     return Source(path, format, openers)
 
 
@@ -106,7 +106,7 @@ def items_of(
     if not entries:
         raise errors.CorruptCheckpointError(f"{path}: it holds nothing.", path=path)
     if all(is_tensor(value) for value in entries.values()):
-        return {"model": dict(entries)}
+        return {"model": content if isinstance(content, dict) else dict(entries)}
     if all(_is_item_name(name) for name in entries):
         return dict(entries)
     return {"state": dict(entries)}

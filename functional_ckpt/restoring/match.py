@@ -130,8 +130,13 @@ class _Request:
     """Whether a target whose item the checkpoint lacks is kept and reported."""
 
     def root_of(self, opened: OpenItem, name: str) -> structure.Node | None:
-        """The structure of an item, under the names that the target knows; None for nothing."""
+        """The structure of an item, under the names that the target knows; None for nothing.
+
+        Where leaves are chosen or renamed by name, each number of a long list has its name.
+        """
         root = _root_for(opened, self.group)
+        if self.renamed is not None or self.wanted.is_partial(name):
+            root = structure.with_unpacked(root)
         return root if self.renamed is None else self.renamed.rename(root, name)
 
     def check_used(self) -> None:

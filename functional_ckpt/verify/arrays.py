@@ -151,8 +151,8 @@ class ItemArrays:
 
     def _small_values(self) -> Iterator[_Value]:
         for name, array, value in self._scalars:
-            yield _metadata(name, array, ())
-            key = f"{structure.key_prefix(name)}c"
+            yield _metadata(name, array, array.shape)
+            key = f"{structure.key_prefix(name)}{orbax.only_chunk(array)}"
             yield _Value(name, key, functools.partial(_compare_number, array, value))
         for node in self._nodes:
             digests = self._digests(node)

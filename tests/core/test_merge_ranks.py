@@ -11,7 +11,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.records import merge_ranks
 from functional_ckpt.core.restore_plan import select
 from functional_ckpt.core.restore_plan.match import match
-from functional_ckpt.core.tree import flatten, structure
+from functional_ckpt.core.tree import context, flatten, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED
 
 
@@ -126,3 +126,35 @@ def test_names_are_united_in_order_and_come_back_as_a_list() -> None:
 def test_ordinary_lists_of_texts_are_values_of_their_ranks() -> None:
     united = unite({"n": ["b", "a"]}, {"n": ["c", "a"]})
     assert told(united, 1, 2)[0] == {"n": ["c", "a"]}
+
+
+def test_long_lists_that_differ_are_kept_for_every_rank() -> None:
+    united = unite({"a": [1] * 200}, {"a": [2] * 300})
+    assert told(united, 0, 2) == ({"a": [1] * 200}, [])
+    assert told(united, 1, 2) == ({"a": [2] * 300}, [])
+
+
+def test_a_long_list_of_other_types_on_another_rank() -> None:
+    united = unite({"a": [1] * 200}, {"a": [1] * 199 + [2.5]})
+    assert told(united, 0, 2) == ({"a": [1] * 200}, [])
+    assert told(united, 1, 2) == ({"a": [1] * 199 + [2.5]}, [])
+    united = unite({"a": [True] * 200}, {"a": [1] * 200})
+    assert [type(told(united, rank, 2)[0]["a"][0]) for rank in (0, 1)] == [bool, int]
+    with pytest.raises(errors.CoordinationError, match=r"a list of 200, rank 1 .* a list of 3"):
+        unite({"a": [1] * 200}, {"a": [1, 2, 3]})
+
+
+def test_metadata_of_modules_is_united_by_name() -> None:
+    def stage(**versions: int) -> structure.Described:
+        found = {
+            name: {"version": version, "size": torch.Size([1])}
+            for name, version in versions.items()
+        }
+        detail = {structure.METADATA: context.tag(found)} if found else {}
+        return structure.Described(dict.fromkeys(versions or ["x"], 1), detail)
+
+    united = unite(stage(a=2), stage(), stage(a=2, b=3))
+    assert isinstance(united, structure.BranchNode)
+    assert united.detail == stage(a=2, b=3).detail
+    with pytest.raises(errors.CoordinationError):
+        unite(stage(a=2), stage(a=3))

@@ -20,6 +20,8 @@ def as_orbax(value: Any) -> Any:
         return {name: as_orbax(child) for name, child in zip(value._fields, value, strict=True)}
     if isinstance(value, tuple) and not value:
         return ()
+    if isinstance(value, (list, tuple)) and (numbers := encode.value_node(value)) is not None:
+        return np.array(numbers.value)
     if isinstance(value, (list, tuple, collections.deque)):
         return [as_orbax(child) for child in value]
     if isinstance(value, torch.Tensor):

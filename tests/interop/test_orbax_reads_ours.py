@@ -43,6 +43,8 @@ def pytree() -> dict[Any, Any]:
         "ints": [0, -7, 2**53 + 1, 2**63 - 1, -(2**63), 2**63, -(2**80)],
         "floats": [0.1, math.nan, math.inf, -0.0, 5e-324],
         "bools": (True, False),
+        "long": [list(range(200)), (0.5, math.nan) * 100, {"of bools": [True, False] * 100}],
+        "long and mixed": [1, 2.5] * 70,
         "complex": complex(1.5, -2),
         "texts": ["", "привет", "a\nb", "💾"],
         "bytes": [b"", b"\x00\xff"],

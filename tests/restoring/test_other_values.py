@@ -479,6 +479,17 @@ def test_the_metadata_of_a_state_dict_comes_back(tmp_path: Path) -> None:
     assert like._metadata == expected
 
 
+def test_attributes_may_have_values_of_torch(tmp_path: Path) -> None:
+    """As those of a TensorDict: its sizes and device."""
+    state: Any = collections.OrderedDict(a=torch.ones(2))
+    state._metadata = collections.OrderedDict(
+        {"": {"batch_size": torch.Size([2]), "device": torch.device("cpu"), "dtype": torch.int8}}
+    )
+    fc.save(tmp_path / "c", {"state": state})
+    found = fc.restore(tmp_path / "c")["state"]._metadata
+    assert found == state._metadata and type(found[""]["batch_size"]) is torch.Size
+
+
 def test_attributes_that_are_no_data_are_refused(tmp_path: Path) -> None:
     state: Any = collections.OrderedDict(a=1)
     state.owner = object()

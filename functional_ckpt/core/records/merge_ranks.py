@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -51,6 +52,8 @@ class _Uniting:
         if not others:
             return first
         held = [(tuple(sorted(alike)), first), *others]
+        if any(isinstance(node, BranchNode) for _, node in held):
+            held = [(ranks, structure.unpacked(node)) for ranks, node in held]
         nodes = [node for _, node in held]
         if all(isinstance(node, BranchNode) for node in nodes):
             return self._unite_branches(cast("_Branches", held), path)
@@ -118,12 +121,16 @@ def _merge_details(
     """
     if one == other:
         return one
+    if structure.METADATA in {*one, *other}:
+        return _merge_metadata(one, other)
     if {**one, "attributes": None} != {**other, "attributes": None}:
         return None
     if not ("attributes" in one and "attributes" in other):
         return None
-    first = cast("dict[str, Any]", plain_json.untag(one["attributes"]))
-    second = cast("dict[str, Any]", plain_json.untag(other["attributes"]))
+    first, second = (
+        cast("dict[str, Any]", plain_json.untag(detail["attributes"], _Opaque.of))
+        for detail in (one, other)
+    )
     united = {**first, **second}
     for name in first.keys() & second.keys():
         mine, theirs = first[name], second[name]
@@ -134,7 +141,49 @@ def _merge_details(
         if any(mine[key] != theirs[key] for key in mine.keys() & theirs.keys()):
             return None
         united[name] = type(mine)({**mine, **theirs})
-    return {**one, "attributes": plain_json.tag(united)}
+    return {**one, "attributes": plain_json.tag(united, _Opaque.back)}
+
+
+def _merge_metadata(
+    one: Mapping[str, object], other: Mapping[str, object]
+) -> Mapping[str, object] | None:
+    """As `_merge_details`, for the tree of a module: each rank has that of its own modules."""
+    rest, others = ({**detail, structure.METADATA: None} for detail in (one, other))
+    first, second = (
+        cast("dict[str, Any]", plain_json.untag(detail[structure.METADATA], _Opaque.of))
+        if structure.METADATA in detail
+        else {}
+        for detail in (one, other)
+    )
+    if rest != others or any(first[key] != second[key] for key in first.keys() & second.keys()):
+        return None
+    return {**rest, structure.METADATA: plain_json.tag({**first, **second}, _Opaque.back)}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Opaque:
+    """A value in attributes that only torch can make, such as a `torch.Size`.
+
+    Attributes:
+        kind: Its kind.
+        payload: Its JSON text.
+    """
+
+    kind: str
+    payload: str
+
+    @classmethod
+    def of(cls, kind: str, payload: Any) -> Any:
+        """Returns such a value; `NotImplemented` for a plain one."""
+        return cls(kind, json.dumps(payload)) if kind in _OF_TORCH else NotImplemented
+
+    @staticmethod
+    def back(value: object) -> tuple[str, Any] | None:
+        """Returns its kind and payload; None for any other value."""
+        return (value.kind, json.loads(value.payload)) if isinstance(value, _Opaque) else None
+
+
+_OF_TORCH = ("torch", "torch_device", "torch_size", "enum", "record")
 
 
 def _contrast(node: Node, other: Node) -> str:

@@ -62,6 +62,8 @@ def _stored_as(leaf: structure.Node) -> str:
         return "array"
     if isinstance(leaf, structure.BranchNode):
         return _EMPTY.get(leaf.kind, "Dict")
+    if leaf.kind in structure.NUMBERS:
+        return "array"
     if leaf.kind in _SCALAR_DTYPES:
         is_big = leaf.kind == "int" and not -(2**63) <= cast("int", leaf.value) < 2**63
         return "string" if is_big else "scalar"
@@ -78,6 +80,8 @@ def tree_metadata(root: structure.Node) -> bytes:
         path = path or (structure.Key(structure.ROOT_NAME),)
         if isinstance(leaf, structure.ArrayNode):
             value = _array_metadata(leaf.spec.shape)
+        elif structure.is_numbers(leaf):
+            value = _array_metadata(_spec_of_numbers(leaf).shape)
         else:
             value = json.dumps(_value_metadata(leaf))
         name = encode_basestring_ascii(str(tuple([str(key.value) for key in path])))
@@ -126,14 +130,22 @@ def strings(root: structure.Node) -> dict[str, str]:
 
 
 def scalar_leaves(root: structure.Node) -> Iterator[tuple[str, ArraySpec, object]]:
-    """Name, spec and value of the plain numbers, which Orbax reads as 0-dim arrays."""
+    """Name, spec and value of the plain numbers, which Orbax reads as arrays of one chunk."""
     for path, leaf in structure.iter_leaves(root):
-        if isinstance(leaf, structure.ValueNode) and _stored_as(leaf) == "scalar":
-            yield (
-                structure.leaf_name(path),
-                ArraySpec((), _SCALAR_DTYPES[leaf.kind]),
-                leaf.value,
-            )
+        if structure.is_numbers(leaf):
+            yield structure.leaf_name(path), _spec_of_numbers(leaf), leaf.value
+        elif isinstance(leaf, structure.ValueNode) and _stored_as(leaf) == "scalar":
+            yield structure.leaf_name(path), ArraySpec((), _SCALAR_DTYPES[leaf.kind]), leaf.value
+
+
+def only_chunk(spec: ArraySpec) -> str:
+    """The key of the chunk of an array that `scalar_leaves` returns, relative to the array."""
+    return "/".join(["c", *("0" for _ in spec.shape)])
+
+
+def _spec_of_numbers(leaf: structure.ValueNode) -> ArraySpec:
+    dtype = _SCALAR_DTYPES[structure.NUMBERS[leaf.kind]]
+    return ArraySpec((len(structure.numbers_of(leaf)),), dtype)
 
 
 def zarr3_metadata(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> dict[str, Json]:

@@ -106,6 +106,10 @@ class _Matching:
         saved, path = targets.inside(saved, path)
         if not self._is_wanted(saved, target, path):
             return walk.leaf(Given(targets.own_value(target)))
+        if structure.is_numbers(saved):
+            if (numbers := targets.numbers_like(saved, target)) is not None:
+                return walk.leaf(Given(numbers))
+            saved = structure.unpacked(saved)
         opened = None if isinstance(target, _LEAVES) else flatten.flatten_one_level(target)
         if opened is None:
             return walk.leaf(self._bind_leaf(saved, target, path))

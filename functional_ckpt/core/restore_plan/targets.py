@@ -65,3 +65,12 @@ def inside(saved: structure.Node, path: KeyPath) -> tuple[structure.Node, KeyPat
     if isinstance(saved, structure.BranchNode) and structure.BARE in saved.detail:
         return saved.children[0], (*path, saved.keys[0])
     return saved, path
+
+
+def numbers_like(saved: structure.ValueNode, target: Any) -> Any:
+    """Long lists of as many numbers: the stored ones, in the target's kind of list; else None."""
+    wanted = encode.value_node(target) if type(target) in (list, tuple) else None
+    numbers = structure.numbers_of(saved)
+    if wanted is None or len(target) != len(numbers):
+        return None
+    return type(target)(numbers)

@@ -119,12 +119,12 @@ def _attributes(value: object) -> dict[str, object]:
     attributes = vars(value)
     if not attributes:
         return {}
-    if not plain_json.is_plain(attributes):
+    if not (plain_json.is_plain(attributes) or context_lib.is_storable(attributes)):
         raise errors.UnsupportedLeafError(
             f"{type(value).__name__} has attributes that are not plain data ({attributes!r:.80}) "
             f"and would be lost; pass {type(value).__name__}(value), which has none"
         )
-    return {"attributes": plain_json.tag(attributes)}
+    return {"attributes": context_lib.tag(attributes)}
 
 
 def _check_key(key: object) -> None:
@@ -260,7 +260,7 @@ def _close_like(node: structure.BranchNode, children: Sequence[Any], like: objec
 
 def _build_mapping(node: structure.BranchNode, children: Sequence[Any]) -> Any:
     pairs = zip([key.value for key in node.keys], children, strict=True)
-    attributes = plain_json.untag(node.detail["attributes"]) if "attributes" in node.detail else {}
+    attributes = context_lib.untag(node.detail["attributes"]) if "attributes" in node.detail else {}
     if node.kind == "ordered_dict":
         return _with_attributes(collections.OrderedDict(pairs), attributes)
     if node.kind == "counter":

@@ -6,6 +6,7 @@ looked up among those that are loaded; nothing is imported, and none of their co
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import sys
@@ -27,7 +28,7 @@ def is_storable(context: object, depth: int = _MAX_DEPTH) -> bool:
         return False
     if type(context) in (list, tuple):
         return all(is_storable(part, depth - 1) for part in cast("list[Any]", context))
-    if type(context) is dict:
+    if type(context) in (dict, collections.OrderedDict):
         parts = [part for pair in cast("dict[Any, Any]", context).items() for part in pair]
         return all(is_storable(part, depth - 1) for part in parts)
     if is_of_torch(context):

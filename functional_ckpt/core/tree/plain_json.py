@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
+from functional_ckpt.core.tree.structure import NUMBERS
+
 Json: TypeAlias = Any
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
@@ -52,6 +54,8 @@ def encode(value: object) -> Json:
         if is_joined_by_json(value):
             return {"utf-8": value.encode("utf-8", "surrogatepass").hex()}
         return {"utf-16": value.encode("utf-16-le", "surrogatepass").hex()}
+    if type(value) in (list, tuple):  # of numbers
+        return [type(value).__name__, [encode(part) for part in cast("list[object]", value)]]
     if (kind := kind_of(value)) is not None:
         return _STANDARD[kind][0](value)
     return value
@@ -85,7 +89,18 @@ def decode(kind: str, payload: Json) -> Any:
         return string(payload)
     if kind in _STANDARD:
         return _decode_standard(kind, payload)
+    if kind in NUMBERS:
+        return _decode_numbers(NUMBERS[kind], *payload)
     raise ValueError(f"{payload!r:.100} is not a value of kind {kind!r:.100}")
+
+
+def _decode_numbers(kind: str, container: Json, payload: Json) -> list[Any] | tuple[Any, ...]:
+    numbers = [decode(kind, part) for part in payload]
+    if container not in ("list", "tuple"):
+        raise ValueError(f"{container!r:.100} is not a list or tuple")
+    if kind == "int" and not all(-(2**63) <= number < 2**63 for number in numbers):
+        raise ValueError("an integer beyond 64 bits in a list of numbers")
+    return numbers if container == "list" else tuple(numbers)
 
 
 def _float(payload: Json) -> float:

@@ -8,16 +8,20 @@ against it, and records store it as JSON. Free of torch, so that the command lin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Hashable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias, TypeGuard
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias, TypeGuard, cast
 
 from functional_ckpt.core.arrays import sharding as sharding_lib
 from functional_ckpt.core.arrays import spec as spec_lib
+from functional_ckpt.core.tree import walk
 
 # The name on disk of an item that is one bare leaf.
 ROOT_NAME = "value"
 # Detail of a list of names.
 MERGED = "united"
+# Detail of a module's dict: the metadata of its state dict, by the submodules' names.
+METADATA = "metadata"
 # Detail of a container: the name of the handler whose value stood there.
 HANDLER = "handler"
 # Detail of a container of one child: that handler made a bare leaf of the value.
@@ -26,6 +30,8 @@ BARE = "bare"
 RESIZE = "resize"
 # Keys of a rank's part of a DTensor over a tensor subclass.
 LOCAL, SHARDING = "local", "sharding"
+# Kind of a long list or tuple of numbers -> the kind of each.
+NUMBERS: Mapping[str, str] = MappingProxyType({"bools": "bool", "ints": "int", "floats": "float"})
 _MAPPINGS = ("dict", "ordered_dict", "default_dict", "counter")
 
 
@@ -96,7 +102,8 @@ class ValueNode:
 
     Attributes:
         kind: `none`, `bool`, `int`, `float`, `complex`, `str`, `torch_dtype`, `torch_device`, or
-            another kind that `plain_json.encode` knows (`path`, `timedelta`, `set` ...).
+            another kind that `plain_json.encode` knows (`path`, `timedelta`, `set` ...); of
+            `NUMBERS`, for a long list or tuple of them.
         value: The value (a name, for `torch_dtype` and `torch_device`).
     """
 
@@ -233,6 +240,8 @@ def describe(node: Node) -> str:
         return f"{node.kind} {node.dtype}{list(node.spec.shape)}"
     if isinstance(node, BranchNode):
         return f"a {node.kind} of {len(node.children)}"
+    if is_numbers(node):
+        return f"a {type(node.value).__name__} of {len(numbers_of(node))} {node.kind}"
     return "None" if node.kind == "none" else f"{node.kind} {short(node.value)}"
 
 
@@ -263,6 +272,42 @@ def handler_of(node: object) -> str | None:
 def is_names(node: object) -> TypeGuard[BranchNode]:
     """Returns whether a node is a list of names, as `MergedNames` lowers to."""
     return isinstance(node, BranchNode) and bool(node.detail.get(MERGED))
+
+
+def is_numbers(node: object) -> TypeGuard[ValueNode]:
+    """Returns whether a node is a long list or tuple of numbers."""
+    return isinstance(node, ValueNode) and node.kind in NUMBERS
+
+
+def numbers_of(node: ValueNode) -> Sequence[object]:
+    """The numbers of a long list."""
+    return cast("Sequence[object]", node.value)
+
+
+def unpacked(node: Node) -> Node:
+    """A long list of numbers as a container with a leaf for each; any other node unchanged."""
+    if not is_numbers(node):
+        return node
+    values = numbers_of(node)
+    kind = NUMBERS[node.kind]
+    return BranchNode(
+        kind=type(values).__name__,
+        keys=tuple(Key(index, "index") for index in range(len(values))),
+        children=tuple(ValueNode(kind=kind, value=value) for value in values),
+    )
+
+
+def with_unpacked(root: Node) -> Node:
+    """The structure with a leaf for each number of its long lists."""
+    if not any(is_numbers(leaf) for _, leaf in iter_leaves(root)):
+        return root
+
+    def visit(node: Node) -> walk.Visit[Node, Node]:
+        if not isinstance(node, BranchNode):
+            return walk.leaf(unpacked(node))
+        return node.children, lambda built: dataclasses.replace(node, children=tuple(built))
+
+    return walk.fold(root, visit)
 
 
 def iter_leaves(
