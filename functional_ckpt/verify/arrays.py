@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from functional_ckpt.format.index import Index
     from functional_ckpt.format.reader import ArrayReader
 
-# Values up to this size are read many at a time, straight from the key-value store.
+# Values up to this size are read many at a time, adjacent ones at once.
 _SMALL_BYTES = 128 * 1024
 _MAX_VALUE_BYTES = 8 * 2**20
 _BATCH = 512
