@@ -140,7 +140,7 @@ def encode_tree(files: Sequence[str], entries: Entries, append: Callable[[bytes]
         local = numbers[cut]
         if cut.stop - cut.start < len(keys):  # each node names the files that it needs
             used, local = np.unique(local, return_inverse=True)
-            table = [files[number] for number in used.tolist()]
+            table = [files[int(number)] for number in used]
         span = append(_encode_leaf(table, ordered[cut], local, offsets[cut], lengths[cut]))
         size, low = int(lengths[cut].sum()), ordered[cut.start]
         nodes.append(Root(span, 0, cut.stop - cut.start, span.length, size, low))
