@@ -47,7 +47,6 @@ __all__ = [
     "UnsupportedLeafError",
     "UsageError",
     "on_other_ranks",
-    "rebuild",
 ]
 
 
@@ -93,7 +92,7 @@ class CheckpointError(Exception):
     def replace(self, message: str | None = None, **fields: Any) -> Self:
         """Returns a copy with another message or other attributes, its cause and traceback kept."""
         known = self._fields() | fields | ({} if message is None else {"message": message})
-        error = rebuild(type(self), known["message"], known)
+        error = _rebuild(type(self), known["message"], known)
         error.__cause__, error.__suppress_context__ = self.__cause__, self.__suppress_context__
         return error.with_traceback(self.__traceback__)
 
@@ -102,14 +101,14 @@ class CheckpointError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword arguments are not in `args`: pickle would lose them.
-        return (rebuild, (type(self), self.message, self._fields()))
+        return (_rebuild, (type(self), self.message, self._fields()))
 
     def _fields(self) -> dict[str, Any]:
         # `errno` is a slot of OSError.
         return self.__dict__ | ({"errno": self.errno} if isinstance(self, StorageError) else {})
 
 
-def rebuild(kind: type[_Kind], message: str, fields: Mapping[str, object]) -> _Kind:
+def _rebuild(kind: type[_Kind], message: str, fields: Mapping[str, object]) -> _Kind:
     """Returns an error with other attributes than its constructor takes."""
     error = kind(message)
     for name, value in fields.items():
@@ -240,4 +239,4 @@ def on_other_ranks(kind: type[CheckpointError]) -> type[CoordinationError]:
 def _rebuild_of_other_rank(
     kind: type[CheckpointError], message: str, fields: dict[str, object]
 ) -> CheckpointError:
-    return rebuild(on_other_ranks(kind), message, fields)
+    return _rebuild(on_other_ranks(kind), message, fields)
