@@ -47,6 +47,7 @@ __all__ = [
     "UnsupportedLeafError",
     "UsageError",
     "on_other_ranks",
+    "rebuild",
 ]
 
 
@@ -92,7 +93,7 @@ class CheckpointError(Exception):
     def replace(self, message: str | None = None, **fields: Any) -> Self:
         """Returns a copy with another message or other attributes, its cause and traceback kept."""
         known = self._fields() | fields | ({} if message is None else {"message": message})
-        error = _rebuild(type(self), known["message"], known)
+        error = rebuild(type(self), known["message"], known)
         error.__cause__, error.__suppress_context__ = self.__cause__, self.__suppress_context__
         return error.with_traceback(self.__traceback__)
 
@@ -101,15 +102,21 @@ class CheckpointError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword arguments are not in `args`: pickle would lose them.
-        return (_rebuild, (type(self), self.message, self._fields()))
+        return (rebuild, (type(self), self.message, self._fields()))
 
     def _fields(self) -> dict[str, Any]:
         # `errno` is a slot of OSError.
         return self.__dict__ | ({"errno": self.errno} if isinstance(self, StorageError) else {})
 
 
-def _rebuild(kind: type[_Kind], message: str, fields: Mapping[str, object]) -> _Kind:
-    """Returns an error with other attributes than its constructor takes."""
+def rebuild(kind: type[_Kind], message: str, fields: Mapping[str, object]) -> _Kind:
+    """Returns an error with other attributes than its constructor takes.
+
+    Args:
+        kind: The class.
+        message: The message.
+        fields: The attributes by name.
+    """
     error = kind(message)
     for name, value in fields.items():
         setattr(error, name, value)
@@ -239,4 +246,4 @@ def on_other_ranks(kind: type[CheckpointError]) -> type[CoordinationError]:
 def _rebuild_of_other_rank(
     kind: type[CheckpointError], message: str, fields: dict[str, object]
 ) -> CheckpointError:
-    return _rebuild(on_other_ranks(kind), message, fields)
+    return rebuild(on_other_ranks(kind), message, fields)
