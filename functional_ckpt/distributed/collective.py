@@ -8,8 +8,6 @@ from collections.abc import Callable, Generator, Sequence
 
 from functional_ckpt.distributed.coordinator import Combine, Coordinator
 
-__all__ = ["Turn", "collective", "fails_on_all", "run_on_all", "run_on_primary"]
-
 
 def _nothing(values: Sequence[bytes]) -> bytes:
     del values

@@ -7,15 +7,6 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-__all__ = [
-    "Bytes",
-    "Channel",
-    "Combine",
-    "Coordinator",
-    "SingleProcess",
-    "Turns",
-]
-
 Combine: TypeAlias = Callable[[Sequence[bytes]], bytes]
 Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 

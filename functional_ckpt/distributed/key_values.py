@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-__all__ = ["GRACE_SECONDS", "KeyValueStore", "pauses", "wait_for"]
-
 # How much longer the others wait than the primary, so that its verdict reaches them first.
 GRACE_SECONDS = 2.0
 # One server answers every rank: thousands of them must poll less often.

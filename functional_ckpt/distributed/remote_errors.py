@@ -8,8 +8,6 @@ from typing import Any, TypeAlias
 
 from functional_ckpt import errors
 
-__all__ = ["Record", "rebuild", "to_record"]
-
 Record: TypeAlias = "dict[str, Any]"
 """An error as JSON."""
 

@@ -25,8 +25,6 @@ from functional_ckpt.distributed import remote_errors
 from functional_ckpt.distributed.coordinator import Combine
 from functional_ckpt.distributed.key_values import GRACE_SECONDS, KeyValueStore, pauses, wait_for
 
-__all__ = ["Rounds", "named"]
-
 _LEAVE_SECONDS = 2.0
 # Time to publish the reason of a time-out; the store itself may not answer.
 _LAST_WORD_SECONDS = 1.0

@@ -12,8 +12,6 @@ from typing import Any, cast
 
 from functional_ckpt import errors
 
-__all__ = ["check", "check_texts", "describe", "texts", "to_bytes"]
-
 _MAX_SHOWN_CHARS = 300
 
 

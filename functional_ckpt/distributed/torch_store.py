@@ -34,8 +34,6 @@ from functional_ckpt.distributed.coordinator import (
 from functional_ckpt.distributed.rounds import Rounds
 from functional_ckpt.distributed.turns import StoreTurns
 
-__all__ = ["StoreCoordinator", "default_coordinator", "num_unjoined"]
-
 # Where the process group does not say how long its ranks wait.
 _TIMEOUT_SECONDS = 600.0
 _CONNECT_SECONDS = 60.0

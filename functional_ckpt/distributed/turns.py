@@ -28,8 +28,6 @@ from functional_ckpt.distributed import remote_errors
 from functional_ckpt.distributed.key_values import GRACE_SECONDS, KeyValueStore, wait_for
 from functional_ckpt.distributed.rounds import named
 
-__all__ = ["Position", "StoreTurns", "turn_of_round"]
-
 _LAST_SECONDS = 1.0
 
 

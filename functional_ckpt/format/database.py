@@ -27,22 +27,6 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.paths import check_arrays_path
 from functional_ckpt.storage.queries import read_optional
 
-__all__ = [
-    "NO_CACHE",
-    "REFUSALS",
-    "Database",
-    "check_process",
-    "clear_error",
-    "open_array",
-    "open_database",
-    "open_files_for_reading",
-    "open_for_reading",
-    "read_error",
-    "read_context",
-    "read_manifest",
-    "write_context",
-]
-
 # TensorStore's statuses are raised as the nearest Python errors.
 REFUSALS = (
     *(ArithmeticError, LookupError, MemoryError, OSError),

@@ -33,8 +33,6 @@ from functional_ckpt.format.reader import deliver, put, verify
 from functional_ckpt.storage.local_files import open_regular
 from functional_ckpt.storage.system_errors import absence_as_damage, clear_errors
 
-__all__ = ["DirectReader"]
-
 
 class DirectReader:
     """Executes read plans with system calls; `reader.ArrayReader` says how it is used.

@@ -41,14 +41,6 @@ from functional_ckpt.format.write_tensorstore import ArrayWrite, Digests, padded
 from functional_ckpt.runtime.threads import gc_paused, run_in_threads
 from functional_ckpt.storage.base import Storage
 
-__all__ = [
-    "BYTES_PER_FILE",
-    "NUM_THREADS",
-    "Written",
-    "merge_children",
-    "write_arrays",
-]
-
 _FOLDER = "d"
 _ZEROS = np.zeros(STEP_BYTES, np.uint8)
 

@@ -35,16 +35,6 @@ from functional_ckpt.format.tuning import MAX_COPIED_BYTES, SMALL_CHUNK_BYTES
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.storage.base import Storage
 
-__all__ = [
-    "ArrayWrite",
-    "Digests",
-    "child_names",
-    "join_digests",
-    "merge_children",
-    "padded",
-    "write_arrays",
-]
-
 Digests: TypeAlias = "dict[str, dict[int, str]]"
 """Array name -> position of a chunk in C order -> its digests."""
 

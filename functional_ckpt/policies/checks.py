@@ -6,8 +6,6 @@ from typing import TypeGuard
 
 from functional_ckpt import errors
 
-__all__ = ["check_bool", "check_int", "check_seconds", "is_int"]
-
 
 def is_int(value: object) -> TypeGuard[int]:
     """Returns whether the value is an int and not, by accident, a bool."""

@@ -19,18 +19,6 @@ from typing import TypeAlias
 
 from functional_ckpt.policies.base import StepInfo
 
-__all__ = [
-    "Ancestors",
-    "Line",
-    "age",
-    "is_after",
-    "line_of",
-    "marked",
-    "newest",
-    "present",
-    "resumed",
-]
-
 Ancestors: TypeAlias = tuple[tuple[int, int], ...]
 """For each earlier generation of a line, its number and the last step of it on the line."""
 

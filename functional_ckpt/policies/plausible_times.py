@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import StepInfo
 
-__all__ = ["with_plausible_times"]
-
 
 def with_plausible_times(
     history: Sequence[StepInfo], now: datetime.datetime

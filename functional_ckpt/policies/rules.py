@@ -30,25 +30,6 @@ from functional_ckpt.policies.keep import (
 )
 from functional_ckpt.policies.save import ElapsedInterval, every
 
-__all__ = [
-    "AnyKeep",
-    "AnySave",
-    "KeepPolicies",
-    "SavePolicies",
-    "SaveRule",
-    "check_not_passing",
-    "decide_keep",
-    "decide_save",
-    "keep_policies",
-    "keeps_newest",
-    "passes_through",
-    "read_metrics",
-    "save_rule",
-    "steps_to_prune",
-    "steps_to_prune_after",
-    "unknown_metrics",
-]
-
 SavePolicies: TypeAlias = (
     SavePolicy
     | int

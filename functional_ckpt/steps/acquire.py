@@ -23,8 +23,6 @@ from functional_ckpt.steps import writer_lock
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.storage import commit
 
-__all__ = ["checking_arguments", "coordinator_of", "open_directory"]
-
 _log = logging.getLogger("functional_ckpt")
 
 _OPENING = "opening the directory"

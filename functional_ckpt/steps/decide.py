@@ -20,8 +20,6 @@ from functional_ckpt.policies.save import AtEnd
 from functional_ckpt.steps import preemption
 from functional_ckpt.steps.run_steps import Steps
 
-__all__ = ["SaveDecider"]
-
 # After a SIGTERM a peer may never answer, and the agent kills the rest after 30 seconds.
 _PREEMPTED_TIMEOUT_SECONDS = 20.0
 _YES, _NO = b"1", b"0"

@@ -16,8 +16,6 @@ from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["StepDirectory"]
-
 
 class StepDirectory:
     """A directory of steps. Nothing is cached but the records of commits and late metrics.

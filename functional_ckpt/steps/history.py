@@ -14,15 +14,6 @@ from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 
-__all__ = [
-    "commit_of",
-    "commit_time",
-    "finite_metrics",
-    "read_sound_step",
-    "read_step",
-    "sound_info",
-]
-
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 _T = TypeVar("_T")

@@ -21,8 +21,6 @@ from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["Entry", "StepIndex", "has_record", "no_such_step"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:

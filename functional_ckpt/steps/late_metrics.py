@@ -20,8 +20,6 @@ from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.commit import HIDDEN, makedirs_durable, protocol
 
-__all__ = ["LateMetrics"]
-
 _METRICS = "metrics"
 
 _Commit: TypeAlias = tuple[int, int]

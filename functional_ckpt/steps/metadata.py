@@ -14,8 +14,6 @@ from functional_ckpt.steps import history
 from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.steps.run_steps import Steps
 
-__all__ = ["StepMetadata", "checkpoint_metadata", "step_metadata"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetadata:

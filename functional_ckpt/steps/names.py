@@ -16,16 +16,6 @@ from typing import Any, Final, Protocol, runtime_checkable
 from functional_ckpt import errors
 from functional_ckpt.policies.checks import check_int, is_int
 
-__all__ = [
-    "CompositeStepName",
-    "NameFormat",
-    "StepName",
-    "as_name_format",
-    "check_component",
-    "check_step",
-    "is_taken_name",
-]
-
 _TMP_MARK: Final = ".orbax-checkpoint-tmp"
 # No file system takes a longer component, and `int()` refuses thousands of digits by raising.
 _MAX_NAME_CHARS: Final = 255

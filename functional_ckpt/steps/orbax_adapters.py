@@ -23,15 +23,6 @@ from functional_ckpt.policies.base import KeepContext, KeepPolicy, SaveContext, 
 from functional_ckpt.policies.rules import AnyKeep, AnySave
 from functional_ckpt.steps.names import CompositeStepName, StepName
 
-__all__ = [
-    "adapt_keep_policy",
-    "adapt_name_format",
-    "adapt_save_policy",
-    "adapted_keep_policies",
-    "adapted_save_rule",
-    "is_orbax_object",
-]
-
 _PROBES: Final = (0, 7, 1_234_567)
 # The time given to policies that do not look at it.
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)

@@ -11,8 +11,6 @@ from typing import Any
 from functional_ckpt import errors
 from functional_ckpt.policies.save import Preemption
 
-__all__ = ["Watch", "is_preemption"]
-
 
 class Watch:
     """Whether the process has received SIGTERM.

@@ -14,8 +14,6 @@ from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.commit import CommitProtocol
 
-__all__ = ["Promises", "lacks", "lacks_metrics"]
-
 _LISTS = ("promised", "considered", "replacing")
 _Ordered: TypeAlias = dict[int, None]
 """Steps, each once, in the order in which they were added."""

@@ -12,8 +12,6 @@ from functional_ckpt.policies import rules
 from functional_ckpt.policies.base import KeepPolicy
 from functional_ckpt.steps.tier_steps import TierSteps
 
-__all__ = ["RemoteTier", "is_outage", "open_reachable"]
-
 _REACH_SECONDS = 3.0
 # Errors of a file system or store that is unreachable; all others are answers.
 _OUTAGES = frozenset(

@@ -9,8 +9,6 @@ from functional_ckpt.policies import lines
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tier_steps import TierSteps
 
-__all__ = ["later", "remove"]
-
 
 def later(steps: Steps, step: int) -> list[int]:
     """Returns the steps that are later than one: higher ones, and those of later generations.

@@ -17,8 +17,6 @@ from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.steps.tier_steps import TierSteps, united
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["Steps"]
-
 _log = logging.getLogger("functional_ckpt")
 
 

@@ -8,8 +8,6 @@ from collections.abc import Collection, Iterable
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps.late_metrics import LateMetrics
 
-__all__ = ["StepTable"]
-
 
 class StepTable:
     """Steps by number, each with its late metrics. Its user synchronizes changes.

@@ -17,8 +17,6 @@ from functional_ckpt.steps.names import (
     check_component,
 )
 
-__all__ = ["StepTemplate", "name_format_of", "new_name"]
-
 # Variable -> its value of a progress. Times are in integral seconds.
 _OF_PROGRESS: Final[dict[str, Callable[[Progress], int]]] = {
     "iteration": lambda progress: progress.iteration,

@@ -24,8 +24,6 @@ from functional_ckpt.steps.writer_lock import WriterLock
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 
-__all__ = ["TierSteps", "united"]
-
 _log = logging.getLogger("functional_ckpt")
 
 

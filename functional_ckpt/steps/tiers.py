@@ -30,8 +30,6 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import is_remote, resolve
 
-__all__ = ["Tier", "as_tiers", "open_tiers"]
-
 # As long as requests to object stores are made again.
 _PATIENCE_SECONDS = 300.0
 _LOOK_SECONDS = 1.0

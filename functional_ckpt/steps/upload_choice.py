@@ -12,8 +12,6 @@ from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.steps.upload_queue import UploadQueue
 
-__all__ = ["UploadChoice"]
-
 
 class UploadChoice:
     """Decides which steps each tier is promised. Call it with the queue's mutex held.

@@ -16,8 +16,6 @@ from functional_ckpt import errors
 from functional_ckpt.steps.promises import Promises
 from functional_ckpt.steps.writer_lock import WriterLock
 
-__all__ = ["UploadQueue"]
-
 
 class _Phase(enum.IntEnum):
     """How long the threads continue."""

@@ -21,8 +21,6 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.commit_base import NOTE
 from functional_ckpt.storage.tmp_paths import tmp_path
 
-__all__ = ["Upload"]
-
 _NUM_FILES = 4
 
 

@@ -22,8 +22,6 @@ from functional_ckpt.steps.upload_choice import UploadChoice
 from functional_ckpt.steps.upload_queue import UploadQueue
 from functional_ckpt.steps.upload_step import Upload
 
-__all__ = ["UploadWorker"]
-
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
 _SETTLE_SECONDS = 1.0
 _log = logging.getLogger("functional_ckpt")

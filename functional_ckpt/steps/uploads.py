@@ -25,8 +25,6 @@ from functional_ckpt.steps.upload_queue import UploadQueue
 from functional_ckpt.steps.upload_worker import UploadWorker
 from functional_ckpt.storage import commit
 
-__all__ = ["Uploads"]
-
 _STATE = "uploads.json"
 _log = logging.getLogger("functional_ckpt")
 

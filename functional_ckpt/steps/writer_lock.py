@@ -14,8 +14,6 @@ import weakref
 from functional_ckpt import errors
 from functional_ckpt.storage.base import Lock, Storage
 
-__all__ = ["WriterLock", "take"]
-
 _WAIT_SECONDS = 10.0
 _LOOK_SECONDS = 0.01
 
