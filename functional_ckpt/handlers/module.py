@@ -39,8 +39,8 @@ class ModuleHandler(Handler):
 
     def lower(self, value: Any) -> dict[str, Any]:
         """Name -> detached tensor over the module's own memory, or extra state."""
-        raw = _state_dict(value)
-        state = self._entries(value, raw)
+        raw, entries = _read(value)
+        state = self._chosen(value, entries)
         lazy = [name for name, entry in state.items() if _is_uninitialized(entry.value)]
         if lazy:
             raise errors.UnsupportedLeafError(
@@ -113,8 +113,10 @@ class ModuleHandler(Handler):
         else:
             module.load_state_dict(loaded, strict=False)
 
-    def _entries(self, module: Any, state: Mapping[str, Any] | None = None) -> dict[str, _Entry]:
-        entries = _entries(module, _state_dict(module) if state is None else state)
+    def _entries(self, module: Any) -> dict[str, _Entry]:
+        return self._chosen(module, _read(module)[1])
+
+    def _chosen(self, module: Any, entries: dict[str, _Entry]) -> dict[str, _Entry]:
         if self.only is None:
             return entries
         unused = [p for p in self.only if not any(_matches(name, (p,)) for name in entries)]
@@ -182,8 +184,11 @@ class _Entry(NamedTuple):
         return _is_uninitialized(self.value)
 
 
-def _entries(module: torch.nn.Module, state: Mapping[str, Any]) -> dict[str, _Entry]:
+def _read(module: torch.nn.Module) -> tuple[Mapping[str, Any], dict[str, _Entry]]:
+    """Returns the state dict, and its entries by clean name."""
+    # First, since it shards the parameters of FSDP2 again and refuses a module with a cycle.
     own = {name: slot for name, slot in module_names.slots(module) if slot.persistent}
+    state = _state_dict(module)
     entries: dict[str, _Entry] = {}
     prefixes: dict[str, str] = {}
     for raw_name, value in state.items():
@@ -206,7 +211,7 @@ def _entries(module: torch.nn.Module, state: Mapping[str, Any]) -> dict[str, _En
             is_own=is_own,
             owner=None if slot is None else slot.owner,
         )
-    return entries
+    return state, entries
 
 
 def _state_dict(module: torch.nn.Module) -> Mapping[str, Any]:

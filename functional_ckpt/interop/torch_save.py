@@ -143,7 +143,7 @@ def check_bytes(value: object) -> None:
     found = _read.get(value)
     if found is None or found.is_sound or value._version != found.version:
         return
-    data = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
+    data = torch.empty(0, dtype=torch.uint8, device="cpu").set_(value.untyped_storage())
     if zlib.crc32(data.numpy().data) not in found.crcs:
         raise errors.CorruptCheckpointError(
             f"{found.path}: the bytes of a tensor ({value.dtype}, {list(value.shape)}) do not "

@@ -20,7 +20,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records import records as records_lib
 from functional_ckpt.core.records.records import EXTENSION_FILE, FileRecord
-from functional_ckpt.storage import queries
+from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.verify.arrays import ItemArrays
 from functional_ckpt.verify.findings import Finding, Problem, Progress, Verification, reason
@@ -53,6 +53,8 @@ def verify_checkpoint(
         UsageError: It is an item's directory of a native checkpoint.
         CorruptCheckpointError: The directory is no checkpoint at all.
     """
+    # Readers get the old copy while a replacement is under way.
+    path = replacement.old_copy(commit.protocol(storage, os.path.dirname(path)), path) or path
     if not queries.is_directory(storage, path):
         raise errors.StepNotFoundError(f"There is no checkpoint at {path}.", path=path, step=step)
     if _is_item(storage, path):

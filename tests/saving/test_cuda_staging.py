@@ -99,7 +99,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     found = Device("cpu", slow_device)
     count_locks(found, monkeypatch, really=False)
     monkeypatch.setattr(device_copies, "is_streamed", lambda tensor: tensor.ndim > 0)
-    monkeypatch.setattr(device_copies, "module_of", lambda device: slow_device)
+    monkeypatch.setattr(device_copies, "_module_of", lambda device: slow_device)
     yield found
     slow_device.end()
 
