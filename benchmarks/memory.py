@@ -1,8 +1,8 @@
 """Watches from outside how much memory a process holds: `python -m benchmarks.memory PID`.
 
-Reads one byte per command: `b` starts sampling, `p` requests the result, three numbers. A thread of
-    the process itself would take the interpreter from the measured code, which became a tenth to a
-    third slower.
+Reads one byte per command: `b` starts sampling, `p` requests the result, three numbers, and `e` the
+result and the end of sampling. A thread of the process itself would take the interpreter from the
+measured code, which became a tenth to a third slower.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ def main(pid: int) -> None:
         byte = os.read(0, 1)
         if byte == b"b":
             watch, is_watching = Watch(pid), True
-        elif byte == b"p":
+        elif byte in (b"p", b"e"):
             watch.look(at_children=True)
+            is_watching = is_watching and byte == b"p"
         else:
             return
         os.write(1, f"{watch.start} {watch.peak} {watch.now}\n".encode())

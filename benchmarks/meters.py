@@ -89,5 +89,5 @@ class PeakMemory:
         return self._peak
 
     def __exit__(self, *_: object) -> None:
-        _, self._peak, self.end = _ask_watcher(b"p")
+        _, self._peak, self.end = _ask_watcher(b"e")
         self._is_watching = False

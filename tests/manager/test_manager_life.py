@@ -194,7 +194,7 @@ def test_a_save_while_another_is_committed(tmp_path: Path) -> None:
             assert manager.save(last - 1, state(1), force=True)
             gate.open_soon()
             assert manager.save(last, state(2), force=force)
-        manager.wait_until_finished()
+            manager.wait_until_finished()  # before the gate is shut again
         assert manager.all_steps() == [1, 2, 8, 9]
     with fc.CheckpointManager(tmp_path / "wait", storage=gate) as manager:
         gate.shut()
