@@ -12,7 +12,7 @@ from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.events import Listeners
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.handlers.registry import chosen
-from functional_ckpt.policies import keep, rules
+from functional_ckpt.policies import keep, keep_rules, save_rules
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
@@ -72,8 +72,8 @@ class CheckpointManager:
         self,
         directory: str | os.PathLike[str],
         *,
-        save_policy: rules.SavePolicies | None = None,
-        keep_policy: rules.KeepPolicies | None = None,
+        save_policy: save_rules.SavePolicies | None = None,
+        keep_policy: keep_rules.KeepPolicies | None = None,
         registry: Registry | None = None,
         step_name: names.NameFormat | str | None = None,
         latest_link: str | None = None,

@@ -15,7 +15,7 @@ from functional_ckpt.distributed.collective import run_on_all, run_on_primary
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.events import Events, Listeners
 from functional_ckpt.handlers.base import Registry
-from functional_ckpt.policies import rules
+from functional_ckpt.policies import keep_rules
 from functional_ckpt.policies.checks import check_bool
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
@@ -190,7 +190,7 @@ def open_run(
             connected, root, step_names, events, read_only=read_only, latest_link=latest_link
         )
         if not known_tiers:
-            rules.check_not_passing("keep_policy", options.keep_policies)
+            keep_rules.check_not_passing("keep_policy", options.keep_policies)
     saving = saver.Saver(steps, registry, coordinator, options)
     restorer = Restorer(steps, registry, coordinator, saving.decider)
     run = Run(steps, options, coordinator, saving, restorer)

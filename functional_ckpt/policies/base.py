@@ -4,7 +4,8 @@ A policy is a pure function of its arguments: the history of the steps on disk, 
 and, in a context, external inputs (the clock, a signal). It holds no state, so it decides the same
 after a restart as before.
 
-The policies themselves are in `save` and `keep`; `rules` decides by several at once.
+The policies themselves are in `save` and `keep`; `save_rules` and `keep_rules` decide by several at
+once.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from functional_ckpt import errors
 from functional_ckpt.policies.base import KeepPolicy
 from functional_ckpt.policies.checks import check_bool
-from functional_ckpt.policies.rules import SaveRule
+from functional_ckpt.policies.save_rules import SaveRule
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tiers import Tier
 

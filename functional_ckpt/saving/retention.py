@@ -12,7 +12,7 @@ import logging
 from collections.abc import Generator, Sequence
 
 from functional_ckpt import errors
-from functional_ckpt.policies import lines, rules
+from functional_ckpt.policies import keep_rules, lines
 from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tier_steps import united
@@ -86,7 +86,7 @@ class Retention:
                 ]
                 return [i.step for i in known if not only_copied or (i.step, i.time) in copied]
 
-            doomed = chosen(look=rules.read_metrics(self._policies))
+            doomed = chosen(look=keep_rules.read_metrics(self._policies))
             if doomed and steps.forget_missing():
                 doomed = chosen(
                     look=False
@@ -107,13 +107,13 @@ class Retention:
             every = united([known, *(each.infos for each in self._steps.remote)])
             known = [info for info in every if info.step in numbers]
         context = KeepContext(now=datetime.datetime.now(datetime.UTC))
-        gone = {*rules.steps_to_prune_after(committed, self._policies, known, context=context)}
+        gone = {*keep_rules.steps_to_prune_after(committed, self._policies, known, context=context)}
         present = [info for info in known if not info.is_abandoned]
         newest = lines.newest(present)
         if (
             newest is not None
             and (newest.step, newest.time) in copied
-            and not rules.keeps_newest(self._policies, present, context=context)
+            and not keep_rules.keeps_newest(self._policies, present, context=context)
         ):
             gone.add(newest.step)
         if gone:
@@ -122,7 +122,7 @@ class Retention:
 
     def _warn_of_metrics(self, known: Sequence[StepInfo]) -> None:
         """Logs once for each policy that it ranks by a metric that no step has."""
-        for policy, warning in rules.unknown_metrics(self._policies, known).items():
+        for policy, warning in keep_rules.unknown_metrics(self._policies, known).items():
             if policy not in self._warnings:
                 self._warnings.add(policy)
                 _log.warning("%s: %s The newest steps are kept.", self._steps.root, warning)

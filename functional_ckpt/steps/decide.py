@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from functional_ckpt.distributed.coordinator import Combine, Coordinator, Turns
-from functional_ckpt.policies import rules
+from functional_ckpt.policies import save_rules
 from functional_ckpt.policies.base import SaveContext, StepInfo
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.policies.save import AtEnd
@@ -41,7 +41,7 @@ class SaveDecider:
 
     def __init__(
         self,
-        rule: rules.SaveRule | None,
+        rule: save_rules.SaveRule | None,
         steps: Steps,
         busy_step: Callable[[], int | None],
         coordinators: Sequence[Coordinator],
@@ -178,7 +178,7 @@ class SaveDecider:
     def _decide_in_turn(
         self,
         turns: Turns,
-        rule: rules.SaveRule,
+        rule: save_rules.SaveRule,
         step: int,
         progress: Progress | None,
         *,
@@ -212,7 +212,7 @@ class SaveDecider:
 
     def _decide(
         self,
-        rule: rules.SaveRule,
+        rule: save_rules.SaveRule,
         step: int,
         progress: Progress | None,
         decided: bool,
@@ -225,7 +225,7 @@ class SaveDecider:
         context = self._context(busy, reached=reached)
         info = StepInfo(step=step, time=now, progress=progress)
         known = self._past(busy)
-        wanted = decided or rules.decide_save(rule, info, known, context=context) is not None
+        wanted = decided or save_rules.decide_save(rule, info, known, context=context) is not None
         return (_YES if wanted else _NO) + (_YES if reached else _NO)
 
     def _context(self, busy: int | None, *, reached: bool) -> SaveContext:

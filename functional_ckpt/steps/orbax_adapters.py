@@ -18,9 +18,10 @@ from functools import cache
 from typing import Any, ClassVar, Final, Literal
 
 from functional_ckpt import errors
-from functional_ckpt.policies import rules
+from functional_ckpt.policies import keep_rules, save_rules
 from functional_ckpt.policies.base import KeepContext, KeepPolicy, SaveContext, StepInfo
-from functional_ckpt.policies.rules import AnyKeep, AnySave
+from functional_ckpt.policies.keep_rules import AnyKeep
+from functional_ckpt.policies.save_rules import AnySave
 from functional_ckpt.steps.names import CompositeStepName, StepName
 
 _PROBES: Final = (0, 7, 1_234_567)
@@ -28,14 +29,14 @@ _PROBES: Final = (0, 7, 1_234_567)
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
-def adapted_save_rule(policies: rules.SavePolicies | None) -> rules.SaveRule | None:
+def adapted_save_rule(policies: save_rules.SavePolicies | None) -> save_rules.SaveRule | None:
     """Returns the rule of save policies, native and Orbax's; None saves at every call."""
-    return None if policies is None else rules.save_rule(policies, adapt=adapt_save_policy)
+    return None if policies is None else save_rules.save_rule(policies, adapt=adapt_save_policy)
 
 
-def adapted_keep_policies(policies: rules.KeepPolicies | None) -> tuple[KeepPolicy, ...]:
+def adapted_keep_policies(policies: keep_rules.KeepPolicies | None) -> tuple[KeepPolicy, ...]:
     """Returns keep policies, native and Orbax's, as a tuple; an empty one keeps all."""
-    return () if policies is None else rules.keep_policies(policies, adapt=adapt_keep_policy)
+    return () if policies is None else keep_rules.keep_policies(policies, adapt=adapt_keep_policy)
 
 
 def is_orbax_object(value: object) -> bool:

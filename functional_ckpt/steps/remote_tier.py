@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from functional_ckpt import errors
-from functional_ckpt.policies import rules
+from functional_ckpt.policies import save_rules
 from functional_ckpt.policies.base import KeepPolicy
 from functional_ckpt.steps.tier_steps import TierSteps
 
@@ -46,7 +46,7 @@ class RemoteTier:
         root: str,
         connect: Callable[[], TierSteps],
         *,
-        rule: rules.SaveRule | None,
+        rule: save_rules.SaveRule | None,
         keep: tuple[KeepPolicy, ...],
         max_delay_seconds: float | None,
     ) -> None:

@@ -17,7 +17,7 @@ from functional_ckpt import errors
 from functional_ckpt.distributed.collective import run_on_all
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.events import Events
-from functional_ckpt.policies import rules
+from functional_ckpt.policies import keep_rules, save_rules
 from functional_ckpt.policies.checks import check_seconds
 from functional_ckpt.steps import orbax_adapters
 from functional_ckpt.steps.names import NameFormat, is_taken_name
@@ -50,8 +50,8 @@ class Tier:
     """
 
     path: str | os.PathLike[str]
-    save: rules.SavePolicies | None = None
-    keep: rules.KeepPolicies | None = None
+    save: save_rules.SavePolicies | None = None
+    keep: keep_rules.KeepPolicies | None = None
     max_delay_seconds: float | None = None
     storage: Storage | None = None
 
@@ -121,7 +121,7 @@ def open_tiers(
 
 def _remote_tier(tier: Tier, names: NameFormat, events: Events, *, is_writer: bool) -> RemoteTier:
     keep = orbax_adapters.adapted_keep_policies(tier.keep)
-    rules.check_not_passing(f"keep of the tier {tier.path}", keep)
+    keep_rules.check_not_passing(f"keep of the tier {tier.path}", keep)
 
     def connect_once() -> TierSteps:
         storage, root = connect(tier.path, tier.storage, is_patient=False)

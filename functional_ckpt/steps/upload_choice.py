@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from functional_ckpt.policies import lines, rules
+from functional_ckpt.policies import lines, save_rules
 from functional_ckpt.policies.base import SaveContext, StepInfo
 from functional_ckpt.steps.promises import lacks_metrics
 from functional_ckpt.steps.remote_tier import RemoteTier
@@ -67,14 +67,16 @@ class UploadChoice:
         if wanted:
             self._book.promise(tier.root, info.step)
 
-    def _is_wanted(self, root: str, rule: rules.SaveRule, steps: TierSteps, info: StepInfo) -> bool:
+    def _is_wanted(
+        self, root: str, rule: save_rules.SaveRule, steps: TierSteps, info: StepInfo
+    ) -> bool:
         promised = self._book.promised[root]
         known = {each.step: each for each in self._local.infos if each.step in promised}
         known |= {each.step: each for each in steps.infos}
         known.pop(info.step, None)
         line = lines.line_of(info)
         history = [known[step] for step in sorted(known) if line.holds(known[step])]
-        return rules.decide_save(rule, info, history, context=SaveContext()) is not None
+        return save_rules.decide_save(rule, info, history, context=SaveContext()) is not None
 
     def promise_metrics(self) -> bool:
         """Promises steps again whose copies lack metrics; returns whether there are any."""

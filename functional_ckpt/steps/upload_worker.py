@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Generator
 
 from functional_ckpt import errors
-from functional_ckpt.policies import rules
+from functional_ckpt.policies import keep_rules
 from functional_ckpt.policies.base import KeepContext
 from functional_ckpt.steps.promises import lacks
 from functional_ckpt.steps.remote_tier import RemoteTier
@@ -195,10 +195,10 @@ class UploadWorker:
         """Removes the steps that the tier's policies do not keep; never the one that arrived."""
         if not self._tier.keep:
             return
-        known = remote.with_late_metrics(look=rules.read_metrics(self._tier.keep))
+        known = remote.with_late_metrics(look=keep_rules.read_metrics(self._tier.keep))
         now = datetime.datetime.now(datetime.UTC)
         context = KeepContext(now=now)
-        doomed = rules.steps_to_prune_after(arrived, self._tier.keep, known, context=context)
+        doomed = keep_rules.steps_to_prune_after(arrived, self._tier.keep, known, context=context)
         for step, error in remote.prune(doomed).items():
             _log.warning("step %d cannot be removed from %s: %s", step, remote.root, error)
             text = (

@@ -11,7 +11,7 @@ import torch
 
 import functional_ckpt as fc
 from functional_ckpt import errors, policies
-from functional_ckpt.policies import rules
+from functional_ckpt.policies import save_rules
 
 NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
@@ -36,7 +36,7 @@ def run(
 def test_a_length_in_steps_saves_the_last_of_a_range(length: int | str) -> None:
     policy = policies.AtEnd(length)
     assert [step for step in range(20) if policy.fires_at(step)] == [9, 10]
-    rule = rules.save_rule([policies.every(4), policy])
+    rule = save_rules.save_rule([policies.every(4), policy])
     assert rule.step_only
     assert [step for step in range(10) if rule.decide_step(step)] == [0, 4, 8, 9]
 

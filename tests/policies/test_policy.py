@@ -19,17 +19,10 @@ from functional_ckpt import policies
 from functional_ckpt.errors import UsageError
 from functional_ckpt.policies.base import KeepContext, SaveContext, SavePolicy, StepInfo, StepPolicy
 from functional_ckpt.policies.keep import rank_steps
+from functional_ckpt.policies.keep_rules import AnyKeep, decide_keep, keep_policies, steps_to_prune
 from functional_ckpt.policies.progress import Progress
-from functional_ckpt.policies.rules import (
-    AnyKeep,
-    AnySave,
-    decide_keep,
-    decide_save,
-    keep_policies,
-    save_rule,
-    steps_to_prune,
-)
 from functional_ckpt.policies.save import ElapsedInterval, ProgressInterval
+from functional_ckpt.policies.save_rules import AnySave, decide_save, save_rule
 from functional_ckpt.policies.timespan import Timespan
 
 START = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)

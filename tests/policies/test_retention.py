@@ -11,13 +11,13 @@ import pytest
 from functional_ckpt import policies
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import KeepContext, StepInfo
-from functional_ckpt.policies.plausible_times import with_plausible_times
-from functional_ckpt.policies.rules import (
+from functional_ckpt.policies.keep_rules import (
     decide_keep,
     keep_policies,
     steps_to_prune,
     steps_to_prune_after,
 )
+from functional_ckpt.policies.plausible_times import with_plausible_times
 
 START = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
 YEAR = 365 * 86_400

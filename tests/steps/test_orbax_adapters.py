@@ -20,14 +20,8 @@ import functional_ckpt as fc
 from functional_ckpt import policies
 from functional_ckpt.errors import UsageError
 from functional_ckpt.policies.base import KeepContext, SaveContext, StepInfo, StepPolicy
-from functional_ckpt.policies.rules import (
-    AnyKeep,
-    decide_keep,
-    decide_save,
-    keep_policies,
-    save_rule,
-    steps_to_prune,
-)
+from functional_ckpt.policies.keep_rules import AnyKeep, decide_keep, keep_policies, steps_to_prune
+from functional_ckpt.policies.save_rules import decide_save, save_rule
 from functional_ckpt.steps.names import CompositeStepName, StepName, as_name_format
 from functional_ckpt.steps.orbax_adapters import (
     adapt_keep_policy,
@@ -446,10 +440,10 @@ _NO_BACKEND = """
 import datetime, sys
 import functional_ckpt as fc
 from functional_ckpt import policies
-from functional_ckpt.policies.rules import keep_policies, steps_to_prune
+from functional_ckpt.policies.keep_rules import keep_policies, steps_to_prune
 from functional_ckpt.steps.names import as_name_format
 from functional_ckpt.policies.base import KeepContext, SaveContext, StepInfo
-from functional_ckpt.policies.rules import decide_save, save_rule
+from functional_ckpt.policies.save_rules import decide_save, save_rule
 from functional_ckpt.steps.orbax_adapters import *
 
 now = datetime.datetime.now(datetime.timezone.utc)
