@@ -103,8 +103,8 @@ class Arrays:
         Raises:
             CorruptCheckpointError: There is no readable database.
         """
-        return self.reader(item, open_index(self._storage, item, files))
+        return self.reader(open_index(self._storage, item, files))
 
-    def reader(self, item: str, index: Index) -> ArrayReader:
+    def reader(self, index: Index) -> ArrayReader:
         """Returns a reader of an item whose index is open."""
-        return DirectReader(item, index) if self._is_direct else StoreReader(item, index)
+        return DirectReader(index) if self._is_direct else StoreReader(index)

@@ -20,9 +20,9 @@ from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.core.tree.structure import key_prefix
-from functional_ckpt.format.ocdbt import MANIFEST, MAX_NODE_BYTES
+from functional_ckpt.format.ocdbt import MANIFEST
 from functional_ckpt.format.step_files import check_content
-from functional_ckpt.format.tuning import TREE_CACHE_BYTES
+from functional_ckpt.format.tuning import MAX_NODE_BYTES, TREE_CACHE_BYTES
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.paths import check_arrays_path
 from functional_ckpt.storage.queries import read_optional

@@ -7,6 +7,7 @@ keys are read, each once.
 from __future__ import annotations
 
 import bisect
+import operator
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -37,7 +38,14 @@ from functional_ckpt.format.ocdbt_decode import (
     from_dump,
     root_of_dump,
 )
-from functional_ckpt.format.read_plan import Located, Location, ReadRequest, adjacent
+from functional_ckpt.format.read_plan import (
+    Batch,
+    Located,
+    Location,
+    ReadRequest,
+    adjacent,
+    plan_reads,
+)
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.system_errors import absence_as_damage
 
@@ -56,17 +64,20 @@ class Index:
     """Locations of values, as far as they were wanted. Safe to use from any thread.
 
     Args:
+        directory: The item.
         tree: The database's tree.
         read_spans: Reads parts of data files.
 
     Attributes:
+        directory: As given.
         files: Data files, relative to the item.
         locations: Key -> index of the file, offset and length, for every key in a loaded node.
         inline: The file `INLINE`: values that are stored inside nodes.
         read_spans: As given.
     """
 
-    def __init__(self, tree: NodeTree, read_spans: _ReadSpans) -> None:
+    def __init__(self, directory: str, tree: NodeTree, read_spans: _ReadSpans) -> None:
+        self.directory = directory
         self.files: list[str] = []
         self.locations: dict[bytes, Location] = {}
         self.inline = bytearray()
@@ -82,6 +93,15 @@ class Index:
     def damaged(self) -> Sequence[DamagedNode]:
         """The nodes that could not be read."""
         return self._tree.damaged
+
+    def plan(
+        self,
+        requests: Sequence[ReadRequest],
+        delivered: Collection[tuple[int, tuple[int, ...]]] = (),
+    ) -> list[Batch]:
+        """Plans the reads of requests, once the locations of their chunks are loaded."""
+        self.load_for(requests)
+        return plan_reads(requests, self.locations, path=self.directory, delivered=delivered)
 
     def load_for(self, requests: Sequence[ReadRequest]) -> None:
         """Loads the locations of the chunks of requests."""
@@ -109,8 +129,8 @@ class Index:
         number, offset, _ = self.locations[key]
         if number != INLINE:
             return self.files[number]
-        ends = [end for end, _ in self._inline_files]
-        return self._inline_files[bisect.bisect_right(ends, offset)][1]
+        after = bisect.bisect_right(self._inline_files, offset, key=operator.itemgetter(0))
+        return self._inline_files[after][1]
 
     def damage_of(self, key: bytes) -> DamagedNode | None:
         """Returns the damaged node that may hold a key."""
@@ -201,7 +221,7 @@ def open_index(
     check_process()
     read_spans = span_reader(storage, directory)
     tree = open_tree(storage, directory, read_spans, files, skips_damage=skips_damage)
-    return Index(tree, read_spans)
+    return Index(directory, tree, read_spans)
 
 
 def open_tree(

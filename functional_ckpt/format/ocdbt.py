@@ -20,11 +20,9 @@ import numpy as np
 
 from functional_ckpt.core.arrays.chunks import MAX_INLINE_BYTES
 from functional_ckpt.core.arrays.spec import Array
+from functional_ckpt.format.tuning import MAX_NODE_BYTES
 
 MANIFEST = "manifest.ocdbt"
-MAX_NODE_BYTES = 2_000_000
-"""Decoded size of a node. TensorStore's time for one key grows with the node: 0.28, 0.07 and 0.05
-ms with nodes of 100, 8 and 1 MB; smaller ones are more requests to a store."""
 MANIFEST_MAGIC = 0x0CDB3A2A
 NODE_MAGIC = 0x0CDB20DE
 HEADER = struct.Struct(">I")

@@ -21,14 +21,7 @@ from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.format import tuning
 from functional_ckpt.format.index import Index
 from functional_ckpt.format.ocdbt_decode import INLINE
-from functional_ckpt.format.read_plan import (
-    Batch,
-    ChunkPart,
-    ChunkRead,
-    ReadRequest,
-    adjacent,
-    plan_reads,
-)
+from functional_ckpt.format.read_plan import Batch, ChunkPart, ChunkRead, ReadRequest, adjacent
 from functional_ckpt.format.reader import deliver, put, verify
 from functional_ckpt.storage.local_files import open_regular
 from functional_ckpt.storage.system_errors import absence_as_damage, clear_errors
@@ -38,12 +31,11 @@ class DirectReader:
     """Executes read plans with system calls; `reader.ArrayReader` says how it is used.
 
     Args:
-        directory: The item.
-        index: Where every value is stored.
+        index: Where every value of the item is stored.
     """
 
-    def __init__(self, directory: str, index: Index) -> None:
-        self._directory = directory
+    def __init__(self, index: Index) -> None:
+        self._directory = index.directory
         self._index = index
         self._descriptors: dict[int, int] = {}
         self._opening = threading.Lock()
@@ -55,9 +47,7 @@ class DirectReader:
         delivered: Collection[tuple[int, tuple[int, ...]]] = (),
     ) -> list[Callable[[], None]]:
         """Plans the reads of requests, in the order of the files, and opens those."""
-        self._index.load_for(requests)
-        locations = self._index.locations
-        batches = plan_reads(requests, locations, path=self._directory, delivered=delivered)
+        batches = self._index.plan(requests, delivered)
         with self._opening:
             for file in sorted({read.file for batch in batches for read in batch} - {INLINE}):
                 if file not in self._descriptors:

@@ -11,14 +11,7 @@ import numpy as np
 from functional_ckpt import errors
 from functional_ckpt.format.index import Index, span_of
 from functional_ckpt.format.ocdbt_decode import INLINE
-from functional_ckpt.format.read_plan import (
-    Batch,
-    ChunkPart,
-    ChunkRead,
-    ReadRequest,
-    adjacent,
-    plan_reads,
-)
+from functional_ckpt.format.read_plan import Batch, ChunkPart, ChunkRead, ReadRequest, adjacent
 from functional_ckpt.format.reader import deliver
 
 
@@ -26,12 +19,11 @@ class StoreReader:
     """Executes read plans with range requests; `reader.ArrayReader` says how it is used.
 
     Args:
-        directory: The item.
-        index: Where every value is stored.
+        index: Where every value of the item is stored.
     """
 
-    def __init__(self, directory: str, index: Index) -> None:
-        self._directory = directory
+    def __init__(self, index: Index) -> None:
+        self._directory = index.directory
         self._index = index
 
     def tasks(
@@ -41,9 +33,7 @@ class StoreReader:
         delivered: Collection[tuple[int, tuple[int, ...]]] = (),
     ) -> list[Callable[[], None]]:
         """Plans the reads of requests."""
-        self._index.load_for(requests)
-        locations = self._index.locations
-        batches = plan_reads(requests, locations, path=self._directory, delivered=delivered)
+        batches = self._index.plan(requests, delivered)
         return [functools.partial(self._read, batch) for batch in batches]
 
     def close(self) -> None:

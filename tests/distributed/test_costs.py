@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import functional_ckpt as fc
 from functional_ckpt.distributed.torch_store import default_coordinator
-from functional_ckpt.format import read_direct, read_plan
+from functional_ckpt.format import index, read_plan
 from functional_ckpt.saving import lower
 from functional_ckpt.saving import plan as plan_lib
 
@@ -88,13 +88,13 @@ def restore_counted(
         return batches
 
     tree = sharded(layout, spread, shapes, filled=False)
-    read_direct.plan_reads = spy
+    index.plan_reads = spy
     try:
         with fc.CheckpointManager(directory, read_only=True) as manager:
             target = {"tree": {name: fc.handlers.Fill(t) for name, t in tree.items()}}
             manager.restore(0, target, share_reads=share_reads)
     finally:
-        read_direct.plan_reads = plan_reads
+        index.plan_reads = plan_reads
     return sum(asked), sum(4 * tensor.to_local().numel() for tensor in tree.values())
 
 

@@ -86,7 +86,9 @@ def test_the_arrays_of_a_database() -> None:
 
 
 def test_files_are_opened_once() -> None:
-    opened = index.Index(node_tree.NodeTree("item", lambda spans: [], None), lambda spans: [])
-    reader = read_direct.DirectReader("item", opened)
+    opened = index.Index(
+        "item", node_tree.NodeTree("item", lambda spans: [], None), lambda spans: []
+    )
+    reader = read_direct.DirectReader(opened)
     check_waits(opened._loading, lambda: opened.load([b"a"]))
     check_waits(reader._opening, lambda: reader.tasks([]))

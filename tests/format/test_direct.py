@@ -34,7 +34,7 @@ def store_of(path: Path) -> ts.KvStore:
 
 
 def reader_of(path: Path) -> read_direct.DirectReader:
-    return read_direct.DirectReader(str(path), index.open_index(STORAGE, str(path)))
+    return read_direct.DirectReader(index.open_index(STORAGE, str(path)))
 
 
 def write_of(name: str, data: np.ndarray, chunk: tuple[int, ...]) -> write_tensorstore.ArrayWrite:

@@ -66,7 +66,7 @@ class Tree:
     def open(self, root: ocdbt.Root | None = None, *, skips_damage: bool = False) -> index.Index:
         fetch = index._decoded(self.read_spans)
         tree = node_tree.NodeTree("item", fetch, root or self.root, skips_damage=skips_damage)
-        return index.Index(tree, self.read_spans)
+        return index.Index("item", tree, self.read_spans)
 
 
 def rows(opened: index.Index) -> dict[bytes, tuple[str, int, int]]:

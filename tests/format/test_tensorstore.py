@@ -73,7 +73,7 @@ def _read(directory: str, request: ReadRequest, memory: Any = None) -> None:
     if memory is not None:
         request = request._replace(destination=Destination(lambda: memory, lambda: None))
     opened = index.open_index(LocalStorage(), directory)
-    for task in read_store.StoreReader(directory, opened).tasks([request]):
+    for task in read_store.StoreReader(opened).tasks([request]):
         task()
 
 
