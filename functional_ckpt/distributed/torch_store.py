@@ -32,7 +32,7 @@ from functional_ckpt.distributed.coordinator import (
     Turns,
 )
 from functional_ckpt.distributed.rounds import Rounds
-from functional_ckpt.distributed.turns import StoreTurns
+from functional_ckpt.distributed.turns import Member, StoreTurns
 
 # Where the process group does not say how long its ranks wait.
 _TIMEOUT_SECONDS = 600.0
@@ -143,7 +143,7 @@ class StoreCoordinator:
     def turns(self, period_seconds: float, is_wanted: Callable[[], bool]) -> Turns:
         """See `Coordinator.turns`."""
         rounds = self._rounds  # and not self, which a dropped manager drops
-        turns = StoreTurns(
+        member = Member(
             self._store,
             f"turns/{len(self._turns)}",
             rank=self.rank,
@@ -152,6 +152,7 @@ class StoreCoordinator:
             period_seconds=period_seconds,
             is_wanted=is_wanted,
         )
+        turns = StoreTurns(member)
         self._turns.append(turns)
         return turns
 

@@ -84,32 +84,14 @@ def turn_of_round(turns: Iterable[int]) -> int:
 
 
 class StoreTurns:
-    """One rank's turns; see `Turns`.
+    """One rank's turns; see `Turns`. It starts a thread.
 
     Args:
-        store: The store of the ranks.
-        prefix: That of the keys.
-        rank: This rank; 0 is the primary.
-        num_ranks: All of them.
-        timeout_seconds: Returns how long to wait for another rank.
-        period_seconds: The time between two looks into the store.
-        is_wanted: Returns whether this rank asks for a round; called in the thread.
+        member: The state that the caller and the thread share.
     """
 
-    def __init__(
-        self,
-        store: KeyValueStore,
-        prefix: str,
-        *,
-        rank: int,
-        num_ranks: int,
-        timeout_seconds: Callable[[], float],
-        period_seconds: float,
-        is_wanted: Callable[[], bool],
-    ) -> None:
-        self._member = _Member(
-            store, prefix, rank, num_ranks, timeout_seconds, period_seconds, is_wanted
-        )
+    def __init__(self, member: Member) -> None:
+        self._member = member
         self._thread = threading.Thread(target=self._member.serve, name="turns", daemon=True)
         self._thread.start()
         # The thread ends with a manager that is dropped.
@@ -137,13 +119,27 @@ class StoreTurns:
         return self._member.last_keys()
 
 
-class _Member:
-    """The state that a rank's caller and its thread share."""
+class Member:
+    """The state that a rank's caller and its thread share; it does not keep `StoreTurns` alive.
+
+    Args:
+        store: The store of the ranks.
+        prefix: That of the keys.
+        rank: This rank; 0 is the primary.
+        num_ranks: The number of ranks.
+        timeout_seconds: Returns how long to wait for another rank.
+        period_seconds: The time between two looks into the store.
+        is_wanted: Returns whether this rank asks for a round; called in the thread.
+
+    Attributes:
+        nudges: The thread looks at once when something is put here.
+    """
 
     def __init__(
         self,
         store: KeyValueStore,
         prefix: str,
+        *,
         rank: int,
         num_ranks: int,
         timeout_seconds: Callable[[], float],
@@ -167,6 +163,7 @@ class _Member:
     # ------------------------------------------------------------------------------ the caller
 
     def enter(self, step: int) -> bool:
+        """See `Turns.enter`."""
         with self._changed:
             while self._position.must_wait(step) and self._error is None:
                 self._changed.wait()
@@ -176,6 +173,7 @@ class _Member:
             return self._position.is_round_due
 
     def finish(self) -> None:
+        """See `Turns.finish`."""
         with self._changed:
             number = self._position.num_rounds
             self._position = self._position.finished()
@@ -185,10 +183,12 @@ class _Member:
         self._store.delete_soon([self._key(end, number - 1) for end in ends])
 
     def leave(self) -> None:
+        """Has the thread publish where this rank stopped, and end."""
         self._is_leaving = True
         self.nudges.put(None)
 
     def last_keys(self) -> list[str]:
+        """See `StoreTurns.last_keys`."""
         last = self._position.num_rounds
         ends = ("wanted", "turn", *(f"at/{rank}" for rank in range(1, self._num_ranks)))
         return [self._key(end, number) for number in (last - 1, last) for end in ends]

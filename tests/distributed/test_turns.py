@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.distributed.torch_store import default_coordinator
-from functional_ckpt.distributed.turns import Position, StoreTurns, turn_of_round
+from functional_ckpt.distributed.turns import Member, Position, StoreTurns, turn_of_round
 
 # ------------------------------------------------------------------------------------ the model
 
@@ -161,13 +161,15 @@ class Members:
         self.asking = [False] * num_ranks
         self.turns = [
             StoreTurns(
-                self.store,
-                "turns",
-                rank=rank,
-                num_ranks=num_ranks,
-                timeout_seconds=lambda: timeout_seconds,
-                period_seconds=0.01,
-                is_wanted=lambda rank=rank: self.asking[rank],
+                Member(
+                    self.store,
+                    "turns",
+                    rank=rank,
+                    num_ranks=num_ranks,
+                    timeout_seconds=lambda: timeout_seconds,
+                    period_seconds=0.01,
+                    is_wanted=lambda rank=rank: self.asking[rank],
+                )
             )
             for rank in range(num_ranks)
         ]
