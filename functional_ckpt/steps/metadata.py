@@ -9,10 +9,12 @@ from typing import Any
 
 from functional_ckpt.core.restore_plan import select
 from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps import history
 from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.steps.run_steps import Steps
+from functional_ckpt.steps.tier_steps import united
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +72,7 @@ def step_metadata(steps: Steps, step: int | None) -> StepMetadata:
     opened = checkpoint_dir.open_checkpoint(holder.storage, holder.path(number), number)
     holder.look_at_metrics(number)
     found = checkpoint_metadata(opened, holder.late)
-    copies = [info for each in steps.remote if (info := each.info(number)) is not None]
-    metrics = dict(found.metrics or {})
-    for copy in copies:
-        if copy.time == found.time:
-            metrics = {**(copy.metrics or {}), **metrics}
-    return dataclasses.replace(
-        found, metrics=metrics or found.metrics, is_abandoned=steps.is_abandoned(number)
-    )
+    infos = [StepInfo(step=number, time=found.time, metrics=found.metrics)]
+    infos += [info for each in steps.remote if (info := each.info(number)) is not None]
+    (info,) = united([info] for info in infos)
+    return dataclasses.replace(found, metrics=info.metrics, is_abandoned=steps.is_abandoned(number))

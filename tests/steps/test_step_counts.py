@@ -82,26 +82,26 @@ READS: dict[str, Callable[[fc.CheckpointManager, int], object]] = {
 }
 
 
+def requests_of(
+    call: Callable[[fc.CheckpointManager, int], object], num_steps: int, **options: Any
+) -> Counter[str]:
+    """The requests of a call on a manager of a run with this number of steps."""
+    bucket = bucket_of(num_steps)
+    with on(bucket, **options) as manager, counting(bucket) as count:
+        call(manager, num_steps)
+    return count
+
+
 @pytest.mark.parametrize("call", sorted(CALLS))
 def test_requests_of_a_writer_do_not_depend_on_the_number_of_steps(call: str) -> None:
-    counts: list[Counter[str]] = []
-    for num_steps in (3, 14):
-        bucket = bucket_of(num_steps)
-        with on(bucket, keep_policy=BEST) as manager, counting(bucket) as count:
-            CALLS[call](manager, num_steps)
-        counts.append(count)
-    assert counts[0] == counts[1]
+    few, many = (requests_of(CALLS[call], n, keep_policy=BEST) for n in (3, 14))
+    assert few == many
 
 
 @pytest.mark.parametrize("call", sorted(READS))
 def test_requests_of_a_reader_do_not_depend_on_the_number_of_steps(call: str) -> None:
-    counts: list[Counter[str]] = []
-    for num_steps in (9, 14):
-        bucket = bucket_of(num_steps)
-        with on(bucket, read_only=True) as manager, counting(bucket) as count:
-            READS[call](manager, num_steps)
-        counts.append(count)
-    assert counts[0] == counts[1]
+    few, many = (requests_of(READS[call], n, read_only=True) for n in (9, 14))
+    assert few == many
 
 
 def test_late_metrics_are_read_once_and_only_for_policies_that_need_them() -> None:

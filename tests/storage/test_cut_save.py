@@ -58,13 +58,19 @@ def overwritten(clock: Clock, at: int) -> tuple[FakeBucket, bool]:
     return bucket, is_cut
 
 
-def test_a_cut_overwrite_is_completed_or_undone_by_the_next_save(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that stands still, so that requests are numbered: one at a time, no renewals."""
     clock = Clock()
     clock.rule(monkeypatch)
     monkeypatch.setattr(requests, "NUM_REQUESTS", 1)
     monkeypatch.setattr(lease, "_RENEW_SECONDS", 3600.0)
+    return clock
+
+
+def test_a_cut_overwrite_is_completed_or_undone_by_the_next_save(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found: set[float] = set()
     for at in range(0, 1000, 1 if IS_FULL else 7):
         monkeypatch.setattr(lease, "_machine", lambda: "A")
@@ -98,13 +104,7 @@ def test_between_two_renames_the_old_checkpoint_is_read(tmp_path: Path) -> None:
     assert found == {1.0, 2.0} and not is_cut
 
 
-def test_readers_see_the_step_whose_overwrite_by_a_manager_was_cut(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock = Clock()
-    clock.rule(monkeypatch)
-    monkeypatch.setattr(requests, "NUM_REQUESTS", 1)
-    monkeypatch.setattr(lease, "_RENEW_SECONDS", 3600.0)
+def test_readers_see_the_step_whose_overwrite_by_a_manager_was_cut(clock: Clock) -> None:
     found: set[float] = set()
     for at in range(0, 1000, 1 if IS_FULL else 6):
         bucket, num_left = FakeBucket(clock), at
