@@ -109,11 +109,18 @@ class Saver:
             # From here on the commit cleans up, or its cancellation does.
             closing = cleanup.pop_all()
         save = commit.Save(step=step, staged=staged, info=info, is_repeat=is_repeat)
+        return self._commit(save, closing, interruption)
+
+    def _commit(
+        self, save: commit.Save, closing: contextlib.ExitStack, interruption: BaseException | None
+    ) -> background.Commit:
+        """Starts the commit of a staged save; waits for it where the caller has asked for that."""
+        step, staged = save.step, save.staged
         work = functools.partial(_run_and_close, self._writer, save, closing)
-        is_awaited = is_repeat or isinstance(self._options.staging, Blocking)
+        is_awaited = save.is_repeat or isinstance(self._options.staging, Blocking)
         try:
             handle = self.committer.start(step, work, closing.close)
-            self.decider.mark_saved(step, progress)
+            self.decider.mark_saved(step, save.info.progress)
             if interruption is not None:
                 raise interruption
             staged.wait()
