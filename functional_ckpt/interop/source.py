@@ -13,6 +13,7 @@ import torch
 from functional_ckpt import errors
 from functional_ckpt.interop import hostile
 from functional_ckpt.saving import lower
+from functional_ckpt.storage.system_errors import clear_errors, is_absence
 
 
 class Source(Mapping[str, Any]):
@@ -128,8 +129,15 @@ def numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
 
 
 def match_files(path: str, matches: Callable[[str], bool]) -> list[str]:
-    """Sorted names of a directory's entries that match; none where it is no directory."""
+    """Returns the sorted names of a directory's entries that match; none if it is no directory.
+
+    Raises:
+        StorageError: It cannot be listed.
+    """
     try:
-        return sorted(name for name in os.listdir(path) if matches(name))
-    except OSError:
-        return []
+        with clear_errors("list", path):
+            return sorted(name for name in os.listdir(path) if matches(name))
+    except errors.StorageError as error:
+        if is_absence(error):
+            return []
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 import functional_ckpt as fc
 from functional_ckpt import errors
-from functional_ckpt.interop import huggingface
+from functional_ckpt.interop import huggingface, source
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -61,6 +62,25 @@ def test_overwriting_a_directory_never_removes_files_of_others(tmp_path: Path, n
         huggingface.save(model, path, overwrite=True)
     assert (path / "tokenizer.json").read_text() == "{}"
     assert json.loads((path / "config.json").read_text()) == {"a": 2}
+
+
+def test_a_directory_that_cannot_be_listed_is_neither_empty_nor_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = torch.nn.Linear(2, 3), tmp_path / "model"
+    huggingface.save(model, path)
+    before = sorted(file.name for file in path.iterdir())
+
+    def listdir(_: object) -> list[str]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(source.os, "listdir", listdir)
+        with pytest.raises(errors.StorageError, match="Cannot list"):
+            huggingface.save(model, path, overwrite=True)
+        with pytest.raises(errors.StorageError, match="Cannot list"):
+            fc.interop.open(path)
+    assert sorted(file.name for file in path.iterdir()) == before
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
