@@ -209,7 +209,8 @@ class CheckpointManager:
             step: The step number; None for the latest. Waits for a commit of this step.
             into: Item name -> target: a value or an item such as `fc.Optimizer(...)`. The target
                 None restores an item as it was saved.
-            discard_later: Remove the later steps from every tier after the restore.
+            discard_later: Remove the later steps from every tier after the restore: those with a
+                higher number, and those of a line that started later.
             options: The fields of `RestoreOptions`: `only`, `ignore`, `key_map`, `strict`, `cast`,
                 `verify`, `share_reads`.
 

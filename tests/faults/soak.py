@@ -229,17 +229,18 @@ class Soak:
                 self._wait_for(self._fork(_intrude, arena, journal))
             elif what == "move" and arena.paths == ("side",) and self._may("move"):
                 with contextlib.suppress(BlockingIOError), staying(arena, wait=False):
-                    self._move_away(arena, pid, choose)
+                    self._move_away(arena, journal, pid, choose)
             time.sleep(choose.uniform(0.0, 0.2))
         finally:
             os.kill(pid, signal.SIGCONT)
 
-    def _move_away(self, arena: Arena, pid: int, choose: random.Random) -> None:
+    def _move_away(self, arena: Arena, journal: Journal, pid: int, choose: random.Random) -> None:
         """The run's directory has another name while its writer continues."""
         if not arena.run.is_dir():
             return
         self.figures.counts["directory moved"] += 1
         away = arena.folder / "away"
+        absences = [journal.begin("away", key_of(step)) for step in arena.near_steps()]
         arena.run.rename(away)
         os.kill(pid, signal.SIGCONT)
         time.sleep(choose.uniform(0.0, 0.5))
@@ -248,6 +249,8 @@ class Soak:
             self.figures.counts["moved directory made again"] += 1
             shutil.rmtree(arena.run)
         away.rename(arena.run)
+        for absence in absences:
+            journal.end(absence, is_reported=True)
 
     def _wait_for(self, pid: int) -> None:
         os.waitpid(pid, 0)

@@ -81,6 +81,7 @@ class Register:
     removals: list[Interval] = dataclasses.field(default_factory=list[Interval])
     metrics: list[Interval] = dataclasses.field(default_factory=list[Interval])
     reads: list[Interval] = dataclasses.field(default_factory=list[Interval])
+    absences: list[Interval] = dataclasses.field(default_factory=list[Interval])
 
     def _is_past(self, interval: Interval) -> bool:
         """Whether a later write was reported, after which nothing of it can be left."""
@@ -124,6 +125,8 @@ class Register:
                 known = [w for w in begun if w.fields["digest"] == digest]
                 if not known:
                     yield "a reader got a value that was never saved"
+                elif any(a.begin < read.end and a.end > read.begin for a in self.absences):
+                    continue  # the directory was elsewhere: a remote tier may have an older version
                 elif all(any(o.begin > w.end for o in over) for w in known):
                     yield f"a reader got version {known[0].fields['version']}, which was replaced"
                 continue
@@ -153,7 +156,12 @@ def registers(lines: list[dict[str, Any]]) -> dict[str, Register]:
             interval = Interval(number, line)
             running.setdefault(line["name"], []).append(interval)
             register = found[line["key"]]
-            what = {"write": register.writes, "metrics": register.metrics, "read": register.reads}
+            what = {
+                "write": register.writes,
+                "metrics": register.metrics,
+                "read": register.reads,
+                "away": register.absences,
+            }
             what.get(line["what"], register.removals).append(interval)
             for key in line.get("may_prune", ()):
                 # A running save may prune these until it ends.

@@ -10,9 +10,11 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import json
 import math
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -315,10 +317,11 @@ class Writer:
         self._settle()
         known = self._known()
         first = max(known, default=0) + 1
+        both = {*known, first, first + 1}  # either may be committed first
         items = [soak_values.new_items() for _ in range(2)]
         versions = [self._next_version() for _ in items]
         threads = [
-            threading.Thread(target=self._save, args=(first + n, items[n], versions[n], known))
+            threading.Thread(target=self._save, args=(first + n, items[n], versions[n], both))
             for n in range(2)
         ]
         for thread in threads:
@@ -364,7 +367,8 @@ class Writer:
         if len(known) < 2:
             return
         step = self._choose.choice(known[:-1])
-        later = [each for each in known if each > step]
+        generation = self._generation(step, -1)
+        later = [n for n in known if n > step or self._generation(n, sys.maxsize) > generation]
         discards = self._choose.random() < 0.5
         operations = [self._journal.begin("discard", key_of(each)) for each in later if discards]
         try:
@@ -377,6 +381,13 @@ class Writer:
         for number in range(1, self._choose.choice([2, 4])):
             self._save(step + number, self._items, self._next_version(), self._known())
         self._settle()
+
+    def _generation(self, step: int, default: int) -> int:
+        """The generation of the step, by its record; `default` where it cannot be read."""
+        record = self._arena.run / str(step) / "_FUNCTIONAL_CKPT"
+        with contextlib.suppress(OSError, ValueError):  # in a remote tier only, or damaged
+            return json.loads(record.read_bytes()).get("generation", 0)
+        return default
 
     def restore_latest(self) -> None:
         """As a program does at its start."""
