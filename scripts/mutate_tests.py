@@ -30,7 +30,7 @@ UNMEASURED_FILES = (
     "test_mutants.py",
     "test_ranks.py",
 )
-UNMEASURED = ("benchmarks", "distributed", "docs", "examples", "golden", "resume")
+UNMEASURED = ("benchmarks", "docs", "examples", "golden", "resume")
 # By a prefix of the module's path in the package: the tests to run without a measurement.
 TESTS = {
     "storage/buckets": ("tests/remote",),

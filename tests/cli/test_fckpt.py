@@ -363,6 +363,8 @@ def test_diff_of_equal_checkpoints(saved: Path) -> None:
 def test_two_steps_of_one_directory(saved: Path) -> None:
     record = json_of("diff", saved, 5, 10, "--item", "state", code=1)
     assert [each["leaf"] for each in record["items"]["state"]["differences"]] == ["w"]
+    num_leaves = len(json_of("show", saved, 5)["items"]["state"]["leaves"])
+    assert record["items"]["state"]["num_equal"] == num_leaves - 1
     assert (record["a"]["step"], record["b"]["step"]) == (5, 10)
     assert json_of("show", saved, 5)["step"] == 5
     assert "'x' is not a step" in error_of("diff", saved, "x", 10)

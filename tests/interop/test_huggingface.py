@@ -13,7 +13,7 @@ import torch
 
 import functional_ckpt as fc
 from functional_ckpt import errors
-from functional_ckpt.interop import huggingface, source
+from functional_ckpt.interop import huggingface, safetensors, source
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -49,6 +49,14 @@ def test_one_file_has_the_format_of_its_suffix(tmp_path: Path, name: str) -> Non
     other = torch.nn.Linear(2, 3)
     fc.restore(tmp_path / name, {"model": other})
     assert torch.equal(other.weight, model.weight)
+
+
+def test_a_file_whose_header_is_longer_than_itself_is_no_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"\3" + bytes(7) + b"{ }")
+    assert safetensors.fits(str(path))
+    path.write_bytes(b"\4" + bytes(7) + b"{ }")
+    assert not safetensors.fits(str(path))
 
 
 @pytest.mark.parametrize("name", ["model", "model.safetensors"])

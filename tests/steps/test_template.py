@@ -91,6 +91,7 @@ def test_one_variable_has_one_value() -> None:
         ({"template": "{step}-{}"}, "expected variables out of"),
         ({"template": "{step"}, "expected '}' before end of string"),
         ({"template": "{step}{epoch}"}, "a name can be read in two ways"),
+        ({"template": "v1{step}"}, "a name can be read in two ways"),
         ({"template": "1{step}"}, "a name can be read in two ways"),
         ({"template": "{step}1"}, "a name can be read in two ways"),
         ({"template": "{step}{rank}"}, "a name can be read in two ways"),

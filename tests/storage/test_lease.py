@@ -133,6 +133,27 @@ def test_a_lost_answer_is_no_lost_lease(bucket: FakeBucket, clock: Clock) -> Non
     assert list(bucket.list("")) == []
 
 
+def test_two_threads_do_not_renew_a_lease_at_once(bucket: FakeBucket) -> None:
+    held = lease.take(bucket, KEY)
+    other = threading.Thread(target=held._renew_now, kwargs={"is_due": True})
+    under_way: list[str] = []
+
+    def count(kind: str, key: str) -> None:
+        if kind == "write":
+            under_way.append(key)
+            if len(under_way) == 1:
+                other.start()
+                other.join(0.1)
+                assert len(under_way) == 1
+
+    bucket.before = count
+    held._renew_now(is_due=True)
+    other.join()
+    assert len(under_way) == 2
+    held.check()
+    held.release()
+
+
 def test_a_fresh_lease_costs_no_request(bucket: FakeBucket, clock: Clock) -> None:
     held = lease.take(bucket, KEY)
     num_requests = len(bucket.requests)

@@ -511,6 +511,19 @@ def test_verify_of_other_directories_raises(tmp_path: Path) -> None:
         verify(tmp_path / "folder")
 
 
+def test_verify_leaves_no_file_open(saved: Path) -> None:
+    assert verify(saved) == []
+    assert all(str(saved) not in os.path.realpath(each) for each in Path("/proc/self/fd").iterdir())
+
+
+def test_a_foreign_tree_without_arrays_is_sound(tmp_path: Path) -> None:
+    orbax = pytest.importorskip("orbax.checkpoint")
+    with orbax.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "texts", {"a": "text"})
+    (finding,) = verify(tmp_path / "texts")
+    assert finding.problem == "no digests" and not finding.is_damage
+
+
 @pytest.mark.parametrize(
     ("error", "file"),
     [
