@@ -118,3 +118,10 @@ def test_a_name_that_is_no_dtype_of_this_torch_is_refused(name: str) -> None:
     assert context.untag(["torch", "float16"]) is torch.float16
     with pytest.raises(ValueError, match=f"this torch has no '{name}'"):
         context.untag(["torch", name])
+
+
+def test_a_context_that_contains_itself_is_not_storable() -> None:
+    endless: list[Any] = [torch.float32]
+    endless.append(endless)
+    assert context.is_storable([torch.float32, {"device": torch.device("cpu")}])
+    assert not context.is_storable(endless)

@@ -180,3 +180,14 @@ def test_a_read_from_the_end_of_a_file_on_is_empty_and_reserves_nothing(
     Path(path).write_bytes(b"abc")
     assert storage.read(path, offset) == storage.read(path, offset, 2**62) == b""
     assert storage.read(path, 1) == storage.read(path, 1, 2**62) == b"bc"
+
+
+def test_a_large_file_with_holes_was_never_written_whole(
+    storage: LocalStorage, tmp_path: Path
+) -> None:
+    path = tmp_path / "record"
+    path.write_bytes(bytes(2**21))
+    assert storage.read(str(path)) == bytes(2**21)
+    os.truncate(path, 2**22)
+    with pytest.raises(errors.CorruptCheckpointError, match="with holes"):
+        storage.read(str(path))
