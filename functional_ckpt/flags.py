@@ -215,10 +215,7 @@ def define(
 
 
 def manager(
-    defined: CheckpointFlags,
-    *,
-    directory: str | os.PathLike[str] | None = None,
-    **arguments: Any,
+    defined: CheckpointFlags, *, directory: str | os.PathLike[str] | None = None, **arguments: Any
 ) -> CheckpointManager:
     """Returns the manager that the flags describe.
 

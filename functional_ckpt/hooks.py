@@ -46,9 +46,7 @@ class SaveHook:
     """
 
     def __init__(
-        self,
-        manager: CheckpointManager,
-        items: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+        self, manager: CheckpointManager, items: Mapping[str, Any] | Callable[[], Mapping[str, Any]]
     ) -> None:
         if not callable(items) and not isinstance(items, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise errors.UsageError(

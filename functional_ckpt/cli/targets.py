@@ -140,11 +140,7 @@ def _foreign(storage: Storage, path: str, text: str, opens_foreign: bool) -> Che
 
 
 def checkpoint_of(
-    text: str,
-    step: int | None = None,
-    prefix: str | None = None,
-    *,
-    opens_foreign: bool = False,
+    text: str, step: int | None = None, prefix: str | None = None, *, opens_foreign: bool = False
 ) -> Checkpoint:
     """The one checkpoint at a path; of a directory of steps the one asked for, else the latest."""
     target = find(text, prefix, opens_foreign=opens_foreign)

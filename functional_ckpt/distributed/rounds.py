@@ -147,8 +147,7 @@ class Rounds:
             return None
         if gone:
             raise errors.CoordinationError(
-                f"Rank 0 reached {what!r} after {named(gone)} timed out waiting for it.",
-                ranks=(0,),
+                f"Rank 0 reached {what!r} after {named(gone)} timed out waiting for it.", ranks=(0,)
             )
         others = {rank: about for rank, (_, about, _) in entries.items() if about != what}
         if others:

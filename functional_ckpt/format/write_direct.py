@@ -29,13 +29,7 @@ from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.data_file import DataFile
 from functional_ckpt.format.index import open_tree, span_reader
-from functional_ckpt.format.ocdbt import (
-    MANIFEST,
-    Entries,
-    Span,
-    encode_manifest,
-    encode_tree,
-)
+from functional_ckpt.format.ocdbt import MANIFEST, Entries, Span, encode_manifest, encode_tree
 from functional_ckpt.format.tuning import BYTES_PER_FILE, NUM_THREADS, QUICK_BYTES, STEP_BYTES
 from functional_ckpt.format.write_tensorstore import ArrayWrite, Digests, padded
 from functional_ckpt.runtime.threads import gc_paused, run_in_threads
@@ -191,13 +185,7 @@ class _Part:
         self._path = path
         self._file: DataFile | None = None
 
-    def write(
-        self,
-        storage: Storage,
-        chunks: Sequence[_Chunk],
-        *,
-        is_whole: bool,
-    ) -> None:
+    def write(self, storage: Storage, chunks: Sequence[_Chunk], *, is_whole: bool) -> None:
         """Writes chunks; `is_whole` says that nothing else will follow."""
         size_bytes = sum(
             (array.data.nbytes if box is None else box.num_elements * array.data.itemsize)

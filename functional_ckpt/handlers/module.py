@@ -241,8 +241,7 @@ def _is_uninitialized(value: Any) -> bool:
 
 def _detached(value: Any) -> Any:
     # A Parameter is a role in a module, not a kind of data: without the module it comes back as a
-    # tensor.
-    # Opaque tensors cannot be detached: they are refused by name.
+    # tensor. Opaque tensors cannot be detached: they are refused by name.
     is_tensor = isinstance(value, torch.Tensor) and not memory.is_opaque(value)
     return value.detach() if is_tensor else value
 

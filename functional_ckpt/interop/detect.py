@@ -49,10 +49,7 @@ def candidates(path: str, formats: Sequence[Format] = FORMATS) -> list[Format]:
 
 
 def open(
-    path: str | os.PathLike[str],
-    format: str | None = None,
-    *,
-    formats: Sequence[Format] = FORMATS,
+    path: str | os.PathLike[str], format: str | None = None, *, formats: Sequence[Format] = FORMATS
 ) -> Source:
     """Opens a foreign checkpoint as items: a mapping that `fc.save` accepts.
 
@@ -81,9 +78,7 @@ def open(
 
 
 def recognise(
-    path: str | os.PathLike[str],
-    format: str | None = None,
-    formats: Sequence[Format] = FORMATS,
+    path: str | os.PathLike[str], format: str | None = None, formats: Sequence[Format] = FORMATS
 ) -> Source:
     """Opens as `open` does, without the warning of left-out files."""
     place = resolve(path)

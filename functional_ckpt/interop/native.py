@@ -17,11 +17,7 @@ from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 
-_MARKS = (
-    records.EXTENSION_FILE,
-    orbax.CHECKPOINT_METADATA_FILE,
-    orbax.TREE_METADATA_FILE,
-)
+_MARKS = (records.EXTENSION_FILE, orbax.CHECKPOINT_METADATA_FILE, orbax.TREE_METADATA_FILE)
 
 
 def _fits(path: str) -> bool:

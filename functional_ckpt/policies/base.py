@@ -19,16 +19,6 @@ from functional_ckpt import errors
 from functional_ckpt.policies.checks import check_int, is_int
 from functional_ckpt.policies.progress import Progress
 
-__all__ = [
-    "KeepContext",
-    "KeepPolicy",
-    "SaveContext",
-    "SavePolicy",
-    "StepInfo",
-    "StepPolicy",
-    "step_set",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInfo:

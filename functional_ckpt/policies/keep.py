@@ -20,20 +20,6 @@ from functional_ckpt.policies.base import KeepContext, StepInfo, step_set
 from functional_ckpt.policies.checks import check_int, is_int
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, parse_timespan
 
-__all__ = [
-    "BestN",
-    "CustomSteps",
-    "EveryNSeconds",
-    "EveryNSteps",
-    "LatestDuration",
-    "LatestN",
-    "Metric",
-    "PreserveAll",
-    "best_step",
-    "rank_steps",
-    "unknown_metric",
-]
-
 Metric: TypeAlias = str | Callable[[Mapping[str, Any]], float]
 """Which number ranks a step: the key of a metric, or a function of all metrics."""
 

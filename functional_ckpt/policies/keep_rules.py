@@ -9,11 +9,7 @@ from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.policies import lines, plausible_times
-from functional_ckpt.policies.base import (
-    KeepContext,
-    KeepPolicy,
-    StepInfo,
-)
+from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
 from functional_ckpt.policies.keep import (
     CustomSteps,
     EveryNSeconds,

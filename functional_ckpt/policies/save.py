@@ -17,18 +17,6 @@ from functional_ckpt.policies.base import SaveContext, StepInfo, step_set
 from functional_ckpt.policies.checks import check_int
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, Unit, parse_timespan
 
-__all__ = [
-    "AtEnd",
-    "ElapsedInterval",
-    "FixedInterval",
-    "InitialSave",
-    "Preemption",
-    "ProgressInterval",
-    "SpecificSteps",
-    "When",
-    "every",
-]
-
 # 0.3 / 0.1 is 2.9999999999999996: a boundary counts as crossed within this distance.
 _ROUNDING: Final = 1e-9
 # A shorter interval may be over at the next step.

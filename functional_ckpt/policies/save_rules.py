@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
-from functional_ckpt.policies.base import (
-    SaveContext,
-    SavePolicy,
-    StepInfo,
-    StepPolicy,
-)
+from functional_ckpt.policies.base import SaveContext, SavePolicy, StepInfo, StepPolicy
 from functional_ckpt.policies.save import ElapsedInterval, every
 
 SavePolicies: TypeAlias = (

@@ -33,11 +33,10 @@ class RestoreOptions:
         only: Shell patterns on `item` or `item.leaf.name`; None for everything.
         ignore: Such patterns, or a function of such a name, of leaves to skip: the target keeps its
             values. A pattern without a match is an error.
-        key_map: The target's names for stored leaves: a mapping of
-            old names (of leaves, or of all below) to new ones, `(regular expression, replacement)`
-            pairs, or a function, which may return None to leave a leaf out. Names are
-            `item.leaf.name`; `only` and `ignore` see the new ones; a rule that renames nothing is
-            an error.
+        key_map: The target's names for stored leaves: a mapping of old names (of leaves, or of all
+            below) to new ones, `(regular expression, replacement)` pairs, or a function, which may
+            return None to leave a leaf out. Names are `item.leaf.name`; `only` and `ignore` see the
+            new ones; a rule that renames nothing is an error.
         strict: Whether anything missing, unexpected or mismatched is an error; if not, the target
             keeps its own values there and the report names them.
         cast: Whether arrays are converted to the target's dtype; if not, another dtype is a
@@ -344,11 +343,7 @@ def _target_of(
 
     if not is_resized:
         return nested.target_of(
-            item,
-            select.specs(root),
-            name=name,
-            registry=asked.registry,
-            may_differ=may_differ,
+            item, select.specs(root), name=name, registry=asked.registry, may_differ=may_differ
         )
     num_saved = len(saved.children) if is_per_rank(saved) else 1
     wrong = nested.why_not_resizable(handler, num_saved, group.rank, group.num_ranks, name)

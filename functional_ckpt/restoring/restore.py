@@ -269,11 +269,7 @@ def _lift_all(
 
 
 def _lift(
-    matched: MatchedItem,
-    item: Item,
-    value: Any,
-    group: Coordinator,
-    target: read.TargetState,
+    matched: MatchedItem, item: Item, value: Any, group: Coordinator, target: read.TargetState
 ) -> Any:
     handler = item.handler
     if matched.is_resized:

@@ -206,11 +206,7 @@ class Restorer:
                 return self._restore_from(last, step, into, options)
 
     def _restore_from(
-        self,
-        holder: TierSteps,
-        step: int,
-        into: Mapping[str, Any] | None,
-        options: RestoreOptions,
+        self, holder: TierSteps, step: int, into: Mapping[str, Any] | None, options: RestoreOptions
     ) -> restore_lib.Restored:
         storage, path = holder.storage, holder.path(step)
         try:

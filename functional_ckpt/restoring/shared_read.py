@@ -179,10 +179,7 @@ def _incoming_bytes(
 
 
 def _deliver(
-    chunks: Sequence[SharedChunk],
-    incoming: Sequence[Bytes],
-    wanted: Sequence[_Want],
-    rank: int,
+    chunks: Sequence[SharedChunk], incoming: Sequence[Bytes], wanted: Sequence[_Want], rank: int
 ) -> None:
     """Puts received parts in place, in the order in which the readers joined them."""
     offsets = [0] * len(incoming)

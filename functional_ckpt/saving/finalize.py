@@ -243,10 +243,7 @@ def _num_chunks(grid: ChunkGrid) -> int:
 
 
 def _write_own_scalars(
-    storage: Storage,
-    path: str,
-    parts: Sequence[tuple[int, structure.Node]],
-    merged: structure.Node,
+    storage: Storage, path: str, parts: Sequence[tuple[int, structure.Node]], merged: structure.Node
 ) -> list[str]:
     """Writes plain numbers that differ between ranks, which Orbax reads as arrays.
 

@@ -107,9 +107,7 @@ def digests(sources: Sequence[Source]) -> list[int]:
     return found
 
 
-def check_equal(
-    leaves: Mapping[str, tuple[Sharding, Mapping[int, int]]],
-) -> None:
+def check_equal(leaves: Mapping[str, tuple[Sharding, Mapping[int, int]]]) -> None:
     """Raises `CoordinationError` where ranks hold different values of one leaf.
 
     Args:

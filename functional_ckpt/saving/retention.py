@@ -94,11 +94,7 @@ class Retention:
             return [str(error) for error in steps.prune(doomed).values()]
 
     def _not_kept(
-        self,
-        copied: set[tuple[int, datetime.datetime]],
-        committed: int | None,
-        *,
-        look: bool,
+        self, copied: set[tuple[int, datetime.datetime]], committed: int | None, *, look: bool
     ) -> list[StepInfo]:
         """Returns the steps that no policy keeps; the newest only if another tier has it."""
         known: Sequence[StepInfo] = self._steps.with_late_metrics(look=look)

@@ -60,10 +60,7 @@ class Saver:
             num_threads=write_direct.NUM_THREADS if is_blocking else threads.num_spare_cores(),
         )
         self.decider = decide.SaveDecider(
-            options.save_rule,
-            steps,
-            lambda: self.committer.step,
-            (coordinator, in_background),
+            options.save_rule, steps, lambda: self.committer.step, (coordinator, in_background)
         )
 
     def save(

@@ -15,10 +15,7 @@ from functional_ckpt import errors
 from functional_ckpt.distributed import same_options
 from functional_ckpt.distributed.collective import fails_on_all, run_on_primary
 from functional_ckpt.distributed.coordinator import Coordinator
-from functional_ckpt.distributed.torch_store import (
-    default_coordinator,
-    num_unjoined,
-)
+from functional_ckpt.distributed.torch_store import default_coordinator, num_unjoined
 from functional_ckpt.steps import writer_lock
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.storage import commit

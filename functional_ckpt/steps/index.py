@@ -154,11 +154,7 @@ def no_such_step(root: str, step: int, known: Sequence[int]) -> errors.StepNotFo
 
 def has_record(storage: Storage, path: str) -> bool:
     """Returns whether a directory holds a record of a step, this package's or Orbax's."""
-    marks = (
-        records.EXTENSION_FILE,
-        orbax.CHECKPOINT_METADATA_FILE,
-        orbax.TREE_METADATA_FILE,
-    )
+    marks = (records.EXTENSION_FILE, orbax.CHECKPOINT_METADATA_FILE, orbax.TREE_METADATA_FILE)
     if any(queries.exists(storage, os.path.join(path, mark)) for mark in marks):
         return True
     # Old versions of Orbax wrote items and nothing above them. An item of this package without the

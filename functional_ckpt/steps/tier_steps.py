@@ -310,12 +310,7 @@ class TierSteps(StepDirectory):
             self.storage.sync(self.root)
 
     def emit(
-        self,
-        kind: Kind,
-        step: int,
-        *,
-        seconds: float | None = None,
-        num_bytes: int | None = None,
+        self, kind: Kind, step: int, *, seconds: float | None = None, num_bytes: int | None = None
     ) -> None:
         """Notifies the listeners of an event of a step in this directory."""
         self.events.tell(kind, step, self.root, seconds=seconds, num_bytes=num_bytes)

@@ -151,8 +151,7 @@ class Upload:
             digest = _record_digest(self._local, self._source)
             if digest != identity and (digest is not None or not self._is_there()):
                 raise errors.StorageError(
-                    f"{self._source} was replaced or removed during the upload.",
-                    path=self._source,
+                    f"{self._source} was replaced or removed during the upload.", path=self._source
                 )
             raise errors.CorruptCheckpointError(
                 f"{source} changed after it was committed; upload aborted.",

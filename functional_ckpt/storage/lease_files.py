@@ -12,12 +12,7 @@ import contextlib
 import os
 from collections.abc import Generator, Iterable, Mapping
 
-from functional_ckpt.storage.buckets.base import (
-    Entry,
-    NotFound,
-    PermanentError,
-    PreconditionFailed,
-)
+from functional_ckpt.storage.buckets.base import Entry, NotFound, PermanentError, PreconditionFailed
 
 _RELEASED = b"released"
 

@@ -91,11 +91,7 @@ class FaultyStorage:
     """
 
     def __init__(
-        self,
-        fault: Fault | None = None,
-        inner: Storage | None = None,
-        *,
-        can_exchange: bool = True,
+        self, fault: Fault | None = None, inner: Storage | None = None, *, can_exchange: bool = True
     ) -> None:
         self._inner: Storage = LocalStorage() if inner is None else inner
         self._mutex = threading.Lock()

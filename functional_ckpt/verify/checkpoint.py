@@ -31,11 +31,7 @@ _THREADS_BYTES = 2**20
 
 
 def verify_checkpoint(
-    storage: Storage,
-    path: str,
-    step: int | None = None,
-    *,
-    progress: Progress | None = None,
+    storage: Storage, path: str, step: int | None = None, *, progress: Progress | None = None
 ) -> list[Finding]:
     """Compares a checkpoint with its records.
 

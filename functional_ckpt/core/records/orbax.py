@@ -173,11 +173,7 @@ def zarr3_metadata(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> dict[str, J
 
 
 def parse_tree(
-    data: bytes,
-    path: object,
-    *,
-    spec_of: Callable[[str], ArraySpec],
-    texts: Mapping[str, str],
+    data: bytes, path: object, *, spec_of: Callable[[str], ArraySpec], texts: Mapping[str, str]
 ) -> structure.Node:
     """Returns the structure that Orbax's `_METADATA` describes.
 

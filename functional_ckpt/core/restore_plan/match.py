@@ -51,9 +51,8 @@ def match(
         selects: Which stored leaves the target is about, by name; the others are left alone.
         lifts: Whether a handler makes a value of a node that is taken as saved; None for a handler
             that is not there, which is a mismatch. Without `lifts`, all comes back as plain data:
-            the trees of handlers, and a tensor subclass as a dict of its parts; with it,
-            such a tensor is of its class, and a class that this process does not know is a
-            mismatch.
+            the trees of handlers, and a tensor subclass as a dict of its parts; with it, such a
+            tensor is of its class, and a class that this process does not know is a mismatch.
     """
     matching = _Matching(item, cast_to_target, selects or (lambda name: True), lifts)
     binding = walk.fold((saved, target, ()), matching.visit)

@@ -133,10 +133,7 @@ class GcsBucket:
         with self._clear(key):
             blob = self._bucket.blob(key)
             blob.upload_from_string(
-                data,
-                "application/octet-stream",
-                if_generation_match=generation,
-                **self._options,
+                data, "application/octet-stream", if_generation_match=generation, **self._options
             )
             return _entry(blob)
 
@@ -183,11 +180,7 @@ class GcsBucket:
 
     def kvstore(self, folder: str) -> Mapping[str, Any]:
         """TensorStore's spec of a folder."""
-        return {
-            "driver": "gcs",
-            "bucket": self._name,
-            "path": f"{folder}/" if folder else "",
-        }
+        return {"driver": "gcs", "bucket": self._name, "path": f"{folder}/" if folder else ""}
 
     def context(self) -> Mapping[str, Any]:
         """None but the defaults: TensorStore finds the same credentials."""
