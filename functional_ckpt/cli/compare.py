@@ -54,13 +54,7 @@ class Difference:
 def compare_items(
     a: OpenItem, b: OpenItem, advance: Callable[[int], None]
 ) -> Iterator[Difference | None]:
-    """Compares two items leaf by leaf: yields a difference, or None for an equal leaf.
-
-    Args:
-        a: The first.
-        b: The second.
-        advance: Called with the number of bytes compared.
-    """
+    """Compares two items leaf by leaf: yields a difference, or None for an equal leaf."""
     with contextlib.ExitStack() as files:
         yield from _compare_items(_Item(a, files), _Item(b, files), advance)
 

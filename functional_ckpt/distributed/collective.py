@@ -59,10 +59,6 @@ def fails_on_all(group: Coordinator, what: str) -> Generator[None]:
 
     For the arguments of a call: a rank with invalid ones does not reach the collectives of the
     others.
-
-    Args:
-        group: The ranks.
-        what: Name of that collective.
     """
     try:
         yield

@@ -55,11 +55,7 @@ def wait_for(
 ) -> bool:
     """Returns whether the keys existed in time; polls, since a store's wait cannot be cancelled.
 
-    Args:
-        store: The store.
-        keys: The keys.
-        seconds: Returns how long to wait, from the start; read again after each poll.
-        num_ranks: How many ranks poll.
+    `seconds` returns how long to wait from the start; it is asked after each poll.
     """
     start = time.monotonic()
     for pause in pauses(num_ranks):

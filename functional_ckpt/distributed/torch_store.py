@@ -210,10 +210,6 @@ class _Store:
 
     A TCPStore's client waits for an answer as long as it takes, whatever its timeout says: if the
     host is stopped or unreachable, it would hang forever.
-
-    Args:
-        store: The store of a process group.
-        rank: This process, for messages.
     """
 
     def __init__(self, store: Any, rank: int) -> None:

@@ -161,11 +161,6 @@ def open_for_reading(
 def read_manifest(storage: Storage, directory: str, expected: FileRecord | None) -> bytes:
     """Returns the manifest of an item's database.
 
-    Args:
-        storage: The store that it is in.
-        directory: The item.
-        expected: Its record, where the item has one.
-
     Raises:
         CorruptCheckpointError: There is none, or it is not the recorded one.
     """

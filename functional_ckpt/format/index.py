@@ -63,11 +63,6 @@ class _ValueRead(NamedTuple):
 class Index:
     """Locations of values, as far as they were wanted. Safe to use from any thread.
 
-    Args:
-        directory: The item.
-        tree: The database's tree.
-        read_spans: Reads parts of data files.
-
     Attributes:
         directory: As given.
         files: Data files, relative to the item.
@@ -292,12 +287,7 @@ def _undump(database: Database, span: Span, dump: Any) -> DecodedNode | Exceptio
 
 
 def span_of(files: Sequence[str], run: Sequence[Located]) -> Span:
-    """Returns the bytes of a run of `adjacent`.
-
-    Args:
-        files: The index's data files.
-        run: Reads of one file, in order.
-    """
+    """Returns the bytes of a run of `adjacent`."""
     first = run[0]
     end = max([read.offset + read.num_bytes for read in run])
     return Span(files[first.file], first.offset, end - first.offset)

@@ -111,9 +111,6 @@ class NodeTree:
     def read(self, keys: Collection[bytes] | None = None) -> Iterator[Leaf]:
         """Reads the nodes that may hold some keys, and yields the leaves among them.
 
-        Args:
-            keys: The keys; None for all.
-
         Raises:
             CorruptCheckpointError: A node is damaged.
             StorageError: The store refused.

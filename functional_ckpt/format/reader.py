@@ -65,11 +65,7 @@ def verify(directory: str, read: ChunkRead, part: ChunkPart, data: Any, start: i
 def deliver(directory: str, read: ChunkRead, part: ChunkPart, data: Array) -> None:
     """Verifies all bytes of a read and puts them in place.
 
-    Args:
-        directory: The item.
-        read: The finished read.
-        part: The read's part.
-        data: Flat uint8: bytes `part.first` to `part.end` of the chunk as it is stored.
+    `data` is flat uint8: bytes `part.first` to `part.end` of the chunk as it is stored.
     """
     if part.stored_shape is not None:
         stored = data.view(numpy_dtype(read.request.spec.dtype)).reshape(part.stored_shape)

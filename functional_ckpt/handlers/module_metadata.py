@@ -49,13 +49,7 @@ def stored(saved: object) -> dict[str, object]:
 
 
 def attach(module: torch.nn.Module, loaded: dict[str, Any], restored: object) -> dict[str, Any]:
-    """Returns the state dict to load, with the metadata that was saved with it.
-
-    Args:
-        module: Loads it.
-        loaded: Its entries, under the module's own names.
-        restored: The restored tree.
-    """
+    """Returns the state dict to load, with the metadata that was saved with it."""
     if not isinstance(restored, structure.Described) or structure.METADATA not in restored.detail:
         return loaded
     saved = context.untag(restored.detail[structure.METADATA])

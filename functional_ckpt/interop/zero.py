@@ -26,10 +26,6 @@ _WHOLE = ("step",)
 def merge(shards: Sequence[Mapping[str, Any]], what: str) -> dict[str, Any]:
     """Returns the full state of which each data-parallel rank has a shard.
 
-    Args:
-        shards: In order of rank.
-        what: What to call it in errors.
-
     Raises:
         CorruptCheckpointError: The shards do not fit together.
     """

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+import datetime
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
-from functional_ckpt.policies import lines, plausible_times
+from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
 from functional_ckpt.policies.keep import (
     CustomSteps,
@@ -189,19 +192,13 @@ def steps_to_prune_after(
 
     Besides the newest, the step that was committed stays, and the last one by the time of its
     commit. Where clocks were wrong, a step goes only if the policies let it go with the times on
-    record and with plausible ones.
-
-    Args:
-        committed: The step that has just been committed, if one was.
-        policies: As of `decide_keep`.
-        history: As of `decide_keep`.
-        context: As of `decide_keep`.
+    record and with plausible ones. For the other arguments see `decide_keep`.
     """
     if not history:
         return ()
     last = max(history, key=lambda info: (info.time, info.step))
     protected = {last.step} if committed is None else {last.step, committed}
-    plausible = plausible_times.with_plausible_times(history, context.now)
+    plausible = with_plausible_times(history, context.now)
     gone = steps_to_prune(policies, history, context=context, protected=protected)
     if plausible == tuple(history):
         return gone
@@ -243,3 +240,41 @@ def _keep_advice(policy: object) -> str:
     if hasattr(policy, "should_save"):
         return " (this one belongs in save_policy)"
     return " or a list of them"
+
+
+def with_plausible_times(
+    history: Sequence[StepInfo], now: datetime.datetime
+) -> tuple[StepInfo, ...]:
+    """Returns the history with other times for steps whose own contradict those of most others.
+
+    Times rise with the steps of a generation, and none is in the future. The longest run of steps
+    for which that holds is believed; each other step gets the time of the believed one before it.
+    """
+    order = sorted(range(len(history)), key=lambda i: lines.age(history[i]))
+    believed = _longest_rising([(i, history[i].time) for i in order if history[i].time <= now])
+    times: dict[int, datetime.datetime] = {}
+    earliest = min((history[i].time for i in believed), default=now)
+    for index in order:
+        earliest = times[index] = history[index].time if index in believed else earliest
+    return tuple(
+        info if times[index] == info.time else dataclasses.replace(info, time=times[index])
+        for index, info in enumerate(history)
+    )
+
+
+def _longest_rising(timed: Sequence[tuple[int, datetime.datetime]]) -> set[int]:
+    """The keys of a longest subsequence whose times do not fall."""
+    ends: list[datetime.datetime] = []  # the earliest end of a rising subsequence of each length
+    keys: list[int] = []
+    before: dict[int, int | None] = {}
+    for key, time in timed:
+        place = bisect.bisect_right(ends, time)
+        before[key] = keys[place - 1] if place else None
+        ends[place : place + 1] = [time]
+        keys[place : place + 1] = [key]
+    found: set[int] = set()
+    key = keys[-1] if keys else None
+    while key is not None:
+        found.add(key)
+        key = before[key]
+    return found

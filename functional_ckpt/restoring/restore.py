@@ -213,13 +213,7 @@ def _all_or_none(values: Sequence[bytes]) -> bytes:
 def _unexpected_by_all(
     reports: Mapping[str, plan.RestoreReport], group: Coordinator, *, may_be: bool
 ) -> dict[str, plan.RestoreReport]:
-    """Returns the reports without leaves that another rank expects: of another pipeline stage, say.
-
-    Args:
-        reports: This rank's.
-        group: The ranks.
-        may_be: Whether every rank met something unexpected; if not, nothing was to all.
-    """
+    """Returns the reports without leaves that another rank expects: of another pipeline stage, say."""
     common: dict[str, list[str]] = {}
     if may_be:
         own = json.dumps({name: report.unexpected for name, report in reports.items()})

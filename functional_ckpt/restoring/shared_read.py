@@ -17,8 +17,12 @@ from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Bytes, Coordinator
 from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.format.reader import ArrayReader
-from functional_ckpt.restoring.tuning import ROUND_BYTES
 from functional_ckpt.runtime import threads
+
+ROUND_BYTES = 64 * 2**20
+"""Bytes of other ranks' data that a rank holds, once to send and once to receive: two chunks of the
+largest size. Chosen to bound memory, not measured."""
+
 
 Delivered: TypeAlias = Collection[tuple[int, tuple[int, ...]]]
 """Chunks that need not be read any more: the index of the request, the chunk's index."""
@@ -58,12 +62,6 @@ def read_shared(
 
     Each round ends with an agreement between the ranks, so that a failure on one is an error on
     all.
-
-    Args:
-        group: The ranks.
-        names: The items.
-        readers: Each item's reader.
-        requests: This rank's requests of each item.
 
     Returns:
         The delivered chunks of each item.

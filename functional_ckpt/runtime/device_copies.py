@@ -65,12 +65,7 @@ class CopyStreams:
 
 
 class Transfers:
-    """The copies of one save; the caller keeps both ends of each until `synchronize` returns.
-
-    Args:
-        streams: Where the copies run.
-        starts: The events that precede them, by device.
-    """
+    """The copies of one save; the caller keeps both ends of each until `synchronize` returns."""
 
     def __init__(
         self, streams: Mapping[torch.device, Any], starts: Mapping[torch.device, Any]
@@ -234,10 +229,6 @@ def check_not_capturing() -> None:
 
 def lock_pages(address: int, size_bytes: int) -> Callable[[], None] | None:
     """Locks host memory for copies that run by themselves.
-
-    Args:
-        address: Its start; aligned to a page.
-        size_bytes: How much it is.
 
     Returns:
         A function that unlocks it, to be called before the memory is freed; None if locking failed.

@@ -93,14 +93,7 @@ def check_item_name(name: object) -> str:
 def lower(
     items: Mapping[str, Any], registry: Registry, *, rank: int = 0, ranks: tuple[int, ...] = (0,)
 ) -> tuple[LoweredItem, ...]:
-    """Takes every item apart, or raises before anything is written; copies nothing.
-
-    Args:
-        items: What to save.
-        registry: Chooses handlers.
-        rank: This process within the group that saves.
-        ranks: The global ranks of the group.
-    """
+    """Takes every item apart, or raises before anything is written; copies nothing."""
     if not isinstance(items, Mapping) or not items:
         raise errors.UsageError(
             f"items must be a non-empty mapping of names to values; got {type(items).__name__} "

@@ -232,12 +232,7 @@ def _text_digest(item: LoweredItem) -> str | None:
 
 
 def _signature(items: Sequence[LoweredItem], *, with_trees: bool) -> str:
-    """Returns a digest of everything that the plan of these items depends on.
-
-    Args:
-        items: The items.
-        with_trees: Whether their structures count too, which ranks merge.
-    """
+    """Returns a digest of everything that the plan of these items depends on."""
     # A sharding names every rank: it is spelled out once, not per leaf.
     places: dict[Sharding | None, int] = {}
     described = [

@@ -22,12 +22,7 @@ _log = logging.getLogger("functional_ckpt")
 
 
 class Retention:
-    """Removes steps of the first tier, on the primary.
-
-    Args:
-        steps: The steps of the first tier.
-        keep_policies: Which of them to keep.
-    """
+    """Removes steps of the first tier, on the primary."""
 
     def __init__(self, steps: Steps, keep_policies: Sequence[KeepPolicy]) -> None:
         self._steps = steps

@@ -112,13 +112,7 @@ class Stager:
         self._fence = Fence() if isinstance(staging, Overlapped) else None
 
     def stage(self, items: Sequence[LoweredItem], plan: SavePlan, step: int | None) -> Staged:
-        """Copies this rank's part, or prepares to copy or read it later.
-
-        Args:
-            items: What to stage.
-            plan: This rank's part of it.
-            step: The step being saved, for messages.
-        """
+        """Copies this rank's part, or prepares to copy or read it later."""
         database.check_process()
         staging = self._staging
         with threads.gc_paused():

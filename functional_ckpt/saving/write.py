@@ -147,14 +147,8 @@ def begin(
 ) -> tuple[str, dict[str, str]]:
     """Starts writing on all ranks; returns the directory and the digests of its structures.
 
-    The directory's name is the primary's: clocks of ranks may differ.
-
-    Args:
-        group: The ranks.
-        what: Name of the operation, for messages.
-        items: This rank's items.
-        root: The parent directory.
-        create: On the primary: creates the temporary directory and returns its path.
+    The directory's name is the primary's: clocks of ranks may differ. `create` runs on the primary:
+    it creates the temporary directory and returns its path.
     """
 
     def on_primary(_: Sequence[bytes]) -> bytes:

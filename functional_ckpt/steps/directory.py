@@ -20,12 +20,6 @@ from functional_ckpt.storage.base import Storage
 class StepDirectory:
     """A directory of steps. Nothing is cached but the records of commits and late metrics.
 
-    Args:
-        storage: The store.
-        root: The directory.
-        names: How its steps are named.
-        read_only: Whether other processes write the directory.
-
     Attributes:
         storage: The same.
         root: The same.

@@ -54,11 +54,6 @@ class StepIndex:
     killed before it renewed it are noticed too: each look compares some known steps in turn, so
     all of them within a few looks, and at each look where there are only a few.
 
-    Args:
-        storage: The file system.
-        root: The directory.
-        names: How its steps are named.
-
     Attributes:
         strays: Name -> kind of each entry that has a step's name but is not a step.
     """

@@ -70,10 +70,6 @@ class LateMetrics:
     file is identified by name and status: time, size, inode, and on a store the version. Files
     that are damaged or cannot be read are read again at each look. Files that are gone are
     forgotten. Safe to use from several threads.
-
-    Args:
-        storage: The store.
-        root: The directory of the steps.
     """
 
     def __init__(self, storage: Storage, root: str) -> None:

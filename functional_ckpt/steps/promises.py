@@ -25,11 +25,6 @@ class Promises:
 
     Not safe to use from several threads; `Uploads` has the mutex.
 
-    Args:
-        commits: The commit protocol of the first tier.
-        path: Where they are written down.
-        roots: The tiers.
-
     Attributes:
         promised: Steps that a tier will get; they stay in the first tier until then.
         decided: Steps for which a tier has decided, either way.

@@ -30,10 +30,7 @@ class _Phase(enum.IntEnum):
 class UploadQueue:
     """The shared state of the upload threads. Safe to use from any thread.
 
-    Args:
-        book: The promises.
-        roots: The tiers.
-        local_lock: The lock of the first tier, in which the threads write, too.
+    The threads write in the first tier too, under `local_lock`.
 
     Attributes:
         mutex: Guards the book and this object; notified of every change.

@@ -25,13 +25,7 @@ _NUM_FILES = 4
 
 
 class _Sent:
-    """Progress of an upload, shown on the terminal.
-
-    Args:
-        show: Called for every change.
-        done_bytes: Bytes uploaded before.
-        total_bytes: Size of the step.
-    """
+    """Progress of an upload, shown on the terminal."""
 
     def __init__(self, show: progress_bars.Shown, done_bytes: int, total_bytes: int) -> None:
         self._show = show

@@ -30,12 +30,6 @@ _log = logging.getLogger("functional_ckpt")
 class UploadWorker:
     """Uploads to one tier; used by its own thread.
 
-    Args:
-        local: The steps of the first tier.
-        tier: The tier.
-        queue: The shared state of the uploads.
-        choice: Decides which steps go where.
-
     Attributes:
         on_arrived: Called when a step was uploaded.
     """

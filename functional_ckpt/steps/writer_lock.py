@@ -21,10 +21,6 @@ _LOOK_SECONDS = 0.01
 class WriterLock:
     """The lock of one directory, shared by a manager and its background work.
 
-    Args:
-        lock: The lock; released when the last user leaves.
-        path: Where it is.
-
     Attributes:
         is_abandoned: Whether its manager was dropped without being closed.
         is_released: Whether other writers may get in.

@@ -23,9 +23,8 @@ from typing import ClassVar
 
 from functional_ckpt import errors
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.journal import name_in_directory, read_journal
 from functional_ckpt.storage.queries import age_seconds, exists, is_directory
-from functional_ckpt.storage.removal import RemovalJournal
+from functional_ckpt.storage.removal import RemovalJournal, name_in_directory, read_journal
 from functional_ckpt.storage.tmp_paths import TMP_SUFFIX, final_path
 
 HIDDEN = ".functional_ckpt"

@@ -105,9 +105,6 @@ os.register_at_fork(after_in_child=_close_in_child)
 class DirectoryLock:
     """The lock of the one live writer of a directory: a `FileLock` that names its holder.
 
-    Args:
-        path: The lock file, `ROOT/.functional_ckpt/lock`.
-
     Raises:
         LockedError: Another live writer holds it.
         StorageError: The file system refused.

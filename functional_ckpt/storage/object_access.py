@@ -16,9 +16,6 @@ from functional_ckpt.storage.requests import Requests
 class ConditionalObjects:
     """Conditional requests to a bucket, by path. Safe to use from any thread.
 
-    Args:
-        requests: The requests to the bucket.
-
     Attributes:
         notes: The tokens of the saves that this process has started, by temporary directory.
     """

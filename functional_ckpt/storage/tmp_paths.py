@@ -139,10 +139,6 @@ def _age_seconds(path: str) -> float:
 def serialized(folder: str, wait_seconds: float = _SERIALIZED_SECONDS) -> Generator[None]:
     """Excludes other publications of claims into a folder, on this machine.
 
-    Args:
-        folder: The folder.
-        wait_seconds: For how long to wait for others.
-
     Raises:
         LockedError: Another process took too long.
     """

@@ -60,11 +60,6 @@ class _Value:
 class ItemArrays:
     """The arrays of one item, compared with its record.
 
-    Args:
-        search: Where findings go.
-        item: Name of the item.
-        record: Its record.
-
     Attributes:
         size_bytes: Bytes that will be read.
     """

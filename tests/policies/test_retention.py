@@ -16,8 +16,8 @@ from functional_ckpt.policies.keep_rules import (
     keep_policies,
     steps_to_prune,
     steps_to_prune_after,
+    with_plausible_times,
 )
-from functional_ckpt.policies.plausible_times import with_plausible_times
 
 START = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
 YEAR = 365 * 86_400

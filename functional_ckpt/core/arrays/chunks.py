@@ -121,12 +121,6 @@ def run_in_chunk(
 
     None for any other region, and for a chunk that is cut off in a dim after the first: it is
     stored with gaps.
-
-    Args:
-        grid: The array's chunks.
-        index: The chunk's index.
-        inside: A region of the chunk, counted from the chunk's first element.
-        itemsize_bytes: Bytes of one element.
     """
     shape = grid.box(index).shape
     run = None if shape[1:] != grid.chunk_shape[1:] else run_of(shape, inside)

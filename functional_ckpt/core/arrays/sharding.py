@@ -316,11 +316,6 @@ def wrong_local(tensor: Any, sharding: Sharding | None, found: tuple[int, ...]) 
 
     `DTensor.from_local` checks nothing: with parts that differ from torch.chunk's, the elements of
     a rank are unknown.
-
-    Args:
-        tensor: The DTensor; any other tensor is right.
-        sharding: Its sharding.
-        found: Shape of the local tensor.
     """
     coordinate = None if sharding is None else tensor.device_mesh.get_coordinate()
     if sharding is None or coordinate is None:

@@ -32,9 +32,6 @@ _NAMES_DEPTH = 3
 class Renaming:
     """Renames leaves, and remembers which of its rules did: a typo must not pass in silence.
 
-    Args:
-        key_map: The rules.
-
     Raises:
         UsageError: They are no rules.
     """
