@@ -95,11 +95,6 @@ class Root:
 def find(text: str, prefix: str | None = None, *, opens_foreign: bool = False) -> Root | Checkpoint:
     """Finds steps or a checkpoint at a path.
 
-    Args:
-        text: A path or a URI.
-        prefix: Prefix of the steps' names.
-        opens_foreign: Whether checkpoints of other programs are opened too.
-
     Raises:
         StepNotFoundError: There is nothing.
         UsageError: It is neither steps nor a checkpoint.
@@ -221,11 +216,7 @@ def _root(storage: Storage, path: str, names: NameFormat, listed: list[str]) -> 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Recorded:
-    """Reads steps from records if their names follow an unknown template.
-
-    Attributes:
-        steps: Name -> step.
-    """
+    """Reads steps from records if their names follow an unknown template."""
 
     steps: Mapping[str, int]
 

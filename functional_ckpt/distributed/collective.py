@@ -83,12 +83,7 @@ def run_on_primary(
 ) -> None:
     """Runs an action on the primary once all ranks are prepared.
 
-    Args:
-        group: The ranks.
-        what: Name of the operation, for messages.
-        action: Run on the primary while the other ranks wait.
-        prepare: Run on every rank first.
-        after: Run on the other ranks afterwards.
+    Every rank runs `prepare` first; the other ranks run `after` afterwards.
     """
 
     def act(_: Sequence[bytes]) -> bytes:

@@ -100,14 +100,7 @@ def read_context(storage: Storage) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Database:
-    """An item's arrays, open for reading.
-
-    Attributes:
-        storage: The store that it is in.
-        directory: The item.
-        store: The key-value store.
-        context: The TensorStore context it was opened with.
-    """
+    """An item's arrays, open for reading."""
 
     storage: Storage
     directory: str
@@ -139,11 +132,6 @@ def open_for_reading(
     directory: str, storage: Storage, files: Mapping[str, FileRecord] | None = None
 ) -> Database:
     """Opens an item's database.
-
-    Args:
-        directory: The item.
-        storage: The store that it is in.
-        files: The item's file records, if it has a record.
 
     Raises:
         CorruptCheckpointError: There is no readable database.

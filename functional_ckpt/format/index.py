@@ -63,12 +63,8 @@ class _ValueRead(NamedTuple):
 class Index:
     """Locations of values, as far as they were wanted. Safe to use from any thread.
 
-    Attributes:
-        directory: As given.
-        files: Data files, relative to the item.
-        locations: Key -> index of the file, offset and length, for every key in a loaded node.
-        inline: The file `INLINE`: values that are stored inside nodes.
-        read_spans: As given.
+    `locations` holds the index of the file, offset and length for every key in a loaded node;
+    `inline` the values that are stored inside nodes.
     """
 
     def __init__(self, directory: str, tree: NodeTree, read_spans: _ReadSpans) -> None:
@@ -203,11 +199,7 @@ def open_index(
 ) -> Index:
     """Opens the index of an item's database.
 
-    Args:
-        storage: The store.
-        directory: The item.
-        files: The item's file records, if it has a record.
-        skips_damage: Whether damaged nodes are collected, in place of raising.
+    With `skips_damage`, damaged nodes are collected in place of raising.
 
     Raises:
         CorruptCheckpointError: There is no readable database.

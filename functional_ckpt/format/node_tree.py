@@ -44,11 +44,7 @@ class Leaf(NamedTuple):
 class DamagedNode(NamedTuple):
     """A node that cannot be read.
 
-    Attributes:
-        low: The first key that it may hold.
-        high: One past the last key that it may hold; None without a bound.
-        file: Its file.
-        error: The reason.
+    It may hold keys from `low` up to, not including, `high`; None is without a bound.
     """
 
     low: bytes
@@ -79,11 +75,7 @@ class _FileNodes:
 class NodeTree:
     """A tree of which parts have been read. Use it from one thread at a time.
 
-    Args:
-        directory: The database, for errors.
-        fetch: Reads nodes.
-        root: Its root; None for a database without keys.
-        skips_damage: Whether damaged nodes are recorded in `damaged`, in place of raising.
+    With `skips_damage`, damaged nodes are recorded in `damaged` in place of raising.
 
     Attributes:
         damaged: The nodes that could not be read.

@@ -79,15 +79,7 @@ def lifts(registry: Registry, node: structure.BranchNode) -> bool | None:
 
 
 def place(registry: Registry, tree: Any, stored: Any, around: Item, make: Make) -> Any:
-    """The tree with `make`'s results in place of all values with handlers.
-
-    Args:
-        registry: Chooses handlers.
-        tree: The tree of an item.
-        stored: The stored tree, as `select.specs` returns it.
-        around: The item.
-        make: Called for each value.
-    """
+    """The tree with `make`'s results in place of all values with handlers."""
     if not around.handler.holds_values:
         return tree
 

@@ -28,13 +28,7 @@ _SUFFIX = ".pt"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Rank:
-    """Whose a file is.
-
-    Attributes:
-        tp: Tensor-parallel rank.
-        pp: Pipeline-parallel rank.
-        dp: Data-parallel rank; None for the merged state of all.
-    """
+    """Whose a file is. `dp` is None for the merged state of all."""
 
     tp: int
     pp: int

@@ -40,11 +40,7 @@ class _ForeignItem(OpenItem):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _TensorReader:
-    """Copies regions out of tensors.
-
-    Attributes:
-        arrays: Name -> node and value.
-    """
+    """Copies regions out of tensors."""
 
     arrays: Mapping[str, tuple[structure.ArrayNode, Any]]
 

@@ -19,11 +19,7 @@ UnpicklingError = pickle.UnpicklingError
 
 
 class Record:
-    """Placeholder for an object of any class: keeps its constructor arguments, and does nothing.
-
-    Attributes:
-        arguments: The arguments of its class or function.
-    """
+    """Placeholder for an object of any class: keeps its constructor arguments, and does nothing."""
 
     kind = ""
 

@@ -94,12 +94,7 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def require(names: Iterable[tuple[str, str]], path: object) -> None:
-    """Raises `UnsupportedLeafError` that names leaves which the format cannot store.
-
-    Args:
-        names: Names and torch dtypes.
-        path: The file or directory that was to be written.
-    """
+    """Raises `UnsupportedLeafError` that names leaves which the format cannot store."""
     _library()
     bad = [f"{name} ({dtype})" for name, dtype in names if dtype not in DTYPES]
     if bad:

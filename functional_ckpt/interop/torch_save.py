@@ -47,11 +47,7 @@ _read: MutableMapping[torch.Tensor, _Bytes] = WeakTensorKeyDictionary()
 
 
 class TensorReference:
-    """Stands in a file of torch_xla's serialization for a tensor in a file of its own.
-
-    Attributes:
-        tid: Its number.
-    """
+    """Stands in a file of torch_xla's serialization for a tensor in a file of its own."""
 
     tid: int
 

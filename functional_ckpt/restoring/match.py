@@ -94,15 +94,7 @@ class RestoreArguments(TypedDict, total=False):
 class MatchedItem:
     """One item, ready to be read.
 
-    Attributes:
-        name: Its name.
-        item: Its target; None for an item as saved.
-        opened: Its tree; None if the binding is sufficient.
-        binding: What to do for each leaf.
-        report: What did not fit.
-        is_resized: Whether it was saved for each of another number of ranks.
-        filled: The target's own tensors that are filled.
-        is_nested: Whether values of handlers stand in the tree.
+    `item` is None where it is restored as saved, `opened` where the binding is sufficient.
     """
 
     name: str
@@ -154,12 +146,7 @@ def match_items(
 ) -> list[MatchedItem]:
     """Matches a request with a checkpoint; no array is read and no target modified.
 
-    Args:
-        checkpoint: What to restore.
-        into: The targets by item name; None restores everything as saved.
-        registry: Chooses handlers for plain values.
-        options: How.
-        group: The ranks; each matches its own part.
+    Without `into` everything is restored as saved. Each rank matches its own part.
     """
     if into is not None and not isinstance(into, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise errors.UsageError(

@@ -40,15 +40,7 @@ def target_of(
     registry: Registry,
     may_differ: Callable[[errors.MismatchError], bool],
 ) -> Target:
-    """Asks the item's handler, and those of the values in its tree.
-
-    Args:
-        item: The item to restore.
-        saved: The stored tree, as `select.specs` returns it.
-        name: The item's name.
-        registry: Chooses handlers.
-        may_differ: Whether a restore continues after a difference.
-    """
+    """Asks the item's handler, and those of the values in its tree."""
     reports: list[plan.RestoreReport] = []
     inside: dict[str, Item] = {}
     tree = _ask(item, saved, "", name, reports, may_differ)

@@ -213,7 +213,7 @@ def _all_or_none(values: Sequence[bytes]) -> bytes:
 def _unexpected_by_all(
     reports: Mapping[str, plan.RestoreReport], group: Coordinator, *, may_be: bool
 ) -> dict[str, plan.RestoreReport]:
-    """Returns the reports without leaves that another rank expects: of another pipeline stage, say."""
+    """Returns the reports without leaves that another rank (of another stage) expects."""
     common: dict[str, list[str]] = {}
     if may_be:
         own = json.dumps({name: report.unexpected for name, report in reports.items()})

@@ -30,15 +30,7 @@ Delivered: TypeAlias = Collection[tuple[int, tuple[int, ...]]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Want:
-    """A region that this rank restores.
-
-    Attributes:
-        array: The array's name among all items.
-        item: Index of its item.
-        number: Index of its request among the item's.
-        reader: Reads the item.
-        request: The request.
-    """
+    """A region that this rank restores."""
 
     array: str
     item: int

@@ -44,14 +44,7 @@ class _Use(NamedTuple):
 
 
 class _Extent(NamedTuple):
-    """The addresses from a tensor's first byte to its last, with the gaps of a strided one.
-
-    Attributes:
-        start: The first address.
-        end: The address after the last.
-        local: This rank's part of the tensor.
-        tied: The leaves that fill it.
-    """
+    """The addresses from a tensor's first byte to its last, with the gaps of a strided one."""
 
     start: int
     end: int

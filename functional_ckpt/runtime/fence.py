@@ -69,11 +69,7 @@ class _Watched:
 
 
 class UnfencedChanges:
-    """Leaves that changed while they were copied; later saves copy them before `save` returns.
-
-    Attributes:
-        is_all: Whether this applies to all leaves.
-    """
+    """Leaves that changed while they were copied; later saves copy them before `save` returns."""
 
     def __init__(self) -> None:
         self.is_all = False

@@ -35,14 +35,7 @@ _LIVE, _IS_FULL, _AGAIN = b"live", b"full", b"again"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Save:
-    """One save that is committed.
-
-    Attributes:
-        step: The step.
-        staged: What to write.
-        info: Metadata besides the items.
-        is_repeat: Whether the step may exist already, if its content is the same.
-    """
+    """One save that is committed. A repeat may exist already, if its content is the same."""
 
     step: int
     staged: stage.Staged

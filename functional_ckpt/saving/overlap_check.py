@@ -32,14 +32,7 @@ def sampled(leaves: Sequence[_T]) -> Sequence[_T]:
 
 
 class CopiedLeaf(NamedTuple):
-    """A region that is copied in the background.
-
-    Attributes:
-        name: Of the leaf, for people.
-        live: The memory that is copied.
-        dtype: As which it is stored.
-        host: Where it is copied to.
-    """
+    """A region that is copied in the background."""
 
     name: str
     live: torch.Tensor

@@ -48,13 +48,7 @@ class StagedItem:
 class Part(NamedTuple):
     """A region that this rank writes of one array.
 
-    Attributes:
-        item: The item's name.
-        source: The array.
-        planned: How it is written.
-        box: The region.
-        view: The region as a view of the live tensor.
-        is_owner: Whether this rank writes the array's metadata, with this part.
+    The owner writes the array's metadata, with this part.
     """
 
     item: str

@@ -58,13 +58,7 @@ def group(leaves: Iterable[tuple[str, tuple[int, int], Sharding, str]], rank: in
 def samples(
     groups: Groups, sources: Sequence[Sequence[Source]], num_saves: int
 ) -> dict[str, list[Any]]:
-    """For every group how many leaves were sampled, and one digest of them.
-
-    Args:
-        groups: The groups.
-        sources: The arrays of every item.
-        num_saves: How many saves of this structure were made before.
-    """
+    """For every group how many leaves were sampled, and one digest of them."""
     found: dict[str, list[Any]] = {}
     for key, numbers in groups.items():
         due = [sources[item][index] for item, index in _turn(numbers, num_saves)]

@@ -33,12 +33,7 @@ _log = logging.getLogger("functional_ckpt")
 
 
 class Saver:
-    """Saves the steps of one run, on every rank.
-
-    Attributes:
-        decider: Decides whether to save.
-        committer: Runs the commit in progress.
-    """
+    """Saves the steps of one run, on every rank."""
 
     def __init__(
         self, steps: Steps, registry: Registry, coordinator: Coordinator, options: SaveOptions

@@ -38,15 +38,8 @@ def stage(
 
     Copied later is the memory of the parameters that the items' optimizers update, and the state of
     these optimizers; all else (buffers, learning rates, averages, generators, weights that a
-    forward pass changes) is copied before this returns.
-
-    Args:
-        items: What to stage.
-        parts: This rank's parts of each item.
-        memory: Where to.
-        fence: Holds up changes until the copy is complete; it makes the copy.
-        step: The step being saved.
-        is_checked: Whether every byte of the copy is compared with its current value.
+    forward pass changes) is copied before this returns. With `is_checked`, every byte of the copy
+    is compared with its current value.
 
     Returns:
         The host arrays of each item's parts; those copied later are filled by `fence.copy`.

@@ -62,13 +62,8 @@ def open_directory(
     """Makes the job the writer of the directory, unless `steps` is read-only.
 
     The primary holds the lock, as `steps.lock`. It is given up when `owner`, the manager, is
-    dropped and no commit needs it any more.
-
-    Args:
-        steps: The directory; a writer's ranks must all see the same one.
-        coordinator: The ranks.
-        options: The options that must be equal on all of them.
-        owner: The manager.
+    dropped and no commit needs it any more. A writer's ranks must all see the same directory, and
+    their options be equal.
 
     Raises:
         LockedError: Another live writer holds the directory.

@@ -30,9 +30,6 @@ class Watch:
 
     Args:
         on_reached: Called by the signal handler, at every SIGTERM.
-
-    Attributes:
-        is_reached: True from the first SIGTERM on.
     """
 
     def __init__(self, on_reached: Callable[[], None] = lambda: None) -> None:

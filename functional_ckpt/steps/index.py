@@ -24,13 +24,7 @@ from functional_ckpt.storage.base import Storage
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """A step in a directory.
-
-    Attributes:
-        name: The name of its directory.
-        commit_id: Identifies this commit among those of the same name.
-        info: The facts in its files.
-    """
+    """A step in a directory."""
 
     name: str
     commit_id: str

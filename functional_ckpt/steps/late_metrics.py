@@ -43,13 +43,7 @@ class _Late(NamedTuple):
 
 
 class _File(NamedTuple):
-    """A file that was read.
-
-    Attributes:
-        state: Differs when the content does.
-        commit: The commit that it is about.
-        late: Its content.
-    """
+    """A file that was read. `state` differs when the content does."""
 
     state: object
     commit: _Commit

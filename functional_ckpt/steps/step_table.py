@@ -10,11 +10,7 @@ from functional_ckpt.steps.late_metrics import LateMetrics
 
 
 class StepTable:
-    """Steps by number, each with its late metrics. Its user synchronizes changes.
-
-    Args:
-        late: The late metrics of the steps.
-    """
+    """Steps by number, each with its late metrics. Its user synchronizes changes."""
 
     def __init__(self, late: LateMetrics) -> None:
         self._late = late

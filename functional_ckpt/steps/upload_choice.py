@@ -14,14 +14,7 @@ from functional_ckpt.steps.upload_queue import UploadQueue
 
 
 class UploadChoice:
-    """Decides which steps each tier is promised. Call it with the queue's mutex held.
-
-    Args:
-        local: The steps of the first tier.
-        tiers: The remote tiers.
-        queue: The shared state of the uploads.
-        overwrite: Whether a step may replace another commit of its number.
-    """
+    """Decides which steps each tier is promised. Call it with the queue's mutex held."""
 
     def __init__(
         self, local: Steps, tiers: Sequence[RemoteTier], queue: UploadQueue, *, overwrite: bool

@@ -31,11 +31,7 @@ _MOVED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 class FileLock:
-    """A file or directory that is open, and locked by this process where the system can.
-
-    Attributes:
-        path: The opened path.
-    """
+    """A file or directory that is open, and locked by this process where the system can."""
 
     def __init__(self, path: str, flags: int) -> None:
         self.path = path

@@ -48,10 +48,7 @@ def is_under_way(storage: Storage, final: str) -> bool:
 def finish(storage: Storage, final: str, is_there: Callable[[str], bool]) -> None:
     """Completes an interrupted replacement: removes the old directory, or restores it.
 
-    Args:
-        storage: The store.
-        final: The directory that was being replaced.
-        is_there: Returns whether a directory exists, and is complete where renames copy.
+    `is_there` returns whether a directory exists, and is complete where renames copy.
     """
     if not is_under_way(storage, final):
         return

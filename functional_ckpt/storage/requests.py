@@ -31,9 +31,6 @@ class Requests:
 
     Args:
         bucket: The bucket; paths are URIs below its own.
-
-    Attributes:
-        bucket: The same.
     """
 
     def __init__(self, bucket: Bucket) -> None:

@@ -58,11 +58,7 @@ class _Value:
 
 
 class ItemArrays:
-    """The arrays of one item, compared with its record.
-
-    Attributes:
-        size_bytes: Bytes that will be read.
-    """
+    """The arrays of one item, compared with its record."""
 
     def __init__(self, search: Verification, item: str, record: records.ItemRecord) -> None:
         self.size_bytes = 0

@@ -195,12 +195,7 @@ def _find_unlisted(
 
 
 class _Files:
-    """Compares files with their records.
-
-    Attributes:
-        expected: The records, by path in the checkpoint.
-        damaged: A finding for each file that differs.
-    """
+    """Compares files with their records."""
 
     def __init__(
         self, search: Verification, expected: Mapping[str, FileRecord], sizes: Mapping[str, int]

@@ -63,14 +63,7 @@ class Finding:
 
 
 class Verification:
-    """A running verification: its paths, findings and progress.
-
-    Attributes:
-        storage: Where the checkpoint is.
-        path: The checkpoint's directory.
-        findings: The findings so far.
-        total_bytes: How much there is to verify, as far as is known.
-    """
+    """A running verification: its paths, findings and progress."""
 
     def __init__(self, storage: Storage, path: str, progress: Progress | None) -> None:
         self.storage = storage

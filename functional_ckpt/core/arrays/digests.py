@@ -27,13 +27,7 @@ def digest_blocks(data: Any) -> str:
 
 
 class Mismatch(NamedTuple):
-    """The first block whose bytes are not the recorded ones.
-
-    Attributes:
-        offset: Its first byte, counted from the first byte that was compared.
-        expected: The recorded digest.
-        got: The digest of the bytes.
-    """
+    """The first block whose bytes are not the recorded ones."""
 
     offset: int
     expected: str

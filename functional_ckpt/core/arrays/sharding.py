@@ -39,9 +39,7 @@ class DimShard:
 class Piece:
     """A box of the global array and its position in a rank's local tensor.
 
-    Attributes:
-        box: In the global array.
-        local: In the local tensor; of the same shape.
+    `box` is in the global array, `local` in the local tensor.
     """
 
     box: Box

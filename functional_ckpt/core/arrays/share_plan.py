@@ -25,12 +25,7 @@ class StoredArray:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Region:
-    """A region that a rank restores.
-
-    Attributes:
-        array: Its name among all arrays of the checkpoint.
-        box: The region of the global array.
-    """
+    """A region that a rank restores."""
 
     array: str
     box: Box
@@ -38,13 +33,7 @@ class Region:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Share:
-    """The part of a chunk for one rank.
-
-    Attributes:
-        rank: Who gets it.
-        want: Which of the rank's wants it serves.
-        box: The region of the global array.
-    """
+    """The part of a chunk for one rank."""
 
     rank: int
     want: int
@@ -53,14 +42,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SharedChunk:
-    """A chunk that one rank reads for itself and others.
-
-    Attributes:
-        array: Which array.
-        index: Which of its chunks.
-        reader: The rank that reads it.
-        parts: The parts, in order of rank.
-    """
+    """A chunk that one rank reads for itself and others."""
 
     array: str
     index: tuple[int, ...]

@@ -26,14 +26,7 @@ _MIN_SHARED_CHUNK_BYTES = 4 * 2**20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ShardedArray:
-    """An array as all ranks know it.
-
-    Attributes:
-        item: The item it belongs to.
-        name: Its name there.
-        spec: The global array.
-        sharding: The parts of each rank.
-    """
+    """An array as all ranks know it."""
 
     item: str
     name: str

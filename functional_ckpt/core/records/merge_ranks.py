@@ -162,12 +162,7 @@ def _merge_metadata(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Opaque:
-    """A value in attributes that only torch can make, such as a `torch.Size`.
-
-    Attributes:
-        kind: Its kind.
-        payload: Its JSON text.
-    """
+    """A value in attributes that only torch can make, such as a `torch.Size`."""
 
     kind: str
     payload: str

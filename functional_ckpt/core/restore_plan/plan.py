@@ -56,12 +56,7 @@ Binding: TypeAlias = Given | ReadArray | Build
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Filled:
-    """A target's own tensor that is filled, or given memory on the meta device.
-
-    Attributes:
-        where: The leaf, as `item['key']`.
-        read: The leaves read into it.
-    """
+    """A target's own tensor that is filled, or given memory on the meta device."""
 
     where: str
     read: ReadArray
@@ -69,14 +64,7 @@ class Filled:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
-    """The outcome of `match`.
-
-    Attributes:
-        binding: The binding of the item's root.
-        report: What did not fit.
-        filled: The target's own tensors that are filled.
-        is_nested: Whether values of handlers stand in the tree.
-    """
+    """The outcome of `match`."""
 
     binding: Binding
     report: RestoreReport

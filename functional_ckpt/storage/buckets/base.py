@@ -56,11 +56,7 @@ class TransientError(Exception):
 
 
 class PermanentError(Exception):
-    """A request that fails however often it is made: a permission, a bucket, a region, a token.
-
-    Attributes:
-        errno: The equivalent on a file system.
-    """
+    """A request that fails however often it is made: a permission, a bucket, a region, a token."""
 
     def __init__(self, message: str, errno: int) -> None:
         super().__init__(message)

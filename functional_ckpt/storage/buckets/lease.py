@@ -172,11 +172,7 @@ def _locked(bucket: LeaseStore, key: str, holder: Mapping[str, Any]) -> errors.L
 
 
 class Lease:
-    """A lease that this process holds and renews. Safe to use from any thread.
-
-    Attributes:
-        is_released: Whether it was given back.
-    """
+    """A lease that this process holds and renews. Safe to use from any thread."""
 
     def __init__(self, bucket: LeaseStore, key: str) -> None:
         self.is_released = False
