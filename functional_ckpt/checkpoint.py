@@ -216,10 +216,7 @@ def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) ->
 def _open(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.OpenCheckpoint:
     """Opens a checkpoint; if there is none, the error describes the path and the fix.
 
-    Args:
-        storage: The file system.
-        path: The checkpoint.
-        warns: Whether files that a foreign format leaves out are named by a warning.
+    `warns` says whether files that a foreign format leaves out are named by a warning.
     """
     try:
         return checkpoint_dir.open_checkpoint(storage, path)

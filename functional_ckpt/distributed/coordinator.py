@@ -131,11 +131,7 @@ class Coordinator(Protocol):
 
 
 class SingleProcess:
-    """The coordinator of a process that saves alone.
-
-    Args:
-        global_rank: Its rank in the job.
-    """
+    """The coordinator of a process that saves alone."""
 
     rank = 0
     num_ranks = 1

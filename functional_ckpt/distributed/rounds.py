@@ -35,14 +35,7 @@ _VALUE, _ERROR, _GONE, _SKIPPED = "value", "error", "gone", "skipped"
 
 
 class Rounds:
-    """One rank's side of the rounds.
-
-    Args:
-        store: The shared store; used by these ranks only.
-        rank: This rank; 0 is the primary.
-        num_ranks: All of them.
-        timeout_seconds: How long to wait for another rank.
-    """
+    """One rank's side of the rounds."""
 
     def __init__(
         self, store: KeyValueStore, *, rank: int, num_ranks: int, timeout_seconds: float

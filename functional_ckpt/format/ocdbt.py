@@ -208,12 +208,7 @@ def _encode_parent(children: Sequence[Root], append: Callable[[bytes], Span]) ->
 
 
 def encode_manifest(root: Root, time_ns: int) -> bytes:
-    """Returns the manifest of a database of one version.
-
-    Args:
-        root: The root of its tree.
-        time_ns: When it was written, nanoseconds since the epoch.
-    """
+    """Returns the manifest of a database of one version."""
     span = root.span
     config = b"".join(
         (

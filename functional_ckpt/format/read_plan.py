@@ -267,14 +267,7 @@ def _parts(
 ) -> Sequence[ChunkPart]:
     """Returns the part of a region that is in each chunk, chunks in C order.
 
-    Args:
-        shape: Shape of the array.
-        chunk_shape: Shape of its chunks.
-        itemsize_bytes: Bytes of one element.
-        offset: First index of the region.
-        size: Shape of the region.
-        is_verified: Whether entire digest blocks are read.
-        keeps: Whether the region is kept; else every chunk that it meets is read in full.
+    With `is_verified`, entire digest blocks are read; without `keeps`, every chunk in full.
     """
     grid, box = ChunkGrid(shape, chunk_shape), Box(offset, size)
     parts: list[ChunkPart] = []

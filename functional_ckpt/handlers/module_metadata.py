@@ -19,10 +19,7 @@ def to_store(
 ) -> dict[str, object]:
     """Returns the detail of a module's tree.
 
-    Args:
-        module: The module.
-        state: Its state dict.
-        is_used: Whether a submodule has its own way of loading, and so may look at its metadata.
+    `is_used` says whether a submodule has its own way of loading, and so may look at its metadata.
 
     Returns:
         The metadata of such submodules by their clean names; empty where it is torch's default.

@@ -153,12 +153,7 @@ def lift(registry: Registry, tree: Any, *, is_late: bool) -> Any:
     """A restored tree with the values that handlers make of its parts.
 
     A value that the checkpoint has and the target only takes as saved is made by
-    `lift(None, tree)`.
-
-    Args:
-        registry: Knows the user's handlers.
-        tree: The restored tree.
-        is_late: Whether this is the second call, for optimizers: they need their modules.
+    `lift(None, tree)`. `is_late` marks the second call, for optimizers: they need their modules.
     """
 
     def lifted(each: Handled, tree: Any) -> Any:

@@ -33,11 +33,7 @@ class Owners:
     """
 
     def __init__(self, items: Mapping[str, Any]) -> None:
-        """Remembers the items; they are looked through when the first optimizer is bound.
-
-        Args:
-            items: All items of one save or restore.
-        """
+        """Remembers the items; they are looked through when the first optimizer is bound."""
         self._items = items
         self._bound: dict[int, Optimizer] = {}
 

@@ -67,9 +67,7 @@ def check_destination(path: str | os.PathLike[str]) -> str:
 def check_replaceable(path: str | os.PathLike[str], is_own: Callable[[str], bool]) -> None:
     """Raises `UsageError` if overwriting a directory would remove files of others.
 
-    Args:
-        path: The output.
-        is_own: Whether the writer of the output writes files of this name.
+    `is_own` returns whether the writer of the output writes files of this name.
     """
     final = check_destination(path)
     if others := match_files(final, lambda name: not is_own(name)):

@@ -152,11 +152,7 @@ def check_bytes(value: object) -> None:
 def load_stream(file: str | BinaryIO, what: str, *, size_bytes: int, mmap: bool = False) -> Any:
     """Returns the content of a file or stream of `torch.save`; raises as `load`.
 
-    Args:
-        file: A path, or a stream.
-        what: What to call it in errors.
-        size_bytes: How large it is.
-        mmap: Whether to map it, which takes a path.
+    `what` is its name in errors. Mapping takes a path.
     """
     with (
         hostile.clear_failures(what),

@@ -45,9 +45,7 @@ def openers_of(
 ) -> tuple[dict[str, Callable[[], Any]], Sequence[str]]:
     """The items beside the weights of a directory, and the names of the files in none of them.
 
-    Args:
-        path: The directory.
-        is_weights: Whether a file of this name is opened as weights.
+    `is_weights` returns whether a file of this name is opened as weights.
 
     Raises:
         UsageError: Two files are the same item.

@@ -78,13 +78,7 @@ def decide_keep(
     """Returns, for each step, whether it stays: if any policy keeps it, or if it is the newest.
 
     The policies are applied to the abandoned steps separately, so that these do not displace
-    others.
-
-    Args:
-        policies: None at all keeps everything.
-        history: The steps on disk, ascending and each once.
-        context: The clock.
-        protected: Steps that stay regardless of the policies.
+    others. Without policies everything is kept; protected steps stay regardless of the policies.
 
     Raises:
         UsageError: A policy does not answer once for each step, or the history is out of order.

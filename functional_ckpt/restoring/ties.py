@@ -73,10 +73,6 @@ def report_conflicts(
 
     Such leaves keep the target's values. Values are compared by their digests, else by reading
     them; nothing of the target is written.
-
-    Args:
-        matched: The matched items.
-        verify: How bytes are checked that are read for the comparison.
     """
     uses: defaultdict[Hashable, list[_Use]] = defaultdict(list)
     for item in matched:

@@ -217,9 +217,7 @@ class Fence:
     def arm(self, pending: PendingCopy, loadable: Iterable[Any]) -> None:
         """Makes changes wait for a copy.
 
-        Args:
-            pending: The copy.
-            loadable: The modules and optimizers whose `load_state_dict` would change the state.
+        `loadable` are the modules and optimizers whose `load_state_dict` would change the state.
         """
         self._pending = pending
         for each in loadable:

@@ -72,12 +72,8 @@ class _Attempt:
 class StepCommitter:
     """Commits staged steps, on every rank.
 
-    Args:
-        steps: The directory of steps.
-        keep_policies: Which steps to keep.
-        coordinator: The ranks; used from one thread at a time.
-        overwrite: Whether an existing step may be replaced.
-        num_threads: How many threads write while `save` does not wait for them.
+    The coordinator is used from one thread at a time; `num_threads` write while `save` does not
+    wait.
     """
 
     def __init__(

@@ -57,13 +57,7 @@ def finalize(
 ) -> None:
     """Merges, writes every record, and makes `directory` durable.
 
-    Args:
-        storage: The file system.
-        directory: The checkpoint, with the chunks of all ranks.
-        items: The primary's items.
-        reports: The reports of all ranks, in order of rank.
-        info: The checkpoint's metadata.
-        commit_time_ns: The commit time to record, nanoseconds since the epoch.
+    The directory holds the chunks of all ranks; their reports are in order of rank.
     """
     names: dict[str, str] = {}
     files: dict[str, records.FileRecord] = {}

@@ -24,10 +24,7 @@ from functional_ckpt.saving.plan import ItemPlan, SavePlan
 class StagedItem:
     """An item with the host arrays that this rank writes.
 
-    Attributes:
-        lowered: Its lowered form.
-        writes: Host arrays that this rank writes.
-        scalars: Names of the plain numbers that this rank writes for Orbax.
+    It has the host arrays that this rank writes, and the names of plain numbers written for Orbax.
     """
 
     lowered: LoweredItem

@@ -18,16 +18,7 @@ from functional_ckpt.storage.base import Storage
 
 
 class StepDirectory:
-    """A directory of steps. Nothing is cached but the records of commits and late metrics.
-
-    Attributes:
-        storage: The same.
-        root: The same.
-        read_only: The same.
-        commits: How steps become visible and are removed.
-        hidden: The bookkeeping directory.
-        late: The metrics recorded after the steps were committed.
-    """
+    """A directory of steps. Nothing is cached but the records of commits and late metrics."""
 
     def __init__(self, storage: Storage, root: str, names: NameFormat, *, read_only: bool) -> None:
         self.storage = storage

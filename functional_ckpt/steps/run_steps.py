@@ -70,11 +70,7 @@ class Steps(TierSteps):
         return [info.step for info in self._present(must_reach=True)]
 
     def _present(self, *, must_reach: bool = False) -> tuple[StepInfo, ...]:
-        """Returns the steps of every open tier, ascending.
-
-        Args:
-            must_reach: Whether to open the other tiers if this directory has no step.
-        """
+        """Returns the steps of every open tier, ascending."""
         infos = self.own()
         if must_reach and not infos:
             self.reach(True)

@@ -41,12 +41,7 @@ _PADDED = re.compile(r"(?:0([1-9][0-9]?))?d?")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Field:
-    """A variable in a template.
-
-    Attributes:
-        name: Which.
-        width: Digits to fill with zeros, or 1.
-    """
+    """A variable in a template."""
 
     name: str
     width: int

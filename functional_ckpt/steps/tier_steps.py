@@ -40,11 +40,6 @@ class TierSteps(StepDirectory):
         events: Notified of what happens to the steps.
         read_only: Whether other processes write the directory: then every list is read again.
         latest_link: Name of a link to the latest step; None for no link.
-
-    Attributes:
-        events: The same.
-        latest_link: The same.
-        lock: The writer's lock, if it is held.
     """
 
     def __init__(

@@ -34,7 +34,6 @@ class UploadQueue:
 
     Attributes:
         mutex: Guards the book and this object; notified of every change.
-        book: The same.
         locks: The locks of the tiers that were opened.
         deleted: Steps that the user deletes.
         refused: By tier: promised steps that cannot be uploaded while this process lives.

@@ -43,14 +43,7 @@ class _Sent:
 class Upload:
     """One step on its way to one tier.
 
-    Args:
-        local: The first tier.
-        remote: The tier that the step is copied to.
-        source: Where the step is.
-        final: Where it will be.
-        step: Its number.
-        may_replace: Whether it may replace another commit of the step. The old one stays until the
-            new one is complete.
+    A commit that may be replaced stays until the new one is complete.
     """
 
     def __init__(

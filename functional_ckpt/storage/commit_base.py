@@ -46,8 +46,6 @@ class CommitProtocol(abc.ABC):
         root: The directory of the steps, or the parent of a single checkpoint.
 
     Attributes:
-        storage: The same.
-        root: The same.
         hidden: The bookkeeping directory in the root.
         removals: The journal of steps that are out of sight and still to be removed.
         verifies_uploads: Whether the store compares the digest of every file it receives.

@@ -60,10 +60,6 @@ class MarkerCommit(CommitProtocol):
     def begin(self, final: str, token: str | None = None) -> str:
         """Notes that `final` is being written; returns `final`, or a copy's path if it exists.
 
-        Args:
-            final: The step.
-            token: The content of the note; None for a new one.
-
         Raises:
             StorageError: There are objects that no writer of this package has left.
         """

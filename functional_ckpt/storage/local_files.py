@@ -59,10 +59,6 @@ def _kind_of(mode: int) -> Kind:
 def open_regular(path: str, *, follow: bool = False) -> tuple[int, int]:
     """Opens a regular file for reading; never waits.
 
-    Args:
-        path: The file.
-        follow: Whether `path` may be a link.
-
     Returns:
         A descriptor, which the caller closes, and the file's size in bytes.
 

@@ -151,7 +151,7 @@ def leaves_of(path: Path, file: str, offset: int) -> tuple[str, ...] | None:
 
 @functools.cache
 def _database(path: Path) -> tuple[str, list[Any]]:
-    """The place of the root node, and its entries; to be read before anything is damaged."""
+    """The location of the root node, and its entries; to be read before anything is damaged."""
     base = ts.KvStore.open(f"file://{path}/m/").result()
     root = ts.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]
     return root, ts.ocdbt.dump(base, root).result()["entries"]

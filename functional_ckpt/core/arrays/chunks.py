@@ -29,9 +29,7 @@ MAX_INLINE_BYTES = 1024
 class ChunkGrid:
     """A regular grid over an array, as zarr has it: edge chunks are stored padded to full shape.
 
-    Attributes:
-        shape: Shape of the array.
-        chunk_shape: Shape of one chunk; at least 1 in every dim.
+    A chunk is at least 1 long in every dim.
     """
 
     shape: tuple[int, ...]

@@ -35,13 +35,7 @@ class Mismatch(NamedTuple):
 
 
 class Digests(NamedTuple):
-    """The recorded digests of one array.
-
-    Attributes:
-        grid: The array's chunks.
-        itemsize_bytes: Bytes of one element.
-        text: The digits.
-    """
+    """The recorded digests of one array."""
 
     grid: ChunkGrid
     itemsize_bytes: int

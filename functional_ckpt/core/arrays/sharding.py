@@ -26,9 +26,7 @@ _Run: TypeAlias = tuple[int, int]
 class DimShard:
     """One mesh dim cuts one dim of the array.
 
-    Attributes:
-        dim: The dim of the array.
-        split_factor: 1 for `Shard`; the split factor of `_StridedShard`.
+    `split_factor` is 1 for `Shard`; else that of `_StridedShard`.
     """
 
     dim: int

@@ -38,10 +38,7 @@ class ShardedArray:
 class PlannedPiece:
     """A piece of a rank's local tensor and the chunks of it that this rank writes.
 
-    Attributes:
-        piece: Where it is.
-        indices: The chunks, in C order.
-        is_whole: Whether these are all that the piece has.
+    `indices` are in C order; `is_whole` says that the piece has no others.
     """
 
     piece: Piece
@@ -53,10 +50,7 @@ class PlannedPiece:
 class PlannedArray:
     """One rank's part in writing an array.
 
-    Attributes:
-        grid: The array's chunks.
-        pieces: What to write; empty when other ranks write it all.
-        is_owner: Whether this rank writes the array's metadata.
+    Without pieces other ranks write it all; the owner writes the array's metadata.
     """
 
     grid: ChunkGrid

@@ -267,13 +267,8 @@ def select_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> No
     """The structure as one rank restores it: its own of every value that was saved per rank.
 
     With another number of ranks, a value that has a handler comes with those of all ranks, in a
-    dict; of plain values, those of rank 0 are taken.
-
-    Args:
-        root: The stored structure.
-        rank: The rank that restores.
-        num_ranks: How many there are.
-        dropped: Receives the key paths of plain values of which rank 0's are taken.
+    dict; of plain values, those of rank 0 are taken. `dropped` receives the key paths of plain
+    values of which rank 0's are taken.
     """
     trail: walk.Trail[Key] = walk.Trail()
 

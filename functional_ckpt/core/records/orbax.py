@@ -177,11 +177,8 @@ def parse_tree(
 ) -> structure.Node:
     """Returns the structure that Orbax's `_METADATA` describes.
 
-    Args:
-        data: Content of the file.
-        path: Where it is, for messages.
-        spec_of: Shape and dtype of an array by name, read from the store.
-        texts: Content of `_strings.json`.
+    `spec_of` reads shape and dtype of an array from the store; `texts` is the content of
+    `_strings.json`.
 
     Returns:
         The structure. Its arrays are tensors, or numbers if Orbax was given Python numbers;
