@@ -81,6 +81,7 @@ TORCH_FREE: tuple[str, ...] = (
     "policies/*",
     "core/arrays/*",
     "core/records/*",
+    "core/tree/long_lists.py",
     "core/tree/structure.py",
     "core/tree/plain_json.py",
     "core/tree/walk.py",

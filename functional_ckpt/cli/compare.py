@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from functional_ckpt.cli import trees
 from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import ArraySpec, Box, numpy_dtype
-from functional_ckpt.core.tree import structure
+from functional_ckpt.core.tree import long_lists, structure
 from functional_ckpt.format.checkpoint_dir import OpenItem
 from functional_ckpt.format.read_plan import Destination
 
@@ -65,8 +65,8 @@ def _compare_items(
     a, b = first.opened, second.opened
     is_exact = a.record is not None and b.record is not None
     leaves_a, leaves_b = _leaves(a.root, is_exact=is_exact), _leaves(b.root, is_exact=is_exact)
-    if _numbers(leaves_a) != _numbers(leaves_b):  # lists that are one leaf on one side only
-        roots = structure.with_unpacked(a.root), structure.with_unpacked(b.root)
+    if _long_lists(leaves_a) != _long_lists(leaves_b):  # lists that are one leaf on one side only
+        roots = long_lists.with_unpacked(a.root), long_lists.with_unpacked(b.root)
         leaves_a, leaves_b = (_leaves(root, is_exact=is_exact) for root in roots)
     if is_exact:
         yield from _compare_containers(a.root, b.root)
@@ -94,9 +94,9 @@ def _leaves(
     return found
 
 
-def _numbers(leaves: Mapping[tuple[object, ...], tuple[str, structure.Node]]) -> set[Any]:
-    """Returns the key paths of long lists of numbers."""
-    return {key for key, (_, leaf) in leaves.items() if structure.is_numbers(leaf)}
+def _long_lists(leaves: Mapping[tuple[object, ...], tuple[str, structure.Node]]) -> set[Any]:
+    """Returns the key paths of long lists."""
+    return {key for key, (_, leaf) in leaves.items() if long_lists.is_long(leaf)}
 
 
 def _compare_containers(a: structure.Node, b: structure.Node) -> Iterator[Difference]:
@@ -135,7 +135,7 @@ def _compare_leaves(
 ) -> Difference | None:
     value_a, value_b = _plain(a, leaf_a), _plain(b, leaf_b)
     if isinstance(value_a, structure.ValueNode) and isinstance(value_b, structure.ValueNode):
-        if value_a.kind == value_b.kind and _same(value_a.value, value_b.value):
+        if value_a.kind == value_b.kind and structure.is_same(value_a.value, value_b.value):
             return None
         kind: _Kind = "value" if value_a.kind == value_b.kind else "kind"
         texts = trees.describe(value_a), trees.describe(value_b)
@@ -156,15 +156,6 @@ def _plain(item: _Item, leaf: structure.Node) -> structure.Node:
         return leaf
     value: Any = _Array(item, leaf).read(Box.whole(leaf.spec.shape)).item()
     return structure.ValueNode(kind=type(value).__name__, value=value)
-
-
-def _same(a: object, b: object) -> bool:
-    if isinstance(a, float) and isinstance(b, float):
-        return a.hex() == b.hex()  # NaN equals NaN, and 0.0 is not -0.0
-    if isinstance(a, (list, tuple)) and type(a) is type(b):
-        parts, others = cast("Sequence[object]", a), cast("Sequence[object]", b)
-        return len(parts) == len(others) and all(map(_same, parts, others))
-    return a == b
 
 
 # ------------------------------------------------------------------------------------ arrays

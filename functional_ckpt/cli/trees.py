@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any
 
-from functional_ckpt.core.tree import structure
+from functional_ckpt.core.tree import long_lists, structure
 
 _MAX_VALUE_CHARS = 60
 
@@ -100,5 +101,6 @@ def _leaf_record(leaf: structure.Node) -> dict[str, Any]:
             "detail": dict(leaf.detail),
         }
     if isinstance(leaf, structure.ValueNode):
-        return {"kind": leaf.kind, "value": leaf.value}
+        value = json.loads(str(leaf.value)) if leaf.kind == long_lists.PLAIN_LIST else leaf.value
+        return {"kind": leaf.kind, "value": value}
     return {"kind": leaf.kind, "detail": dict(leaf.detail)}  # an empty container

@@ -13,7 +13,7 @@ from functional_ckpt.core.records import merge_ranks
 from functional_ckpt.core.restore_plan import json_tree, keep, plan, rename, select
 from functional_ckpt.core.restore_plan.match import match
 from functional_ckpt.core.restore_plan.targets import own_value
-from functional_ckpt.core.tree import context, structure
+from functional_ckpt.core.tree import context, long_lists, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem, missing_item
@@ -123,11 +123,11 @@ class _Request:
     def root_of(self, opened: OpenItem, name: str) -> structure.Node | None:
         """The structure of an item, under the names that the target knows; None for nothing.
 
-        Where leaves are chosen or renamed by name, each number of a long list has its name.
+        Where leaves are chosen or renamed by name, each value of a long list has its name.
         """
         root = _root_for(opened, self.group)
         if self.renamed is not None or self.wanted.is_partial(name):
-            root = structure.with_unpacked(root)
+            root = long_lists.with_unpacked(root)
         return root if self.renamed is None else self.renamed.rename(root, name)
 
     def check_used(self) -> None:

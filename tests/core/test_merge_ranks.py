@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import collections
+import decimal
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +145,35 @@ def test_a_long_list_of_other_types_on_another_rank() -> None:
     assert [type(told(united, rank, 2)[0]["a"][0]) for rank in (0, 1)] == [bool, int]
     with pytest.raises(errors.CoordinationError, match=r"a list of 200, rank 1 .* a list of 3"):
         unite({"a": [1] * 200}, {"a": [1, 2, 3]})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (0.0, -0.0),
+        ([0.0] * 200, [-0.0] * 200),
+        ([1, 2.0] * 100, [1.0, 2] * 100),
+        (["a"] * 200, ["b"] * 150),
+        ([{"a": 1}] * 200, [{"a": True}] * 200),
+        (complex(0.0, 1), complex(-0.0, 1)),
+        (decimal.Decimal("1.0"), decimal.Decimal("1.00")),
+    ],
+)
+def test_values_that_only_look_equal_are_kept_for_every_rank(one: object, other: object) -> None:
+    united = unite({"a": one, "b": math.nan}, {"a": other, "b": math.nan})
+    assert [repr(told(united, rank, 2)) for rank in (0, 1)] == [
+        repr(({"a": value, "b": math.nan}, [])) for value in (one, other)
+    ]
+    assert isinstance(united, structure.BranchNode)
+    assert isinstance(united.children[1], structure.ValueNode)  # one value of both ranks
+
+
+def test_a_long_list_of_a_rank_and_one_with_tensors_on_another() -> None:
+    log = [{"a": 1}] * 200
+    united = unite({"a": [*log, 1]}, {"a": [*log, 2]})
+    assert [told(united, rank, 2)[0]["a"][200] for rank in (0, 1)] == [1, 2]
+    united = unite({"a": [*log, Path("x")]}, {"a": [*log, "x"]})
+    assert told(united, 1, 2)[0] == {"a": [*log, "x"]}
 
 
 def test_metadata_of_modules_is_united_by_name() -> None:

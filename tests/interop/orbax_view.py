@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from functional_ckpt.core.arrays import spec
-from functional_ckpt.core.tree import encode
+from functional_ckpt.core.tree import encode, long_lists
 
 
 def as_orbax(value: Any) -> Any:
@@ -20,8 +20,8 @@ def as_orbax(value: Any) -> Any:
         return {name: as_orbax(child) for name, child in zip(value._fields, value, strict=True)}
     if isinstance(value, tuple) and not value:
         return ()
-    if isinstance(value, (list, tuple)) and (numbers := encode.value_node(value)) is not None:
-        return np.array(numbers.value)
+    if (long := long_lists.to_node(value)) is not None:
+        return long.value if long.kind == long_lists.PLAIN_LIST else np.array(long.value)
     if isinstance(value, (list, tuple, collections.deque)):
         return [as_orbax(child) for child in value]
     if isinstance(value, torch.Tensor):

@@ -45,6 +45,8 @@ def pytree() -> dict[Any, Any]:
         "bools": (True, False),
         "long": [list(range(200)), (0.5, math.nan) * 100, {"of bools": [True, False] * 100}],
         "long and mixed": [1, 2.5] * 70,
+        "long queue": collections.deque(range(150), 200),
+        "log": [{"step": 1, "loss": math.nan, "text": "\u0434"}] * 130,
         "complex": complex(1.5, -2),
         "texts": ["", "привет", "a\nb", "💾"],
         "bytes": [b"", b"\x00\xff"],

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.sharding import Sharding
-from functional_ckpt.core.tree import plain_json, structure, walk
+from functional_ckpt.core.tree import long_lists, plain_json, structure, walk
 from functional_ckpt.core.tree.structure import ArrayNode, BranchNode, Key, KeyPath, Node, ValueNode
 
 _Parts: TypeAlias = "Sequence[tuple[int, Node]]"
@@ -53,7 +53,7 @@ class _Uniting:
             return first
         held = [(tuple(sorted(alike)), first), *others]
         if any(isinstance(node, BranchNode) for _, node in held):
-            held = [(ranks, structure.unpacked(node)) for ranks, node in held]
+            held = [(ranks, long_lists.unpacked(node)) for ranks, node in held]
         nodes = [node for _, node in held]
         if all(isinstance(node, BranchNode) for node in nodes):
             return self._unite_branches(cast("_Branches", held), path)

@@ -22,7 +22,15 @@ from functional_ckpt.core.restore_plan.plan import (
     ReadArray,
     RestoreReport,
 )
-from functional_ckpt.core.tree import composite, encode, flatten, memory, structure, walk
+from functional_ckpt.core.tree import (
+    composite,
+    encode,
+    flatten,
+    long_lists,
+    memory,
+    structure,
+    walk,
+)
 from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING, Fill, Refused
 from functional_ckpt.core.tree.structure import KeyPath
 
@@ -105,10 +113,10 @@ class _Matching:
         saved, path = targets.inside(saved, path)
         if not self._is_wanted(saved, target, path):
             return walk.leaf(Given(targets.own_value(target)))
-        if structure.is_numbers(saved):
-            if (numbers := targets.numbers_like(saved, target)) is not None:
-                return walk.leaf(Given(numbers))
-            saved = structure.unpacked(saved)
+        if long_lists.is_long(saved):
+            if (values := long_lists.like(saved, target)) is not None:
+                return walk.leaf(Given(values))
+            saved = long_lists.unpacked(saved)
         opened = None if isinstance(target, _LEAVES) else flatten.flatten_one_level(target)
         if opened is None:
             return walk.leaf(self._bind_leaf(saved, target, path))
@@ -162,7 +170,7 @@ class _Matching:
             (stored.get(str(key.value)), child, (*path, key))
             for key, child in zip(opened.keys, opened.children, strict=True)
         ]
-        return children, lambda bound: _built(opened, bound, target)
+        return children, lambda bound: targets.built(opened, bound, target)
 
     def _not_expected(self, node: structure.Node, path: KeyPath) -> None:
         for inner, leaf in structure.iter_leaves(node, path):
@@ -382,17 +390,3 @@ class _Matching:
 
 
 _Place: TypeAlias = tuple[structure.Node, "structure.Key | None", int]
-
-
-def _built(opened: flatten.FlatNode, bound: list[Binding], target: Any) -> Build:
-    """Returns a container like the target's, without the keys whose values are left out."""
-    node = opened.node()
-    if any(isinstance(each, Given) and each.value is NOTHING for each in bound):
-        pairs = [
-            (key, each)
-            for key, each in zip(node.keys, bound, strict=True)
-            if not (isinstance(each, Given) and each.value is NOTHING)
-        ]
-        node = dataclasses.replace(node, keys=tuple(key for key, _ in pairs))
-        bound = [each for _, each in pairs]
-    return Build(node=node, children=tuple(bound), like=target)

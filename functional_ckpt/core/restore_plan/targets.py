@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from functional_ckpt.core.arrays import sharding
+from functional_ckpt.core.restore_plan.plan import Binding, Build, Given
 from functional_ckpt.core.tree import composite, encode, flatten, memory, structure
-from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill, Refused
+from functional_ckpt.core.tree.placeholders import AS_SAVED, NOTHING, Fill, Refused
 from functional_ckpt.core.tree.structure import KeyPath
 
 
@@ -67,10 +68,15 @@ def inside(saved: structure.Node, path: KeyPath) -> tuple[structure.Node, KeyPat
     return saved, path
 
 
-def numbers_like(saved: structure.ValueNode, target: Any) -> Any:
-    """Long lists of as many numbers: the stored ones, in the target's kind of list; else None."""
-    wanted = encode.value_node(target) if type(target) in (list, tuple) else None
-    numbers = structure.numbers_of(saved)
-    if wanted is None or len(target) != len(numbers):
-        return None
-    return type(target)(numbers)
+def built(opened: flatten.FlatNode, bound: list[Binding], target: Any) -> Build:
+    """Returns a container like the target's, without the keys whose values are left out."""
+    node = opened.node()
+    if any(isinstance(each, Given) and each.value is NOTHING for each in bound):
+        pairs = [
+            (key, each)
+            for key, each in zip(node.keys, bound, strict=True)
+            if not (isinstance(each, Given) and each.value is NOTHING)
+        ]
+        node = dataclasses.replace(node, keys=tuple(key for key, _ in pairs))
+        bound = [each for _, each in pairs]
+    return Build(node=node, children=tuple(bound), like=target)

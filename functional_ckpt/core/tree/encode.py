@@ -17,7 +17,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
 from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.arrays.spec import Array
-from functional_ckpt.core.tree import memory, plain_json, structure
+from functional_ckpt.core.tree import long_lists, memory, plain_json, structure
 
 _CARRIED_BY = spec_lib.CARRIED_BY
 # numpy kinds without a zarr counterpart: datetimes as their 64-bit counts.
@@ -59,8 +59,6 @@ _PLAIN_KINDS: Mapping[type, str] = {
 
 
 _MUTABLE_KINDS = ("set", "namespace")
-# From this length on a list or tuple of numbers of one type is one leaf.
-_LONG = 128
 
 
 def value_node(value: object) -> structure.ValueNode | None:
@@ -75,31 +73,13 @@ def value_node(value: object) -> structure.ValueNode | None:
         if kind in _MUTABLE_KINDS:  # a copy: the caller may change it before it is written
             value = plain_json.decode(kind, plain_json.encode(value))
         return structure.ValueNode(kind=kind, value=value)
-    if type(value) in (list, tuple):
-        return _numbers_node(cast("list[object] | tuple[object, ...]", value))
-    return None
-
-
-def _numbers_node(
-    values: list[object] | tuple[object, ...],
-) -> structure.ValueNode | None:
-    """The node of a long list or tuple of numbers of one type, as arrays hold them."""
-    if len(values) < _LONG or type(values[0]) not in (bool, int, float):
-        return None
-    if len(set(map(type, values))) > 1:
-        return None
-    kind = _PLAIN_KINDS[type(values[0])]
-    if kind == "int":
-        numbers = cast("list[int]", values)
-        if min(numbers) < -(2**63) or max(numbers) >= 2**63:
-            return None
-    return structure.ValueNode(kind=f"{kind}s", value=type(values)(values))
+    return long_lists.to_node(value)
 
 
 def plain_value(node: structure.ValueNode) -> object:
     """Returns the value of a value node."""
-    if structure.is_numbers(node) and isinstance(node.value, list):
-        return list(cast("list[object]", node.value))  # the caller may change it
+    if long_lists.is_long(node):
+        return long_lists.value_of(node)
     if node.kind == "torch_dtype":
         return torch_dtype(str(node.value))
     if node.kind == "torch_device":

@@ -54,8 +54,10 @@ def encode(value: object) -> Json:
         if is_joined_by_json(value):
             return {"utf-8": value.encode("utf-8", "surrogatepass").hex()}
         return {"utf-16": value.encode("utf-16-le", "surrogatepass").hex()}
-    if type(value) in (list, tuple):  # of numbers
-        return [type(value).__name__, [encode(part) for part in cast("list[object]", value)]]
+    if type(value) in (list, tuple, collections.deque):  # of numbers
+        numbers = [encode(part) for part in cast("list[object]", value)]
+        limit = [value.maxlen] if isinstance(value, collections.deque) else []
+        return [type(value).__name__, numbers, *limit]
     if (kind := kind_of(value)) is not None:
         return _STANDARD[kind][0](value)
     return value
@@ -85,7 +87,7 @@ def decode(kind: str, payload: Json) -> Any:
         ((encoding, digits),) = cast("dict[str, Json]", payload).items()
         codec = {"utf-16": "utf-16-le", "utf-8": "utf-8"}[encoding]
         return bytes.fromhex(digits).decode(codec, "surrogatepass")
-    if kind in ("str", "torch_dtype", "torch_device"):
+    if kind in ("str", "torch_dtype", "torch_device", "plain_list"):
         return string(payload)
     if kind in _STANDARD:
         return _decode_standard(kind, payload)
@@ -94,12 +96,14 @@ def decode(kind: str, payload: Json) -> Any:
     raise ValueError(f"{payload!r:.100} is not a value of kind {kind!r:.100}")
 
 
-def _decode_numbers(kind: str, container: Json, payload: Json) -> list[Any] | tuple[Any, ...]:
+def _decode_numbers(kind: str, container: Json, payload: Json, *maxlen: Json) -> Any:
     numbers = [decode(kind, part) for part in payload]
-    if container not in ("list", "tuple"):
-        raise ValueError(f"{container!r:.100} is not a list or tuple")
+    if container not in ("list", "tuple", "deque") or len(maxlen) != (container == "deque"):
+        raise ValueError(f"{container!r:.100} is not a list, tuple or deque")
     if kind == "int" and not all(-(2**63) <= number < 2**63 for number in numbers):
         raise ValueError("an integer beyond 64 bits in a list of numbers")
+    if container == "deque":
+        return collections.deque(numbers, *maxlen)
     return numbers if container == "list" else tuple(numbers)
 
 

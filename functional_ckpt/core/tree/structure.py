@@ -7,14 +7,15 @@ against it, and records store it as JSON. Free of torch, so that the command lin
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import struct
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, TypeGuard, cast
 
 from functional_ckpt.core.arrays import sharding as sharding_lib
 from functional_ckpt.core.arrays import spec as spec_lib
-from functional_ckpt.core.tree import walk
 
 # The name on disk of an item that is one bare leaf.
 ROOT_NAME = "value"
@@ -30,7 +31,7 @@ BARE = "bare"
 RESIZE = "resize"
 # Keys of a rank's part of a DTensor over a tensor subclass.
 LOCAL, SHARDING = "local", "sharding"
-# Kind of a long list or tuple of numbers -> the kind of each.
+# Kind of a long list, tuple or deque of numbers -> the kind of each.
 NUMBERS: Mapping[str, str] = MappingProxyType({"bools": "bool", "ints": "int", "floats": "float"})
 _MAPPINGS = ("dict", "ordered_dict", "default_dict", "counter")
 
@@ -103,12 +104,19 @@ class ValueNode:
     Attributes:
         kind: `none`, `bool`, `int`, `float`, `complex`, `str`, `torch_dtype`, `torch_device`, or
             another kind that `plain_json.encode` knows (`path`, `timedelta`, `set` ...); of
-            `NUMBERS`, for a long list or tuple of them.
-        value: The value (a name, for `torch_dtype` and `torch_device`).
+            `NUMBERS`, for a long list or tuple of them; `plain_list`, for a long list of others.
+        value: The value (a name, for `torch_dtype` and `torch_device`; JSON, for `plain_list`).
     """
 
     kind: str
     value: object
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, ValueNode)
+            and self.kind == other.kind
+            and is_same(self.value, other.value)
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,7 +283,7 @@ def is_names(node: object) -> TypeGuard[BranchNode]:
 
 
 def is_numbers(node: object) -> TypeGuard[ValueNode]:
-    """Returns whether a node is a long list or tuple of numbers."""
+    """Returns whether a node is a long list of numbers of one type."""
     return isinstance(node, ValueNode) and node.kind in NUMBERS
 
 
@@ -284,30 +292,26 @@ def numbers_of(node: ValueNode) -> Sequence[object]:
     return cast("Sequence[object]", node.value)
 
 
-def unpacked(node: Node) -> Node:
-    """A long list of numbers as a container with a leaf for each; any other node unchanged."""
-    if not is_numbers(node):
-        return node
-    values = numbers_of(node)
-    kind = NUMBERS[node.kind]
-    return BranchNode(
-        kind=type(values).__name__,
-        keys=tuple(Key(index, "index") for index in range(len(values))),
-        children=tuple(ValueNode(kind=kind, value=value) for value in values),
-    )
-
-
-def with_unpacked(root: Node) -> Node:
-    """The structure with a leaf for each number of its long lists."""
-    if not any(is_numbers(leaf) for _, leaf in iter_leaves(root)):
-        return root
-
-    def visit(node: Node) -> walk.Visit[Node, Node]:
-        if not isinstance(node, BranchNode):
-            return walk.leaf(unpacked(node))
-        return node.children, lambda built: dataclasses.replace(node, children=tuple(built))
-
-    return walk.fold(root, visit)
+def is_same(a: object, b: object) -> bool:
+    """Returns whether two plain values are equal to the bit: `-0.0` is not `0.0`, 1 not `True`."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float) and isinstance(b, float):
+        return struct.pack("d", a) == struct.pack("d", b)
+    if isinstance(a, complex) and isinstance(b, complex):
+        return is_same(a.real, b.real) and is_same(a.imag, b.imag)
+    if isinstance(a, (list, tuple, collections.deque)):
+        parts, others = cast("Sequence[object]", a), cast("Sequence[object]", b)
+        return (
+            len(parts) == len(others)
+            and all(map(is_same, parts, others))
+            and getattr(a, "maxlen", None) == getattr(b, "maxlen", None)
+        )
+    if a is None or isinstance(a, (int, str, set, frozenset)):
+        return a == b
+    return a == b and repr(a) == repr(b)  # equal decimals and times may be written differently
 
 
 def iter_leaves(
