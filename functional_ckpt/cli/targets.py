@@ -25,14 +25,7 @@ _ROOT_MARKS = (commit.HIDDEN, "metadata/_ROOT_METADATA")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """One checkpoint.
-
-    Attributes:
-        storage: The store that it is in.
-        path: Its directory.
-        step: Its step, if its name has one.
-        is_foreign: Whether it is of a format that `interop.open` opens.
-    """
+    """One checkpoint."""
 
     storage: Storage
     path: str

@@ -179,7 +179,7 @@ class Rounds:
         entry = _entry(_VALUE, what, value) if isinstance(value, bytes) else _failed(what, value)
         if not self._store.set_unless(own, entry, closed, self._limit):
             # The others continued without this rank.
-            if self._subject(closed) != what:
+            if _parse(self._store.get([closed], self._limit)[0])[1] != what:
                 return None
             if isinstance(value, BaseException):
                 raise value
@@ -223,10 +223,6 @@ class Rounds:
     def _rest(self, start: float) -> float:
         """Seconds that are left of a wait; some always, for the store to answer."""
         return max(start + self._limit - time.monotonic(), self._grace_seconds)
-
-    def _subject(self, key: str) -> str:
-        """Returns the operation of a closed slot."""
-        return _parse(self._store.get([key], self._limit)[0])[1]
 
     def _outcome(self, key: str) -> bytes | None:
         """Returns the result of a closed slot; None if the primary skipped to the next."""

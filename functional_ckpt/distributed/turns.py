@@ -122,14 +122,8 @@ class StoreTurns:
 class Member:
     """The state that a rank's caller and its thread share; it does not keep `StoreTurns` alive.
 
-    Args:
-        store: The store of the ranks.
-        prefix: That of the keys.
-        rank: This rank; 0 is the primary.
-        num_ranks: The number of ranks.
-        timeout_seconds: Returns how long to wait for another rank.
-        period_seconds: The time between two looks into the store.
-        is_wanted: Returns whether this rank asks for a round; called in the thread.
+    `timeout_seconds` returns how long to wait for another rank; `is_wanted`, called in a thread
+    every `period_seconds`, whether this rank asks for a round.
 
     Attributes:
         nudges: The thread looks at once when something is put here.

@@ -28,13 +28,7 @@ _MAX_NODE_BYTES = 2**30
 
 
 class Leaf(NamedTuple):
-    """A checked leaf.
-
-    Attributes:
-        keys: Its keys, complete and in order.
-        node: The node; its keys lack the prefix.
-        file: Its file.
-    """
+    """A checked leaf. The keys are complete and in order; those of the node lack the prefix."""
 
     keys: list[bytes]
     node: DecodedNode

@@ -41,12 +41,8 @@ class ArrayReader(Protocol):
 def verify(directory: str, read: ChunkRead, part: ChunkPart, data: Any, start: int = 0) -> None:
     """Raises `CorruptCheckpointError` unless bytes are the recorded ones.
 
-    Args:
-        directory: The item.
-        read: The finished read.
-        part: The read's part.
-        data: Flat bytes: of the chunk's valid region, entire blocks or the last ones.
-        start: The first of them, counted from `part.first`.
+    `data` are flat bytes: of the chunk's valid region, entire blocks or the last ones; `start`
+    counts from `part.first`.
     """
     request = read.request
     if request.digests is None:

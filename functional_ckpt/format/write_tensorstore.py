@@ -79,12 +79,8 @@ def write_arrays(
 ) -> Digests:
     """Writes arrays into the databases `children` of an item, spreading the chunks evenly by bytes.
 
-    Args:
-        storage: Its files.
-        item_directory: The item.
-        children: Directories relative to the item; `[""]` writes into the item's own database.
-        arrays: What to write.
-        scalars: Arrays of one chunk, given by value: name, spec, value.
+    Children are directories relative to the item; `[""]` writes into the item's own database.
+    Scalars are arrays of one chunk, given by value.
 
     Returns:
         The digests of every chunk written.

@@ -30,11 +30,7 @@ KeepPolicies: TypeAlias = KeepPolicy | int | Sequence[KeepPolicy | int]
 
 @dataclass(frozen=True, slots=True)
 class AnyKeep:
-    """Keeps the steps that any of several policies keeps, as a list does; all if there is none.
-
-    Attributes:
-        policies: All are evaluated.
-    """
+    """Keeps the steps that any of several policies keeps, as a list does; all if there is none."""
 
     policies: tuple[KeepPolicy, ...]
 

@@ -25,11 +25,7 @@ time string or a timedelta means `every` of it."""
 
 @dataclass(frozen=True, slots=True)
 class AnySave:
-    """Saves whenever one of several policies does, as a list of them does.
-
-    Attributes:
-        policies: Asked in this order.
-    """
+    """Saves whenever one of several policies does, as a list of them does."""
 
     policies: tuple[SavePolicy, ...]
 

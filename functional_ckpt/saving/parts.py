@@ -17,7 +17,7 @@ from functional_ckpt.core.tree import encode
 from functional_ckpt.format import write_tensorstore
 from functional_ckpt.runtime import device_copies, host_memory
 from functional_ckpt.saving.lower import LoweredItem, Source
-from functional_ckpt.saving.plan import ItemPlan, SavePlan
+from functional_ckpt.saving.plan import ItemPlan
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +90,8 @@ class Part(NamedTuple):
         )
 
 
-def parts_of(items: Sequence[LoweredItem], plan: SavePlan) -> list[list[Part]]:
-    """Returns the parts of each item that this rank writes."""
-    return [list(_parts(item, plan[item.name])) for item in items]
-
-
-def _parts(item: LoweredItem, plan: ItemPlan) -> Iterator[Part]:
-    """Entire pieces where this rank writes all of one, single chunks where replicas share it."""
+def parts_of(item: LoweredItem, plan: ItemPlan) -> Iterator[Part]:
+    """Yields this rank's parts: entire pieces, or single chunks where replicas share one."""
     for source, planned in zip(item.sources, plan.arrays, strict=True):
         is_owner = planned.is_owner
         for entry in planned.pieces:

@@ -116,7 +116,7 @@ class Stager:
         database.check_process()
         staging = self._staging
         with threads.gc_paused():
-            parts = parts_lib.parts_of(items, plan)
+            parts = [list(parts_lib.parts_of(item, plan[item.name])) for item in items]
         if isinstance(staging, Overlapped) and self._fence is not None:
             try:
                 hosts = stage_overlapped.stage(

@@ -205,10 +205,7 @@ class Steps(TierSteps):
     def next_line(self) -> lines.Line:
         """Returns the line of the next step to be saved."""
         if self._origin is None:
-            return self._line_of_tiers()
+            return lines.present(united(each.infos for each in self.all_tiers))
         if self._line is None:
             self._line = lines.resumed(self._origin, self._present())
         return self._line
-
-    def _line_of_tiers(self) -> lines.Line:
-        return lines.present(united(each.infos for each in self.all_tiers))

@@ -28,11 +28,7 @@ _log = logging.getLogger("functional_ckpt")
 
 
 class UploadWorker:
-    """Uploads to one tier; used by its own thread.
-
-    Attributes:
-        on_arrived: Called when a step was uploaded.
-    """
+    """Uploads to one tier; used by its own thread."""
 
     def __init__(
         self, local: Steps, tier: RemoteTier, queue: UploadQueue, choice: UploadChoice
