@@ -12,7 +12,7 @@ import torch
 from functional_ckpt import errors
 from functional_ckpt.core.tree import flatten, structure
 from functional_ckpt.core.tree.structure import Key, KeyPath
-from functional_ckpt.handlers import optimizer_names, parameter_names
+from functional_ckpt.handlers import classes, optimizer_names, parameter_names
 from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.handlers.module import Module
 from functional_ckpt.handlers.optimizer import Optimizer
@@ -21,6 +21,7 @@ from functional_ckpt.handlers.rng import Generator, is_generator
 from functional_ckpt.handlers.stateful import Stateful, is_stateful
 from functional_ckpt.handlers.torchmetrics import TorchMetric, is_metric
 
+_DCP_STATEFUL = frozenset({"torch.distributed.checkpoint.stateful.Stateful"})
 _Found: TypeAlias = Sequence[tuple[KeyPath, Any]]
 
 
@@ -119,7 +120,7 @@ def default_registry() -> Registry:
 
     Asked in this order: torchmetrics metrics, modules, optimizers (named by the modules that stand
     in the same save or restore), random number generators, objects with `state_dict` and
-    `load_state_dict`; everything else is a pytree.
+    `load_state_dict`, torchtitan's container of optimizers among them; everything else is a pytree.
     """
     registry = Registry()
     for fits, bind in (  # the rule that is added last is asked first
@@ -155,7 +156,11 @@ def _is_module(value: object) -> bool:
 
 
 def _is_optimizer(value: object) -> bool:
-    return isinstance(value, torch.optim.Optimizer)
+    """Not a container of optimizers whose state has a layout of its own, such as torchtitan's."""
+    return isinstance(value, torch.optim.Optimizer) and not (
+        classes.is_a(value, _DCP_STATEFUL)
+        and type(value).state_dict is not torch.optim.Optimizer.state_dict
+    )
 
 
 def _bind_alone(value: Any) -> Item:

@@ -7,10 +7,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint import stateful as dcp_stateful
 from torch.optim import lr_scheduler as schedulers
 
+import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.handlers import Optimizer, Stateful, StatefulHandler
+from functional_ckpt.testing import differences
 
 with warnings.catch_warnings():  # torchdata calls a deprecated function of torch when imported
     warnings.simplefilter("ignore")
@@ -229,3 +232,36 @@ def test_state_is_captured_not_referenced(save):
     assert loaded["tensor"].tolist() == [0, 0, 0]
     assert loaded["deque"] == collections.deque([1, 2], maxlen=2)
     assert loaded["deque"].maxlen == 2
+
+
+class Container(torch.optim.Optimizer, dcp_stateful.Stateful):
+    """Several optimizers whose state has one flat layout, as torchtitan's are."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+        super().__init__([p for o in optimizers for g in o.param_groups for p in g["params"]], {})
+
+    def state_dict(self):
+        return {
+            f"{index}.{name}": value
+            for index, optimizer in enumerate(self.optimizers)
+            for name, value in optimizer.state_dict().items()
+        }
+
+    def load_state_dict(self, state_dict):
+        for index, optimizer in enumerate(self.optimizers):
+            names = ("state", "param_groups")
+            optimizer.load_state_dict({name: state_dict[f"{index}.{name}"] for name in names})
+
+
+def test_a_container_of_optimizers_has_a_state_of_its_own(tmp_path):
+    model = nn.Linear(3, 2)
+    first = [torch.optim.Adam([model.weight]), torch.optim.SGD([model.bias], momentum=0.9)]
+    model(torch.ones(3)).sum().backward()
+    for optimizer in first:
+        optimizer.step()
+    fc.save(tmp_path / "a", {"model": model, "optimizer": Container(*first)})
+    second = [torch.optim.Adam([model.weight]), torch.optim.SGD([model.bias], momentum=0.1)]
+    fc.restore(tmp_path / "a", into={"model": model, "optimizer": Container(*second)})
+    for one, other in zip(first, second, strict=True):
+        assert differences(one.state_dict(), other.state_dict()) == []
