@@ -1,4 +1,4 @@
-"""torchtitan's containers are items: restored in their sharding, and the run goes on the same."""
+"""torchtitan's containers are items: restored in their sharding, and the run resumes exactly."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def uninterrupted(directory: str) -> list[Any]:
 
 
 def resumed(directory: str) -> list[Any]:
-    """Restores into objects of other values and goes on."""
+    """Restores into objects of other values and trains again."""
     run = Training(1)
     with fc.CheckpointManager(directory, read_only=True) as manager:
         manager.restore(3, into=run.items)
@@ -120,7 +120,7 @@ def resumed(directory: str) -> list[Any]:
 
 
 def resharded(directory: str) -> list[Any]:
-    """Restores all but the data on another number of ranks; returns the whole weights' sum."""
+    """Restores all but the data on another number of ranks; returns the full weights."""
     run = Training(1)
     items = {name: item for name, item in run.items.items() if name != "dataloader"}
     with fc.CheckpointManager(directory, read_only=True) as manager:
