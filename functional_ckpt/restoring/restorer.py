@@ -190,20 +190,37 @@ class Restorer:
         options: RestoreOptions,
     ) -> restore_lib.Restored:
         """From the nearest tier that holds it; from the next where that one cannot be read."""
-        *nearer, last = holders
+        nearest, *others = holders
         # Errors of one rank are raised on all, as the same class: all continue with the next tier.
         failures = (errors.CorruptCheckpointError, errors.StorageError, errors.StepNotFoundError)
-        failure: errors.CheckpointError | None = None
         with self.steps.reading(step):
-            for holder in nearer:
+            try:
+                return self._restore_from(nearest, step, into, options)
+            except failures as error:
+                failure: errors.CheckpointError = error
+            for holder in others:
+                if self._is_other_save(step, nearest, holder):
+                    failure = failure.replace(
+                        f"{failure.message} {holder.root} holds another save of step {step}, which "
+                        f"does not replace it; fc.restore({holder.path(step)!r}) restores that one."
+                    )
+                    continue
+                _log.warning("step %d: trying the next tier: %s", step, failure)
                 try:
                     with _touched_by(failure):
                         return self._restore_from(holder, step, into, options)
                 except failures as error:
                     failure = error
-                    _log.warning("step %d: trying the next tier: %s", step, error)
-            with _touched_by(failure):
-                return self._restore_from(last, step, into, options)
+        raise failure
+
+    def _is_other_save(self, step: int, nearest: TierSteps, holder: TierSteps) -> bool:
+        """Returns whether a tier's copy is known to be another save; the same on all ranks."""
+
+        def compare(_: Sequence[bytes]) -> bytes:
+            return b"1" if holder.holds_other_save(step, nearest) else b""
+
+        what = f"whether {holder.root} holds the same save of step {step}"
+        return self.coordinator.gather_broadcast(what, b"", compare) != b""
 
     def _restore_from(
         self, holder: TierSteps, step: int, into: Mapping[str, Any] | None, options: RestoreOptions

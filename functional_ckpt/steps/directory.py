@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable, Sequence
 
 from functional_ckpt import errors
+from functional_ckpt.core.records.orbax import CHECKPOINT_METADATA_FILE
+from functional_ckpt.core.records.records import EXTENSION_FILE
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps import history, template
@@ -107,6 +109,16 @@ class StepDirectory:
     def on_disk(self, step: int) -> StepInfo:
         """Returns the step as it is stored now: another process may have committed it again."""
         return history.read_sound_step(self.storage, self.path(step), step)
+
+    def records_of(self, step: int) -> list[bytes | None]:
+        """Returns the records of a step, which differ between two saves; None if unreadable."""
+        found: list[bytes | None] = []
+        for name in (EXTENSION_FILE, CHECKPOINT_METADATA_FILE):
+            try:
+                found.append(self.storage.read(os.path.join(self.path(step), name)))
+            except errors.CheckpointError:
+                found.append(None)
+        return found
 
     def check_writable(self) -> None:
         """Raises `ReadOnlyError` if the manager was opened with `read_only=True`."""

@@ -180,6 +180,19 @@ class TierSteps(StepDirectory):
         """Returns the names of links to steps."""
         return [name for name in self._index.strays if self.leads_to_step(name)]
 
+    def holds_other_save(self, step: int, nearer: TierSteps) -> bool:
+        """Returns whether this tier's copy of a step is known to be another save than a nearer one.
+
+        An overwritten step has its earlier content in a tier until its upload has arrived.
+        """
+        infos = [each.info(step) for each in (nearer, self)]
+        times = [info.time for info in infos if info is not None and info.problem is None]
+        if len(times) == 2:
+            return times[0] != times[1]
+        records = [each.records_of(step) for each in (nearer, self)]
+        pairs = [(near, far) for near, far in zip(*records, strict=True) if None not in (near, far)]
+        return bool(pairs) and all(near != far for near, far in pairs)
+
     @contextlib.contextmanager
     def reading(self, step: int) -> Generator[None]:
         """Keeps a step from being pruned, after its upload, while it is being read."""

@@ -166,6 +166,31 @@ def test_restore_falls_back_when_the_near_step_is_damaged(far: str, tmp_path: Pa
         assert not differences(restored["state"], _state(1)["state"])
 
 
+@pytest.mark.parametrize("damage", ["data", "metadata", "record"])
+def test_a_tier_with_an_earlier_save_of_a_damaged_step_does_not_replace_it(
+    damage: str, far: str, tmp_path: Path
+) -> None:
+    near, tiers = tmp_path / "near", [fc.Tier(path=far)]
+    with fc.CheckpointManager(near, tiers=tiers) as manager:
+        manager.save(1, _state(1))
+        manager.save(2, _state(2))
+    with fc.CheckpointManager(near, overwrite=True) as manager:
+        manager.save(1, _state(3))
+    files = {"data": next((near / "1" / "state" / "d").iterdir())}
+    names = {"metadata": "_CHECKPOINT_METADATA", "record": "_FUNCTIONAL_CKPT"}
+    for step in (1, 2):
+        file = files["data"] if damage == "data" else near / str(step) / names[damage]
+        file.write_bytes(file.read_bytes()[:-200] + bytes(200))
+    target = {"w": torch.zeros(100, 100), "n": 0}
+    with fc.CheckpointManager(near, tiers=tiers, read_only=True) as reader:
+        with pytest.raises(errors.CorruptCheckpointError, match="holds another save of step 1"):
+            reader.restore(1, {"state": target})
+        assert not target["w"].any()
+        restored = reader.restore(2, {"state": target})  # the same save: from either
+        assert not differences(restored["state"], _state(2)["state"])
+        assert not differences(fc.restore(os.path.join(far, "1"))["state"], _state(1)["state"])
+
+
 def test_what_has_changed_near_is_not_copied(far: str, tmp_path: Path) -> None:
     near = tmp_path / "near"
     with fc.CheckpointManager(near) as manager:
