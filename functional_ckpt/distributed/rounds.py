@@ -29,6 +29,8 @@ _LEAVE_SECONDS = 2.0
 # Time to publish the reason of a time-out; the store itself may not answer.
 _LAST_WORD_SECONDS = 1.0
 
+# One key to look for, however many ranks there are.
+_ANY_LEFT = "left/any"
 _PHASES = (("begun", "start"), ("gathered", "gather for"), ("outcome", "finish"))
 _PHASE_SECONDS = 0.25
 _VALUE, _ERROR, _GONE, _SKIPPED = "value", "error", "gone", "skipped"
@@ -78,13 +80,17 @@ class Rounds:
         """
         with contextlib.suppress(errors.CoordinationError):
             if self._rank:
+                self._store.set_soon(_ANY_LEFT, b"")
                 self._set(f"left/{self._rank}", b"")
                 return False
+            self._set("left/0", b"")
             others = range(1, self._num_ranks)
             left = [f"left/{rank}" for rank in others]
             if self._wait(left, lambda: min(_LEAVE_SECONDS, self._timeout_seconds)):
                 slots = {key.partition("/")[0] for key in self._spent}
-                self._spent += left + [f"{slot}/{rank}" for slot in slots for rank in others]
+                self._spent += ["left/0", _ANY_LEFT, *left] + [
+                    f"{slot}/{rank}" for slot in slots for rank in others
+                ]
                 self._forget([])
                 return True
         return False
@@ -130,7 +136,7 @@ class Rounds:
         keys = [f"{slot}/{rank}" for rank in range(1, self._num_ranks)]
         ranks = range(1, self._num_ranks)
         absent: list[int] = []
-        if not self._wait(keys, lambda: self._timeout_seconds):
+        if not self._wait(keys, self._until_left(keys)):
             absent = [r for r in ranks if not self._store.has([f"{slot}/{r}"], self._limit)]
         here = [rank for rank in ranks if rank not in absent]
         found = self._store.get([f"{slot}/{rank}" for rank in here], self._limit) if here else []
@@ -158,14 +164,39 @@ class Rounds:
         self._raise_missing(what, failed, absent)
         return [payload for _, _, payload in entries.values()]
 
+    def _until_left(self, keys: Sequence[str]) -> Callable[[], float]:
+        """Returns how long to wait for the ranks' keys: no longer once one of the ranks has left.
+
+        That is looked at only by those who wait long.
+        """
+        looked, has_left = time.monotonic(), False
+
+        def seconds() -> float:
+            nonlocal looked, has_left
+            if not has_left and time.monotonic() - looked >= _PHASE_SECONDS:
+                looked = time.monotonic()
+                has_left = self._store.has([_ANY_LEFT], self._limit) and any(
+                    self._has_left(rank) and not self._store.has([key], self._limit)
+                    for rank, key in enumerate(keys, 1)
+                )
+            return 0.0 if has_left else self._timeout_seconds
+
+        return seconds
+
+    def _has_left(self, rank: int) -> bool:
+        return self._store.has([f"left/{rank}"], self._limit)
+
     def _raise_missing(
         self, what: str, failed: dict[int, remote_errors.Record], absent: Sequence[int]
     ) -> None:
         texts = [f"Rank {rank} failed in {what!r}: {each['text']}" for rank, each in failed.items()]
+        if left := [rank for rank in absent if self._has_left(rank)]:
+            texts.append(_left(left, what))
+            raise errors.CoordinationError(" ".join(texts), ranks=sorted([*failed, *left]))
         if absent:
             texts.append(
                 f"{named(absent).capitalize()} did not reach {what!r} within "
-                f"{self._timeout_seconds:g} s (crashed or hung?)."
+                f"{self._timeout_seconds:g} s (crashed, hung, or without this call?)."
             )
             ranks = sorted([*failed, *absent])
             raise errors.CoordinationTimeoutError(" ".join(texts), ranks=ranks)
@@ -212,10 +243,15 @@ class Rounds:
                     [f"{slot}/{_PHASES[phase][0]}"], self._rest(start)
                 ):
                     phase, start = phase + 1, looked
+                # In this order: the primary leaves after it has closed its last slot.
+                if self._has_left(0) and not self._store.has(
+                    [f"{slot}/outcome"], self._rest(start)
+                ):
+                    raise errors.CoordinationError(_left([0], what), ranks=(0,))
             if time.monotonic() - start >= self._limit:
                 raise errors.CoordinationTimeoutError(
                     f"Rank 0 did not {_PHASES[phase][1]} {what!r} within {self._limit:g} s "
-                    "(crashed or hung?).",
+                    "(crashed, hung, or without this call?).",
                     ranks=(0,),
                 )
             time.sleep(pause)
@@ -269,6 +305,13 @@ def _describe(error: BaseException, what: str) -> bytes:
 
 def _failed(what: str, error: BaseException) -> bytes:
     return _entry(_ERROR, what, json.dumps(remote_errors.to_record(error)).encode())
+
+
+def _left(ranks: Sequence[int], what: str) -> str:
+    return (
+        f"{named(ranks).capitalize()} closed the manager without {what!r}: all ranks must make the "
+        "same calls, with the same `force`."
+    )
 
 
 def named(ranks: Sequence[int] | dict[int, str]) -> str:

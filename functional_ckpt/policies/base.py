@@ -154,6 +154,8 @@ def step_set(what: str, steps: Iterable[int]) -> range | frozenset[int]:
         wrong = [end for end in (steps[:1] and (steps[0], steps[-1])) if end < 0]
         members = steps
     else:
+        if isinstance(steps, (str, bytes, bytearray, Mapping)):
+            raise errors.UsageError(f"{what}: expected ints, zero or more; got {steps!r:.80}.")
         try:
             members = frozenset(steps)
         except TypeError:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.policies.base import KeepContext, StepInfo, step_set
-from functional_ckpt.policies.checks import check_int, is_int
+from functional_ckpt.policies.checks import check_bool, check_int, is_int
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, parse_timespan
 
 Metric: TypeAlias = str | Callable[[Mapping[str, Any]], float]
@@ -139,6 +139,7 @@ class EveryNSteps:
     def __post_init__(self) -> None:
         """Raises UsageError for an interval or a number below 1."""
         check_int("interval_steps", self.interval_steps, at_least=1)
+        check_bool("exact_interval", self.exact_interval)
         _check_count("max_to_keep of EveryNSteps", self.max_to_keep)
 
     def should_preserve(
@@ -207,6 +208,7 @@ class BestN:
         """Raises UsageError for a number below 1, another mode, or an invalid metric."""
         _check_count("n of BestN", self.n)
         _check_metric(self.metric, self.mode)
+        check_bool("keep_without_metrics", self.keep_without_metrics)
 
     def should_preserve(
         self, checkpoints: Sequence[StepInfo], /, *, context: KeepContext

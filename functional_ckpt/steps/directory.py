@@ -15,7 +15,7 @@ from functional_ckpt.steps import history, template
 from functional_ckpt.steps.index import StepIndex, has_record
 from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.steps.names import NameFormat
-from functional_ckpt.storage import commit, queries, replacement
+from functional_ckpt.storage import commit, queries, replacement, tmp_paths
 from functional_ckpt.storage.base import Storage
 
 
@@ -84,10 +84,24 @@ class StepDirectory:
         return {step: os.path.basename(self.path(step)) for step in steps}
 
     def new_path(self, step: int, progress: Progress | None) -> str:
-        """Returns where to write a step: its present path if it exists, else a new one."""
-        return self.path_if_there(step) or os.path.join(
+        """Returns where to write a step: its present path if it exists, else a new one.
+
+        Raises:
+            UsageError: The name is too long for that of a temporary directory to contain it.
+        """
+        path = self.path_if_there(step) or os.path.join(
             self.root, template.new_name(self._names, step, progress)
         )
+        num_bytes = len(os.fsencode(os.path.basename(path)))
+        if num_bytes > tmp_paths.MAX_STEP_NAME_BYTES:
+            raise errors.UsageError(
+                f"The directory name of step {step} has {num_bytes} bytes; at most "
+                f"{tmp_paths.MAX_STEP_NAME_BYTES} are possible. Choose a shorter step_name, or a "
+                "lower step.",
+                step=step,
+                path=path,
+            )
+        return path
 
     def is_linked(self, step: int) -> bool:
         """Returns whether a link has the step's name: it does not count, but can be read."""

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.distributed.collective import run_on_all
@@ -27,7 +27,7 @@ from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.steps.uploads import Uploads
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.open import connect
+from functional_ckpt.storage.open import check_storage, connect
 from functional_ckpt.storage.paths import is_remote, resolve
 
 # As long as requests to object stores are made again.
@@ -56,14 +56,16 @@ class Tier:
     storage: Storage | None = None
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a negative delay, and for anything but a path."""
+        """Raises UsageError for a negative delay, and for anything but a path and a store."""
         resolve(self.path)
+        if self.storage is not None:
+            check_storage(self.storage)
         check_seconds("max_delay_seconds", self.max_delay_seconds)
 
 
 def as_tiers(tiers: Sequence[Tier | str | os.PathLike[str]]) -> tuple[Tier, ...]:
     """Returns a user's tiers; a bare path means `Tier(path=path)`."""
-    if isinstance(tiers, (str, os.PathLike)) or not isinstance(tiers, Iterable):
+    if isinstance(tiers, (str, os.PathLike, Mapping)) or not isinstance(tiers, Iterable):
         raise errors.UsageError(f"tiers must be a list of tiers or paths; got {tiers!r}.")
     return tuple(tier if isinstance(tier, Tier) else Tier(path=tier) for tier in tiers)
 

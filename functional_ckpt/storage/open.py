@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from functional_ckpt import errors
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.buckets.base import Bucket
 from functional_ckpt.storage.local import LocalStorage
@@ -30,12 +31,24 @@ def connect(
     if not is_remote(resolved):
         check_arrays_path(resolved)
     if storage is not None:
+        check_storage(storage)
         return storage, resolved
     if not is_remote(resolved):
         return LocalStorage(), resolved
     remote = ObjectStorage(_bucket(resolved))
     remote.probe(is_patient=is_patient)
     return remote, remote.follow(resolved)
+
+
+def check_storage(storage: object) -> None:
+    """Raises `UsageError` unless the value is a store."""
+    operations = ("read", "write", "files", "objects")
+    if isinstance(storage, type) or not all(hasattr(storage, name) for name in operations):
+        raise errors.UsageError(
+            f"storage must have the operations of functional_ckpt.storage.base.Storage, or be None "
+            f"for the store of the path; got {storage!r:.80}. An object store is chosen by the "
+            "path: 's3://bucket/run'."
+        )
 
 
 def _bucket(uri: str) -> Bucket:

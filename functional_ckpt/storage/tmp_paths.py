@@ -29,6 +29,9 @@ from functional_ckpt.storage.system_errors import clear_errors
 TMP_SUFFIX = ".orbax-checkpoint-tmp"
 _CLAIM = re.compile(re.escape(TMP_SUFFIX) + r"-[0-9a-f]{12}\.(?P<machine>[0-9a-f]{8})")
 _MAX_NAME_BYTES = 255
+_NUM_UNIQUE_CHARS = 12
+# The name of a manager's temporary directory contains that of the step.
+MAX_STEP_NAME_BYTES = _MAX_NAME_BYTES - len(f"{TMP_SUFFIX}-") - _NUM_UNIQUE_CHARS
 # Of a machine whose locks cannot be seen from here.
 _STALE_SECONDS = 24 * 3600.0
 _SERIALIZED_SECONDS, _LOOK_SECONDS = 60.0, 0.005
@@ -43,7 +46,7 @@ def tmp_path(final: str) -> str:
 def unique_tmp_path(final: str, ending: str = "") -> str:
     """Returns a temporary path of `final` for one save alone."""
     folder, name = os.path.split(final)
-    tail = f"{TMP_SUFFIX}-{uuid.uuid4().hex[:12]}{ending}"
+    tail = f"{TMP_SUFFIX}-{uuid.uuid4().hex[:_NUM_UNIQUE_CHARS]}{ending}"
     room = _MAX_NAME_BYTES - len(tail)
     return os.path.join(folder, os.fsdecode(os.fsencode(name)[:room]) + tail)
 

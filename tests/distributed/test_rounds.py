@@ -96,6 +96,22 @@ def test_who_does_not_come_is_named() -> None:
         assert "Ranks 1, 3 did not reach 'it' within 0.1 s" in str(error)
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_rank_that_closes_is_not_waited_for(left: int) -> None:
+    """As at the end of a run in which only one rank passes `force=True`."""
+    group = Group(3)
+
+    def job(rank: int, rounds: Rounds) -> object:
+        return rounds.close() if rank == left else rounds.gather_broadcast("last", b"", join)
+
+    found = group.run(job)
+    errors_found = [each for rank, each in enumerate(found) if rank != left]
+    for each in errors_found:
+        assert type(each) is errors.CoordinationError
+        assert f"Rank {left} closed the manager without 'last'" in str(each)
+        assert each.ranks == (left,)
+
+
 def test_hurry_shortens_a_wait_under_way() -> None:
     group = Group(2, timeout_seconds=600)
     threading.Timer(0.2, group.rounds[0].shorten_timeout, [0.1]).start()

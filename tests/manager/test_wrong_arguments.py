@@ -24,6 +24,11 @@ OF_MANAGERS: dict[str, dict[str, Any]] = {
     "overwrite": {"overwrite": NO},
     "read_only": {"read_only": NO},
     "tiers": {"tiers": None},
+    "tiers must be a list": {"tiers": {"a": 1}},
+    "storage must have": {"storage": "s3"},
+    "storage must": {"storage": fc.CheckpointManager},
+    "keep_policy: expected": {"keep_policy": fc.handlers.Fill(3)},
+    "save_policy: expected": {"save_policy": fc.handlers.Fill(3)},
     "A path": {"tiers": [3]},
     "latest_link": {"latest_link": 3},
     "coordinator": {"coordinator": 3},
@@ -44,6 +49,11 @@ OF_CALLS: dict[str, Callable[[fc.CheckpointManager], object]] = {
 
 OF_FUNCTIONS: dict[str, Callable[[], object]] = {
     "max_delay_seconds": lambda: fc.Tier(path="x", max_delay_seconds=NO),
+    "storage": lambda: fc.Tier(path="x", storage=ONE),
+    "exact_interval": lambda: fc.policies.EveryNSteps(5, exact_interval=NO),
+    "keep_without_metrics": lambda: fc.policies.BestN(1, "a", keep_without_metrics=ONE),
+    "steps to keep": lambda: fc.policies.CustomSteps(cast("Any", b"12")),
+    "steps to save": lambda: fc.policies.SpecificSteps(cast("Any", {1: 2})),
     "are the two exchanged": lambda: fc.Optimizer(cast("Any", MODEL), cast("Any", OPTIMIZER)),
     "model must be a module": lambda: fc.Optimizer(OPTIMIZER, ONE),
     "model must be a torch": lambda: fc.training_items(cast("Any", fc.Module(MODEL)), OPTIMIZER),

@@ -51,6 +51,26 @@ def test_steps_under_their_own_names(tmp_path: Path) -> None:
             manager.restore(9)
 
 
+@pytest.mark.parametrize("staging", [fc.Eager(), fc.Blocking()])
+def test_a_name_too_long_for_its_temporary_directory_is_refused(
+    staging: fc.Eager | fc.Blocking, tmp_path: Path
+) -> None:
+    """A name that was cut there became another step's, which could not be restored."""
+    longest = 10**220
+    with fc.CheckpointManager(
+        tmp_path / "run", tiers=[tmp_path / "far"], staging=staging
+    ) as manager:
+        for step in (longest * 10, 10**250):
+            with pytest.raises(errors.UsageError, match="Choose a shorter step_name"):
+                manager.save(step, state(1))
+        manager.save(longest, state(1))
+        manager.wait_until_finished()
+        assert manager.all_steps() == [longest]
+    for folder in ("run", "far"):
+        with looked_into(tmp_path / folder) as manager:
+            assert manager.restore(longest).step == longest
+
+
 def test_a_step_that_exists_is_not_overwritten_under_another_name(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path, step_name=NAMES) as manager:
         run(manager, 3, 3)
