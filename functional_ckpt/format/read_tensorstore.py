@@ -92,7 +92,9 @@ def stored_spec(database: Database, name: str, *, is_zarr3: bool) -> ArraySpec:
         if data.state != "value":
             raise ValueError("missing")
         record: Any = plain_json.parse(data.value)
-        dtype = record["data_type"] if is_zarr3 else _zarr2_dtype(record["dtype"])
+        dtype = record["data_type" if is_zarr3 else "dtype"]
+        if not is_zarr3 and dtype[:1] in "<>|":
+            dtype = np.dtype(dtype).name
         if not isinstance(dtype, str):
             raise ValueError(f"dtype {dtype!r}")
         return ArraySpec(tuple(record["shape"]), dtype)
@@ -100,7 +102,3 @@ def stored_spec(database: Database, name: str, *, is_zarr3: bool) -> ArraySpec:
         raise errors.CorruptCheckpointError(
             f"Metadata {key!r} of a stored array: {type(error).__name__}: {error}", key_path=name
         ) from error
-
-
-def _zarr2_dtype(dtype: str) -> str:
-    return np.dtype(dtype).name if dtype[:1] in "<>|" else dtype

@@ -16,8 +16,6 @@ from functional_ckpt import errors
 from functional_ckpt.policies.checks import check_int
 from functional_ckpt.policies.timespan import Unit, parse_timespan
 
-__all__ = ["Progress"]
-
 _COUNTS: Final = ("iteration", "epoch", "batch", "sample", "token")
 _SECONDS: Final = ("total_seconds", "epoch_seconds", "batch_seconds")
 

@@ -14,8 +14,6 @@ from typing import Final, Literal, TypeAlias
 
 from functional_ckpt import errors
 
-__all__ = ["Timespan", "TimespanLike", "Unit", "parse_timespan"]
-
 Unit: TypeAlias = Literal["iteration", "epoch", "batch", "sample", "token", "duration", "second"]
 """The unit of a span; `duration` is the fraction of the entire training, from 0 to 1."""
 

@@ -88,7 +88,8 @@ class Promises:
                 _LISTS, (self.promised, self.decided, self.replacing), strict=True
             )
         }
-        self._commits.replace(self._path, _with_digest(record))
+        digest = records.digest_hex(json.dumps(record, sort_keys=True).encode())
+        self._commits.replace(self._path, json.dumps({**record, "xxh3": digest}).encode())
 
     def promise(self, root: str, step: int) -> bool:
         """Promises a step to a tier; whether it was not promised before."""
@@ -110,11 +111,6 @@ class Promises:
 def _keep_only(steps: _Ordered, kept: Container[int]) -> None:
     for step in [step for step in steps if step not in kept]:
         del steps[step]
-
-
-def _with_digest(record: dict[str, Any]) -> bytes:
-    digest = records.digest_hex(json.dumps(record, sort_keys=True).encode())
-    return json.dumps({**record, "xxh3": digest}).encode()
 
 
 def _parse(data: bytes) -> dict[str, Any]:

@@ -10,8 +10,6 @@ import torch
 
 from functional_ckpt.core.tree import encode, flatten
 
-__all__ = ["differences"]
-
 
 def differences(got: Any, expected: Any, where: str = "value") -> list[str]:
     """Everything in which two pytrees differ; empty when they are equal bit for bit.

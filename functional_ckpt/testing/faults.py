@@ -22,8 +22,6 @@ from functional_ckpt.storage.base import Lock, Stat, Storage
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.new_file import LocalFiles
 
-__all__ = ["CHANGES", "Crash", "Fault", "FaultyStorage", "Operation"]
-
 CHANGES = (
     *("make_directory", "write", "link", "sync", "rename", "swap", "remove", "lock"),
     *("write_data", "write_array"),

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["ManagerModel", "SavedStep"]
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SavedStep:

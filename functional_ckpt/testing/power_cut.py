@@ -30,8 +30,6 @@ from unittest import mock
 
 from functional_ckpt.testing.faults import FaultyStorage, Operation
 
-__all__ = ["Disk", "Image", "Moment"]
-
 _Inode: TypeAlias = int
 _Location: TypeAlias = tuple[_Inode, str]
 """The inode of a directory, and a name in it."""
