@@ -201,7 +201,10 @@ class Map:
             if (seconds := seconds - found[test]) < 0 and chosen:
                 break
             chosen.append(test)
-        return chosen if len(found) >= 3 else [*chosen, *self._named(mutant)]
+        if len(found) < 3:
+            return [*chosen, *self._named(mutant)]
+        named = (test.partition("[")[0] for test in chosen if _is_named(test, mutant))
+        return [*chosen, *dict.fromkeys(named)]  # with the cases that were not measured
 
     def _mask(self, mutant: Mutant, digest: str) -> int:
         source = (self._sources / digest).read_bytes()

@@ -122,8 +122,8 @@ def table(*columns: str) -> Table:
 def size(num_bytes: int) -> str:
     """Returns a size for people.
 
-    >>> size(0), size(1023), size(1536), size(5 * 2**30)
-    ('0 B', '1023 B', '1.5 KiB', '5.0 GiB')
+    >>> size(0), size(1023), size(1536), size(1_048_064), size(5 * 2**30)
+    ('0 B', '1023 B', '1.5 KiB', '1.0 MiB', '5.0 GiB')
     """
     value = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):

@@ -114,3 +114,15 @@ def test_a_closed_manager_whose_handler_is_put_back_lets_the_signal_end_the_proc
     with scripts.ready(STALE, tmp_path) as child:
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=30) == -signal.SIGTERM
+
+
+def test_a_handler_that_was_there_is_called_too(tmp_path: Path) -> None:
+    called: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
+    try:
+        with fc.CheckpointManager(tmp_path, save_policy=fc.policies.Preemption()) as manager:
+            signal.raise_signal(signal.SIGTERM)
+            assert called == [signal.SIGTERM]
+            assert manager.save(1, {"x": 1}) and manager.reached_preemption(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)

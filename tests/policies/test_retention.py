@@ -92,6 +92,7 @@ def test_a_policy_can_let_every_abandoned_step_go() -> None:
         ([at(1, 1), at(2, 2), at(3, -YEAR), at(4, 4)], [1, 2, 2, 4]),  # a clock that was reset
         ([at(1, 1), at(2, 500), at(3, 3), at(4, 4)], [1, 1, 3, 4]),  # ahead for a while
         ([at(1, YEAR), at(2, 2)], [2, 2]),
+        ([at(1, YEAR), at(2, 2), at(3, 3)], [2, 2, 3]),
         ([at(1, YEAR), at(2, YEAR)], [1000, 1000]),
         ([at(1, 1), at(5, 9, 1), at(7, 7)], [1, 9, 7]),  # a later generation has lower numbers
     ],

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 import functional_ckpt as fc
 from functional_ckpt import errors
+from functional_ckpt.storage.buckets.base import TransientError
+from functional_ckpt.storage.buckets.fsspec import FsspecBucket
 from functional_ckpt.storage.open import connect
 from functional_ckpt.testing import differences
 from functional_ckpt.verify import checkpoint
@@ -42,3 +48,22 @@ def test_providers_and_protocols_are_named(monkeypatch: pytest.MonkeyPatch) -> N
         fc.restore("libcloud://nobody:bucket/run")
     with pytest.raises(errors.UsageError, match="unknown protocol nothing://"):
         fc.restore("nothing://bucket/run")
+
+
+def test_an_upload_that_did_not_arrive_whole_is_an_error(tmp_path: Path) -> None:
+    class Broken(MemoryFileSystem):
+        cachable = False
+
+        def put_file(self, *arguments: Any, **options: Any) -> None:
+            self.pipe_file(arguments[1], b"0123456x89")
+
+    (tmp_path / "file").write_bytes(b"0123456789")
+    bucket = FsspecBucket("memory://top", Broken(), "top")
+    with pytest.raises(TransientError, match="differs after the upload"):
+        bucket.upload(str(tmp_path / "file"), "key")
+
+
+def test_libcloud_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "libcloud.storage", None)
+    with pytest.raises(errors.UsageError, match=r"functional-ckpt\[libcloud\]"):
+        fc.restore("libcloud://local:bucket/run")

@@ -498,5 +498,7 @@ def test_orbax_preemption_policy_waits_for_the_signal(tmp_path: Path) -> None:
 def test_orbax_policies_that_ignore_the_step_need_no_round_at_each() -> None:
     ignoring = [theirs.PreemptionCheckpointingPolicy(), theirs.InitialSavePolicy()]
     assert save_rule([policies.every("90m"), *ignoring], adapt=adapt_save_policy).ignores_step
+    two = save_rule([policies.every("90m"), policies.every("2m")], adapt=adapt_save_policy)
+    assert two.shortest_seconds == 120
     assert not save_rule([policies.When(bool)], adapt=adapt_save_policy).ignores_step
     assert not save_rule([policies.every(5)], adapt=adapt_save_policy).ignores_step

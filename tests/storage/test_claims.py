@@ -94,3 +94,14 @@ def test_a_replacement_is_under_way_while_the_old_directory_is_there(tmp_path: P
         replacement.finish(STORAGE, str(final), os.path.exists)
         assert [each.name for each in tmp_path.iterdir()] == [final.name]
         final.rmdir()
+
+
+def test_a_claim_that_cannot_be_locked_is_an_error_of_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: FileLock) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(FileLock, "lock", refuse)
+    with pytest.raises(errors.StorageError, match="lock"):
+        tmp_paths.claim(STORAGE, str(tmp_path / "c"))

@@ -234,3 +234,16 @@ def test_the_newest_of_two_states_counts_after_a_crash_between_them(tmp_path: Pa
     assert files.read(key) == b"9" and files.head(key).version == "9"
     assert files.write(key, b"new", replacing="9").version == "10"
     assert [path.name for path in tmp_path.iterdir()] == ["lock.10"]
+
+
+def test_fuse_is_known_by_its_mount(tmp_path: Path) -> None:
+    def is_fuse(folder: Path) -> bool:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            return file_lock._is_fuse(descriptor)
+        finally:
+            os.close(descriptor)
+
+    assert not is_fuse(tmp_path)
+    with disks.large("fuse", tmp_path) as folder:
+        assert is_fuse(folder)
