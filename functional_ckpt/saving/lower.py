@@ -218,4 +218,14 @@ def to_json(value: Any, what: str) -> bytes:
     try:
         return json.dumps(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise errors.UsageError(f"{what} is not JSON: {error}.", key_path=what) from error
+        wrong = [key for key in value if not _is_json(value[key])] if type(value) is dict else []
+        where = f"{what}[{wrong[0]!r}]" if wrong else what
+        raise errors.UsageError(f"{where} is not JSON: {error}.", key_path=what) from error
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True

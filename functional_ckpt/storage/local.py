@@ -157,8 +157,14 @@ class LocalStorage:
         code = ctypes.get_errno()
         if code in _UNSUPPORTED:
             return False
+        advice = ""
+        if code == errno.EXDEV:
+            advice = (
+                " A directory of a lower layer of an overlay file system cannot be replaced: "
+                "delete it first, or save under another number or path."
+            )
         raise errors.StorageError(
-            f"Cannot exchange {first} and {second}: {os.strerror(code)} [errno {code}].",
+            f"Cannot exchange {first} and {second}: {os.strerror(code)} [errno {code}].{advice}",
             errno=code,
             path=second,
         )

@@ -4,14 +4,17 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import disks
 import pytest
 from contract import StorageContract
 from descriptors import open_below
 
+import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
@@ -134,6 +137,31 @@ def test_an_exchange_that_is_refused_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(errors.StorageError, match="Cannot exchange") as caught:
         LocalStorage().swap(str(tmp_path / "a"), str(tmp_path / "b"))
     assert caught.value.errno == errno.ENOENT
+
+
+def test_what_cannot_be_exchanged_on_an_overlay_can_be_deleted_first(tmp_path: Path) -> None:
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting needs root")
+    layers, place = tmp_path / "layers", tmp_path / "place"
+    layers.mkdir()
+    place.mkdir()
+    disks.mount("-t", "tmpfs", "-o", "size=50m", "none", str(layers))
+    try:
+        for name in ("lower", "upper", "work"):
+            (layers / name).mkdir()
+        fc.save(layers / "lower" / "c", {"m": {"a": 1}})
+        options = ",".join(f"{name}dir={layers / name}" for name in ("lower", "upper", "work"))
+        disks.mount("-t", "overlay", "-o", options, "none", str(place))
+        try:
+            with pytest.raises(errors.StorageError, match=r"lower layer .* delete it first"):
+                fc.save(place / "c", {"m": {"a": 2}}, overwrite=True)
+            assert fc.restore(place / "c")["m"] == {"a": 1}
+            shutil.rmtree(place / "c")
+            fc.save(place / "c", {"m": {"a": 2}})
+        finally:
+            disks.unmount(place)
+    finally:
+        disks.unmount(layers)
 
 
 def test_a_lock_that_cannot_be_taken_leaves_no_descriptor(
