@@ -50,8 +50,8 @@ def describe(error: BaseException | None) -> str | None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The complete lines: the last one may be half written."""
+    return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
 
 
 @dataclasses.dataclass(slots=True)
