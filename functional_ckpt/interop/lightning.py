@@ -214,7 +214,8 @@ class SaveCallback(callbacks.Callback):
             raise errors.UsageError(
                 f"{strategy} shards the model, which Lightning's checkpoint of one process cannot "
                 "hold. Save fc.Module(...) and fc.Optimizer(...) items with a manager of your own "
-                "in a callback, or use a DDP strategy."
+                "in a callback and restore them in on_train_start (the Trainer then counts epochs, "
+                "and shuffles, from 0), or use a DDP strategy."
             )
         num_ranks = self._io.manager.num_ranks
         if num_ranks != trainer.world_size:

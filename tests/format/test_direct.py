@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 import xxhash
+from fake_bucket import FakeBucket
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,7 @@ from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.format import data_file, index, read_direct, write_direct, write_tensorstore
 from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.object_store import ObjectStorage
 
 STORAGE = LocalStorage()
 
@@ -307,3 +309,8 @@ def test_twenty_thousand_small_arrays_take_microseconds_each(tmp_path: Path) -> 
     written = write_direct.write_arrays(STORAGE, str(tmp_path), "", writes)
     assert time.process_time() - begun < 5  # 0.4 on an idle machine; TensorStore takes 2
     assert len(written.digests) == 20_000 and len(written.files) == 2
+
+
+def test_data_files_are_written_to_file_systems_only() -> None:
+    with pytest.raises(errors.UsageError, match="file systems only"):
+        data_file.DataFile(ObjectStorage(FakeBucket()), "fake://bucket/x", 10)

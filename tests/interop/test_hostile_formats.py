@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import functional_ckpt as fc
 from functional_ckpt import errors
-from functional_ckpt.interop import neuronx, pickles
+from functional_ckpt.interop import neuronx, pickles, training_state
 
 SPARE_KIB = 64 * 2**10
 
@@ -286,3 +286,9 @@ def test_a_file_system_error_is_not_called_damage(
     with pytest.raises(errors.StorageError) as caught:
         opened(tmp_path / "x.pt")
     assert caught.value.errno == 5
+
+
+@pytest.mark.parametrize("content", [{}, {"python": 1}, None, 3])
+def test_states_of_generators_that_are_none_are_damage(content: Any) -> None:
+    with pytest.raises(errors.CorruptCheckpointError, match="not the state of Python's"):
+        training_state.rng_state(content, "x")

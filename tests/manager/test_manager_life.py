@@ -331,3 +331,11 @@ def test_closed_manager_refuses_every_call(tmp_path: Path) -> None:
         with pytest.raises(errors.ClosedError, match="was closed"):
             call()
     assert looked_into(tmp_path).all_steps() == [1]
+
+
+def test_a_rank_takes_over_the_list_of_the_primary(tmp_path: Path) -> None:
+    with fc.CheckpointManager(tmp_path) as manager:
+        saved(manager, 1)
+        saved(manager, 2)
+        manager._run.steps.follow({"": [2]})
+        assert manager.all_steps() == [2]

@@ -366,3 +366,22 @@ def test_killed_in_the_middle_of_uploads(first: int, s3: str, tmp_path: Path) ->
     assert not [name for name in store.list(run) if "tmp" in name]
     for step in _steps(run):
         assert checkpoint.verify_checkpoint(store, f"{run}/{step}", step) == []
+
+
+def test_a_listener_of_an_upload_must_not_wait_for_it(tmp_path: Path) -> None:
+    seen: list[BaseException] = []
+    managers: list[fc.CheckpointManager] = []
+
+    def listener(event: fc.Event) -> None:
+        if event.kind == "uploaded":
+            try:
+                managers[0].wait_until_finished()
+            except errors.UsageError as error:
+                seen.append(error)
+
+    tiers = [fc.Tier(path=tmp_path / "far")]
+    managers.append(fc.CheckpointManager(tmp_path / "near", tiers=tiers, on_event=listener))
+    managers[0].save(1, _state(1))
+    managers[0].wait_until_finished()
+    managers[0].close()
+    assert len(seen) == 1 and "Set a flag there" in str(seen[0])
