@@ -18,8 +18,8 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid, choose_grid
 from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import STORAGE_DTYPES, ArraySpec, Box, numpy_dtype
-from functional_ckpt.format import backends, index, read_tensorstore, write_tensorstore
 from functional_ckpt.format import database as database_lib
+from functional_ckpt.format import index, read_store, read_tensorstore, write_tensorstore
 from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.runtime import threads
 from functional_ckpt.storage.local import LocalStorage
@@ -73,7 +73,7 @@ def _read(directory: str, request: ReadRequest, memory: Any = None) -> None:
     if memory is not None:
         request = request._replace(destination=Destination(lambda: memory, lambda: None))
     opened = index.open_index(LocalStorage(), directory)
-    for task in backends.StoreReader(opened).tasks([request]):
+    for task in read_store.StoreReader(opened).tasks([request]):
         task()
 
 
