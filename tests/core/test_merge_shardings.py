@@ -21,13 +21,10 @@ def writers(shape: tuple[int, ...], sharding: Sharding, num_ranks: int) -> Count
     """How often every chunk is written, by all ranks together."""
     array = write_plan.ShardedArray("item", "leaf", ArraySpec(shape, "float32"), sharding)
     written: Counter[tuple[int, ...]] = Counter()
-    num_owners = 0
     for rank in range(num_ranks):
         (planned,) = write_plan.plan_writes([array], rank)
-        num_owners += planned.is_owner
-        for piece in planned.pieces:
-            written.update(piece.indices)
-    assert num_owners == 1
+        for piece in planned.of(rank):
+            written.update(planned.grid.indices(piece.box))
     return written
 
 

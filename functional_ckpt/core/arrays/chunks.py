@@ -17,6 +17,8 @@ from functional_ckpt.core.arrays.spec import ArraySpec, Box
 # Small enough that object stores and partial reads stay cheap, large enough that a 2 GiB state is
 # 64 chunks.
 MAX_CHUNK_BYTES = 32 * 2**20
+# Chunks of one row each, at most, where only they are runs of a shard's bytes.
+MAX_ROWS = 4096
 # A reader verifies in units of this many bytes of a chunk's valid region (C order).
 DIGEST_BLOCK_BYTES = 64 * 2**10
 
@@ -146,28 +148,34 @@ def choose_grid(
     spec: ArraySpec,
     shard_shape: tuple[int, ...] | None = None,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    *,
+    first_dim: int = 0,
+    is_even: bool = False,
 ) -> ChunkGrid:
-    """Returns a grid whose chunks are at most `max_chunk_bytes`, cut along the leading dims first.
+    """Returns a grid whose chunks are at most `max_chunk_bytes`, cut along the leading dims.
+
+    A chunk is a run of the bytes of a shard: dims before the one that is cut have length 1.
 
     Args:
         spec: The global array.
         shard_shape: The regular division between writers, `ceil(n / k)` per dim; None for one
             writer. A chunk never reaches over a shard's edge, so it has one writer.
-        max_chunk_bytes: Bound on the bytes of a chunk (one element may exceed it).
+        max_chunk_bytes: Bound on the bytes of a chunk. One element may exceed it, and so may a
+            shard whose length has no useful divisor.
+        first_dim: The first dim that may be longer than 1 in a chunk.
+        is_even: Whether chunks divide the array, so that none reaches over its end.
 
     >>> choose_grid(ArraySpec((50257, 768), "float32")).chunk_shape
     (10052, 768)
     """
-    shard = tuple(max(1, n) for n in (shard_shape or spec.shape))
-    chunk = list(shard)
-    for dim, size in enumerate(shard):
-        # A dim that cannot be divided is kept, and the next ones are divided more.
-        others = math.prod(chunk) // chunk[dim]
-        budget = max_chunk_bytes // (others * spec.itemsize_bytes)
-        if budget >= size:
-            break
-        chunk[dim] = _split(size, max(1, budget), exact=size < spec.shape[dim])
-        if math.prod(chunk) * spec.itemsize_bytes <= max_chunk_bytes:
+    chunk = [max(1, size) for size in (shard_shape or spec.shape)]
+    chunk[:first_dim] = [1] * first_dim
+    for dim in range(first_dim, len(chunk)):
+        size = chunk[dim]
+        budget = max(1, max_chunk_bytes // (math.prod(chunk[dim + 1 :]) * spec.itemsize_bytes))
+        if budget < size:
+            chunk[dim] = _split(size, budget, exact=is_even or size < spec.shape[dim])
+        if chunk[dim] > 1:
             break
     return ChunkGrid(spec.shape, tuple(chunk))
 
@@ -177,9 +185,10 @@ def _split(size: int, budget: int, *, exact: bool) -> int:
     if not exact:
         return -(-size // -(-size // budget))
     best = max(d for d in _divisors(size) if d <= budget)
-    # A size with no useful divisor (a prime, say) would make thousands of tiny chunks: do not
-    # divide it.
-    return best if best * 8 >= budget else size
+    # A size with no useful divisor (a prime, say) would make thousands of tiny chunks: it is not
+    # divided, up to 64 times the budget.
+    is_useful = best * 8 >= budget or size // best <= MAX_ROWS or size > 64 * budget
+    return best if is_useful else size
 
 
 def _divisors(number: int) -> Iterator[int]:

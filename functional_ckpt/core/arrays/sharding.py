@@ -140,6 +140,15 @@ class Sharding:
         """
         return tuple(_unit(size, self._shard_dims(dim)) for dim, size in enumerate(shape))
 
+    def is_even(self, shape: tuple[int, ...], dim: int) -> bool:
+        """Returns whether all stretches of a dim are as long as `chunk_alignment` says."""
+        return _is_even(shape[dim], self._shard_dims(dim))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether ranks hold different parts."""
+        return any(cut is not None for cut in self.placements)
+
     @property
     def num_replicas(self) -> int:
         """How many ranks hold the same of it."""
@@ -253,6 +262,16 @@ def _unit(size: int, cuts: tuple[tuple[int, int], ...]) -> int:
                 if edge != size:
                     unit = math.gcd(unit, edge)
     return unit or size
+
+
+@functools.lru_cache(maxsize=65536)
+def _is_even(size: int, cuts: tuple[tuple[int, int], ...]) -> bool:
+    unit = _unit(size, cuts)
+    if not unit or (len(cuts) <= 1 and all(factor == 1 for _, factor in cuts)):
+        return not unit or size % unit == 0
+    coordinates = itertools.product(*(range(num_ranks) for num_ranks, _ in cuts))
+    runs = (run for each in coordinates for run in _intervals(size, cuts, each))
+    return all(end - start == unit for start, end in runs)
 
 
 def _combine(runs: list[tuple[_Run, ...]]) -> Iterator[Piece]:

@@ -1,8 +1,8 @@
-"""Who writes which chunk: each has one writer, and replicas share the work evenly. Pure.
+"""Who writes which region of which array: each has one writer, and replicas share the work. Pure.
 
-Every rank works out its own part from shardings alone, and all parts fit together without a word
-between the ranks: each considers only the chunks that it holds, in the same order as everyone who
-holds the same. Free of torch.
+Every rank works out its own part from shardings alone, and all parts fit together without a
+message between the ranks: each considers only the regions that it holds, in the same order as all
+ranks that hold the same. Free of torch.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from functional_ckpt.core.arrays.chunks import MAX_CHUNK_BYTES, ChunkGrid, choose_grid
+from functional_ckpt.core.arrays.chunks import MAX_CHUNK_BYTES, MAX_ROWS, ChunkGrid, choose_grid
 from functional_ckpt.core.arrays.sharding import Piece, Sharding
-from functional_ckpt.core.arrays.spec import ArraySpec
-
-_Index: TypeAlias = tuple[int, ...]
+from functional_ckpt.core.arrays.spec import ArraySpec, Box
 
 # Eight replicas that share 2 GiB in full chunks have eight each, and none more than one more.
 _REPLICAS_PER_FULL_CHUNK = 8
@@ -34,91 +34,110 @@ class ShardedArray:
     sharding: Sharding
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PlannedPiece:
-    """A piece of a rank's local tensor and the chunks of it that this rank writes.
+class PlannedPiece(NamedTuple):
+    """A region that one rank writes: of the array, and of its local tensor."""
 
-    `indices` are in C order; `is_whole` says that the piece has no others.
-    """
-
-    piece: Piece
-    indices: tuple[_Index, ...]
-    is_whole: bool
+    rank: int
+    box: Box
+    local: Box
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlannedArray:
-    """One rank's part in writing an array.
+    """The writers of an array, as far as a rank knows them.
 
-    Without pieces other ranks write it all; the owner writes the array's metadata.
+    Attributes:
+        grid: Its chunks.
+        pieces: The regions that this rank and its replicas write.
+        is_tensor: Whether its chunks are runs of the bytes of each region.
     """
 
     grid: ChunkGrid
     pieces: tuple[PlannedPiece, ...]
-    is_owner: bool
+    is_tensor: bool = True
+
+    def of(self, rank: int) -> list[PlannedPiece]:
+        """Returns the regions that a rank writes."""
+        return [piece for piece in self.pieces if piece.rank == rank]
 
 
 def plan_writes(arrays: Sequence[ShardedArray], rank: int) -> tuple[PlannedArray, ...]:
-    """Returns the chunks that `rank` writes of each array.
+    """Returns the regions that `rank` and its replicas write of each array.
 
-    The chunks that the same set of replicas holds are dealt out largest first, each to the replica
-    with the least work so far.
+    An array that every holder has entirely is written by one of them; of a shard, its replicas
+    write consecutive rows. The largest are dealt out first, each to the replica with the least
+    work so far.
     """
     grids = [_grid(array) for array in arrays]
-    mine = _deal(arrays, grids, rank)
-    planned: list[PlannedArray] = []
-    for place, (array, grid) in enumerate(zip(arrays, grids, strict=True)):
-        pieces: list[PlannedPiece] = []
-        for piece in array.sharding.pieces(array.spec.shape, rank):
-            every = tuple(grid.indices(piece.box))
-            indices = tuple(index for index in every if (place, index) in mine)
-            if indices:
-                pieces.append(PlannedPiece(piece, indices, len(indices) == len(every)))
-        first = (place, (0,) * len(array.spec.shape))
-        is_owner = first in mine if grid.num_chunks else rank == min(array.sharding.ranks)
-        planned.append(PlannedArray(grid, tuple(pieces), is_owner))
-    return tuple(planned)
+    found: list[list[PlannedPiece]] = [[] for _ in arrays]
+    shared: dict[tuple[int, ...], list[tuple[int, int, Piece]]] = {}
+    for number, array in enumerate(arrays):
+        shape = array.spec.shape
+        pieces = array.sharding.pieces(shape, rank)
+        replicas = array.sharding.replicas(rank)
+        if not array.spec.num_elements:
+            box = Box.whole(shape)
+            found[number] = [PlannedPiece(min(array.sharding.ranks), box, box)]
+        elif len(replicas) == 1:
+            found[number] = [PlannedPiece(rank, piece.box, piece.local) for piece in pieces]
+        else:
+            size = array.spec.itemsize_bytes
+            shared.setdefault(replicas, []).extend(
+                (-piece.box.num_elements * size, number, piece) for piece in pieces
+            )
+    for replicas, held in shared.items():
+        loads = [(0, replica) for replica in replicas]
+        heapq.heapify(loads)
+        for _, number, piece in sorted(held, key=lambda each: each[:2]):
+            array = arrays[number]
+            runs = _runs(piece, grids[number][0], len(replicas) if array.sharding.is_cut else 1)
+            lightest = [heapq.heappop(loads) for _ in runs]
+            for (load, replica), run in zip(lightest, runs, strict=True):
+                size_bytes = run.box.num_elements * array.spec.itemsize_bytes
+                heapq.heappush(loads, (load + size_bytes, replica))
+                found[number].append(PlannedPiece(replica, run.box, run.local))
+    return tuple(
+        PlannedArray(grid, tuple(pieces), is_tensor)
+        for (grid, is_tensor), pieces in zip(grids, found, strict=True)
+    )
 
 
 @functools.lru_cache(maxsize=4096)
 def plan_alone(spec: ArraySpec) -> PlannedArray:
-    """Returns the chunks of an array that a single rank writes: all of them."""
+    """Returns the part of a single rank in writing an array: all of it."""
     array = ShardedArray("", "", spec, Sharding.replicated((0,)))
     return plan_writes([array], 0)[0]
 
 
-def _grid(array: ShardedArray) -> ChunkGrid:
-    """The array's chunks: smaller where many replicas share them, so that loads come out even."""
-    units = array.sharding.chunk_alignment(array.spec.shape)
-    shares = -(-array.sharding.num_replicas // _REPLICAS_PER_FULL_CHUNK)
-    return choose_grid(array.spec, units, max(MAX_CHUNK_BYTES // shares, _MIN_SHARED_CHUNK_BYTES))
+def _grid(array: ShardedArray) -> tuple[ChunkGrid, bool]:
+    """Returns an array's chunks, and whether they are runs of each shard's bytes.
+
+    Chunks are smaller where many replicas share a shard, so that loads come out even.
+    """
+    spec, sharding = array.spec, array.sharding
+    units = sharding.chunk_alignment(spec.shape)
+    shares = -(-sharding.num_replicas // _REPLICAS_PER_FULL_CHUNK) if sharding.is_cut else 1
+    max_bytes = max(MAX_CHUNK_BYTES // shares, _MIN_SHARED_CHUNK_BYTES)
+    dims = range(1, len(spec.shape))
+    first_dim = max((dim for dim in dims if not sharding.is_even(spec.shape, dim)), default=0)
+    is_tensor = math.prod(spec.shape[:first_dim]) <= MAX_ROWS
+    grid = choose_grid(spec, units, max_bytes, first_dim=first_dim if is_tensor else 0)
+    return grid, is_tensor
 
 
-def _deal(
-    arrays: Sequence[ShardedArray], grids: Sequence[ChunkGrid], rank: int
-) -> set[tuple[int, _Index]]:
-    """Returns the chunks assigned to `rank`, as (position of the array, chunk index)."""
-    mine: set[tuple[int, _Index]] = set()
-    shared: dict[tuple[int, ...], list[tuple[int, int, _Index]]] = {}
-    for place, (array, grid) in enumerate(zip(arrays, grids, strict=True)):
-        replicas = array.sharding.replicas(rank)
-        for index in _held(array, grid, rank):
-            if len(replicas) == 1:
-                mine.add((place, index))
-            else:
-                size_bytes = grid.box(index).num_elements * array.spec.itemsize_bytes
-                shared.setdefault(replicas, []).append((-size_bytes, place, index))
-    for replicas, chunks in shared.items():
-        loads = [(0, replica) for replica in replicas]
-        heapq.heapify(loads)
-        for negative_bytes, place, index in sorted(chunks):
-            load, replica = heapq.heappop(loads)
-            heapq.heappush(loads, (load - negative_bytes, replica))
-            if replica == rank:
-                mine.add((place, index))
-    return mine
+def _runs(piece: Piece, grid: ChunkGrid, count: int) -> list[Piece]:
+    """Cuts a piece into up to `count` runs of rows, the longest first; rows of a chunk stay."""
+    if not grid.shape:
+        return [piece]
+    rows, unit = piece.box.shape[0], grid.chunk_shape[0]
+    num_chunks = -(-rows // unit)
+    count = max(1, min(count, num_chunks))
+    edges = [min(rows, -(-num_chunks * n // count) * unit) for n in range(count + 1)]
+    return [
+        Piece(_rows(piece.box, start, end), _rows(piece.local, start, end))
+        for start, end in itertools.pairwise(edges)
+    ]
 
 
-def _held(array: ShardedArray, grid: ChunkGrid, rank: int) -> Iterator[_Index]:
-    for piece in array.sharding.pieces(array.spec.shape, rank):
-        yield from grid.indices(piece.box)
+def _rows(box: Box, start: int, end: int) -> Box:
+    return Box((box.offset[0] + start, *box.offset[1:]), (end - start, *box.shape[1:]))
