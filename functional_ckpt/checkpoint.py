@@ -111,7 +111,7 @@ def _check_free(storage: Storage, final: str, *, overwrite: bool) -> None:
         # `commits.claimed` refuses objects without a marker.
         if storage.objects is None and (names := storage.list(final)):
             _check_replaceable(final, names)
-    if storage.files is not None:
+    if storage.objects is None:
         check_arrays_path(final)
 
 

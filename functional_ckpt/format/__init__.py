@@ -1,5 +1,5 @@
 """One item on disk: an OCDBT database of Zarr arrays, and its records.
 
-The fast path writes and reads local files itself (`write_direct`, `data_file`, `read_direct`);
-everywhere else TensorStore does it (`write_tensorstore`, `read_tensorstore`).
+Data files are written by `write_files` and the index by `write_index`, to files and to objects.
+`read_direct` and `read_store` read them, and `read_tensorstore` the arrays of Orbax's checkpoints.
 """

@@ -66,7 +66,7 @@ class OpenItem:
         self.is_zarr3 = True
         self.fills_missing = False
         # Before TensorStore opens anything: it would wait for a pipe and follow a link.
-        sizes = queries.regular_sizes(storage, path) if storage.files is not None else None
+        sizes = queries.regular_sizes(storage, path) if storage.objects is None else None
         extension = os.path.join(path, records.EXTENSION_FILE)
         data = queries.read_optional(storage, extension) if record is None else record
         if data is not None:
@@ -87,7 +87,7 @@ class OpenItem:
         if self.record is not None:
             from functional_ckpt.format import backends
 
-            return backends.Arrays(self.storage).open_reader(self.path, self.record.files)
+            return backends.open_reader(self.storage, self.path, self.record.files)
         from functional_ckpt.format.read_tensorstore import TensorStoreReader
 
         return TensorStoreReader(
@@ -362,7 +362,7 @@ def _find_items(storage: Storage, path: str) -> dict[str, str]:
         folder = os.path.join(path, name)
         if name in _IGNORED or name.startswith(("_", ".")):
             continue
-        if storage.files is not None:
+        if storage.objects is None:
             check_ordinary(folder)
         if not queries.is_directory(storage, folder):
             continue

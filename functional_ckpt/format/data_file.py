@@ -1,10 +1,10 @@
 """Large files written and read at the speed of the disk: few system calls, and no page cache.
 
-A writer hands the disk some MiB at a time, in blocks that are aligned in memory and in the file. Of
-large, stable data only the ends are copied: its offset in the file is chosen so that the rest can
-be written in place. All other data is gathered in three rotating buffers: one being written, one
-ready, one being filled. The digest of the file is computed while writing, so the file is not read
-again.
+A writer hands the disk some MiB at a time, in blocks that are aligned in memory and in the file.
+Of large, stable data whose memory has the same offset in a page as its bytes in the file, only the
+ends are copied, and the rest is written from where it is. All other data is gathered in three
+rotating buffers: one being written, one ready, one being filled. The digest of the file is computed
+while writing, so the file is not read again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, cast
 import numpy as np
 import xxhash
 
-from functional_ckpt import errors
 from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.format.tuning import (
@@ -32,8 +31,6 @@ from functional_ckpt.runtime import host_memory
 from functional_ckpt.runtime.threads import BackgroundWriter
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.new_file import BLOCK_BYTES
-
-_ZEROS = np.zeros(BLOCK_BYTES, np.uint8)
 
 
 class DataFile:
@@ -66,9 +63,7 @@ class DataFile:
         self._behind: BackgroundWriter | None = None
         self._full: collections.deque[Array] = collections.deque()  # handed on before
         self.is_large = size_bytes >= DIRECT_FROM_BYTES
-        if storage.files is None:
-            raise errors.UsageError(f"{path}: data files are written to file systems only.")
-        self._file = storage.files.create(path, size_bytes, is_direct=self.is_large)
+        self._file = storage.create(path, size_bytes, is_direct=self.is_large)
 
     def _pages(self, size_bytes: int) -> Array:
         """Memory on page boundaries."""
@@ -79,7 +74,7 @@ class DataFile:
 
     @property
     def size_bytes(self) -> int:
-        """The offset of the next data, or slightly more."""
+        """The offset of the next data."""
         return self._written + self._gathered + self._filled - self._begin
 
     def append(
@@ -89,7 +84,7 @@ class DataFile:
         is_lent: bool = False,
         on_copied: Callable[[memoryview], None] | None = None,
     ) -> int:
-        """Adds bytes and returns their offset.
+        """Adds bytes at the end, without a gap, and returns their offset.
 
         Args:
             data: A flat array of uint8.
@@ -98,17 +93,16 @@ class DataFile:
             on_copied: Called with the bytes that the file will hold, piece by piece. Where `data`
                 may change at any time, a digest must be taken of these. Not for lent data.
         """
-        if is_lent and self.is_large and len(data) >= LENT_FROM_BYTES:
-            return self._append_lent(data)
         offset = self.size_bytes
+        if is_lent and self.is_large and len(data) >= LENT_FROM_BYTES:
+            address: int = data.__array_interface__["data"][0]
+            if (address - offset) % BLOCK_BYTES == 0:
+                self._append_lent(data, -address % BLOCK_BYTES)
+                return offset
         self._copy(data, on_copied)
         return offset
 
-    def _append_lent(self, data: Array) -> int:
-        address: int = data.__array_interface__["data"][0]
-        self._copy(_ZEROS[: (address - self.size_bytes) % BLOCK_BYTES])
-        offset = self.size_bytes
-        head = -address % BLOCK_BYTES
+    def _append_lent(self, data: Array, head: int) -> None:
         tail = (len(data) - head) % BLOCK_BYTES
         self._copy(data[:head])
         self._gather_buffer()
@@ -116,7 +110,6 @@ class DataFile:
         if self._gathered >= BUFFER_BYTES:
             self._flush()
         self._copy(data[len(data) - tail :])
-        return offset
 
     def _copy(self, data: Array, on_copied: Callable[[memoryview], None] | None = None) -> None:
         start, count, room = 0, len(data), len(self._buffer)
@@ -171,7 +164,7 @@ class DataFile:
             self._flush()
         if self._behind is not None:
             self._behind.wait()
-        self._file.truncate(self._written)
+        self._file.finish(self._written)
         return FileRecord(self._written, self._hash.hexdigest())
 
     def close(self) -> None:

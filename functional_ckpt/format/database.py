@@ -1,4 +1,4 @@
-"""Databases of arrays: opening TensorStore for reading and writing, and its errors.
+"""Databases of arrays: opening TensorStore for reading, and its errors.
 
 One item is one OCDBT database of zarr v3 arrays. Only this folder imports tensorstore.
 """
@@ -15,14 +15,10 @@ from typing import Any
 import tensorstore as ts
 
 from functional_ckpt import errors
-from functional_ckpt.core.arrays.chunks import MAX_INLINE_BYTES, ChunkGrid
-from functional_ckpt.core.arrays.spec import ArraySpec
-from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records.records import FileRecord
-from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.ocdbt import MANIFEST
 from functional_ckpt.format.step_files import check_content
-from functional_ckpt.format.tuning import MAX_NODE_BYTES, TREE_CACHE_BYTES
+from functional_ckpt.format.tuning import TREE_CACHE_BYTES
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.paths import check_arrays_path
 from functional_ckpt.storage.queries import read_optional
@@ -45,18 +41,8 @@ _STATUSES = {
     "UNAUTHENTICATED": errno.EACCES,
     "ABORTED": errno.EIO,
 }
-_SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
-NO_CACHE = {"total_bytes_limit": 0}
-_CONFIG = {
-    "compression": {"id": "zstd"},
-    "max_inline_value_bytes": MAX_INLINE_BYTES,
-    "max_decoded_node_bytes": MAX_NODE_BYTES,
-}
-
-
-# Every write and every open makes a context of its own: databases opened through one context share
-# a cache, which would remember a deleted or overwritten step. Copying from a child to its parent
-# needs both to be opened with the same context.
+# Every open makes a context of its own: databases opened through one context share a cache, which
+# would remember a deleted or overwritten step.
 
 
 _user_pid: int | None = None
@@ -76,14 +62,6 @@ def check_process() -> None:
             "This process was forked from one that had saved or restored a checkpoint, and cannot "
             "do so itself; start it with the spawn method, or save and restore in the parent."
         )
-
-
-def write_context(storage: Storage) -> Any:
-    """For writing and merging: the caller syncs the files."""
-    check_process()
-    return ts.Context(
-        {"file_io_sync": False, "cache_pool": NO_CACHE, **storage.tensorstore.context()}
-    )
 
 
 def read_context(storage: Storage) -> Any:
@@ -106,26 +84,6 @@ class Database:
     directory: str
     store: Any
     context: Any
-
-
-def clear_error(storage: Storage, path: str, error: Exception) -> errors.CheckpointError:
-    """Converts TensorStore's write error to a `StorageError`, with `errno` if it has one."""
-    text = storage.tensorstore.redact(str(error))
-    for code in _SYSTEM_ERRORS:
-        if os.strerror(code) in text:
-            return errors.StorageError(
-                f"Cannot write {path}: {os.strerror(code)} [errno {code}].", errno=code, path=path
-            )
-    return errors.StorageError(f"TensorStore failed in {path}: {text.splitlines()[0]}", path=path)
-
-
-def open_database(storage: Storage, directory: str, context: Any) -> Any:
-    """Returns a database to write into, made when it is not there."""
-    spec = {"driver": "ocdbt", "base": storage.tensorstore.kvstore(directory), "config": _CONFIG}
-    try:
-        return ts.KvStore.open(spec, context=context).result()
-    except REFUSALS as error:
-        raise clear_error(storage, directory, error) from error
 
 
 def open_for_reading(
@@ -204,22 +162,3 @@ def open_files_for_reading(directory: str, storage: Storage) -> Database:
     context = read_context(storage)
     store = ts.KvStore.open(storage.tensorstore.kvstore(directory), context=context).result()
     return Database(storage, directory, store, context)
-
-
-def open_array(store: Any, name: str, spec: ArraySpec, grid: ChunkGrid, context: Any) -> Any:
-    """Returns a zarr3 array described by us: its stored metadata is neither read nor written."""
-    kvstore = store / key_prefix(name)
-    return ts.open(
-        {
-            "driver": "zarr3",
-            "kvstore": kvstore.spec().to_json(),
-            "metadata": orbax.zarr3_metadata(spec, grid.chunk_shape),
-            "fill_missing_data_reads": False,
-            "store_data_equal_to_fill_value": True,
-            "cache_pool": NO_CACHE,  # chunks go where they are wanted, not into a cache as well
-        },
-        open=True,
-        assume_metadata=True,
-        context=context,
-        transaction=store.transaction,
-    ).result()

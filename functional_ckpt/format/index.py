@@ -287,7 +287,7 @@ def span_of(files: Sequence[str], run: Sequence[Located]) -> Span:
 
 def span_reader(storage: Storage, directory: str) -> _ReadSpans:
     """Returns a reader of parts of an item's data files: of many at a time from a store."""
-    if storage.files is None:
+    if storage.objects is not None:
         return _remote_spans(open_files_for_reading(directory, storage))
 
     def read(spans: Sequence[Span]) -> list[bytes | errors.CheckpointError]:

@@ -106,7 +106,7 @@ class StepFiles:
             if expected is None:
                 return None  # an unlisted file was not saved
         path = os.path.join(self.path, name)
-        if self.storage.files is not None:
+        if self.storage.objects is None:
             local_files.check_no_links(self.path, name)
         data = read_optional(self.storage, path)
         if expected is None:

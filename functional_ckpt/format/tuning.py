@@ -29,8 +29,6 @@ decodes its node again, which for 20,000 small arrays takes 9 ms a read in place
 MAX_NODE_BYTES = 2_000_000
 """Decoded size of a node of an index. TensorStore's time for one key grows with it: 0.28, 0.07 and
 0.05 ms with nodes of 100, 8 and 1 MB; smaller ones are more requests to a store."""
-BYTES_PER_FILE = 32 * 2**20
-"""Data of one file at least: several writers keep the disk busy while others hash and copy."""
 NUM_THREADS = 4
 """Threads that write, each a file of its own: three or four requests in flight, as many as a raw
 write needs. Staging has two threads (memory-bound), object stores `num_requests`."""
@@ -48,9 +46,3 @@ COPIED_ALONE_BYTES = 64 * 2**10
 takes."""
 DIRECT_FROM_BYTES = 16 * 2**20
 """Smaller files go through the page cache, from which they may soon be read."""
-SMALL_CHUNK_BYTES = 128 * 1024
-"""TensorStore: smaller chunks are copied into the key-value store, at a tenth of the cost per
-array; larger ones are written by zarr without a copy."""
-MAX_COPIED_BYTES = 512 * 2**20
-"""TensorStore: copies of live memory held until a commit; with more, another commit follows. Not
-measured."""

@@ -67,6 +67,13 @@ class Handler(abc.ABC):
         """The tree that leaves are taken from which a restore leaves alone: `lower(value)`."""
         return self.lower(value)
 
+    def hub_files(self, value: Any) -> Mapping[str, str] | None:
+        """Returns files to write beside the arrays of a model; None for any other value.
+
+        The directory of a model is one of the Hugging Face hub: these are its configuration.
+        """
+        return None
+
     def optimizers(self, value: Any) -> Sequence[Any]:
         """Returns the torch optimizers whose steps alone change this item's values below `state`.
 

@@ -16,7 +16,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec as spec_lib
 from functional_ckpt.core.tree import memory, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
-from functional_ckpt.handlers import module_metadata, module_names
+from functional_ckpt.handlers import hub_config, module_metadata, module_names
 from functional_ckpt.handlers.base import Handler, Item, item_class
 
 
@@ -74,6 +74,10 @@ class ModuleHandler(Handler):
         }
         metadata = module_metadata.stored(saved)
         return structure.Described(wanted, metadata) if metadata else wanted
+
+    def hub_files(self, value: Any) -> Mapping[str, str] | None:
+        """Returns the configuration that a module of transformers brings."""
+        return hub_config.files_of(value) if self.only is None else None
 
     def first_rank_leaves(self, value: Any) -> Mapping[str, bool]:
         """Buffers that DDP broadcasts from the first rank; the statistics of batch norm."""

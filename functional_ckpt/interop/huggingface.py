@@ -22,9 +22,10 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 
 from functional_ckpt import errors
+from functional_ckpt.handlers import hub_config
 from functional_ckpt.interop import safetensors, torch_save, training_state, weights
 from functional_ckpt.interop.atomic_output import atomic_output, check_replaceable
-from functional_ckpt.interop.hf_config import Config, load_json, own_config, read_config
+from functional_ckpt.interop.hf_config import Config, load_json, read_config
 from functional_ckpt.interop.source import Format, Source, match_files
 from functional_ckpt.interop.weights import Weights
 from functional_ckpt.storage.local import LocalStorage
@@ -87,7 +88,7 @@ def save(
         UnsupportedLeafError: Something cannot be written; nothing was.
     """
     tied = _tied_names(model)
-    texts = {} if config is not None else own_config(model)
+    texts = {} if config is not None else hub_config.files_of(model)
     given = weights.of_value(model, keep=lambda name: name not in tied)
     options = _Options.of(max_shard_size, key_prefix, variant, format)
     texts = texts if config is None else read_config(config)

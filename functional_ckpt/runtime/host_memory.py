@@ -22,10 +22,18 @@ _PIECE_BYTES = 8 * 2**20
 
 
 class Slot(NamedTuple):
-    """Memory for one array."""
+    """Memory for one array.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        file_offset: Where it is written in a file: its memory has the same offset in a page. None
+            for memory of any alignment.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
+    file_offset: int | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -68,9 +76,13 @@ class StagingBuffer:
         offsets: list[int] = []
         end = 0
         sizes = [slot.size_bytes for slot in slots]
-        for size_bytes in sizes:
+        for slot, size_bytes in zip(slots, sizes, strict=True):
+            if slot.file_offset is None:
+                end += -end % ALIGNMENT_BYTES
+            else:
+                end += (slot.file_offset - end) % mmap.PAGESIZE
             offsets.append(end)
-            end += -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            end += size_bytes
         if end > self.size_bytes:
             self._arena = None  # free the old memory before the new is allocated
             # Private memory is a quarter cheaper to touch first. A forked child (a data loader's
@@ -80,7 +92,7 @@ class StagingBuffer:
             prefer(self._arena)  # the disk is written from here
             self.size_bytes = end
         arrays: list[Array] = []
-        for (shape, dtype), size_bytes, offset in zip(slots, sizes, offsets, strict=True):
+        for (shape, dtype, _), size_bytes, offset in zip(slots, sizes, offsets, strict=True):
             if size_bytes == 0:
                 arrays.append(np.empty(shape, dtype))
                 continue

@@ -19,7 +19,7 @@ from typing import Any
 from functional_ckpt import errors
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator
-from functional_ckpt.format import write_direct
+from functional_ckpt.format.tuning import NUM_THREADS
 from functional_ckpt.policies.base import KeepPolicy, StepInfo
 from functional_ckpt.saving import finalize, lower, retention, retry, stage, write
 from functional_ckpt.steps import history
@@ -229,7 +229,7 @@ class StepCommitter:
         """Writes this rank's part, and its report where the primary finds it."""
         staged = save.staged
         started = time.monotonic()
-        num_threads = write_direct.NUM_THREADS if staged.blocks_caller else self._num_threads
+        num_threads = NUM_THREADS if staged.blocks_caller else self._num_threads
         report = write.write_part(
             self._storage, tmp, staged.items, self._coordinator, digests, num_threads
         )

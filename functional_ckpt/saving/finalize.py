@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import json
@@ -12,10 +11,12 @@ from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid
+from functional_ckpt.core.files.file_plan import stored_chunks
 from functional_ckpt.core.records import merge_ranks, orbax, records
 from functional_ckpt.core.tree import structure
-from functional_ckpt.format import backends, write_tensorstore
 from functional_ckpt.format.step_files import JSON_FILE, METRICS_FILE, PROGRESS_ITEM
+from functional_ckpt.format.write_files import WrittenBox
+from functional_ckpt.format.write_index import IndexedArray, write_index
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.runtime import threads
@@ -167,64 +168,61 @@ def _finalize_item(
     merged = merge_ranks.merge_ranks(parts, item=item.name)
     if item.per_rank and isinstance(merged, structure.BranchNode):
         merged = dataclasses.replace(merged, kind="per_rank")
-    digests = write_tensorstore.join_digests([report.digests for report in reports])
-    nodes = [
-        leaf for _, leaf in structure.iter_leaves(merged) if isinstance(leaf, structure.ArrayNode)
-    ]
-    shapes = {name: shape for report in reports for name, shape in report.chunk_shapes.items()}
-    grids = {
-        node.name: _grid(node.spec.shape, shapes[node.name])
-        for node in nodes
-        if node.tied_to is None and node.name in shapes
-    }
-    _check_complete(item.name, nodes, grids, reports)
-    tied = {
-        node.name: (node.tied_to, grids[node.tied_to]) for node in nodes if node.tied_to is not None
-    }
-    children = [child for report in reports for child in report.children]
-    children += _write_own_scalars(storage, path, parts, merged)
-    known = {name: file for report in reports for name, file in report.files.items()}
-    if children:  # else a single rank has written into the item's own database
-        known |= backends.Arrays(storage).merge(path, children, tied)
-    name = orbax.TREE_METADATA_FILE
-    known[name] = _write(storage, path, name, orbax.tree_metadata(merged))
-    if texts := orbax.strings(merged):
-        name = orbax.STRINGS_FILE
-        known[name] = _write(storage, path, name, json.dumps(texts).encode())
+    boxes: dict[str, list[WrittenBox]] = {}
+    known: dict[str, records.FileRecord] = {}
+    for report in reports:
+        known |= report.written.files
+        for box in report.written.boxes:
+            boxes.setdefault(box.name, []).append(box)
+    leaves = [leaf for _, leaf in structure.iter_leaves(merged)]
+    nodes = [leaf for leaf in leaves if isinstance(leaf, structure.ArrayNode)]
+    arrays: list[IndexedArray] = []
+    for node in nodes:
+        held = boxes.get(node.stored_name, [])
+        shape = held[0].chunk_shape if held else node.spec.shape
+        grid = _grid(node.spec.shape, shape)
+        arrays.append(IndexedArray(node.name, node.spec, grid, held))
+    _check_complete(item.name, arrays, reports)
+    known |= write_index(storage, path, arrays, tuple(orbax.scalar_leaves(merged)))
+    texts = {orbax.TREE_METADATA_FILE: orbax.tree_metadata(merged)}
+    if strings := orbax.strings(merged):
+        texts[orbax.STRINGS_FILE] = json.dumps(strings).encode()
+    texts |= _hub_files(item, [array for array in arrays if array.boxes], reports)
+    known |= {name: _write(storage, path, name, text) for name, text in texts.items()}
+    own = [array for array, node in zip(arrays, nodes, strict=True) if node.tied_to is None]
     return records.ItemRecord(
         item=item.name,
         handler=item.handler,
         root=merged,
         arrays={
-            name: records.ArrayRecord(grid.chunk_shape, digests.get(name, ""))
-            for name, grid in grids.items()
+            array.name: records.ArrayRecord(array.grid.chunk_shape, joined_digests(array))
+            for array in own
         },
         files=_describe(storage, path, known),
     )
 
 
 def _check_complete(
-    item: str,
-    nodes: Sequence[structure.ArrayNode],
-    grids: Mapping[str, ChunkGrid],
-    reports: Sequence[ItemReport],
+    item: str, arrays: Sequence[IndexedArray], reports: Sequence[ItemReport]
 ) -> None:
-    """Raises unless one rank wrote the metadata of every array, and one rank each chunk."""
-    written: collections.Counter[str] = collections.Counter()
-    for report in reports:
-        for name, chunks in report.digests.items():
-            written[name] += len(chunks)
-    for node in nodes:
-        grid = grids.get(node.name)
-        if node.tied_to is not None or (grid and written[node.name] == _num_chunks(grid)):
+    """Raises unless one rank wrote each chunk of every array."""
+    for name, spec, grid, boxes in arrays:
+        written = sum(
+            len(stored_chunks(grid, box.box, spec.itemsize_bytes, is_tensor=box.is_tensor))
+            for box in boxes
+        )
+        if boxes and written == _num_chunks(grid):
             continue
-        ranks = [rank for rank, report in enumerate(reports) if report.digests.get(node.name)]
-        expected = "" if grid is None else f" of {grid.num_chunks}"
+        ranks = [
+            rank
+            for rank, report in enumerate(reports)
+            if any(box.name == name for box in report.written.boxes)
+        ]
         raise errors.CoordinationError(
-            f"{item}: array {node.name!r} is incomplete or duplicated: ranks {ranks} wrote "
-            f"{written[node.name]} chunks{expected}. Every rank of a DTensor's mesh must save it.",
+            f"{item}: array {name!r} is incomplete or duplicated: ranks {ranks} wrote "
+            f"{written} chunks of {grid.num_chunks}. Every rank of a DTensor's mesh must save it.",
             ranks=ranks,
-            key_path=node.name,
+            key_path=name,
         )
 
 
@@ -236,23 +234,44 @@ def _num_chunks(grid: ChunkGrid) -> int:
     return grid.num_chunks
 
 
-def _write_own_scalars(
-    storage: Storage, path: str, parts: Sequence[tuple[int, structure.Node]], merged: structure.Node
-) -> list[str]:
-    """Writes plain numbers that differ between ranks, which Orbax reads as arrays.
+def joined_digests(array: IndexedArray) -> str:
+    """Returns the digests of an array, chunks in C order, from those of its regions."""
+    _, spec, grid, boxes = array
+    if len(boxes) == 1:
+        return boxes[0].digests
+    chunks: dict[int, str] = {}
+    for box in boxes:
+        end = 0
+        for index in grid.indices(box.box):
+            start, end = end, end + 16 * grid.num_digests(index, spec.itemsize_bytes)
+            chunks[grid.position(index)] = box.digests[start:end]
+    return "".join([chunks[position] for position in sorted(chunks)])
 
-    That they differ is known only after the structures of all ranks were gathered.
+
+def _hub_files(
+    item: LoweredItem, arrays: Sequence[IndexedArray], reports: Sequence[ItemReport]
+) -> dict[str, bytes]:
+    """Returns the files that make the directory of a model one of the Hugging Face hub.
+
+    Nothing is added where ranks wrote parts of tensors.
     """
-    roots = {id(root): root for _, root in parts}.values()
-    if len(roots) == 1:
-        return []
-    written = {name for root in roots for name, _, _ in orbax.scalar_leaves(root)}
-    own = [scalar for scalar in orbax.scalar_leaves(merged) if scalar[0] not in written]
-    if not own:
-        return []
-    children = write_tensorstore.child_names(len(parts), 1)
-    backends.Arrays(storage).write(path, children[0], (), own)
-    return children
+    is_complete = all(array.boxes[0].box.shape == array.spec.shape for array in arrays)
+    if item.file_stem != "model" or not is_complete:
+        return {}
+    texts = {name: text.encode() for name, text in item.texts.items()}
+    files = {name for report in reports for name in report.written.files if _is_tensors(name)}
+    if files and files != {f"{item.file_stem}.safetensors"}:
+        own = [box for report in reports for box in report.written.boxes if box.is_tensor]
+        index = {
+            "metadata": {"total_size": sum(a.spec.size_bytes for a in arrays)},
+            "weight_map": {box.name: box.file for box in sorted(own, key=lambda box: box.name)},
+        }
+        texts["model.safetensors.index.json"] = (json.dumps(index, indent=2) + "\n").encode()
+    return texts
+
+
+def _is_tensors(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def _describe(

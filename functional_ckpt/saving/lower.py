@@ -49,6 +49,8 @@ class LoweredItem:
         handler: Name of the handler's class, for people.
         root: The structure; None for a JSON item.
         text: The text of a JSON item; None for a tree.
+        file_stem: What the names of its data files start with.
+        texts: Small files to write beside them, by name.
         sources: Its arrays.
         tied: Leaves that share the bytes of one of these.
         scalars: Name, spec and value of the plain numbers, which Orbax reads as arrays.
@@ -64,6 +66,8 @@ class LoweredItem:
     handler: str
     root: structure.Node | None
     text: bytes | None = None
+    file_stem: str = "data"
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     sources: tuple[Source, ...] = ()
     tied: tuple[structure.ArrayNode, ...] = ()
     scalars: tuple[tuple[str, ArraySpec, object], ...] = ()
@@ -133,10 +137,13 @@ def _lower_item(
             "fc.Stateful(value, per_rank=False), or save tensor.to_local()",
             key_path=name,
         )
+    hub_files = item.handler.hub_files(item.value)
     return LoweredItem(
         name=name,
         handler=kind,
         root=flat.root,
+        file_stem="data" if hub_files is None else "model",
+        texts=hub_files or {},
         sources=sources,
         tied=flat.tied,
         scalars=tuple(orbax.scalar_leaves(flat.root)),

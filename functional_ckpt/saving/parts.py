@@ -11,25 +11,22 @@ from typing import NamedTuple
 
 import torch
 
-from functional_ckpt.core.arrays import write_plan
-from functional_ckpt.core.arrays.spec import Array, Box, numpy_dtype
+from functional_ckpt.core.arrays.spec import Array, numpy_dtype
+from functional_ckpt.core.files.file_plan import FilePlan
 from functional_ckpt.core.tree import encode
-from functional_ckpt.format import write_tensorstore
+from functional_ckpt.format.write_files import ArrayWrite
 from functional_ckpt.runtime import device_copies, host_memory
 from functional_ckpt.saving.lower import LoweredItem, Source
-from functional_ckpt.saving.plan import ItemPlan
+from functional_ckpt.saving.plan import ItemPlan, PlannedPart
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StagedItem:
-    """An item with the host arrays that this rank writes.
-
-    It has the host arrays that this rank writes, and the names of plain numbers written for Orbax.
-    """
+    """An item with the files that this rank writes, and the host arrays of their members."""
 
     lowered: LoweredItem
-    writes: tuple[write_tensorstore.ArrayWrite, ...]
-    scalars: frozenset[str]
+    files: tuple[FilePlan, ...]
+    writes: tuple[ArrayWrite, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -43,17 +40,12 @@ class StagedItem:
 
 
 class Part(NamedTuple):
-    """A region that this rank writes of one array.
-
-    The owner writes the array's metadata, with this part.
-    """
+    """A region that this rank writes of one array, and the live tensor that holds it."""
 
     item: str
     source: Source
-    planned: write_plan.PlannedArray
-    box: Box
+    planned: PlannedPart
     view: torch.Tensor
-    is_owner: bool
 
     @property
     def name(self) -> str:
@@ -68,7 +60,8 @@ class Part(NamedTuple):
     @property
     def slot(self) -> host_memory.Slot:
         """The host memory that a copy needs."""
-        return host_memory.Slot(self.box.shape, numpy_dtype(self.dtype))
+        planned = self.planned
+        return host_memory.Slot(planned.box.shape, numpy_dtype(self.dtype), planned.offset)
 
     def write(
         self,
@@ -76,45 +69,27 @@ class Part(NamedTuple):
         *,
         is_stable: bool = False,
         on_copied: Callable[[int], None] | None = None,
-    ) -> write_tensorstore.ArrayWrite:
+    ) -> ArrayWrite:
         """Returns the request that writes this part from a host array; see `ArrayWrite`."""
-        return write_tensorstore.ArrayWrite(
+        return ArrayWrite(
             name=self.source.node.name,
             spec=self.source.node.spec,
             grid=self.planned.grid,
-            box=self.box,
+            box=self.planned.box,
             data=host,
-            writes_metadata=self.is_owner,
             is_stable=is_stable,
             on_copied=on_copied,
         )
 
 
 def parts_of(item: LoweredItem, plan: ItemPlan) -> Iterator[Part]:
-    """Yields this rank's parts: entire pieces, or single chunks where replicas share one."""
-    for source, planned in zip(item.sources, plan.arrays, strict=True):
-        is_owner = planned.is_owner
-        for entry in planned.pieces:
-            piece, grid = entry.piece, planned.grid
-            if entry.is_whole and piece.box.shape == source.tensor.shape:
-                yield Part(item.name, source, planned, piece.box, source.tensor, is_owner)
-                is_owner = False
-                continue
-            for box in [piece.box] if entry.is_whole else map(grid.box, entry.indices):
-                start = piece.local.offset
-                local = Box(
-                    tuple(
-                        o - p + s
-                        for o, p, s in zip(box.offset, piece.box.offset, start, strict=True)
-                    ),
-                    box.shape,
-                )
-                view = source.tensor[local.slices()]
-                yield Part(item.name, source, planned, box, view, is_owner)
-                is_owner = False
-        if is_owner:  # an array without elements still has metadata
-            box = Box.whole(source.node.spec.shape)
-            yield Part(item.name, source, planned, box, source.tensor, True)
+    """Yields this rank's parts, file by file."""
+    for planned in plan.parts:
+        source = item.sources[planned.source]
+        tensor = source.tensor
+        is_whole = planned.local.shape == tensor.shape
+        view = tensor if is_whole else tensor[planned.local.slices()]
+        yield Part(item.name, source, planned, view)
 
 
 class StagingMemory:

@@ -13,11 +13,16 @@ import dataclasses
 import json
 import logging
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import write_plan
+from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.sharding import Sharding
+from functional_ckpt.core.arrays.spec import Box
+from functional_ckpt.core.arrays.write_plan import PlannedPiece
+from functional_ckpt.core.files import file_plan
+from functional_ckpt.core.files.file_plan import FilePlan, StoredBox
 from functional_ckpt.core.records import records
 from functional_ckpt.core.tree import structure
 from functional_ckpt.distributed import same_options
@@ -25,7 +30,7 @@ from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.runtime import threads
 from functional_ckpt.saving import leaf_table, replicas
-from functional_ckpt.saving.lower import LoweredItem, Source
+from functional_ckpt.saving.lower import LoweredItem
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -33,17 +38,35 @@ _Shardings: TypeAlias = "dict[str, Sharding]"
 """`item/leaf` -> the sharding of the leaf over all ranks."""
 
 
+class PlannedPart(NamedTuple):
+    """A region that this rank writes.
+
+    Attributes:
+        source: The index of its array among the item's sources.
+        box: The region, in the array.
+        local: The region, in the local tensor.
+        grid: The array's chunks.
+        offset: Its first byte in its file.
+    """
+
+    source: int
+    box: Box
+    local: Box
+    grid: ChunkGrid
+    offset: int
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ItemPlan:
     """One rank's part in writing one item.
 
     Attributes:
-        arrays: One for each source, in the item's order.
-        scalars: Names of the plain numbers that this rank writes for Orbax.
+        files: The data files.
+        parts: Their members, file by file and in the order of each.
     """
 
-    arrays: tuple[write_plan.PlannedArray, ...]
-    scalars: frozenset[str]
+    files: tuple[FilePlan, ...]
+    parts: tuple[PlannedPart, ...]
 
 
 SavePlan: TypeAlias = dict[str, ItemPlan]
@@ -283,49 +306,89 @@ def _plan(
 ) -> SavePlan:
     if ranks == (0,) and not any(s.sharding for item in items for s in item.sources):
         return {
-            item.name: ItemPlan(
-                arrays=tuple(write_plan.plan_alone(s.node.spec) for s in item.sources),
-                scalars=frozenset(name for name, _, _ in item.scalars),
+            item.name: _plan_files(
+                item, [write_plan.plan_alone(s.node.spec) for s in item.sources], rank, ranks
             )
             for item in items
         }
-    placed: list[tuple[str, Source, Sharding]] = []
+    placed: list[tuple[str, int, write_plan.ShardedArray]] = []
+    complete: dict[str, bool] = {}
     for item in items:
-        for source in item.sources:
+        for number, source in enumerate(item.sources):
+            node = source.node
             if item.per_rank:
                 sharding = source.sharding or Sharding.replicated((rank,))
             elif shardings is not None:
-                sharding = shardings[f"{item.name}/{source.node.name}"]
+                sharding = shardings[f"{item.name}/{node.name}"]
             else:
                 sharding = source.sharding or Sharding.replicated(ranks)
-            if source.node.name in item.first_rank:
+            is_complete = sharding.num_replicas == len(ranks)
+            complete[item.name] = complete.get(item.name, True) and is_complete
+            if node.name in item.first_rank:
                 sharding = sharding.first_replica()
-            placed.append((item.name, source, sharding))
+            array = write_plan.ShardedArray(item.name, node.name, node.spec, sharding)
+            placed.append((item.name, number, array))
     # Ranks with different trees must visit shared leaves in the same order.
-    placed.sort(key=lambda entry: (entry[0], entry[1].node.name))
-    planned = write_plan.plan_writes(
-        [
-            write_plan.ShardedArray(n, s.node.name, s.node.spec, sharding)
-            for n, s, sharding in placed
-        ],
-        rank,
-    )
-    by_name = {
-        (name, source.node.name): array
-        for (name, source, _), array in zip(placed, planned, strict=True)
+    placed.sort(key=lambda entry: (entry[0], entry[2].name))
+    planned = write_plan.plan_writes([array for _, _, array in placed], rank)
+    by_source = {
+        (name, number): array for (name, number, _), array in zip(placed, planned, strict=True)
     }
     return {
-        item.name: ItemPlan(
-            arrays=tuple(by_name[item.name, source.node.name] for source in item.sources),
-            scalars=frozenset(
-                name for name, _, _ in item.scalars if _writes_scalar(item, name, rank, shardings)
-            ),
+        item.name: _plan_files(
+            item,
+            [by_source[item.name, number] for number in range(len(item.sources))],
+            rank,
+            ranks if complete.get(item.name, True) and not item.per_rank else None,
         )
         for item in items
     }
 
 
-def _writes_scalar(item: LoweredItem, name: str, rank: int, shardings: _Shardings | None) -> bool:
-    if item.per_rank:
-        return True
-    return rank == (0 if shardings is None else min(shardings[f"{item.name}/{name}"].ranks))
+def _plan_files(
+    item: LoweredItem,
+    arrays: Sequence[write_plan.PlannedArray],
+    rank: int,
+    ranks: tuple[int, ...] | None,
+) -> ItemPlan:
+    """Returns a rank's files of an item.
+
+    Args:
+        item: The item.
+        arrays: Its arrays, as they are dealt out.
+        rank: The rank.
+        ranks: All ranks, each of which has every array entirely; None where one lacks a part.
+    """
+    held: dict[int, list[tuple[int, PlannedPiece, StoredBox]]] = {}
+    for number, (source, array) in enumerate(zip(item.sources, arrays, strict=True)):
+        node = source.node
+        is_tensor = array.is_tensor and "dtype" not in node.detail
+        for piece in array.pieces:
+            box = StoredBox(node.name, node.spec, piece.box, array.grid, is_tensor)
+            held.setdefault(piece.rank, []).append((number, piece, box))
+    tied = {leaf.name: leaf.tied_to for leaf in item.tied if leaf.tied_to is not None}
+    planned = {
+        each: file_plan.plan_files(
+            [box for _, _, box in held.get(each, ())],
+            is_sharded=ranks is None,
+            tied=tied,
+            rank=each,
+        )
+        for each in ranks or (rank,)
+    }
+    own, stem = planned[rank], item.file_stem
+    if ranks is None:
+        files = file_plan.file_names(stem, own, shard=rank)
+    else:
+        counts = {each: sum(file.has_tensors for file in planned[each]) for each in ranks}
+        before = sum(counts[each] for each in ranks if each < rank)
+        files = file_plan.file_names(stem, own, rank=rank, first=before, total=sum(counts.values()))
+    mine = held.get(rank, [])
+    parts = [
+        PlannedPart(
+            mine[m.index][0], mine[m.index][1].box, mine[m.index][1].local, m.grid, m.offset
+        )
+        for file in files
+        for m in file.members
+    ]
+    return ItemPlan(files=tuple(files), parts=tuple(parts))

@@ -15,7 +15,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.tree import plain_json
 from functional_ckpt.distributed.collective import fails_on_all
 from functional_ckpt.distributed.coordinator import Coordinator
-from functional_ckpt.format import write_direct
+from functional_ckpt.format.tuning import NUM_THREADS
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.checks import check_bool
@@ -52,7 +52,7 @@ class Saver:
             options.keep_policies,
             in_background,
             overwrite=options.overwrite,
-            num_threads=write_direct.NUM_THREADS if is_blocking else threads.num_spare_cores(),
+            num_threads=NUM_THREADS if is_blocking else threads.num_spare_cores(),
         )
         self.decider = decide.SaveDecider(
             options.save_rule, steps, lambda: self.committer.step, (coordinator, in_background)

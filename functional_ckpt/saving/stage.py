@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import threading
 from collections.abc import Sequence
 
-from functional_ckpt.format import database, write_tensorstore
-from functional_ckpt.runtime import host_memory, threads
+from functional_ckpt.format import database
+from functional_ckpt.format.write_files import ArrayWrite
+from functional_ckpt.runtime import threads
 from functional_ckpt.runtime.fence import Fence
 from functional_ckpt.saving import parts as parts_lib
 from functional_ckpt.saving import stage_overlapped
@@ -181,9 +183,12 @@ def _split(
     left = budget_bytes
     copied: list[Part] = []
     referred: list[Part] = []
+    end = -1
     for part in flat:
-        size_bytes = part.slot.size_bytes + host_memory.ALIGNMENT_BYTES
+        # The first of consecutive parts is aligned as in its file.
+        size_bytes = part.slot.size_bytes + mmap.PAGESIZE * (part.planned.offset != end)
         is_within = size_bytes <= left
+        end = part.planned.offset + part.slot.size_bytes if is_within else -1
         left -= size_bytes if is_within else 0
         (copied if is_within else referred).append(part)
     return copied, referred
@@ -196,9 +201,9 @@ def _pairs(parts: Sequence[Part], hosts: Sequence[Array]) -> list[tuple[Part, Ar
 def _staged_items(
     items: Sequence[LoweredItem],
     plan: SavePlan,
-    writes: Sequence[Sequence[write_tensorstore.ArrayWrite]],
+    writes: Sequence[Sequence[ArrayWrite]],
 ) -> tuple[StagedItem, ...]:
     return tuple(
-        StagedItem(lowered=item, writes=tuple(own), scalars=plan[item.name].scalars)
+        StagedItem(lowered=item, files=plan[item.name].files, writes=tuple(own))
         for item, own in zip(items, writes, strict=True)
     )

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from functional_ckpt import errors
-from functional_ckpt.core.arrays.chunks import ChunkGrid
+from functional_ckpt.core.arrays.spec import Box
 from functional_ckpt.core.records import records, structure_json
 from functional_ckpt.core.tree import structure
 from functional_ckpt.distributed.coordinator import Coordinator
-from functional_ckpt.format import backends, write_direct, write_tensorstore
+from functional_ckpt.format.tuning import NUM_THREADS
+from functional_ckpt.format.write_files import Written, WrittenBox, write_files
 from functional_ckpt.saving.lower import LoweredItem
 from functional_ckpt.saving.parts import StagedItem
 from functional_ckpt.storage import commit, queries
@@ -28,26 +29,22 @@ class ItemReport:
     """One rank's part of one tree item.
 
     Attributes:
-        digests: Array -> the digests of its chunks.
-        chunk_shapes: Array -> its chunk shape, if this rank wrote the array's metadata.
-        children: The databases that it wrote, relative to the item.
-        files: The files that it wrote, by path relative to the item; the primary reads the others.
+        written: The regions that it wrote, and their files.
         root: The structure on this rank, if it may differ from the primary's.
     """
 
-    digests: write_tensorstore.Digests
-    chunk_shapes: Mapping[str, tuple[int, ...]]
-    children: tuple[str, ...]
-    files: Mapping[str, records.FileRecord]
+    written: Written
     root: structure.Node | None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the report as JSON."""
+        files = self.written.files
         return {
-            "digests": self.digests,
-            "chunk_shapes": self.chunk_shapes,
-            "children": self.children,
-            "files": {name: [file.size_bytes, file.xxh3] for name, file in self.files.items()},
+            "boxes": [
+                (name, shape, box.offset, box.shape, file, offset, is_tensor, digests)
+                for name, shape, box, file, offset, is_tensor, digests in self.written.boxes
+            ],
+            "files": {name: [file.size_bytes, file.xxh3] for name, file in files.items()},
             "root": None if self.root is None else structure_json.to_json(self.root),
         }
 
@@ -56,13 +53,13 @@ class ItemReport:
         """Returns the report of `to_json`."""
         root = record["root"]
         return cls(
-            digests={
-                name: {int(position): text for position, text in chunks.items()}
-                for name, chunks in record["digests"].items()
-            },
-            chunk_shapes={name: tuple(shape) for name, shape in record["chunk_shapes"].items()},
-            children=tuple(record["children"]),
-            files={name: records.FileRecord(*file) for name, file in record["files"].items()},
+            written=Written(
+                boxes=[
+                    WrittenBox(name, tuple(chunk), Box(tuple(start), tuple(size)), *rest)
+                    for name, chunk, start, size, *rest in record["boxes"]
+                ],
+                files={name: records.FileRecord(*file) for name, file in record["files"].items()},
+            ),
             root=None if root is None else structure_json.from_json(root),
         )
 
@@ -77,9 +74,9 @@ def write_part(
     items: Sequence[StagedItem],
     group: Coordinator,
     known: Mapping[str, str],
-    num_threads: int = write_direct.NUM_THREADS,
+    num_threads: int = NUM_THREADS,
 ) -> RankReport:
-    """Writes this rank's chunks of every item; nothing is durable yet.
+    """Writes this rank's regions of every item; nothing is durable yet.
 
     The ranks other than the primary also write their report, which `every_report` reads.
 
@@ -87,15 +84,13 @@ def write_part(
         storage: The file system.
         tmp: The checkpoint, which the primary has created.
         items: What to write.
-        group: The ranks; a single one writes into the items' own databases.
+        group: The ranks.
         known: The digest of each item's structure on the primary; an equal one is not reported.
         num_threads: How many threads write at a time.
     """
     if group.rank:
         is_tmp = commit.TMP_SUFFIX in os.path.basename(tmp)
         commit.check_visible(storage, tmp if is_tmp else commit.tmp_path(tmp), group.rank)
-    is_alone = group.num_ranks == 1
-    backend = backends.Arrays(storage)
     report: dict[str, ItemReport] = {}
     for item in sorted(items, key=lambda item: not item.blocks_caller):
         name, root = item.lowered.name, item.lowered.root
@@ -104,38 +99,12 @@ def write_part(
         path = os.path.join(tmp, name)
         # Never the parents: a directory that was moved away meanwhile must not come back.
         storage.make_directory(path, parents=False)
-        scalars = [scalar for scalar in item.lowered.scalars if scalar[0] in item.scalars]
-        tied = _tied_arrays(item) if is_alone else {}
-        written = write_direct.Written(digests={}, files={})
-        # A single rank writes into the item's own database; a rank without a part has none.
-        children: tuple[str, ...] = ()
-        if not is_alone and (item.writes or scalars):
-            children = tuple(write_tensorstore.child_names(group.rank, 1))
-        if children or is_alone:
-            written = backend.write(
-                path, "".join(children), item.writes, scalars, tied, num_threads=num_threads
-            )
+        written = write_files(storage, path, item.files, item.writes, num_threads=num_threads)
         is_known = group.rank > 0 and known.get(name) == _root_digest(root)
-        report[name] = ItemReport(
-            digests=written.digests,
-            chunk_shapes={w.name: w.grid.chunk_shape for w in item.writes if w.writes_metadata},
-            children=children,
-            files=written.files,
-            root=None if is_known else root,
-        )
+        report[name] = ItemReport(written=written, root=None if is_known else root)
     if group.rank:
         write_report(storage, tmp, group.rank, report)
     return report
-
-
-def _tied_arrays(item: StagedItem) -> dict[str, tuple[str, ChunkGrid]]:
-    """Returns, for every tied leaf, the name and the grid of the array that holds its bytes."""
-    grids = {write.name: write.grid for write in item.writes}
-    return {
-        leaf.name: (leaf.tied_to, grids[leaf.tied_to])
-        for leaf in item.lowered.tied
-        if leaf.tied_to is not None
-    }
 
 
 def begin(

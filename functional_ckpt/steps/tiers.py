@@ -127,7 +127,7 @@ def _remote_tier(tier: Tier, names: NameFormat, events: Events, *, is_writer: bo
 
     def connect_once() -> TierSteps:
         storage, root = connect(tier.path, tier.storage, is_patient=False)
-        if tier.storage is not None or storage.files is not None:
+        if tier.storage is not None or storage.objects is None:
             queries.exists(storage, root)
         link = "latest" if is_writer else None
         return TierSteps(storage, root, names, events, read_only=not is_writer, latest_link=link)

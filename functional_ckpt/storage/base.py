@@ -4,20 +4,19 @@ Paths are strings: absolute ones of the local file system, or URIs such as `s3:/
 Both are joined and split with `os.path`. A store is safe to use from any thread, and raises
 `StorageError` for errors of the store.
 
-Every store has the operations of `Storage`. Operations of one kind of store are in `files` or in
-`objects`, of which one is None; this choice decides how steps are committed and arrays written.
+Every store has the operations of `Storage`. An object store has `objects` too, which is None for a
+file system; this choice decides how steps are committed and arrays read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from functional_ckpt.core.records.records import FileRecord
 
 if TYPE_CHECKING:
-    from functional_ckpt.storage.new_file import LocalFiles
     from functional_ckpt.storage.object_access import ConditionalObjects
 
 Kind: TypeAlias = Literal["a file", "a directory", "a link", "a special file"]
@@ -57,6 +56,19 @@ class Lock(Protocol):
         """Releases the lock without waiting; finalizers call it."""
 
 
+class NewFile(Protocol):
+    """A file under construction. Use it from one thread at a time."""
+
+    def write(self, segments: Sequence[memoryview], offset: int) -> None:
+        """Writes all segments, one after the other, from an offset on."""
+
+    def finish(self, size_bytes: int) -> None:
+        """Sets the size of the file, which is complete."""
+
+    def close(self) -> None:
+        """Releases file and memory; safe to call twice."""
+
+
 class TensorStoreAccess(Protocol):
     """How TensorStore reaches the store."""
 
@@ -67,12 +79,6 @@ class TensorStoreAccess(Protocol):
     def context(self) -> Mapping[str, Any]:
         """Returns the resources, including credentials, which no spec repeats."""
         ...
-
-    def check_writable(self, path: str) -> None:
-        """Called before TensorStore writes; raises `LockedError` if the lease was lost."""
-
-    def flush(self, directory: str) -> None:
-        """Uploads arrays written through a local copy; otherwise does nothing."""
 
     def redact(self, text: str) -> str:
         """Returns a message without credentials."""
@@ -85,11 +91,6 @@ class Storage(Protocol):
     @property
     def num_requests(self) -> int:
         """The number of small requests worth sending at the same time."""
-        ...
-
-    @property
-    def files(self) -> LocalFiles | None:
-        """Operations of local file systems; None for an object store."""
         ...
 
     @property
@@ -140,6 +141,16 @@ class Storage(Protocol):
 
     def write(self, path: str, data: bytes) -> None:
         """Writes a file; neither content nor entry is durable before they are synced."""
+
+    def create(self, path: str, size_bytes: int, *, is_direct: bool) -> NewFile:
+        """Creates a file that is written from its first byte to its last.
+
+        Args:
+            path: The file; its directory exists.
+            size_bytes: How large it will be.
+            is_direct: Whether it is worth going around the page cache, where there is one.
+        """
+        ...
 
     def put_file(self, source: str, path: str) -> None:
         """Copies a local file into the store; creates the directory of `path`."""

@@ -18,7 +18,7 @@ from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.storage import local_files
 from functional_ckpt.storage.base import Lock, Stat
 from functional_ckpt.storage.file_lock import DirectoryLock
-from functional_ckpt.storage.new_file import LocalFiles
+from functional_ckpt.storage.new_file import LocalFile
 from functional_ckpt.storage.system_errors import clear_errors
 
 _AT_FDCWD = -100
@@ -39,12 +39,6 @@ class LocalTensorStore:
         """Returns nothing: the defaults."""
         return {}
 
-    def check_writable(self, path: str) -> None:
-        """Does nothing: there is no lease."""
-
-    def flush(self, directory: str) -> None:
-        """Does nothing: TensorStore wrote to the final files."""
-
     def redact(self, text: str) -> str:
         """Returns the message unchanged."""
         return text
@@ -54,7 +48,6 @@ class LocalStorage:
     """A POSIX file system. Stateless; safe to use from any thread."""
 
     num_requests = 1
-    files = LocalFiles()
     objects = None
     tensorstore = LocalTensorStore()
 
@@ -120,6 +113,10 @@ class LocalStorage:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             with open(os.open(path, flags, 0o666), "wb") as file:
                 file.write(data)
+
+    def create(self, path: str, size_bytes: int, *, is_direct: bool) -> LocalFile:
+        """Creates a file; with `is_direct` its space is reserved and the page cache bypassed."""
+        return LocalFile(path, size_bytes, is_direct=is_direct)
 
     def put_file(self, source: str, path: str) -> None:
         """Copies a file; creates its directory. The caller compares the copy's digest."""

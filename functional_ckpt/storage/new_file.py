@@ -21,16 +21,8 @@ BLOCK_BYTES = 4096
 _NO_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-class LocalFiles:
-    """Creates files of the local file system."""
-
-    def create(self, path: str, size_bytes: int, *, is_direct: bool) -> LocalFile:
-        """Creates a file; with `is_direct` its space is reserved and the page cache bypassed."""
-        return LocalFile(path, size_bytes, is_direct=is_direct)
-
-
 class LocalFile:
-    """A file under construction. Use it from one thread at a time.
+    """A `NewFile`; with `is_direct` its space is reserved and the page cache bypassed.
 
     Raises:
         StorageError: The file system refused; also by the methods.
@@ -77,7 +69,7 @@ class LocalFile:
                 if done:
                     left[0] = left[0][done:]
 
-    def truncate(self, size_bytes: int) -> None:
+    def finish(self, size_bytes: int) -> None:
         """Sets the size of the file."""
         with clear_errors("write", self._path):
             os.ftruncate(self._descriptor, size_bytes)

@@ -110,18 +110,6 @@ class ObjectTensorStore:
         """Returns TensorStore's resources for the store."""
         return self._bucket.context()
 
-    def check_writable(self, path: str) -> None:
-        """Raises `LockedError` if the lease was lost."""
-        self._requests.ask("write", path, self._requests.check_leases)
-
-    def flush(self, directory: str) -> None:
-        """Uploads the files of a local copy."""
-        if self._bucket.kvstore("") is None:
-            key = self._requests.key(directory)
-            pairs = [(path, key) for key, path in self._spool.unsent(key)]
-            self._requests.each("write", directory, pairs, self._bucket.upload)
-            self._spool.sent(pairs)
-
     def forget(self, path: str) -> None:
         """Removes local copies at or below `path`."""
         self._spool.forget(self._requests.key(path))

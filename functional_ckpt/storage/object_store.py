@@ -12,6 +12,7 @@ A bucket has no directories, no renames and no locks. Here
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
 
@@ -24,6 +25,7 @@ from functional_ckpt.storage.base import Stat
 from functional_ckpt.storage.buckets import lease
 from functional_ckpt.storage.buckets.base import Bucket, Entry, NotFound
 from functional_ckpt.storage.object_access import ConditionalObjects, ObjectTensorStore
+from functional_ckpt.storage.object_file import ObjectFile
 from functional_ckpt.storage.requests import NUM_REQUESTS, Requests
 
 MARKER = orbax.COMMIT_FILE
@@ -37,7 +39,6 @@ class ObjectStorage:
     """A bucket, in which paths are URIs below the bucket's."""
 
     num_requests = NUM_REQUESTS
-    files = None
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
@@ -155,6 +156,10 @@ class ObjectStorage:
             )
         except errors.StepExistsError:
             self.objects.overwrite(path, data)
+
+    def create(self, path: str, size_bytes: int, *, is_direct: bool) -> ObjectFile:
+        """Creates an object of a size; it is written when it is complete."""
+        return ObjectFile(functools.partial(self.put_file, path=path), path, size_bytes)
 
     def put_file(self, source: str, path: str) -> None:
         """Uploads a local file; the store holds exactly its bytes when it returns."""

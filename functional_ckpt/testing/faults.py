@@ -20,11 +20,10 @@ from functional_ckpt import errors
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.storage.base import Lock, Stat, Storage
 from functional_ckpt.storage.local import LocalStorage
-from functional_ckpt.storage.new_file import LocalFiles
 
 CHANGES = (
     *("make_directory", "write", "link", "sync", "rename", "swap", "remove", "lock"),
-    *("write_data", "write_array"),
+    "write_data",
 )
 """The kinds of operation that change a store; the others (`read`, `list`) look."""
 
@@ -56,9 +55,7 @@ class Fault:
         mode: `once`, that operation alone fails; `lasting`, it and all later ones that change
             something (a disk that stays full); `crash`, a `Crash` there and at all later ones.
         kinds: The kinds of operation that are counted and can fail; None for all.
-        where: Selects operations of those kinds; None for all. The number of files that TensorStore
-            writes for an item varies: leave out those under `d/` if the k-th operation must be the
-            same one each time.
+        where: Selects operations of those kinds; None for all.
     """
 
     at: int = 0
@@ -99,14 +96,11 @@ class FaultyStorage:
         self._operations: list[Operation] = []
         self.has_failed = False
         self.num_requests = self._inner.num_requests
-        files, objects = self._inner.files, self._inner.objects
-        self.files: Any = None if files is None else _Files(self, files)
+        objects = self._inner.objects
         kinds = {"overwrite": "write", "create": "write", "replace_exactly": "write"}
         kinds["remove_exactly"] = "remove"
         self.objects: Any = None if objects is None else _Counted(self, objects, kinds)
-        # The check before TensorStore writes stands for the write.
-        kinds = {"check_writable": "write_array"}
-        self.tensorstore: Any = _Counted(self, self._inner.tensorstore, kinds)
+        self.tensorstore = self._inner.tensorstore
 
     @property
     def operations(self) -> Sequence[Operation]:
@@ -195,6 +189,12 @@ class FaultyStorage:
         self.operation("write", path)
         self._inner.write(path, data)
 
+    def create(self, path: str, size_bytes: int, *, is_direct: bool) -> Any:
+        """As the inner store; each write to the file is an operation too."""
+        self.operation("write_data", path)
+        file = self._inner.create(path, size_bytes, is_direct=is_direct)
+        return _Counted(self, file, {"write": "write_data", "finish": "write_data"}, path)
+
     def put_file(self, source: str, path: str) -> None:
         """As the inner store."""
         self.operation("write", path)
@@ -229,19 +229,6 @@ class FaultyStorage:
         """As the inner store."""
         self.operation("lock", path)
         return self._inner.lock(path)
-
-
-class _Files:
-    """Data files: creating, writing and truncating one are operations."""
-
-    def __init__(self, storage: FaultyStorage, inner: LocalFiles) -> None:
-        self._storage, self._inner = storage, inner
-
-    def create(self, path: str, size_bytes: int, *, is_direct: bool) -> Any:
-        self._storage.operation("write_data", path)
-        file = self._inner.create(path, size_bytes, is_direct=is_direct)
-        kinds = {"write": "write_data", "truncate": "write_data"}
-        return _Counted(self._storage, file, kinds, path)
 
 
 class _Counted:

@@ -117,7 +117,7 @@ class ItemArrays:
         index.load([value.key.encode() for value in values])
         index.load_for([request for request, _ in large])
         self._index = index
-        reader = backends.Arrays(self._search.storage).reader(index)
+        reader = backends.reader_of(self._search.storage, index)
         files.callback(reader.close)
         found = [value for value in values if self._is_found(value)]
         found.sort(key=lambda value: index.locations[value.key.encode()])

@@ -115,6 +115,7 @@ def file_names(
     plans: Sequence[FilePlan],
     *,
     shard: int | None = None,
+    rank: int = 0,
     first: int = 0,
     total: int = 0,
 ) -> list[FilePlan]:
@@ -123,17 +124,20 @@ def file_names(
     Args:
         stem: `model`, or `data` for a value that is not a module.
         plans: Of `plan_files`.
-        shard: The rank; None if the tensors are complete.
+        shard: The rank, where its tensors are parts of arrays.
+        rank: The rank, where they are complete.
         first: How many `.safetensors` files of other ranks precede.
         total: How many there are of all ranks; 0 for the number of these.
     """
     prefix = "" if shard is None else f"shard-{shard:05d}-"
+    chunks = prefix or (f"shard-{rank:05d}-" if rank else "")
     total = total or sum(plan.has_tensors for plan in plans)
     named: list[FilePlan] = []
     for number, plan in enumerate(plans, first + 1):
         part = f"-{number:05d}-of-{total:05d}" if total > 1 else ""
-        name = f"{stem}{part}.safetensors" if plan.has_tensors else "chunks.bin"
-        named.append(dataclasses.replace(plan, name=prefix + name))
+        tensors = f"{prefix}{stem}{part}.safetensors"
+        name = tensors if plan.has_tensors else f"{chunks}chunks.bin"
+        named.append(dataclasses.replace(plan, name=name))
     return named
 
 

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from functional_ckpt.storage.buckets.base import Entry
 
@@ -35,27 +35,10 @@ class Spool:
         stamp = (entry.size_bytes, entry.modified_ns)
         with self._mutex:
             path = os.path.join(self.directory(os.path.dirname(entry.key)), _name(entry.key))
-            if self._known.get(entry.key) in (stamp, _OURS) and os.path.exists(path):
+            if self._known.get(entry.key) == stamp and os.path.exists(path):
                 return
             download(entry.key, path)
             self._known[entry.key] = stamp
-
-    def unsent(self, key: str) -> list[tuple[str, str]]:
-        """Key and path of the files below `key` that are here and not in the store."""
-        top = self.directory(key)
-        found: list[tuple[str, str]] = []
-        for folder, _, names in os.walk(top):
-            for name in names:
-                path = os.path.join(folder, name)
-                each = os.path.join(key, os.path.relpath(path, top))
-                if self._known.get(each) is None or name == _CHANGING:
-                    found.append((each, path))
-        return found
-
-    def sent(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Files are in the store now; `pairs` of path and key."""
-        with self._mutex:
-            self._known.update({key: _OURS for _, key in pairs})
 
     def forget(self, key: str) -> None:
         """Removes the copies at or below `key`."""
@@ -68,11 +51,6 @@ class Spool:
                 for name, stamp in self._known.items()
                 if name != key and not name.startswith(f"{key}/")
             }
-
-
-# The only file of a database that is rewritten.
-_CHANGING = "manifest.ocdbt"
-_OURS = (-1, -1)
 
 
 def _name(key: str) -> str:

@@ -1,0 +1,284 @@
+"""Regions of arrays into data files as they were planned: a value is copied once, to the disk.
+
+`core.files.file_plan` decides which file holds which region, and where. Chunks are digested as they
+are written; the primary makes the index of all ranks' regions (`write_index`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid
+from functional_ckpt.core.arrays.digests import BlockDigests, digest_blocks
+from functional_ckpt.core.arrays.spec import Array, ArraySpec, Box
+from functional_ckpt.core.files.file_plan import FilePlan, stored_chunks
+from functional_ckpt.core.records.records import FileRecord
+from functional_ckpt.format.data_file import DataFile
+from functional_ckpt.format.database import check_process
+from functional_ckpt.format.tuning import NUM_THREADS, QUICK_BYTES, STEP_BYTES
+from functional_ckpt.runtime.threads import gc_paused, run_in_threads
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.new_file import BLOCK_BYTES
+
+_ZEROS = np.zeros(STEP_BYTES, np.uint8)
+
+
+class ArrayWrite(NamedTuple):
+    """One region of one array, to be written.
+
+    Attributes:
+        name: The array's name.
+        spec: The array.
+        grid: Its chunks.
+        box: The region `data` holds; its edges are on the grid, or at the array's end.
+        data: Host memory of the region; may be strided.
+        is_stable: Whether `data` does not change until the write is done. If it may, its digest is
+            taken of a copy.
+        on_copied: Called with the number of bytes of `data` that are no longer needed, if the
+            caller waits to change them; on any thread.
+    """
+
+    name: str
+    spec: ArraySpec
+    grid: ChunkGrid
+    box: Box
+    data: Array
+    is_stable: bool = False
+    on_copied: Callable[[int], None] | None = None
+
+
+class WrittenBox(NamedTuple):
+    """A region in a data file.
+
+    Attributes:
+        name: The array's name.
+        chunk_shape: The shape of the array's chunks.
+        box: The region.
+        file: The data file, relative to the item.
+        offset: Its first byte there.
+        is_tensor: Whether it is stored as it is; else chunk by chunk, padded.
+        digests: Of its chunks, in C order.
+    """
+
+    name: str
+    chunk_shape: tuple[int, ...]
+    box: Box
+    file: str
+    offset: int
+    is_tensor: bool
+    digests: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """The result of writing regions.
+
+    Attributes:
+        boxes: The regions.
+        files: The records of the files, by path relative to the item.
+    """
+
+    boxes: Sequence[WrittenBox] = ()
+    files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict[str, FileRecord])
+
+
+def write_files(
+    storage: Storage,
+    item_directory: str,
+    plans: Sequence[FilePlan],
+    writes: Sequence[ArrayWrite],
+    *,
+    num_threads: int = NUM_THREADS,
+) -> Written:
+    """Writes data files; nothing is durable yet.
+
+    Args:
+        storage: The store.
+        item_directory: The item; the directory exists.
+        plans: The files.
+        writes: What their members are, file by file and in the order of each.
+        num_threads: How many are busy, each with a file of its own.
+
+    Raises:
+        StorageError: The store refused.
+    """
+    check_process()
+    rest = iter(writes)
+    parts: list[_Part] = []
+    for plan in plans:
+        name = new_name(storage, plan.name)
+        path = os.path.join(item_directory, name)
+        parts.append(_Part(name, path, plan, [next(rest) for _ in plan.members]))
+    # A caller may be waiting until live memory is copied.
+    tasks: list[Callable[[], None]] = [
+        functools.partial(part.write, storage) for part in sorted(parts, key=_is_awaited)
+    ]
+    with contextlib.ExitStack() as pause:
+        if sum(plan.size_bytes for plan in plans) < QUICK_BYTES:
+            pause.enter_context(gc_paused())
+        run_in_threads(tasks, num_threads)
+    return Written(
+        boxes=[box for part in parts for box in part.boxes],
+        files={part.name: part.record for part in parts},
+    )
+
+
+def new_name(storage: Storage, name: str) -> str:
+    """Returns the name of a file of this save.
+
+    A store has no temporary directories: a suspended writer must not hit the objects of the next.
+    """
+    if storage.objects is None:
+        return name
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem}-{uuid.uuid4().hex[:12]}{dot}{suffix}"
+
+
+def _is_awaited(part: _Part) -> bool:
+    return all(write.on_copied is None for write in part.writes)
+
+
+class _Part:
+    """One data file."""
+
+    def __init__(self, name: str, path: str, plan: FilePlan, writes: Sequence[ArrayWrite]) -> None:
+        self.name = name
+        self.writes = writes
+        self.boxes: list[WrittenBox] = []
+        self.record = FileRecord(0, "")
+        self._path = path
+        self._plan = plan
+
+    def write(self, storage: Storage) -> None:
+        """Writes the file."""
+        plan, name = self._plan, self.name
+        is_lent = all(write.is_stable for write in self.writes)
+        file = DataFile(storage, self._path, plan.size_bytes, is_lent=is_lent)
+        with contextlib.closing(file):
+            if plan.header:
+                file.append(np.frombuffer(plan.header, np.uint8))
+            append = _append_tensor if plan.has_tensors else _append_chunks
+            for member, write in zip(plan.members, self.writes, strict=True):
+                digests = append(file, write)
+                if write.on_copied is not None:
+                    write.on_copied(write.data.nbytes)
+                self.boxes.append(
+                    WrittenBox(
+                        write.name,
+                        write.grid.chunk_shape,
+                        write.box,
+                        name,
+                        member.offset,
+                        plan.has_tensors,
+                        digests,
+                    )
+                )
+            _append_zeros(file, plan.size_bytes - file.size_bytes)
+            self.record = file.finish()
+        if file.is_large:  # while others are written; small ones share one go of the journal
+            storage.sync(self._path)
+
+
+def _append_tensor(file: DataFile, write: ArrayWrite) -> str:
+    """Adds a region as it is; returns the digests of its chunks."""
+    data, grid = write.data, write.grid
+    if not data.size:
+        return ""
+    if write.box.shape == grid.chunk_shape:
+        return _append_region(file, data, is_stable=write.is_stable)
+    chunks = stored_chunks(grid, write.box, data.itemsize, is_tensor=True)
+    if not data.flags.c_contiguous:
+        return "".join(
+            _append_region(
+                file, data[_inside(write, chunk.index).slices()], is_stable=write.is_stable
+            )
+            for chunk in chunks
+        )
+    flat = data.reshape(-1).view(np.uint8)
+    ends = [*(chunk.start for chunk in chunks[1:]), len(flat)]
+    return "".join(
+        [
+            _append(file, flat[chunk.start : end], is_stable=write.is_stable)
+            for chunk, end in zip(chunks, ends, strict=True)
+        ]
+    )
+
+
+def _append_chunks(file: DataFile, write: ArrayWrite) -> str:
+    """Adds a region chunk by chunk, each in its full shape; returns the digests."""
+    grid = write.grid
+    full_bytes = math.prod(grid.chunk_shape) * write.data.itemsize
+    digests: list[str] = []
+    for index in grid.indices(write.box):
+        data = write.data[_inside(write, index).slices()]
+        if data.shape[1:] != grid.chunk_shape[1:]:
+            own = data if write.is_stable else data.copy()
+            file.append(_padded(own, grid).reshape(-1).view(np.uint8))
+            digests.append(digest_blocks(np.ascontiguousarray(own).reshape(-1).view(np.uint8).data))
+            continue
+        digests.append(_append_region(file, data, is_stable=write.is_stable))
+        _append_zeros(file, full_bytes - data.nbytes)
+    return "".join(digests)
+
+
+def _inside(write: ArrayWrite, index: tuple[int, ...]) -> Box:
+    return write.grid.box(index).relative_to(write.box.offset)
+
+
+def _padded(data: Array, grid: ChunkGrid) -> Array:
+    """Returns a chunk with zeros up to its full shape, as zarr stores it."""
+    padded = np.zeros(grid.chunk_shape, data.dtype)
+    padded[tuple(slice(n) for n in data.shape)] = data
+    return padded
+
+
+def _append_zeros(file: DataFile, size_bytes: int) -> None:
+    for start in range(0, size_bytes, STEP_BYTES):
+        file.append(_ZEROS[: size_bytes - start])
+
+
+def _append_region(file: DataFile, data: Array, *, is_stable: bool) -> str:
+    if data.flags.c_contiguous:
+        flat = data.reshape(-1).view(np.uint8)
+        return _append(file, flat, is_stable=is_stable)
+    own = np.ascontiguousarray(data).reshape(-1).view(np.uint8)  # of one chunk per thread
+    return _append(file, own, is_stable=True, is_lent=False)
+
+
+def _append(file: DataFile, flat: Array, *, is_stable: bool, is_lent: bool = True) -> str:
+    """Adds the bytes of a chunk; returns their digests.
+
+    Data that is not stable may change while it is read: it is digested after it was copied, so that
+    the digests are those of the bytes in the file.
+    """
+    if len(flat) <= DIGEST_BLOCK_BYTES:
+        own = flat if is_stable else flat.copy()
+        file.append(own)
+        return xxhash.xxh3_64_hexdigest(own.data)
+    blocks = BlockDigests()
+    for step in _steps(flat, file.size_bytes):
+        if is_stable:
+            blocks.update(step.data)
+            file.append(step, is_lent=is_lent)
+        else:
+            file.append(step, on_copied=blocks.update)
+    return blocks.hexdigests()
+
+
+def _steps(flat: Array, offset: int) -> Iterator[Array]:
+    """Yields pieces that end on the blocks of the file."""
+    start = 0
+    while start < len(flat):
+        end = start + STEP_BYTES - (offset + start) % BLOCK_BYTES
+        yield flat[start:end]
+        start = end

@@ -1,0 +1,117 @@
+"""The index of an item: a tree over the chunks of all ranks' data files, written in one go.
+
+Its file also holds the small values: each array's `zarr.json`, those that are alike once, and the
+plain numbers that Orbax reads as arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import xxhash
+
+from functional_ckpt.core.arrays.chunks import ChunkGrid
+from functional_ckpt.core.arrays.spec import ArraySpec, numpy_dtype
+from functional_ckpt.core.files.file_plan import chunk_bytes, stored_chunks
+from functional_ckpt.core.records import orbax
+from functional_ckpt.core.records.records import FileRecord
+from functional_ckpt.core.tree.structure import key_prefix
+from functional_ckpt.format.data_file import DataFile
+from functional_ckpt.format.ocdbt import MANIFEST, Entries, Span, encode_manifest, encode_tree
+from functional_ckpt.format.write_files import WrittenBox, new_name
+from functional_ckpt.storage.base import Storage
+
+INDEX = "index.ocdbt"
+_ENTRY_BYTES = 64  # of a key in a node, roughly
+
+Scalars: TypeAlias = Sequence[tuple[str, ArraySpec, object]]
+
+
+class IndexedArray(NamedTuple):
+    """An array under one of its names.
+
+    Attributes:
+        name: The name.
+        spec: The array.
+        grid: Its chunks.
+        boxes: Where its regions are; of a tied leaf, those of the array that holds its bytes.
+    """
+
+    name: str
+    spec: ArraySpec
+    grid: ChunkGrid
+    boxes: Sequence[WrittenBox]
+
+
+def write_index(
+    storage: Storage,
+    item_directory: str,
+    arrays: Iterable[IndexedArray],
+    scalars: Scalars,
+) -> dict[str, FileRecord]:
+    """Writes the index of an item and returns the records of its files.
+
+    Args:
+        storage: The store.
+        item_directory: The item.
+        arrays: Every array, under each name.
+        scalars: Arrays of one chunk, given by value: name, spec, value.
+
+    Raises:
+        StorageError: The store refused.
+    """
+    entries = Entries()
+    numbers: dict[str, int] = {}
+    small: list[tuple[bytes, bytes]] = []
+    for name, spec, grid, boxes in arrays:
+        prefix = key_prefix(name).encode()
+        small.append((prefix + b"zarr.json", _metadata(spec, grid.chunk_shape)))
+        length = chunk_bytes(grid, spec.itemsize_bytes)
+        for box in boxes:
+            file = numbers.setdefault(box.file, len(numbers))
+            for _, key, start in stored_chunks(
+                grid, box.box, spec.itemsize_bytes, is_tensor=box.is_tensor
+            ):
+                entries.add(prefix + key, file, box.offset + start, length)
+    for name, spec, value in scalars:
+        prefix = key_prefix(name).encode()
+        small.append((prefix + b"zarr.json", _metadata(spec, spec.shape)))
+        data = np.array(value, numpy_dtype(spec.dtype)).tobytes()
+        small.append((prefix + orbax.only_chunk(spec).encode(), data))
+    if not small:
+        return {}
+    name = new_name(storage, INDEX)
+    files = [*numbers, name]
+    places: dict[bytes, int] = {}
+    num_bytes = _ENTRY_BYTES * (len(entries.keys) + len(small))
+    path = os.path.join(item_directory, name)
+    with contextlib.closing(DataFile(storage, path, num_bytes)) as file:
+        for key, value in small:
+            offset = places.get(value)
+            if offset is None:
+                offset = places[value] = file.append(np.frombuffer(value, np.uint8))
+            entries.add(key, len(numbers), offset, len(value))
+
+        def append(node: bytes) -> Span:
+            return Span(name, file.append(np.frombuffer(node, np.uint8)), len(node))
+
+        root = encode_tree(files, entries, append)
+        record = file.finish()
+    manifest = encode_manifest(root, time.time_ns())
+    storage.write(os.path.join(item_directory, MANIFEST), manifest)
+    return {
+        name: record,
+        MANIFEST: FileRecord(len(manifest), xxhash.xxh3_64_hexdigest(manifest)),
+    }
+
+
+@functools.lru_cache(maxsize=4096)
+def _metadata(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> bytes:
+    return json.dumps(orbax.zarr3_metadata(spec, chunk_shape)).encode()
