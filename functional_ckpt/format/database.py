@@ -41,6 +41,7 @@ _STATUSES = {
     "UNAUTHENTICATED": errno.EACCES,
     "ABORTED": errno.EIO,
 }
+NO_CACHE = {"total_bytes_limit": 0}
 # Every open makes a context of its own: databases opened through one context share a cache, which
 # would remember a deleted or overwritten step.
 

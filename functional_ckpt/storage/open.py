@@ -42,7 +42,7 @@ def connect(
 
 def check_storage(storage: object) -> None:
     """Raises `UsageError` unless the value is a store."""
-    operations = ("read", "write", "files", "objects")
+    operations = ("read", "write", "create", "objects")
     if isinstance(storage, type) or not all(hasattr(storage, name) for name in operations):
         raise errors.UsageError(
             f"storage must have the operations of functional_ckpt.storage.base.Storage, or be None "

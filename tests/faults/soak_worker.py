@@ -26,7 +26,7 @@ from soak_journal import Journal, describe
 
 import functional_ckpt as fc
 from functional_ckpt import errors
-from functional_ckpt.format import write_direct
+from functional_ckpt.core.files import file_plan
 
 # Longer than any operation of a soak takes on a busy machine.
 _TIMEOUT_SECONDS = 120.0
@@ -211,7 +211,7 @@ class Writer:
         if keep is not None and arena.keeps_best:
             keep.append(fc.policies.BestN(_KEEP_BEST, "accuracy"))
         # Both layouts: one data file for each item, and several.
-        write_direct.BYTES_PER_FILE = self._choose.choice((1000, 2**30))
+        file_plan.BYTES_PER_FILE = self._choose.choice((1000, 2**30))
         options = self._options()
         until = time.monotonic() + _TIMEOUT_SECONDS
         while True:

@@ -18,7 +18,7 @@ from full import drawn_numbers
 
 import functional_ckpt as fc
 from functional_ckpt import testing
-from functional_ckpt.format import write_direct
+from functional_ckpt.core.files import file_plan
 from functional_ckpt.storage import commit
 
 Action = Callable[[fc.CheckpointManager], Any]
@@ -88,7 +88,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "several files":
-        monkeypatch.setattr(write_direct, "BYTES_PER_FILE", 1)
+        monkeypatch.setattr(file_plan, "BYTES_PER_FILE", 1)
     return request.param
 
 

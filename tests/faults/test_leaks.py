@@ -13,7 +13,7 @@ from descriptors import open_below
 
 import functional_ckpt as fc
 from functional_ckpt import errors, testing
-from functional_ckpt.format import write_direct
+from functional_ckpt.core.files import file_plan
 from functional_ckpt.runtime import host_memory
 from functional_ckpt.saving import stage
 
@@ -38,7 +38,7 @@ def test_a_save_that_failed_leaves_no_descriptor(
     kind: str, road: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if road == "several files":
-        monkeypatch.setattr(write_direct, "BYTES_PER_FILE", 1)
+        monkeypatch.setattr(file_plan, "BYTES_PER_FILE", 1)
     storage = testing.FaultyStorage()
     with fc.CheckpointManager(tmp_path, overwrite=True, storage=storage) as manager:
         manager.save(1, items()).result()  # type: ignore[union-attr]
@@ -52,16 +52,6 @@ def test_a_save_that_failed_leaves_no_descriptor(
         storage.heal()
         assert open_below(tmp_path) == before
         assert manager.restore(1)["tree"]["n"] == 0
-
-
-def test_a_merge_that_failed_leaves_no_descriptor(tmp_path: Path) -> None:
-    storage = testing.FaultyStorage()
-    fc.save(tmp_path / "item", items())
-    item = str(tmp_path / "item" / "tree")
-    storage.inject(testing.Fault(kinds=("write",)))
-    with pytest.raises(errors.StorageError):
-        write_direct.merge_children(storage, item, ["."], {})
-    assert storage.has_failed and open_below(tmp_path) == []
 
 
 def test_a_closed_manager_gives_its_staging_memory_back(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt.format import index, node_tree, read_direct, write_tensorstore
+from functional_ckpt.format import index, node_tree, read_direct
 from functional_ckpt.saving import stage
 from functional_ckpt.steps import upload_step
 
@@ -65,24 +65,6 @@ def test_live_bytes_still_to_be_written_are_counted() -> None:
     live = stage.LiveMemory(10)
     check_waits(live._lock, lambda: live.count_down(10))
     live.wait()
-
-
-def test_the_arrays_of_a_database() -> None:
-    class Store:
-        def __getitem__(self, region: object) -> Store:
-            return self
-
-        def write(self, data: object, **options: object) -> Store:
-            return self
-
-        copy = None
-
-    database = write_tensorstore._ChildDatabase.__new__(write_tensorstore._ChildDatabase)
-    database._lock, database._arrays, database._writes = threading.Lock(), {"w": Store()}, []
-    array: Any = type("Array", (), {"name": "w"})
-    box: Any = type("Box", (), {"slices": staticmethod(lambda: ())})
-    check_waits(database._lock, lambda: database.put_array(array, box, torch.ones(1).numpy()))
-    assert len(database._writes) == 1
 
 
 def test_files_are_opened_once() -> None:

@@ -15,7 +15,6 @@ from fake_bucket import FakeBucket
 
 import functional_ckpt as fc
 from functional_ckpt import errors
-from functional_ckpt.format.write_tensorstore import _ChildDatabase
 from functional_ckpt.runtime import progress_bars, threads
 from functional_ckpt.steps.remote_tier import RemoteTier
 from functional_ckpt.steps.tier_steps import TierSteps
@@ -31,7 +30,6 @@ GUARDED: dict[type, tuple[str, set[str], set[str]]] = {
     TierSteps: ("_mutex", {"_being_read", "_table"}, {"_num_changes"}),
     ObjectStorage: ("_mutex", {"_made"}, set()),
     Requests: ("_mutex", {"_leases", "_links"}, set()),
-    _ChildDatabase: ("_lock", {"_arrays"}, set()),
 }
 
 

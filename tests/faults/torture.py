@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt.format import write_direct
+from functional_ckpt.core.files import file_plan
 
 KEEP = 3
 
@@ -81,7 +81,7 @@ def save_until_killed(items: dict[str, Any], root: str, seed: int, version: int)
     """Saves forever, new and existing steps; reports durable ones."""
     choose = random.Random(seed)
     # Both layouts: one database for each item, and several that are merged.
-    write_direct.BYTES_PER_FILE = choose.choice((1000, 2**30))
+    file_plan.BYTES_PER_FILE = choose.choice((1000, 2**30))
     with fc.CheckpointManager(
         root, keep_policy=fc.policies.LatestN(KEEP), overwrite=True
     ) as manager:

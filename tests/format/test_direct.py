@@ -19,12 +19,16 @@ import xxhash
 from fake_bucket import FakeBucket
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from written_items import write_item
 
 from functional_ckpt import errors, testing
 from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
-from functional_ckpt.format import data_file, index, read_direct, write_direct, write_tensorstore
+from functional_ckpt.core.files import file_plan
+from functional_ckpt.core.tree.structure import key_prefix
+from functional_ckpt.format import data_file, index, read_direct
 from functional_ckpt.format.read_plan import Destination, ReadRequest
+from functional_ckpt.format.write_files import ArrayWrite
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.object_store import ObjectStorage
 
@@ -39,12 +43,10 @@ def reader_of(path: Path) -> read_direct.DirectReader:
     return read_direct.DirectReader(index.open_index(STORAGE, str(path)))
 
 
-def write_of(name: str, data: np.ndarray, chunk: tuple[int, ...]) -> write_tensorstore.ArrayWrite:
+def write_of(name: str, data: np.ndarray, chunk: tuple[int, ...]) -> ArrayWrite:
     spec = ArraySpec(data.shape, data.dtype.name)
     grid = ChunkGrid(data.shape, chunk)
-    return write_tensorstore.ArrayWrite(
-        name=name, spec=spec, grid=grid, box=Box.whole(data.shape), data=data
-    )
+    return ArrayWrite(name=name, spec=spec, grid=grid, box=Box.whole(data.shape), data=data)
 
 
 # ------------------------------------------------------------------------------------ arrays
@@ -52,14 +54,14 @@ def write_of(name: str, data: np.ndarray, chunk: tuple[int, ...]) -> write_tenso
 
 @pytest.mark.parametrize("is_stable", [False, True])
 @pytest.mark.parametrize(("bytes_per_file", "num_threads"), [(1, 4), (1, 1), (2**30, 4)])
-def test_tensorstore_reads_the_same_as_from_its_own(
+def test_tensorstore_reads_ordinary_zarr3_arrays(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     bytes_per_file: int,
     num_threads: int,
     is_stable: bool,
 ) -> None:
-    monkeypatch.setattr(write_direct, "BYTES_PER_FILE", bytes_per_file)
+    monkeypatch.setattr(file_plan, "BYTES_PER_FILE", bytes_per_file)
     if is_stable:  # as large files are written, in place
         monkeypatch.setattr(data_file, "DIRECT_FROM_BYTES", 1)
         monkeypatch.setattr(data_file, "LENT_FROM_BYTES", 2 * 4096)
@@ -76,27 +78,21 @@ def test_tensorstore_reads_the_same_as_from_its_own(
     ]
     writes = [write._replace(is_stable=is_stable) for write in writes]
     scalars = [("n", ArraySpec((), "int64"), 7)]
-    tied = {"b": ("a.b/", writes[1].grid)}
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    ours.mkdir()
-    written = write_direct.write_arrays(
-        STORAGE, str(ours), "", writes, scalars, tied, num_threads=num_threads
+    tied = {"b": "a.b/"}
+    digests, files = write_item(
+        STORAGE, str(tmp_path), writes, scalars=scalars, tied=tied, num_threads=num_threads
     )
-    digests = write_tensorstore.write_arrays(STORAGE, str(theirs), [""], writes, scalars)
-    write_tensorstore.merge_children(STORAGE, str(theirs), (), tied)
-    assert {name: found for name, found in written.digests.items() if found} == {
-        name: found for name, found in digests.items() if found
-    }
-    mine, other = store_of(ours), store_of(theirs)
-    keys = other.list().result()
-    assert mine.list().result() == keys
-    assert [mine[key] for key in keys] == [other[key] for key in keys]
-    for name, record in written.files.items():
-        data = (ours / name).read_bytes()
+    assert digests.keys() == {write.name for write in writes}
+    expected = {write.name: write.data for write in writes} | {"b": writes[1].data, "n": 7}
+    store = store_of(tmp_path)
+    for name, value in expected.items():
+        kvstore = (store / key_prefix(name)).spec().to_json()
+        array = ts.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
+        assert np.array_equal(array.read().result(), value)
+    for name, record in files.items():
+        data = (tmp_path / name).read_bytes()
         assert (len(data), xxhash.xxh3_64_hexdigest(data)) == (record.size_bytes, record.xxh3)
-    assert set(written.files) == {
-        os.path.relpath(path, ours) for path in ours.rglob("*") if path.is_file()
-    }
+    assert set(files) == set(os.listdir(tmp_path))
 
 
 def test_only_what_is_wanted_is_asked_for_ahead(
@@ -105,7 +101,7 @@ def test_only_what_is_wanted_is_asked_for_ahead(
     data = np.random.default_rng(0).random((16, 2**13))
     names = [f"{number:02}" for number in range(len(data))]
     writes = [write_of(name, row, row.shape) for name, row in zip(names, data, strict=True)]
-    write_direct.write_arrays(STORAGE, str(tmp_path), "", writes)
+    write_item(STORAGE, str(tmp_path), writes)
     asked: list[int] = []
 
     def advise(descriptor: int, offset: int, size_bytes: int, advice: int) -> None:
@@ -129,33 +125,6 @@ def test_only_what_is_wanted_is_asked_for_ahead(
             task()
     assert asked == [3 * data[0].nbytes, data[0].nbytes]
     assert np.array_equal(read[[0, 1, 2, 15]], data[[0, 1, 2, 15]]) and not read[3:15].any()
-
-
-def test_children_are_merged_without_their_data(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    whole = rng.random((8, 500))
-    spec, grid = ArraySpec(whole.shape, "float64"), ChunkGrid(whole.shape, (4, 500))
-    children = ["one", "two"]
-    for place, child in enumerate(children):
-        box = Box((4 * place, 0), (4, 500))
-        write = write_tensorstore.ArrayWrite(
-            name="w",
-            spec=spec,
-            grid=grid,
-            box=box,
-            data=whole[box.slices()],
-            writes_metadata=place == 0,
-        )
-        write_direct.write_arrays(STORAGE, str(tmp_path), child, [write])
-    files = write_direct.merge_children(STORAGE, str(tmp_path), children, {"v": ("w", grid)})
-    assert files is not None and sum(file.size_bytes for file in files.values()) < 1000
-    for name in ("w", "v"):
-        kvstore = {"driver": "ocdbt", "base": f"file://{tmp_path}/", "path": f"{name}/"}
-        array = ts.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
-        assert np.array_equal(array.read().result(), whole)
-    # TensorStore can still add to it.
-    store_of(tmp_path)["new"] = b"x"
-    assert len(store_of(tmp_path).list().result()) == 7
 
 
 # ------------------------------------------------------------------------------------ files
@@ -212,7 +181,7 @@ def test_a_data_file_writes_from_where_lent_data_lies(
     written = path.read_bytes()
     end = 0
     for offset, value in zip(offsets, values, strict=True):
-        assert 0 <= offset - end < 4096
+        assert offset == end
         end = offset + len(value)
         assert written[offset:end] == value.tobytes()
     assert (record.size_bytes, record.xxh3) == (end, xxhash.xxh3_64_hexdigest(written))
@@ -245,7 +214,9 @@ def test_a_buffer_is_filled_again_only_when_it_was_written(
 
 def test_lent_data_is_not_copied(tmp_path: Path) -> None:
     """Data that changes before it is written, against the contract, shows in the file."""
-    data = np.zeros(2 * 2**20, np.uint8)
+    pages = np.zeros(2 * 2**20 + 4096, np.uint8)
+    start = -pages.__array_interface__["data"][0] % 4096
+    data = pages[start : start + 2 * 2**20]
     with contextlib.closing(data_file.DataFile(STORAGE, str(tmp_path / "x"), 2**26)) as file:
         file.append(data, is_lent=True)
         data[2**20] = 1
@@ -283,7 +254,7 @@ def test_a_refused_write_is_a_storage_error(tmp_path: Path) -> None:
     storage = testing.FaultyStorage(testing.Fault(kinds=("write_data",)))
     write = write_of("a", np.zeros(3), (3,))
     with pytest.raises(errors.StorageError):
-        write_direct.write_arrays(storage, str(tmp_path), "", [write])
+        write_item(storage, str(tmp_path), [write])
 
 
 @pytest.mark.parametrize("num_buffers", [1, 2, 6])
@@ -306,11 +277,19 @@ def test_twenty_thousand_small_arrays_take_microseconds_each(tmp_path: Path) -> 
         for place, row in enumerate(data)
     ]
     begun = time.process_time()
-    written = write_direct.write_arrays(STORAGE, str(tmp_path), "", writes)
-    assert time.process_time() - begun < 5  # 0.4 on an idle machine; TensorStore takes 2
-    assert len(written.digests) == 20_000 and len(written.files) == 2
+    digests, files = write_item(STORAGE, str(tmp_path), writes)
+    assert time.process_time() - begun < 5
+    assert len(digests) == 20_000 and len(files) == 3
 
 
-def test_data_files_are_written_to_file_systems_only() -> None:
-    with pytest.raises(errors.UsageError, match="file systems only"):
-        data_file.DataFile(ObjectStorage(FakeBucket()), "fake://bucket/x", 10)
+@pytest.mark.parametrize("size_bytes", [10, 9 * 2**20 + 1])
+def test_a_data_file_of_an_object_store(size_bytes: int) -> None:
+    bucket = FakeBucket()
+    data = np.random.default_rng(0).integers(0, 255, size_bytes, np.uint8)
+    path = f"{bucket.uri}/run/x"
+    with contextlib.closing(data_file.DataFile(ObjectStorage(bucket), path, size_bytes)) as file:
+        file.append(data[:7])
+        file.append(data[7:], is_lent=True)
+        record = file.finish()
+    assert ObjectStorage(bucket).read(path) == data.tobytes()
+    assert record.xxh3 == xxhash.xxh3_64_hexdigest(data.tobytes())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import pytest
 import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from written_items import write_by_tensorstore, write_item
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
+from functional_ckpt.core.records import orbax
 from functional_ckpt.format import (
     backends,
     database,
@@ -27,10 +30,10 @@ from functional_ckpt.format import (
     node_tree,
     ocdbt,
     ocdbt_decode,
-    write_direct,
-    write_tensorstore,
 )
 from functional_ckpt.format.read_plan import Destination, ReadRequest
+from functional_ckpt.format.read_store import StoreReader
+from functional_ckpt.format.write_files import ArrayWrite
 from functional_ckpt.storage.local import LocalStorage
 
 STORAGE = LocalStorage()
@@ -145,11 +148,9 @@ def node_of(data: bytes) -> ocdbt_decode.DecodedNode | None:
 # ------------------------------------------------------------------------------------ all writers
 
 
-def writes_of(names: Iterable[str]) -> list[write_tensorstore.ArrayWrite]:
+def writes_of(names: Iterable[str]) -> list[ArrayWrite]:
     return [
-        write_tensorstore.ArrayWrite(
-            name, SPEC, GRID, Box.whole((4,)), np.full(4, number, np.int32)
-        )
+        ArrayWrite(name, SPEC, GRID, Box.whole((4,)), np.full(4, number, np.int32))
         for number, name in enumerate(names)
     ]
 
@@ -160,40 +161,38 @@ def write_small_nodes(path: Path, writer: str, names: Sequence[str]) -> None:
     writes = writes_of(names)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ocdbt, "MAX_NODE_BYTES", 1000)
-        if writer == "direct":
-            write_direct.write_arrays(STORAGE, str(path), "", writes)
-        elif writer == "merged":
-            for child in range(3):
-                write_direct.write_arrays(STORAGE, str(path), f"c{child}", writes[child::3])
-            children = [f"c{child}" for child in range(3)]
-            assert write_direct.merge_children(STORAGE, str(path), children, {})
+        if writer == "one rank":
+            write_item(STORAGE, str(path), writes)
+        elif writer == "ranks":
+            write_item(STORAGE, str(path), *(writes[rank::3] for rank in range(3)))
         else:
-            config = {**database._CONFIG, "max_decoded_node_bytes": 3000}
-            if writer == "not inline":
-                config["max_inline_value_bytes"] = 0
-            patch.setattr(database, "_CONFIG", config)
-            write_tensorstore.write_arrays(STORAGE, str(path), [""], writes)
+            values: dict[str, bytes] = {}
+            for write in writes:
+                metadata = orbax.zarr3_metadata(SPEC, GRID.chunk_shape)
+                values[f"{write.name}/zarr.json"] = json.dumps(metadata).encode()
+                values[f"{write.name}/c/0"] = write.data.tobytes()
+            inline_bytes = 0 if writer == "not inline" else 1024
+            write_by_tensorstore(str(path), values, node_bytes=3000, inline_bytes=inline_bytes)
 
 
 @pytest.mark.parametrize("is_remote", [False, True], ids=["local", "store"])
-@pytest.mark.parametrize("writer", ["direct", "merged", "tensorstore", "not inline"])
+@pytest.mark.parametrize("writer", ["one rank", "ranks", "tensorstore", "not inline"])
 def test_trees_of_every_writer_are_read_by_every_reader(
     tmp_path: Path, writer: str, is_remote: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"block.{number % 7}.w{number}" for number in range(400)]
     path = tmp_path / "item"
     write_small_nodes(path, writer, names)
-    arrays = backends.Arrays(STORAGE)
     if is_remote:
-        monkeypatch.setattr(arrays, "_is_direct", False)
+        monkeypatch.setattr(backends, "reader_of", lambda _, opened: StoreReader(opened))
         remote = database.open_files_for_reading(str(path), STORAGE)
         monkeypatch.setattr(index, "span_reader", lambda *_: index._remote_spans(remote))
     fetched = count_nodes(monkeypatch)
-    some = read(arrays, path, {number: names[number] for number in (5, 6, 399)})
+    some = read(path, {number: names[number] for number in (5, 6, 399)})
     assert all((some[number] == number).all() for number in some)
     all_nodes = len(list(itertools.chain.from_iterable(tree_nodes(path))))
     assert 0 < len(fetched) < all_nodes / 2 and all_nodes > 10
-    everything = read(arrays, path, dict(enumerate(names)))
+    everything = read(path, dict(enumerate(names)))
     assert all((everything[number] == number).all() for number in everything)
 
 
@@ -204,8 +203,7 @@ def test_small_values_of_a_store_are_few_requests(
     names = [f"w{number:03}" for number in range(300)]
     path = tmp_path / "item"
     write_small_nodes(path, "not inline", names)
-    arrays = backends.Arrays(STORAGE)
-    monkeypatch.setattr(arrays, "_is_direct", False)
+    monkeypatch.setattr(backends, "reader_of", lambda _, opened: StoreReader(opened))
     remote = index._remote_spans(database.open_files_for_reading(str(path), STORAGE))
     requests: list[ocdbt.Span] = []
 
@@ -214,11 +212,11 @@ def test_small_values_of_a_store_are_few_requests(
         return remote(spans)
 
     monkeypatch.setattr(index, "span_reader", lambda *_: read_spans)
-    read(arrays, path, dict(enumerate(names)))
+    read(path, dict(enumerate(names)))
     assert 0 < len(requests) < 20
 
 
-def read(arrays: backends.Arrays, path: Path, names: dict[int, str]) -> dict[int, np.ndarray]:
+def read(path: Path, names: dict[int, str]) -> dict[int, np.ndarray]:
     memory = {number: np.zeros(4, np.int32) for number in names}
     requests = [
         ReadRequest(
@@ -230,7 +228,7 @@ def read(arrays: backends.Arrays, path: Path, names: dict[int, str]) -> dict[int
         )
         for number, name in names.items()
     ]
-    with contextlib.closing(arrays.open_reader(str(path), {})) as reader:
+    with contextlib.closing(backends.open_reader(STORAGE, str(path), {})) as reader:
         for task in reader.tasks(requests):
             task()
     return memory
@@ -259,7 +257,7 @@ def tree_nodes(path: Path) -> Iterable[list[str]]:
         level = [e["location"] for node in nodes for e in node["entries"] if "location" in e]
 
 
-@pytest.mark.parametrize("writer", ["direct", "merged"])
+@pytest.mark.parametrize("writer", ["one rank", "ranks"])
 def test_tensorstore_reads_high_trees(tmp_path: Path, writer: str) -> None:
     names = [f"block.{number % 7}.w{number}" for number in range(400)]
     path = tmp_path / "item"
@@ -274,20 +272,7 @@ def test_tensorstore_reads_high_trees(tmp_path: Path, writer: str) -> None:
         assert store[f"{names[number]}/c/0"] == np.full(4, number, np.int32).tobytes()
     store["block.3.new"] = b"x"  # it can add to it, in nodes of the same size
     assert len(store.list().result()) == len(keys) + 1
-    arrays = backends.Arrays(STORAGE)
-    assert (read(arrays, path, {7: names[7]})[7] == 7).all()
-
-
-def test_a_child_of_tensorstore_is_merged_by_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    arrays = backends.Arrays(STORAGE)
-    one, two = writes_of(["a", "b"])
-    arrays.write(str(tmp_path), "one", [one])
-    write_tensorstore.write_arrays(STORAGE, str(tmp_path), ["two"], [two])
-    assert arrays.merge(str(tmp_path), ["one", "two"], {}) == {}
-    assert "were written by TensorStore" in caplog.text
-    assert (read(arrays, tmp_path, {0: "a", 1: "b"})[1] == 1).all()
+    assert (read(path, {7: names[7]})[7] == 7).all()
 
 
 # ------------------------------------------------------------------------------------ hostile trees

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from written_items import write_item
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid
@@ -21,11 +22,10 @@ from functional_ckpt.format import (
     ocdbt,
     ocdbt_decode,
     read_direct,
-    write_direct,
-    write_tensorstore,
 )
 from functional_ckpt.format.ocdbt_decode import InvalidNodeError
 from functional_ckpt.format.read_plan import Destination, ReadRequest
+from functional_ckpt.format.write_files import ArrayWrite
 from functional_ckpt.storage.local import LocalStorage
 
 STORAGE = LocalStorage()
@@ -145,16 +145,13 @@ GRID = ChunkGrid(DATA.shape, (1, 200_000))
 
 
 @pytest.fixture
-def item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """An item with its data in two files, and the file without the tree."""
-    monkeypatch.setattr(write_direct, "BYTES_PER_FILE", 1)
-    write = write_tensorstore.ArrayWrite(
-        "a", ArraySpec(DATA.shape, "uint8"), GRID, Box.whole(DATA.shape), DATA
-    )
+def item(tmp_path: Path) -> tuple[Path, Path]:
+    """An item, and its file of data."""
+    write = ArrayWrite("a", ArraySpec(DATA.shape, "uint8"), GRID, Box.whole(DATA.shape), DATA)
     path = tmp_path / "item"
     path.mkdir()
-    backends.Arrays(STORAGE).write(str(path), "", [write])
-    [file] = [f for f in path.glob("d/*") if f.stat().st_size == DATA.shape[1]]
+    write_item(STORAGE, str(path), [write])
+    [file] = path.glob("*.safetensors")
     return path, file
 
 
@@ -163,7 +160,7 @@ def read(path: Path) -> np.ndarray:
     destination = Destination(lambda: memory, lambda: None)
     spec = ArraySpec(DATA.shape, "uint8")
     request = ReadRequest("a", spec, Box.whole(DATA.shape), GRID, destination=destination)
-    with contextlib.closing(backends.Arrays(STORAGE).open_reader(str(path), {})) as reader:
+    with contextlib.closing(backends.open_reader(STORAGE, str(path), {})) as reader:
         assert isinstance(reader, read_direct.DirectReader)
         for task in reader.tasks([request]):
             task()
@@ -207,11 +204,11 @@ def test_descriptors_are_closed(item: tuple[Path, Path]) -> None:
 
 def test_a_file_is_read_by_one_descriptor(item: tuple[Path, Path]) -> None:
     spec = ArraySpec(DATA.shape, "uint8")
-    opened = backends.Arrays(STORAGE).open_reader(str(item[0]), {})
+    opened = backends.open_reader(STORAGE, str(item[0]), {})
     with contextlib.closing(opened) as reader:
         before = len(os.listdir("/proc/self/fd"))
         request = ReadRequest("a", spec, Box.whole(DATA.shape), GRID)
         plans = [functools.partial(reader.tasks, [request]) for _ in range(3)]
         for plan in plans:
             plan()
-        assert len(os.listdir("/proc/self/fd")) == before + 2
+        assert len(os.listdir("/proc/self/fd")) == before + 1

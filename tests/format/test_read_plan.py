@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from written_items import write_item
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid
 from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
-from functional_ckpt.format import backends, read_plan, reader, write_tensorstore
+from functional_ckpt.format import backends, index, read_plan, reader
 from functional_ckpt.format.read_plan import ChunkRead, Destination, Location, ReadRequest
+from functional_ckpt.format.read_store import StoreReader
+from functional_ckpt.format.write_files import ArrayWrite
 from functional_ckpt.storage.local import LocalStorage
 
 STORAGE = LocalStorage()
@@ -151,16 +154,12 @@ BOXES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["direct", "tensorstore"])
-def arrays(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[str, Any, list[str]]:
-    """An item with `CONTENT` once per grid, its backend, and the recorded digests."""
+@pytest.fixture(scope="module", params=["files", "store"])
+def arrays(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Any, list[str]]:
+    """Opens a reader of an item with `CONTENT` once per grid; and the recorded digests."""
     path = str(tmp_path_factory.mktemp("item"))
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "tensorstore":
-            patch.setattr(LocalStorage, "files", None)
-        backend = backends.Arrays(STORAGE)
     writes = [
-        write_tensorstore.ArrayWrite(
+        ArrayWrite(
             name=f"a{n}",
             spec=ArraySpec(CONTENT.shape, "float64"),
             grid=ChunkGrid(CONTENT.shape, grid),
@@ -169,18 +168,23 @@ def arrays(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[str, 
         )
         for n, grid in enumerate(GRIDS)
     ]
-    written = backend.write(path, "", writes)
-    joined = write_tensorstore.join_digests([written.digests])
-    return path, backend, [joined[write.name] for write in writes]
+    joined, _ = write_item(STORAGE, path, writes)
+
+    def open_reader() -> Any:
+        if request.param == "files":
+            return backends.open_reader(STORAGE, path, {})
+        return StoreReader(index.open_index(STORAGE, path))
+
+    return open_reader, [joined[write.name] for write in writes]
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "strided", "sent", "unverified", "checked"])
 @pytest.mark.parametrize("box", BOXES)
 def test_executors_read_any_region_into_any_destination(
-    arrays: tuple[str, Any, list[str]], box: Box, kind: str
+    arrays: tuple[Any, list[str]], box: Box, kind: str
 ) -> None:
-    path, backend, texts = arrays
-    with contextlib.closing(backend.open_reader(path, {})) as reader:
+    open_reader, texts = arrays
+    with contextlib.closing(open_reader()) as reader:
         for number, shape in enumerate(GRIDS):
             memory = np.zeros(box.shape)
             if kind == "strided":
@@ -209,10 +213,10 @@ def test_executors_read_any_region_into_any_destination(
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_executors_notice_a_wrong_digest_of_any_block(
-    arrays: tuple[str, Any, list[str]], keeps: bool
+    arrays: tuple[Any, list[str]], keeps: bool
 ) -> None:
-    path, backend, texts = arrays
-    with contextlib.closing(backend.open_reader(path, {})) as reader:
+    open_reader, texts = arrays
+    with contextlib.closing(open_reader()) as reader:
         for number, shape in enumerate(GRIDS):
             grid, text = ChunkGrid(CONTENT.shape, shape), texts[number]
             for block in range(0, len(text) // 16, 5):
@@ -225,32 +229,33 @@ def test_executors_notice_a_wrong_digest_of_any_block(
 
 
 def test_a_truncated_or_missing_data_file_is_damage(tmp_path: Path) -> None:
-    backend = backends.Arrays(STORAGE)
     grid = ChunkGrid(CONTENT.shape, CONTENT.shape)
-    write = write_tensorstore.ArrayWrite(
+    write = ArrayWrite(
         "a", ArraySpec(CONTENT.shape, "float64"), grid, Box.whole(CONTENT.shape), CONTENT
     )
     item = str(tmp_path / "item")
     STORAGE.make_directory(item)
-    written = backend.write(item, "", [write])
+    _, files = write_item(STORAGE, item, [write])
     request = request_of("a", grid, Box.whole(grid.shape), text=None)
-    [file] = [tmp_path / "item" / name for name in written.files if name.startswith("d/")]
-    with contextlib.closing(backend.open_reader(item, written.files)) as reader:
+    [file] = [tmp_path / "item" / name for name in files if name.endswith(".safetensors")]
+    with contextlib.closing(backends.open_reader(STORAGE, item, files)) as reader:
         [task] = reader.tasks([request])
         content = file.read_bytes()
         file.write_bytes(content[:1000])
         with pytest.raises(errors.CorruptCheckpointError, match="truncated"):
             task()
-    with pytest.raises(errors.CorruptCheckpointError):  # nor can the tree be read
-        backend.open_reader(item, written.files).tasks([request])[0]()
-    file.unlink()
-    with pytest.raises(errors.CorruptCheckpointError, match="is missing"):
-        backend.open_reader(item, written.files)
-    outside = tmp_path / "outside"
-    outside.write_bytes(content)
-    file.symlink_to(outside)
-    with pytest.raises(errors.CorruptCheckpointError, match="got a link"):
-        backend.open_reader(item, written.files)
+    for kind in ("missing", "link"):
+        file.unlink()
+        if kind == "link":
+            outside = tmp_path / "outside"
+            outside.write_bytes(content)
+            file.symlink_to(outside)
+        with (
+            contextlib.closing(backends.open_reader(STORAGE, item, files)) as reader,
+            pytest.raises(errors.CorruptCheckpointError, match=r"missing|got a link"),
+        ):
+            reader.tasks([request])
+        file.write_bytes(b"")
 
 
 def test_bytes_for_a_device_are_sent_piece_by_piece() -> None:

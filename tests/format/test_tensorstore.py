@@ -13,19 +13,19 @@ import pytest
 import tensorstore as ts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from written_items import write_item
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid, choose_grid
 from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import STORAGE_DTYPES, ArraySpec, Box, numpy_dtype
 from functional_ckpt.format import database as database_lib
-from functional_ckpt.format import index, read_store, read_tensorstore, write_tensorstore
+from functional_ckpt.format import index, read_store, read_tensorstore
 from functional_ckpt.format.read_plan import Destination, ReadRequest
+from functional_ckpt.format.write_files import ArrayWrite
 from functional_ckpt.runtime import threads
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.testing import Fault, FaultyStorage
-
-CHILDREN = write_tensorstore.child_names(0, 2)
 
 
 def _data(spec: ArraySpec, seed: int = 0) -> Any:
@@ -39,13 +39,11 @@ def _data(spec: ArraySpec, seed: int = 0) -> Any:
     return data.view(numpy_dtype(spec.dtype)).reshape(spec.shape)
 
 
-def _write(
-    directory: str, contents: dict[str, tuple[Any, ChunkGrid]], children: list[str] | None = None
-) -> dict[str, str]:
+def _write(directory: str, contents: dict[str, tuple[Any, ChunkGrid]]) -> dict[str, str]:
     """Writes arrays as one writer does; returns their digests."""
-    storage = LocalStorage()
+    os.makedirs(directory, exist_ok=True)
     writes = [
-        write_tensorstore.ArrayWrite(
+        ArrayWrite(
             name=name,
             spec=ArraySpec(data.shape, data.dtype.name),
             grid=grid,
@@ -54,10 +52,7 @@ def _write(
         )
         for name, (data, grid) in contents.items()
     ]
-    digests = write_tensorstore.write_arrays(storage, directory, children or [""], writes)
-    write_tensorstore.merge_children(storage, directory, children or [], {})
-    joined = write_tensorstore.join_digests([digests])
-    return {name: joined.get(name, "") for name in contents}
+    return write_item(LocalStorage(), directory, writes)[0]
 
 
 def _request(
@@ -99,7 +94,7 @@ def test_any_region_of_any_grid(data: st.DataObject, tmp_path_factory: Any) -> N
         grid = ChunkGrid(shape, tuple(-(-n // 8) for n in shape))
     content = _data(ArraySpec(shape, "float64"), seed=1)
     order = data.draw(st.sampled_from("CF"))
-    digests = _write(directory, {"a": (np.asarray(content, order=order), grid)}, CHILDREN)
+    digests = _write(directory, {"a": (np.asarray(content, order=order), grid)})
     offset = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     box = Box(
         offset, tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True))
@@ -122,43 +117,22 @@ def test_arrays_with_any_name_are_read_back(name: str, tmp_path: Path) -> None:
     assert (got == content).all()
 
 
-def test_tensorstore_reads_an_ordinary_zarr3_array(tmp_path: Path) -> None:
-    """The view of Orbax and other zarr readers, including edge chunks and tied names."""
-    content = np.arange(7 * 50_000, dtype=np.float32).reshape(7, 50_000)
-    grid = ChunkGrid(content.shape, (3, 50_000))
-    small = np.arange(5, dtype=np.int16)
-    storage, directory = LocalStorage(), str(tmp_path)
-    _write(directory, {"big": (content, grid), "small": (small, ChunkGrid((5,), (3,)))}, CHILDREN)
-    write_tensorstore.merge_children(storage, directory, [], {"tied": ("big", grid)})
-    for name, expected in (("big", content), ("tied", content), ("small", small)):
-        store = {"driver": "ocdbt", "base": f"file://{directory}/", "path": f"{name}/"}
-        array = ts.open({"driver": "zarr3", "kvstore": store}, open=True).result()
-        assert (array.read().result() == expected).all()
-        assert array.chunk_layout.read_chunk.shape is not None
-    padded_bytes = 9 * 50_000 * 4
-    assert sum(f.stat().st_size for f in tmp_path.rglob("d/*")) < padded_bytes + 20_000
-
-
 def test_two_writers_of_one_array(tmp_path: Path) -> None:
     content = np.arange(8 * 40_000, dtype=np.float64).reshape(8, 40_000)
-    grid, storage, directory = ChunkGrid(content.shape, (2, 40_000)), LocalStorage(), str(tmp_path)
-    found = []
-    for rank, rows in enumerate((slice(0, 4), slice(4, 8))):
-        write = write_tensorstore.ArrayWrite(
+    grid, directory = ChunkGrid(content.shape, (2, 40_000)), str(tmp_path)
+    writes = [
+        ArrayWrite(
             name="a",
             spec=ArraySpec(content.shape, "float64"),
             grid=grid,
-            box=Box((rows.start, 0), (4, 40_000)),
-            data=content[rows],
-            writes_metadata=rank == 0,
+            box=Box((row, 0), (4, 40_000)),
+            data=content[row : row + 4],
         )
-        children = write_tensorstore.child_names(rank, 1)
-        found.append(write_tensorstore.write_arrays(storage, directory, children, [write]))
-    names = [*write_tensorstore.child_names(0, 1), *write_tensorstore.child_names(1, 1)]
-    write_tensorstore.merge_children(storage, directory, names, {})
-    digests = write_tensorstore.join_digests(found)["a"]
+        for row in (0, 4)
+    ]
+    digests, _ = write_item(LocalStorage(), directory, *([write] for write in writes))
     got = np.zeros_like(content)
-    _read(directory, _request("a", content, grid, digests), got)
+    _read(directory, _request("a", content, grid, digests["a"]), got)
     assert (got == content).all()
 
 
@@ -173,7 +147,7 @@ def test_any_flipped_bit_of_the_data_is_found(shape: tuple[int, ...], tmp_path: 
     content = _data(ArraySpec(shape, "uint8"))
     grid = choose_grid(ArraySpec(shape, "uint8"))
     digests = _write(str(tmp_path), {"a": (content, grid)})
-    [file] = [f for f in tmp_path.rglob("d/*") if content.tobytes()[:1_000] in f.read_bytes()]
+    [file] = [f for f in tmp_path.iterdir() if content.tobytes()[:1_000] in f.read_bytes()]
     start = file.read_bytes().index(content.tobytes()[:1_000])
     for place in (0, content.nbytes // 2, content.nbytes - 1):
         _flip(file, start + place)
@@ -198,7 +172,7 @@ def test_truncated_and_missing_data_is_found(shape: tuple[int, ...], tmp_path: P
         str(tmp_path), {"a": (content, grid), "b": (np.zeros(2_000), ChunkGrid((2_000,), (2_000,)))}
     )
     read = _request("a", content, grid, digests["a"])
-    for file in sorted(tmp_path.rglob("d/*")):
+    for file in sorted(tmp_path.glob("*.safetensors")):
         if file.is_file():
             whole = file.read_bytes()
             file.write_bytes(whole[: len(whole) // 3])
@@ -252,21 +226,13 @@ def test_metadata_of_others_is_checked_before_tensorstore_sees_it(
 
 def test_a_failing_operation_is_named(tmp_path: Path) -> None:
     content, grid = np.arange(3.0), ChunkGrid((3,), (3,))
-    write = write_tensorstore.ArrayWrite(
+    write = ArrayWrite(
         name="a", spec=ArraySpec((3,), "float64"), grid=grid, box=Box.whole((3,)), data=content
     )
-    for kind in ("make_directory", "write_array"):
+    for kind in ("write", "write_data"):
         storage = FaultyStorage(Fault(at=0, kinds=(kind,)))
         with pytest.raises(errors.StorageError, match=str(tmp_path)):
-            write_tensorstore.write_arrays(storage, str(tmp_path / kind), ["child"], [write])
-
-
-def test_a_directory_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
-    (tmp_path / "item").mkdir()
-    (tmp_path / "item" / "manifest.ocdbt").mkdir()
-    content, grid = np.arange(3.0), ChunkGrid((3,), (3,))
-    with pytest.raises(errors.StorageError):
-        _write(str(tmp_path / "item"), {"a": (content, grid)})
+            write_item(storage, str(tmp_path), [write])
 
 
 def test_threads_stop_at_the_first_error_and_raise_it() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt.format import write_direct
+from functional_ckpt.core.files import file_plan
 
 HERE = Path(__file__).parent
 METRICS = {"accuracy": 0.75, "steps": 3}
@@ -50,7 +50,7 @@ def write_ours(folder: Path) -> None:
         "wrapped": values.Wrapped(torch.arange(6.0), torch.tensor(0.5)),
     }
     fc.save(folder / "save", {"targets": with_targets, "leaf": torch.arange(3)})
-    write_direct.BYTES_PER_FILE = 1  # over several files, as from 64 MiB on
+    file_plan.BYTES_PER_FILE = 1  # over several files, as from 64 MiB on
     fc.save(folder / "spread", {"tree": values.tree()})
 
 

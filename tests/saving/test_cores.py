@@ -13,7 +13,7 @@ import torch
 
 import functional_ckpt as fc
 from functional_ckpt import testing
-from functional_ckpt.format import write_direct
+from functional_ckpt.core.files import file_plan
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_so_many_files_are_written_at_a_time(
                 busy.discard(threading.get_ident())
 
     monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
-    monkeypatch.setattr(write_direct, "BYTES_PER_FILE", 1)
+    monkeypatch.setattr(file_plan, "BYTES_PER_FILE", 1)
     tree: dict[str, Any] = {name: torch.randn(100) for name in "abcdefgh"}
     manager = fc.CheckpointManager(tmp_path, storage=Watched(), staging=staging)
     with manager:

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from tensorstore_writes import force_tensorstore
 
 import functional_ckpt as fc
 from functional_ckpt.core.arrays import digests
-from functional_ckpt.format import data_file, write_tensorstore
-from functional_ckpt.testing import differences
+from functional_ckpt.format import data_file
 
 Save = Callable[[Path, dict[str, Any]], Path]
 
@@ -99,32 +97,6 @@ def test_a_step_of_changing_memory_can_be_restored(
     assert {name: value.shape for name, value in restored.items()} == {
         name: value.shape for name, value in changing.items()
     }
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("save", SAVES)
-def test_the_same_through_tensorstore(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    changing: dict[str, Any],
-    save: str,
-    chunked: bool,
-) -> None:
-    force_tensorstore(monkeypatch)
-    if chunked:
-        monkeypatch.setattr(write_tensorstore, "SMALL_CHUNK_BYTES", 0)
-    place = SAVES[save](tmp_path / "a", {"tree": changing})
-    assert set(fc.restore(place)["tree"]) == set(changing)
-
-
-def test_live_memory_is_committed_in_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    force_tensorstore(monkeypatch)
-    monkeypatch.setattr(write_tensorstore, "SMALL_CHUNK_BYTES", 0)
-    monkeypatch.setattr(write_tensorstore, "MAX_COPIED_BYTES", 100_000)
-    fc.save(tmp_path / "a", {"tree": tree()})
-    assert differences(fc.restore(tmp_path / "a")["tree"], tree()) == []
 
 
 @pytest.mark.parametrize("sizes", [[1], [65536], [65536 * 3], [1, 65535, 7, 200_000, 65536, 5]])

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tensorstore_writes import force_tensorstore
 
 import functional_ckpt as fc
 from functional_ckpt import errors, testing
-from functional_ckpt.format import write_direct
+from functional_ckpt.core.files import file_plan
 from functional_ckpt.runtime import host_memory
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.testing import differences
@@ -35,13 +34,10 @@ def overwrite(value: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("budget_bytes", [0, 5_000, 20_000, 130_000, 10**9])
-@pytest.mark.parametrize("road", ["ours", "tensorstore"])
 def test_the_state_may_change_once_save_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_bytes: int, road: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_bytes: int
 ) -> None:
-    if road == "tensorstore":
-        force_tensorstore(monkeypatch)
-    monkeypatch.setattr(write_direct, "BYTES_PER_FILE", 10_000)
+    monkeypatch.setattr(file_plan, "BYTES_PER_FILE", 10_000)
     reserved: list[int] = []
     original = host_memory.StagingBuffer.reserve
 

@@ -13,7 +13,7 @@ import torch
 
 import functional_ckpt as fc
 from functional_ckpt import errors, testing
-from functional_ckpt.format import write_direct
+from functional_ckpt.core.files import file_plan
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.testing import differences
 
@@ -49,7 +49,7 @@ def test_a_checkpoint_without_a_manager_survives_one_failed_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, road: str
 ) -> None:
     if road == "several files":
-        monkeypatch.setattr(write_direct, "BYTES_PER_FILE", 1)
+        monkeypatch.setattr(file_plan, "BYTES_PER_FILE", 1)
     storage = testing.FaultyStorage(testing.Fault(kinds=(kind,)))
     fc.save(tmp_path / "one", {"state": tree()}, storage=storage)
     assert storage.has_failed
