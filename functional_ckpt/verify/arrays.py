@@ -258,8 +258,8 @@ class ItemArrays:
         else:
             damage = index.damage_of(key)
             file = _MANIFEST if damage is None else damage.file
-        # A tree that leads to a file that was never there is the wrong tree.
-        return [file if file in self._record.files else _MANIFEST]
+        # The manifest of another item or step leads to bytes that are not a node or the value.
+        return list(dict.fromkeys([file if file in self._record.files else _MANIFEST, _MANIFEST]))
 
 
 def _unreadable(expected: str, error: errors.CheckpointError, directory: str) -> _Difference:

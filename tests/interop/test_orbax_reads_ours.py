@@ -18,6 +18,7 @@ from orbax_view import as_orbax, differences
 
 import functional_ckpt as fc
 from functional_ckpt import testing
+from functional_ckpt.core.files import file_plan
 from functional_ckpt.format import ocdbt
 
 pytestmark = [
