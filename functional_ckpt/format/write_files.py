@@ -106,7 +106,7 @@ def write_files(
         storage: The store.
         item_directory: The item; the directory exists.
         plans: The files.
-        writes: What their members are, file by file and in the order of each.
+        writes: Their members, file by file and in the order of each.
         num_threads: How many are busy, each with a file of its own.
 
     Raises:

@@ -67,5 +67,9 @@ def _read(storage: Storage, path: str, name: str) -> Any:
 
 
 FORMAT = Format(
-    name="step", description="a checkpoint of this package or of Orbax", matches=_fits, open=_open
+    name="step",
+    description="a checkpoint of this package or of Orbax",
+    matches=_fits,
+    open=_open,
+    supersedes=("huggingface",),
 )

@@ -49,7 +49,7 @@ class LoweredItem:
         handler: Name of the handler's class, for people.
         root: The structure; None for a JSON item.
         text: The text of a JSON item; None for a tree.
-        file_stem: What the names of its data files start with.
+        file_stem: The start of the names of its data files.
         texts: Small files to write beside them, by name.
         sources: Its arrays.
         tied: Leaves that share the bytes of one of these.

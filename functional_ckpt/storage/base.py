@@ -4,7 +4,7 @@ Paths are strings: absolute ones of the local file system, or URIs such as `s3:/
 Both are joined and split with `os.path`. A store is safe to use from any thread, and raises
 `StorageError` for errors of the store.
 
-Every store has the operations of `Storage`. An object store has `objects` too, which is None for a
+Every store has the operations of `Storage`. An object store also has `objects`, None for a
 file system; this choice decides how steps are committed and arrays read.
 """
 

@@ -1,6 +1,6 @@
 """The header of a `.safetensors` file as bytes and back. Pure; free of torch.
 
-A file is a length (64 bits, little-endian), so many bytes of JSON, and the tensors, one after the
+A file is a length (64 bits, little-endian), JSON of that length, and the tensors, one after the
 other without a gap. https://huggingface.co/docs/safetensors describes it.
 """
 
