@@ -261,7 +261,7 @@ def bytes_of_any_file(site: Site, choose: random.Random, value: Any) -> None:
 
 def bytes_of_the_database(site: Site, choose: random.Random, value: Any) -> None:
     del value
-    names = [f for f in files_of(site.path) if f.name == "manifest.ocdbt" or f.parent.name == "d"]
+    names = [f for f in files_of(site.path) if f.suffix in (".ocdbt", ".safetensors", ".bin")]
     damage_bytes(choose.choice(names), choose)
 
 

@@ -161,10 +161,10 @@ class Trap(testing.FaultyStorage):
             case "before-barrier":
                 # The last of a rank's operations before it meets the others.
                 if self._is_primary:
-                    return kind == "write" and path.endswith("manifest.ocdbt") and "/own/" in path
+                    return kind == "write_data" and path.endswith(".safetensors") and "/own/" in path
                 return kind == "write" and "/.ranks/" in path
             case "merging":
-                return kind == "write_data" and "ocdbt.process" not in path
+                return kind == "write_data" and path.endswith("index.ocdbt")
             case "renamed":
                 return kind == "sync" and path == self._root
             case _:
@@ -393,7 +393,7 @@ def _damage(step: Path, what: str) -> None:
     elif what == "record":
         (step / "_FUNCTIONAL_CKPT").write_text("{")
     else:
-        file = max((step / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+        file = max((step / "state").glob("*.safetensors"), key=lambda path: path.stat().st_size)
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)

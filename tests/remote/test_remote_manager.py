@@ -106,7 +106,7 @@ def test_every_command_accepts_a_uri(bucket: str, capsys: pytest.CaptureFixture[
     assert cli.main(["diff", run, "1", "2"]) == 1
     assert cli.main(["verify", run]) == 0
     store = _store(run)
-    (file,) = [name for name in store.walk(f"{run}/2/tree") if name.startswith("d/")][:1]
+    (file,) = [name for name in store.walk(f"{run}/2/tree") if name.endswith(".safetensors")]
     data = bytearray(store.read(f"{run}/2/tree/{file}"))
     data[len(data) // 2] ^= 1
     store.write(f"{run}/2/tree/{file}", bytes(data))
@@ -136,11 +136,11 @@ def test_next_writer_removes_leftovers_of_a_crash(bucket: str) -> None:
         manager.save(1, _state(1)).result()
     store = _store(run)
     store.write(f"{run}/2.orbax-checkpoint-tmp/.unfinished", b"{}")
-    store.write(f"{run}/2/tree/d/abc", b"half")
+    store.write(f"{run}/2/tree/data.safetensors", b"half")
     store.write(f"{run}/1.orbax-checkpoint-tmp/.unfinished", b"{}")  # killed after the marker
     with fc.CheckpointManager(run, read_only=True) as manager:
         assert manager.all_steps() == [1]
-    assert queries.exists(store, f"{run}/2/tree/d/abc")
+    assert queries.exists(store, f"{run}/2/tree/data.safetensors")
     with fc.CheckpointManager(run) as manager:
         assert manager.all_steps() == [1]
         assert store.list(run) == [".functional_ckpt", "1"]
