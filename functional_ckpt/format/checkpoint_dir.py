@@ -116,7 +116,7 @@ class OpenItem:
         if self.record is None:
             return ReadRequest(node.name, spec, region, destination=destination)
         array = self.record.arrays[node.stored_name]
-        grid = _grid(spec.shape, array.chunk_shape)
+        grid = _grid(spec.shape, array.chunk_shape, self.record.block_bytes)
         digests = Digests(grid, spec.itemsize_bytes, array.xxh3) if verified else None
         return ReadRequest(node.stored_name, spec, region, grid, digests, destination)
 

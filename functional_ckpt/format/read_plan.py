@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import (
-    DIGEST_BLOCK_BYTES,
     ChunkGrid,
     digest_offsets,
     run_in_chunk,
@@ -80,6 +79,7 @@ class ReadRequest(NamedTuple):
         return _parts(
             self.grid.shape,
             self.grid.chunk_shape,
+            self.grid.block_bytes,
             self.spec.itemsize_bytes,
             self.box.offset,
             self.box.shape,
@@ -259,6 +259,7 @@ def adjacent(reads: Sequence[_Read]) -> Iterator[list[_Read]]:
 def _parts(
     shape: tuple[int, ...],
     chunk_shape: tuple[int, ...],
+    block_bytes: int,
     itemsize_bytes: int,
     offset: tuple[int, ...],
     size: tuple[int, ...],
@@ -269,7 +270,7 @@ def _parts(
 
     With `is_verified`, entire digest blocks are read; without `keeps`, every chunk in full.
     """
-    grid, box = ChunkGrid(shape, chunk_shape), Box(offset, size)
+    grid, box = ChunkGrid(shape, chunk_shape, block_bytes), Box(offset, size)
     parts: list[ChunkPart] = []
     for index in grid.indices(box):
         chunk = grid.box(index)
@@ -296,7 +297,7 @@ def _part(
     run = run_in_chunk(grid, index, inside, itemsize_bytes)
     first, end = (0, stored_bytes if has_gaps else valid_bytes) if run is None else run
     if run is not None and is_verified:
-        first, end = whole_blocks(*run, valid_bytes)
+        first, end = whole_blocks(*run, valid_bytes, grid.block_bytes)
     target = run_of(box.shape, local)
     is_exact = run == (first, end) and target is not None
     offsets = digest_offsets(grid, itemsize_bytes)
@@ -306,7 +307,7 @@ def _part(
         stored_bytes=stored_bytes,
         first=first,
         end=end,
-        block=offsets[grid.position(index)] + first // DIGEST_BLOCK_BYTES,
+        block=offsets[grid.position(index)] + first // grid.block_bytes,
         start=target[0] * itemsize_bytes if is_exact and target is not None else None,
         local=local.slices(),
         inside=inside,

@@ -8,7 +8,6 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from functional_ckpt import errors
-from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES
 from functional_ckpt.core.arrays.spec import Array, numpy_dtype
 from functional_ckpt.format.read_plan import ChunkPart, ChunkRead, ReadRequest
 
@@ -47,7 +46,7 @@ def verify(directory: str, read: ChunkRead, part: ChunkPart, data: Any, start: i
     request = read.request
     if request.digests is None:
         return
-    found = request.digests.check(part.block + start // DIGEST_BLOCK_BYTES, data)
+    found = request.digests.check(part.block + start // request.digests.grid.block_bytes, data)
     if found is not None:
         raise errors.CorruptCheckpointError(
             f"{directory}: array {request.name!r}, chunk {part.key!r}, bytes from "

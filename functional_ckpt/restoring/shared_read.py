@@ -96,8 +96,7 @@ def _exchange_wants(
 ) -> tuple[Mapping[str, StoredArray], list[list[Region]]]:
     """Returns the arrays that any rank wants, and the regions that each rank wants."""
     arrays = {
-        each.array: (each.grid.shape, each.request.spec.dtype, each.grid.chunk_shape)
-        for each in wanted
+        each.array: (each.request.spec.dtype, *dataclasses.astuple(each.grid)) for each in wanted
     }
     own = [(each.array, each.request.box.offset, each.request.box.shape) for each in wanted]
     packed = zlib.compress(json.dumps([arrays, own]).encode(), 1)
@@ -112,9 +111,10 @@ def _exchange_wants(
     )
     return {
         name: StoredArray(
-            spec=ArraySpec(tuple(shape), dtype), grid=ChunkGrid(tuple(shape), tuple(chunk_shape))
+            spec=ArraySpec(tuple(shape), dtype),
+            grid=ChunkGrid(tuple(shape), tuple(chunk_shape), block_bytes),
         )
-        for name, (shape, dtype, chunk_shape) in found.items()
+        for name, (dtype, shape, chunk_shape, block_bytes) in found.items()
     }, [
         [Region(name, Box(tuple(offset), tuple(shape))) for name, offset, shape in of]
         for of in wants

@@ -151,7 +151,7 @@ def write_report(storage: Storage, directory: str, rank: int, report: RankReport
     storage.make_directory(folder, parents=False)
     record = {
         "format": "functional_ckpt",
-        "version": 1,
+        "version": records.VERSION,
         "items": {name: item.to_json() for name, item in report.items()},
     }
     storage.write(os.path.join(folder, f"{rank}.json"), records.with_checksum(record))

@@ -17,6 +17,7 @@ from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.tree import plain_json, structure
 from functional_ckpt.format.read_plan import ReadRequest
 from functional_ckpt.storage import queries
+from functional_ckpt.verify import headers
 from functional_ckpt.verify.findings import Finding, Problem, Verification, reason
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class ItemArrays:
         self._directory = os.path.join(search.path, item)
         self._failures: list[_Failure] = []
         self._fallback_file = _MANIFEST  # of failures without a key
+        self._headers: list[tuple[str, str, str]] = []
         self._index: Index | None = None
         leaves = structure.iter_leaves(record.root)
         self._nodes = [leaf for _, leaf in leaves if isinstance(leaf, structure.ArrayNode)]
@@ -123,6 +125,7 @@ class ItemArrays:
         found.sort(key=lambda value: index.locations[value.key.encode()])
         batches = [found[start : start + _BATCH] for start in range(0, len(found), _BATCH)]
         return [
+            functools.partial(self._check_headers, index),
             *(functools.partial(self._check_values, batch) for batch in batches),
             *(functools.partial(self._check_chunk, reader, *chunk) for chunk in large),
         ]
@@ -137,6 +140,13 @@ class ItemArrays:
         difference: _Difference = ("unreadable", "a database", why)
         self._failures += [_Failure(name, None, difference) for name in names]
         self._fallback_file = file
+
+    def _check_headers(self, index: Index) -> None:
+        """Compares the headers of files of tensors with the index."""
+        listed = self._record.files.items()
+        files = {name: file.size_bytes for name, file in listed if name.endswith(".safetensors")}
+        own = {n.name: (n.spec, self._digests(n).grid) for n in self._nodes if n.tied_to is None}
+        self._headers += headers.problems(self._search.storage, self._directory, files, own, index)
 
     # ---------------------------------------------------------------------------- small values
 
@@ -215,7 +225,7 @@ class ItemArrays:
 
     def _digests(self, node: structure.ArrayNode) -> Digests:
         array = self._record.arrays[node.stored_name]
-        grid = _grid(node.spec.shape, array.chunk_shape)
+        grid = _grid(node.spec.shape, array.chunk_shape, self._record.block_bytes)
         return Digests(grid, node.spec.itemsize_bytes, array.xxh3)
 
     # ---------------------------------------------------------------------------- blame
@@ -227,6 +237,12 @@ class ItemArrays:
             damaged: Finding of each damaged file, by path in the checkpoint; unexplained failures
                 are added to it.
         """
+        for file, expected, got in self._headers:
+            path = f"{self._item}/{file}"
+            if path not in damaged and not self._failures:
+                damaged[path] = Finding(
+                    item=self._item, file=path, problem="mismatch", expected=expected, got=got
+                )
         if not self._failures:
             return
         leaves: dict[str, set[str]] = {}
@@ -336,5 +352,5 @@ def _compare_chunk(digests: Digests, chunk: _Chunk, value: bytes | None) -> _Dif
         return ("missing", f"chunk {chunk.key}", "nothing")
     if len(value) != chunk.size_bytes:
         return ("mismatch", f"a chunk of {chunk.size_bytes:,} bytes", f"{len(value):,} bytes")
-    expected, got = digests.of(chunk.chunk), digest_blocks(value)
+    expected, got = digests.of(chunk.chunk), digest_blocks(value, digests.grid.block_bytes)
     return None if got == expected else ("mismatch", f"digest {expected}", f"digest {got}")

@@ -224,7 +224,9 @@ def test_special_files_and_links_are_refused_wherever_they_are(
         outside.mkdir()
         shutil.copytree(root, run)
         found = sorted((run / "1").glob(place))
-        if not found or (kind == "holes" and (found[0].is_dir() or found[0].suffix in (".ocdbt", ".safetensors"))):
+        if not found or (
+            kind == "holes" and (found[0].is_dir() or found[0].suffix in (".ocdbt", ".safetensors"))
+        ):
             continue
         put(kind, found[0], outside)
         refused = 0

@@ -19,8 +19,9 @@ from functional_ckpt.core.arrays.spec import ArraySpec, Box
 MAX_CHUNK_BYTES = 32 * 2**20
 # Chunks of one row each, at most, where only they are runs of a shard's bytes.
 MAX_ROWS = 4096
-# A reader verifies in units of this many bytes of a chunk's valid region (C order).
-DIGEST_BLOCK_BYTES = 64 * 2**10
+# A reader verifies in units of this many bytes of a chunk's valid region (C order). Smaller ones
+# would be hashed by one thread at a time: xxhash keeps the interpreter's lock below 100 KB.
+DIGEST_BLOCK_BYTES = 128 * 2**10
 
 
 # Up to here a chunk lives in a node of the database's tree, and nodes are compressed.
@@ -31,11 +32,15 @@ MAX_INLINE_BYTES = 1024
 class ChunkGrid:
     """A regular grid over an array, as zarr has it: edge chunks are stored padded to full shape.
 
-    A chunk is at least 1 long in every dim.
+    Attributes:
+        shape: The array's shape.
+        chunk_shape: The shape of a chunk, at least 1 in every dim.
+        block_bytes: The bytes of a chunk that have a digest of their own.
     """
 
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
+    block_bytes: int = DIGEST_BLOCK_BYTES
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.chunk_shape) or any(
@@ -90,7 +95,7 @@ class ChunkGrid:
 
     def num_digests(self, index: tuple[int, ...], itemsize_bytes: int) -> int:
         """Digest blocks of chunk `index`."""
-        return -(-self.box(index).num_elements * itemsize_bytes // DIGEST_BLOCK_BYTES)
+        return -(-self.box(index).num_elements * itemsize_bytes // self.block_bytes)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -127,10 +132,10 @@ def run_in_chunk(
     return None if run is None else (run[0] * itemsize_bytes, run[1] * itemsize_bytes)
 
 
-def whole_blocks(start: int, end: int, size_bytes: int) -> tuple[int, int]:
+def whole_blocks(start: int, end: int, size_bytes: int, block_bytes: int) -> tuple[int, int]:
     """The digest blocks that a run of a chunk of `size_bytes` touches, as first byte and end."""
-    first = start // DIGEST_BLOCK_BYTES * DIGEST_BLOCK_BYTES
-    return first, min(-(-end // DIGEST_BLOCK_BYTES) * DIGEST_BLOCK_BYTES, size_bytes)
+    first = start // block_bytes * block_bytes
+    return first, min(-(-end // block_bytes) * block_bytes, size_bytes)
 
 
 def asked_bytes(grid: ChunkGrid, index: tuple[int, ...], box: Box, itemsize_bytes: int) -> int:
@@ -140,7 +145,7 @@ def asked_bytes(grid: ChunkGrid, index: tuple[int, ...], box: Box, itemsize_byte
     run = run_in_chunk(grid, index, box.relative_to(chunk.offset), itemsize_bytes)
     if run is None:
         return size_bytes
-    first, end = whole_blocks(*run, size_bytes)
+    first, end = whole_blocks(*run, size_bytes, grid.block_bytes)
     return end - first
 
 

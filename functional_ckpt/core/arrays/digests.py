@@ -1,6 +1,6 @@
 """Digests of arrays: 16 hex digits (XXH3, 64 bits) for every block of every chunk.
 
-The blocks of one chunk are `DIGEST_BLOCK_BYTES` of its valid region in C order; the last may be
+The blocks of one chunk are `block_bytes` of its valid region in C order; the last may be
 shorter. The digests of an array are one string, chunks in C order. Pure; free of torch and NumPy.
 """
 
@@ -15,14 +15,14 @@ from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid, di
 _DIGITS = 16
 
 
-def digest_blocks(data: Any) -> str:
+def digest_blocks(data: Any, block_bytes: int = DIGEST_BLOCK_BYTES) -> str:
     """Returns 16 hex digits for every block of flat bytes (any buffer)."""
     view = memoryview(data)
-    if len(view) <= DIGEST_BLOCK_BYTES:
+    if len(view) <= block_bytes:
         return xxhash.xxh3_64_hexdigest(view) if len(view) else ""
     return "".join(
-        xxhash.xxh3_64_hexdigest(view[start : start + DIGEST_BLOCK_BYTES])
-        for start in range(0, len(view), DIGEST_BLOCK_BYTES)
+        xxhash.xxh3_64_hexdigest(view[start : start + block_bytes])
+        for start in range(0, len(view), block_bytes)
     )
 
 
@@ -57,14 +57,14 @@ class Digests(NamedTuple):
         Returns:
             The first difference; None where there is none.
         """
-        got = digest_blocks(data)
+        got = digest_blocks(data, self.grid.block_bytes)
         expected = self.text[_DIGITS * block : _DIGITS * block + len(got)]
         if got == expected:
             return None
         at = next(
             i for i in range(0, len(got), _DIGITS) if got[i:][:_DIGITS] != expected[i:][:_DIGITS]
         )
-        offset = at // _DIGITS * DIGEST_BLOCK_BYTES
+        offset = at // _DIGITS * self.grid.block_bytes
         return Mismatch(offset, expected[at:][:_DIGITS], got[at:][:_DIGITS])
 
 

@@ -141,12 +141,17 @@ def file_names(
     return named
 
 
+def is_padding(name: str) -> bool:
+    """Returns whether a tensor is padding at the end of a file."""
+    return name.startswith(_PADDING)
+
+
 def _fits(box: StoredBox) -> bool:
     return (
         box.is_tensor
         and box.spec.dtype in header_lib.DTYPES
         and box.name != header_lib.METADATA
-        and not box.name.startswith(_PADDING)
+        and not is_padding(box.name)
         and header_lib.entry_bytes(box.name, len(box.spec.shape)) < header_lib.MAX_HEADER_BYTES
     )
 

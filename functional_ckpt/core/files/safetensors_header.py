@@ -40,7 +40,7 @@ MAX_HEADER_BYTES = 8 * 2**20
 """Of a file that is written. The safetensors package refuses headers above 100 MB."""
 BLOCK_BYTES = 4096
 """Headers are padded, so that the first tensor is aligned to a page."""
-_READABLE_BYTES = 100_000_000
+MAX_READABLE_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _STORAGE = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -96,7 +96,7 @@ def decode(data: bytes, size_bytes: int) -> tuple[list[Tensor], dict[str, str]]:
         ValueError: It is not a header, or not of a file of this size; the message says why.
     """
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
-    if len(data) < _LENGTH_BYTES or length > min(_READABLE_BYTES, size_bytes - _LENGTH_BYTES):
+    if len(data) < _LENGTH_BYTES or length > min(MAX_READABLE_BYTES, size_bytes - _LENGTH_BYTES):
         raise ValueError(f"a header of {length:,} bytes in a file of {size_bytes:,}")
     if len(data) != _LENGTH_BYTES + length:
         raise ValueError(f"expected {length:,} bytes of header, got {len(data) - _LENGTH_BYTES:,}")

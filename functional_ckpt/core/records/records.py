@@ -32,7 +32,10 @@ Json: TypeAlias = Any
 
 EXTENSION_FILE = "_FUNCTIONAL_CKPT"
 _FORMAT = "functional_ckpt"
-_VERSION = 1
+VERSION = 2
+"""Of the records that are written."""
+_BLOCK_BYTES = {1: 64 * 2**10, 2: DIGEST_BLOCK_BYTES}
+"""Version that can be read -> the bytes of a digest."""
 _SEAL = ', "xxh3": "{}"}}'
 _SEAL_BYTES = len(_SEAL.format("0" * 16))
 _HEX = re.compile(r"[0-9a-f]*")
@@ -67,8 +70,8 @@ class ArrayRecord:
 
     Attributes:
         chunk_shape: Shape of one chunk.
-        xxh3: For every chunk in C order, for every `DIGEST_BLOCK_BYTES` of its valid region, 16 hex
-            digits; all in one string.
+        xxh3: For every chunk in C order, for every block of its valid region, 16 hex digits; all in
+            one string.
     """
 
     chunk_shape: tuple[int, ...]
@@ -85,6 +88,7 @@ class ItemRecord:
         root: The structure.
         arrays: For each array that holds bytes, by name: its grid and digests.
         files: Every other file of the item's directory.
+        block_bytes: Bytes of a chunk's valid region that have a digest.
     """
 
     item: str
@@ -92,6 +96,7 @@ class ItemRecord:
     root: structure.Node
     arrays: Mapping[str, ArrayRecord]
     files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict)
+    block_bytes: int = DIGEST_BLOCK_BYTES
 
     @property
     def least_bytes(self) -> int:
@@ -110,10 +115,10 @@ class ItemRecord:
         """Returns the sealed text of the item's extension file."""
         record = {
             "format": _FORMAT,
-            "version": _VERSION,
+            "version": VERSION,
             "item": self.item,
             "handler": self.handler,
-            "digest_block_bytes": DIGEST_BLOCK_BYTES,
+            "digest_block_bytes": self.block_bytes,
             "structure": structure_json.to_json(self.root),
             "arrays": {
                 name: [list(array.chunk_shape), array.xxh3] for name, array in self.arrays.items()
@@ -151,7 +156,7 @@ class StepRecord:
         """Returns the sealed text of the checkpoint's extension file."""
         record: dict[str, Json] = {
             "format": _FORMAT,
-            "version": _VERSION,
+            "version": VERSION,
             "step": self.step,
             "items": dict(self.items),
             "files": _files_to_json(self.files),
@@ -203,10 +208,11 @@ def verify_checksum(data: bytes, path: object) -> dict[str, Json]:
     known = parse_object(data, path)
     if known.get("format") != _FORMAT:
         raise errors.CorruptCheckpointError(f"{path}: not a {_FORMAT} record.", path=path)
-    if known.get("version") != _VERSION:
+    version = known.get("version")
+    if type(version) is not int or version not in _BLOCK_BYTES:
         raise errors.CorruptCheckpointError(
-            f"{path}: format version {known.get('version')!r}; this package reads version "
-            f"{_VERSION}. Use the version of functional_ckpt that wrote it, or a later one.",
+            f"{path}: format version {version!r}; this package reads versions 1 to "
+            f"{VERSION}. Use the version of functional_ckpt that wrote it, or a later one.",
             path=path,
         )
     return known
@@ -216,20 +222,22 @@ def parse_item(data: bytes, path: object) -> ItemRecord:
     """The record in an item's extension file; `CorruptCheckpointError` for anything else."""
     record = verify_checksum(data, path)
     with _parsing(path):
-        if record["digest_block_bytes"] != DIGEST_BLOCK_BYTES:
+        block_bytes = _BLOCK_BYTES[record["version"]]
+        if record["digest_block_bytes"] != block_bytes:
             raise ValueError(f"digest blocks of {record['digest_block_bytes']!r} bytes")
         root = structure_json.from_json(record["structure"])
         arrays = {
             string(name): ArrayRecord(structure_json.shape(shape), _hex(digests))
             for name, (shape, digests) in record["arrays"].items()
         }
-        _check_arrays(root, arrays)
+        _check_arrays(root, arrays, block_bytes)
         return ItemRecord(
             item=string(record["item"]),
             handler=string(record["handler"]),
             root=root,
             arrays=arrays,
             files=_files_from_json(record["files"]),
+            block_bytes=block_bytes,
         )
 
 
@@ -275,7 +283,9 @@ def _parsing(path: object) -> Generator[None]:
         ) from error
 
 
-def _check_arrays(root: structure.Node, arrays: Mapping[str, ArrayRecord]) -> None:
+def _check_arrays(
+    root: structure.Node, arrays: Mapping[str, ArrayRecord], block_bytes: int
+) -> None:
     """Every array has a record that fits it, and nothing else has one."""
     expected: set[str] = set()
     specs: dict[str, spec_lib.ArraySpec] = {}
@@ -289,7 +299,8 @@ def _check_arrays(root: structure.Node, arrays: Mapping[str, ArrayRecord]) -> No
         expected.add(leaf.name)
         specs[leaf.name] = leaf.spec
         array = arrays[leaf.name]
-        blocks = _num_blocks(leaf.spec, array.chunk_shape, len(array.xxh3) // 16)
+        grid = ChunkGrid(leaf.spec.shape, array.chunk_shape, block_bytes)
+        blocks = _num_blocks(leaf.spec, grid, len(array.xxh3) // 16)
         if len(array.xxh3) != 16 * blocks:
             raise ValueError(f"array {leaf.name!r} has {len(array.xxh3)} digits of digest")
     if expected != set(arrays):
@@ -300,11 +311,9 @@ def _check_arrays(root: structure.Node, arrays: Mapping[str, ArrayRecord]) -> No
 
 
 @functools.lru_cache(maxsize=4096)
-def _num_blocks(spec: spec_lib.ArraySpec, chunk_shape: tuple[int, ...], recorded: int) -> int:
-    grid = ChunkGrid(spec.shape, chunk_shape)
-    if (
-        grid.num_chunks > recorded
-    ):  # a hostile shape may have 2^62 chunks: do not count them one by one
+def _num_blocks(spec: spec_lib.ArraySpec, grid: ChunkGrid, recorded: int) -> int:
+    if grid.num_chunks > recorded:
+        # A hostile shape may have 2^62 chunks: do not count them one by one.
         return grid.num_chunks
     return digest_offsets(grid, spec.itemsize_bytes)[-1]
 

@@ -1,0 +1,91 @@
+"""The headers of an item's `.safetensors` files, compared with its record and its index.
+
+Other programs find tensors by these headers: they must lead to the bytes that the index leads to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from functional_ckpt import errors
+from functional_ckpt.core.arrays.chunks import ChunkGrid
+from functional_ckpt.core.arrays.spec import ArraySpec, Box
+from functional_ckpt.core.files import file_plan, safetensors_header
+from functional_ckpt.core.files.safetensors_header import Tensor
+from functional_ckpt.core.tree import plain_json, structure
+from functional_ckpt.storage.base import Storage
+
+if TYPE_CHECKING:
+    from functional_ckpt.format.index import Index
+
+_FIRST_BYTES = 64 * 1024
+_MALFORMED = (errors.CheckpointError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def problems(
+    storage: Storage,
+    directory: str,
+    files: Mapping[str, int],
+    arrays: Mapping[str, tuple[ArraySpec, ChunkGrid]],
+    index: Index,
+) -> Iterator[tuple[str, str, str]]:
+    """Yields a file, the expected and the actual, for each header that is wrong.
+
+    Args:
+        storage: The store.
+        directory: The item.
+        files: Name -> size of each file.
+        arrays: Name -> spec and chunks of each array that holds its own bytes.
+        index: With all chunks loaded.
+    """
+    stored: dict[str, set[str]] = {name: set() for name in files}
+    numbers = dict(enumerate(index.files))
+    for name, (_, grid) in arrays.items():
+        prefix = structure.key_prefix(name)
+        for chunk in grid.indices():
+            location = index.locations.get((prefix + grid.key(chunk)).encode())
+            if location is not None and numbers.get(location[0]) in stored:
+                stored[numbers[location[0]]].add(name)
+    for file, size_bytes in files.items():
+        path = os.path.join(directory, file)
+        try:
+            data = _read_header(storage, path, size_bytes)
+            tensors, metadata = safetensors_header.decode(data, size_bytes)
+            offsets = plain_json.parse(metadata.get(safetensors_header.SHARDING, "{}").encode())
+            found = {each.name: each for each in tensors if not file_plan.is_padding(each.name)}
+            for name, tensor in found.items():
+                start = offsets[name]["saved_offsets"] if offsets else [0] * len(tensor.shape)
+                box = Box(tuple(map(plain_json.integer, start)), tensor.shape)
+                _check_tensor(tensor, box, len(data), file, arrays[name], index)
+        except _MALFORMED as error:
+            yield file, "a header that agrees with the index", f"{error}"
+            continue
+        if lost := stored[file] - found.keys():
+            yield file, f"the tensor {min(lost)!r} in the header", "none"
+
+
+def _read_header(storage: Storage, path: str, size_bytes: int) -> bytes:
+    data = storage.read(path, 0, min(_FIRST_BYTES, size_bytes))
+    end = 8 + int.from_bytes(data[:8], "little")
+    if end > len(data) and end <= size_bytes and end <= safetensors_header.MAX_READABLE_BYTES:
+        data = storage.read(path, 0, end)
+    return data[:end]
+
+
+def _check_tensor(
+    tensor: Tensor, box: Box, header_bytes: int, file: str, array: Any, index: Index
+) -> None:
+    """Raises ValueError unless a tensor is where the index has the first chunk of its box."""
+    spec, grid = array
+    if tensor.dtype != spec.dtype or not Box.whole(spec.shape).contains(box):
+        raise ValueError(f"tensor {tensor.name!r}: {tensor.dtype}{list(tensor.shape)} of {spec}")
+    if not box.num_elements:
+        return
+    first = tuple(o // c for o, c in zip(box.offset, grid.chunk_shape, strict=True))
+    key = (structure.key_prefix(tensor.name) + grid.key(first)).encode()
+    number, offset, _ = index.locations[key]
+    start = header_bytes + tensor.start
+    if (index.files[number], offset) != (file, start) or grid.box(first).offset != box.offset:
+        raise ValueError(f"tensor {tensor.name!r} at byte {start:,}, in the index at {offset:,}")
