@@ -18,6 +18,7 @@ from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.records.records import parse_object
 from functional_ckpt.core.tree import structure
+from functional_ckpt.format.digest_table import ItemDigests
 from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.format.step_files import JSON_FILE, StepFiles
 from functional_ckpt.policies.progress import Progress
@@ -117,8 +118,15 @@ class OpenItem:
             return ReadRequest(node.name, spec, region, destination=destination)
         array = self.record.arrays[node.stored_name]
         grid = _grid(spec.shape, array.chunk_shape, self.record.block_bytes)
-        digests = Digests(grid, spec.itemsize_bytes, array.xxh3) if verified else None
+        text = self._digests.of(node.stored_name)
+        digests = Digests(grid, spec.itemsize_bytes, text) if verified else None
         return ReadRequest(node.stored_name, spec, region, grid, digests, destination)
+
+    @functools.cached_property
+    def _digests(self) -> ItemDigests:
+        if self.record is None:
+            raise RuntimeError("a foreign item has no digests")
+        return ItemDigests(self.storage, self.path, self.record)
 
     def digests(self, node: structure.ArrayNode) -> Digests | None:
         """Returns the recorded digests of an array; None for a foreign array."""

@@ -15,13 +15,18 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-import xxhash
 
 from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.spec import ArraySpec, numpy_dtype
 from functional_ckpt.core.files.file_plan import chunk_bytes, stored_chunks
 from functional_ckpt.core.records import orbax
-from functional_ckpt.core.records.records import FileRecord
+from functional_ckpt.core.records.records import (
+    DIGEST_BYTES,
+    PAGE_BYTES,
+    DigestTable,
+    FileRecord,
+    digest_hex,
+)
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.data_file import DataFile
 from functional_ckpt.format.ocdbt import MANIFEST, Entries, Span, encode_manifest, encode_tree
@@ -55,14 +60,16 @@ def write_index(
     item_directory: str,
     arrays: Iterable[IndexedArray],
     scalars: Scalars,
-) -> dict[str, FileRecord]:
-    """Writes the index of an item and returns the records of its files.
+    digests: str = "",
+) -> tuple[dict[str, FileRecord], DigestTable | None]:
+    """Writes the index of an item; returns the records of its files, and the table of digests.
 
     Args:
         storage: The store.
         item_directory: The item.
         arrays: Every array, under each name.
         scalars: Arrays of one chunk, given by value: name, spec, value.
+        digests: The content of a table of digests; empty for none.
 
     Raises:
         StorageError: The store refused.
@@ -86,11 +93,11 @@ def write_index(
         data = np.array(value, numpy_dtype(spec.dtype)).tobytes()
         small.append((prefix + orbax.only_chunk(spec).encode(), data))
     if not small:
-        return {}
+        return {}, None
     name = new_name(storage, INDEX)
     files = [*numbers, name]
     places: dict[bytes, int] = {}
-    num_bytes = _ENTRY_BYTES * (len(entries.keys) + len(small))
+    num_bytes = _ENTRY_BYTES * (len(entries.keys) + len(small)) + len(digests) // 2
     path = os.path.join(item_directory, name)
     with contextlib.closing(DataFile(storage, path, num_bytes)) as file:
         for key, value in small:
@@ -99,6 +106,12 @@ def write_index(
                 offset = places[value] = file.append(np.frombuffer(value, np.uint8))
             entries.add(key, len(numbers), offset, len(value))
 
+        table = None
+        if digests:
+            content = bytes.fromhex(digests)
+            offset = file.append(np.frombuffer(content, np.uint8))
+            table = DigestTable(name, offset, len(content) // DIGEST_BYTES, _page_digests(content))
+
         def append(node: bytes) -> Span:
             return Span(name, file.append(np.frombuffer(node, np.uint8)), len(node))
 
@@ -106,10 +119,12 @@ def write_index(
         record = file.finish()
     manifest = encode_manifest(root, time.time_ns())
     storage.write(os.path.join(item_directory, MANIFEST), manifest)
-    return {
-        name: record,
-        MANIFEST: FileRecord(len(manifest), xxhash.xxh3_64_hexdigest(manifest)),
-    }
+    return {name: record, MANIFEST: FileRecord.of(manifest)}, table
+
+
+def _page_digests(content: bytes) -> str:
+    starts = range(0, len(content), PAGE_BYTES)
+    return "".join([digest_hex(content[start : start + PAGE_BYTES]) for start in starts])
 
 
 @functools.lru_cache(maxsize=4096)

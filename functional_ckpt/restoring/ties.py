@@ -207,7 +207,7 @@ def _is_same(one: _Use, other: _Use, verify: read_lib.Verify) -> bool:
         return False
     mine, theirs = (use.opened.digests(use.filled.read.node) for use in (one, other))
     if mine is not None and theirs is not None and mine.grid == theirs.grid:
-        return mine.text == theirs.text
+        return mine.is_same(theirs)
     return torch.equal(*(_bytes_of(use, verify) for use in (one, other)))
 
 

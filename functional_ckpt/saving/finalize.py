@@ -131,11 +131,11 @@ def _step_record(storage: Storage, path: str) -> records.StepRecord:
     return records.parse_step(storage.read(path), path)
 
 
-def _content(storage: Storage, path: str, item: str) -> tuple[Any, Any]:
+def _content(storage: Storage, path: str, item: str) -> tuple[Any, ...]:
     """Returns the structure and the digests of a tree item from its record."""
     path = os.path.join(path, item, records.EXTENSION_FILE)
     record = records.verify_checksum(storage.read(path), path)
-    return record["structure"], record["arrays"]
+    return record["structure"], record["arrays"], record.get("digests", [None])[-1]
 
 
 def _custom_metadata(storage: Storage, path: str) -> Any:
@@ -183,22 +183,32 @@ def _finalize_item(
         grid = _grid(node.spec.shape, shape)
         arrays.append(IndexedArray(node.name, node.spec, grid, held))
     _check_complete(item.name, arrays, reports)
-    known |= write_index(storage, path, arrays, tuple(orbax.scalar_leaves(merged)))
+    own = [array for array, node in zip(arrays, nodes, strict=True) if node.tied_to is None]
+    digests = {array.name: joined_digests(array) for array in own}
+    in_table = sum(map(len, digests.values())) > 16 * records.MAX_DIGESTS
+    files, table = write_index(
+        storage,
+        path,
+        arrays,
+        tuple(orbax.scalar_leaves(merged)),
+        "".join(digests.values()) if in_table else "",
+    )
+    known |= files
     texts = {orbax.TREE_METADATA_FILE: orbax.tree_metadata(merged)}
     if strings := orbax.strings(merged):
         texts[orbax.STRINGS_FILE] = json.dumps(strings).encode()
     texts |= _hub_files(item, [array for array in arrays if array.boxes], reports)
     known |= {name: _write(storage, path, name, text) for name, text in texts.items()}
-    own = [array for array, node in zip(arrays, nodes, strict=True) if node.tied_to is None]
     return records.ItemRecord(
         item=item.name,
         handler=item.handler,
         root=merged,
         arrays={
-            array.name: records.ArrayRecord(array.grid.chunk_shape, joined_digests(array))
+            array.name: records.ArrayRecord(array.grid.chunk_shape, digests[array.name])
             for array in own
         },
         files=_describe(storage, path, known),
+        table=table,
     )
 
 

@@ -15,6 +15,7 @@ from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.digests import Digests, digest_blocks
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.tree import plain_json, structure
+from functional_ckpt.format.digest_table import ItemDigests
 from functional_ckpt.format.read_plan import ReadRequest
 from functional_ckpt.storage import queries
 from functional_ckpt.verify import headers
@@ -70,6 +71,7 @@ class ItemArrays:
         self._failures: list[_Failure] = []
         self._fallback_file = _MANIFEST  # of failures without a key
         self._headers: list[tuple[str, str, str]] = []
+        self._texts = ItemDigests(search.storage, self._directory, record)
         self._index: Index | None = None
         leaves = structure.iter_leaves(record.root)
         self._nodes = [leaf for _, leaf in leaves if isinstance(leaf, structure.ArrayNode)]
@@ -190,10 +192,16 @@ class ItemArrays:
             if isinstance(got, errors.CheckpointError):
                 why = _unreadable("the written value", got, self._directory)
             else:
-                why = value.check(got)
+                why = self._compare(value, got)
             if why is not None:
                 self._failures.append(_Failure(value.leaf, value.key, why))
         self._search.advance(sum(value.size_bytes for value in values))
+
+    def _compare(self, value: _Value, got: bytes) -> _Difference | None:
+        try:
+            return value.check(got)
+        except errors.CheckpointError as error:  # a digest cannot be read
+            return _unreadable("the recorded digest", error, self._directory)
 
     # ---------------------------------------------------------------------------- large chunks
 
@@ -226,7 +234,7 @@ class ItemArrays:
     def _digests(self, node: structure.ArrayNode) -> Digests:
         array = self._record.arrays[node.stored_name]
         grid = _grid(node.spec.shape, array.chunk_shape, self._record.block_bytes)
-        return Digests(grid, node.spec.itemsize_bytes, array.xxh3)
+        return Digests(grid, node.spec.itemsize_bytes, self._texts.of(node.stored_name))
 
     # ---------------------------------------------------------------------------- blame
 
@@ -275,7 +283,8 @@ class ItemArrays:
             damage = index.damage_of(key)
             file = _MANIFEST if damage is None else damage.file
         # The manifest of another item or step leads to bytes that are not a node or the value.
-        return list(dict.fromkeys([file if file in self._record.files else _MANIFEST, _MANIFEST]))
+        others = [] if self._record.table is None else [self._record.table.file]
+        return [file if file in self._record.files else _MANIFEST, _MANIFEST, *others]
 
 
 def _unreadable(expected: str, error: errors.CheckpointError, directory: str) -> _Difference:

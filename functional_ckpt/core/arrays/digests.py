@@ -6,7 +6,7 @@ shorter. The digests of an array are one string, chunks in C order. Pure; free o
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import xxhash
 
@@ -34,18 +34,39 @@ class Mismatch(NamedTuple):
     got: str
 
 
+class StoredText(Protocol):
+    """Digits that are read when they are asked for."""
+
+    def digits(self, start: int, end: int) -> str:
+        """Returns digits `start` to `end`."""
+        ...
+
+
+DigestText: TypeAlias = "str | StoredText"
+"""The digests of an array as one string of digits."""
+
+
 class Digests(NamedTuple):
     """The recorded digests of one array."""
 
     grid: ChunkGrid
     itemsize_bytes: int
-    text: str
+    text: DigestText
+
+    def is_same(self, other: Digests) -> bool:
+        """Returns whether two arrays with the same chunks have the same digests."""
+        count = digest_offsets(self.grid, self.itemsize_bytes)[-1]
+        return self._digits(0, count * _DIGITS) == other._digits(0, count * _DIGITS)
+
+    def _digits(self, start: int, end: int) -> str:
+        text = self.text
+        return text[start:end] if isinstance(text, str) else text.digits(start, end)
 
     def of(self, index: tuple[int, ...]) -> str:
         """Returns the digests of one chunk."""
         offsets = digest_offsets(self.grid, self.itemsize_bytes)
         position = self.grid.position(index)
-        return self.text[_DIGITS * offsets[position] : _DIGITS * offsets[position + 1]]
+        return self._digits(_DIGITS * offsets[position], _DIGITS * offsets[position + 1])
 
     def check(self, block: int, data: Any) -> Mismatch | None:
         """Compares bytes with their recorded digests.
@@ -58,7 +79,7 @@ class Digests(NamedTuple):
             The first difference; None where there is none.
         """
         got = digest_blocks(data, self.grid.block_bytes)
-        expected = self.text[_DIGITS * block : _DIGITS * block + len(got)]
+        expected = self._digits(_DIGITS * block, _DIGITS * block + len(got))
         if got == expected:
             return None
         at = next(

@@ -64,6 +64,30 @@ class FileRecord:
         return cls(len(data), digest_hex(data))
 
 
+DIGEST_BYTES = 8
+PAGE_BYTES = 16 * 2**10
+"""The table of digests is read and verified in units of this many bytes."""
+MAX_DIGESTS = 8192
+"""Digests of a record; more are in a table."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DigestTable:
+    """Where the digests of an item are, if they are not in its record.
+
+    Attributes:
+        file: The file, relative to the item.
+        offset: The first byte.
+        num_digests: The number of digests, 8 bytes each: arrays in the order of the record.
+        pages: The digest of each page of the table, in one string.
+    """
+
+    file: str
+    offset: int
+    num_digests: int
+    pages: str
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ArrayRecord:
     """Chunk shape and digests of one array.
@@ -71,11 +95,13 @@ class ArrayRecord:
     Attributes:
         chunk_shape: Shape of one chunk.
         xxh3: For every chunk in C order, for every block of its valid region, 16 hex digits; all in
-            one string.
+            one string. Empty where a table has them.
+        num_in_table: The number of its digests in a table.
     """
 
     chunk_shape: tuple[int, ...]
     xxh3: str
+    num_in_table: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +115,7 @@ class ItemRecord:
         arrays: For each array that holds bytes, by name: its grid and digests.
         files: Every other file of the item's directory.
         block_bytes: Bytes of a chunk's valid region that have a digest.
+        table: Where the digests are; None if they are in `arrays`.
     """
 
     item: str
@@ -97,6 +124,7 @@ class ItemRecord:
     arrays: Mapping[str, ArrayRecord]
     files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict)
     block_bytes: int = DIGEST_BLOCK_BYTES
+    table: DigestTable | None = None
 
     @property
     def least_bytes(self) -> int:
@@ -113,7 +141,8 @@ class ItemRecord:
 
     def to_json(self) -> bytes:
         """Returns the sealed text of the item's extension file."""
-        record = {
+        table = self.table
+        record: dict[str, Json] = {
             "format": _FORMAT,
             "version": VERSION,
             "item": self.item,
@@ -121,10 +150,13 @@ class ItemRecord:
             "digest_block_bytes": self.block_bytes,
             "structure": structure_json.to_json(self.root),
             "arrays": {
-                name: [list(array.chunk_shape), array.xxh3] for name, array in self.arrays.items()
+                name: [list(array.chunk_shape), *([array.xxh3] if table is None else [])]
+                for name, array in self.arrays.items()
             },
             "files": _files_to_json(self.files),
         }
+        if table is not None:
+            record["digests"] = [table.file, table.offset, table.num_digests, table.pages]
         return with_checksum(record)
 
 
@@ -226,19 +258,40 @@ def parse_item(data: bytes, path: object) -> ItemRecord:
         if record["digest_block_bytes"] != block_bytes:
             raise ValueError(f"digest blocks of {record['digest_block_bytes']!r} bytes")
         root = structure_json.from_json(record["structure"])
-        arrays = {
-            string(name): ArrayRecord(structure_json.shape(shape), _hex(digests))
-            for name, (shape, digests) in record["arrays"].items()
-        }
-        _check_arrays(root, arrays, block_bytes)
+        files = _files_from_json(record["files"])
+        table = _table(record.get("digests"), files)
+        if table is None:
+            arrays = {
+                string(name): ArrayRecord(structure_json.shape(shape), _hex(digests))
+                for name, (shape, digests) in record["arrays"].items()
+            }
+        else:
+            arrays = {
+                string(name): ArrayRecord(structure_json.shape(shape), "", table.num_digests)
+                for name, (shape,) in record["arrays"].items()
+            }
+        arrays = _checked_arrays(root, arrays, block_bytes, table)
         return ItemRecord(
             item=string(record["item"]),
             handler=string(record["handler"]),
             root=root,
             arrays=arrays,
-            files=_files_from_json(record["files"]),
+            files=files,
             block_bytes=block_bytes,
+            table=table,
         )
+
+
+def _table(record: Json, files: Mapping[str, FileRecord]) -> DigestTable | None:
+    if record is None:
+        return None
+    file, offset, count, pages = record
+    table = DigestTable(string(file), _natural(offset), _natural(count), _hex(pages))
+    size_bytes = table.num_digests * DIGEST_BYTES
+    num_pages = -(-size_bytes // PAGE_BYTES)
+    if len(table.pages) != 16 * num_pages or table.offset + size_bytes > files[file].size_bytes:
+        raise ValueError(f"{count} digests at byte {offset} of {file!r}")
+    return table
 
 
 def parse_step(data: bytes, path: object) -> StepRecord:
@@ -283,10 +336,14 @@ def _parsing(path: object) -> Generator[None]:
         ) from error
 
 
-def _check_arrays(
-    root: structure.Node, arrays: Mapping[str, ArrayRecord], block_bytes: int
-) -> None:
-    """Every array has a record that fits it, and nothing else has one."""
+def _checked_arrays(
+    root: structure.Node,
+    arrays: Mapping[str, ArrayRecord],
+    block_bytes: int,
+    table: DigestTable | None,
+) -> dict[str, ArrayRecord]:
+    """Returns the arrays with their number of digests, once each has a record that fits it."""
+    checked: dict[str, ArrayRecord] = dict(arrays)
     expected: set[str] = set()
     specs: dict[str, spec_lib.ArraySpec] = {}
     tied: list[structure.ArrayNode] = []
@@ -300,14 +357,20 @@ def _check_arrays(
         specs[leaf.name] = leaf.spec
         array = arrays[leaf.name]
         grid = ChunkGrid(leaf.spec.shape, array.chunk_shape, block_bytes)
-        blocks = _num_blocks(leaf.spec, grid, len(array.xxh3) // 16)
-        if len(array.xxh3) != 16 * blocks:
+        recorded = array.num_in_table or len(array.xxh3) // 16
+        blocks = _num_blocks(leaf.spec, grid, recorded)
+        if table is not None:
+            checked[leaf.name] = dataclasses.replace(array, num_in_table=blocks)
+        elif len(array.xxh3) != 16 * blocks:
             raise ValueError(f"array {leaf.name!r} has {len(array.xxh3)} digits of digest")
     if expected != set(arrays):
         raise ValueError(f"arrays {sorted(expected ^ set(arrays))} are listed once only")
     for leaf in tied:
         if specs.get(str(leaf.tied_to)) != leaf.spec:
             raise ValueError(f"{leaf.name!r} is tied to {leaf.tied_to!r}, which is not the same")
+    if table and sum(array.num_in_table for array in checked.values()) != table.num_digests:
+        raise ValueError(f"{table.num_digests} digests for other numbers of blocks")
+    return checked
 
 
 @functools.lru_cache(maxsize=4096)
