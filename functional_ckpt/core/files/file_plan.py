@@ -25,6 +25,7 @@ BYTES_PER_FILE = 32 * 2**20
 """Data of one file at least: several writers keep the disk busy while others hash and copy."""
 NUM_FILES = 4
 """Files of one rank, if they need not be more: as many as threads write."""
+_MAX_ALIGNMENT = 64
 _PADDING = "functional_ckpt.padding"
 _MARKS = ("format", header_lib.SHARDING)
 
@@ -203,12 +204,13 @@ def _plan_tensors(
     aliases: Mapping[str, Sequence[str]],
     padding: str,
 ) -> FilePlan:
-    """Lays out one file; tensors whose last chunk needs the most padding come first.
+    """Lays out one file.
 
-    Where too few bytes follow a chunk at the end, complete arrays get chunks that divide them, and
-    a tensor of padding is added to the others.
+    Tensors are sorted by the alignment of their ends, so that each is aligned to its elements, and
+    then by the padding that their last chunks need. Where too few bytes follow a chunk at the end,
+    complete arrays get chunks that divide them, and a tensor of padding is added to the others.
     """
-    order = sorted(group, key=lambda i: (-boxes[i].spec.itemsize_bytes, -_missing_bytes(boxes[i])))
+    order = sorted(group, key=lambda i: (-_alignment(boxes[i]), -_missing_bytes(boxes[i])))
     tensors: list[Tensor] = []
     end = 0
     for index in order:
@@ -268,7 +270,6 @@ def chunk_bytes(grid: ChunkGrid, itemsize_bytes: int) -> int:
     return math.prod(grid.chunk_shape) * itemsize_bytes
 
 
-@functools.lru_cache(maxsize=4096)
 def stored_chunks(
     grid: ChunkGrid, box: Box, itemsize_bytes: int, *, is_tensor: bool
 ) -> Sequence[StoredChunk]:
@@ -280,11 +281,26 @@ def stored_chunks(
         itemsize_bytes: Bytes of an element.
         is_tensor: Whether the box is stored as it is; else chunk by chunk, padded.
     """
-    return tuple(_stored_chunks(grid, box, itemsize_bytes, is_tensor=is_tensor))
+    if box.shape == grid.chunk_shape == grid.shape:  # thousands of small arrays
+        return _only_chunk(len(grid.shape))
+    return _all_chunks(grid, box, itemsize_bytes, is_tensor)
 
 
-def _stored_chunks(
-    grid: ChunkGrid, box: Box, itemsize_bytes: int, *, is_tensor: bool
+@functools.cache
+def _only_chunk(num_dims: int) -> Sequence[StoredChunk]:
+    index = (0,) * num_dims
+    return (StoredChunk(index, "/".join(("c", *map(str, index))).encode(), 0),)
+
+
+@functools.lru_cache(maxsize=4096)
+def _all_chunks(
+    grid: ChunkGrid, box: Box, itemsize_bytes: int, is_tensor: bool
+) -> Sequence[StoredChunk]:
+    return tuple(_iter_chunks(grid, box, itemsize_bytes, is_tensor))
+
+
+def _iter_chunks(
+    grid: ChunkGrid, box: Box, itemsize_bytes: int, is_tensor: bool
 ) -> Iterator[StoredChunk]:
     size_bytes = chunk_bytes(grid, itemsize_bytes)
     for number, index in enumerate(grid.indices(box)):
@@ -295,6 +311,12 @@ def _stored_chunks(
                 raise ValueError(f"chunk {index} of {grid} is not one run of {box}")
             start = run[0] * itemsize_bytes
         yield StoredChunk(index, grid.key(index).encode(), start)
+
+
+def _alignment(box: StoredBox) -> int:
+    """Returns the power of two that the end of a box is aligned to, if its start is."""
+    size_bytes = box.size_bytes
+    return min(size_bytes & -size_bytes, _MAX_ALIGNMENT) if size_bytes else _MAX_ALIGNMENT
 
 
 def _missing_bytes(box: StoredBox) -> int:
