@@ -1,6 +1,6 @@
 """The cost of coordination with a thousand ranks, without a thousand processes.
 
-    python -m benchmarks.planning [--ranks 64 256 1024] [--tensors 2000] [--merge-ranks 16 64]
+    python -m benchmarks.planning [--ranks 64 256 1024] [--tensors 2000]
 
 Every step that a save takes beside moving bytes runs as it is, for one rank or for the primary;
 the other ranks' messages are simulated. Seconds of one run.
@@ -11,22 +11,22 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 from functional_ckpt.core.arrays import chunks
 from functional_ckpt.core.arrays import sharding as sharding_lib
 from functional_ckpt.core.arrays.sharding import DimShard, Sharding
-from functional_ckpt.core.arrays.spec import ArraySpec, Box
-from functional_ckpt.core.records import merge_ranks, records
-from functional_ckpt.core.records import orbax as orbax_lib
+from functional_ckpt.core.arrays.spec import ArraySpec
+from functional_ckpt.core.arrays.write_plan import ShardedArray, plan_writes
+from functional_ckpt.core.records import records
 from functional_ckpt.core.tree import structure
-from functional_ckpt.format import write_tensorstore
+from functional_ckpt.format.write_files import Written, WrittenBox
 from functional_ckpt.saving import finalize, lower, write
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.storage import queries
@@ -44,16 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--tensors", type=int, default=2000)
-    parser.add_argument("--merge-ranks", type=int, nargs="*", default=[16, 64])
     parser.add_argument("--meshes", nargs="+", default=list(MESHES), choices=list(MESHES))
     args = parser.parse_args()
     for mesh in args.meshes:
         for num_ranks in args.ranks:
             figures = measure(mesh, num_ranks, args.tensors)
             print(json.dumps({"mesh": mesh, "ranks": num_ranks, "tensors": args.tensors} | figures))
-    for num_ranks in args.merge_ranks:
-        seconds = merge(num_ranks, args.tensors)
-        print(json.dumps({"merge of": num_ranks, "tensors": args.tensors, "seconds": seconds}))
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -80,7 +76,8 @@ def measure(mesh: str, num_ranks: int, num_tensors: int) -> dict[str, Any]:
         "signature_seconds": signature_seconds,
         "plan_seconds": plan_seconds,
         "plan_again_seconds": again_seconds,
-    } | primary(item, plan[ITEM], num_ranks)
+        "parts": len(plan[ITEM].parts),
+    } | primary(item, num_ranks)
 
 
 def lowered(sharding: Sharding, num_tensors: int) -> lower.LoweredItem:
@@ -100,15 +97,17 @@ def lowered(sharding: Sharding, num_tensors: int) -> lower.LoweredItem:
     return lower.LoweredItem(name=ITEM, handler="ModuleHandler", root=root, sources=tuple(sources))
 
 
-def primary(item: lower.LoweredItem, plan: plan_lib.ItemPlan, num_ranks: int) -> dict[str, Any]:
-    """Rank 0's work on all reports: read, merge, check, join, write."""
-    grids = {s.node.name: a.grid for s, a in zip(item.sources, plan.arrays, strict=True)}
+def primary(item: lower.LoweredItem, num_ranks: int) -> dict[str, Any]:
+    """Rank 0's work on all reports: read, merge, check, index, write; and a rank that restores."""
+    sharding = cast("Sharding", item.sources[0].sharding)
+    arrays = [
+        ShardedArray(ITEM, source.node.name, source.node.spec, sharding) for source in item.sources
+    ]
     with tempfile.TemporaryDirectory() as directory:
         storage = LocalStorage()
-        num_bytes = 0
         write_seconds = 0.0
         for rank in range(num_ranks):
-            report = made_up_report(item, grids, rank, num_ranks)
+            report = made_up_report(arrays, rank)
             seconds, _ = timed(
                 functools.partial(write.write_report, storage, directory, rank, report)
             )
@@ -117,92 +116,56 @@ def primary(item: lower.LoweredItem, plan: plan_lib.ItemPlan, num_ranks: int) ->
         read_seconds, reports = timed(
             lambda: [write.read_report(storage, directory, rank) for rank in range(num_ranks)]
         )
-    root = cast("structure.Node", item.root)
-    unite_seconds, united = timed(
-        lambda: merge_ranks.merge_ranks([(rank, root) for rank in range(num_ranks)], item=ITEM)
-    )
-    nodes = [source.node for source in item.sources]
-    check_seconds, _ = timed(lambda: finalize._check_whole(ITEM, nodes, grids, reports))
-    join_seconds, joined = timed(
-        lambda: write_tensorstore.join_digests([report.digests[ITEM] for report in reports])
-    )
-    record = records.ItemRecord(
-        item=ITEM,
-        handler=item.handler,
-        root=united,
-        arrays={
-            name: records.ArrayRecord(g.chunk_shape, joined.get(name, ""))
-            for name, g in grids.items()
-        },
-    )
-    record_seconds, text = timed(record.to_json)
-    orbax_seconds, orbax = timed(lambda: orbax_lib.tree_metadata(united))
-    parse_seconds, _ = timed(lambda: records.parse_item(text, "record"))
+        root = cast("structure.Node", item.root)
+        own = [report[ITEM] for report in reports]
+        finish_seconds, record = timed(
+            lambda: finalize._finalize_item(storage, directory, item, root, own)
+        )
+        record_seconds, text = timed(record.to_json)
+        parse_seconds, _ = timed(lambda: records.parse_item(text, "record"))
+        index_bytes = sum(
+            file.size_bytes for name, file in record.files.items() if name.endswith(".ocdbt")
+        )
     return {
-        "shards": sum(grid.num_chunks for grid in grids.values()),
+        "chunks": sum(len(box.digests) // 16 for report in own for box in report.written.boxes),
         "one_report_write_seconds": round(write_seconds / num_ranks, 4),
         "all_reports_bytes": num_bytes,
         "primary_seconds": {
             "read reports": read_seconds,
-            "unite": unite_seconds,
-            "check": check_seconds,
-            "join digests": join_seconds,
-            "write records": round(record_seconds + orbax_seconds, 3),
+            "merge, check and index": finish_seconds,
+            "write record": record_seconds,
         },
-        "metadata_bytes": len(text) + len(orbax),
+        "max_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "record_bytes": len(text),
+        "index_bytes": index_bytes,
         "parse_seconds": parse_seconds,
     }
 
 
-def made_up_report(
-    item: lower.LoweredItem, grids: dict[str, chunks.ChunkGrid], rank: int, num_ranks: int
-) -> write.RankReport:
-    """Every chunk is reported once, by one rank, in digests of its true length."""
-    digests: dict[str, dict[int, str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for source in item.sources:
-        grid = grids[source.node.name]
-        places = range(rank, grid.num_chunks, num_ranks)
-        itemsize = source.node.spec.itemsize_bytes
-        first = next(grid.indices())
-        num_digests = grid.num_digests(first, itemsize)
-        if places:
-            digests[source.node.name] = dict.fromkeys(places, "0123456789abcdef" * num_digests)
-        if rank == 0:
-            shapes[source.node.name] = grid.chunk_shape
-    return write.RankReport(
-        digests={ITEM: digests},
-        chunk_shapes={ITEM: shapes},
-        children={ITEM: (f"ocdbt.process_{rank}_0",)},
-        roots={},
-    )
-
-
-def merge(num_ranks: int, num_tensors: int) -> float:
-    """Real databases, each with a small chunk of every tensor, merged into one."""
-    storage = LocalStorage()
-    spec = ArraySpec((num_ranks, 600), "int16")
-    grid = chunks.ChunkGrid(spec.shape, (1, 600))
-    with tempfile.TemporaryDirectory() as directory:
-        children = [f"ocdbt.process_{rank}_0" for rank in range(num_ranks)]
-        for rank, child in enumerate(children):
-            data = np.full((1, 600), rank, np.int16)
-            writes = [
-                write_tensorstore.ArrayWrite(
-                    name=f"layers.{place}.weight",
-                    spec=spec,
-                    grid=grid,
-                    box=Box((rank, 0), (1, 600)),
-                    data=data,
-                    writes_metadata=rank == 0,
+def made_up_report(arrays: Sequence[ShardedArray], rank: int) -> write.RankReport:
+    """The report of one rank, with digests of their true length."""
+    boxes: list[WrittenBox] = []
+    name = f"shard-{rank:05d}-model.safetensors"
+    end = 0
+    for array, planned in zip(arrays, plan_writes(arrays, rank), strict=True):
+        for piece in planned.of(rank):
+            itemsize = array.spec.itemsize_bytes
+            indices = planned.grid.indices(piece.box)
+            count = sum(planned.grid.num_digests(index, itemsize) for index in indices)
+            boxes.append(
+                WrittenBox(
+                    array.name,
+                    planned.grid.chunk_shape,
+                    piece.box,
+                    name,
+                    end,
+                    True,
+                    "0123456789abcdef" * count,
                 )
-                for place in range(num_tensors)
-            ]
-            write_tensorstore.write_arrays(storage, directory, [child], writes)
-        seconds, _ = timed(
-            lambda: write_tensorstore.merge_children(storage, directory, children, {})
-        )
-    return seconds
+            )
+            end += piece.box.num_elements * itemsize
+    written = Written(boxes=boxes, files={name: records.FileRecord(end, "0" * 16)})
+    return {ITEM: write.ItemReport(written=written, root=None)}
 
 
 if __name__ == "__main__":

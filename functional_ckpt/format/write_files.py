@@ -200,7 +200,7 @@ def _append_tensor(file: DataFile, write: ArrayWrite) -> str:
     if not data.flags.c_contiguous:
         return "".join(
             _append_region(
-                file, data[_inside(write, chunk.index).slices()], is_stable=write.is_stable
+                file, data[_inside(write, chunk.chunk).slices()], is_stable=write.is_stable
             )
             for chunk in chunks
         )

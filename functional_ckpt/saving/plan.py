@@ -386,7 +386,7 @@ def _plan_files(
     mine = held.get(rank, [])
     parts = [
         PlannedPart(
-            mine[m.index][0], mine[m.index][1].box, mine[m.index][1].local, m.grid, m.offset
+            mine[m.number][0], mine[m.number][1].box, mine[m.number][1].local, m.grid, m.offset
         )
         for file in files
         for m in file.members

@@ -65,11 +65,11 @@ def check(plans: list[FilePlan], boxes: list[StoredBox]) -> list[tuple[str, Box]
             itemsize = box.spec.itemsize_bytes
             size = file_plan.chunk_bytes(grid, itemsize)
             chunks = file_plan.stored_chunks(grid, box.box, itemsize, is_tensor=plan.has_tensors)
-            assert [chunk.index for chunk in chunks] == list(grid.indices(box.box))
+            assert [chunk.chunk for chunk in chunks] == list(grid.indices(box.box))
             for chunk in chunks:
                 data = image[offset + chunk.start : offset + chunk.start + size]
                 assert len(data) == size, "a chunk reaches over the end of its file"
-                valid = grid.box(chunk.index)
+                valid = grid.box(chunk.chunk)
                 values = np.frombuffer(data, np.uint8).reshape(*grid.chunk_shape, itemsize)
                 expected = value_of(box.spec)[valid.slices()]
                 assert np.array_equal(values[Box.whole(valid.shape).slices()], expected)
@@ -79,7 +79,7 @@ def check(plans: list[FilePlan], boxes: list[StoredBox]) -> list[tuple[str, Box]
         assert metadata["format"] == "pt"
         found = dict(safetensors.deserialize(image))
         assert found.keys() == {tensor.name for tensor in tensors}
-        names = [boxes[member.index].name for member in plan.members]
+        names = [boxes[member.number].name for member in plan.members]
         paddings = {name for name in found if name.startswith("functional_ckpt.")}
         assert found.keys() - paddings == set(names)
         for index, offset, _ in plan.members:

@@ -31,7 +31,7 @@ def write_regions(
     ]
     plans = file_plan.plan_files(boxes, is_sharded=True, rank=rank)
     named = file_plan.file_names("data", plans, shard=rank)
-    ordered = [writes[member.index] for plan in named for member in plan.members]
+    ordered = [writes[member.number] for plan in named for member in plan.members]
     written = write_files(storage, directory, named, ordered, num_threads=num_threads)
     return written.boxes, written.files
 

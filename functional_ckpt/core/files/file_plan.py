@@ -55,9 +55,9 @@ class StoredBox(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A box in a file: its index among the boxes, its first byte, and the array's chunks."""
+    """A box in a file: its number among the boxes, its first byte, and the array's chunks."""
 
-    index: int
+    number: int
     offset: int
     grid: ChunkGrid
 
@@ -260,7 +260,7 @@ def _plan_chunks(boxes: Sequence[StoredBox], group: Sequence[int]) -> FilePlan:
 class StoredChunk(NamedTuple):
     """A chunk of a stored box: its index, its key in the array, and its first byte in the box."""
 
-    index: tuple[int, ...]
+    chunk: tuple[int, ...]
     key: bytes
     start: int
 
