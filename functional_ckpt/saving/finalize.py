@@ -14,6 +14,7 @@ from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.files.file_plan import stored_chunks
 from functional_ckpt.core.records import merge_ranks, orbax, records
 from functional_ckpt.core.tree import structure
+from functional_ckpt.format.regions import is_tensors
 from functional_ckpt.format.step_files import JSON_FILE, METRICS_FILE, PROGRESS_ITEM
 from functional_ckpt.format.write_files import WrittenBox
 from functional_ckpt.format.write_index import IndexedArray, write_index
@@ -271,7 +272,7 @@ def _hub_files(
     if item.file_stem != "model" or not is_complete:
         return {}
     texts = {name: text.encode() for name, text in item.texts.items()}
-    files = {name for report in reports for name in report.written.files if _is_tensors(name)}
+    files = {name for report in reports for name in report.written.files if is_tensors(name)}
     if files and files != {f"{item.file_stem}.safetensors"}:
         own = [box for report in reports for box in report.written.boxes if box.is_tensor]
         index = {
@@ -280,10 +281,6 @@ def _hub_files(
         }
         texts["model.safetensors.index.json"] = (json.dumps(index, indent=2) + "\n").encode()
     return texts
-
-
-def _is_tensors(name: str) -> bool:
-    return name.endswith(".safetensors")
 
 
 def _describe(

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from functional_ckpt import errors
-from functional_ckpt.core.arrays.spec import Box
 from functional_ckpt.core.records import records, structure_json
 from functional_ckpt.core.tree import structure
 from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.format.regions import Regions
 from functional_ckpt.format.tuning import NUM_THREADS
-from functional_ckpt.format.write_files import Written, WrittenBox, write_files
+from functional_ckpt.format.write_files import Written, write_files
 from functional_ckpt.saving.lower import LoweredItem
 from functional_ckpt.saving.parts import StagedItem
 from functional_ckpt.storage import commit, queries
@@ -36,28 +36,24 @@ class ItemReport:
     written: Written
     root: structure.Node | None
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns the report as JSON."""
+    def encode(self) -> tuple[dict[str, Any], bytes]:
+        """Returns the report as a JSON header and the bytes behind it."""
         files = self.written.files
+        regions, data = Regions.of(self.written.boxes, files).encode()
         return {
-            "boxes": [
-                (name, shape, box.offset, box.shape, file, offset, is_tensor, digests)
-                for name, shape, box, file, offset, is_tensor, digests in self.written.boxes
-            ],
+            "regions": regions,
             "files": {name: [file.size_bytes, file.xxh3] for name, file in files.items()},
             "root": None if self.root is None else structure_json.to_json(self.root),
-        }
+            "num_bytes": len(data),
+        }, data
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> ItemReport:
-        """Returns the report of `to_json`."""
+    def decode(cls, record: Mapping[str, Any], data: bytes) -> ItemReport:
+        """Returns the report of `encode`."""
         root = record["root"]
         return cls(
             written=Written(
-                boxes=[
-                    WrittenBox(name, tuple(chunk), Box(tuple(start), tuple(size)), *rest)
-                    for name, chunk, start, size, *rest in record["boxes"]
-                ],
+                boxes=list(Regions.decode(record["regions"], data).boxes()),
                 files={name: records.FileRecord(*file) for name, file in record["files"].items()},
             ),
             root=None if root is None else structure_json.from_json(root),
@@ -149,17 +145,16 @@ def write_report(storage: Storage, directory: str, rank: int, report: RankReport
     """Writes this rank's report to a file that the primary reads."""
     folder = os.path.join(directory, REPORTS)
     storage.make_directory(folder, parents=False)
-    record = {
-        "format": "functional_ckpt",
-        "version": records.VERSION,
-        "items": {name: item.to_json() for name, item in report.items()},
-    }
-    storage.write(os.path.join(folder, f"{rank}.json"), records.with_checksum(record))
+    encoded = {name: item.encode() for name, item in report.items()}
+    header = json.dumps({name: record for name, (record, _) in encoded.items()}).encode()
+    content = b"".join([header, b"\n", *(data for _, data in encoded.values())])
+    digest = records.digest_hex(content).encode()
+    storage.write(os.path.join(folder, f"{rank}.report"), content + digest)
 
 
 def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
     """Returns a rank's report; `CoordinationError` if it is missing."""
-    path = os.path.join(directory, REPORTS, f"{rank}.json")
+    path = os.path.join(directory, REPORTS, f"{rank}.report")
     if not queries.exists(storage, path):
         raise errors.CoordinationError(
             f"Rank {rank} reported its files as written, but {path} does not exist. All ranks must "
@@ -167,5 +162,14 @@ def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
             ranks=(rank,),
             path=path,
         )
-    record = records.verify_checksum(storage.read(path), path)
-    return {name: ItemReport.from_json(item) for name, item in record["items"].items()}
+    content = storage.read(path)
+    content, digest = content[:-16], content[-16:]
+    if records.digest_hex(content).encode() != digest:
+        raise errors.CorruptCheckpointError(f"{path}: it was changed or cut short.", path=path)
+    header, _, data = content.partition(b"\n")
+    reports: dict[str, ItemReport] = {}
+    for name, record in json.loads(header).items():
+        end = record["num_bytes"]
+        reports[name] = ItemReport.decode(record, data[:end])
+        data = data[end:]
+    return reports
