@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.core.arrays.chunks import ChunkGrid
+from functional_ckpt.core.arrays.chunks import ChunkGrid, digest_offsets
 from functional_ckpt.core.files.file_plan import stored_chunks
 from functional_ckpt.core.records import merge_ranks, orbax, records
 from functional_ckpt.core.tree import structure
@@ -253,11 +253,18 @@ def joined_digests(array: IndexedArray) -> str:
     if len(boxes) == 1:
         return boxes[0].digests
     chunks: dict[int, str] = {}
+    offsets = digest_offsets(grid, spec.itemsize_bytes)
     for box in boxes:
+        pairs = zip(box.box.offset, grid.chunk_shape, strict=True)
+        first = grid.position(tuple(start // size for start, size in pairs))
+        if box.box.shape[1:] == spec.shape[1:]:  # rows: its chunks are consecutive
+            chunks[first] = box.digests
+            continue
         end = 0
         for index in grid.indices(box.box):
-            start, end = end, end + 16 * grid.num_digests(index, spec.itemsize_bytes)
-            chunks[grid.position(index)] = box.digests[start:end]
+            position = grid.position(index)
+            start, end = end, end + 16 * (offsets[position + 1] - offsets[position])
+            chunks[position] = box.digests[start:end]
     return "".join([chunks[position] for position in sorted(chunks)])
 
 

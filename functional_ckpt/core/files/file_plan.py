@@ -13,6 +13,7 @@ import functools
 import heapq
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -282,13 +283,14 @@ def stored_chunks(
         is_tensor: Whether the box is stored as it is; else chunk by chunk, padded.
     """
     if box.shape == grid.chunk_shape == grid.shape:  # thousands of small arrays
-        return _only_chunk(len(grid.shape))
+        return _only_chunk((0,) * len(grid.shape))
+    if all(map(operator.le, box.shape, grid.chunk_shape)) and box.num_elements:  # of many ranks
+        return _only_chunk(tuple(map(operator.floordiv, box.offset, grid.chunk_shape)))
     return _all_chunks(grid, box, itemsize_bytes, is_tensor)
 
 
-@functools.cache
-def _only_chunk(num_dims: int) -> Sequence[StoredChunk]:
-    index = (0,) * num_dims
+@functools.lru_cache(maxsize=4096)
+def _only_chunk(index: tuple[int, ...]) -> Sequence[StoredChunk]:
     return (StoredChunk(index, "/".join(("c", *map(str, index))).encode(), 0),)
 
 
