@@ -20,14 +20,15 @@ HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "format.md"
 CHECKPOINTS = ["run/7", "save", "spread"]
 RECORD = "_FUNCTIONAL_CKPT"
+BLOCKS = {"v1": 65536, "v2": 131072}
 COUNTED = ("list", "tuple", "torch_size", "deque")
 ARRAYS = ("tensor", "ndarray", "numpy_scalar", "bytes")
 VALUES = ("none", "bool", "int", "float", "complex", "str", "torch_dtype", "torch_device")
 
 
-@pytest.fixture(params=CHECKPOINTS)
+@pytest.fixture(params=[f"{version}/{name}" for version in BLOCKS for name in CHECKPOINTS])
 def checkpoint(request: pytest.FixtureRequest) -> Path:
-    return HERE / "v1" / request.param
+    return HERE / request.param
 
 
 def unsealed(path: Path) -> dict[str, Any]:
@@ -35,7 +36,8 @@ def unsealed(path: Path) -> dict[str, Any]:
     assert data[-29:] == f', "xxh3": "{xxhash.xxh3_64_hexdigest(data[:-29])}"}}'.encode()
     record = json.loads(data)
     assert data.isascii() and list(record)[-1] == "xxh3"
-    assert (record["format"], record["version"]) == ("functional_ckpt", 1)
+    assert record["format"] == "functional_ckpt"
+    assert f"/v{record['version']}/" in path.as_posix()
     return record
 
 
@@ -99,7 +101,8 @@ def test_one_record_fixes_every_file(checkpoint: Path) -> None:
     assert step["step"] == (7 if checkpoint.name == "7" else None)
     listed = {RECORD, *step["files"]}
     for item, record in tree_items(checkpoint):
-        assert record["item"] == item.name and record["digest_block_bytes"] == 65536
+        assert record["item"] == item.name
+        assert record["digest_block_bytes"] == BLOCKS[f"v{record['version']}"]
         check_files(item, record)
         listed |= {f"{item.name}/{name}" for name in record["files"]}
     assert files_below(checkpoint) == listed
@@ -135,8 +138,9 @@ def test_every_chunk_has_the_bytes_of_its_digests(checkpoint: Path) -> None:
                     for c, n, i in zip(chunk_shape, shape, index, strict=True)
                 ]
                 block = np.ascontiguousarray(chunk[tuple(valid)]).tobytes()
-                for start in range(0, len(block), 65536):
-                    got = xxhash.xxh3_64_hexdigest(block[start : start + 65536])
+                size = record["digest_block_bytes"]
+                for start in range(0, len(block), size):
+                    got = xxhash.xxh3_64_hexdigest(block[start : start + size])
                     assert got == next(expected), key
                 num_chunks += 1
             assert next(expected, None) is None
@@ -146,6 +150,38 @@ def test_every_chunk_has_the_bytes_of_its_digests(checkpoint: Path) -> None:
         }
         assert rest <= numbers  # Orbax's copies of plain numbers
     assert num_chunks > 1
+
+
+def test_tensors_are_the_arrays_of_their_names(checkpoint: Path) -> None:
+    num_tensors = 0
+    for item, record in tree_items(checkpoint):
+        if record["version"] == 1:
+            continue
+        found = {name: node for name, kind, node in leaves(iter(record["structure"]))}
+        spec = {"driver": "ocdbt", "base": f"file://{item}/"}
+        store = ts.KvStore.open(spec).result()
+        for file in item.glob("*.safetensors"):
+            data = file.read_bytes()
+            start = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(data[8:start])
+            metadata = header.pop("__metadata__")
+            assert start % 4096 == 0 and metadata.pop("format") == "pt"
+            assert all(found[tied]["tied_to"] == name for tied, name in metadata.items())
+            ends = sorted(tuple(tensor["data_offsets"]) for tensor in header.values())
+            assert [0, *(end for _, end in ends)] == [
+                *(begin for begin, _ in ends),
+                len(data) - start,
+            ]
+            for name, tensor in header.items():
+                _, shape = found[name][next(iter(found[name]))]
+                assert tensor["shape"] == shape
+                begin, end = (start + offset for offset in tensor["data_offsets"])
+                key = prefix(name) + "/".join(("c", *("0" for _ in shape)))
+                if begin < end:
+                    first = store.read(key).result().value
+                    assert data[begin:end].startswith(first[: end - begin])
+                num_tensors += 1
+    assert num_tensors > 0 or "v1" in checkpoint.parts
 
 
 def test_orbaxs_files_name_the_same_leaves(checkpoint: Path) -> None:
@@ -164,8 +200,8 @@ def test_page_names_every_kind_and_field() -> None:
     page = PAGE.read_text(encoding="utf-8")
     named = set(re.findall(r"`([A-Za-z0-9_]+)`", page))
     used: set[str] = set()
-    for path in CHECKPOINTS:
-        for _, record in tree_items(HERE / "v1" / path):
+    for path in (HERE / version / name for version in BLOCKS for name in CHECKPOINTS):
+        for _, record in tree_items(path):
             used |= set(record) - {"xxh3"}
             for node in record["structure"]:
                 used |= set(node) | set(node.get("detail", {}))
