@@ -62,12 +62,12 @@ class Entries:
         self.offsets.append(offset)
         self.lengths.append(length)
 
-    def extend(self, other: Entries) -> None:
-        """Adds all of another's."""
-        self.keys += other.keys
-        self.files.extend(other.files)
-        self.offsets.extend(other.offsets)
-        self.lengths.extend(other.lengths)
+    def add_columns(self, keys: Sequence[bytes], files: Array, offsets: Array, length: int) -> None:
+        """Adds many keys, of values of one length."""
+        self.keys += keys
+        self.files.extend(files.tolist())
+        self.offsets.extend(offsets.tolist())
+        self.lengths.extend([length] * len(keys))
 
 
 class Span(NamedTuple):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,16 +70,17 @@ class Regions:
         """Returns a JSON header and the bytes behind it."""
         columns = (self.starts, self.shapes, self.file, self.offsets, self.counts)
         packed = zlib.compress(b"".join([each.astype("<i8").tobytes() for each in columns]), 1)
-        header = {"head": self.head, "files": self.files, "packed_bytes": len(packed)}
-        return header, packed + self.digests
+        head = json.dumps(self.head, separators=(",", ":")).encode()
+        header = {"files": self.files, "head_bytes": len(head), "packed_bytes": len(packed)}
+        return header, head + packed + self.digests
 
     @classmethod
     def decode(cls, header: Mapping[str, Any], data: bytes) -> Regions:
         """Returns the regions of `encode`."""
-        names, shapes = header["head"]
-        head = Head(tuple(names), tuple(map(tuple, shapes)))
-        packed_bytes = header["packed_bytes"]
-        numbers = np.frombuffer(zlib.decompress(data[:packed_bytes]), "<i8")
+        packed_at = header["head_bytes"]
+        digests_at = packed_at + header["packed_bytes"]
+        head = _head(data[:packed_at])
+        numbers = np.frombuffer(zlib.decompress(data[packed_at:digests_at]), "<i8")
         num_dims = sum(map(len, head.chunk_shapes))
         count = len(head.names)
         ends = np.cumsum([num_dims, num_dims, *[count] * _NUM_COLUMNS])
@@ -92,31 +95,34 @@ class Regions:
             file=columns[2],
             offsets=columns[3],
             counts=columns[4],
-            digests=data[packed_bytes:],
+            digests=data[digests_at:],
         )
 
-    def boxes(self) -> Iterator[WrittenBox]:
-        """Yields the regions as records."""
-        dims = end = 0
-        columns = zip(
-            self.head.names,
-            self.head.chunk_shapes,
-            self.file.tolist(),
-            self.offsets.tolist(),
-            self.counts.tolist(),
-            strict=True,
+    def box(self, row: int, first_dim: int, first_digest: int) -> WrittenBox:
+        """Returns one region as a record.
+
+        Args:
+            row: Which.
+            first_dim: The index of its first dim in the columns of dims.
+            first_digest: The index of its first digest.
+        """
+        chunk_shape = self.head.chunk_shapes[row]
+        dims = slice(first_dim, first_dim + len(chunk_shape))
+        box = Box(tuple(self.starts[dims].tolist()), tuple(self.shapes[dims].tolist()))
+        path = self.files[int(self.file[row])]
+        start = first_digest * DIGEST_BYTES
+        digests = self.digests[start : start + int(self.counts[row]) * DIGEST_BYTES].hex()
+        offset = int(self.offsets[row])
+        return WrittenBox(
+            self.head.names[row], chunk_shape, box, path, offset, is_tensors(path), digests
         )
-        starts, shapes = self.starts.tolist(), self.shapes.tolist()
-        for name, chunk_shape, file, offset, count in columns:
-            box = Box(
-                tuple(starts[dims : dims + len(chunk_shape)]),
-                tuple(shapes[dims : dims + len(chunk_shape)]),
-            )
-            dims += len(chunk_shape)
-            start, end = end, end + count * DIGEST_BYTES
-            path = self.files[file]
-            digests = self.digests[start:end].hex()
-            yield WrittenBox(name, chunk_shape, box, path, offset, is_tensors(path), digests)
+
+
+@functools.lru_cache(maxsize=64)
+def _head(text: bytes) -> Head:
+    """Returns the head of a report; those of many ranks are equal."""
+    names, shapes = json.loads(text)
+    return Head(tuple(names), tuple(map(tuple, shapes)))
 
 
 def is_tensors(file: str) -> bool:

@@ -29,6 +29,7 @@ from functional_ckpt.core.records.records import (
 )
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.data_file import DataFile
+from functional_ckpt.format.gathered import ArrayColumns
 from functional_ckpt.format.ocdbt import MANIFEST, Entries, Span, encode_manifest, encode_tree
 from functional_ckpt.format.write_files import WrittenBox, new_name
 from functional_ckpt.storage.base import Storage
@@ -47,17 +48,20 @@ class IndexedArray(NamedTuple):
         spec: The array.
         grid: Its chunks.
         boxes: Where its regions are; of a tied leaf, those of the array that holds its bytes.
+        columns: Where its chunks are, in place of `boxes`.
     """
 
     name: str
     spec: ArraySpec
     grid: ChunkGrid
-    boxes: Sequence[WrittenBox]
+    boxes: Sequence[WrittenBox] = ()
+    columns: ArrayColumns | None = None
 
 
 def write_index(
     storage: Storage,
     item_directory: str,
+    files: Sequence[str],
     arrays: Iterable[IndexedArray],
     scalars: Scalars,
     digests: str = "",
@@ -67,6 +71,7 @@ def write_index(
     Args:
         storage: The store.
         item_directory: The item.
+        files: Its data files, which the columns of arrays number.
         arrays: Every array, under each name.
         scalars: Arrays of one chunk, given by value: name, spec, value.
         digests: The content of a table of digests; empty for none.
@@ -75,14 +80,17 @@ def write_index(
         StorageError: The store refused.
     """
     entries = Entries()
-    numbers: dict[str, int] = {}
+    numbers = {file: number for number, file in enumerate(files)}
     small: list[tuple[bytes, bytes]] = []
-    for name, spec, grid, boxes in arrays:
+    for name, spec, grid, boxes, columns in arrays:
         prefix = key_prefix(name).encode()
         small.append((prefix + b"zarr.json", _metadata(spec, grid.chunk_shape)))
         length = chunk_bytes(grid, spec.itemsize_bytes)
+        if columns is not None:
+            keys = [prefix + key for key in columns.keys]
+            entries.add_columns(keys, columns.files, columns.offsets, length)
         for box in boxes:
-            file = numbers.setdefault(box.file, len(numbers))
+            file = numbers[box.file]
             for _, key, start in stored_chunks(
                 grid, box.box, spec.itemsize_bytes, is_tensor=box.is_tensor
             ):
@@ -95,7 +103,6 @@ def write_index(
     if not small:
         return {}, None
     name = new_name(storage, INDEX)
-    files = [*numbers, name]
     places: dict[bytes, int] = {}
     num_bytes = _ENTRY_BYTES * (len(entries.keys) + len(small)) + len(digests) // 2
     path = os.path.join(item_directory, name)
@@ -104,7 +111,7 @@ def write_index(
             offset = places.get(value)
             if offset is None:
                 offset = places[value] = file.append(np.frombuffer(value, np.uint8))
-            entries.add(key, len(numbers), offset, len(value))
+            entries.add(key, len(files), offset, len(value))
 
         table = None
         if digests:
@@ -115,7 +122,7 @@ def write_index(
         def append(node: bytes) -> Span:
             return Span(name, file.append(np.frombuffer(node, np.uint8)), len(node))
 
-        root = encode_tree(files, entries, append)
+        root = encode_tree([*files, name], entries, append)
         record = file.finish()
     manifest = encode_manifest(root, time.time_ns())
     storage.write(os.path.join(item_directory, MANIFEST), manifest)

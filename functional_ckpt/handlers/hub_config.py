@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any, cast
 
 import torch
+
+_log = logging.getLogger("functional_ckpt")
 
 
 def files_of(model: Any) -> dict[str, str]:
@@ -20,7 +23,11 @@ def files_of(model: Any) -> dict[str, str]:
         own = getattr(model, attribute, None)
         if not isinstance(model, torch.nn.Module) or not hasattr(own, "to_json_string"):
             continue
-        record = json.loads(cast("Any", own).to_json_string())
+        try:
+            record = json.loads(cast("Any", own).to_json_string())
+        except Exception as error:  # noqa: BLE001 - the library's own code; the weights are saved
+            _log.warning("%s of %s is not JSON: %s", attribute, type(model).__name__, error)
+            continue
         if attribute == "config":
             record["architectures"] = record.get("architectures") or [type(model).__name__]
             if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):

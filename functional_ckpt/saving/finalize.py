@@ -14,7 +14,8 @@ from functional_ckpt.core.arrays.chunks import ChunkGrid, digest_offsets
 from functional_ckpt.core.files.file_plan import stored_chunks
 from functional_ckpt.core.records import merge_ranks, orbax, records
 from functional_ckpt.core.tree import structure
-from functional_ckpt.format.regions import is_tensors
+from functional_ckpt.format.gathered import Gathered
+from functional_ckpt.format.regions import Regions, is_tensors
 from functional_ckpt.format.step_files import JSON_FILE, METRICS_FILE, PROGRESS_ITEM
 from functional_ckpt.format.write_files import WrittenBox
 from functional_ckpt.format.write_index import IndexedArray, write_index
@@ -169,27 +170,19 @@ def _finalize_item(
     merged = merge_ranks.merge_ranks(parts, item=item.name)
     if item.per_rank and isinstance(merged, structure.BranchNode):
         merged = dataclasses.replace(merged, kind="per_rank")
-    boxes: dict[str, list[WrittenBox]] = {}
-    known: dict[str, records.FileRecord] = {}
-    for report in reports:
-        known |= report.written.files
-        for box in report.written.boxes:
-            boxes.setdefault(box.name, []).append(box)
+    known = {name: file for report in reports for name, file in report.files.items()}
+    data_files = list(known)
     leaves = [leaf for _, leaf in structure.iter_leaves(merged)]
     nodes = [leaf for leaf in leaves if isinstance(leaf, structure.ArrayNode)]
-    arrays: list[IndexedArray] = []
-    for node in nodes:
-        held = boxes.get(node.stored_name, [])
-        shape = held[0].chunk_shape if held else node.spec.shape
-        grid = _grid(node.spec.shape, shape)
-        arrays.append(IndexedArray(node.name, node.spec, grid, held))
-    _check_complete(item.name, arrays, reports)
+    arrays = _arrays_of(reports, nodes)
+    _check_complete(item.name, arrays, data_files)
     own = [array for array, node in zip(arrays, nodes, strict=True) if node.tied_to is None]
     digests = {array.name: joined_digests(array) for array in own}
     in_table = sum(map(len, digests.values())) > 16 * records.MAX_DIGESTS
     files, table = write_index(
         storage,
         path,
+        data_files,
         arrays,
         tuple(orbax.scalar_leaves(merged)),
         "".join(digests.values()) if in_table else "",
@@ -198,7 +191,7 @@ def _finalize_item(
     texts = {orbax.TREE_METADATA_FILE: orbax.tree_metadata(merged)}
     if strings := orbax.strings(merged):
         texts[orbax.STRINGS_FILE] = json.dumps(strings).encode()
-    texts |= _hub_files(item, [array for array in arrays if array.boxes], reports)
+    texts |= _hub_files(item, own, data_files)
     known |= {name: _write(storage, path, name, text) for name, text in texts.items()}
     return records.ItemRecord(
         item=item.name,
@@ -213,12 +206,35 @@ def _finalize_item(
     )
 
 
-def _check_complete(
-    item: str, arrays: Sequence[IndexedArray], reports: Sequence[ItemReport]
-) -> None:
+def _arrays_of(
+    reports: Sequence[ItemReport], nodes: Sequence[structure.ArrayNode]
+) -> list[IndexedArray]:
+    """Returns every array, under each name, with the locations of its chunks."""
+    arrays: list[IndexedArray] = []
+    if len(reports) == 1 and not isinstance(reports[0].regions, Regions):
+        boxes: dict[str, list[WrittenBox]] = {}
+        for box in reports[0].regions:
+            boxes.setdefault(box.name, []).append(box)
+        for node in nodes:
+            held = boxes.get(node.stored_name, [])
+            shape = held[0].chunk_shape if held else node.spec.shape
+            grid = _grid(node.spec.shape, shape)
+            arrays.append(IndexedArray(node.name, node.spec, grid, held))
+        return arrays
+    gathered = Gathered([report.columns for report in reports])
+    for node in nodes:
+        name, spec = node.stored_name, node.spec
+        grid = _grid(spec.shape, gathered.chunk_shape(name) or spec.shape)
+        columns = gathered.columns(name, spec, grid)
+        held = gathered.boxes(name) if columns is None else []
+        arrays.append(IndexedArray(node.name, spec, grid, held, columns))
+    return arrays
+
+
+def _check_complete(item: str, arrays: Sequence[IndexedArray], files: Sequence[str]) -> None:
     """Raises unless one rank wrote each chunk of every array."""
-    for name, spec, grid, boxes in arrays:
-        if len(boxes) == 1 and boxes[0].box.shape == spec.shape:
+    for name, spec, grid, boxes, columns in arrays:
+        if columns is not None or (len(boxes) == 1 and boxes[0].box.shape == spec.shape):
             continue
         written = sum(
             len(stored_chunks(grid, box.box, spec.itemsize_bytes, is_tensor=box.is_tensor))
@@ -226,15 +242,11 @@ def _check_complete(
         )
         if boxes and written == _num_chunks(grid):
             continue
-        ranks = [
-            rank
-            for rank, report in enumerate(reports)
-            if any(box.name == name for box in report.written.boxes)
-        ]
+        held = sorted({box.file for box in boxes})
         raise errors.CoordinationError(
-            f"{item}: array {name!r} is incomplete or duplicated: ranks {ranks} wrote "
-            f"{written} chunks of {grid.num_chunks}. Every rank of a DTensor's mesh must save it.",
-            ranks=ranks,
+            f"{item}: array {name!r} is incomplete or duplicated: {written} chunks of "
+            f"{grid.num_chunks} were written, to {', '.join(held) or 'no file'}. Every rank of a "
+            "DTensor's mesh must save it.",
             key_path=name,
         )
 
@@ -249,7 +261,9 @@ def _num_chunks(grid: ChunkGrid) -> int:
 
 def joined_digests(array: IndexedArray) -> str:
     """Returns the digests of an array, chunks in C order, from those of its regions."""
-    _, spec, grid, boxes = array
+    _, spec, grid, boxes, columns = array
+    if columns is not None:
+        return columns.digests
     if len(boxes) == 1:
         return boxes[0].digests
     chunks: dict[int, str] = {}
@@ -269,19 +283,22 @@ def joined_digests(array: IndexedArray) -> str:
 
 
 def _hub_files(
-    item: LoweredItem, arrays: Sequence[IndexedArray], reports: Sequence[ItemReport]
+    item: LoweredItem, arrays: Sequence[IndexedArray], data_files: Sequence[str]
 ) -> dict[str, bytes]:
     """Returns the files that make the directory of a model one of the Hugging Face hub.
 
     Nothing is added where ranks wrote parts of tensors.
     """
-    is_complete = all(array.boxes[0].box.shape == array.spec.shape for array in arrays)
+    boxes = [array.boxes[0] for array in arrays if array.boxes]
+    is_complete = len(boxes) == len(arrays) and all(
+        box.box.shape == array.spec.shape for box, array in zip(boxes, arrays, strict=True)
+    )
     if item.file_stem != "model" or not is_complete:
         return {}
     texts = {name: text.encode() for name, text in item.texts.items()}
-    files = {name for report in reports for name in report.written.files if is_tensors(name)}
+    files = set(filter(is_tensors, data_files))
     if files and files != {f"{item.file_stem}.safetensors"}:
-        own = [box for report in reports for box in report.written.boxes if box.is_tensor]
+        own = [box for box in boxes if box.is_tensor]
         index = {
             "metadata": {"total_size": sum(a.spec.size_bytes for a in arrays)},
             "weight_map": {box.name: box.file for box in sorted(own, key=lambda box: box.name)},

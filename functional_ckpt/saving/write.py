@@ -14,7 +14,7 @@ from functional_ckpt.core.tree import structure
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format.regions import Regions
 from functional_ckpt.format.tuning import NUM_THREADS
-from functional_ckpt.format.write_files import Written, write_files
+from functional_ckpt.format.write_files import WrittenBox, write_files
 from functional_ckpt.saving.lower import LoweredItem
 from functional_ckpt.saving.parts import StagedItem
 from functional_ckpt.storage import commit, queries
@@ -29,20 +29,27 @@ class ItemReport:
     """One rank's part of one tree item.
 
     Attributes:
-        written: The regions that it wrote, and their files.
+        regions: The regions that it wrote: columns, where there are several ranks.
+        files: Their files.
         root: The structure on this rank, if it may differ from the primary's.
     """
 
-    written: Written
+    regions: Sequence[WrittenBox] | Regions
+    files: Mapping[str, records.FileRecord]
     root: structure.Node | None
+
+    @property
+    def columns(self) -> Regions:
+        """The regions in columns."""
+        regions = self.regions
+        return regions if isinstance(regions, Regions) else Regions.of(regions, self.files)
 
     def encode(self) -> tuple[dict[str, Any], bytes]:
         """Returns the report as a JSON header and the bytes behind it."""
-        files = self.written.files
-        regions, data = Regions.of(self.written.boxes, files).encode()
+        regions, data = self.columns.encode()
         return {
             "regions": regions,
-            "files": {name: [file.size_bytes, file.xxh3] for name, file in files.items()},
+            "files": {name: [file.size_bytes, file.xxh3] for name, file in self.files.items()},
             "root": None if self.root is None else structure_json.to_json(self.root),
             "num_bytes": len(data),
         }, data
@@ -52,10 +59,8 @@ class ItemReport:
         """Returns the report of `encode`."""
         root = record["root"]
         return cls(
-            written=Written(
-                boxes=list(Regions.decode(record["regions"], data).boxes()),
-                files={name: records.FileRecord(*file) for name, file in record["files"].items()},
-            ),
+            regions=Regions.decode(record["regions"], data),
+            files={name: records.FileRecord(*file) for name, file in record["files"].items()},
             root=None if root is None else structure_json.from_json(root),
         )
 
@@ -97,7 +102,9 @@ def write_part(
         storage.make_directory(path, parents=False)
         written = write_files(storage, path, item.files, item.writes, num_threads=num_threads)
         is_known = group.rank > 0 and known.get(name) == _root_digest(root)
-        report[name] = ItemReport(written=written, root=None if is_known else root)
+        report[name] = ItemReport(
+            regions=written.boxes, files=written.files, root=None if is_known else root
+        )
     if group.rank:
         write_report(storage, tmp, group.rank, report)
     return report

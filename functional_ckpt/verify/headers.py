@@ -46,8 +46,13 @@ def problems(
         prefix = structure.key_prefix(name)
         for chunk in grid.indices():
             location = index.locations.get((prefix + grid.key(chunk)).encode())
-            if location is not None and numbers.get(location[0]) in stored:
-                stored[numbers[location[0]]].add(name)
+            file = None if location is None else numbers.get(location[0])
+            if location is None or file not in stored:
+                continue
+            stored[file].add(name)
+            if (end := location[1] + location[2]) > files[file]:
+                expected = f"chunks within {files[file]:,} bytes"
+                yield file, expected, f"one of {name!r} that ends at byte {end:,}"
     for file, size_bytes in files.items():
         path = os.path.join(directory, file)
         try:

@@ -62,7 +62,7 @@ def write_item(
         for write in writes
     }
     again = [arrays[owner]._replace(name=name) for name, owner in (tied or {}).items()]
-    files |= write_index(storage, directory, [*arrays.values(), *again], scalars)[0]
+    files |= write_index(storage, directory, list(files), [*arrays.values(), *again], scalars)[0]
     return {name: joined_digests(array) for name, array in arrays.items()}, files
 
 
