@@ -70,7 +70,7 @@ class ItemArrays:
         self._directory = os.path.join(search.path, item)
         self._failures: list[_Failure] = []
         self._fallback_file = _MANIFEST  # of failures without a key
-        self._headers: list[tuple[str, str, str]] = []
+        self._headers: list[tuple[str, Problem, str, str]] = []
         self._texts = ItemDigests(search.storage, self._directory, record)
         self._index: Index | None = None
         leaves = structure.iter_leaves(record.root)
@@ -245,11 +245,11 @@ class ItemArrays:
             damaged: Finding of each damaged file, by path in the checkpoint; unexplained failures
                 are added to it.
         """
-        for file, expected, got in self._headers:
+        for file, problem, expected, got in self._headers:
             path = f"{self._item}/{file}"
             if path not in damaged and not self._failures:
                 damaged[path] = Finding(
-                    item=self._item, file=path, problem="mismatch", expected=expected, got=got
+                    item=self._item, file=path, problem=problem, expected=expected, got=got
                 )
         if not self._failures:
             return

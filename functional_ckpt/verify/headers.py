@@ -16,12 +16,13 @@ from functional_ckpt.core.files import file_plan, safetensors_header
 from functional_ckpt.core.files.safetensors_header import Tensor
 from functional_ckpt.core.tree import plain_json, structure
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.verify.findings import Problem, reason
 
 if TYPE_CHECKING:
     from functional_ckpt.format.index import Index
 
 _FIRST_BYTES = 64 * 1024
-_MALFORMED = (errors.CheckpointError, LookupError, RecursionError, TypeError, ValueError)
+_MALFORMED = (errors.UsageError, LookupError, RecursionError, TypeError, ValueError)
 
 
 def problems(
@@ -30,8 +31,8 @@ def problems(
     files: Mapping[str, int],
     arrays: Mapping[str, tuple[ArraySpec, ChunkGrid]],
     index: Index,
-) -> Iterator[tuple[str, str, str]]:
-    """Yields a file, the expected and the actual, for each header that is wrong.
+) -> Iterator[tuple[str, Problem, str, str]]:
+    """Yields a file, the kind of problem, the expected and the actual, for each wrong header.
 
     Args:
         storage: The store.
@@ -52,7 +53,7 @@ def problems(
             stored[file].add(name)
             if (end := location[1] + location[2]) > files[file]:
                 expected = f"chunks within {files[file]:,} bytes"
-                yield file, expected, f"one of {name!r} that ends at byte {end:,}"
+                yield file, "mismatch", expected, f"one of {name!r} that ends at byte {end:,}"
     for file, size_bytes in files.items():
         path = os.path.join(directory, file)
         try:
@@ -65,10 +66,13 @@ def problems(
                 box = Box(tuple(map(plain_json.integer, start)), tensor.shape)
                 _check_tensor(tensor, box, len(data), file, arrays[name], index)
         except _MALFORMED as error:
-            yield file, "a header that agrees with the index", f"{error}"
+            yield file, "mismatch", "a header that agrees with the index", f"{error}"
+            continue
+        except (errors.CorruptCheckpointError, errors.StorageError) as error:
+            yield file, "unreadable", "a header", reason(error, directory)
             continue
         if lost := stored[file] - found.keys():
-            yield file, f"the tensor {min(lost)!r} in the header", "none"
+            yield file, "mismatch", f"the tensor {min(lost)!r} in the header", "none"
 
 
 def _read_header(storage: Storage, path: str, size_bytes: int) -> bytes:
