@@ -104,7 +104,7 @@ class Gathered:
             return None
         runs = sorted((each for each in found if each is not None), key=lambda each: each.first[0])
         first = np.concatenate([each.first for each in runs])
-        count = np.concatenate([each.count for each in runs])
+        count = np.concatenate([each.counts for each in runs])
         ends = np.cumsum(count)
         if ends[-1] != grid.num_chunks or not np.array_equal(first, ends - count):
             return None
@@ -121,7 +121,7 @@ class _Runs(NamedTuple):
     """Regions of a group, each a run of chunks, in the order of the chunks."""
 
     first: Array
-    count: Array
+    counts: Array
     files: Array
     offsets: Array
     digests: Array
@@ -137,7 +137,7 @@ def _columns(group: _Group, row: int, spec: ArraySpec, grid: ChunkGrid) -> _Runs
     is_run = (count == 1) | (shapes[:, 1:] == np.array(spec.shape[1:])).all(axis=1)
     if not is_run.all():
         return None
-    first = np.ravel_multi_index(tuple(index.T), grid.num_chunks_per_dim)
+    first: Array = np.asarray(np.ravel_multi_index(tuple(index.T), grid.num_chunks_per_dim))
     order = np.argsort(first)
     digests = group.digests[:, group.ends[row] : group.ends[row + 1]]
     return _Runs(
