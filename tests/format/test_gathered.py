@@ -20,7 +20,7 @@ from functional_ckpt.saving.finalize import joined_digests
 
 
 def regions_of(arrays: list[ShardedArray], rank: int) -> Regions:
-    """A rank's report, encoded and decoded; every digest says what it is of."""
+    """A rank's report, encoded and decoded; every digest names its chunk."""
     boxes: list[WrittenBox] = []
     file, end = f"shard-{rank:05d}-data.safetensors", 4096
     for array, plan in zip(arrays, plan_writes(arrays, rank), strict=True):
