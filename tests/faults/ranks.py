@@ -161,9 +161,8 @@ class Trap(testing.FaultyStorage):
             case "before-barrier":
                 # The last of a rank's operations before it meets the others.
                 if self._is_primary:
-                    return (
-                        kind == "write_data" and path.endswith(".safetensors") and "/own/" in path
-                    )
+                    is_data = path.endswith(".safetensors") and "/own/" in path
+                    return kind == "write_data" and is_data
                 return kind == "write" and "/.ranks/" in path
             case "merging":
                 return kind == "write_data" and path.endswith("index.ocdbt")
