@@ -161,7 +161,7 @@ class Trap(testing.FaultyStorage):
             case "before-barrier":
                 # The last of a rank's operations before it meets the others.
                 if self._is_primary:
-                    is_data = path.endswith(".safetensors") and "/own/" in path
+                    is_data = path.endswith(".safetensors") and "/rng/" in path
                     return kind == "write_data" and is_data
                 return kind == "write" and "/.ranks/" in path
             case "merging":
