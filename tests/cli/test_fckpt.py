@@ -236,7 +236,7 @@ def test_many_lines_are_laid_out_as_few(
     for max_rows in (1000, 0):
         monkeypatch.setattr(show, "_MAX_TABLE_ROWS", max_rows)
         assert main(["show", str(saved)]) == 0
-        outputs.append(capsys.readouterr().out)
+        outputs.append(re.sub(r"\d+ s ago", "now", capsys.readouterr().out))
     assert outputs[0] == outputs[1]
     assert columns(outputs[1], "├─ w")[1:] == ["float32", "[3, 4]", "48 B"]
 
@@ -367,7 +367,7 @@ def test_two_steps_of_one_directory(saved: Path) -> None:
     assert record["items"]["state"]["num_equal"] == num_leaves - 1
     assert (record["a"]["step"], record["b"]["step"]) == (5, 10)
     assert json_of("show", saved, 5)["step"] == 5
-    assert "'x' is not a step" in error_of("diff", saved, "x", 10)
+    assert "got 'x'" in error_of("diff", saved, "x", 10)
     assert "has no step 6" in error_of("diff", saved, 5, 6)
 
 
