@@ -477,7 +477,7 @@ def test_errors_are_one_line(saved: Path, tmp_path: Path) -> None:
     assert "--step chooses" in error_of("show", saved / "5", "--step", "10")
     assert "is one item" in error_of("verify", saved / "5" / "state")
     assert "unknown protocol" in error_of("ls", "nothing://bucket/x")
-    assert "invalid choice" in error_of("lss")
+    assert "did you mean ls?" in error_of("lss")
     assert "expected a step" in error_of("show", saved, "--step", "-1")
     assert "required: COMMAND" in error_of()
 
