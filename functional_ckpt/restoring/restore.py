@@ -105,6 +105,9 @@ class Restored(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"Restored(step={self.step}, items={sorted(self.items_by_name)})"
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.items_by_name)
+
 
 def _rebound(given: Item, restored: Any) -> Item:
     """Returns the restored value with the options that its target had."""
