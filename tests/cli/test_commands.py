@@ -318,3 +318,23 @@ def test_every_command_has_an_example(call: Any) -> None:
         text, code = call(command, "--help", width=200)
         assert code == 0
         assert f"Example: fckpt {command} " in " ".join(text.split())
+
+
+@pytest.mark.parametrize("option", ["--last", "--depth"])
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1.5", "\u0663"])
+def test_counts_are_numbers_above_zero(run: Path, call: Any, option: str, count: str) -> None:
+    command = "ls" if option == "--last" else "show"
+    text, code = call(command, run, f"{option}={count}")
+    assert (code, "expected a number above zero" in text) == (2, True)
+    assert call(command, run, option, 1)[1] == 0
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "x", "0.05"])
+def test_intervals_are_seconds(run: Path, call: Any, seconds: str) -> None:
+    text, code = call("watch", run, f"--interval={seconds}")
+    assert (code, "expected seconds, at least 0.1" in text) == (2, True)
+
+
+def test_an_export_to_a_store_is_refused_before_anything_is_read(run: Path, call: Any) -> None:
+    text, code = call("export", run, "s3://bucket/out", "--to", "hf", "--item", "nothing")
+    assert (code, "local paths only" in text) == (2, True), text
