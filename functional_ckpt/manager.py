@@ -18,7 +18,7 @@ from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
 from functional_ckpt.run import open_run
 from functional_ckpt.saving import background, saver
-from functional_ckpt.saving.calls import Calls, exclusive
+from functional_ckpt.saving.calls import Calls, NotCopied, exclusive
 from functional_ckpt.saving.options import Eager, SaveOptions, Staging
 from functional_ckpt.steps import acquire, names, orbax_adapters, shown
 from functional_ckpt.steps.metadata import StepMetadata
@@ -27,7 +27,7 @@ from functional_ckpt.steps.tiers import Tier
 from functional_ckpt.storage.base import Storage
 
 
-class CheckpointManager:
+class CheckpointManager(NotCopied):
     """Saves, keeps and restores the steps of one training run in one directory.
 
     A reported step (`Commit.result`, the lists of steps) is complete and durable. A failure in the
