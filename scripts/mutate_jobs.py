@@ -166,6 +166,7 @@ def _fork(job: Job, copy: Path, logs: Path) -> int:
 
 
 def seconds_used() -> float:
-    """Returns the processor time of this process and of the children that it waited for."""
+    """Returns the processor time of this process and of its children, live ones included."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + used.ru_utime + used.ru_stime
+    live = sum(ran for ran, _ in _times_of(os.getsid(0)).values())
+    return live + used.ru_utime + used.ru_stime
