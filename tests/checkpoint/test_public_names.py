@@ -36,3 +36,12 @@ def test_a_timeout_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(fc.errors.UsageError, match=message):
         fc.CheckpointManager(tmp_path / "run", **arguments)  # type: ignore[arg-type]
+
+
+def test_a_group_without_torch_distributed_is_refused(tmp_path: Path) -> None:
+    message = "process_group was given, but torch.distributed is not initialised"
+    with pytest.raises(fc.errors.UsageError, match=message):
+        fc.CheckpointManager(tmp_path / "run", process_group=object())
+    with pytest.raises(fc.errors.UsageError, match=message):
+        fc.save(tmp_path / "one", {"x": 1}, process_group=object())
+    assert not list(tmp_path.iterdir())

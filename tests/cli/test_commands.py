@@ -338,3 +338,10 @@ def test_intervals_are_seconds(run: Path, call: Any, seconds: str) -> None:
 def test_an_export_to_a_store_is_refused_before_anything_is_read(run: Path, call: Any) -> None:
     text, code = call("export", run, "s3://bucket/out", "--to", "hf", "--item", "nothing")
     assert (code, "local paths only" in text) == (2, True), text
+
+
+def test_show_separates_items_by_an_empty_line(run: Path, call: Any) -> None:
+    lines = call("show", run)[0].splitlines()
+    for name in ("state", "config"):
+        (place,) = (number for number, line in enumerate(lines) if line.startswith(f"{name}  "))
+        assert not lines[place - 1]
