@@ -442,6 +442,7 @@ def test_times_and_versions_in_a_file_of_composer_are_plain_values(tmp_path: Pat
     torch.save(content, tmp_path / "real.pt")
     source = fc.interop.open(tmp_path / "real.pt")
     assert source.format == "composer"
+    assert type(source["model"]) is dict  # not one whose attributes a tree would store
     fc.save(tmp_path / "step", source)
     restored = fc.restore(tmp_path / "step")
     expected = dict.fromkeys(counts, 3) | dict.fromkeys(times, 3.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -18,6 +19,7 @@ from full import IS_FULL
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.cli import app
+from functional_ckpt.core.records import records
 from functional_ckpt.handlers.base import CheckpointItem, Handler
 from functional_ckpt.storage.local import LocalStorage
 
@@ -298,3 +300,12 @@ def test_a_step_that_is_overwritten_while_it_is_opened_is_opened_again(
     monkeypatch.setattr(LocalStorage, "read", overwriting)
     restored = fc.restore(path)
     assert restored["tree"]["w"][0] == 2 and restored.custom_metadata == {"new": True}
+
+
+def test_a_record_that_lists_an_item_and_not_its_files_is_damage(root: Path) -> None:
+    path = root / "2" / RECORD
+    record = records.parse_step(path.read_bytes(), str(path))
+    listed = {name: file for name, file in record.files.items() if name != f"tree/{RECORD}"}
+    path.write_bytes(dataclasses.replace(record, files=listed).to_json())
+    with pytest.raises(errors.CorruptCheckpointError, match=f"tree/{RECORD}: the file is missing"):
+        fc.restore(root / "2")
