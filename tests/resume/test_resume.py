@@ -35,6 +35,7 @@ PROGRAMS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "accelerate": ((1,), ("accelerate",)),
     "lightning": ((1, 2), ("lightning.pytorch", "functional_ckpt.interop.lightning")),
     "timm": ((1,), ("torchvision", "timm")),
+    "ema": ((1,), ()),
     "torchao": ((1,), ("torchao.optim",)),
     "lora": ((1,), ("peft",)),
 }
