@@ -41,7 +41,7 @@ class ModelEma(nn.Module):
 
 
 class WarmUpCosine:
-    """A schedule by hand, with the learning rates that the groups began with."""
+    """A schedule by hand, with the learning rates that the groups started with."""
 
     def __init__(self, optimizer, warm_up):
         self.optimizer, self.warm_up, self.step_num = optimizer, warm_up, 0
