@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -22,6 +25,12 @@ def save_together(directory: Path) -> list[float]:
     fc.save(directory / "one", items, metrics={"loss": 0.5}, process_group=dist.group.WORLD)
     into = {"state": {"bias": sharded(), "rank": 0}}
     state = fc.restore(directory / "one", into=into, strict=False)["state"]
+    # The process group's own thread stays; those of the two calls have ended or do now.
+    deadline = time.monotonic() + 20
+    while sum(each.name == "store-calls" for each in threading.enumerate()) > 1:
+        gc.collect()
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.05)
     return state["bias"].full_tensor().tolist()
 
 

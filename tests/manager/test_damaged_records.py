@@ -309,3 +309,15 @@ def test_a_record_that_lists_an_item_and_not_its_files_is_damage(root: Path) -> 
     path.write_bytes(dataclasses.replace(record, files=listed).to_json())
     with pytest.raises(errors.CorruptCheckpointError, match=f"tree/{RECORD}: the file is missing"):
         fc.restore(root / "2")
+
+
+def test_a_progress_that_is_none_is_damage_whatever_its_digest_says(root: Path) -> None:
+    text = b'{"batch": -1}'
+    path = root / "2" / RECORD
+    record = records.parse_step(path.read_bytes(), str(path))
+    listed = records.FileRecord(len(text), records.digest_hex(text))
+    (root / "2" / PROGRESS).write_bytes(text)
+    files = {**record.files, PROGRESS: listed}
+    path.write_bytes(dataclasses.replace(record, files=files).to_json())
+    with pytest.raises(errors.CorruptCheckpointError, match=PROGRESS):
+        fc.restore(root / "2")
