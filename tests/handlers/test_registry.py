@@ -123,4 +123,4 @@ def test_handlers_import_no_library_they_only_recognise():
 
 def test_a_registry_without_a_handler_for_a_value_says_so() -> None:
     with pytest.raises(errors.UsageError, match="No handler for x, a set; wrap it in a Checkpoint"):
-        Registry(()).bind({1}, "x")
+        Registry().bind({1}, "x")
