@@ -1,4 +1,4 @@
-"""What only a further tier knows counts, too."""
+"""Metrics and steps that only a second tier has."""
 
 from __future__ import annotations
 
