@@ -255,6 +255,9 @@ class SaveCallback(callbacks.Callback):
         step = self._io._step(path) if path else None
         if step is None:
             return
+        # `estimated_stepping_batches` in `configure_optimizers` has started the loaders, before the
+        # generators and the loops are restored: Lightning starts them once more.
+        trainer.fit_loop._combined_loader = None
         progress = self._io.manager.metadata(step).progress
         if progress is not None and progress.batch_in_epoch == 0:
             self._io.manager.restore(step, {"rng": Rng()})

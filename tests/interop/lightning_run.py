@@ -43,6 +43,16 @@ class Module(lightning.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
 
+class OneCycle(Module):
+    """Its schedule needs the number of batches, so Lightning sets the loaders up early."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=total)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
 class TwoOptimizers(Module):
     """Two optimizers that take turns by hand; Lightning counts the steps of both."""
 

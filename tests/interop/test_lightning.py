@@ -154,6 +154,32 @@ def test_a_loader_that_saves_its_position_resumes_there(
     check_same(whole, run("cut"), latest)
 
 
+@pytest.mark.parametrize(
+    ("loader", "policy"),
+    [("plain", "1ep"), ("plain and shuffled", "1ep"), ("shuffled", "1ep"), ("shuffled", "4ba")],
+)
+def test_a_schedule_that_needs_the_number_of_batches_resumes_exactly(
+    tmp_path: Path, loader: str, policy: str
+) -> None:
+    plain = {
+        "plain": lightning_run.make_loader,
+        "plain and shuffled": functools.partial(lightning_run.make_loader, shuffle=True),
+    }
+
+    def run(name: str, more: Sequence[pl.Callback] = ()) -> lightning_run.Module:
+        io = lightning.ManagerIO(tmp_path / name, save_policy=policy)
+        made = {**LOADERS, **plain}[loader]()
+        torch.manual_seed(5)
+        return lightning_run.fit(io, tmp_path, lightning_run.OneCycle(), made, more=more)
+
+    whole = run("whole")
+    with pytest.raises(StopHereError):
+        run("cut", more=[StopHere(9)])
+    with fc.CheckpointManager(tmp_path / "cut", read_only=True) as manager:
+        latest = manager.latest_step()
+    check_same(whole, run("cut"), latest)
+
+
 class StopHereError(Exception):
     pass
 
