@@ -41,3 +41,16 @@ def test_reload_opens_a_tier_that_can_be_reached_again(tmp_path: Path) -> None:
         store.heal()
         manager.reload()
         assert manager.all_steps() == [1, 2, 3]
+
+
+def test_a_step_is_looked_for_in_a_tier_that_can_be_reached_again(tmp_path: Path) -> None:
+    near, far = tmp_path / "near", tmp_path / "far"
+    with fc.CheckpointManager(near, tiers=[far], keep_policy=fc.policies.LatestN(1)) as manager:
+        for step in (1, 3):
+            save(manager, step)
+    store = testing.FaultyStorage()
+    store.inject(testing.Fault(mode="lasting", kinds=("list", "read")))
+    with fc.CheckpointManager(near, tiers=[fc.Tier(path=far, storage=store)]) as manager:
+        assert manager.all_steps() == [3]
+        store.heal()
+        assert manager.metadata(1).step == 1
