@@ -321,3 +321,14 @@ def test_a_progress_that_is_none_is_damage_whatever_its_digest_says(root: Path) 
     path.write_bytes(dataclasses.replace(record, files=files).to_json())
     with pytest.raises(errors.CorruptCheckpointError, match=PROGRESS):
         fc.restore(root / "2")
+
+
+def test_an_item_called_progress_is_no_progress_of_the_training(root: Path) -> None:
+    """Earlier versions could save one."""
+    path = root / "2" / RECORD
+    record = records.parse_step(path.read_bytes(), str(path))
+    items = {**record.items, "progress": "json"}
+    path.write_bytes(dataclasses.replace(record, items=items).to_json())
+    restored = fc.restore(root / "2")
+    assert restored.progress is None
+    assert restored["progress"]["batch"] == 2
