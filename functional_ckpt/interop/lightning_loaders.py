@@ -24,10 +24,11 @@ def has_stateful_loaders(trainer: Any) -> bool:
 
 
 def draw_seeds(trainer: Any) -> None:
-    """Draws the random numbers that the loaders draw when they start."""
+    """Draws the random numbers that the loaders draw when they start, on the same device."""
+    device = torch.get_default_device()
     for loader in trainer.fit_loop._combined_loader.flattened:
         if isinstance(loader, torch.utils.data.DataLoader) and loader.generator is None:
-            torch.empty((), dtype=torch.int64).random_()
+            torch.empty((), dtype=torch.int64, device=device).random_()
 
 
 class LoaderPositions:
