@@ -26,6 +26,7 @@ from functional_ckpt.interop.lightning_loaders import (
     LoaderPositions,
     draw_seeds,
     has_stateful_loaders,
+    warn_of_ranks,
 )
 from functional_ckpt.interop.lightning_signals import Signals
 from functional_ckpt.manager import CheckpointManager
@@ -273,6 +274,7 @@ class SaveCallback(callbacks.Callback):
             self._io.manager.restore(self._restarts, {"rng": Rng()})
             draw_seeds(trainer)
         self._loaders.put_back(trainer)
+        warn_of_ranks(trainer)
         self._signals.take(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:

@@ -23,6 +23,17 @@ def has_stateful_loaders(trainer: Any) -> bool:
     return any(hasattr(loader, "load_state_dict") for loader in loaders)
 
 
+def warn_of_ranks(trainer: Any) -> None:
+    """Logs that loaders that save their position do not resume exactly on several processes."""
+    if trainer.world_size > 1 and has_stateful_loaders(trainer):
+        _log.warning(
+            "%d processes with a loader that saves its position: Lightning keeps the position of "
+            "rank 0 for all. A run that resumes may train on other batches, and draw other random "
+            "numbers, than an uninterrupted one.",
+            trainer.world_size,
+        )
+
+
 def draw_seeds(trainer: Any) -> None:
     """Draws the random numbers that the loaders draw when they start, on the same device."""
     device = torch.get_default_device()
