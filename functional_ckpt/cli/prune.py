@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 from collections.abc import Iterable
 
@@ -13,7 +12,8 @@ from functional_ckpt.cli import output, step_words, targets
 from functional_ckpt.cli.rm import remove, root_of
 from functional_ckpt.policies import keep, keep_rules, lines
 from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
-from functional_ckpt.storage import commit, queries
+from functional_ckpt.steps import promises
+from functional_ckpt.storage import commit
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,7 +27,13 @@ def run(arguments: argparse.Namespace) -> int:
         keep_rules.steps_to_prune_after(None, list(policies.values()), history, context=context)
     )
     gone -= waiting
-    reasons = {info.step: _reasons(info.step, policies, history, context) for info in history}
+    kept = {
+        text: keep_rules.kept_by(policy, history, context=context)
+        for text, policy in policies.items()
+    }
+    reasons = {
+        info.step: [text for text, steps in kept.items() if info.step in steps] for info in history
+    }
     newest = lines.newest(history)
     for info in history:
         if newest is not None and info.step == newest.step:
@@ -83,34 +89,8 @@ def _split_count(text: str, names: Iterable[str]) -> tuple[str, int]:
 
 def waiting_for_upload(root: targets.Root) -> set[int]:
     """Returns the steps that a writer has promised to other tiers and not yet uploaded."""
-    path = os.path.join(root.path, commit.HIDDEN, "uploads.json")
-    if not queries.exists(root.storage, path):
-        return set()
-    try:
-        promised = json.loads(root.storage.read(path))["promised"]
-        return {int(step) for steps in promised.values() for step in steps}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise errors.UsageError(
-            f"{path} cannot be read, so it is unknown which steps are not uploaded yet: open the "
-            f"run with a CheckpointManager and its tiers, which rebuilds it ({error}).",
-            path=path,
-        ) from error
-
-
-def _reasons(
-    step: int, policies: dict[str, KeepPolicy], history: list[StepInfo], context: KeepContext
-) -> list[str]:
-    return [text for text, policy in policies.items() if step in _kept(policy, history, context)]
-
-
-def _kept(policy: KeepPolicy, history: list[StepInfo], context: KeepContext) -> set[int]:
-    """Returns the steps that one policy keeps, on the present line and among abandoned steps."""
-    found: set[int] = set()
-    for is_abandoned in (False, True):
-        infos = [info for info in history if info.is_abandoned == is_abandoned]
-        kept = policy.should_preserve(infos, context=context) if infos else ()
-        found |= {info.step for info, is_kept in zip(infos, kept, strict=True) if is_kept}
-    return found
+    path = os.path.join(root.path, commit.HIDDEN, promises.FILE)
+    return promises.promised_steps(root.storage, path)
 
 
 # ------------------------------------------------------------------------------------ for people

@@ -275,6 +275,11 @@ def test_prune_keeps_what_is_not_uploaded_yet(tmp_path: Path, call: Any) -> None
         "reasons": ["not uploaded yet"],
     }
     assert steps_in(tmp_path / "run") == [1, 2]
+    record = tmp_path / "run" / ".functional_ckpt" / "uploads.json"
+    record.write_bytes(record.read_bytes().replace(b"[1, 2]", b"[3, 2]"))
+    text, code = call("prune", tmp_path / "run", "--keep-latest", 1)
+    assert (code, "it is unknown which steps are not uploaded yet" in text) == (1, True), text
+    assert steps_in(tmp_path / "run") == [1, 2]
 
 
 # ------------------------------------------------------------------------------------ watch
