@@ -69,7 +69,7 @@ class ManagerIO(lightning_io.CheckpointIO):
         self._directory: Any = None if self._manager is not None else manager
         self._options = options
         self._other = lightning_io.TorchCheckpointIO()
-        self.is_requeued = False  # a step is saved: Lightning's file for SLURM is not needed
+        self.is_requeued = False
 
     @property
     def manager(self) -> CheckpointManager:
@@ -118,7 +118,8 @@ class ManagerIO(lightning_io.CheckpointIO):
         """
         step = self._step(path)
         if step is None:
-            if not self.is_requeued:
+            # A step is saved: Lightning's own file for SLURM is not needed.
+            if not (self.is_requeued and os.path.basename(path).startswith("hpc_ckpt_")):
                 self._other.save_checkpoint(checkpoint, path, storage_options)
             return
         if storage_options is not None:

@@ -407,3 +407,12 @@ def test_steps_have_the_manager_s_paths(tmp_path: Path) -> None:
             io.load_checkpoint(io.path(1))
         with pytest.raises(fc.errors.UsageError, match="takes no options"):
             lightning.ManagerIO(manager, save_policy=None)
+
+
+def test_a_job_that_is_requeued_leaves_out_lightning_s_file_for_slurm_alone(tmp_path: Path) -> None:
+    with fc.CheckpointManager(tmp_path / "ckpt") as manager:
+        io = lightning.ManagerIO(manager)
+        io.is_requeued = True
+        for name in ("hpc_ckpt_1.ckpt", "final.ckpt"):
+            io.save_checkpoint({"x": 1}, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["final.ckpt"]
