@@ -29,6 +29,7 @@ _SPARE_BYTES = 64 * 2**20
 _ABSURD = (None, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP)
 # How many objects a pickle may stand for, for each that it holds: more is made by repetition.
 _MAX_REPETITION = 1000
+_FEW_OBJECTS = 10**6
 _FEW_CONTAINERS = 200_000
 _MAX_DEPTH = 10_000
 _BYTE_ORDER = sys.byteorder.encode()
@@ -120,7 +121,7 @@ def check_pickle(data: bytes, path: str) -> None:
                 if budget < 0:
                     raise ValueError("it builds more containers than its size allows")
             if stack and stack[-1] is not None:
-                if stack[-1].size > 10**6 + _MAX_REPETITION * number:
+                if stack[-1].size > _FEW_OBJECTS + _MAX_REPETITION * number:
                     raise ValueError("it stands for more objects than can be visited")
                 if stack[-1].depth > _MAX_DEPTH:
                     raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")

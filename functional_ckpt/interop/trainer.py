@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from functional_ckpt import errors
-from functional_ckpt.handlers import Json, Module, Optimizer, Rng, Stateful
+from functional_ckpt.handlers import Json, Module, Optimizer, Rng, Stateful, classes
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.policies.progress import Progress
 
@@ -255,7 +255,7 @@ def _items(parts: Mapping[str, Any], trainer: Any) -> dict[str, Any]:
 
 
 def _check_model(model: Any) -> None:
-    if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(model).__mro__):
+    if classes.is_a(model, classes.FSDP1):
         raise errors.UsageError(
             "FSDP1 keeps a model in flat pieces without names, which cannot be saved as steps. Use "
             'FSDP2: fsdp_config={"version": 2, ...} in the TrainingArguments, or fsdp_version: 2 '
