@@ -9,7 +9,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn, TypeAlias
 
 from functional_ckpt import errors
@@ -21,7 +21,6 @@ _INTERRUPTED, _BROKEN_PIPE = 128 + 2, 128 + 13
 _EXIT_CODES = (
     "exit codes: 0 success; 1 damage, differences or NaN found; 2 usage error or not found"
 )
-_COMMANDS = "ls, watch, show, cat, stats, verify, diff, rm, prune, convert, export, convert_zero"
 _A_STEP = "a number, latest, or best:METRIC[:min|max]"
 
 
@@ -30,11 +29,17 @@ _Add: TypeAlias = Callable[[str, str, str], argparse.ArgumentParser]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Prints the error as one line."""
+    """Prints the error as one line.
+
+    Attributes:
+        names: The commands.
+    """
+
+    names: Collection[str] = ()
 
     def error(self, message: str) -> NoReturn:
         if found := re.match(r"argument COMMAND: invalid choice: '([^']*)'", message):
-            near = difflib.get_close_matches(found[1], _COMMANDS.split(", "), n=1)
+            near = difflib.get_close_matches(found[1], self.names, n=1)
             message = f"there is no command {found[1]!r}" + "".join(
                 f"; did you mean {each}?" for each in near
             )
@@ -126,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(prefix=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser.names = commands.choices
 
     def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
         return commands.add_parser(

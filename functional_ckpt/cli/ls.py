@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # From this many columns on, times are shown beside ages.
 _WIDE = 120
+# Blanks between two columns.
+_GAP = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,19 +214,17 @@ def _fitting(
     has_items: bool,
 ) -> tuple[Table, list[str]]:
     """Returns the table with as many metrics as fit, and the metrics that do not."""
+    table = _table(printer, target, rows, columns, has_items=has_items)
     shown = list(columns.metrics)
-    while True:
+    width = printer.width_of(table)
+    if columns.drops and not printer.is_pipe:
+        widths = {str(column.header): column.min_width or 0 for column in table.columns}
+        while shown and width > printer.console.width:
+            width -= widths[output.printable(shown.pop())] + _GAP
         narrow = dataclasses.replace(columns, metrics=shown)
         table = _table(printer, target, rows, narrow, has_items=has_items)
-        for column in table.columns:
-            if column.no_wrap:  # nothing is cut
-                column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
-        width = printer.width_of(table)
-        drops = columns.drops and not printer.is_pipe
-        if width <= printer.console.width or not shown or not drops:
-            printer.console.width = max(printer.console.width, width)
-            return table, list(columns.metrics)[len(shown) :]
-        shown.pop()
+    printer.console.width = max(printer.console.width, width)
+    return table, list(columns.metrics)[len(shown) :]
 
 
 def _table(
@@ -269,6 +269,9 @@ def _table(
         elif not row.is_ours:
             cells.append(Text("foreign", "dim"))
         table.add_row(*cells)
+    for column in table.columns:
+        if column.no_wrap:  # nothing is cut
+            column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
     return table
 
 

@@ -63,6 +63,8 @@ class Root:
         abandoned: The steps beside the line that leads to it.
         strays: Name -> kind of each entry that has a step's name but is not a step.
         unfinished: Directories of steps being written, or left by a crash.
+        index: Reads the steps, each commit once.
+        late: Reads metrics that were recorded later, each file once.
     """
 
     storage: Storage
@@ -74,12 +76,18 @@ class Root:
     abandoned: frozenset[int]
     strays: Mapping[str, str]
     unfinished: tuple[str, ...]
+    index: index.StepIndex
+    late: LateMetrics
 
     def history(self) -> list[StepInfo]:
         """Returns times and metrics of the steps, as policies see them."""
-        late = LateMetrics(self.storage, self.path)
-        late.look()
-        return [late.added_to(info) for info in self.infos]
+        self.late.look()
+        return [self.late.added_to(info) for info in self.infos]
+
+    def again(self) -> Root:
+        """Returns the directory as it is now; only new steps are read."""
+        listed = self.storage.list(self.path)
+        return _looked(self.storage, self.path, self.names, listed, self.index, self.late)
 
     def number(self, word: step_words.StepWord) -> int:
         """Returns the step that a word of the command line means.
@@ -109,6 +117,11 @@ class Root:
             raise index.no_such_step(self.path, step, tuple(self.steps))
         path = os.path.join(self.path, name)
         return Checkpoint(storage=self.storage, path=path, step=step)
+
+    @property
+    def has_known_names(self) -> bool:
+        """Whether the names of steps to come are known; else `find` has to look for them."""
+        return bool(self.steps) and not isinstance(self.names, _Recorded)
 
     def damaged(self) -> dict[int, str]:
         """Step -> name of each directory that has a step's name and no record of a step."""
@@ -225,6 +238,17 @@ def _find_root(storage: Storage, path: str, prefix: str | None) -> Root | None:
 
 def _root(storage: Storage, path: str, names: NameFormat, listed: list[str]) -> Root:
     found = index.StepIndex(storage, path, names)
+    return _looked(storage, path, names, listed, found, LateMetrics(storage, path))
+
+
+def _looked(
+    storage: Storage,
+    path: str,
+    names: NameFormat,
+    listed: list[str],
+    found: index.StepIndex,
+    late: LateMetrics,
+) -> Root:
     entries = found.look()
     infos = lines.marked([entry.info for entry in entries.values()])
     latest = lines.newest(infos)
@@ -238,6 +262,8 @@ def _root(storage: Storage, path: str, names: NameFormat, listed: list[str]) -> 
         abandoned=frozenset(info.step for info in infos if info.is_abandoned),
         strays=found.strays,
         unfinished=tuple(name for name in listed if commit.TMP_SUFFIX in name),
+        index=found,
+        late=late,
     )
 
 

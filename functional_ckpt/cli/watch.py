@@ -39,7 +39,7 @@ def _show(root: targets.Root, arguments: argparse.Namespace) -> None:
         while True:
             live.update(_picture(printer, root, arguments.last), refresh=True)
             time.sleep(arguments.interval)
-            root = root_of(arguments.directory, arguments.prefix)
+            root = _again(root, arguments)
 
 
 def _print_lines(root: targets.Root, arguments: argparse.Namespace) -> None:
@@ -52,7 +52,13 @@ def _print_lines(root: targets.Root, arguments: argparse.Namespace) -> None:
                 facts = [f"step {info.step}", f"saved {output.clock(info.time)}", *_metrics(info)]
                 printer.write([output.printable("  ".join(facts))])
         time.sleep(arguments.interval)
-        root = root_of(arguments.directory, arguments.prefix)
+        root = _again(root, arguments)
+
+
+def _again(root: targets.Root, arguments: argparse.Namespace) -> targets.Root:
+    if root.has_known_names:
+        return root.again()
+    return root_of(arguments.directory, arguments.prefix)
 
 
 def _metrics(info: StepInfo) -> list[str]:
