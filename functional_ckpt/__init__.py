@@ -122,18 +122,20 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if (moved := _MOVED.get(name)) is not None:
-        warnings.warn(f"fc.{name} is now fc.{moved}.", DeprecationWarning, stacklevel=2)
-        module, _, name = f"{__name__}.{moved}".rpartition(".")
-        return getattr(importlib.import_module(module), name)
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = next((home for home, names in _HOMES.items() if name in names), None)
-    module = importlib.import_module(f"{__name__}.{home or name}")
-    value = getattr(module, name) if home else module
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # type checkers know the names above, and no others
+
+    def __getattr__(name: str) -> Any:
+        if (moved := _MOVED.get(name)) is not None:
+            warnings.warn(f"fc.{name} is now fc.{moved}.", DeprecationWarning, stacklevel=2)
+            module, _, name = f"{__name__}.{moved}".rpartition(".")
+            return getattr(importlib.import_module(module), name)
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = next((home for home, names in _HOMES.items() if name in names), None)
+        module = importlib.import_module(f"{__name__}.{home or name}")
+        value = getattr(module, name) if home else module
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

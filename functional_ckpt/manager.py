@@ -18,16 +18,16 @@ from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
 from functional_ckpt.run import open_run
 from functional_ckpt.saving import background, saver
-from functional_ckpt.saving.calls import Calls, exclusive
+from functional_ckpt.saving.calls import Calls, NotCopied, exclusive
 from functional_ckpt.saving.options import Eager, SaveOptions, Staging
-from functional_ckpt.steps import acquire, names, orbax_adapters
+from functional_ckpt.steps import acquire, names, orbax_adapters, shown
 from functional_ckpt.steps.metadata import StepMetadata
 from functional_ckpt.steps.names import check_step
 from functional_ckpt.steps.tiers import Tier
 from functional_ckpt.storage.base import Storage
 
 
-class CheckpointManager:
+class CheckpointManager(NotCopied):
     """Saves, keeps and restores the steps of one training run in one directory.
 
     A reported step (`Commit.result`, the lists of steps) is complete and durable. A failure in the
@@ -297,15 +297,13 @@ class CheckpointManager:
     ) -> int | None:
         """Waits until the latest step is newer than `after`, for evaluators that follow a run.
 
-        After a rollback that may be a lower step.
-
         Args:
             after: The last step seen; None for any step.
             timeout: Seconds to wait; None for no limit.
             poll: Seconds between looks at the directory.
 
         Returns:
-            The latest step, or None after the timeout.
+            The latest step, after a rollback maybe a lower one; None after the timeout.
         """
         self._calls.check_usable()
         after = None if after is None else check_step(after)
@@ -375,6 +373,12 @@ class CheckpointManager:
             self._saver.finish_uploads()
             self._run.release()
         self._saver.raise_errors()
+
+    def __repr__(self) -> str:
+        return shown.line(self._steps, self._saver.committer.step, is_over=self._calls.is_over)
+
+    def _repr_html_(self) -> str:
+        return shown.table(self._steps, self._saver.committer.step, is_over=self._calls.is_over)
 
     def __enter__(self) -> Self:
         self._calls.check_usable()

@@ -53,7 +53,7 @@ FLOORS: dict[str, int] = {
     "manager.py": 11,
     "checkpoint.py": 11,
     "run.py": 11,
-    "flags.py": 12,
+    "flags/*": 12,
     "hooks.py": 12,
     "step_names.py": 12,
     "listeners.py": 12,

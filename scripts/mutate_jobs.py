@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 __all__ = ["Job", "Limits", "preload", "run_jobs", "seconds_used"]
 
@@ -37,13 +38,17 @@ class Limits:
     """When a job hangs, on a machine that may be busy with something else.
 
     Attributes:
-        asleep_seconds: How long its processes may sleep within one test. The time that they wait
-            for a processor does not count.
-        active_seconds: How long they may run, or wait for a processor, within one test.
+        asleep_seconds: How long its processes may sleep within one test.
+        running_seconds: How long they may run within one test. The time that they wait for a
+            processor counts for neither.
     """
 
     asleep_seconds: float
-    active_seconds: float
+    running_seconds: float
+
+
+_Times: TypeAlias = tuple[float, float]
+"""Seconds of running, and of waiting for a processor."""
 
 
 class _Watch:
@@ -52,7 +57,7 @@ class _Watch:
     def __init__(self, session: int, log: Path, limits: Limits) -> None:
         self._session, self._log, self._limits = session, log, limits
         self._size, self._began, self._looked = -1, 0.0, time.monotonic()
-        self._active: dict[Path, float] = {}
+        self._times: dict[Path, _Times] = {}
 
     def is_hung(self) -> bool:
         """Returns whether the current test has slept, or has run, for longer than a test may."""
@@ -60,19 +65,23 @@ class _Watch:
         if now - self._looked < 1.0:
             return False
         self._looked = now
-        found = _active_seconds(self._session)
+        found = _times_of(self._session)
         if (size := self._log.stat().st_size) != self._size:
             self._size, self._began = size, now
-            self._active, self._before = found, found
-        self._active = self._active | found
-        active = sum(self._active.values()) - sum(self._before.values())
-        asleep = now - self._began - active
-        return asleep > self._limits.asleep_seconds or active > self._limits.active_seconds
+            self._times, self._before = found, found
+        self._times = self._times | found
+        ran, waited = (
+            sum(each[place] for each in self._times.values())
+            - sum(each[place] for each in self._before.values())
+            for place in range(2)
+        )
+        asleep = now - self._began - ran - waited
+        return asleep > self._limits.asleep_seconds or ran > self._limits.running_seconds
 
 
-def _active_seconds(session: int) -> dict[Path, float]:
-    """Returns for each thread of a session how long it has run or waited for a processor."""
-    found: dict[Path, float] = {}
+def _times_of(session: int) -> dict[Path, _Times]:
+    """Returns for each thread of a session how long it has run, and waited for a processor."""
+    found: dict[Path, _Times] = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             fields = (process / "stat").read_text().rpartition(")")[2].split()
@@ -80,7 +89,7 @@ def _active_seconds(session: int) -> dict[Path, float]:
                 continue
             for thread in (process / "task").iterdir():
                 ran, waited, _ = (thread / "schedstat").read_text().split()
-                found[thread] = (int(ran) + int(waited)) / 1e9
+                found[thread] = int(ran) / 1e9, int(waited) / 1e9
     return found
 
 
@@ -157,6 +166,7 @@ def _fork(job: Job, copy: Path, logs: Path) -> int:
 
 
 def seconds_used() -> float:
-    """Returns the processor time of this process and of the children that it waited for."""
+    """Returns the processor time of this process and of its children, live ones included."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + used.ru_utime + used.ru_stime
+    live = sum(ran for ran, _ in _times_of(os.getsid(0)).values())
+    return live + used.ru_utime + used.ru_stime

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from functional_ckpt.cli import trees
+from functional_ckpt.cli.stored_arrays import SLAB_BYTES, OpenArrays, StoredArray
 from functional_ckpt.core.arrays.digests import Digests
-from functional_ckpt.core.arrays.spec import ArraySpec, Box, numpy_dtype
+from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.core.tree import long_lists, structure
 from functional_ckpt.format.checkpoint_dir import OpenItem
-from functional_ckpt.format.read_plan import Destination
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from functional_ckpt.format.reader import ArrayReader
-
 _Kind: TypeAlias = Literal["only in a", "only in b", "kind", "value", "data"]
-# How much of each of two arrays is held in memory at a time, where their chunks differ.
-_SLAB_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +51,11 @@ def compare_items(
 ) -> Iterator[Difference | None]:
     """Compares two items leaf by leaf: yields a difference, or None for an equal leaf."""
     with contextlib.ExitStack() as files:
-        yield from _compare_items(_Item(a, files), _Item(b, files), advance)
+        yield from _compare_items(OpenArrays(a, files), OpenArrays(b, files), advance)
 
 
 def _compare_items(
-    first: _Item, second: _Item, advance: Callable[[int], None]
+    first: OpenArrays, second: OpenArrays, advance: Callable[[int], None]
 ) -> Iterator[Difference | None]:
     a, b = first.opened, second.opened
     is_exact = a.record is not None and b.record is not None
@@ -127,9 +122,9 @@ def _container(node: structure.BranchNode) -> str:
 
 def _compare_leaves(
     name: str,
-    a: _Item,
+    a: OpenArrays,
     leaf_a: structure.Node,
-    b: _Item,
+    b: OpenArrays,
     leaf_b: structure.Node,
     advance: Callable[[int], None],
 ) -> Difference | None:
@@ -144,59 +139,25 @@ def _compare_leaves(
     if isinstance(leaf_a, structure.ArrayNode) and isinstance(leaf_b, structure.ArrayNode):
         is_same = leaf_a.spec == leaf_b.spec and leaf_a.dtype == leaf_b.dtype
         if is_same:
-            return _compare_data(name, _Array(a, leaf_a), _Array(b, leaf_b), advance)
+            return _compare_data(name, StoredArray(a, leaf_a), StoredArray(b, leaf_b), advance)
     elif texts == texts[::-1] and type(leaf_a) is type(leaf_b):
         return None
     return Difference(leaf=name, kind="kind", a=texts[0], b=texts[1])
 
 
-def _plain(item: _Item, leaf: structure.Node) -> structure.Node:
+def _plain(item: OpenArrays, leaf: structure.Node) -> structure.Node:
     """Converts a foreign number, stored as an array, to a plain number."""
     if not isinstance(leaf, structure.ArrayNode) or leaf.kind != "number":
         return leaf
-    value: Any = _Array(item, leaf).read(Box.whole(leaf.spec.shape)).item()
+    value: Any = StoredArray(item, leaf).read(Box.whole(leaf.spec.shape)).item()
     return structure.ValueNode(kind=type(value).__name__, value=value)
 
 
 # ------------------------------------------------------------------------------------ arrays
 
 
-class _Item:
-    """An item, whose arrays are opened when the first of them is read."""
-
-    def __init__(self, opened: OpenItem, files: contextlib.ExitStack) -> None:
-        self.opened = opened
-        self._files = files
-
-    @functools.cached_property
-    def reader(self) -> ArrayReader:
-        """Reads its arrays."""
-        reader = self.opened.open_reader()
-        self._files.callback(reader.close)
-        return reader
-
-
-class _Array:
-    """One stored array, read by regions."""
-
-    def __init__(self, item: _Item, node: structure.ArrayNode) -> None:
-        self.item = item
-        self.node = node
-        self.digests = item.opened.digests(node)
-
-    def read(self, box: Box) -> np.ndarray[Any, Any]:
-        """Reads a region, verified where there is something to compare it with."""
-        import numpy as np
-
-        data = np.empty(box.shape, numpy_dtype(self.node.spec.dtype))
-        destination = Destination(lambda: data, lambda: None)
-        for task in self.item.reader.tasks([self.item.opened.request(self.node, box, destination)]):
-            task()
-        return data
-
-
 def _compare_data(
-    name: str, a: _Array, b: _Array, advance: Callable[[int], None]
+    name: str, a: StoredArray, b: StoredArray, advance: Callable[[int], None]
 ) -> Difference | None:
     """Compares two arrays of one spec; equal digests spare the reading."""
     spec = a.node.spec
@@ -218,23 +179,18 @@ def _compare_data(
         b=text,
         num_different=num_different,
         num_elements=spec.num_elements,
-        max_abs=largest if _is_numeric(a.node) else None,
+        max_abs=largest if a.is_numeric else None,
     )
 
 
 def _regions(spec: ArraySpec, a: Digests | None, b: Digests | None) -> Iterator[tuple[Box, bool]]:
     """Yields regions that cover two arrays, and whether their recorded digests are equal."""
     if a is None:
-        yield from ((box, False) for box in spec.slabs(_SLAB_BYTES))
+        yield from ((box, False) for box in spec.slabs(SLAB_BYTES))
         return
     for index in a.grid.indices():
         is_same = b is not None and a.grid == b.grid and a.of(index) == b.of(index)
         yield a.grid.box(index), is_same
-
-
-def _is_numeric(node: structure.ArrayNode) -> bool:
-    """Returns whether numbers are stored as such, not as their bits or raw bytes."""
-    return node.kind != "bytes" and node.dtype == node.spec.dtype
 
 
 def _measure(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> tuple[int, float]:

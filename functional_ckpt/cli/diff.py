@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
-from functional_ckpt.cli import output, targets, trees
+from functional_ckpt.cli import output, step_words, targets, trees
 from functional_ckpt.cli.compare import Difference, compare_items, compare_json
 from functional_ckpt.format import checkpoint_dir
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+
+# Of more differences, the largest are listed, unless --all asks for every one.
+_MAX_ROWS = 5
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,21 +48,38 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         output.as_json(_record(pair, diffs, is_equal=is_equal))
     else:
-        _print(pair, diffs, is_equal=is_equal)
+        _print(pair, diffs, is_equal=is_equal, lists_all=arguments.all)
     return 0 if is_equal else 1
 
 
 def _pair(arguments: argparse.Namespace) -> list[targets.Checkpoint]:
-    """`diff A B`, or two steps of one directory: `diff DIR 15 19`."""
-    named: list[tuple[str, int | None]] = [(arguments.a, None), (arguments.b, None)]
+    """`diff A B`; two steps of one directory, `diff DIR 15 19`; one and the latest, `diff DIR 15`.
+
+    Raises:
+        UsageError: The second of three arguments is no step.
+    """
+    named: list[tuple[str, step_words.StepWord | None]] = [(arguments.a, None), (arguments.b, None)]
     if arguments.number is not None:
-        if not (arguments.b.isascii() and arguments.b.isdigit()):
-            raise errors.UsageError(f"diff DIR STEP STEP: {arguments.b!r} is not a step's number.")
-        named = [(arguments.a, int(arguments.b)), (arguments.a, arguments.number)]
+        try:
+            word = step_words.parse(arguments.b)
+        except argparse.ArgumentTypeError as error:
+            raise errors.UsageError(f"diff DIR STEP STEP: {error}.") from error
+        named = [(arguments.a, word), (arguments.a, arguments.number)]
+    elif (word := _step_of(arguments.b)) is not None:
+        named = [(arguments.a, word), (arguments.a, "latest")]
     return [
         targets.checkpoint_of(text, step, arguments.prefix, opens_foreign=True)
         for text, step in named
     ]
+
+
+def _step_of(text: str) -> step_words.StepWord | None:
+    """Returns the step that a text names, unless it names a file or directory, or neither."""
+    if os.path.exists(text):
+        return None
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return step_words.parse(text)
+    return None
 
 
 def _names(
@@ -121,7 +145,11 @@ def _record(
 
 
 def _print(
-    pair: Sequence[targets.Checkpoint], diffs: Mapping[str, _ItemDiff], *, is_equal: bool
+    pair: Sequence[targets.Checkpoint],
+    diffs: Mapping[str, _ItemDiff],
+    *,
+    is_equal: bool,
+    lists_all: bool,
 ) -> None:
     from rich.text import Text
 
@@ -132,10 +160,18 @@ def _print(
         printer.print(Text(), _heading(printer, name, diff))
         data = [each for each in diff.differences if each.kind == "data"]
         others = [each for each in diff.differences if each.kind != "data"]
+        shown_others, shown_data = others, data
+        if not lists_all:
+            shown_others = others[:_MAX_ROWS]
+            shown_data = sorted(data, key=_size_of, reverse=True)[:_MAX_ROWS]
         if others:
-            printer.print(_structure_table(printer, others))
+            printer.print(_structure_table(printer, shown_others))
         if data:
-            printer.print(*([Text()] if others else []), _data_table(printer, data))
+            printer.print(*([Text()] if others else []), _data_table(printer, shown_data))
+        num_hidden = len(others) + len(data) - len(shown_others) - len(shown_data)
+        if num_hidden:
+            least = " with smaller differences" if len(shown_others) == len(others) else ""
+            printer.print(Text(f"and {_leaves(num_hidden)}{least} (--all)", "dim"))
     if is_equal:
         printer.print(Text(), Text("Every leaf is equal.", "green"))
 
@@ -154,6 +190,13 @@ def _heading(printer: output.Printer, name: str, diff: _ItemDiff) -> Text:
         )
     mark = printer.sign("= ", "= ") if diff.is_equal else printer.sign("≠ ", "! ")
     return Text.assemble((mark, style), (output.printable(name), "bold cyan"), (f"  {what}", style))
+
+
+def _size_of(difference: Difference) -> float:
+    """Orders differences of data: not-a-number first, values that are no numbers last."""
+    if difference.max_abs is None:
+        return -1.0
+    return math.inf if math.isnan(difference.max_abs) else difference.max_abs
 
 
 def _leaves(count: int) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import re
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
-from functional_ckpt.cli import output, targets
+from functional_ckpt.cli import output, step_words, targets
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps import history
 from functional_ckpt.steps.late_metrics import LateMetrics
@@ -20,15 +20,10 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-# Metrics whose names hold one of these words are best when lowest.
-_LOWER_IS_BETTER = frozenset(
-    [
-        *("loss", "losses", "error", "errors", "err", "nll", "ce", "xent", "perplexity", "ppl"),
-        *("mse", "mae", "rmse", "wer", "cer", "fid", "bpb", "bits", "kl", "divergence"),
-        *("distance", "regret", "time", "seconds", "latency"),
-    ]
-)
-_Mode = Literal["min", "max"]
+# From this many columns on, times are shown beside ages.
+_WIDE = 120
+# Blanks between two columns.
+_GAP = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +58,40 @@ def run(arguments: argparse.Namespace) -> int:
     rows = [
         row for row in found if row is not None and queries.exists(storage, row.checkpoint.path)
     ]
-    best = _best(rows, arguments.best)
+    metrics = {row.info.step: row.metrics for row in rows}
+    best = step_words.best_steps(metrics, arguments.best)
+    names = _shown_metrics(metrics, arguments.metrics)
+    chosen = _sorted(rows, arguments)
     if arguments.json:
-        output.as_json(_record(target, rows, best))
+        output.as_json(_record(target, chosen, best))
     else:
-        _print(target, rows, best)
+        wanted = _Columns(names, best, is_long=arguments.long, drops=arguments.metrics is None)
+        _print(target, rows, chosen, wanted)
     return 0
+
+
+def _shown_metrics(metrics: Mapping[int, Mapping[str, float]], wanted: str | None) -> list[str]:
+    """Returns the metrics to show, in order; raises `UsageError` for one that no step has."""
+    names = list(dict.fromkeys(name for each in metrics.values() for name in each))
+    if wanted is None or wanted == "all":
+        return names
+    return [step_words.find_metric(name, names)[0] for name in wanted.split(",")]
+
+
+def _sorted(rows: Sequence[_Row], arguments: argparse.Namespace) -> list[_Row]:
+    """Returns the rows that were asked for, in order; rows without a metric come first."""
+    key = arguments.sort
+    found = list(rows)
+    if key == "size":
+        found.sort(key=lambda row: row.size_bytes)
+    elif key == "time":
+        found.sort(key=lambda row: row.info.time)
+    elif key not in (None, "step"):
+        step_words.find_metric(key, {name for row in rows for name in row.metrics})
+        found.sort(key=lambda row: row.metrics.get(key, -math.inf))
+    if arguments.reverse:
+        found.reverse()
+    return found[-arguments.last :] if arguments.last is not None else found
 
 
 def _row(checkpoint: targets.Checkpoint, late: LateMetrics) -> _Row | None:
@@ -98,37 +121,10 @@ def _row(checkpoint: targets.Checkpoint, late: LateMetrics) -> _Row | None:
     )
 
 
-def _best(rows: Sequence[_Row], chosen: Sequence[str]) -> dict[str, tuple[_Mode, int]]:
-    """Metric -> which of its values is best, and the step that has it; of equal ones the newest."""
-    values: dict[str, list[tuple[float, int]]] = {}
-    for row in rows:
-        for name, value in row.metrics.items():
-            values.setdefault(name, []).append((value, row.info.step))
-    modes: dict[str, _Mode] = {name: _mode(name) for name in values}
-    for text in chosen:
-        name, colon, mode = text.rpartition(":")
-        name, mode = (name, mode) if colon and mode in ("min", "max") else (text, "")
-        if name not in modes:
-            known = ", ".join(sorted(modes)) or "none"
-            raise errors.UsageError(f"--best {text}: no step has this metric; they have: {known}.")
-        if mode:
-            modes[name] = "min" if mode == "min" else "max"
-    sign = {"max": 1, "min": -1}
-    return {
-        name: (mode, max(values[name], key=lambda pair: (sign[mode] * pair[0], pair[1]))[1])
-        for name, mode in modes.items()
-    }
-
-
-def _mode(metric: str) -> _Mode:
-    words = re.split(r"[^a-z]+", metric.lower())
-    return "max" if _LOWER_IS_BETTER.isdisjoint(words) else "min"
-
-
 def _record(
     target: targets.Root | targets.Checkpoint,
     rows: Sequence[_Row],
-    best: Mapping[str, tuple[_Mode, int]],
+    best: Mapping[str, tuple[step_words.Mode, int]],
 ) -> dict[str, Any]:
     is_root = isinstance(target, targets.Root)
     abandoned = target.abandoned if isinstance(target, targets.Root) else frozenset[int]()
@@ -155,10 +151,28 @@ def _record(
     }
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Columns:
+    """What to show of each step.
+
+    Attributes:
+        metrics: The metrics, the most important first.
+        best: Metric -> which value is best, and the step that has it.
+        is_long: Whether to show times beside ages.
+        drops: Whether metrics that do not fit on a terminal are left out.
+    """
+
+    metrics: Sequence[str]
+    best: Mapping[str, tuple[step_words.Mode, int]]
+    is_long: bool
+    drops: bool
+
+
 def _print(
     target: targets.Root | targets.Checkpoint,
     rows: Sequence[_Row],
-    best: Mapping[str, tuple[_Mode, int]],
+    chosen: Sequence[_Row],
+    columns: _Columns,
 ) -> None:
     from rich.text import Text
 
@@ -172,9 +186,15 @@ def _print(
     if len(shared) == 1:
         facts.append(f"items {', '.join(*shared)}" if any(shared) else "no items")
     printer.print(heading, output.styled(printer.sign(" · ", ", ").join(facts), "dim"), Text())
-    if rows:
-        printer.print(_table(printer, target, rows, best, has_items=len(shared) > 1))
-    for row in rows:
+    if chosen:
+        has_items = len(shared) > 1
+        table, left_out = _fitting(printer, target, chosen, columns, has_items=has_items)
+        printer.print(table)
+        if left_out:
+            plus = f"+{len(left_out)} metric{'' if len(left_out) == 1 else 's'}"
+            names = output.printable(", ".join(left_out))
+            printer.print(Text(f"{plus}: {names} (--metrics all)", "dim"))
+    for row in chosen:
         if row.problem is not None:
             line = f"{row.checkpoint.title} is damaged: {row.problem}"
             printer.print(output.styled(line, "red"))
@@ -185,34 +205,62 @@ def _print(
         printer.print(output.styled(line, "dim"))
 
 
+def _fitting(
+    printer: output.Printer,
+    target: targets.Root | targets.Checkpoint,
+    rows: Sequence[_Row],
+    columns: _Columns,
+    *,
+    has_items: bool,
+) -> tuple[Table, list[str]]:
+    """Returns the table with as many metrics as fit, and the metrics that do not."""
+    table = _table(printer, target, rows, columns, has_items=has_items)
+    shown = list(columns.metrics)
+    width = printer.width_of(table)
+    if columns.drops and not printer.is_pipe:
+        widths = {str(column.header): column.min_width or 0 for column in table.columns}
+        while shown and width > printer.console.width:
+            width -= widths[output.printable(shown.pop())] + _GAP
+        narrow = dataclasses.replace(columns, metrics=shown)
+        table = _table(printer, target, rows, narrow, has_items=has_items)
+    printer.console.width = max(printer.console.width, width)
+    return table, list(columns.metrics)[len(shown) :]
+
+
 def _table(
     printer: output.Printer,
     target: targets.Root | targets.Checkpoint,
     rows: Sequence[_Row],
-    best: Mapping[str, tuple[_Mode, int]],
+    columns: _Columns,
     *,
     has_items: bool,
 ) -> Table:
     from rich.text import Text
 
     now = datetime.datetime.now(datetime.UTC)
-    table = output.table("step", "", "saved", "", "size", *best, *(["items"] if has_items else []))
-    for column in (table.columns[0], *table.columns[4 : 5 + len(best)]):
+    is_long = columns.is_long or printer.console.width >= _WIDE
+    times = ["saved"] if is_long else []
+    first = ["step", "", *times, "age", "size"]
+    table = output.table(*first, *columns.metrics, *(["items"] if has_items else []))
+    for column in (
+        table.columns[0],
+        *table.columns[len(first) - 2 : len(first) + len(columns.metrics)],
+    ):
         column.justify = "right"
     if has_items:
-        table.columns[-1].no_wrap = False
+        table.columns[-1].no_wrap, table.columns[-1].overflow = False, "fold"
     table.add_column("")
     for row in rows:
         step = "" if row.checkpoint.step is None else str(row.checkpoint.step)
         cells = [
             Text(step, "bold cyan"),
             _place(target, row.info.step),
-            Text(output.clock(row.info.time)),
+            *([Text(output.clock(row.info.time))] if is_long else []),
             Text(output.age(row.info.time, now), "dim"),
             Text(output.size(row.size_bytes)),
         ]
-        for name, (_, step_of_best) in best.items():
-            is_best = step_of_best == row.info.step
+        for name in columns.metrics:
+            is_best = name in columns.best and columns.best[name][1] == row.info.step
             cells.append(_metric(printer, row.metrics.get(name), is_best=is_best))
         if has_items:
             cells.append(output.styled(" ".join(row.items)))
@@ -221,6 +269,9 @@ def _table(
         elif not row.is_ours:
             cells.append(Text("foreign", "dim"))
         table.add_row(*cells)
+    for column in table.columns:
+        if column.no_wrap:  # nothing is cut
+            column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
     return table
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Wide enough that nothing is truncated in a file or a pipe.
 _WIDTH_OF_PIPES = 160
+_MAX_WIDTH = 10_000
 
 
 class Printer:
@@ -31,15 +32,16 @@ class Printer:
     Attributes:
         console: Rich's console. All output uses `print` below, so that a closed pipe is an error
             here and not in the library.
+        is_pipe: Whether the output goes to a file or a program, which have no width.
     """
 
     def __init__(self) -> None:
         from rich.console import Console
 
-        is_pipe = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+        self.is_pipe = not sys.stdout.isatty() and "COLUMNS" not in os.environ
         self.console: Console = Console(
             file=sys.stdout,
-            width=_WIDTH_OF_PIPES if is_pipe else None,
+            width=_WIDTH_OF_PIPES if self.is_pipe else None,
             markup=False,
             highlight=False,
             emoji=False,
@@ -53,6 +55,11 @@ class Printer:
     def sign(self, fancy: str, plain: str) -> str:
         """Returns a symbol, or its ASCII replacement if it cannot be shown."""
         return plain if self.is_ascii else fancy
+
+    def width_of(self, table: Table) -> int:
+        """Returns how many columns a table needs, however narrow the terminal is."""
+        options = self.console.options.update(max_width=_MAX_WIDTH)
+        return self.console.measure(table, options=options).minimum
 
     def print(self, *what: RenderableType) -> None:
         """Prints renderables, one below the other, without trailing blanks."""
@@ -70,15 +77,16 @@ class Printer:
 
 def as_json(record: dict[str, Any]) -> None:
     """Prints a record as JSON; non-finite numbers become text (`"nan"`, `"inf"`)."""
-    text = json.dumps(_plain(record), indent=2, allow_nan=False)
+    text = json.dumps(plain(record), indent=2, allow_nan=False)
     sys.stdout.write(f"{text}\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Returns a value as JSON can carry it; non-finite numbers and other objects become text."""
     if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {str(key): plain(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, (list, tuple, collections.deque)):
-        return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]
+        return [plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, str):
@@ -136,12 +144,14 @@ def size(num_bytes: int) -> str:
 
 
 def number(value: float) -> str:
-    """Returns a metric for people.
+    """Returns a metric for people: at most four digits, or the integer part.
 
-    >>> number(0.98765), number(12345678), number(3)
-    ('0.9877', '1.235e+07', '3')
+    >>> number(0.98765), number(12345.678), number(3), number(1.5e12)
+    ('0.9877', '12,346', '3', '1.5e+12')
     """
-    return f"{value:.4g}" if isinstance(value, float) or abs(value) > 999_999 else str(value)
+    if 9999.5 <= abs(value) < 1e10:
+        return f"{value:,.0f}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) or abs(value) >= 1e10 else str(value)
 
 
 def age(time: datetime.datetime, now: datetime.datetime) -> str:

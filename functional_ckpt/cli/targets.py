@@ -9,10 +9,13 @@ import re
 from collections.abc import Mapping
 
 from functional_ckpt import errors
+from functional_ckpt.cli import step_words
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.policies import lines
-from functional_ckpt.steps import index
+from functional_ckpt.policies.base import StepInfo
+from functional_ckpt.steps import history, index
+from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.steps.names import CompositeStepName, NameFormat, StepName
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
@@ -55,28 +58,70 @@ class Root:
         path: The directory.
         names: How its steps are named.
         steps: Step -> name of its directory, ascending.
+        infos: Their times and metrics, without metrics that were recorded later.
         latest: The step that a run resumes from; None where there is no step.
         abandoned: The steps beside the line that leads to it.
         strays: Name -> kind of each entry that has a step's name but is not a step.
         unfinished: Directories of steps being written, or left by a crash.
+        index: Reads the steps, each commit once.
+        late: Reads metrics that were recorded later, each file once.
     """
 
     storage: Storage
     path: str
     names: NameFormat
     steps: Mapping[int, str]
+    infos: tuple[StepInfo, ...]
     latest: int | None
     abandoned: frozenset[int]
     strays: Mapping[str, str]
     unfinished: tuple[str, ...]
+    index: index.StepIndex
+    late: LateMetrics
 
-    def checkpoint(self, step: int) -> Checkpoint:
+    def history(self) -> list[StepInfo]:
+        """Returns times and metrics of the steps, as policies see them."""
+        self.late.look()
+        return [self.late.added_to(info) for info in self.infos]
+
+    def again(self) -> Root:
+        """Returns the directory as it is now; only new steps are read."""
+        listed = self.storage.list(self.path)
+        return _looked(self.storage, self.path, self.names, listed, self.index, self.late)
+
+    def number(self, word: step_words.StepWord) -> int:
+        """Returns the step that a word of the command line means.
+
+        Raises:
+            StepNotFoundError: There is no step.
+            UsageError: No step has the metric.
+        """
+        if isinstance(word, int):
+            return word
+        if self.latest is None:
+            raise errors.StepNotFoundError(f"{self.path} has no step yet.", path=self.path)
+        if word == "latest":
+            return self.latest
+        metrics = {
+            info.step: dict(history.finite_metrics(info.metrics or {})) for info in self.history()
+        }
+        names = {name for each in metrics.values() for name in each}
+        name, mode = step_words.find_metric(word.removeprefix("best:"), names)
+        return step_words.best_step(metrics, name, mode or step_words.mode_of(name) or "max")
+
+    def checkpoint(self, word: step_words.StepWord) -> Checkpoint:
         """Returns a step, or an incomplete one: opening it reports the missing part."""
+        step = self.number(word)
         name = self.steps.get(step) or self.damaged().get(step)
         if name is None:
             raise index.no_such_step(self.path, step, tuple(self.steps))
         path = os.path.join(self.path, name)
         return Checkpoint(storage=self.storage, path=path, step=step)
+
+    @property
+    def has_known_names(self) -> bool:
+        """Whether the names of steps to come are known; else `find` has to look for them."""
+        return bool(self.steps) and not isinstance(self.names, _Recorded)
 
     def damaged(self) -> dict[int, str]:
         """Step -> name of each directory that has a step's name and no record of a step."""
@@ -128,15 +173,16 @@ def _foreign(storage: Storage, path: str, text: str, opens_foreign: bool) -> Che
 
 
 def checkpoint_of(
-    text: str, step: int | None = None, prefix: str | None = None, *, opens_foreign: bool = False
+    text: str,
+    step: step_words.StepWord | None = None,
+    prefix: str | None = None,
+    *,
+    opens_foreign: bool = False,
 ) -> Checkpoint:
     """The one checkpoint at a path; of a directory of steps the one asked for, else the latest."""
     target = find(text, prefix, opens_foreign=opens_foreign)
     if isinstance(target, Root):
-        step = target.latest if step is None else step
-        if step is None:
-            raise errors.StepNotFoundError(f"{text} has no step yet.", path=target.path)
-        return target.checkpoint(step)
+        return target.checkpoint("latest" if step is None else step)
     if step is not None and step != target.step:
         raise errors.UsageError(
             f"{text} is one checkpoint; --step chooses among those of a directory of steps.",
@@ -192,6 +238,17 @@ def _find_root(storage: Storage, path: str, prefix: str | None) -> Root | None:
 
 def _root(storage: Storage, path: str, names: NameFormat, listed: list[str]) -> Root:
     found = index.StepIndex(storage, path, names)
+    return _looked(storage, path, names, listed, found, LateMetrics(storage, path))
+
+
+def _looked(
+    storage: Storage,
+    path: str,
+    names: NameFormat,
+    listed: list[str],
+    found: index.StepIndex,
+    late: LateMetrics,
+) -> Root:
     entries = found.look()
     infos = lines.marked([entry.info for entry in entries.values()])
     latest = lines.newest(infos)
@@ -200,10 +257,13 @@ def _root(storage: Storage, path: str, names: NameFormat, listed: list[str]) -> 
         path=path,
         names=names,
         steps={step: entry.name for step, entry in entries.items()},
+        infos=tuple(infos),
         latest=None if latest is None else latest.step,
         abandoned=frozenset(info.step for info in infos if info.is_abandoned),
         strays=found.strays,
         unfinished=tuple(name for name in listed if commit.TMP_SUFFIX in name),
+        index=found,
+        late=late,
     )
 
 

@@ -278,9 +278,9 @@ class _Store:
                 ranks=self._suspects,
             ) from None
         except (dist.DistError, ConnectionError) as error:
-            summary = str(error).partition("\n")[0]
+            summary = str(error).partition("\n")[0].removesuffix(".")
             raise errors.CoordinationError(
-                f"The store of the process group failed: {summary} {self._host}",
+                f"The store of the process group failed: {summary}. {self._host}",
                 ranks=self._suspects,
             ) from error
 

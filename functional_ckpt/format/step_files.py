@@ -67,9 +67,11 @@ class StepFiles:
         file = os.path.join(path, records.EXTENSION_FILE)
         data = read_optional(storage, file)
         record = None if data is None else records.parse_step(data, file)
-        if record is not None and step is not None and record.step != step:
+        # `fc.save` records no step: where its checkpoint has a step's name, that counts.
+        recorded = None if record is None else record.step
+        if step is not None and recorded not in (None, step):
             raise errors.CorruptCheckpointError(
-                f"{path}: written as step {record.step}, found as step {step}; the directories "
+                f"{path}: written as step {recorded}, found as step {step}; the directories "
                 "were swapped or renamed.",
                 path=path,
                 step=step,
@@ -77,7 +79,7 @@ class StepFiles:
         return cls(
             storage=storage,
             path=path,
-            step=step if record is None else record.step,
+            step=step if recorded is None else recorded,
             record=record,
             identity=None if data is None else records.digest_hex(data),
         )

@@ -12,10 +12,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, dataclass_transform, final
 
+import torch
+
 from functional_ckpt import errors
 from functional_ckpt.core.tree import containers
 
 _Kind = TypeVar("_Kind", bound="type[Item]")
+_MAX_CHARS = 60
 
 Replicated: TypeAlias = Literal["checked", "unchecked"]
 """Whether several ranks' values under one name must be equal."""
@@ -158,6 +161,16 @@ class Item(abc.ABC):
                 f"replicated must be 'checked' or 'unchecked'; got {self.replicated!r}."
             )
 
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self)[1:]
+        given = {field.name: getattr(self, field.name) for field in fields}
+        options = [
+            f"{field.name}={_brief(given[field.name])}"
+            for field in fields
+            if given[field.name] is not field.default and given[field.name] != field.default
+        ]
+        return f"{type(self).__name__}({', '.join([_brief(self.value), *options])})"
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Item) or type(self) is not type(other):
             return NotImplemented
@@ -169,6 +182,23 @@ class Item(abc.ABC):
         return hash((type(self), self.replicated))
 
 
+def _brief(value: Any) -> str:
+    """Returns a value in a few words; models and optimizers by class and size."""
+    kind = type(value).__name__
+    if isinstance(value, torch.nn.Module):
+        count = sum(1 for _ in value.parameters())
+    elif isinstance(value, torch.optim.Optimizer):
+        count = sum(len(group["params"]) for group in value.param_groups)
+    elif isinstance(value, torch.Tensor):
+        return f"{kind} {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    elif isinstance(value, (Mapping, list, tuple)) and value:
+        return f"{kind} of {len(value)}"  # pyright: ignore[reportUnknownArgumentType]
+    else:
+        text = " ".join(repr(value).split())
+        return text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 3]}..."
+    return f"{kind}, {count} parameter{'' if count == 1 else 's'}"
+
+
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,))
 def item_class(kind: _Kind) -> _Kind:
     """Makes a class a frozen dataclass and a node of `torch.utils._pytree`.
@@ -176,7 +206,7 @@ def item_class(kind: _Kind) -> _Kind:
     Args:
         kind: A direct subclass of `Item`, with its options as fields.
     """
-    made: Any = dataclasses.dataclass(frozen=True, slots=True, eq=False)(kind)
+    made: Any = dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)(kind)
     containers.register_record(made)
     return made
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection
 
+FSDP1 = frozenset({"torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"})
+
 
 @functools.lru_cache(maxsize=1024)
 def class_names(kind: type) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from functional_ckpt.core.tree import flatten, structure, walk
+from functional_ckpt.core.tree import flatten, long_lists, structure, walk
 from functional_ckpt.core.tree.placeholders import NOTHING, Fill, Refused
 from functional_ckpt.core.tree.structure import Handled, KeyPath
 from functional_ckpt.handlers import dtensor_parts
@@ -93,7 +93,7 @@ def place(registry: Registry, tree: Any, stored: Any, around: Item, make: Make) 
                     return walk.leaf(made)
                 inner = [(made.tree, structure.tree_of(stored), path, item)]
                 return inner, lambda trees: dataclasses.replace(made, tree=trees[0])
-        opened = None if isinstance(value, _LEAVES) else flatten.flatten_one_level(value)
+        opened = _open(value)
         if opened is None:
             return walk.leaf(value)
         known = _children_of(stored)
@@ -105,6 +105,13 @@ def place(registry: Registry, tree: Any, stored: Any, around: Item, make: Make) 
         return children, lambda new: _rebuilt(value, opened, new)
 
     return walk.fold((tree, stored, (), around), visit)
+
+
+def _open(value: Any) -> flatten.FlatNode | None:
+    """The parts of a container that may hold values with handlers; None for a leaf."""
+    if isinstance(value, _LEAVES) or long_lists.is_leaf(value):
+        return None
+    return flatten.flatten_one_level(value)
 
 
 def _rebuilt(value: Any, opened: flatten.FlatNode, children: list[Any]) -> Any:
@@ -188,7 +195,7 @@ def _map_handled(tree: Any, function: Callable[[Handled, Any], Any]) -> Any:
         if isinstance(value, Handled):
             inner = [] if value.is_kept else [value.tree]
             return inner, lambda trees: function(value, trees[0] if trees else None)
-        opened = None if isinstance(value, _LEAVES) else flatten.flatten_one_level(value)
+        opened = _open(value)
         if opened is None:
             return walk.leaf(value)
         return opened.children, lambda new: _rebuilt(value, opened, new)

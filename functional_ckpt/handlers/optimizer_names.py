@@ -19,7 +19,6 @@ State: TypeAlias = dict[Any, Any]
 # State whose key is not a parameter.
 SHARED = "shared_state"
 RESERVED = ("state", "param_groups", SHARED)
-_FSDP1 = frozenset({"torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel"})
 
 
 # Implementation flags, which depend on the run's devices: taken from the live optimizer. They are
@@ -119,7 +118,7 @@ def check_not_flattened(optimizer: torch.optim.Optimizer, model: parameter_names
     modules = [each for _, each in named if isinstance(each, torch.nn.Module)]
     if modules:
         inner = (each for module in modules for each in module.modules())
-        wrappers: list[Any] = [each for each in inner if classes.is_a(each, _FSDP1)]
+        wrappers: list[Any] = [each for each in inner if classes.is_a(each, classes.FSDP1)]
         if wrappers and all(each.sharding_strategy.name == "NO_SHARD" for each in wrappers):
             return
     raise errors.UsageError(

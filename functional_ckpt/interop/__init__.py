@@ -21,12 +21,14 @@ _HOMES = {"FORMATS": "detect", "Format": "source", "Source": "source", "open": "
 __all__ = ["FORMATS", "Format", "Source", "huggingface", "open"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOMES.get(name)
-    module = importlib.import_module(f"{__name__}.{home or name}")
-    return getattr(module, name) if home else module
+if not TYPE_CHECKING:  # type checkers know the names above, and no others
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = _HOMES.get(name)
+        module = importlib.import_module(f"{__name__}.{home or name}")
+        return getattr(module, name) if home else module
 
 
 def __dir__() -> list[str]:

@@ -8,6 +8,7 @@ compared with its size before memory is allocated.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import pickletools
@@ -29,10 +30,19 @@ _ABSURD = (None, errno.EINVAL, errno.EOVERFLOW, errno.EFBIG, errno.ENAMETOOLONG,
 # How many objects a pickle may stand for, for each that it holds: more is made by repetition.
 _MAX_REPETITION = 1000
 _FEW_OBJECTS = 10**6
+_FEW_CONTAINERS = 200_000
+_MAX_DEPTH = 10_000
 _BYTE_ORDER = sys.byteorder.encode()
 _DATA = re.compile(r"/data/[^/]*$")
 _PUTS = frozenset(["PUT", "BINPUT", "LONG_BINPUT"])
 _GETS = frozenset(["GET", "BINGET", "LONG_BINGET"])
+_GROWS = frozenset(["APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"])
+# Memory of each container that an opcode makes, in units of an empty list.
+_WEIGHTS = {
+    **dict.fromkeys(["EMPTY_LIST", "EMPTY_DICT", "LIST", "DICT"], 1),
+    **dict.fromkeys(["TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"], 1),
+    **dict.fromkeys(["EMPTY_SET", "FROZENSET", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"], 2),
+}
 
 
 @contextlib.contextmanager
@@ -83,63 +93,98 @@ def check_pickle(data: bytes, path: str) -> None:
 
     Slots of the memo are numbered one by one: a large number in a small pickle makes the reader ask
     for that many. Containers that hold one another twice, many times over, stand for more objects
-    than can ever be visited.
+    than can ever be visited; a pickler never lets a container grow that another one holds already,
+    which would hide them. Deep nests and floods of small containers take many times their bytes.
     """
-    memo: dict[int, list[int]] = {}
-    stack: list[list[int] | None] = []  # sizes, in lists so that containers may grow; None: a mark
-    most = 0
-    number = 0
+    memo: list[_Part | None] = []
+    num_memoized = 0
+    stack: list[_Part | None] = []  # None: a mark
+    budget = _FEW_CONTAINERS + len(data) // 4
     with clear_failures(path):
         for number, (opcode, argument, _) in enumerate(pickletools.genops(data), 1):
             name = opcode.name
-            if name in _PUTS and cast("int", argument) > number:
-                raise ValueError(f"memo {argument} of {number}")
             if name in _PUTS or name == "MEMOIZE":
-                memo[len(memo) if name == "MEMOIZE" else cast("int", argument)] = _top(stack)
+                slot = num_memoized if name == "MEMOIZE" else cast("int", argument)
+                if slot > number:
+                    raise ValueError(f"memo {slot} of {number}")
+                memo.extend([None] * (slot + 1 - len(memo)))
+                num_memoized += memo[slot] is None
+                memo[slot] = _top(stack)
             elif name in _GETS:
-                stack.append(memo[cast("int", argument)])
+                stack.append(_known(memo, cast("int", argument)))
             elif name == "DUP":
                 stack.append(_top(stack))
             elif name == "MARK":
                 stack.append(None)
             else:
-                _apply(opcode, stack)
+                budget -= _apply(opcode, stack)
+                if budget < 0:
+                    raise ValueError("it builds more containers than its size allows")
             if stack and stack[-1] is not None:
-                most = max(most, stack[-1][0])
-                if most > _FEW_OBJECTS + _MAX_REPETITION * number:
+                if stack[-1].size > _FEW_OBJECTS + _MAX_REPETITION * number:
                     raise ValueError("it stands for more objects than can be visited")
+                if stack[-1].depth > _MAX_DEPTH:
+                    raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
 
 
-def _top(stack: list[list[int] | None]) -> list[int]:
+@dataclasses.dataclass(slots=True)
+class _Part:
+    """An object on a pickle's stack: the number of objects that it stands for, and its levels."""
+
+    size: int
+    depth: int
+    is_held: bool = False
+    """Whether another object holds it."""
+
+
+_PLAIN = _Part(1, 0)
+
+
+def _top(stack: list[_Part | None]) -> _Part:
     top = stack[-1]
     if top is None:
         raise ValueError("a mark where an object should be")
     return top
 
 
-def _apply(opcode: Any, stack: list[list[int] | None]) -> None:
-    """Accounts for an opcode's stack inputs as parts of its result."""
-    taken = 0
-    before, after = opcode.stack_before, opcode.stack_after
-    container = None
+def _known(memo: list[_Part | None], slot: int) -> _Part:
+    part = memo[slot]
+    if part is None:
+        raise ValueError(f"memo {slot} is empty")
+    return part
+
+
+def _apply(opcode: Any, stack: list[_Part | None]) -> int:
+    """Accounts for an opcode's stack inputs as parts of its result; returns the result's weight."""
+    before, name = opcode.stack_before, opcode.name
+    taken: list[_Part] = []
     if pickletools.markobject in before:
-        while (size := stack.pop()) is not None:
-            taken += size[0]
-        count = before.index(pickletools.markobject)
-    else:
-        count = len(before)
-    for _ in range(count):
-        container = stack.pop()
-        if container is None:
-            raise ValueError("a mark where an object should be")
-        taken += container[0]
-    if opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"):
-        if container is not None:
-            container[0] = taken
-            stack.append(container)
-        return
-    for _ in after:
-        stack.append([taken + 1])
+        while (part := stack.pop()) is not None:
+            taken.append(part)
+        before = before[: before.index(pickletools.markobject)]
+    for _ in before:
+        taken.append(_top(stack))
+        stack.pop()
+    if name in _GROWS and taken:
+        container = taken.pop()
+        if taken and (container.is_held or container is _PLAIN):
+            raise ValueError("a container grows while another one holds it")
+        _hold(container, taken)
+        stack.append(container)
+        return 0
+    weight = _WEIGHTS.get(name, 0)
+    for _ in opcode.stack_after:
+        stack.append(_hold(_Part(1, 0), taken) if taken or weight else _PLAIN)
+    return weight
+
+
+def _hold(container: _Part, parts: list[_Part]) -> _Part:
+    for part in parts:
+        container.size += part.size
+        container.depth = max(container.depth, part.depth + 1)
+        if part is not _PLAIN:
+            part.is_held = True
+    return container
 
 
 def check_archive(path: str) -> dict[int, set[int]]:

@@ -15,8 +15,6 @@ manager is made after the process group. The extra `lightning` installs its impo
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +22,13 @@ from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.handlers import PyTree, Rng
 from functional_ckpt.interop import lightning_loops as loops
+from functional_ckpt.interop.lightning_loaders import (
+    LoaderPositions,
+    draw_seeds,
+    has_stateful_loaders,
+    warn_of_ranks,
+)
+from functional_ckpt.interop.lightning_signals import Signals
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.policies.progress import Progress
 
@@ -46,8 +51,8 @@ class ManagerIO(lightning_io.CheckpointIO):
     """Lightning's checkpoints as steps: the dict it makes is the item `lightning`, a pytree.
 
     A path is the manager's directory and the number of the step. Any other path (of the Trainer's
-    `save_checkpoint("final.ckpt")`, of a tuner, of SLURM's requeue, of a checkpoint that Lightning
-    wrote) goes to Lightning's own `TorchCheckpointIO`.
+    `save_checkpoint("final.ckpt")`, of a tuner, of a checkpoint that Lightning wrote) goes to
+    Lightning's own `TorchCheckpointIO`.
 
     Args:
         manager: A manager; or its directory, with the manager's arguments. In the latter case the
@@ -64,6 +69,7 @@ class ManagerIO(lightning_io.CheckpointIO):
         self._directory: Any = None if self._manager is not None else manager
         self._options = options
         self._other = lightning_io.TorchCheckpointIO()
+        self.is_requeued = False
 
     @property
     def manager(self) -> CheckpointManager:
@@ -112,7 +118,9 @@ class ManagerIO(lightning_io.CheckpointIO):
         """
         step = self._step(path)
         if step is None:
-            self._other.save_checkpoint(checkpoint, path, storage_options)
+            # A step is saved: Lightning's own file for SLURM is not needed.
+            if not (self.is_requeued and os.path.basename(path).startswith("hpc_ckpt_")):
+                self._other.save_checkpoint(checkpoint, path, storage_options)
             return
         if storage_options is not None:
             raise errors.UsageError("storage_options: a manager has its own storage.")
@@ -184,7 +192,7 @@ class SaveCallback(callbacks.Callback):
     A step is an update of the weights. It is saved once everything that belongs to it is over:
     before the next batch; at the end of an epoch before the next epoch starts, so that a resumed
     run calls `on_train_epoch_start` and draws the same data; at the end of the training; when the
-    training is ended by SIGTERM or an exception.
+    training is ended by SIGTERM, SLURM's requeue signal or an exception.
 
     Args:
         io: The Trainer's plugin.
@@ -197,8 +205,19 @@ class SaveCallback(callbacks.Callback):
         self._resumed: int | None = None
         self._seen: int | None = None
         self._due: Progress | None = None
+        self._decided: bool | None = None  # whether the step that is due is saved; None: not asked
         self._is_preempted = False
-        self._handler: Any = None
+        self._restarts: int | None = None
+        self._loaders = LoaderPositions()
+        self._signals = Signals()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batches that were drawn in advance of the step."""
+        return {"drawn": self._loaders.drawn} if self._loaders.drawn else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the batches of a step for the start of the training."""
+        self._loaders.drawn = state_dict["drawn"]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks that all processes save together.
@@ -224,38 +243,44 @@ class SaveCallback(callbacks.Callback):
                 "made before the processes knew each other. Give ManagerIO the manager's directory "
                 "and arguments; it makes the manager then."
             )
-        if self._io.manager.waits_for_signal:
-            self._handler = signal.getsignal(signal.SIGTERM)
+        self._signals = Signals(waits_for_signal=self._io.manager.waits_for_signal)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Restores the random generators of a step, in a run that resumes at the end of an epoch.
 
         Lightning draws the first data of the epoch before it calls anything else.
         """
-        path, self._resumed, self._is_preempted = trainer.ckpt_path, None, False
-        self._due, self._seen = None, int(trainer.global_step)
+        path, self._is_preempted = trainer.ckpt_path, False
+        self._resumed = self._restarts = None
+        self._due = self._decided = None
+        self._io.is_requeued = False
         step = self._io._step(path) if path else None
         if step is None:
             return
+        # `estimated_stepping_batches` in `configure_optimizers` has started the loaders, before the
+        # generators and the loops are restored: Lightning starts them once more.
+        trainer.fit_loop._combined_loader = None
         progress = self._io.manager.metadata(step).progress
         if progress is not None and progress.batch_in_epoch == 0:
             self._io.manager.restore(step, {"rng": Rng()})
+            self._restarts = step
         else:
             self._resumed = step
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Gives SIGTERM back to the manager, which stops all processes at one step.
-
-        Lightning's handler communicates at whatever point the signal comes, and blocks forever
-        where one process receives it.
-        """
-        if self._handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._handler)
+        """Puts the loaders where the step has them, and takes the signals from Lightning."""
+        self._seen = int(trainer.global_step)
+        if self._restarts is not None and has_stateful_loaders(trainer):
+            # A loader that resumes after its end has started twice.
+            self._io.manager.restore(self._restarts, {"rng": Rng()})
+            draw_seeds(trainer)
+        self._loaders.put_back(trainer)
+        warn_of_ranks(trainer)
+        self._signals.take(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Saves the state at the end of the previous epoch."""
-        if self._due is not None:
-            self._due = loops.at_epoch_end(self._due)
+        self._end_epoch()
         self._save(trainer)
 
     def on_train_batch_start(
@@ -281,14 +306,24 @@ class SaveCallback(callbacks.Callback):
             batch_in_epoch=batch_idx + 1,
             batches_per_epoch=int(num_batches) if num_batches != float("inf") else None,
         )
+        self._decided = None
+        if has_stateful_loaders(trainer) and not loops.is_epoch_over(trainer):
+            # A loader's position is saved before the next batch is drawn.
+            self._decided = self._wants(step, self._due)
+            if self._decided:
+                self._loaders.note(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Saves the state after the last batch."""
         if self._is_preempted:
             self._due = None  # saved already; Lightning has run one more batch since
-        if self._due is not None and loops.is_epoch_over(trainer):
-            self._due = loops.at_epoch_end(self._due)
+        if loops.is_epoch_over(trainer):
+            self._end_epoch()
         self._save(trainer, force=self._save_last, is_end=True)
+        if self._is_preempted and self._signals.is_requeue_wanted(trainer):
+            self._io.manager.wait_until_finished()
+            self._io.is_requeued = True
+            self._signals.requeue()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Saves the last complete update, if all processes are at the same one."""
@@ -298,32 +333,49 @@ class SaveCallback(callbacks.Callback):
         if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
             return  # other processes may be in the middle of an update
         if loops.is_epoch_over(trainer):
-            self._due = loops.at_epoch_end(self._due)
+            self._end_epoch()
         try:
             self._save(trainer, force=True)
             self._io.manager.wait_until_finished()
         except errors.CheckpointError as error:
             exception.add_note(f"The last step could not be saved: {error}")
 
+    def _end_epoch(self) -> None:
+        """Notes that the step that is due is the last one of its epoch."""
+        if self._due is not None:
+            self._due, self._decided = loops.at_epoch_end(self._due), None
+
+    def _wants(self, step: int, progress: Progress) -> bool:
+        """Returns whether the policies or a signal want the step."""
+        manager = self._io.manager
+        is_wanted = manager.should_save(step, progress=progress)
+        is_asked = self._signals.is_requeue_asked and manager.num_ranks == 1
+        self._is_preempted = manager.reached_preemption(step) or is_asked
+        return is_wanted or self._is_preempted
+
     def _save(self, trainer: Any, *, force: bool = False, is_end: bool = False) -> None:
-        manager, step = self._io.manager, int(trainer.global_step)
-        progress, self._due = self._due, None
+        step, progress = int(trainer.global_step), self._due
+        decided, self._due, self._decided = self._decided, None, None
         if progress is None:
             return
-        if force or manager.should_save(step, progress=progress):
+        if decided is None:
+            decided = self._wants(step, progress)
+        if force or decided:
             metrics = {
                 name: float(value)
                 for name, value in trainer.callback_metrics.items()
                 if value.numel() == 1
             }
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(False)
+            fit_loop = checkpoint["loops"]["fit_loop"]
             if progress.batch_in_epoch == 0:
-                loops.begin_epoch(checkpoint["loops"]["fit_loop"])
+                loops.begin_epoch(fit_loop)
             elif is_end:
-                loops.reopen_epoch(checkpoint["loops"]["fit_loop"])
+                loops.reopen_epoch(fit_loop)
+            self._loaders.put_into(fit_loop)
             self._io.save_step(step, checkpoint, metrics=metrics, progress=progress)
-        if manager.reached_preemption(step):
-            self._is_preempted = True
+        self._loaders.forget()
+        if self._is_preempted:
             trainer.should_stop = True
 
 

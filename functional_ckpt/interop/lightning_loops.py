@@ -12,6 +12,8 @@ from functional_ckpt.policies.progress import Progress
 
 _log = logging.getLogger("functional_ckpt")
 
+# In the state of a `torchdata.StatefulDataLoader`.
+_FINISHED = "_iterator_finished"
 _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
@@ -42,6 +44,10 @@ def begin_epoch(loops: dict[str, Any]) -> None:
             _zero_current(loops[name])
     batches = loops["epoch_loop.batch_progress"]
     batches["is_last_batch"] = False
+    for state in loops["state_dict"].get("combined_loader", ()):
+        # Lightning draws as many batches as there are: the loader has not seen its end.
+        if _FINISHED in state:
+            state[_FINISHED] = True
 
 
 def _zero_current(progress: Any) -> None:
@@ -70,7 +76,7 @@ def storable(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(values, Mapping):
             continue
         known = cast("Mapping[Any, Any]", values)
-        stored = {key: value if _is_storable(value) else str(value) for key, value in known.items()}
+        stored = {key: value if is_storable(value) else str(value) for key, value in known.items()}
         as_text = sorted(str(key) for key in known if stored[key] is not known[key])
         if as_text:
             _log.warning("%s: %s saved as text", name, ", ".join(as_text))
@@ -78,7 +84,8 @@ def storable(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def _is_storable(value: object) -> bool:
+def is_storable(value: object) -> bool:
+    """Whether a step can hold a value."""
     try:
         flatten.flatten(value, item="hyper_parameters")
     except errors.UnsupportedLeafError:

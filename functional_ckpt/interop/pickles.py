@@ -21,8 +21,6 @@ UnpicklingError = pickle.UnpicklingError
 class Record:
     """Placeholder for an object of any class: keeps its constructor arguments, and does nothing."""
 
-    kind = ""
-
     def __new__(cls, *arguments: Any) -> Record:
         """Takes any arguments, as unpickling gives them."""
         record = super().__new__(cls)
@@ -48,7 +46,7 @@ class _Inert(pickle.Unpickler):
                 return dtype
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
-        return type(name, (Record,), {"kind": f"{module}.{name}"})
+        return Record
 
 
 def read_inert(data: bytes, path: str) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 
 from functional_ckpt import errors
@@ -20,15 +20,6 @@ DTYPES = (
     *("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"),
 )
 """The dtypes of the format."""
-
-
-def _library(module: str = "safetensors") -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise errors.UsageError(
-            "safetensors is not installed: pip install 'functional-ckpt[huggingface]'."
-        ) from error
 
 
 def fits(path: str) -> bool:
@@ -52,12 +43,11 @@ def load(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         CorruptCheckpointError: It is broken, or no such file.
     """
     hostile.check_file(path)
-    library = _library()
     try:
-        with hostile.clear_failures(path), library.safe_open(path, framework="pt") as file:
+        with hostile.clear_failures(path), safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
-    except (library.SafetensorError, ValueError, RuntimeError) as error:
+    except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
         raise errors.CorruptCheckpointError(
             f"{path}: safetensors cannot read it ({error}).", path=path
         ) from error
@@ -83,7 +73,7 @@ def write(tensors: Mapping[str, torch.Tensor], tied: Mapping[str, str], path: st
     """
     compact = {name: _compact(tensor) for name, tensor in tensors.items()}
     open(path, "wb").close()  # safetensors makes files that only their owner may read
-    _library("safetensors.torch").save_file(compact, path, metadata={"format": "pt", **tied})
+    safetensors.torch.save_file(compact, path, metadata={"format": "pt", **tied})
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,7 +85,6 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
 
 def require(names: Iterable[tuple[str, str]], path: object) -> None:
     """Raises `UnsupportedLeafError` that names leaves which the format cannot store."""
-    _library()
     bad = [f"{name} ({dtype})" for name, dtype in names if dtype not in DTYPES]
     if bad:
         raise errors.UnsupportedLeafError(

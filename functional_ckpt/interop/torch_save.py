@@ -94,13 +94,10 @@ def fits(path: str) -> bool:
 
 
 def has_keys(path: str, keys: Set[str]) -> bool:
-    """Whether it is a file of `torch.save` that holds a mapping with these keys."""
+    """Whether it is a file of `torch.save` with a mapping that has these keys; raises as `load`."""
     if not fits(path):
         return False
-    try:
-        content = load(path)
-    except errors.CheckpointError:
-        return False  # the opener of `torch` reports the error
+    content = load(path)
     return isinstance(content, Mapping) and keys <= cast("Mapping[str, Any]", content).keys()
 
 

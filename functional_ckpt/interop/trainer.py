@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from functional_ckpt import errors
-from functional_ckpt.handlers import Json, Module, Optimizer, Rng, Stateful
+from functional_ckpt.handlers import Json, Module, Optimizer, Rng, Stateful, classes
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.policies.progress import Progress
 
@@ -83,9 +83,10 @@ class ManagerCallback(trainer_callback.TrainerCallback):
 
         Raises:
             UsageError: The training was not started by `train`, and some of its state would be
-                left out of every step.
+                left out of every step; or FSDP1 shards the model.
         """
         self._due = False
+        _check_model(kwargs.get("model"))
         num_batches = _num_batches(kwargs.get("train_dataloader"))
         if num_batches is not None:
             self._batches_per_epoch = -(-num_batches // args.gradient_accumulation_steps)
@@ -239,6 +240,7 @@ def _restore(trainer: Any, manager: CheckpointManager, step: int) -> None:
 def _items(parts: Mapping[str, Any], trainer: Any) -> dict[str, Any]:
     """Returns the items of a Trainer's parts, as its callbacks are given them."""
     model, optimizer = parts["model"], parts["optimizer"]
+    _check_model(model)
     items: dict[str, Any] = {
         "model": Module(model),
         # accelerate wraps it.
@@ -250,6 +252,15 @@ def _items(parts: Mapping[str, Any], trainer: Any) -> dict[str, Any]:
     if scaler is not None:
         items["scaler"] = Stateful(scaler)
     return items
+
+
+def _check_model(model: Any) -> None:
+    if classes.is_a(model, classes.FSDP1):
+        raise errors.UsageError(
+            "FSDP1 keeps a model in flat pieces without names, which cannot be saved as steps. Use "
+            'FSDP2: fsdp_config={"version": 2, ...} in the TrainingArguments, or fsdp_version: 2 '
+            "in the configuration of accelerate."
+        )
 
 
 def _num_batches(loader: Any) -> int | None:

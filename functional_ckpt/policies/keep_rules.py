@@ -87,15 +87,20 @@ def decide_keep(
             )
     if not history:
         return ()
-    policy = AnyKeep(tuple(policies))
-    present = [info for info in history if not info.is_abandoned]
-    abandoned = [info for info in history if info.is_abandoned]
     # Regardless of the policies: a run must always be able to resume from its last step.
     kept = {max(history, key=lines.age).step, *protected}
-    for infos in (present, abandoned):
+    kept |= kept_by(AnyKeep(tuple(policies)), history, context=context)
+    return tuple(info.step in kept for info in history)
+
+
+def kept_by(policy: KeepPolicy, history: Sequence[StepInfo], *, context: KeepContext) -> set[int]:
+    """Returns the steps that one policy keeps, of the present line and of the abandoned ones."""
+    kept: set[int] = set()
+    for is_abandoned in (False, True):
+        infos = [info for info in history if info.is_abandoned == is_abandoned]
         answers = policy.should_preserve(infos, context=context) if infos else ()
         kept |= {info.step for info, keep in zip(infos, answers, strict=True) if keep}
-    return tuple(info.step in kept for info in history)
+    return kept
 
 
 def steps_to_prune(

@@ -14,7 +14,7 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.restore_plan import plan
-from functional_ckpt.core.tree import containers
+from functional_ckpt.core.tree import containers, memory
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint
@@ -105,6 +105,9 @@ class Restored(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"Restored(step={self.step}, items={sorted(self.items_by_name)})"
 
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.items_by_name)
+
 
 def _rebound(given: Item, restored: Any) -> Item:
     """Returns the restored value with the options that its target had."""
@@ -135,6 +138,7 @@ def restore_checkpoint(
     registry = for_items(registry, {} if into is None else into)
     group = coordinator or SingleProcess()
     with collective(group, "matching the checkpoint with the target", _all_or_none) as round_:
+        memory.check_no_fake_mode()
         with threads.gc_paused():
             checkpoint = open_checkpoint()
             with _noticing_overwrite(checkpoint):
@@ -199,7 +203,7 @@ def _reporting(target: read.TargetState, checkpoint: OpenCheckpoint) -> Generato
         yield
     except errors.CheckpointError as error:
         step = checkpoint.step if error.step is None else error.step
-        message = f"{error.message} {state()}"
+        message = f"{error.message.rstrip().removesuffix('.').removesuffix(':')}. {state()}"
         raise error.replace(message, step=step, touched=target.value) from error.__cause__
     except Exception as error:
         error.add_note(state())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from functional_ckpt.handlers.pytree import PyTree
 from functional_ckpt.policies.checks import check_bool
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments, RestoreOptions
-from functional_ckpt.steps import decide, rollback
+from functional_ckpt.steps import decide, history, rollback
 from functional_ckpt.steps.names import check_step
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tier_steps import TierSteps
@@ -226,9 +225,17 @@ class Restorer:
         self, holder: TierSteps, step: int, into: Mapping[str, Any] | None, options: RestoreOptions
     ) -> restore_lib.Restored:
         storage, path = holder.storage, holder.path(step)
+
+        def open_step() -> checkpoint_dir.OpenCheckpoint:
+            checkpoint = checkpoint_dir.open_checkpoint(storage, path, step)
+            time_ns = checkpoint.metadata.get("commit_timestamp_nsecs")
+            if type(time_ns) is int:
+                self.steps.restored_commits[step] = history.commit_at(time_ns)
+            return checkpoint
+
         try:
             restored = restore_lib.restore_checkpoint(
-                functools.partial(checkpoint_dir.open_checkpoint, storage, path, step),
+                open_step,
                 into,
                 self.registry,
                 options,

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from concurrent import futures
 
 from functional_ckpt import errors
+from functional_ckpt.saving.calls import NotCopied
 
 
-class Commit:
+class Commit(NotCopied):
     """A save on its way to disk.
 
     Attributes:

@@ -11,12 +11,22 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Generator
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 from functional_ckpt import errors
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+
+class NotCopied:
+    """An object with locks and threads, which belongs to its process."""
+
+    def __reduce__(self) -> NoReturn:
+        """Raises `UsageError`."""
+        raise errors.UsageError(
+            f"A {type(self).__name__} cannot be copied or pickled: it belongs to its process."
+        )
 
 
 class Calls:

@@ -90,7 +90,7 @@ def check_item_name(name: object) -> str:
         )
     if commit.TMP_SUFFIX in name or not name.isprintable() or len(name.encode()) > 200:
         raise errors.UsageError(f"Item name {name!r} is not a valid directory name.", key_path=name)
-    check_arrays_path(f"/{name}")
+    check_arrays_path(f"/{name}", item=name)
     return name
 
 
@@ -104,6 +104,7 @@ def lower(
             f"{items!r:.60}. Wrap a single value: {{'state': value}}."
         )
     device_copies.check_not_capturing()
+    memory.check_no_fake_mode()
     registry = for_items(registry, items)
     bound = {check_item_name(name): registry.bind(value, name) for name, value in items.items()}
     with threads.gc_paused():

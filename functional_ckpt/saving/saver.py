@@ -185,18 +185,20 @@ class Saver:
         If the first tier holds it, the upload queue copies the metrics to the remote ones.
         """
         uploads = self._writer.uploads
+        # A writer knows of every overwrite.
+        commit = self._steps.restored_commits.get(step) if self._steps.read_only else None
         # The remote tiers alone would have the metrics of a directory that was moved away.
         self._steps.check_lock()
         self._steps.check_there()
         with contextlib.nullcontext() if uploads is None else uploads.exclusive():
             holders = self._steps.tiers_with(step)
             if holders[0] is self._steps:
-                self._steps.record(step, metrics)
+                self._steps.record(step, metrics, commit)
                 if uploads is not None:
                     uploads.recorded()  # before the step can be removed
                 return
         for each in holders:
-            each.record(step, metrics)
+            each.record(step, metrics, commit)
 
     def delete(self, steps: Sequence[int], *, together: bool = False) -> None:
         """On the primary: removes steps from every tier, the first one last.

@@ -97,12 +97,17 @@ def _describe(
 
 def commit_time(nanoseconds: int) -> datetime.datetime:
     """Returns the time of a commit, exact to the microsecond: late metrics refer to it."""
-    return _EPOCH + datetime.timedelta(microseconds=nanoseconds // 1000)
+    return _EPOCH + datetime.timedelta(microseconds=commit_at(nanoseconds))
 
 
 def commit_of(info: StepInfo) -> int:
     """Returns the identity of a commit of a step: its time, microseconds since the epoch."""
     return (info.time - _EPOCH) // datetime.timedelta(microseconds=1)
+
+
+def commit_at(nanoseconds: int) -> int:
+    """Returns the identity of the commit at a time, nanoseconds since the epoch."""
+    return nanoseconds // 1000
 
 
 def finite_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

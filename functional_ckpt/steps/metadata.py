@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.restore_plan import select
+from functional_ckpt.core.tree import containers
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.policies.progress import Progress
@@ -42,6 +44,27 @@ class StepMetadata:
     custom_metadata: Mapping[str, Any]
     generation: int = 0
     is_abandoned: bool = False
+
+    def __repr__(self) -> str:
+        leaves = [leaf for tree in self.items.values() for leaf in _arrays(tree)]
+        facts = [
+            f"step={self.step}",
+            f"{len(self.items)} item{'' if len(self.items) == 1 else 's'}: {', '.join(self.items)}",
+            f"{len(leaves)} array{'' if len(leaves) == 1 else 's'}",
+            f"{sum(leaf.size_bytes for leaf in leaves):,} bytes",
+            f"metrics={None if self.metrics is None else dict(self.metrics)}",
+        ]
+        return f"StepMetadata({', '.join(facts)})"
+
+
+def _arrays(tree: Any) -> Iterator[ArraySpec]:
+    todo = [tree]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, ArraySpec):
+            yield value
+        elif (node := containers.flatten_one_level(value)) is not None:
+            todo.extend(node.children)
 
 
 def checkpoint_metadata(

@@ -12,8 +12,10 @@ from functional_ckpt.core.records import records
 from functional_ckpt.core.tree import plain_json
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.storage import queries
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.commit import CommitProtocol
 
+FILE = "uploads.json"
 _LISTS = ("promised", "considered", "replacing")
 _Ordered: TypeAlias = dict[int, None]
 """Steps, each once, in the order in which they were added."""
@@ -111,6 +113,25 @@ class Promises:
 def _keep_only(steps: _Ordered, kept: Container[int]) -> None:
     for step in [step for step in steps if step not in kept]:
         del steps[step]
+
+
+def promised_steps(storage: Storage, path: str) -> set[int]:
+    """Returns the steps that a record promises to any tier; none where there is no record.
+
+    Raises:
+        CorruptCheckpointError: It is damaged.
+    """
+    data = queries.read_optional(storage, path)
+    if data is None:
+        return set()
+    try:
+        return {int(step) for steps in _parse(data)["promised"].values() for step in steps}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise errors.CorruptCheckpointError(
+            f"{path} cannot be read, so it is unknown which steps are not uploaded yet: open the "
+            f"run with a CheckpointManager and its tiers, which rebuilds it ({error}).",
+            path=path,
+        ) from error
 
 
 def _parse(data: bytes) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Steps(TierSteps):
         remote: The remote tiers that were opened, the nearest first.
         has_tiers: Whether there are remote tiers, open or not.
         reach: Opens tiers that could not be reached; with True it raises if one still cannot.
+        restored_commits: Step -> the commit of it that was restored last (see `history.commit_of`).
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Steps(TierSteps):
         self._origin: StepInfo | None = None
         self._line: lines.Line | None = None
         self._has_warned = False
+        self.restored_commits: dict[int, int] = {}
         self._followed: dict[int, lines.Line] = {}
 
     @property
@@ -190,16 +192,21 @@ class Steps(TierSteps):
         self._line = None
 
     def warn_of_newer(self, step: int) -> None:
-        """Warns, once, of a step below the latest in a run that has restored none."""
-        newest = self.newest() if self._origin is None and not self._has_warned else None
-        if newest is not None and newest > step:
+        """Warns, once, of a step below the latest in a run that has restored none.
+
+        No save waits for a tier that cannot be reached.
+        """
+        if self._origin is not None or self._has_warned:
+            return
+        newest = lines.newest(self._present())
+        if newest is not None and newest.step > step:
             self._has_warned = True
             _log.warning(
                 "%s: step %d is below the latest, %d, which stays the one that a run resumes from. "
                 "To go back, restore an earlier step first; to start again, use another directory.",
                 self.root,
                 step,
-                newest,
+                newest.step,
             )
 
     def next_line(self) -> lines.Line:

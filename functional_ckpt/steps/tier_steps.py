@@ -272,10 +272,18 @@ class TierSteps(StepDirectory):
         self.look_at_metrics(info.step)
         return self.late.of(info, path)
 
-    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Records metrics of a committed step; durable when it returns."""
+    def record(self, step: int, metrics: Mapping[str, Any], commit: int | None = None) -> None:
+        """Records metrics of a committed step (of this commit of it); durable when it returns."""
         self.check_lock()
-        self.late.record(self.on_disk(step), metrics)
+        info = self.on_disk(step)
+        if commit not in (None, history.commit_of(info)):
+            raise errors.StepNotFoundError(
+                f"Step {step} was overwritten after this manager restored it: its metrics are not "
+                "recorded of the new one, which has other values. Restore and evaluate it again.",
+                step=step,
+                path=self.path(step),
+            )
+        self.late.record(info, metrics)
         path = self.path(step)
         if not self.commits.is_committed(path):
             raise errors.StepNotFoundError(

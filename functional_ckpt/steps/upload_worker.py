@@ -129,7 +129,7 @@ class UploadWorker:
         root, queue, limit = self._tier.root, self._queue, self._tier.max_delay_seconds
         if isinstance(error, errors.ClosedError):
             return
-        what = "it" if step is None else f"step {step}"
+        what = "steps" if step is None else f"step {step}"
         is_damaged = isinstance(error, errors.CorruptCheckpointError)
         is_refused = isinstance(error, errors.StepExistsError)
         fate = "" if is_damaged or is_refused or queue.is_closing else ", retrying"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.policies.base import StepInfo
-from functional_ckpt.steps import writer_lock
+from functional_ckpt.steps import promises, writer_lock
 from functional_ckpt.steps.promises import Promises
 from functional_ckpt.steps.remote_tier import RemoteTier, open_reachable
 from functional_ckpt.steps.run_steps import Steps
@@ -25,7 +25,6 @@ from functional_ckpt.steps.upload_queue import UploadQueue
 from functional_ckpt.steps.upload_worker import UploadWorker
 from functional_ckpt.storage import commit
 
-_STATE = "uploads.json"
 _log = logging.getLogger("functional_ckpt")
 
 
@@ -46,7 +45,7 @@ class Uploads:
         self._local = local
         self._tiers = tuple(tiers)
         roots = [tier.root for tier in tiers]
-        path = os.path.join(local.hidden, _STATE)
+        path = os.path.join(local.hidden, promises.FILE)
         self._queue = UploadQueue(Promises(local.commits, path, roots), roots, local.lock)
         self._choice = UploadChoice(local, tiers, self._queue, overwrite=overwrite)
         self._workers = [UploadWorker(local, each, self._queue, self._choice) for each in tiers]

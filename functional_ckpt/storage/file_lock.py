@@ -74,7 +74,9 @@ class FileLock:
 
     def close(self) -> None:
         """Closes this process's descriptor; other processes that share the lock keep it."""
-        with contextlib.suppress(IndexError):
+        # Where `close` reports an error, the descriptor is closed nevertheless, and nothing was
+        # written through it that must last.
+        with contextlib.suppress(IndexError, OSError):
             os.close(self._descriptors.pop())
         _open.discard(self)
 

@@ -57,11 +57,15 @@ def resolve_local(path: Any, advice: str) -> str:
     return resolved
 
 
-def check_arrays_path(path: str) -> None:
+def check_arrays_path(path: str, *, item: str | None = None) -> None:
     """Raises `UsageError` for a local path at which arrays could be saved and never be read.
 
     TensorStore, which reads them, wants UTF-8, and takes a backslash for a slash: then neither an
     empty name nor `.` and `..` may be between two of them.
+
+    Args:
+        path: The path.
+        item: The item that gives the path its name; None if a directory does.
     """
     why = None
     if "\0" in path:
@@ -71,10 +75,12 @@ def check_arrays_path(path: str) -> None:
     elif "\\" in path and not {"", ".", ".."}.isdisjoint(re.split(r"[/\\]", path)[1:]):
         why = "has a name that starts or ends with a backslash"
     if why is not None:
+        named = f"{path!r}" if item is None else f"Item name {item!r}"
+        advice = "Rename the directory." if item is None else "Choose another name for the item."
         raise errors.UsageError(
-            f"{path!r} {why}: TensorStore, which reads arrays, cannot open it. Rename the "
-            "directory.",
-            path=path,
+            f"{named} {why}: TensorStore, which reads arrays, cannot open it. {advice}",
+            path=path if item is None else None,
+            key_path=item,
         )
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, TARGET_ONLY
@@ -96,10 +97,12 @@ def test_what_is_restored_can_be_written(tmp_path: Path) -> None:
 
 def test_layout_in_memory_is_kept_where_it_is_dense(tmp_path: Path) -> None:
     value = {name: CASES[name]() for name in ("tensor_channels_last", "numpy_float64_fortran")}
+    value["numpy_rows"] = np.zeros((3, 4))
     fc.save(tmp_path / "c", {"v": value})
     restored = fc.restore(tmp_path / "c")["v"]
     assert restored["tensor_channels_last"].is_contiguous(memory_format=torch.channels_last)
     assert restored["numpy_float64_fortran"].flags.f_contiguous
+    assert restored["numpy_rows"].flags.c_contiguous
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

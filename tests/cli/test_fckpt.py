@@ -236,7 +236,7 @@ def test_many_lines_are_laid_out_as_few(
     for max_rows in (1000, 0):
         monkeypatch.setattr(show, "_MAX_TABLE_ROWS", max_rows)
         assert main(["show", str(saved)]) == 0
-        outputs.append(capsys.readouterr().out)
+        outputs.append(re.sub(r"\d+ s ago", "now", capsys.readouterr().out))
     assert outputs[0] == outputs[1]
     assert columns(outputs[1], "├─ w")[1:] == ["float32", "[3, 4]", "48 B"]
 
@@ -367,7 +367,7 @@ def test_two_steps_of_one_directory(saved: Path) -> None:
     assert record["items"]["state"]["num_equal"] == num_leaves - 1
     assert (record["a"]["step"], record["b"]["step"]) == (5, 10)
     assert json_of("show", saved, 5)["step"] == 5
-    assert "'x' is not a step" in error_of("diff", saved, "x", 10)
+    assert "got 'x'" in error_of("diff", saved, "x", 10)
     assert "has no step 6" in error_of("diff", saved, 5, 6)
 
 
@@ -477,9 +477,8 @@ def test_errors_are_one_line(saved: Path, tmp_path: Path) -> None:
     assert "--step chooses" in error_of("show", saved / "5", "--step", "10")
     assert "is one item" in error_of("verify", saved / "5" / "state")
     assert "unknown protocol" in error_of("ls", "nothing://bucket/x")
-    assert "invalid choice" in error_of("lss")
+    assert "did you mean ls?" in error_of("lss")
     assert "expected a step" in error_of("show", saved, "--step", "-1")
-    assert "required: COMMAND" in error_of()
 
 
 def test_a_damaged_record_is_damage_and_not_a_traceback(root: Path) -> None:

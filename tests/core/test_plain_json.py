@@ -94,6 +94,8 @@ def test_neither_is_what_contains_itself() -> None:
         ("str", {"utf-8": "00", "utf-16": "00"}),
         ("str", {"utf-16": "0"}),
         ("bytes", "*"),
+        ("bytes", "AA==!"),
+        ("bytes", "A*A=="),
         ("bytes", 3),
         ("torch_dtype", None),
         ("code", "print()"),

@@ -62,6 +62,12 @@ def test_a_sealed_record_is_plain_json() -> None:
     assert json.loads(text)["xxh3"] == records.digest_hex(text[: text.rindex(b', "xxh3"')])
 
 
+@pytest.mark.parametrize("data", [b"[1]", b"3", b"null", b'"x"'])
+def test_json_that_is_no_object_is_damage(data: bytes) -> None:
+    with pytest.raises(errors.CorruptCheckpointError, match="here: not a JSON object"):
+        records.parse_object(data, "here")
+
+
 def test_a_later_version_says_so() -> None:
     text = records.with_checksum({"format": "functional_ckpt", "version": 99})
     with pytest.raises(errors.CorruptCheckpointError, match="format version 99"):

@@ -20,6 +20,7 @@ from functional_ckpt.core.arrays import sharding as sharding_lib
 from functional_ckpt.core.arrays.chunks import choose_grid
 from functional_ckpt.core.arrays.sharding import DimShard, Sharding
 from functional_ckpt.core.arrays.spec import ArraySpec
+from functional_ckpt.core.tree import structure
 
 
 @st.composite
@@ -170,3 +171,12 @@ def test_a_plain_tensor_is_one_piece() -> None:
     (piece,) = sharding_lib.pieces_of(torch.zeros(2, 3))
     assert piece.box == piece.local
     assert piece.box.shape == (2, 3)
+
+
+def test_a_sharding_in_words() -> None:
+    cuts = (DimShard(dim=1), None, DimShard(dim=0, split_factor=2))
+    sharding = Sharding((2, 1, 2), (0, 1, 2, 3), cuts)
+    assert structure.sharding_text(sharding, (4, 6)) == (
+        "[4, 6], dim 1, replicated, dim 0 in 2 on a mesh of [2, 1, 2]"
+    )
+    assert structure.sharding_text(None, (3,)) == "[3], not sharded"

@@ -105,7 +105,7 @@ ODD = {
     "replica": "has the shape [3]; expected [4]",
     "over shards": "LocalShardsWrapper, a subclass without memory of its own",
     "sharded tensor": "ShardedTensor is a tensor subclass without memory of its own",
-    "fake": "FakeTensor is a tensor subclass without memory of its own",
+    "fake": "FakeTensor has no values; create it outside of FakeTensorMode",
     "closed": "odd_tensors.Closed is a tensor subclass without memory of its own",
 }
 

@@ -146,3 +146,15 @@ def test_metadata_shows_the_state_of_each_rank(workers: Workers, tmp_path: Path)
     found = fc.metadata(tmp_path / "0").items
     assert found["queue"].keys() == found["rng"].keys() == {"rank_0", "rank_1"}
     assert found["note"] == {"rank": {"rank_0": 0, "rank_1": 1}}
+
+
+def test_state_that_cannot_be_resized_is_left_alone_where_that_is_allowed(
+    workers: Workers, tmp_path: Path
+) -> None:
+    workers.run(2, save, tmp_path)
+    before = torch.get_rng_state()
+    restored = fc.restore(tmp_path / "0", {"rng": fc.Rng(), "note": None}, strict=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert any("rng" in each for each in restored.report.mismatched)
+    with pytest.raises(fc.errors.MismatchError):
+        fc.restore(tmp_path / "0", {"rng": fc.Rng()})

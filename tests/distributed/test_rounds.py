@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -167,3 +168,30 @@ def test_a_call_that_waits_behind_a_stuck_one_is_never_made(
     assert stuck.result(60)
     calls.call(made.append, (2,), 60)
     assert made == [2]
+
+
+@pytest.mark.parametrize("culprit", [1, 2])
+def test_rounds_that_fail_leave_nothing_in_the_store(culprit: int) -> None:
+    group = Group(3)
+
+    def fail(rank: int, rounds: Rounds) -> bytes:
+        return rounds.gather_broadcast("it", ValueError("m") if rank == culprit else b"", join)
+
+    for _ in range(10):
+        group.run(fail)
+    for _ in range(2):
+        group.run(lambda rank, rounds: rounds.gather_broadcast("it", b"", join))
+    assert len(group.store.values) <= 5
+    group.run(lambda rank, rounds: rounds.close())
+    assert group.store.values == {}
+
+
+def test_the_thread_of_a_group_that_is_dropped_ends() -> None:
+    before = set(threading.enumerate())
+    calls = torch_store._Calls()
+    assert calls.call(max, (1, 2), 20.0) == 2
+    (thread,) = set(threading.enumerate()) - before
+    del calls
+    gc.collect()
+    thread.join(20.0)
+    assert not thread.is_alive()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -23,6 +26,24 @@ def save_together(directory: Path) -> list[float]:
     into = {"state": {"bias": sharded(), "rank": 0}}
     state = fc.restore(directory / "one", into=into, strict=False)["state"]
     return state["bias"].full_tensor().tolist()
+
+
+def save_many(directory: Path) -> None:
+    def count() -> int:
+        gc.collect()
+        return sum(each.name == "store-calls" for each in threading.enumerate())
+
+    before = count()
+    for number in range(3):
+        fc.save(directory / f"{number}", {"state": sharded()}, process_group=dist.group.WORLD)
+    deadline = time.monotonic() + 20
+    while count() > before + 1:  # the first call may start the thread of the process group
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.05)
+
+
+def test_the_threads_of_a_save_end_with_it(workers: Workers, tmp_path: Path) -> None:
+    workers.run(2, save_many, tmp_path)
 
 
 def save_again(directory: Path) -> None:

@@ -14,12 +14,13 @@ from absl import flags as absl_flags
 from etils import epath
 
 import functional_ckpt as fc
+from functional_ckpt.flags import launch, values
 
 
 def parse(*arguments: str, directory: str | None = None) -> fc.flags.CheckpointFlags:
-    values = absl_flags.FlagValues()
-    defined = fc.flags.define(directory=directory, flag_values=values)
-    values(["program", *arguments])
+    flag_values = absl_flags.FlagValues()
+    defined = fc.flags.define(directory=directory, flag_values=flag_values)
+    flag_values(["program", *arguments])
     return defined
 
 
@@ -77,7 +78,7 @@ def test_the_staging_flag_replaces_the_scripts_own(
 ) -> None:
     defined = parse(f"--ckpt_dir={tmp_path}", *arguments)
     given: dict[str, object] = {}
-    monkeypatch.setattr(fc.flags, "CheckpointManager", lambda _, **options: given.update(options))
+    monkeypatch.setattr(launch, "CheckpointManager", lambda _, **options: given.update(options))
     fc.flags.manager(defined, staging=fc.Eager(budget_bytes=10))
     assert given["staging"] == expected
 
@@ -124,7 +125,9 @@ def test_run_starts_from_a_checkpoint_in_a_store(tmp_path: Path) -> None:
     assert begin({"x": 0}, run, f"--ckpt_resume=file://{tmp_path}/one")["x"] == 8
     with pytest.raises(fc.errors.StepNotFoundError, match=f"{bucket}/two"):
         begin({"x": 0}, run, f"--ckpt_resume={bucket}/two")
-    with pytest.raises(fc.errors.UsageError, match=r"got 'memory:/b/one': .* two slashes"):
+    with pytest.raises(
+        absl_flags.IllegalFlagValueError, match=r"got 'memory:/b/one': .* two slash"
+    ):
         begin({"x": 0}, run, "--ckpt_resume=memory:/b/one")
 
 
@@ -189,20 +192,69 @@ def test_intervals_in_time_and_progress(tmp_path: Path) -> None:
         ),
         (
             ["--ckpt_save_every=x", "--ckpt_keep_best=:", "--ckpt_weights_only"],
-            "--ckpt_save_every: .*\n  --ckpt_keep_best: .*\n  --ckpt_weights_only",
+            "--ckpt_save_every: .*; --ckpt_keep_best: .*; --ckpt_weights_only",
         ),
     ],
 )
-def test_invalid_flags_raise_one_error(arguments: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(fc.errors.UsageError, match=f"Invalid flags:\n  .*{message}"):
-        fc.flags.manager(parse(f"--ckpt_dir={tmp_path / 'run'}", *arguments))
+def test_invalid_flags_are_one_error_when_they_are_parsed(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(absl_flags.IllegalFlagValueError, match=message):
+        parse(f"--ckpt_dir={tmp_path / 'run'}", *arguments)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_script_ends_with_absls_message(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from absl import app\nimport functional_ckpt as fc\n"
+        "CKPT = fc.flags.define()\napp.run(lambda argv: print('started'))\n"
+    )
+    command = [sys.executable, script, "--ckpt_dir=run", "--ckpt_save_every=abc"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "started" not in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "FATAL Flags parsing error" in done.stderr
+    assert "--ckpt_save_every: time span: expected" in done.stderr
+
+
+def test_values_that_a_script_sets_are_checked_again(tmp_path: Path) -> None:
+    flag_values = absl_flags.FlagValues()
+    defined = fc.flags.define(directory=tmp_path, flag_values=flag_values)
+    flag_values(["program"])
+    flag_values["ckpt_keep_best"].value = ":"
+    with pytest.raises(fc.errors.UsageError, match=r"Invalid flags:\n  --ckpt_keep_best: expected"):
+        fc.flags.manager(defined)
+
+
+def test_the_best_steps_are_as_many_as_asked_for(tmp_path: Path) -> None:
+    flags = (f"--ckpt_dir={tmp_path}", "--ckpt_keep_best=loss:min:2", "--ckpt_keep_latest=1")
+    with fc.flags.manager(parse(*flags)) as manager:
+        for step in range(6):
+            manager.save(step, {"x": step}, metrics={"loss": step})
+        manager.wait_until_finished()
+        assert manager.all_steps() == [0, 1, 5]
+    assert values.best("a:max:3") == fc.policies.BestN(3, "a")
+    assert values.best("a:3") == fc.policies.BestN(3, "a")
+    for text in ("a:0", "a:min:x", "a:3:min", "a:min:3:4", ":3", "a:-1"):
+        with pytest.raises(fc.errors.UsageError, match="METRIC"):
+            values.best(text)
+
+
+def test_tiers_of_the_flags_come_before_the_scripts(tmp_path: Path) -> None:
+    tiers = [f"--ckpt_tier={tmp_path / name}" for name in ("one", "two")]
+    defined = parse(f"--ckpt_dir={tmp_path / 'run'}", *tiers)
+    with fc.flags.manager(defined, tiers=[tmp_path / "own"]) as manager:
+        manager.save(1, {"x": 1}).result()  # type: ignore[union-attr]
+    for name in ("one", "two", "own"):
+        assert fc.restore(tmp_path / name / "1")["x"] == 1
+
+
 def test_help_lists_every_flag() -> None:
-    values = absl_flags.FlagValues()
-    fc.flags.define(flag_values=values)
-    text = values.get_help()
+    flag_values = absl_flags.FlagValues()
+    fc.flags.define(flag_values=flag_values)
+    text = flag_values.get_help()
     for flag in ("dir", "save_every", "keep_latest", "resume", "weights_only", "ignore", "staging"):
         assert f"--{'[no]' if flag == 'weights_only' else ''}ckpt_{flag}:" in text
 
@@ -228,11 +280,15 @@ def test_the_directory_is_required_unless_it_has_a_default(tmp_path: Path) -> No
 
 
 def test_a_script_may_have_a_directory_and_defaults_of_its_own(tmp_path: Path) -> None:
-    values = absl_flags.FlagValues()
+    flag_values = absl_flags.FlagValues()
     defined = fc.flags.define(
-        required=False, save_every="2ba", keep_latest=1, keep_best="loss:min", flag_values=values
+        required=False,
+        save_every="2ba",
+        keep_latest=1,
+        keep_best="loss:min",
+        flag_values=flag_values,
     )
-    values(["program"])
+    flag_values(["program"])
     with pytest.raises(fc.errors.UsageError, match="--ckpt_dir is required"):
         fc.flags.manager(defined)
     with fc.flags.manager(defined, directory=tmp_path / "own") as manager:
@@ -240,31 +296,32 @@ def test_a_script_may_have_a_directory_and_defaults_of_its_own(tmp_path: Path) -
             manager.save(step, {"x": step}, metrics={"loss": abs(step - 2)})
         manager.wait_until_finished()
         assert manager.all_steps() == [2, 6]
-    values(["program", f"--ckpt_dir={tmp_path / 'given'}"])
+    flag_values(["program", f"--ckpt_dir={tmp_path / 'given'}"])
     with fc.flags.manager(defined, directory=tmp_path / "own") as manager:
         assert manager.directory == str(tmp_path / "given")
 
 
 def test_every_flag_takes_a_default_of_the_script(tmp_path: Path) -> None:
-    values = absl_flags.FlagValues()
+    flag_values = absl_flags.FlagValues()
     defaults = fc.flags.Defaults(
         directory=epath.Path(tmp_path) / "run",
         save_every="2",
         keep_latest=3,
         keep_every=4,
         keep_best="loss:min",
+        tier=["s3://bucket/run"],
         overwrite=True,
         staging="blocking",
-        resume="none",
+        resume="s3://bucket/other",
         weights_only=True,
         ignore=["model.head.*"],
         strict=False,
     )
-    defined = fc.flags.define(flag_values=values, **defaults)
-    values(["program"])
+    defined = fc.flags.define(flag_values=flag_values, **defaults)
+    flag_values(["program"])
     assert {name: getattr(defined, name).value for name in defaults} == defaults
     with pytest.raises(fc.errors.UsageError, match="No flags keep; the flags are directory"):
-        fc.flags.define("two", flag_values=values, keep=3)  # type: ignore[call-arg]
+        fc.flags.define("two", flag_values=flag_values, keep=3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/run", "libcloud://local:bucket/run", "oci://b@n/x"])

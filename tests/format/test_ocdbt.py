@@ -212,3 +212,10 @@ def test_a_file_is_read_by_one_descriptor(item: tuple[Path, Path]) -> None:
         for plan in plans:
             plan()
         assert len(os.listdir("/proc/self/fd")) == before + 1
+
+
+@pytest.mark.parametrize("start", range(8))
+def test_a_number_does_not_go_on_in_the_checksum(start: int) -> None:
+    data = ocdbt._seal(ocdbt.NODE_MAGIC, bytes([start, 0x80]))
+    with pytest.raises(InvalidNodeError, match="ends too early"):
+        ocdbt_decode._Reader(ocdbt.NODE_MAGIC, data).varints(2)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 import random
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -153,3 +154,15 @@ def test_nested_item_is_checked_again_when_it_is_saved(tmp_path):
     for items in ({"a": item}, {"a": {"nested": item}}):
         with pytest.raises(errors.UsageError, match="Expected an object with state_dict"):
             fc.save(tmp_path / "step", items)
+
+
+@pytest.mark.parametrize("kind", [fc.Module, fc.Optimizer, fc.Stateful, fc.PyTree, fc.Json, fc.Rng])
+def test_every_item_refuses_an_unknown_way_of_replication(kind: Any) -> None:
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    values = {fc.Module: model, fc.Optimizer: optimizer, fc.Stateful: optimizer, fc.Rng: {}}
+    options: dict[str, Any] = {"model": model} if kind is fc.Optimizer else {}
+    value = values.get(kind, {"x": 1})
+    assert kind(value, **options).replicated == "checked"
+    with pytest.raises(fc.errors.UsageError, match="replicated must be 'checked' or 'unchecked'"):
+        kind(value, replicated="sometimes", **options)

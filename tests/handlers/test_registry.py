@@ -20,6 +20,7 @@ from functional_ckpt.handlers import (
     Optimizer,
     PyTree,
     PyTreeHandler,
+    Registry,
     Rng,
     Stateful,
     default_registry,
@@ -118,3 +119,8 @@ def test_handlers_import_no_library_they_only_recognise():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_registry_without_a_handler_for_a_value_says_so() -> None:
+    with pytest.raises(errors.UsageError, match="No handler for x, a set; wrap it in a Checkpoint"):
+        Registry().bind({1}, "x")

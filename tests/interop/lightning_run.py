@@ -13,7 +13,9 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import nn
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import functional_ckpt as fc
 from functional_ckpt.interop import lightning as lightning_lib
@@ -39,6 +41,16 @@ class Module(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+class OneCycle(Module):
+    """Its schedule needs the number of batches, so Lightning sets the loaders up early."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=total)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
 class TwoOptimizers(Module):
@@ -96,9 +108,9 @@ def make_trainer(
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "logger": False,
+            "plugins": [io],
             **changes,
         },
-        plugins=[io],
         callbacks=[*more, lightning_lib.SaveCallback(io)],
     )
 
@@ -139,9 +151,53 @@ def run_ddp(root: Path, name: str, epochs: int) -> None:
         (root / f"{name}-losses.json").write_text(json.dumps(module.losses))
 
 
+class SignalAt(lightning.Callback):
+    """A signal to the process of rank 0, within an update."""
+
+    def __init__(self, step: int, number: int = signal.SIGUSR1) -> None:
+        self.step, self.number = step, number
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == 0:
+            self.step = -1
+            os.kill(os.getpid(), self.number)
+
+
+def run_slurm(root: Path, name: str, signal_at: int, *policies: Any) -> Module:
+    """Trains in a job of SLURM, which `scontrol` of the PATH requeues; shuffled."""
+    io = lightning_lib.ManagerIO(root / name, save_policy=[fc.policies.every(5), *policies])
+    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(3))
+    data = torch.utils.data.TensorDataset(x)
+    torch.manual_seed(5)  # the loader draws its order's seed when it is made
+    module = fit(
+        io,
+        root,
+        loader=StatefulDataLoader(data, batch_size=4, shuffle=True),
+        more=[SignalAt(signal_at)],
+        plugins=[io, SLURMEnvironment()],
+        devices=int(os.environ["SLURM_NTASKS"]),
+        strategy="ddp" if os.environ["SLURM_NTASKS"] != "1" else "auto",
+    )
+    (root / f"{name}-{signal_at}-{module.global_rank}").write_text(json.dumps(module.losses))
+    return module
+
+
+def slurm_environment(bin_directory: Path, rank: int = 0, num_ranks: int = 1) -> dict[str, str]:
+    """The variables of a process of a job; makes an `scontrol` that notes how it is called."""
+    bin_directory.mkdir(exist_ok=True)
+    (bin_directory / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {bin_directory}/log\n')
+    (bin_directory / "scontrol").chmod(0o755)
+    names = {"JOB_NAME": "train", "JOB_ID": 77, "NODELIST": "localhost", "NNODES": 1, "NODEID": 0}
+    numbers = {"NTASKS": num_ranks, "NTASKS_PER_NODE": num_ranks, "PROCID": rank, "LOCALID": rank}
+    variables = {f"SLURM_{key}": str(value) for key, value in {**names, **numbers}.items()}
+    return {**variables, "PATH": f"{bin_directory}{os.pathsep}{os.environ['PATH']}"}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[2] == "ddp":
+    if sys.argv[2] == "slurm":
+        run_slurm(Path(sys.argv[1]), sys.argv[3], int(sys.argv[4]), fc.policies.Preemption())
+    elif sys.argv[2] == "ddp":
         run_ddp(Path(sys.argv[1]), sys.argv[3], int(sys.argv[4]))
     else:
         run(Path(sys.argv[1]), int(sys.argv[2]))

@@ -55,6 +55,17 @@ def timed_refusal(path: Path, read: Callable[[Path], Any]) -> tuple[errors.Check
 
 # ------------------------------------------------------------------------------------ pickles
 
+
+def from_above(count: int) -> bytes:
+    """Lists that hold the next one twice; each grows after the one before it holds it."""
+    empty = b"".join(b"]q" + bytes([number]) for number in range(count))
+    pairs = (
+        b"h" + bytes([number]) + (b"h" + bytes([number + 1]) + b"a") * 2
+        for number in range(count - 1)
+    )
+    return b"\x80\x02}X\x01\x00\x00\x00x(" + empty + b"".join(pairs) + b"ts."
+
+
 BOMBS = {
     "memo": b"\x80\x02Nr" + struct.pack("<I", 2**31 - 1) + b".",
     "memo of 150 million": b"\x80\x02Nr" + struct.pack("<I", 150_000_000) + b".",
@@ -65,7 +76,13 @@ BOMBS = {
     "doubled": b"\x80\x02)" + b"2\x86" * 60 + b".",
     "doubled by memo": b"\x80\x02)q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b".",
     "doubled key": b"\x80\x02}" + b")" + b"2\x86" * 60 + b"Ns.",
-    "deep": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
+    "doubled from above": from_above(60),
+    "deep": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    "deep tuple": b"\x80\x02)" + b"\x85" * 1_000_000 + b".",
+    "records in records": b"\x80\x02N" + b"\x85q\x00ca\nb\nh\x00R" * 200_000 + b".",
+    "records side by side": b"\x80\x02ca\nb\nq\x00(" + b"h\x00)R" * 80_000 + b"t.",
+    "lists side by side": b"\x80\x02(" + b"]" * 300_000 + b"t.",
+    "many classes": b"\x80\x02(" + b"".join(b"ca\nb%d\n" % n for n in range(50_000)) + b"t.",
     "nothing": b"",
     "mark": b"\x80\x02(a.",
     "buffer": b"\x80\x05\x97.",
@@ -83,7 +100,10 @@ def test_a_pickle_that_asks_for_more_than_it_holds_is_refused(name: str, tmp_pat
     refuse(folder)
 
 
-@pytest.mark.parametrize("name", ["memo", "doubled", "doubled by memo", "doubled key", "nothing"])
+IN_ARCHIVES = ["memo", "doubled", "doubled by memo", "doubled key", "doubled from above", "nothing"]
+
+
+@pytest.mark.parametrize("name", [*IN_ARCHIVES, "deep", "deep tuple", "lists side by side"])
 def test_an_archive_with_such_a_pickle_is_refused(name: str, tmp_path: Path) -> None:
     refuse(archive(tmp_path / "x.pt", BOMBS[name]))
 

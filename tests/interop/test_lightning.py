@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,9 @@ pytest.importorskip("lightning")
 
 import lightning.pytorch as pl
 import lightning_run
+from full import IS_FULL, drawn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from functional_ckpt.interop import lightning, lightning_loops
 
@@ -88,6 +91,110 @@ def test_shuffled_loader_resumes_in_the_same_order(tmp_path: Path) -> None:
     check_same(*whole_and_resumed(tmp_path, 2, loader=shuffled), 12)
 
 
+def stateful_loader(**options: Any) -> Any:
+    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(11)  # the loader draws its order's seed when it is made
+    data = torch.utils.data.TensorDataset(x)
+    return StatefulDataLoader(data, batch_size=4, shuffle=True, **options)
+
+
+class StatefulStream(torch.utils.data.IterableDataset[Any]):
+    """24 samples; Lightning draws a batch in advance, as it does not know the length."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __iter__(self) -> Any:
+        for number in range(self.next, 24):
+            self.next = number + 1
+            yield (torch.full((4,), number / 10),)
+        self.next = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next = state["next"]
+
+
+LOADERS = {
+    "shuffled": stateful_loader,
+    "workers": functools.partial(stateful_loader, num_workers=1),
+    "stream": lambda: StatefulDataLoader(StatefulStream(), batch_size=4),
+}
+
+
+@pytest.mark.parametrize(
+    ("loader", "policy", "cut_at"),
+    drawn(
+        [
+            (loader, policy, cut_at)
+            for loader in LOADERS
+            for policy, cut_at in (("1ep", 13), ("4ba", 9), ("7ba", 8), ("2ba", 5))
+        ],
+        4,
+        lambda case: "-".join(map(str, case)),
+    ),
+)
+def test_a_loader_that_saves_its_position_resumes_there(
+    tmp_path: Path, loader: str, policy: str, cut_at: int
+) -> None:
+    def run(name: str, more: Sequence[pl.Callback] = ()) -> lightning_run.Module:
+        io = lightning.ManagerIO(tmp_path / name, save_policy=policy)
+        accumulated = 2 if policy == "2ba" else 1
+        return lightning_run.fit(
+            io, tmp_path, loader=LOADERS[loader](), more=more, accumulate_grad_batches=accumulated
+        )
+
+    whole = run("whole")
+    with pytest.raises(StopHereError):
+        run("cut", more=[StopHere(cut_at)])
+    with fc.CheckpointManager(tmp_path / "cut", read_only=True) as manager:
+        latest = manager.latest_step()
+    check_same(whole, run("cut"), latest)
+
+
+@pytest.mark.parametrize(
+    ("loader", "policy"),
+    [("plain", "1ep"), ("plain and shuffled", "1ep"), ("shuffled", "1ep"), ("shuffled", "4ba")],
+)
+def test_a_schedule_that_needs_the_number_of_batches_resumes_exactly(
+    tmp_path: Path, loader: str, policy: str
+) -> None:
+    plain = {
+        "plain": lightning_run.make_loader,
+        "plain and shuffled": functools.partial(lightning_run.make_loader, shuffle=True),
+    }
+
+    def run(name: str, more: Sequence[pl.Callback] = ()) -> lightning_run.Module:
+        io = lightning.ManagerIO(tmp_path / name, save_policy=policy)
+        made = {**LOADERS, **plain}[loader]()
+        torch.manual_seed(5)
+        return lightning_run.fit(io, tmp_path, lightning_run.OneCycle(), made, more=more)
+
+    whole = run("whole")
+    with pytest.raises(StopHereError):
+        run("cut", more=[StopHere(9)])
+    with fc.CheckpointManager(tmp_path / "cut", read_only=True) as manager:
+        latest = manager.latest_step()
+    check_same(whole, run("cut"), latest)
+
+
+class StopHereError(Exception):
+    pass
+
+
+class StopHere(pl.Callback):
+    """Ends a training within an update."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == self.step:
+            raise StopHereError
+
+
 class Epochs(pl.Callback):
     seen: ClassVar[list[int]] = []
 
@@ -130,15 +237,12 @@ def test_an_epoch_of_a_stream_is_saved_at_its_end(tmp_path: Path) -> None:
         assert manager.all_steps() == [6, 12, 18]
 
 
-class SignalAt(pl.Callback):
-    def __init__(self, step: int) -> None:
-        self.step, self.is_lightning_s = step, False
+class SignalAt(lightning_run.SignalAt):
+    is_lightning_s = False
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if trainer.global_step == self.step:
-            self.step = -1
-            os.kill(os.getpid(), signal.SIGTERM)
-            self.is_lightning_s = trainer.received_sigterm
+        super().on_before_zero_grad(trainer, pl_module, optimizer)
+        self.is_lightning_s |= trainer.received_sigterm
 
 
 @pytest.mark.parametrize("preemption", [True, False], ids=["preemption", "lightning"])
@@ -148,13 +252,54 @@ def test_sigterm_saves_the_step(
     policies = [fc.policies.every(100), *([fc.policies.Preemption()] if preemption else [])]
     io = lightning.ManagerIO(tmp_path / "ckpt", save_policy=policies)
     ends = contextlib.nullcontext() if preemption else pytest.raises(SIGTERMException)
-    signal_at = SignalAt(8)
+    signal_at = SignalAt(8, signal.SIGTERM)
     with ends:
         lightning_run.fit(io, tmp_path, more=[signal_at])
     # Lightning's handler communicates, and blocks where one process of several has the signal.
     assert not (preemption and signal_at.is_lightning_s)
     with fc.CheckpointManager(tmp_path / "ckpt", read_only=True) as manager:
         assert manager.all_steps() == [9]
+
+
+@pytest.mark.parametrize("signal_at", [8, 12], ids=["within an epoch", "at its end"])
+def test_slurm_s_signal_saves_the_step_and_requeues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_at: int
+) -> None:
+    for name, value in lightning_run.slurm_environment(tmp_path / "bin").items():
+        monkeypatch.setenv(name, value)
+    whole = lightning_run.run_slurm(tmp_path, "whole", -1)
+    assert not (tmp_path / "bin" / "log").exists()
+    lightning_run.run_slurm(tmp_path, "cut", signal_at)
+    assert (tmp_path / "bin" / "log").read_text() == "requeue 77\n"
+    assert list(tmp_path.glob("hpc_ckpt*")) == []  # Lightning's own, which would be a second one
+    step = signal_at + 1  # the signal comes within an update
+    assert fc.CheckpointManager(tmp_path / "cut", read_only=True).latest_step() == step
+    check_same(whole, lightning_run.run_slurm(tmp_path, "cut", -1), step)
+
+
+@pytest.mark.skipif(not IS_FULL, reason="with FUNCTIONAL_CKPT_FULL=1")
+@pytest.mark.timeout(600)
+def test_slurm_s_signal_to_one_of_two_processes(tmp_path: Path) -> None:
+    def launch(name: str, signal_at: int) -> dict[str, Any]:
+        command = [sys.executable, lightning_run.__file__, tmp_path, "slurm", name, str(signal_at)]
+        running = [
+            subprocess.Popen(
+                command,
+                env={**os.environ, **lightning_run.slurm_environment(tmp_path / "bin", rank, 2)},
+            )
+            for rank in range(2)
+        ]
+        assert [process.wait() for process in running] == [0, 0]
+        return json.loads((tmp_path / f"{name}-{signal_at}-1").read_text())
+
+    whole = launch("whole", -1)
+    launch("cut", 4)
+    assert (tmp_path / "bin" / "log").read_text() == "requeue 77\n"
+    resumed = launch("cut", -1)
+    # On several processes Lightning keeps the position of rank 0's loader alone: the losses may
+    # differ, which a warning says.
+    assert list(whole)[-1] == list(resumed)[-1] == "8"
+    assert set(resumed) <= {"5", "6", "7", "8"}
 
 
 class Fail(pl.Callback):
@@ -262,3 +407,12 @@ def test_steps_have_the_manager_s_paths(tmp_path: Path) -> None:
             io.load_checkpoint(io.path(1))
         with pytest.raises(fc.errors.UsageError, match="takes no options"):
             lightning.ManagerIO(manager, save_policy=None)
+
+
+def test_a_job_that_is_requeued_leaves_out_lightning_s_file_for_slurm_alone(tmp_path: Path) -> None:
+    with fc.CheckpointManager(tmp_path / "ckpt") as manager:
+        io = lightning.ManagerIO(manager)
+        io.is_requeued = True
+        for name in ("hpc_ckpt_1.ckpt", "final.ckpt"):
+            io.save_checkpoint({"x": 1}, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["final.ckpt"]

@@ -419,6 +419,12 @@ def test_a_format_that_a_directory_does_not_hold_is_an_error(tmp_path: Path) -> 
         fc.interop.open(tmp_path, "safetensors")
 
 
+def test_a_state_of_composer_that_is_no_mapping_is_damage(tmp_path: Path) -> None:
+    torch.save({"state": [1], "rng": []}, tmp_path / "ep1.pt")
+    with pytest.raises(errors.CorruptCheckpointError, match="'state' is not a mapping"):
+        fc.interop.open(tmp_path / "ep1.pt")
+
+
 def test_times_and_versions_in_a_file_of_composer_are_plain_values(tmp_path: Path) -> None:
     """`Timestamp.state_dict()` of Composer has four spans of time; test_opened has a real file."""
     make_composer(tmp_path / "plain.pt")
@@ -436,6 +442,7 @@ def test_times_and_versions_in_a_file_of_composer_are_plain_values(tmp_path: Pat
     torch.save(content, tmp_path / "real.pt")
     source = fc.interop.open(tmp_path / "real.pt")
     assert source.format == "composer"
+    assert type(source["model"]) is dict  # not one whose attributes a tree would store
     fc.save(tmp_path / "step", source)
     restored = fc.restore(tmp_path / "step")
     expected = dict.fromkeys(counts, 3) | dict.fromkeys(times, 3.5)

@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 
 import trainer_run
 import transformers
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from functional_ckpt.cli import main
 from functional_ckpt.interop import trainer as trainer_lib
@@ -277,3 +278,11 @@ def test_state_that_only_train_can_save_is_refused_without_it(tmp_path: Path) ->
         )
         with pytest.raises(fc.errors.UsageError, match="EarlyStoppingCallback"):
             trainer.train()
+
+
+def test_fsdp1_is_refused_when_the_training_starts(tmp_path: Path) -> None:
+    model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    with fc.CheckpointManager(tmp_path / "ckpt") as manager:
+        callback = trainer_lib.ManagerCallback(manager)
+        with pytest.raises(fc.errors.UsageError, match='"version": 2'):
+            callback.on_train_begin(None, None, None, model=model)

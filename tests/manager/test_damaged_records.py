@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -18,6 +19,7 @@ from full import IS_FULL
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.cli import app
+from functional_ckpt.core.records import records
 from functional_ckpt.handlers.base import CheckpointItem, Handler
 from functional_ckpt.storage.local import LocalStorage
 
@@ -299,3 +301,35 @@ def test_a_step_that_is_overwritten_while_it_is_opened_is_opened_again(
     monkeypatch.setattr(LocalStorage, "read", overwriting)
     restored = fc.restore(path)
     assert restored["tree"]["w"][0] == 2 and restored.custom_metadata == {"new": True}
+
+
+def test_a_record_that_lists_an_item_and_not_its_files_is_damage(root: Path) -> None:
+    path = root / "2" / RECORD
+    record = records.parse_step(path.read_bytes(), str(path))
+    listed = {name: file for name, file in record.files.items() if name != f"tree/{RECORD}"}
+    path.write_bytes(dataclasses.replace(record, files=listed).to_json())
+    with pytest.raises(errors.CorruptCheckpointError, match=f"tree/{RECORD}: the file is missing"):
+        fc.restore(root / "2")
+
+
+def test_a_progress_that_is_none_is_damage_whatever_its_digest_says(root: Path) -> None:
+    text = b'{"batch": -1}'
+    path = root / "2" / RECORD
+    record = records.parse_step(path.read_bytes(), str(path))
+    listed = records.FileRecord(len(text), records.digest_hex(text))
+    (root / "2" / PROGRESS).write_bytes(text)
+    files = {**record.files, PROGRESS: listed}
+    path.write_bytes(dataclasses.replace(record, files=files).to_json())
+    with pytest.raises(errors.CorruptCheckpointError, match=PROGRESS):
+        fc.restore(root / "2")
+
+
+def test_an_item_called_progress_is_no_progress_of_the_training(root: Path) -> None:
+    """Earlier versions could save one."""
+    path = root / "2" / RECORD
+    record = records.parse_step(path.read_bytes(), str(path))
+    items = {**record.items, "progress": "json"}
+    path.write_bytes(dataclasses.replace(record, items=items).to_json())
+    restored = fc.restore(root / "2")
+    assert restored.progress is None
+    assert restored["progress"]["batch"] == 2

@@ -339,3 +339,15 @@ def test_a_rank_takes_over_the_list_of_the_primary(tmp_path: Path) -> None:
         saved(manager, 2)
         manager._run.steps.follow({"": [2]})
         assert manager.all_steps() == [2]
+
+
+def test_a_step_that_is_being_committed_is_restored_once_it_is_there(tmp_path: Path) -> None:
+    def pause(event: fc.Event) -> None:
+        if event.kind == "written":
+            time.sleep(0.3)
+
+    with fc.CheckpointManager(tmp_path, on_event=pause) as manager:
+        manager.save(1, {"state": {"x": 1}})
+        assert manager.restore(1)["state"] == {"x": 1}
+        manager.save(2, {"state": {"x": 2}})
+        assert manager.metadata(2).step == 2

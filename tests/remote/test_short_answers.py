@@ -10,6 +10,7 @@ import pytest
 
 from functional_ckpt.storage.buckets import fsspec, gcs, libcloud, s3
 from functional_ckpt.storage.buckets.base import Entry, TransientError
+from functional_ckpt.storage.object_store import ObjectStorage
 
 CONTENT = bytes(range(100))
 
@@ -64,3 +65,23 @@ def test_a_file_that_arrives_cut_is_a_passing_error(make: Any, tmp_path: Path) -
     make(100)[0].upload(path, "key")
     with pytest.raises(TransientError, match=r"99 bytes uploaded of 100|differs after"):
         make(99)[0].upload(path, "key")
+
+
+def test_an_object_that_is_longer_than_its_file_is_a_passing_error(tmp_path: Path) -> None:
+    Path(tmp_path / "file").write_bytes(CONTENT[:-1])
+    fsspec_bucket(99)[0].upload(str(tmp_path / "file"), "key")
+    with pytest.raises(TransientError, match="differs after"):
+        fsspec_bucket(100)[0].upload(str(tmp_path / "file"), "key")
+
+
+def test_a_store_is_asked_for_no_byte_beyond_the_end_of_an_object() -> None:
+    asked: list[tuple[int, int | None]] = []
+    bucket = mock.Mock(uri="memory://top")
+    bucket.head.return_value = Entry("key", 100, 0, None)
+    bucket.read.side_effect = lambda _, begin, end: asked.append((begin, end)) or CONTENT[begin:end]
+    storage = ObjectStorage(bucket)
+    assert storage.read("memory://top/key", 90, 50) == CONTENT[90:]
+    assert storage.read("memory://top/key", 10, 5) == CONTENT[10:15]
+    assert storage.read("memory://top/key", 100, 5) == b""
+    assert storage.read("memory://top/key") == CONTENT
+    assert asked == [(90, 100), (10, 15), (0, None)]

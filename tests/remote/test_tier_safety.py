@@ -383,6 +383,23 @@ def test_run_does_not_start_from_scratch_while_its_tier_is_down(far: Far, tmp_pa
         assert float(manager.restore_or(_items(0))["t"]["w"][0]) == 2.0
 
 
+def test_no_save_waits_for_a_tier_that_is_down(
+    far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "_PATIENCE_SECONDS", 3600.0)
+    far.set_down(True)
+    near = tmp_path / "near"
+    with fc.CheckpointManager(near, keep_policy=_LATEST(0), tiers=[far.tier()]) as manager:
+        for step in (1, 2):
+            manager.save(step, _items(step)).result()
+        assert manager.all_steps() == [1, 2]
+        far.set_down(False)
+        manager.wait_until_finished()
+        assert _local_steps(near) == []
+        manager.save(3, _items(3)).result()
+    assert list(far.values()) == [1, 2, 3]
+
+
 def test_steps_are_not_pruned_before_an_unreachable_tier_decides(far: Far, tmp_path: Path) -> None:
     """Its policy depends on its steps, which are unknown while it is down."""
     near = tmp_path / "near"

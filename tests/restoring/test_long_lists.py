@@ -28,6 +28,8 @@ def values() -> dict[str, Any]:
         "queue": collections.deque([0.5, -0.0] * 100, maxlen=300),
         # No numbers of one type that an array could hold.
         "big": [2**63, -(2**80)] + [1] * 200,
+        "just too big": [2**63] + [1] * 200,
+        "just too small": [-(2**63) - 1] + [1] * 200,
         "mixed": [1, 2.0, math.nan, -math.inf, None, -0.0] * 30,
         "bools and ints": (True, 1) * 100,
         "texts": ["a", "", "\u00fc", "\ud83d\ude00", "\ud800", '"'] * 30,

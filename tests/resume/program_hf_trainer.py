@@ -35,7 +35,6 @@ arguments = transformers.TrainingArguments(
     gradient_accumulation_steps=2,
     learning_rate=0.05,
     logging_steps=1,
-    save_strategy="no",
     eval_strategy="epoch",
     report_to=[],
     disable_tqdm=True,
@@ -43,6 +42,7 @@ arguments = transformers.TrainingArguments(
     ddp_backend="gloo" if resuming.NUM_RANKS > 1 else None,
     seed=5,
     dataloader_pin_memory=False,
+    **{"save_strategy": "no", **resuming.ARGUMENTS},
 )
 with fc.CheckpointManager(resuming.ROOT / "ckpt", **resuming.OPTIONS) as manager:
     trainer = transformers.Trainer(

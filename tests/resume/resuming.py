@@ -24,6 +24,7 @@ ROOT = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 RANK = int(os.environ.get("RANK", "0"))
 NUM_RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 POLICIES = [fc.policies.every(3), fc.policies.Preemption()]
+ARGUMENTS: dict[str, Any] = {}  # of a Trainer, by a program that runs another one
 OPTIONS: Mapping[str, Any] = {"save_policy": POLICIES, "keep_policy": fc.policies.LatestN(2)}
 
 _WRITES = ("pwrite", "pwritev", "fsync", "fdatasync", "rename", "replace", "mkdir")

@@ -31,9 +31,11 @@ PROGRAMS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "tp": ((2,), ()),
     "zero": ((2,), ()),
     "hf_trainer": ((1, 2), ("transformers.trainer", "functional_ckpt.interop.trainer")),
+    "hf_fsdp": ((2,), ("transformers.trainer", "functional_ckpt.interop.trainer")),
     "accelerate": ((1,), ("accelerate",)),
     "lightning": ((1, 2), ("lightning.pytorch", "functional_ckpt.interop.lightning")),
     "timm": ((1,), ("torchvision", "timm")),
+    "ema": ((1,), ()),
     "torchao": ((1,), ("torchao.optim",)),
     "lora": ((1,), ("peft",)),
 }

@@ -5,9 +5,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from functional_ckpt.runtime import device_copies
 from functional_ckpt.runtime.host_memory import Slot, StagingBuffer, copy_in_threads
 
 SHAPES = st.lists(st.integers(0, 20), max_size=3).map(tuple)
@@ -73,3 +75,21 @@ def test_a_failing_copy_is_raised() -> None:
     pairs = [(np.zeros(3), np.zeros(4))]
     with pytest.raises(ValueError, match="broadcast"):
         copy_in_threads(pairs)
+
+
+def test_pages_that_are_locked_are_unlocked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime answers 0 for success."""
+    calls: list[tuple[Any, ...]] = []
+
+    class Runtime:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: (calls.append((name, *arguments)), 0)[1]
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    unlock = device_copies.lock_pages(4096, 8192)
+    assert unlock is not None
+    unlock()
+    assert [call[:2] for call in calls] == [
+        ("cudaHostRegister", 4096),
+        ("cudaHostUnregister", 4096),
+    ]

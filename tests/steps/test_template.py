@@ -94,6 +94,8 @@ def test_one_variable_has_one_value() -> None:
         ({"template": "v1{step}"}, "a name can be read in two ways"),
         ({"template": "1{step}"}, "a name can be read in two ways"),
         ({"template": "{step}1"}, "a name can be read in two ways"),
+        ({"template": "{step}1x{epoch}"}, "a name can be read in two ways"),
+        ({"template": "{step}-{epoch}x1{batch}"}, "a name can be read in two ways"),
         ({"template": "{step}{rank}"}, "a name can be read in two ways"),
         ({"template": "{step}-{run_name}"}, "expected run_name=... with it"),
         ({"template": "{step}-{world_size}"}, "expected world_size=... with it"),

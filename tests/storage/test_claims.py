@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from descriptors import open_below
 
+import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.storage import commit, replacement, tmp_paths
 from functional_ckpt.storage.file_lock import FileLock
@@ -105,3 +106,29 @@ def test_a_claim_that_cannot_be_locked_is_an_error_of_storage(
     monkeypatch.setattr(FileLock, "lock", refuse)
     with pytest.raises(errors.StorageError, match="lock"):
         tmp_paths.claim(STORAGE, str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.ESTALE, errno.EINTR])
+def test_a_lock_is_released_where_close_reports_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """As on NFS: the descriptor is closed nevertheless."""
+    manager = fc.CheckpointManager(tmp_path / "run")
+    manager.save(1, {"state": {"x": 1}}).result()  # type: ignore[union-attr]
+    lock = os.path.realpath(tmp_path / "run" / ".functional_ckpt" / "lock")
+    close, failed = os.close, 0
+
+    def fail(descriptor: int) -> None:
+        nonlocal failed
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        close(descriptor)
+        if path == lock:
+            failed += 1
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "close", fail)
+    manager.close()
+    monkeypatch.undo()
+    assert failed == 1
+    with fc.CheckpointManager(tmp_path / "run") as manager:
+        assert manager.all_steps() == [1]

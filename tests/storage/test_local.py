@@ -221,3 +221,10 @@ def test_a_path_at_which_no_array_could_be_read_is_refused(path: str, why: str |
         return
     with pytest.raises(errors.UsageError, match=why):
         check_arrays_path(path)
+
+
+def test_an_exchange_that_is_refused_names_the_error_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(errors.StorageError, match="No such file or directory") as info:
+        LocalStorage().swap(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert info.value.errno == errno.ENOENT

@@ -19,7 +19,7 @@ import scripts
 from functional_ckpt import errors
 from functional_ckpt.storage import file_lock, lease_files
 from functional_ckpt.storage.buckets import lease
-from functional_ckpt.storage.buckets.base import NotFound, PreconditionFailed
+from functional_ckpt.storage.buckets.base import NotFound, PermanentError, PreconditionFailed
 from functional_ckpt.storage.lease_files import LeaseFiles
 from functional_ckpt.storage.local import LocalStorage
 
@@ -247,3 +247,14 @@ def test_fuse_is_known_by_its_mount(tmp_path: Path) -> None:
     assert not is_fuse(tmp_path)
     with disks.large("fuse", tmp_path) as folder:
         assert is_fuse(folder)
+
+
+def test_a_state_that_is_absent_is_told_from_an_error(tmp_path: Path) -> None:
+    files, key = LeaseFiles(), str(tmp_path / "lock").lstrip("/")
+    (tmp_path / "file").touch()
+    for absent in (key, str(tmp_path / "nothing" / "lock").lstrip("/")):
+        for ask in (files.head, files.read):
+            with pytest.raises(NotFound):
+                ask(absent)
+    with pytest.raises(PermanentError, match="Not a directory"):
+        files.head(str(tmp_path / "file" / "lock").lstrip("/"))

@@ -215,7 +215,7 @@ def test_a_job_runs_in_a_copy_and_one_that_hangs_is_killed(
     for copy in copies:
         copy.mkdir()
     todo = [jobs.Job(name, work(name)) for name in ("hangs", "ends")]
-    limits = jobs.Limits(asleep_seconds=2.0, active_seconds=2.0)
+    limits = jobs.Limits(asleep_seconds=2.0, running_seconds=2.0)
     jobs.run_jobs(todo, copies, tmp_path, limits, lambda job, code: found.update({job.name: code}))
     assert found == {"hangs": None, "ends": 5}
     assert {file.name for copy in copies for file in copy.iterdir()} == {"hangs", "ends"}

@@ -67,6 +67,8 @@ def open_tensor(tensor: torch.Tensor) -> Parts | None:
 def why_opaque(tensor: torch.Tensor) -> str:
     """Why a wrapper that cannot be taken apart is no leaf; see `memory.is_opaque`."""
     kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+    if memory.is_fake(tensor):
+        return f"{kind} has no values; create it outside of FakeTensorMode"
     return (
         f"{kind} is a tensor subclass without memory of its own and without __tensor_flatten__; "
         "pass the plain tensors inside it"

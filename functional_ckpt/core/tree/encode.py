@@ -236,6 +236,8 @@ def source_of(value: object, node: structure.ArrayNode) -> torch.Tensor:
 def why_wrapped(local: torch.Tensor) -> str:
     """Why a DTensor over a tensor subclass is no leaf."""
     kind = f"{type(local).__module__}.{type(local).__qualname__}"
+    if memory.is_fake(local):
+        return f"the local tensor of this DTensor is a {kind}, which has no values"
     return (
         f"the local tensor of this DTensor is a {kind}, a subclass without memory of its own, and "
         "the parts of such tensors cannot be put together over ranks; save a DTensor of plain "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeGuard, cast
 
@@ -33,11 +33,9 @@ _SCALARS: Mapping[type, str] = MappingProxyType(
 
 def to_node(value: object) -> ValueNode | None:
     """Returns the node of a long list, tuple or deque of plain values; None for anything else."""
-    if type(value) not in _LISTS:
+    if not _is_long_list(value):
         return None
     values = cast("list[object]", value)
-    if len(values) < _LONG:
-        return None
     kind = f"{_SCALARS.get(type(values[0]))}s" if len(set(map(type, values))) == 1 else ""
     if kind in NUMBERS and (kind != "ints" or _fit_64_bits(cast("list[int]", value))):
         return ValueNode(kind=kind, value=_copy(values, values))
@@ -45,6 +43,11 @@ def to_node(value: object) -> ValueNode | None:
         return None
     text = json.dumps(plain_json.pack(values, _tag_list), allow_nan=False, separators=(",", ":"))
     return ValueNode(kind=PLAIN_LIST, value=text)
+
+
+def is_leaf(value: object) -> bool:
+    """Returns whether a live value is a long list, which is one leaf."""
+    return _is_long_list(value) and _is_plain(value, _MAX_DEPTH)
 
 
 def is_long(node: object) -> TypeGuard[ValueNode]:
@@ -62,12 +65,16 @@ def value_of(node: ValueNode) -> Any:
         values = cast("Sequence[object]", node.value)
         return _copy(values, values)
     try:
-        found = plain_json.unpack(json.loads(str(node.value)), _untag_list)
+        found = json.loads(str(node.value))
+        is_tagged = plain_json.TYPE in str(node.value)
+        if is_tagged:
+            found = plain_json.unpack(found, _untag_list)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise errors.CorruptCheckpointError(
             f"Not the text of a list: {str(node.value)!r:.80}: {error}"
         ) from error
-    if not _is_plain(found, _MAX_DEPTH) or type(found) not in _LISTS:
+    # Without tags a text has JSON's own types only, which are plain.
+    if type(found) not in _LISTS or (is_tagged and not _is_plain(found, _MAX_DEPTH)):
         raise errors.CorruptCheckpointError(f"Not a list of plain values: {node.value!r:.80}.")
     return found
 
@@ -95,13 +102,21 @@ def like(saved: ValueNode, target: Any) -> Any:
 
     Numbers, booleans and None may stand for each other, as single leaves may.
     """
-    wanted = to_node(target)
-    if wanted is None:
+    if not _is_long_list(target):
         return None
     stored = value_of(saved)
-    if saved.kind in NUMBERS and wanted.kind in NUMBERS:
-        return _copy(stored, target) if len(stored) == len(target) else None
-    return _fitted(stored, target) if _is_alike(stored, target) else None
+    try:
+        return _fitted(stored, target)
+    except _UnlikeError:
+        return None
+
+
+class _UnlikeError(Exception):
+    """A target has other keys, lengths or types than the stored value."""
+
+
+def _is_long_list(value: object) -> TypeGuard[list[object] | tuple[object, ...]]:
+    return type(value) in _LISTS and len(cast("list[object]", value)) >= _LONG
 
 
 def _fit_64_bits(numbers: Sequence[int]) -> bool:
@@ -117,20 +132,24 @@ def _copy(values: Sequence[object], kind: object) -> Any:
 
 def _is_plain(value: object, depth: int) -> bool:
     kind = type(value)
-    if kind is int:
-        return cast("int", value).bit_length() <= _MAX_INT_BITS
-    if kind in _SCALARS:
-        return True
+    parts = cast("Sequence[object]", value)
     if depth == 0:
         return False
-    if kind in _LISTS:
-        return all(_is_plain(part, depth - 1) for part in cast("list[object]", value))
-    if kind is not dict:
+    if kind is dict:
+        entries = cast("dict[object, object]", value)
+        if not set(map(type, entries)) <= {str}:
+            return False
+        parts = entries.values()
+    elif kind not in _LISTS:
         return False
-    entries = cast("dict[object, object]", value)
-    return all(type(key) is str for key in entries) and all(
-        _is_plain(part, depth - 1) for part in entries.values()
-    )
+    kinds = set(map(type, parts))
+    if int in kinds and not all(
+        part.bit_length() <= _MAX_INT_BITS for part in parts if type(part) is int
+    ):
+        return False
+    if kinds <= _SCALARS.keys():
+        return True
+    return all(type(part) in _SCALARS or _is_plain(part, depth - 1) for part in parts)
 
 
 def _tag_list(value: object) -> tuple[str, Any] | None:
@@ -166,26 +185,37 @@ def _visit_value(value: Any) -> walk.Visit[Any, Node]:
     )
 
 
-def _is_alike(stored: Any, target: Any) -> bool:
-    """Returns whether two values have the same keys and lengths, and their strings agree."""
-    if type(target) in _LISTS:
-        return (
-            type(stored) in _LISTS
-            and len(stored) == len(target)
-            and all(map(_is_alike, stored, target))
-        )
-    if type(target) is dict:
-        return (
-            type(stored) is dict
-            and stored.keys() == target.keys()
-            and all(_is_alike(stored[key], target[key]) for key in target)
-        )
-    return type(stored) in _SCALARS and (type(stored) is str) == (type(target) is str)
-
-
 def _fitted(stored: Any, target: Any) -> Any:
-    if type(target) in _LISTS:
+    """Returns the stored values in the target's containers.
+
+    Raises:
+        _UnlikeError: The keys or lengths differ, or a string stands for another type.
+    """
+    kind = type(target)
+    if kind in _LISTS:
+        if type(stored) not in _LISTS or len(stored) != len(target):
+            raise _UnlikeError
+        if _are_alike(stored, target):
+            return _copy(stored, target)
         return _copy(list(map(_fitted, stored, target)), target)
-    if type(target) is dict:
-        return {key: _fitted(stored[key], part) for key, part in target.items()}
+    if kind is dict:
+        if type(stored) is not dict or stored.keys() != target.keys():
+            raise _UnlikeError
+        ordered = stored if list(stored) == list(target) else {key: stored[key] for key in target}
+        if _are_alike(ordered.values(), target.values()):
+            return dict(ordered)
+        return {key: _fitted(ordered[key], part) for key, part in target.items()}
+    if (
+        type(stored) not in _SCALARS
+        or kind not in _SCALARS
+        or (type(stored) is str) != (kind is str)
+    ):
+        raise _UnlikeError
     return stored
+
+
+def _are_alike(stored: Iterable[object], target: Iterable[object]) -> bool:
+    """Returns whether all values are scalars: numbers for numbers, strings for strings."""
+    found, wanted = list(map(type, stored)), list(map(type, target))
+    kinds = {*found, *wanted}
+    return kinds <= _SCALARS.keys() and (str not in kinds or found == wanted)

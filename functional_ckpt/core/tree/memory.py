@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
 
 if TYPE_CHECKING:
@@ -56,6 +57,20 @@ def is_opaque(value: torch.Tensor) -> bool:
         and not callable(getattr(type(value), "__tensor_flatten__", None))
         and not hasattr(type(value), "device_mesh")
     )
+
+
+def is_fake(value: torch.Tensor) -> bool:
+    """Returns whether a tensor is one of torch's `FakeTensorMode`: a shape without values."""
+    return type(value).__module__ == "torch._subclasses.fake_tensor"
+
+
+def check_no_fake_mode() -> None:
+    """Raises `UsageError` inside of a `FakeTensorMode`, where tensors have no values."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise errors.UsageError(
+            "A FakeTensorMode is active, in which tensors have no values. Save and restore outside "
+            "of its `with` block."
+        )
 
 
 def writing(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

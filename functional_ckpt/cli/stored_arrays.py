@@ -1,0 +1,65 @@
+"""Reads the arrays of an item, region by region."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING, Any
+
+from functional_ckpt.core.arrays.spec import Box, numpy_dtype
+from functional_ckpt.core.tree import structure
+from functional_ckpt.format.checkpoint_dir import OpenItem
+from functional_ckpt.format.read_plan import Destination
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from functional_ckpt.format.reader import ArrayReader
+
+# How much of an array is held in memory at a time.
+SLAB_BYTES = 64 * 2**20
+
+
+class OpenArrays:
+    """An item, whose arrays are opened when the first of them is read."""
+
+    def __init__(self, opened: OpenItem, files: contextlib.ExitStack) -> None:
+        self.opened = opened
+        self._files = files
+
+    @functools.cached_property
+    def reader(self) -> ArrayReader:
+        """Reads its arrays."""
+        reader = self.opened.open_reader()
+        self._files.callback(reader.close)
+        return reader
+
+
+class StoredArray:
+    """One stored array.
+
+    Attributes:
+        node: Its node in the item's structure.
+        digests: The digests of its chunks; None where there are none.
+    """
+
+    def __init__(self, arrays: OpenArrays, node: structure.ArrayNode) -> None:
+        self._arrays = arrays
+        self.node = node
+        self.digests = arrays.opened.digests(node)
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether numbers are stored as such, not as their bits or raw bytes."""
+        return self.node.kind != "bytes" and self.node.dtype == self.node.spec.dtype
+
+    def read(self, box: Box) -> np.ndarray[Any, Any]:
+        """Reads a region, verified where there is something to compare it with."""
+        import numpy as np
+
+        data = np.empty(box.shape, numpy_dtype(self.node.spec.dtype))
+        destination = Destination(lambda: data, lambda: None)
+        request = self._arrays.opened.request(self.node, box, destination)
+        for task in self._arrays.reader.tasks([request]):
+            task()
+        return data

@@ -1,0 +1,61 @@
+"""How managers, items and their results are shown at a prompt and in a notebook."""
+
+from __future__ import annotations
+
+import html
+import os
+from pathlib import Path
+
+import torch
+
+import functional_ckpt as fc
+
+
+def test_a_manager_says_where_it_is_and_what_it_holds(tmp_path: Path) -> None:
+    manager = fc.CheckpointManager(tmp_path / "run")
+    root = repr(os.fspath(tmp_path / "run"))
+    assert repr(manager) == f"CheckpointManager({root}, 0 steps)"
+    assert manager._repr_html_() == f"<code>{html.escape(repr(manager))}</code>"
+    for step in range(25):
+        manager.save(step, {"state": {"x": step}}, metrics={"loss": 1 / (step + 1), "<b>": "&"})
+    manager.wait_until_finished()
+    assert repr(manager) == f"CheckpointManager({root}, 25 steps, latest 24)"
+    shown = manager._repr_html_()
+    assert shown.count("<tr>") == 21  # the heading and the last 20 steps
+    assert "<td>24</td><td>latest</td>" in shown
+    assert "<th>loss</th><th>&lt;b&gt;</th>" in shown
+    assert "<td>0.04</td><td>&amp;</td>" in shown
+    with fc.CheckpointManager(tmp_path / "run", read_only=True) as reader:
+        assert repr(reader) == f"CheckpointManager({root}, 25 steps, latest 24, read-only)"
+    manager.close()
+    assert repr(manager) == f"CheckpointManager({root}, closed)"
+    assert manager._repr_html_() == f"<code>{html.escape(repr(manager))}</code>"
+
+
+def test_metadata_and_results_are_short(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    items = {"model": model, "config": fc.Json({"lr": 0.1}), "state": {"x": torch.ones(5)}}
+    with fc.CheckpointManager(tmp_path) as manager:
+        manager.save(7, items, metrics={"loss": 0.5}).result()  # type: ignore[union-attr]
+        assert repr(manager.metadata(7)) == (
+            "StepMetadata(step=7, 3 items: model, config, state, 3 arrays, 52 bytes, "
+            "metrics={'loss': 0.5})"
+        )
+        restored = manager.restore()
+    assert sorted(restored._ipython_key_completions_()) == ["config", "model", "state"]
+
+
+def test_items_name_their_value_and_the_options_that_were_chosen() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert repr(fc.Module(model)) == "Module(Linear, 2 parameters)"
+    assert repr(fc.Module(model, replicated="unchecked")) == (
+        "Module(Linear, 2 parameters, replicated='unchecked')"
+    )
+    assert repr(fc.Optimizer(optimizer, model)) == (
+        "Optimizer(AdamW, 2 parameters, model=Linear, 2 parameters)"
+    )
+    assert repr(fc.PyTree({"x": torch.ones(3)})) == "PyTree(dict of 1)"
+    assert repr(fc.PyTree(torch.ones(3, 4))) == "PyTree(Tensor float32[3, 4])"
+    assert len(repr(fc.Json("x" * 1000))) < 80
+    assert repr(fc.Rng()) == "Rng({})"
