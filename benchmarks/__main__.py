@@ -187,7 +187,7 @@ def _write_report(run: Run, folder: Path) -> int:
     found = summary.summarize(run)
     drawn = plots.draw(found, folder)
     text = report.markdown(found, drawn)
-    (folder / "index.md").write_text(text, encoding="utf-8")
+    (folder / "measurements.md").write_text(text, encoding="utf-8")
     (folder / "plots.txt").write_text(report.plots_markdown(found, drawn), encoding="utf-8")
     print(text)
     return 0

@@ -1,4 +1,4 @@
-"""README.md and the site's pages run: each page's Python blocks, in order, in one namespace."""
+"""The site's pages run: each page's Python blocks, in order, in one namespace."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def python_blocks(text: str) -> Iterator[tuple[int, str]]:
 
 PAGES = sorted(
     path
-    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for path in (ROOT / "docs").rglob("*.md")
     if any(python_blocks(path.read_text(encoding="utf-8")))
 )
 
@@ -50,8 +50,8 @@ def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
 
 
-def test_readme_and_guide_have_examples() -> None:
-    assert {"README.md", "index.md", "guide.md"} <= {page.name for page in PAGES}
+def test_pages_have_examples() -> None:
+    assert {"guide.md", "hf_trainer.md", "ema.md"} <= {page.name for page in PAGES}
 
 
 def test_blocks_are_found_by_their_fence() -> None:
