@@ -10,6 +10,7 @@ import atexit
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent import futures
 
@@ -143,12 +144,13 @@ class CommitThread:
         commit = Commit(step, future)
         try:
             self._commit = commit
-            _running.append(future)
-            future.add_done_callback(_running.remove)
+            thread = threading.Thread(target=run, name=f"commit-{step}", daemon=False)
             try:
-                threading.Thread(target=run, name=f"commit-{step}", daemon=False).start()
+                thread.start()
             except RuntimeError:  # from Python 3.12 on, no thread starts while the interpreter ends
                 run()
+            else:
+                _threads.add(thread)
         except BaseException as error:
             if _take(ticket):
                 future.set_exception(error)
@@ -223,12 +225,12 @@ def _as_save_error(step: int, error: BaseException) -> errors.CheckpointError:
     return failure
 
 
-_running: list[futures.Future[int]] = []
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _failed: list[Commit] = []
 
 
 # A forked child has neither the threads nor the failures: the parent reports them.
-os.register_at_fork(after_in_child=_running.clear)
+os.register_at_fork(after_in_child=_threads.clear)
 os.register_at_fork(after_in_child=_failed.clear)
 
 
@@ -237,9 +239,11 @@ def _report_at_exit() -> None:
     """Prints the errors that no later call could raise.
 
     The interpreter has waited for the commit threads by now, except for one that an exit handler
-    started.
+    started. It is joined, not only its commit: a thread that still frees tensors when the
+    interpreter ends would abort the process.
     """
-    futures.wait(list(_running))
+    for thread in list(_threads):
+        thread.join()
     for commit in _failed:
         if not commit.is_reported:
             sys.stderr.write(f"functional_ckpt: {commit.exception()}\n")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 import functional_ckpt as fc
 import scripts
+from functional_ckpt.saving import background
 
 # ------------------------------------------------------------------------------------ forks
 
@@ -262,6 +265,23 @@ manager.close()
         tmp_path / "run",
     )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_the_end_of_the_interpreter_waits_for_the_threads_of_commits_themselves() -> None:
+    """One that freed a tensor later, while the interpreter ends, aborted the process."""
+    ended = threading.Event()
+
+    class Work:
+        def __call__(self) -> None:
+            time.sleep(0.2)  # the caller of `start` no longer holds it then
+
+        def __del__(self) -> None:
+            time.sleep(0.2)
+            ended.set()
+
+    background.CommitThread().start(1, Work(), lambda: None).result(30)
+    background._report_at_exit()
+    assert ended.is_set()
 
 
 FAIL = """
