@@ -391,8 +391,8 @@ def test_managers_beside_and_after_each_other_leave_nothing_in_the_store(
     job = launcher.run("many_managers", connection=connection)
     for found in job.all("keys"):
         counts: Sequence[int] = found["counts"]
-        # A rank may still delete keys of its last rounds.
-        assert max(counts[10:]) <= max(counts[:10]) + 2, counts
+        # A rank may still delete keys of its last rounds; a key a step would be ten more.
+        assert max(counts[10:]) < max(counts[:10]) + 10, counts
 
 
 def test_the_host_of_the_store_leaves_last(launcher: Launcher) -> None:

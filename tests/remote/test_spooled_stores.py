@@ -13,9 +13,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import functional_ckpt as fc
 from functional_ckpt import errors
-from functional_ckpt.storage.buckets.base import Entry, TransientError
+from functional_ckpt.storage.buckets.base import TransientError
 from functional_ckpt.storage.buckets.fsspec import FsspecBucket
-from functional_ckpt.storage.buckets.spool import Spool
 from functional_ckpt.storage.open import connect
 from functional_ckpt.testing import differences
 from functional_ckpt.verify import checkpoint
@@ -68,19 +67,3 @@ def test_libcloud_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "libcloud.storage", None)
     with pytest.raises(errors.UsageError, match=r"functional-ckpt\[libcloud\]"):
         fc.restore("libcloud://local:bucket/run")
-
-
-def test_a_copy_that_was_sent_is_neither_sent_nor_fetched_again() -> None:
-    copies = Spool()
-    path = Path(copies.directory("run/d")) / "x"
-    path.write_bytes(b"abc")
-    assert copies.unsent("run") == [("run/d/x", str(path))]
-    copies.sent([(str(path), "run/d/x")])
-    assert copies.unsent("run") == []
-
-    def download(key: str, path: str) -> None:
-        raise AssertionError(key)
-
-    copies.fetch(Entry("run/d/x", 3, 1, None), download)
-    copies.forget("run")
-    assert not path.exists()
