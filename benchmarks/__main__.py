@@ -23,7 +23,7 @@ from typing import Any
 
 import xxhash
 
-from benchmarks import files, plots, report, results, schedule, summary
+from benchmarks import bars, files, plots, report, results, schedule, summary
 from benchmarks.results import Result, Run, Task
 
 _VERSIONS = (
@@ -188,7 +188,10 @@ def _write_report(run: Run, folder: Path) -> int:
     drawn = plots.draw(found, folder)
     text = report.markdown(found, drawn)
     (folder / "measurements.md").write_text(text, encoding="utf-8")
-    (folder / "plots.txt").write_text(report.plots_markdown(found, drawn), encoding="utf-8")
+    (folder / "plots.txt").write_text("\n".join(report.plots_markdown(drawn)), encoding="utf-8")
+    (folder / "bars.txt").write_text(
+        "\n".join(report.bars_table(bars.bars(found))), encoding="utf-8"
+    )
     print(text)
     return 0
 

@@ -2,17 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import io
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.summary import GIB, Summary, is_ours, limit_seconds
+from benchmarks.summary import Spread, Summary, is_ours
 
-__all__ = ["draw"]
+__all__ = ["PLOTS", "Plot", "draw", "figure_markdown"]
 
-_OURS_COLOUR = "#3f51b5"
-_OTHERS = ("#90a4ae", "#ffb74d", "#a1887f", "#81c784", "#ba68c8", "#e57373")
-_WORKLOADS = ("big", "small", "tiny", "gpt2")
+# One colour for each system in every plot, readable on white and on dark grey.
+_COLOURS: Mapping[str, str] = {
+    "functional_ckpt": "#5c6bc0",
+    "torch": "#90a4ae",
+    "safetensors": "#43a047",
+    "dcp": "#fb8c00",
+    "orbax": "#ab47bc",
+    "torch_checkpointing": "#e57373",
+}
+_OTHER_COLOUR = "#78909c"
+_TITLES: Mapping[str, str] = {
+    "big": "big: 2 GiB in 16 arrays",
+    "small": "small: 2 GiB in 2,000 arrays",
+    "tiny": "tiny: 78 MiB in 20,000 arrays",
+    "gpt2": "gpt2: GPT-2 with AdamW, 1.2 GiB",
+}
+_TEXT = "#010203"  # stands for the page's own colour until the file is written
+_GRID = "#8a8d91"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """A figure of every system, for each workload.
+
+    Attributes:
+        name: The file's name without `.svg`.
+        measure: The measure of `schedule.MEASURES` that has the figure.
+        figure: The figure.
+        caption: The text below the plot.
+        per_size: Whether the figure is divided by the size of the state.
+    """
+
+    name: str
+    measure: str
+    figure: str
+    caption: str
+    per_size: bool = False
+
+
+PLOTS = (
+    Plot(
+        name="durable",
+        measure="sync",
+        figure="save_durable_seconds",
+        caption="Save: seconds until every file and directory is synced.",
+    ),
+    Plot(
+        name="blocked",
+        measure="async",
+        figure="blocked_3_seconds",
+        caption="Save in the background: seconds that training waits, in the third save.",
+    ),
+    Plot(
+        name="restore_cold",
+        measure="sync",
+        figure="restore_cold_seconds",
+        caption="Restore in place after a restart: seconds, read from the disk.",
+    ),
+    Plot(
+        name="restore_warm",
+        measure="sync",
+        figure="restore_warm_seconds",
+        caption="Restore in place, files cached in memory: seconds. "
+        "torch.save and safetensors verify nothing.",
+    ),
+    Plot(
+        name="memory",
+        measure="async",
+        figure="peak_bytes",
+        caption="Memory of three saves in the background, in multiples of the state.",
+        per_size=True,
+    ),
+)
 
 
 def draw(summary: Summary, folder: Path) -> list[str]:
@@ -24,101 +97,119 @@ def draw(summary: Summary, folder: Path) -> list[str]:
     import matplotlib
 
     matplotlib.use("svg")
-    # The same figures make the same file.
-    matplotlib.rcParams.update({"svg.hashsalt": "functional_ckpt", "font.size": 9})
-    drawn: list[str] = []
-    for name, measure, figure, title in (
-        ("durable", "sync", "save_durable_seconds", "Durable save, GiB/s"),
-        ("restore_warm", "sync", "restore_warm_seconds", "Restore in place, warm, GiB/s"),
-        ("restore_cold", "sync", "restore_cold_seconds", "Restore in place, cold, GiB/s"),
-    ):
-        if _draw_one(summary, folder / f"{name}.svg", (measure, figure, title), _rate):
-            drawn.append(name)
-    what = ("async", "blocked_3_seconds", "Blocked in the third save, seconds")
-    if _draw_one(summary, folder / "blocked.svg", what, _plain):
-        drawn.append("blocked")
-    what = ("async", "peak_bytes", "Memory of three asynchronous saves, over the state")
-    if _draw_one(summary, folder / "memory.svg", what, _over_size):
-        drawn.append("memory")
-    return drawn
+    settings = {
+        "axes.edgecolor": _GRID,
+        "axes.labelcolor": _TEXT,
+        "font.size": 9,
+        "grid.color": _GRID,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "functional_ckpt",  # the same figures make the same file
+        "text.color": _TEXT,
+        "xtick.color": _TEXT,
+        "ytick.color": _TEXT,
+    }
+    with matplotlib.rc_context(settings):
+        return [plot.name for plot in PLOTS if _draw_one(summary, plot, folder)]
 
 
-def _rate(value: float, size: float) -> float:
-    return size / value / GIB
+def figure_markdown(name: str) -> list[str]:
+    """Lines of Markdown that show a plot inside of the page, so that it has the page's colours."""
+    (caption,) = [plot.caption for plot in PLOTS if plot.name == name]
+    return [
+        '<figure class="plot" markdown="0">',
+        f"<figcaption>{caption} Less is better.</figcaption>",
+        f'--8<-- "docs/benchmarks/{name}.svg"',
+        "</figure>",
+        "",
+    ]
 
 
-def _plain(value: float, size: float) -> float:
-    del size
-    return value
-
-
-def _over_size(value: float, size: float) -> float:
-    return value / size
-
-
-def _draw_one(
-    summary: Summary,
-    path: Path,
-    what: tuple[str, str, str],
-    scale: Callable[[float, float], float],
-) -> bool:
-    """Bars of every system for every workload, whiskers for the spread, a line for the limit."""
+def _draw_one(summary: Summary, plot: Plot, folder: Path) -> bool:
+    """A dot for each system's median and a line from its lowest to its highest value."""
     from matplotlib import pyplot
 
-    measure, figure, title = what
-    loads = [load for load in _WORKLOADS if summary.peers(measure, load)]
-    systems = list(dict.fromkeys(p for load in loads for p in summary.peers(measure, load)))
-    if not systems:
+    rows = {load: _rows(summary, plot, load) for load in _TITLES}
+    rows = {load: found for load, found in rows.items() if found}
+    if not rows:
         return False
-    colours = _colours(systems)
-    figure_, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
-    width = 0.85 / len(systems)
-    for place, load in enumerate(loads):
-        for index, system in enumerate(systems):
-            key = f"{measure}/{load}/{system}"
-            spread, size = summary.spread(key, figure), summary.median(key, "size_bytes")
-            if spread is None or size is None:
-                continue
-            middle = scale(spread.median, size)
-            ends = sorted((scale(spread.low, size), scale(spread.high, size)))
-            axes.bar(
-                place + (index - (len(systems) - 1) / 2) * width,
-                middle,
-                width,
-                yerr=[[middle - ends[0]], [ends[1] - middle]],
-                error_kw={"linewidth": 0.8},
-                color=colours[system],
-                label=system if place == 0 else None,
-            )
-        _draw_limit(axes, summary, (measure, load, figure), place, scale)
-    axes.set_xticks(range(len(loads)), loads)
-    axes.set_title(title, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure_.legend(loc="outside right center", frameon=False, fontsize=8)
-    figure_.savefig(path, metadata={"Date": None})
-    pyplot.close(figure_)
+    heights = [len(found) + 1.4 for found in rows.values()]
+    figure, panels = pyplot.subplots(
+        len(rows),
+        squeeze=False,
+        sharex=True,
+        figsize=(5.2, 0.2 * sum(heights) + 0.35),
+        layout="constrained",
+        gridspec_kw={"height_ratios": heights},
+    )
+    for axes, (load, found) in zip(panels[:, 0], rows.items(), strict=True):
+        _draw_panel(axes, _TITLES[load], found, plot)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    pyplot.close(figure)
+    path = folder / f"{plot.name}.svg"
+    path.write_text(_for_a_page(text.getvalue(), plot.caption), encoding="utf-8")
     return True
 
 
-def _colours(systems: Sequence[str]) -> Mapping[str, str]:
-    others = [system for system in systems if not is_ours(system)]
-    colours = {system: _OTHERS[index % len(_OTHERS)] for index, system in enumerate(others)}
-    ours = [system for system in systems if is_ours(system)]
-    return colours | dict(zip(ours, (_OURS_COLOUR, "#7986cb"), strict=False))
+def _rows(summary: Summary, plot: Plot, load: str) -> list[tuple[str, Spread]]:
+    """The systems with their figures, the least first."""
+    found: list[tuple[str, Spread]] = []
+    for system in summary.peers(plot.measure, load):
+        key = f"{plot.measure}/{load}/{system}"
+        spread, size = summary.spread(key, plot.figure), summary.median(key, "size_bytes")
+        if spread is None or size is None:
+            continue
+        scale = 1 / size if plot.per_size else 1.0
+        scaled = {name: getattr(spread, name) * scale for name in ("median", "low", "high")}
+        found.append((system, dataclasses.replace(spread, **scaled)))
+    return sorted(found, key=lambda each: each[1].median)
 
 
-def _draw_limit(
-    axes: Any,
-    summary: Summary,
-    what: tuple[str, str, str],
-    place: int,
-    scale: Callable[[float, float], float],
-) -> None:
-    measure, load, figure = what
-    key = f"{measure}/{load}/{summary.peers(measure, load)[-1]}"
-    size = summary.median(key, "size_bytes") or 0
-    limit = limit_seconds(summary, figure, size)
-    if limit:
-        level = scale(limit, size)
-        label = "limit of the machine" if place == 0 else None
-        axes.hlines(level, place - 0.45, place + 0.45, color="#d32f2f", linestyle="--", label=label)
+def _draw_panel(axes: Any, title: str, rows: list[tuple[str, Spread]], plot: Plot) -> None:
+    for row, (system, spread) in enumerate(rows):
+        colour = _COLOURS.get(system.partition(".")[0], _OTHER_COLOUR)
+        axes.plot([spread.low, spread.high], [row, row], color=colour, linewidth=2, alpha=0.6)
+        axes.plot([spread.median], [row], "o", color=colour, markersize=6 + is_ours(system))
+        weight = "bold" if is_ours(system) else "normal"
+        label = f"{spread.median:.2f}x" if plot.per_size else _seconds(spread.median)
+        at = (max(spread.high, spread.median), row)
+        axes.annotate(
+            label, at, (6, 0), textcoords="offset points", va="center", fontsize=8, weight=weight
+        )
+    names = axes.set_yticks(range(len(rows)), [system for system, _ in rows])
+    for tick, (system, _) in zip(names, rows, strict=True):
+        tick.label1.set_fontweight("bold" if is_ours(system) else "normal")
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_title(title, loc="left", fontsize=9)
+    if not plot.per_size:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: _seconds(value))
+    else:
+        axes.set_xlim(left=0)
+    axes.margins(x=0.16)
+    axes.grid(axis="x", alpha=0.35, linewidth=0.6)
+    axes.tick_params(length=0)
+    axes.tick_params(which="minor", length=0)
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+
+
+def _seconds(value: float) -> str:
+    if value >= 1:
+        return f"{value:.3g} s"
+    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
+
+
+def _for_a_page(svg: str, caption: str) -> str:
+    """The element alone, in the colours of the page, without ids that several plots would share."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would hold for all the page
+    svg = re.sub(r' id="(?:figure|axes|patch|line2d|text|xtick|ytick|matplotlib)[\w.]*"', "", svg)
+    svg = re.sub(r" font-family: [^;\"]*;?", "", svg)
+    while "<g/>" in svg or "<g></g>" in svg:
+        svg = re.sub(r"\s*(?:<g/>|<g></g>)", "", svg)
+        svg = re.sub(r"<g>\s*</g>", "<g></g>", svg)
+    svg = svg.replace(_TEXT, "currentColor").replace("<svg ", '<svg role="img" ', 1)
+    svg = svg.replace(">", f"><title>{caption}</title>", 1)
+    return "\n".join(line.rstrip() for line in svg.splitlines() if line.strip()) + "\n"

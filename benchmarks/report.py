@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from benchmarks.bars import Bar, bars
+from benchmarks.plots import figure_markdown
 from benchmarks.summary import GIB, MIB, Spread, Summary, is_ours, kind_of_staging, limit_seconds
 
 __all__ = ["SYNC", "bars_table", "markdown", "plots_markdown"]
@@ -75,10 +76,7 @@ def markdown(summary: Summary, plots: Sequence[str]) -> str:
         "raw limit of the same run: copies for data that stays in memory, otherwise the best raw "
         "write or cold read.",
         "",
-        "## Bars",
-        "",
-        *bars_table(bars(summary)),
-        *(f"![{name}]({name}.svg)\n" for name in plots),
+        *plots_markdown(plots),
         *_limits(summary),
         *_latency(summary),
         *_loops(summary),
@@ -87,13 +85,13 @@ def markdown(summary: Summary, plots: Sequence[str]) -> str:
         for load in _workloads(summary, measure):
             lines += _times(summary, measure, load)
             lines += _resources(summary, measure, load)
-    return "\n".join([*lines, *_reasons(summary)]) + "\n"
+    lines += [*_reasons(summary), "## Bars", "", *bars_table(bars(summary))]
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def plots_markdown(summary: Summary, plots: Sequence[str]) -> str:
-    """The bars and the plots, for a page one folder above."""
-    text = [*bars_table(bars(summary)), *(f"![{name}](benchmarks/{name}.svg)\n" for name in plots)]
-    return "\n".join(text) + "\n"
+def plots_markdown(plots: Sequence[str]) -> list[str]:
+    """Lines of Markdown that show the plots, on any page."""
+    return [line for name in plots for line in figure_markdown(name)]
 
 
 def bars_table(found: Sequence[Bar]) -> list[str]:

@@ -363,9 +363,11 @@ def test_scripts_are_executable_and_stop_at_the_first_error(name: str) -> None:
 
 
 def test_every_dependency_is_pinned() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    named = (re.split(r"[\[<>=]", requirement)[0] for group in groups for requirement in group)
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project, groups = content["project"], content["dependency-groups"].values()
+    lists = [project["dependencies"], *project["optional-dependencies"].values(), *groups]
+    requirements = [each for group in lists for each in group if isinstance(each, str)]
+    named = (re.split(r"[\[<>=]", requirement)[0] for requirement in requirements)
     wanted = {name.lower().replace("_", "-") for name in named}
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}

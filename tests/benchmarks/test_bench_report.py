@@ -137,7 +137,7 @@ def test_the_page_has_every_figure_with_its_ratios() -> None:
     assert "| save, durable | dcp | 2.50 s | 0.8 | 1.00x | 0.40x |" in page
     assert "| restore in place, cold | dcp | the cache was not dropped | | | |" in page
     assert "| sync/big/orbax | failed: OSError: no \\| space |" in page
-    assert "![durable](durable.svg)" in page
+    assert '--8<-- "docs/benchmarks/durable.svg"' in page
     assert "| memcpy 2 threads" not in page and "| memcpy 2 | 0.20 s" in page
 
 
@@ -169,8 +169,10 @@ def test_plots_are_drawn_from_the_figures_alone(tmp_path: Path) -> None:
         )
     )
     drawn = plots.draw(found, tmp_path)
-    assert drawn == ["durable", "restore_warm", "restore_cold", "blocked", "memory"]
+    assert drawn == ["durable", "blocked", "restore_cold", "restore_warm", "memory"]
     first = [(tmp_path / f"{name}.svg").read_bytes() for name in drawn]
+    assert all(each.startswith(b"<svg") and b"currentColor" in each for each in first)
+    assert not any(b"<style" in each or b"\n\n" in each for each in first)  # for a page as it is
     assert plots.draw(found, tmp_path) == drawn
     assert [(tmp_path / f"{name}.svg").read_bytes() for name in drawn] == first
 
