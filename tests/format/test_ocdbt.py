@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from descriptors import open_below
 from written_items import write_item
 
 from functional_ckpt import errors
@@ -196,22 +197,21 @@ def test_a_short_read_is_continued(
 
 
 def test_descriptors_are_closed(item: tuple[Path, Path]) -> None:
-    before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         read(item[0])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_below(item[0]) == []
 
 
 def test_a_file_is_read_by_one_descriptor(item: tuple[Path, Path]) -> None:
     spec = ArraySpec(DATA.shape, "uint8")
     opened = backends.open_reader(STORAGE, str(item[0]), {})
     with contextlib.closing(opened) as reader:
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_below(item[0])
         request = ReadRequest("a", spec, Box.whole(DATA.shape), GRID)
         plans = [functools.partial(reader.tasks, [request]) for _ in range(3)]
         for plan in plans:
             plan()
-        assert len(os.listdir("/proc/self/fd")) == before + 1
+        assert len(open_below(item[0])) == len(before) + 1
 
 
 @pytest.mark.parametrize("start", range(8))
