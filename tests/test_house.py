@@ -372,3 +372,12 @@ def test_every_dependency_is_pinned() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     assert wanted - {"functional-ckpt"} <= pinned
+
+
+def test_extras_are_for_users_and_the_source_distribution_has_every_tool() -> None:
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert not {"bench", "dev", "docs", "test"} & content["project"]["optional-dependencies"].keys()
+    listed = content["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    names = {path.removeprefix("/") for path in listed}
+    assert {"benchmarks", "docs", "scripts", "tests", "mkdocs.yml", "CONTRIBUTING.md"} <= names
+    assert all((ROOT / name).exists() for name in names - {".ci", ".pre-commit-config.yaml"})

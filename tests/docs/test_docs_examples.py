@@ -61,7 +61,7 @@ a = 1
 
 b = 2
 ```
-```python no-run
+``` {.python .no-run}
 1 / 0
 ```
 ````markdown

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.skipif(not IS_FULL, reason="starts a process that is ki
 
 PAGE = Path(__file__).parents[2] / "docs" / "learn" / "tutorial.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-PROGRAM, USE = re.findall(r"^```python no-run\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+PROGRAM, USE = re.findall(
+    r"^``` \{\.python \.no-run\}\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE
+)
 CONSOLES = re.findall(r"^```console\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
 
 
