@@ -27,13 +27,13 @@ from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
 from functional_ckpt.saving import finalize, lower, retry, saver, stage, write
 from functional_ckpt.saving import plan as plan_lib
+from functional_ckpt.saving.claim import check_free
 from functional_ckpt.saving.options import Blocking
 from functional_ckpt.steps.metadata import StepMetadata, checkpoint_metadata
 from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
-from functional_ckpt.storage.paths import check_arrays_path
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -79,7 +79,7 @@ def save(
             if isinstance(items, Source):
                 opened.check_bytes(dict(items))
             if group.rank == 0:
-                _check_free(storage, final, overwrite=overwrite)
+                check_free(storage, final, overwrite=overwrite)
             info = saver.checkpoint_info(None, metrics, progress, custom_metadata, lines.Line())
             planning.items = lower.lower(
                 items, chosen(registry), rank=group.rank, ranks=group.global_ranks
@@ -95,35 +95,6 @@ def save(
             _write(storage, final, planning, info, group, published, overwrite=overwrite)
     finally:
         group.close()
-
-
-def _check_free(storage: Storage, final: str, *, overwrite: bool) -> None:
-    """Raises unless a checkpoint may be written to a path."""
-    commit.protocol(storage, os.path.dirname(final)).recover_claim(final)
-    if queries.exists(storage, final):
-        if not overwrite:
-            raise errors.StepExistsError(
-                f"{final} exists; pass overwrite=True to replace it, or choose another path.",
-                path=final,
-            )
-        if not queries.is_directory(storage, final):
-            raise errors.UsageError(f"{final} is a file, not a checkpoint.", path=final)
-        # `commits.claimed` refuses objects without a marker.
-        if storage.objects is None and (names := storage.list(final)):
-            _check_replaceable(final, names)
-    if storage.objects is None:
-        check_arrays_path(final)
-
-
-def _check_replaceable(final: str, names: Sequence[str]) -> None:
-    """Raises unless a directory with these names is a checkpoint: all of it would be removed."""
-    if set(names).isdisjoint(checkpoint_dir.RECORD_FILES):
-        shown = ", ".join(sorted(names)[:_MAX_SHOWN])
-        raise errors.UsageError(
-            f"{final} is a directory without a record of a checkpoint (it holds {shown}): "
-            "overwrite=True replaces checkpoints only. Choose another path, or move it away.",
-            path=final,
-        )
 
 
 def _write(

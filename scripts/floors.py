@@ -65,7 +65,12 @@ FLOORS: dict[str, int] = {
 # Library -> the only modules that may name it. An empty tuple: none.
 SOLE_IMPORTERS: dict[str, tuple[str, ...]] = {
     "tensorstore": ("format/*",),
-    "torch.distributed": ("distributed/torch_store.py",),
+    "torch.distributed": (
+        "distributed/torch_store.py",
+        "interop/dcp_pieces.py",
+        "interop/dcp_reader.py",
+        "interop/dcp_writer.py",
+    ),
     "torch.utils._pytree": ("core/tree/containers.py",),
     "orbax": ("steps/orbax_adapters.py",),
     "jax": (),

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from functional_ckpt.interop import dcp as dcp
     from functional_ckpt.interop import huggingface as huggingface
     from functional_ckpt.interop.detect import FORMATS as FORMATS
     from functional_ckpt.interop.detect import open as open
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {"FORMATS": "detect", "Format": "source", "Source": "source", "open": "detect"}
 
-__all__ = ["FORMATS", "Format", "Source", "huggingface", "open"]
+__all__ = ["FORMATS", "Format", "Source", "dcp", "huggingface", "open"]
 
 
 if not TYPE_CHECKING:  # type checkers know the names above, and no others

@@ -2,6 +2,8 @@
 
 Their index, `.metadata`, is a pickle of records: it is read into inert ones. The tensors are stored
 in the `.distcp` files as streams of `torch.save` and are read by `torch.load(weights_only=True)`.
+
+`Writer` and `Reader` are PyTorch's storage interfaces over steps of this package.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -23,6 +25,10 @@ from functional_ckpt.interop import hostile, torch_save
 from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.pickles import read_inert
 from functional_ckpt.interop.source import Format, Source, items_of
+
+if TYPE_CHECKING:
+    from functional_ckpt.interop.dcp_reader import Reader as Reader
+    from functional_ckpt.interop.dcp_writer import Writer as Writer
 
 _INDEX = ".metadata"
 
@@ -231,3 +237,15 @@ def save(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 FORMAT = Format(name="dcp", description="torch.distributed.checkpoint", matches=_fits, open=_open)
+
+
+if not TYPE_CHECKING:  # importing torch.distributed.checkpoint takes long
+
+    def __getattr__(name: str) -> Any:
+        if name not in ("Reader", "Writer"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}_{name.lower()}"), name)
+
+
+def __dir__() -> list[str]:
+    return ["Reader", "Writer", "save"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -13,8 +14,8 @@ from mesh_shapes import MESHES, SIZES
 
 from functional_ckpt.core.arrays import chunks
 from functional_ckpt.core.arrays.sharding import DimShard, Sharding
-from functional_ckpt.core.arrays.spec import ArraySpec
-from functional_ckpt.core.arrays.write_plan import ShardedArray, plan_writes
+from functional_ckpt.core.arrays.spec import ArraySpec, Box
+from functional_ckpt.core.arrays.write_plan import ShardedArray, grid_of_boxes, plan_writes
 
 MIB = 2**20
 
@@ -167,3 +168,22 @@ def test_write_plan_bounds_chunk_sizes(shape: tuple[int, ...], num_ranks: int, d
     assert size_bytes <= 64 * chunks.MAX_CHUNK_BYTES
     if cut.dim == 0 and num_ranks == 1:
         assert size_bytes <= chunks.MAX_CHUNK_BYTES
+
+
+@given(st.data())
+def test_a_chunk_of_any_cut_has_one_writer(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3)))
+    edges = [
+        sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=3))}) for size in shape
+    ]
+    boxes = [
+        Box(tuple(low for low, _ in cut), tuple(high - low for low, high in cut))
+        for cut in itertools.product(*map(itertools.pairwise, edges))
+    ]
+    spec = ArraySpec(shape, "float32")
+    grid, is_tensor = grid_of_boxes(spec, boxes)
+    seen = [index for box in boxes for index in grid.indices(box)]
+    assert sorted(seen) == sorted(grid.indices())
+    for box in boxes if is_tensor else ():
+        for index in grid.indices(box):
+            assert chunks.run_of(box.shape, grid.box(index).relative_to(box.offset)) is not None

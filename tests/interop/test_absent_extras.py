@@ -11,6 +11,7 @@ import pytest
 @pytest.mark.parametrize(
     ("module", "absent", "extra"),
     [
+        ("functional_ckpt.interop.accelerate", "accelerate", "functional-ckpt[transformers]"),
         ("functional_ckpt.interop.lightning", "lightning", "functional-ckpt[lightning]"),
         ("functional_ckpt.interop.trainer", "transformers", "functional-ckpt[transformers]"),
     ],

@@ -125,6 +125,24 @@ def _grid(array: ShardedArray) -> tuple[ChunkGrid, bool]:
     return grid, is_tensor
 
 
+def grid_of_boxes(spec: ArraySpec, boxes: Sequence[Box]) -> tuple[ChunkGrid, bool]:
+    """Returns the chunks of an array that was cut into any boxes, and whether they are runs.
+
+    Args:
+        spec: The array.
+        boxes: The regions of all writers: they cover it, and none overlaps another.
+    """
+    units = [
+        math.gcd(*(box.offset[dim] for box in boxes)) or size for dim, size in enumerate(spec.shape)
+    ]
+    dims = range(1, len(units))
+    first_dim = max(
+        (dim for dim in dims if any(box.shape[dim] != units[dim] for box in boxes)), default=0
+    )
+    is_tensor = math.prod(spec.shape[:first_dim]) <= MAX_ROWS
+    return choose_grid(spec, tuple(units), first_dim=first_dim if is_tensor else 0), is_tensor
+
+
 def _runs(piece: Piece, grid: ChunkGrid, count: int) -> list[Piece]:
     """Cuts a piece into up to `count` runs of rows, the longest first; rows of a chunk stay."""
     if not grid.shape:
