@@ -17,10 +17,11 @@ pytestmark = pytest.mark.skipif(not IS_FULL, reason="starts a process that is ki
 
 PAGE = Path(__file__).parents[2] / "docs" / "learn" / "tutorial.md"
 TEXT = PAGE.read_text(encoding="utf-8")
+_BLOCK = r"^``` ?{}\n(.*?)^```$"
 PROGRAM, USE = re.findall(
-    r"^``` \{\.python \.no-run\}\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE
+    _BLOCK.format(r"\{\.python \.no-run\}"), TEXT, flags=re.DOTALL | re.MULTILINE
 )
-CONSOLES = re.findall(r"^```console\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+CONSOLES = re.findall(_BLOCK.format("console"), TEXT, flags=re.DOTALL | re.MULTILINE)
 
 
 def loss_of(step: int, output: str) -> str:
