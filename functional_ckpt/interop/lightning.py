@@ -22,12 +22,8 @@ from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.handlers import PyTree, Rng
 from functional_ckpt.interop import lightning_loops as loops
-from functional_ckpt.interop.lightning_loaders import (
-    LoaderPositions,
-    draw_seeds,
-    has_stateful_loaders,
-    warn_of_ranks,
-)
+from functional_ckpt.interop.generators import set_generators
+from functional_ckpt.interop.lightning_loaders import LOADERS, LoaderPositions, has_stateful_loaders
 from functional_ckpt.interop.lightning_signals import Signals
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.policies.progress import Progress
@@ -100,11 +96,14 @@ class ManagerIO(lightning_io.CheckpointIO):
         *,
         metrics: Mapping[str, float] | None = None,
         progress: Progress | None = None,
+        loaders: Mapping[str, Any] | None = None,
     ) -> None:
-        """Saves Lightning's checkpoint as a step; every process calls it."""
+        """Saves Lightning's checkpoint as a step; every process calls it, with its own loaders."""
         # Replicas are equal but for the buffers of their own batches: those of rank 0 count.
         item = PyTree(loops.storable(checkpoint), replicated="unchecked")
-        items = {_ITEM: item, "rng": Rng()}
+        items: dict[str, Any] = {_ITEM: item, "rng": Rng()}
+        if loaders:
+            items[LOADERS] = PyTree(loaders, per_rank=True)
         self.manager.save(step, items, metrics=metrics or None, progress=progress, force=True)
 
     def save_checkpoint(
@@ -244,11 +243,17 @@ class SaveCallback(callbacks.Callback):
                 "and arguments; it makes the manager then."
             )
         self._signals = Signals(waits_for_signal=self._io.manager.waits_for_signal)
+        self._loaders.watch(trainer)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leaves Lightning's loop as it was."""
+        self._loaders.unwatch(trainer)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Restores the random generators of a step, in a run that resumes at the end of an epoch.
+        """Gives each process the positions of its loaders, in a run that resumes.
 
-        Lightning draws the first data of the epoch before it calls anything else.
+        At the end of an epoch also the random generators: Lightning draws the first data of the
+        epoch before it calls anything else.
         """
         path, self._is_preempted = trainer.ckpt_path, False
         self._resumed = self._restarts = None
@@ -260,9 +265,11 @@ class SaveCallback(callbacks.Callback):
         # `estimated_stepping_batches` in `configure_optimizers` has started the loaders, before the
         # generators and the loops are restored: Lightning starts them once more.
         trainer.fit_loop._combined_loader = None
-        progress = self._io.manager.metadata(step).progress
+        manager = self._io.manager
+        self._loaders.load(manager, step, trainer._checkpoint_connector._loaded_checkpoint)
+        progress = manager.metadata(step).progress
         if progress is not None and progress.batch_in_epoch == 0:
-            self._io.manager.restore(step, {"rng": Rng()})
+            set_generators(manager, step)
             self._restarts = step
         else:
             self._resumed = step
@@ -270,25 +277,28 @@ class SaveCallback(callbacks.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Puts the loaders where the step has them, and takes the signals from Lightning."""
         self._seen = int(trainer.global_step)
-        if self._restarts is not None and has_stateful_loaders(trainer):
-            # A loader that resumes after its end has started twice.
-            self._io.manager.restore(self._restarts, {"rng": Rng()})
-            draw_seeds(trainer)
-        self._loaders.put_back(trainer)
-        warn_of_ranks(trainer)
+        if self._resumed is not None and has_stateful_loaders(trainer):
+            self._loaders.restart(trainer)
         self._signals.take(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Saves the state at the end of the previous epoch."""
+        """Saves the state at the end of the previous epoch; if resumed there, restores it."""
+        if self._restarts is not None:
+            step, self._restarts = self._restarts, None
+            self._loaders.restart(trainer, lambda: set_generators(self._io.manager, step))
+            return
         self._end_epoch()
         self._save(trainer)
+        if trainer.current_epoch > 0:  # Lightning starts the loaders after this
+            self._loaders.note_start(trainer)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves the state so far; if resumed within an epoch, restores random generators."""
         if self._resumed is not None:
-            self._io.manager.restore(self._resumed, {"rng": Rng()})
+            set_generators(self._io.manager, self._resumed)
+            self._loaders.set_generators(trainer)
             self._resumed = None
         self._save(trainer)
 
@@ -372,8 +382,10 @@ class SaveCallback(callbacks.Callback):
                 loops.begin_epoch(fit_loop)
             elif is_end:
                 loops.reopen_epoch(fit_loop)
-            self._loaders.put_into(fit_loop)
-            self._io.save_step(step, checkpoint, metrics=metrics, progress=progress)
+            own = self._loaders.take(
+                trainer, checkpoint, self.state_key, is_epoch_over=progress.batch_in_epoch == 0
+            )
+            self._io.save_step(step, checkpoint, metrics=metrics, progress=progress, loaders=own)
         self._loaders.forget()
         if self._is_preempted:
             trainer.should_stop = True

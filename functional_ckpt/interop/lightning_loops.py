@@ -13,7 +13,7 @@ from functional_ckpt.policies.progress import Progress
 _log = logging.getLogger("functional_ckpt")
 
 # In the state of a `torchdata.StatefulDataLoader`.
-_FINISHED = "_iterator_finished"
+FINISHED = "_iterator_finished"
 _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
@@ -46,8 +46,8 @@ def begin_epoch(loops: dict[str, Any]) -> None:
     batches["is_last_batch"] = False
     for state in loops["state_dict"].get("combined_loader", ()):
         # Lightning draws as many batches as there are: the loader has not seen its end.
-        if _FINISHED in state:
-            state[_FINISHED] = True
+        if FINISHED in state:
+            state[FINISHED] = True
 
 
 def _zero_current(progress: Any) -> None:

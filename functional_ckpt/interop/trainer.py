@@ -11,6 +11,7 @@ The extra `transformers` installs the imports of this module.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.handlers import Json, Module, Optimizer, Rng, Stateful, classes
+from functional_ckpt.interop.generators import is_of_this_many, set_generators
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.policies.progress import Progress
 
@@ -32,6 +34,8 @@ except ImportError as error:
     ) from error
 
 __all__ = ["ManagerCallback", "train"]
+
+_log = logging.getLogger("functional_ckpt")
 
 _STATE_FILE = "trainer_state.json"
 _NON_FINITE = "non_finite_float"
@@ -195,7 +199,15 @@ def train(trainer: transformers.Trainer, manager: CheckpointManager, **arguments
     if arguments.get("resume_from_checkpoint") or step is None:
         return target.train(**arguments)
     arguments.pop("resume_from_checkpoint", None)
-    saved = _restored_state(manager.restore(step, only="trainer")["trainer"])
+    found = manager.restore(step, only=["trainer", "rng"])
+    saved = _restored_state(found["trainer"])
+    if not is_of_this_many(found["rng"]):
+        _log.warning(
+            "Step %d was saved by another number of processes than %d: random numbers are derived "
+            "from those of the step, and the Trainer skips as many batches of each process.",
+            step,
+            manager.num_ranks,
+        )
 
     # The Trainer reads its state and where it is in the data from a folder, and the rest from
     # files that are not there: the step has it.
@@ -206,7 +218,7 @@ def train(trainer: transformers.Trainer, manager: CheckpointManager, **arguments
         _restore(target, manager, step)
 
     def restore_rng(folder: Any) -> None:
-        manager.restore(step, {"rng": Rng()})
+        set_generators(manager, step)
 
     replaced = {
         "_load_from_checkpoint": nothing,

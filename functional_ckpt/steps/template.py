@@ -34,6 +34,7 @@ _OF_PROGRESS: Final[dict[str, Callable[[Progress], int]]] = {
 # All ranks share a step's directory, which the primary names.
 _OF_PRIMARY: Final = ("rank", "local_rank", "node_rank")
 _OF_RUN: Final = ("run_name", "world_size", "local_world_size")
+_KEYS: Final = ("step", "batch", "epoch")  # the first in a template stands for the step
 _VARIABLES: Final = ("step", *_OF_PROGRESS, *_OF_PRIMARY, *_OF_RUN)
 _DIGITS: Final = "0123456789"  # stands for a number of any length
 _PADDED = re.compile(r"(?:0([1-9][0-9]?))?d?")
@@ -55,8 +56,8 @@ class StepTemplate:
     `token`, `batch_in_epoch`, `sample_in_epoch`, `token_in_epoch`, and the wall-clock times
     `total_wct`, `epoch_wct`, `batch_wct` in integral seconds. Of the run: `run_name`, `world_size`,
     `local_world_size`. `rank`, `local_rank` and `node_rank` are the primary's, 0: ranks share a
-    step's directory. `{step}`, or `{batch}` if steps are batches, identifies a step by its name, so
-    one of them is required. `{batch:06d}` fills with zeros.
+    step's directory. `{step}` identifies a step by its name, `{batch}` if steps are batches,
+    `{epoch}` if steps are epochs: one of them is required. `{batch:06d}` fills with zeros.
 
     Attributes:
         template: The name, with variables in braces.
@@ -91,10 +92,10 @@ class StepTemplate:
                 raise errors.UsageError(
                     f"template of step names {self.template!r}: expected {name}=... with it."
                 )
-        if not {"step", "batch"} & set(names):
+        if not set(_KEYS) & set(names):
             raise errors.UsageError(
-                f"template of step names {self.template!r}: expected {{step}} or {{batch}} in it; "
-                "nothing else identifies the step of a name."
+                f"template of step names {self.template!r}: expected {{step}}, {{batch}} or "
+                "{epoch} in it; nothing else identifies the step of a name."
             )
         object.__setattr__(self, "_parts", parts)
         object.__setattr__(self, "_pattern", self._compiled(parts))
@@ -104,7 +105,8 @@ class StepTemplate:
         """Returns the name of a step at which the training is so far.
 
         Raises:
-            UsageError: The name needs a progress and there is none, or its batch is not the step.
+            UsageError: The name needs a progress and there is none, or its batch or epoch, which
+                stands for the step, is another number.
         """
         # A run may resume with another number of ranks: on disk these are numbers like any other.
         values: dict[str, int] = {
@@ -121,11 +123,11 @@ class StepTemplate:
                         step=step,
                     )
                 values[part.name] = _OF_PROGRESS[part.name](progress)
-        if self._key == "batch" and values["batch"] != step:
+        if values[key := self._key] != step:
             raise errors.UsageError(
-                f"step name {self.template!r}: {{batch}} stands for the step; expected step "
-                f"{values['batch']} at batch {values['batch']}, got step {step}. Number the steps "
-                "by batches, or put {step} into the template.",
+                f"step name {self.template!r}: {{{key}}} stands for the step; expected step "
+                f"{values[key]} at {key} {values[key]}, got step {step}. Number the steps by "
+                f"{key}, or put {{step}} into the template.",
                 step=step,
             )
         return self._text(values)
@@ -152,8 +154,8 @@ class StepTemplate:
 
     @property
     def _key(self) -> str:
-        is_told = any(isinstance(part, _Field) and part.name == "step" for part in self._parts)
-        return "step" if is_told else "batch"
+        names = {part.name for part in self._parts if isinstance(part, _Field)}
+        return next(key for key in _KEYS if key in names)
 
     def _fixed(self, name: str) -> str | None:
         """Returns the text of a variable that is the same for all steps."""

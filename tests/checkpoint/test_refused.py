@@ -72,6 +72,7 @@ REFUSED = {
     "int1": (lambda: torch.empty(2, dtype=torch.int1), "torch.int1 cannot be stored"),
     "uint1": (lambda: torch.empty(2, dtype=torch.uint1), "torch.uint1 cannot be stored"),
     "bits8": (lambda: torch.empty(2, dtype=torch.bits8), "torch.bits8 cannot be stored"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "unbind"),
     "numpy_object": (lambda: np.array([object()]), "numpy dtype object cannot be stored"),
     "numpy_struct": (lambda: np.zeros(2, "i4,f8"), "cannot be stored"),
     "numpy_longdouble": (lambda: np.longdouble(1), "cannot be stored"),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -31,7 +33,9 @@ class Module(lightning.LightningModule):
         self.layers = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 1))
         self.losses: dict[int, float] = {}
 
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if isinstance(batch, dict):  # of several loaders
+            batch = [torch.cat([part[0] for part in batch.values()])]
         (x,) = batch
         loss = (self.layers(x)[:, 0] - x.sum(1)).square().mean()
         self.losses[self.global_step] = loss.item()
@@ -90,8 +94,7 @@ class Kill(lightning.Callback):
 
 def make_loader(**options: Any) -> torch.utils.data.DataLoader[Any]:
     """6 batches an epoch."""
-    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(3))
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4, **options)
+    return torch.utils.data.DataLoader(make_samples(), batch_size=4, **options)
 
 
 def make_trainer(
@@ -151,6 +154,108 @@ def run_ddp(root: Path, name: str, epochs: int) -> None:
         (root / f"{name}-losses.json").write_text(json.dumps(module.losses))
 
 
+class Noisy(torch.utils.data.Dataset[Any]):
+    """24 samples, to which a worker adds random numbers."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor]:
+        return (torch.full((4,), number / 10) + torch.randn(4) / 10,)
+
+
+class Part(torch.utils.data.IterableDataset[Any]):
+    """A rank's 12 samples of a stream, and its position."""
+
+    def __init__(self) -> None:
+        self.rank, self.next = int(os.environ["RANK"]), 0
+
+    def __iter__(self) -> Any:
+        for number in range(self.next, 12):
+            self.next = number + 1
+            yield (torch.full((4,), number / 5 + self.rank),)
+        self.next = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Another structure on each rank."""
+        return {"next": self.next, "of": [self.rank] * self.rank}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["of"] == [self.rank] * self.rank
+        self.next = state["next"]
+
+
+def make_samples() -> torch.utils.data.TensorDataset:
+    """24 samples."""
+    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(3))
+    return torch.utils.data.TensorDataset(x)
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "plain in workers": lambda: torch.utils.data.DataLoader(
+        Noisy(), 4, shuffle=True, num_workers=1
+    ),
+    "generator": lambda: make_loader(shuffle=True, generator=torch.Generator().manual_seed(7)),
+    "persistent workers": lambda: make_loader(shuffle=True, num_workers=1, persistent_workers=True),
+    "stateful": lambda: StatefulDataLoader(make_samples(), 4, shuffle=True),
+    "in workers": lambda: StatefulDataLoader(make_samples(), 4, shuffle=True, num_workers=1),
+    "noisy workers": lambda: StatefulDataLoader(Noisy(), 4, shuffle=True, num_workers=1),
+    "part": lambda: StatefulDataLoader(Part(), 4),
+    "several": lambda: CombinedLoader(
+        {
+            "a": StatefulDataLoader(make_samples(), 4, shuffle=True),
+            "b": StatefulDataLoader(make_samples(), 6, shuffle=True),
+        },
+        "max_size_cycle",
+    ),
+}
+
+
+SAVING = ("stateful", "in workers", "part", "several")  # their positions
+
+
+class StopHereError(Exception):
+    """Ends a training."""
+
+
+class StopHere(lightning.Callback):
+    """Ends a training within an update."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step == self.step:
+            raise StopHereError
+
+
+def run_loaders(root: Path, loader: str, policy: str) -> tuple[Module, Module]:
+    """A complete training, and one that is stopped within its second epoch and resumed."""
+
+    def train(name: str, *more: lightning.Callback) -> Module:
+        io = lightning_lib.ManagerIO(root / name, save_policy=policy)
+        torch.manual_seed(11)  # loaders draw seeds when they are made
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        how = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
+        return fit(io, root, loader=LOADERS[loader](), more=more, **how)
+
+    whole = train("whole")
+    with contextlib.suppress(StopHereError):
+        train("cut", StopHere(max(whole.losses) // 2 + 1))
+    return whole, train("cut")
+
+
+def run_ddp_loaders(root: Path) -> None:
+    """Two processes of torchrun go through the loaders; each leaves its losses in a file."""
+    for loader in LOADERS:
+        for policy in ("1ep", "2ba") if loader in SAVING else ("1ep",):
+            name = f"{loader}-{policy}"
+            (root / name).mkdir(exist_ok=True)
+            trained = run_loaders(root / name, loader, policy)
+            losses = [module.losses for module in trained]
+            (root / name / f"losses-{trained[0].global_rank}.json").write_text(json.dumps(losses))
+
+
 class SignalAt(lightning.Callback):
     """A signal to the process of rank 0, within an update."""
 
@@ -166,13 +271,11 @@ class SignalAt(lightning.Callback):
 def run_slurm(root: Path, name: str, signal_at: int, *policies: Any) -> Module:
     """Trains in a job of SLURM, which `scontrol` of the PATH requeues; shuffled."""
     io = lightning_lib.ManagerIO(root / name, save_policy=[fc.policies.every(5), *policies])
-    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(3))
-    data = torch.utils.data.TensorDataset(x)
     torch.manual_seed(5)  # the loader draws its order's seed when it is made
     module = fit(
         io,
         root,
-        loader=StatefulDataLoader(data, batch_size=4, shuffle=True),
+        loader=StatefulDataLoader(make_samples(), batch_size=4, shuffle=True),
         more=[SignalAt(signal_at)],
         plugins=[io, SLURMEnvironment()],
         devices=int(os.environ["SLURM_NTASKS"]),
@@ -197,6 +300,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[2] == "slurm":
         run_slurm(Path(sys.argv[1]), sys.argv[3], int(sys.argv[4]), fc.policies.Preemption())
+    elif sys.argv[2] == "loaders":
+        run_ddp_loaders(Path(sys.argv[1]))
     elif sys.argv[2] == "ddp":
         run_ddp(Path(sys.argv[1]), sys.argv[3], int(sys.argv[4]))
     else:

@@ -91,11 +91,14 @@ def test_shuffled_loader_resumes_in_the_same_order(tmp_path: Path) -> None:
     check_same(*whole_and_resumed(tmp_path, 2, loader=shuffled), 12)
 
 
+@pytest.mark.parametrize("loader", ["generator", "persistent workers", "several"])
+def test_loaders_resume_at_the_end_of_an_epoch(tmp_path: Path, loader: str) -> None:
+    check_same(*lightning_run.run_loaders(tmp_path, loader, "1ep"), 6)
+
+
 def stateful_loader(**options: Any) -> Any:
-    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(3))
     torch.manual_seed(11)  # the loader draws its order's seed when it is made
-    data = torch.utils.data.TensorDataset(x)
-    return StatefulDataLoader(data, batch_size=4, shuffle=True, **options)
+    return StatefulDataLoader(lightning_run.make_samples(), batch_size=4, shuffle=True, **options)
 
 
 class StatefulStream(torch.utils.data.IterableDataset[Any]):
@@ -147,8 +150,8 @@ def test_a_loader_that_saves_its_position_resumes_there(
         )
 
     whole = run("whole")
-    with pytest.raises(StopHereError):
-        run("cut", more=[StopHere(cut_at)])
+    with pytest.raises(lightning_run.StopHereError):
+        run("cut", more=[lightning_run.StopHere(cut_at)])
     with fc.CheckpointManager(tmp_path / "cut", read_only=True) as manager:
         latest = manager.latest_step()
     check_same(whole, run("cut"), latest)
@@ -173,26 +176,11 @@ def test_a_schedule_that_needs_the_number_of_batches_resumes_exactly(
         return lightning_run.fit(io, tmp_path, lightning_run.OneCycle(), made, more=more)
 
     whole = run("whole")
-    with pytest.raises(StopHereError):
-        run("cut", more=[StopHere(9)])
+    with pytest.raises(lightning_run.StopHereError):
+        run("cut", more=[lightning_run.StopHere(9)])
     with fc.CheckpointManager(tmp_path / "cut", read_only=True) as manager:
         latest = manager.latest_step()
     check_same(whole, run("cut"), latest)
-
-
-class StopHereError(Exception):
-    pass
-
-
-class StopHere(pl.Callback):
-    """Ends a training within an update."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if trainer.global_step == self.step:
-            raise StopHereError
 
 
 class Epochs(pl.Callback):
@@ -295,11 +283,7 @@ def test_slurm_s_signal_to_one_of_two_processes(tmp_path: Path) -> None:
     whole = launch("whole", -1)
     launch("cut", 4)
     assert (tmp_path / "bin" / "log").read_text() == "requeue 77\n"
-    resumed = launch("cut", -1)
-    # On several processes Lightning keeps the position of rank 0's loader alone: the losses may
-    # differ, which a warning says.
-    assert list(whole)[-1] == list(resumed)[-1] == "8"
-    assert set(resumed) <= {"5", "6", "7", "8"}
+    assert launch("cut", -1) == {step: loss for step, loss in whole.items() if int(step) >= 5}
 
 
 class Fail(pl.Callback):
@@ -385,6 +369,28 @@ def test_two_processes_save_and_resume_together(tmp_path: Path) -> None:
     one, other = (fc.restore(tmp_path / name / "9")["lightning"] for name in ("whole", "cut"))
     for name, value in one["state_dict"].items():
         assert torch.equal(value, other["state_dict"][name]), name
+
+
+@pytest.mark.skipif(not IS_FULL, reason="with FUNCTIONAL_CKPT_FULL=1")
+@pytest.mark.timeout(900)
+def test_two_processes_resume_at_the_positions_of_their_own_loaders(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(lightning_run.__file__)
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path), "loaders"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ends = {"1ep": 3, "2ba": 4}
+    names = [f"{loader}-1ep" for loader in lightning_run.LOADERS]
+    for name in [*names, *(f"{loader}-2ba" for loader in lightning_run.SAVING)]:
+        for rank in range(2):
+            losses = (tmp_path / name / f"losses-{rank}.json").read_text()
+            whole, resumed = json.loads(losses)
+            start = ends[name[-3:]]
+            assert resumed == {step: x for step, x in whole.items() if int(step) >= start}, name
 
 
 def test_a_manager_that_was_made_too_early_is_refused(tmp_path: Path) -> None:

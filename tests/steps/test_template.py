@@ -77,6 +77,14 @@ def test_look_alikes_are_no_steps(name: str) -> None:
     assert StepTemplate(template="ep{epoch}-ba{batch}").parse(name) is None
 
 
+def test_epochs_are_steps_where_a_template_has_nothing_else() -> None:
+    names = StepTemplate(template="ep{epoch}")
+    assert names.name_of(3, Progress(epoch=3, batch=30)) == "ep3"
+    assert names.parse("ep3") == 3
+    with pytest.raises(UsageError, match="expected step 3 at epoch 3, got step 30"):
+        names.name_of(30, Progress(epoch=3, batch=30))
+
+
 def test_one_variable_has_one_value() -> None:
     names = StepTemplate(template="{step}-{epoch}-{epoch}")
     assert names.parse("7-3-3") == 7
@@ -86,7 +94,7 @@ def test_one_variable_has_one_value() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"template": "ep{epoch}"}, "expected {step} or {batch} in it"),
+        ({"template": "sa{sample}"}, "expected {step}, {batch} or {epoch} in it"),
         ({"template": "{step}-{eopch}"}, "expected variables out of step, iteration, epoch"),
         ({"template": "{step}-{}"}, "expected variables out of"),
         ({"template": "{step"}, "expected '}' before end of string"),

@@ -116,7 +116,10 @@ _described: dict[object, tuple[spec_lib.ArraySpec, Mapping[str, object]]] = {}
 
 def ordinary_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
     """As `array_node`, for an ordinary tensor; equal tensors share their description."""
-    key = (type(tensor), tensor.shape, tensor.dtype, tensor.requires_grad)
+    try:
+        key = (type(tensor), tensor.shape, tensor.dtype, tensor.requires_grad)
+    except RuntimeError as error:
+        raise _without_shape(error) from error
     described = _described.get(key)
     if described is None:
         node = _tensor_node(tensor, name)
@@ -126,7 +129,16 @@ def ordinary_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
     return structure.ArrayNode(kind="tensor", spec=described[0], name=name, detail=described[1])
 
 
+def _without_shape(error: RuntimeError) -> errors.UnsupportedLeafError:
+    return errors.UnsupportedLeafError(
+        f"a nested tensor without a shape cannot be stored ({error}); save value.unbind(), a list, "
+        "or make it with layout=torch.jagged"
+    )
+
+
 def _tensor_node(tensor: torch.Tensor, name: str) -> structure.ArrayNode:
+    if tensor.is_nested:
+        raise _without_shape(RuntimeError("torch.nested, layout=torch.strided"))
     if not memory.can_be_imitated(tensor):
         raise errors.UnsupportedLeafError(
             f"{type(tensor).__module__}.{type(tensor).__qualname__} is a subclass of torch.Tensor "
