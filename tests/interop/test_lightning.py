@@ -283,7 +283,9 @@ def test_slurm_s_signal_to_one_of_two_processes(tmp_path: Path) -> None:
     whole = launch("whole", -1)
     launch("cut", 4)
     assert (tmp_path / "bin" / "log").read_text() == "requeue 77\n"
-    assert launch("cut", -1) == {step: loss for step, loss in whole.items() if int(step) >= 5}
+    resumed = launch("cut", -1)
+    assert list(resumed) in (["5", "6", "7", "8"], ["6", "7", "8"])  # where the processes agreed
+    assert resumed == {step: whole[step] for step in resumed}
 
 
 class Fail(pl.Callback):
