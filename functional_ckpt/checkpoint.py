@@ -34,6 +34,7 @@ from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
+from functional_ckpt.storage.paths import check_no_variables
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -75,6 +76,7 @@ def save(
     try:
         with plan_lib.SavePlanner(group).planning(None, overwrite=overwrite) as planning:
             check_bool("overwrite", overwrite)
+            check_no_variables("path", path)
             storage, final = connect(path, storage)
             if isinstance(items, Source):
                 opened.check_bytes(dict(items))

@@ -6,11 +6,10 @@ import dataclasses
 import functools
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from functional_ckpt import checkpoint, errors
+from functional_ckpt import checkpoint
 from functional_ckpt.distributed.collective import run_on_all, run_on_primary
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.events import Events, Listeners
@@ -29,6 +28,7 @@ from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tiers import Tier, as_tiers, open_tiers
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
+from functional_ckpt.storage.paths import check_no_variables
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -180,8 +180,9 @@ def open_run(
     with acquire.checking_arguments(coordinator):
         check_bool("read_only", read_only)
         known_tiers = as_tiers(tiers)
-        for name, value in (("directory", directory), ("latest_link", latest_link)):
-            _check_no_variables(name, value)
+        paths = [("directory", directory), ("latest_link", latest_link)]
+        for name, value in [*paths, *(("tiers", tier.path) for tier in known_tiers)]:
+            check_no_variables(name, value)
         connected, root = connect(directory, storage)
         step_names = template.name_format_of(step_name, adapt=orbax_adapters.adapt_name_format)
         events = Events(on_event)
@@ -216,12 +217,3 @@ def open_run(
         run.release()
         raise
     return run
-
-
-def _check_no_variables(name: str, value: object) -> None:
-    """Raises `UsageError` for `{run_name}` and the like: no template is formatted here."""
-    if found := re.search(r"\{[A-Za-z_]\w*\}", str(value)):
-        raise errors.UsageError(
-            f"{name}={str(value)!r} contains the variable {found[0]}, which is not replaced: "
-            f"format it first, e.g. with str.format. Only step_name is a template."
-        )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from functional_ckpt.handlers import Rng
 from functional_ckpt.manager import CheckpointManager
 
 
-def is_of_this_many(states: Mapping[str, Any]) -> bool:
-    """Returns whether as many processes as now saved an item `rng`, restored without a target."""
-    return "torch" in states  # else the states of each of them
+def is_of_this_many(manager: CheckpointManager, step: int) -> bool:
+    """Returns whether as many processes as now saved a step."""
+    states = manager.metadata(step).items["rng"]  # of several processes: those of each
+    return manager.num_ranks == (1 if "torch" in states else len(states))
 
 
 def set_generators(manager: CheckpointManager, step: int) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -115,10 +115,9 @@ class LoaderPositions:
 
         If another number of processes saved the step, they are those of other data.
         """
-        saved = manager.restore(step, {LOADERS: None, "rng": None}, strict=False)
         state = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
-        own = saved[LOADERS] or {}
-        if not is_of_this_many(saved["rng"]):
+        own: dict[str, Any] = {}
+        if not is_of_this_many(manager, step):
             _log.warning(
                 "Step %d was saved by another number of processes than %d: random numbers are "
                 "derived from those of the step, and within an epoch loaders that save their "
@@ -127,7 +126,9 @@ class LoaderPositions:
                 manager.num_ranks,
             )
             state.pop(_STATES, None)
-            own, self.drawn = {}, []
+            self.drawn = []
+        elif LOADERS in manager.metadata(step).items:
+            own = manager.restore(step, only=LOADERS)[LOADERS]
         if "positions" in own:
             state[_STATES], self.drawn = own["positions"], own["drawn"]
         # Lightning releases the states before the loaders are started again.
@@ -267,7 +268,7 @@ def _start_of(loader: Any, start: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _repeated(loader: Any, start: list[torch.Tensor]) -> Iterator[None]:
+def _repeated(loader: Any, start: list[torch.Tensor]) -> Generator[None]:
     """Has a sampler that Lightning wraps give the order that starts from these states."""
     noted = _noted(loader)
     if noted is None:

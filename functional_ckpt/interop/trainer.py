@@ -199,9 +199,8 @@ def train(trainer: transformers.Trainer, manager: CheckpointManager, **arguments
     if arguments.get("resume_from_checkpoint") or step is None:
         return target.train(**arguments)
     arguments.pop("resume_from_checkpoint", None)
-    found = manager.restore(step, only=["trainer", "rng"])
-    saved = _restored_state(found["trainer"])
-    if not is_of_this_many(found["rng"]):
+    saved = _restored_state(manager.restore(step, only="trainer")["trainer"])
+    if not is_of_this_many(manager, step):
         _log.warning(
             "Step %d was saved by another number of processes than %d: random numbers are derived "
             "from those of the step, and the Trainer skips as many batches of each process.",

@@ -57,6 +57,15 @@ def resolve_local(path: Any, advice: str) -> str:
     return resolved
 
 
+def check_no_variables(name: str, value: object) -> None:
+    """Raises `UsageError` for `{run_name}` and the like in an argument: it is no template."""
+    if found := re.search(r"\{[A-Za-z_]\w*\}", str(value)):
+        raise errors.UsageError(
+            f"{name}={str(value)!r} contains the variable {found[0]}, which is not replaced: "
+            "format it first, e.g. with str.format. Only step_name is a template."
+        )
+
+
 def check_arrays_path(path: str, *, item: str | None = None) -> None:
     """Raises `UsageError` for a local path at which arrays could be saved and never be read.
 

@@ -236,7 +236,7 @@ def run_loaders(root: Path, loader: str, policy: str) -> tuple[Module, Module]:
         io = lightning_lib.ManagerIO(root / name, save_policy=policy)
         torch.manual_seed(11)  # loaders draw seeds when they are made
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        how = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
+        how: dict[str, Any] = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
         return fit(io, root, loader=LOADERS[loader](), more=more, **how)
 
     whole = train("whole")

@@ -28,7 +28,7 @@ from full import IS_FULL, drawn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from functional_ckpt.interop import lightning, lightning_loops
+from functional_ckpt.interop import lightning, lightning_loaders, lightning_loops
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,15 @@ def test_shuffled_loader_resumes_in_the_same_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loader", ["generator", "persistent workers", "several"])
 def test_loaders_resume_at_the_end_of_an_epoch(tmp_path: Path, loader: str) -> None:
     check_same(*lightning_run.run_loaders(tmp_path, loader, "1ep"), 6)
+
+
+def test_another_number_of_processes_starts_the_epoch_s_data_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lightning_loaders, "is_of_this_many", lambda *_: False)
+    _, resumed = lightning_run.run_loaders(tmp_path, "stateful", "4ba")
+    assert sorted(resumed.losses) == list(range(8, 18))
+    assert "Step 8 was saved by another number of processes than 1" in caplog.text
 
 
 def stateful_loader(**options: Any) -> Any:

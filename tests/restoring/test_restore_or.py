@@ -193,6 +193,10 @@ def test_variables_in_a_directory_are_refused(tmp_path: Path, name: str) -> None
         fc.CheckpointManager(tmp_path / name)
     with pytest.raises(errors.UsageError, match=r"latest_link='latest-rank\{rank\}'"):
         fc.CheckpointManager(tmp_path / "run", latest_link="latest-rank{rank}")
+    with pytest.raises(errors.UsageError, match=r"tiers='s3://bucket/\{run_name\}'"):
+        fc.CheckpointManager(tmp_path / "run", tiers=["s3://bucket/{run_name}"])
+    with pytest.raises(errors.UsageError, match=r"path='.*\{run_name\}.*' contains"):
+        fc.save(tmp_path / name.replace("rank", "run_name"), {"x": 1})
     assert list(tmp_path.iterdir()) == []
 
 
