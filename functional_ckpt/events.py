@@ -9,17 +9,21 @@ commit has started.
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import dataclasses
 import datetime
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, TypeAlias, get_args
 
 from functional_ckpt import errors
 
-__all__ = ["Event", "Events", "Kind", "Listener", "Listeners"]
+__all__ = ["Event", "Events", "Kind", "Listener", "Listeners", "ShowsBars"]
 
+Shown: TypeAlias = Callable[[int, int], None]
+"""Shows progress: bytes that are done, and bytes in all."""
 Kind: TypeAlias = Literal["staged", "written", "committed", "uploaded", "pruned", "skipped"]
 
 _log = logging.getLogger("functional_ckpt")
@@ -84,6 +88,18 @@ class Listener(Protocol):
         ...
 
 
+class ShowsBars(abc.ABC):
+    """A listener that shows a progress bar for each save, restore and upload in progress."""
+
+    @abc.abstractmethod
+    def bar(self, title: str) -> contextlib.AbstractContextManager[Shown]:
+        """Returns a bar that is there while the work lasts."""
+
+    @abc.abstractmethod
+    def __call__(self, event: Event, /) -> object:
+        """Takes an event, as every listener does."""
+
+
 Listeners: TypeAlias = Listener | Sequence[Listener]
 
 
@@ -142,6 +158,13 @@ class Events:
         interruption = self._call_all(event)
         if interruption is not None and kind == "staged":
             raise interruption
+
+    def bar(self, title: str) -> contextlib.AbstractContextManager[Shown | None]:
+        """Returns a progress bar, on the primary, if a listener shows some; else None."""
+        for each in self._listeners if self.rank == 0 else ():
+            if isinstance(each, ShowsBars):
+                return each.bar(title)
+        return contextlib.nullcontext()
 
     def is_telling(self) -> bool:
         """Returns whether the current thread is calling a listener."""

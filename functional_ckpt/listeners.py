@@ -1,4 +1,4 @@
-"""Event listeners: absl's log, Prometheus, OpenTelemetry.
+"""Event listeners: absl's log, Prometheus, OpenTelemetry, progress bars.
 
     manager = fc.CheckpointManager("run", on_event=[fc.listeners.absl_log])
 
@@ -7,18 +7,20 @@ Prometheus and OpenTelemetry are the extras of these names, imported when a list
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from absl import logging as absl_logging
 
 from functional_ckpt import errors
-from functional_ckpt.events import Event
+from functional_ckpt.events import Event, Shown, ShowsBars
+from functional_ckpt.runtime import progress_bars
 
 if TYPE_CHECKING:
     import prometheus_client
     from opentelemetry import metrics, trace
 
-__all__ = ["OpenTelemetry", "Prometheus", "absl_log"]
+__all__ = ["OpenTelemetry", "ProgressBar", "Prometheus", "absl_log"]
 
 _BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 
@@ -26,6 +28,20 @@ _BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.
 def absl_log(event: Event) -> None:
     """Logs the event by absl, as a line of the level INFO."""
     absl_logging.info("checkpoint: %s", event)
+
+
+class ProgressBar(ShowsBars):
+    """Shows a progress bar on standard error for each save, restore and upload in progress.
+
+    On a terminal and in notebooks; elsewhere, and on ranks other than the primary, nothing.
+    """
+
+    def bar(self, title: str) -> contextlib.AbstractContextManager[Shown]:
+        """Returns a bar that is there while the work lasts."""
+        return progress_bars.bar(title)
+
+    def __call__(self, event: Event, /) -> None:
+        """Ignores the event: bars show only work in progress."""
 
 
 class Prometheus:

@@ -27,7 +27,7 @@ from functional_ckpt.steps.tiers import Tier
 from functional_ckpt.storage.base import Storage
 
 
-class CheckpointManager(NotCopied):
+class CheckpointManager(NotCopied, shown.Shown):
     """Saves, keeps and restores the steps of one training run in one directory.
 
     A reported step (`Commit.result`, the lists of steps) is complete and durable. A failure in the
@@ -374,11 +374,10 @@ class CheckpointManager(NotCopied):
             self._run.release()
         self._saver.raise_errors()
 
-    def __repr__(self) -> str:
-        return shown.line(self._steps, self._saver.committer.step, is_over=self._calls.is_over)
-
-    def _repr_html_(self) -> str:
-        return shown.table(self._steps, self._saver.committer.step, is_over=self._calls.is_over)
+    def _shown(self) -> shown.State:
+        policies = self._run.options.keep_policies
+        saving, is_over = self._saver.committer.step, self._calls.is_over
+        return shown.State(self._steps, policies, saving, is_over)
 
     def __enter__(self) -> Self:
         self._calls.check_usable()

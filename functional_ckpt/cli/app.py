@@ -173,6 +173,19 @@ def _add_listings(add: _Add) -> None:
         "--interval", type=_seconds, default=2.0, metavar="SECONDS", help="how often to look"
     )
     watch.add_argument("--last", type=_count, default=10, metavar="N", help="only the last N steps")
+    report = add("report", "Write a report of a run as one HTML file", "runs/digits -o report.html")
+    report.add_argument("directory", help="a manager's directory")
+    report.add_argument(
+        "-o", "--output", default="report.html", metavar="FILE", help="default: report.html"
+    )
+    report.add_argument(
+        "--compare",
+        nargs=2,
+        type=step_words.parse,
+        metavar="STEP",
+        help="two steps whose arrays are compared; by default the last two, of a small run",
+    )
+    report.add_argument("--verify", action="store_true", help="verify every step, however large")
 
 
 def _add_readers(add: _Add) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output, step_words, targets
@@ -20,13 +20,29 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints for each step why it stays or goes; removes those that go without --dry-run."""
     root = root_of(arguments.directory, arguments.prefix)
     history = root.history()
-    policies = _policies(arguments, history)
+    reasons, gone = judged(root, history, _policies(arguments, history))
+    if gone and not arguments.dry_run:
+        remove(root, sorted(gone))
+    if arguments.json:
+        steps = [
+            {"step": step, "kept": step not in gone, "reasons": each}
+            for step, each in reasons.items()
+        ]
+        record = {"schema": "fckpt.prune/1", "path": root.path, "dry_run": arguments.dry_run}
+        output.as_json({**record, "steps": steps})
+    else:
+        _print(root, reasons, gone, is_dry=arguments.dry_run)
+    return 0
+
+
+def judged(
+    root: targets.Root, history: list[StepInfo], policies: Mapping[str, KeepPolicy]
+) -> tuple[dict[int, list[str]], set[int]]:
+    """Returns why each step stays by these policies, by their texts, and the steps that go."""
     context = KeepContext(now=datetime.datetime.now(datetime.UTC))
     waiting = waiting_for_upload(root)
-    gone = set(
-        keep_rules.steps_to_prune_after(None, list(policies.values()), history, context=context)
-    )
-    gone -= waiting
+    every = list(policies.values())
+    gone = set(keep_rules.steps_to_prune_after(None, every, history, context=context)) - waiting
     kept = {
         text: keep_rules.kept_by(policy, history, context=context)
         for text, policy in policies.items()
@@ -42,20 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
             reasons[info.step].append(f"cannot be judged: {info.problem}")
         if info.step in waiting:
             reasons[info.step].append("not uploaded yet")
-        if info.step not in gone and not reasons[info.step]:
+        if policies and info.step not in gone and not reasons[info.step]:
             reasons[info.step].append("saved last")
-    if gone and not arguments.dry_run:
-        remove(root, sorted(gone))
-    if arguments.json:
-        steps = [
-            {"step": step, "kept": step not in gone, "reasons": each}
-            for step, each in reasons.items()
-        ]
-        record = {"schema": "fckpt.prune/1", "path": root.path, "dry_run": arguments.dry_run}
-        output.as_json({**record, "steps": steps})
-    else:
-        _print(root, reasons, gone, is_dry=arguments.dry_run)
-    return 0
+    return reasons, gone
 
 
 def _policies(arguments: argparse.Namespace, history: list[StepInfo]) -> dict[str, KeepPolicy]:

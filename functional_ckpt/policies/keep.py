@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from functional_ckpt import errors
-from functional_ckpt.policies.base import KeepContext, StepInfo, step_set
+from functional_ckpt.policies.base import KeepContext, Spelled, StepInfo, step_set
 from functional_ckpt.policies.checks import check_bool, check_int, is_int
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, parse_timespan
 
@@ -24,8 +24,8 @@ Metric: TypeAlias = str | Callable[[Mapping[str, Any]], float]
 """Which number ranks a step: the key of a metric, or a function of all metrics."""
 
 
-@dataclass(frozen=True, slots=True)
-class PreserveAll:
+@dataclass(frozen=True, slots=True, repr=False)
+class PreserveAll(Spelled):
     """Keeps everything."""
 
     def should_preserve(
@@ -35,8 +35,8 @@ class PreserveAll:
         return [True] * len(checkpoints)
 
 
-@dataclass(frozen=True, slots=True)
-class LatestN:
+@dataclass(frozen=True, slots=True, repr=False)
+class LatestN(Spelled):
     """Keeps the `n` steps with the highest numbers.
 
     Attributes:
@@ -61,8 +61,8 @@ class LatestN:
         return _last(len(checkpoints), self.n)
 
 
-@dataclass(frozen=True, slots=True, init=False)
-class LatestDuration:
+@dataclass(frozen=True, slots=True, init=False, repr=False)
+class LatestDuration(Spelled):
     """Keeps steps saved within some time before now, and every step after the first such.
 
     Attributes:
@@ -90,8 +90,8 @@ class LatestDuration:
         return [False] * len(checkpoints)
 
 
-@dataclass(frozen=True, slots=True)
-class EveryNSeconds:
+@dataclass(frozen=True, slots=True, repr=False)
+class EveryNSeconds(Spelled):
     """Keeps the first step, then each that was saved at least the interval after the last one kept.
 
     Attributes:
@@ -121,8 +121,8 @@ class EveryNSeconds:
         return kept
 
 
-@dataclass(frozen=True, slots=True)
-class EveryNSteps:
+@dataclass(frozen=True, slots=True, repr=False)
+class EveryNSteps(Spelled):
     """Keeps steps at an interval.
 
     Attributes:
@@ -160,8 +160,8 @@ class EveryNSteps:
         return [index in chosen for index in range(len(checkpoints))]
 
 
-@dataclass(frozen=True, slots=True, init=False)
-class CustomSteps:
+@dataclass(frozen=True, slots=True, init=False, repr=False)
+class CustomSteps(Spelled):
     """Keeps the given steps.
 
     Attributes:
@@ -181,8 +181,8 @@ class CustomSteps:
         return [info.step in self.steps for info in checkpoints]
 
 
-@dataclass(frozen=True, slots=True)
-class BestN:
+@dataclass(frozen=True, slots=True, repr=False)
+class BestN(Spelled):
     """Keeps the `n` steps with the best metric; of equal ones, the newer.
 
     A step whose metric is missing, nan or no number ranks below all others: it is kept only while
@@ -196,7 +196,7 @@ class BestN:
             when evaluation comes later). Such steps stay until their metric is recorded.
 
     >>> BestN(1, "loss", mode="min")
-    BestN(n=1, metric='loss', mode='min', keep_without_metrics=False)
+    BestN(1, 'loss', mode='min')
     """
 
     n: int | None

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.policies import lines
-from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
+from functional_ckpt.policies.base import KeepContext, KeepPolicy, Spelled, StepInfo
 from functional_ckpt.policies.keep import (
     CustomSteps,
     EveryNSeconds,
@@ -28,8 +28,8 @@ KeepPolicies: TypeAlias = KeepPolicy | int | Sequence[KeepPolicy | int]
 `LatestN(n)`."""
 
 
-@dataclass(frozen=True, slots=True)
-class AnyKeep:
+@dataclass(frozen=True, slots=True, repr=False)
+class AnyKeep(Spelled):
     """Keeps the steps that any of several policies keeps, as a list does; all if there is none."""
 
     policies: tuple[KeepPolicy, ...]

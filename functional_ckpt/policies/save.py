@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, cast
 
 from functional_ckpt import errors
-from functional_ckpt.policies.base import SaveContext, StepInfo, step_set
+from functional_ckpt.policies.base import SaveContext, Spelled, StepInfo, step_set
 from functional_ckpt.policies.checks import check_int
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, Unit, parse_timespan
 
@@ -28,8 +28,8 @@ _ADVICE: Final[dict[Unit, str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class FixedInterval:
+@dataclass(frozen=True, slots=True, repr=False)
+class FixedInterval(Spelled):
     """Saves every step that is a multiple of `interval`, step 0 included.
 
     Attributes:
@@ -38,6 +38,7 @@ class FixedInterval:
 
     interval: int
     step_only: ClassVar[Literal[True]] = True
+    _call: ClassVar[str] = "every"
 
     def __post_init__(self) -> None:
         """Raises UsageError for anything but a positive int."""
@@ -54,8 +55,8 @@ class FixedInterval:
         return step.step % self.interval == 0
 
 
-@dataclass(frozen=True, slots=True, init=False)
-class SpecificSteps:
+@dataclass(frozen=True, slots=True, init=False, repr=False)
+class SpecificSteps(Spelled):
     """Saves the given steps.
 
     Attributes:
@@ -80,8 +81,8 @@ class SpecificSteps:
         return step.step in self.steps
 
 
-@dataclass(frozen=True, slots=True)
-class InitialSave:
+@dataclass(frozen=True, slots=True, repr=False)
+class InitialSave(Spelled):
     """Saves as soon as possible if there is no checkpoint at all."""
 
     ignores_step: ClassVar[Literal[True]] = True
@@ -93,8 +94,8 @@ class InitialSave:
         return not previous_steps
 
 
-@dataclass(frozen=True, slots=True)
-class Preemption:
+@dataclass(frozen=True, slots=True, repr=False)
+class Preemption(Spelled):
     """Saves once the process has received SIGTERM."""
 
     ignores_step: ClassVar[Literal[True]] = True
@@ -106,8 +107,8 @@ class Preemption:
         return context.reached_preemption
 
 
-@dataclass(frozen=True, slots=True)
-class When:
+@dataclass(frozen=True, slots=True, repr=False)
+class When(Spelled):
     """Saves when a function of the step returns true.
 
     With several ranks the function is called on the primary alone, which decides for all.
@@ -132,8 +133,8 @@ class When:
         return bool(self.decide(step))
 
 
-@dataclass(frozen=True, slots=True)
-class ElapsedInterval:
+@dataclass(frozen=True, slots=True, repr=False)
+class ElapsedInterval(Spelled):
     """Saves when some time has passed since the last save, or since the run started if later.
 
     The last save is the youngest of the history, whatever its number (an older step may have been
@@ -144,6 +145,7 @@ class ElapsedInterval:
     """
 
     interval: Timespan
+    _call: ClassVar[str] = "every"
 
     def __post_init__(self) -> None:
         """Raises UsageError for another unit, zero, or more than a calendar can hold."""
@@ -175,8 +177,8 @@ class ElapsedInterval:
         return (now - max(times)).total_seconds() >= self.interval.value
 
 
-@dataclass(frozen=True, slots=True)
-class ProgressInterval:
+@dataclass(frozen=True, slots=True, repr=False)
+class ProgressInterval(Spelled):
     """Saves when the progress has crossed a multiple of the interval since the last save.
 
     With `1ep`, a training saves at the first step at which 1 epoch or more is over, then 2 or more,
@@ -187,6 +189,7 @@ class ProgressInterval:
     """
 
     interval: Timespan
+    _call: ClassVar[str] = "every"
 
     def __post_init__(self) -> None:
         """Raises UsageError for another unit, zero, or more than the entire training."""
@@ -217,8 +220,8 @@ class ProgressInterval:
         return math.floor(progress / interval + _ROUNDING)
 
 
-@dataclass(frozen=True, slots=True, init=False)
-class AtEnd:
+@dataclass(frozen=True, slots=True, init=False, repr=False)
+class AtEnd(Spelled):
     """Saves the last step of a training whose length is known.
 
     A policy only decides about steps that are passed to `save`. If training may end at any other
@@ -278,7 +281,7 @@ def every(interval: TimespanLike) -> FixedInterval | ElapsedInterval | ProgressI
         UsageError: It is no time span, or zero.
 
     >>> every("500ba")
-    FixedInterval(interval=500)
+    every(500)
     >>> every("90m").interval
     Timespan(value=5400, unit='second')
     """

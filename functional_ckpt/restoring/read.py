@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, cast
@@ -19,7 +20,7 @@ import torch
 from functional_ckpt.core.arrays import sharding
 from functional_ckpt.core.arrays.spec import Array, Box
 from functional_ckpt.core.restore_plan import plan
-from functional_ckpt.core.tree import decode, flatten, memory, walk
+from functional_ckpt.core.tree import decode, flatten, memory, structure, walk
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format.checkpoint_dir import OpenItem
 from functional_ckpt.format.read_plan import Destination, ReadRequest
@@ -36,6 +37,7 @@ def read_all(
     verify: Verify,
     touched: TargetState,
     sharing: Coordinator | None = None,
+    shown: Callable[[int, int], None] | None = None,
 ) -> list[Any]:
     """Reads everything that the bindings name and builds their values.
 
@@ -46,6 +48,7 @@ def read_all(
             nothing.
         touched: Set before the first byte is written to the caller's memory.
         sharing: The ranks that read for each other, if they do.
+        shown: Shows the bytes that were read, and those in all.
     """
     fence.wait_for_all()  # another save may still be copying from the memory that is read into
     verified = verify is not False  # after `first` too: the bytes may have changed in between
@@ -66,6 +69,8 @@ def read_all(
             delivered = shared_read.read_shared(sharing, names, readers, requests)
         with threads.gc_paused():
             tasks = _tasks(readers, requests, delivered)
+            if shown is not None:
+                tasks = _counted(tasks, [item for item, _ in bound], shown)
         threads.run_in_threads(tasks)
     with threads.gc_paused():
         return [each.assemble() for each in items]
@@ -84,6 +89,23 @@ def _tasks(
         if reader is not None
         for task in reader.tasks(wanted, delivered=done)
     ]
+
+
+def _counted(
+    tasks: Sequence[Callable[[], None]],
+    items: Sequence[OpenItem],
+    shown: Callable[[int, int], None],
+) -> list[Callable[[], None]]:
+    """Returns the tasks, each of which shows about how many bytes were read so far."""
+    arrays = (leaf for item in items for _, leaf in structure.iter_leaves(item.root))
+    total = sum(each.spec.size_bytes for each in arrays if isinstance(each, structure.ArrayNode))
+    done = itertools.count(1)
+
+    def run(task: Callable[[], None]) -> None:
+        task()
+        shown(total * next(done) // len(tasks), total)
+
+    return [functools.partial(run, task) for task in tasks]
 
 
 @dataclasses.dataclass(slots=True)

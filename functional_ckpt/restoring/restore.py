@@ -120,6 +120,7 @@ def restore_checkpoint(
     registry: Registry,
     options: RestoreOptions,
     coordinator: Coordinator | None = None,
+    shown: Callable[[int, int], None] | None = None,
 ) -> Restored:
     """Restores a checkpoint: as saved without `into`, else into its values.
 
@@ -134,7 +135,7 @@ def restore_checkpoint(
     if torch.is_inference_mode_enabled():
         # Restored tensors must not be inference tensors, which cannot be trained.
         with torch.inference_mode(mode=False), torch.no_grad():
-            return restore_checkpoint(open_checkpoint, into, registry, options, coordinator)
+            return restore_checkpoint(open_checkpoint, into, registry, options, coordinator, shown)
     registry = for_items(registry, {} if into is None else into)
     group = coordinator or SingleProcess()
     with collective(group, "matching the checkpoint with the target", _all_or_none) as round_:
@@ -159,7 +160,7 @@ def restore_checkpoint(
         collective(group, "reading the checkpoint"),
         _noticing_overwrite(checkpoint),
     ):
-        values = _read(matched, options, group, target)
+        values = _read(matched, options, group, target, shown)
         with threads.gc_paused():
             lifted = _lift_all(matched, values, registry, group, target)
     return Restored(
@@ -284,10 +285,13 @@ def _read(
     options: RestoreOptions,
     group: Coordinator,
     target: read.TargetState,
+    shown: Callable[[int, int], None] | None,
 ) -> list[Any]:
     sharing = group if options.share_reads and group.num_ranks > 1 else None
     trees = [(each.opened, each.binding) for each in matched if each.opened is not None]
-    values = iter(read.read_all(trees, verify=options.verify, touched=target, sharing=sharing))
+    values = iter(
+        read.read_all(trees, verify=options.verify, touched=target, sharing=sharing, shown=shown)
+    )
     # JSON items were read while matching.
     return [
         cast("plan.Given", each.binding).value if each.opened is None else next(values)

@@ -234,13 +234,10 @@ class Restorer:
             return checkpoint
 
         try:
-            restored = restore_lib.restore_checkpoint(
-                open_step,
-                into,
-                self.registry,
-                options,
-                self.coordinator,
-            )
+            with self.steps.events.bar(f"restoring step {step}") as shown:
+                restored = restore_lib.restore_checkpoint(
+                    open_step, into, self.registry, options, self.coordinator, shown
+                )
         except (errors.CorruptCheckpointError, errors.StorageError) as error:
             if not queries.is_directory(storage, path):
                 raise errors.StepNotFoundError(

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal: bytes, rate and remaining time."""
+"""Progress bars on a terminal or in a notebook: bytes, rate and remaining time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Shown: TypeAlias = Callable[[int, int], None]
 
 @contextlib.contextmanager
 def bar(title: str) -> Generator[Shown]:
-    """A bar on standard error while the work lasts, if that is a terminal; else nothing.
+    """A bar on standard error while the work lasts, if a person sees it; else nothing.
 
     Bars of several threads share one display.
     """
-    if sys.stderr is None or not sys.stderr.isatty():  # pyright: ignore[reportUnnecessaryComparison]
+    if not _is_seen():
         yield _ignore
         return
     board = _enter()
@@ -32,6 +32,12 @@ def bar(title: str) -> Generator[Shown]:
         board.refresh()
         board.remove_task(task)
         _leave(board)
+
+
+def _is_seen() -> bool:
+    if "ipykernel" in sys.modules:  # standard error of a notebook is no terminal
+        return True
+    return sys.stderr is not None and sys.stderr.isatty()  # pyright: ignore[reportUnnecessaryComparison]
 
 
 def _ignore(done: int, total: int) -> None:

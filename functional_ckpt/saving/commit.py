@@ -139,6 +139,9 @@ class StepCommitter:
             _log.info("step %d committed", step)
             seconds = (outcome["commit_time_ns"] - info.init_time_ns) / 1e9
             self._steps.emit("committed", step, seconds=seconds)
+            self._retention.log.committed(
+                committed, size_bytes=outcome["size_bytes"], seconds=seconds
+            )
         return self._clean_up(committed, outcome["replaced"]) if outcome["cleans_up"] else None
 
     def abort(self, step: int, error: BaseException) -> None:
@@ -230,9 +233,10 @@ class StepCommitter:
         staged = save.staged
         started = time.monotonic()
         num_threads = NUM_THREADS if staged.blocks_caller else self._num_threads
-        report = write.write_part(
-            self._storage, tmp, staged.items, self._coordinator, digests, num_threads
-        )
+        with self._steps.events.bar(f"saving step {save.step}"):
+            report = write.write_part(
+                self._storage, tmp, staged.items, self._coordinator, digests, num_threads
+            )
         if staged.is_interrupted:
             raise errors.SaveError(
                 "The save was interrupted (Ctrl-C) while it was writing the state from the "
@@ -263,7 +267,9 @@ class StepCommitter:
         commit_time_ns, info, tmp = time.time_ns(), save.info, attempt.tmp
         num_ranks = self._coordinator.num_ranks
         reports = write.every_report(self._storage, tmp, attempt.report, num_ranks)
-        finalize.finalize(self._storage, tmp, save.lowered, reports, info, commit_time_ns)
+        size_bytes = finalize.finalize(
+            self._storage, tmp, save.lowered, reports, info, commit_time_ns
+        )
         final = commit.final_path(tmp)
         if save.is_repeat and finalize.is_same(self._storage, tmp, final):
             self._abandon(tmp)
@@ -278,6 +284,7 @@ class StepCommitter:
         outcome = {
             "is_unchanged": False,
             "commit_time_ns": commit_time_ns,
+            "size_bytes": size_bytes,
             "replaced": replaced,
             "cleans_up": cleans_up or replaced is not None,
             "generation": info.line.generation,

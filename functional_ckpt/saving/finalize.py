@@ -57,11 +57,12 @@ def finalize(
     reports: Sequence[RankReport],
     info: CheckpointInfo,
     commit_time_ns: int,
-) -> None:
-    """Merges, writes every record, and makes `directory` durable.
+) -> int:
+    """Merges, writes every record, and makes `directory` durable; returns its size in bytes.
 
     The directory holds the chunks of all ranks; their reports are in order of rank.
     """
+    size_bytes = 0
     names: dict[str, str] = {}
     files: dict[str, records.FileRecord] = {}
     of_items: list[str] = []
@@ -76,6 +77,7 @@ def finalize(
                 record = _finalize_item(storage, path, item, item.root, own)
                 text = record.to_json()
             of_items += [f"{item.name}/{name}" for name in record.files]
+            size_bytes += sum(file.size_bytes for file in record.files.values())
             file = f"{item.name}/{records.EXTENSION_FILE}"
             files[file] = _write(storage, directory, file, text)
     if info.metrics is not None:
@@ -100,9 +102,11 @@ def finalize(
         generation=info.line.generation,
         ancestors=info.line.ancestors,
     )
-    _write(storage, directory, records.EXTENSION_FILE, step.to_json())
+    name = records.EXTENSION_FILE
+    files[name] = _write(storage, directory, name, step.to_json())
     # By the records, not by a listing: a file that is lost by now must end the save.
-    commit.sync_tree(storage, directory, [*of_items, *files, records.EXTENSION_FILE])
+    commit.sync_tree(storage, directory, [*of_items, *files])
+    return size_bytes + sum(file.size_bytes for file in files.values())
 
 
 def is_same(storage: Storage, new: str, old: str) -> bool:

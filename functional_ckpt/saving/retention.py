@@ -14,6 +14,7 @@ from collections.abc import Generator, Sequence
 from functional_ckpt import errors
 from functional_ckpt.policies import keep_rules, lines
 from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
+from functional_ckpt.steps.run_log import RunLog
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tier_steps import united
 from functional_ckpt.steps.uploads import Uploads
@@ -22,12 +23,18 @@ _log = logging.getLogger("functional_ckpt")
 
 
 class Retention:
-    """Removes steps of the first tier, on the primary."""
+    """Removes steps of the first tier, on the primary.
+
+    Attributes:
+        log: The log of the run.
+        uploads: The upload queue, if there are remote tiers.
+    """
 
     def __init__(self, steps: Steps, keep_policies: Sequence[KeepPolicy]) -> None:
         self._steps = steps
         self._policies = tuple(keep_policies)
         self._warnings: set[str] = set()
+        self.log = RunLog(steps.storage, steps.hidden, self._policies)
         self.uploads: Uploads | None = None
 
     def clean_up(self, info: StepInfo, replaced: str | None) -> list[str]:
@@ -73,20 +80,22 @@ class Retention:
         with alone as promised:
             copied = {(info.step, info.time) for each in steps.remote for info in each.infos}
 
-            def chosen(*, look: bool) -> list[int]:
+            def chosen(*, look: bool) -> list[StepInfo]:
                 known = [
                     info
                     for info in self._not_kept(copied, committed, look=look)
                     if not (info.step in promised or steps.is_being_read(info.step))
                 ]
-                return [i.step for i in known if not only_copied or (i.step, i.time) in copied]
+                return [i for i in known if not only_copied or (i.step, i.time) in copied]
 
             doomed = chosen(look=keep_rules.read_metrics(self._policies))
             if doomed and steps.forget_missing():
                 doomed = chosen(
                     look=False
                 )  # other processes removed steps that were counted as kept
-            return [str(error) for error in steps.prune(doomed).values()]
+            failures = steps.prune([info.step for info in doomed])
+        self.log.pruned(info for info in doomed if info.step not in failures)
+        return [str(error) for error in failures.values()]
 
     def _not_kept(
         self, copied: set[tuple[int, datetime.datetime]], committed: int | None, *, look: bool

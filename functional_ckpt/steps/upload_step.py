@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
-from functional_ckpt.runtime import progress_bars
+from functional_ckpt.events import Shown
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.storage import queries
@@ -25,19 +25,20 @@ _NUM_FILES = 4
 
 
 class _Sent:
-    """Progress of an upload, shown on the terminal."""
+    """Progress of an upload, for a bar."""
 
-    def __init__(self, show: progress_bars.Shown, done_bytes: int, total_bytes: int) -> None:
+    def __init__(self, show: Shown | None, done_bytes: int, total_bytes: int) -> None:
         self._show = show
         self._done_bytes, self._total_bytes = done_bytes, total_bytes
         self._mutex = threading.Lock()
-        show(done_bytes, total_bytes)
+        self.add(0)
 
     def add(self, num_bytes: int) -> None:
         """Adds uploaded bytes."""
         with self._mutex:
             self._done_bytes += num_bytes
-            self._show(self._done_bytes, self._total_bytes)
+            if self._show is not None:
+                self._show(self._done_bytes, self._total_bytes)
 
 
 class Upload:
@@ -60,6 +61,7 @@ class Upload:
         self._local_commits, self._commits = local.commits, remote.commits
         self._source, self._final, self._step = source, final, step
         self._may_replace = may_replace
+        self._events = local.events
 
     def run(self) -> int:
         """Uploads missing files and publishes the step.
@@ -84,7 +86,7 @@ class Upload:
         missing = [name for name, file in files.items() if present.get(name) != file.size_bytes]
         total_bytes = sum(file.size_bytes for file in files.values())
         num_bytes = sum(files[name].size_bytes for name in missing)
-        with progress_bars.bar(f"step {self._step} to {self._commits.root}") as show:
+        with self._events.bar(f"step {self._step} to {self._commits.root}") as show:
             sent = _Sent(show, total_bytes - num_bytes, total_bytes)
 
             def send(name: str) -> None:

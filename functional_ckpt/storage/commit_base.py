@@ -7,6 +7,7 @@
 <root>/.functional_ckpt/replacing.json   journal of an overwrite in two renames
 <root>/.functional_ckpt/removing.json    journal of removals that one rename cannot do
 <root>/.functional_ckpt/metrics/         metrics recorded after their step was committed
+<root>/.functional_ckpt/history.jsonl    a line for each step, for reports; see `steps.run_log`
 <root>/.functional_ckpt/changed          renewed after steps are replaced or removed; object stores
 """
 

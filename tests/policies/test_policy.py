@@ -355,7 +355,7 @@ def test_a_users_own_policy_is_asked_with_everything() -> None:
             policies.Preemption,
             r"expected a save policy, an instance such as Preemption\(...\); got",
         ),
-        (policies.LatestN(3), r"\(this one belongs in keep_policy\); got LatestN\(n=3\)"),
+        (policies.LatestN(3), r"\(this one belongs in keep_policy\); got LatestN\(3\)"),
         (lambda step: True, r"expected a save policy, such as When\(function\); got"),
         (
             _Half(),

@@ -1,0 +1,79 @@
+"""`manager.plot()`, and the listener that shows progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import functional_ckpt as fc
+from functional_ckpt.events import Shown
+
+
+def test_a_plot_shows_kept_and_removed_steps(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    keep = [fc.policies.LatestN(1), fc.policies.BestN(1, "loss", mode="min")]
+    with fc.CheckpointManager(tmp_path, keep_policy=keep) as manager:
+        for step in range(5):
+            metrics = {"loss": 1.0 + abs(step - 2), "a_$1": 10.0**step}
+            manager.save(step, {"x": torch.ones(2)}, metrics=metrics)
+            manager.wait_until_finished()
+        figure = manager.plot()
+        loss, other = (axes for axes in figure.axes if axes.get_title(loc="left"))
+        assert [axes.get_title(loc="left") for axes in (loss, other)] == ["loss", "a_$1"]
+        drawn = [list(each.get_xdata()) for each in loss.lines]
+        assert drawn == [[0, 1, 2, 3, 4], [0, 1, 3], [2, 4], [4], [2]]
+        assert other.get_yscale() == "log"
+        assert len(manager.plot("loss").axes) == 1
+        assert figure._repr_png_().startswith(b"\x89PNG")  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(fc.errors.UsageError, match="No step has the metric 'los'"):
+            manager.plot("los")
+
+
+def test_an_empty_run_has_an_empty_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with fc.CheckpointManager(tmp_path) as manager:
+        assert manager.plot().axes
+
+
+class Bars(fc.listeners.ProgressBar):
+    """Notes the progress that would be shown."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, list[tuple[int, int]]] = {}
+
+    @contextlib.contextmanager
+    def bar(self, title: str) -> Iterator[Shown]:
+        noted = self.shown.setdefault(title, [])
+        yield lambda done, total: noted.append((done, total))
+        noted.append((-1, -1))  # the end
+
+
+def test_bars_show_saves_restores_and_uploads(tmp_path: Path) -> None:
+    bars = Bars()
+    tier = tmp_path / "tier"
+    with fc.CheckpointManager(tmp_path / "run", tiers=[tier], on_event=bars) as manager:
+        manager.save(3, {"x": {"a": torch.ones(1000), "b": torch.ones(7)}})
+        manager.wait_until_finished()
+        manager.restore(3)
+    assert set(bars.shown) == {"saving step 3", "restoring step 3", f"step 3 to {tier}"}
+    for noted in bars.shown.values():
+        assert noted[-1] == (-1, -1)
+    done, total = bars.shown["restoring step 3"][-2]
+    assert done == total == 4028
+    done, total = bars.shown[f"step 3 to {tier}"][-2]
+    assert done == total > 4028
+
+
+def test_no_bar_is_shown_without_the_listener(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with fc.CheckpointManager(tmp_path / "run", tiers=[tmp_path / "tier"]) as manager:
+        manager.save(1, {"x": torch.ones(1000)})
+        manager.wait_until_finished()
+        manager.restore()
+    assert capsys.readouterr().err == ""
