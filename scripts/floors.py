@@ -61,7 +61,7 @@ FLOORS: dict[str, int] = {
     "listeners.py": 12,
     "testing/*": 12,
     "cli/*": 13,
-    "__init__.py": 14,
+    "__*__.py": 14,  # __init__.py and __main__.py
 }
 
 # Library -> the only modules that may name it. An empty tuple: none.
@@ -368,7 +368,7 @@ def table(root: Path) -> str:
     package = root / PACKAGE
     rows = ["| floor | modules | what they do |", "| --- | --- | --- |"]
     for pattern, floor in sorted(FLOORS.items(), key=lambda row: (-row[1], row[0])):
-        home = package / pattern.replace("*", "__init__.py")
+        home = package / pattern.replace("/*", "/__init__.py").replace("__*__", "__init__")
         doc = ast.get_docstring(ast.parse(home.read_text(encoding="utf-8"))) or ""
         rows.append(f"| {floor} | `{pattern}` | {_first_sentence(doc)} |")
     return "\n".join(rows) + "\n"

@@ -9,8 +9,9 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
-from typing import NoReturn, TypeAlias
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.cli import step_words
@@ -32,10 +33,18 @@ class _Parser(argparse.ArgumentParser):
     """Prints the error as one line.
 
     Attributes:
-        names: The commands.
+        names: The commands' parsers by name.
     """
 
-    names: Collection[str] = ()
+    names: Mapping[str, _Parser] = types.MappingProxyType({})
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Prints an error of arguments that no command takes, with the option that was meant."""
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        first = next((each for each in unknown if each.startswith("-")), unknown[0])
+        near = difflib.get_close_matches(first.partition("=")[0], options, n=1)
+        advice = "".join(f"; did you mean {each}?" for each in near)
+        self.error(f"there is no argument {first!r}{advice}")
 
     def error(self, message: str) -> NoReturn:
         if found := re.match(r"argument COMMAND: invalid choice: '([^']*)'", message):
@@ -88,8 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks; the extra `completion`
+        from functional_ckpt.cli import completion
+
+        completion.complete(parser, parser.names)
     try:
-        arguments = parser.parse_args(argv)
+        arguments, unknown = parser.parse_known_args(argv)
+        if unknown:
+            parser.names.get(arguments.command, parser).refuse(unknown)
     except SystemExit as exit:  # --help, --version, or a usage error that was printed
         return exit.code if isinstance(exit.code, int) else _FAILED
     if arguments.command is None:
@@ -125,13 +140,15 @@ def _parser() -> argparse.ArgumentParser:
         help="prefix of the steps' names, where a directory holds steps of several ('' for none)",
     )
     parser = _Parser(
-        prog="fckpt", description="Inspect, verify and convert checkpoints.", epilog=_EXIT_CODES
+        prog="fckpt",
+        description="Inspect, verify and convert checkpoints. Example: fckpt ls runs/digits",
+        epilog=f"fckpt COMMAND --help has an example of each; {_EXIT_CODES}",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     parser.set_defaults(prefix=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    parser.names = commands.choices
+    parser.names = cast("Mapping[str, _Parser]", commands.choices)
 
     def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
         return commands.add_parser(
