@@ -67,6 +67,9 @@ class Event:
             if amount is not None and not amount >= 0:
                 raise errors.UsageError(f"{name} must be None or >= 0; got {amount!r}.")
 
+    def __repr__(self) -> str:
+        return f"<Event: {self}>"
+
     def __str__(self) -> str:
         """Returns the event as a line of a log."""
         where = {"pruned": "from", "committed": "in", "skipped": "in"}.get(self.kind, "to")
@@ -74,7 +77,9 @@ class Event:
         if self.kind != "staged":
             text += f" {where} {self.directory}"
         if self.num_bytes is not None:
-            text += f", {self.num_bytes / 2**20:.1f} MiB"
+            power = min(3, max(0, self.num_bytes.bit_length() - 1) // 10)
+            unit = ("B", "KiB", "MiB", "GiB")[power]
+            text += f", {self.num_bytes / 2 ** (10 * power):.{min(1, power)}f} {unit}"
         if self.seconds is not None:
             text += f", {self.seconds:.3f} s"
         return text

@@ -56,6 +56,10 @@ class SaveHook:
         self._items = items
         self.should_stop = False
 
+    def __repr__(self) -> str:
+        items = "a function" if callable(self._items) else list(self._items)
+        return f"SaveHook({self._manager!r}, {items})"
+
     def __call__(
         self,
         step: int | Progress,

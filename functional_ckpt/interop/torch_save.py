@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -24,6 +25,8 @@ from functional_ckpt.interop.pickles import UnpicklingError
 from functional_ckpt.interop.source import Format, Source, items_of, source_of
 
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02"
+_CONTAINERS = (dict, collections.OrderedDict, list, tuple)
+_PLAIN = (bool, int, float, complex, str, bytes)
 
 
 @dataclasses.dataclass(slots=True)
@@ -198,25 +201,65 @@ def save(content: Any, path: str | os.PathLike[str]) -> None:
     """Writes a new file with `torch.save`, so that `torch.load(weights_only=True)` reads it.
 
     Args:
-        content: Tensors and plain values in dicts, lists and tuples.
+        content: Tensors and plain values in dicts, lists and tuples. NumPy's arrays are written as
+            tensors.
         path: The file to create.
 
     Raises:
         StepExistsError: The path exists.
         UnsupportedLeafError: There is something that torch.save would pickle; nothing was written.
     """
+    content = _with_tensors(content, set())
     with atomic_output(path) as tmp:
         try:
             torch.save(content, tmp)
             torch.load(tmp, map_location="cpu", weights_only=True, mmap=True)
         except (UnpicklingError, TypeError, AttributeError) as error:
-            first = str(error).strip().partition("\n")[0]
+            name, kind = _refused(content) or ("", "an object in it")
             raise errors.UnsupportedLeafError(
-                f"{os.fspath(path)}: torch.save would have to pickle an object in it, and "
-                f"torch.load(weights_only=True) would refuse it ({first:.200}). Choose the items "
-                "to write, or leave it out.",
+                f"{os.fspath(path)}: torch.load(weights_only=True) refuses {name}{kind}. "
+                "Write other items (fckpt export --item), or write --to dcp.",
                 path=path,
+                key_path=name or None,
             ) from error
+
+
+def _with_tensors(value: Any, above: set[int]) -> Any:
+    """Returns the content with NumPy's arrays and numbers as tensors and plain numbers.
+
+    A container without any is returned as it is: shared values stay shared.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is np.ndarray and value.dtype.kind in "biufc":
+        with contextlib.suppress(TypeError):  # torch lacks some, such as longdouble
+            return torch.from_numpy(np.array(value, value.dtype.newbyteorder("="), order="C"))
+    if type(value) not in _CONTAINERS or id(value) in above:
+        return value
+    above.add(id(value))
+    old = list(value.values() if isinstance(value, dict) else value)
+    new = [_with_tensors(each, above) for each in old]
+    above.discard(id(value))
+    if all(a is b for a, b in zip(old, new, strict=True)):
+        return value
+    return type(value)(zip(value, new, strict=True) if isinstance(value, dict) else new)
+
+
+def _refused(content: Any) -> tuple[str, str] | None:
+    """Returns the name of the first leaf that torch.load refuses, and its kind; None if unknown."""
+    todo: list[tuple[str, Any]] = [("", content)]
+    seen: set[int] = set()
+    while todo:
+        name, value = todo.pop()
+        if type(value) in _CONTAINERS:
+            if id(value) not in seen:
+                seen.add(id(value))
+                pairs = value.items() if isinstance(value, dict) else enumerate(value)
+                children = [(f"{name}.{key}" if name else str(key), each) for key, each in pairs]
+                todo += reversed(children)
+        elif not isinstance(value, (torch.Tensor, *_PLAIN)) and value is not None:
+            return name, f", {type(value).__module__}.{type(value).__qualname__}"
+    return None
 
 
 def _open(path: str) -> Source:

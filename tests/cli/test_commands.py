@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -15,14 +16,14 @@ import pytest
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt import testing
+from functional_ckpt import testing, verify
 from functional_ckpt.cli import main, step_words
 
 METRICS = ("loss", "accuracy", "grad_norm", "epoch", "lr", "tokens/s", "val/perplexity", "seconds")
 
 
 def save(root: Path, steps: tuple[int, ...] = (10, 20, 30, 40), **options: Any) -> None:
-    with fc.CheckpointManager(root, **options) as manager:
+    with fc.CheckpointManager(options.pop("directory", root), **options) as manager:
         for step in steps:
             weight = torch.arange(6.0).reshape(2, 3) + step
             weight[0, 0] = math.nan if step == 20 else 0.0
@@ -350,3 +351,92 @@ def test_show_separates_items_by_an_empty_line(run: Path, call: Any) -> None:
     for name in ("state", "config"):
         (place,) = (number for number, line in enumerate(lines) if line.startswith(f"{name}  "))
         assert not lines[place - 1]
+
+
+# ------------------------------------------------------------------------------------ the shell
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("prune", "x", "--dryrun"), "fckpt prune: there is no argument '--dryrun'; did you mean"),
+        (("prune", "x", "--dryrun"), "--dry-run?"),
+        (("show", "x", "--itm=a"), "did you mean --item?"),
+        (("ls", "a", "b"), "fckpt ls: there is no argument 'b'; see fckpt ls --help"),
+        (("shwo", "a"), "there is no command 'shwo'; did you mean show?"),
+    ],
+)
+def test_a_misspelt_argument_names_the_one_that_was_meant(
+    call: Any, arguments: tuple[str, ...], message: str
+) -> None:
+    text, code = call(*arguments)
+    assert code == 2
+    assert message in text
+    assert len(text.splitlines()) == 1
+
+
+def test_every_help_has_an_example(call: Any) -> None:
+    text, _ = call("--help")
+    commands = [line.split()[0] for line in text.splitlines() if line.startswith("    ")]
+    names = [name for name in commands if name.isidentifier() and name.islower()]
+    assert {"ls", "report", "convert_zero"} <= set(names)
+    for name in names:
+        text, code = call(name, "--help")
+        assert code == 0
+        assert f"Example: fckpt {name} " in " ".join(text.split())
+
+
+def test_the_package_is_the_command() -> None:
+    command = [sys.executable, "-m", "functional_ckpt", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("fckpt ")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("fckpt sh", {"show"}),
+        ("fckpt prune --dr", {"--dry-run"}),
+        ("fckpt show {run} --step ", {"latest", "10", "40", "best:loss", "best:tokens/s"}),
+        ("fckpt diff {run} 10 la", {"latest"}),
+        ("fckpt rm {run} 1", {"10"}),
+    ],
+)
+def test_shells_complete_commands_options_and_steps(
+    run: Path, tmp_path: Path, line: str, expected: set[str]
+) -> None:
+    pytest.importorskip("argcomplete")
+    line, out = line.format(run=run), tmp_path / "out"
+    shell = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    shell |= {"_ARGCOMPLETE_SUPPRESS_SPACE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(out)}
+    command = [sys.executable, "-m", "functional_ckpt"]
+    subprocess.run(command, env={**os.environ, **shell, "IFS": "\v"}, check=True)
+    assert expected <= set(out.read_text().split("\v"))
+
+
+def test_every_command_takes_a_uri(tmp_path: Path, call: Any) -> None:
+    run = f"memory://{tmp_path.name}-{os.getpid()}/run"
+    save(Path("unused"), directory=run)
+    commands: list[tuple[object, ...]] = [
+        *(("ls", run), ("show", run), ("show", f"{run}/40"), ("cat", run, "config.lr")),
+        *(("verify", run), ("stats", run), ("rm", run, 10), ("prune", run, "--keep-latest", 2)),
+        *(("export", run, tmp_path / to, "--to", to) for to in ("torch", "dcp")),
+        ("convert", f"{run}/40", tmp_path / "step"),
+        ("convert", tmp_path / "torch", f"{run}2"),
+        ("diff", f"{run}2", f"{run}2"),
+    ]
+    if importlib.util.find_spec("matplotlib") is not None:
+        commands.append(("report", run, "-o", tmp_path / "report.html"))
+    for command in commands:
+        text, code = call(*command)
+        assert code == 0, (command, text)
+    assert call("diff", run, 30)[1] == 1
+    with fc.CheckpointManager(run, read_only=True) as manager:
+        assert manager.all_steps() == [30, 40]
+
+
+def test_a_checkpoint_is_verified_from_python(run: Path) -> None:
+    assert verify.verify(run / "40") == []
+    (file,) = (run / "40" / "state").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    assert [each.problem for each in verify.verify(run / "40") if each.is_damage] == ["content"]

@@ -238,6 +238,27 @@ def test_exported_items_open_again(tmp_path: Path, to: str) -> None:
         assert safetensors.torch.load_file(tmp_path / "out").keys() == WEIGHTS.keys()
 
 
+def test_an_exported_torch_file_has_tensors_for_numpy_s_arrays(tmp_path: Path) -> None:
+    content = {"model": WEIGHTS, "rng": fc.Rng(), "n": {"a": np.arange(3), "b": np.float32(0.5)}}
+    fc.save(tmp_path / "step", content)
+    assert main(["export", str(tmp_path / "step"), str(tmp_path / "out"), "--to", "torch"]) == 0
+    loaded = torch.load(tmp_path / "out", weights_only=True)
+    assert differences(loaded["model"], WEIGHTS) == []
+    assert torch.equal(loaded["n"]["a"], torch.arange(3))
+    assert loaded["n"]["b"] == 0.5
+
+
+def test_an_export_names_the_leaf_that_torch_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fc.save(tmp_path / "step", {"model": WEIGHTS, "config": {"args": {"home": Path("/x")}}})
+    assert main(["export", str(tmp_path / "step"), str(tmp_path / "out"), "--to", "torch"]) == 2
+    text = capsys.readouterr().err
+    assert "refuses config.args.home, pathlib" in text
+    assert "\x1b" not in text and "x1b" not in text and "--item" in text
+    assert not (tmp_path / "out").exists()
+
+
 def test_export_refuses_unsuitable_items(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

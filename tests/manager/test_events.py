@@ -117,7 +117,7 @@ def test_absl_logs_events(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         _run(tmp_path / "near", tmp_path / "far", fc.listeners.absl_log)
     lines = [record.getMessage() for record in caplog.records if record.name == logger.name]
     assert len(lines) == 10
-    assert re.fullmatch(r"checkpoint: step 1 staged, 0\.0 MiB, \d+\.\d+ s", lines[0])
+    assert re.fullmatch(r"checkpoint: step 1 staged, \d+(\.\d)? K?i?B, \d+\.\d+ s", lines[0])
 
 
 def test_prometheus_counts_events(tmp_path: Path) -> None:
@@ -189,7 +189,9 @@ def test_without_the_extra_the_error_names_it(
 
 _UPLOADS = """
 import sys, torch, functional_ckpt as fc
-with fc.CheckpointManager(sys.argv[1] + "/near", tiers=[fc.Tier(path=sys.argv[1] + "/far")]) as m:
+near, far = sys.argv[1] + "/near", sys.argv[1] + "/far"
+bars = None if "no bars" in sys.argv else fc.listeners.ProgressBar()
+with fc.CheckpointManager(near, tiers=[fc.Tier(path=far)], on_event=bars) as m:
     m.save(7, {"state": {"w": torch.ones(1_000_000)}})
 """
 
@@ -216,6 +218,10 @@ def test_uploads_are_shown_on_a_terminal(tmp_path: Path) -> None:
     shown = _stderr_on_a_terminal(_UPLOADS, str(tmp_path))
     assert f"step 7 to {tmp_path}/far" in shown
     assert re.search(r"3\.\d/3\.\d MiB", shown)
+
+
+def test_no_bar_is_shown_that_was_not_asked_for(tmp_path: Path) -> None:
+    assert _stderr_on_a_terminal(_UPLOADS, str(tmp_path), "no bars") == ""
 
 
 def test_nothing_is_shown_where_there_is_no_terminal(tmp_path: Path) -> None:

@@ -68,12 +68,10 @@ def test_bars_show_saves_restores_and_uploads(tmp_path: Path) -> None:
     assert done == total > 4028
 
 
-def test_no_bar_is_shown_without_the_listener(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with fc.CheckpointManager(tmp_path / "run", tiers=[tmp_path / "tier"]) as manager:
-        manager.save(1, {"x": torch.ones(1000)})
-        manager.wait_until_finished()
-        manager.restore()
-    assert capsys.readouterr().err == ""
+def test_a_hook_and_an_event_are_shown_in_a_line(tmp_path: Path) -> None:
+    with fc.CheckpointManager(tmp_path) as manager:
+        hook = fc.hooks.SaveHook(manager, {"x": torch.ones(1)})
+    assert repr(hook) == f"SaveHook(CheckpointManager({str(tmp_path)!r}, closed), ['x'])"
+    event = fc.Event(kind="staged", step=3, directory="d", num_bytes=10_240, seconds=0.5)
+    assert repr(event) == "<Event: step 3 staged, 10.0 KiB, 0.500 s>"
+    assert "12 B" in str(fc.Event(kind="written", step=3, directory="d", num_bytes=12))
