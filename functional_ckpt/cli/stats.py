@@ -19,6 +19,10 @@ from functional_ckpt.format import checkpoint_dir
 
 if TYPE_CHECKING:
     import numpy as np
+    from rich.table import Table
+
+# Longer names of leaves are folded where the terminal is narrow.
+_MIN_NAME = 24
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,22 +148,38 @@ def _merged(deviation: float, count: int, total: float, more: np.ndarray[Any, An
 
 
 def _print(found: list[_Stats]) -> None:
+    printer = output.Printer()
+    counts = {"zeros": "num_zeros", "NaN": "num_nan", "Inf": "num_inf"}
+    shown = ["dtype", "min", "mean", "std", "max", "norm"]
+    shown += [name for name, field in counts.items() if any(getattr(s, field) for s in found)]
+    for name in ("dtype", "norm", "std"):  # left out where the terminal is too narrow
+        table = _table(found, shown)
+        if printer.is_pipe or printer.width_of(table) <= printer.console.width:
+            break
+        shown.remove(name)
+    printer.print(_table(found, shown))
+
+
+def _table(found: list[_Stats], shown: list[str]) -> Table:
     from rich.text import Text
 
-    printer = output.Printer()
-    headings = ("min", "mean", "std", "max", "norm", "zeros", "NaN", "Inf")
-    table = output.table("leaf", "dtype", *headings)
+    table = output.table("leaf", *shown)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
-    for column in table.columns[2:]:
-        column.justify = "right"
+    longest = max(len(f"{each.item}.{each.leaf}") for each in found)
+    table.columns[0].min_width = min(_MIN_NAME, longest)
+    for column in table.columns[1:]:
+        column.justify = "left" if str(column.header) == "dtype" else "right"
     for each in found:
-        numbers = (each.min, each.mean, each.std, each.max, each.norm)
-        zeros = f"{each.num_zeros / each.num_elements:.0%}" if each.num_zeros else ""
-        table.add_row(
-            output.styled(f"{each.item}.{each.leaf}"),
-            output.styled(each.dtype, "green"),
-            *(Text("" if value is None else output.number(value)) for value in numbers),
-            Text(zeros, "dim"),
-            *(Text(f"{n:,}" if n else "", "bold red") for n in (each.num_nan, each.num_inf)),
-        )
-    printer.print(table)
+        cells = {
+            "dtype": output.styled(each.dtype, "green"),
+            "zeros": Text(
+                f"{each.num_zeros / each.num_elements:.0%}" if each.num_zeros else "", "dim"
+            ),
+            "NaN": Text(f"{each.num_nan:,}" if each.num_nan else "", "bold red"),
+            "Inf": Text(f"{each.num_inf:,}" if each.num_inf else "", "bold red"),
+        }
+        for name in ("min", "mean", "std", "max", "norm"):
+            value = getattr(each, name)
+            cells[name] = Text("" if value is None else output.number(value))
+        table.add_row(output.styled(f"{each.item}.{each.leaf}"), *(cells[name] for name in shown))
+    return table

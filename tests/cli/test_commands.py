@@ -186,6 +186,18 @@ def test_cat_prints_values(run: Path, call: Any) -> None:
         assert (code, needle in text) == (2, True), text
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_stats_fit_the_terminal_and_name_each_leaf(tmp_path: Path, call: Any, width: int) -> None:
+    names = [f"layers.{number}.attention.output.weight" for number in range(3)]
+    fc.save(tmp_path / "a", {"model": {name: torch.full((9,), -1.23456) for name in names}})
+    text, code = call("stats", tmp_path / "a", width=width)
+    assert code == 0
+    assert max(map(len, text.splitlines())) <= width
+    joined = "".join(line.split()[0] for line in text.splitlines()[2:])
+    assert joined == "".join(f"model.{name}" for name in names)
+    assert "-1.235" in text and "NaN" not in text
+
+
 def test_stats_are_numpys(tmp_path: Path, call: Any) -> None:
     values = torch.randn(100, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     values[3, 4], values[5, 6], values[0, 0] = math.nan, -math.inf, 0.0
