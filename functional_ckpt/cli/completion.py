@@ -14,7 +14,7 @@ def complete(
 ) -> None:
     """Answers the shell, and ends the process, if a shell asks."""
     try:
-        import argcomplete
+        import argcomplete  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError:
         return
     for command in commands.values():

@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Callable
 from html import escape
+from typing import Any
 
 from functional_ckpt.cli.report_record import ReportStep, RunReport
 from functional_ckpt.steps import plot
@@ -83,7 +84,8 @@ def svg(series: Series, number: int) -> str:
     figure_class = plot.figure_class()
     import matplotlib
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": str(number)}):
+    style: Any = {**_STYLE, "svg.hashsalt": str(number)}
+    with matplotlib.rc_context(style):
         figure = figure_class(figsize=(4.4, 2.5), layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.subplots()

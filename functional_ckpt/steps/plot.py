@@ -68,6 +68,8 @@ def figure_class() -> type[Figure]:
 
 def draw(axes: Axes, series: Series, colors: Colors) -> None:
     """Draws one series: a line, a dot for each step that is there, a ring for each that is not."""
+    from matplotlib.ticker import MaxNLocator
+
     steps, values = list(series.values), list(series.values.values())
     axes.plot(steps, values, color=colors.line, linewidth=1.2, zorder=2)
     for is_kept in (False, True):
@@ -91,7 +93,7 @@ def draw(axes: Axes, series: Series, colors: Colors) -> None:
     if series.starts_at_zero:
         axes.set_ylim(0, high * 1.15 or 1)
     axes.grid(visible=True, axis="y", linewidth=0.6)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel("step")
 
 

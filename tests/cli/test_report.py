@@ -29,11 +29,13 @@ KEEP = [fc.policies.LatestN(2), fc.policies.BestN(1, "loss", mode="min")]
 
 def save(root: Path, steps: range = range(8), **options: Any) -> None:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Sequential(torch.nn.Linear(3, 2)))
-    with fc.CheckpointManager(root, **{"keep_policy": KEEP, **options}) as manager:
+    first = torch.nn.Linear(4, 3)
+    model = torch.nn.Sequential(first, torch.nn.Sequential(torch.nn.Linear(3, 2)))
+    settings: dict[str, Any] = {"keep_policy": KEEP, **options}
+    with fc.CheckpointManager(root, **settings) as manager:
         for step in steps:
             with torch.no_grad():
-                model[0].weight += 0.1
+                first.weight += 0.1
             config = {"lr": 0.1 if step < 4 else 0.01, "odd": "<i>"}
             items = {"model": fc.Module(model), "config": fc.Json(config)}
             metrics = {"loss": abs(step - 3) + 0.5, STRANGE: math.nan if step == 5 else 1e9 * step}
@@ -201,8 +203,8 @@ def test_chromium_shows_the_page(tmp_path: Path, width: int, scheme: Any) -> Non
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         size = {"width": width, "height": 900}
         shown = browser.new_context(viewport=size, color_scheme=scheme).new_page()
-        shown.on("console", lambda message: said.append(message.text))
-        shown.on("pageerror", lambda error: said.append(str(error)))
+        for kind in ("console", "pageerror", "requestfailed"):
+            shown.on(kind, lambda what: said.append(str(what)))
         shown.on("request", lambda request: requested.append(request.url))
         shown.goto(out.as_uri())
         assert shown.evaluate("document.documentElement.scrollWidth") <= width

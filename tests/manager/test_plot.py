@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ def test_a_plot_shows_kept_and_removed_steps(tmp_path: Path) -> None:
         figure = manager.plot()
         loss, other = (axes for axes in figure.axes if axes.get_title(loc="left"))
         assert [axes.get_title(loc="left") for axes in (loss, other)] == ["loss", "a_$1"]
-        drawn = [list(each.get_xdata()) for each in loss.lines]
+        drawn = [np.asarray(each.get_xdata()).tolist() for each in loss.lines]
         assert drawn == [[0, 1, 2, 3, 4], [0, 1, 3], [2, 4], [4], [2]]
         assert other.get_yscale() == "log"
         assert len(manager.plot("loss").axes) == 1
@@ -46,7 +47,7 @@ class Bars(fc.listeners.ProgressBar):
         self.shown: dict[str, list[tuple[int, int]]] = {}
 
     @contextlib.contextmanager
-    def bar(self, title: str) -> Iterator[Shown]:
+    def bar(self, title: str) -> Generator[Shown]:
         noted = self.shown.setdefault(title, [])
         yield lambda done, total: noted.append((done, total))
         noted.append((-1, -1))  # the end
