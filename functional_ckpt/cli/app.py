@@ -111,7 +111,9 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.print_help()
         return _FAILED
     try:
-        command = importlib.import_module(f"functional_ckpt.cli.{arguments.command}")
+        command = importlib.import_module(
+            f"functional_ckpt.cli.{arguments.command.replace('-', '_')}"
+        )
         return command.run(arguments)
     except BrokenPipeError:
         raise
@@ -134,7 +136,8 @@ def _fail(message: str, code: int) -> int:
 def _parser() -> _Parser:
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--json", action="store_true", help="print JSON, for programs")
-    common.add_argument(
+    prefix = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    prefix.add_argument(
         "--prefix",
         metavar="NAME",
         help="prefix of the steps' names, where a directory holds steps of several ('' for none)",
@@ -155,7 +158,8 @@ def _parser() -> _Parser:
             name,
             help=summary,
             description=f"{summary}. Example: fckpt {name} {example}",
-            parents=[common],
+            parents=[common] if name.startswith("convert") else [common, prefix],
+            aliases=[name.replace("_", "-")] if "_" in name else [],
             epilog=_EXIT_CODES,
         )
 
