@@ -301,7 +301,7 @@ def test_a_rank_that_sees_another_directory(launcher: Launcher) -> None:
         assert "All ranks must use the same directory" in found["text"]
     assert not os.path.exists(job.root + "-of-another-machine")
     assert sorted(os.listdir(job.root)) == [".functional_ckpt", "1"]
-    assert os.listdir(Path(job.root, ".functional_ckpt")) == ["lock"]
+    assert sorted(os.listdir(Path(job.root, ".functional_ckpt"))) == ["history.jsonl", "lock"]
 
 
 def test_a_directory_that_changes_under_one_rank(launcher: Launcher) -> None:

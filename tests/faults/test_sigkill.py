@@ -171,5 +171,5 @@ def check_next_writer(root: Path, steps: list[int]) -> None:
         map(str, steps)
     )
     hidden = root / ".functional_ckpt"
-    assert {path.name for path in hidden.iterdir()} <= {"lock", "trash", "metrics"}
+    assert {path.name for path in hidden.iterdir()} <= {"lock", "trash", "metrics", "history.jsonl"}
     assert not (hidden / "trash").exists() or not list((hidden / "trash").iterdir())
