@@ -242,7 +242,8 @@ def _with_tensors(value: Any, above: set[int]) -> Any:
     above.discard(id(value))
     if all(a is b for a, b in zip(old, new, strict=True)):
         return value
-    return type(value)(zip(value, new, strict=True) if isinstance(value, dict) else new)
+    made: Any = type(value)  # one of _CONTAINERS
+    return made(zip(value, new, strict=True) if isinstance(value, dict) else new)
 
 
 def _refused(content: Any) -> tuple[str, str] | None:
