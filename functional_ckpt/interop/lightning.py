@@ -22,9 +22,9 @@ from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.handlers import PyTree, Rng
 from functional_ckpt.interop import lightning_loops as loops
-from functional_ckpt.interop.generators import set_generators
 from functional_ckpt.interop.lightning_loaders import LOADERS, LoaderPositions, has_stateful_loaders
 from functional_ckpt.interop.lightning_signals import Signals
+from functional_ckpt.interop.trainer_rng import set_generators
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.policies.progress import Progress
 

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from functional_ckpt.interop.generators import is_of_this_many
 from functional_ckpt.interop.lightning_loops import FINISHED, is_storable
-from functional_ckpt.manager import CheckpointManager
+from functional_ckpt.interop.trainer_rng import is_of_this_many
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -110,7 +109,7 @@ class LoaderPositions:
             ]
         return own
 
-    def load(self, manager: CheckpointManager, step: int, checkpoint: dict[str, Any]) -> None:
+    def load(self, manager: Any, step: int, checkpoint: dict[str, Any]) -> None:
         """Puts this process's positions of a step into Lightning's checkpoint.
 
         If another number of processes saved the step, they are those of other data.

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.handlers import Json, Module, Optimizer, Rng, Stateful, classes
-from functional_ckpt.interop.generators import is_of_this_many, set_generators
+from functional_ckpt.interop.trainer_rng import is_of_this_many, set_generators
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.policies.progress import Progress
 
