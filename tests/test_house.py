@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -310,6 +311,20 @@ def test_all_equals_the_public_names() -> None:
     assert sorted(set(fc.__all__)) == sorted(fc.__all__), "a name is listed twice"
     public = {name for name in dir(fc) if not name.startswith("_")}
     assert public == {name for name in fc.__all__ if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("module", ["__init__.py", "interop/__init__.py"])
+def test_type_checkers_see_no_name_that_is_looked_up_when_it_is_used(module: str) -> None:
+    tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
+    hidden = [
+        each
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "not TYPE_CHECKING"
+        for each in node.body
+    ]
+    names = [each.name for each in hidden if isinstance(each, ast.FunctionDef)]
+    visible = [each.name for each in tree.body if isinstance(each, ast.FunctionDef)]
+    assert "__getattr__" in names and "__getattr__" not in visible
 
 
 def test_no_module_stands_in_front_of_a_public_name() -> None:

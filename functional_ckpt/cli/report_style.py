@@ -48,7 +48,8 @@ tr + tr td { border-top: 1px solid var(--faint); }
 .tree { padding: 8px 12px; }
 .tree .row { display: grid; grid-template-columns: minmax(0, 1fr) 78px min(300px, 24vw); gap: 10px;
   align-items: center; padding: 2px 0; }
-.tree .row code { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.tree .row code { padding-bottom: 3px; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
 .tree details > :not(summary) { margin-left: 16px; }
 .tree summary { cursor: pointer; list-style: none; }
 .tree summary::-webkit-details-marker { display: none; }
