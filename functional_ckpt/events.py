@@ -15,8 +15,8 @@ import dataclasses
 import datetime
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, TypeAlias, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from functional_ckpt import errors
 
@@ -45,6 +45,8 @@ class Event:
         seconds: The duration; of `committed`, since `save` was called. None: not measured.
         num_bytes: Bytes of arrays staged or written by this rank, or bytes sent. None: not
             measured.
+        path: The directory of the step; None before it is committed.
+        metrics: The metrics saved with a `committed` step, or None.
         time: The end of the change, UTC.
     """
 
@@ -54,6 +56,8 @@ class Event:
     rank: int = 0
     seconds: float | None = None
     num_bytes: int | None = None
+    path: str | None = None
+    metrics: Mapping[str, Any] | None = None
     time: datetime.datetime = dataclasses.field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC)
     )
@@ -143,6 +147,8 @@ class Events:
         *,
         seconds: float | None = None,
         num_bytes: int | None = None,
+        path: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
         """Notifies every listener, and logs their errors.
 
@@ -159,6 +165,8 @@ class Events:
             rank=self.rank,
             seconds=None if seconds is None else max(0.0, seconds),
             num_bytes=num_bytes,
+            path=path,
+            metrics=metrics,
         )
         interruption = self._call_all(event)
         if interruption is not None and kind == "staged":

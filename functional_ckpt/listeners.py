@@ -1,26 +1,29 @@
-"""Event listeners: absl's log, Prometheus, OpenTelemetry, progress bars.
+"""Event listeners: absl's log, Prometheus, OpenTelemetry, progress bars, trackers.
 
     manager = fc.CheckpointManager("run", on_event=[fc.listeners.absl_log])
 
-Prometheus and OpenTelemetry are the extras of these names, imported when a listener is made.
+Prometheus and OpenTelemetry are the extras of these names, imported when a listener is made;
+wandb and mlflow are those of the user.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from absl import logging as absl_logging
 
 from functional_ckpt import errors
 from functional_ckpt.events import Event, Shown, ShowsBars
 from functional_ckpt.runtime import progress_bars
+from functional_ckpt.storage.paths import is_remote
 
 if TYPE_CHECKING:
     import prometheus_client
     from opentelemetry import metrics, trace
 
-__all__ = ["OpenTelemetry", "ProgressBar", "Prometheus", "absl_log"]
+__all__ = ["MLflow", "OpenTelemetry", "ProgressBar", "Prometheus", "WandB", "absl_log"]
 
 _BUCKETS = (0.001, 0.01, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 
@@ -147,3 +150,98 @@ class OpenTelemetry:
             attributes=attributes,
         )
         span.end(end_ns)
+
+
+def _numbers(event: Event, prefix: str) -> dict[str, float]:
+    """Returns seconds and bytes of an event, and the numbers among a step's metrics."""
+    amounts = {"seconds": event.seconds, "bytes": event.num_bytes}
+    found = {f"{prefix}{event.kind}_{name}": value for name, value in amounts.items()}
+    found |= {f"{prefix}metrics/{name}": value for name, value in (event.metrics or {}).items()}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
+
+def _record(event: Event) -> dict[str, Any]:
+    """Returns a step's address and metrics, as JSON."""
+    return {"step": event.step, "uri": _uri(event), "metrics": dict(event.metrics or {})}
+
+
+def _uri(event: Event) -> str:
+    path = event.path or event.directory
+    return path if is_remote(path) else f"file://{path}"
+
+
+class WandB:
+    """Logs events to a run of Weights & Biases, and each step as an artifact by reference.
+
+    `checkpoint/<kind>_seconds`, `checkpoint/<kind>_bytes` and `checkpoint/metrics/<name>` become
+    part of the run's next row: the steps of the training's own rows do not change. An artifact of
+    the type `checkpoint` names the directory of a committed or uploaded step; no byte of it is read
+    or sent.
+
+    Args:
+        run: The run; None for the process's own. A rank without a run logs nothing.
+        artifacts: Whether steps are artifacts.
+
+    Raises:
+        UsageError: `wandb` is not installed.
+    """
+
+    def __init__(self, run: Any = None, *, artifacts: bool = True) -> None:
+        self._wandb = _imported("wandb", "WandB")
+        self._run = run
+        self._artifacts = artifacts
+
+    def __call__(self, event: Event, /) -> None:
+        """Logs the event."""
+        run = self._wandb.run if self._run is None else self._run
+        if run is None:
+            return
+        run.log({"checkpoint/step": event.step, **_numbers(event, "checkpoint/")}, commit=False)
+        if self._artifacts and event.path is not None:
+            artifact = self._wandb.Artifact(
+                f"checkpoint-{run.id}", type="checkpoint", metadata=_record(event)
+            )
+            artifact.add_reference(_uri(event), name=f"step-{event.step}", checksum=False)
+            run.log_artifact(artifact, aliases=[f"step-{event.step}"])
+
+
+class MLflow:
+    """Logs events to a run of MLflow, and each step's address as a JSON artifact.
+
+    `checkpoint/<kind>_seconds`, `checkpoint/<kind>_bytes` and `checkpoint/metrics/<name>` are
+    metrics at the step's number. The artifact `checkpoints/<step>.json` has the URI and the metrics
+    of a committed or uploaded step; no byte of it is read or sent.
+
+    Args:
+        run_id: The run; None for the active one of this thread. A rank without a run logs nothing.
+        artifacts: Whether addresses are artifacts.
+
+    Raises:
+        UsageError: `mlflow` is not installed.
+    """
+
+    def __init__(self, run_id: str | None = None, *, artifacts: bool = True) -> None:
+        mlflow = _imported("mlflow", "MLflow")
+        active = mlflow.active_run() if run_id is None else None
+        self._run_id = run_id if active is None else active.info.run_id
+        self._client = mlflow.MlflowClient()
+        self._artifacts = artifacts
+
+    def __call__(self, event: Event, /) -> None:
+        """Logs the event."""
+        if self._run_id is None:
+            return
+        for name, value in _numbers(event, "checkpoint/").items():
+            self._client.log_metric(self._run_id, name, value, step=event.step)
+        if self._artifacts and event.path is not None:
+            file = f"checkpoints/{event.step}.json"
+            self._client.log_dict(self._run_id, _record(event), file)
+
+
+def _imported(name: str, listener: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise errors.UsageError(
+            f"fc.listeners.{listener} needs {name}: pip install {name}."
+        ) from error

@@ -28,7 +28,7 @@ from pathlib import Path
 
 PACKAGE = "functional_ckpt"
 
-# Module path (relative to the package, shell pattern) -> floor. The first match counts.
+# Module path (relative to the package, shell pattern with {a,b}) -> floor. The first match counts.
 FLOORS: dict[str, int] = {
     "errors.py": 0,
     "core/arrays/*": 1,
@@ -47,8 +47,7 @@ FLOORS: dict[str, int] = {
     "verify/*": 8,
     "saving/*": 9,
     "restoring/*": 9,
-    "interop/lightning.py": 12,
-    "interop/trainer.py": 12,
+    "interop/{lightning,torchtitan,trainer}.py": 12,
     "interop/*": 10,
     "manager.py": 11,
     "checkpoint.py": 11,
@@ -151,7 +150,8 @@ class Module:
     @property
     def floor(self) -> int | None:
         """Its number in FLOORS."""
-        return next((n for pattern, n in FLOORS.items() if fnmatchcase(self.path, pattern)), None)
+        rows = ((each, n) for row, n in FLOORS.items() for each in _spellings(row))
+        return next((n for pattern, n in rows if fnmatchcase(self.path, pattern)), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -361,12 +361,21 @@ def _first_sentence(doc: str) -> str:
     return " ".join(paragraph.split())
 
 
+def _spellings(row: str) -> list[str]:
+    """Returns the shell patterns that a row of FLOORS means: `{a,b}.py` is `a.py` and `b.py`."""
+    start, brace, rest = row.partition("{")
+    if not brace:
+        return [row]
+    names, _, end = rest.partition("}")
+    return [f"{start}{name}{end}" for name in names.split(",")]
+
+
 def table(root: Path) -> str:
     """Returns FLOORS as Markdown, top down: the number, the row and its docstring."""
     package = root / PACKAGE
     rows = ["| floor | modules | what they do |", "| --- | --- | --- |"]
     for pattern, floor in sorted(FLOORS.items(), key=lambda row: (-row[1], row[0])):
-        home = package / pattern.replace("/*", "/__init__.py").replace("__*__", "__init__")
+        home = package / _spellings(pattern)[0].replace("/*", "/__init__.py").replace("__*__", "__init__")
         doc = ast.get_docstring(ast.parse(home.read_text(encoding="utf-8"))) or ""
         rows.append(f"| {floor} | `{pattern}` | {_first_sentence(doc)} |")
     return "\n".join(rows) + "\n"

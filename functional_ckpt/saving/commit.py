@@ -138,7 +138,7 @@ class StepCommitter:
         if self._coordinator.rank == 0:
             _log.info("step %d committed", step)
             seconds = (outcome["commit_time_ns"] - info.init_time_ns) / 1e9
-            self._steps.emit("committed", step, seconds=seconds)
+            self._steps.emit("committed", step, seconds=seconds, metrics=info.metrics)
             self._retention.log.committed(
                 committed, size_bytes=outcome["size_bytes"], seconds=seconds
             )

@@ -325,11 +325,10 @@ class TierSteps(StepDirectory):
             self.storage.remove(link)
             self.storage.sync(self.root)
 
-    def emit(
-        self, kind: Kind, step: int, *, seconds: float | None = None, num_bytes: int | None = None
-    ) -> None:
-        """Notifies the listeners of an event of a step in this directory."""
-        self.events.tell(kind, step, self.root, seconds=seconds, num_bytes=num_bytes)
+    def emit(self, kind: Kind, step: int, **measured: Any) -> None:
+        """Notifies the listeners of an event of a step in this directory; see `Events.tell`."""
+        path = self.path(step) if kind in ("committed", "uploaded") else None
+        self.events.tell(kind, step, self.root, path=path, **measured)
 
     def prune(self, steps: Sequence[int]) -> dict[int, errors.CheckpointError]:
         """Removes steps that no policy keeps, and notifies the listeners.
