@@ -375,7 +375,8 @@ def table(root: Path) -> str:
     package = root / PACKAGE
     rows = ["| floor | modules | what they do |", "| --- | --- | --- |"]
     for pattern, floor in sorted(FLOORS.items(), key=lambda row: (-row[1], row[0])):
-        home = package / _spellings(pattern)[0].replace("/*", "/__init__.py").replace("__*__", "__init__")
+        first = _spellings(pattern)[0]
+        home = package / first.replace("/*", "/__init__.py").replace("__*__", "__init__")
         doc = ast.get_docstring(ast.parse(home.read_text(encoding="utf-8"))) or ""
         rows.append(f"| {floor} | `{pattern}` | {_first_sentence(doc)} |")
     return "\n".join(rows) + "\n"
