@@ -407,11 +407,9 @@ def test_the_package_is_the_command() -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("fckpt sh", {"show"}),
         ("fckpt prune --dr", {"--dry-run"}),
         ("fckpt show {run} --step ", {"latest", "10", "40", "best:loss", "best:tokens/s"}),
         ("fckpt diff {run} 10 la", {"latest"}),
-        ("fckpt rm {run} 1", {"10"}),
     ],
 )
 def test_shells_complete_commands_options_and_steps(
@@ -432,7 +430,7 @@ def test_every_command_takes_a_uri(tmp_path: Path, call: Any) -> None:
     commands: list[tuple[object, ...]] = [
         *(("ls", run), ("show", run), ("show", f"{run}/40"), ("cat", run, "config.lr")),
         *(("verify", run), ("stats", run), ("rm", run, 10), ("prune", run, "--keep-latest", 2)),
-        *(("export", run, tmp_path / to, "--to", to) for to in ("torch", "dcp")),
+        ("export", run, tmp_path / "torch", "--to", "torch"),
         ("convert", f"{run}/40", tmp_path / "step"),
         ("convert", tmp_path / "torch", f"{run}2"),
         ("diff", f"{run}2", f"{run}2"),
