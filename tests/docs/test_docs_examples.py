@@ -54,6 +54,16 @@ def test_pages_have_examples() -> None:
     assert {"guide.md", "hf_trainer.md", "ema.md"} <= {page.name for page in PAGES}
 
 
+def test_fences_have_a_form_that_the_site_renders() -> None:
+    form = re.compile(r"\w*|\{\.\w+( \.[\w-]+)*\}")
+    for path in (ROOT / "docs").rglob("*.md"):
+        fences = map(FENCE.match, path.read_text(encoding="utf-8").splitlines())
+        wrong = [
+            fence[0] for fence in fences if fence and not form.fullmatch(fence["info"].strip())
+        ]
+        assert wrong == [], path
+
+
 def test_blocks_are_found_by_their_fence() -> None:
     text = """\
 ```python
