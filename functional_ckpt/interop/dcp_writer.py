@@ -90,6 +90,7 @@ class Writer(StorageWriter):
         self._release: weakref.finalize[..., Any] | None = None
         self._start_ns = 0
         self._shared: _Shared | None = None
+        self._place: tuple[Storage, str] | None = None
         self._paths: dict[str, dcp_layout.Path] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,7 +122,10 @@ class Writer(StorageWriter):
                 "step in part. Save with collectives."
             )
         self._rank = kwargs.get("rank", 0)
-        storage, final = self._connect()
+        if self.checkpoint_id is None:
+            raise errors.UsageError("Where to? Give Writer(path), or checkpoint_id= to the save.")
+        # Once a save: a store knows its claim by the connection that made it.
+        self._place = storage, final = connect(self.checkpoint_id)
         if is_coordinator:
             self._start_ns = time.time_ns()
             check_free(storage, final, overwrite=self._overwrite)
@@ -134,7 +138,7 @@ class Writer(StorageWriter):
         """Creates the temporary directory, and chooses the items and the chunks."""
         if not all(plan.usable for plan in plans):
             raise _cached()
-        storage, final = self._connect()
+        storage, final = self._connected()
         self._remove_claim()
         claim = contextlib.ExitStack()
         self._release = weakref.finalize(self, claim.close)
@@ -166,7 +170,7 @@ class Writer(StorageWriter):
         if getattr(planner, "_enable_plan_caching", False) or not isinstance(shared, _Shared):
             raise _cached()
         memory.check_no_fake_mode()
-        storage, final = self._connect()
+        storage, final = self._connected()
         tmp = os.path.join(os.path.dirname(final), shared.directory)
         if self._rank:
             is_tmp = commit.TMP_SUFFIX in shared.directory
@@ -197,10 +201,16 @@ class Writer(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Writes the records, makes the step durable and publishes it."""
+        try:
+            self._publish(metadata, results)
+        finally:
+            self._remove_claim()
+
+    def _publish(self, metadata: Metadata, results: Sequence[Sequence[WriteResult]]) -> None:
         shared = self._shared
         if shared is None:
             raise errors.UsageError("Writer.finish() was called before prepare_global_plan().")
-        storage, final = self._connect()
+        storage, final = self._connected()
         tmp = os.path.join(os.path.dirname(final), shared.directory)
         reports: list[_Report] = [each[0].storage_data for each in results]
         roots, layout = _roots(metadata, reports, shared.layout, self._paths)
@@ -228,17 +238,16 @@ class Writer(StorageWriter):
         )
         commits = commit.protocol(storage, os.path.dirname(final))
         commits.publish_claim(tmp, final, overwrite=self._overwrite)
-        self._remove_claim()
 
     def _remove_claim(self) -> None:
         """Removes the temporary directory of a save that was not published."""
         if self._release is not None:
             self._release()
 
-    def _connect(self) -> tuple[Storage, str]:
-        if self.checkpoint_id is None:
-            raise errors.UsageError("Where to? Give Writer(path), or checkpoint_id= to the save.")
-        return connect(self.checkpoint_id)
+    def _connected(self) -> tuple[Storage, str]:
+        if self._place is None:
+            raise errors.UsageError("set_up_storage_writer() was not called.")
+        return self._place
 
 
 def _cached() -> errors.UsageError:

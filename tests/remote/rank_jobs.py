@@ -79,3 +79,18 @@ def roll_back(
         after_discard = manager.all_steps()
         save(20)
     return after_save, latest, after_discard, error
+
+
+def save_state_dict(environ: Mapping[str, str], path: str) -> bool:
+    """Saves a sharded tensor with PyTorch's API; whether other shards of it are loaded."""
+    import torch.distributed.checkpoint as dcp
+
+    from functional_ckpt.interop.dcp import Reader, Writer
+
+    os.environ.update(environ)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    full = torch.arange(35.0).view(7, 5)
+    dcp.save({"x": {"w": distribute_tensor(full, mesh, [Shard(0)])}}, storage_writer=Writer(path))
+    wanted = distribute_tensor(torch.zeros(7, 5), mesh, [Shard(1)])
+    dcp.load({"x": {"w": wanted}}, storage_reader=Reader(path))
+    return torch.equal(wanted.full_tensor(), full)
