@@ -237,7 +237,10 @@ def run_loaders(root: Path, loader: str, policy: str) -> tuple[Module, Module]:
         torch.manual_seed(11)  # loaders draw seeds when they are made
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         how: dict[str, Any] = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
-        return fit(io, root, loader=LOADERS[loader](), more=more, **how)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, by Lightning's CombinedLoader
+            made = LOADERS[loader]()
+        return fit(io, root, loader=made, more=more, **how)
 
     whole = train("whole")
     with contextlib.suppress(StopHereError):
