@@ -115,25 +115,29 @@ def _write(
     """
     commits = commit.protocol(storage, os.path.dirname(final))
     with contextlib.ExitStack() as cleanup:
-        tmp, digests = write.begin(
+        begun = write.begin(
             group,
             f"starting to save {final}",
             planning.items,
             os.path.dirname(final),
             lambda: cleanup.enter_context(commits.claimed(final)),
+            has_token=storage.objects is not None,
         )
+        tmp = begun.tmp
         reports: dict[int, write.RankReport] = {}
 
         def finish(_: Sequence[bytes]) -> bytes:
-            every = write.every_report(storage, tmp, reports[0], group.num_ranks)
-            finalize.finalize(storage, tmp, planning.items, every, info, time.time_ns())
+            every = write.every_report(storage, begun, reports[0], group.num_ranks)
+            finalize.finalize(
+                storage, tmp, planning.items, every, info, time.time_ns(), begun.token
+            )
             published.append(tmp)
             commits.publish_claim(tmp, final, overwrite=overwrite)
             return b""
 
         with collective(group, f"saving {final}", finish):
             staged = stage.Stager(Blocking()).stage(planning.items, planning.plan, None)
-            reports[group.rank] = write.write_part(storage, tmp, staged.items, group, digests)
+            reports[group.rank] = write.write_part(storage, begun, staged.items, group)
 
 
 def restore(

@@ -17,11 +17,10 @@ import tensorstore as ts
 from functional_ckpt import errors
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.format.ocdbt import MANIFEST
-from functional_ckpt.format.step_files import check_content
+from functional_ckpt.format.process import check_process
+from functional_ckpt.format.step_files import read_manifest
 from functional_ckpt.format.tuning import TREE_CACHE_BYTES
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.paths import check_arrays_path
-from functional_ckpt.storage.queries import read_optional
 
 # TensorStore's statuses are raised as the nearest Python errors.
 REFUSALS = (
@@ -44,25 +43,6 @@ _STATUSES = {
 NO_CACHE = {"total_bytes_limit": 0}
 # Every open makes a context of its own: databases opened through one context share a cache, which
 # would remember a deleted or overwritten step.
-
-
-_user_pid: int | None = None
-
-
-def check_process() -> None:
-    """Refuses to use TensorStore where it would abort the process.
-
-    Raises:
-        ForkedError: This process was forked from one that had used TensorStore.
-    """
-    global _user_pid
-    if _user_pid is None:
-        _user_pid = os.getpid()
-    if _user_pid != os.getpid():
-        raise errors.ForkedError(
-            "This process was forked from one that had saved or restored a checkpoint, and cannot "
-            "do so itself; start it with the spawn method, or save and restore in the parent."
-        )
 
 
 def read_context(storage: Storage) -> Any:
@@ -103,25 +83,6 @@ def open_for_reading(
         return Database(storage, directory, store, context)
     except REFUSALS as error:
         raise _read_error(storage, directory, MANIFEST, error) from error
-
-
-def read_manifest(storage: Storage, directory: str, expected: FileRecord | None) -> bytes:
-    """Returns the manifest of an item's database.
-
-    Raises:
-        CorruptCheckpointError: There is none, or it is not the recorded one.
-    """
-    check_arrays_path(f"/{os.path.basename(directory)}")
-    path = os.path.join(directory, MANIFEST)
-    data = read_optional(storage, path)
-    if data is None:
-        raise errors.CorruptCheckpointError(
-            f"{directory}: {MANIFEST} is missing; the item's arrays cannot be found.",
-            path=directory,
-        )
-    if expected is not None:
-        check_content(path, data, expected)
-    return data
 
 
 def read_error(database: Database, what: str, error: Exception) -> errors.CheckpointError:

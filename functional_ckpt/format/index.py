@@ -11,33 +11,21 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
-
-import tensorstore as ts
+from typing import NamedTuple
 
 from functional_ckpt import errors
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.core.tree.structure import key_prefix
-from functional_ckpt.format.database import (
-    REFUSALS,
-    Database,
-    check_process,
-    open_files_for_reading,
-    read_error,
-    read_manifest,
-)
 from functional_ckpt.format.node_tree import DamagedNode, Fetch, Leaf, NodeTree
-from functional_ckpt.format.ocdbt import MANIFEST, Root, Span
+from functional_ckpt.format.ocdbt import MANIFEST, Span
 from functional_ckpt.format.ocdbt_decode import (
     INLINE,
     DecodedNode,
     InvalidNodeError,
     decode_manifest,
     decode_node,
-    dump_location,
-    from_dump,
-    root_of_dump,
 )
+from functional_ckpt.format.process import check_process
 from functional_ckpt.format.read_plan import (
     Batch,
     Located,
@@ -46,6 +34,7 @@ from functional_ckpt.format.read_plan import (
     adjacent,
     plan_reads,
 )
+from functional_ckpt.format.step_files import read_manifest, truncated
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.system_errors import absence_as_damage
 
@@ -223,8 +212,9 @@ def open_tree(
     manifest = read_manifest(storage, directory, (files or {}).get(MANIFEST))
     root = decode_manifest(manifest)
     if root is None:
-        database = open_files_for_reading(directory, storage)
-        root, fetch = _dumped_root(database), _dumped(database)
+        from functional_ckpt.format import tensorstore_index
+
+        root, fetch = tensorstore_index.dumped(storage, directory)
     else:
         fetch = _decoded(read_spans)
     return NodeTree(directory, fetch, root, skips_damage=skips_damage)
@@ -251,30 +241,6 @@ def _decode(data: bytes | errors.CheckpointError) -> DecodedNode | Exception:
         return error
 
 
-def _dumped_root(database: Database) -> Root | None:
-    try:
-        return root_of_dump(ts.ocdbt.dump(database.store).result())
-    except (*REFUSALS, IndexError) as error:
-        raise read_error(database, MANIFEST, error) from error
-
-
-def _dumped(database: Database) -> Fetch:
-    """Returns a reader of nodes that TensorStore wrote."""
-
-    def fetch(spans: Sequence[Span]) -> list[DecodedNode | Exception]:
-        dumps = [ts.ocdbt.dump(database.store, dump_location(span)) for span in spans]
-        return [_undump(database, span, dump) for span, dump in zip(spans, dumps, strict=True)]
-
-    return fetch
-
-
-def _undump(database: Database, span: Span, dump: Any) -> DecodedNode | Exception:
-    try:
-        return from_dump(dump.result())
-    except REFUSALS as error:
-        return read_error(database, f"the index node at byte {span.offset} of {span.file!r}", error)
-
-
 # ------------------------------------------------------------------------------------ spans
 
 
@@ -288,7 +254,9 @@ def span_of(files: Sequence[str], run: Sequence[Located]) -> Span:
 def span_reader(storage: Storage, directory: str) -> _ReadSpans:
     """Returns a reader of parts of an item's data files: of many at a time from a store."""
     if storage.objects is not None:
-        return _remote_spans(open_files_for_reading(directory, storage))
+        from functional_ckpt.format import database, tensorstore_index
+
+        return tensorstore_index.read_spans(database.open_files_for_reading(directory, storage))
 
     def read(spans: Sequence[Span]) -> list[bytes | errors.CheckpointError]:
         return [_read_local(storage, directory, span) for span in spans]
@@ -303,37 +271,4 @@ def _read_local(storage: Storage, directory: str, span: Span) -> bytes | errors.
             data = storage.read(path, span.offset, span.length)
     except errors.CheckpointError as error:
         return error
-    return data if len(data) == span.length else _truncated(path, span)
-
-
-def _remote_spans(database: Database) -> _ReadSpans:
-    def read(spans: Sequence[Span]) -> list[bytes | errors.CheckpointError]:
-        futures = [
-            database.store.read(span.file, byte_range=slice(span.offset, span.offset + span.length))
-            for span in spans
-        ]
-        return [
-            _read_remote(database, span, future)
-            for span, future in zip(spans, futures, strict=True)
-        ]
-
-    return read
-
-
-def _read_remote(database: Database, span: Span, future: Any) -> bytes | errors.CheckpointError:
-    try:
-        result = future.result()
-    except REFUSALS as error:
-        return read_error(database, repr(span.file), error)
-    path = os.path.join(database.directory, span.file)
-    if result.state != "value":
-        return errors.CorruptCheckpointError(f"{path}: the file is missing.", path=path)
-    return result.value if len(result.value) == span.length else _truncated(path, span)
-
-
-def _truncated(path: str, span: Span) -> errors.CorruptCheckpointError:
-    return errors.CorruptCheckpointError(
-        f"{path}: {span.length:,} bytes at byte {span.offset:,} cannot be read: the file is "
-        "truncated.",
-        path=path,
-    )
+    return data if len(data) == span.length else truncated(path, span.offset, span.length)

@@ -14,9 +14,11 @@ from typing import Any
 from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.records.records import parse_json, parse_object
+from functional_ckpt.format.ocdbt import MANIFEST
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.storage import local_files
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.paths import check_arrays_path
 from functional_ckpt.storage.queries import read_optional
 
 JSON_FILE = "metadata"
@@ -37,6 +39,33 @@ def check_content(
             path=path,
             step=step,
         )
+
+
+def truncated(path: str, offset: int, length: int) -> errors.CorruptCheckpointError:
+    """Returns the error of a data file that ends before bytes that it must have."""
+    return errors.CorruptCheckpointError(
+        f"{path}: {length:,} bytes at byte {offset:,} cannot be read: the file is truncated.",
+        path=path,
+    )
+
+
+def read_manifest(storage: Storage, directory: str, expected: records.FileRecord | None) -> bytes:
+    """Returns the manifest of an item's database.
+
+    Raises:
+        CorruptCheckpointError: There is none, or it is not the recorded one.
+    """
+    check_arrays_path(f"/{os.path.basename(directory)}")
+    path = os.path.join(directory, MANIFEST)
+    data = read_optional(storage, path)
+    if data is None:
+        raise errors.CorruptCheckpointError(
+            f"{directory}: {MANIFEST} is missing; the item's arrays cannot be found.",
+            path=directory,
+        )
+    if expected is not None:
+        check_content(path, data, expected)
+    return data
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from functional_ckpt.core.arrays.spec import Array, ArraySpec, Box
 from functional_ckpt.core.files.file_plan import FilePlan, stored_chunks
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.format.data_file import DataFile
-from functional_ckpt.format.database import check_process
+from functional_ckpt.format.process import check_process
 from functional_ckpt.format.tuning import NUM_THREADS, QUICK_BYTES, STEP_BYTES
 from functional_ckpt.runtime.threads import gc_paused, run_in_threads
 from functional_ckpt.storage.base import Storage
@@ -99,6 +98,7 @@ def write_files(
     writes: Sequence[ArrayWrite],
     *,
     num_threads: int = NUM_THREADS,
+    token: str = "",
 ) -> Written:
     """Writes data files; nothing is durable yet.
 
@@ -108,6 +108,7 @@ def write_files(
         plans: The files.
         writes: Their members, file by file and in the order of each.
         num_threads: How many are busy, each with a file of its own.
+        token: Makes the names those of one save; see `new_name`.
 
     Raises:
         StorageError: The store refused.
@@ -116,7 +117,7 @@ def write_files(
     rest = iter(writes)
     parts: list[_Part] = []
     for plan in plans:
-        name = new_name(storage, plan.name)
+        name = new_name(plan.name, token)
         path = os.path.join(item_directory, name)
         parts.append(_Part(name, path, plan, [next(rest) for _ in plan.members]))
     # A caller may be waiting until live memory is copied.
@@ -133,15 +134,13 @@ def write_files(
     )
 
 
-def new_name(storage: Storage, name: str) -> str:
-    """Returns the name of a file of this save.
+def new_name(name: str, token: str) -> str:
+    """Returns the name of a file of one save, with its token before the suffix, if it has one.
 
     A store has no temporary directories: a suspended writer must not hit the objects of the next.
     """
-    if storage.objects is None:
-        return name
     stem, dot, suffix = name.rpartition(".")
-    return f"{stem}-{uuid.uuid4().hex[:12]}{dot}{suffix}"
+    return f"{stem}-{token}{dot}{suffix}" if token else name
 
 
 def _is_awaited(part: _Part) -> bool:

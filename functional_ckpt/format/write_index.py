@@ -65,6 +65,7 @@ def write_index(
     arrays: Iterable[IndexedArray],
     scalars: Scalars,
     digests: str = "",
+    token: str = "",
 ) -> tuple[dict[str, FileRecord], DigestTable | None]:
     """Writes the index of an item; returns the records of its files, and the table of digests.
 
@@ -75,6 +76,7 @@ def write_index(
         arrays: Every array, under each name.
         scalars: Arrays of one chunk, given by value: name, spec, value.
         digests: The content of a table of digests; empty for none.
+        token: Makes the name that of one save; see `new_name`.
 
     Raises:
         StorageError: The store refused.
@@ -102,7 +104,7 @@ def write_index(
         small.append((prefix + orbax.only_chunk(spec).encode(), data))
     if not small:
         return {}, None
-    name = new_name(storage, INDEX)
+    name = new_name(INDEX, token)
     places: dict[bytes, int] = {}
     num_bytes = _ENTRY_BYTES * (len(entries.keys) + len(small)) + len(digests) // 2
     path = os.path.join(item_directory, name)

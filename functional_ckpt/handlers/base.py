@@ -16,6 +16,7 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree import containers
+from functional_ckpt.handlers.hub_config import Hub
 
 _Kind = TypeVar("_Kind", bound="type[Item]")
 _MAX_CHARS = 60
@@ -70,10 +71,12 @@ class Handler(abc.ABC):
         """The tree that leaves are taken from which a restore leaves alone: `lower(value)`."""
         return self.lower(value)
 
-    def hub_files(self, value: Any) -> Mapping[str, str] | None:
-        """Returns files to write beside the arrays of a model; None for any other value.
+    def hub(self, value: Any, tree: Any) -> Hub | None:
+        """Returns how the directory of a model is one of the Hugging Face hub; None for others.
 
-        The directory of a model is one of the Hugging Face hub: these are its configuration.
+        Args:
+            value: The value.
+            tree: Its leaves, from `lower`.
         """
         return None
 

@@ -18,6 +18,7 @@ from functional_ckpt.core.tree import memory, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED, Fill
 from functional_ckpt.handlers import hub_config, module_metadata, module_names
 from functional_ckpt.handlers.base import Handler, Item, item_class
+from functional_ckpt.handlers.hub_config import Hub
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +76,9 @@ class ModuleHandler(Handler):
         metadata = module_metadata.stored(saved)
         return structure.Described(wanted, metadata) if metadata else wanted
 
-    def hub_files(self, value: Any) -> Mapping[str, str] | None:
-        """Returns the configuration that a module of transformers brings."""
-        return hub_config.files_of(value) if self.only is None else None
+    def hub(self, value: Any, tree: Any) -> Hub | None:
+        """Returns configuration and names of a module of transformers."""
+        return hub_config.hub_of(value, tree) if self.only is None else None
 
     def first_rank_leaves(self, value: Any) -> Mapping[str, bool]:
         """Buffers that DDP broadcasts from the first rank; the statistics of batch norm."""

@@ -87,7 +87,7 @@ def save(
         UsageError: An existing directory has other files, which would be lost.
         UnsupportedLeafError: Something cannot be written; nothing was.
     """
-    tied = _tied_names(model)
+    tied = hub_config.tied_targets(model)
     texts = {} if config is not None else hub_config.files_of(model)
     given = weights.of_value(model, keep=lambda name: name not in tied)
     options = _Options.of(max_shard_size, key_prefix, variant, format)
@@ -239,12 +239,6 @@ def _write_shard(given: Weights, names: Sequence[str], path: str, options: _Opti
 def _is_part(tensor: torch.Tensor) -> bool:
     # torch.save writes the entire storage that a tensor is a view of
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-
-
-def _tied_names(model: Any) -> frozenset[str]:
-    """The names that a transformers model says it ties to another parameter, and does not save."""
-    found: Any = getattr(model, "all_tied_weights_keys", None)
-    return frozenset(found or getattr(model, "_tied_weights_keys", None) or ())
 
 
 # ------------------------------------------------------------------------------------------ reading

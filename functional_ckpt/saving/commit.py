@@ -13,7 +13,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from functional_ckpt import errors
@@ -54,7 +54,7 @@ class _Attempt:
 
     Attributes:
         is_last: Whether no other attempt follows.
-        tmp: The directory that is written.
+        begun: The directory that is written.
         report: The report of this rank.
         is_publishing: On the primary, whether the step may be visible.
         failure: The error after which writing may succeed a second time.
@@ -62,7 +62,7 @@ class _Attempt:
     """
 
     is_last: bool
-    tmp: str = ""
+    begun: write.Begun = dataclasses.field(init=False)
     report: write.RankReport = dataclasses.field(default_factory=dict[str, write.ItemReport])
     is_publishing: bool = False
     failure: Exception | None = None
@@ -158,7 +158,7 @@ class StepCommitter:
         if "retries" not in attempt.verdict:
             return attempt.verdict
         if self._coordinator.rank == 0:
-            self._abandon(attempt.tmp)
+            self._abandon(attempt.begun.tmp)
         self._steps.forget(attempt.verdict["removed"])
         if not attempt.verdict["retries"]:
             with collective(self._coordinator, f"writing step {save.step}"):
@@ -173,13 +173,14 @@ class StepCommitter:
         group = self._coordinator
         create = functools.partial(self._create, save)
         what, root = _starting(save.step), self._steps.root
-        attempt.tmp, digests = write.begin(group, what, save.lowered, root, create)
+        has_token = self._storage.objects is not None or self._steps.has_stores
+        attempt.begun = write.begin(group, what, save.lowered, root, create, has_token=has_token)
         combine = functools.partial(self._finish_or_retry, save, attempt)
         try:
             with collective(group, f"writing step {save.step}", combine) as turn:
                 turn.value = _LIVE if save.staged.blocks_caller else b""
                 try:
-                    attempt.report = self._write_own(save, attempt.tmp, digests)
+                    attempt.report = self._write_own(save, attempt.begun)
                 except Exception as error:
                     state = self._state_of(error)
                     if attempt.is_last or turn.value == _LIVE or not state:
@@ -187,7 +188,7 @@ class StepCommitter:
                     attempt.failure, turn.value = error, state
         except BaseException:
             if group.rank == 0:
-                self._abandon(attempt.tmp)
+                self._abandon(attempt.begun.tmp)
             raise
         attempt.verdict = json.loads(turn.outcome)
         return attempt
@@ -228,14 +229,14 @@ class StepCommitter:
         _log.warning("%s is full: removed %s", self._steps.root, steps or "nothing")
         return steps
 
-    def _write_own(self, save: Save, tmp: str, digests: Mapping[str, str]) -> write.RankReport:
+    def _write_own(self, save: Save, begun: write.Begun) -> write.RankReport:
         """Writes this rank's part, and its report where the primary finds it."""
         staged = save.staged
         started = time.monotonic()
         num_threads = NUM_THREADS if staged.blocks_caller else self._num_threads
         with self._steps.events.bar(f"saving step {save.step}"):
             report = write.write_part(
-                self._storage, tmp, staged.items, self._coordinator, digests, num_threads
+                self._storage, begun, staged.items, self._coordinator, num_threads
             )
         if staged.is_interrupted:
             raise errors.SaveError(
@@ -264,11 +265,12 @@ class StepCommitter:
 
     def _finish(self, save: Save, attempt: _Attempt) -> bytes:
         """On the primary: finalizes and publishes; the step is committed when this returns."""
-        commit_time_ns, info, tmp = time.time_ns(), save.info, attempt.tmp
+        commit_time_ns, info, begun = time.time_ns(), save.info, attempt.begun
+        tmp = begun.tmp
         num_ranks = self._coordinator.num_ranks
-        reports = write.every_report(self._storage, tmp, attempt.report, num_ranks)
+        reports = write.every_report(self._storage, begun, attempt.report, num_ranks)
         size_bytes = finalize.finalize(
-            self._storage, tmp, save.lowered, reports, info, commit_time_ns
+            self._storage, tmp, save.lowered, reports, info, commit_time_ns, begun.token
         )
         final = commit.final_path(tmp)
         if save.is_repeat and finalize.is_same(self._storage, tmp, final):

@@ -57,10 +57,12 @@ def finalize(
     reports: Sequence[RankReport],
     info: CheckpointInfo,
     commit_time_ns: int,
+    token: str = "",
 ) -> int:
     """Merges, writes every record, and makes `directory` durable; returns its size in bytes.
 
-    The directory holds the chunks of all ranks; their reports are in order of rank.
+    The directory holds the chunks of all ranks; their reports are in order of rank. With a token
+    the names of indexes are those of this save.
     """
     size_bytes = 0
     names: dict[str, str] = {}
@@ -74,7 +76,7 @@ def finalize(
             with threads.gc_paused():
                 own = [report[item.name] for report in reports]
                 path = os.path.join(directory, item.name)
-                record = _finalize_item(storage, path, item, item.root, own)
+                record = _finalize_item(storage, path, item, item.root, own, token)
                 text = record.to_json()
             of_items += [f"{item.name}/{name}" for name in record.files]
             size_bytes += sum(file.size_bytes for file in record.files.values())
@@ -168,6 +170,7 @@ def _finalize_item(
     item: LoweredItem,
     root: structure.Node,
     reports: Sequence[ItemReport],
+    token: str,
 ) -> records.ItemRecord:
     """Completes one tree item but for its record, which is returned."""
     parts = [(rank, report.root or root) for rank, report in enumerate(reports)]
@@ -190,6 +193,7 @@ def _finalize_item(
         arrays,
         tuple(orbax.scalar_leaves(merged)),
         "".join(digests.values()) if in_table else "",
+        token,
     )
     known |= files
     texts = {orbax.TREE_METADATA_FILE: orbax.tree_metadata(merged)}
@@ -205,7 +209,7 @@ def _finalize_item(
             array.name: records.ArrayRecord(array.grid.chunk_shape, digests[array.name])
             for array in own
         },
-        files=_describe(storage, path, known),
+        files=dict(sorted(known.items())),
         table=table,
     )
 
@@ -297,28 +301,19 @@ def _hub_files(
     is_complete = len(boxes) == len(arrays) and all(
         box.box.shape == array.spec.shape for box, array in zip(boxes, arrays, strict=True)
     )
-    if item.file_stem != "model" or not is_complete:
+    if not is_complete:
         return {}
     texts = {name: text.encode() for name, text in item.texts.items()}
+    if item.file_stem != "model":
+        return texts
     files = set(filter(is_tensors, data_files))
     if files and files != {f"{item.file_stem}.safetensors"}:
         own = [box for box in boxes if box.is_tensor]
         index = {
             "metadata": {"total_size": sum(a.spec.size_bytes for a in arrays)},
-            "weight_map": {box.name: box.file for box in sorted(own, key=lambda box: box.name)},
+            "weight_map": dict(
+                sorted((item.stored_names.get(box.name, box.name), box.file) for box in own)
+            ),
         }
         texts["model.safetensors.index.json"] = (json.dumps(index, indent=2) + "\n").encode()
     return texts
-
-
-def _describe(
-    storage: Storage, path: str, known: Mapping[str, records.FileRecord]
-) -> dict[str, records.FileRecord]:
-    """Returns the records of an item's files; unknown files are read.
-
-    A reported file counts even if a listing lacks it: then syncing it fails.
-    """
-    return {
-        name: known.get(name) or storage.checksum(os.path.join(path, name))
-        for name in sorted({*known, *storage.walk(path)})
-    }

@@ -51,6 +51,7 @@ class LoweredItem:
         text: The text of a JSON item; None for a tree.
         file_stem: The start of the names of its data files.
         texts: Small files to write beside them, by name.
+        stored_names: Leaf -> its name in files of complete arrays, where that is another one.
         sources: Its arrays.
         tied: Leaves that share the bytes of one of these.
         scalars: Name, spec and value of the plain numbers, which Orbax reads as arrays.
@@ -68,6 +69,7 @@ class LoweredItem:
     text: bytes | None = None
     file_stem: str = "data"
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    stored_names: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     sources: tuple[Source, ...] = ()
     tied: tuple[structure.ArrayNode, ...] = ()
     scalars: tuple[tuple[str, ArraySpec, object], ...] = ()
@@ -138,13 +140,15 @@ def _lower_item(
             "fc.Stateful(value, per_rank=False), or save tensor.to_local()",
             key_path=name,
         )
-    hub_files = item.handler.hub_files(item.value)
+    hub = item.handler.hub(item.value, lowered)
+    tied = {leaf.name: leaf.tied_to for leaf in flat.tied if leaf.tied_to is not None}
     return LoweredItem(
         name=name,
         handler=kind,
         root=flat.root,
-        file_stem="data" if hub_files is None else "model",
-        texts=hub_files or {},
+        file_stem="data" if hub is None or not hub.has_tensors else "model",
+        texts={} if hub is None else hub.texts,
+        stored_names={} if hub is None else hub.stored_names(tied),
         sources=sources,
         tied=flat.tied,
         scalars=tuple(orbax.scalar_leaves(flat.root)),

@@ -273,6 +273,8 @@ def _signature(items: Sequence[LoweredItem], *, with_trees: bool) -> str:
             ],
             [name for name, _, _ in item.scalars],
             sorted(item.first_rank.items()),
+            sorted(item.stored_names.items()),
+            [(leaf.name, leaf.tied_to) for leaf in item.tied],
             _skeleton(item.root) if with_trees and item.root is not None else None,
         )
         for item in items
@@ -360,13 +362,19 @@ def _plan_files(
         ranks: All ranks, each of which has every array entirely; None where one lacks a part.
     """
     held: dict[int, list[tuple[int, PlannedPiece, StoredBox]]] = {}
+    names = {} if ranks is None else item.stored_names
     for number, (source, array) in enumerate(zip(item.sources, arrays, strict=True)):
         node = source.node
         is_tensor = array.is_tensor and "dtype" not in node.detail
         for piece in array.pieces:
-            box = StoredBox(node.name, node.spec, piece.box, array.grid, is_tensor)
+            name = names.get(node.name, node.name)
+            box = StoredBox(name, node.spec, piece.box, array.grid, is_tensor)
             held.setdefault(piece.rank, []).append((number, piece, box))
-    tied = {leaf.name: leaf.tied_to for leaf in item.tied if leaf.tied_to is not None}
+    tied = {
+        names.get(leaf.name, leaf.name): names.get(leaf.tied_to, leaf.tied_to)
+        for leaf in item.tied
+        if leaf.tied_to is not None
+    }
     planned = {
         each: file_plan.plan_files(
             [box for _, _, box in held.get(each, ())],

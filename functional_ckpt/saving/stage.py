@@ -7,7 +7,7 @@ import mmap
 import threading
 from collections.abc import Sequence
 
-from functional_ckpt.format import database
+from functional_ckpt.format import process
 from functional_ckpt.format.write_files import ArrayWrite
 from functional_ckpt.runtime import threads
 from functional_ckpt.runtime.fence import Fence
@@ -115,7 +115,7 @@ class Stager:
 
     def stage(self, items: Sequence[LoweredItem], plan: SavePlan, step: int | None) -> Staged:
         """Copies this rank's part, or prepares to copy or read it later."""
-        database.check_process()
+        process.check_process()
         staging = self._staging
         with threads.gc_paused():
             parts = [list(parts_lib.parts_of(item, plan[item.name])) for item in items]

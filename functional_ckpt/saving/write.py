@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import records, structure_json
@@ -69,12 +70,28 @@ RankReport: TypeAlias = Mapping[str, ItemReport]
 """One rank's part of a checkpoint: tree item -> its report."""
 
 
+class Begun(NamedTuple):
+    """One attempt to write a checkpoint, the same on all ranks.
+
+    Attributes:
+        tmp: The directory, which the primary has created.
+        digests: The digest of each item's structure on the primary; an equal one is not reported.
+        id: Unique to the attempt: a directory of an object store may be that of an earlier one,
+            to which a suspended rank may still write.
+        token: In the names of data files that may get into an object store; else empty.
+    """
+
+    tmp: str
+    digests: Mapping[str, str]
+    id: str
+    token: str
+
+
 def write_part(
     storage: Storage,
-    tmp: str,
+    begun: Begun,
     items: Sequence[StagedItem],
     group: Coordinator,
-    known: Mapping[str, str],
     num_threads: int = NUM_THREADS,
 ) -> RankReport:
     """Writes this rank's regions of every item; nothing is durable yet.
@@ -83,12 +100,12 @@ def write_part(
 
     Args:
         storage: The file system.
-        tmp: The checkpoint, which the primary has created.
+        begun: The attempt.
         items: What to write.
         group: The ranks.
-        known: The digest of each item's structure on the primary; an equal one is not reported.
         num_threads: How many threads write at a time.
     """
+    tmp = begun.tmp
     if group.rank:
         is_tmp = commit.TMP_SUFFIX in os.path.basename(tmp)
         commit.check_visible(storage, tmp if is_tmp else commit.tmp_path(tmp), group.rank)
@@ -100,13 +117,15 @@ def write_part(
         path = os.path.join(tmp, name)
         # Never the parents: a directory that was moved away meanwhile must not come back.
         storage.make_directory(path, parents=False)
-        written = write_files(storage, path, item.files, item.writes, num_threads=num_threads)
-        is_known = group.rank > 0 and known.get(name) == _root_digest(root)
+        written = write_files(
+            storage, path, item.files, item.writes, num_threads=num_threads, token=begun.token
+        )
+        is_known = group.rank > 0 and begun.digests.get(name) == _root_digest(root)
         report[name] = ItemReport(
             regions=written.boxes, files=written.files, root=None if is_known else root
         )
     if group.rank:
-        write_report(storage, tmp, group.rank, report)
+        write_report(storage, begun, group.rank, report)
     return report
 
 
@@ -116,11 +135,14 @@ def begin(
     items: Sequence[LoweredItem],
     root: str,
     create: Callable[[], str],
-) -> tuple[str, dict[str, str]]:
-    """Starts writing on all ranks; returns the directory and the digests of its structures.
+    *,
+    has_token: bool,
+) -> Begun:
+    """Starts writing on all ranks.
 
     The directory's name is the primary's: clocks of ranks may differ. `create` runs on the primary:
-    it creates the temporary directory and returns its path.
+    it creates the temporary directory and returns its path. With `has_token`, names of data files
+    are those of this attempt.
     """
 
     def on_primary(_: Sequence[bytes]) -> bytes:
@@ -128,18 +150,21 @@ def begin(
         known: dict[str, str] = {}
         if group.num_ranks > 1:
             known = {item.name: _root_digest(item.root) for item in items if item.root is not None}
-        return json.dumps({"directory": name, "digests": known}).encode()
+        own = uuid.uuid4().hex[:12]
+        return json.dumps([name, known, own, own if has_token else ""]).encode()
 
-    begun = json.loads(group.gather_broadcast(what, b"", on_primary))
-    return os.path.join(root, begun["directory"]), begun["digests"]
+    name, *others = json.loads(group.gather_broadcast(what, b"", on_primary))
+    return Begun(os.path.join(root, name), *others)
 
 
-def every_report(storage: Storage, tmp: str, own: RankReport, num_ranks: int) -> list[RankReport]:
+def every_report(
+    storage: Storage, begun: Begun, own: RankReport, num_ranks: int
+) -> list[RankReport]:
     """On the primary: returns the reports of all ranks, and removes them from the checkpoint."""
     if num_ranks == 1:
         return [own]
-    reports = [own, *(read_report(storage, tmp, rank) for rank in range(1, num_ranks))]
-    storage.remove(os.path.join(tmp, REPORTS))
+    reports = [own, *(read_report(storage, begun, rank) for rank in range(1, num_ranks))]
+    storage.remove(os.path.join(begun.tmp, REPORTS))
     return reports
 
 
@@ -148,20 +173,23 @@ def _root_digest(root: structure.Node) -> str:
     return records.digest_hex(json.dumps(structure_json.to_json(root)).encode())
 
 
-def write_report(storage: Storage, directory: str, rank: int, report: RankReport) -> None:
+def write_report(storage: Storage, begun: Begun, rank: int, report: RankReport) -> None:
     """Writes this rank's report to a file that the primary reads."""
-    folder = os.path.join(directory, REPORTS)
-    storage.make_directory(folder, parents=False)
+    storage.make_directory(os.path.join(begun.tmp, REPORTS), parents=False)
     encoded = {name: item.encode() for name, item in report.items()}
     header = json.dumps({name: record for name, (record, _) in encoded.items()}).encode()
     content = b"".join([header, b"\n", *(data for _, data in encoded.values())])
     digest = records.digest_hex(content).encode()
-    storage.write(os.path.join(folder, f"{rank}.report"), content + digest)
+    storage.write(_report_path(begun, rank), content + digest)
 
 
-def read_report(storage: Storage, directory: str, rank: int) -> RankReport:
+def _report_path(begun: Begun, rank: int) -> str:
+    return os.path.join(begun.tmp, REPORTS, f"{rank}.{begun.id}.report")
+
+
+def read_report(storage: Storage, begun: Begun, rank: int) -> RankReport:
     """Returns a rank's report; `CoordinationError` if it is missing."""
-    path = os.path.join(directory, REPORTS, f"{rank}.report")
+    path = _report_path(begun, rank)
     if not queries.exists(storage, path):
         raise errors.CoordinationError(
             f"Rank {rank} reported its files as written, but {path} does not exist. All ranks must "

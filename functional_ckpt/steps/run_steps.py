@@ -28,6 +28,7 @@ class Steps(TierSteps):
     Attributes:
         remote: The remote tiers that were opened, the nearest first.
         has_tiers: Whether there are remote tiers, open or not.
+        has_stores: Whether one of them is an object store.
         reach: Opens tiers that could not be reached; with True it raises if one still cannot.
         restored_commits: Step -> the commit of it that was restored last (see `history.commit_of`).
     """
@@ -44,7 +45,7 @@ class Steps(TierSteps):
     ) -> None:
         super().__init__(storage, root, names, events, read_only=read_only, latest_link=latest_link)
         self.remote: tuple[TierSteps, ...] = ()
-        self.has_tiers = False
+        self.has_tiers = self.has_stores = False
         self.reach: Callable[[bool], None] = lambda _: None
         self._origin: StepInfo | None = None
         self._line: lines.Line | None = None

@@ -110,6 +110,7 @@ def open_tiers(
     for tier in remote:
         tier.on_open = show_open
     local.reach, local.has_tiers = reach, True
+    local.has_stores = any(is_remote(tier.root) for tier in remote)
     uploads = Uploads(local, remote, overwrite=overwrite, owner=owner) if is_writer else None
     begin = functools.partial(open_reachable, remote) if uploads is None else uploads.begin
     try:

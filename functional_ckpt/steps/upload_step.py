@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import threading
 from collections.abc import Mapping
 
@@ -19,9 +20,10 @@ from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.commit_base import NOTE
-from functional_ckpt.storage.tmp_paths import tmp_path
 
 _NUM_FILES = 4
+# Data files of one save: with its token, or, in version 1, with a random name.
+_UNIQUE_NAME = re.compile(r"-[0-9a-f]{12}\.[a-z]+$|(?:^|/)d/[0-9a-f]{32}$")
 
 
 class _Sent:
@@ -57,6 +59,7 @@ class Upload:
         *,
         may_replace: bool,
     ) -> None:
+        self._tier = remote
         self._local, self._remote = local.storage, remote.storage
         self._local_commits, self._commits = local.commits, remote.commits
         self._source, self._final, self._step = source, final, step
@@ -78,12 +81,16 @@ class Upload:
         files, identity = self._files()
         if self._commits.is_committed(self._final):
             if _record_digest(self._remote, self._final) == identity:
-                self._remote.remove(tmp_path(self._final))  # a note whose removal was interrupted
+                self._commits.end_uploads(self._final)
                 return 0
             self._check_replaceable()
         place = self._commits.begin_upload(self._final, identity)
         present = queries.sizes(self._remote, place)
-        missing = [name for name, file in files.items() if present.get(name) != file.size_bytes]
+        missing = [
+            name
+            for name, file in files.items()
+            if present.get(name) != file.size_bytes or not self._is_resumed(place, name, file)
+        ]
         total_bytes = sum(file.size_bytes for file in files.values())
         num_bytes = sum(files[name].size_bytes for name in missing)
         with self._events.bar(f"step {self._step} to {self._commits.root}") as show:
@@ -95,8 +102,17 @@ class Upload:
 
             run_in_threads([functools.partial(send, name) for name in missing], _NUM_FILES)
         self._check_arrived(place, files, identity)
+        self._tier.check_lock()
         self._commits.publish_upload(place, self._final, files, overwrite=self._may_replace)
         return num_bytes
+
+    def _is_resumed(self, place: str, name: str, file: records.FileRecord) -> bool:
+        """Returns whether a file of the right size is the one of an earlier attempt.
+
+        Where uploads of two commits share a path, it may be a late one of the other.
+        """
+        is_own = not self._commits.verifies_uploads or _UNIQUE_NAME.search(name)
+        return bool(is_own) or self._remote.checksum(os.path.join(place, name)) == file
 
     def _check_replaceable(self) -> None:
         if not self._may_replace:

@@ -103,6 +103,10 @@ class CommitProtocol(abc.ABC):
         """Returns where to copy a step; resumes an upload that was started with this token."""
 
     @abc.abstractmethod
+    def end_uploads(self, final: str) -> None:
+        """Removes leftovers of uploads of a committed step."""
+
+    @abc.abstractmethod
     def publish_upload(
         self, place: str, final: str, files: Iterable[str], *, overwrite: bool
     ) -> None:

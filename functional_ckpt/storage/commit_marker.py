@@ -256,6 +256,10 @@ class MarkerCommit(CommitProtocol):
         self._objects.notes[tmp] = token
         return tmp if self.is_committed(final) else final
 
+    def end_uploads(self, final: str) -> None:
+        """See `CommitProtocol.end_uploads`: a note whose removal was interrupted."""
+        self.storage.remove(tmp_path(final))
+
     def publish_upload(
         self, place: str, final: str, files: Iterable[str], *, overwrite: bool
     ) -> None:

@@ -21,8 +21,9 @@ from functional_ckpt.storage.commit_base import NOTE, CommitProtocol, noting, to
 from functional_ckpt.storage.durable import makedirs_durable, sync_tree
 from functional_ckpt.storage.paths import check_arrays_path
 from functional_ckpt.storage.queries import exists, is_directory, read_optional
-from functional_ckpt.storage.tmp_paths import final_path, tmp_path
+from functional_ckpt.storage.tmp_paths import TMP_SUFFIX, final_path, tmp_path
 
+_NUM_TOKEN_CHARS = 12
 _log = logging.getLogger("functional_ckpt")
 
 
@@ -118,13 +119,23 @@ class RenameCommit(CommitProtocol):
 
     def begin_upload(self, final: str, token: str) -> str:
         """See `CommitProtocol.begin_upload`."""
-        storage, tmp = self.storage, tmp_path(final)
+        # A suspended writer that lost the directory must not hit the files of the next.
+        storage, tmp = self.storage, f"{tmp_path(final)}-{token[:_NUM_TOKEN_CHARS]}"
+        self.end_uploads(final, but=tmp)
         note, content = os.path.join(tmp, NOTE), to_note(token)
         if read_optional(storage, note) != content:
             storage.remove(tmp)
             storage.make_directory(tmp)
             storage.write(note, content)
         return tmp
+
+    def end_uploads(self, final: str, *, but: str = "") -> None:
+        """See `CommitProtocol.end_uploads`."""
+        for name in self.storage.list(self.root):
+            path = os.path.join(self.root, name)
+            is_upload = name.startswith(os.path.basename(final) + TMP_SUFFIX)
+            if is_upload and path != but and not tmp_paths.is_claim(name):
+                self._remove_unfinished(path)
 
     def publish_upload(
         self, place: str, final: str, files: Iterable[str], *, overwrite: bool

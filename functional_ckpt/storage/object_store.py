@@ -31,7 +31,8 @@ from functional_ckpt.storage.requests import NUM_REQUESTS, Requests
 MARKER = orbax.COMMIT_FILE
 _READ_BYTES = 16 * 2**20
 _MAX_LINK_BYTES = 1024
-# Larger files are the data files, whose names no two commits share.
+_MAX_REPLACED = 3  # of an earlier attempt, and of a writer that lost its lease
+# Larger ones are sent in parts.
 _SMALL_FILE_BYTES = 8 * 2**20
 
 
@@ -162,13 +163,33 @@ class ObjectStorage:
         return ObjectFile(functools.partial(self.put_file, path=path), path, size_bytes)
 
     def put_file(self, source: str, path: str) -> None:
-        """Uploads a local file; the store holds exactly its bytes when it returns."""
+        """Uploads a local file; the store holds exactly its bytes when it returns.
+
+        As in `write`, the condition of the first request is that the object is new.
+        """
         if os.path.getsize(source) <= _SMALL_FILE_BYTES:
             with open(source, "rb") as file:
                 self.write(path, file.read())
             return
         key = self._requests.key(path)
-        self._requests.change("write", path, lambda: self._bucket.upload(source, key))
+        check, version = self._requests.check_fresh, ""
+        for _ in range(_MAX_REPLACED):
+            try:
+                self._requests.change(
+                    "write",
+                    path,
+                    lambda v=version: self._bucket.upload(source, key, check, replacing=v),
+                )
+            except errors.StepExistsError:
+                entry = self._requests.entry(path)
+                version = "" if entry is None else entry.version or ""
+            else:
+                return
+        raise errors.StorageError(
+            f"Cannot write {path}: it changes while it is written; another writer is active.",
+            errno=errno.EBUSY,
+            path=path,
+        )
 
     def link(self, path: str, target: str) -> None:
         """Writes a small object that names its target; paths through it are resolved from now."""

@@ -55,6 +55,16 @@ class Requests:
         for each in leases:
             each.renew_if_stale()
 
+    def check_fresh(self) -> None:
+        """Raises `TransientError` if a lease must be renewed first; makes no request.
+
+        It is called within requests that take long.
+        """
+        with self._mutex:
+            leases = [each for each in self._leases if not each.is_released]
+        if not all(each.is_fresh for each in leases):
+            raise TransientError(f"{self.bucket.uri}: the lease must be renewed first")
+
     def key(self, path: str) -> str:
         """Returns the key of a path, with links that this process wrote resolved."""
         root = self.bucket.uri

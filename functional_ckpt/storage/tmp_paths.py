@@ -1,7 +1,7 @@
 """Names of temporary directories, and whether their writer is alive.
 
-    <final>.orbax-checkpoint-tmp                       an upload; object stores; Orbax
-    <final>.orbax-checkpoint-tmp-<unique>              a manager's
+    <final>.orbax-checkpoint-tmp                       object stores; Orbax
+    <final>.orbax-checkpoint-tmp-<unique>              a manager's; an upload of one commit
     <final>.orbax-checkpoint-tmp-<unique>.<machine>    a claim: of `fc.save`, or of an export
 
 A manager's is alive as long as the lock of its directory is held, so the next holder of that lock
@@ -39,7 +39,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
 
 def tmp_path(final: str) -> str:
-    """Returns the one temporary path of `final`, for uploads and object stores."""
+    """Returns the one temporary path of `final`, for object stores."""
     return final + TMP_SUFFIX
 
 

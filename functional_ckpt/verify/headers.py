@@ -42,6 +42,8 @@ def problems(
         index: With all chunks loaded.
     """
     stored: dict[str, set[str]] = {name: set() for name in files}
+    # A tensor may have another name than its array: that of a tie, or the one on the hub.
+    starts: dict[tuple[str, int], str] = {}
     numbers = dict(enumerate(index.files))
     for name, (_, grid) in arrays.items():
         prefix = structure.key_prefix(name)
@@ -51,6 +53,7 @@ def problems(
             if location is None or file not in stored:
                 continue
             stored[file].add(name)
+            starts[file, location[1]] = name
             if (end := location[1] + location[2]) > files[file]:
                 expected = f"chunks within {files[file]:,} bytes"
                 yield file, "mismatch", expected, f"one of {name!r} that ends at byte {end:,}"
@@ -60,18 +63,27 @@ def problems(
             data = _read_header(storage, path, size_bytes)
             tensors, metadata = safetensors_header.decode(data, size_bytes)
             offsets = plain_json.parse(metadata.get(safetensors_header.SHARDING, "{}").encode())
-            found = {each.name: each for each in tensors if not file_plan.is_padding(each.name)}
-            for name, tensor in found.items():
+            found: set[str] = set()
+            for tensor in tensors:
+                if file_plan.is_padding(tensor.name):
+                    continue
+                name = tensor.name
                 start = offsets[name]["saved_offsets"] if offsets else [0] * len(tensor.shape)
                 box = Box(tuple(map(plain_json.integer, start)), tensor.shape)
-                _check_tensor(tensor, box, len(data), file, arrays[name], index)
+                if name not in arrays and not box.num_elements:
+                    continue
+                if name not in arrays:
+                    name = starts[file, len(data) + tensor.start]
+                found.add(name)
+                own = tensor._replace(name=name)
+                _check_tensor(own, box, len(data), file, arrays[name], index)
         except _MALFORMED as error:
             yield file, "mismatch", "a header that agrees with the index", f"{error}"
             continue
         except (errors.CorruptCheckpointError, errors.StorageError) as error:
             yield file, "unreadable", "a header", reason(error, directory)
             continue
-        if lost := stored[file] - found.keys():
+        if lost := stored[file] - found:
             yield file, "mismatch", f"the tensor {min(lost)!r} in the header", "none"
 
 

@@ -30,6 +30,7 @@ from functional_ckpt.format import (
     node_tree,
     ocdbt,
     ocdbt_decode,
+    tensorstore_index,
 )
 from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.format.read_store import StoreReader
@@ -186,7 +187,7 @@ def test_trees_of_every_writer_are_read_by_every_reader(
     if is_remote:
         monkeypatch.setattr(backends, "reader_of", lambda _, opened: StoreReader(opened))
         remote = database.open_files_for_reading(str(path), STORAGE)
-        monkeypatch.setattr(index, "span_reader", lambda *_: index._remote_spans(remote))
+        monkeypatch.setattr(index, "span_reader", lambda *_: tensorstore_index.read_spans(remote))
     fetched = count_nodes(monkeypatch)
     some = read(path, {number: names[number] for number in (5, 6, 399)})
     assert all((some[number] == number).all() for number in some)
@@ -204,7 +205,7 @@ def test_small_values_of_a_store_are_few_requests(
     path = tmp_path / "item"
     write_small_nodes(path, "not inline", names)
     monkeypatch.setattr(backends, "reader_of", lambda _, opened: StoreReader(opened))
-    remote = index._remote_spans(database.open_files_for_reading(str(path), STORAGE))
+    remote = tensorstore_index.read_spans(database.open_files_for_reading(str(path), STORAGE))
     requests: list[ocdbt.Span] = []
 
     def read_spans(spans: Sequence[ocdbt.Span]) -> list[Any]:

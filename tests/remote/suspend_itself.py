@@ -27,12 +27,12 @@ def shorten_leases(patch: Callable[[Any, str, object], None], machine: str) -> N
     patch(lease, "_machine", lambda: machine)
 
 
-def items(value: float) -> dict[str, Any]:
+def items(value: float, size: int = 5000) -> dict[str, Any]:
     """The items."""
-    return {"t": {"w": torch.full((5000,), value)}}
+    return {"t": {"w": torch.full((size,), value)}}
 
 
-def _stop_before(owner: Any, name: str, is_place: Callable[..., bool]) -> None:
+def stop_before(owner: Any, name: str, is_place: Callable[..., bool]) -> None:
     original, is_armed = getattr(owner, name), [True]
 
     def wrapper(*arguments: Any, **options: Any) -> Any:
@@ -58,17 +58,17 @@ def main(where: str, run: str, near: str | None = None) -> None:
         manager.wait_until_finished()
     storage = manager._steps.storage if near is None else manager._steps.remote[0].storage
     if where == "marker":
-        _stop_before(ObjectStorage, "create", lambda _, path, data: path.endswith(MARKER))
+        stop_before(ObjectStorage, "create", lambda _, path, data: path.endswith(MARKER))
     elif where == "late marker":
-        _stop_before(type(storage._bucket), "write", lambda _, key, data: key.endswith(MARKER))
+        stop_before(type(storage._bucket), "write", lambda _, key, data: key.endswith(MARKER))
     elif where == "prune":
-        _stop_before(ObjectStorage, "_delete", lambda _, path, entries: path.endswith("/1"))
+        stop_before(ObjectStorage, "_delete", lambda _, path, entries: path.endswith("/1"))
     elif where == "late prune":
-        _stop_before(
+        stop_before(
             type(storage._bucket), "delete", lambda _, keys: any("run/1/" in key for key in keys)
         )
     else:
-        _stop_before(ObjectStorage, "put_file", lambda *_: True)
+        stop_before(ObjectStorage, "put_file", lambda *_: True)
     try:
         manager.save(3, items(103.0)).result()
         manager.wait_until_finished()

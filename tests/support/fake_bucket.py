@@ -13,6 +13,7 @@ from functional_ckpt.storage.buckets.base import (
     NotFound,
     PreconditionFailed,
     TransientError,
+    no_check,
 )
 
 
@@ -116,9 +117,12 @@ class FakeBucket:
                 del self._objects[key]
         self._end("delete")
 
-    def upload(self, path: str, key: str) -> None:
+    def upload(
+        self, path: str, key: str, check: Callable[[], None] = no_check, *, replacing: str = ""
+    ) -> None:
         self._begin("upload", key)
-        self.write(key, Path(path).read_bytes())
+        check()
+        self.write(key, Path(path).read_bytes(), replacing=replacing)
 
     def download(self, key: str, path: str) -> None:
         Path(path).write_bytes(self.read(key))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import io
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -61,6 +62,23 @@ class PermanentError(Exception):
     def __init__(self, message: str, errno: int) -> None:
         super().__init__(message)
         self.errno = errno
+
+
+class CheckedFile(io.FileIO):
+    """A file of which every part is checked before it is read."""
+
+    def __init__(self, path: str, check: Callable[[], None]) -> None:
+        super().__init__(path)
+        self._check = check
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Returns the next bytes."""
+        self._check()
+        return super().read(-1 if size is None else size) or b""
+
+
+def no_check() -> None:
+    """Checks nothing."""
 
 
 class LeaseStore(Protocol):
@@ -131,8 +149,21 @@ class Bucket(LeaseStore, Protocol):
     def copy(self, source: str, target: str) -> None:
         """Copies an object within the store."""
 
-    def upload(self, path: str, key: str) -> None:
-        """Writes a file into an object; the store holds exactly its bytes when it returns."""
+    def upload(
+        self, path: str, key: str, check: Callable[[], None] = no_check, *, replacing: str = ""
+    ) -> None:
+        """Writes a file into an object; the store holds exactly its bytes when it returns.
+
+        Args:
+            path: The file.
+            key: The object.
+            check: Raises `TransientError` if this writer may have lost its right to write; called
+                before each part is sent. It makes no request.
+            replacing: As of `write`; only some stores compare it here.
+
+        Raises:
+            PreconditionFailed: The object has another version.
+        """
 
     def download(self, key: str, path: str) -> None:
         """Writes an object into a new file."""

@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import errno
 import os
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 from functional_ckpt import errors
@@ -20,6 +20,7 @@ from functional_ckpt.storage.buckets.base import (
     PermanentError,
     SpooledBucket,
     TransientError,
+    no_check,
 )
 
 _PART_BYTES = 8 * 2**20
@@ -97,8 +98,11 @@ class FsspecBucket(SpooledBucket):
             with self._clear(key), contextlib.suppress(FileNotFoundError):
                 self._system.rm_file(self._path(key))
 
-    def upload(self, path: str, key: str) -> None:
+    def upload(
+        self, path: str, key: str, check: Callable[[], None] = no_check, *, replacing: str = ""
+    ) -> None:
         """Writes a file into an object, and reads it back: nothing else says that it arrived."""
+        check()
         with self._clear(key):
             self._system.makedirs(os.path.dirname(self._path(key)), exist_ok=True)
             self._system.put_file(path, self._path(key))

@@ -10,18 +10,20 @@ import contextlib
 import errno
 import importlib
 import os
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.storage.buckets import credentials
 from functional_ckpt.storage.buckets.base import (
+    CheckedFile,
     Entry,
     NotFound,
     PermanentError,
     PreconditionFailed,
     TransientError,
+    no_check,
 )
 
 _PART_BYTES = 16 * 2**20
@@ -159,19 +161,24 @@ class GcsBucket:
         with contextlib.suppress(NotFound), self._clear(key):
             self._bucket.blob(key).delete(if_generation_match=generation, **self._options)
 
-    def upload(self, path: str, key: str) -> None:
+    def upload(
+        self, path: str, key: str, check: Callable[[], None] = no_check, *, replacing: str = ""
+    ) -> None:
         """Uploads a file in parts; the library compares the CRC32C of the object."""
         retry: Any = importlib.import_module("google.cloud.storage.retry")
-        with self._clear(key):
+        size_bytes = os.path.getsize(path)
+        with self._clear(key), CheckedFile(path, check) as file:
             blob = self._bucket.blob(key, chunk_size=_PART_BYTES)
-            blob.upload_from_filename(
-                path,
-                "application/octet-stream",
+            blob.upload_from_file(
+                file,
+                size=size_bytes,
+                content_type="application/octet-stream",
+                if_generation_match=int(replacing or 0),
                 timeout=_TIMEOUT_SECONDS,
                 retry=retry.DEFAULT_RETRY.with_timeout(_UPLOAD_SECONDS),
             )
-        if blob.size != os.path.getsize(path):
-            raise TransientError(f"{key}: {blob.size} bytes uploaded of {os.path.getsize(path)}")
+        if blob.size != size_bytes:
+            raise TransientError(f"{key}: {blob.size} bytes uploaded of {size_bytes}")
 
     def download(self, key: str, path: str) -> None:
         """Writes an object into a new file."""

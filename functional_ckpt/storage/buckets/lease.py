@@ -227,6 +227,11 @@ class Lease:
                 path=f"{self._bucket.uri}/{self._key}",
             )
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether this process may write without a renewal."""
+        return not (self._is_lost or self._is_stale)
+
     def release(self) -> None:
         """Lets the next writer in; safe to call twice."""
         if self.is_released or os.getpid() != self._pid:

@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 from functional_ckpt import errors
@@ -25,6 +25,7 @@ from functional_ckpt.storage.buckets.base import (
     PermanentError,
     SpooledBucket,
     TransientError,
+    no_check,
 )
 
 
@@ -121,8 +122,11 @@ class LibcloudBucket(SpooledBucket):
             with contextlib.suppress(NotFound), self._clear(key):
                 self._driver.delete_object(self._get(key))
 
-    def upload(self, path: str, key: str) -> None:
+    def upload(
+        self, path: str, key: str, check: Callable[[], None] = no_check, *, replacing: str = ""
+    ) -> None:
         """Writes a file into an object; Libcloud compares the digest that the store reports."""
+        check()
         with self._clear(key):
             self._driver.upload_object(path, self._container, key)
             if self.head(key).size_bytes != os.path.getsize(path):

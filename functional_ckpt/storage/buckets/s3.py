@@ -8,17 +8,19 @@ import errno
 import importlib
 import os
 import re
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.storage.buckets import credentials
 from functional_ckpt.storage.buckets.base import (
+    CheckedFile,
     Entry,
     NotFound,
     PermanentError,
     PreconditionFailed,
     TransientError,
+    no_check,
 )
 
 _PART_BYTES = 8 * 2**20
@@ -210,11 +212,20 @@ class ObstoreBucket:
         with self._clear(""), contextlib.suppress(NotFound):
             self._obstore.delete(self._store, list(keys))
 
-    def upload(self, path: str, key: str) -> None:
-        """Writes a file into an object: the signature of each part covers a digest of its bytes."""
+    def upload(
+        self, path: str, key: str, check: Callable[[], None] = no_check, *, replacing: str = ""
+    ) -> None:
+        """Writes a file into an object: the signature of each part covers a digest of its bytes.
+
+        An upload in parts has no condition here.
+        """
         size_bytes = os.path.getsize(path)
-        with self._clear(key), open(path, "rb") as file:
-            self._obstore.put(self._store, key, file, chunk_size=_PART_BYTES, max_concurrency=4)
+        with self._clear(key), CheckedFile(path, check) as file:
+            try:
+                self._obstore.put(self._store, key, file, chunk_size=_PART_BYTES, max_concurrency=4)
+            except OSError:
+                check()  # its error, which has lost its class
+                raise
         stored = self.head(key).size_bytes
         if stored != size_bytes:
             raise TransientError(f"{key}: {stored} bytes uploaded of {size_bytes}")
