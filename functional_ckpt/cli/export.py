@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     chosen_items(opened, arguments.item)
     if arguments.to in ("hf", "safetensors"):
         items = [_weights_item(arguments, opened)]
-        _export_weights(arguments, checkpoint.path, items[0])
+        _export_weights(arguments, opened, items[0])
     else:
         source = native.open_step(checkpoint.storage, checkpoint.path)
         items = list(arguments.item or source)
@@ -59,12 +59,20 @@ def _weights_item(arguments: argparse.Namespace, opened: checkpoint_dir.OpenChec
     return str(named[0])
 
 
-def _export_weights(arguments: argparse.Namespace, path: str, item: str) -> None:
-    from functional_ckpt.interop import atomic_output, huggingface, safetensors, weights
+def _export_weights(
+    arguments: argparse.Namespace, opened: checkpoint_dir.OpenCheckpoint, item: str
+) -> None:
+    from functional_ckpt.interop import (
+        atomic_output,
+        huggingface,
+        safetensors,
+        stored_files,
+        weights,
+    )
 
     if arguments.to == "hf":
         huggingface.export(
-            path,
+            opened.path,
             arguments.destination,
             item=item,
             max_shard_size=arguments.max_shard_size or "5GB",
@@ -73,10 +81,14 @@ def _export_weights(arguments: argparse.Namespace, path: str, item: str) -> None
             config=arguments.config,
         )
         return
-    given = weights.of_step(path, item)
+    given = weights.of_step(opened, item)
     safetensors.require(given.dtypes.items(), arguments.destination)
+    stored = stored_files.of_item(opened, item)
     with atomic_output.atomic_output(arguments.destination) as tmp:
-        safetensors.write(given.fetch(given.sizes), given.tied, tmp)
+        if stored is not None and stored.is_one_of(given.sizes):
+            stored.copy(*stored.files, tmp)
+        else:
+            safetensors.write(given.fetch(given.sizes), given.tied, tmp)
 
 
 def _export_tree(arguments: argparse.Namespace, source: Source, items: list[str]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from functional_ckpt import errors
+from functional_ckpt.core.files.safetensors_header import MAX_READABLE_BYTES
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.records.records import parse_json, parse_object
 from functional_ckpt.format.ocdbt import MANIFEST
@@ -23,6 +24,7 @@ from functional_ckpt.storage.queries import read_optional
 
 JSON_FILE = "metadata"
 METRICS_FILE = "metrics/metrics"
+_FIRST_BYTES = 64 * 1024
 PROGRESS_ITEM = "progress"
 """The path of a step's progress: a JSON item to Orbax."""
 
@@ -39,6 +41,15 @@ def check_content(
             path=path,
             step=step,
         )
+
+
+def read_header(storage: Storage, path: str, size_bytes: int) -> bytes:
+    """Returns the length and the header of a `.safetensors` file; fewer bytes for a hostile one."""
+    data = storage.read(path, 0, min(_FIRST_BYTES, size_bytes))
+    end = 8 + int.from_bytes(data[:8], "little")
+    if len(data) < end <= min(size_bytes, MAX_READABLE_BYTES):
+        data = storage.read(path, 0, end)
+    return data[:end]
 
 
 def truncated(path: str, offset: int, length: int) -> errors.CorruptCheckpointError:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+CONFIGS = ("config.json", "generation_config.json")
 RUNTIME = "runtime."
 """Before the names of configuration files where the tensors are not those of the hub."""
 _log = logging.getLogger("functional_ckpt")
@@ -57,10 +58,10 @@ def hub_of(module: Any, tree: Any) -> Hub:
         module: The module.
         tree: Its tensors by name.
     """
-    texts, model = files_of(module), _unwrapped(module)
+    texts, model = files_of(module), unwrapped(module)
     if not texts or not isinstance(tree, Mapping):
         return Hub(texts=texts)
-    names = _names_on_hub(model, cast("Mapping[str, Any]", tree))
+    names = names_on_hub(model, cast("Mapping[str, Any]", tree))
     if names is None:
         named = {RUNTIME + name: text for name, text in texts.items()}
         return Hub(texts=named, targets=tied_targets(model), has_tensors=False)
@@ -87,7 +88,7 @@ def _reverting(model: Any) -> Callable[[Any, dict[str, Any]], Mapping[str, Any]]
     return None if revert is None or revert(model, nothing) is nothing else revert
 
 
-def _names_on_hub(model: Any, tree: Mapping[str, Any]) -> Mapping[str, str] | None:
+def names_on_hub(model: Any, tree: Mapping[str, Any]) -> Mapping[str, str] | None:
     """Returns name -> name on the hub where they differ; None if other things than names do."""
     try:
         if (revert := _reverting(model)) is None:
@@ -108,19 +109,29 @@ def _names_on_hub(model: Any, tree: Mapping[str, Any]) -> Mapping[str, str] | No
     return {name: stored for name, stored in pairs.items() if name is not None and name != stored}
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """Returns the module in a DistributedDataParallel, or the module itself."""
     is_wrapped = isinstance(model, torch.nn.parallel.DistributedDataParallel)
     return model.module if is_wrapped else model
+
+
+def _class_of(model: Any) -> type:
+    """Returns the class of a module without those that FSDP2 and `replicate` put before it."""
+
+    def is_torchs(kind: type) -> bool:
+        return kind.__module__.startswith("torch.distributed.")
+
+    kinds = type(model).__mro__
+    return next(
+        kind for kind in kinds if not is_torchs(kind) and not any(map(is_torchs, kind.__bases__))
+    )
 
 
 def files_of(model: Any) -> dict[str, str]:
     """Returns the configuration files that a module of transformers brings, by name."""
     texts: dict[str, str] = {}
-    model = _unwrapped(model)
-    for attribute, file in (
-        ("config", "config.json"),
-        ("generation_config", "generation_config.json"),
-    ):
+    model = unwrapped(model)
+    for attribute, file in zip(("config", "generation_config"), CONFIGS, strict=True):
         own = getattr(model, attribute, None)
         if not isinstance(model, torch.nn.Module) or not hasattr(own, "to_json_string"):
             continue
@@ -130,7 +141,7 @@ def files_of(model: Any) -> dict[str, str]:
             _log.warning("%s of %s is not JSON: %s", attribute, type(model).__name__, error)
             continue
         if attribute == "config":
-            record["architectures"] = record.get("architectures") or [type(model).__name__]
+            record["architectures"] = record.get("architectures") or [_class_of(model).__name__]
             if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):
                 name = "torch_dtype" if "torch_dtype" in record else "dtype"
                 record[name] = str(dtype).removeprefix("torch.")

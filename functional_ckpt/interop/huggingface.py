@@ -17,34 +17,34 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 
 from functional_ckpt import errors
+from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers import hub_config
-from functional_ckpt.interop import safetensors, torch_save, training_state, weights
+from functional_ckpt.interop import (
+    hub_weights,
+    safetensors,
+    stored_files,
+    torch_save,
+    training_state,
+    weights,
+)
 from functional_ckpt.interop.atomic_output import atomic_output, check_replaceable
 from functional_ckpt.interop.hf_config import Config, load_json, read_config
+from functional_ckpt.interop.hub_options import ONE_FILE, STEMS, FileFormat, Options
 from functional_ckpt.interop.source import Format, Source, match_files
+from functional_ckpt.interop.stored_files import StoredFiles
 from functional_ckpt.interop.weights import Weights
 from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import resolve_local
 
 __all__ = ["FORMAT", "export", "load", "save"]
 
-FileFormat: TypeAlias = Literal["safetensors", "bin"]
-
-_STEMS: Mapping[str, str] = {"safetensors": "model", "bin": "pytorch_model"}
-_UNITS: Mapping[str, int] = {
-    "": 1,
-    **{unit: 1000**n for n, unit in enumerate(("KB", "MB", "GB", "TB"), 1)},
-    **{unit: 1024**n for n, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)},
-}
 _DEFAULT_SHARD = "5GB"
-# Suffix of a path that is one file -> its format.
-_ONE_FILE: Mapping[str, FileFormat] = {".safetensors": "safetensors", ".bin": "bin", ".pt": "bin"}
-_CONFIGS = ("config.json", "generation_config.json")
 # Weights, their shards and their indexes, of any variant.
 _FILE = re.compile(
     r"(model|pytorch_model)(\.[\w-]+?)?(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
@@ -90,7 +90,9 @@ def save(
     tied = hub_config.tied_targets(model)
     texts = {} if config is not None else hub_config.files_of(model)
     given = weights.of_value(model, keep=lambda name: name not in tied)
-    options = _Options.of(max_shard_size, key_prefix, variant, format)
+    if texts:
+        given = hub_weights.of_model(given, hub_config.unwrapped(model))
+    options = Options.of(max_shard_size, key_prefix, variant, format)
     texts = texts if config is None else read_config(config)
     _write(given, path, options, texts, overwrite=overwrite)
 
@@ -109,7 +111,9 @@ def export(
 ) -> None:
     """Writes an item of a step into a new directory, reading one file's tensors at a time.
 
-    No model is built, and no more than one file's tensors are in memory. Otherwise like `save`.
+    Data files that can be files of the output are copied as they are, and compared with their
+    digests. No more than one file's tensors are in memory, but for models whose tensors on the hub
+    are others (a mixture of experts in transformers 5). Otherwise like `save`.
 
     Args:
         step: The step's directory; a URI too.
@@ -119,85 +123,64 @@ def export(
         key_prefix: Put before every name.
         variant: Put into the files' names.
         format: `safetensors` or `bin`.
-        config: What to write as `config.json`; None for no such file.
+        config: What to write as `config.json`; None for the step's own, where it has one.
         overwrite: Whether an existing file or directory is replaced, atomically.
     """
-    options = _Options.of(max_shard_size, key_prefix, variant, format)
-    texts = {} if config is None else read_config(config)
-    _write(weights.of_step(step, item), path, options, texts, overwrite=overwrite)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Options:
-    max_shard_bytes: int
-    key_prefix: str
-    variant: str | None
-    format: FileFormat
-
-    @classmethod
-    def of(
-        cls, max_shard_size: int | str, key_prefix: str, variant: str | None, format: str
-    ) -> _Options:
-        if format not in _STEMS:
-            raise errors.UsageError(f"format must be 'safetensors' or 'bin'; got {format!r}.")
-        if variant is not None and not re.fullmatch(r"[\w-]+", variant):
-            raise errors.UsageError(f"variant must be letters, digits, _ or -; got {variant!r}.")
-        return cls(
-            max_shard_bytes=_parse_size(max_shard_size),
-            key_prefix=key_prefix,
-            variant=variant,
-            format=cast("FileFormat", format),
-        )
-
-    @property
-    def stem(self) -> str:
-        return ".".join(filter(None, (_STEMS[self.format], self.variant)))
-
-    @property
-    def index(self) -> str:
-        parts = (_STEMS[self.format], self.format, "index", self.variant, "json")
-        return ".".join(filter(None, parts))
-
-
-def _parse_size(size: int | str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([A-Z]*)", str(size).strip().upper())
-    if match is None or match[2] not in _UNITS or int(match[1]) < 1 or isinstance(size, bool):
-        raise errors.UsageError(
-            f"max_shard_size must be bytes, or like '5GB', '200MB' or '1GiB'; got {size!r}."
-        )
-    return int(match[1]) * _UNITS[match[2]]
+    options = Options.of(max_shard_size, key_prefix, variant, format)
+    opened = checkpoint_dir.open_checkpoint(*connect(step))
+    given = weights.of_step(opened, item)
+    own = stored_files.configs_of(opened, item)
+    stored = None if key_prefix else stored_files.of_item(opened, item)
+    if stored is None or not stored.is_on_hub or not options.takes(stored, path):
+        held = [] if stored is None else [name for each in stored.names.values() for name in each]
+        given, stored = hub_weights.of_config(given, own.get("config.json"), held), None
+    texts = own if config is None else read_config(config)
+    _write(given, path, options, texts, overwrite=overwrite, stored=stored)
 
 
 def _write(
     given: Weights,
     path: str | os.PathLike[str],
-    options: _Options,
+    options: Options,
     texts: Mapping[str, str],
     *,
     overwrite: bool,
+    stored: StoredFiles | None = None,
 ) -> None:
-    one_file = _ONE_FILE.get(os.path.splitext(path)[1])
+    one_file = ONE_FILE.get(os.path.splitext(path)[1])
     if one_file is not None:
         options = dataclasses.replace(options, format=one_file)
     if options.format == "safetensors":
         safetensors.require(given.dtypes.items(), path)
     if overwrite:
-        check_replaceable(path, lambda name: name in _CONFIGS or _is_weights(name))
+        check_replaceable(path, lambda name: name in hub_config.CONFIGS or _is_weights(name))
     if one_file is not None:
         with atomic_output(path, overwrite=overwrite) as tmp:
-            _write_shard(given, list(given.sizes), tmp, options)
+            if stored is None:
+                _write_shard(given, list(given.sizes), tmp, options)
+            else:
+                stored.copy(*stored.files, tmp)
         return
-    shards = _shards(given.sizes, options.max_shard_bytes)
+    shards: list[list[str]] = (
+        _shards(given.sizes, options.max_shard_bytes)
+        if stored is None
+        else [list(names) for names in stored.names.values()]
+    )
+    sources = [None] * len(shards) if stored is None else list(stored.files)
     storage = LocalStorage()
     with atomic_output(path, storage, overwrite=overwrite) as tmp:
         storage.make_directory(tmp)
         for name, text in texts.items():
             storage.write(os.path.join(tmp, name), text.encode())
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards, 1):
+        for number, (names, source) in enumerate(zip(shards, sources, strict=True), 1):
             part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
             file = f"{options.stem}{part}.{options.format}"
-            written = _write_shard(given, names, os.path.join(tmp, file), options)
+            written = names
+            if stored is None or source is None:
+                written = _write_shard(given, names, os.path.join(tmp, file), options)
+            else:
+                stored.copy(source, os.path.join(tmp, file))
             weight_map |= dict.fromkeys(written, file)
         if len(shards) > 1:
             index = {
@@ -221,7 +204,7 @@ def _shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _write_shard(given: Weights, names: Sequence[str], path: str, options: _Options) -> list[str]:
+def _write_shard(given: Weights, names: Sequence[str], path: str, options: Options) -> list[str]:
     """Writes one file; returns the names that it holds."""
     prefix = options.key_prefix
     tensors = {prefix + name: tensor for name, tensor in given.fetch(names).items()}
@@ -283,8 +266,8 @@ def load(
 def _choose(directory: str, variant: str | None, format: str | None) -> str:
     """The first file to read: the weights, or their index."""
     found: list[str] = []
-    for kind in _STEMS:
-        options = _Options.of(1, "", variant, kind)
+    for kind in STEMS:
+        options = Options.of(1, "", variant, kind)
         names = (f"{options.stem}.{kind}", options.index)
         here = [name for name in names if os.path.isfile(os.path.join(directory, name))]
         found += here if format in (None, kind) else []
@@ -363,7 +346,7 @@ def _is_weights(name: str) -> bool:
 def holds(path: str, format: str) -> bool:
     """Whether it is a directory with weights, or shards of them, in files of one of the formats."""
     names = match_files(path, _is_weights)
-    return format in _STEMS and any(name.startswith(_STEMS[format]) for name in names)
+    return format in STEMS and any(name.startswith(STEMS[format]) for name in names)
 
 
 def of_files(format: str) -> Format:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Iterable, Mapping
 
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 
 from functional_ckpt import errors
+from functional_ckpt.core.files import safetensors_header
 from functional_ckpt.interop import hostile
 from functional_ckpt.interop.source import Format, Source
 
@@ -44,13 +46,22 @@ def load(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
     hostile.check_file(path)
     try:
+        _check_names(path)
         with hostile.clear_failures(path), safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
-    except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
+    except (safetensors.SafetensorError, ValueError, RuntimeError, RecursionError) as error:
         raise errors.CorruptCheckpointError(
             f"{path}: safetensors cannot read it ({error}).", path=path
         ) from error
+
+
+def _check_names(path: str) -> None:
+    """Raises ValueError if a name occurs twice: the package would take the last one."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length <= safetensors_header.MAX_READABLE_BYTES:
+            json.loads(file.read(length), object_pairs_hook=safetensors_header.without_repeats)
 
 
 def load_all(path: str) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -18,7 +17,6 @@ from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.restoring import read
-from functional_ckpt.storage.open import connect
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +26,34 @@ class Weights:
     Attributes:
         sizes: Name -> bytes, of each tensor that holds its own bytes, in order.
         dtypes: Name -> torch dtype, of the same.
+        shapes: Name -> shape, of the same.
         tied: Other name -> the name of its bytes.
         fetch: Names -> their tensors on the CPU.
     """
 
     sizes: Mapping[str, int]
     dtypes: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
     fetch: Callable[[Collection[str]], dict[str, torch.Tensor]]
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """Returns the same tensors, some under other names."""
+        if not names:
+            return self
+        own = {names.get(name, name): name for name in self.sizes}
+
+        def fetch(wanted: Collection[str]) -> dict[str, torch.Tensor]:
+            found = self.fetch([own[name] for name in wanted])
+            return {name: found[own[name]] for name in wanted}
+
+        return Weights(
+            sizes={new: self.sizes[old] for new, old in own.items()},
+            dtypes={new: self.dtypes[old] for new, old in own.items()},
+            shapes={new: self.shapes[old] for new, old in own.items()},
+            tied={names.get(a, a): names.get(name, name) for a, name in self.tied.items()},
+            fetch=fetch,
+        )
 
 
 def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> Weights:
@@ -69,14 +87,13 @@ def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> 
     return _weights(flat.root, fetch, "the value")
 
 
-def of_step(path: str | os.PathLike[str], item: str) -> Weights:
+def of_step(opened: checkpoint_dir.OpenCheckpoint, item: str) -> Weights:
     """Returns the tensors of one item of a step, local or in an object store, read on access.
 
     Raises:
-        StepNotFoundError: There is no such step or item.
+        StepNotFoundError: There is no such item.
         UnsupportedLeafError: The item holds something else than tensors.
     """
-    opened = checkpoint_dir.open_checkpoint(*connect(path))
     if opened.items.get(item) != "tree":
         trees = [name for name, kind in opened.items.items() if kind == "tree"]
         raise errors.StepNotFoundError(
@@ -105,6 +122,7 @@ def _weights(
 ) -> Weights:
     sizes: dict[str, int] = {}
     dtypes: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     tied: dict[str, str] = {}
     others: list[str] = []
     for path, node in structure.iter_leaves(root):
@@ -117,6 +135,7 @@ def _weights(
         else:
             sizes[node.name] = node.spec.size_bytes
             dtypes[node.name] = node.dtype
+            shapes[node.name] = node.spec.shape
     if others or not sizes:
         named = f": {', '.join(others[:8])} hold none" if others else ""
         raise errors.UnsupportedLeafError(
@@ -124,4 +143,4 @@ def _weights(
             "holds the weights.",
             key_path=others[0] if others else None,
         )
-    return Weights(sizes=sizes, dtypes=dtypes, tied=tied, fetch=fetch)
+    return Weights(sizes=sizes, dtypes=dtypes, shapes=shapes, tied=tied, fetch=fetch)

@@ -19,6 +19,7 @@ from functional_ckpt.format.regions import Regions, is_tensors
 from functional_ckpt.format.step_files import JSON_FILE, METRICS_FILE, PROGRESS_ITEM
 from functional_ckpt.format.write_files import WrittenBox
 from functional_ckpt.format.write_index import IndexedArray, write_index
+from functional_ckpt.handlers.hub_config import RUNTIME
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.runtime import threads
@@ -295,15 +296,16 @@ def _hub_files(
 ) -> dict[str, bytes]:
     """Returns the files that make the directory of a model one of the Hugging Face hub.
 
-    Nothing is added where ranks wrote parts of tensors.
+    Where ranks wrote parts of tensors, and where the hub has other tensors, there is no such
+    directory: the configuration has other names then, for exports.
     """
     boxes = [array.boxes[0] for array in arrays if array.boxes]
     is_complete = len(boxes) == len(arrays) and all(
         box.box.shape == array.spec.shape for box, array in zip(boxes, arrays, strict=True)
     )
-    if not is_complete:
-        return {}
     texts = {name: text.encode() for name, text in item.texts.items()}
+    if not is_complete:
+        return {f"{RUNTIME}{name.removeprefix(RUNTIME)}": text for name, text in texts.items()}
     if item.file_stem != "model":
         return texts
     files = set(filter(is_tensors, data_files))

@@ -79,6 +79,11 @@ class LoweredItem:
     first_rank: Mapping[str, bool] = dataclasses.field(default_factory=dict[str, bool])
     is_checked: bool = True
 
+    @property
+    def ties(self) -> dict[str, str]:
+        """Name of a leaf of `tied` -> the name of the array that holds its bytes."""
+        return {leaf.name: leaf.tied_to for leaf in self.tied if leaf.tied_to is not None}
+
 
 def check_item_name(name: object) -> str:
     """Returns the name, if an item may have it; else `UsageError`."""

@@ -274,7 +274,7 @@ def _signature(items: Sequence[LoweredItem], *, with_trees: bool) -> str:
             [name for name, _, _ in item.scalars],
             sorted(item.first_rank.items()),
             sorted(item.stored_names.items()),
-            [(leaf.name, leaf.tied_to) for leaf in item.tied],
+            sorted(item.ties.items()),
             _skeleton(item.root) if with_trees and item.root is not None else None,
         )
         for item in items
@@ -370,11 +370,7 @@ def _plan_files(
             name = names.get(node.name, node.name)
             box = StoredBox(name, node.spec, piece.box, array.grid, is_tensor)
             held.setdefault(piece.rank, []).append((number, piece, box))
-    tied = {
-        names.get(leaf.name, leaf.name): names.get(leaf.tied_to, leaf.tied_to)
-        for leaf in item.tied
-        if leaf.tied_to is not None
-    }
+    tied = {names.get(name, name): names.get(owner, owner) for name, owner in item.ties.items()}
     planned = {
         each: file_plan.plan_files(
             [box for _, _, box in held.get(each, ())],

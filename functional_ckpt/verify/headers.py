@@ -15,13 +15,13 @@ from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.core.files import file_plan, safetensors_header
 from functional_ckpt.core.files.safetensors_header import Tensor
 from functional_ckpt.core.tree import plain_json, structure
+from functional_ckpt.format import step_files
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.verify.findings import Problem, reason
 
 if TYPE_CHECKING:
     from functional_ckpt.format.index import Index
 
-_FIRST_BYTES = 64 * 1024
 _MALFORMED = (errors.UsageError, LookupError, RecursionError, TypeError, ValueError)
 
 
@@ -60,7 +60,7 @@ def problems(
     for file, size_bytes in files.items():
         path = os.path.join(directory, file)
         try:
-            data = _read_header(storage, path, size_bytes)
+            data = step_files.read_header(storage, path, size_bytes)
             tensors, metadata = safetensors_header.decode(data, size_bytes)
             offsets = plain_json.parse(metadata.get(safetensors_header.SHARDING, "{}").encode())
             found: set[str] = set()
@@ -85,14 +85,6 @@ def problems(
             continue
         if lost := stored[file] - found:
             yield file, "mismatch", f"the tensor {min(lost)!r} in the header", "none"
-
-
-def _read_header(storage: Storage, path: str, size_bytes: int) -> bytes:
-    data = storage.read(path, 0, min(_FIRST_BYTES, size_bytes))
-    end = 8 + int.from_bytes(data[:8], "little")
-    if end > len(data) and end <= size_bytes and end <= safetensors_header.MAX_READABLE_BYTES:
-        data = storage.read(path, 0, end)
-    return data[:end]
 
 
 def _check_tensor(

@@ -229,6 +229,45 @@ def test_keys_of_a_dcp_index_that_make_no_sense_are_refused_or_harmless(
         opened(dcp)
 
 
+# ------------------------------------------------------------------------------------ safetensors
+
+
+def _tensor(dtype: str, shape: list[int], start: int, end: int) -> str:
+    return json.dumps({"dtype": dtype, "shape": shape, "data_offsets": [start, end]})
+
+
+@pytest.mark.parametrize(
+    ("header", "size_bytes"),
+    [
+        (f'{{"a": {_tensor("U8", [4], 0, 4)}, "b": {_tensor("U8", [4], 2, 6)}}}', 6),  # overlap
+        (f'{{"a": {_tensor("U8", [4], 1, 5)}}}', 5),  # hole
+        (f'{{"a": {_tensor("U8", [4], 0, 4)}}}', 5),  # tail
+        (f'{{"a": {_tensor("U8", [4], 0, 4)}, "a": {_tensor("I8", [4], 0, 4)}}}', 4),  # twice
+        (f'{{"a": {_tensor("U8", [2**63], 0, 2**63)}}}', 4),
+        (f'{{"a": {_tensor("U8", [2**32, 2**32], 0, 4)}}}', 4),
+        (f'{{"a": {_tensor("U8", [-4, -1], 0, 4)}}}', 4),
+        ('{"a": ' * 50_000, 4),
+    ],
+)
+def test_a_hostile_header_of_safetensors_is_refused(
+    header: str, size_bytes: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    length = len(header).to_bytes(8, "little")
+    path.write_bytes(length + header.encode() + bytes(size_bytes))
+    assert "model.safetensors" in str(refuse(path))
+    assert "model.safetensors" in str(refuse(tmp_path))  # a directory of the hub
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**8 + 1, 100])
+def test_a_hostile_length_of_a_header_is_refused(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + b"{}")
+    refuse(path)
+    refuse(path, lambda path: opened(path, "safetensors"))
+    refuse(tmp_path)
+
+
 # ------------------------------------------------------------------------------------ the others
 
 

@@ -455,6 +455,41 @@ def test_a_tied_name_must_resolve_to_the_same_bytes(checkpoint: Path) -> None:
     assert (finding.leaves, finding.problem) == (("v",), "mismatch")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (b"[64,1264]", b"[60,1260]", "'w' at byte 60 overlaps"),
+        (b"[64,1264]", b"[65,1265]", "'w' at byte 65 follows a gap"),
+        (b'"w":{', b'"b":{', "'b' occurs twice"),
+        (b'"w":{', b'"x":{', ""),  # only the name on the hub may be another one
+        (b"[600]", b"[9223372036854775808]", "tensor 'w'"),
+        (b'"I16"', b'"U16"', "tensor 'w': uint16"),
+        (b'"I16","shape":[600]', b'"I64","shape":[150]', "tensor 'w': int64"),
+        (None, b"\0\0\0\0\0\0\0\x80", "a header of 9,223,372,036,854,775,808 bytes"),
+    ],
+)
+def test_a_hostile_header_is_named(old: bytes | None, new: bytes, why: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "x"
+    fc.save(checkpoint, items())
+    file = checkpoint / "m" / "data.safetensors"
+    data = file.read_bytes()
+    changed = new + data[8:] if old is None else data.replace(old, new, 1)
+    if old is not None:
+        assert old in data
+        spare = len(old) - len(new)
+        changed = changed.replace(b"}}" + b" " * -spare, b"}}" + b" " * max(spare, 0), 1)
+    assert len(changed) == len(data) and changed != data
+    file.write_bytes(changed)
+    reseal(checkpoint)
+    found = verify(checkpoint)
+    if why:
+        finding = one(found)
+        assert (finding.item, finding.file) == ("m", "m/data.safetensors")
+        assert why in finding.got
+    else:
+        assert found == []
+
+
 def test_a_chunk_of_another_size(checkpoint: Path) -> None:
     longer = WIDE.numpy().tobytes() + b"\0"
     finding = one(edit(checkpoint, lambda store: store.write("w/c/0", longer).result()))

@@ -101,7 +101,7 @@ def decode(data: bytes, size_bytes: int) -> tuple[list[Tensor], dict[str, str]]:
     if len(data) != _LENGTH_BYTES + length:
         raise ValueError(f"expected {length:,} bytes of header, got {len(data) - _LENGTH_BYTES:,}")
     try:
-        record = json.loads(data[_LENGTH_BYTES:].decode(), object_pairs_hook=_without_repeats)
+        record = json.loads(data[_LENGTH_BYTES:].decode(), object_pairs_hook=without_repeats)
         metadata = {string(key): string(value) for key, value in record.pop(METADATA, {}).items()}
         tensors = [_tensor(name, entry) for name, entry in record.items()]
     except (AttributeError, KeyError, RecursionError, TypeError) as error:
@@ -118,7 +118,8 @@ def decode(data: bytes, size_bytes: int) -> tuple[list[Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the members of a JSON object; raises ValueError if a name occurs twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

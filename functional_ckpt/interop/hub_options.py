@@ -1,0 +1,84 @@
+"""Options of files of weights, as `huggingface` writes and reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from typing import Literal, TypeAlias, cast
+
+from functional_ckpt import errors
+from functional_ckpt.interop.stored_files import StoredFiles
+
+FileFormat: TypeAlias = Literal["safetensors", "bin"]
+
+STEMS: Mapping[str, str] = {"safetensors": "model", "bin": "pytorch_model"}
+_UNITS: Mapping[str, int] = {
+    "": 1,
+    **{unit: 1000**n for n, unit in enumerate(("KB", "MB", "GB", "TB"), 1)},
+    **{unit: 1024**n for n, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)},
+}
+# Suffix of a path that is one file -> its format.
+ONE_FILE: Mapping[str, FileFormat] = {".safetensors": "safetensors", ".bin": "bin", ".pt": "bin"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How files of weights are written.
+
+    Attributes:
+        max_shard_bytes: Bytes of a file.
+        key_prefix: Put before every name.
+        variant: Put into the files' names.
+        format: `safetensors` or `bin`.
+    """
+
+    max_shard_bytes: int
+    key_prefix: str
+    variant: str | None
+    format: FileFormat
+
+    @classmethod
+    def of(
+        cls, max_shard_size: int | str, key_prefix: str, variant: str | None, format: str
+    ) -> Options:
+        """Returns the options that a user gives; raises `UsageError` for invalid ones."""
+        if format not in STEMS:
+            raise errors.UsageError(f"format must be 'safetensors' or 'bin'; got {format!r}.")
+        if variant is not None and not re.fullmatch(r"[\w-]+", variant):
+            raise errors.UsageError(f"variant must be letters, digits, _ or -; got {variant!r}.")
+        return cls(
+            max_shard_bytes=_parse_size(max_shard_size),
+            key_prefix=key_prefix,
+            variant=variant,
+            format=cast("FileFormat", format),
+        )
+
+    def takes(self, stored: StoredFiles, path: str | os.PathLike[str]) -> bool:
+        """Returns whether files of a step can be those of the output."""
+        format = ONE_FILE.get(os.path.splitext(path)[1])
+        if (format or self.format) != "safetensors":
+            return False
+        is_small = stored.largest_bytes <= self.max_shard_bytes
+        return is_small if format is None else len(stored.files) == 1
+
+    @property
+    def stem(self) -> str:
+        """The start of the names of files."""
+        return ".".join(filter(None, (STEMS[self.format], self.variant)))
+
+    @property
+    def index(self) -> str:
+        """The name of the index of files."""
+        parts = (STEMS[self.format], self.format, "index", self.variant, "json")
+        return ".".join(filter(None, parts))
+
+
+def _parse_size(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([A-Z]*)", str(size).strip().upper())
+    if match is None or match[2] not in _UNITS or int(match[1]) < 1 or isinstance(size, bool):
+        raise errors.UsageError(
+            f"max_shard_size must be bytes, or like '5GB', '200MB' or '1GiB'; got {size!r}."
+        )
+    return int(match[1]) * _UNITS[match[2]]
