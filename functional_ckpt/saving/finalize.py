@@ -11,7 +11,7 @@ from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid, digest_offsets
-from functional_ckpt.core.files.file_plan import stored_chunks
+from functional_ckpt.core.files.file_plan import is_shard, stored_chunks
 from functional_ckpt.core.records import merge_ranks, orbax, records
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format.gathered import Gathered
@@ -303,6 +303,8 @@ def _hub_files(
     is_complete = len(boxes) == len(arrays) and all(
         box.box.shape == array.spec.shape for box, array in zip(boxes, arrays, strict=True)
     )
+    # Files of shards have the names of leaves: ranks with different leaves wrote complete ones.
+    is_complete &= not (item.stored_names and any(map(is_shard, data_files)))
     texts = {name: text.encode() for name, text in item.texts.items()}
     if not is_complete:
         return {f"{RUNTIME}{name.removeprefix(RUNTIME)}": text for name, text in texts.items()}

@@ -143,6 +143,11 @@ def file_names(
     return named
 
 
+def is_shard(name: str) -> bool:
+    """Returns whether a file has this name because its boxes may be parts of arrays."""
+    return name.startswith("shard-") and not name.endswith(".bin")
+
+
 def is_padding(name: str) -> bool:
     """Returns whether a tensor is padding at the end of a file."""
     return name.startswith(_PADDING)
