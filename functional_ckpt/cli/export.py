@@ -86,7 +86,7 @@ def _export_weights(
     stored = stored_files.of_item(opened, item)
     with atomic_output.atomic_output(arguments.destination) as tmp:
         if stored is not None and stored.is_one_of(given.sizes):
-            stored.copy(*stored.files, tmp)
+            stored.copy(next(iter(stored.files)), tmp)
         else:
             safetensors.write(given.fetch(given.sizes), given.tied, tmp)
 

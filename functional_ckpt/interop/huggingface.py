@@ -159,7 +159,7 @@ def _write(
             if stored is None:
                 _write_shard(given, list(given.sizes), tmp, options)
             else:
-                stored.copy(*stored.files, tmp)
+                stored.copy(next(iter(stored.files)), tmp)
         return
     shards: list[list[str]] = (
         _shards(given.sizes, options.max_shard_bytes)

@@ -26,7 +26,8 @@ def saved(near: str, run: str, names: str, value: float) -> fc.CheckpointManager
             manager.save(3, items)
         return fc.CheckpointManager(near, tiers=tiers)
     manager = fc.CheckpointManager(near, tiers=tiers)
-    manager.save(3, items).result()
+    if (handle := manager.save(3, items)) is not None:
+        handle.result()
     return manager
 
 

@@ -542,8 +542,12 @@ def test_a_copy_is_durable_before_it_counts(tmp_path: Path) -> None:
         m.wait_until_finished()
         done = [(each.kind, each.path) for each in storage.operations]
     published = done.index(("rename", str(far / "1")))
-    tmp = f"{far}/1.orbax-checkpoint-tmp"
     synced = {path for kind, path in done[:published] if kind == "sync"}
+    (tmp,) = {
+        path
+        for path in synced
+        if path.startswith(f"{far}/1.") and "/" not in path[len(f"{far}/") :]
+    }
     for name in LocalStorage().walk(str(far / "1")):
         assert os.path.join(tmp, name) in synced
         assert os.path.dirname(os.path.join(tmp, name)) in synced
