@@ -122,7 +122,7 @@ def object_pieces(
 
 
 def write(
-    storage: Storage, folder: str, pieces: Sequence[Piece], rank: int, num_ranks: int
+    storage: Storage, folder: str, pieces: Sequence[Piece], rank: int, num_ranks: int, token: str
 ) -> Written:
     """Writes the files of an item; device memory is copied file by file."""
     is_sharded = num_ranks > 1
@@ -134,7 +134,7 @@ def write(
     boxes: list[WrittenBox] = []
     records: dict[str, Any] = {}
     for group in [files] if is_host else [[file] for file in files]:
-        written = write_files(storage, folder, group, list(_writes(group, pieces)))
+        written = write_files(storage, folder, group, list(_writes(group, pieces)), token=token)
         boxes += written.boxes
         records |= written.files
     return Written(boxes=boxes, files=records)

@@ -37,7 +37,7 @@ from functional_ckpt.policies import lines
 from functional_ckpt.saving import finalize, saver
 from functional_ckpt.saving.claim import check_free
 from functional_ckpt.saving.lower import LoweredItem
-from functional_ckpt.saving.write import ItemReport
+from functional_ckpt.saving.write import ItemReport, new_token
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
@@ -53,12 +53,14 @@ class _Shared:
         layout: The items.
         grids: Name of an entry that is stored in several parts -> its chunks, and whether they are
             runs of each part's bytes.
+        token: In the names of data files in an object store; else empty.
     """
 
     directory: str
     num_ranks: int
     layout: Layout
     grids: Grids
+    token: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +163,7 @@ class Writer(StorageWriter):
                 for name, held in parts.items()
                 if len(held) > 1 and held[0].tensor_data
             },
+            token="" if storage.objects is None else new_token(),
         )
         return [dataclasses.replace(plan, storage_data=self._shared) for plan in plans]
 
@@ -191,7 +194,9 @@ class Writer(StorageWriter):
         for name, held in pieces.items():
             folder = os.path.join(tmp, name)
             storage.make_directory(folder, parents=False)
-            written = dcp_pieces.write(storage, folder, held, self._rank, shared.num_ranks)
+            written = dcp_pieces.write(
+                storage, folder, held, self._rank, shared.num_ranks, shared.token
+            )
             reports[name] = ItemReport(regions=written.boxes, files=written.files, root=None)
         report = _Report(items=reports, objects=objects)
         size_bytes = sum(piece.box.size_bytes for held in pieces.values() for piece in held)
@@ -235,6 +240,7 @@ class Writer(StorageWriter):
             [{name: report.items.get(name, none) for name in roots} for report in reports],
             dataclasses.replace(info, init_time_ns=self._start_ns),
             time.time_ns(),
+            shared.token,
         )
         commits = commit.protocol(storage, os.path.dirname(final))
         commits.publish_claim(tmp, final, overwrite=self._overwrite)

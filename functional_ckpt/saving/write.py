@@ -150,11 +150,16 @@ def begin(
         known: dict[str, str] = {}
         if group.num_ranks > 1:
             known = {item.name: _root_digest(item.root) for item in items if item.root is not None}
-        own = uuid.uuid4().hex[:12]
+        own = new_token()
         return json.dumps([name, known, own, own if has_token else ""]).encode()
 
     name, *others = json.loads(group.gather_broadcast(what, b"", on_primary))
     return Begun(os.path.join(root, name), *others)
+
+
+def new_token() -> str:
+    """Returns a text that is unique to one attempt."""
+    return uuid.uuid4().hex[:12]
 
 
 def every_report(
