@@ -32,10 +32,12 @@ from functional_ckpt.policies import LatestN
 from functional_ckpt.saving.options import Blocking, Eager, Overlapped
 from functional_ckpt.storage.paths import is_remote
 
+# By name, as Any: type checkers need not have torchtitan.
+base: Any
 try:
-    from torchtitan.components.checkpointer import base
-    from torchtitan.config import TORCH_DTYPE_MAP
-    from torchtitan.tools import filesystem
+    base = importlib.import_module("torchtitan.components.checkpointer.base")
+    _DTYPES: Any = importlib.import_module("torchtitan.config").TORCH_DTYPE_MAP
+    filesystem: Any = importlib.import_module("torchtitan.tools.filesystem")
 except ImportError as error:
     raise ImportError(
         "functional_ckpt.interop.torchtitan needs torchtitan 0.3: pip install torchtitan"
@@ -43,11 +45,14 @@ except ImportError as error:
 
 __all__ = ["CheckpointManager"]
 
+_Manager: Any = base.BaseCheckpointManager
+_Config: Any = _Manager.Config
+
 _STEP_NAME = "step-{step}"
 _STAGING = {"disabled": Blocking(), "async": Eager(), "async_with_pinned_mem": Overlapped()}
 
 
-class CheckpointManager(base.BaseCheckpointManager):
+class CheckpointManager(_Manager):
     """Saves and loads torchtitan's training as steps, by the keys of torchtitan's configuration.
 
     A step holds the items `model`, `optimizer`, `lr_scheduler`, `dataloader`, the trainer's other
@@ -55,7 +60,7 @@ class CheckpointManager(base.BaseCheckpointManager):
     """
 
     @dataclasses.dataclass(kw_only=True, slots=True)
-    class Config(base.BaseCheckpointManager.Config):
+    class Config(_Config):
         """torchtitan's keys.
 
         Attributes:
@@ -68,7 +73,7 @@ class CheckpointManager(base.BaseCheckpointManager):
 
         def __post_init__(self) -> None:
             """Raises `ValueError` for keys that contradict each other."""
-            base.BaseCheckpointManager.Config.__post_init__(self)
+            _Config.__post_init__(self)
             if self.async_mode not in _STAGING:
                 raise ValueError(f"Invalid async_mode: {self.async_mode}")
 
@@ -136,7 +141,7 @@ class CheckpointManager(base.BaseCheckpointManager):
     @torch.no_grad()
     def _exported(self) -> Item:
         """Returns the model's state in the dtype and the names of the export."""
-        dtype = TORCH_DTYPE_MAP[self._config.export_dtype]
+        dtype = _DTYPES[self._config.export_dtype]
         state = {
             name: value.to(dtype)
             if isinstance(value, torch.Tensor) and value.is_floating_point()
