@@ -679,6 +679,6 @@ class Odd:
 
 
 def test_a_file_that_could_not_be_loaded_safely_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(errors.UnsupportedLeafError, match="pickle an object"):
+    with pytest.raises(errors.UnsupportedLeafError, match=r"refuses odd, .*\.Odd"):
         torch_save.save({"w": torch.ones(2), "odd": Odd()}, tmp_path / "x.pt")
     assert list(tmp_path.iterdir()) == []
