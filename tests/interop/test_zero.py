@@ -111,7 +111,10 @@ def test_steps_are_converted_like_tags(tmp_path: Path) -> None:
         (["--convert_to_full", "--dp_size", "2"], "not for --convert_to_full"),
         (["--convert_to_sharded", "--dp_size", "0"], "above zero"),
         (["--convert_to_full", "--convert_to_sharded"], "not allowed with"),
-        (["--convert_to_full", "--dpsize", "2"], "unrecognized arguments: --dpsize"),
+        (
+            ["--convert_to_full", "--dpsize", "2"],
+            "did you mean --dp_size?",
+        ),
         ([], "one of the arguments"),
     ],
 )
