@@ -17,6 +17,7 @@ from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.spec import Array, ArraySpec
 from functional_ckpt.core.files.file_plan import chunk_bytes
 from functional_ckpt.core.records.records import DIGEST_BYTES
+from functional_ckpt.format.ocdbt_tree import RunKeys
 from functional_ckpt.format.regions import Regions
 from functional_ckpt.format.write_files import WrittenBox
 
@@ -27,16 +28,16 @@ class ArrayColumns(NamedTuple):
     """The chunks of one array.
 
     Attributes:
-        keys: Their keys in the array, sorted.
+        keys: Their keys, sorted, behind `c/`.
         files: For each key, the number of its file among all files.
         offsets: Its first byte there.
         digests: The digests of all chunks, in C order.
     """
 
-    keys: Sequence[bytes]
+    keys: RunKeys
     files: Array
     offsets: Array
-    digests: str
+    digests: bytes
 
 
 class _Group:
@@ -113,7 +114,7 @@ class Gathered:
         offsets = np.repeat(np.concatenate([each.offsets for each in runs]), count)
         offsets += within * chunk_bytes(grid, spec.itemsize_bytes)
         files = np.repeat(np.concatenate([each.files for each in runs]), count)
-        digests = "".join([each.digests.tobytes().hex() for each in runs])
+        digests = b"".join([each.digests.tobytes() for each in runs])
         return ArrayColumns(keys, files[order], offsets[order], digests)
 
 
@@ -150,11 +151,11 @@ def _columns(group: _Group, row: int, spec: ArraySpec, grid: ChunkGrid) -> _Runs
 
 
 @functools.lru_cache(maxsize=64)
-def _keys(num_chunks_per_dim: tuple[int, ...]) -> tuple[Sequence[bytes], Array]:
+def _keys(num_chunks_per_dim: tuple[int, ...]) -> tuple[RunKeys, Array]:
     """Returns the sorted keys of all chunks, and the position of each in C order."""
     keys = [
-        "/".join(("c", *map(str, index))).encode()
+        "/".join(map(str, index)).encode()
         for index in itertools.product(*map(range, num_chunks_per_dim))
     ]
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    return [keys[number] for number in order], np.array(order)
+    return RunKeys.of([keys[number] for number in order]), np.array(order)

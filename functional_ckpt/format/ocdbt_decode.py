@@ -120,12 +120,14 @@ class _Reader:
         most_bytes = max(_MIN_KEYS_BYTES, _MAX_KEYS_FACTOR * len(self._data))
         if sum(shared) + sum(lengths) > most_bytes:
             raise InvalidNodeError(f"has more than {most_bytes:,} bytes of keys")
+        data, end = self.take(sum(lengths)), 0
         found: list[bytes] = []
         previous = b""
         for common, length in zip(shared, lengths, strict=True):
             if common > len(previous):
                 raise InvalidNodeError("has a key that shares more than the one before has")
-            previous = previous[:common] + self.take(length)
+            start, end = end, end + length
+            previous = previous[:common] + data[start:end]
             found.append(previous)
         return found
 

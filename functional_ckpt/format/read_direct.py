@@ -6,6 +6,7 @@ read by one call into the memory of many tensors, and verified while they are in
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -38,6 +39,7 @@ class DirectReader:
         self._directory = index.directory
         self._index = index
         self._descriptors: dict[int, int] = {}
+        self._users: collections.Counter[int] = collections.Counter()
         self._opening = threading.Lock()
 
     def tasks(
@@ -46,16 +48,54 @@ class DirectReader:
         *,
         delivered: Collection[tuple[int, tuple[int, ...]]] = (),
     ) -> list[Callable[[], None]]:
-        """Plans the reads of requests, in the order of the files, and opens those."""
+        """Plans the reads of requests, in the order of the files, and opens those.
+
+        Few files stay open. Of thousands, each is opened once to see that it is there, and again by
+        the tasks that read it.
+        """
         batches = self._index.plan(requests, delivered)
-        with self._opening:
-            for file in sorted({read.file for batch in batches for read in batch} - {INLINE}):
-                if file not in self._descriptors:
-                    self._descriptors[file] = self._open(self._index.files[file])
+        files = sorted({read.file for batch in batches for read in batch} - {INLINE})
+        if len(files) <= tuning.MAX_OPEN_FILES:
+            self._acquire(files)
+        else:
+            for file in files:
+                self._acquire([file])
+                self._release([file])
         for batch in batches[: tuning.NUM_AHEAD]:
             self._prefetch(batch)
         pairs = itertools.zip_longest(batches, batches[tuning.NUM_AHEAD :], fillvalue=())
         return [functools.partial(self._read, batch, later) for batch, later in pairs]
+
+    @contextlib.contextmanager
+    def _opened(self, batch: Batch) -> Iterator[None]:
+        """Keeps the files of a batch open."""
+        files = {read.file for read in batch} - {INLINE}
+        self._acquire(files)
+        try:
+            yield
+        finally:
+            self._release(files)
+
+    def _acquire(self, files: Collection[int]) -> None:
+        taken: list[int] = []
+        try:
+            with self._opening:
+                for file in files:
+                    if file not in self._descriptors:
+                        self._descriptors[file] = self._open(self._index.files[file])
+                    self._users[file] += 1
+                    taken.append(file)
+        except errors.CheckpointError:
+            self._release(taken)
+            raise
+
+    def _release(self, files: Collection[int]) -> None:
+        with self._opening:
+            for file in files:
+                self._users[file] -= 1
+                if not self._users[file] and file in self._descriptors:
+                    with clear_errors("read", self._directory):
+                        os.close(self._descriptors.pop(file))
 
     def _open(self, file: str) -> int:
         path = os.path.join(self._directory, file)
@@ -67,11 +107,16 @@ class DirectReader:
 
     def _prefetch(self, batch: Batch) -> None:
         """Has the disk fetch a later batch while an earlier one is verified."""
-        for file, begin, end in _spans(batch):
-            _advise(self._descriptors[file], begin, end - begin, "POSIX_FADV_WILLNEED")
+        with self._opened(batch):
+            for file, begin, end in _spans(batch):
+                _advise(self._descriptors[file], begin, end - begin, "POSIX_FADV_WILLNEED")
 
     def _read(self, batch: Batch, later: Batch) -> None:
         self._prefetch(later)
+        with self._opened(batch):
+            self._read_batch(batch)
+
+    def _read_batch(self, batch: Batch) -> None:
         run: list[tuple[ChunkRead, memoryview]] = []
         run_bytes = run_file = run_end = 0
         for read in batch:
@@ -175,6 +220,7 @@ class DirectReader:
 
     def close(self) -> None:
         """Closes the files."""
+        self._users.clear()
         while self._descriptors:
             with clear_errors("read", self._directory):
                 os.close(self._descriptors.popitem()[1])

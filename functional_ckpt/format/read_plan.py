@@ -24,7 +24,7 @@ from functional_ckpt.core.arrays.chunks import (
 from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.core.tree.structure import key_prefix
-from functional_ckpt.format.tuning import BATCH_BYTES, BATCH_READS, PADDING_BYTES
+from functional_ckpt.format.tuning import BATCH_BYTES, BATCH_FILES, BATCH_READS, PADDING_BYTES
 
 if TYPE_CHECKING:
     from functional_ckpt.core.arrays.spec import Array
@@ -207,11 +207,15 @@ def plan_reads(
 
 def _batches(reads: Sequence[ChunkRead]) -> Iterator[Batch]:
     batch: list[ChunkRead] = []
-    filled = 0
+    filled = num_files = 0
     for read in reads:
-        if batch and (filled >= BATCH_BYTES or len(batch) >= BATCH_READS):
+        if batch and read.file != batch[-1].file:
+            num_files += 1
+        if batch and (
+            filled >= BATCH_BYTES or len(batch) >= BATCH_READS or num_files >= BATCH_FILES
+        ):
             yield batch
-            batch, filled = [], 0
+            batch, filled, num_files = [], 0, 0
         batch.append(read)
         filled += read.num_bytes
     if batch:

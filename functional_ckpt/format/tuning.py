@@ -16,6 +16,11 @@ at the same time. Not measured."""
 BATCH_READS = 512
 """Reads of one task: the system takes 1,024 buffers in one call, and two threads share 1,000
 leaves."""
+BATCH_FILES = 32
+"""Files of one task, which are open at the same time. Not measured."""
+MAX_OPEN_FILES = 128
+"""Files that stay open until all is read. A process may often open 1,024, and each rank of a large
+job has written files of its own. Not measured."""
 NUM_AHEAD = 8
 """Batches requested ahead: with 64 MiB under way a disk reads as fast as it can."""
 PADDING_BYTES = 4096
@@ -29,6 +34,9 @@ decodes its node again, which for 20,000 small arrays takes 9 ms a read in place
 MAX_NODE_BYTES = 2_000_000
 """Decoded size of a node of an index. TensorStore's time for one key grows with it: 0.28, 0.07 and
 0.05 ms with nodes of 100, 8 and 1 MB; smaller ones are more requests to a store."""
+RUN_KEYS = 128
+"""Keys of a leaf, of an array with twice as many chunks or more. A rank reads one leaf for its part
+of an array: 6 KB; in 2 MB are all keys of eight arrays of 4,096 chunks."""
 NUM_THREADS = 4
 """Threads that write, each a file of its own: three or four requests in flight, as many as a raw
 write needs. Staging has two threads (memory-bound), object stores `num_requests`."""

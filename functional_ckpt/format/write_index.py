@@ -30,7 +30,8 @@ from functional_ckpt.core.records.records import (
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.data_file import DataFile
 from functional_ckpt.format.gathered import ArrayColumns
-from functional_ckpt.format.ocdbt import MANIFEST, Entries, Span, encode_manifest, encode_tree
+from functional_ckpt.format.ocdbt import MANIFEST, Entries, Span, encode_manifest
+from functional_ckpt.format.ocdbt_tree import Run, encode_tree
 from functional_ckpt.format.write_files import WrittenBox, new_name
 from functional_ckpt.storage.base import Storage
 
@@ -64,7 +65,7 @@ def write_index(
     files: Sequence[str],
     arrays: Iterable[IndexedArray],
     scalars: Scalars,
-    digests: str = "",
+    digests: bytes = b"",
     token: str = "",
 ) -> tuple[dict[str, FileRecord], DigestTable | None]:
     """Writes the index of an item; returns the records of its files, and the table of digests.
@@ -82,6 +83,7 @@ def write_index(
         StorageError: The store refused.
     """
     entries = Entries()
+    runs: list[Run] = []
     numbers = {file: number for number, file in enumerate(files)}
     small: list[tuple[bytes, bytes]] = []
     for name, spec, grid, boxes, columns in arrays:
@@ -89,8 +91,7 @@ def write_index(
         small.append((prefix + b"zarr.json", _metadata(spec, grid.chunk_shape)))
         length = chunk_bytes(grid, spec.itemsize_bytes)
         if columns is not None:
-            keys = [prefix + key for key in columns.keys]
-            entries.add_columns(keys, columns.files, columns.offsets, length)
+            runs.append(Run(prefix + b"c/", columns.keys, columns.files, columns.offsets, length))
         for box in boxes:
             file = numbers[box.file]
             for _, key, start in stored_chunks(
@@ -106,7 +107,8 @@ def write_index(
         return {}, None
     name = new_name(INDEX, token)
     places: dict[bytes, int] = {}
-    num_bytes = _ENTRY_BYTES * (len(entries.keys) + len(small)) + len(digests) // 2
+    num_keys = len(entries.keys) + len(small) + sum(len(run.files) for run in runs)
+    num_bytes = _ENTRY_BYTES * num_keys + len(digests)
     path = os.path.join(item_directory, name)
     with contextlib.closing(DataFile(storage, path, num_bytes)) as file:
         for key, value in small:
@@ -117,14 +119,13 @@ def write_index(
 
         table = None
         if digests:
-            content = bytes.fromhex(digests)
-            offset = file.append(np.frombuffer(content, np.uint8))
-            table = DigestTable(name, offset, len(content) // DIGEST_BYTES, _page_digests(content))
+            offset = file.append(np.frombuffer(digests, np.uint8))
+            table = DigestTable(name, offset, len(digests) // DIGEST_BYTES, _page_digests(digests))
 
         def append(node: bytes) -> Span:
             return Span(name, file.append(np.frombuffer(node, np.uint8)), len(node))
 
-        root = encode_tree([*files, name], entries, append)
+        root = encode_tree([*files, name], entries, append, runs)
         record = file.finish()
     manifest = encode_manifest(root, time.time_ns())
     storage.write(os.path.join(item_directory, MANIFEST), manifest)

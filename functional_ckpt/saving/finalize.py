@@ -186,14 +186,14 @@ def _finalize_item(
     _check_complete(item.name, arrays, data_files)
     own = [array for array, node in zip(arrays, nodes, strict=True) if node.tied_to is None]
     digests = {array.name: joined_digests(array) for array in own}
-    in_table = sum(map(len, digests.values())) > 16 * records.MAX_DIGESTS
+    in_table = sum(map(len, digests.values())) > records.DIGEST_BYTES * records.MAX_DIGESTS
     files, table = write_index(
         storage,
         path,
         data_files,
         arrays,
         tuple(orbax.scalar_leaves(merged)),
-        "".join(digests.values()) if in_table else "",
+        b"".join(digests.values()) if in_table else b"",
         token,
     )
     known |= files
@@ -207,7 +207,9 @@ def _finalize_item(
         handler=item.handler,
         root=merged,
         arrays={
-            array.name: records.ArrayRecord(array.grid.chunk_shape, digests[array.name])
+            array.name: records.ArrayRecord(
+                array.grid.chunk_shape, "" if in_table else digests[array.name].hex()
+            )
             for array in own
         },
         files=dict(sorted(known.items())),
@@ -268,13 +270,13 @@ def _num_chunks(grid: ChunkGrid) -> int:
     return grid.num_chunks
 
 
-def joined_digests(array: IndexedArray) -> str:
+def joined_digests(array: IndexedArray) -> bytes:
     """Returns the digests of an array, chunks in C order, from those of its regions."""
     _, spec, grid, boxes, columns = array
     if columns is not None:
         return columns.digests
     if len(boxes) == 1:
-        return boxes[0].digests
+        return bytes.fromhex(boxes[0].digests)
     chunks: dict[int, str] = {}
     offsets = digest_offsets(grid, spec.itemsize_bytes)
     for box in boxes:
@@ -288,7 +290,7 @@ def joined_digests(array: IndexedArray) -> str:
             position = grid.position(index)
             start, end = end, end + 16 * (offsets[position + 1] - offsets[position])
             chunks[position] = box.digests[start:end]
-    return "".join([chunks[position] for position in sorted(chunks)])
+    return bytes.fromhex("".join([chunks[position] for position in sorted(chunks)]))
 
 
 def _hub_files(

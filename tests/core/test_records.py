@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.spec import ArraySpec
-from functional_ckpt.core.records import orbax, records
+from functional_ckpt.core.records import file_list, orbax, records
 from functional_ckpt.core.restore_plan.match import match
 from functional_ckpt.core.tree import flatten
 from functional_ckpt.core.tree.placeholders import AS_SAVED
@@ -130,7 +130,31 @@ MUTATIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "file_outside": (("files", "../x"), [1, HEX]),
     "file_absolute": (("files", "/etc/passwd"), [1, HEX]),
     "file_size_a_string": (("files", "manifest.ocdbt"), ["1", HEX]),
+    "numbered_outside": (("numbered_files",), [["../s-", 2, "", 0, [1], HEX]]),
+    "numbered_twice": (("numbered_files",), [["s-", 2, "", 0, [1], HEX]] * 2),
+    "numbered_of_many_digits": (("numbered_files",), [["s-", 10**9, "", 0, [1], HEX]]),
+    "numbered_below_zero": (("numbered_files",), [["s-", 2, "", -1, [1], HEX]]),
+    "numbered_without_digests": (("numbered_files",), [["s-", 2, "", 0, [1, 1], HEX]]),
+    "numbered_sizes_a_number": (("numbered_files",), [["s-", 2, "", 0, 10**9, HEX]]),
 }
+
+
+@given(st.sampled_from([0, 9, 98]), st.integers(1, 150), st.integers(1, 3), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_thousands_of_files_are_few_bytes_each(
+    first: int, count: int, digits: int, has_gap: bool
+) -> None:
+    files = {
+        f"shard-{number:0{digits}d}-model{part}.safetensors": records.FileRecord(number, HEX)
+        for number in range(first, first + count)
+        for part in ("", "-00001-of-00002", "-00002-of-00002")
+        if not has_gap or number != first + 1
+    }
+    record = file_list.to_json({**files, "index.ocdbt": records.FileRecord(3, HEX)})
+    assert file_list.from_json(record) == {**files, "index.ocdbt": records.FileRecord(3, HEX)}
+    if count >= 64 and digits == 3 and not has_gap:
+        assert list(record["files"]) == ["index.ocdbt"]
+        assert len(json.dumps(record)) < len(files) * 28 + 500
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -26,7 +26,7 @@ from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.core.files import file_plan
 from functional_ckpt.core.tree.structure import key_prefix
-from functional_ckpt.format import data_file, index, read_direct
+from functional_ckpt.format import data_file, index, read_direct, read_plan, tuning
 from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.format.write_files import ArrayWrite
 from functional_ckpt.storage.local import LocalStorage
@@ -93,6 +93,51 @@ def test_tensorstore_reads_ordinary_zarr3_arrays(
         data = (tmp_path / name).read_bytes()
         assert (len(data), xxhash.xxh3_64_hexdigest(data)) == (record.size_bytes, record.xxh3)
     assert set(files) == set(os.listdir(tmp_path))
+
+
+def test_few_of_many_files_are_open_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "MAX_OPEN_FILES", 10)
+    monkeypatch.setattr(read_plan, "BATCH_FILES", 4)
+    rows = np.random.default_rng(0).random((40, 9))
+    write_item(
+        STORAGE, str(tmp_path), *([write_of(f"{n}", row, (9,))] for n, row in enumerate(rows))
+    )
+    found = np.zeros_like(rows)
+    spec = ArraySpec((9,), "float64")
+    requests = [
+        ReadRequest(
+            f"{number}",
+            spec,
+            Box.whole((9,)),
+            ChunkGrid((9,), (9,)),
+            None,
+            Destination(lambda number=number: found[number], lambda: None),
+        )
+        for number in range(len(rows))
+    ]
+    reader = reader_of(tmp_path)
+    most = 0
+    opened = reader._open
+
+    def count(file: str) -> int:
+        nonlocal most
+        most = max(most, len(reader._descriptors) + 1)
+        return opened(file)
+
+    monkeypatch.setattr(reader, "_open", count)
+    for task in reader.tasks(requests):
+        task()
+    assert np.array_equal(found, rows)
+    assert most <= 4 and not reader._descriptors
+    for task in reader.tasks(requests[:5]):
+        task()
+    assert len(reader._descriptors) == 5, "few files stay open"
+    reader.close()
+    (tmp_path / "shard-00039-data.safetensors").unlink()
+    with pytest.raises(errors.CorruptCheckpointError, match="missing"):
+        reader.tasks(requests)  # before anything is read
 
 
 def test_only_what_is_wanted_is_asked_for_ahead(

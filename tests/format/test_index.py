@@ -30,6 +30,7 @@ from functional_ckpt.format import (
     node_tree,
     ocdbt,
     ocdbt_decode,
+    ocdbt_tree,
     tensorstore_index,
 )
 from functional_ckpt.format.read_plan import Destination, ReadRequest
@@ -53,11 +54,13 @@ def entries_of(names: Sequence[str], num_files: int = 3) -> ocdbt.Entries:
 class Tree:
     """An encoded tree in memory."""
 
-    def __init__(self, entries: ocdbt.Entries, num_files: int = 3) -> None:
+    def __init__(
+        self, entries: ocdbt.Entries, num_files: int = 3, runs: Sequence[ocdbt_tree.Run] = ()
+    ) -> None:
         self.data = bytearray()
         self.fetched: list[ocdbt.Span] = []
         files = [f"d/{number}" for number in range(num_files)]
-        self.root = ocdbt.encode_tree(files, entries, self.append)
+        self.root = ocdbt_tree.encode_tree(files, entries, self.append, runs)
 
     def append(self, node: bytes) -> ocdbt.Span:
         self.data += node
@@ -95,7 +98,7 @@ def expected_rows(entries: ocdbt.Entries) -> dict[bytes, tuple[str, int, int]]:
 @settings(max_examples=60, deadline=None)
 def test_any_tree_decodes_to_its_entries(names: list[str], node_bytes: int, random: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ocdbt, "MAX_NODE_BYTES", node_bytes)
+        patch.setattr(ocdbt_tree, "MAX_NODE_BYTES", node_bytes)
         entries = entries_of(names)
         tree = Tree(entries)
     expected = expected_rows(entries)
@@ -112,8 +115,97 @@ def test_any_tree_decodes_to_its_entries(names: list[str], node_bytes: int, rand
     assert tree.root.value_bytes == sum(entries.lengths)
 
 
+def run_of(name: str, count: int, first_file: int, num_files: int = 3) -> ocdbt_tree.Run:
+    keys = sorted(str(number).encode() for number in range(count))
+    numbers = np.arange(count)
+    return ocdbt_tree.Run(
+        f"{name}/c/".encode(),
+        ocdbt_tree.RunKeys.of(keys),
+        (numbers + first_file) % num_files,
+        numbers * 301,
+        300,
+    )
+
+
+def listed(entries: ocdbt.Entries, runs: Sequence[ocdbt_tree.Run]) -> ocdbt.Entries:
+    """Single keys and those of runs."""
+    every = ocdbt.Entries([*entries.keys], entries.files[:], entries.offsets[:], entries.lengths[:])
+    for run in runs:
+        for number, (file, offset) in enumerate(zip(run.files, run.offsets, strict=True)):
+            every.add(run.key(number), int(file), int(offset), run.length)
+    return every
+
+
+@given(
+    st.lists(st.text("ab./c", min_size=1, max_size=4), max_size=20, unique=True),
+    st.dictionaries(st.text("ab/c", min_size=1, max_size=4), st.integers(1, 40), min_size=1),
+    st.sampled_from([1, 200, 1000, 2_000_000]),
+    st.sampled_from([2, 8, 256]),
+)
+@settings(max_examples=25, deadline=None)
+def test_runs_are_the_same_keys_one_by_one(
+    names: list[str], counts: dict[str, int], node_bytes: int, run_keys: int
+) -> None:
+    entries = entries_of([f"{name}/zarr.json" for name in names])
+    runs = [run_of(name, count, len(name)) for name, count in counts.items()]
+    expected = expected_rows(listed(entries, runs))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ocdbt_tree, "MAX_NODE_BYTES", node_bytes)
+        patch.setattr(ocdbt_tree, "RUN_KEYS", run_keys)
+        tree = Tree(entries, runs=runs)
+    opened = tree.open()
+    opened.load(None)
+    assert rows(opened) == expected
+    assert tree.root.num_keys == len(expected)
+    assert tree.root.value_bytes == sum(length for _, _, length in expected.values())
+
+
+def test_a_part_of_many_runs_reads_few_locations() -> None:
+    runs = [run_of(f"layers.{number:03}", 4096, 0) for number in range(50)]
+    entries = entries_of([f"layers.{number:03}/zarr.json" for number in range(50)])
+    opened = Tree(entries, runs=runs).open()
+    opened.load([f"layers.{number:03}/c/77".encode() for number in range(50)])
+    assert len(opened.locations) <= 50 * (ocdbt_tree.RUN_KEYS + 1)
+
+
+def test_tensorstore_reads_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ocdbt_tree, "RUN_KEYS", 8)
+    names = [f"shard-{number:05}-data" for number in range(40)]
+    runs = [run_of(name, count, 1, 40) for name, count in (("a", 40), ("a.b", 7), ("c", 16))]
+    entries = entries_of(["a/zarr.json", "b/c/0", "b/zarr.json"], 40)
+    data = bytearray()
+
+    def append(node: bytes) -> ocdbt.Span:
+        data.extend(node)
+        return ocdbt.Span("index.ocdbt", len(data) - len(node), len(node))
+
+    root = ocdbt_tree.encode_tree(names, entries, append, runs)
+    (tmp_path / "index.ocdbt").write_bytes(data)
+    (tmp_path / ocdbt.MANIFEST).write_bytes(ocdbt.encode_manifest(root, 1))
+    content = {name: np.random.default_rng(len(name)).bytes(40_000) for name in names}
+    for name, values in content.items():
+        (tmp_path / name).write_bytes(values)
+    store = ts.KvStore.open(
+        {"driver": "ocdbt", "base": {"driver": "file", "path": f"{tmp_path}/"}}
+    ).result()
+    every = listed(entries, runs)
+    assert sorted(store.list().result()) == sorted(every.keys)
+    columns = zip(every.files, every.offsets, every.lengths, strict=True)
+    for key, (file, offset, length) in zip(every.keys, columns, strict=True):
+        assert store[key] == content[names[file]][offset : offset + length]
+
+
+def test_an_array_may_be_called_like_a_chunk() -> None:
+    entries = entries_of(["a/c/1/zarr.json", "a/zarr.json"])
+    runs = [run_of("a", 600, 0), run_of("a/c/1", 600, 1)]
+    expected = expected_rows(listed(entries, runs))
+    opened = Tree(entries, runs=runs).open()
+    opened.load(None)
+    assert rows(opened) == expected
+
+
 def test_only_nodes_of_wanted_keys_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ocdbt, "MAX_NODE_BYTES", 500)
+    monkeypatch.setattr(ocdbt_tree, "MAX_NODE_BYTES", 500)
     tree = Tree(entries_of([f"layers.{number:04}/c/0" for number in range(2000)]))
     assert tree.root.height > 1
     opened = tree.open()
@@ -161,7 +253,7 @@ def write_small_nodes(path: Path, writer: str, names: Sequence[str]) -> None:
     path.mkdir()
     writes = writes_of(names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ocdbt, "MAX_NODE_BYTES", 1000)
+        patch.setattr(ocdbt_tree, "MAX_NODE_BYTES", 1000)
         if writer == "one rank":
             write_item(STORAGE, str(path), writes)
         elif writer == "ranks":
@@ -288,22 +380,24 @@ class Forged(Tree):
 
     def leaf(self, keys: Sequence[bytes], files: Sequence[str] = ("d/x",)) -> ocdbt.Span:
         column = np.zeros(len(keys), np.int64)
-        return self.append(ocdbt._encode_leaf(files, keys, column, column, column))
+        part = ocdbt_tree.part_of(keys, column, column, column)
+        table = ocdbt.encode_files(files)
+        return self.append(ocdbt_tree.encode_leaf([part], table, ocdbt.varints(column)))
 
     def parent(
         self, height: int, children: Sequence[tuple[bytes, ocdbt.Span]], num_omitted: int = 0
     ) -> ocdbt.Span:
         """Appends a parent whose children omit the first bytes of their keys."""
-        count, numbers = len(children), ocdbt._varints
+        count, numbers = len(children), ocdbt.varints
         body = (
-            bytes([height]) + ocdbt._encode_files(["d/tree"]) + numbers([count]),
+            bytes([height]) + ocdbt.encode_files(["d/tree"]) + numbers([count]),
             numbers([0] * (count - 1)) + numbers([len(key) for key, _ in children]),
             numbers([num_omitted] * count),
             *(key for key, _ in children),
             numbers([0] * count) + numbers([span.offset for _, span in children]),
             numbers([span.length for _, span in children]) + numbers([0] * count) * 3,
         )
-        return self.append(ocdbt._seal(ocdbt.NODE_MAGIC, b"".join(body)))
+        return self.append(ocdbt.seal(ocdbt.NODE_MAGIC, b"".join(body)))
 
 
 def loop(tree: Forged) -> ocdbt.Root:
@@ -329,11 +423,11 @@ def bomb(tree: Forged) -> ocdbt.Root:
 def keys_bomb(tree: Forged) -> ocdbt.Root:
     """Keys that share 60,000 bytes each: gigabytes in memory."""
     count, long = 5000, b"k" * 60_000
-    numbers = ocdbt._varints
+    numbers = ocdbt.varints
     body = b"".join(
         (
             b"\0",
-            ocdbt._encode_files(["d/x"]),
+            ocdbt.encode_files(["d/x"]),
             numbers([count]),
             numbers([60_000] * (count - 1)),
             numbers([60_000] + [2] * (count - 1)),
@@ -342,7 +436,7 @@ def keys_bomb(tree: Forged) -> ocdbt.Root:
             numbers([0] * count) + b"\1" * count + numbers([0] * count) * 2,
         )
     )
-    return ocdbt.Root(tree.append(ocdbt._seal(ocdbt.NODE_MAGIC, body)), 0)
+    return ocdbt.Root(tree.append(ocdbt.seal(ocdbt.NODE_MAGIC, body)), 0)
 
 
 def dolls(tree: Forged) -> ocdbt.Root:
@@ -416,7 +510,7 @@ def test_children_may_omit_a_prefix_of_their_keys() -> None:
 
 
 def test_intact_nodes_beside_a_damaged_one_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ocdbt, "MAX_NODE_BYTES", 500)
+    monkeypatch.setattr(ocdbt_tree, "MAX_NODE_BYTES", 500)
     names = [f"w{number:04}" for number in range(200)]
     tree = Tree(entries_of(names))
     tree.data[30] ^= 1  # in the first leaf

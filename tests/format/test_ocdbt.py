@@ -31,7 +31,7 @@ from functional_ckpt.storage.local import LocalStorage
 
 STORAGE = LocalStorage()
 KEYS = [b"a/c/0", b"a/c/1", b"b/zarr.json"]
-VARINTS = ocdbt._varints
+VARINTS = ocdbt.varints
 
 
 def leaf_of(
@@ -49,7 +49,7 @@ def leaf_of(
     body = b"".join(
         (
             kind,
-            ocdbt._encode_files(["d/x", "d/y"]) if files is None else files,
+            ocdbt.encode_files(["d/x", "d/y"]) if files is None else files,
             VARINTS([count]),
             VARINTS(list(shared)),
             VARINTS([5, 1, 11]),
@@ -60,7 +60,7 @@ def leaf_of(
             VARINTS([0, 7, 16]) if offsets is None else offsets,
         )
     )
-    return ocdbt._seal(magic, body)
+    return ocdbt.seal(magic, body)
 
 
 def test_the_leaf_that_the_cases_spoil_is_read() -> None:
@@ -104,10 +104,10 @@ def manifest_of(
     file: int = 0,
 ) -> bytes:
     config = b"u" * 16 + VARINTS([kind, 1024, 10**8]) + b"\4" + VARINTS([1]) + struct.pack("<i", 0)
-    files = ocdbt._encode_files(["d/x"])
+    files = ocdbt.encode_files(["d/x"])
     version = VARINTS([num_versions, generation]) + height + VARINTS([file, 16, 9, 2, 9, 16])
     body = config + files + version + b"\0" * 8 + VARINTS([0])
-    return ocdbt._seal(ocdbt.MANIFEST_MAGIC, body)
+    return ocdbt.seal(ocdbt.MANIFEST_MAGIC, body)
 
 
 def test_the_manifest_that_the_cases_spoil_is_read() -> None:
@@ -216,6 +216,6 @@ def test_a_file_is_read_by_one_descriptor(item: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("start", range(8))
 def test_a_number_does_not_go_on_in_the_checksum(start: int) -> None:
-    data = ocdbt._seal(ocdbt.NODE_MAGIC, bytes([start, 0x80]))
+    data = ocdbt.seal(ocdbt.NODE_MAGIC, bytes([start, 0x80]))
     with pytest.raises(InvalidNodeError, match="ends too early"):
         ocdbt_decode._Reader(ocdbt.NODE_MAGIC, data).varints(2)

@@ -19,7 +19,7 @@ from orbax_view import as_orbax, differences
 import functional_ckpt as fc
 from functional_ckpt import testing
 from functional_ckpt.core.files import file_plan
-from functional_ckpt.format import ocdbt
+from functional_ckpt.format import ocdbt_tree
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -355,7 +355,7 @@ def test_orbax_reads_a_large_item(tmp_path: Path) -> None:
 def test_orbax_reads_an_index_of_several_levels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ocdbt, "MAX_NODE_BYTES", 1500)
+    monkeypatch.setattr(ocdbt_tree, "MAX_NODE_BYTES", 1500)
     tree = {f"block{index % 5}": {} for index in range(5)}
     for index in range(300):
         tree[f"block{index % 5}"][f"w{index}"] = torch.full((3,), float(index))

@@ -63,7 +63,7 @@ def write_item(
     }
     again = [arrays[owner]._replace(name=name) for name, owner in (tied or {}).items()]
     files |= write_index(storage, directory, list(files), [*arrays.values(), *again], scalars)[0]
-    return {name: joined_digests(array) for name, array in arrays.items()}, files
+    return {name: joined_digests(array).hex() for name, array in arrays.items()}, files
 
 
 def write_by_tensorstore(

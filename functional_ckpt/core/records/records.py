@@ -10,11 +10,8 @@ import dataclasses
 import functools
 import json
 import math
-import re
 from collections.abc import Generator, Mapping
 from typing import Any, TypeAlias, cast
-
-import xxhash
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec as spec_lib
@@ -24,9 +21,10 @@ from functional_ckpt.core.arrays.chunks import (
     ChunkGrid,
     digest_offsets,
 )
-from functional_ckpt.core.records import structure_json
+from functional_ckpt.core.records import file_list, structure_json
+from functional_ckpt.core.records.file_list import FileRecord, digest_hex, hex_digits, relative
 from functional_ckpt.core.tree import structure
-from functional_ckpt.core.tree.plain_json import integer, parse, string
+from functional_ckpt.core.tree.plain_json import parse, string
 
 Json: TypeAlias = Any
 
@@ -38,30 +36,6 @@ _BLOCK_BYTES = {1: 64 * 2**10, 2: DIGEST_BLOCK_BYTES}
 """Version that can be read -> the bytes of a digest."""
 _SEAL = ', "xxh3": "{}"}}'
 _SEAL_BYTES = len(_SEAL.format("0" * 16))
-_HEX = re.compile(r"[0-9a-f]*")
-
-
-def digest_hex(data: Any) -> str:
-    """xxh3 (64 bits, seed 0) of a bytes-like object as 16 hex digits."""
-    return xxhash.xxh3_64_hexdigest(data)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class FileRecord:
-    """Expected size and digest of a file.
-
-    Attributes:
-        size_bytes: Its size.
-        xxh3: Digest of its content, 16 hex digits.
-    """
-
-    size_bytes: int
-    xxh3: str
-
-    @classmethod
-    def of(cls, data: bytes) -> FileRecord:
-        """Returns the record of a file with this content."""
-        return cls(len(data), digest_hex(data))
 
 
 DIGEST_BYTES = 8
@@ -153,7 +127,7 @@ class ItemRecord:
                 name: [list(array.chunk_shape), *([array.xxh3] if table is None else [])]
                 for name, array in self.arrays.items()
             },
-            "files": _files_to_json(self.files),
+            **file_list.to_json(self.files),
         }
         if table is not None:
             record["digests"] = [table.file, table.offset, table.num_digests, table.pages]
@@ -191,7 +165,7 @@ class StepRecord:
             "version": VERSION,
             "step": self.step,
             "items": dict(self.items),
-            "files": _files_to_json(self.files),
+            "files": file_list.listed(self.files),
         }
         if self.generation:
             record |= {"generation": self.generation, "ancestors": self.ancestors}
@@ -258,11 +232,11 @@ def parse_item(data: bytes, path: object) -> ItemRecord:
         if record["digest_block_bytes"] != block_bytes:
             raise ValueError(f"digest blocks of {record['digest_block_bytes']!r} bytes")
         root = structure_json.from_json(record["structure"])
-        files = _files_from_json(record["files"])
+        files = file_list.from_json(record)
         table = _table(record.get("digests"), files)
         if table is None:
             arrays = {
-                string(name): ArrayRecord(structure_json.shape(shape), _hex(digests))
+                string(name): ArrayRecord(structure_json.shape(shape), hex_digits(digests))
                 for name, (shape, digests) in record["arrays"].items()
             }
         else:
@@ -286,7 +260,7 @@ def _table(record: Json, files: Mapping[str, FileRecord]) -> DigestTable | None:
     if record is None:
         return None
     file, offset, count, pages = record
-    table = DigestTable(string(file), _natural(offset), _natural(count), _hex(pages))
+    table = DigestTable(string(file), _natural(offset), _natural(count), hex_digits(pages))
     size_bytes = table.num_digests * DIGEST_BYTES
     num_pages = -(-size_bytes // PAGE_BYTES)
     if len(table.pages) != 16 * num_pages or table.offset + size_bytes > files[file].size_bytes:
@@ -307,7 +281,7 @@ def parse_step(data: bytes, path: object) -> StepRecord:
         return StepRecord(
             step=step,
             items=items,
-            files=_files_from_json(record["files"]),
+            files=file_list.from_json(record),
             generation=_natural(record.get("generation", 0)),
             ancestors=tuple(
                 (_natural(generation), _natural(last))
@@ -384,31 +358,7 @@ def _num_blocks(spec: spec_lib.ArraySpec, grid: ChunkGrid, recorded: int) -> int
 # ------------------------------------------------------------------------------------ small parts
 
 
-def _files_to_json(files: Mapping[str, FileRecord]) -> Json:
-    return {name: [file.size_bytes, file.xxh3] for name, file in sorted(files.items())}
-
-
-def _files_from_json(record: Json) -> dict[str, FileRecord]:
-    return {
-        _relative(name): FileRecord(integer(size), _hex(digest))
-        for name, (size, digest) in record.items()
-    }
-
-
-def _relative(name: Json) -> str:
-    parts = string(name).split("/")
-    if any(part in ("", ".", "..") or "\0" in part for part in parts):
-        raise ValueError(f"{name!r} is not a path inside the checkpoint")
-    return name
-
-
 def _item_name(name: Json) -> str:
-    if _relative(name) != name or "/" in name:
+    if relative(name) != name or "/" in name:
         raise ValueError(f"{name!r} is not an item name")
     return name
-
-
-def _hex(value: Json) -> str:
-    if not _HEX.fullmatch(string(value)):
-        raise ValueError(f"{value!r} is not a digest")
-    return value
