@@ -226,7 +226,7 @@ def restoring_rank(directory: str, *case: Any) -> dict[str, Any]:
         found.plan(requests)
         for request in requests:
             for part in request.parts:
-                cast("Any", request.digests).of(part.chunk)
+                request.digests.of(part.chunk)
         return len(found.locations)
 
     read_bytes = {"nodes": 0, "digests": 0}

@@ -88,6 +88,10 @@ class _Reader:
         """Returns the next numbers, as int64."""
         if not count:
             return np.empty(0, np.int64)
+        small = self._data[self._at : min(self._end, self._at + count)]
+        if len(small) == count and small.max() < 0x80:
+            self._at += count
+            return small.astype(np.int64)
         left = self._data[self._at : min(self._end, self._at + count * MAX_VARINT_BYTES)]
         ends = np.flatnonzero(left < 0x80)[:count] + 1
         if len(ends) < count:
@@ -106,7 +110,13 @@ class _Reader:
 
     def varint(self) -> int:
         """Returns one number."""
-        return int(self.varints(1)[0])
+        number = 0
+        for digit in range(MAX_VARINT_BYTES - 1):
+            byte = self.take(1)[0]
+            number |= (byte & 0x7F) << (7 * digit)
+            if byte < 0x80:
+                return number
+        raise InvalidNodeError("has a number of more than 63 bits")
 
     def count(self) -> int:
         """Returns a number of things that take at least a byte each."""

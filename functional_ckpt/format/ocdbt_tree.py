@@ -83,7 +83,7 @@ class _Part(NamedTuple):
     """Consecutive keys of a leaf. All but the numbers of files is encoded."""
 
     low: bytes
-    count: int
+    num_keys: int
     shared: bytes  # for each key but the first, bytes that it shares with the one before
     key_lengths: bytes
     keys: bytes
@@ -156,8 +156,9 @@ class _Leaves:
 
         @functools.lru_cache(maxsize=_MAX_TABLES)
         def table(numbers: bytes) -> tuple[bytes, bytes]:
-            used, local = np.unique(np.frombuffer(numbers, np.int64), return_inverse=True)
-            return encode_files([files[number] for number in used.tolist()]), varints(local)
+            found, local = np.unique(np.frombuffer(numbers, np.int64), return_inverse=True)
+            used: list[int] = found.tolist()
+            return encode_files([files[number] for number in used]), varints(local)
 
         self._table = table
 
@@ -213,7 +214,7 @@ class _Leaves:
         self._parts, self._size_bytes = [], 0
         table, numbers = self._table(b"".join([part.files.tobytes() for part in parts]))
         span = self._append(encode_leaf(parts, table, numbers))
-        count = sum(part.count for part in parts)
+        count = sum(part.num_keys for part in parts)
         value_bytes = sum(part.value_bytes for part in parts)
         self._nodes.append(Root(span, 0, count, span.length, value_bytes, parts[0].low))
 
@@ -226,7 +227,7 @@ def encode_leaf(parts: Sequence[_Part], table: bytes, numbers: bytes) -> bytes:
         table: Its data files.
         numbers: For each key, the number of its file in that table.
     """
-    count = sum(part.count for part in parts)
+    count = sum(part.num_keys for part in parts)
     body = (
         b"\0",
         table,

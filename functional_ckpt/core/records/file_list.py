@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import xxhash
 
@@ -42,7 +42,8 @@ class FileRecord:
         return cls(len(data), digest_hex(data))
 
 
-class _Numbered(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Numbered:
     """Names with consecutive numbers: `prefix`, `digits` digits, `suffix`."""
 
     prefix: str
