@@ -5,7 +5,8 @@
 Every step that a save or a restore takes beside moving bytes runs as it is, for one rank or for the
 primary; the other ranks' messages are simulated, and data files are holes. CPU seconds of one run,
 memory of a process of its own. PyTorch's distributed checkpoint (DCP) plans, records and reads the
-same shards, of a tenth of the tensors.
+same shards, of a tenth of the tensors, and of up to 1,024 ranks: its plan takes 16 times as long
+for four times as many.
 """
 
 from __future__ import annotations
@@ -51,12 +52,13 @@ MESHES: dict[str, Callable[[int], tuple[tuple[int, ...], tuple[DimShard | None, 
 }
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (4096,))
 """Of a model of 8 billion parameters."""
+_MAX_DCP_RANKS = 1024
 _EMPTY = torch.empty(0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024, 10240])
     parser.add_argument("--tensors", type=int, default=2000)
     parser.add_argument("--meshes", nargs="+", default=list(MESHES), choices=list(MESHES))
     args = parser.parse_args()
@@ -76,7 +78,7 @@ def measure(mesh: str, num_ranks: int, num_tensors: int) -> dict[str, Any]:
         found |= alone(write_reports, directory, *case)
         found["primary"] = alone(primary, directory, *case)
         found["restoring rank"] = alone(restoring_rank, directory, *case)
-    if mesh == "FSDP":
+    if mesh == "FSDP" and num_ranks <= _MAX_DCP_RANKS:
         tenth = num_tensors // 10
         shapes = [spec.shape for spec in specs(tenth)]
         found["DCP"] = {"tensors": tenth} | alone(planning_dcp.measure, num_ranks, shapes)
