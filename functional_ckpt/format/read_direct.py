@@ -12,7 +12,7 @@ import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -67,7 +67,7 @@ class DirectReader:
         return [functools.partial(self._read, batch, later) for batch, later in pairs]
 
     @contextlib.contextmanager
-    def _opened(self, batch: Batch) -> Iterator[None]:
+    def _opened(self, batch: Batch) -> Generator[None]:
         """Keeps the files of a batch open."""
         files = {read.file for read in batch} - {INLINE}
         self._acquire(files)
