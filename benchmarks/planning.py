@@ -196,7 +196,7 @@ def primary(directory: str, *case: Any) -> dict[str, Any]:
     read_seconds, reports = timed(lambda: write.every_report(storage, directory, own, case[1]))
     of_item = [report[ITEM] for report in reports]
     finish_seconds, record = timed(
-        lambda: finalize._finalize_item(storage, path, item, root, of_item)
+        lambda: finalize._finalize_item(storage, path, item, root, of_item, "")
     )
     record_seconds, text = timed(record.to_json)
     storage.write(os.path.join(path, records.EXTENSION_FILE), text)
