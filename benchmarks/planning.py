@@ -174,7 +174,9 @@ def write_reports(directory: str, *case: Any) -> dict[str, Any]:
     num_ranks = len(arrays[0].sharding.ranks)
     for rank in range(num_ranks):
         report = made_up_report(arrays, rank)
-        used, _ = timed(functools.partial(write.write_report, storage, attempt(directory), rank, report))
+        used, _ = timed(
+            functools.partial(write.write_report, storage, attempt(directory), rank, report)
+        )
         seconds += used
         for name, file in report[ITEM].files.items():
             with open(os.path.join(path, name), "wb") as data:
@@ -193,7 +195,9 @@ def primary(directory: str, *case: Any) -> dict[str, Any]:
     storage = LocalStorage()
     path = os.path.join(directory, ITEM)
     own = write.read_report(storage, attempt(directory), 0)
-    read_seconds, reports = timed(lambda: write.every_report(storage, attempt(directory), own, case[1]))
+    read_seconds, reports = timed(
+        lambda: write.every_report(storage, attempt(directory), own, case[1])
+    )
     of_item = [report[ITEM] for report in reports]
     finish_seconds, record = timed(
         lambda: finalize._finalize_item(storage, path, item, root, of_item, "")
