@@ -178,6 +178,7 @@ def _print(
 
     printer = output.Printer()
     heading = output.styled(target.path, "bold")
+    heading.no_wrap = True  # a path is copied
     shared = {tuple(row.items) for row in rows if row.problem is None}
     facts: list[str] = []
     if isinstance(target, targets.Root):

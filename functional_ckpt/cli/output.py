@@ -65,7 +65,8 @@ class Printer:
         """Prints renderables, one below the other, without trailing blanks."""
         with self.console.capture() as capture:
             for each in what:
-                self.console.print(each, soft_wrap=isinstance(each, str))
+                is_one_line = isinstance(each, str) or getattr(each, "no_wrap", None) is True
+                self.console.print(each, soft_wrap=is_one_line)
         self.write(line.rstrip() for line in capture.get().splitlines())
 
     def write(self, lines: Iterable[str]) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import tensorstore as ts
 
 from functional_ckpt import errors
+from functional_ckpt.core.records.orbax import MANIFEST
 from functional_ckpt.core.records.records import FileRecord
-from functional_ckpt.format.ocdbt import MANIFEST
 from functional_ckpt.format.process import check_process
 from functional_ckpt.format.step_files import read_manifest
 from functional_ckpt.format.tuning import TREE_CACHE_BYTES

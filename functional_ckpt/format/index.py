@@ -14,10 +14,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from functional_ckpt import errors
+from functional_ckpt.core.records.orbax import MANIFEST
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.node_tree import DamagedNode, Fetch, Leaf, NodeTree
-from functional_ckpt.format.ocdbt import MANIFEST, Span
+from functional_ckpt.format.ocdbt import Span
 from functional_ckpt.format.ocdbt_decode import (
     INLINE,
     DecodedNode,

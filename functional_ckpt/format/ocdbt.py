@@ -22,7 +22,6 @@ from functional_ckpt.core.arrays.chunks import MAX_INLINE_BYTES
 from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.format.tuning import MAX_NODE_BYTES
 
-MANIFEST = "manifest.ocdbt"
 MANIFEST_MAGIC = 0x0CDB3A2A
 NODE_MAGIC = 0x0CDB20DE
 HEADER = struct.Struct(">I")

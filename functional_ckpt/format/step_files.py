@@ -14,8 +14,8 @@ from typing import Any
 from functional_ckpt import errors
 from functional_ckpt.core.files.safetensors_header import MAX_READABLE_BYTES
 from functional_ckpt.core.records import orbax, records
+from functional_ckpt.core.records.orbax import MANIFEST
 from functional_ckpt.core.records.records import parse_json, parse_object
-from functional_ckpt.format.ocdbt import MANIFEST
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.storage import local_files
 from functional_ckpt.storage.base import Storage

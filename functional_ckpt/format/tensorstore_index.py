@@ -9,6 +9,7 @@ from typing import Any
 import tensorstore as ts
 
 from functional_ckpt import errors
+from functional_ckpt.core.records.orbax import MANIFEST
 from functional_ckpt.format.database import (
     REFUSALS,
     Database,
@@ -16,7 +17,7 @@ from functional_ckpt.format.database import (
     read_error,
 )
 from functional_ckpt.format.node_tree import Fetch
-from functional_ckpt.format.ocdbt import MANIFEST, Root, Span
+from functional_ckpt.format.ocdbt import Root, Span
 from functional_ckpt.format.ocdbt_decode import (
     DecodedNode,
     dump_location,

@@ -20,6 +20,7 @@ from functional_ckpt.core.arrays.chunks import ChunkGrid
 from functional_ckpt.core.arrays.spec import ArraySpec, numpy_dtype
 from functional_ckpt.core.files.file_plan import chunk_bytes, stored_chunks
 from functional_ckpt.core.records import orbax
+from functional_ckpt.core.records.orbax import MANIFEST
 from functional_ckpt.core.records.records import (
     DIGEST_BYTES,
     PAGE_BYTES,
@@ -30,7 +31,7 @@ from functional_ckpt.core.records.records import (
 from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.data_file import DataFile
 from functional_ckpt.format.gathered import ArrayColumns
-from functional_ckpt.format.ocdbt import MANIFEST, Entries, Span, encode_manifest
+from functional_ckpt.format.ocdbt import Entries, Span, encode_manifest
 from functional_ckpt.format.ocdbt_tree import Run, encode_tree
 from functional_ckpt.format.write_files import WrittenBox, new_name
 from functional_ckpt.storage.base import Storage

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _SMALL_BYTES = 128 * 1024
 _MAX_VALUE_BYTES = 8 * 2**20
 _BATCH = 512
-_MANIFEST = "manifest.ocdbt"
 _METADATA_FIELDS = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs")
 
 _Difference: TypeAlias = tuple[Problem, str, str]
@@ -69,7 +68,7 @@ class ItemArrays:
         self._record = record
         self._directory = os.path.join(search.path, item)
         self._failures: list[_Failure] = []
-        self._fallback_file = _MANIFEST  # of failures without a key
+        self._fallback_file = orbax.MANIFEST  # of failures without a key
         self._headers: list[tuple[str, Problem, str, str]] = []
         self._texts = ItemDigests(search.storage, self._directory, record)
         self._index: Index | None = None
@@ -114,7 +113,7 @@ class ItemArrays:
                 return []
             index = open_index(self._search.storage, self._directory, skips_damage=True)
         except (errors.CorruptCheckpointError, errors.StorageError) as error:
-            self._fail_all(_MANIFEST, reason(error, self._directory))
+            self._fail_all(orbax.MANIFEST, reason(error, self._directory))
             return []
         values = list(self._small_values())
         large = list(self._large_chunks())
@@ -281,10 +280,10 @@ class ItemArrays:
             file = index.file_of(key)
         else:
             damage = index.damage_of(key)
-            file = _MANIFEST if damage is None else damage.file
+            file = orbax.MANIFEST if damage is None else damage.file
         # The manifest of another item or step leads to bytes that are not a node or the value.
         others = [] if self._record.table is None else [self._record.table.file]
-        return [file if file in self._record.files else _MANIFEST, _MANIFEST, *others]
+        return [file if file in self._record.files else orbax.MANIFEST, orbax.MANIFEST, *others]
 
 
 def _unreadable(expected: str, error: errors.CheckpointError, directory: str) -> _Difference:

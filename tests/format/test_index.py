@@ -181,7 +181,7 @@ def test_tensorstore_reads_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     root = ocdbt_tree.encode_tree(names, entries, append, runs)
     (tmp_path / "index.ocdbt").write_bytes(data)
-    (tmp_path / ocdbt.MANIFEST).write_bytes(ocdbt.encode_manifest(root, 1))
+    (tmp_path / orbax.MANIFEST).write_bytes(ocdbt.encode_manifest(root, 1))
     content = {name: np.random.default_rng(len(name)).bytes(40_000) for name in names}
     for name, values in content.items():
         (tmp_path / name).write_bytes(values)

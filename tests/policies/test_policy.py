@@ -603,7 +603,7 @@ def test_a_history_out_of_order_is_refused(steps: tuple[int, ...]) -> None:
         (["acc"], r"^keep_policy\[0\]: expected a keep policy, such as BestN\(1, 'acc'\); got"),
         ([None], r"^keep_policy\[0\]: expected a keep policy or a list of them; got None\.$"),
         (policies.LatestN, r"expected a keep policy, an instance such as LatestN\(...\); got"),
-        (policies.every(3), r"\(this one belongs in save_policy\); got FixedInterval"),
+        (policies.every(3), r"\(this one belongs in save_policy\); got every\(3\)"),
     ],
 )
 def test_keep_rule_refuses_other_objects(policy: Any, message: str) -> None:
