@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -11,26 +10,16 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import types
 from pathlib import Path
 
 import pytest
+from script_modules import load
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "functional_ckpt"
 
-
-def load_script(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while they are made
-    spec.loader.exec_module(module)
-    return module
-
-
-floors = load_script("floors")
-tracked = load_script("tracked")
+floors = load(ROOT / "scripts" / "floors.py")
+tracked = load(ROOT / "scripts" / "tracked.py")
 
 
 # A valid package: every kind of module, every allowed import.

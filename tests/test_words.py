@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+from script_modules import load
 
 ROOT = Path(__file__).parents[1]
 
-spec = importlib.util.spec_from_file_location("words", ROOT / "scripts" / "words.py")
-assert spec is not None and spec.loader is not None
-words = importlib.util.module_from_spec(spec)
-sys.modules["words"] = words
-spec.loader.exec_module(words)
+words = load(ROOT / "scripts" / "words.py")
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from functional_ckpt import errors
 from functional_ckpt.handlers import Module, Optimizer, Rng, Stateful, classes
 from functional_ckpt.handlers.rng import RngHandler
+from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.saving.background import Commit
 
@@ -38,30 +39,6 @@ __all__ = ["Checkpointing"]
 
 _NUMBERED = re.compile(r"(model|optimizer|scheduler|custom)(_\d+)?|scaler")
 _SHARDED = ("DEEPSPEED", "MEGATRON_LM", "XLA")
-
-
-class _Manager(Protocol):
-    """The methods of `CheckpointManager` that are used here."""
-
-    def save(
-        self,
-        step: int,
-        items: Mapping[str, Any],
-        *,
-        metrics: Mapping[str, Any] | None = None,
-        progress: Progress | None = None,
-        force: bool = False,
-    ) -> Commit | None: ...
-
-    def restore(self, step: int | None = None, into: Mapping[str, Any] | None = None) -> Any: ...
-
-    def metadata(self, step: int | None = None) -> Any: ...
-
-    def latest_step(self) -> int | None: ...
-
-    def is_saving_in_progress(self) -> bool: ...
-
-    def wait_until_finished(self) -> None: ...
 
 
 @dataclasses.dataclass(slots=True)
@@ -98,7 +75,7 @@ class Checkpointing:
     def __init__(
         self,
         accelerator: accelerate.Accelerator,
-        manager: _Manager,
+        manager: CheckpointManager,
         items: Mapping[str, Any] | None = None,
     ) -> None:
         self._accelerator: Any = accelerator

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
+
+from script_modules import load
 
 ROOT = Path(__file__).parents[2]
 
-spec = importlib.util.spec_from_file_location("site_check", ROOT / "scripts" / "site.py")
-assert spec is not None and spec.loader is not None
-site_check = importlib.util.module_from_spec(spec)
-sys.modules["site_check"] = site_check
-spec.loader.exec_module(site_check)
+site_check = load(ROOT / "scripts" / "site.py", "site_check")
 
 
 def write(folder: Path, pages: dict[str, str], titles: dict[str, str]) -> Path:
