@@ -99,9 +99,7 @@ def test_a_log_that_cannot_be_written_fails_no_save(
 def test_a_pipe_in_place_of_the_log_blocks_no_save(tmp_path: Path) -> None:
     (tmp_path / ".functional_ckpt").mkdir()
     os.mkfifo(tmp_path / ".functional_ckpt" / "history.jsonl")
-    metrics = {
-        f"a metric of many {number}": 0.5 for number in range(5000)
-    }  # too many for a pipe
+    metrics = {f"a metric of many {number}": 0.5 for number in range(5000)}  # too many for a pipe
     with fc.CheckpointManager(tmp_path) as manager:
         manager.save(1, {"tree": {"w": torch.zeros(3)}}, metrics=metrics)
     with fc.CheckpointManager(tmp_path, read_only=True) as manager:
