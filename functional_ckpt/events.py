@@ -15,7 +15,7 @@ import dataclasses
 import datetime
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from functional_ckpt import errors
@@ -172,12 +172,31 @@ class Events:
         if interruption is not None and kind == "staged":
             raise interruption
 
-    def bar(self, title: str) -> contextlib.AbstractContextManager[Shown | None]:
-        """Returns a progress bar, on the primary, if a listener shows some; else None."""
-        for each in self._listeners if self.rank == 0 else ():
-            if isinstance(each, ShowsBars):
-                return each.bar(title)
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def bar(self, title: str) -> Generator[Shown | None]:
+        """Shows a progress bar, on the primary, if a listener shows some; else yields None.
+
+        Errors of the bar, such as a terminal that is gone, are logged and end it.
+        """
+        shows = [each for each in self._listeners if isinstance(each, ShowsBars)]
+        if not shows or self.rank:
+            yield None
+            return
+        shown: list[Shown] = []
+
+        def show(done: int, total: int) -> None:
+            with _logged(title, shown):
+                for each in shown:
+                    each(done, total)
+
+        bar = contextlib.ExitStack()
+        with _logged(title, shown):
+            shown.append(bar.enter_context(shows[0].bar(title)))
+        try:
+            yield show
+        finally:
+            with _logged(title, shown):
+                bar.close()
 
     def is_telling(self) -> bool:
         """Returns whether the current thread is calling a listener."""
@@ -202,3 +221,13 @@ class Events:
             if is_outermost:
                 self._threads.discard(thread)
         return interruption
+
+
+@contextlib.contextmanager
+def _logged(title: str, shown: list[Shown]) -> Generator[None]:
+    """Logs an error of a progress bar, which shows nothing more."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001 - logged: no save fails for its listeners
+        shown.clear()
+        _log.exception("the progress bar failed: %s", title)

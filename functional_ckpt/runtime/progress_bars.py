@@ -29,9 +29,11 @@ def bar(title: str) -> Generator[Shown]:
     try:
         yield lambda done, total: board.update(task, completed=done, total=total)
     finally:
-        board.refresh()
-        board.remove_task(task)
-        _leave(board)
+        try:
+            board.refresh()
+            board.remove_task(task)
+        finally:
+            _leave(board)
 
 
 def _is_seen() -> bool:
@@ -63,8 +65,9 @@ def _enter() -> Progress:
                 progress.TransferSpeedColumn(),
                 progress.TimeRemainingColumn(),
             )
-            _board = progress.Progress(*columns, console=Console(stderr=True), transient=True)
-            _board.start()
+            board = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+            board.start()
+            _board = board
         _num_bars += 1
         return _board
 
@@ -74,5 +77,5 @@ def _leave(board: Progress) -> None:
     with _mutex:
         _num_bars -= 1
         if _num_bars == 0:
+            _board = None  # also if its terminal is gone
             board.stop()
-            _board = None

@@ -69,6 +69,37 @@ def test_bars_show_saves_restores_and_uploads(tmp_path: Path) -> None:
     assert done == total > 4028
 
 
+class Broken(fc.listeners.ProgressBar):
+    """A bar that fails, as where the terminal is gone."""
+
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def fail(self, at: str) -> None:
+        if at == self.at:
+            raise OSError(5, "the terminal is gone")
+
+    @contextlib.contextmanager
+    def bar(self, title: str) -> Generator[Shown]:
+        self.fail("start")
+        yield lambda *_: self.fail("progress")
+        self.fail("end")
+
+
+@pytest.mark.parametrize("at", ["start", "progress", "end"])
+def test_a_bar_that_fails_fails_no_save_restore_or_upload(
+    at: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = tmp_path / "tier"
+    items = {"x": {"a": torch.ones(1000)}}
+    with fc.CheckpointManager(tmp_path / "run", tiers=[tier], on_event=Broken(at)) as manager:
+        manager.save(3, items)
+        manager.wait_until_finished()
+        assert manager.restore(3)["x"]["a"].eq(1).all()
+    assert fc.restore(tier / "3")["x"]["a"].eq(1).all()
+    assert "the progress bar failed: restoring step 3" in caplog.messages
+
+
 def test_a_hook_and_an_event_are_shown_in_a_line(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path) as manager:
         hook = fc.hooks.SaveHook(manager, {"x": torch.ones(1)})
