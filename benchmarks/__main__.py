@@ -141,7 +141,7 @@ def _measure(task: Task, repeat: int, divisor: int, root: str, rounds: int) -> l
         else:
             if divisor == 1:
                 files.fill_free_memory(os.path.join(root, "no-data"))
-            found = _run_child(task, divisor, folder, rounds, timeout_seconds=600)
+            found = run_child(task, divisor, folder, rounds, timeout_seconds=600)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.sync()  # one system's writes do not count for the next
@@ -154,9 +154,10 @@ def _measure(task: Task, repeat: int, divisor: int, root: str, rounds: int) -> l
     ]
 
 
-def _run_child(
+def run_child(
     task: Task, divisor: int, folder: str, rounds: int, *, timeout_seconds: float
 ) -> dict[str, Any]:
+    """Returns the figures that a child process prints, or its error; its children end with it."""
     command = [sys.executable, "-m", "benchmarks.child", task.measure, task.workload, task.peer]
     command += ["--divisor", str(divisor), "--root", folder, "--rounds", str(rounds)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

@@ -64,14 +64,20 @@ class AsyncPeer:
         is_durable: Whether `wait` included syncing.
         is_overlapped: Whether `save` may return before the state is captured, so that `fence` must
             be called before it changes.
+        fences_steps: Whether steps of `optimizer` wait for the fence by themselves.
     """
 
     is_durable = False
     is_overlapped = False
+    fences_steps = False
 
     def start(self, state: State, root: str) -> None:
         """Gets ready, before any clock starts."""
         self.state, self.root = state, root
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """An optimizer that updates the state; it has no state of its own."""
+        return torch.optim.SGD(peers.Holder(self.state).parameters(), lr=1e-4)
 
     def save(self, step: int) -> None:
         """Starts a save; training is blocked for the duration of this call."""
@@ -96,6 +102,7 @@ class DcpThread(AsyncPeer):
     """dcp.async_save in a thread, with a DefaultStager that is reused."""
 
     process = False
+    is_pinned = False
 
     def start(self, state: State, root: str) -> None:
         import torch.distributed as dist
@@ -109,10 +116,10 @@ class DcpThread(AsyncPeer):
             dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         self._stager = staging.DefaultStager(
             staging.StagingOptions(
-                use_pinned_memory=False,
+                use_pinned_memory=self.is_pinned,
                 use_shared_memory=self.process,
-                use_async_staging=False,
-                use_non_blocking_copy=False,
+                use_async_staging=self.is_overlapped,
+                use_non_blocking_copy=self.is_pinned,
             )
         )
 
@@ -131,8 +138,13 @@ class DcpThread(AsyncPeer):
             no_dist=not self.process,
         )
 
+    def fence(self) -> None:
+        if self.is_overlapped:
+            staged: Any = self._saving  # a pair of futures
+            staged.staging_completion.result()
+
     def wait(self) -> None:
-        saving: Any = self._saving  # with a stager of its own thread, a pair of futures
+        saving: Any = self._saving
         getattr(saving, "upload_completion", saving).result()
 
     def restore(self, step: int) -> None:
@@ -150,6 +162,18 @@ class DcpProcess(DcpThread):
     """The same in a process of its own, which reads the stager's shared memory."""
 
     process = True
+
+
+class DcpPinned(DcpThread):
+    """From a GPU into pinned memory, which is reused; `save` waits for the copies."""
+
+    is_pinned = True
+
+
+class DcpPinnedOverlapped(DcpPinned):
+    """The same on a stream and in a thread of its own."""
+
+    is_overlapped = True
 
 
 class OrbaxManager(AsyncPeer):
@@ -227,6 +251,7 @@ class OursEager(AsyncPeer):
     """functional_ckpt.CheckpointManager over a module."""
 
     is_durable = True
+    fences_steps = True
 
     def start(self, state: State, root: str) -> None:
         import functional_ckpt as fc
@@ -236,9 +261,12 @@ class OursEager(AsyncPeer):
         self.items: dict[str, Any] = {"state": module}
         options: dict[str, Any] = {}
         if self.is_overlapped:
-            self.items, _ = overlapped_items(module)
+            self.items, self._optimizer = overlapped_items(module)
             options = overlapped_option()
         self.manager = fc.CheckpointManager(root, **options)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer if self.is_overlapped else super().optimizer()
 
     def save(self, step: int) -> None:
         self._commit = self.manager.save(step, self.items)

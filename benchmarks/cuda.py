@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from benchmarks import async_peers, files, meters, peers, workloads
+from benchmarks import async_peers, files, meters, workloads
 from benchmarks.loop import steps_between
 
-__all__ = ["measure"]
+__all__ = ["SYSTEMS", "measure", "measure_system"]
 
+SYSTEMS: Mapping[str, Callable[[], async_peers.AsyncPeer]] = {
+    "eager": async_peers.OursEager,
+    "overlapped": async_peers.OursOverlapped,
+    "dcp_pinned": async_peers.DcpPinned,
+    "dcp_pinned_overlapped": async_peers.DcpPinnedOverlapped,
+}
 _SIDE = 8192
 
 
@@ -21,37 +27,35 @@ def measure(workload: str, divisor: int, root: str) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise async_peers.SkipMeasure("there is no GPU")
     host = workloads.make(workload, divisor)
-    module = peers.Holder({name: tensor.cuda() for name, tensor in host.items()})
+    state = {name: tensor.cuda() for name, tensor in host.items()}
     figures: dict[str, Any] = {
         "size_bytes": sum(tensor.nbytes for tensor in host.values()),
         "device": torch.cuda.get_device_name(),
     }
-    figures |= _bus(host, module)
-    for name in ("eager", "overlapped"):
+    figures |= _bus(host, state)
+    for name, make in SYSTEMS.items():
+        path = os.path.join(root, name)
+        os.makedirs(path)
         try:
-            options = async_peers.overlapped_option() if name == "overlapped" else {}
+            found = measure_system(make(), state, path)
         except async_peers.SkipMeasure:
             continue
-        path = os.path.join(root, name)
-        found = _ours(module, path, options)
         figures |= {f"{name}_{key}": value for key, value in found.items()}
         files.fresh(path)
     return figures
 
 
-def _bus(host: workloads.State, module: torch.nn.Module) -> dict[str, float]:
+def _bus(host: workloads.State, device: workloads.State) -> dict[str, float]:
     """Both ways, with pinned memory that is there already."""
     pinned = {name: torch.empty_like(tensor, pin_memory=True) for name, tensor in host.items()}
-    device = dict(module.named_parameters())
 
     def to_host() -> None:
         for name, tensor in pinned.items():
-            tensor.copy_(device[name].detach(), non_blocking=True)
+            tensor.copy_(device[name], non_blocking=True)
 
     def to_device() -> None:
-        with torch.no_grad():
-            for name, tensor in pinned.items():
-                device[name].copy_(tensor, non_blocking=True)
+        for name, tensor in pinned.items():
+            device[name].copy_(tensor, non_blocking=True)
 
     return {
         "pinned_d2h_seconds": min(_timed(to_host) for _ in range(3)),
@@ -59,70 +63,78 @@ def _bus(host: workloads.State, module: torch.nn.Module) -> dict[str, float]:
     }
 
 
-def _ours(module: torch.nn.Module, path: str, options: dict[str, Any]) -> dict[str, float]:
-    import functional_ckpt as fc
-
+def measure_system(
+    peer: async_peers.AsyncPeer, state: workloads.State, path: str
+) -> dict[str, float]:
+    """The figures of one system, in an empty directory."""
     figures: dict[str, float] = {}
-    expected = _digest(module)
-    items, optimizer = async_peers.overlapped_items(module)
-    with fc.CheckpointManager(path, keep_policy=fc.policies.LatestN(1), **options) as manager:
-        for step in range(3):
-            torch.cuda.synchronize()
-            commits: list[Any] = []
-            figures[f"blocked_{step + 1}_seconds"] = meters.seconds(
-                lambda step=step, to=commits: to.append(manager.save(step, items))
-            )
-            if options:
-                figures[f"fence_{step + 1}_seconds"] = _timed(manager.fence)
-            durable = meters.seconds(commits[0].result)
-            figures[f"durable_{step + 1}_seconds"] = (
-                figures[f"blocked_{step + 1}_seconds"] + durable
-            )
-        _clear(module)
-        figures["restore_warm_seconds"] = _timed(lambda: manager.restore(2, items))
-        if _digest(module) != expected:
-            raise RuntimeError("the bytes restored are not those that were saved")
-        step = _training_step(module, optimizer)
-        count = steps_between(figures["durable_3_seconds"], _timed(step))
-        figures["loop_alone_seconds"] = _timed(lambda: _loop(step, lambda: None, count))
-        saving = [10]
-
-        def save() -> None:
-            saving[0] += 1
-            manager.save(saving[0], items)
-
-        figures["loop_saving_seconds"] = _timed(lambda: _loop(step, save, count))
+    expected = _digest(state)
+    peer.start(state, path)
+    for step in range(3):
+        torch.cuda.synchronize()
+        blocked = meters.seconds(lambda step=step: peer.save(step))
+        fence = meters.seconds(peer.fence)
+        durable = blocked + fence + meters.seconds(lambda step=step: _wait(peer, step))
+        figures[f"blocked_{step + 1}_seconds"] = blocked
+        if peer.is_overlapped:
+            figures[f"fence_{step + 1}_seconds"] = fence
+        figures[f"durable_{step + 1}_seconds"] = durable
+    for tensor in state.values():
+        tensor.zero_()
+    files.fill_cache(async_peers.step_path(path, 2))
+    figures["restore_warm_seconds"] = _timed(lambda: peer.restore(2))
+    if _digest(state) != expected:
+        raise RuntimeError("the bytes restored are not those that were saved")
+    step = _training_step(peer)
+    count = steps_between(figures["durable_3_seconds"], _timed(lambda: step(None)))
+    figures["loop_alone_seconds"] = _timed(lambda: _loop(step, count))
+    figures["loop_saving_seconds"] = _timed(lambda: _loop(step, count, peer))
+    peer.wait()
+    peer.close()
     return figures
 
 
-def _loop(step: Callable[[], None], save: Callable[[], None], count: int) -> None:
-    save()
-    for _ in range(count):
-        step()
+def _wait(peer: async_peers.AsyncPeer, step: int) -> None:
+    peer.wait()
+    if not peer.is_durable:
+        files.sync_tree(async_peers.step_path(peer.root, step))
 
 
-def _training_step(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    parameters = list(module.parameters())
-    factor = torch.rand(_SIDE, _SIDE, device="cuda", dtype=torch.bfloat16)
-    gradient = torch.rand_like(parameters[0])
+def _loop(
+    step: Callable[[async_peers.AsyncPeer | None], None],
+    count: int,
+    saving: async_peers.AsyncPeer | None = None,
+) -> None:
+    """Saves before the first step, which is the one that waits for the fence."""
+    if saving is not None:
+        saving.save(10)
+    step(saving)
+    for _ in range(count - 1):
+        step(None)
 
-    def step() -> None:
+
+def _training_step(
+    peer: async_peers.AsyncPeer,
+) -> Callable[[async_peers.AsyncPeer | None], None]:
+    """Returns a step; its argument is the system whose save is not staged yet."""
+    optimizer = peer.optimizer()
+    first: torch.Tensor = optimizer.param_groups[0]["params"][0]
+    factor = torch.rand(_SIDE, _SIDE, device=first.device, dtype=torch.bfloat16)
+    gradient = torch.rand_like(first)
+
+    def step(saving: async_peers.AsyncPeer | None) -> None:
         for _ in range(8):
             torch.mm(factor, factor)
-        parameters[0].grad = gradient
+        first.grad = gradient
+        if saving is not None and not saving.fences_steps:
+            saving.fence()
         optimizer.step()
 
     return step
 
 
-def _digest(module: torch.nn.Module) -> str:
-    return workloads.digest({name: p.detach().cpu() for name, p in module.named_parameters()})
-
-
-def _clear(module: torch.nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.zero_()
+def _digest(state: workloads.State) -> str:
+    return workloads.digest({name: tensor.cpu() for name, tensor in state.items()})
 
 
 def _timed(action: Callable[[], object]) -> float:

@@ -8,7 +8,7 @@ from benchmarks.bars import Bar, bars
 from benchmarks.plots import figure_markdown
 from benchmarks.summary import GIB, MIB, Spread, Summary, is_ours, kind_of_staging, limit_seconds
 
-__all__ = ["SYNC", "bars_table", "markdown", "plots_markdown"]
+__all__ = ["SYNC", "bars_table", "figures_table", "markdown", "plots_markdown"]
 
 # Figure -> how tables name it.
 SYNC = {
@@ -42,8 +42,8 @@ _TITLES = {
 _BASES = {
     **{f"loop_{mode}_seconds": "loop_other_seconds" for mode in ("alone", "eager", "overlapped")},
     **{
-        f"{staging}_{name}": base.format(staging)
-        for staging in ("eager", "overlapped")
+        f"{system}_{name}": base.format(system)
+        for system in ("eager", "overlapped", "dcp_pinned", "dcp_pinned_overlapped")
         for name, base in {
             "blocked_3_seconds": "pinned_d2h_seconds",
             "restore_warm_seconds": "pinned_h2d_seconds",
@@ -79,7 +79,8 @@ def markdown(summary: Summary, plots: Sequence[str]) -> str:
         *plots_markdown(plots),
         *_limits(summary),
         *_latency(summary),
-        *_loops(summary),
+        *figures_table(summary, "loop/big", "A training loop on one thread"),
+        *figures_table(summary, "cuda/big", "A GPU"),
     ]
     for measure in _TITLES:
         for load in _workloads(summary, measure):
@@ -231,25 +232,21 @@ def _latency(summary: Summary) -> list[str]:
     return [*rows, ""]
 
 
-def _loops(summary: Summary) -> Iterator[str]:
-    """The loops on one thread, and everything of a GPU, figure by figure."""
-    for key, title in (
-        ("loop/big", "A training loop on one thread"),
-        ("cuda/big", "A GPU"),
-    ):
-        figures = summary.spreads.get(key)
-        if figures is None:
-            continue
-        yield from (f"## {title}", "", "| | | | over |", "| --- | --- | ---: | --- |")
-        for name, spread in figures.items():
-            ratio = " | "
-            base = _BASES.get(name, "")
-            if base in figures:
-                words = base.removesuffix("_seconds").replace("_", " ")
-                ratio = f"{spread.median / figures[base].median:.3f}x | {words}"
-            value = _seconds(spread) if name.endswith("_seconds") else f"{spread.median:.0f}"
-            yield f"| {name.removesuffix('_seconds').replace('_', ' ')} | {value} | {ratio} |"
-        yield ""
+def figures_table(summary: Summary, key: str, title: str) -> Iterator[str]:
+    """Every figure of a measurement: of the loops on one thread, or of a GPU."""
+    found = summary.spreads.get(key)
+    if found is None:
+        return
+    yield from (f"## {title}", "", "| | | | over |", "| --- | --- | ---: | --- |")
+    for name, spread in found.items():
+        ratio = " | "
+        base = _BASES.get(name, "")
+        if base in found:
+            words = base.removesuffix("_seconds").replace("_", " ")
+            ratio = f"{spread.median / found[base].median:.3f}x | {words}"
+        value = _seconds(spread) if name.endswith("_seconds") else f"{spread.median:.0f}"
+        yield f"| {name.removesuffix('_seconds').replace('_', ' ')} | {value} | {ratio} |"
+    yield ""
 
 
 def _reasons(summary: Summary) -> list[str]:

@@ -1,7 +1,7 @@
 """The conditions of every test: a time limit that names the test, and no accelerator for JAX.
 
-A test with the marker `matrix` runs a part of its cases by default. Figures that tests measure
-(`figure`) are printed at the end of the run.
+A test with the marker `matrix` runs a part of its cases by default, one with `cuda` only where
+there is a CUDA device. Figures that tests measure (`figure`) are printed at the end of the run.
 """
 
 from __future__ import annotations
@@ -69,6 +69,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out |= set(cases) - set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture

@@ -356,7 +356,8 @@ def test_types_are_shipped() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["setup", "test", "check", "demo", "demo_distributed", "bench", "../.ci/run"]
+    "name",
+    ["setup", "test", "check", "demo", "demo_distributed", "bench", "gpu_check", "../.ci/run"],
 )
 def test_scripts_are_executable_and_stop_at_the_first_error(name: str) -> None:
     script = ROOT / "scripts" / name

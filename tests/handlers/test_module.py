@@ -392,7 +392,7 @@ def test_meta_tensors_that_are_watched(save):
     assert model.weight.is_meta
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_meta_modules_are_materialised_on_a_device(save):
     model = trained(Net())
     with torch.device("meta"):

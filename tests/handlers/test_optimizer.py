@@ -559,7 +559,7 @@ def test_differentiable_state_is_taken_off_the_graph(save):
 # ------------------------------------------------------------ devices
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize(
     "options",
     [

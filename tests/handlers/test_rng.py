@@ -141,7 +141,7 @@ def test_another_number_of_cuda_devices(save):
     handler.target({}, {**saved, "cuda": []})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 def test_rng_restores_cuda_generators(save):
     torch.cuda.manual_seed_all(1)
     torch.rand(3, device="cuda")

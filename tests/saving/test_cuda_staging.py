@@ -24,7 +24,6 @@ from functional_ckpt.testing import differences
 
 SECONDS = 0.2
 SLOT_BYTES = 2**19
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class Device:
@@ -87,7 +86,7 @@ def sleep_before_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_copies.Transfers, "enqueue", enqueue)
 
 
-@pytest.fixture(params=["slow_device", pytest.param("cuda", marks=on_cuda)])
+@pytest.fixture(params=["slow_device", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     if request.param == "cuda":
         found = Device("cuda", None)
@@ -398,7 +397,7 @@ def test_a_state_is_restored_where_it_is(tmp_path: Path, device: Device) -> None
 # ------------------------------------------------------------------------------------ CUDA alone
 
 
-@on_cuda
+@pytest.mark.cuda
 def test_memory_that_the_driver_refuses_to_lock(caplog: pytest.LogCaptureFixture) -> None:
     pages = torch.zeros(2**14, dtype=torch.uint8).numpy()
     assert device_copies.lock_pages(pages.ctypes.data, 2**60) is None
@@ -406,7 +405,7 @@ def test_memory_that_the_driver_refuses_to_lock(caplog: pytest.LogCaptureFixture
     assert torch.ones(3, device="cuda").sum().item() == 3  # the error is not found by another
 
 
-@on_cuda
+@pytest.mark.cuda
 def test_locked_pages_are_pinned_until_they_are_given_back() -> None:
     pages = torch.zeros(2**14, dtype=torch.uint8)
     unlock = device_copies.lock_pages(pages.data_ptr(), pages.nbytes)
@@ -415,7 +414,7 @@ def test_locked_pages_are_pinned_until_they_are_given_back() -> None:
     assert not pages.is_pinned()
 
 
-@on_cuda
+@pytest.mark.cuda
 def test_no_save_while_a_graph_is_captured(tmp_path: Path) -> None:
     weight = torch.zeros(3, device="cuda")
     torch.cuda.synchronize()
