@@ -55,7 +55,7 @@ class Run:
     results: tuple[Result, ...] = ()
 
     def with_result(self, result: Result) -> Run:
-        """The run with one more result, in place of an earlier failure of the same."""
+        """The run with one more result, instead of an earlier failure of the same."""
         others = [
             each
             for each in self.results

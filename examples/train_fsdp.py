@@ -209,7 +209,7 @@ class Trainee:
 
 
 def gathered(tree: Any) -> Any:
-    """The tree with full tensors in place of DTensors; a collective."""
+    """The tree with full tensors instead of DTensors; a collective."""
     if isinstance(tree, dict):
         return {key: gathered(child) for key, child in tree.items()}
     if isinstance(tree, list):

@@ -220,7 +220,7 @@ _UNKNOWN = (
 
 
 def _advice(storage: Storage, path: str) -> str | None:
-    """What to do about a path that is a directory of steps, or no checkpoint of this package."""
+    """Returns advice for a path that is a directory of steps or a foreign checkpoint."""
     if not queries.exists(storage, path):
         return None
     if not queries.is_directory(storage, path):

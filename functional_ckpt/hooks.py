@@ -28,8 +28,8 @@ class SaveHook:
 
     Args:
         manager: Directory and policies.
-        items: What to save, or a function that returns it: called only when a step is saved, for
-            programs whose state is a new value after each step.
+        items: The items to save; or a function that returns them, called only when a step is saved,
+            for programs whose state is a new value after each step.
 
     Attributes:
         should_stop: Whether the process has received SIGTERM and its progress is saved.

@@ -58,7 +58,7 @@ class CheckpointManager(NotCopied, shown.Shown):
             for the default group, if there is one. All ranks pass equal arguments, and call the
             methods in the same order.
         timeout_seconds: How long a rank waits for another one; None for as long as `process_group`.
-        coordinator: Coordinates the ranks in place of these two.
+        coordinator: Coordinates the ranks instead of these two.
         on_event: Called with an `Event` for each step staged, written, committed, uploaded, pruned
             or skipped: a callable or several, which must be quick. Their exceptions are logged.
         storage: The file system; for tests.

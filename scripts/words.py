@@ -127,7 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--all", action="store_true", help="cover every folder")
     parser.add_argument("--count", action="store_true", help="print counts by pattern and folder")
-    parser.add_argument("paths", nargs="*", help="files or folders, in place of the clean ones")
+    parser.add_argument("paths", nargs="*", help="files or folders, instead of the clean ones")
     arguments = parser.parse_args()
     chosen = tuple(arguments.paths) or (FOLDERS[:-1] if arguments.all else CLEAN)
     counts: collections.Counter[tuple[str, str]] = collections.Counter()

@@ -153,7 +153,7 @@ def _record(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Columns:
-    """What to show of each step.
+    """The columns of the table of steps.
 
     Attributes:
         metrics: The metrics, the most important first.

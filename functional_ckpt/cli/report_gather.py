@@ -35,7 +35,7 @@ _MAX_CHANGES, _MAX_CHILDREN, _MAX_JSON_BYTES = 200, 40, 2**20
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What to read besides the records.
+    """The data that a report reads besides the records.
 
     Attributes:
         compare: The two steps to compare; None for the last two if that is cheap.

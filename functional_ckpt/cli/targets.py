@@ -37,7 +37,7 @@ class Checkpoint:
 
     @property
     def title(self) -> str:
-        """What to call it."""
+        """The title of the checkpoint in output."""
         return os.path.basename(self.path) if self.step is None else f"step {self.step}"
 
     def open(self) -> checkpoint_dir.OpenCheckpoint:

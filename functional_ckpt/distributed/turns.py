@@ -1,4 +1,4 @@
-"""Rounds that take place only when a rank asks for one, at a step that no rank has passed.
+"""Rounds that run only when a rank requests one, at a step that no rank has passed.
 
 The ranks ask about the same steps in the same order, each in its own time; every new step is a
 turn. In most turns they exchange nothing. A thread of each rank looks into the ranks' store for a

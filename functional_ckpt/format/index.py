@@ -40,7 +40,7 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.system_errors import absence_as_damage
 
 _ReadSpans = Callable[[Sequence[Span]], "list[bytes | errors.CheckpointError]"]
-"""Reads spans of data files; an error in place of one that cannot be read."""
+"""Reads spans of data files; an error instead of one that cannot be read."""
 
 
 class _ValueRead(NamedTuple):
@@ -123,7 +123,7 @@ class Index:
     def read_values(
         self, keys: Sequence[bytes], max_bytes: int
     ) -> dict[bytes, bytes | errors.CheckpointError]:
-        """Reads small values; returns an error in place of one that cannot be read.
+        """Reads small values; returns an error instead of one that cannot be read.
 
         Args:
             keys: Loaded keys, in the order of their locations.
@@ -189,7 +189,7 @@ def open_index(
 ) -> Index:
     """Opens the index of an item's database.
 
-    With `skips_damage`, damaged nodes are collected in place of raising.
+    With `skips_damage`, damaged nodes are collected instead of raising.
 
     Raises:
         CorruptCheckpointError: There is no readable database.

@@ -20,7 +20,7 @@ from functional_ckpt.format.ocdbt import Root, Span, is_inside
 from functional_ckpt.format.ocdbt_decode import DecodedNode, InvalidNodeError
 
 Fetch: TypeAlias = "Callable[[Sequence[Span]], list[DecodedNode | Exception]]"
-"""Reads and decodes nodes; an error in place of a node that cannot be read."""
+"""Reads and decodes nodes; an error instead of a node that cannot be read."""
 
 _NODES_AT_ONCE = 16
 _MAX_REPEATS = 1000
@@ -69,7 +69,7 @@ class _FileNodes:
 class NodeTree:
     """A tree of which parts have been read. Use it from one thread at a time.
 
-    With `skips_damage`, damaged nodes are recorded in `damaged` in place of raising.
+    With `skips_damage`, damaged nodes are recorded in `damaged` instead of raising.
 
     Attributes:
         damaged: The nodes that could not be read.

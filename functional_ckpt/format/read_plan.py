@@ -39,8 +39,8 @@ class Destination(NamedTuple):
     Attributes:
         memory: Returns host memory of the region's shape; it may be strided. Called before the
             first byte is written.
-        done: Called after each chunk's part is in place and verified.
-        send: Given for device memory, which then gets the bytes in place of `memory`:
+        done: Called after each chunk's part is verified and copied.
+        send: Given for device memory, which then gets the bytes instead of `memory`:
             `send(start, size_bytes, fill)` changes `size_bytes` bytes from byte `start` on. It
             calls `fill` with its own host memory, piece by piece in order, to have it filled; all
             pieces but the last are multiples of a digest block.
@@ -164,7 +164,7 @@ def plan_reads(
     """Plans the reads of requests.
 
     Args:
-        requests: What to read, of one item.
+        requests: The regions to read, of one item.
         locations: Where each key's value is stored; None for foreign arrays.
         path: The item's directory, for errors.
         delivered: Chunks that are not to be read: the index of the request, the chunk's index.

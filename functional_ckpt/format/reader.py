@@ -1,4 +1,4 @@
-"""Verifies the bytes that were read and puts them in place, for both executors of a read plan."""
+"""Verifies the bytes that were read and copies them to their destination, for all executors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ArrayReader(Protocol):
         """Plans the reads of requests; nothing is read yet.
 
         Args:
-            requests: What to read.
+            requests: The regions to read.
             delivered: Chunks that are not to be read: index of the request, the chunk's index.
 
         Returns:
@@ -58,7 +58,7 @@ def verify(directory: str, read: ChunkRead, part: ChunkPart, data: Any, start: i
 
 
 def deliver(directory: str, read: ChunkRead, part: ChunkPart, data: Array) -> None:
-    """Verifies all bytes of a read and puts them in place.
+    """Verifies all bytes of a read and copies them to their destination.
 
     `data` is flat uint8: bytes `part.first` to `part.end` of the chunk as it is stored.
     """
@@ -71,7 +71,7 @@ def deliver(directory: str, read: ChunkRead, part: ChunkPart, data: Array) -> No
 
 
 def put(read: ChunkRead, part: ChunkPart, data: Array) -> None:
-    """Puts verified bytes of a chunk's valid region in place."""
+    """Copies verified bytes of a chunk's valid region to their destination."""
     destination = read.request.destination
     if destination is None:
         return

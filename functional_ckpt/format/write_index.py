@@ -50,7 +50,7 @@ class IndexedArray(NamedTuple):
         spec: The array.
         grid: Its chunks.
         boxes: Where its regions are; of a tied leaf, those of the array that holds its bytes.
-        columns: Where its chunks are, in place of `boxes`.
+        columns: Where its chunks are, instead of `boxes`.
     """
 
     name: str

@@ -58,7 +58,7 @@ class Handler(abc.ABC):
 
         Args:
             value: The value passed to restore.
-            saved: The checkpoint's tree, with an `ArraySpec` in place of every array. Where the
+            saved: The checkpoint's tree, with an `ArraySpec` for every array. Where the
                 restore leaves leaves alone (`ignore`, `only`), the target's own stand in it.
             strict: Whether a difference that the handler itself finds is an error.
 
@@ -225,7 +225,7 @@ class CheckpointItem(Item):
         replicated: See `Item`.
     """
 
-    # A field in place of the property.
+    # A field instead of the property.
     handler: Handler = dataclasses.field()  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def check(self) -> None:

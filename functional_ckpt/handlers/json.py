@@ -96,7 +96,7 @@ def _way_out(value: object) -> str:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return f"is a {kind}, a class that is not stored; pass dataclasses.asdict(value)"
     if hasattr(value, "tolist"):
-        return f"is a {kind}; pass value.tolist(), or the tree as a PyTree item in place of Json"
+        return f"is a {kind}; pass value.tolist(), or the tree as a PyTree item instead of Json"
     for base in (dict, list, tuple, set, frozenset, str, int, float):
         if isinstance(value, base):
             return f"is a {kind}, a class that is not stored; pass {base.__name__}(value)"

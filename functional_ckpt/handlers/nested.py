@@ -79,7 +79,7 @@ def lifts(registry: Registry, node: structure.BranchNode) -> bool | None:
 
 
 def place(registry: Registry, tree: Any, stored: Any, around: Item, make: Make) -> Any:
-    """The tree with `make`'s results in place of all values with handlers."""
+    """The tree with `make`'s results instead of all values with handlers."""
     if not around.handler.holds_values:
         return tree
 

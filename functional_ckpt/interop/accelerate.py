@@ -1,4 +1,4 @@
-"""`accelerate` with a checkpoint manager, in place of `save_state` and `load_state`.
+"""`accelerate` with a checkpoint manager, instead of `save_state` and `load_state`.
 
     checkpointing = Checkpointing(accelerator, manager)
     step = checkpointing.load_state()               # 0 where there is no step

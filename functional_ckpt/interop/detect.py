@@ -57,7 +57,7 @@ def open(
         path: A file or a directory; or the URI of a checkpoint of this package or of Orbax.
         format: Name of its format; None to find out. Of a directory of Hugging Face weights that
             holds both, `safetensors` or `bin` says which files.
-        formats: What to choose from; add a `Format` of your own.
+        formats: The known formats; add a `Format` of your own.
 
     Returns:
         Items by name. Each is read when it is first asked for, its tensors when they are used.

@@ -78,8 +78,8 @@ def save(
         key_prefix: Put before every name.
         variant: Put into the files' names.
         format: `safetensors`, or `bin` for torch.save.
-        config: What to write as `config.json`: a mapping, or a file to copy, or a directory with
-            one; None for the module's own, where it has one.
+        config: The content of `config.json`: a mapping, or a file to copy, or a directory with one;
+            None for the module's own, if it has one.
         overwrite: Whether an existing file or directory is replaced, atomically.
 
     Raises:
@@ -123,7 +123,7 @@ def export(
         key_prefix: Put before every name.
         variant: Put into the files' names.
         format: `safetensors` or `bin`.
-        config: What to write as `config.json`; None for the step's own, where it has one.
+        config: The content of `config.json`; None for the step's own, if it has one.
         overwrite: Whether an existing file or directory is replaced, atomically.
     """
     options = Options.of(max_shard_size, key_prefix, variant, format)

@@ -50,7 +50,7 @@ class _Inert(pickle.Unpickler):
 
 
 def read_inert(data: bytes, path: str) -> Any:
-    """Returns the content of a pickle with a `Record` in place of every object.
+    """Returns the content of a pickle with a `Record` instead of every object.
 
     Raises:
         CorruptCheckpointError: It is not a pickle, or a broken one.

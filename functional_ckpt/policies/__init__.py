@@ -1,4 +1,4 @@
-"""When to save and what to keep: `fc.policies`.
+"""Save policies and keep policies: `fc.policies`.
 
 Save policies: `every`, `When`, `FixedInterval`, `SpecificSteps`, `InitialSave`, `AtEnd`,
 `Preemption`. Keep policies: `LatestN`, `LatestDuration`, `BestN`, `EveryNSteps`, `EveryNSeconds`,

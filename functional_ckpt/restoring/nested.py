@@ -87,7 +87,7 @@ def with_module_names(root: structure.Node, item: Item, registry: Registry) -> s
 
 
 def _flat_below(node: structure.Node, path: KeyPath) -> structure.Node:
-    """The structure with one container of leaves in place of those below a path."""
+    """The structure with one container of leaves instead of those below a path."""
     if not isinstance(node, structure.BranchNode) or not node.children:
         return node
     if not path:

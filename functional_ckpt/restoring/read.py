@@ -1,7 +1,6 @@
 """Reading the arrays of one checkpoint: requests, one plan per item, and the restored values.
 
-Nothing of the caller's is written before everything has been matched; reads fill the target's own
-memory.
+Reads fill the target's own memory where possible. No read starts before everything is matched.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def read_all(
             nothing.
         touched: Set before the first byte is written to the caller's memory.
         sharing: The ranks that read for each other, if they do.
-        shown: Shows the bytes that were read, and those in all.
+        shown: Called with the bytes read so far, and the total.
     """
     fence.wait_for_all()  # another save may still be copying from the memory that is read into
     verified = verify is not False  # after `first` too: the bytes may have changed in between
@@ -96,7 +95,7 @@ def _counted(
     items: Sequence[OpenItem],
     shown: Callable[[int, int], None],
 ) -> list[Callable[[], None]]:
-    """Returns the tasks, each of which shows about how many bytes were read so far."""
+    """Returns the tasks; each reports the approximate number of bytes read so far."""
     arrays = (leaf for item in items for _, leaf in structure.iter_leaves(item.root))
     total = sum(each.spec.size_bytes for each in arrays if isinstance(each, structure.ArrayNode))
     done = itertools.count(1)
@@ -135,7 +134,7 @@ class _ArrayRead:
     def requests(
         self, buffers: device_copies.PinnedBuffers | None, *, verified: bool
     ) -> Sequence[ReadRequest]:
-        """Returns what to read; one request where the local part is one region."""
+        """Returns the requests for the array; one if the local part is one region."""
         node, like = self.binding.node, self.binding.like
         if memory.is_plain(like) or sharding.sharding_of(like) is None:
             request = self.item.request(node, verified=verified)
@@ -230,7 +229,7 @@ class _ItemRead:
             self._of[id(read)] = self._arrays.setdefault(key, _ArrayRead(item, read, touched))
 
     def open(self, files: contextlib.ExitStack) -> ArrayReader | None:
-        """Opens the item's arrays; None where none is read."""
+        """Opens the item's arrays; None if none is read."""
         if not self._arrays:
             return None
         reader = self.item.open_reader()
@@ -240,7 +239,7 @@ class _ItemRead:
     def requests(
         self, buffers: device_copies.PinnedBuffers | None, *, verified: bool
     ) -> list[ReadRequest]:
-        """Returns what to read."""
+        """Returns the requests for all arrays of the item."""
         return [
             request
             for array in self._arrays.values()
@@ -297,7 +296,7 @@ def _reads(binding: plan.Binding) -> Iterator[plan.ReadArray]:
 
 
 def _sharing(read: plan.ReadArray) -> tuple[object, ...]:
-    """Leaves tied in the checkpoint share a read when they end in the same kind of memory."""
+    """Returns a key that is equal for tied leaves that can share one read."""
     if read.form == "fill":
         return ("fill", id(read.like), memory.storage_key(read.like))
     if read.form == "tensor":

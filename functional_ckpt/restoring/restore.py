@@ -38,7 +38,7 @@ class Restored(Mapping[str, Any]):
         metrics: The metrics saved with the step, or None.
         progress: The training progress saved with the step, or None.
         custom_metadata: The user's own metadata.
-        starts_at: The step that a run continues with where it is not the one after `step`.
+        starts_at: The next step, if it is not `step + 1`.
     """
 
     items_by_name: Mapping[str, Any]
@@ -128,9 +128,9 @@ def restore_checkpoint(
     reading.
 
     Raises:
-        StepNotFoundError: An item is asked for that the checkpoint does not hold.
-        MismatchError: Something does not fit; nothing was touched.
-        CorruptCheckpointError: Damaged bytes; `.touched` says whether the target was written into.
+        StepNotFoundError: The checkpoint lacks a requested item.
+        MismatchError: Checkpoint and target differ; no target was modified.
+        CorruptCheckpointError: Damaged bytes; `.touched` says whether a target was modified.
     """
     if torch.is_inference_mode_enabled():
         # Restored tensors must not be inference tensors, which cannot be trained.
@@ -175,7 +175,7 @@ def restore_checkpoint(
 
 @contextlib.contextmanager
 def _noticing_overwrite(checkpoint: OpenCheckpoint) -> Generator[None]:
-    """What does not fit together because the checkpoint was overwritten meanwhile is no damage."""
+    """Raises `StorageError` for apparent damage if the checkpoint was overwritten meanwhile."""
     try:
         yield
     except (errors.CorruptCheckpointError, errors.StorageError) as error:
@@ -191,7 +191,7 @@ def _noticing_overwrite(checkpoint: OpenCheckpoint) -> Generator[None]:
 
 @contextlib.contextmanager
 def _reporting(target: read.TargetState, checkpoint: OpenCheckpoint) -> Generator[None]:
-    """Adds to an error whether the caller's objects had been written into."""
+    """Sets `touched` of an error: whether the restore had modified the caller's objects."""
 
     def state() -> str:
         return (
@@ -218,7 +218,7 @@ def _all_or_none(values: Sequence[bytes]) -> bytes:
 def _unexpected_by_all(
     reports: Mapping[str, plan.RestoreReport], group: Coordinator, *, may_be: bool
 ) -> dict[str, plan.RestoreReport]:
-    """Returns the reports without leaves that another rank (of another stage) expects."""
+    """Returns the reports without leaves that another rank, such as another stage, expects."""
     common: dict[str, list[str]] = {}
     if may_be:
         own = json.dumps({name: report.unexpected for name, report in reports.items()})
@@ -252,7 +252,7 @@ def _lift_all(
     group: Coordinator,
     target: read.TargetState,
 ) -> dict[str, Any]:
-    """The restored values of all items; those of optimizers last, which need their modules."""
+    """Returns the restored values of all items; optimizers come last, since they need modules."""
     lifted = {each.name: value for each, value in zip(matched, values, strict=True)}
     for is_late in (False, True):
         for each in matched:

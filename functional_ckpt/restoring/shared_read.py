@@ -171,7 +171,7 @@ def _incoming_bytes(
 def _deliver(
     chunks: Sequence[SharedChunk], incoming: Sequence[Bytes], wanted: Sequence[_Want], rank: int
 ) -> None:
-    """Puts received parts in place, in the order in which the readers joined them."""
+    """Copies received parts to their destinations, in the order in which they were packed."""
     offsets = [0] * len(incoming)
     for chunk in chunks:
         for part in chunk.parts:

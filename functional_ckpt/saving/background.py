@@ -59,7 +59,7 @@ class Commit(NotCopied):
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Waits and returns the error of the save, or None when all went well.
 
-        That is also what failed after the commit, such as the removal of an old step: the step is
+        A failure after the commit counts too, such as that of removing an old step. The step is
         durable then, and `result` returns its number.
         """
         self._check_process()

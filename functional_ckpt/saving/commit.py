@@ -145,7 +145,7 @@ class StepCommitter:
         return self._clean_up(committed, outcome["replaced"]) if outcome["cleans_up"] else None
 
     def abort(self, step: int, error: BaseException) -> None:
-        """Raises on all ranks, in place of `commit`, where staging failed."""
+        """Raises on all ranks, instead of `commit`, where staging failed."""
         self._coordinator.gather_broadcast(_starting(step), error, b"".join)
 
     def _write_or_retry(self, save: Save) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Eager:
     """`save` copies the state into host memory; a background thread writes it. The default.
 
     Attributes:
-        budget_bytes: The most host memory to copy into; what does not fit is written before `save`
+        budget_bytes: The maximum host memory for copies; values beyond it are written before `save`
             returns. None for no limit.
     """
 

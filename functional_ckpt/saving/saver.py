@@ -141,7 +141,7 @@ class Saver:
     ) -> stage.Staged:
         """Stages the items; a failure reaches the other ranks, which wait in the commit.
 
-        `cleanup` receives the actions after the commit, or in place of it.
+        `cleanup` receives the actions after the commit, or instead of it.
         """
         if (lock := self._steps.lock) is not None:
             cleanup.callback(lock.leave, lock.enter())

@@ -57,7 +57,7 @@ class Staged:
     """The staged copies of a save, and the data it still reads from live memory.
 
     Attributes:
-        items: What to write.
+        items: The items to write.
         fence: Delays changes of values that are copied after `save` has returned; None if there are
             none.
         live: The live memory that is written without a copy; None if none is.
@@ -98,7 +98,7 @@ class Staged:
             self.live.interrupt()
 
     def abort(self) -> None:
-        """Lets every waiting thread continue: after the commit, or in place of it."""
+        """Lets every waiting thread continue: after the commit, or instead of it."""
         if self.fence is not None:
             self.fence.give_up()
         if self.live is not None:

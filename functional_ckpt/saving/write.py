@@ -71,7 +71,7 @@ RankReport: TypeAlias = Mapping[str, ItemReport]
 
 
 class Begun(NamedTuple):
-    """One attempt to write a checkpoint, the same on all ranks.
+    """An attempt to write a checkpoint, the same on all ranks.
 
     Attributes:
         tmp: The directory, which the primary has created.
@@ -101,7 +101,7 @@ def write_part(
     Args:
         storage: The file system.
         begun: The attempt.
-        items: What to write.
+        items: The items to write.
         group: The ranks.
         num_threads: How many threads write at a time.
     """

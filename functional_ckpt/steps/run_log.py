@@ -28,7 +28,7 @@ from functional_ckpt.storage.base import Storage
 FILE, _OLDER = "history.jsonl", "history.older.jsonl"
 # Of two files at most: the older one is replaced when the other has grown to this size.
 _MAX_BYTES = 4 * 2**20
-# Not blocking: a pipe in place of the file may have no reader.
+# Not blocking: a pipe at the file's path may have no reader.
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _POLICIES = {
     each.__name__: each

@@ -37,7 +37,7 @@ class TierSteps(StepDirectory):
         storage: The store.
         root: The directory.
         names: How its steps are named.
-        events: Notified of what happens to the steps.
+        events: Notified of changes of the steps.
         read_only: Whether other processes write the directory: then every list is read again.
         latest_link: Name of a link to the latest step; None for no link.
     """

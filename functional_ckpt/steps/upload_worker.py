@@ -112,10 +112,10 @@ class UploadWorker:
 
     @contextlib.contextmanager
     def _reporting(self) -> Generator[None]:
-        """Has the manager's next call raise what fails inside.
+        """Keeps an exception inside for the manager's next call to raise.
 
-        If promises cannot be written down, those on disk promise too much: a step that was uploaded
-        is compared again.
+        If the promises cannot be saved, those on disk are out of date: after a restart an uploaded
+        step is compared again.
         """
         try:
             yield

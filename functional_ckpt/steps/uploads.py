@@ -160,7 +160,7 @@ class Uploads:
         self._queue.raise_error()
 
     def close(self) -> None:
-        """Waits for the uploads; what fails now resumes when the directory is next opened."""
+        """Waits for the uploads; a failed one resumes when the directory is next opened."""
         self._queue.drain()
         self._queue.wait_until_idle(self._choice.is_pending, raises=False)
         self.release()

@@ -40,7 +40,7 @@ class WriterLock:
         self._lock.check()
 
     def enter(self) -> object:
-        """Adds a user; returns what to pass to `leave`."""
+        """Adds a user; returns the token for `leave`."""
         token = object()
         self._users.add(token)
         return token

@@ -122,14 +122,14 @@ class CommitProtocol(abc.ABC):
 
     @abc.abstractmethod
     def commit_id(self, path: str) -> str | None:
-        """Returns what differs between any two commits at `path`; None without a commit.
+        """Returns an identity that differs between any two commits at `path`; None without one.
 
         A link is no commit.
         """
 
     @abc.abstractmethod
     def change_id(self) -> bytes | None:
-        """Returns what differs once a known name may mean another commit.
+        """Returns an identity that changes once a known name may refer to another commit.
 
         None if that is not known: then ask for the `commit_id` of each path, which is cheap.
         """
@@ -140,7 +140,7 @@ class CommitProtocol(abc.ABC):
 
     @abc.abstractmethod
     def root_id(self) -> object:
-        """Returns what differs between this root and one created later at its path."""
+        """Returns an identity that differs between this root and a later one at its path."""
 
     @abc.abstractmethod
     def _remove_unfinished(self, path: str) -> bool:

@@ -46,7 +46,7 @@ def resolve_local(path: Any, advice: str) -> str:
 
     Args:
         path: The user's path.
-        advice: Why it cannot be a URI, and what to do; the end of the error.
+        advice: The reason why it cannot be a URI, and the fix; the end of the error.
 
     Raises:
         UsageError: It is a URI.

@@ -76,7 +76,7 @@ class FaultyStorage:
     An injected failure looks like a real one: a `StorageError` with the `errno` and the path.
 
     Args:
-        fault: What fails, counted from the first operation; None for nothing yet.
+        fault: The operation that fails, counted from the first; None for none yet.
         inner: The store; None for the local file system.
         can_exchange: Whether two directories can be exchanged in one atomic step; if not, an
             overwrite takes two renames.

@@ -96,7 +96,7 @@ class ItemArrays:
         return False
 
     def tasks(self, files: contextlib.ExitStack) -> list[Callable[[], None]]:
-        """Returns what to run, on any thread; nothing is raised.
+        """Returns the tasks, for any thread; nothing is raised.
 
         Args:
             files: Closed by the caller after the last task.

@@ -175,7 +175,7 @@ def test_a_process_without_descriptors_does_not_call_a_step_damaged(
 
 
 def put(kind: str, path: Path, outside: Path) -> None:
-    """Puts something else in place of a file or a folder, or beside it."""
+    """Puts something else instead of a file or a folder, or beside it."""
     moved = outside / path.name
     if path.exists():
         shutil.move(path, moved)

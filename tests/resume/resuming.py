@@ -67,7 +67,7 @@ def finish(state: Any) -> None:
 
 
 def whole(value: Any) -> Any:
-    """Plain tensors in place of DTensors and subclasses."""
+    """Plain tensors instead of DTensors and subclasses."""
     if hasattr(value, "full_tensor"):
         value = value.full_tensor()
     if isinstance(value, torch.Tensor):

@@ -44,7 +44,7 @@ def is_own(node: object) -> bool:
 
 
 def keep_unselected(saved: Node, own: Any, selects: Selects) -> Node | None:
-    """The stored structure with the target's own values in place of every leaf not selected.
+    """Returns the stored structure with unselected leaves replaced by the target's own values.
 
     A leaf that is not selected and that the target does not have is left out. The names of an
     optimizer's parameters give the rest its meaning and are always taken as stored.

@@ -127,7 +127,7 @@ _Place: TypeAlias = tuple[structure.Node, structure.Key | None, int]
 
 
 def specs(node: structure.Node) -> Any:
-    """Returns the tree a structure describes, with an `ArraySpec` in place of every array.
+    """Returns the tree a structure describes, with an `ArraySpec` for every array.
 
     The tree of a handler is a `Handled`; a dict with a detail is a `Described`.
     """
