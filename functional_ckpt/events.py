@@ -89,6 +89,34 @@ class Event:
         return text
 
 
+class Tally:
+    """Adds up the bytes of several threads, and shows each per cent of the progress.
+
+    Args:
+        show: Shows it, if there is a bar.
+        done_bytes: Bytes that were done before.
+        total_bytes: Bytes in all.
+    """
+
+    def __init__(self, show: Shown | None, done_bytes: int, total_bytes: int) -> None:
+        self._show = show
+        self._done_bytes, self._total_bytes = done_bytes, total_bytes
+        self._percent = -1
+        self._mutex = threading.Lock()
+        self.add(0)
+
+    def add(self, num_bytes: int) -> None:
+        """Adds bytes that are done; any thread may call it."""
+        if self._show is None:
+            return
+        with self._mutex:
+            self._done_bytes += num_bytes
+            percent = 100 * self._done_bytes // max(1, self._total_bytes)
+            if percent > self._percent:
+                self._percent = percent
+                self._show(self._done_bytes, self._total_bytes)
+
+
 class Listener(Protocol):
     """An event listener."""
 

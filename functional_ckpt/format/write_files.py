@@ -99,6 +99,7 @@ def write_files(
     *,
     num_threads: int = NUM_THREADS,
     token: str = "",
+    on_written: Callable[[int], None] | None = None,
 ) -> Written:
     """Writes data files; nothing is durable yet.
 
@@ -109,6 +110,7 @@ def write_files(
         writes: Their members, file by file and in the order of each.
         num_threads: How many are busy, each with a file of its own.
         token: Makes the names those of one save; see `new_name`.
+        on_written: Called with the size of each region after it was written, on any thread.
 
     Raises:
         StorageError: The store refused.
@@ -122,7 +124,8 @@ def write_files(
         parts.append(_Part(name, path, plan, [next(rest) for _ in plan.members]))
     # A caller may be waiting until live memory is copied.
     tasks: list[Callable[[], None]] = [
-        functools.partial(part.write, storage) for part in sorted(parts, key=_is_awaited)
+        functools.partial(part.write, storage, on_written)
+        for part in sorted(parts, key=_is_awaited)
     ]
     with contextlib.ExitStack() as pause:
         if sum(plan.size_bytes for plan in plans) < QUICK_BYTES:
@@ -158,7 +161,7 @@ class _Part:
         self._path = path
         self._plan = plan
 
-    def write(self, storage: Storage) -> None:
+    def write(self, storage: Storage, on_written: Callable[[int], None] | None) -> None:
         """Writes the file."""
         plan, name = self._plan, self.name
         is_lent = all(write.is_stable for write in self.writes)
@@ -171,6 +174,8 @@ class _Part:
                 digests = append(file, write)
                 if write.on_copied is not None:
                     write.on_copied(write.data.nbytes)
+                if on_written is not None:
+                    on_written(write.data.nbytes)
                 self.boxes.append(
                     WrittenBox(
                         write.name,

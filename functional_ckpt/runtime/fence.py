@@ -186,8 +186,8 @@ class PendingCopy:
 
         The work that it enqueues on a device runs after the copy.
         """
-        if not self._transfers or torch.compiler.is_dynamo_compiling():
-            self.wait()  # the compiler cannot trace events
+        if not self._transfers:
+            self.wait()
             return
         self._is_enqueued.wait()
         self._names_of_changed()
@@ -212,13 +212,13 @@ class Fence:
         self._guarded: weakref.WeakSet[Any] = weakref.WeakSet()
         self._handles: list[Any] = []
         _fences.add(self)
-        _install()
 
     def arm(self, pending: PendingCopy, loadable: Iterable[Any]) -> None:
         """Makes changes wait for a copy.
 
         `loadable` are the modules and optimizers whose `load_state_dict` would change the state.
         """
+        _install()
         self._pending = pending
         for each in loadable:
             if each not in self._guarded:
@@ -266,11 +266,16 @@ _is_installed = False
 
 
 def _install() -> None:
-    """Registers the hook once per process: torch's list of hooks is global."""
+    """Registers the hook once per process: torch's list of hooks is global.
+
+    A compiled step leaves the graph for it: the compiler cannot trace events and addresses. To
+    disable it imports the compiler, which every torch optimizer has imported when it was made.
+    """
     global _is_installed
     if not _is_installed:
         _is_installed = True
-        register_optimizer_step_pre_hook(_before_step)
+        hook: Any = torch.compiler.disable(_before_step)
+        register_optimizer_step_pre_hook(hook)
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:

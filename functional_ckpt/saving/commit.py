@@ -19,6 +19,7 @@ from typing import Any
 from functional_ckpt import errors
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.events import Tally
 from functional_ckpt.format.tuning import NUM_THREADS
 from functional_ckpt.policies.base import KeepPolicy, StepInfo
 from functional_ckpt.saving import finalize, lower, retention, retry, stage, write
@@ -234,9 +235,14 @@ class StepCommitter:
         staged = save.staged
         started = time.monotonic()
         num_threads = NUM_THREADS if staged.blocks_caller else self._num_threads
-        with self._steps.events.bar(f"saving step {save.step}"):
+        with self._steps.events.bar(f"saving step {save.step}") as show:
             report = write.write_part(
-                self._storage, begun, staged.items, self._coordinator, num_threads
+                self._storage,
+                begun,
+                staged.items,
+                self._coordinator,
+                num_threads,
+                on_written=show and Tally(show, 0, staged.num_bytes).add,
             )
         if staged.is_interrupted:
             raise errors.SaveError(

@@ -93,6 +93,8 @@ def write_part(
     items: Sequence[StagedItem],
     group: Coordinator,
     num_threads: int = NUM_THREADS,
+    *,
+    on_written: Callable[[int], None] | None = None,
 ) -> RankReport:
     """Writes this rank's regions of every item; nothing is durable yet.
 
@@ -104,6 +106,7 @@ def write_part(
         items: The items to write.
         group: The ranks.
         num_threads: How many threads write at a time.
+        on_written: Called with the size of each region after it was written, on any thread.
     """
     tmp = begun.tmp
     if group.rank:
@@ -118,7 +121,13 @@ def write_part(
         # Never the parents: a directory that was moved away meanwhile must not come back.
         storage.make_directory(path, parents=False)
         written = write_files(
-            storage, path, item.files, item.writes, num_threads=num_threads, token=begun.token
+            storage,
+            path,
+            item.files,
+            item.writes,
+            num_threads=num_threads,
+            token=begun.token,
+            on_written=on_written,
         )
         is_known = group.rank > 0 and begun.digests.get(name) == _root_digest(root)
         report[name] = ItemReport(

@@ -9,12 +9,11 @@ import functools
 import json
 import os
 import re
-import threading
 from collections.abc import Mapping
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
-from functional_ckpt.events import Shown
+from functional_ckpt.events import Tally
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.storage import queries
@@ -24,23 +23,6 @@ from functional_ckpt.storage.commit_base import NOTE
 _NUM_FILES = 4
 # Data files of one save: with its token, or, in version 1, with a random name.
 _UNIQUE_NAME = re.compile(r"-[0-9a-f]{12}\.[a-z]+$|(?:^|/)d/[0-9a-f]{32}$")
-
-
-class _Sent:
-    """Progress of an upload, for a bar."""
-
-    def __init__(self, show: Shown | None, done_bytes: int, total_bytes: int) -> None:
-        self._show = show
-        self._done_bytes, self._total_bytes = done_bytes, total_bytes
-        self._mutex = threading.Lock()
-        self.add(0)
-
-    def add(self, num_bytes: int) -> None:
-        """Adds uploaded bytes."""
-        with self._mutex:
-            self._done_bytes += num_bytes
-            if self._show is not None:
-                self._show(self._done_bytes, self._total_bytes)
 
 
 class Upload:
@@ -94,7 +76,7 @@ class Upload:
         total_bytes = sum(file.size_bytes for file in files.values())
         num_bytes = sum(files[name].size_bytes for name in missing)
         with self._events.bar(f"step {self._step} to {self._commits.root}") as show:
-            sent = _Sent(show, total_bytes - num_bytes, total_bytes)
+            sent = Tally(show, total_bytes - num_bytes, total_bytes)
 
             def send(name: str) -> None:
                 self._send(name, files[name], place, identity)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.commit_base import HIDDEN, CommitProtocol
-from functional_ckpt.storage.commit_marker import MarkerCommit
 from functional_ckpt.storage.commit_rename import RenameCommit
 from functional_ckpt.storage.durable import check_visible, makedirs_durable, sync_tree
 from functional_ckpt.storage.tmp_paths import TMP_SUFFIX, final_path, tmp_path
@@ -29,5 +28,7 @@ __all__ = [
 def protocol(storage: Storage, root: str) -> CommitProtocol:
     """Returns how steps below `root` are committed: by markers where there are no renames."""
     if storage.objects is not None:
+        from functional_ckpt.storage.commit_marker import MarkerCommit  # late: fckpt starts faster
+
         return MarkerCommit(storage, root, storage.objects)
     return RenameCommit(storage, root)

@@ -8,7 +8,6 @@ from functional_ckpt import errors
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.buckets.base import Bucket
 from functional_ckpt.storage.local import LocalStorage
-from functional_ckpt.storage.object_store import ObjectStorage
 from functional_ckpt.storage.paths import check_arrays_path, is_remote, resolve
 
 
@@ -35,6 +34,8 @@ def connect(
         return storage, resolved
     if not is_remote(resolved):
         return LocalStorage(), resolved
+    from functional_ckpt.storage.object_store import ObjectStorage  # late: fckpt starts faster
+
     remote = ObjectStorage(_bucket(resolved))
     remote.probe(is_patient=is_patient)
     return remote, remote.follow(resolved)

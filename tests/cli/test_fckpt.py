@@ -520,8 +520,7 @@ def loaded_by(*arguments: object) -> set[str]:
         text=True,
         check=True,
     )
-    lines = (line.rpartition("|")[2].strip() for line in done.stderr.splitlines())
-    return {line.partition(".")[0] for line in lines}
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 
 
 @pytest.mark.parametrize("command", ["ls", "show", "verify", "diff"])
@@ -532,8 +531,16 @@ def test_no_command_loads_torch_or_jax(saved: Path, command: str) -> None:
     assert not loaded & {"torch", "jax", "jaxlib", "orbax"}
     if command in ("ls", "show"):  # records need no arrays
         assert not loaded & {"tensorstore", "numpy", "ml_dtypes", "etils"}
-    if command == "ls":
-        assert "rich" not in loaded_by("ls", saved, "--json")
+
+
+@pytest.mark.parametrize(("options", "limit"), [((), 280), (("--json",), 200)])
+def test_ls_starts_fast(saved: Path, options: tuple[str, ...], limit: int) -> None:
+    """By modules, about half a millisecond each: the time itself depends on the machine."""
+    loaded = loaded_by("ls", saved, *options)
+    assert len(loaded) <= limit
+    assert not loaded & {"asyncio", "importlib.metadata", "urllib.request"}
+    assert not loaded & {f"functional_ckpt.{n}" for n in ("storage.object_store", "interop")}
+    assert ("rich" in loaded) is not bool(options)
 
 
 # ------------------------------------------------------------------------------------ terminals

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import functional_ckpt as fc
+from functional_ckpt import events
 from functional_ckpt.format import index, node_tree, read_direct
 from functional_ckpt.saving import stage
-from functional_ckpt.steps import upload_step
 
 Case = tuple[Any, Callable[[], Any]]
 
@@ -56,7 +56,7 @@ def test_the_list_of_steps(name: str, manager: fc.CheckpointManager) -> None:
 
 def test_upload_progress_counts_complete_files() -> None:
     shown: list[tuple[int, int]] = []
-    sent = upload_step._Sent(lambda *numbers: shown.append(numbers), 3, 10)
+    sent = events.Tally(lambda *numbers: shown.append(numbers), 3, 10)
     check_waits(sent._mutex, lambda: sent.add(4))
     assert shown == [(3, 10), (7, 10)]
 

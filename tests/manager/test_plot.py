@@ -63,8 +63,10 @@ def test_bars_show_saves_restores_and_uploads(tmp_path: Path) -> None:
     assert set(bars.shown) == {"saving step 3", "restoring step 3", f"step 3 to {tier}"}
     for noted in bars.shown.values():
         assert noted[-1] == (-1, -1)
-    done, total = bars.shown["restoring step 3"][-2]
-    assert done == total == 4028
+    for title in ("saving step 3", "restoring step 3"):
+        done, total = bars.shown[title][-2]
+        assert done == total == 4028
+    assert bars.shown["saving step 3"] == [(0, 4028), (4000, 4028), (4028, 4028), (-1, -1)]
     done, total = bars.shown[f"step 3 to {tier}"][-2]
     assert done == total > 4028
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 
 import functional_ckpt as fc
 from functional_ckpt import errors
@@ -190,6 +191,19 @@ def test_the_moment_of_save(tmp_path: Path, slow: threading.Event, family: str) 
         "rng": fc.Rng(),
     }
     check_saved_moment(tmp_path, slow, items, step)
+
+
+def test_a_compiled_step_is_not_compiled_again_for_a_save(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer, step = with_compiled_step(model)
+    items = {"model": model, "optimizer": fc.Optimizer(optimizer, model)}
+    with fc.CheckpointManager(tmp_path, staging=fc.Overlapped()) as manager:
+        frames = []
+        for number in range(4):
+            step()
+            manager.save(number, items)
+            frames.append(counters["frames"]["total"])
+    assert frames[1:] == [frames[1]] * 3  # the first save registers the hook
 
 
 def test_an_optimizer_for_each_parameter_that_steps_in_backward(
