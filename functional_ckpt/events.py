@@ -167,7 +167,7 @@ class Events:
                     f"got {each!r:.80}."
                 )
 
-    def tell(
+    def notify(
         self,
         kind: Kind,
         step: int,

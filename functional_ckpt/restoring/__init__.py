@@ -1,11 +1,11 @@
 """The restore flow, in call order.
 
-restorer.Restorer.restore         the ranks agree on a step; the nearest tier that holds it
-restore.restore_checkpoint      match everything, then read, then lift
-match.match_items             each item against its target, before any read
-core.restore_plan.match     leaf by leaf: read, keep, or mismatch
-read.read_all                 reads and verifies the chunks
-destinations                where bytes go: the target's memory or new memory
-shared_read                 with `share_reads`: ranks read for each other
-Handler.lift                  hands the values to the module, optimizer, ...
+restorer.Restorer.restore         agrees on a step, and finds the nearest tier that holds it
+  restore.restore_checkpoint      matches everything, then reads, then lifts
+    match.match_items             each item with its target, before any read
+      core.restore_plan.match     leaf by leaf: read, keep, or mismatch
+    read.read_all                 reads and verifies the chunks
+      destinations                the memory to read into: the target's or new memory
+      shared_read                 with `share_reads`: each shared chunk is read by one rank
+    Handler.lift                  assigns the values to the module, optimizer, ...
 """

@@ -1,4 +1,4 @@
-"""Where a restored array goes: the target's own memory where possible, else new memory like it."""
+"""The memory that an array is read into: the target's own if possible, else new memory like it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> decode.Destination
 
 
 def device_destination(read: plan.ReadArray) -> DeviceDestination | None:
-    """The device destination for a plain contiguous tensor; None if it needs a host copy."""
+    """Returns the destination for a plain contiguous tensor; None if it needs a host copy."""
     if read.form not in ("fill", "tensor"):
         return None
     like = cast("torch.Tensor", read.like)
@@ -71,7 +71,7 @@ def device_destination(read: plan.ReadArray) -> DeviceDestination | None:
 
 
 def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
-    """Returns whether a read can go straight into the tensor's memory."""
+    """Returns whether bytes can be read directly into the tensor's memory."""
     if not tensor.is_cpu or node.dtype != encode.torch_dtype_name(tensor.dtype):
         return False
     return memory.is_contiguous_strided(tensor) or (
@@ -82,7 +82,7 @@ def _is_direct(node: structure.ArrayNode, tensor: torch.Tensor) -> bool:
 
 
 def _like(node: structure.ArrayNode, like: torch.Tensor) -> decode.Destination:
-    """New memory with dtype, device and sharding of `like`; for a meta tensor on the CPU."""
+    """Returns new memory with dtype, device and sharding of `like`; on the CPU if it is meta."""
     new = decode.allocate(_local_node(node, like))
 
     def finish() -> Any:

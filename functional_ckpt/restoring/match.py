@@ -27,25 +27,24 @@ _log = logging.getLogger("functional_ckpt")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreOptions:
-    """How to restore.
+    """The options of a restore.
 
     Attributes:
         only: Shell patterns on `item` or `item.leaf.name`; None for everything.
-        ignore: Such patterns, or a function of such a name, of leaves to skip: the target keeps its
-            values. A pattern without a match is an error.
-        key_map: The target's names for stored leaves: a mapping of old names (of leaves, or of all
-            below) to new ones, `(regular expression, replacement)` pairs, or a function, which may
-            return None to leave a leaf out. Names are `item.leaf.name`; `only` and `ignore` see the
-            new ones; a rule that renames nothing is an error.
+        ignore: Leaves to skip, as patterns or a function of the name: the target keeps its values.
+            A pattern without a match is an error.
+        key_map: Maps stored names to the target's: a mapping of old names or prefixes to new ones,
+            `(regular expression, replacement)` pairs, or a function, which may return None to skip
+            a leaf. Names are `item.leaf.name`; `only` and `ignore` are matched against new names.
+            A rule that renames nothing is an error.
         strict: Whether anything missing, unexpected or mismatched is an error; if not, the target
             keeps its own values there and the report names them.
         cast: Whether arrays are converted to the target's dtype; if not, another dtype is a
             mismatch.
         verify: When bytes are checked: `"stream"`, while they are read (default); `"first"`, all of
             them before the first is written into the target; or False, never.
-        share_reads: Whether one rank reads data that several ranks need, and sends it to them over
-            connections of its own. For replicas, for other shardings than the saved one, for slow
-            storage.
+        share_reads: Whether one rank reads the data that several ranks need, and sends it to them.
+            Useful for replicas, another sharding than the saved one, and slow storage.
     """
 
     only: str | Sequence[str] | None = None
@@ -79,7 +78,7 @@ class RestoreOptions:
 
 
 class RestoreArguments(TypedDict, total=False):
-    """The fields of `RestoreOptions`, as keyword arguments of calls that hand them on."""
+    """The fields of `RestoreOptions`, as keyword arguments of calls that pass them through."""
 
     only: str | Sequence[str] | None
     ignore: select.Ignored | None
@@ -92,9 +91,9 @@ class RestoreArguments(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MatchedItem:
-    """One item, ready to be read.
+    """An item matched with its target.
 
-    `item` is None where it is restored as saved, `opened` where the binding is sufficient.
+    `item` is None if it is restored as saved; `opened` is None if nothing is read.
     """
 
     name: str
@@ -121,9 +120,9 @@ class _Request:
     """Whether a target whose item the checkpoint lacks is kept and reported."""
 
     def root_of(self, opened: OpenItem, name: str) -> structure.Node | None:
-        """The structure of an item, under the names that the target knows; None for nothing.
+        """Returns an item's selected structure, under the target's names; None if nothing is left.
 
-        Where leaves are chosen or renamed by name, each value of a long list has its name.
+        If leaves are selected or renamed by name, each value of a long list has its own name.
         """
         root = _root_for(opened, self.group)
         if self.renamed is not None or self.wanted.is_partial(name):
@@ -131,7 +130,7 @@ class _Request:
         return root if self.renamed is None else self.renamed.rename(root, name)
 
     def check_used(self) -> None:
-        """Raises `UsageError` for a pattern, or a rule for names, that was of no use."""
+        """Raises `UsageError` for a pattern, or a rule of `key_map`, that matched nothing."""
         if self.renamed is not None:
             self.renamed.check_used()
         self.wanted.check_used()
@@ -304,7 +303,7 @@ def _select(
         return keep.keep_unselected(root, nested_values.own(asked.registry, item), selects)
     if pruned is not None and pruned != root:
         raise errors.UsageError(
-            f"{name} was saved for each of another number of ranks and cannot be restored in part: "
+            f"{name} was saved per rank by another number of ranks and cannot be restored in part: "
             "select or ignore all of it.",
             key_path=name,
         )
@@ -338,12 +337,12 @@ def _target_of(
 
 
 def _is_resized(root: structure.Node, handler: Handler, group: Coordinator) -> bool:
-    """Whether each rank's state was saved by another number of ranks (one is not wrapped)."""
-    num_saved = len(root.children) if is_per_rank(root) else 1
+    """Returns whether a per-rank item was saved by another number of ranks."""
+    num_saved = len(root.children) if is_per_rank(root) else 1  # one rank's value is not wrapped
     return (handler.per_rank or is_per_rank(root)) and num_saved != group.num_ranks
 
 
 def _left_alone(asked: _Request, name: str, item: Item, report: plan.RestoreReport) -> MatchedItem:
-    """Returns an item of which nothing is restored: the caller's object, as it is."""
+    """Returns an item of which nothing is restored: the caller's object, unchanged."""
     given = plan.Given(own_value(nested_values.unchanged(asked.registry, item)))
     return MatchedItem(name=name, item=None, opened=None, binding=given, report=report)

@@ -1,4 +1,4 @@
-"""The target of an item: of its handler, and of the handlers of values in its tree."""
+"""Targets of an item: of its handler, and of the handlers of values in its tree."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Target:
     """The target of an item.
 
     Attributes:
-        tree: For `match`; None where nothing fits.
+        tree: The target for `match`; None if nothing can be restored into it.
         report: The mismatches that handlers found.
-        inside: The values with handlers in the tree, by the prefix of their leaves' names.
+        inside: The values in the tree that have handlers, by the prefix of their leaves' names.
     """
 
     tree: Any
@@ -40,7 +40,7 @@ def target_of(
     registry: Registry,
     may_differ: Callable[[errors.MismatchError], bool],
 ) -> Target:
-    """Asks the item's handler, and those of the values in its tree."""
+    """Returns the target, from the item's handler and those of the values in its tree."""
     reports: list[plan.RestoreReport] = []
     inside: dict[str, Item] = {}
     tree = _ask(item, saved, "", name, reports, may_differ)
@@ -72,7 +72,7 @@ def target_of(
 
 
 def with_module_names(root: structure.Node, item: Item, registry: Registry) -> structure.Node:
-    """The structure with the names of modules' tensors as one key each, after they were renamed."""
+    """Returns the renamed structure, in which the name of each module's tensor is one key."""
     paths: list[KeyPath] = []
 
     def note(each: Item, _: Any, path: KeyPath) -> Handled:
@@ -87,7 +87,7 @@ def with_module_names(root: structure.Node, item: Item, registry: Registry) -> s
 
 
 def _flat_below(node: structure.Node, path: KeyPath) -> structure.Node:
-    """The structure with one container of leaves instead of those below a path."""
+    """Returns the structure with one flat container of the leaves below a path."""
     if not isinstance(node, structure.BranchNode) or not node.children:
         return node
     if not path:
@@ -110,7 +110,7 @@ def _ask(
     reports: list[plan.RestoreReport],
     may_differ: Callable[[errors.MismatchError], bool],
 ) -> Any:
-    """The handler's target; None, with a report, where it says that nothing fits."""
+    """Returns the handler's target; None, with a report, if it raises `MismatchError`."""
     try:
         return item.handler.target(item.value, saved, strict=True)
     except errors.MismatchError as error:
@@ -124,7 +124,7 @@ def _ask(
 
 
 def _report_of(where: str, name: str, error: errors.MismatchError) -> plan.RestoreReport:
-    """A mismatch that a handler found, to be reported with the others."""
+    """Returns the report of a handler's mismatch, to be merged with the others."""
     found = (error.missing, error.unexpected, error.mismatched)
     if not any(found):
         return plan.RestoreReport(mismatched=(f"{where or name}: {error.message}",))
@@ -142,7 +142,7 @@ def _sizes(detail: Mapping[str, object]) -> tuple[int, int]:
 def why_not_resizable(
     handler: Handler, num_saved: int, rank: int, num_ranks: int, where: str
 ) -> plan.RestoreReport:
-    """The mismatch of a handler that cannot resize; empty for one that can."""
+    """Returns the mismatch of a handler that cannot resize; empty for one that can."""
     if not handler.can_resize():
         try:
             handler.resize([None] * num_saved, rank, num_ranks)
@@ -152,7 +152,7 @@ def why_not_resizable(
 
 
 def selects(handler: Handler, inside: Mapping[str, Item]) -> Callable[[str], bool]:
-    """Whether a stored leaf concerns the item, or the value in its tree that it is of."""
+    """Returns a predicate on stored names: whether the handler of the leaf restores it."""
     if not inside:
         return handler.selects
 

@@ -124,7 +124,7 @@ class Restorer:
         return restored
 
     def _older(self, step: int) -> int | None:
-        """Returns the step before this one on the present line, as the primary knows it."""
+        """Returns the step before this one on the current line, as the primary knows it."""
 
         def find(_: Sequence[bytes]) -> bytes:
             infos = self.steps.all_infos()
@@ -142,12 +142,13 @@ class Restorer:
         """Warns of directories that look like steps when a run starts from scratch.
 
         Raises:
-            StepNotFoundError: Links lead to steps: they do not count, and must not be passed over.
+            StepNotFoundError: There are links to steps: they do not count, but their run must not
+                start from scratch unnoticed.
         """
         storage, root = self.steps.storage, self.steps.root
         if linked := self.steps.linked():
             raise errors.StepNotFoundError(
-                f"{root} has no step but links to some ({', '.join(linked[:5])}), which do not "
+                f"{root} has no steps, only links to steps ({', '.join(linked[:5])}), which do not "
                 "count. Move the steps back, restore one by its number, or use another directory "
                 "to start from scratch.",
                 path=root,
@@ -166,7 +167,7 @@ class Restorer:
             )
 
     def _warn_of_later(self, step: int) -> None:
-        """A run that goes back leaves steps behind, which the next start would resume from."""
+        """Warns of later steps: until the next save, a run would still resume from the latest."""
         if self.steps.read_only or self.coordinator.rank:
             return
         if later := rollback.later(self.steps, step):
@@ -188,7 +189,7 @@ class Restorer:
         into: Mapping[str, Any] | None,
         options: RestoreOptions,
     ) -> restore_lib.Restored:
-        """From the nearest tier that holds it; from the next where that one cannot be read."""
+        """Restores from the nearest tier with the step; from the next one if it cannot be read."""
         nearest, *others = holders
         # Errors of one rank are raised on all, as the same class: all continue with the next tier.
         failures = (errors.CorruptCheckpointError, errors.StorageError, errors.StepNotFoundError)
@@ -254,8 +255,8 @@ class Restorer:
     ) -> tuple[int, list[TierSteps]]:
         """Returns the step that every rank restores, and the tiers that hold it, the nearest first.
 
-        All ranks raise when one cannot, or has other arguments (`asked`). The primary knows the
-        tiers best: it alone uploads and prunes.
+        All ranks raise if one cannot restore it, or has other arguments (`asked`). The primary
+        names the tiers, since only it uploads and prunes.
         """
         number = 0
 
@@ -274,7 +275,7 @@ class Restorer:
         return number, self.steps.tiers_named(names)
 
     def _existing(self, step: int) -> int:
-        """Returns the step, if this rank knows of one."""
+        """Returns the step, if this rank has one."""
         if self.coordinator.rank and self.steps.has_tiers:
             return step
         return self.steps.existing(step)
@@ -291,7 +292,7 @@ def _check_arguments(initial: object, on_corrupt: object) -> None:
 
 @contextlib.contextmanager
 def _touched_by(earlier: errors.CheckpointError | None) -> Generator[None]:
-    """Adds to an error that an earlier attempt had written into the target."""
+    """Sets `touched` of an error if an earlier attempt modified the target."""
     try:
         yield
     except errors.CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Ranks that read for each other: each shared chunk is read once, and its parts are sent."""
+"""Shared reads: one rank reads each chunk that several need, and sends them its parts."""
 
 from __future__ import annotations
 
@@ -52,14 +52,13 @@ def read_shared(
 ) -> list[Delivered]:
     """Reads the chunks that several ranks need, once each, and delivers the parts; a collective.
 
-    Each round ends with an agreement between the ranks, so that a failure on one is an error on
-    all.
+    Each round ends with a collective, so that a failure of one rank is raised on all.
 
     Returns:
         The delivered chunks of each item.
 
     Raises:
-        CoordinationError: Another rank failed or is gone.
+        CoordinationError: Another rank failed or has exited.
     """
     wanted = [
         _Want(f"{name}/{request.name}", item, number, reader, request)
@@ -94,7 +93,7 @@ def read_shared(
 def _exchange_wants(
     group: Coordinator, wanted: Sequence[_Want]
 ) -> tuple[Mapping[str, StoredArray], list[list[Region]]]:
-    """Returns the arrays that any rank wants, and the regions that each rank wants."""
+    """Returns the arrays that any rank needs, and the regions that each rank needs."""
     arrays = {
         each.array: (each.request.spec.dtype, *dataclasses.astuple(each.grid)) for each in wanted
     }

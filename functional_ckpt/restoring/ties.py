@@ -1,8 +1,7 @@
-"""Tensors that share memory in the target and not in the checkpoint: one memory, two values.
+"""Finds tensors that share memory in the target, but not in the checkpoint.
 
-They share all of it (tied tensors), or a part (views of one buffer). Where both values are the
-same, nothing is wrong. Where they are not, the last one written would win, so it is a mismatch,
-found before anything is touched.
+They share all of it (tied tensors) or a part of it (views of one buffer). If the stored values
+differ, the last write would win. That is a mismatch, found before any target is modified.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class _Use(NamedTuple):
 
     @property
     def opened(self) -> OpenItem:
-        """Where it is stored."""
+        """The opened item with its arrays."""
         return cast("OpenItem", self.item.opened)
 
 
@@ -53,11 +52,11 @@ class _Extent(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The first of its leaves."""
+        """The name of the leaf, for reports."""
         return self.tied[0].filled.where
 
     def view(self, words: torch.Tensor, base: int, word: int) -> torch.Tensor:
-        """Returns the part of `words`, a copy of the memory from `base` on, where the tensor is."""
+        """Returns the tensor's part of `words`, a copy of the memory that starts at `base`."""
         num_words = self.local.element_size() // word
         return words.as_strided(
             (*self.local.shape, num_words),
@@ -69,10 +68,10 @@ class _Extent(NamedTuple):
 def report_conflicts(
     matched: Sequence[MatchedItem], verify: read_lib.Verify
 ) -> Sequence[MatchedItem]:
-    """Returns the items, with leaves that would write different values to one memory as mismatches.
+    """Returns the items; leaves that would write different values to one memory are mismatches.
 
-    Such leaves keep the target's values. Values are compared by their digests, else by reading
-    them; nothing of the target is written.
+    Such leaves keep the target's values. Values are compared by their digests, or read into new
+    memory and compared; the target is not modified.
     """
     uses: defaultdict[Hashable, list[_Use]] = defaultdict(list)
     for item in matched:
@@ -113,7 +112,7 @@ def report_conflicts(
 
 
 def _clusters(uses: Sequence[Sequence[_Use]]) -> Iterator[Sequence[_Extent]]:
-    """Every group of tensors whose extents overlap, in order of their addresses."""
+    """Yields each group of tensors whose extents overlap, in order of their addresses."""
     extents: defaultdict[torch.device, list[_Extent]] = defaultdict(list)
     for tied in uses:
         local = cast("torch.Tensor", sharding.local_of(tied[0].filled.read.like))

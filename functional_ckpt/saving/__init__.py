@@ -14,7 +14,7 @@ The commit thread, on every rank:
 
     commit.StepCommitter.commit       start, write, gather, publish, prune
       Staged.finish                   remaining copies -> host memory
-      write.write                     this rank's chunks -> its databases
-      finalize.finalize               on the primary: merges databases, writes records, syncs
+      write.write_part                this rank's regions -> its data files
+      finalize.finalize               on the primary: writes the index and records, syncs
       storage.commit.publish          on the primary: one rename; now the step counts
 """

@@ -1,6 +1,6 @@
-"""The commit in the background: one thread at a time, a handle for it, and its error reported once.
+"""The background commit: its thread, its handle, and its error, which is raised once.
 
-The thread is not a daemon: leaving the interpreter waits for it, so the last step of a program is
+The thread is not a daemon. The interpreter waits for it at exit, so the last step of a program is
 never lost.
 """
 
@@ -19,7 +19,7 @@ from functional_ckpt.saving.calls import NotCopied
 
 
 class Commit(NotCopied):
-    """A save on its way to disk.
+    """A handle of a save that is being committed.
 
     Attributes:
         step: The step being saved.
@@ -33,7 +33,7 @@ class Commit(NotCopied):
         self.clean_up_error: errors.SaveError | None = None
 
     def done(self) -> bool:
-        """Returns whether the step was committed, or failed."""
+        """Returns whether the commit is over, successful or not."""
         self._check_process()
         return self._future.done()
 
@@ -45,7 +45,7 @@ class Commit(NotCopied):
 
         Raises:
             SaveError: The save failed; the step is not listed.
-            TimeoutError: It is still under way.
+            TimeoutError: The commit is still running.
             ForkedError: This process was forked from the one that saves.
         """
         self._check_process()
@@ -57,7 +57,7 @@ class Commit(NotCopied):
         return step
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Waits and returns the error of the save, or None when all went well.
+        """Waits, and returns the error of the save, or None if it succeeded.
 
         A failure after the commit counts too, such as that of removing an old step. The step is
         durable then, and `result` returns its number.
@@ -68,7 +68,7 @@ class Commit(NotCopied):
         return error
 
     def _check_process(self) -> None:
-        """The commit thread and its outcome belong to the parent process."""
+        """Raises `ForkedError` in a forked child: the commit thread belongs to the parent."""
         if os.getpid() != self._pid:
             raise errors.ForkedError(
                 f"The save of step {self.step} belongs to the parent process, and its outcome is "
@@ -100,24 +100,24 @@ class CommitThread:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a commit is under way."""
+        """Whether a commit is running."""
         return self._commit is not None and not self._commit.done()
 
     @property
     def step(self) -> int | None:
-        """The step that is under way."""
+        """The step that is being committed, or None."""
         return self._commit.step if self._commit is not None and not self._commit.done() else None
 
     def start(
         self, step: int, work: Callable[[], errors.SaveError | None], cancel: Callable[[], None]
     ) -> Commit:
-        """Runs `work` in the background; the caller made sure that nothing is under way.
+        """Runs `work` in the background; no other commit may be running.
 
         Args:
-            step: The step that it commits.
+            step: The step to commit.
             work: Commits it; returns the error of the clean-up afterwards, if any.
-            cancel: Called instead where the work will never run, because the caller was interrupted
-                (by Ctrl-C) before it started.
+            cancel: Called if `work` will never run, because Ctrl-C interrupted the caller before
+                the thread started.
         """
         future: futures.Future[int] = futures.Future()
         future.set_running_or_notify_cancel()
@@ -160,13 +160,13 @@ class CommitThread:
         return commit
 
     def wait(self) -> None:
-        """Waits for the commit under way; its error is raised by `raise_error`."""
+        """Waits for the running commit; `raise_error` raises its error."""
         commit = self._commit
         if commit is not None:
             futures.wait([commit._future])
 
     def raise_error(self) -> None:
-        """Raises the error of a failed commit, once; nothing when it is under way or went well.
+        """Raises the error of a failed commit, once.
 
         Errors of a clean-up after a commit are raised too.
         """
@@ -199,7 +199,7 @@ class CommitThread:
 
 
 def _take(ticket: list[int]) -> bool:
-    """Returns whether the ticket was still there: only one caller gets it."""
+    """Takes the only ticket; returns False if another caller has taken it."""
     try:
         ticket.pop()
     except IndexError:

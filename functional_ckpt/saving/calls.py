@@ -1,7 +1,7 @@
-"""One call of a manager at a time: other threads wait, and a call within another is refused.
+"""Serializes the calls of a manager: other threads wait, and nested calls are refused.
 
-A manager has one staging memory, one commit under way and one sequence of collectives. Two saves
-that ran at once would mix their steps.
+A manager has one staging memory, one running commit and one sequence of collectives. Two concurrent
+saves would mix their steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 
 class NotCopied:
-    """An object with locks and threads, which belongs to its process."""
+    """An object that cannot be copied or pickled, since it has locks and threads."""
 
     def __reduce__(self) -> NoReturn:
         """Raises `UsageError`."""
@@ -30,12 +30,12 @@ class NotCopied:
 
 
 class Calls:
-    """Which call of a manager is running, and whether any may.
+    """The running call of a manager, and the checks before each call.
 
     Args:
         path: The manager's directory, for messages.
-        is_background: Whether the current thread runs something for the manager: a commit, or a
-            listener.
+        is_background: Returns whether the current thread runs a commit or a listener of the
+            manager.
     """
 
     def __init__(self, path: str, is_background: Callable[[], bool]) -> None:
@@ -53,7 +53,7 @@ class Calls:
         return self._is_closed or os.getpid() != self._pid
 
     def close(self) -> None:
-        """No call is allowed any more."""
+        """Refuses all later calls."""
         self._is_closed = True
 
     def check_process(self) -> None:
@@ -72,7 +72,7 @@ class Calls:
             raise errors.ClosedError("This CheckpointManager was closed.", path=self._path)
 
     def check_not_within(self, name: str) -> None:
-        """Raises `UsageError` if a call would wait for itself."""
+        """Raises `UsageError` for a nested call, which would wait for itself."""
         if self._thread == threading.get_ident():
             raise errors.UsageError(
                 f"CheckpointManager.{name} was called while {self._name} of the same manager was "
@@ -90,7 +90,7 @@ class Calls:
 
     @contextlib.contextmanager
     def turn(self, name: str) -> Generator[None]:
-        """Runs one call; those of other threads wait.
+        """Runs one call; calls of other threads wait.
 
         Raises:
             UsageError: It was made within another call of the same manager.
@@ -105,7 +105,7 @@ class Calls:
 
 
 def exclusive(method: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Makes a manager's method one that runs alone, and only while the manager is usable."""
+    """Decorates a manager's method: it runs alone, and only while the manager is usable."""
 
     @functools.wraps(method)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -33,7 +33,7 @@ def check_free(storage: Storage, final: str, *, overwrite: bool) -> None:
 
 
 def _check_replaceable(final: str, names: Sequence[str]) -> None:
-    """Raises unless a directory with these names is a checkpoint: all of it would be removed."""
+    """Raises unless the directory is a checkpoint, since all of it would be removed."""
     if set(names).isdisjoint(checkpoint_dir.RECORD_FILES):
         shown = ", ".join(sorted(names)[:_MAX_SHOWN])
         raise errors.UsageError(

@@ -1,8 +1,8 @@
 """The background half of a save: every rank writes, the primary finalizes, publishes and prunes.
 
-Two collectives per save, however many leaves: the primary creates the temporary directory, then
-gathers the reports of all ranks. A third one where steps are pruned. A step is reported once its
-parent directory is durable.
+A commit takes two collectives, however many leaves there are: the primary creates the temporary
+directory, then gathers the reports of all ranks. If steps are pruned, there is a third one. A step
+is reported once its parent directory is durable.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from functional_ckpt.storage import commit
 
 _log = logging.getLogger("functional_ckpt")
 
-# State of a rank's part: written (empty), written from live memory, or why writing failed.
+# State of a rank's part: written (empty), written from live memory, or the reason of a failure.
 _LIVE, _IS_FULL, _AGAIN = b"live", b"full", b"again"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Save:
-    """One save that is committed. A repeat may exist already, if its content is the same."""
+    """A save to commit. The step of a repeat may exist, if its content is the same."""
 
     step: int
     staged: stage.Staged
@@ -55,10 +55,10 @@ class _Attempt:
 
     Attributes:
         is_last: Whether no other attempt follows.
-        begun: The directory that is written.
+        begun: The directory and names of this attempt.
         report: The report of this rank.
         is_publishing: On the primary, whether the step may be visible.
-        failure: The error after which writing may succeed a second time.
+        failure: The error after which a second attempt may succeed.
         verdict: The outcome, the same on all ranks; with `retries` if it was not published.
     """
 
@@ -73,8 +73,8 @@ class _Attempt:
 class StepCommitter:
     """Commits staged steps, on every rank.
 
-    The coordinator is used from one thread at a time; `num_threads` write while `save` does not
-    wait.
+    The coordinator is used from one thread at a time. `num_threads` threads write if `save` does
+    not wait for them.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class StepCommitter:
         self._retention.uploads = uploads
 
     def commit(self, save: Save) -> errors.SaveError | None:
-        """Writes, commits and remembers a step, then prunes.
+        """Writes and commits a step, adds it to the index, then prunes.
 
         Returns:
             The error of the clean-up after the commit, if any; the step is committed regardless.
@@ -146,14 +146,13 @@ class StepCommitter:
         return self._clean_up(committed, outcome["replaced"]) if outcome["cleans_up"] else None
 
     def abort(self, step: int, error: BaseException) -> None:
-        """Raises on all ranks, instead of `commit`, where staging failed."""
+        """Raises on all ranks; called instead of `commit` if staging failed."""
         self._coordinator.gather_broadcast(_starting(step), error, b"".join)
 
     def _write_or_retry(self, save: Save) -> dict[str, Any]:
-        """Writes and publishes; a second time, in a new directory, after an error that may pass.
+        """Writes and publishes; after a transient error a second time, in a new directory.
 
-        Only staged copies are written again: live memory that `save` does not wait for any more may
-        have changed.
+        Only staged copies are written again: live memory may have changed once `save` has returned.
         """
         attempt = self._write_shards(save, _Attempt(is_last=False))
         if "retries" not in attempt.verdict:
@@ -170,7 +169,7 @@ class StepCommitter:
         return self._write_shards(save, _Attempt(is_last=True)).verdict
 
     def _write_shards(self, save: Save, attempt: _Attempt) -> _Attempt:
-        """Writes and publishes; or finds out whether to try again, the same on all ranks."""
+        """Writes and publishes, or decides whether to try again; the same on all ranks."""
         group = self._coordinator
         create = functools.partial(self._create, save)
         what, root = _starting(save.step), self._steps.root
@@ -195,13 +194,13 @@ class StepCommitter:
         return attempt
 
     def _state_of(self, error: BaseException) -> bytes:
-        """Returns why writing may succeed a second time; empty if it will not."""
+        """Returns the reason why a second attempt may succeed; empty if it will not."""
         if retry.is_full(error):
             return _IS_FULL if self._steps.has_tiers else b""
         return _AGAIN if retry.is_transient(error) else b""
 
     def _finish_or_retry(self, save: Save, attempt: _Attempt, states: Sequence[bytes]) -> bytes:
-        """On the primary: finishes the save, or decides whether all ranks write it again."""
+        """On the primary: finishes the save, or decides that all ranks write it again."""
         found = set(states)
         if not found - {b"", _LIVE}:
             try:
@@ -231,7 +230,7 @@ class StepCommitter:
         return steps
 
     def _write_own(self, save: Save, begun: write.Begun) -> write.RankReport:
-        """Writes this rank's part, and its report where the primary finds it."""
+        """Writes this rank's part, and its report for the primary."""
         staged = save.staged
         started = time.monotonic()
         num_threads = NUM_THREADS if staged.blocks_caller else self._num_threads
@@ -301,7 +300,7 @@ class StepCommitter:
         return json.dumps(outcome).encode()
 
     def _clean_up(self, info: StepInfo, replaced: str | None) -> errors.SaveError | None:
-        """Prunes after a commit; a failure loses disk space, never a step."""
+        """Prunes after a commit; a failure costs disk space, never a step."""
 
         def on_primary(_: Sequence[bytes]) -> bytes:
             self._steps.check_lock()
@@ -340,7 +339,7 @@ class StepCommitter:
         return {name: [info.step for info in each.infos] for name, each in tiers}
 
     def prune_uploaded(self) -> None:
-        """Prunes after a step has arrived in another tier; a commit in progress does it at its end.
+        """Prunes after the upload of a step; a running commit prunes at its end.
 
         Any thread may call it.
         """

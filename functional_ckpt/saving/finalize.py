@@ -1,4 +1,4 @@
-"""The primary's part of a save: merges the chunks of all ranks, then writes the records."""
+"""The primary's part of a save: writes the index of all ranks' files, and the records."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def finalize(
     commit_time_ns: int,
     token: str = "",
 ) -> int:
-    """Merges, writes every record, and makes `directory` durable; returns its size in bytes.
+    """Writes indexes and records, and makes `directory` durable; returns its size in bytes.
 
-    The directory holds the chunks of all ranks; their reports are in order of rank. With a token
-    the names of indexes are those of this save.
+    The directory holds the data files of all ranks; `reports` are in order of rank. A token becomes
+    part of the names of indexes.
     """
     size_bytes = 0
     names: dict[str, str] = {}
@@ -107,7 +107,7 @@ def finalize(
     )
     name = records.EXTENSION_FILE
     files[name] = _write(storage, directory, name, step.to_json())
-    # By the records, not by a listing: a file that is lost by now must end the save.
+    # From the records, not from a listing: if a file has disappeared, the save must fail.
     commit.sync_tree(storage, directory, [*of_items, *files])
     return size_bytes + sum(file.size_bytes for file in files.values())
 
@@ -173,7 +173,7 @@ def _finalize_item(
     reports: Sequence[ItemReport],
     token: str,
 ) -> records.ItemRecord:
-    """Completes one tree item but for its record, which is returned."""
+    """Writes the index and metadata of one tree item; returns its record, still to be written."""
     parts = [(rank, report.root or root) for rank, report in enumerate(reports)]
     merged = merge_ranks.merge_ranks(parts, item=item.name)
     if item.per_rank and isinstance(merged, structure.BranchNode):
@@ -243,7 +243,7 @@ def _arrays_of(
 
 
 def _check_complete(item: str, arrays: Sequence[IndexedArray], files: Sequence[str]) -> None:
-    """Raises unless one rank wrote each chunk of every array."""
+    """Raises unless each chunk of every array was written once."""
     for name, spec, grid, boxes, columns in arrays:
         if columns is not None or (len(boxes) == 1 and boxes[0].box.shape == spec.shape):
             continue
@@ -298,8 +298,8 @@ def _hub_files(
 ) -> dict[str, bytes]:
     """Returns the files that make the directory of a model one of the Hugging Face hub.
 
-    Where ranks wrote parts of tensors, and where the hub has other tensors, there is no such
-    directory: the configuration has other names then, for exports.
+    If ranks wrote parts of tensors, or the hub has other tensors, there can be no such directory.
+    Then the configuration has other names, for exports.
     """
     boxes = [array.boxes[0] for array in arrays if array.boxes]
     is_complete = len(boxes) == len(arrays) and all(

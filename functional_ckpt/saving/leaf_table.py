@@ -26,8 +26,8 @@ class Leaf:
     Attributes:
         sharding: Its sharding; None for a plain one.
         spec: Kind, dtype and shape as text; empty for a plain number.
-        mark: Whether other ranks must hold the same.
-        digest: Of a sample; 0 where nothing is compared.
+        mark: Whether the values of all ranks must be equal.
+        digest: The digest of a sample; 0 if nothing is compared.
     """
 
     sharding: Sharding | None
@@ -46,7 +46,7 @@ def mark_of(item: LoweredItem, name: str) -> str:
 
 
 def leaves_of(items: Sequence[LoweredItem]) -> dict[str, Leaf]:
-    """`item/leaf` -> the leaf, of all that this rank might write."""
+    """Returns `item/leaf` -> the leaf, for all leaves that this rank might write."""
     found: dict[str, Leaf] = {}
     for item in items:
         digests = replicas.digests(item.sources) if item.is_checked else [0] * len(item.sources)
@@ -63,7 +63,7 @@ def leaves_of(items: Sequence[LoweredItem]) -> dict[str, Leaf]:
 
 
 def merge(values: Sequence[bytes]) -> bytes:
-    """On the primary: one sharding for every leaf that any rank holds.
+    """On the primary: returns one sharding for every leaf that any rank holds.
 
     Raises:
         CoordinationError: Two ranks hold arrays of different shapes, different values, or different
@@ -104,7 +104,7 @@ def shardings_of(merged: bytes) -> dict[str, Sharding]:
 
 
 def _check_alike(name: str, found: Sequence[tuple[int, Leaf]]) -> None:
-    """Raises unless all ranks that have a leaf describe it alike."""
+    """Raises unless all ranks that have a leaf describe it equally."""
     first_rank, first = found[0]
     for rank, leaf in found[1:]:
         if leaf.spec != first.spec:
@@ -126,7 +126,7 @@ def _check_alike(name: str, found: Sequence[tuple[int, Leaf]]) -> None:
 
 
 def _shown(name: str) -> str:
-    """`item/leaf` as messages have it."""
+    """Returns the name of `item/leaf` for messages."""
     return name.replace("/", ".", 1)
 
 
@@ -134,7 +134,7 @@ def _shown(name: str) -> str:
 
 
 def to_bytes(leaves: Mapping[str, Leaf], items: Sequence[LoweredItem]) -> bytes:
-    """Returns JSON of leaves, each different sharding and spec once, and of items' structures."""
+    """Returns JSON of the leaves and the items' structures; equal shardings are stored once."""
     shardings: dict[Sharding | None, int] = {}
     specs: dict[tuple[str, str], int] = {}
     rows = [

@@ -1,4 +1,4 @@
-"""Items taken apart for saving: structures, and the live tensors that hold their bytes."""
+"""Lowers items for a save: their structures, and the live tensors that hold their bytes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ class Source(NamedTuple):
     Attributes:
         node: The global array.
         tensor: This rank's part: the local tensor of a DTensor, otherwise all of it.
-        sharding: The parts of the ranks; None for a plain array, which is complete on every rank
-            that has it.
+        sharding: The sharding; None for a plain array, which is complete on every rank that has it.
     """
 
     node: structure.ArrayNode
@@ -42,25 +41,25 @@ class Source(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoweredItem:
-    """An item taken apart, still in the caller's memory.
+    """A lowered item: its structure, and its arrays, still in the caller's memory.
 
     Attributes:
         name: The item's name.
-        handler: Name of the handler's class, for people.
+        handler: Name of the handler's class, for display.
         root: The structure; None for a JSON item.
         text: The text of a JSON item; None for a tree.
         file_stem: The start of the names of its data files.
-        texts: Small files to write beside them, by name.
-        stored_names: Leaf -> its name in files of complete arrays, where that is another one.
+        texts: Name -> content of small files to write beside them.
+        stored_names: Leaf -> its name in files of complete arrays, if it differs.
         sources: Its arrays.
-        tied: Leaves that share the bytes of one of these.
+        tied: Leaves without bytes of their own: they share the memory of one of `sources`.
         scalars: Name, spec and value of the plain numbers, which Orbax reads as arrays.
-        optimizers: The optimizers whose steps alone change its values below `state`.
+        optimizers: The optimizers whose steps alone change the values below `state`.
         values: The live objects: the item's, and those with handlers in its tree.
-        per_rank: Whether every rank has a value of its own, under a key of its own.
-        first_rank: Names of the arrays that may differ between ranks, of which the first rank's is
-            saved -> whether to warn when they do.
-        is_checked: Whether values of several ranks are compared.
+        per_rank: Whether the item is stored once per rank.
+        first_rank: Arrays that may differ between ranks, of which the first rank's is saved ->
+            whether to warn if they differ.
+        is_checked: Whether the values of several ranks are compared.
     """
 
     name: str
@@ -81,12 +80,12 @@ class LoweredItem:
 
     @property
     def ties(self) -> dict[str, str]:
-        """Name of a leaf of `tied` -> the name of the array that holds its bytes."""
+        """The name of each tied leaf -> the name of the array that holds its bytes."""
         return {leaf.name: leaf.tied_to for leaf in self.tied if leaf.tied_to is not None}
 
 
 def check_item_name(name: object) -> str:
-    """Returns the name, if an item may have it; else `UsageError`."""
+    """Returns the name of an item; raises `UsageError` if it is invalid."""
     if not isinstance(name, str) or not name:
         raise errors.UsageError(f"An item's name must be a non-empty str; got {name!r}.")
     if name in RESERVED_NAMES or name[0] in "_." or "/" in name or "\0" in name:
@@ -104,7 +103,7 @@ def check_item_name(name: object) -> str:
 def lower(
     items: Mapping[str, Any], registry: Registry, *, rank: int = 0, ranks: tuple[int, ...] = (0,)
 ) -> tuple[LoweredItem, ...]:
-    """Takes every item apart, or raises before anything is written; copies nothing."""
+    """Lowers every item, or raises before anything is written; copies nothing."""
     if not isinstance(items, Mapping) or not items:
         raise errors.UsageError(
             f"items must be a non-empty mapping of names to values; got {type(items).__name__} "
@@ -179,7 +178,7 @@ def _tree_of(name: str, item: Item) -> Any:
 def _first_rank(
     item: Item, flat: flatten.FlatTree, sources: Sequence[Source]
 ) -> Mapping[str, bool]:
-    """Arrays that may differ between ranks: of the item, and of the values in its tree."""
+    """Returns the arrays of an item, and of values in its tree, that may differ between ranks."""
     found: dict[str, bool] = {}
     inside: list[tuple[str, Item]] = [(name, each.item) for name, each in flat.nested]
     for prefix, each in [("", item), *inside]:
@@ -194,7 +193,7 @@ def _first_rank(
 
 
 def _is_below(name: str, prefix: str) -> bool:
-    """Whether a leaf belongs to the value whose leaves have this prefix; all belong to the root."""
+    """Returns whether a leaf is below a prefix; all leaves are below the empty one."""
     return prefix in ("", structure.ROOT_NAME) or f"{name}.".startswith(f"{prefix}.")
 
 
@@ -219,7 +218,7 @@ def _source(
 def _in_group(
     sharding: sharding_lib.Sharding | None, ranks: tuple[int, ...]
 ) -> sharding_lib.Sharding | None:
-    """Returns the sharding with ranks counted within the group that saves."""
+    """Returns the sharding with ranks numbered within the saving group."""
     if sharding is None:
         return None
     is_world = ranks == tuple(range(len(ranks)))
@@ -231,7 +230,7 @@ def _in_group(
 
 
 def to_json(value: Any, what: str) -> bytes:
-    """JSON text of a value; `UsageError` names unsupported values."""
+    """Returns the JSON text of a value; raises `UsageError`, which names unsupported values."""
     try:
         return json.dumps(value).encode()
     except (TypeError, ValueError, RecursionError) as error:

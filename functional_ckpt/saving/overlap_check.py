@@ -1,8 +1,8 @@
 """Detects changes of leaves between `save` and their copy in the background.
 
-torch counts changes of a tensor, but not all of them: writes through `.data`, a numpy view or the
-storage, fused kernels called by hand and other processes leave no trace. So the bytes themselves
-are compared: some of them at every save, all of them where the manager was asked to.
+torch counts the changes of a tensor, but misses writes through `.data`, a numpy view or the
+storage, fused kernels that are called directly, and other processes. So bytes are compared: some of
+them at every save, or all of them with `fc.Overlapped(checked=True)`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import xxhash
 from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.core.tree import encode
 
-# Few enough that `save` takes no longer for them, spread over all leaves and over each of them.
+# Few enough not to delay `save`, and evenly spread over the leaves and over each of them.
 _MAX_SAMPLED_LEAVES = 64
 _NUM_SAMPLES = 16
 _SAMPLE_BYTES = 32

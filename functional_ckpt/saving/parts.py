@@ -1,6 +1,6 @@
-"""The regions that a rank writes, as views of live tensors, and copying them into host memory.
+"""The regions that a rank writes, as views of live tensors, and their copies in host memory.
 
-Several threads copy host memory. A stream copies memory of a CUDA device to page-locked memory.
+Several threads copy host memory. A CUDA stream copies device memory to page-locked memory.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def parts_of(item: LoweredItem, plan: ItemPlan) -> Iterator[Part]:
 
 
 class StagingMemory:
-    """Host memory and streams that saves copy into and with; kept from save to save."""
+    """Host memory and CUDA streams for the copies of a save; reused from save to save."""
 
     def __init__(self) -> None:
         self._streams = device_copies.CopyStreams()

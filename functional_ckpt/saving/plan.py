@@ -1,9 +1,9 @@
 """Distributed save planning: one collective per save, a second one where structures differ.
 
 Every rank sends the primary a digest of its structure, and samples of the leaves that other ranks
-hold too. If all structures are equal, or unchanged since the last save, every rank knows its part.
-If they differ (pipeline stages; norms that each tensor-parallel rank shards over its own mesh), or
-if samples do, the ranks exchange their structures, and the shardings and samples of their leaves.
+hold too. If all structures are equal, or unchanged since the last save, every rank computes its
+part alone. If structures differ (pipeline stages; norms that each tensor-parallel rank shards over
+its own mesh), or samples do, the ranks exchange structures, shardings and samples.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PlannedPart(NamedTuple):
         box: The region, in the array.
         local: The region, in the local tensor.
         grid: The array's chunks.
-        offset: Its first byte in its file.
+        offset: The offset of its first byte in the file.
     """
 
     source: int
@@ -62,7 +62,7 @@ class ItemPlan:
 
     Attributes:
         files: The data files.
-        parts: Their members, file by file and in the order of each.
+        parts: The parts in the files, in the order of the bytes.
     """
 
     files: tuple[FilePlan, ...]
@@ -179,7 +179,7 @@ class SavePlanner:
         return dict(self._plan)
 
     def _group(self, items: Sequence[LoweredItem], shardings: _Shardings | None) -> replicas.Groups:
-        """The leaves that other ranks have too, from all ranks' shardings or this rank's."""
+        """Returns the leaves that other ranks have too, from all ranks' shardings or its own."""
         if self._coordinator.num_ranks == 1:
             return {}
         whole = Sharding.replicated(tuple(range(self._coordinator.num_ranks)))
@@ -194,7 +194,7 @@ class SavePlanner:
         return replicas.group(leaves, self._coordinator.rank)
 
     def _compare(self, values: Sequence[bytes]) -> bytes:
-        """On the primary: whether the structures are alike, as before, or must be exchanged."""
+        """On the primary: decides whether structures are equal, unchanged, or must be exchanged."""
         given = [json.loads(value) for value in values]
         _check_same_call(given)
         if all(each["is_known"] for each in given):
@@ -283,7 +283,7 @@ def _signature(items: Sequence[LoweredItem], *, with_trees: bool) -> str:
 
 
 def _skeleton(root: structure.Node) -> list[object]:
-    """Returns all of a structure in which ranks could contradict each other, but for the sources.
+    """Returns the properties of a structure that must agree between ranks, except for the sources.
 
     Plain values may differ.
     """
@@ -357,9 +357,9 @@ def _plan_files(
 
     Args:
         item: The item.
-        arrays: Its arrays, as they are dealt out.
+        arrays: Its arrays, with the ranks that write them.
         rank: The rank.
-        ranks: All ranks, each of which has every array entirely; None where one lacks a part.
+        ranks: All ranks, if each has every array entirely; else None.
     """
     held: dict[int, list[tuple[int, PlannedPiece, StoredBox]]] = {}
     names = {} if ranks is None else item.stored_names

@@ -1,9 +1,9 @@
 """Samples of leaves that several ranks have, to detect differences between ranks.
 
-One copy is saved of a plain tensor, and of the replicas of a sharded one: they are taken to be
-equal on all ranks that have them. Every rank hashes a few elements of each such leaf and sends the
-digests in the planning round, which is made anyway. All leaves are compared when the structure is
-new, and after 1, 2, 4, 8, ... saves of it; at the other saves a few of those on the host, in turn.
+Of a plain tensor, and of the replicas of a shard, one copy is saved: they must be equal on all
+ranks that have them. Every rank hashes a few elements of each such leaf, and sends the digests with
+its plan, without another round. All leaves are compared when the structure is new, and after 1, 2,
+4, 8, ... saves of it; at the other saves a few leaves in host memory are compared, in turn.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _LEAVES_PER_TURN = 64
 
 
 def group(leaves: Iterable[tuple[str, tuple[int, int], Sharding, str]], rank: int) -> Groups:
-    """The leaves that other ranks hold as well, by who holds them.
+    """Returns the leaves that other ranks hold too, grouped by these ranks.
 
     Args:
-        leaves: Full name, numbers, sharding (all ranks considered) and a mark: leaves of different
-            marks are compared apart.
+        leaves: Full name, numbers, sharding on all ranks, and a mark: leaves with different marks
+            are in different groups.
         rank: This rank.
     """
     groups: dict[str, list[tuple[int, int]]] = {}
@@ -58,7 +58,7 @@ def group(leaves: Iterable[tuple[str, tuple[int, int], Sharding, str]], rank: in
 def samples(
     groups: Groups, sources: Sequence[Sequence[Source]], num_saves: int
 ) -> dict[str, list[Any]]:
-    """For every group how many leaves were sampled, and one digest of them."""
+    """Returns for each group the number of sampled leaves, and one digest of them."""
     found: dict[str, list[Any]] = {}
     for key, numbers in groups.items():
         due = [sources[item][index] for item, index in _turn(numbers, num_saves)]
@@ -70,7 +70,7 @@ def samples(
 
 
 def differing(found: Sequence[Mapping[str, Sequence[Any]]]) -> set[str]:
-    """Returns the groups of which two ranks have other samples."""
+    """Returns the groups for which samples of two ranks differ."""
     seen: dict[str, Sequence[Any]] = {}
     return {
         key
@@ -81,7 +81,7 @@ def differing(found: Sequence[Mapping[str, Sequence[Any]]]) -> set[str]:
 
 
 def digests(sources: Sequence[Source]) -> list[int]:
-    """A digest of a sample of each tensor: of equal ones the same, whatever their strides."""
+    """Returns a digest of a sample of each tensor; it does not depend on strides."""
     found = [0] * len(sources)
     on_device: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
     for index, source in enumerate(sources):
@@ -102,11 +102,10 @@ def digests(sources: Sequence[Source]) -> list[int]:
 
 
 def check_equal(leaves: Mapping[str, tuple[Sharding, Mapping[int, int]]]) -> None:
-    """Raises `CoordinationError` where ranks hold different values of one leaf.
+    """Raises `CoordinationError` if ranks hold different values of one leaf.
 
     Args:
-        leaves: For each leaf its sharding, all ranks considered, and the digest of each rank that
-            was asked.
+        leaves: For each leaf its sharding on all ranks, and the digests by rank.
     """
     wrong: dict[str, list[list[int]]] = {}
     for name, (sharding, found) in leaves.items():

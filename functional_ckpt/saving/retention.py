@@ -1,7 +1,7 @@
-"""After a commit, on the primary: the latest link, the promises to tiers, and pruning.
+"""After a commit, on the primary: updates the latest link, promises uploads, and prunes.
 
-The step is durable by now. A failure here costs disk space or a link, never a step. So a failure
-stops nothing else, and all of them are reported together at the end.
+The step is durable by now. A failure here costs disk space or a link, never a step. So the
+remaining actions run, and all failures are reported together at the end.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Retention:
     def _not_kept(
         self, copied: set[tuple[int, datetime.datetime]], committed: int | None, *, look: bool
     ) -> list[StepInfo]:
-        """Returns the steps that no policy keeps; the newest only if another tier has it."""
+        """Returns the steps that no policy keeps; the newest one only if another tier has it."""
         known: Sequence[StepInfo] = self._steps.with_late_metrics(look=look)
         if self._steps.remote:  # an evaluator may have recorded metrics in a remote tier alone
             numbers = {info.step for info in known}
@@ -121,7 +121,7 @@ class Retention:
         return [info for info in known if info.step in gone]
 
     def _warn_of_metrics(self, known: Sequence[StepInfo]) -> None:
-        """Logs once for each policy that it ranks by a metric that no step has."""
+        """Warns, once for each policy, of a metric that no step has."""
         for policy, warning in keep_rules.unknown_metrics(self._policies, known).items():
             if policy not in self._warnings:
                 self._warnings.add(policy)

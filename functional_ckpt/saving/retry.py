@@ -1,7 +1,7 @@
-"""Which failed writes may succeed a second time.
+"""Decides which failed writes are repeated.
 
 A file is never synced again after its sync has failed: the kernel may have dropped its pages. The
-entire checkpoint is written a second time, into a new directory.
+complete checkpoint is written again, into a new directory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Returns whether the system refused something that it may accept a second time."""
+    """Returns whether a second attempt may succeed."""
     return not _TRANSIENT.isdisjoint(_codes_of(error))
 
 

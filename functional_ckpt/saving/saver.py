@@ -106,7 +106,7 @@ class Saver:
     def _commit(
         self, save: commit.Save, closing: contextlib.ExitStack, interruption: BaseException | None
     ) -> background.Commit:
-        """Starts the commit of a staged save; waits for it where the caller has asked for that."""
+        """Starts the commit of a staged save; with `fc.Blocking()` also waits for it."""
         step, staged = save.step, save.staged
         work = functools.partial(_run_and_close, self._writer, save, closing)
         is_awaited = save.is_repeat or isinstance(self._options.staging, Blocking)
@@ -127,7 +127,7 @@ class Saver:
         return handle
 
     def _next_line(self, step: int, progress: Progress | None, *, may_exist: bool) -> lines.Line:
-        """Returns the line that the step belongs to, after checking that it may be saved."""
+        """Checks that the step may be saved; returns the line that it belongs to."""
         if self._coordinator.rank:
             return lines.Line()  # the primary's counts
         self._steps.check_lock()
@@ -139,9 +139,9 @@ class Saver:
     def _stage(
         self, step: int, planning: plan_lib.Planning, cleanup: contextlib.ExitStack
     ) -> stage.Staged:
-        """Stages the items; a failure reaches the other ranks, which wait in the commit.
+        """Stages the items; on failure the other ranks raise too, which wait in the commit.
 
-        `cleanup` receives the actions after the commit, or instead of it.
+        `cleanup` receives the actions to run after the commit, or instead of it.
         """
         if (lock := self._steps.lock) is not None:
             cleanup.callback(lock.leave, lock.enter())
@@ -169,7 +169,7 @@ class Saver:
         return self.committer.is_current() or self._steps.events.is_telling()
 
     def fence(self) -> None:
-        """Returns when nothing is left to copy."""
+        """Waits until the overlapped copy is complete."""
         self._stager.wait()
 
     def upload_by(self, uploads: Uploads | None) -> None:
@@ -232,7 +232,7 @@ class Saver:
             uploads.raise_error()
 
     def raise_errors(self) -> None:
-        """Raises errors of the background, once."""
+        """Raises background errors, once."""
         self.committer.raise_error()
         if (uploads := self._writer.uploads) is not None:
             uploads.raise_error()
@@ -250,7 +250,7 @@ class Saver:
         self.decider.stop()
 
     def _refuse(self, step: int, failure: BaseException | None) -> None:
-        """Notes that the step is not saved; raises the failure of an earlier one."""
+        """Records that the step is not saved; raises the error of an earlier save."""
         self.decider.mark_skipped(step)
         if failure is not None:
             raise failure
@@ -276,7 +276,7 @@ def checkpoint_info(
     custom_metadata: Mapping[str, Any] | None,
     line: lines.Line,
 ) -> finalize.CheckpointInfo:
-    """Returns the metadata of a checkpoint whose save starts now, once it is known to be valid."""
+    """Validates and returns the metadata of a checkpoint whose save starts now."""
     return finalize.CheckpointInfo(
         step=step,
         init_time_ns=time.time_ns(),
@@ -300,7 +300,7 @@ def as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | N
 
 
 def _check_kept_by_json(value: object, where: str) -> None:
-    """Raises `UsageError` for strings and keys that JSON returns as others."""
+    """Raises `UsageError` for strings and keys that JSON would not return unchanged."""
     if isinstance(value, str) and plain_json.is_joined_by_json(value):
         raise errors.UsageError(
             f"{where} has a str of two surrogates that JSON returns as one character: {value!r}."

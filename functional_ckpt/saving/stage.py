@@ -23,7 +23,7 @@ class LiveMemory:
     """Live memory that a commit reads while `save` waits.
 
     Args:
-        size_bytes: How much of it the caller waits for, with `wait`.
+        size_bytes: The number of bytes that `wait` waits for.
     """
 
     def __init__(self, size_bytes: int) -> None:
@@ -33,22 +33,22 @@ class LiveMemory:
         self.is_interrupted = False
 
     def count_down(self, num_bytes: int) -> None:
-        """Notes that bytes were copied out of it."""
+        """Counts bytes that were read."""
         with self._lock:
             self._left_bytes -= num_bytes
             if self._left_bytes <= 0:
                 self._done.set()
 
     def wait(self) -> None:
-        """Returns when live memory may change."""
+        """Waits until live memory may change."""
         self._done.wait()
 
     def interrupt(self) -> None:
-        """The caller has stopped waiting: data read from now on may have changed."""
+        """Notes that the caller has stopped waiting, so that data read later may have changed."""
         self.is_interrupted = True
 
     def release(self) -> None:
-        """Ends `wait`: nothing more is read."""
+        """Ends `wait`: nothing else is read."""
         self._done.set()
 
 
@@ -58,9 +58,8 @@ class Staged:
 
     Attributes:
         items: The items to write.
-        fence: Delays changes of values that are copied after `save` has returned; None if there are
-            none.
-        live: The live memory that is written without a copy; None if none is.
+        fence: Delays changes of values that are copied after `save` has returned, or None.
+        live: The live memory that is written without a copy, or None.
     """
 
     items: tuple[StagedItem, ...]
@@ -83,22 +82,22 @@ class Staged:
         return self.live is not None and self.live.is_interrupted
 
     def finish(self) -> None:
-        """Copies the rest; called first, in the background."""
+        """Copies the remaining values; the commit calls it first."""
         if self.fence is not None:
             self.fence.copy()
 
     def wait(self) -> None:
-        """Returns when the caller may change the state; called last, on the caller's thread."""
+        """Waits until the caller may change the state; `save` calls it last."""
         if self.blocks_caller and self.live is not None:
             self.live.wait()
 
     def interrupt(self) -> None:
-        """The caller was interrupted before `wait` returned, and may change the state."""
+        """Notes that the caller was interrupted in `wait`, and may change the state."""
         if self.live is not None:
             self.live.interrupt()
 
     def abort(self) -> None:
-        """Lets every waiting thread continue: after the commit, or instead of it."""
+        """Releases every waiting thread: after the commit, or instead of it."""
         if self.fence is not None:
             self.fence.give_up()
         if self.live is not None:
@@ -162,7 +161,7 @@ class Stager:
         return Staged(items=_staged_items(items, plan, ordered), live=live)
 
     def wait(self) -> None:
-        """Returns when nothing is left to copy."""
+        """Waits until the overlapped copy is complete."""
         if self._fence is not None:
             self._fence.wait()
 

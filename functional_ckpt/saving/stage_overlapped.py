@@ -34,12 +34,12 @@ def stage(
     *,
     is_checked: bool,
 ) -> list[list[Array]]:
-    """Copies parts at once that other calls than an optimizer's step change, and the rest later.
+    """Copies now the parts that other code than an optimizer step may change, and the rest later.
 
-    Copied later is the memory of the parameters that the items' optimizers update, and the state of
-    these optimizers; all else (buffers, learning rates, averages, generators, weights that a
-    forward pass changes) is copied before this returns. With `is_checked`, every byte of the copy
-    is compared with its current value.
+    The parameters that the items' optimizers update, and the state of these optimizers, are copied
+    later. Everything else (buffers, learning rates, averages, generators, weights that a forward
+    pass changes) is copied before this returns. With `is_checked`, every byte of the copy is
+    compared with its current value.
 
     Returns:
         The host arrays of each item's parts; those copied later are filled by `fence.copy`.
@@ -73,7 +73,7 @@ def stage(
 def _watch(
     pending: PendingCopy, later: _Copies, optimizers: Sequence[Any], *, is_checked: bool
 ) -> None:
-    """Makes changes before the copy noticed."""
+    """Starts the detection of changes before the copy."""
     owners: dict[int, str] = {}
     for part, _ in later:
         tensor = part.source.tensor
@@ -106,7 +106,7 @@ def _changed_by_forward(items: Sequence[LoweredItem]) -> frozenset[int]:
 
 
 def _waits(item: LoweredItem, source: Source, storages: frozenset[int]) -> bool:
-    """Returns whether only a step, or `load_state_dict`, of the optimizers changes a leaf."""
+    """Returns whether only a step or `load_state_dict` of the optimizers may change a leaf."""
     tensor = source.tensor
     if not (tensor.is_cpu or device_copies.is_streamed(tensor)) or not tensor.numel():
         return False

@@ -74,11 +74,11 @@ class Begun(NamedTuple):
     """An attempt to write a checkpoint, the same on all ranks.
 
     Attributes:
-        tmp: The directory, which the primary has created.
+        tmp: The directory, created by the primary.
         digests: The digest of each item's structure on the primary; an equal one is not reported.
         id: Unique to the attempt: a directory of an object store may be that of an earlier one,
             to which a suspended rank may still write.
-        token: In the names of data files that may get into an object store; else empty.
+        token: Part of the names of data files that may be uploaded to an object store; else empty.
     """
 
     tmp: str
@@ -98,7 +98,7 @@ def write_part(
 ) -> RankReport:
     """Writes this rank's regions of every item; nothing is durable yet.
 
-    The ranks other than the primary also write their report, which `every_report` reads.
+    Ranks other than the primary also write their report, for `every_report`.
 
     Args:
         storage: The file system.
@@ -118,7 +118,7 @@ def write_part(
         if root is None:
             continue
         path = os.path.join(tmp, name)
-        # Never the parents: a directory that was moved away meanwhile must not come back.
+        # Never the parents: a directory that was moved away meanwhile must not be created again.
         storage.make_directory(path, parents=False)
         written = write_files(
             storage,
@@ -149,9 +149,9 @@ def begin(
 ) -> Begun:
     """Starts writing on all ranks.
 
-    The directory's name is the primary's: clocks of ranks may differ. `create` runs on the primary:
-    it creates the temporary directory and returns its path. With `has_token`, names of data files
-    are those of this attempt.
+    The primary names the directory, since clocks of ranks may differ: `create` runs there, creates
+    the temporary directory and returns its path. With `has_token`, names of data files contain a
+    token of this attempt.
     """
 
     def on_primary(_: Sequence[bytes]) -> bytes:

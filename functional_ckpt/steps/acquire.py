@@ -1,4 +1,4 @@
-"""Who opens a directory together, and how such a job becomes its writer."""
+"""Opens a directory on all ranks of a job, and makes the job its writer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def coordinator_of(
 
 @contextlib.contextmanager
 def checking_arguments(coordinator: Coordinator) -> Generator[None]:
-    """Raises errors of this rank's arguments, on every rank that opens the directory."""
+    """Raises an error inside the block on every rank that opens the directory."""
     try:
         with fails_on_all(coordinator, _OPENING):
             yield
@@ -61,13 +61,13 @@ def open_directory(
 ) -> None:
     """Makes the job the writer of the directory, unless `steps` is read-only.
 
-    The primary holds the lock, as `steps.lock`. It is given up when `owner`, the manager, is
-    dropped and no commit needs it any more. A writer's ranks must all see the same directory, and
-    their options be equal.
+    The primary holds the lock, as `steps.lock`. It is released once `owner`, the manager, is
+    dropped and no commit needs it. All ranks of a writer must see the same directory and have equal
+    options.
 
     Raises:
         LockedError: Another live writer holds the directory.
-        CoordinationError: The ranks have other options, or see other directories.
+        CoordinationError: The ranks have different options, or see different directories.
     """
     storage, hidden = steps.storage, steps.hidden
     mark = os.path.join(hidden, f"ranks.{uuid.uuid4().hex}.tmp")

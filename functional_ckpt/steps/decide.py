@@ -1,7 +1,7 @@
 """Decides whether to save: locally if the policies depend on the step only, otherwise on rank 0.
 
-With several ranks a decision of rank 0 is a round. If the policies depend on the clock and on
-signals, not on the step, there is one only when the clock or a signal asks for it; see
+With several ranks a decision of rank 0 takes a round. If the policies depend on the clock and on
+signals but not on the step, there is a round only when the clock or a signal requests it; see
 `distributed.turns`.
 """
 
@@ -35,8 +35,8 @@ class SaveDecider:
         rule: The policies; None saves every step.
         steps: The history.
         busy_step: Returns the step that is being committed, or None.
-        coordinators: Their time-outs are shortened once the job is about to be killed; the first
-            decides.
+        coordinators: Their timeouts are shortened once the job is about to be killed; decisions are
+            made with the first one.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class SaveDecider:
         return self._rule is not None and any(map(preemption.is_preemption, self._rule.policies))
 
     def start(self) -> None:
-        """Listens for SIGTERM and the clock, if a policy waits for them and steps are saved."""
+        """Installs the SIGTERM handler and starts the clock's thread, if a policy needs them."""
         if self._rule is None or self._steps.read_only:
             return
         if self.waits_for_signal:
@@ -80,7 +80,7 @@ class SaveDecider:
             )
 
     def stop(self) -> None:
-        """Listens no more."""
+        """Removes the handler and ends the thread."""
         self._watch.stop()
         if self._turns is not None:
             self._turns.close()
@@ -89,8 +89,8 @@ class SaveDecider:
         """Returns whether the job received SIGTERM and `step` is, or can still be, saved.
 
         False for a step that was just declined: the signal came too late for it, and leaving the
-        loop now would lose all steps since the last save. With many ranks all get the same answer:
-        that of the last round.
+        loop now would lose all steps since the last save. All ranks return the result of the last
+        round.
         """
         if step == self._refused:
             return False
@@ -138,9 +138,9 @@ class SaveDecider:
 
         Args:
             step: The step.
-            progress: How far the training is at it. A batch that this run has just saved, or has
-                gone on from, is there already: the answer is no.
-            force: The answer is yes, and the ranks still hear of a signal.
+            progress: The training progress. A batch that this run has just saved or restored is
+                not saved again.
+            force: Return True; the ranks still exchange received signals.
         """
         if progress is not None and not force and (step, progress.batch) == self._last_batch:
             return False
@@ -156,11 +156,11 @@ class SaveDecider:
 
     @property
     def _is_shared(self) -> bool:
-        """Whether a signal to one rank concerns others."""
+        """Whether a signal to one rank makes other ranks save."""
         return self._watch.is_on and self._coordinators[0].num_ranks > 1
 
     def _ask(self, what: str, step: int, combine: Combine) -> bytes:
-        """One round in which every rank reports a received SIGTERM: `_YES` ends the outcome."""
+        """Runs one round, in which ranks report SIGTERM: `_YES` at the end of the outcome."""
         self._decided_step = step
         told = _YES if self._watch.is_reached else b""
         verdict = self._coordinators[0].gather_broadcast(what, told, combine)
@@ -189,7 +189,7 @@ class SaveDecider:
             try:
                 combine = functools.partial(self._decide, rule, step, progress, decided)
                 verdict = self._ask(f"whether to save step {step}", step, combine)
-                # Before the next round can be asked for.
+                # Before the next round can be requested.
                 self._accepted = step if verdict[:1] == _YES else None
             finally:
                 turns.finish()
@@ -198,7 +198,7 @@ class SaveDecider:
         return decided or self._stop_agreed or self._accepted == step
 
     def _wants_round(self) -> bool:
-        """In a thread: whether this rank asks for a round, by a signal or the primary's clock."""
+        """In a thread: returns whether this rank requests a round: for a signal or the clock."""
         if self._stop_agreed or self._rule is None:
             return False
         if self._watch.is_reached:
@@ -218,7 +218,7 @@ class SaveDecider:
         decided: bool,
         told: Sequence[bytes],
     ) -> bytes:
-        """On the primary: the policies' decision, and whether any rank received SIGTERM."""
+        """On the primary: returns the policies' decision, and whether any rank got SIGTERM."""
         reached = _YES in told
         now = datetime.datetime.now(datetime.UTC)
         busy = self._busy_step()
@@ -236,7 +236,7 @@ class SaveDecider:
         )
 
     def _past(self, busy: int | None) -> tuple[StepInfo, ...]:
-        """Returns the steps that came before in this run: those on the line that it saves on."""
+        """Returns the earlier steps of the line that this run saves on."""
         line = self._steps.next_line()
         known = {info.step: info for info in self._steps.all_infos() if line.holds(info)}
         if busy is not None and self._last is not None:

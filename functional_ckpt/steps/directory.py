@@ -20,7 +20,7 @@ from functional_ckpt.storage.base import Storage
 
 
 class StepDirectory:
-    """A directory of steps. Nothing is cached but the records of commits and late metrics."""
+    """A directory of steps. Only records of commits and late metrics are cached."""
 
     def __init__(self, storage: Storage, root: str, names: NameFormat, *, read_only: bool) -> None:
         self.storage = storage
@@ -75,7 +75,7 @@ class StepDirectory:
         return found
 
     def is_there(self, name: str) -> bool:
-        """Returns whether a directory counts as a step; one that is being removed does not."""
+        """Returns whether a directory is a step; one that is being removed is not."""
         hidden = self.commits.removals.hidden_names()
         return queries.exists(self.storage, os.path.join(self.root, name)) and name not in hidden
 
@@ -87,7 +87,7 @@ class StepDirectory:
         """Returns where to write a step: its present path if it exists, else a new one.
 
         Raises:
-            UsageError: The name is too long for that of a temporary directory to contain it.
+            UsageError: The name is too long: those of temporary directories contain it.
         """
         path = self.path_if_there(step) or os.path.join(
             self.root, template.new_name(self._names, step, progress)
@@ -104,7 +104,7 @@ class StepDirectory:
         return path
 
     def is_linked(self, step: int) -> bool:
-        """Returns whether a link has the step's name: it does not count, but can be read."""
+        """Returns whether a link has the step's name: it is not listed, but can be restored."""
         return any(map(self.leads_to_step, self._names.names(step)))
 
     def leads_to_step(self, name: str) -> bool:
@@ -113,11 +113,11 @@ class StepDirectory:
         return queries.is_link(self.storage, path) and has_record(self.storage, path)
 
     def hide(self, names: Iterable[str]) -> None:
-        """Takes directories out of sight, all in one step; they are still to be removed."""
+        """Hides directories, all at once, before they are removed."""
         self.commits.removals.hide(names)
 
     def unhide(self, names: Iterable[str]) -> None:
-        """Undoes `hide`, or forgets it once the directories are gone."""
+        """Reverts `hide`, or forgets the directories once they are removed."""
         self.commits.removals.unhide(names)
 
     def on_disk(self, step: int) -> StepInfo:
@@ -142,7 +142,7 @@ class StepDirectory:
             )
 
     def check_path_free(self, step: int, progress: Progress | None, *, overwrite: bool) -> None:
-        """Raises `StepExistsError` if the directory has the step, and it may not be replaced."""
+        """Raises `StepExistsError` if the directory has the step and it must not be replaced."""
         path = self.new_path(step, progress)
         if not queries.exists(self.storage, path):
             return

@@ -1,4 +1,4 @@
-"""The steps in a directory: which there are, when they were saved, their metrics. No torch."""
+"""Reads the small files of a step: its time, metrics and progress. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _T = TypeVar("_T")
 
 
 def read_step(storage: Storage, path: str, step: int | None) -> StepInfo | None:
-    """Reads a step's facts for policies from its small files.
+    """Reads a step's `StepInfo` for policies from its small files.
 
-    Damaged or unreadable files are ignored, and are the `problem` of the step.
+    Damaged or unreadable files are ignored; `problem` names them.
 
     Returns:
-        None where the step is not there any more.
+        The step; None if it was removed meanwhile.
     """
     for is_last in (False, False, True):
         problems: list[errors.CheckpointError] = []
@@ -67,7 +67,7 @@ def sound_info(files: StepFiles) -> StepInfo:
 
 
 class _Attempt(Protocol):
-    """Calls a function; None instead of its result where it failed."""
+    """Calls functions; returns None and keeps the error if one fails."""
 
     def __call__(self, read: Callable[[], _T], /) -> _T | None: ...
 
@@ -75,7 +75,7 @@ class _Attempt(Protocol):
 def _describe(
     storage: Storage, path: str, step: int, files: StepFiles | None, attempt: _Attempt
 ) -> StepInfo:
-    """The time is that of the commit; without metadata, the directory's own."""
+    """Returns the step with the time of its commit; without metadata, the directory's time."""
     metadata = metrics = progress = None
     if files is not None:
         metadata = attempt(lambda: files.metadata)

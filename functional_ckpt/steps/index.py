@@ -1,8 +1,8 @@
-"""The index of a directory: its steps and their records. No torch.
+"""The index of a directory: its steps and their records. Does not import torch.
 
 A step is a directory with a step's name that was committed and holds a record: this package's, or
-Orbax's. Everything else with such a name (an empty directory, a copy that was cut, a link) is no
-step: it is never listed, counted or removed.
+Orbax's. Other entries with such a name (empty directories, incomplete copies, links) are not steps:
+they are never listed, counted or removed.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ _NUM_CHECKED = 8
 class StepIndex:
     """The steps of a directory; the records of a commit are read once.
 
-    A step that was read is known by its name and its `commit_id`: inode and time of the directory,
-    or time, size and version of the marker, one of which differs in each commit. Steps with a
-    problem are read again at each look. On a file system each look compares every commit.
+    A step that was read is identified by its name and its `commit_id`: inode and time of the
+    directory, or time, size and version of the marker. One of them differs in each commit. On a
+    file system each look compares the `commit_id` of every step. Steps with a problem are always
+    read again.
 
-    On an object store that would be a request for each step. There a name means the same commit as
-    before unless a writer has replaced or removed steps since the last look, and renewed the
-    `change_id`: then all are compared. Earlier versions, other programs and a writer that was
-    killed before it renewed it are noticed too: each look compares some known steps in turn, so
-    all of them within a few looks, and at each look where there are only a few.
+    On an object store this would take a request for each step. A writer that replaces or removes
+    steps rewrites an object, the `change_id`; only if that has changed are all steps compared.
+    Earlier versions, foreign software and a writer that was killed in between do not rewrite it.
+    So each look also compares some known steps, in turn, and notices their changes after a few
+    looks.
 
     Attributes:
-        strays: Name -> kind of each entry that has a step's name but is not a step.
+        strays: Name -> kind of each entry that has a step's name but is no step.
     """
 
     def __init__(self, storage: Storage, root: str, names: NameFormat) -> None:
@@ -63,7 +64,7 @@ class StepIndex:
         self.strays: Mapping[str, str] = {}
 
     def look(self, *, reread: bool = False) -> dict[int, Entry]:
-        """Returns the present steps, ascending.
+        """Returns the steps that exist now, ascending.
 
         Args:
             reread: Whether to read the records of every step again.
@@ -118,7 +119,7 @@ class StepIndex:
         return found
 
     def _entry(self, step: int, name: str, known: Entry | None) -> Entry | str | None:
-        """Returns the step, or the kind of the entry; None if it is gone, or not yet there."""
+        """Returns the step, or the kind of a stray; None if it was removed or is not committed."""
         path = os.path.join(self._root, name)
         commit_id = self._commits.commit_id(path)
         if commit_id is None:

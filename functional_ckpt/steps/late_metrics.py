@@ -1,4 +1,4 @@
-"""Metrics recorded after their step was committed: a file for each call that records some."""
+"""Late metrics, recorded after their step was committed: each call writes a file of its own."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class _Late(NamedTuple):
     """The late metrics of one file, or of one commit of a step.
 
     Attributes:
-        metrics: Those that can be believed.
-        problem: Why others cannot be; None where all can.
-        is_unreadable: Whether the problem is that the system refused to read them.
-        time_ns: When they were recorded.
+        metrics: The undamaged metrics.
+        problem: The reason why some cannot be used, or None.
+        is_unreadable: Whether the system refused to read some.
+        time_ns: The time of the recording.
     """
 
     metrics: Mapping[str, Any]
@@ -43,7 +43,7 @@ class _Late(NamedTuple):
 
 
 class _File(NamedTuple):
-    """A file that was read. `state` differs when the content does."""
+    """A file that was read. `state` changes with its content."""
 
     state: object
     commit: _Commit
@@ -56,9 +56,8 @@ _NONE = _Late({})
 class LateMetrics:
     """The late metrics of the steps in a directory, by any process; each file is read once.
 
-    Each call that records metrics makes a file of its own, named `<step>.<commit>.<id>.json`; of
-    several that name a metric the latest counts. Earlier versions replaced `<step>.<commit>.json`,
-    without a checksum.
+    Each call that records metrics writes `<step>.<commit>.<id>.json`. If several files have a
+    metric, the latest counts. Earlier versions replaced `<step>.<commit>.json`, without a checksum.
 
     A file with an id never changes, so its name identifies its content. The content of another
     file is identified by name and status: time, size, inode, and on a store the version. Files
@@ -127,7 +126,7 @@ class LateMetrics:
             del self._commits[file.commit]
 
     def _listed(self) -> list[tuple[str, object]]:
-        """Returns the names of the files, each with a value that differs when the content does."""
+        """Returns the names of the files, each with a value that changes with its content."""
         storage, folder = self._storage, self._folder
         if storage.objects is not None:  # one request lists the states too
             return [*storage.walk(folder).items()]
@@ -146,7 +145,7 @@ class LateMetrics:
             return _Late({}, error.message, isinstance(error, errors.StorageError))
 
     def _found(self, info: StepInfo) -> _Late | None:
-        """Returns the late metrics of a step: of each name the latest; None without any."""
+        """Returns the late metrics of a step, the latest of each name; None if there are none."""
         files = self._commits.get((info.step, commit_of(info))) if self._commits else None
         if not files:
             return None
@@ -157,7 +156,7 @@ class LateMetrics:
         return _Late(metrics, first.problem, first.is_unreadable)
 
     def added_to(self, info: StepInfo) -> StepInfo:
-        """Returns a step with its late metrics as last read, none of another of its commits."""
+        """Returns a step with the late metrics of its current commit, as last read."""
         found = self._found(info)
         if found is None:
             return info
@@ -184,7 +183,7 @@ class LateMetrics:
     def record(self, info: StepInfo, metrics: Mapping[str, Any]) -> None:
         """Writes metrics of a step, atomically and durably.
 
-        Processes that do so at the same time lose nothing: each makes a new file.
+        Concurrent processes lose nothing: each writes a new file.
         """
         makedirs_durable(self._storage, self._folder)
         commit = (info.step, commit_of(info))
@@ -202,7 +201,7 @@ class LateMetrics:
             self._add(name, _File(None, commit, _parse(data, path)))
 
     def remove(self, steps: Collection[int], *, but_of: StepInfo | None = None) -> None:
-        """Removes the late metrics of steps that are gone, or those of all commits but one."""
+        """Removes the late metrics of removed steps, or those of all commits but one."""
         kept = None if but_of is None else f"{but_of.step}.{commit_of(but_of)}."
         starts = {str(step) for step in steps}
         failures: list[errors.CheckpointError] = []

@@ -24,16 +24,16 @@ class StepMetadata:
     """Metadata of a step, without its arrays.
 
     Attributes:
-        step: Its number; None for a checkpoint without steps.
-        time: When it was committed.
+        step: Its number; None for a checkpoint outside a directory of steps.
+        time: The time of the commit.
         items: Name of each item -> its tree, with an `ArraySpec` for every array; the value of a
             JSON item.
         metrics: Its metrics, or None.
         progress: Progress of the training, or None if it was not saved.
         custom_metadata: The user's custom metadata.
         generation: The number of rollbacks before it was saved.
-        is_abandoned: It is not on the line that the run continues: the run went back to a step
-            before it.
+        is_abandoned: Whether the run has rolled back to an earlier step, so that the step is not on
+            its current line.
     """
 
     step: int | None

@@ -23,18 +23,18 @@ _MAX_NAME_CHARS: Final = 255
 
 @runtime_checkable
 class NameFormat(Protocol):
-    """How steps are named on disk; pure, so listing a directory stays with the storage."""
+    """How steps are named on disk. Pure: it never reads a directory."""
 
     def build_name(self, step: int) -> str:
         """Returns the directory name under which `step` is written."""
         ...
 
     def names(self, step: int) -> tuple[str, ...]:
-        """Returns every name that means `step`, in order of preference when several exist."""
+        """Returns every name of `step`, the preferred one first."""
         ...
 
     def parse(self, name: str) -> int | None:
-        """Returns the step that `name` means, None if it names no step."""
+        """Returns the step of a name; None if it is not a name of a step."""
         ...
 
 
@@ -81,7 +81,7 @@ class StepName:
         if len(name) > _MAX_NAME_CHARS or not name.startswith(self._start):
             return None
         digits = name[len(self._start) :]
-        # `isdigit` alone would take digits of other scripts, which `int` reads and we never write.
+        # `isdigit` alone accepts digits of other scripts, which are never written.
         if not (digits.isascii() and digits.isdigit()):
             return None
         step = int(digits)
@@ -131,11 +131,11 @@ class CompositeStepName:
 def as_name_format(
     name_format: NameFormat | None, *, adapt: Callable[[Any], Any] = lambda value: value
 ) -> NameFormat:
-    """Returns the format that a user means.
+    """Converts a user's argument to a format.
 
     Args:
         name_format: A format; None is the plain number.
-        adapt: Called with it first, to let others' objects in.
+        adapt: Called with it first, to convert foreign formats.
 
     Raises:
         UsageError: It is no name format.
@@ -174,7 +174,7 @@ def check_component(what: str, text: str) -> None:
 
 
 def check_step(step: Any) -> int:
-    """Returns the number of a step, once it is known to be one."""
+    """Validates and returns the number of a step."""
     try:
         number = operator.index(step)
     except TypeError:

@@ -1,11 +1,11 @@
-"""Orbax's own policies and step name formats, accepted as they are.
+"""Adapters for Orbax's own policies and step name formats.
 
-Orbax is imported when one of its objects is at hand, never before: it brings JAX along. Nothing
-here initialises a JAX backend. The adapters hand everything that is not Orbax's back unchanged,
-so they can be applied to whatever a user passed.
+Orbax imports JAX, so it is imported only when one of its objects is passed. Nothing here
+initialises a JAX backend. The adapters return all other objects unchanged, so they can be applied
+to any argument.
 
-An adapted policy decides as Orbax's does, traps included: its BestN still raises for a missing
-metric and LatestDuration still reads its own clock. Those in `functional_ckpt.policies` do not.
+An adapted policy decides exactly as Orbax's: BestN raises for a missing metric, and LatestDuration
+reads its own clock. The policies in `functional_ckpt.policies` do neither.
 """
 
 from __future__ import annotations
@@ -213,5 +213,5 @@ def _has_orbax_naming(value: object) -> bool:
 
 
 def _is_exactly(value: object, *names: str) -> bool:
-    # A subclass may decide by anything: only Orbax's own class is known by heart.
+    # Subclasses may decide differently: only Orbax's own class is known.
     return type(value).__name__ in names and _is_orbax_class(type(value))

@@ -1,4 +1,4 @@
-"""SIGTERM as a request to save once more: the only user of signal handlers."""
+"""Treats SIGTERM as a request to save once more. No other module installs signal handlers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which steps each tier was promised, written down beside the steps before anything is pruned."""
+"""The record of steps promised to each tier, written beside the steps before any is pruned."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Promises:
     Not safe to use from several threads; `Uploads` has the mutex.
 
     Attributes:
-        promised: Steps that a tier will get; they stay in the first tier until then.
+        promised: Steps to upload to a tier; they stay in the first tier until then.
         decided: Steps for which a tier has decided, either way.
         replacing: Pending steps that may replace another commit of their number.
         was_damaged: Whether the record could not be read.
@@ -48,7 +48,7 @@ class Promises:
         """Reads the record.
 
         Raises:
-            StorageError: It is there and cannot be read now.
+            StorageError: It exists and cannot be read now.
         """
         if not queries.exists(self._storage, self._path):
             return
@@ -75,7 +75,7 @@ class Promises:
             self.promised, self.decided, self.replacing = found
 
     def write(self, steps: Iterable[int]) -> None:
-        """Writes them down, durably.
+        """Writes the record durably.
 
         Args:
             steps: The first tier's steps; decisions about other steps are dropped.
@@ -94,19 +94,19 @@ class Promises:
         self._commits.replace(self._path, json.dumps({**record, "xxh3": digest}).encode())
 
     def promise(self, root: str, step: int) -> bool:
-        """Promises a step to a tier; whether it was not promised before."""
+        """Promises a step to a tier; returns False if it was promised before."""
         if step in self.promised[root]:
             return False
         self.promised[root][step] = None
         return True
 
     def withdraw(self, root: str, step: int) -> None:
-        """A step has arrived, or will never be there."""
+        """Removes a promise: the step was uploaded, or never will be."""
         for steps in (self.promised[root], self.replacing[root]):
             steps.pop(step, None)
 
     def keep_only(self, root: str, steps: Iterable[int]) -> None:
-        """Forgets promises of steps that the first tier does not hold any more."""
+        """Removes the promises of all other steps, which the first tier no longer holds."""
         _keep_only(self.promised[root], set(steps))
 
 
@@ -149,10 +149,10 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 
 def lacks_metrics(copy: StepInfo, info: StepInfo) -> bool:
-    """Returns whether a step has metrics that a copy of it has not, or others."""
+    """Returns whether a step has metrics that a copy of it lacks, or has with other values."""
     return any(lacks(copy.metrics or {}, *each) for each in (info.metrics or {}).items())
 
 
 def lacks(metrics: Mapping[str, Any], name: str, value: Any) -> bool:
-    """Returns whether a metric is not there with this value; nan is like nan."""
+    """Returns whether a metric is missing or has another value; NaN equals NaN."""
     return name not in metrics or json.dumps(metrics[name]) != json.dumps(value)

@@ -1,4 +1,4 @@
-"""A tier besides the first: its store may be out of reach, now or when the manager is made."""
+"""A remote tier, whose store may be unreachable, now or when the manager is made."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class RemoteTier:
     Args:
         root: Its path.
         connect: Connects to its store, with one request; raises without an answer.
-        rule: Which committed steps go there; None for all.
-        keep: Which stay there; none for all.
-        max_delay_seconds: Maximal delay of a step without an error; None for no limit.
+        rule: The policies that select the steps to upload; None for all.
+        keep: The policies that select the steps to keep; empty for all.
+        max_delay_seconds: Maximum delay of a step without an error; None for no limit.
 
     Attributes:
-        steps: Its steps; None as long as it was not reached.
+        steps: Its steps; None until it is reached.
         acquire: Called with its steps when it is opened: reads them, or becomes their writer.
         on_open: Called once it is open.
-        reached: Set when its store has answered, or it is known that it does not.
+        reached: Set when its store has answered or is known to be unreachable.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class RemoteTier:
         """Returns the tier's steps; it is opened if it was not yet.
 
         Raises:
-            StorageError: It is out of reach, or refuses.
+            StorageError: It is unreachable, or refuses.
             LockedError: Another live writer holds it.
         """
         with self._mutex:
@@ -84,14 +84,14 @@ class RemoteTier:
             return self.steps
 
     def release(self) -> None:
-        """Lets other writers in."""
+        """Releases the tier's lock."""
         self._is_released = True
         if self.steps is not None:
             self.steps.unlock()
 
 
 def open_reachable(tiers: Sequence[RemoteTier]) -> None:
-    """Opens the tiers that answer, all at once, and does not wait for the others.
+    """Opens the reachable tiers in parallel, and does not wait for the others.
 
     Raises:
         StorageError: A tier's store refuses: a permission, a bucket.
@@ -107,7 +107,7 @@ def is_outage(error: BaseException) -> bool:
 
 
 class _Attempt:
-    """One tier on its way to be opened, on a thread of its own: it may get no answer for long."""
+    """An attempt to open a tier, on a thread of its own, since its store may not answer."""
 
     def __init__(self, tier: RemoteTier) -> None:
         self._tier = tier

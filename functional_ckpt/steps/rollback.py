@@ -1,4 +1,4 @@
-"""Back to an earlier step: which steps are later than it, and their removal from every tier."""
+"""Rollback to an earlier step: finds the later steps, and removes them from every tier."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def remove(all_tiers: Sequence[TierSteps], doomed: Sequence[int], *, together: b
 
     Args:
         all_tiers: The tiers, the first one last.
-        doomed: In the order in which they are removed.
-        together: Take all of them out of sight in every tier before the first is removed. A crash
-            leaves all of them out of sight, and the next writer removes them.
+        doomed: The steps to remove, in this order.
+        together: Hide all of them in every tier before the first is removed. After a crash all of
+            them are hidden, and the next writer removes them.
 
     Raises:
-        StorageError: Some could not be removed; the message names them. The others are gone.
+        StorageError: Some could not be removed; the message names them. The others are removed.
     """
     root = all_tiers[-1].root
     tiers = [(tier, tier.held(doomed)) for tier in all_tiers]
@@ -64,7 +64,7 @@ def remove(all_tiers: Sequence[TierSteps], doomed: Sequence[int], *, together: b
 
 
 def _hide(tiers: Sequence[tuple[TierSteps, Sequence[int]]]) -> None:
-    """Takes steps out of sight in every tier, or in none."""
+    """Hides steps in every tier, or in none."""
     hidden: list[tuple[TierSteps, Sequence[int]]] = []
     try:
         for tier, held in tiers:

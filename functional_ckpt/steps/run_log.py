@@ -1,8 +1,8 @@
-"""The log of a run: a line for each step that was committed, also of those pruned since. No torch.
+"""The log of a run: a line for each committed step, including pruned ones. Does not import torch.
 
-`ROOT/.functional_ckpt/history.jsonl` is for reports. No save or restore reads it, and one that
-cannot be written fails no save. It is not synced: a crash may lose its last lines or cut one. There
-is none on object stores, which cannot append.
+`ROOT/.functional_ckpt/history.jsonl` is for reports. No save or restore reads it, and a failure to
+write it fails no save. It is not synced: a crash may lose its last lines or truncate one. Object
+stores have no log, since they cannot append.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PastStep:
     """A step that was committed.
 
     Attributes:
-        info: Its number, time and metrics; those recorded late only once it was pruned.
+        info: Its number, time and metrics; late metrics only once it was pruned.
         size_bytes: The size of its files.
         seconds: From the call of `save` to the commit.
         keep: The keep policies then, as text.
@@ -77,12 +77,12 @@ class RunLog:
         self._has_warned = False
 
     def committed(self, info: StepInfo, *, size_bytes: int, seconds: float) -> None:
-        """Notes a step that was committed."""
+        """Logs a committed step."""
         facts = {"size_bytes": size_bytes, "seconds": round(seconds, 6), "keep": self._keep}
         self._append([{**_record(info), **facts}])
 
     def pruned(self, infos: Iterable[StepInfo]) -> None:
-        """Notes steps that were pruned, with the metrics that were recorded of them late."""
+        """Logs pruned steps, with their late metrics."""
         self._append([{**_record(info), "pruned": True} for info in infos])
 
     def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -100,7 +100,7 @@ class RunLog:
                 _log.warning("%s cannot be written; reports lack steps: %s", self._path, error)
 
     def _write(self, path: str, data: bytes) -> int:
-        """Appends; a line that a crash has cut is ended first. Returns the size before."""
+        """Appends, after ending a truncated last line. Returns the size before."""
         file = os.open(path, _FLAGS, 0o666)
         try:
             size = os.fstat(file).st_size
@@ -118,9 +118,9 @@ def _record(info: StepInfo) -> dict[str, Any]:
 
 
 def read(storage: Storage, hidden: str) -> list[PastStep]:
-    """Returns the steps of the log in the order of their commits; lines that are cut are ignored.
+    """Returns the steps of the log in the order of their commits; truncated lines are ignored.
 
-    Of a step that was overwritten only the last commit is there.
+    Of a step that was overwritten only the last commit is returned.
     """
     found: dict[int, PastStep] = {}
     for name in (_OLDER, FILE):

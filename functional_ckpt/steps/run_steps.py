@@ -1,4 +1,4 @@
-"""The steps of one run: those of its directory and its tiers, and the line that it saves on."""
+"""The steps of one run in all its tiers, and the line that it saves on."""
 
 from __future__ import annotations
 
@@ -103,18 +103,18 @@ class Steps(TierSteps):
         return lines.marked(united(each.infos for each in self.all_tiers))
 
     def is_abandoned(self, step: int) -> bool:
-        """Returns whether a step is not on the present line."""
+        """Returns whether a step is not on the current line."""
         return any(
             info.step == step and info.is_abandoned for info in lines.marked(self._present())
         )
 
     def newest(self) -> int | None:
-        """Returns the newest step of the present line, from which a run resumes, or None."""
+        """Returns the newest step of the current line, from which a run resumes, or None."""
         found = lines.newest(self._present(must_reach=True))
         return None if found is None else found.step
 
     def latest(self) -> int:
-        """Returns the newest step of the present line; raises `StepNotFoundError` without one."""
+        """Returns the newest step of the current line; raises `StepNotFoundError` without one."""
         if (step := self.newest()) is None:
             raise errors.StepNotFoundError(f"{self.root} has no step yet.", path=self.root)
         return step
@@ -130,7 +130,7 @@ class Steps(TierSteps):
         return step
 
     def wait_for_new(self, after: int | None, timeout: float | None, poll: float) -> int | None:
-        """Waits for a step after `after`; returns it, or None when the time is up."""
+        """Waits for a step after `after`; returns it, or None after the timeout."""
         check_seconds("timeout", timeout)
         check_seconds("poll", poll)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -167,7 +167,7 @@ class Steps(TierSteps):
             )
 
     def check_free(self, step: int, progress: Progress | None, *, overwrite: bool) -> None:
-        """Raises `StepExistsError` if any tier has the step, and it may not be replaced."""
+        """Raises `StepExistsError` if any tier has the step and it must not be replaced."""
         for each in () if overwrite else self.remote:
             if each.info(step) is not None:
                 raise errors.StepExistsError(

@@ -1,6 +1,6 @@
-"""A manager as a line for logs and prompts, and as a table of its steps for notebooks.
+"""Displays a manager: as a line for logs and prompts, and as a table of its steps for notebooks.
 
-Lines and tables read nothing from disk: the steps are those that the manager knows.
+Lines and tables do not read the disk: they show the steps that the manager has in memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The known steps of a directory, sorted as they are added; no step is copied for another one."""
+"""A sorted table of the known steps of a directory; adding a step copies no other."""
 
 from __future__ import annotations
 

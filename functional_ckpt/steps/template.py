@@ -102,7 +102,7 @@ class StepTemplate:
         check_component("template of step names", self._text(dict.fromkeys(names, 0)))
 
     def name_of(self, step: int, progress: Progress | None) -> str:
-        """Returns the name of a step at which the training is so far.
+        """Returns the name of a step with this training progress.
 
         Raises:
             UsageError: The name needs a progress and there is none, or its batch or epoch, which
@@ -142,7 +142,7 @@ class StepTemplate:
         return ()
 
     def parse(self, name: str) -> int | None:
-        """Returns the step of a name that the template makes, else None."""
+        """Returns the step of a name that the template produces, else None."""
         match = self._pattern.fullmatch(name) if len(name) <= 255 else None
         if match is None:
             return None
@@ -224,11 +224,11 @@ def _parsed(template: str) -> list[str | _Field]:
 def name_format_of(
     value: NameFormat | str | None, *, adapt: Callable[[Any], Any] = lambda value: value
 ) -> NameFormat:
-    """Returns the format that a user means; a string is the template of a `StepTemplate`.
+    """Converts a user's argument to a format; a string is the template of a `StepTemplate`.
 
     Args:
         value: A format, a template, or None for the plain number.
-        adapt: Called with a format first, to let others' objects in.
+        adapt: Called with a format first, to convert foreign formats.
 
     Raises:
         UsageError: It is neither.

@@ -36,9 +36,9 @@ class TierSteps(StepDirectory):
     Args:
         storage: The store.
         root: The directory.
-        names: How its steps are named.
+        names: The format of the steps' names.
         events: Notified of changes of the steps.
-        read_only: Whether other processes write the directory: then every list is read again.
+        read_only: Whether another process may write the directory; then each list is read again.
         latest_link: Name of a link to the latest step; None for no link.
     """
 
@@ -86,7 +86,7 @@ class TierSteps(StepDirectory):
             self.lock.check()
 
     def check_there(self) -> None:
-        """Raises `StorageError` if the directory is missing: a remote tier alone has its steps."""
+        """Raises `StorageError` if the directory is missing: only remote tiers have its steps."""
         if self.commits.root_id() is not None:
             return
         advice = "Move it back, or make a new CheckpointManager."
@@ -161,7 +161,7 @@ class TierSteps(StepDirectory):
         self._problems = found
 
     def own(self) -> tuple[StepInfo, ...]:
-        """Returns the steps of this directory: as listed now, or as its writer knows them."""
+        """Returns the steps of this directory; only a read-only manager lists it again."""
         if self.read_only:
             found = self._look()
             with self._mutex:
@@ -172,7 +172,7 @@ class TierSteps(StepDirectory):
         return self.infos
 
     def held(self, steps: Sequence[int]) -> list[int]:
-        """Returns those of some steps that are in this directory, in their order."""
+        """Returns the given steps that are in this directory, in the given order."""
         here = {info.step for info in self.own()}
         return [step for step in steps if step in here]
 
@@ -181,9 +181,9 @@ class TierSteps(StepDirectory):
         return [name for name in self._index.strays if self.leads_to_step(name)]
 
     def holds_other_save(self, step: int, nearer: TierSteps) -> bool:
-        """Returns whether this tier's copy of a step is known to be another save than a nearer one.
+        """Returns whether this tier's copy of a step is known to differ from that of a nearer tier.
 
-        An overwritten step has its earlier content in a tier until its upload has arrived.
+        After an overwrite a remote tier has the earlier save until the upload is complete.
         """
         infos = [each.info(step) for each in (nearer, self)]
         times = [info.time for info in infos if info is not None and info.problem is None]
@@ -234,7 +234,7 @@ class TierSteps(StepDirectory):
 
     @contextlib.contextmanager
     def _changing(self) -> Generator[StepTable]:
-        """Gives the table to change, which invalidates a read in progress."""
+        """Yields the table for changes, and invalidates a read in progress."""
         with self._mutex:
             yield self._table
             self._num_changes += 1
@@ -273,7 +273,7 @@ class TierSteps(StepDirectory):
         return self.late.of(info, path)
 
     def record(self, step: int, metrics: Mapping[str, Any], commit: int | None = None) -> None:
-        """Records metrics of a committed step (of this commit of it); durable when it returns."""
+        """Records metrics of the current commit of a step; durable when it returns."""
         self.check_lock()
         info = self.on_disk(step)
         if commit not in (None, history.commit_of(info)):
@@ -303,7 +303,7 @@ class TierSteps(StepDirectory):
         """Points the link to the latest step, atomically and durably.
 
         Args:
-            without: Steps that are about to be removed.
+            without: Steps that will be removed next.
         """
         if self.latest_link is None:
             return
@@ -326,15 +326,15 @@ class TierSteps(StepDirectory):
             self.storage.sync(self.root)
 
     def emit(self, kind: Kind, step: int, **measured: Any) -> None:
-        """Notifies the listeners of an event of a step in this directory; see `Events.tell`."""
+        """Notifies the listeners of an event of a step in this directory; see `Events.notify`."""
         path = self.path(step) if kind in ("committed", "uploaded") else None
-        self.events.tell(kind, step, self.root, path=path, **measured)
+        self.events.notify(kind, step, self.root, path=path, **measured)
 
     def prune(self, steps: Sequence[int]) -> dict[int, errors.CheckpointError]:
         """Removes steps that no policy keeps, and notifies the listeners.
 
         Returns:
-            Step -> why it could not be removed; the others are gone.
+            Step -> the reason why it could not be removed; the others are removed.
         """
         started = time.monotonic()
         failures = self.remove(steps)
@@ -345,7 +345,7 @@ class TierSteps(StepDirectory):
         return failures
 
     def delete(self, step: int) -> None:
-        """Removes a step: out of sight at once, then its files."""
+        """Removes a step: hides it at once, then removes its files."""
         for error in self.remove([step]).values():
             raise error
 
@@ -353,8 +353,7 @@ class TierSteps(StepDirectory):
         """Removes steps, in this order; a failure does not stop the others.
 
         Returns:
-            Step -> why it could not be removed. It is forgotten all the same where it is out of
-            sight.
+            Step -> the reason why it could not be removed. A hidden step is forgotten regardless.
         """
         self.check_lock()
         failures: dict[int, errors.CheckpointError] = {}
@@ -380,9 +379,9 @@ class TierSteps(StepDirectory):
 
 
 def united(tiers: Iterable[Sequence[StepInfo]]) -> tuple[StepInfo, ...]:
-    """Returns the steps of several tiers, ascending; the nearest tier's of each number.
+    """Returns the steps of several tiers, ascending; of each number that of the nearest tier.
 
-    Metrics that only another tier has of the same commit are added.
+    Metrics that only another tier has for the same commit are added.
     """
     infos: dict[int, StepInfo] = {}
     for tier in tiers:

@@ -1,8 +1,8 @@
 """Tiers of committed steps, e.g. a local disk first, an object store second.
 
-A save is over when the first tier, the manager's own directory, holds the step. From there it goes
-to the others in the background, as each one's policies ask. A step stays in the first tier until
-those hold it that it was promised to.
+A save is complete when the first tier, the manager's own directory, holds the step. Each other tier
+has policies that select steps, which are uploaded in the background. A step stays in the first tier
+until all its uploads are complete.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import check_storage, connect
 from functional_ckpt.storage.paths import is_remote, resolve
 
-# As long as requests to object stores are made again.
+# As long as requests to object stores are retried.
 _PATIENCE_SECONDS = 300.0
 _LOOK_SECONDS = 1.0
 
@@ -41,12 +41,11 @@ class Tier:
 
     Attributes:
         path: A local path or the URI of an object store.
-        save: Which of the committed steps to upload: a policy, or a list of which any accepts.
-            None: every one.
-        keep: Which of them to keep there: a policy, or a list of which any accepts. None: all.
-        max_delay_seconds: For how long a step may fail to arrive before that is an error, raised by
-            the manager's next call. None: it is never one, only a warning.
-        storage: The store, if the caller has made it.
+        save: Selects the committed steps to upload: a policy, or a list of them (any). None: all.
+        keep: Selects the steps to keep there: a policy, or a list of them (any). None: all.
+        max_delay_seconds: If the upload of a step is delayed for longer, the manager's next call
+            raises. None: delays are only logged.
+        storage: The store, if the caller has connected to it.
     """
 
     path: str | os.PathLike[str]
@@ -82,7 +81,7 @@ def open_tiers(
 ) -> Uploads | None:
     """Registers the tiers' steps with `local`, and starts pending uploads.
 
-    A tier that is out of reach is opened later: at once where something depends on it.
+    An unreachable tier is opened later; calls that need its steps wait for it.
 
     Returns:
         The uploads, on the primary of a writer; None elsewhere.
@@ -90,7 +89,7 @@ def open_tiers(
     Raises:
         StorageError: A tier's store refuses.
         LockedError: Another live writer holds a tier.
-        UsageError: Two tiers are one, or one is in the other.
+        UsageError: Two tiers are the same directory, or one is inside another.
     """
     if not tiers:
         return None
@@ -143,7 +142,7 @@ def _remote_tier(tier: Tier, names: NameFormat, events: Events, *, is_writer: bo
 
 
 def _reach(tier: RemoteTier, *, must: bool) -> None:
-    """Opens a tier that was out of reach; waits for it where it must be known."""
+    """Opens a tier that was unreachable; waits for it if its steps are needed."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
@@ -160,7 +159,7 @@ def _reach(tier: RemoteTier, *, must: bool) -> None:
 
 
 def _check_apart(roots: Sequence[str], names: NameFormat) -> None:
-    """Raises if steps of one directory would be taken for those of another."""
+    """Raises if a tier is inside another under a step's or a hidden name, or is the same."""
     known = [root if is_remote(root) else os.path.realpath(root) for root in roots]
     for place, root in enumerate(known):
         for other in known[:place]:

@@ -1,4 +1,4 @@
-"""Which committed steps go to which tier, by the tiers' policies; written down before pruning."""
+"""Selects the steps to upload to each tier, by its policies; recorded before any is pruned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from functional_ckpt.steps.upload_queue import UploadQueue
 
 
 class UploadChoice:
-    """Decides which steps each tier is promised. Call it with the queue's mutex held."""
+    """Decides which steps to upload to each tier. Call it with the queue's mutex held."""
 
     def __init__(
         self, local: Steps, tiers: Sequence[RemoteTier], queue: UploadQueue, *, overwrite: bool
@@ -26,7 +26,7 @@ class UploadChoice:
         self._overwrite = overwrite
 
     def write(self) -> None:
-        """Writes the promises down, durably."""
+        """Writes the record of promises durably."""
         self._local.check_lock()
         self._book.write(info.step for info in self._local.infos)
 
@@ -46,7 +46,7 @@ class UploadChoice:
         return self._overwrite or step in self._book.replacing[root]
 
     def consider(self, tier: RemoteTier, steps: TierSteps | None, info: StepInfo) -> None:
-        """Decides whether a tier gets a step; later, if that takes a tier that is not open yet."""
+        """Decides whether to upload a step to a tier; later, if the tier must be opened first."""
         if info.step in self._book.decided[tier.root]:
             return
         wanted = True if tier.rule is None else tier.rule.decide_step(info.step)
@@ -94,7 +94,7 @@ class UploadChoice:
         return found
 
     def undecided(self, root: str) -> set[int]:
-        """Returns the steps that a tier may want, which could not be opened yet."""
+        """Returns the steps that may have to be uploaded to a tier that is not open yet."""
         decided = self._book.decided[root]
         return {info.step for info in self._local.infos if info.step not in decided}
 

@@ -1,7 +1,7 @@
-"""The shared state of a run's upload threads: promises, failures, and when to stop.
+"""The shared state of a run's upload threads: promises, failures, and the end of the run.
 
-It refers to no steps and no listeners: the threads hold it while they wait, and must not keep a
-manager alive that its program has dropped.
+It has no reference to steps or listeners. The threads hold it while they wait, and must not keep a
+manager alive that the program has dropped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class UploadQueue:
     The threads write in the first tier too, under `local_lock`.
 
     Attributes:
-        mutex: Guards the book and this object; notified of every change.
+        mutex: Guards the promises and this object; notified of every change.
         locks: The locks of the tiers that were opened.
         deleted: Steps that the user deletes.
         refused: By tier: promised steps that cannot be uploaded while this process lives.
@@ -76,7 +76,7 @@ class UploadQueue:
             self.release_locks()
 
     def opened(self, root: str, lock: WriterLock) -> None:
-        """Notes that a tier was opened."""
+        """Registers the lock of a tier that was opened."""
         with self.mutex:
             self.locks.append(lock)
             self._unopened.discard(root)
@@ -100,7 +100,7 @@ class UploadQueue:
             return next((step for step in steps if step not in refused and step != but), None)
 
     def sleep(self, seconds: float) -> None:
-        """Waits before the next attempt; no longer than until the run ends."""
+        """Waits before the next attempt, or until the run ends."""
         deadline = time.monotonic() + seconds
         with self.mutex:
             while not self.is_closing and (left := deadline - time.monotonic()) > 0:
@@ -108,7 +108,7 @@ class UploadQueue:
 
     @contextlib.contextmanager
     def arriving(self) -> Generator[None]:
-        """Keeps `wait` from returning while the consequences of an upload are under way."""
+        """Delays `wait` until the actions after an upload are complete."""
         with self.mutex:
             self._num_arriving += 1
         try:
@@ -121,7 +121,7 @@ class UploadQueue:
     # ---------------------------------------------------------------------------- failures
 
     def fail(self, root: str) -> bool:
-        """Notes a failed attempt; returns whether it was the last one, since the run ends."""
+        """Counts a failed attempt; returns whether it was the last one because the run ends."""
         with self.mutex:
             if self.is_closing:
                 self._failed.add(root)
@@ -129,7 +129,7 @@ class UploadQueue:
             return self.is_closing
 
     def report(self, error: errors.CheckpointError, cause: BaseException) -> None:
-        """Has the manager's next call raise an error."""
+        """Keeps an error for the manager's next call to raise."""
         error.__cause__ = cause
         with self.mutex:
             self._error = error
@@ -174,7 +174,7 @@ class UploadQueue:
                 self.mutex.wait(0.5)
 
     def drain(self) -> None:
-        """Ends the threads once everything promised was uploaded, or failed."""
+        """Ends the threads once each promised upload is complete or has failed."""
         self._advance(_Phase.DRAINING)
 
     def stop(self) -> None:

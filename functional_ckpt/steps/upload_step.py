@@ -153,9 +153,9 @@ class Upload:
     def _check_arrived(
         self, place: str, files: Mapping[str, records.FileRecord], identity: str
     ) -> None:
-        """Compares the uploaded files with the records; wrong ones are removed, and sent again.
+        """Compares the uploaded files with the records; wrong ones are removed and sent again.
 
-        An object store is asked for sizes: it compared digests as it took the objects.
+        On an object store only sizes are compared: the store has verified the digests.
         """
         arrived = queries.sizes(self._remote, place)
         wrong = [name for name, file in files.items() if arrived.get(name) != file.size_bytes]

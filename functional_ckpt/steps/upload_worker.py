@@ -52,7 +52,7 @@ class UploadWorker:
         """Opens the tier and uploads one step.
 
         Returns:
-            How many seconds to wait before the next attempt; None if there is none.
+            The seconds to wait before the next attempt; None if there is none.
         """
         step: int | None = None
         commit_time: datetime.datetime | None = None
@@ -93,7 +93,7 @@ class UploadWorker:
         """Does the local actions after uploads, whose costs depend on the number of steps.
 
         It is called after the last upload, and about once a second during many. Until then the
-        promises on disk promise too much, and the first tier holds more than it must.
+        promises on disk are out of date, and uploaded steps stay in the first tier.
         """
         if self._is_settled:
             return
@@ -182,7 +182,7 @@ class UploadWorker:
             remote.emit("uploaded", step, seconds=seconds, num_bytes=num_bytes)
 
     def _prune(self, remote: TierSteps, arrived: int) -> None:
-        """Removes the steps that the tier's policies do not keep; never the one that arrived."""
+        """Removes the steps that the tier's policies do not keep, but never the uploaded one."""
         if not self._tier.keep:
             return
         known = remote.with_late_metrics(look=keep_rules.read_metrics(self._tier.keep))
@@ -199,7 +199,7 @@ class UploadWorker:
 
 
 def _serve(root: str, queue: UploadQueue, worker: weakref.ref[UploadWorker]) -> None:
-    """Works until the end; refers to the worker only during an upload, never while it waits."""
+    """Runs until the end; holds a reference to the worker during an upload, not while it waits."""
     try:
         while queue.wait_for_work(root):
             present = worker()

@@ -1,7 +1,6 @@
 """Uploads of committed steps to other tiers: promised, copied, verified, published.
 
-Promises are written down beside the steps before anything is pruned, so that a restart resumes
-them.
+Promises are recorded beside the steps before any is pruned, so that a restart resumes them.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class Uploads:
             worker.start()
 
     def _take_over(self, tier: RemoteTier, steps: TierSteps) -> None:
-        """Becomes the writer of a tier, and decides which steps it gets."""
+        """Becomes the writer of a tier, and decides which steps to upload to it."""
         commit.makedirs_durable(steps.storage, steps.hidden)
         lock = writer_lock.take(steps.storage, os.path.join(steps.hidden, "lock"))
         steps.lock = lock
@@ -128,7 +127,7 @@ class Uploads:
 
     @contextlib.contextmanager
     def exclusive(self) -> Generator[set[int]]:
-        """Gives exclusive access to the first tier's steps, to remove them or record metrics.
+        """Holds exclusive access to the first tier's steps, to remove them or record metrics.
 
         Yields:
             The steps that must not be removed yet.
@@ -151,12 +150,12 @@ class Uploads:
         return sorted(found)
 
     def wait(self) -> None:
-        """Waits until everything promised was uploaded, or there is an error to raise."""
+        """Waits until each promised upload is complete, or there is an error to raise."""
         self.recorded()  # an evaluator beside this process may have
         self._queue.wait_until_idle(self._choice.is_pending, raises=True)
 
     def raise_error(self) -> None:
-        """Raises, once, why a tier has waited for longer than it may."""
+        """Raises, once, the error of an upload that is delayed for too long."""
         self._queue.raise_error()
 
     def close(self) -> None:
@@ -166,7 +165,7 @@ class Uploads:
         self.release()
 
     def release(self) -> None:
-        """Lets other writers into the tiers."""
+        """Releases the locks of the tiers."""
         self._queue.stop()
         for tier in self._tiers:
             tier.release()

@@ -1,7 +1,7 @@
-"""The right to write into a directory of steps, for as long as anything may still write there.
+"""The exclusive right to write into a directory of steps.
 
-A manager holds it, and so does every commit that the manager has started: one that is dropped
-without `close` finishes its commit, and no other writer gets in before that.
+The manager and each commit that it has started hold the lock. A manager that is dropped without
+`close` finishes its commit, and only then can another writer take the lock.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class WriterLock:
 
     Attributes:
         is_abandoned: Whether its manager was dropped without being closed.
-        is_released: Whether other writers may get in.
+        is_released: Whether another writer may take the lock.
     """
 
     def __init__(self, lock: Lock, path: str) -> None:
@@ -46,18 +46,18 @@ class WriterLock:
         return token
 
     def leave(self, token: object) -> None:
-        """Removes a user; the last one lets the next writer in."""
+        """Removes a user; the last one releases the lock."""
         self._users.discard(token)
         if not self._users:
             self._lock.release()
             self.is_released = True
 
     def release(self) -> None:
-        """The manager was closed; safe to call twice."""
+        """Marks the manager as closed; safe to call twice."""
         self.leave(self)
 
     def abandon(self) -> None:
-        """The manager was dropped; called by its finalizer, where nothing may block."""
+        """Marks the manager as dropped; its finalizer calls this, so it must not block."""
         self.is_abandoned = True
         self._users.discard(self)
         if not self._users:

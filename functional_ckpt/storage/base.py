@@ -1,11 +1,10 @@
-"""The protocols of a store in which steps are kept: a file system, or an object store.
+"""The protocols of a store for steps: a file system or an object store.
 
-Paths are strings: absolute ones of the local file system, or URIs such as `s3://bucket/run/7`.
-Both are joined and split with `os.path`. A store is safe to use from any thread, and raises
-`StorageError` for errors of the store.
+Paths are strings: absolute local paths, or URIs such as `s3://bucket/run/7`. Both are joined and
+split with `os.path`. Stores are thread-safe, and raise `StorageError` for their errors.
 
-Every store has the operations of `Storage`. An object store also has `objects`, None for a
-file system; this choice decides how steps are committed and arrays read.
+An object store also has `Storage.objects`; a file system has None there. This attribute decides how
+steps are committed and how arrays are read.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ class Stat:
         kind: The kind of the entry, as messages name it.
         size_bytes: The size of a file.
         modified_ns: The time of the last change, nanoseconds since the epoch; 0 if unknown.
-        identity: Differs between two entries that have had the same path; None on object stores.
+        identity: Differs between two entries at the same path at different times; None on object
+            stores.
         is_link: Whether the entry is a link, or an object small enough to be one.
         version: Changes with every write of an object; None if the store has no versions.
     """
@@ -44,10 +44,10 @@ class Stat:
 
 
 class Lock(Protocol):
-    """The right of one writer to change a directory of steps."""
+    """The exclusive right to write a directory of steps."""
 
     def check(self) -> None:
-        """Raises `LockedError` if the lock was lost, or its directory moved or replaced."""
+        """Raises `LockedError` if the lock was lost, or its directory was moved or replaced."""
 
     def release(self) -> None:
         """Releases the lock; safe to call twice."""
@@ -63,7 +63,7 @@ class NewFile(Protocol):
         """Writes all segments, one after the other, from an offset on."""
 
     def finish(self, size_bytes: int) -> None:
-        """Sets the size of the file, which is complete."""
+        """Sets the size of the file; all bytes have been written."""
 
     def close(self) -> None:
         """Releases file and memory; safe to call twice."""
@@ -77,7 +77,7 @@ class TensorStoreAccess(Protocol):
         ...
 
     def context(self) -> Mapping[str, Any]:
-        """Returns the resources, including credentials, which no spec repeats."""
+        """Returns TensorStore's resources, with the credentials, which specs must not contain."""
         ...
 
     def redact(self, text: str) -> str:
@@ -86,7 +86,7 @@ class TensorStoreAccess(Protocol):
 
 
 class Storage(Protocol):
-    """The operations that every store has; `queries` has functions over them."""
+    """The operations of every store; `queries` has functions that combine them."""
 
     @property
     def num_requests(self) -> int:
@@ -124,7 +124,7 @@ class Storage(Protocol):
         ...
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Returns the content of a regular file, or a part of it: less at the end of the file."""
+        """Returns the content of a regular file, or a part of it; fewer bytes at its end."""
         ...
 
     def checksum(self, path: str) -> FileRecord:
@@ -147,8 +147,8 @@ class Storage(Protocol):
 
         Args:
             path: The file; its directory exists.
-            size_bytes: How large it will be.
-            is_direct: Whether it is worth going around the page cache, where there is one.
+            size_bytes: Its final size.
+            is_direct: Whether to bypass the page cache, if there is one.
         """
         ...
 
@@ -156,13 +156,13 @@ class Storage(Protocol):
         """Copies a local file into the store; creates the directory of `path`."""
 
     def link(self, path: str, target: str) -> None:
-        """Creates a link to `target`, a name beside it; on object stores also replaces one."""
+        """Creates a link to `target`, a name beside it; object stores replace an existing link."""
 
     def sync(self, path: str) -> None:
         """Makes the content of a file, or the entries of a directory, durable."""
 
     def rename(self, source: str, target: str) -> None:
-        """Renames a file or directory; a directory never replaces one that has entries."""
+        """Renames a file or directory; a directory never replaces a non-empty one."""
 
     def swap(self, first: str, second: str) -> bool:
         """Exchanges two paths in one atomic step; returns False if the store cannot."""

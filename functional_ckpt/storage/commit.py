@@ -1,4 +1,4 @@
-"""From a temporary directory to a committed step, and recovery after a crash.
+"""Commits temporary directories as steps, and recovers after a crash.
 
 A step becomes visible by one rename of a durable directory (`commit_rename`), or on object stores
 by a marker that is written last (`commit_marker`).
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def protocol(storage: Storage, root: str) -> CommitProtocol:
-    """Returns how steps below `root` are committed: by markers where there are no renames."""
+    """Returns the commit protocol of the store: renames, or markers on an object store."""
     if storage.objects is not None:
         from functional_ckpt.storage.commit_marker import MarkerCommit  # late: fckpt starts faster
 

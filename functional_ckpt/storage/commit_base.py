@@ -5,7 +5,7 @@
 <root>/.functional_ckpt/lock             the live writer's lock
 <root>/.functional_ckpt/trash/           steps being removed
 <root>/.functional_ckpt/replacing.json   journal of an overwrite in two renames
-<root>/.functional_ckpt/removing.json    journal of removals that one rename cannot do
+<root>/.functional_ckpt/removing.json    journal of removals that take several renames
 <root>/.functional_ckpt/metrics/         metrics recorded after their step was committed
 <root>/.functional_ckpt/history.jsonl    a line for each step, for reports; see `steps.run_log`
 <root>/.functional_ckpt/changed          renewed after steps are replaced or removed; object stores
@@ -38,9 +38,9 @@ _log = logging.getLogger("functional_ckpt")
 
 
 class CommitProtocol(abc.ABC):
-    """How directories below a root become visible, are replaced and removed, atomically.
+    """Publishes, replaces and removes the directories below a root, atomically.
 
-    Stateless but for the store; any number may exist for one root.
+    Stateless except for the store; any number may exist for one root.
 
     Args:
         storage: The store.
@@ -48,7 +48,7 @@ class CommitProtocol(abc.ABC):
 
     Attributes:
         hidden: The bookkeeping directory in the root.
-        removals: The journal of steps that are out of sight and still to be removed.
+        removals: The journal of steps that are hidden and still to be removed.
         verifies_uploads: Whether the store compares the digest of every file it receives.
     """
 
@@ -75,27 +75,27 @@ class CommitProtocol(abc.ABC):
 
         Args:
             tmp: A directory whose content is durable, from `begin`.
-            final: Its name from now on. An existing step is exchanged, never absent for a moment if
-                the system can exchange; else the overwrite is journalled.
+            final: Its final path. An existing step is exchanged with it in one system call, or if
+                that is impossible by two renames with a journal.
             overwrite: Whether to replace an existing step, which may be newer than the save.
 
         Returns:
-            The directory of the replaced step, for the caller to remove; None without one.
+            The directory of the replaced step, which the caller removes; None without one.
 
         Raises:
-            StepExistsError, StorageError: Nothing changed: `tmp` and `final` are as before.
+            StepExistsError, StorageError: Nothing has changed.
         """
 
     @abc.abstractmethod
     def abandon(self, tmp: str) -> bool:
-        """Removes the files of a failed save; returns False if they remain, for a later attempt."""
+        """Removes the files of a failed save; returns False if they remain for the next writer."""
 
     @abc.abstractmethod
     def remove(self, names: Sequence[str]) -> dict[str, errors.CheckpointError]:
-        """Removes steps, in this order: each out of sight at once, then its files.
+        """Removes steps, in this order: hides each at once, then removes its files.
 
         Returns:
-            Name -> why it could not be removed; all others are gone.
+            Name -> the reason why it could not be removed; all others are removed.
         """
 
     @abc.abstractmethod
@@ -114,11 +114,11 @@ class CommitProtocol(abc.ABC):
 
     @abc.abstractmethod
     def replace(self, path: str, data: bytes) -> None:
-        """Writes a file durably; a reader, and a crash, see the old content or the new."""
+        """Writes a file atomically and durably."""
 
     @abc.abstractmethod
     def replace_link(self, path: str, target: str) -> None:
-        """Points the link `path` at `target`, a name beside it, atomically and durably."""
+        """Points a link at `target`, a name in the same directory, atomically and durably."""
 
     @abc.abstractmethod
     def commit_id(self, path: str) -> str | None:
@@ -131,7 +131,7 @@ class CommitProtocol(abc.ABC):
     def change_id(self) -> bytes | None:
         """Returns an identity that changes once a known name may refer to another commit.
 
-        None if that is not known: then ask for the `commit_id` of each path, which is cheap.
+        None if that is unknown: then compare the `commit_id` of each path, which is cheap.
         """
 
     @abc.abstractmethod
@@ -148,16 +148,16 @@ class CommitProtocol(abc.ABC):
 
     @abc.abstractmethod
     def _is_there(self, path: str) -> bool:
-        """Returns whether a step exists, however much of it was written."""
+        """Returns whether a step exists, complete or not."""
 
     # ----------------------------------------------------------------------- single checkpoints
 
     @abc.abstractmethod
     def claimed(self, final: str) -> contextlib.AbstractContextManager[str]:
-        """Gives a temporary directory in which to write `final`, and removes it at the end.
+        """Yields a temporary directory to write `final` in, and removes it at the end.
 
-        For processes that hold no lock of a directory of steps: any number may write one path at
-        once, and the last to publish wins. The directory of `final` is created if needed.
+        It is for processes without a lock on a directory of steps. Several may write one path at
+        once; the last to publish wins. The parent of `final` is created if needed.
 
         Raises:
             LockedError: On an object store, which has no rename, another process writes `final`.
@@ -168,7 +168,7 @@ class CommitProtocol(abc.ABC):
         """Publishes the content of a claim as `final`; durable when it returns.
 
         Raises:
-            StepExistsError: The path exists, and must not be replaced.
+            StepExistsError: The path exists, and `overwrite` is false.
         """
 
     @abc.abstractmethod
@@ -183,7 +183,7 @@ class CommitProtocol(abc.ABC):
             self.storage.remove(replaced)
 
     def discard(self, path: str) -> None:
-        """Removes a step: out of sight at once; a crash leaves only trash."""
+        """Removes a step: hides it at once, so that a crash leaves only trash."""
         for error in self.remove([os.path.basename(path)]).values():
             raise error
 
@@ -191,7 +191,7 @@ class CommitProtocol(abc.ABC):
         """Completes or removes a dead writer's leftovers; only the holder of the lock may call it.
 
         Args:
-            keep: Names of steps whose unfinished state remains.
+            keep: Names of steps whose unfinished directories are kept.
 
         Returns:
             The actions, one line each, for the log.
@@ -288,8 +288,8 @@ class CommitProtocol(abc.ABC):
     def finish_overwrite(self) -> list[str]:
         """Completes an interrupted overwrite in two renames; call it before anything is written.
 
-        Both steps are complete between the renames, and only then is the old one in the trash and
-        none in the directory. In any other state the overwrite is over, or was rolled back.
+        Between the renames both steps are complete: the old one is in the trash, and the directory
+        has none. In any other state the overwrite is complete, or was rolled back.
 
         Returns:
             The actions, one line each, for the log.
@@ -319,7 +319,7 @@ class CommitProtocol(abc.ABC):
         return self._replaced(final) if is_named else None
 
     def _is_mid_swap(self, final: str) -> bool:
-        """Returns whether a step is out of sight, between the two renames of its overwrite."""
+        """Returns whether a step is hidden, between the two renames of its overwrite."""
         return self._is_there(self._replaced(final)) and not self._is_there(final)
 
     def _is_left(self, tmp: str) -> bool:
@@ -336,7 +336,7 @@ class CommitProtocol(abc.ABC):
 
 
 def to_note(token: str) -> bytes:
-    """Returns the content of a `NOTE`."""
+    """Returns the content of a note."""
     return json.dumps({"token": token}).encode()
 
 
@@ -344,7 +344,7 @@ def to_note(token: str) -> bytes:
 def rollback(undo: Callable[[], object]) -> Generator[None]:
     """Reverts a rename if a later action fails: an unsynced step must not be visible.
 
-    Without this the caller, after the failure, would remove `tmp`, which now is the old step.
+    Otherwise the caller would remove `tmp` after the failure, which is the old step by then.
     """
     try:
         yield
@@ -358,7 +358,7 @@ def rollback(undo: Callable[[], object]) -> Generator[None]:
 
 @contextlib.contextmanager
 def noting(failures: dict[str, errors.CheckpointError], name: str) -> Generator[None]:
-    """Adds an error inside to the failures, and continues."""
+    """Catches an error inside and appends it to the failures."""
     try:
         yield
     except errors.CheckpointError as error:

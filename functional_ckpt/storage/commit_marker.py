@@ -8,11 +8,11 @@ The note is written before the first object, and removed after the marker is wri
 last object is removed; so a note without its marker identifies leftovers of a crash. A step that
 replaces another is written below the note's folder, marked there, and copied within the store.
 
-The note also separates a suspended writer from the one that took over, wherever the first was
-stopped. It writes its marker, then reads its note; the other overwrites the note, then reads the
-marker. So at least one of them sees the other's write. The first reports a step only if its note
-was unchanged, else it removes its marker; the second keeps a step only after it has replaced the
-marker by its own, on condition that it was unchanged.
+The note also prevents a conflict between a suspended writer and its successor, wherever the first
+was stopped. The first writes its marker, then reads its note. The successor overwrites the note,
+then reads the marker. So at least one of them sees the other's write. The first reports a step only
+if its note is unchanged, else it removes its marker. The successor keeps a step only after it has
+replaced the marker by its own, on condition that the marker was unchanged.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class MarkerCommit(CommitProtocol):
         """Notes that `final` is being written; returns `final`, or a copy's path if it exists.
 
         Raises:
-            StorageError: There are objects that no writer of this package has left.
+            StorageError: There are foreign objects.
         """
         tmp = tmp_path(final)
         self._clean_up(tmp, final)
@@ -106,8 +106,8 @@ class MarkerCommit(CommitProtocol):
         return None
 
     def _write_marker(self, tmp: str) -> None:
-        """Marks the step written below `tmp`, whose note is no longer needed."""
-        is_noted = tmp in self._objects.notes  # else it was not created by `begin`
+        """Writes the marker of the step below `tmp`, and removes its note."""
+        is_noted = tmp in self._objects.notes  # else `begin` did not create it
         content = self._own_marker(tmp) if is_noted else _to_marker(uuid.uuid4().hex)
         self.storage.write(os.path.join(tmp, _MARKER), content)
         self.storage.remove(_note(tmp))
@@ -144,14 +144,14 @@ class MarkerCommit(CommitProtocol):
         token = self._objects.notes.get(tmp)
         if token is None or self._noted(tmp) != token:
             raise errors.LockedError(
-                f"{_note(tmp)}, the note of this save, is gone or another's: another writer has "
+                f"{_note(tmp)}, the note of this save, was removed or replaced: another writer has "
                 "taken over the directory, and has removed or kept the step. Only one may write "
                 "it.",
                 path=tmp,
             )
 
     def _remove_note(self, tmp: str) -> None:
-        """The step is committed: a note that remains is no failure, the next writer removes it."""
+        """Removes the note of a committed step; on failure the next writer removes it."""
         self._objects.notes.pop(tmp, None)
         try:
             self.storage.remove(tmp)
@@ -171,10 +171,10 @@ class MarkerCommit(CommitProtocol):
         return failures
 
     def _remove(self, final: str) -> None:
-        """Removes a step: the marker first, so that it is gone before it is incomplete.
+        """Removes a step: the marker first, so that an incomplete step is never visible.
 
-        Before that the marker is overwritten, on condition that it is unchanged: few stores can
-        compare when they delete, and the next writer may have kept the step in the meantime.
+        Before that the marker is overwritten, on condition that it is unchanged. Few stores have
+        conditional deletion, and the next writer may have kept the step in the meantime.
 
         Raises:
             LockedError: Another writer has taken over.
@@ -237,7 +237,7 @@ class MarkerCommit(CommitProtocol):
         self._objects.notes.pop(tmp, None)
 
     def _keep(self, final: str) -> bool:
-        """Replaces the marker of a dead writer by this writer's; returns whether there is one."""
+        """Replaces a dead writer's marker by this writer's; returns False if there is none."""
         marker = os.path.join(final, _MARKER)
         while True:
             found = read_optional(self.storage, marker)
@@ -283,7 +283,7 @@ class MarkerCommit(CommitProtocol):
         return self._objects.commit_id(os.path.join(path, _MARKER))
 
     def change_id(self) -> bytes | None:
-        """Returns the content of an object that is renewed after each replacement and removal."""
+        """Returns the content of an object that is rewritten after each replacement and removal."""
         return read_optional(self.storage, os.path.join(self.hidden, _CHANGED)) or b""
 
     def _note_change(self) -> None:
@@ -302,7 +302,7 @@ class MarkerCommit(CommitProtocol):
         return self.commit_id(path) is not None
 
     def root_id(self) -> object:
-        """Returns always the same: a directory is only a prefix."""
+        """Returns a constant: a directory is only a prefix."""
         return ""
 
     def _is_there(self, path: str) -> bool:

@@ -106,7 +106,7 @@ class RenameCommit(CommitProtocol):
             return True
         if tmp_paths.is_claim(path):
             return tmp_paths.remove_if_dead(storage, path)
-        # Out of sight first: if its writer is alive after all, it publishes all of it or nothing.
+        # Hide it first: if its writer is alive after all, it publishes all of it or nothing.
         if exists(storage, self.hidden):
             target = os.path.join(self.hidden, f"{os.path.basename(path)}.tmp")
             storage.remove(target)
@@ -119,7 +119,7 @@ class RenameCommit(CommitProtocol):
 
     def begin_upload(self, final: str, token: str) -> str:
         """See `CommitProtocol.begin_upload`."""
-        # A suspended writer that lost the directory must not hit the files of the next.
+        # A suspended writer that lost the directory must not modify the files of the next.
         storage, tmp = self.storage, f"{tmp_path(final)}-{token[:_NUM_TOKEN_CHARS]}"
         self.end_uploads(final, but=tmp)
         note, content = os.path.join(tmp, NOTE), to_note(token)
@@ -166,14 +166,14 @@ class RenameCommit(CommitProtocol):
     # -------------------------------------------------------------------------------- identity
 
     def commit_id(self, path: str) -> str | None:
-        """Returns inode and time of a directory: another one of its name differs in one of them."""
+        """Returns inode and time of a directory, one of which differs for another directory."""
         found = self.storage.stat(path)
         if found is None or found.kind != "a directory" or found.identity is None:
             return None
         return f"{found.identity[1]}.{found.modified_ns}"
 
     def change_id(self) -> bytes | None:
-        """Returns None: a system call returns the identity of a commit."""
+        """Returns None: one system call returns the identity of a commit."""
         return None
 
     def is_committed(self, path: str) -> bool:

@@ -20,7 +20,7 @@ def makedirs_durable(storage: Storage, path: str) -> None:
     while not exists(storage, above):
         missing.append(above)
         parent = os.path.dirname(above)
-        if parent in ("", above):  # the end of a relative path, or of a URI in another store
+        if parent in ("", above):  # a relative path, or a URI of another store
             raise errors.UsageError(
                 f"{path}: not a path in {type(storage).__name__}; give an absolute path, or the "
                 "storage that the URI is in.",
@@ -35,7 +35,7 @@ def makedirs_durable(storage: Storage, path: str) -> None:
 def sync_tree(storage: Storage, directory: str, files: Iterable[str]) -> None:
     """Makes `files` (relative paths) and all their parent directories up to `directory` durable.
 
-    All files are written before the first is synced: that sync takes their metadata along.
+    All files are written before the first is synced: that sync also flushes their metadata.
     """
     files = tuple(files)
     for name in files:
@@ -56,8 +56,8 @@ def _folders(files: Iterable[str]) -> list[str]:
 def check_visible(storage: Storage, path: str, rank: int) -> None:
     """Raises `CoordinationError` if `rank` cannot see the primary's new directory.
 
-    Network file systems cache for a while that a name did not exist; listing the parent refreshes
-    it.
+    Network file systems may cache that a name did not exist. Listing the parent refreshes the
+    cache.
     """
     parent, name = os.path.split(path)
     deadline = time.monotonic() + _SETTLE_SECONDS

@@ -1,7 +1,7 @@
 """Advisory locks of the local file system: a writer's, and those of temporary directories.
 
-The kernel releases a `flock` when the last process that shares it is gone. A forked child would
-share every lock and outlive its parent with it, so all descriptors are closed there.
+The kernel releases a `flock` when the last process that shares it exits. A forked child shares
+every lock and could outlive its parent, so it closes all their descriptors.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MOVED = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 class FileLock:
-    """A file or directory that is open, and locked by this process where the system can."""
+    """An open file or directory, locked by this process if the file system has locks."""
 
     def __init__(self, path: str, flags: int) -> None:
         self.path = path
@@ -49,7 +49,7 @@ class FileLock:
         """Takes the lock if it is free.
 
         Returns:
-            Whether it is held now; None where the file system has no locks.
+            Whether it is held now; None if the file system has no locks.
         """
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,7 +62,7 @@ class FileLock:
         return True
 
     def is_at_path(self) -> bool:
-        """Returns whether the path still leads to the open file, not moved or removed."""
+        """Returns whether the open file is still at the path, not moved or removed."""
         held = os.fstat(self.descriptor)
         try:
             found = os.stat(self.path)
@@ -139,10 +139,10 @@ class DirectoryLock:
             os.pwrite(self._file.descriptor, json.dumps(holder).encode(), 0)
 
     def check(self) -> None:
-        """Raises `LockedError` unless the lock is held, and of the directory at its path.
+        """Raises `LockedError` unless the lock is held on the directory at its path.
 
-        The lock is that of an inode, and steps are written by path: once the directory was moved,
-        removed or replaced, the path may be another writer's.
+        The lock belongs to an inode, and steps are written by path. Once the directory was moved,
+        removed or replaced, another writer may hold the directory at the path.
         """
         with clear_errors("look at the lock", self.path):
             is_held = self._file.descriptor >= 0 and self._file.is_at_path()
@@ -157,20 +157,20 @@ class DirectoryLock:
             self._lease.check()
 
     def release(self) -> None:
-        """Lets the next writer in; safe to call twice."""
+        """Releases the lock; safe to call twice."""
         if self._lease is not None:
             self._lease.release()
         self._file.release()
 
     def drop(self) -> None:
-        """Lets the next writer in without waiting; a lease is released by its own thread."""
+        """Releases the lock without waiting; a lease is released by its own thread."""
         if self._lease is not None:
             self._lease.drop()
         self._file.release()
 
 
 def _is_fuse(descriptor: int) -> bool:
-    """Returns whether the file is on FUSE, where a lock may be seen through one mount only."""
+    """Returns whether the file is on FUSE, where locks may be local to one mount."""
     device = os.fstat(descriptor).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(FileNotFoundError), open("/proc/self/mountinfo") as mounts:
@@ -191,7 +191,7 @@ def _take_lease(path: str) -> Lease:
 
 @functools.cache
 def _warn_of_lease(root: str) -> None:
-    """Says once that a directory has no file locks."""
+    """Warns, once, that a directory has no file locks."""
     _log.warning(
         "%s: this file system has no file locks (flock) that hold for every host; using a lease of "
         "%.0f s, which the writer renews. After a crash on another machine the next writer "

@@ -1,9 +1,9 @@
 """A lease in files, for file systems without `flock`: conditional writes by exclusive creation.
 
-    <lock>.<n>    the n-th state of the lease: its holder's record, or that it was released
+    <lock>.<n>    the n-th state of the lease: its holder's record, or a release
 
-A state is replaced by creating its successor, which only one process can. The numbers never start
-again, so that a suspended process cannot take an old state for the present one.
+A state is replaced by creating its successor, in which only one process can succeed. Numbers are
+never reused, so a suspended process cannot mistake an old state for the current one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class LeaseFiles:
     uri = ""
 
     def head(self, key: str) -> Entry:
-        """Returns the present state, whose number is its version."""
+        """Returns the current state; its number is its version."""
         with _clear_errors(key):
             number = self._held(key)
             found = os.stat(f"/{key}.{number}")
             return Entry(key, found.st_size, found.st_mtime_ns, str(number))
 
     def read(self, key: str) -> bytes:
-        """Returns the content of the present state."""
+        """Returns the content of the current state."""
         with _clear_errors(key):
             return _content(key, self._held(key))
 

@@ -71,7 +71,7 @@ class LocalStorage:
         return {name: local_files.to_stat(entry) for name, entry in found}
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Returns the content of a regular file, or a part of it: less at the end of the file."""
+        """Returns the content of a regular file, or a part of it; fewer bytes at its end."""
         if length is None and not offset:
             return local_files.read_regular(path)
         descriptor, size_bytes = local_files.open_regular(path)
@@ -139,7 +139,7 @@ class LocalStorage:
                 os.close(descriptor)
 
     def rename(self, source: str, target: str) -> None:
-        """Renames a file or directory; a directory never replaces one that has entries."""
+        """Renames a file or directory; a directory never replaces a non-empty one."""
         with clear_errors("rename to", target):
             os.rename(source, target)
 

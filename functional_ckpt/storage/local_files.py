@@ -1,8 +1,8 @@
-"""Reading local files that may be anything: damaged, hostile, or on a server that fails.
+"""Safe reads of untrusted local files: damaged, hostile, or on a failing server.
 
 Only regular files are read. A named pipe would block its reader, a device may have no end, a link
-may lead out of the checkpoint to any file of the machine, and a file with holes can claim to be
-larger than the memory. All of them are refused at once.
+may refer to any file of the machine, and a file with holes may claim to be larger than the memory.
+All of them are refused at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functional_ckpt.storage.base import Kind, Stat
 from functional_ckpt.storage.queries import irregular
 from functional_ckpt.storage.system_errors import clear_errors, is_absence
 
-# Files that are read at once are JSON or records: neither has a megabyte of zeros.
+# Files that are read at once are JSON, which has no megabyte of zeros.
 _PROBED_FROM_BYTES = 2**20
 # Errors of opening a link (O_NOFOLLOW), or a socket or a device without a driver.
 _IRREGULAR = (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.ENODEV)
@@ -28,7 +28,7 @@ def stat_at(path: str, *, follow: bool = False) -> Stat | None:
     """Returns the status of a path; None only if it does not exist.
 
     Raises:
-        StorageError: The system refuses to answer, which does not mean absence.
+        StorageError: The system refuses, which does not mean that the path is absent.
     """
     with clear_errors("look at", path):
         try:
@@ -105,7 +105,7 @@ def _has_hole(descriptor: int, size_bytes: int) -> bool:
 
 
 def _read_all(descriptor: int, size_bytes: int) -> bytes:
-    """Returns as many bytes as the file had when it was opened; fewer where it was cut since."""
+    """Returns as many bytes as the file had when it was opened; fewer if it was truncated since."""
     data = os.pread(descriptor, size_bytes, 0)
     if len(data) == size_bytes:
         return data
@@ -118,7 +118,7 @@ def _read_all(descriptor: int, size_bytes: int) -> bytes:
 
 
 def iter_files(top: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Relative path and status of everything below a directory that is not a directory.
+    """Yields relative path and status of all entries below a directory, except directories.
 
     Links are not followed. Entries that disappear during the walk are skipped; others that cannot
     be read are errors.

@@ -1,6 +1,6 @@
 """Large new files of the local file system: written by position, past the page cache if possible.
 
-The only path by which bulk data is written; `format.data_file` decides on order and blocks.
+All bulk data is written through it; `format.data_file` decides on order and blocks.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class LocalFile:
 
 
 def _reserve(descriptor: int, size_bytes: int) -> None:
-    """Reserves space for the entire file; a file system that cannot reports a full disk later."""
+    """Reserves space for the file if the file system can; else a full disk is reported later."""
     function = _fallocate()
     if function is None or function(descriptor, 0, 0, size_bytes) == 0:
         return

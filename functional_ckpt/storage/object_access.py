@@ -33,14 +33,14 @@ class ConditionalObjects:
         return f"{entry.modified_ns}.{entry.size_bytes}.{entry.version}"
 
     def overwrite(self, path: str, data: bytes) -> None:
-        """Writes an object, whether or not there is one."""
+        """Writes an object, which may exist."""
         key = self._requests.key(path)
         self._requests.change("write", path, lambda: self._bucket.write(key, data))
 
     def create(self, path: str, data: bytes) -> bool:
         """Creates an object; returns whether it now has the given content.
 
-        The answer to an earlier attempt may have been lost: equal content counts as created.
+        The response to an earlier attempt may have been lost, so equal content counts as created.
         """
         key = self._requests.key(path)
         try:
@@ -83,7 +83,7 @@ class ConditionalObjects:
 
 
 class ObjectTensorStore:
-    """How TensorStore reaches a bucket: by its own driver, or by a local copy if it has none."""
+    """How TensorStore reads a bucket: by its own driver, or if it has none from a local copy."""
 
     def __init__(self, requests: Requests) -> None:
         self._requests = requests

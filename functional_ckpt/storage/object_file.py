@@ -1,4 +1,4 @@
-"""A new object: its bytes are kept in memory until it is complete, then it is uploaded."""
+"""A new object, kept in memory until it is complete, then uploaded."""
 
 from __future__ import annotations
 

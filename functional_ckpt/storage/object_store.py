@@ -1,7 +1,7 @@
 """Object stores: `base.Storage` over a bucket.
 
-A bucket has no directories, no renames and no locks. Here
-- a directory exists while something is below it; an empty one is known only to the storage that
+A bucket has no directories, no renames and no locks. They are emulated:
+- a directory exists while an object is below it; an empty one is known only to the storage that
   created it;
 - a committed directory holds a marker, `commit_success.txt`, which is not listed;
 - a rename copies every object within the store, the marker last, then removes the sources, the
@@ -50,10 +50,10 @@ class ObjectStorage:
         self.tensorstore = ObjectTensorStore(self._requests)
 
     def probe(self, *, is_patient: bool = True) -> None:
-        """Lists one name, so that a store that can never work fails now and clearly.
+        """Lists one name, so that a wrong configuration fails at once with a clear error.
 
         Args:
-            is_patient: Whether to retry if the store does not answer.
+            is_patient: Whether to retry, for minutes, if the store does not answer.
 
         Raises:
             StorageError: No such bucket, no permission, a wrong region, an expired token, no store.
@@ -78,7 +78,7 @@ class ObjectStorage:
     def stat(self, path: str, *, follow: bool = False) -> Stat | None:
         """Returns the status of an object, or of a directory if something is below `path`.
 
-        With `follow` the directory is looked for first: one request in the usual case.
+        With `follow` it looks for a directory first, which usually takes one request.
         """
         key = self._requests.key(path)
         if follow and self._is_directory(key, path):
@@ -109,7 +109,7 @@ class ObjectStorage:
         return {each.key[start:]: _to_stat(each) for each in entries}
 
     def read(self, path: str, offset: int = 0, length: int | None = None) -> bytes:
-        """Returns the content of an object, or a part of it: less at the end of the object."""
+        """Returns the content of an object, or a part of it; fewer bytes at its end."""
         key, end = self._requests.key(path), None if length is None else offset + length
         if length is not None:
             end = min(offset + length, self._size(path))
@@ -146,9 +146,9 @@ class ObjectStorage:
     def write(self, path: str, data: bytes) -> None:
         """Writes an object, durably; a reader sees the old one or the new.
 
-        The files of a step are new, and that is the condition of the first request: so a request
-        of a suspended writer that has passed the check of its lease does not hit the object of the
-        next writer. An existing object is replaced after another check.
+        The files of a step are new, so the first request has the condition that the object does not
+        exist. A suspended writer, whose request passed the check of its lease, thus cannot replace
+        an object of the next writer. An existing object is replaced after another check.
         """
         key = self._requests.key(path)
         try:
@@ -159,7 +159,7 @@ class ObjectStorage:
             self.objects.overwrite(path, data)
 
     def create(self, path: str, size_bytes: int, *, is_direct: bool) -> ObjectFile:
-        """Creates an object of a size; it is written when it is complete."""
+        """Creates an object; it is uploaded when it is complete."""
         return ObjectFile(functools.partial(self.put_file, path=path), path, size_bytes)
 
     def put_file(self, source: str, path: str) -> None:
@@ -192,7 +192,7 @@ class ObjectStorage:
         )
 
     def link(self, path: str, target: str) -> None:
-        """Writes a small object that names its target; paths through it are resolved from now."""
+        """Writes a small object that names its target; later paths through it are resolved."""
         key = self._requests.key(path)
         self.objects.overwrite(path, target.encode())
         self._requests.add_link(key, os.path.join(os.path.dirname(key), target))
@@ -222,7 +222,7 @@ class ObjectStorage:
         self._delete(source, entries)
 
     def swap(self, first: str, second: str) -> bool:
-        """Returns False: no store can."""
+        """Returns False: no object store can exchange paths."""
         return False
 
     def remove(self, path: str) -> None:

@@ -1,4 +1,4 @@
-"""From a path to the store that it is in."""
+"""Connects to the store of a path."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from functional_ckpt.storage.paths import check_arrays_path, is_remote, resolve
 def connect(
     path: Any, storage: Storage | None = None, *, is_patient: bool = True
 ) -> tuple[Storage, str]:
-    """Returns the store of a path, and the path as the store knows it.
+    """Returns the store of a path, and the path in its canonical form.
 
     Args:
         path: A local path, or a URI: `s3://bucket/run`, `gs://`, `oci://bucket@namespace/run`,
             `libcloud://`, or that of any protocol of fsspec.
-        storage: The store, if the caller has made it.
-        is_patient: Whether a store that does not answer is asked again, for minutes.
+        storage: The store, if the caller has connected to it.
+        is_patient: Whether to retry, for minutes, if the store does not answer.
 
     Raises:
         UsageError: The URI cannot be used.
-        StorageError: A permanent refusal of the store: no such bucket, no permission.
+        StorageError: The store refuses permanently: no such bucket, no permission.
     """
     resolved = resolve(path)
     if not is_remote(resolved):

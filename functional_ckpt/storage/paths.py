@@ -38,7 +38,7 @@ def resolve(path: Any) -> str:
             path=text,
         )
     path = os.path.abspath(os.path.expanduser(text))
-    return path[1:] if path.startswith("//") else path  # POSIX lets that mean something else
+    return path[1:] if path.startswith("//") else path  # POSIX leaves its meaning to the system
 
 
 def resolve_local(path: Any, advice: str) -> str:
@@ -67,10 +67,10 @@ def check_no_variables(name: str, value: object) -> None:
 
 
 def check_arrays_path(path: str, *, item: str | None = None) -> None:
-    """Raises `UsageError` for a local path at which arrays could be saved and never be read.
+    """Raises `UsageError` for a local path at which TensorStore could not read arrays.
 
-    TensorStore, which reads them, wants UTF-8, and takes a backslash for a slash: then neither an
-    empty name nor `.` and `..` may be between two of them.
+    TensorStore needs UTF-8, and treats a backslash as a slash: between two of them there must be no
+    empty name, `.` or `..`.
 
     Args:
         path: The path.
@@ -102,7 +102,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def is_remote(path: str) -> bool:
-    """Returns whether a path is a URI; those of `file://` have been resolved before."""
+    """Returns whether a resolved path is a URI; `file://` URIs resolve to local paths."""
     return "://" in path
 
 

@@ -1,4 +1,4 @@
-"""Questions about paths of any store, answered by `Storage`."""
+"""Queries about paths of any store, built on `Storage`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functional_ckpt.storage.system_errors import is_absence
 
 
 def exists(storage: Storage, path: str) -> bool:
-    """Returns whether anything is at `path`, be it a link that leads nowhere."""
+    """Returns whether `path` exists, even as a dangling link."""
     return storage.stat(path) is not None
 
 

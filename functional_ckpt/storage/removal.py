@@ -1,11 +1,11 @@
-"""The journal of removals that one rename cannot do.
+"""The journal of removals that take more than one rename.
 
-    <root>/.functional_ckpt/removing.json    steps that exist and do not count
+    <root>/.functional_ckpt/removing.json    steps that exist but are hidden
 
-It is for several steps at once, and for a directory that the file system refuses to move (EXDEV, in
-the lower layer of an overlay). It names directories and the digests of their records, so that it
-does not apply to a later step of the same name. Readers ignore the named directories; the next
-writer completes the removal.
+It serves to remove several steps at once, and directories that the file system refuses to move
+(EXDEV, in the lower layer of an overlay). It names the directories and the digests of their
+records, so that it does not apply to a later step of the same name. Readers ignore these
+directories; the next writer completes the removal.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _JOURNAL = "removing.json"
 
 
 class RemovalJournal:
-    """Steps that are out of sight and still to be removed."""
+    """The steps of a directory that are hidden and still to be removed."""
 
     def __init__(
         self, storage: Storage, root: str, hidden: str, replace: Callable[[str, bytes], None]
@@ -69,25 +69,25 @@ class RemovalJournal:
         self._replace = replace
 
     def hide(self, names: Iterable[str]) -> None:
-        """Takes directories out of sight, all of them in one step; durable when it returns."""
+        """Hides directories, all at once; durable when it returns."""
         marks = self._read()
         marks |= {name: self._identity(os.path.join(self._root, name)) for name in names}
         self._storage.make_directory(self._hidden)
         self._write(marks)
 
     def unhide(self, names: Iterable[str]) -> None:
-        """Forgets directories that are gone, or are to be seen again."""
+        """Removes directories from the journal: they were removed, or become visible again."""
         self.keep_only(self._read().keys() - set(names))
 
     def keep_only(self, names: Iterable[str]) -> None:
-        """Forgets all directories but some."""
+        """Removes all directories but some from the journal."""
         kept, marks = set(names), self._read()
         left = {name: mark for name, mark in marks.items() if name in kept}
         if left != marks:
             self._write(left)
 
     def hidden_names(self) -> set[str]:
-        """Returns the names of directories that do not count."""
+        """Returns the names of the hidden directories."""
         return {
             name
             for name, mark in self._read().items()
@@ -102,7 +102,7 @@ class RemovalJournal:
         return ""
 
     def _is_or_was(self, path: str, mark: str) -> bool:
-        """Returns whether a directory is the marked one, or its remainder."""
+        """Returns whether a directory is the recorded one, or the rest of it."""
         file, _, digest = mark.partition(" ")
         if not file:
             return self._identity(path) == ""

@@ -1,9 +1,9 @@
-"""Replacing a single directory if two cannot be exchanged in one step.
+"""Replaces a single directory by two renames, if directories cannot be exchanged in one step.
 
     <final>                                  the old directory, then the new one
     <final>.orbax-checkpoint-tmp-replaced    the old directory, between the two renames
 
-The name of the old directory replaces a journal. One process does this at a time: within
+The name of the old directory serves as the journal. Only one process may do this at a time: within
 `tmp_paths.serialized`, or under a lease.
 """
 
@@ -39,7 +39,7 @@ def is_replaced(path: str) -> bool:
 
 
 def is_under_way(storage: Storage, final: str) -> bool:
-    """Returns whether the old directory has its name between the two renames."""
+    """Returns whether a replacement is between its two renames."""
     old = _replaced(final)
     # If the name is too long, the first rename was refused.
     return len(os.fsencode(os.path.basename(old))) <= _MAX_NAME_BYTES and exists(storage, old)
@@ -65,7 +65,7 @@ def finish(storage: Storage, final: str, is_there: Callable[[str], bool]) -> Non
 def old_copy(commits: CommitProtocol, final: str) -> str | None:
     """Returns the old directory between the two renames of a replacement, for readers, or None.
 
-    A manager's overwrite is under way as long as its journal is there.
+    A manager's overwrite is in progress as long as its journal exists.
     """
     if commits.is_committed(final):
         return None

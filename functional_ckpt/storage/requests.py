@@ -1,4 +1,4 @@
-"""Requests to a bucket by path: retried after transient errors, and only while the leases hold."""
+"""Requests to a bucket by path, retried after transient errors, only while the leases hold."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 class Requests:
-    """The path of every request to a bucket. Safe to use from any thread.
+    """Sends all requests to a bucket. Safe to use from any thread.
 
     Args:
         bucket: The bucket; paths are URIs below its own.
@@ -56,9 +56,9 @@ class Requests:
             each.renew_if_stale()
 
     def check_fresh(self) -> None:
-        """Raises `TransientError` if a lease must be renewed first; makes no request.
+        """Raises `TransientError` if a lease must be renewed first; sends no request.
 
-        It is called within requests that take long.
+        Long requests call it repeatedly.
         """
         with self._mutex:
             leases = [each for each in self._leases if not each.is_released]
@@ -66,7 +66,7 @@ class Requests:
             raise TransientError(f"{self.bucket.uri}: the lease must be renewed first")
 
     def key(self, path: str) -> str:
-        """Returns the key of a path, with links that this process wrote resolved."""
+        """Returns the key of a path; resolves links that this process wrote."""
         root = self.bucket.uri
         if path != root and not path.startswith(f"{root}/"):
             raise errors.UsageError(f"{path} is not in {root}.", path=path)
@@ -79,7 +79,7 @@ class Requests:
         return key
 
     def add_link(self, key: str, target: str) -> None:
-        """Resolves a link in `key` from now on."""
+        """Registers a link for `key` to resolve."""
         with self._mutex:
             self._links[key] = target
 
@@ -112,7 +112,7 @@ class Requests:
         )
 
     def ask(self, action: str, path: str, request: Callable[[], _T]) -> _T:
-        """Sends a request, and sends it again after a transient error."""
+        """Sends a request, and retries it after a transient error."""
         with self.clear_errors(action, path):
             return retrying(request)
 

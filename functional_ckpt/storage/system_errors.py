@@ -1,4 +1,4 @@
-"""The system's refusals as errors of this package, and which of them mean absence."""
+"""Converts the system's errors to errors of this package, and identifies those of absent paths."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 def is_absence(error: OSError) -> bool:
     """Returns whether an error means that a path does not exist; other errors do not.
 
-    A server that does not answer, a directory that may not be searched and a process without
-    descriptors are no reason to take a checkpoint for absent.
+    If a server does not answer, a directory may not be searched or the process has no descriptors
+    left, the checkpoint may still exist.
     """
     return error.errno in _ABSENT
 

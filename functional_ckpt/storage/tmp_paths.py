@@ -44,7 +44,7 @@ def tmp_path(final: str) -> str:
 
 
 def unique_tmp_path(final: str, ending: str = "") -> str:
-    """Returns a temporary path of `final` for one save alone."""
+    """Returns a unique temporary path of `final`."""
     folder, name = os.path.split(final)
     tail = f"{TMP_SUFFIX}-{uuid.uuid4().hex[:_NUM_UNIQUE_CHARS]}{ending}"
     room = _MAX_NAME_BYTES - len(tail)
@@ -58,12 +58,12 @@ def final_path(tmp: str) -> str:
 
 
 def is_claim(name: str) -> bool:
-    """Returns whether the name, or the last part of the path, is that of a claim."""
+    """Returns whether the last component of a path is the name of a claim."""
     return _CLAIM.search(os.path.basename(name)) is not None
 
 
 def claim(storage: Storage, final: str) -> FileLock:
-    """Creates a temporary directory that no one removes while this process lives and holds it.
+    """Creates a temporary directory that is locked while this process holds it.
 
     Leftovers of dead writers of the same directory are removed first.
     """
@@ -80,7 +80,7 @@ def claim(storage: Storage, final: str) -> FileLock:
 
 
 def _locked(path: str) -> FileLock | None:
-    """Returns the lock of a new claim; None if a process that removes leftovers was faster."""
+    """Returns the lock of a new claim; None if another process has removed it as a leftover."""
     try:
         lock = FileLock(path, _DIRECTORY)
     except FileNotFoundError:
@@ -96,7 +96,7 @@ def _locked(path: str) -> FileLock | None:
 
 
 def remove_if_dead(storage: Storage, path: str) -> bool:
-    """Removes a claim unless its writer is alive, or may be; whether it is gone."""
+    """Removes a claim unless its writer may be alive; returns whether it is removed."""
     try:
         # While a claim is published, its name may be that of the replaced directory.
         with serialized(os.path.dirname(path), wait_seconds=0.0):
