@@ -360,7 +360,7 @@ def test_a_link_to_a_step_can_be_restored_but_is_not_counted(run: Path) -> None:
     with fc.CheckpointManager(run, keep_policy=LatestN(1)) as manager:
         assert manager.all_steps() == [] and manager.latest_step() is None
         assert manager.restore(20)["state"]["step"] == 20
-        with pytest.raises(errors.StepNotFoundError, match="links to some"):
+        with pytest.raises(errors.StepNotFoundError, match="only links to steps"):
             manager.restore_or(state(0))
         saved(manager, 60)
         saved(manager, 61)
