@@ -201,7 +201,7 @@ def open_run(
         saving.decider.start()
         run_on_all(coordinator, "looking into the directory", steps.reload)
         saving.upload_by(
-            open_tiers(
+            *open_tiers(
                 steps,
                 known_tiers,
                 step_names,

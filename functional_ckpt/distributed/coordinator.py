@@ -60,6 +60,26 @@ class Turns(Protocol):
         ...
 
 
+class Board(Protocol):
+    """Small values that ranks leave for each other, by key. Safe to use from any thread.
+
+    Its methods raise `CoordinationError` once the ranks cannot reach each other.
+    """
+
+    @property
+    def timeout_seconds(self) -> float:
+        """How long to wait for a sign of another rank."""
+        ...
+
+    def put(self, key: str, value: bytes) -> None:
+        """Writes a value, in place of an earlier one."""
+        ...
+
+    def get(self, key: str) -> bytes | None:
+        """Returns a value; None if none was written."""
+        ...
+
+
 @runtime_checkable
 class Coordinator(Protocol):
     """The collectives of a group of processes: one kind of round trip.
@@ -109,6 +129,10 @@ class Coordinator(Protocol):
         """Returns a channel between the ranks; every rank makes one."""
         ...
 
+    def board(self, name: str) -> Board:
+        """Returns the board of this name; only ranks that use it call this."""
+        ...
+
     def turns(self, period_seconds: float, is_wanted: Callable[[], bool]) -> Turns:
         """Returns turns with rounds only when a rank asks for one; all ranks call it.
 
@@ -154,6 +178,11 @@ class SingleProcess:
         """Returns a channel that returns the sent data."""
         return _Loop()
 
+    def board(self, name: str) -> Board:
+        """Returns an empty board, which no other rank reads."""
+        del name
+        return MemoryBoard()
+
     def turns(self, period_seconds: float, is_wanted: Callable[[], bool]) -> Turns:
         """Returns turns in which a round, which costs nothing, is always due."""
         del period_seconds, is_wanted
@@ -164,6 +193,23 @@ class SingleProcess:
 
     def close(self) -> None:
         """Does nothing."""
+
+
+class MemoryBoard:
+    """A board of threads of one process."""
+
+    timeout_seconds = 60.0
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+
+    def put(self, key: str, value: bytes) -> None:
+        """See `Board.put`."""
+        self._values[key] = value
+
+    def get(self, key: str) -> bytes | None:
+        """See `Board.get`."""
+        return self._values.get(key)
 
 
 class _EveryTurn:

@@ -66,3 +66,21 @@ def wait_for(
             return False
         time.sleep(min(pause, rest))
     return False
+
+
+class StoreBoard:
+    """A `Board` over a store of the ranks. No value is ever deleted: a `get` would wait for it."""
+
+    def __init__(self, store: KeyValueStore, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self._store = store
+
+    def put(self, key: str, value: bytes) -> None:
+        """See `Board.put`."""
+        self._store.set(key, value, self.timeout_seconds)
+
+    def get(self, key: str) -> bytes | None:
+        """See `Board.get`."""
+        if not self._store.has([key], self.timeout_seconds):
+            return None
+        return self._store.get([key], self.timeout_seconds)[0]

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import (
+    Board,
     Bytes,
     Channel,
     Combine,
@@ -31,6 +32,7 @@ from functional_ckpt.distributed.coordinator import (
     SingleProcess,
     Turns,
 )
+from functional_ckpt.distributed.key_values import StoreBoard
 from functional_ckpt.distributed.rounds import Rounds
 from functional_ckpt.distributed.turns import Member, StoreTurns
 
@@ -139,6 +141,12 @@ class StoreCoordinator:
         prefix = f"{self._prefix}/channel/{self._num_channels}"
         store = dist.PrefixStore(prefix, _clone(self._group.get_group_store()))  # pyright: ignore[reportPrivateImportUsage]
         return _GlooChannel(store, self.rank, self.num_ranks, self._timeout_seconds)
+
+    def board(self, name: str) -> Board:
+        """Returns a board over a store connection of its own."""
+        store = _Store(self._group.get_group_store(), self.rank)
+        store.enter(f"{self._prefix}/board/{name}")
+        return StoreBoard(store, self._timeout_seconds)
 
     def turns(self, period_seconds: float, is_wanted: Callable[[], bool]) -> Turns:
         """See `Coordinator.turns`."""

@@ -27,6 +27,7 @@ from functional_ckpt.saving.options import Blocking, SaveOptions
 from functional_ckpt.steps import decide, rollback
 from functional_ckpt.steps.names import check_step
 from functional_ckpt.steps.run_steps import Steps
+from functional_ckpt.steps.upload_helper import UploadHelper
 from functional_ckpt.steps.uploads import Uploads
 
 _log = logging.getLogger("functional_ckpt")
@@ -44,6 +45,7 @@ class Saver:
         self._options = options
         self._stager = stage.Stager(options.staging)
         self._planner = plan_lib.SavePlanner(coordinator)
+        self._helpers: tuple[UploadHelper, ...] = ()
         self.committer = background.CommitThread()
         in_background = coordinator.background()
         is_blocking = isinstance(options.staging, Blocking)
@@ -172,9 +174,9 @@ class Saver:
         """Waits until the overlapped copy is complete."""
         self._stager.wait()
 
-    def upload_by(self, uploads: Uploads | None) -> None:
-        """Sets the upload queue, which copies committed steps to the remote tiers."""
-        self._writer.uploads = uploads
+    def upload_by(self, uploads: Uploads | None, helpers: Sequence[UploadHelper]) -> None:
+        """Sets the upload queue, or this node's helpers of the primary's."""
+        self._writer.uploads, self._helpers = uploads, tuple(helpers)
         if uploads is not None:
             uploads.set_on_arrived(self._writer.prune_uploaded)
             self._writer.prune_uploaded()  # steps that arrived while the last manager closed
@@ -241,11 +243,15 @@ class Saver:
         """Waits for uploads in progress; the next run retries those that fail."""
         if (uploads := self._writer.uploads) is not None:
             uploads.close()
+        for helper in self._helpers:
+            helper.close()
 
     def release(self) -> None:
         """Removes signal handlers and the fence, and frees the staging memory."""
         if (uploads := self._writer.uploads) is not None:
             uploads.release()
+        for helper in self._helpers:
+            helper.stop()
         self._stager.release()
         self.decider.stop()
 

@@ -83,6 +83,11 @@ class RemoteTier:
                 self.on_open()
             return self.steps
 
+    def check_lock(self) -> None:
+        """Raises `LockedError` if the tier is open, and its lock was lost."""
+        if self.steps is not None:
+            self.steps.check_lock()
+
     def release(self) -> None:
         """Releases the tier's lock."""
         self._is_released = True

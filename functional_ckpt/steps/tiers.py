@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
+import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -24,6 +26,8 @@ from functional_ckpt.steps.names import NameFormat, is_taken_name
 from functional_ckpt.steps.remote_tier import RemoteTier, is_outage, open_reachable
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tier_steps import TierSteps
+from functional_ckpt.steps.upload_helper import UploadHelper
+from functional_ckpt.steps.upload_shares import Shares
 from functional_ckpt.steps.uploads import Uploads
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
@@ -33,6 +37,9 @@ from functional_ckpt.storage.paths import is_remote, resolve
 # As long as requests to object stores are retried.
 _PATIENCE_SECONDS = 300.0
 _LOOK_SECONDS = 1.0
+_BOARD = "uploads"
+NODE_VARIABLE = "FUNCTIONAL_CKPT_NODE"
+"""The environment variable that names the node of a rank, in place of the host's name."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,13 +85,14 @@ def open_tiers(
     read_only: bool,
     overwrite: bool,
     owner: object,
-) -> Uploads | None:
+) -> tuple[Uploads | None, tuple[UploadHelper, ...]]:
     """Registers the tiers' steps with `local`, and starts pending uploads.
 
     An unreachable tier is opened later; calls that need its steps wait for it.
 
     Returns:
-        The uploads, on the primary of a writer; None elsewhere.
+        The uploads, on the primary of a writer, else None; and the helpers of other nodes' uploads,
+        on the first rank of each node but the primary's.
 
     Raises:
         StorageError: A tier's store refuses.
@@ -92,7 +100,7 @@ def open_tiers(
         UsageError: Two tiers are the same directory, or one is inside another.
     """
     if not tiers:
-        return None
+        return None, ()
     is_writer = coordinator.rank == 0 and not read_only
     remote = [_remote_tier(tier, names, local.events, is_writer=is_writer) for tier in tiers]
     _check_apart([local.root, *(tier.root for tier in remote)], names)
@@ -110,7 +118,14 @@ def open_tiers(
         tier.on_open = show_open
     local.reach, local.has_tiers = reach, True
     local.has_stores = any(is_remote(tier.root) for tier in remote)
-    uploads = Uploads(local, remote, overwrite=overwrite, owner=owner) if is_writer else None
+    ranks = () if read_only else _first_ranks(coordinator)
+    shares: list[Shares] = []
+    if is_writer and len(ranks) > 1:
+        board = coordinator.board(_BOARD)
+        shares = [Shares(board, n, ranks[1:], each.check_lock) for n, each in enumerate(remote)]
+    uploads = None
+    if is_writer:
+        uploads = Uploads(local, remote, overwrite=overwrite, owner=owner, shares=shares)
     begin = functools.partial(open_reachable, remote) if uploads is None else uploads.begin
     try:
         run_on_all(coordinator, "opening the tiers", begin)
@@ -118,7 +133,23 @@ def open_tiers(
         if uploads is not None:
             uploads.release()
         raise
-    return uploads
+    if is_writer or coordinator.rank not in ranks:
+        return uploads, ()
+    board, rank = coordinator.board(_BOARD), coordinator.rank
+    return None, tuple(UploadHelper(local, each, board, n, rank) for n, each in enumerate(remote))
+
+
+def _first_ranks(coordinator: Coordinator) -> tuple[int, ...]:
+    """Returns the first rank of each node, by the ranks' names of their nodes; one round."""
+    if coordinator.num_ranks == 1:
+        return (0,)
+
+    def first(names: Sequence[bytes]) -> bytes:
+        return json.dumps([names.index(name) for name in dict.fromkeys(names)]).encode()
+
+    name = os.environ.get(NODE_VARIABLE) or socket.gethostname()
+    what = "the nodes of the ranks"
+    return tuple(json.loads(coordinator.gather_broadcast(what, name.encode(), first)))
 
 
 def _remote_tier(tier: Tier, names: NameFormat, events: Events, *, is_writer: bool) -> RemoteTier:

@@ -9,18 +9,18 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
 from functional_ckpt.events import Tally
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps.tier_steps import TierSteps
+from functional_ckpt.steps.upload_shares import NUM_FILES, Shares
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.commit_base import NOTE
 
-_NUM_FILES = 4
 # Data files of one save: with its token, or, in version 1, with a random name.
 _UNIQUE_NAME = re.compile(r"-[0-9a-f]{12}\.[a-z]+$|(?:^|/)d/[0-9a-f]{32}$")
 
@@ -28,7 +28,8 @@ _UNIQUE_NAME = re.compile(r"-[0-9a-f]{12}\.[a-z]+$|(?:^|/)d/[0-9a-f]{32}$")
 class Upload:
     """One step on its way to one tier.
 
-    A commit that may be replaced stays until the new one is complete.
+    A commit that may be replaced stays until the new one is complete. Other nodes upload `shares`
+    of it, if there are any.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class Upload:
         step: int,
         *,
         may_replace: bool,
+        shares: Shares | None,
     ) -> None:
+        self._shares = shares
         self._tier = remote
         self._local, self._remote = local.storage, remote.storage
         self._local_commits, self._commits = local.commits, remote.commits
@@ -67,12 +70,7 @@ class Upload:
                 return 0
             self._check_replaceable()
         place = self._commits.begin_upload(self._final, identity)
-        present = queries.sizes(self._remote, place)
-        missing = [
-            name
-            for name, file in files.items()
-            if present.get(name) != file.size_bytes or not self._is_resumed(place, name, file)
-        ]
+        missing = self._missing(place, files)
         total_bytes = sum(file.size_bytes for file in files.values())
         num_bytes = sum(files[name].size_bytes for name in missing)
         with self._events.bar(f"step {self._step} to {self._commits.root}") as show:
@@ -82,11 +80,41 @@ class Upload:
                 self._send(name, files[name], place, identity)
                 sent.add(files[name].size_bytes)
 
-            run_in_threads([functools.partial(send, name) for name in missing], _NUM_FILES)
+            self._send_all(place, {name: files[name] for name in missing}, send, sent)
         self._check_arrived(place, files, identity)
         self._tier.check_lock()
         self._commits.publish_upload(place, self._final, files, overwrite=self._may_replace)
         return num_bytes
+
+    def _missing(self, place: str, files: Mapping[str, records.FileRecord]) -> list[str]:
+        """Returns the files that an earlier attempt, or another node, has not sent."""
+        present = queries.sizes(self._remote, place)
+        return [
+            name
+            for name, file in files.items()
+            if present.get(name) != file.size_bytes or not self._is_resumed(place, name, file)
+        ]
+
+    def _send_all(
+        self,
+        place: str,
+        files: Mapping[str, records.FileRecord],
+        send: Callable[[str], None],
+        sent: Tally,
+    ) -> None:
+        """Sends files together with other nodes, and those that the others have not sent."""
+
+        def send_from_here(names: Iterable[str]) -> None:
+            run_in_threads([functools.partial(send, name) for name in names], NUM_FILES)
+
+        if self._shares is None:
+            send_from_here(files)
+            return
+        with self._shares.dealt(self._source, place, files) as own:
+            send_from_here(own)
+            self._shares.wait(sent.add)
+        if dealt := {name: file for name, file in files.items() if name not in own}:
+            send_from_here(self._missing(place, dealt))
 
     def _is_resumed(self, place: str, name: str, file: records.FileRecord) -> bool:
         """Returns whether a file of the right size is the one of an earlier attempt.

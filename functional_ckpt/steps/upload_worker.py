@@ -20,6 +20,7 @@ from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.steps.upload_choice import UploadChoice
 from functional_ckpt.steps.upload_queue import UploadQueue
+from functional_ckpt.steps.upload_shares import Shares
 from functional_ckpt.steps.upload_step import Upload
 
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
@@ -28,16 +29,22 @@ _log = logging.getLogger("functional_ckpt")
 
 
 class UploadWorker:
-    """Uploads to one tier; used by its own thread."""
+    """Uploads to one tier, in shares if there are other nodes; used by its own thread."""
 
     def __init__(
-        self, local: Steps, tier: RemoteTier, queue: UploadQueue, choice: UploadChoice
+        self,
+        local: Steps,
+        tier: RemoteTier,
+        queue: UploadQueue,
+        choice: UploadChoice,
+        shares: Shares | None,
     ) -> None:
         self.on_arrived: Callable[[], None] = _nothing
         self._local = local
         self._tier = tier
         self._queue = queue
         self._choice = choice
+        self._shares = shares
         self._wait_seconds = _FIRST_WAIT_SECONDS
         self._late_since: float | None = None
         self._is_settled = True
@@ -156,7 +163,10 @@ class UploadWorker:
         with queue.mutex:
             may_replace = self._choice.may_replace(self._tier.root, step)
         started = time.monotonic()
-        num_bytes = Upload(local, remote, source, final, step, may_replace=may_replace).run()
+        upload = Upload(
+            local, remote, source, final, step, may_replace=may_replace, shares=self._shares
+        )
+        num_bytes = upload.run()
         is_new = True  # else it was there, and metrics of it are new
         if (info := local.info(step)) is not None:
             old = remote.info(step)

@@ -6,6 +6,7 @@ Promises are recorded beside the steps before any is pruned, so that a restart r
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -21,6 +22,7 @@ from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.steps.upload_choice import UploadChoice
 from functional_ckpt.steps.upload_queue import UploadQueue
+from functional_ckpt.steps.upload_shares import Shares
 from functional_ckpt.steps.upload_worker import UploadWorker
 from functional_ckpt.storage import commit
 
@@ -36,10 +38,17 @@ class Uploads:
         overwrite: Whether a step may replace another commit of its number.
         owner: The manager: when it is dropped, the uploads in progress finish, then the tiers are
             unlocked. Other promises are kept by the next manager.
+        shares: Of each tier, how other nodes upload parts of the steps; empty on a single node.
     """
 
     def __init__(
-        self, local: Steps, tiers: Sequence[RemoteTier], *, overwrite: bool, owner: object
+        self,
+        local: Steps,
+        tiers: Sequence[RemoteTier],
+        *,
+        overwrite: bool,
+        owner: object,
+        shares: Sequence[Shares] = (),
     ) -> None:
         self._local = local
         self._tiers = tuple(tiers)
@@ -47,7 +56,11 @@ class Uploads:
         path = os.path.join(local.hidden, promises.FILE)
         self._queue = UploadQueue(Promises(local.commits, path, roots), roots, local.lock)
         self._choice = UploadChoice(local, tiers, self._queue, overwrite=overwrite)
-        self._workers = [UploadWorker(local, each, self._queue, self._choice) for each in tiers]
+        self._shares = tuple(shares)
+        self._workers = [
+            UploadWorker(local, tier, self._queue, self._choice, own)
+            for tier, own in itertools.zip_longest(tiers, shares)
+        ]
         self._alone = threading.Lock()
         weakref.finalize(owner, self._queue.abandon).atexit = False
 
@@ -161,12 +174,17 @@ class Uploads:
     def close(self) -> None:
         """Waits for the uploads; a failed one resumes when the directory is next opened."""
         self._queue.drain()
-        self._queue.wait_until_idle(self._choice.is_pending, raises=False)
+        with contextlib.ExitStack() as beating:
+            for each in self._shares:
+                beating.enter_context(each.beating())  # the other nodes are closing too
+            self._queue.wait_until_idle(self._choice.is_pending, raises=False)
         self.release()
 
     def release(self) -> None:
         """Releases the locks of the tiers."""
         self._queue.stop()
+        for each in self._shares:
+            each.close()
         for tier in self._tiers:
             tier.release()
         self._queue.release_locks()

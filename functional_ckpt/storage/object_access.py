@@ -10,7 +10,7 @@ import xxhash
 
 from functional_ckpt import errors
 from functional_ckpt.storage.buckets.spool import Spool
-from functional_ckpt.storage.requests import Requests
+from functional_ckpt.storage.requests import Permit, Requests
 
 
 class ConditionalObjects:
@@ -24,6 +24,10 @@ class ConditionalObjects:
         self.notes: dict[str, str] = {}
         self._requests = requests
         self._bucket = requests.bucket
+
+    def only_with(self, permit: Permit) -> None:
+        """Checks a permit before every change from now on, until it is released."""
+        self._requests.add_lease(permit)
 
     def commit_id(self, path: str) -> str | None:
         """Returns time, size and version of an object; None if there is none."""

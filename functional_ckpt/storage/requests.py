@@ -7,7 +7,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Generator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from functional_ckpt import errors
 from functional_ckpt.runtime.threads import run_in_threads
@@ -20,10 +20,26 @@ from functional_ckpt.storage.buckets.base import (
     TransientError,
     retrying,
 )
-from functional_ckpt.storage.buckets.lease import Lease
 
 NUM_REQUESTS = 16
 _T = TypeVar("_T")
+
+
+class Permit(Protocol):
+    """The right to change a store, such as a lease."""
+
+    @property
+    def is_released(self) -> bool:
+        """Whether it is not needed any more."""
+        ...
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether this process may write without a renewal."""
+        ...
+
+    def renew_if_stale(self) -> None:
+        """Makes sure that this process may still write; `LockedError` if not."""
 
 
 class Requests:
@@ -35,11 +51,11 @@ class Requests:
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
-        self._leases: list[Lease] = []
+        self._leases: list[Permit] = []
         self._links: dict[str, str] = {}
         self._mutex = threading.Lock()
 
-    def add_lease(self, lease: Lease) -> None:
+    def add_lease(self, lease: Permit) -> None:
         """Checks a lease before every change from now on, until it is released."""
         with self._mutex:
             self._leases.append(lease)

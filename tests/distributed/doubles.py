@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from functional_ckpt.distributed.coordinator import Channel, Combine, Coordinator, Turns
+from functional_ckpt.distributed.coordinator import Board, Channel, Combine, Coordinator, Turns
 
 
 class MemoryStore:
@@ -66,6 +66,9 @@ class Counting:
 
     def channel(self) -> Channel:
         return self._inner.channel()
+
+    def board(self, name: str) -> Board:
+        return self._inner.board(name)
 
     def turns(self, period_seconds: float, is_wanted: Callable[[], bool]) -> Turns:
         return self._inner.turns(period_seconds, is_wanted)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import functional_ckpt as fc
+from functional_ckpt.storage.object_store import ObjectStorage
 
 
 def _model(seed: int) -> torch.nn.Module:
@@ -94,3 +97,33 @@ def save_state_dict(environ: Mapping[str, str], path: str) -> bool:
     wanted = distribute_tensor(torch.zeros(7, 5), mesh, [Shard(1)])
     dcp.load({"x": {"w": wanted}}, storage_reader=Reader(path))
     return torch.equal(wanted.full_tensor(), full)
+
+
+def upload(
+    environs: Sequence[Mapping[str, str]], near: str, far: str, values: torch.Tensor, dies: int
+) -> float:
+    """Saves and uploads step 7; returns the seconds of the upload.
+
+    Rank `dies` is killed once it has sent a file.
+    """
+    rank = dist.get_rank()
+    os.environ.update(environs[rank])
+    if rank == dies:
+        put_file = ObjectStorage.put_file
+
+        def put_and_die(*args: Any) -> None:
+            put_file(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        ObjectStorage.put_file = put_and_die
+    seconds: list[float] = []
+
+    def on_event(event: fc.Event) -> None:
+        if event.kind == "uploaded":
+            seconds.append(event.seconds or 0.0)
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with fc.CheckpointManager(near, tiers=[fc.Tier(path=far)], on_event=on_event) as manager:
+        parts = {str(n): distribute_tensor(part, mesh, [Shard(0)]) for n, part in enumerate(values)}
+        manager.save(7, {"tree": parts})
+    return sum(seconds)

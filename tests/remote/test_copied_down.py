@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import copying
 import numpy as np
-import obstore
 import orbax.checkpoint as ocp
 import pytest
-import servers
 import torch
-from obstore.store import S3Store
 from orbax.checkpoint import v1
 
 import functional_ckpt as fc
@@ -20,24 +18,6 @@ pytestmark = [
     # Orbax warns that a checkpoint is read without a sharding, which is intended here.
     pytest.mark.filterwarnings("ignore:.*[Ss]harding.*:UserWarning"),
 ]
-
-
-def _copy_down(url: str, bucket: str, prefix: str, to: Path) -> int:
-    """Every object below a prefix becomes a file; how many there are."""
-    store = S3Store(
-        bucket,
-        endpoint=url,
-        access_key_id=servers.KEY_ID,
-        secret_access_key=servers.SECRET,
-        region="us-east-1",
-        client_options={"allow_http": True},
-    )
-    names = [str(each["path"]) for page in obstore.list(store, f"{prefix}/") for each in page]
-    for name in names:
-        path = to / name.removeprefix(f"{prefix}/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(bytes(obstore.get(store, name).bytes()))
-    return len(names)
 
 
 @pytest.mark.parametrize("how", ["straight", "by a tier"])
@@ -55,7 +35,7 @@ def test_orbax_opens_a_step_copied_down(how: str, s3: str, s3_url: str, tmp_path
     with fc.CheckpointManager(first, tiers=tiers) as manager:
         manager.save(7, items, metrics={"loss": 0.5})
     copied = tmp_path / "copied"
-    assert _copy_down(s3_url, s3.removeprefix("s3://"), "run/7", copied / "7") > 5
+    assert copying.copy_down(s3_url, s3.removeprefix("s3://"), "run/7", copied / "7") > 5
 
     state = ocp.PyTreeCheckpointer().restore(copied / "7" / "state")
     np.testing.assert_array_equal(state["w"], weights.numpy())
