@@ -115,7 +115,7 @@ def upload(
             put_file(*args)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        ObjectStorage.put_file = put_and_die
+        setattr(ObjectStorage, "put_file", put_and_die)  # noqa: B010
     seconds: list[float] = []
 
     def on_event(event: fc.Event) -> None:
