@@ -116,11 +116,18 @@ class OpenItem:
         region = _whole(spec.shape) if box is None else box
         if self.record is None:
             return ReadRequest(node.name, spec, region, destination=destination)
-        array = self.record.arrays[node.stored_name]
-        grid = _grid(spec.shape, array.chunk_shape, self.record.block_bytes)
-        text = self._digests.of(node.stored_name)
-        digests = Digests(grid, spec.itemsize_bytes, text) if verified else None
-        return ReadRequest(node.stored_name, spec, region, grid, digests, destination)
+        name = node.stored_name
+        grid = _grid(spec.shape, self.record.arrays[name].chunk_shape, self.record.block_bytes)
+        digests = None
+        if verified:
+            digests = Digests(grid, spec.itemsize_bytes, self._digests.of(name))
+        return ReadRequest(name, spec, region, grid, digests, destination)
+
+    def has_rows(self, node: structure.ArrayNode) -> bool:
+        """Returns whether each chunk of an array is consecutive rows of it."""
+        if self.record is None:
+            return False
+        return self.record.arrays[node.stored_name].chunk_shape[1:] == node.spec.shape[1:]
 
     @functools.cached_property
     def _digests(self) -> ItemDigests:
@@ -133,10 +140,8 @@ class OpenItem:
         return self.request(node).digests
 
     def array_nodes(self) -> Iterator[structure.ArrayNode]:
-        """Yields every array that holds its own bytes."""
-        for _, leaf in structure.iter_leaves(self.root):
-            if isinstance(leaf, structure.ArrayNode) and leaf.tied_to is None:
-                yield leaf
+        """Returns every array that holds its own bytes."""
+        return (node for node in structure.iter_arrays(self.root) if node.tied_to is None)
 
     def _check_sizes(self, record: records.ItemRecord, sizes: Mapping[str, int] | None) -> None:
         """Limits the memory for a record to the bytes on disk."""

@@ -54,30 +54,38 @@ class _Pages:
         self._mutex = threading.Lock()
 
     def digests(self, start: int, end: int) -> str:
-        """Returns digests `start` to `end` of the table.
+        """Returns digests `start` to `end` of the table, one at least.
 
         Raises:
             CorruptCheckpointError: A page was changed.
             StorageError: The store refused.
         """
-        first, last = start * DIGEST_BYTES // PAGE_BYTES, -(-end * DIGEST_BYTES // PAGE_BYTES)
-        with self._mutex:
-            data = b"".join([self._page(number) for number in range(first, last)])
-        begin = start * DIGEST_BYTES - first * PAGE_BYTES
-        return data[begin : begin + (end - start) * DIGEST_BYTES].hex()
+        begin, stop = start * DIGEST_BYTES, end * DIGEST_BYTES
+        first, last = begin // PAGE_BYTES, (stop - 1) // PAGE_BYTES
+        data = self._page(first)
+        if first != last:
+            data = b"".join([data, *map(self._page, range(first + 1, last + 1))])
+        begin -= first * PAGE_BYTES
+        return data[begin : begin + stop - start * DIGEST_BYTES].hex()
 
     def _page(self, number: int) -> bytes:
         found = self._read.get(number)
-        if found is None:
-            table, start = self._table, number * PAGE_BYTES
-            length = min(PAGE_BYTES, table.num_digests * DIGEST_BYTES - start)
-            found = self._storage.read(self._path, table.offset + start, length)
-            if digest_hex(found) != table.pages[16 * number : 16 * number + 16]:
-                raise errors.CorruptCheckpointError(
-                    f"{self._path}: the digests at byte {table.offset + start:,} were changed.",
-                    path=self._path,
-                )
-            self._read[number] = found
+        if found is not None:
+            return found
+        with self._mutex:  # each is read once
+            if number not in self._read:
+                self._read[number] = self._read_page(number)
+            return self._read[number]
+
+    def _read_page(self, number: int) -> bytes:
+        table, start = self._table, number * PAGE_BYTES
+        length = min(PAGE_BYTES, table.num_digests * DIGEST_BYTES - start)
+        found = self._storage.read(self._path, table.offset + start, length)
+        if digest_hex(found) != table.pages[16 * number : 16 * number + 16]:
+            raise errors.CorruptCheckpointError(
+                f"{self._path}: the digests at byte {table.offset + start:,} were changed.",
+                path=self._path,
+            )
         return found
 
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 from functional_ckpt import errors
 from functional_ckpt.core.records.orbax import MANIFEST
 from functional_ckpt.core.records.records import FileRecord
-from functional_ckpt.core.tree.structure import key_prefix
 from functional_ckpt.format.node_tree import DamagedNode, Fetch, Leaf, NodeTree
 from functional_ckpt.format.ocdbt import Span
 from functional_ckpt.format.ocdbt_decode import (
@@ -81,18 +80,12 @@ class Index:
         delivered: Collection[tuple[int, tuple[int, ...]]] = (),
     ) -> list[Batch]:
         """Plans the reads of requests, once the locations of their chunks are loaded."""
-        self.load_for(requests)
-        return plan_reads(requests, self.locations, path=self.directory, delivered=delivered)
 
-    def load_for(self, requests: Sequence[ReadRequest]) -> None:
-        """Loads the locations of the chunks of requests."""
-        if not self._tree.num_unread:
-            return
-        keys: list[bytes] = []
-        for request in requests:
-            prefix = key_prefix(request.name)
-            keys += [(prefix + part.key).encode() for part in request.parts]
-        self.load(keys)
+        def locate(keys: Collection[bytes]) -> Mapping[bytes, Location]:
+            self.load(keys)
+            return self.locations
+
+        return plan_reads(requests, locate, path=self.directory, delivered=delivered)
 
     def load(self, keys: Collection[bytes] | None) -> None:
         """Loads the locations of keys; of all for None.

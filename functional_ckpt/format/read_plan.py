@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Location: TypeAlias = tuple[int, int, int]
 """Data file (its index), offset of a stored chunk in it, and its bytes."""
+_NOWHERE = (-1, 0, -1)
 
 
 class Destination(NamedTuple):
@@ -156,7 +157,7 @@ Batch: TypeAlias = Sequence[ChunkRead]
 
 def plan_reads(
     requests: Sequence[ReadRequest],
-    locations: Mapping[bytes, Location] | None = None,
+    locate: Callable[[Collection[bytes]], Mapping[bytes, Location]] | None = None,
     *,
     path: str = "",
     delivered: Collection[tuple[int, tuple[int, ...]]] = (),
@@ -165,7 +166,7 @@ def plan_reads(
 
     Args:
         requests: The regions to read, of one item.
-        locations: Where each key's value is stored; None for foreign arrays.
+        locate: Returns where the values of keys are stored; None for foreign arrays.
         path: The item's directory, for errors.
         delivered: Chunks that are not to be read: the index of the request, the chunk's index.
 
@@ -176,33 +177,42 @@ def plan_reads(
     Raises:
         CorruptCheckpointError: A chunk is missing, or of another size than its grid says.
     """
+    if locate is None:
+        return list(_batches(list(_unlocated(requests, delivered))))
+    wanted: list[tuple[bytes, ReadRequest, ChunkPart]] = []
+    for number, request in enumerate(requests):
+        prefix = key_prefix(request.name)
+        wanted += [
+            ((prefix + part.key).encode(), request, part)
+            for part in request.parts
+            if (number, part.chunk) not in delivered
+        ]
     reads: list[ChunkRead] = []
+    locations = locate([key for key, _, _ in wanted])
+    for key, request, part in wanted:
+        file, offset, size_bytes = locations.get(key, _NOWHERE)
+        if size_bytes != part.stored_bytes:
+            got = "found none" if key not in locations else f"got {size_bytes} bytes"
+            raise errors.CorruptCheckpointError(
+                f"{path}: array {request.name!r}, chunk {key.decode()!r}: expected "
+                f"{part.stored_bytes} bytes, {got}.",
+                path=path,
+                key_path=request.name,
+            )
+        reads.append(ChunkRead(file, offset + part.first, request, part))
+    reads.sort(key=operator.itemgetter(0, 1))
+    return list(_batches(reads))
+
+
+def _unlocated(
+    requests: Sequence[ReadRequest], delivered: Collection[tuple[int, tuple[int, ...]]]
+) -> Iterator[ChunkRead]:
     for number, request in enumerate(requests):
         if request.grid is None:
-            reads += [ChunkRead(-1, 0, request, None)] * request.num_reads
-            continue
-        parts = request.parts
-        if delivered:
-            parts = [part for part in parts if (number, part.chunk) not in delivered]
-        if locations is None:
-            reads += [ChunkRead(-1, 0, request, part) for part in parts]
-            continue
-        prefix = key_prefix(request.name)
-        for part in parts:
-            key = prefix + part.key
-            found = locations.get(key.encode())
-            if found is None or found[2] != part.stored_bytes:
-                got = "found none" if found is None else f"got {found[2]} bytes"
-                raise errors.CorruptCheckpointError(
-                    f"{path}: array {request.name!r}, chunk {key!r}: expected "
-                    f"{part.stored_bytes} bytes, {got}.",
-                    path=path,
-                    key_path=request.name,
-                )
-            reads.append(ChunkRead(found[0], found[1] + part.first, request, part))
-    if locations is not None:
-        reads.sort(key=operator.itemgetter(0, 1))
-    return list(_batches(reads))
+            yield from [ChunkRead(-1, 0, request, None)] * request.num_reads
+        for part in request.parts:
+            if (number, part.chunk) not in delivered:
+                yield ChunkRead(-1, 0, request, part)
 
 
 def _batches(reads: Sequence[ChunkRead]) -> Iterator[Batch]:

@@ -96,8 +96,7 @@ def _counted(
     shown: Callable[[int, int], None],
 ) -> list[Callable[[], None]]:
     """Returns the tasks; each reports the approximate number of bytes read so far."""
-    arrays = (leaf for item in items for _, leaf in structure.iter_leaves(item.root))
-    total = sum(each.spec.size_bytes for each in arrays if isinstance(each, structure.ArrayNode))
+    total = sum(node.spec.size_bytes for item in items for node in structure.iter_arrays(item.root))
     done = itertools.count(1)
 
     def run(task: Callable[[], None]) -> None:
@@ -137,8 +136,8 @@ class _ArrayRead:
         """Returns the requests for the array; one if the local part is one region."""
         node, like = self.binding.node, self.binding.like
         if memory.is_plain(like) or sharding.sharding_of(like) is None:
-            request = self.item.request(node, verified=verified)
-            requests = [request._replace(destination=self._destination(request, buffers))]
+            destination = self._destination(buffers)
+            requests = [self.item.request(node, None, destination, verified=verified)]
         else:
             requests = [
                 self.item.request(
@@ -149,17 +148,14 @@ class _ArrayRead:
                 )
                 for piece in sharding.pieces_of(like)
             ]
-        self._num_reads = sum(request.num_reads for request in requests)
+        self._num_reads = sum([request.num_reads for request in requests])
         if not self._num_reads:
             self._finish()
         return requests
 
-    def _destination(
-        self, request: ReadRequest, buffers: device_copies.PinnedBuffers | None
-    ) -> Destination:
+    def _destination(self, buffers: device_copies.PinnedBuffers | None) -> Destination:
         """Returns device memory where all chunks are runs of its bytes, else host memory."""
-        grid = request.grid
-        if buffers and grid is not None and grid.chunk_shape[1:] == grid.shape[1:]:
+        if buffers and self.item.has_rows(self.binding.node):
             self._sent = destinations.device_destination(self.binding)
             if self._sent is not None:
                 buffers.prepare(self._sent.target.device)

@@ -180,8 +180,7 @@ def _finalize_item(
         merged = dataclasses.replace(merged, kind="per_rank")
     known = {name: file for report in reports for name, file in report.files.items()}
     data_files = list(known)
-    leaves = [leaf for _, leaf in structure.iter_leaves(merged)]
-    nodes = [leaf for leaf in leaves if isinstance(leaf, structure.ArrayNode)]
+    nodes = list(structure.iter_arrays(merged))
     arrays = _arrays_of(reports, nodes)
     _check_complete(item.name, arrays, data_files)
     own = [array for array, node in zip(arrays, nodes, strict=True) if node.tied_to is None]

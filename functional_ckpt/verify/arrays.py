@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec
-from functional_ckpt.core.arrays.chunks import ChunkGrid
-from functional_ckpt.core.arrays.digests import Digests, digest_blocks
+from functional_ckpt.core.arrays.chunks import ChunkGrid, digest_offsets
+from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.tree import plain_json, structure
 from functional_ckpt.format.digest_table import ItemDigests
-from functional_ckpt.format.read_plan import ReadRequest
+from functional_ckpt.format.read_plan import Location, ReadRequest
+from functional_ckpt.runtime.threads import gc_paused
 from functional_ckpt.storage import queries
 from functional_ckpt.verify import headers
 from functional_ckpt.verify.findings import Finding, Problem, Verification, reason
@@ -47,8 +49,7 @@ class _Failure:
     difference: _Difference
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Value:
+class _Value(NamedTuple):
     """A value to be read and compared."""
 
     leaf: str
@@ -56,6 +57,10 @@ class _Value:
     check: _Check
     size_bytes: int = 0
     """Bytes that count as progress."""
+
+
+_Alike: TypeAlias = Sequence[_Value]
+"""Values with one location and one check."""
 
 
 class ItemArrays:
@@ -72,8 +77,7 @@ class ItemArrays:
         self._headers: list[tuple[str, Problem, str, str]] = []
         self._texts = ItemDigests(search.storage, self._directory, record)
         self._index: Index | None = None
-        leaves = structure.iter_leaves(record.root)
-        self._nodes = [leaf for _, leaf in leaves if isinstance(leaf, structure.ArrayNode)]
+        self._nodes = list(structure.iter_arrays(record.root))
         self._scalars = list(orbax.scalar_leaves(record.root))
         if self._check_sizes():
             self.size_bytes = sum(node.spec.size_bytes for node in self._nodes)
@@ -115,18 +119,19 @@ class ItemArrays:
         except (errors.CorruptCheckpointError, errors.StorageError) as error:
             self._fail_all(orbax.MANIFEST, reason(error, self._directory))
             return []
-        values = list(self._small_values())
-        large = list(self._large_chunks())
-        index.load([value.key.encode() for value in values])
-        index.load_for([request for request, _ in large])
-        self._index = index
+        with gc_paused():
+            own = [(node, self._digests(node)) for node in self._nodes]
+            values = [*self._numbers(), *_small_values(own)]
+            large = list(_large_chunks(own))
+            index.load([value.key.encode() for value in values])
+            index.load([_key(request, key) for request, key in large])
+            self._index = index
+            found = self._found(index, values)
         reader = backends.reader_of(self._search.storage, index)
         files.callback(reader.close)
-        found = [value for value in values if self._is_found(value)]
-        found.sort(key=lambda value: index.locations[value.key.encode()])
         batches = [found[start : start + _BATCH] for start in range(0, len(found), _BATCH)]
         return [
-            functools.partial(self._check_headers, index),
+            functools.partial(self._check_headers, index, own),
             *(functools.partial(self._check_values, batch) for batch in batches),
             *(functools.partial(self._check_chunk, reader, *chunk) for chunk in large),
         ]
@@ -142,36 +147,39 @@ class ItemArrays:
         self._failures += [_Failure(name, None, difference) for name in names]
         self._fallback_file = file
 
-    def _check_headers(self, index: Index) -> None:
+    def _check_headers(
+        self, index: Index, own: Sequence[tuple[structure.ArrayNode, Digests]]
+    ) -> None:
         """Compares the headers of files of tensors with the index."""
         listed = self._record.files.items()
         files = {name: file.size_bytes for name, file in listed if name.endswith(".safetensors")}
-        own = {n.name: (n.spec, self._digests(n).grid) for n in self._nodes if n.tied_to is None}
-        self._headers += headers.problems(self._search.storage, self._directory, files, own, index)
+        grids = {n.name: (n.spec, digests.grid) for n, digests in own if n.tied_to is None}
+        storage, directory = self._search.storage, self._directory
+        with gc_paused():
+            self._headers += headers.problems(storage, directory, files, grids, index)
 
     # ---------------------------------------------------------------------------- small values
 
-    def _small_values(self) -> Iterator[_Value]:
+    def _numbers(self) -> Iterator[_Value]:
         for name, array, value in self._scalars:
-            yield _metadata(name, array, array.shape)
-            key = f"{structure.key_prefix(name)}{orbax.only_chunk(array)}"
-            yield _Value(name, key, functools.partial(_compare_number, array, value))
-        for node in self._nodes:
-            digests = self._digests(node)
-            prefix = structure.key_prefix(node.name)
-            yield _metadata(node.name, node.spec, digests.grid.chunk_shape)
-            for chunk in _chunks(digests.grid, digests.itemsize_bytes):
-                if chunk.is_small:
-                    check = functools.partial(_compare_chunk, digests, chunk)
-                    yield _Value(node.name, prefix + chunk.key, check, chunk.size_bytes)
+            prefix = structure.key_prefix(name)
+            yield _Value(name, f"{prefix}zarr.json", _metadata(array, array.shape))
+            check = functools.partial(_compare_number, array, value)
+            yield _Value(name, prefix + orbax.only_chunk(array), check)
 
-    def _is_found(self, value: _Value) -> bool:
-        """Returns whether the index has a value; it fails else."""
-        index = cast("Index", self._index)
-        key = value.key.encode()
-        if key in index.locations:
-            return True
-        damage = index.damage_of(key)
+    def _found(self, index: Index, values: Sequence[_Value]) -> list[_Alike]:
+        """Returns values in the order of their locations; those that the index lacks fail."""
+        found: dict[tuple[Location, _Check], list[_Value]] = {}
+        for value in values:
+            location = index.locations.get(value.key.encode())
+            if location is None:
+                self._miss(index, value)
+            else:
+                found.setdefault((location, value.check), []).append(value)
+        return [found[place] for place in sorted(found, key=operator.itemgetter(0))]
+
+    def _miss(self, index: Index, value: _Value) -> None:
+        damage = index.damage_of(value.key.encode())
         why = (
             value.check(None)
             if damage is None
@@ -180,21 +188,20 @@ class ItemArrays:
         if why is not None:
             self._failures.append(_Failure(value.leaf, value.key, why))
         self._search.advance(value.size_bytes)
-        return False
 
-    def _check_values(self, values: list[_Value]) -> None:
+    def _check_values(self, values: Sequence[_Alike]) -> None:
         index = cast("Index", self._index)
-        keys = [value.key.encode() for value in values]
+        keys = [alike[0].key.encode() for alike in values]
         found = index.read_values(keys, _MAX_VALUE_BYTES)
-        for value, key in zip(values, keys, strict=True):
+        for alike, key in zip(values, keys, strict=True):
             got = found[key]
             if isinstance(got, errors.CheckpointError):
                 why = _unreadable("the written value", got, self._directory)
             else:
-                why = self._compare(value, got)
+                why = self._compare(alike[0], got)
             if why is not None:
-                self._failures.append(_Failure(value.leaf, value.key, why))
-        self._search.advance(sum(value.size_bytes for value in values))
+                self._failures += [_Failure(value.leaf, value.key, why) for value in alike]
+        self._search.advance(sum([value.size_bytes for alike in values for value in alike]))
 
     def _compare(self, value: _Value, got: bytes) -> _Difference | None:
         try:
@@ -203,17 +210,6 @@ class ItemArrays:
             return _unreadable("the recorded digest", error, self._directory)
 
     # ---------------------------------------------------------------------------- large chunks
-
-    def _large_chunks(self) -> Iterator[tuple[ReadRequest, str]]:
-        for node in self._nodes:
-            digests = self._digests(node)
-            grid = digests.grid
-            for chunk in _chunks(grid, digests.itemsize_bytes):
-                if not chunk.is_small:
-                    # Under its own name, not its owner's: a tied leaf must resolve to the same
-                    # bytes.
-                    box = grid.box(chunk.chunk)
-                    yield ReadRequest(node.name, node.spec, box, grid, digests), chunk.key
 
     def _check_chunk(self, reader: ArrayReader, request: ReadRequest, key: str) -> None:
         try:
@@ -224,7 +220,7 @@ class ItemArrays:
             self._failures.append(
                 _Failure(
                     request.name,
-                    structure.key_prefix(request.name) + key,
+                    _key(request, key).decode(),
                     ("mismatch", "the bytes that were written", why),
                 )
             )
@@ -297,6 +293,7 @@ class _Chunk(NamedTuple):
     chunk: tuple[int, ...]
     key: str
     size_bytes: int
+    first_block: int
     is_small: bool
 
 
@@ -306,16 +303,44 @@ _grid = functools.lru_cache(maxsize=1024)(ChunkGrid)  # arrays that are alike ha
 @functools.lru_cache(maxsize=1024)
 def _chunks(grid: ChunkGrid, itemsize_bytes: int) -> Sequence[_Chunk]:
     chunks: list[_Chunk] = []
-    for index in grid.indices():
+    blocks = digest_offsets(grid, itemsize_bytes)
+    for index, first_block in zip(grid.indices(), blocks, strict=False):
         size_bytes = grid.box(index).num_elements * itemsize_bytes
         is_small = size_bytes <= _SMALL_BYTES and not grid.is_padded(index)
-        chunks.append(_Chunk(index, grid.key(index), size_bytes, is_small))
+        chunks.append(_Chunk(index, grid.key(index), size_bytes, first_block, is_small))
     return chunks
 
 
-def _metadata(name: str, array: spec.ArraySpec, chunk_shape: tuple[int, ...]) -> _Value:
-    key = f"{structure.key_prefix(name)}zarr.json"
-    return _Value(name, key, functools.partial(_compare_metadata, array, chunk_shape))
+def _small_values(own: Sequence[tuple[structure.ArrayNode, Digests]]) -> Iterator[_Value]:
+    for node, digests in own:
+        prefix = structure.key_prefix(node.name)
+        check = _metadata(node.spec, digests.grid.chunk_shape)
+        yield _Value(node.name, f"{prefix}zarr.json", check)
+        for chunk in _chunks(digests.grid, digests.itemsize_bytes):
+            if chunk.is_small:
+                check = functools.partial(_compare_chunk, digests, chunk)
+                yield _Value(node.name, prefix + chunk.key, check, chunk.size_bytes)
+
+
+def _large_chunks(
+    own: Sequence[tuple[structure.ArrayNode, Digests]],
+) -> Iterator[tuple[ReadRequest, str]]:
+    for node, digests in own:
+        for chunk in _chunks(digests.grid, digests.itemsize_bytes):
+            if not chunk.is_small:
+                # Under its own name, not its owner's: a tied leaf must resolve to the same bytes.
+                box = digests.grid.box(chunk.chunk)
+                yield ReadRequest(node.name, node.spec, box, digests.grid, digests), chunk.key
+
+
+def _key(request: ReadRequest, chunk: str) -> bytes:
+    return (structure.key_prefix(request.name) + chunk).encode()
+
+
+@functools.lru_cache(maxsize=1024)
+def _metadata(array: spec.ArraySpec, chunk_shape: tuple[int, ...]) -> _Check:
+    """Returns the comparison of an array's metadata; arrays that are alike have the same."""
+    return functools.partial(_compare_metadata, array, chunk_shape)
 
 
 def _compare_metadata(
@@ -324,13 +349,6 @@ def _compare_metadata(
     """Checks that Orbax's metadata of an array agrees with the native record."""
     if value is None:
         return ("missing", "the array's zarr.json", "nothing")
-    return _metadata_difference(array, chunk_shape, value)
-
-
-@functools.lru_cache(maxsize=1024)  # arrays that are alike have the same
-def _metadata_difference(
-    array: spec.ArraySpec, chunk_shape: tuple[int, ...], value: bytes
-) -> _Difference | None:
     try:
         record: Any = plain_json.parse(value)
         found = {field: record[field] for field in _METADATA_FIELDS}
@@ -360,5 +378,5 @@ def _compare_chunk(digests: Digests, chunk: _Chunk, value: bytes | None) -> _Dif
         return ("missing", f"chunk {chunk.key}", "nothing")
     if len(value) != chunk.size_bytes:
         return ("mismatch", f"a chunk of {chunk.size_bytes:,} bytes", f"{len(value):,} bytes")
-    expected, got = digests.of(chunk.chunk), digest_blocks(value, digests.grid.block_bytes)
-    return None if got == expected else ("mismatch", f"digest {expected}", f"digest {got}")
+    wrong = digests.check(chunk.first_block, value)
+    return wrong and ("mismatch", f"digest {wrong.expected}", f"digest {wrong.got}")

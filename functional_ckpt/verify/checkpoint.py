@@ -20,6 +20,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records import records as records_lib
 from functional_ckpt.core.records.records import EXTENSION_FILE, FileRecord
+from functional_ckpt.runtime.threads import gc_paused, run_in_threads
 from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.verify.arrays import ItemArrays
@@ -84,14 +85,14 @@ def _is_ours(storage: Storage, path: str) -> bool:
 
 
 def _verify_ours(search: Verification, step: int | None) -> None:
-    from functional_ckpt.runtime.threads import run_in_threads
-
     sizes = queries.sizes(search.storage, search.path)
     on_disk = sorted(sizes)
     record = _step_record(search, step)
-    items = {name: _item_record(search, name, record) for name in _tree_items(record, on_disk)}
-    files = _Files(search, _expected_files(record, items), sizes)
-    arrays = [ItemArrays(search, name, item) for name, item in items.items() if item is not None]
+    with gc_paused():
+        items = {name: _item_record(search, name, record) for name in _tree_items(record, on_disk)}
+        files = _Files(search, _expected_files(record, items), sizes)
+        own = {name: item for name, item in items.items() if item is not None}
+        arrays = [ItemArrays(search, name, item) for name, item in own.items()]
     search.total_bytes = sum(file.size_bytes for file in files.expected.values())
     search.total_bytes += sum(each.size_bytes for each in arrays)
     num_threads = 2 if search.total_bytes > _THREADS_BYTES else 1

@@ -5,9 +5,10 @@ Other programs find tensors by these headers: they must lead to the bytes that t
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid
@@ -22,6 +23,7 @@ from functional_ckpt.verify.findings import Problem, reason
 if TYPE_CHECKING:
     from functional_ckpt.format.index import Index
 
+_NOWHERE = (-1, 0, 0)
 _MALFORMED = (errors.UsageError, LookupError, RecursionError, TypeError, ValueError)
 
 
@@ -44,17 +46,17 @@ def problems(
     stored: dict[str, set[str]] = {name: set() for name in files}
     # A tensor may have another name than its array: that of a tie, or the one on the hub.
     starts: dict[tuple[str, int], str] = {}
-    numbers = dict(enumerate(index.files))
+    numbers = {number: file for number, file in enumerate(index.files) if file in files}
     for name, (_, grid) in arrays.items():
         prefix = structure.key_prefix(name)
-        for chunk in grid.indices():
-            location = index.locations.get((prefix + grid.key(chunk)).encode())
-            file = None if location is None else numbers.get(location[0])
-            if location is None or file not in stored:
+        for key in _keys(grid):
+            number, offset, length = index.locations.get((prefix + key).encode(), _NOWHERE)
+            if number not in numbers:
                 continue
+            file = numbers[number]
             stored[file].add(name)
-            starts[file, location[1]] = name
-            if (end := location[1] + location[2]) > files[file]:
+            starts[file, offset] = name
+            if (end := offset + length) > files[file]:
                 expected = f"chunks within {files[file]:,} bytes"
                 yield file, "mismatch", expected, f"one of {name!r} that ends at byte {end:,}"
     for file, size_bytes in files.items():
@@ -65,18 +67,18 @@ def problems(
             offsets = plain_json.parse(metadata.get(safetensors_header.SHARDING, "{}").encode())
             found: set[str] = set()
             for tensor in tensors:
-                if file_plan.is_padding(tensor.name):
+                name, _, shape, start = tensor
+                if file_plan.is_padding(name):
                     continue
-                name = tensor.name
-                start = offsets[name]["saved_offsets"] if offsets else [0] * len(tensor.shape)
-                box = Box(tuple(map(plain_json.integer, start)), tensor.shape)
-                if name not in arrays and not box.num_elements:
-                    continue
+                offset = (0,) * len(shape)
+                if offsets:
+                    offset = tuple(map(plain_json.integer, offsets[name]["saved_offsets"]))
                 if name not in arrays:
-                    name = starts[file, len(data) + tensor.start]
+                    if 0 in shape:
+                        continue
+                    name = starts[file, len(data) + start]
                 found.add(name)
-                own = tensor._replace(name=name)
-                _check_tensor(own, box, len(data), file, arrays[name], index)
+                _check_tensor(tensor, offset, (file, len(data) + start), name, arrays[name], index)
         except _MALFORMED as error:
             yield file, "mismatch", "a header that agrees with the index", f"{error}"
             continue
@@ -88,17 +90,51 @@ def problems(
 
 
 def _check_tensor(
-    tensor: Tensor, box: Box, header_bytes: int, file: str, array: Any, index: Index
+    tensor: Tensor,
+    offset: tuple[int, ...],
+    location: tuple[str, int],
+    name: str,
+    array: tuple[ArraySpec, ChunkGrid],
+    index: Index,
 ) -> None:
-    """Raises ValueError unless a tensor is where the index has the first chunk of its box."""
+    """Raises ValueError unless a tensor is where the index has the first chunk of its box.
+
+    Args:
+        tensor: The tensor.
+        offset: The first element of its box.
+        location: Its file, and its first byte there.
+        name: The array.
+        array: Spec and chunks of the array.
+        index: With the chunks of the array loaded.
+    """
     spec, grid = array
-    if tensor.dtype != spec.dtype or not Box.whole(spec.shape).contains(box):
-        raise ValueError(f"tensor {tensor.name!r}: {tensor.dtype}{list(tensor.shape)} of {spec}")
-    if not box.num_elements:
+    first = _first_key(grid, offset, tensor.shape)
+    if tensor.dtype != spec.dtype or first is None:
+        raise ValueError(f"tensor {name!r}: {tensor.dtype}{list(tensor.shape)} of {spec}")
+    if 0 in tensor.shape:
         return
-    first = tuple(o // c for o, c in zip(box.offset, grid.chunk_shape, strict=True))
-    key = (structure.key_prefix(tensor.name) + grid.key(first)).encode()
-    number, offset, _ = index.locations[key]
-    start = header_bytes + tensor.start
-    if (index.files[number], offset) != (file, start) or grid.box(first).offset != box.offset:
-        raise ValueError(f"tensor {tensor.name!r} at byte {start:,}, in the index at {offset:,}")
+    number, at, _ = index.locations[(structure.key_prefix(name) + first).encode()]
+    if (index.files[number], at) != location:
+        raise ValueError(f"tensor {name!r} at byte {location[1]:,}, in the index at {at:,}")
+
+
+# Arrays that are alike have the same.
+@functools.lru_cache(maxsize=1024)
+def _keys(grid: ChunkGrid) -> Sequence[str]:
+    return [grid.key(index) for index in grid.indices()]
+
+
+@functools.lru_cache(maxsize=1024)
+def _first_key(grid: ChunkGrid, offset: tuple[int, ...], shape: tuple[int, ...]) -> str | None:
+    """Returns the key of the first chunk of a box; None for a box beyond the array.
+
+    Raises:
+        ValueError: The box starts within a chunk.
+    """
+    box = Box(offset, shape)
+    if not Box.whole(grid.shape).contains(box):
+        return None
+    first = tuple(o // c for o, c in zip(offset, grid.chunk_shape, strict=True))
+    if box.num_elements and grid.box(first).offset != offset:
+        raise ValueError(f"a box at {list(offset)} starts within chunk {list(first)}")
+    return grid.key(first)

@@ -62,7 +62,7 @@ def test_plan_covers_every_element_of_a_region_once(
 ) -> None:
     grid, box = region
     request = request_of("a", grid, box, text="" if is_verified else None)
-    reads = flat(read_plan.plan_reads([request], located("a", grid)))
+    reads = flat(read_plan.plan_reads([request], lambda _: located("a", grid)))
     covered = np.zeros(box.shape, int)
     for read in reads:
         part = read.part
@@ -115,7 +115,7 @@ def test_plan_is_ordered_by_place_and_leaves_out_what_was_delivered(
     }
     wanted = [(n, part.chunk) for n, request in enumerate(requests) for part in request.parts]
     delivered = data.draw(st.sets(st.sampled_from(wanted))) if wanted else set()
-    reads = flat(read_plan.plan_reads(requests, locations, delivered=delivered))
+    reads = flat(read_plan.plan_reads(requests, lambda _: locations, delivered=delivered))
     assert [read[:2] for read in reads] == sorted(read[:2] for read in reads)
     found = [(int(read.request.name[1:]), read.part.chunk) for read in reads if read.part]
     assert sorted(found) == sorted(set(wanted) - delivered)
@@ -137,7 +137,7 @@ def test_a_chunk_that_is_missing_or_of_another_size_is_damage(stored_bytes: int 
     locations = {} if stored_bytes is None else {b"a/c/0": (0, 0, stored_bytes)}
     got = "found none" if stored_bytes is None else f"got {stored_bytes} bytes"
     with pytest.raises(errors.CorruptCheckpointError, match=f"expected 16 bytes, {got}") as caught:
-        read_plan.plan_reads([request], locations, path="/step/item")
+        read_plan.plan_reads([request], lambda _: locations, path="/step/item")
     assert caught.value.key_path == "a" and caught.value.path == "/step/item"
 
 

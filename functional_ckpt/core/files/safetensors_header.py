@@ -106,16 +106,18 @@ def decode(data: bytes, size_bytes: int) -> tuple[list[Tensor], dict[str, str]]:
         tensors = [_tensor(name, entry) for name, entry in record.items()]
     except (AttributeError, KeyError, RecursionError, TypeError) as error:
         raise ValueError(f"not a header ({type(error).__name__}: {error})") from error
-    tensors.sort(key=lambda each: (each.start, each.end))
-    end = 0
-    for each in tensors:
-        if each.start != end:
-            kind = "overlaps the one before" if each.start < end else "follows a gap"
-            raise ValueError(f"tensor {each.name!r} at byte {each.start:,} {kind}")
-        end = each.end
-    if _LENGTH_BYTES + length + end != size_bytes:
-        raise ValueError(f"tensors end at byte {_LENGTH_BYTES + length + end:,} of {size_bytes:,}")
-    return tensors, metadata
+    tensors.sort()
+    after = 0
+    for start, end, tensor in tensors:
+        if start != after:
+            kind = "overlaps the one before" if start < after else "follows a gap"
+            raise ValueError(f"tensor {tensor.name!r} at byte {start:,} {kind}")
+        after = end
+    if _LENGTH_BYTES + length + after != size_bytes:
+        raise ValueError(
+            f"tensors end at byte {_LENGTH_BYTES + length + after:,} of {size_bytes:,}"
+        )
+    return [tensor for _, _, tensor in tensors], metadata
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,15 +129,16 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _tensor(name: str, entry: Any) -> Tensor:
+def _tensor(name: str, entry: Any) -> tuple[int, int, Tensor]:
+    """Returns the first byte of a tensor, one past its last, and the tensor."""
     dtype = _STORAGE.get(string(entry["dtype"]))
     if dtype is None:
         raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
-    shape = tuple(integer(size) for size in entry["shape"])
+    shape = tuple(map(integer, entry["shape"]))
     start, end = map(integer, entry["data_offsets"])
     found = Tensor(name, dtype, shape, start)
     if min((start, *shape), default=0) < 0 or found.end != end or end >= 2**62:
         raise ValueError(
             f"tensor {name!r}: {entry['dtype']}{list(shape)} at bytes {start} to {end}"
         )
-    return found
+    return start, end, found

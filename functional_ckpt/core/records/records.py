@@ -11,7 +11,7 @@ import functools
 import json
 import math
 from collections.abc import Generator, Mapping
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import spec as spec_lib
@@ -62,8 +62,7 @@ class DigestTable:
     pages: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ArrayRecord:
+class ArrayRecord(NamedTuple):
     """Chunk shape and digests of one array.
 
     Attributes:
@@ -109,8 +108,8 @@ class ItemRecord:
         """
         return sum(
             _least_bytes(leaf.spec, self.arrays[leaf.name].chunk_shape)
-            for _, leaf in structure.iter_leaves(self.root)
-            if isinstance(leaf, structure.ArrayNode) and leaf.tied_to is None
+            for leaf in structure.iter_arrays(self.root)
+            if leaf.tied_to is None
         )
 
     def to_json(self) -> bytes:
@@ -234,22 +233,11 @@ def parse_item(data: bytes, path: object) -> ItemRecord:
         root = structure_json.from_json(record["structure"])
         files = file_list.from_json(record)
         table = _table(record.get("digests"), files)
-        if table is None:
-            arrays = {
-                string(name): ArrayRecord(structure_json.shape(shape), hex_digits(digests))
-                for name, (shape, digests) in record["arrays"].items()
-            }
-        else:
-            arrays = {
-                string(name): ArrayRecord(structure_json.shape(shape), "", table.num_digests)
-                for name, (shape,) in record["arrays"].items()
-            }
-        arrays = _checked_arrays(root, arrays, block_bytes, table)
         return ItemRecord(
             item=string(record["item"]),
             handler=string(record["handler"]),
             root=root,
-            arrays=arrays,
+            arrays=_arrays(record["arrays"], _stored_specs(root), block_bytes, table),
             files=files,
             block_bytes=block_bytes,
             table=table,
@@ -310,49 +298,64 @@ def _parsing(path: object) -> Generator[None]:
         ) from error
 
 
-def _checked_arrays(
-    root: structure.Node,
-    arrays: Mapping[str, ArrayRecord],
-    block_bytes: int,
-    table: DigestTable | None,
-) -> dict[str, ArrayRecord]:
-    """Returns the arrays with their number of digests, once each has a record that fits it."""
-    checked: dict[str, ArrayRecord] = dict(arrays)
-    expected: set[str] = set()
+def _stored_specs(root: structure.Node) -> dict[str, spec_lib.ArraySpec]:
+    """Returns the arrays that hold bytes, by name, once tied leaves are like those."""
     specs: dict[str, spec_lib.ArraySpec] = {}
     tied: list[structure.ArrayNode] = []
-    for _, leaf in structure.iter_leaves(root):
-        if not isinstance(leaf, structure.ArrayNode):
-            continue
+    for leaf in structure.iter_arrays(root):
         if leaf.tied_to is not None:
             tied.append(leaf)
-            continue
-        expected.add(leaf.name)
-        specs[leaf.name] = leaf.spec
-        array = arrays[leaf.name]
-        grid = ChunkGrid(leaf.spec.shape, array.chunk_shape, block_bytes)
-        recorded = array.num_in_table or len(array.xxh3) // 16
-        blocks = _num_blocks(leaf.spec, grid, recorded)
-        if table is not None:
-            checked[leaf.name] = dataclasses.replace(array, num_in_table=blocks)
-        elif len(array.xxh3) != 16 * blocks:
-            raise ValueError(f"array {leaf.name!r} has {len(array.xxh3)} digits of digest")
-    if expected != set(arrays):
-        raise ValueError(f"arrays {sorted(expected ^ set(arrays))} are listed once only")
+        elif (spec := specs.setdefault(leaf.name, leaf.spec)) is not leaf.spec:
+            raise ValueError(f"two arrays {leaf.name!r}: {spec} and {leaf.spec}")
     for leaf in tied:
         if specs.get(str(leaf.tied_to)) != leaf.spec:
             raise ValueError(f"{leaf.name!r} is tied to {leaf.tied_to!r}, which is not the same")
-    if table and sum(array.num_in_table for array in checked.values()) != table.num_digests:
+    return specs
+
+
+def _arrays(
+    listed: Json,
+    specs: Mapping[str, spec_lib.ArraySpec],
+    block_bytes: int,
+    table: DigestTable | None,
+) -> dict[str, ArrayRecord]:
+    """Returns the records of arrays, once each fits its array."""
+    if specs.keys() != listed.keys():
+        raise ValueError(f"arrays {sorted(specs.keys() ^ listed.keys())} are listed once only")
+    arrays: dict[str, ArrayRecord] = {}
+    num_digests = 0
+    for name, (sizes, *digests) in listed.items():
+        spec, chunk_shape = specs[name], structure_json.shape(sizes)
+        text = "" if table else hex_digits(*digests)
+        recorded = table.num_digests if table else len(text) // 16
+        fitting = _fitting(spec.shape, spec.itemsize_bytes, chunk_shape, block_bytes, recorded)
+        num_digests += fitting.num_in_table
+        if table is None:
+            if len(text) != 16 * fitting.num_in_table:
+                raise ValueError(f"array {name!r} has {len(text)} digits of digest")
+            fitting = ArrayRecord(chunk_shape, text)
+        elif digests:
+            raise ValueError(f"array {name!r} has digests beside those in the table")
+        arrays[name] = fitting
+    if table and num_digests != table.num_digests:
         raise ValueError(f"{table.num_digests} digests for other numbers of blocks")
-    return checked
+    return arrays
 
 
 @functools.lru_cache(maxsize=4096)
-def _num_blocks(spec: spec_lib.ArraySpec, grid: ChunkGrid, recorded: int) -> int:
-    if grid.num_chunks > recorded:
-        # A hostile shape may have 2^62 chunks: do not count them one by one.
-        return grid.num_chunks
-    return digest_offsets(grid, spec.itemsize_bytes)[-1]
+def _fitting(
+    shape: tuple[int, ...],
+    itemsize_bytes: int,
+    chunk_shape: tuple[int, ...],
+    block_bytes: int,
+    recorded: int,
+) -> ArrayRecord:
+    """Returns the record of an array whose digests are in a table; equal arrays share it."""
+    grid = ChunkGrid(shape, chunk_shape, block_bytes)
+    # A hostile shape may have 2^62 chunks: do not count them one by one.
+    is_hostile = grid.num_chunks > recorded
+    blocks = grid.num_chunks if is_hostile else digest_offsets(grid, itemsize_bytes)[-1]
+    return ArrayRecord(chunk_shape, "", blocks)
 
 
 # ------------------------------------------------------------------------------------ small parts

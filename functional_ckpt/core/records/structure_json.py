@@ -141,7 +141,7 @@ def _check_tensor(spec: ArraySpec, detail: dict[str, object]) -> None:
 
 def shape(value: Json) -> tuple[int, ...]:
     """A shape as JSON has it, as a tuple of integers."""
-    return tuple(integer(size) for size in value)
+    return tuple(map(integer, value))
 
 
 def _key_to_json(key: structure.Key) -> Json:

@@ -342,5 +342,16 @@ def iter_leaves(
                 keys.pop()
 
 
+def iter_arrays(root: Node) -> Iterator[ArrayNode]:
+    """Every array, in the order of `iter_leaves`."""
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ArrayNode):
+            yield node
+        elif isinstance(node, BranchNode):
+            todo.extend(reversed(node.children))
+
+
 def _pairs(node: BranchNode) -> Iterator[tuple[Key, Node]]:
     return zip(node.keys, node.children, strict=True)
