@@ -100,14 +100,17 @@ def plan_files(
         tied: Name of a leaf that shares the memory of an array -> the array's name.
         rank: The rank, by which the padding of two files has different names.
     """
+    sizes = [each.size_bytes for each in boxes]
     tensors = [place for place, each in enumerate(boxes) if _fits(each)]
     chunks = sorted({*range(len(boxes))} - {*tensors})
     aliases: dict[str, list[str]] = {}
     for alias, owner in (tied or {}).items():
         aliases.setdefault(owner, []).append(alias)
     planned = [
-        _plan_tensors(boxes, group, aliases, f"{_PADDING}.{rank}.{number}" if is_sharded else "")
-        for number, group in enumerate(_deal(boxes, tensors))
+        _plan_tensors(
+            boxes, sizes, group, aliases, f"{_PADDING}.{rank}.{number}" if is_sharded else ""
+        )
+        for number, group in enumerate(_deal(boxes, sizes, tensors))
     ]
     return [*planned, *([_plan_chunks(boxes, chunks)] if chunks else [])]
 
@@ -168,37 +171,45 @@ class _File:
 
     def __init__(self) -> None:
         self.members: list[int] = []
+        self.is_full = False
         self._names: set[str] = set()
         self._header_bytes = 0
 
     def takes(self, box: StoredBox) -> bool:
         """Adds a box's name, if there is space for it and it is not there yet."""
+        if box.name in self._names:
+            return False
         header_bytes = self._header_bytes + header_lib.entry_bytes(box.name, len(box.spec.shape))
-        is_full = len(self.members) >= header_lib.MAX_TENSORS
-        if is_full or box.name in self._names or header_bytes > header_lib.MAX_HEADER_BYTES:
+        is_long = header_bytes > header_lib.MAX_HEADER_BYTES
+        if is_long or len(self.members) >= header_lib.MAX_TENSORS:
+            self.is_full = True
             return False
         self._names.add(box.name)
         self._header_bytes = header_bytes
         return True
 
 
-def _deal(boxes: Sequence[StoredBox], tensors: Sequence[int]) -> list[list[int]]:
+def _deal(
+    boxes: Sequence[StoredBox], sizes: Sequence[int], tensors: Sequence[int]
+) -> list[list[int]]:
     """Returns the boxes of each file: the largest first, each to the smallest file."""
-    total = sum(boxes[index].size_bytes for index in tensors)
+    total = sum([sizes[index] for index in tensors])
     count = min(NUM_FILES, max(1, total // BYTES_PER_FILE), len(tensors))
     files = [_File() for _ in range(count)]
-    heap = [(0, number) for number in range(count)]
-    for index in sorted(tensors, key=lambda index: -boxes[index].size_bytes):
+    heap = [(0, number) for number in range(count)]  # of the files that are not full
+    for index in sorted(tensors, key=lambda index: -sizes[index]):
         skipped: list[tuple[int, int]] = []
         while heap and not files[heap[0][1]].takes(boxes[index]):
-            skipped.append(heapq.heappop(heap))
+            refusing = heapq.heappop(heap)
+            if not files[refusing[1]].is_full:
+                skipped.append(refusing)
         if not heap:
             heap = [(0, len(files))]
             files.append(_File())
             files[-1].takes(boxes[index])
         size_bytes, number = heap[0]
         files[number].members.append(index)
-        heapq.heapreplace(heap, (size_bytes + boxes[index].size_bytes, number))
+        heapq.heapreplace(heap, (size_bytes + sizes[index], number))
         for each in skipped:
             heapq.heappush(heap, each)
     return [sorted(file.members) for file in files]
@@ -206,6 +217,7 @@ def _deal(boxes: Sequence[StoredBox], tensors: Sequence[int]) -> list[list[int]]
 
 def _plan_tensors(
     boxes: Sequence[StoredBox],
+    sizes: Sequence[int],
     group: Sequence[int],
     aliases: Mapping[str, Sequence[str]],
     padding: str,
@@ -216,18 +228,19 @@ def _plan_tensors(
     then by the padding that their last chunks need. Where too few bytes follow a chunk at the end,
     complete arrays get chunks that divide them, and a tensor of padding is added to the others.
     """
-    order = sorted(group, key=lambda i: (-_alignment(boxes[i]), -_missing_bytes(boxes[i])))
+    missing = {index: _missing_bytes(boxes[index]) for index in group}
+    order = sorted(group, key=lambda index: (-_alignment(sizes[index]), -missing[index]))
     tensors: list[Tensor] = []
     end = 0
     for index in order:
         box = boxes[index]
         tensors.append(Tensor(box.name, box.spec.dtype, box.box.shape, end))
-        end = tensors[-1].end
+        end += sizes[index]
     grids: list[ChunkGrid] = []
     most_missing = 0
     for index, tensor in zip(order, tensors, strict=True):
         grid = boxes[index].grid
-        missing_bytes = _missing_bytes(boxes[index]) - (end - tensor.end)
+        missing_bytes = missing[index] - (end - tensor.start - sizes[index])
         if missing_bytes > 0 and not padding:
             grid = choose_grid(boxes[index].spec, is_even=True)
         grids.append(grid)
@@ -320,9 +333,8 @@ def _iter_chunks(
         yield StoredChunk(index, grid.key(index).encode(), start)
 
 
-def _alignment(box: StoredBox) -> int:
+def _alignment(size_bytes: int) -> int:
     """Returns the power of two that the end of a box is aligned to, if its start is."""
-    size_bytes = box.size_bytes
     return min(size_bytes & -size_bytes, _MAX_ALIGNMENT) if size_bytes else _MAX_ALIGNMENT
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from json.encoder import encode_basestring_ascii
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ class Tensor(NamedTuple):
 
 def entry_bytes(name: str, num_dims: int) -> int:
     """Returns an upper bound of the bytes of a tensor in a header, its offsets included."""
-    return 3 * len(json.dumps(name)) + 42 * num_dims + 130
+    return 3 * len(encode_basestring_ascii(name)) + 42 * num_dims + 130
 
 
 def encode(tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> bytes:
