@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from functional_ckpt import listeners as listeners
     from functional_ckpt import policies as policies
     from functional_ckpt import step_names as step_names
+    from functional_ckpt import transform as transform
     from functional_ckpt.checkpoint import metadata as metadata
     from functional_ckpt.checkpoint import restore as restore
     from functional_ckpt.checkpoint import save as save
@@ -119,6 +120,7 @@ __all__ = [
     "save",
     "step_names",
     "training_items",
+    "transform",
 ]
 
 

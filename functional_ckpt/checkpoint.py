@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
-from functional_ckpt.distributed.collective import collective
-from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
+from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.distributed.torch_store import default_coordinator
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers.base import Registry
@@ -25,10 +22,11 @@ from functional_ckpt.policies.checks import check_bool
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
-from functional_ckpt.saving import finalize, lower, retry, saver, stage, write
+from functional_ckpt.saving import lower, saver, single, stage
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.saving.claim import check_free
 from functional_ckpt.saving.options import Blocking
+from functional_ckpt.saving.parts import StagedItem
 from functional_ckpt.steps.metadata import StepMetadata, checkpoint_metadata
 from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
@@ -86,58 +84,13 @@ def save(
             planning.items = lower.lower(
                 items, chosen(registry), rank=group.rank, ranks=group.global_ranks
             )
-        published: list[str] = []
-        try:
-            _write(storage, final, planning, info, group, published, overwrite=overwrite)
-        except errors.StorageError as error:
-            # A checkpoint whose publishing failed may be visible.
-            if group.num_ranks > 1 or published or not retry.is_transient(error):
-                raise
-            _log.warning("writing %s again after: %s", final, error)
-            _write(storage, final, planning, info, group, published, overwrite=overwrite)
+
+        def staged() -> Sequence[StagedItem]:
+            return stage.Stager(Blocking()).stage(planning.items, planning.plan, None).items
+
+        single.write(storage, final, planning.items, staged, info, group, overwrite=overwrite)
     finally:
         group.close()
-
-
-def _write(
-    storage: Storage,
-    final: str,
-    planning: plan_lib.Planning,
-    info: finalize.CheckpointInfo,
-    group: Coordinator,
-    published: list[str],
-    *,
-    overwrite: bool,
-) -> None:
-    """Writes every rank's part into a temporary directory, which the primary publishes.
-
-    `published` gets the directory before it is published.
-    """
-    commits = commit.protocol(storage, os.path.dirname(final))
-    with contextlib.ExitStack() as cleanup:
-        begun = write.begin(
-            group,
-            f"starting to save {final}",
-            planning.items,
-            os.path.dirname(final),
-            lambda: cleanup.enter_context(commits.claimed(final)),
-            has_token=storage.objects is not None,
-        )
-        tmp = begun.tmp
-        reports: dict[int, write.RankReport] = {}
-
-        def finish(_: Sequence[bytes]) -> bytes:
-            every = write.every_report(storage, begun, reports[0], group.num_ranks)
-            finalize.finalize(
-                storage, tmp, planning.items, every, info, time.time_ns(), begun.token
-            )
-            published.append(tmp)
-            commits.publish_claim(tmp, final, overwrite=overwrite)
-            return b""
-
-        with collective(group, f"saving {final}", finish):
-            staged = stage.Stager(Blocking()).stage(planning.items, planning.plan, None)
-            reports[group.rank] = write.write_part(storage, begun, staged.items, group)
 
 
 def restore(
@@ -172,7 +125,7 @@ def restore(
     if isinstance(path, Source):
         open_checkpoint = functools.partial(opened.open_source, path)
     else:
-        open_checkpoint = functools.partial(_open, *connect(path, storage), warns=into is None)
+        open_checkpoint = functools.partial(open_path, *connect(path, storage), warns=into is None)
     return restore_lib.restore_checkpoint(open_checkpoint, into, chosen(registry), how)
 
 
@@ -187,10 +140,10 @@ def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) ->
         StepNotFoundError: There is no checkpoint.
         CorruptCheckpointError: Its records are damaged.
     """
-    return checkpoint_metadata(_open(*connect(path, storage), warns=False))
+    return checkpoint_metadata(open_path(*connect(path, storage), warns=False))
 
 
-def _open(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.OpenCheckpoint:
+def open_path(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.OpenCheckpoint:
     """Opens a checkpoint; if there is none, the error describes the path and the fix.
 
     `warns` says whether files that a foreign format leaves out are named by a warning.

@@ -57,6 +57,7 @@ FLOORS: dict[str, int] = {
     "step_names.py": 12,
     "listeners.py": 12,
     "testing/*": 12,
+    "transform/*": 12,
     "cli/*": 13,
     "__*__.py": 14,  # __init__.py and __main__.py
 }

@@ -10,10 +10,10 @@ from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output, targets
-from functional_ckpt.cli.stored_arrays import OpenArrays, StoredArray
 from functional_ckpt.core.arrays.spec import Box
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.format.stored_arrays import OpenArrays, StoredArray
 
 # Larger arrays are abridged, unless --json asks for every number.
 _MAX_ELEMENTS = 1000

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from functional_ckpt.cli import trees
-from functional_ckpt.cli.stored_arrays import SLAB_BYTES, OpenArrays, StoredArray
 from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 from functional_ckpt.core.tree import long_lists, structure
 from functional_ckpt.format.checkpoint_dir import OpenItem
+from functional_ckpt.format.stored_arrays import SLAB_BYTES, OpenArrays, StoredArray
 
 if TYPE_CHECKING:
     import numpy as np

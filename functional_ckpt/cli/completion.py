@@ -29,7 +29,8 @@ def _steps(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[st
     from functional_ckpt.cli import targets
 
     given = vars(parsed_args)
-    text = given.get("directory") or given.get("checkpoint") or given.get("a")
+    names = ("directory", "checkpoint", "source", "a")
+    text = next((given[name] for name in names if given.get(name)), None)
     try:
         root = targets.find(text[0] if isinstance(text, list) else str(text), parsed_args.prefix)
     except (errors.CheckpointError, OSError):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,21 +63,12 @@ def _pair(arguments: argparse.Namespace) -> list[targets.Checkpoint]:
         except argparse.ArgumentTypeError as error:
             raise errors.UsageError(f"diff DIR STEP STEP: {error}.") from error
         named = [(arguments.a, word), (arguments.a, arguments.number)]
-    elif (word := _step_of(arguments.b)) is not None:
+    elif (word := step_words.step_of(arguments.b)) is not None:
         named = [(arguments.a, word), (arguments.a, "latest")]
     return [
         targets.checkpoint_of(text, step, arguments.prefix, opens_foreign=True)
         for text, step in named
     ]
-
-
-def _step_of(text: str) -> step_words.StepWord | None:
-    """Returns the step that a text names, unless it names a file or directory, or neither."""
-    if os.path.exists(text):
-        return None
-    with contextlib.suppress(argparse.ArgumentTypeError):
-        return step_words.parse(text)
-    return None
 
 
 def _names(

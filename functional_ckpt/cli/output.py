@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import datetime
@@ -80,6 +81,14 @@ def as_json(record: dict[str, Any]) -> None:
     """Prints a record as JSON; non-finite numbers become text (`"nan"`, `"inf"`)."""
     text = json.dumps(plain(record), indent=2, allow_nan=False)
     sys.stdout.write(f"{text}\n")
+
+
+def summary(command: str, arguments: argparse.Namespace, source: str, path: str) -> None:
+    """Prints which checkpoint was made of which."""
+    if arguments.json:
+        as_json({"schema": f"fckpt.{command}/1", "path": path, "checkpoint": source})
+    else:
+        print(printable(f"{source} -> {path}"))
 
 
 def plain(value: Any) -> Any:

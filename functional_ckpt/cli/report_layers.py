@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 from functional_ckpt.cli import compare
 from functional_ckpt.cli.report_record import Comparison, LayerChange
-from functional_ckpt.cli.stored_arrays import OpenArrays, StoredArray
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
+from functional_ckpt.format.stored_arrays import OpenArrays, StoredArray
 
 _SLAB_BYTES = 16 * 2**20
 

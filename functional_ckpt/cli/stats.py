@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from functional_ckpt import errors
 from functional_ckpt.cli import output, targets
 from functional_ckpt.cli.show import chosen_items
-from functional_ckpt.cli.stored_arrays import SLAB_BYTES, OpenArrays, StoredArray
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.format.stored_arrays import SLAB_BYTES, OpenArrays, StoredArray
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, TypeAlias
@@ -49,6 +51,15 @@ def parse(text: str) -> StepWord:
     raise argparse.ArgumentTypeError(
         f"expected a step's number, latest, or best:METRIC[:min|max]; got {text!r}"
     )
+
+
+def step_of(text: str) -> StepWord | None:
+    """Returns the step that a text names, unless it names a file or directory, or neither."""
+    if os.path.exists(text):
+        return None
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return parse(text)
+    return None
 
 
 def split_mode(text: str) -> tuple[str, Mode | None]:

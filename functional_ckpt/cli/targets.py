@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from functional_ckpt import errors
 from functional_ckpt.cli import step_words
@@ -102,9 +102,7 @@ class Root:
             raise errors.StepNotFoundError(f"{self.path} has no step yet.", path=self.path)
         if word == "latest":
             return self.latest
-        metrics = {
-            info.step: dict(history.finite_metrics(info.metrics or {})) for info in self.history()
-        }
+        metrics = metrics_of(self.history())
         names = {name for each in metrics.values() for name in each}
         name, mode = step_words.find_metric(word.removeprefix("best:"), names)
         return step_words.best_step(metrics, name, mode or step_words.mode_of(name) or "max")
@@ -128,6 +126,11 @@ class Root:
         commits = commit.protocol(self.storage, self.path)
         folders = [n for n in self.strays if commits.commit_id(os.path.join(self.path, n))]
         return {step: name for name in folders if (step := self.names.parse(name)) is not None}
+
+
+def metrics_of(infos: Iterable[StepInfo]) -> dict[int, dict[str, float]]:
+    """Returns the finite metrics of steps."""
+    return {info.step: dict(history.finite_metrics(info.metrics or {})) for info in infos}
 
 
 def find(text: str, prefix: str | None = None, *, opens_foreign: bool = False) -> Root | Checkpoint:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -20,7 +19,7 @@ import xxhash
 from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES, ChunkGrid
 from functional_ckpt.core.arrays.digests import BlockDigests, digest_blocks
 from functional_ckpt.core.arrays.spec import Array, ArraySpec, Box
-from functional_ckpt.core.files.file_plan import FilePlan, stored_chunks
+from functional_ckpt.core.files.file_plan import FilePlan, chunk_bytes, stored_chunks
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.format.data_file import DataFile
 from functional_ckpt.format.process import check_process
@@ -32,6 +31,19 @@ from functional_ckpt.storage.new_file import BLOCK_BYTES
 _ZEROS = np.zeros(STEP_BYTES, np.uint8)
 
 
+class Pieces(NamedTuple):
+    """A region of an array that is made while it is written, for less memory than it takes.
+
+    Attributes:
+        nbytes: Its size.
+        of: Yields the elements of a chunk in C order, piece by piece; a piece is used before the
+            next one is asked for.
+    """
+
+    nbytes: int
+    of: Callable[[Box], Iterator[Array]]
+
+
 class ArrayWrite(NamedTuple):
     """One region of one array, to be written.
 
@@ -40,7 +52,7 @@ class ArrayWrite(NamedTuple):
         spec: The array.
         grid: Its chunks.
         box: The region `data` holds; its edges are on the grid, or at the array's end.
-        data: Host memory of the region; may be strided.
+        data: Host memory of the region, which may be strided; or its pieces.
         is_stable: Whether `data` does not change until the write is done. If it may, its digest is
             taken of a copy.
         on_copied: Called with the number of bytes of `data` that are no longer needed, if the
@@ -51,7 +63,7 @@ class ArrayWrite(NamedTuple):
     spec: ArraySpec
     grid: ChunkGrid
     box: Box
-    data: Array
+    data: Array | Pieces
     is_stable: bool = False
     on_copied: Callable[[int], None] | None = None
 
@@ -171,7 +183,10 @@ class _Part:
                 file.append(np.frombuffer(plan.header, np.uint8))
             append = _append_tensor if plan.has_tensors else _append_chunks
             for member, write in zip(plan.members, self.writes, strict=True):
-                digests = append(file, write)
+                if isinstance(write.data, Pieces):
+                    digests = _append_pieces(file, write, write.data, is_tensor=plan.has_tensors)
+                else:
+                    digests = append(file, write, write.data)
                 if write.on_copied is not None:
                     write.on_copied(write.data.nbytes)
                 if on_written is not None:
@@ -193,9 +208,25 @@ class _Part:
             storage.sync(self._path)
 
 
-def _append_tensor(file: DataFile, write: ArrayWrite) -> str:
+def _append_pieces(file: DataFile, write: ArrayWrite, data: Pieces, *, is_tensor: bool) -> str:
+    """Adds a region of one writer, each chunk of which is a run of its bytes; returns digests."""
+    grid, digests = write.grid, list[str]()
+    for index in grid.indices(write.box):
+        start, blocks = file.size_bytes, BlockDigests()
+        for piece in data.of(grid.box(index)):
+            flat = piece.reshape(-1).view(np.uint8)
+            blocks.update(flat.data)
+            file.append(flat)
+        digests.append(blocks.hexdigests())
+        if not is_tensor:
+            full_bytes = chunk_bytes(grid, write.spec.itemsize_bytes)
+            _append_zeros(file, start + full_bytes - file.size_bytes)
+    return "".join(digests)
+
+
+def _append_tensor(file: DataFile, write: ArrayWrite, data: Array) -> str:
     """Adds a region as it is; returns the digests of its chunks."""
-    data, grid = write.data, write.grid
+    grid = write.grid
     if not data.size:
         return ""
     if write.box.shape == grid.chunk_shape:
@@ -218,13 +249,13 @@ def _append_tensor(file: DataFile, write: ArrayWrite) -> str:
     )
 
 
-def _append_chunks(file: DataFile, write: ArrayWrite) -> str:
+def _append_chunks(file: DataFile, write: ArrayWrite, region: Array) -> str:
     """Adds a region chunk by chunk, each in its full shape; returns the digests."""
     grid = write.grid
-    full_bytes = math.prod(grid.chunk_shape) * write.data.itemsize
+    full_bytes = chunk_bytes(grid, region.itemsize)
     digests: list[str] = []
     for index in grid.indices(write.box):
-        data = write.data[_inside(write, index).slices()]
+        data = region[_inside(write, index).slices()]
         if data.shape[1:] != grid.chunk_shape[1:]:
             own = data if write.is_stable else data.copy()
             file.append(_padded(own, grid).reshape(-1).view(np.uint8))

@@ -129,7 +129,8 @@ def export(
     options = Options.of(max_shard_size, key_prefix, variant, format)
     opened = checkpoint_dir.open_checkpoint(*connect(step))
     given = weights.of_step(opened, item)
-    own = stored_files.configs_of(opened, item)
+    configs = stored_files.configs_of(opened.tree(item))
+    own = {name.removeprefix(hub_config.RUNTIME): text for name, text in configs.items()}
     stored = None if key_prefix else stored_files.of_item(opened, item)
     if stored is None or not stored.is_on_hub or not options.takes(stored, path):
         held = [] if stored is None else [name for each in stored.names.values() for name in each]

@@ -89,17 +89,15 @@ def of_item(opened: checkpoint_dir.OpenCheckpoint, item: str) -> StoredFiles | N
     return StoredFiles(saved.path, files, names, is_on_hub)
 
 
-def configs_of(opened: checkpoint_dir.OpenCheckpoint, item: str) -> dict[str, str]:
-    """Returns the configuration files of an item of a model, by their names on the hub."""
-    saved = opened.tree(item)
+def configs_of(saved: checkpoint_dir.OpenItem) -> dict[str, str]:
+    """Returns the configuration files of an item of a model, by their names in the item."""
     found: dict[str, str] = {}
     for name, file in {} if saved.record is None else saved.record.files.items():
-        known = name.removeprefix(RUNTIME)
-        if known in CONFIGS:
+        if name.removeprefix(RUNTIME) in CONFIGS:
             path = os.path.join(saved.path, name)
-            data = opened.storage.read(path)
+            data = saved.storage.read(path)
             step_files.check_content(path, data, file)
-            found[known] = data.decode()
+            found[name] = data.decode()
     return found
 
 

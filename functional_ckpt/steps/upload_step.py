@@ -63,7 +63,7 @@ class Upload:
             StepExistsError: The tier holds another commit of the step, and may not lose it.
         """
         self._commits.finish_overwrite()
-        files, identity = self._files()
+        files, identity = files_of(self._local, self._source)
         if self._commits.is_committed(self._final):
             if _record_digest(self._remote, self._final) == identity:
                 self._commits.end_uploads(self._final)
@@ -134,32 +134,6 @@ class Upload:
                 path=self._final,
             )
 
-    def _files(self) -> tuple[dict[str, records.FileRecord], str]:
-        """Returns the step's files by its own records, and the identity of its commit.
-
-        A listing is not sufficient: a missed file would be missing in the copy. Files without a
-        record, such as those of a foreign step, are described from their content.
-        """
-        path = os.path.join(self._source, records.EXTENSION_FILE)
-        found: dict[str, records.FileRecord] = {}
-        data = queries.read_optional(self._local, path)
-        identity = None
-        if data is not None:
-            identity = records.digest_hex(data)
-            found = {records.EXTENSION_FILE: records.FileRecord(len(data), identity)}
-            record = records.parse_step(data, path)
-            found |= record.files
-            for item, kind in record.items.items():
-                if kind == "tree":
-                    path = os.path.join(self._source, item, records.EXTENSION_FILE)
-                    files = records.parse_item(self._local.read(path), path).files
-                    found |= {f"{item}/{name}": file for name, file in files.items()}
-        for name in self._local.walk(self._source):
-            path = os.path.join(self._source, name)
-            if name not in found and queries.kind(self._local, path) == "a file":
-                found[name] = self._local.checksum(path)
-        return found, identity or _digest_of(found)
-
     def _send(self, name: str, expected: records.FileRecord, place: str, identity: str) -> None:
         source = os.path.join(self._source, name)
         if not queries.exists(self._local, source) or self._local.checksum(source) != expected:
@@ -195,12 +169,39 @@ class Upload:
             ]
         for name in (*wrong, *(name for name in arrived if name not in files and name != NOTE)):
             self._remote.remove(os.path.join(place, name))
-        if wrong or self._files()[1] != identity:
+        if wrong or files_of(self._local, self._source)[1] != identity:
             raise errors.StorageError(
                 f"{self._final}: {len(wrong)} files have the wrong size or digest after upload, or "
                 "the step was overwritten during it; retrying.",
                 path=self._final,
             )
+
+
+def files_of(storage: Storage, path: str) -> tuple[dict[str, records.FileRecord], str]:
+    """Returns a checkpoint's files by its own records, and the identity of its commit.
+
+    A listing is not sufficient: a missed file would be missing in the copy. Files without a
+    record, such as those of a foreign step, are described from their content.
+    """
+    file = os.path.join(path, records.EXTENSION_FILE)
+    found: dict[str, records.FileRecord] = {}
+    data = queries.read_optional(storage, file)
+    identity = None
+    if data is not None:
+        identity = records.digest_hex(data)
+        found = {records.EXTENSION_FILE: records.FileRecord(len(data), identity)}
+        record = records.parse_step(data, file)
+        found |= record.files
+        for item, kind in record.items.items():
+            if kind == "tree":
+                file = os.path.join(path, item, records.EXTENSION_FILE)
+                files = records.parse_item(storage.read(file), file).files
+                found |= {f"{item}/{name}": file for name, file in files.items()}
+    for name in storage.walk(path):
+        file = os.path.join(path, name)
+        if name not in found and queries.kind(storage, file) == "a file":
+            found[name] = storage.checksum(file)
+    return found, identity or _digest_of(found)
 
 
 def _record_digest(storage: Storage, path: str) -> str | None:

@@ -98,6 +98,19 @@ def test_files_have_the_names_that_transformers_would_write(kind: str, tmp_path:
     check_pretrained(model, tmp_path / "step" / "model")
 
 
+@pytest.mark.parametrize("kind", ["renamed", "tied"])
+def test_merged_and_cast_models_are_directories_of_the_hub(kind: str, tmp_path: Path) -> None:
+    model = saved(kind, tmp_path / "step")
+    fc.transform.merge([tmp_path / "step"] * 3, tmp_path / "mean")
+    assert stored_names(tmp_path / "mean" / "model") == stored_names(tmp_path / "step" / "model")
+    check_pretrained(model, tmp_path / "mean" / "model")
+    fc.transform.edit(tmp_path / "mean", tmp_path / "half", cast={"model": "bfloat16"})
+    loaded = type(model).from_pretrained(tmp_path / "half" / "model")
+    assert loaded.dtype == torch.bfloat16
+    state = model.bfloat16().state_dict()
+    assert all(torch.equal(state[name], each) for name, each in loaded.state_dict().items())
+
+
 def test_a_model_with_other_tensors_claims_no_directory_of_the_hub(tmp_path: Path) -> None:
     model = saved("converted", tmp_path / "step")
     files = set(os.listdir(tmp_path / "step" / "model"))

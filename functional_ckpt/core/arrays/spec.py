@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -171,6 +171,22 @@ class Box:
     def relative_to(self, origin: tuple[int, ...]) -> Box:
         """Returns the same region with `origin` as index zero."""
         return Box(tuple(o - b for o, b in zip(self.offset, origin, strict=True)), self.shape)
+
+    def cut(self, max_elements: int) -> Iterator[Box]:
+        """Yields parts of at most so many elements, each a run of this box's in C order.
+
+        >>> [part.shape for part in Box((0, 0), (3, 4)).cut(8)]
+        [(2, 4), (1, 4)]
+        """
+        if self.num_elements <= max_elements:
+            yield self
+            return
+        dim = next(dim for dim, size in enumerate(self.shape) if size > 1)
+        before, size, after = self.shape[:dim], self.shape[dim], self.shape[dim + 1 :]
+        step = max(1, max_elements * size // self.num_elements)
+        for start in range(0, size, step):
+            offset = (*self.offset[:dim], self.offset[dim] + start, *self.offset[dim + 1 :])
+            yield from Box(offset, (*before, min(step, size - start), *after)).cut(max_elements)
 
     def slices(self) -> tuple[Any, ...]:
         """The box as an index expression; the ellipsis makes it a view of a 0-dim array too."""

@@ -72,6 +72,10 @@ class Renaming:
         entries = [(path, node) for path, (node, _) in renamed.items()]
         return _grow(entries, (), branches, item)
 
+    def name(self, old: str) -> str:
+        """Returns the new name of a prefix of leaves' names."""
+        return self._rules.apply(old)[0] or old
+
     def check_used(self) -> None:
         """Raises `UsageError` for a rule that renamed nothing, once everything was renamed."""
         unused = [n for index, n in enumerate(self._rules.names) if index not in self._used]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import Box, numpy_dtype
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format.checkpoint_dir import OpenItem
@@ -40,13 +42,16 @@ class StoredArray:
 
     Attributes:
         node: Its node in the item's structure.
-        digests: The digests of its chunks; None where there are none.
     """
 
     def __init__(self, arrays: OpenArrays, node: structure.ArrayNode) -> None:
         self._arrays = arrays
         self.node = node
-        self.digests = arrays.opened.digests(node)
+
+    @property
+    def digests(self) -> Digests | None:
+        """The digests of its chunks; None where there are none."""
+        return self._arrays.opened.digests(self.node)
 
     @property
     def is_numeric(self) -> bool:
@@ -58,8 +63,12 @@ class StoredArray:
         import numpy as np
 
         data = np.empty(box.shape, numpy_dtype(self.node.spec.dtype))
-        destination = Destination(lambda: data, lambda: None)
-        request = self._arrays.opened.request(self.node, box, destination)
-        for task in self._arrays.reader.tasks([request]):
+        for task in self.tasks(box, data):
             task()
         return data
+
+    def tasks(self, box: Box, memory: np.ndarray[Any, Any]) -> list[Callable[[], None]]:
+        """Returns the tasks that read a region into memory of its shape; a disk starts at once."""
+        destination = Destination(lambda: memory, lambda: None)
+        request = self._arrays.opened.request(self.node, box, destination)
+        return self._arrays.reader.tasks([request])

@@ -1,0 +1,333 @@
+"""Writes a checkpoint of which the arrays are made, piece by piece, of stored ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from functional_ckpt import checkpoint, errors
+from functional_ckpt.core.arrays.rounding import is_floating, rounded
+from functional_ckpt.core.arrays.spec import Array, Box, numpy_dtype
+from functional_ckpt.core.files import safetensors_header
+from functional_ckpt.core.records import orbax
+from functional_ckpt.core.tree import structure
+from functional_ckpt.distributed.coordinator import SingleProcess
+from functional_ckpt.format import checkpoint_dir, index, step_files
+from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
+from functional_ckpt.format.stored_arrays import OpenArrays, StoredArray
+from functional_ckpt.format.write_files import ArrayWrite, Pieces
+from functional_ckpt.handlers.hub_config import RUNTIME
+from functional_ckpt.handlers.pytree import PyTreeHandler
+from functional_ckpt.interop import atomic_output, stored_files
+from functional_ckpt.saving import finalize, lower, single
+from functional_ckpt.saving.parts import StagedItem
+from functional_ckpt.saving.plan import PlannedPart, SavePlanner
+from functional_ckpt.storage import commit, queries
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.open import connect
+
+Report: TypeAlias = Callable[[int, int], None]
+"""Called with the bytes that were read so far, and with those to be read."""
+Combine: TypeAlias = Callable[[Iterator[Array]], Array]
+"""Makes a piece of an array of the same piece of each of its sources, one in memory at a time."""
+
+_PIECE_ELEMENTS = 2**19
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NewArray:
+    """An array to be written.
+
+    Attributes:
+        sources: The arrays that it is made of, of one shape and dtype.
+        combine: Makes it of these.
+    """
+
+    sources: Sequence[StoredArray]
+    combine: Combine = next
+
+    @property
+    def size_bytes(self) -> int:
+        """How much is read for it."""
+        return sum(source.node.spec.size_bytes for source in self.sources)
+
+    def pieces(self, box: Box, report: Callable[[int], None]) -> Iterator[Array]:
+        """Yields a region piece by piece; of the next piece, the disk already reads the bytes."""
+        dtype = numpy_dtype(self.sources[0].node.spec.dtype)
+        memory = np.empty(min(box.num_elements, _PIECE_ELEMENTS), dtype)
+        ahead: tuple[Array, list[list[Callable[[], None]]]] | None = None
+        for part in (*box.cut(_PIECE_ELEMENTS), None):
+            planned = None
+            if part is not None:
+                own = memory[: part.num_elements].reshape(part.shape)
+                planned = own, [source.tasks(part, own) for source in self.sources]
+            if ahead is not None:
+                yield self.combine(_read(*ahead))
+                report(ahead[0].nbytes * len(self.sources))
+            ahead = planned
+
+
+def _read(memory: Array, sources: Sequence[Sequence[Callable[[], None]]]) -> Iterator[Array]:
+    for tasks in sources:
+        for task in tasks:
+            task()
+        yield memory
+
+
+def narrowed(values: Array, dtype: str, name: str) -> Array:
+    """Returns values of float64, or complex128, in a storage dtype, each rounded once.
+
+    Raises:
+        UsageError: A number becomes infinite or NaN.
+    """
+    found = rounded(values, dtype)
+    lost = np.isfinite(values) & ~np.isfinite(found)
+    if lost.any():
+        raise errors.UsageError(
+            f"{name}: {values[lost].flat[0]:.6g} is out of the range of {dtype}. Choose a dtype "
+            "with a wider range, or leave this leaf out.",
+            key_path=name,
+        )
+    return found
+
+
+def arrays_of(root: structure.Node) -> dict[str, structure.ArrayNode]:
+    """Returns the arrays of an item by name, tied ones too."""
+    leaves = (leaf for _, leaf in structure.iter_leaves(root))
+    return {leaf.name: leaf for leaf in leaves if isinstance(leaf, structure.ArrayNode)}
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+class Input:
+    """A checkpoint to read from.
+
+    Attributes:
+        opened: The checkpoint.
+        trees: Its tree items that were opened, by name.
+    """
+
+    def __init__(self, path: Any, files: contextlib.ExitStack) -> None:
+        self.opened: OpenCheckpoint = checkpoint.open_path(*connect(path), warns=False)
+        self.trees: dict[str, OpenItem] = {}
+        self._arrays: dict[str, OpenArrays] = {}
+        self._files = files
+
+    def tree(self, name: str) -> OpenItem:
+        """Opens a tree item, once."""
+        if name not in self.trees:
+            self.trees[name] = self.opened.tree(name)
+            self._arrays[name] = OpenArrays(self.trees[name], self._files)
+        return self.trees[name]
+
+    def array(self, item: str, node: structure.ArrayNode) -> StoredArray:
+        """Returns an array of an opened item."""
+        return StoredArray(self._arrays[item], node)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NewItem:
+    """A tree item to be written.
+
+    Attributes:
+        name: Its name.
+        root: Its structure.
+        arrays: What each array that holds its own bytes is made of, by name.
+        like: The stored item whose handler, configuration and names on the hub it has.
+    """
+
+    name: str
+    root: structure.Node
+    arrays: Mapping[str, NewArray]
+    like: OpenItem
+
+    def lowered(self) -> lower.LoweredItem:
+        """Returns the item as a save has it, with tensors that have no values."""
+        nodes = list(arrays_of(self.root).values())
+        nothing = torch.empty(0, device="meta")
+        record = self.like.record
+        files = {} if record is None else record.files
+        texts = stored_files.configs_of(self.like)
+        is_model = any("model" in name for name in files if name.endswith(".safetensors"))
+        is_on_hub = is_model and not any(name.startswith(RUNTIME) for name in texts)
+        names = _stored_names(self.like) if is_on_hub else {}
+        return lower.LoweredItem(
+            name=self.name,
+            handler=PyTreeHandler.__name__ if record is None else record.handler,
+            root=self.root,
+            file_stem="model" if is_on_hub else "data",
+            texts=_with_dtype(texts, self.like.root, self.root),
+            stored_names={node.name: names[node.name] for node in nodes if node.name in names},
+            sources=tuple(lower.Source(n, nothing, None) for n in nodes if n.tied_to is None),
+            tied=tuple(node for node in nodes if node.tied_to is not None),
+            scalars=tuple(orbax.scalar_leaves(self.root)),
+        )
+
+
+def _with_dtype(
+    texts: Mapping[str, str], old: structure.Node, new: structure.Node
+) -> dict[str, str]:
+    """Returns configuration files of a model that name its dtype, if all of it has a new one."""
+    dtypes = _dtypes(new)
+    if len(dtypes) != 1 or dtypes == _dtypes(old):
+        return dict(texts)
+    found: dict[str, str] = {}
+    for name, text in texts.items():
+        config = json.loads(text)
+        config |= dict.fromkeys(config.keys() & {"dtype", "torch_dtype"}, *dtypes)
+        found[name] = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return found
+
+
+def _dtypes(root: structure.Node) -> set[str]:
+    return {node.dtype for node in arrays_of(root).values() if is_floating(node.dtype)}
+
+
+def _stored_names(saved: OpenItem) -> dict[str, str]:
+    """Returns the names of arrays in an item's data files, where they are others.
+
+    A program that reads these files looks for them. An array and a tensor with one place are one.
+    """
+    nodes = list(saved.array_nodes())
+    tied = {name: node.tied_to for name, node in arrays_of(saved.root).items()}
+    files = {} if saved.record is None else saved.record.files
+    tensors: dict[tuple[str, int], str] = {}
+    for file, record in files.items():
+        if not file.endswith(".safetensors"):
+            continue
+        header = step_files.read_header(saved.storage, f"{saved.path}/{file}", record.size_bytes)
+        found, metadata = safetensors_header.decode(header, record.size_bytes)
+        if safetensors_header.SHARDING in metadata:
+            return {}
+        tensors |= {(file, len(header) + each.start): each.name for each in found}
+    places = index.open_index(saved.storage, saved.path, files)
+    requests = [saved.request(node) for node in nodes]
+    places.load_for(requests)
+    names: dict[str, str] = {}
+    for node, request in zip(nodes, requests, strict=True):
+        if not request.parts:
+            continue
+        key = (structure.key_prefix(node.name) + request.parts[0].key).encode()
+        number, offset, _ = places.locations[key]
+        name = tensors.get((places.files[number], offset), node.name) if number >= 0 else node.name
+        if name != node.name:
+            names[node.name] = name
+            if tied.get(name) == node.name:
+                names[name] = node.name
+    return names
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+def check_new(storage: Storage, final: str) -> None:
+    """Raises unless nothing is at the path of a new checkpoint."""
+    commit.protocol(storage, os.path.dirname(final)).recover_claim(final)
+    if queries.exists(storage, final):
+        raise errors.StepExistsError(
+            f"{final} exists and is never overwritten. Choose another path, or remove it.",
+            path=final,
+        )
+    if checkpoint_dir.has_record(storage, os.path.dirname(final)):
+        raise errors.UsageError(
+            f"{os.path.dirname(final)} is a checkpoint, which holds no other one. Choose another "
+            "path.",
+            path=final,
+        )
+
+
+def write(
+    output: Any,
+    like: OpenCheckpoint,
+    items: Sequence[NewItem | lower.LoweredItem],
+    report: Report | None,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    custom_metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint with the progress and metadata of another one.
+
+    Args:
+        output: Its path; nothing is there.
+        like: The other one.
+        items: Its items; those of JSON are lowered.
+        report: Called after each piece.
+        metrics: Its metrics.
+        custom_metadata: Added to those of the other one.
+    """
+    storage, final = connect(output)
+    atomic_output.check_disjoint(like.path, final)
+    check_new(storage, final)
+    lowered = [item.lowered() if isinstance(item, NewItem) else item for item in items]
+    group = SingleProcess()
+    with SavePlanner(group).planning(None) as planning:
+        planning.items = lowered
+    arrays = {item.name: item.arrays for item in items if isinstance(item, NewItem)}
+    total = sum(array.size_bytes for each in arrays.values() for array in each.values())
+    count = Count(total, report)
+
+    def staged() -> list[StagedItem]:
+        count.start()
+        return [
+            StagedItem(
+                lowered=item,
+                files=planning.plan[item.name].files,
+                writes=tuple(
+                    to_write(arrays[item.name], item.sources[part.source].node, part)
+                    for part in planning.plan[item.name].parts
+                ),
+            )
+            for item in lowered
+        ]
+
+    def to_write(
+        own: Mapping[str, NewArray], node: structure.ArrayNode, part: PlannedPart
+    ) -> ArrayWrite:
+        pieces = functools.partial(own[node.name].pieces, report=count.add)
+        data = Pieces(part.box.num_elements * node.spec.itemsize_bytes, pieces)
+        return ArrayWrite(node.name, node.spec, part.grid, part.box, data)
+
+    info = finalize.CheckpointInfo(
+        step=None,
+        init_time_ns=time.time_ns(),
+        metrics=metrics,
+        progress=like.progress,
+        custom_metadata={**like.custom_metadata, **(custom_metadata or {})},
+    )
+    single.write(storage, final, lowered, staged, info, group)
+
+
+class Count:
+    """Counts bytes on any thread."""
+
+    def __init__(self, total: int, report: Report | None) -> None:
+        self._done, self._total, self._report = 0, total, report
+        self._mutex = threading.Lock()
+
+    def start(self) -> None:
+        """Counts from zero."""
+        self._done = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Adds bytes, and reports them."""
+        with self._mutex:
+            self._done += num_bytes
+            if self._report is not None:
+                self._report(self._done, self._total)
+
+
+def json_item(source: OpenCheckpoint, name: str, new_name: str | None = None) -> lower.LoweredItem:
+    """Returns a JSON item as it is stored."""
+    text = source.files.read(f"{name}/{step_files.JSON_FILE}")
+    return lower.LoweredItem(name=new_name or name, handler="JsonHandler", root=None, text=text)
