@@ -166,7 +166,7 @@ def _add_transforms(add: _Add) -> None:
     )
     edit = add(
         "edit",
-        "Write a checkpoint with leaves dropped, cast or renamed",
+        "Drop, cast or rename leaves, in a new checkpoint",
         "runs/digits -o small --keep model --cast bfloat16 --rename model.body=model.encoder",
     )
     edit.add_argument("checkpoint", help=_A_CHECKPOINT)

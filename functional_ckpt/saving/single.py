@@ -37,7 +37,7 @@ def write(
         storage: The store.
         final: The checkpoint's path, which was checked.
         items: The items.
-        staged: Returns what this rank writes of them.
+        staged: Returns this rank's part of them.
         info: The checkpoint's metadata.
         group: The ranks, all of which call.
         overwrite: Whether to replace an existing checkpoint.

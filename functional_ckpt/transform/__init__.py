@@ -1,7 +1,7 @@
 """Checkpoints made of checkpoints: means, edited ones and copies, piece by piece.
 
-An array is never in memory as a whole. All bytes that are read are compared with their digests, and
-a failure leaves nothing at the destination.
+Memory does not grow with an array. All bytes that are read are compared with their digests, and a
+failure leaves nothing at the destination.
 """
 
 from functional_ckpt.transform.copying import copy

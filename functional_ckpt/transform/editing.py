@@ -232,7 +232,7 @@ def _converted(pieces: Iterator[Array], *, dtype: str, where: str) -> Array:
 
 
 def _labelled(root: structure.Node) -> tuple[structure.Node, dict[str, str]]:
-    """Returns an item whose arrays are named by their places, and new name -> old name.
+    """Returns an item whose arrays are named by their paths, and new name -> old name.
 
     Raises:
         NameCollisionError: Two leaves have one name.

@@ -143,7 +143,7 @@ class NewItem:
     Attributes:
         name: Its name.
         root: Its structure.
-        arrays: What each array that holds its own bytes is made of, by name.
+        arrays: The sources of each array that holds its own bytes, by name.
         like: The stored item whose handler, configuration and names on the hub it has.
     """
 
@@ -197,7 +197,7 @@ def _dtypes(root: structure.Node) -> set[str]:
 def _stored_names(saved: OpenItem) -> dict[str, str]:
     """Returns the names of arrays in an item's data files, where they are others.
 
-    A program that reads these files looks for them. An array and a tensor with one place are one.
+    A program that reads these files looks for them. An array and a tensor with one offset are one.
     """
     nodes = list(saved.array_nodes())
     tied = {name: node.tied_to for name, node in arrays_of(saved.root).items()}

@@ -1,4 +1,4 @@
-"""fckpt merge, edit and cp: which steps they take, what they print, and their errors."""
+"""fckpt merge, edit and cp: the steps they take, their output, and their errors."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_the_rest_is_that_of_the_last_checkpoint(tmp_path: Path) -> None:
         "run": 2,
         "merged": {"checkpoints": [*map(str, paths)], "weights": [3, 1]},
     }
-    target = step(0)
+    target = step(2)
     fc.restore(tmp_path / "out", into=target)  # by the same call as its inputs
     weights = [state["model"][0].weight.detach().double() for state in states]
     assert torch.equal(target["model"][0].weight, ((weights[0] * 3 + weights[1]) / 4).float())

@@ -173,7 +173,7 @@ class Box:
         return Box(tuple(o - b for o, b in zip(self.offset, origin, strict=True)), self.shape)
 
     def cut(self, max_elements: int) -> Iterator[Box]:
-        """Yields parts of at most so many elements, each a run of this box's in C order.
+        """Yields parts of at most `max_elements`, each a run of this box's elements in C order.
 
         >>> [part.shape for part in Box((0, 0), (3, 4)).cut(8)]
         [(2, 4), (1, 4)]
