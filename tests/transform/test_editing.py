@@ -25,9 +25,9 @@ class Versioned(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.randn(2))
         self.seen: object = None
 
-    def _load_from_state_dict(self, state: Any, prefix: str, local: Any, *rest: Any) -> None:
-        self.seen = local.get("version")
-        super()._load_from_state_dict(state, prefix, local, *rest)
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.seen = arguments[2].get("version")
+        super()._load_from_state_dict(*arguments, **options)
 
 
 def saved(path: Path) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_a_renamed_optimizer_resumes_the_renamed_module(tmp_path: Path) -> None:
         "optimizer.state.1": "optimizer.state.norm",
     }
     edited(tmp_path, key_map=rules)
-    model = torch.nn.Sequential()
+    model: Any = torch.nn.Sequential()
     model.add_module("body", torch.nn.Linear(300, 200))
     model.add_module("norm", torch.nn.BatchNorm1d(200))
     optimizer = torch.optim.AdamW(model.parameters())

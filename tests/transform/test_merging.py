@@ -94,7 +94,7 @@ def test_the_mean_is_that_of_numpy(weights: list[float] | None, tmp_path: Path) 
 
 def step(number: int) -> dict[str, Any]:
     torch.manual_seed(number)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    model: Any = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     model[1].num_batches_tracked += number
     shared = torch.randn(5)
     return {
