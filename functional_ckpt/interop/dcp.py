@@ -15,7 +15,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -44,7 +44,7 @@ class _Part:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
+class Entry:
     """One entry of the flattened state dict."""
 
     name: str
@@ -60,7 +60,7 @@ def _fits(path: str) -> bool:
 
 
 def _open(path: str) -> Source:
-    items = items_of(_nest(_entries(path)), path, _is_tensor)
+    items = items_of(_nest(entries(path).values()), path, _is_tensor)
     openers = {name: functools.partial(_read_tree, path, node) for name, node in items.items()}
     return Source(path, "dcp", openers)
 
@@ -68,21 +68,22 @@ def _open(path: str) -> Source:
 # ------------------------------------------------------------------------------------------ index
 
 
-def _entries(path: str) -> list[_Entry]:
+def entries(path: str) -> dict[str, Entry]:
+    """Returns the entries of a directory's index, by name."""
     index = os.path.join(path, _INDEX)
     metadata = read_inert(hostile.read_small(index), index)
     try:
         stored = _parts(metadata.storage_data, path)
         keys = cast("Mapping[str, Any]", getattr(metadata, "planner_data", None) or {})
-        return [
-            _Entry(
+        return {
+            name: Entry(
                 name=name,
                 keys=tuple(keys.get(name, (name,))),
                 shape=tuple(record.size) if hasattr(record, "size") else None,
                 parts=tuple(stored.get(name, ())),
             )
             for name, record in metadata.state_dict_metadata.items()
-        ]
+        }
     except (AttributeError, TypeError, ValueError) as error:
         raise errors.CorruptCheckpointError(
             f"{index}: not the index of a distributed checkpoint ({error}).", path=index
@@ -125,7 +126,7 @@ def _parts(storage_data: Any, path: str) -> dict[str, list[_Part]]:
     return found
 
 
-def _nest(entries: Sequence[_Entry]) -> dict[Any, Any]:
+def _nest(entries: Iterable[Entry]) -> dict[Any, Any]:
     root: dict[Any, Any] = {}
     for entry in entries:
         node = root
@@ -141,7 +142,7 @@ def _nest(entries: Sequence[_Entry]) -> dict[Any, Any]:
 
 
 def _is_tensor(node: Any) -> bool:
-    return isinstance(node, _Entry) and node.shape is not None
+    return isinstance(node, Entry) and node.shape is not None
 
 
 def _is_list(node: Mapping[Any, Any], name: object) -> bool:
@@ -153,8 +154,8 @@ def _is_list(node: Mapping[Any, Any], name: object) -> bool:
 
 
 def _read_tree(path: str, node: Any, name: object = None) -> Any:
-    if isinstance(node, _Entry):
-        return _read_entry(path, node)
+    if isinstance(node, Entry):
+        return read_entry(path, node)
     children = {key: _read_tree(path, child, key) for key, child in node.items()}
     if name == "state" and all(type(key) is str and key.isdecimal() for key in children):
         # of an optimizer, by number of parameter; PyTorch writes every key as a str
@@ -162,7 +163,8 @@ def _read_tree(path: str, node: Any, name: object = None) -> Any:
     return list(children.values()) if _is_list(node, name) else children
 
 
-def _read_entry(path: str, entry: _Entry) -> Any:
+def read_entry(path: str, entry: Entry) -> Any:
+    """Returns the value of one entry: a tensor, or an object."""
     if entry.shape is None:
         if len(entry.parts) != 1:
             raise _lost(path, entry, f"{len(entry.parts)} pieces of a value that cannot be split")
@@ -189,7 +191,7 @@ def _read_entry(path: str, entry: _Entry) -> Any:
     return full
 
 
-def _check_size(path: str, entry: _Entry, piece: torch.Tensor) -> None:
+def _check_size(path: str, entry: Entry, piece: torch.Tensor) -> None:
     """Limits the memory for an index to the bytes on disk."""
     shape = cast("tuple[int, ...]", entry.shape)
     lengths = {(part.file, part.start): part.length for part in entry.parts}
@@ -197,7 +199,7 @@ def _check_size(path: str, entry: _Entry, piece: torch.Tensor) -> None:
         raise _lost(path, entry, f"too few bytes for the shape {list(shape)}")
 
 
-def _read_part(path: str, entry: _Entry, part: _Part) -> Any:
+def _read_part(path: str, entry: Entry, part: _Part) -> Any:
     with open(part.file, "rb") as file:
         file.seek(part.start)
         data = file.read(part.length)
@@ -207,7 +209,7 @@ def _read_part(path: str, entry: _Entry, part: _Part) -> Any:
     return torch_save.load_stream(io.BytesIO(data), what, size_bytes=len(data))
 
 
-def _lost(path: str, entry: _Entry, got: str) -> errors.CheckpointError:
+def _lost(path: str, entry: Entry, got: str) -> errors.CheckpointError:
     return errors.CorruptCheckpointError(
         f"{path}: {entry.name!r} is incomplete: its files hold {got}.",
         path=path,

@@ -368,4 +368,5 @@ FORMAT = Format(
     description="a directory of Hugging Face transformers",
     matches=fits,
     open=_open,
+    supersedes=("deepspeed",),  # that transformers' Trainer has put beside the weights
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import io
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -35,6 +35,19 @@ class Record:
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, dict):
                 self.__dict__.update(part)
+
+
+def plain(value: Any) -> Any:
+    """Returns a value with the fields of records, or their arguments, in place of them."""
+    if isinstance(value, Record):
+        fields = {name: each for name, each in vars(value).items() if name != "arguments"}
+        arguments = list(value.arguments)
+        return plain(fields or (arguments[0] if len(arguments) == 1 else arguments))
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in cast("dict[Any, Any]", value).items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(each) for each in value)
+    return value
 
 
 class _Inert(pickle.Unpickler):

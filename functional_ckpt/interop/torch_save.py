@@ -10,7 +10,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Generator, Mapping, MutableMapping, Set
+from collections.abc import Generator, Mapping, MutableMapping, Sequence, Set
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from functional_ckpt import errors
 from functional_ckpt.interop import hostile
 from functional_ckpt.interop.atomic_output import atomic_output
-from functional_ckpt.interop.pickles import UnpicklingError
+from functional_ckpt.interop.pickles import Record, UnpicklingError
 from functional_ckpt.interop.source import Format, Source, items_of, source_of
 
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02"
@@ -77,6 +77,22 @@ _GLOBALS: list[Any] = [
     (TensorReference, "torch_xla.utils.serialization.TensorReference"),
 ]
 
+RECORDS: tuple[tuple[Any, str], ...] = tuple(
+    (Record, name)
+    for name in (
+        "argparse.Namespace",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+        "megatron.core.enums.ModelType",
+        "megatron.core.transformer.enums.AttnBackend",
+        "megatron.core.transformer.enums.CudaGraphScope",
+        "signal.Signals",
+    )
+)
+"""Classes in files of DeepSpeed and Megatron; `pickles.plain` returns their objects' fields."""
+
 
 def fits(path: str) -> bool:
     """Returns whether it is a file that `torch.save` may have written."""
@@ -104,8 +120,12 @@ def has_keys(path: str, keys: Set[str]) -> bool:
     return isinstance(content, Mapping) and keys <= cast("Mapping[str, Any]", content).keys()
 
 
-def load(path: str) -> Any:
+def load(path: str, *, allowed: Sequence[Any] = ()) -> Any:
     """Returns the content of a file of `torch.save`; its tensors are memory-mapped on the CPU.
+
+    Args:
+        path: The file.
+        allowed: More classes that it may hold, such as `RECORDS`.
 
     Raises:
         StepNotFoundError: There is no such file.
@@ -116,7 +136,8 @@ def load(path: str) -> Any:
     with hostile.clear_failures(path), open(path, "rb") as file:
         is_zip = file.read(4) == _ZIP  # older files cannot be mapped
     known = hostile.check_archive(path) if is_zip else {}
-    content = load_stream(path, path, size_bytes=os.path.getsize(path), mmap=is_zip)
+    size_bytes = os.path.getsize(path)
+    content = load_stream(path, path, size_bytes=size_bytes, mmap=is_zip, allowed=allowed)
     found: dict[int, _Bytes] = {}
     for tensor in hostile.tensors(content):
         if tensor.layout != torch.strided or tensor.is_meta:
@@ -149,7 +170,14 @@ def check_bytes(value: object) -> None:
     found.is_sound = True
 
 
-def load_stream(file: str | BinaryIO, what: str, *, size_bytes: int, mmap: bool = False) -> Any:
+def load_stream(
+    file: str | BinaryIO,
+    what: str,
+    *,
+    size_bytes: int,
+    mmap: bool = False,
+    allowed: Sequence[Any] = (),
+) -> Any:
     """Returns the content of a file or stream of `torch.save`; raises as `load`.
 
     `what` is its name in errors. Mapping takes a path.
@@ -157,7 +185,7 @@ def load_stream(file: str | BinaryIO, what: str, *, size_bytes: int, mmap: bool 
     with (
         hostile.clear_failures(what),
         _clear_errors(what),
-        torch.serialization.safe_globals(_GLOBALS),
+        torch.serialization.safe_globals([*_GLOBALS, *allowed]),
     ):
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         hostile.check_repetition(content, what, size_bytes)
