@@ -25,7 +25,7 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.interop import hostile, torch_save
-from functional_ckpt.interop.pickles import Record, plain
+from functional_ckpt.interop.pickles import plain
 from functional_ckpt.interop.source import Format, Source, match_files
 
 _LATEST = ("latest", "latest_universal")
@@ -239,17 +239,12 @@ def _pieces(
 ) -> Iterator[tuple[str, list[tuple[int, int, int]]]]:
     """Yields each parameter's pieces (rank, start, end) as the ranks' mappings have them."""
     for name in named:
-        known = [
-            (rank, each["param_slice_mappings"][at].get(name)) for rank, each in enumerate(states)
-        ]
-        yield (
-            name,
-            [
-                (rank, part.start, part.start + part.numel)
-                for rank, part in known
-                if isinstance(part, Record)
-            ],
-        )
+        parts: list[tuple[int, int, int]] = []
+        for rank, each in enumerate(states):
+            part: Any = each["param_slice_mappings"][at].get(name)
+            if part is not None:
+                parts.append((rank, part.start, part.start + part.numel))
+        yield name, parts
 
 
 def _pieces_3(
