@@ -30,7 +30,6 @@ from functional_ckpt.saving.parts import StagedItem
 from functional_ckpt.steps.metadata import StepMetadata, checkpoint_metadata
 from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import check_no_variables
 
@@ -70,27 +69,27 @@ def save(
         UsageError: The path is no checkpoint: a file, or another directory.
         UnsupportedLeafError: A value cannot be stored; nothing was written.
     """
-    group = SingleProcess() if process_group is None else default_coordinator(process_group)
+    coordinator = SingleProcess() if process_group is None else default_coordinator(process_group)
     try:
-        with plan_lib.SavePlanner(group).planning(None, overwrite=overwrite) as planning:
+        with plan_lib.SavePlanner(coordinator).planning(None, overwrite=overwrite) as planning:
             check_bool("overwrite", overwrite)
             check_no_variables("path", path)
             storage, final = connect(path, storage)
             if isinstance(items, Source):
                 opened.check_bytes(dict(items))
-            if group.rank == 0:
+            if coordinator.rank == 0:
                 check_free(storage, final, overwrite=overwrite)
             info = saver.checkpoint_info(None, metrics, progress, custom_metadata, lines.Line())
             planning.items = lower.lower(
-                items, chosen(registry), rank=group.rank, ranks=group.global_ranks
+                items, chosen(registry), rank=coordinator.rank, ranks=coordinator.global_ranks
             )
 
         def staged() -> Sequence[StagedItem]:
             return stage.Stager(Blocking()).stage(planning.items, planning.plan, None).items
 
-        single.write(storage, final, planning.items, staged, info, group, overwrite=overwrite)
+        single.write(storage, final, planning.items, staged, info, coordinator, overwrite=overwrite)
     finally:
-        group.close()
+        coordinator.close()
 
 
 def restore(
@@ -156,7 +155,7 @@ def open_path(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.Ope
             return checkpoint_dir.open_checkpoint(storage, old)
         if (advice := _advice(storage, path)) is None:
             raise
-        if advice == _UNKNOWN and isinstance(storage, LocalStorage):
+        if advice == _UNKNOWN and storage.objects is None:
             from functional_ckpt.interop import detect  # late: every format's module
 
             if detect.candidates(path):

@@ -194,7 +194,7 @@ def _regions(spec: ArraySpec, a: Digests | None, b: Digests | None) -> Iterator[
 
 
 def _measure(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> tuple[int, float]:
-    """How many elements differ in their bits, and by how much at most."""
+    """Returns the number of elements whose bits differ, and the largest difference."""
     import numpy as np
 
     bits = np.dtype(f"u{a.itemsize}") if a.itemsize <= 8 else np.dtype("u8")

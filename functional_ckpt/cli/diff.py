@@ -210,7 +210,7 @@ def _structure_table(printer: output.Printer, differences: Sequence[Difference])
 
 
 def _data_table(printer: output.Printer, differences: Sequence[Difference]) -> Table:
-    """How many elements differ, and how far."""
+    """Returns a table of the numbers of different elements, and their differences."""
     from rich.text import Text
 
     table = output.table(

@@ -277,7 +277,7 @@ def _table(
 
 
 def _place(target: targets.Root | targets.Checkpoint, step: int) -> Text:
-    """Whether a step is the one that a run resumes from, or one that a rollback left behind."""
+    """Returns the mark of a step: the one to resume from, or abandoned by a rollback."""
     from rich.text import Text
 
     if isinstance(target, targets.Root) and step == target.latest:

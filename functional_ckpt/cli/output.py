@@ -165,7 +165,7 @@ def number(value: float) -> str:
 
 
 def age(time: datetime.datetime, now: datetime.datetime) -> str:
-    """How long ago, in its largest unit."""
+    """Returns the time since a moment, in its largest unit."""
     seconds = int((now - time).total_seconds())
     if seconds < 0:
         return "in the future"

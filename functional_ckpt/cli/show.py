@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def chosen_items(opened: checkpoint_dir.OpenCheckpoint, wanted: Sequence[str] | None) -> list[str]:
-    """The items named, or all; raises `StepNotFoundError` for one that is not there."""
+    """Returns the items named, or all; raises `StepNotFoundError` for one that is not there."""
     for name in wanted or ():
         if name not in opened.items:
             raise checkpoint_dir.missing_item(opened.path, name, opened.items)

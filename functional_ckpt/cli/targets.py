@@ -19,7 +19,6 @@ from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.steps.names import CompositeStepName, NameFormat, StepName
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
 
 _STEP_NAME = re.compile(r"(?:(?P<prefix>.+)_)?(?P<digits>[0-9]+)")
@@ -156,10 +155,10 @@ def find(text: str, prefix: str | None = None, *, opens_foreign: bool = False) -
 
 
 def _foreign(storage: Storage, path: str, text: str, opens_foreign: bool) -> Checkpoint:
-    """A foreign checkpoint."""
+    """Returns a foreign checkpoint."""
     from functional_ckpt.interop import detect  # late: torch
 
-    formats = detect.candidates(path) if isinstance(storage, LocalStorage) else []
+    formats = detect.candidates(path) if storage.objects is None else []
     if not formats:
         raise errors.UsageError(
             f"{text}: neither a checkpoint nor a directory of steps, and of no other format that "
@@ -182,7 +181,7 @@ def checkpoint_of(
     *,
     opens_foreign: bool = False,
 ) -> Checkpoint:
-    """The one checkpoint at a path; of a directory of steps the one asked for, else the latest."""
+    """Returns the checkpoint at a path; in a directory of steps the requested one or the latest."""
     target = find(text, prefix, opens_foreign=opens_foreign)
     if isinstance(target, Root):
         return target.checkpoint("latest" if step is None else step)
@@ -195,7 +194,7 @@ def checkpoint_of(
 
 
 def _holds_items(storage: Storage, path: str) -> bool:
-    """Whether it holds trees: a checkpoint whose own record is gone, or an old one of Orbax."""
+    """Returns whether it holds trees: a checkpoint without a record, or an old one of Orbax."""
     folders = [os.path.join(path, name) for name in storage.list(path)]
     return any(
         queries.exists(storage, os.path.join(folder, orbax.TREE_METADATA_FILE))

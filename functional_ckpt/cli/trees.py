@@ -31,7 +31,7 @@ class Row:
 
 
 def rows(root: structure.Node, max_depth: int | None = None) -> Iterator[Row]:
-    """Every node below the root, depth first, parents before children."""
+    """Yields every node below the root, depth first, parents before children."""
     todo: list[tuple[tuple[bool, ...], str, structure.Node]] = [((), "", root)]
     while todo:
         is_last, key, node = todo.pop()
@@ -54,7 +54,7 @@ def _key(key: structure.Key) -> str:
 
 
 def totals(root: structure.Node) -> tuple[int, int]:
-    """How many arrays hold bytes below a node, and how many bytes."""
+    """Returns the number of arrays with bytes of their own below a node, and of their bytes."""
     arrays = [
         leaf
         for _, leaf in structure.iter_leaves(root)
@@ -65,15 +65,12 @@ def totals(root: structure.Node) -> tuple[int, int]:
 
 def describe(node: structure.Node) -> str:
     """Returns a node in a few words."""
-    if isinstance(node, structure.ArrayNode):
-        shape = ", ".join(map(str, node.spec.shape))
-        return f"{node.kind} {node.dtype}[{shape}]"
     if isinstance(node, structure.ValueNode):
         if node.kind == "none":
             return "None"
         text = repr(node.value)
         return text if len(text) <= _MAX_VALUE_CHARS else f"{text[: _MAX_VALUE_CHARS - 3]}..."
-    return f"{node.kind} of {len(node.children)}"
+    return structure.describe(node).removeprefix("a ")
 
 
 def leaf_records(root: structure.Node) -> list[dict[str, Any]]:

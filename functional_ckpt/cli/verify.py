@@ -130,7 +130,7 @@ def _print(printer: output.Printer, result: _Result) -> None:
 
 
 def _block(finding: Finding) -> Iterator[Padding]:
-    """A finding on two or three lines."""
+    """Yields a finding on two or three lines."""
     from rich.padding import Padding
     from rich.text import Text
 

@@ -28,7 +28,7 @@ class Turn:
 
 
 @contextlib.contextmanager
-def collective(group: Coordinator, what: str, combine: Combine = _nothing) -> Generator[Turn]:
+def collective(coordinator: Coordinator, what: str, combine: Combine = _nothing) -> Generator[Turn]:
     """Runs a block on all ranks; they all continue, or they all raise.
 
     The block sets `turn.value`. At its end the primary combines the values of all ranks, and every
@@ -36,7 +36,7 @@ def collective(group: Coordinator, what: str, combine: Combine = _nothing) -> Ge
     raised on this rank, and as a `CoordinationError` of its class on the others.
 
     Args:
-        group: The ranks; all of them make the same collectives in the same order.
+        coordinator: The ranks; all of them make the same collectives in the same order.
         what: Name of the operation, for messages.
         combine: Called on the primary with the values in order of rank.
 
@@ -48,13 +48,13 @@ def collective(group: Coordinator, what: str, combine: Combine = _nothing) -> Ge
     try:
         yield turn
     except BaseException as error:
-        group.gather_broadcast(what, error, combine)
+        coordinator.gather_broadcast(what, error, combine)
         raise
-    turn.outcome = group.gather_broadcast(what, turn.value, combine)
+    turn.outcome = coordinator.gather_broadcast(what, turn.value, combine)
 
 
 @contextlib.contextmanager
-def fails_on_all(group: Coordinator, what: str) -> Generator[None]:
+def fails_on_all(coordinator: Coordinator, what: str) -> Generator[None]:
     """Runs a block on each rank by itself; its exception fails the other ranks' next collective.
 
     For the arguments of a call: a rank with invalid ones does not reach the collectives of the
@@ -63,18 +63,18 @@ def fails_on_all(group: Coordinator, what: str) -> Generator[None]:
     try:
         yield
     except Exception as error:
-        group.gather_broadcast(what, error, _nothing)
+        coordinator.gather_broadcast(what, error, _nothing)
         raise
 
 
-def run_on_all(group: Coordinator, what: str, action: Callable[[], object]) -> None:
+def run_on_all(coordinator: Coordinator, what: str, action: Callable[[], object]) -> None:
     """Runs an action on every rank; then all ranks continue, or all raise."""
-    with collective(group, what):
+    with collective(coordinator, what):
         action()
 
 
 def run_on_primary(
-    group: Coordinator,
+    coordinator: Coordinator,
     what: str,
     action: Callable[[], object],
     *,
@@ -90,7 +90,7 @@ def run_on_primary(
         action()
         return b""
 
-    with collective(group, what, act):
+    with collective(coordinator, what, act):
         prepare()
-    if group.rank:
+    if coordinator.rank:
         after()

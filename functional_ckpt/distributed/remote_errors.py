@@ -31,7 +31,7 @@ def to_record(error: BaseException) -> Record:
 
 
 def rebuild(record: Record, message: str, ranks: Sequence[int]) -> errors.CoordinationError:
-    """The error that a rank raises because `ranks` failed: of the same class, with their names."""
+    """Returns an error of the same class, for a rank to raise because `ranks` failed."""
     kind: Any = errors.on_other_ranks(getattr(errors, record["kind"]))
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in record["fields"].items()}
     return errors.rebuild(kind, message, {**fields, "ranks": tuple(ranks)})

@@ -100,7 +100,7 @@ class Rounds:
     def _lead(
         self, slot: int, what: str, value: bytes | BaseException, combine: Combine
     ) -> bytes | None:
-        """The outcome; None if the slot is a leftover of an operation that timed out."""
+        """Returns the outcome; None if the slot is a leftover of an operation that timed out."""
         keys = [f"{slot}/begun", f"{slot}/gathered", f"{slot}/outcome"]
         self._spent += keys
         begun, gathered, closed = keys
@@ -132,7 +132,7 @@ class Rounds:
         return outcome
 
     def _gather(self, slot: int, what: str) -> list[bytes] | None:
-        """The other ranks' values, in order; None if they timed out in another operation here."""
+        """Returns the other ranks' values; None if they timed out here in another operation."""
         keys = [f"{slot}/{rank}" for rank in range(1, self._num_ranks)]
         ranks = range(1, self._num_ranks)
         absent: list[int] = []

@@ -48,7 +48,7 @@ _LAST_SECONDS = 1.0
 def default_coordinator(
     process_group: Any = None, timeout_seconds: float | None = None
 ) -> Coordinator:
-    """The coordinator of the process group, if it has more than one rank; else a single process's.
+    """Returns the coordinator of a process group of several ranks; else a single process's.
 
     Args:
         process_group: The group that saves and restores together; None for the default group. A
@@ -82,7 +82,7 @@ def _timeout_of(group: Any) -> float:
 
 
 def num_unjoined() -> int:
-    """How many processes a launcher such as torchrun started that no process group joins; or 1."""
+    """Returns the number of processes that a launcher started and no process group joins; or 1."""
     text = os.environ.get("WORLD_SIZE", "")
     if (dist.is_available() and dist.is_initialized()) or not (text.isascii() and text.isdigit()):
         return 1
@@ -232,7 +232,7 @@ class _Store:
         self._store = dist.PrefixStore(prefix, self._store)  # pyright: ignore[reportPrivateImportUsage]
 
     def count(self, key: str) -> int:
-        """The number of requests for the key, including this one."""
+        """Returns the number of requests for the key, including this one."""
         return int(self._call(self._store.add, key, 1, seconds=_CONNECT_SECONDS))
 
     def set(self, key: str, value: bytes, seconds: float) -> None:

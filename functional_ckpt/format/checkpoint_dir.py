@@ -369,7 +369,7 @@ def _check_foreign(storage: Storage, path: str, items: Mapping[str, str], step: 
 
 
 def _find_items(storage: Storage, path: str) -> dict[str, str]:
-    """The items of a checkpoint that Orbax wrote: directories with one of its metadata files."""
+    """Returns the items of a checkpoint of Orbax: directories with one of its metadata files."""
     found: dict[str, str] = {}
     for name in storage.list(path):
         folder = os.path.join(path, name)

@@ -9,14 +9,12 @@ import dataclasses
 import errno
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import tensorstore as ts
 
 from functional_ckpt import errors
 from functional_ckpt.core.records.orbax import MANIFEST
-from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.format.process import check_process
 from functional_ckpt.format.step_files import read_manifest
 from functional_ckpt.format.tuning import TREE_CACHE_BYTES
@@ -67,15 +65,13 @@ class Database:
     context: Any
 
 
-def open_for_reading(
-    directory: str, storage: Storage, files: Mapping[str, FileRecord] | None = None
-) -> Database:
+def open_for_reading(directory: str, storage: Storage) -> Database:
     """Opens an item's database.
 
     Raises:
         CorruptCheckpointError: There is no readable database.
     """
-    read_manifest(storage, directory, (files or {}).get(MANIFEST))
+    read_manifest(storage, directory, None)
     spec = {"driver": "ocdbt", "base": storage.tensorstore.kvstore(directory)}
     context = read_context(storage)
     try:

@@ -130,14 +130,14 @@ class StepFiles:
         return cls(storage=storage, path=path, step=step, record=None, identity=None)
 
     def is_replaced(self) -> bool:
-        """Whether the checkpoint was overwritten since it was opened."""
+        """Returns whether the checkpoint was overwritten since it was opened."""
         if self.identity is None:
             return False
         data = read_optional(self.storage, os.path.join(self.path, records.EXTENSION_FILE))
         return data is not None and records.digest_hex(data) != self.identity
 
     def read_optional(self, name: str) -> bytes | None:
-        """A file of the checkpoint as it was written; None where there is none.
+        """Returns a file of the checkpoint as it was written; None where there is none.
 
         Raises:
             CorruptCheckpointError: It was changed or lost, or a link leads to it.
@@ -172,7 +172,7 @@ class StepFiles:
         )
 
     def json(self, item: str) -> Any:
-        """The value of a JSON item."""
+        """Returns the value of a JSON item."""
         name = f"{item}/{JSON_FILE}"
         return parse_json(self.read(name), os.path.join(self.path, name))
 

@@ -47,7 +47,7 @@ class Handler(abc.ABC):
 
     @abc.abstractmethod
     def lower(self, value: Any) -> Any:
-        """The value as a pytree of live references: no copies, and the value is left as it was."""
+        """Returns the value as a pytree of live references; copies and changes nothing."""
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
         """Returns the pytree that a restore into `value` expects: same shape as `lower(value)`.
@@ -68,7 +68,7 @@ class Handler(abc.ABC):
         return self.lower(value)
 
     def own(self, value: Any) -> Any:
-        """The tree that leaves are taken from which a restore leaves alone: `lower(value)`."""
+        """Returns the tree with the values of leaves that a restore keeps: `lower(value)`."""
         return self.lower(value)
 
     def hub(self, value: Any, tree: Any) -> Hub | None:
@@ -122,7 +122,7 @@ class Handler(abc.ABC):
         )
 
     def selects(self, name: str) -> bool:
-        """Whether a stored leaf concerns this handler; one that does not is no unexpected leaf."""
+        """Returns whether the handler restores a stored leaf; others are not unexpected leaves."""
         return True
 
     @abc.abstractmethod

@@ -27,11 +27,11 @@ class DTensorPartsHandler(Handler):
     per_rank: bool = True
 
     def lower(self, value: Any) -> dict[str, Any]:
-        """The local tensor, and mesh and placements in words."""
+        """Returns the local tensor, and mesh and placements in words."""
         return {structure.LOCAL: sharding.local_of(value), structure.SHARDING: _sharding(value)}
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> Any:
-        """The local tensor as saved.
+        """Returns the local tensor as saved.
 
         Raises:
             MismatchError: It was sharded in another way.
@@ -46,7 +46,7 @@ class DTensorPartsHandler(Handler):
         return dict.fromkeys(known, AS_SAVED)
 
     def lift(self, value: Any, tree: Any) -> Any:
-        """A new DTensor, sharded as `value` is."""
+        """Returns a new DTensor, sharded as `value` is."""
         kind: Any = type(value.detach())
         return kind.from_local(
             tree[structure.LOCAL].to(value.device_mesh.device_type),
@@ -59,7 +59,7 @@ class DTensorPartsHandler(Handler):
 
 
 def parts_item(value: object) -> Item | None:
-    """The item of a DTensor over a tensor subclass; None for anything else."""
+    """Returns the item of a DTensor over a tensor subclass; None for anything else."""
     local = getattr(value, "_local_tensor", None)
     if local is None or not memory.is_wrapper(local) or memory.is_opaque(local):
         return None
@@ -78,7 +78,7 @@ def shard_like(tensor: torch.Tensor, saved: ArraySpec) -> Any:
 
 
 def made_like(parameter: torch.Tensor | None, saved: structure.Handled) -> Any:
-    """The target of state that a parameter does not have yet: sharded as the parameter is."""
+    """Returns the target of state that a parameter lacks so far: sharded as the parameter is."""
     if parameter is None or sharding.sharding_of(parameter) is None:
         return Refused("no DTensor")
     item = CheckpointItem(parameter, DTensorPartsHandler())

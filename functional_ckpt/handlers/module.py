@@ -20,6 +20,8 @@ from functional_ckpt.handlers import hub_config, module_metadata, module_names
 from functional_ckpt.handlers.base import Handler, Item, item_class
 from functional_ckpt.handlers.hub_config import Hub
 
+_MAX_NAMES = 8
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleHandler(Handler):
@@ -39,7 +41,7 @@ class ModuleHandler(Handler):
     device: torch.device | None = None
 
     def lower(self, value: Any) -> dict[str, Any]:
-        """Name -> detached tensor over the module's own memory, or extra state."""
+        """Returns name -> detached tensor over the module's own memory, or extra state."""
         raw, entries = _read(value)
         state = self._chosen(value, entries)
         lazy = [name for name, entry in state.items() if _is_uninitialized(entry.value)]
@@ -54,11 +56,11 @@ class ModuleHandler(Handler):
         return structure.Described(stored, metadata) if metadata else stored
 
     def own(self, value: Any) -> dict[str, Any]:
-        """Name -> current value, of lazy modules too."""
+        """Returns name -> current value, of lazy modules too."""
         return {name: _detached(entry.value) for name, entry in self._entries(value).items()}
 
     def target(self, value: Any, saved: Any, *, strict: bool = True) -> dict[str, Any]:
-        """Name -> restore target: filled in place, or new memory for meta tensors.
+        """Returns name -> restore target: filled in place, or new memory for meta tensors.
 
         Raises:
             UsageError: A meta-device module that the checkpoint alone cannot materialise.
@@ -85,7 +87,7 @@ class ModuleHandler(Handler):
         return module_names.first_rank_buffers(value)
 
     def selects(self, name: str) -> bool:
-        """Whether a stored leaf is one of `only`'s, or is part of an extra state that is."""
+        """Returns whether `only` selects a stored leaf, or the extra state that it is part of."""
         head, extra, _ = name.partition("_extra_state")
         return self.only is None or _matches(head + extra, self.only)
 
@@ -297,7 +299,7 @@ def _fits(tensor: torch.Tensor, saved: object) -> bool:
 
 
 def _loads_its_own_way(module: torch.nn.Module) -> bool:
-    """Whether loading the module is more than copying tensors: it has overrides or hooks."""
+    """Returns whether loading does more than copying tensors: there are overrides or hooks."""
     kind = type(module)
     load = kind._load_from_state_dict
     return (
@@ -356,7 +358,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _some(names: Iterable[str], limit: int = 8) -> str:
+def _some(names: Iterable[str]) -> str:
     listed = list(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
+    more = f" and {len(listed) - _MAX_NAMES} more" if len(listed) > _MAX_NAMES else ""
+    return ", ".join(listed[:_MAX_NAMES]) + more

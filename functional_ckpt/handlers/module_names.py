@@ -47,7 +47,7 @@ class Slot(NamedTuple):
 
 
 def clean_prefix(root: torch.nn.Module, prefix: str) -> str:
-    """The prefix of the names of a module's own tensors: its dotted path below `root` and a dot.
+    """Returns the prefix of the names of a module's own tensors: its path below `root`, a dot.
 
     The attributes of wrappers on the way are left out, and so is the dot after an empty path.
 
@@ -71,7 +71,7 @@ def clean_prefix(root: torch.nn.Module, prefix: str) -> str:
 
 
 def slots(root: torch.nn.Module) -> Iterator[tuple[str, Slot]]:
-    """Every parameter and buffer under every clean name it has, in the state dict's order.
+    """Yields every parameter and buffer under every clean name it has, in the state dict's order.
 
     Raises:
         UsageError: The module contains itself: its tensors would have names without end.

@@ -26,7 +26,7 @@ _LEAVES = (torch.Tensor, *_PLACEHOLDERS)
 
 
 def _item_at(registry: Registry, value: Any, around: Item) -> Item | None:
-    """The item of a value that stands in the tree of another one; None for plain data."""
+    """Returns the item of a value that stands in the tree of another one; None for plain data."""
     if isinstance(value, torch.Tensor) and (parts := dtensor_parts.parts_item(value)) is not None:
         return parts
     if not around.handler.holds_values:
@@ -41,7 +41,7 @@ def _item_at(registry: Registry, value: Any, around: Item) -> Item | None:
 
 
 def lower(registry: Registry, value: Any, around: Item) -> Handled | None:
-    """The tree of a value's handler; None for plain data."""
+    """Returns the tree of a value's handler; None for plain data."""
     item = _item_at(registry, value, around)
     if item is None:
         return None
@@ -62,7 +62,7 @@ def _name_of(registry: Registry, handler: Handler) -> str:
 
 
 def lifts(registry: Registry, node: structure.BranchNode) -> bool | None:
-    """Whether a handler of the registry restores a stored tree; None if the handler is missing.
+    """Returns whether a registered handler restores a stored tree; None if it is missing.
 
     The handlers of this package need a live value. Without one, their trees are plain data, except
     a shard of a tensor.
@@ -79,7 +79,7 @@ def lifts(registry: Registry, node: structure.BranchNode) -> bool | None:
 
 
 def place(registry: Registry, tree: Any, stored: Any, around: Item, make: Make) -> Any:
-    """The tree with `make`'s results instead of all values with handlers."""
+    """Returns the tree with `make`'s results instead of all values with handlers."""
     if not around.handler.holds_values:
         return tree
 
@@ -108,21 +108,21 @@ def place(registry: Registry, tree: Any, stored: Any, around: Item, make: Make) 
 
 
 def _open(value: Any) -> flatten.FlatNode | None:
-    """The parts of a container that may hold values with handlers; None for a leaf."""
+    """Returns the parts of a container that may hold values with handlers; None for a leaf."""
     if isinstance(value, _LEAVES) or long_lists.is_leaf(value):
         return None
     return flatten.flatten_one_level(value)
 
 
 def _rebuilt(value: Any, opened: flatten.FlatNode, children: list[Any]) -> Any:
-    """The container with new children; itself if none has changed."""
+    """Returns the container with new children; itself if none has changed."""
     if all(new is old for new, old in zip(children, opened.children, strict=True)):
         return value
     return flatten.unflatten_one_level(opened.node(), children, value)
 
 
 def _children_of(stored: Any) -> Mapping[str, Any]:
-    """The stored children of a container, by the text of their keys."""
+    """Returns the stored children of a container, by the text of their keys."""
     opened = flatten.flatten_one_level(structure.tree_of(stored))
     if opened is None:
         return {}
@@ -131,7 +131,7 @@ def _children_of(stored: Any) -> Mapping[str, Any]:
 
 
 def own(registry: Registry, item: Item) -> Any:
-    """The item's own tree, with the own trees of the values in it, each as a `Handled`."""
+    """Returns the item's own tree, with the own trees of the values in it, each as a `Handled`."""
 
     def make(each: Item, _: Any, __: KeyPath) -> Handled:
         return Handled(_as_stored(each.handler.own(each.value)), item=each, is_kept=True)
@@ -140,13 +140,13 @@ def own(registry: Registry, item: Item) -> Any:
 
 
 def _as_stored(tree: Any) -> Any:
-    """A handler's tree in the form that `flatten` gives it."""
+    """Returns a handler's tree in the form that `flatten` gives it."""
     is_leaf = isinstance(tree, torch.Tensor) or flatten.flatten_one_level(tree) is None
     return {structure.ROOT_NAME: tree} if is_leaf else tree
 
 
 def unchanged(registry: Registry, item: Item) -> Any:
-    """The result for an item that a restore does not change: the caller's values."""
+    """Returns the result for an item that a restore does not change: the caller's values."""
     made = place(
         registry, item.value, NOTHING, item, lambda each, _, __: Handled(each.value, item=each)
     )
@@ -157,7 +157,7 @@ def unchanged(registry: Registry, item: Item) -> Any:
 
 
 def lift(registry: Registry, tree: Any, *, is_late: bool) -> Any:
-    """A restored tree with the values that handlers make of its parts.
+    """Returns a restored tree with the values that handlers make of its parts.
 
     A value that the checkpoint has and the target only takes as saved is made by
     `lift(None, tree)`. `is_late` marks the second call, for optimizers: they need their modules.
@@ -172,7 +172,7 @@ def lift(registry: Registry, tree: Any, *, is_late: bool) -> Any:
 
 
 def is_lifted_late(item: Item) -> bool:
-    """Whether an item is lifted after the others: an optimizer, whose parameters must be there."""
+    """Returns whether an item is lifted after the others: an optimizer needs its parameters."""
     return bool(item.handler.optimizers(item.value))
 
 
@@ -189,7 +189,7 @@ def _lift_one(registry: Registry, handled: Handled, tree: Any) -> Any:
 
 
 def _map_handled(tree: Any, function: Callable[[Handled, Any], Any]) -> Any:
-    """The tree with `function` of every `Handled` and of its tree, from the leaves up."""
+    """Returns the tree with `function` of every `Handled` and of its tree, from the leaves up."""
 
     def visit(value: Any) -> walk.Visit[Any, Any]:
         if isinstance(value, Handled):

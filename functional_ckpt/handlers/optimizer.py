@@ -124,7 +124,7 @@ class OptimizerHandler(Handler):
         return optimizer_names.by_numbers(target, names)
 
     def lift(self, value: Any, tree: Any) -> torch.optim.Optimizer:
-        """The optimizer, with the groups' options and the state of every parameter as saved."""
+        """Returns the optimizer, with the saved options of groups and state of parameters."""
         named = self._named(value)
         tree = optimizer_names.named_by(tree, optimizer_names.numbered(tree, named))
         _restore_options(named.optimizer, tree)
@@ -215,7 +215,7 @@ class _Matching:
         )
 
     def entry(self, live: Any, saved: Any, parameter: torch.Tensor) -> Any:
-        """The state of one parameter; refused as one where the parameter had another shape."""
+        """Returns the state of a parameter; a mismatch if the saved one had another shape."""
         problem = optimizer_names.shape_problem(saved, live, parameter, self.kind)
         if problem is None:
             return self.state(live, saved, parameter)
@@ -329,7 +329,7 @@ def _restore_state(named: NamedOptimizer, tree: State) -> None:
 
 
 def _as_run_wants(live: Any, option: Any) -> Any:
-    """A group's option as the kind of value the run has: its tensor, a plain number, a tuple."""
+    """Returns a group's option in the form of the live one: a tensor, a plain number, a tuple."""
     if isinstance(live, torch.Tensor):
         if option is not live:
             with memory.writing(live):

@@ -223,7 +223,7 @@ def numbered(saved: State, named: NamedOptimizer) -> dict[int, str]:
 
 
 def named_by(tree: State, names: Mapping[int, str]) -> State:
-    """A tree whose parameters are numbered, with names for the numbers."""
+    """Returns a tree whose parameters are numbered, with names for the numbers."""
     if not names:
         return tree
     remaining = iter(names.values())
@@ -238,7 +238,7 @@ def named_by(tree: State, names: Mapping[int, str]) -> State:
 
 
 def by_numbers(tree: State, names: Mapping[int, str]) -> State:
-    """The opposite for the state of the parameters."""
+    """Returns the state of the parameters, numbered again: the opposite of `named_by`."""
     numbers = {name: number for number, name in names.items()}
     return {**tree, "state": {numbers.get(key, key): each for key, each in tree["state"].items()}}
 
@@ -251,7 +251,7 @@ def _count(params: Any) -> int:
 
 
 def described(tree: State, named: NamedOptimizer) -> structure.Described:
-    """The lowered tree with class, options and parameter shapes, which a restore compares."""
+    """Returns the lowered tree with class, options and parameter shapes, which restores compare."""
     groups = zip(named.optimizer.param_groups, tree["param_groups"], strict=True)
     parameters: dict[str, torch.Tensor] = {
         name: parameter

@@ -84,7 +84,7 @@ def _modules(found: _Found) -> list[tuple[str, torch.nn.Module]]:
 def _model_of(
     modules: Sequence[tuple[str, torch.nn.Module]], wanted: set[int]
 ) -> parameter_names.Model | None:
-    """The first module with all wanted parameters, or those that have them together."""
+    """Returns the first module with all wanted parameters, or those that have them together."""
     owned = [(name, module, parameter_names.ids_of(module)) for name, module in modules]
     for _, module, ids in owned:
         if wanted <= ids:
@@ -96,7 +96,7 @@ def _model_of(
 
 
 def _walk(item: Any) -> Iterator[tuple[KeyPath, Any]]:
-    """Every module and optimizer in an item, with its first path."""
+    """Yields every module and optimizer in an item, with its first path."""
     seen: dict[int, Any] = {}  # holds the values, so that no other one gets the id
     remaining: list[tuple[KeyPath, Any]] = [((), item)]
     while remaining:
@@ -116,7 +116,7 @@ def _walk(item: Any) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def default_registry() -> Registry:
-    """The registry used when none is given; extend it with `with_handler`.
+    """Returns the registry used when none is given; extend it with `with_handler`.
 
     Asked in this order: torchmetrics metrics, modules, optimizers (named by the modules that stand
     in the same save or restore), random number generators, objects with `state_dict` and
@@ -168,7 +168,7 @@ def _bind_alone(value: Any) -> Item:
 
 
 def for_items(registry: Registry, items: Mapping[str, Any]) -> Registry:
-    """The registry for one save or restore: modules in the items name optimizers' parameters."""
+    """Returns the registry for one save or restore, in which the items' modules name parameters."""
     bind = Owners(items).bind
     rules = (
         each._replace(bind=bind) if each.bind is _bind_alone else each for each in registry.defaults

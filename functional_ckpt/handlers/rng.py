@@ -92,7 +92,7 @@ class RngHandler(Handler):
     other_ranks: Literal["error", "derive"] = "error"
 
     def lower(self, value: Any) -> dict[str, Any]:
-        """The states: `python`, `numpy`, `torch`, `cuda` (a list) and `generators` (by name)."""
+        """Returns the states `python`, `numpy`, `torch`, `cuda` (a list) and named `generators`."""
         generators = _named(value)
         return {
             "python": python_state(random.getstate()),

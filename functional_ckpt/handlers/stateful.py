@@ -94,7 +94,7 @@ def is_stateful(value: object) -> bool:
 
 
 def _has_arrays(saved: Any) -> bool:
-    """Whether a stored tree has arrays of one dim or more, which may be sharded."""
+    """Returns whether a stored tree has arrays of one dim or more, which may be sharded."""
     if isinstance(saved, structure.Handled):
         return _has_arrays(saved.tree)
     if isinstance(saved, dict):
@@ -105,7 +105,7 @@ def _has_arrays(saved: Any) -> bool:
 
 
 def _sharded(live: Any, saved: Any) -> Any:
-    """The stored tree with `AS_SAVED` for all leaves but the DTensors of the live one."""
+    """Returns the stored tree with `AS_SAVED` for all leaves but the DTensors of the live one."""
     if isinstance(live, torch.Tensor) and sharding.sharding_of(live) is not None:
         if isinstance(saved, structure.Handled):
             return Fill(live)
@@ -119,7 +119,7 @@ def _sharded(live: Any, saved: Any) -> Any:
 
 
 def _of_children(saved: Any, target: Any) -> Any:
-    """The target; `AS_SAVED` where all of it is, so that the stored container comes back."""
+    """Returns the target; `AS_SAVED` if all of it is, so that the stored container is returned."""
     children = target.values() if isinstance(target, dict) else target
     if all(child is AS_SAVED for child in children):
         return AS_SAVED

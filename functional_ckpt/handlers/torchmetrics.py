@@ -132,7 +132,7 @@ def _leaders(value: torch.nn.Module) -> dict[str, str]:
 
 
 def _without_states(value: torch.nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a state dict the parameters and buffers (of a network inside), not the metric states."""
+    """Returns a state dict's parameters and buffers (of a network inside), no metric states."""
     states = {
         f"{name}.{state}" if name else state
         for name, metric in _metrics(value)
@@ -146,7 +146,7 @@ def _described(metrics: Mapping[str, set[str]]) -> set[str]:
 
 
 def _own(content: Any, device: torch.device, taken: set[int]) -> Any:
-    """A state on its metric's device, shared with no other: a new group updates each metric."""
+    """Returns a state on its metric's device that shares no memory with another metric's."""
     if isinstance(content, list):
         return [_own(part, device, taken) for part in cast("list[Any]", content)]
     if not isinstance(content, torch.Tensor):

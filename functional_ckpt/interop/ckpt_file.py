@@ -14,7 +14,7 @@ _LISTS = {"optimizer_states": "optimizer", "lr_schedulers": "scheduler"}
 
 
 def _fits(path: str) -> bool:
-    """Whether it is a file of torch.save with Lightning's keys."""
+    """Returns whether it is a file of torch.save with Lightning's keys."""
     return torch_save.has_keys(path, _KEYS)
 
 

@@ -20,7 +20,7 @@ _RENAMED = {"metadata": "composer_metadata"}  # the name is reserved
 
 
 def _fits(path: str) -> bool:
-    """Whether it is a file of torch.save with Composer's two keys."""
+    """Returns whether it is a file of torch.save with Composer's two keys."""
     return torch_save.has_keys(path, {"state", "rng"})
 
 

@@ -146,7 +146,7 @@ def _is_tensor(node: Any) -> bool:
 
 
 def _is_list(node: Mapping[Any, Any], name: object) -> bool:
-    """Whether it was a list: both list indices and an optimizer's parameters are numbers."""
+    """Returns whether it was a list; keys of an optimizer's parameters are numbers too."""
     return bool(node) and name != "state" and list(node) == list(range(len(node)))
 
 

@@ -125,7 +125,7 @@ def _open(format: Format, place: str) -> Source:
 
 
 def _open_remote(uri: str, format: str | None) -> Source:
-    """A step in an object store; the files of other programs are read from local disks only."""
+    """Opens a step in an object store; foreign files are read from local disks only."""
     storage, place = connect(uri)
     if not queries.exists(storage, place):
         raise errors.StepNotFoundError(f"{place}: there is nothing.", path=place)

@@ -84,7 +84,7 @@ def check_file(path: str) -> None:
 
 
 def read_small(path: str) -> bytes:
-    """The content of an index, which is text or a pickle: not of a pipe, nor of endless zeros."""
+    """Returns the content of an index (text or a pickle); refuses pipes and large files."""
     return local_files.read_regular(path, follow=True)
 
 
@@ -234,7 +234,7 @@ def check_repetition(content: Any, path: str, size_bytes: int) -> None:
 
 
 def tensors(content: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a tree of mappings, lists and tuples."""
+    """Yields the tensors in a tree of mappings, lists and tuples."""
     todo: list[Any] = [content]
     seen: set[int] = set()
     while todo:

@@ -265,7 +265,7 @@ def load(
 
 
 def _choose(directory: str, variant: str | None, format: str | None) -> str:
-    """The first file to read: the weights, or their index."""
+    """Returns the first file to read: the weights, or their index."""
     found: list[str] = []
     for kind in STEMS:
         options = Options.of(1, "", variant, kind)
@@ -345,13 +345,13 @@ def _is_weights(name: str) -> bool:
 
 
 def holds(path: str, format: str) -> bool:
-    """Whether it is a directory with weights, or shards of them, in files of one of the formats."""
+    """Returns whether it is a directory with weights in files of one of the formats."""
     names = match_files(path, _is_weights)
     return format in STEMS and any(name.startswith(STEMS[format]) for name in names)
 
 
 def of_files(format: str) -> Format:
-    """The format that opens the files of one of the two formats, beside others of the other."""
+    """Returns the format that opens one of the two formats in a directory that has both."""
     return dataclasses.replace(
         FORMAT, open=functools.partial(_open, format=cast("FileFormat", format))
     )

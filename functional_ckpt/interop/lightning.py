@@ -75,7 +75,7 @@ class ManagerIO(lightning_io.CheckpointIO):
         return self._manager
 
     def latest(self) -> str | None:
-        """The path of the latest step, for `fit(ckpt_path=...)`; None where there is none."""
+        """Returns the path of the latest step, for `fit(ckpt_path=...)`; None if there is none."""
         if self._manager is not None:
             return self._path_of_latest(self._manager)
         known = {name: self._options[name] for name in ("step_name",) if name in self._options}
@@ -134,7 +134,7 @@ class ManagerIO(lightning_io.CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The checkpoint of a step, on the CPU and never a pickle; or one of Lightning's own."""
+        """Returns the checkpoint of a step, on the CPU; or a file of Lightning, without pickles."""
         step = self._step(path)
         if step is None:
             return self._other.load_checkpoint(path, map_location, weights_only)
@@ -169,7 +169,7 @@ class ManagerIO(lightning_io.CheckpointIO):
         return None if step is None else _join(manager.directory, step)
 
     def _step(self, path: Any) -> int | None:
-        """The step that a path means; None for a path that is not below the manager's directory."""
+        """Returns the step of a path; None for a path outside the manager's directory."""
         text, root = os.fspath(path), self._root()
         if "://" not in text:
             text = os.path.abspath(text)
@@ -211,7 +211,7 @@ class SaveCallback(callbacks.Callback):
         self._signals = Signals()
 
     def state_dict(self) -> dict[str, Any]:
-        """The batches that were drawn in advance of the step."""
+        """Returns the batches that were drawn in advance of the step."""
         return {"drawn": self._loaders.drawn} if self._loaders.drawn else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

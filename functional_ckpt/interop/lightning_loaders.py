@@ -26,7 +26,7 @@ _STATES = "combined_loader"  # in the state of Lightning's loop
 
 
 def has_stateful_loaders(trainer: Any) -> bool:
-    """Whether a loader saves its position, as `torchdata.StatefulDataLoader` does."""
+    """Returns whether a loader saves its position, as `torchdata.StatefulDataLoader` does."""
     loaders = trainer.fit_loop._combined_loader.flattened
     return any(hasattr(loader, "load_state_dict") for loader in loaders)
 
@@ -186,7 +186,7 @@ class LoaderPositions:
 
 
 def _samplers(loader: Any) -> list[Any]:
-    """A loader's samplers, and those that they wrap."""
+    """Returns a loader's samplers, and those that they wrap."""
     found: list[Any] = []
     left = [getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
     while left:
@@ -199,7 +199,7 @@ def _samplers(loader: Any) -> list[Any]:
 
 
 def _wrapped(sampler: Any) -> Any:
-    """The sampler that Lightning's distributed sampler wraps; None for all others."""
+    """Returns the sampler that Lightning's distributed sampler wraps; None for all others."""
     return getattr(getattr(sampler, "dataset", None), "_sampler", None)
 
 
@@ -261,7 +261,7 @@ def _note_wrapped(loader: Any) -> None:
 
 
 def _start_of(loader: Any, start: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The states of a loader's generators from which it has the order of this epoch."""
+    """Returns the states of a loader's generators from which it has the order of this epoch."""
     noted = _noted(loader)
     return start if noted is None else noted.before or start
 

@@ -18,7 +18,7 @@ _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
 def at_epoch_end(progress: Progress) -> Progress:
-    """The progress at the end of its epoch, which is the start of the next."""
+    """Returns the progress at the end of its epoch, which is the start of the next."""
     return Progress(
         epoch=progress.epoch + 1,
         batch=progress.batch,
@@ -28,7 +28,7 @@ def at_epoch_end(progress: Progress) -> Progress:
 
 
 def is_epoch_over(trainer: Any) -> bool:
-    """Whether the batch that was trained last was the last one of its epoch."""
+    """Returns whether the batch that was trained last was the last one of its epoch."""
     batches = trainer.fit_loop.epoch_loop.batch_progress
     return bool(batches.is_last_batch) or batches.current.ready >= trainer.num_training_batches
 
@@ -69,7 +69,7 @@ def reopen_epoch(loops: dict[str, Any]) -> None:
 
 
 def storable(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint with hyperparameters that no array or plain value can hold as text."""
+    """Returns the checkpoint with hyperparameters that no array or plain value can hold as text."""
     changed = dict(checkpoint)
     for name in _HYPER_PARAMETERS:
         values = changed.get(name)
@@ -85,7 +85,7 @@ def storable(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_storable(value: object) -> bool:
-    """Whether a step can hold a value."""
+    """Returns whether a step can hold a value."""
     try:
         flatten.flatten(value, item="hyper_parameters")
     except errors.UnsupportedLeafError:

@@ -68,7 +68,7 @@ class Signals:
 
 
 def _requeue_signal(trainer: Any) -> int | None:
-    """The signal on which Lightning requeues a SLURM job; None if its handler is not installed."""
+    """Returns the signal on which Lightning requeues a SLURM job; None without its handler."""
     environment = trainer._accelerator_connector.cluster_environment
     number = getattr(environment, "requeue_signal", None)
     if number is None or not getattr(environment, "auto_requeue", False):

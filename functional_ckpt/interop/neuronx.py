@@ -82,7 +82,7 @@ def parse_ranks(stems: Iterable[str], where: str) -> dict[Rank, str]:
 
 
 def _grid(found: Collection[Rank]) -> Iterator[Rank]:
-    """Every rank up to the highest of each kind."""
+    """Yields every rank up to the highest of each kind."""
     is_merged = None in {rank.dp for rank in found}
     num_dp = 1 if is_merged else max(rank.dp or 0 for rank in found) + 1
     for tp in range(max(rank.tp for rank in found) + 1):
@@ -92,7 +92,7 @@ def _grid(found: Collection[Rank]) -> Iterator[Rank]:
 
 
 def load(path: str) -> Any:
-    """One rank's file, with the tensors that xser put into files of their own."""
+    """Returns one rank's file, with the tensors that xser put into files of their own."""
     return _resolve(torch_save.load(path), f"{path}.tensors")
 
 
@@ -146,7 +146,7 @@ def _read_ranks(folder: str) -> dict[str, Any]:
 
 
 def _read_model(folder: str) -> dict[str, Any]:
-    """The state dict; by rank where tensor parallelism cut it (the files do not say how)."""
+    """Returns the state dict; by rank under tensor parallelism, whose cuts are not recorded."""
     by_rank = _read_ranks(folder)
     if len({rank.tp for rank in parse_ranks(by_rank, folder)}) > 1:
         return by_rank

@@ -113,7 +113,7 @@ def fits(path: str) -> bool:
 
 
 def has_keys(path: str, keys: Set[str]) -> bool:
-    """Whether it is a file of `torch.save` with a mapping that has these keys; raises as `load`."""
+    """Returns whether it is a file of `torch.save` with these keys; raises as `load` does."""
     if not fits(path):
         return False
     content = load(path)

@@ -307,7 +307,7 @@ def _callback_states(all_callbacks: Sequence[Any]) -> dict[str, Any]:
 
 
 def _to_json(value: Any) -> Any:
-    """A copy that JSON can hold: a NaN or an infinity, which logs have, becomes a small record."""
+    """Returns a copy for JSON: a NaN or an infinity, as in logs, becomes a small record."""
     if isinstance(value, Mapping):
         return {str(key): _to_json(each) for key, each in cast("Mapping[Any, Any]", value).items()}
     if isinstance(value, (list, tuple)):

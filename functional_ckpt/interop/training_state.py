@@ -43,7 +43,7 @@ _STATES = (".pt", ".pth", ".bin", ".pkl", ".safetensors")
 def openers_of(
     path: str, is_weights: Callable[[str], bool]
 ) -> tuple[dict[str, Callable[[], Any]], Sequence[str]]:
-    """The items beside the weights of a directory, and the names of the files in none of them.
+    """Returns the items beside the weights, and the names of the files that are in no item.
 
     `is_weights` returns whether a file of this name is opened as weights.
 
@@ -87,7 +87,7 @@ _READERS: Mapping[str, Callable[[str], Any]] = {"rng": _read_rng, "trainer": loa
 
 
 def rng_state(content: Any, path: str) -> dict[str, Any]:
-    """The state of a process's generators as `fc.Rng()` restores it.
+    """Returns the state of a process's generators as `fc.Rng()` restores it.
 
     Raises:
         CorruptCheckpointError: It is none.

@@ -45,7 +45,7 @@ def merge(shards: Sequence[Mapping[str, Any]], what: str) -> dict[str, Any]:
 
 
 def split(full: Mapping[str, Any], dp_size: int, what: str) -> list[dict[str, Any]]:
-    """The shards of a full state for `dp_size` ranks; tensors that share nothing with it."""
+    """Returns the shards of a full state for `dp_size` ranks; they share no memory with it."""
     _shapes(full, what)
     shards: list[dict[str, Any]] = []
     for rank in range(dp_size):

@@ -302,7 +302,7 @@ def unknown_metric(policy: object, history: Sequence[StepInfo]) -> str | None:
 
 
 def _ascending(values: Sequence[float | None], mode: str) -> list[int]:
-    """The indices from worst to best; equal values stay in their order, so the newer is better."""
+    """Returns the indices from worst to best; of equal values the newer counts as better."""
 
     def key(index: int) -> tuple[bool, float]:
         value = values[index]

@@ -258,7 +258,7 @@ def with_plausible_times(
 
 
 def _longest_rising(timed: Sequence[tuple[int, datetime.datetime]]) -> set[int]:
-    """The keys of a longest subsequence whose times do not fall."""
+    """Returns the keys of a longest subsequence whose times do not fall."""
     ends: list[datetime.datetime] = []  # the earliest end of a rising subsequence of each length
     keys: list[int] = []
     before: dict[int, int | None] = {}

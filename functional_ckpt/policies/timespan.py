@@ -133,7 +133,7 @@ def parse_timespan(span: TimespanLike) -> Timespan:
 
 
 def _number(value: Fraction, unit: Unit, text: str) -> int | float:
-    """An int if the number is integral, so that counts beyond 2**53 stay exact."""
+    """Returns an int if the number is integral, so that counts beyond 2**53 stay exact."""
     if value.denominator == 1:
         return value.numerator
     if unit in _WHOLE_UNITS:

@@ -115,7 +115,7 @@ class _Request:
     wanted: select.Selection
     renamed: rename.Renaming | None
     registry: Registry
-    group: Coordinator
+    coordinator: Coordinator
     keeps_missing: bool = False
     """Whether a target whose item the checkpoint lacks is kept and reported."""
 
@@ -124,7 +124,7 @@ class _Request:
 
         If leaves are selected or renamed by name, each value of a long list has its own name.
         """
-        root = _root_for(opened, self.group)
+        root = _root_for(opened, self.coordinator)
         if self.renamed is not None or self.wanted.is_partial(name):
             root = long_lists.with_unpacked(root)
         return root if self.renamed is None else self.renamed.rename(root, name)
@@ -141,7 +141,7 @@ def match_items(
     into: Mapping[str, Any] | None,
     registry: Registry,
     options: RestoreOptions,
-    group: Coordinator,
+    coordinator: Coordinator,
 ) -> list[MatchedItem]:
     """Matches a request with a checkpoint; no array is read and no target modified.
 
@@ -157,7 +157,7 @@ def match_items(
         wanted=select.Selection(options.patterns, options.ignore),
         renamed=None if options.key_map is None else rename.Renaming(options.key_map),
         registry=registry,
-        group=group,
+        coordinator=coordinator,
         # Where no item is there at all, it is another checkpoint than the one that was meant.
         keeps_missing=not options.strict and not checkpoint.items.keys().isdisjoint(into or ()),
     )
@@ -171,7 +171,7 @@ def match_items(
             if wanted.may_include(name)
         ]
     matched = [each for each in found if each is not None and wanted.has_match(each.name)]
-    if group.num_ranks == 1 or not matched:  # another rank may have a match of a pattern
+    if coordinator.num_ranks == 1 or not matched:  # another rank may have a match of a pattern
         asked.check_used()
     return matched
 
@@ -214,16 +214,16 @@ def _match_json(asked: _Request, name: str, item: Item | None) -> MatchedItem | 
     return MatchedItem(name=name, item=item, opened=None, binding=plan.Given(value), report=nothing)
 
 
-def _root_for(opened: OpenItem, group: Coordinator) -> structure.Node:
+def _root_for(opened: OpenItem, coordinator: Coordinator) -> structure.Node:
     """Returns the structure as this rank restores it: its own part of per-rank values.
 
     An item that was saved per rank by another number of ranks is restored as a dict of all.
     """
     root = opened.root
-    if is_per_rank(root) and len(root.children) != group.num_ranks:
+    if is_per_rank(root) and len(root.children) != coordinator.num_ranks:
         return dataclasses.replace(root, kind="dict")
     dropped: list[str] = []
-    root = merge_ranks.select_rank(root, group.rank, group.num_ranks, dropped)
+    root = merge_ranks.select_rank(root, coordinator.rank, coordinator.num_ranks, dropped)
     if dropped:
         _log.warning(
             "%s: %d per-rank values were saved with a different world size (%s, ...); using those "
@@ -241,7 +241,12 @@ def is_per_rank(root: structure.Node) -> TypeGuard[structure.BranchNode]:
 
 
 def _match_item(asked: _Request, name: str, item: Item) -> MatchedItem | None:
-    checkpoint, wanted, options, group = asked.checkpoint, asked.wanted, asked.options, asked.group
+    checkpoint, wanted, options, coordinator = (
+        asked.checkpoint,
+        asked.wanted,
+        asked.options,
+        asked.coordinator,
+    )
     kind = checkpoint.items.get(name)
     if kind is None and asked.keeps_missing:
         return _left_alone(asked, name, item, plan.RestoreReport(missing=(name,)))
@@ -265,7 +270,7 @@ def _match_item(asked: _Request, name: str, item: Item) -> MatchedItem | None:
     root = asked.root_of(opened, name) or structure.BranchNode(kind="dict", keys=(), children=())
     if asked.renamed is not None and handler.holds_values:
         root = nested.with_module_names(root, item, asked.registry)
-    is_resized = _is_resized(opened.root, handler, group)
+    is_resized = _is_resized(opened.root, handler, coordinator)
     if wanted.is_partial(name):
         root = _select(asked, name, item, root, is_resized=is_resized)
         if root is None or keep.is_own(root):
@@ -320,26 +325,28 @@ def _target_of(
     is_resized: bool,
 ) -> nested.Target:
     """Returns the item's target, and the mismatches that handlers find."""
-    handler, group = item.handler, asked.group
+    handler, coordinator = item.handler, asked.coordinator
 
     def may_differ(error: errors.MismatchError) -> bool:
         only_unexpected = not (error.missing or error.mismatched) and bool(error.unexpected)
         # Another rank may expect a leaf that is unexpected here.
-        return not asked.options.strict or (group.num_ranks > 1 and only_unexpected)
+        return not asked.options.strict or (coordinator.num_ranks > 1 and only_unexpected)
 
     if not is_resized:
         return nested.target_of(
             item, select.specs(root), name=name, registry=asked.registry, may_differ=may_differ
         )
     num_saved = len(saved.children) if is_per_rank(saved) else 1
-    wrong = nested.why_not_resizable(handler, num_saved, group.rank, group.num_ranks, name)
+    wrong = nested.why_not_resizable(
+        handler, num_saved, coordinator.rank, coordinator.num_ranks, name
+    )
     return nested.Target(tree=None if wrong else AS_SAVED, report=wrong, inside={})
 
 
-def _is_resized(root: structure.Node, handler: Handler, group: Coordinator) -> bool:
+def _is_resized(root: structure.Node, handler: Handler, coordinator: Coordinator) -> bool:
     """Returns whether a per-rank item was saved by another number of ranks."""
     num_saved = len(root.children) if is_per_rank(root) else 1  # one rank's value is not wrapped
-    return (handler.per_rank or is_per_rank(root)) and num_saved != group.num_ranks
+    return (handler.per_rank or is_per_rank(root)) and num_saved != coordinator.num_ranks
 
 
 def _left_alone(asked: _Request, name: str, item: Item, report: plan.RestoreReport) -> MatchedItem:

@@ -86,7 +86,10 @@ class Restored(Mapping[str, Any]):
         known = self.items_by_name
         return {
             name: containers.overlay(
-                value, known[name], lambda each: isinstance(each, Item), _rebound
+                value,
+                known[name],
+                lambda each: isinstance(each, Item),
+                lambda given, restored: dataclasses.replace(given, value=restored),
             )
             if name in known
             else value
@@ -107,11 +110,6 @@ class Restored(Mapping[str, Any]):
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self.items_by_name)
-
-
-def _rebound(given: Item, restored: Any) -> Item:
-    """Returns the restored value with the options that its target had."""
-    return dataclasses.replace(given, value=restored)
 
 
 def restore_checkpoint(
@@ -137,32 +135,32 @@ def restore_checkpoint(
         with torch.inference_mode(mode=False), torch.no_grad():
             return restore_checkpoint(open_checkpoint, into, registry, options, coordinator, shown)
     registry = for_items(registry, {} if into is None else into)
-    group = coordinator or SingleProcess()
-    with collective(group, "matching the checkpoint with the target", _all_or_none) as round_:
+    coordinator = coordinator or SingleProcess()
+    with collective(coordinator, "matching the checkpoint with the target", _all_or_none) as round_:
         memory.check_no_fake_mode()
         with threads.gc_paused():
             checkpoint = open_checkpoint()
             with _noticing_overwrite(checkpoint):
                 # Whatever may be damaged is read before anything is touched.
                 metrics, progress = checkpoint.metrics, checkpoint.progress
-                found = match_items(checkpoint, into, registry, options, group)
+                found = match_items(checkpoint, into, registry, options, coordinator)
                 matched = ties.report_conflicts(found, options.verify)
         reports = {each.name: each.report for each in matched}
         if options.strict and any(r.missing or r.mismatched for r in reports.values()):
             plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
         round_.value = b"1" if any(report.unexpected for report in reports.values()) else b""
-    reports = _unexpected_by_all(reports, group, may_be=round_.outcome == b"1")
+    reports = _unexpected_by_all(reports, coordinator, may_be=round_.outcome == b"1")
     if options.strict:
         plan.raise_report(reports, step=checkpoint.step, path=checkpoint.path)
     target = read.TargetState()
     with (
         _reporting(target, checkpoint),
-        collective(group, "reading the checkpoint"),
+        collective(coordinator, "reading the checkpoint"),
         _noticing_overwrite(checkpoint),
     ):
-        values = _read(matched, options, group, target, shown)
+        values = _read(matched, options, coordinator, target, shown)
         with threads.gc_paused():
-            lifted = _lift_all(matched, values, registry, group, target)
+            lifted = _lift_all(matched, values, registry, coordinator, target)
     return Restored(
         lifted,
         step=checkpoint.step,
@@ -216,14 +214,16 @@ def _all_or_none(values: Sequence[bytes]) -> bytes:
 
 
 def _unexpected_by_all(
-    reports: Mapping[str, plan.RestoreReport], group: Coordinator, *, may_be: bool
+    reports: Mapping[str, plan.RestoreReport], coordinator: Coordinator, *, may_be: bool
 ) -> dict[str, plan.RestoreReport]:
     """Returns the reports without leaves that another rank, such as another stage, expects."""
     common: dict[str, list[str]] = {}
     if may_be:
         own = json.dumps({name: report.unexpected for name, report in reports.items()})
         what = "which leaves no rank expects"
-        common = json.loads(zlib.decompress(group.gather_broadcast(what, _packed(own), _intersect)))
+        common = json.loads(
+            zlib.decompress(coordinator.gather_broadcast(what, _packed(own), _intersect))
+        )
     return {
         name: dataclasses.replace(report, unexpected=tuple(common.get(name, ())))
         for name, report in reports.items()
@@ -249,7 +249,7 @@ def _lift_all(
     matched: Sequence[MatchedItem],
     values: Sequence[Any],
     registry: Registry,
-    group: Coordinator,
+    coordinator: Coordinator,
     target: read.TargetState,
 ) -> dict[str, Any]:
     """Returns the restored values of all items; optimizers come last, since they need modules."""
@@ -263,19 +263,19 @@ def _lift_all(
                 lifted[each.name] = nested.lift(registry, lifted[each.name], is_late=is_late)
             # A tree that holds values is complete once all of them are lifted.
             if is_late == (each.item.handler.holds_values or nested.is_lifted_late(each.item)):
-                lifted[each.name] = _lift(each, each.item, lifted[each.name], group, target)
+                lifted[each.name] = _lift(each, each.item, lifted[each.name], coordinator, target)
     return lifted
 
 
 def _lift(
-    matched: MatchedItem, item: Item, value: Any, group: Coordinator, target: read.TargetState
+    matched: MatchedItem, item: Item, value: Any, coordinator: Coordinator, target: read.TargetState
 ) -> Any:
     handler = item.handler
     if matched.is_resized:
         # Values of a single rank are not wrapped in a dict of ranks.
         is_wrapped = matched.opened is not None and is_per_rank(matched.opened.root)
         trees = list(value.values()) if is_wrapped else [value]
-        value = handler.resize(trees, group.rank, group.num_ranks)
+        value = handler.resize(trees, coordinator.rank, coordinator.num_ranks)
     target.value = target.value or handler.changes_value
     return handler.lift(item.value, value)
 
@@ -283,11 +283,11 @@ def _lift(
 def _read(
     matched: Sequence[MatchedItem],
     options: RestoreOptions,
-    group: Coordinator,
+    coordinator: Coordinator,
     target: read.TargetState,
     shown: Callable[[int, int], None] | None,
 ) -> list[Any]:
-    sharing = group if options.share_reads and group.num_ranks > 1 else None
+    sharing = coordinator if options.share_reads and coordinator.num_ranks > 1 else None
     trees = [(each.opened, each.binding) for each in matched if each.opened is not None]
     values = iter(
         read.read_all(trees, verify=options.verify, touched=target, sharing=sharing, shown=shown)

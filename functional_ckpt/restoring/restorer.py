@@ -303,7 +303,7 @@ def _touched_by(earlier: errors.CheckpointError | None) -> Generator[None]:
 
 
 def initial_values(initial: Mapping[str, Any]) -> restore_lib.Restored:
-    """The result if nothing is restored: the initial values."""
+    """Returns the result if nothing is restored: the initial values."""
     registry = Registry()
     values = {
         name: nested.unchanged(registry, value if isinstance(value, Item) else PyTree(value))

@@ -45,7 +45,7 @@ class _Want:
 
 
 def read_shared(
-    group: Coordinator,
+    coordinator: Coordinator,
     names: Sequence[str],
     readers: Sequence[ArrayReader | None],
     requests: Sequence[Sequence[ReadRequest]],
@@ -68,30 +68,30 @@ def read_shared(
         if request.grid is not None
     ]
     delivered: list[set[tuple[int, tuple[int, ...]]]] = [set() for _ in names]
-    arrays, wants = _exchange_wants(group, wanted)
+    arrays, wants = _exchange_wants(coordinator, wanted)
     rounds = plan_sharing(arrays, wants, round_bytes=ROUND_BYTES)
     if not rounds:
         return list(delivered)
     sources = {each.array: each for each in wanted}
-    channel = group.channel()
+    channel = coordinator.channel()
     try:
         for number, chunks in enumerate(rounds):
-            own = [chunk for chunk in chunks if chunk.reader == group.rank]
-            outgoing = _read_round(group, own, sources, f"{number + 1} of {len(rounds)}")
-            incoming = channel.all_to_all(outgoing, _incoming_bytes(chunks, arrays, group))
-            _deliver(chunks, incoming, wanted, group.rank)
+            own = [chunk for chunk in chunks if chunk.reader == coordinator.rank]
+            outgoing = _read_round(coordinator, own, sources, f"{number + 1} of {len(rounds)}")
+            incoming = channel.all_to_all(outgoing, _incoming_bytes(chunks, arrays, coordinator))
+            _deliver(chunks, incoming, wanted, coordinator.rank)
     finally:
         channel.close()
     for chunk in (chunk for chunks in rounds for chunk in chunks):
         for part in chunk.parts:
-            if part.rank == group.rank:
+            if part.rank == coordinator.rank:
                 want = wanted[part.want]
                 delivered[want.item].add((want.number, chunk.index))
     return list(delivered)
 
 
 def _exchange_wants(
-    group: Coordinator, wanted: Sequence[_Want]
+    coordinator: Coordinator, wanted: Sequence[_Want]
 ) -> tuple[Mapping[str, StoredArray], list[list[Region]]]:
     """Returns the arrays that any rank needs, and the regions that each rank needs."""
     arrays = {
@@ -106,7 +106,7 @@ def _exchange_wants(
         return zlib.compress(json.dumps([every, [wants for _, wants in told]]).encode(), 1)
 
     found, wants = json.loads(
-        zlib.decompress(group.gather_broadcast("planning shared reads", packed, unite))
+        zlib.decompress(coordinator.gather_broadcast("planning shared reads", packed, unite))
     )
     return {
         name: StoredArray(
@@ -121,7 +121,7 @@ def _exchange_wants(
 
 
 def _read_round(
-    group: Coordinator, own: Sequence[SharedChunk], sources: Mapping[str, _Want], which: str
+    coordinator: Coordinator, own: Sequence[SharedChunk], sources: Mapping[str, _Want], which: str
 ) -> list[Bytes]:
     """Reads this rank's chunks of a round, and returns the parts for each rank."""
     chunks: list[Array] = [
@@ -131,7 +131,7 @@ def _read_round(
         )
         for chunk in own
     ]
-    with collective(group, f"shared reads, {which}"):
+    with collective(coordinator, f"shared reads, {which}"):
         threads.run_in_threads(
             [
                 task
@@ -139,7 +139,7 @@ def _read_round(
                 for task in _chunk_tasks(sources[chunk.array], chunk.index, memory)
             ]
         )
-    outgoing: list[list[Array]] = [[np.empty(0, np.uint8)] for _ in range(group.num_ranks)]
+    outgoing: list[list[Array]] = [[np.empty(0, np.uint8)] for _ in range(coordinator.num_ranks)]
     for chunk, whole in zip(own, chunks, strict=True):
         offset = sources[chunk.array].grid.box(chunk.index).offset
         for part in chunk.parts:
@@ -156,13 +156,13 @@ def _chunk_tasks(source: _Want, index: tuple[int, ...], memory: Array) -> list[C
 
 
 def _incoming_bytes(
-    chunks: Sequence[SharedChunk], arrays: Mapping[str, StoredArray], group: Coordinator
+    chunks: Sequence[SharedChunk], arrays: Mapping[str, StoredArray], coordinator: Coordinator
 ) -> list[int]:
-    sizes = [0] * group.num_ranks
+    sizes = [0] * coordinator.num_ranks
     for chunk in chunks:
         itemsize = arrays[chunk.array].spec.itemsize_bytes
         for part in chunk.parts:
-            if part.rank == group.rank:
+            if part.rank == coordinator.rank:
                 sizes[chunk.reader] += part.box.num_elements * itemsize
     return sizes
 

@@ -17,7 +17,7 @@ Shown: TypeAlias = Callable[[int, int], None]
 
 @contextlib.contextmanager
 def bar(title: str) -> Generator[Shown]:
-    """A bar on standard error while the work lasts, if a person sees it; else nothing.
+    """Shows a bar on standard error during the work, if that is a terminal.
 
     Bars of several threads share one display.
     """

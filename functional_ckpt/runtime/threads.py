@@ -15,7 +15,7 @@ _LOOK_SECONDS = 0.002
 
 
 def num_spare_cores() -> int:
-    """How many threads can be busy beside a program that computes on one core; at least one."""
+    """Returns the number of cores left by a program that computes on one; at least one."""
     return max(1, (os.cpu_count() or 1) - 1)
 
 

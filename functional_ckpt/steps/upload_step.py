@@ -138,7 +138,9 @@ class Upload:
         source = os.path.join(self._source, name)
         if not queries.exists(self._local, source) or self._local.checksum(source) != expected:
             digest = _record_digest(self._local, self._source)
-            if digest != identity and (digest is not None or not self._is_there()):
+            if digest != identity and (
+                digest is not None or not self._local_commits.is_committed(self._source)
+            ):
                 raise errors.StorageError(
                     f"{self._source} was replaced or removed during the upload.", path=self._source
                 )
@@ -148,9 +150,6 @@ class Upload:
                 step=self._step,
             )
         self._remote.put_file(source, os.path.join(place, name))
-
-    def _is_there(self) -> bool:
-        return self._local_commits.is_committed(self._source)
 
     def _check_arrived(
         self, place: str, files: Mapping[str, records.FileRecord], identity: str

@@ -84,7 +84,7 @@ class ManagerModel:
     def cut_save(
         self, step: int, content: Any, metrics: Mapping[str, float] | None
     ) -> Iterator[ManagerModel]:
-        """Every model that a save, failed or killed at any instant, may leave."""
+        """Yields every model that a save, failed or killed at any instant, may leave."""
         yield self
         current = self.replaced(step, content, metrics)
         yield current
@@ -104,7 +104,7 @@ class ManagerModel:
         return {*newest, *[*self._ranked(), *unmeasured][: self.keep_best]}
 
     def _ranked(self) -> list[int]:
-        """The steps that have the metric, the best first; of equal ones, the newer first."""
+        """Returns the steps with the metric, the best first; of equal ones the newer first."""
         scored = [
             (value, step)
             for step, held in self.steps.items()

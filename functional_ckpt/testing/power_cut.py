@@ -113,7 +113,7 @@ class Moment:
         return list({image.digest: image for image in images}.values())
 
     def _changes(self) -> list[_Inode]:
-        """The inodes that are elsewhere, or hold something else, than was synced; sorted."""
+        """Returns the inodes whose path or content differs from the synced state; sorted."""
         durable, current = self.durable, self.current
         return [
             inode

@@ -137,7 +137,7 @@ class ItemArrays:
         ]
 
     def _would_block(self, name: str) -> bool:
-        """Whether a file is a pipe or a device, which TensorStore would open and wait for."""
+        """Returns whether a file is a pipe or a device, on which TensorStore would block."""
         path = os.path.join(self._directory, name)
         return queries.kind(self._search.storage, path, follow=True) == "a special file"
 
@@ -267,7 +267,7 @@ class ItemArrays:
             damaged[path] = dataclasses.replace(finding, leaves=tuple(sorted(names)))
 
     def _candidate_files(self, failure: _Failure) -> list[str]:
-        """The files that may be the cause."""
+        """Returns the files that may be the cause."""
         index = self._index
         if failure.key is None or index is None:
             return [self._fallback_file]
@@ -364,7 +364,7 @@ def _compare_metadata(
 def _compare_number(
     array: spec.ArraySpec, number: object, value: bytes | None
 ) -> _Difference | None:
-    """A plain number is in our record; the copy that Orbax reads must be the same."""
+    """Compares a plain number of the record with the copy that Orbax reads."""
     import numpy as np
 
     if value == np.array(number, spec.numpy_dtype(array.dtype)).tobytes():

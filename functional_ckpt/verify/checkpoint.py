@@ -167,7 +167,7 @@ def _problem(error: errors.CheckpointError) -> Problem:
 def _expected_files(
     step: records_lib.StepRecord | None, items: Mapping[str, records_lib.ItemRecord | None]
 ) -> dict[str, FileRecord]:
-    """Every file that is listed, but for the records, which were compared when they were read."""
+    """Returns every listed file, except for the records, which were compared when read."""
     listed = {} if step is None else step.files
     records = {f"{item}/{EXTENSION_FILE}" for item in items}
     expected = {name: file for name, file in listed.items() if name not in records}

@@ -133,13 +133,13 @@ def run_in_chunk(
 
 
 def whole_blocks(start: int, end: int, size_bytes: int, block_bytes: int) -> tuple[int, int]:
-    """The digest blocks that a run of a chunk of `size_bytes` touches, as first byte and end."""
+    """Returns the first byte and the end of the blocks that a part of a chunk overlaps."""
     first = start // block_bytes * block_bytes
     return first, min(-(-end // block_bytes) * block_bytes, size_bytes)
 
 
 def asked_bytes(grid: ChunkGrid, index: tuple[int, ...], box: Box, itemsize_bytes: int) -> int:
-    """Bytes that a verified read of a region reads of one overlapping chunk."""
+    """Returns bytes that a verified read of a region reads of one overlapping chunk."""
     chunk = grid.box(index)
     size_bytes = chunk.num_elements * itemsize_bytes
     run = run_in_chunk(grid, index, box.relative_to(chunk.offset), itemsize_bytes)
@@ -186,7 +186,7 @@ def choose_grid(
 
 
 def _split(size: int, budget: int, *, exact: bool) -> int:
-    """The largest even part of `size` up to `budget`; a divisor where shards share the dim."""
+    """Returns the largest even part of `size` up to `budget`; a divisor if shards share the dim."""
     if not exact:
         return -(-size // -(-size // budget))
     best = max(d for d in _divisors(size) if d <= budget)

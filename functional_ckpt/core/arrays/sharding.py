@@ -73,7 +73,7 @@ class Sharding:
         return cls((len(ranks),), ranks, (None,))
 
     def coordinate(self, rank: int) -> tuple[int, ...] | None:
-        """Where a rank is in the mesh; None for a rank outside it."""
+        """Returns the mesh coordinate of a rank; None for a rank outside the mesh."""
         place = _places(self.ranks).get(rank)
         if place is None:
             return None
@@ -168,7 +168,7 @@ class Sharding:
         return tuple(sorted(self._rank_at(at) for at in itertools.product(*choices)))
 
     def first_replica(self) -> Sharding:
-        """The same array, held by the first of those ranks only that hold the same of it."""
+        """Returns the sharding in which only the first of several equal replicas holds a part."""
         cuts = zip(self.mesh_shape, self.placements, strict=True)
         mesh_shape = tuple(1 if cut is None else size for size, cut in cuts)
         ranks = tuple(self._rank_at(at) for at in itertools.product(*map(range, mesh_shape)))
@@ -228,7 +228,7 @@ def _part(start: int, end: int, count: int, index: int) -> _Run:
 
 
 def _slice_runs(runs: list[_Run], low: int, high: int) -> Iterator[_Run]:
-    """The stretches at positions `low` to `high` of the sequence that `runs` spell out."""
+    """Yields the stretches at positions `low` to `high` of the sequence that `runs` spell out."""
     position = 0
     for start, end in runs:
         first = max(low - position, 0)
@@ -275,7 +275,7 @@ def _is_even(size: int, cuts: tuple[tuple[int, int], ...]) -> bool:
 
 
 def _combine(runs: list[tuple[_Run, ...]]) -> Iterator[Piece]:
-    """The boxes that are products of one stretch in every dim."""
+    """Yields the boxes that are products of one stretch in every dim."""
     places: list[list[tuple[int, _Run]]] = []
     for stretches in runs:
         position, placed = 0, []
@@ -292,7 +292,7 @@ def _combine(runs: list[tuple[_Run, ...]]) -> Iterator[Piece]:
 
 
 def sharding_of(tensor: Any) -> Sharding | None:
-    """The sharding of a DTensor, read off its mesh and placements; None for any other tensor.
+    """Returns the sharding of a DTensor, from its mesh and placements; None for other tensors.
 
     Raises:
         UnsupportedLeafError: A placement that holds partial sums.

@@ -98,7 +98,7 @@ def _is_read_twice(array: StoredArray, index: tuple[int, ...], parts: Sequence[S
 def _wanted_chunks(
     arrays: Mapping[str, StoredArray], wants: Sequence[Sequence[Region]]
 ) -> Iterator[tuple[str, tuple[int, ...], tuple[Share, ...]]]:
-    """Every chunk that is wanted, with the parts that are, arrays by name and chunks in C order."""
+    """Yields the chunks that ranks need, and the needed parts, by array and in C order."""
     by_array: dict[str, list[tuple[int, int, Box]]] = {}
     for rank, wanted in enumerate(wants):
         for number, want in enumerate(wanted):

@@ -37,7 +37,7 @@ _FOREIGN = dict.fromkeys(("int2", "int4", "float4_e2m1fn", "float8_e3m4", "float
 
 @functools.cache
 def numpy_dtype(name: str) -> np.dtype:
-    """The numpy dtype of a storage dtype's name; `UsageError` for a name that is not in the table.
+    """Returns the numpy dtype of a storage dtype's name; raises `UsageError` for an unknown name.
 
     >>> numpy_dtype("bfloat16").itemsize
     2
@@ -189,5 +189,5 @@ class Box:
             yield from Box(offset, (*before, min(step, size - start), *after)).cut(max_elements)
 
     def slices(self) -> tuple[Any, ...]:
-        """The box as an index expression; the ellipsis makes it a view of a 0-dim array too."""
+        """Returns the box as an index expression; the ellipsis keeps a 0-dim array a view."""
         return (*(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True)), ...)

@@ -65,7 +65,7 @@ class _Uniting:
         return first
 
     def _keep_all(self, held: _Held) -> Node:
-        """One value for each of the ranks that have one."""
+        """Returns one value for each of the ranks that have one."""
         pairs = sorted((rank, place) for place, (ranks, _) in enumerate(held) for rank in ranks)
         return BranchNode(
             kind="per_rank",
@@ -264,7 +264,7 @@ def merge_shardings(parts: Sequence[tuple[int, Sharding | None]]) -> Sharding:
 
 
 def select_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> Node:
-    """The structure as one rank restores it: its own of every value that was saved per rank.
+    """Returns the structure that one rank restores, with its own part of per-rank values.
 
     With another number of ranks, a value that has a handler comes with those of all ranks, in a
     dict; of plain values, those of rank 0 are taken. `dropped` receives the key paths of plain
@@ -295,7 +295,7 @@ def select_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> No
 
 
 def _of_all_ranks(node: BranchNode, rank: int, num_ranks: int) -> BranchNode:
-    """The values of all ranks, for a handler that resizes."""
+    """Returns the values of all ranks, for a handler that resizes."""
     children = (
         structure.without(child, structure.HANDLER) if isinstance(child, BranchNode) else child
         for child in node.children

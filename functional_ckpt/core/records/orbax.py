@@ -140,7 +140,7 @@ def scalar_leaves(root: structure.Node) -> Iterator[tuple[str, ArraySpec, object
 
 
 def only_chunk(spec: ArraySpec) -> str:
-    """The key of the chunk of an array that `scalar_leaves` returns, relative to the array."""
+    """Returns the key, relative to the array, of the only chunk of one of `scalar_leaves`."""
     return "/".join(["c", *("0" for _ in spec.shape)])
 
 
@@ -150,7 +150,7 @@ def _spec_of_numbers(leaf: structure.ValueNode) -> ArraySpec:
 
 
 def zarr3_metadata(spec: ArraySpec, chunk_shape: tuple[int, ...]) -> dict[str, Json]:
-    """The `zarr.json` of an uncompressed array; chunks are raw little-endian bytes in C order."""
+    """Returns the `zarr.json` of an uncompressed array with little-endian chunks in C order."""
     fill: Json = 0
     if spec.dtype == "bool":
         fill = False

@@ -224,7 +224,7 @@ def verify_checksum(data: bytes, path: object) -> dict[str, Json]:
 
 
 def parse_item(data: bytes, path: object) -> ItemRecord:
-    """The record in an item's extension file; `CorruptCheckpointError` for anything else."""
+    """Returns the record of an item's extension file, or raises `CorruptCheckpointError`."""
     record = verify_checksum(data, path)
     with _parsing(path):
         block_bytes = _BLOCK_BYTES[record["version"]]
@@ -257,7 +257,7 @@ def _table(record: Json, files: Mapping[str, FileRecord]) -> DigestTable | None:
 
 
 def parse_step(data: bytes, path: object) -> StepRecord:
-    """The record in a checkpoint's extension file; `CorruptCheckpointError` for anything else."""
+    """Returns the record of a step's extension file; raises `CorruptCheckpointError` if invalid."""
     record = verify_checksum(data, path)
     with _parsing(path):
         step = record["step"]

@@ -140,7 +140,7 @@ def _check_tensor(spec: ArraySpec, detail: dict[str, object]) -> None:
 
 
 def shape(value: Json) -> tuple[int, ...]:
-    """A shape as JSON has it, as a tuple of integers."""
+    """Returns a shape of JSON as a tuple of integers."""
     return tuple(map(integer, value))
 
 

@@ -113,12 +113,10 @@ def _pairs(
 def _leaf(stored: Node | None, live: Any, selected: bool) -> _Merged:
     if selected:
         return _Merged(stored, selected=True, kept=False)
-    node = None if live is NOTHING or live is AS_SAVED else _own(live)
+    node = (
+        None if live is NOTHING or live is AS_SAVED else structure.ValueNode(kind=OWN, value=live)
+    )
     return _Merged(node, selected=False, kept=True)
-
-
-def _own(live: Any) -> structure.ValueNode:
-    return structure.ValueNode(kind=OWN, value=live)
 
 
 def _branch(stored: Node | None, live: Any, keys: list[Key], merged: list[_Merged]) -> _Merged:

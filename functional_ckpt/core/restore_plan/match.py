@@ -231,7 +231,7 @@ class _Matching:
     def _bind_local_parts(
         self, saved: structure.BranchNode, tensor: torch.Tensor, path: KeyPath
     ) -> Binding:
-        """A DTensor over a subclass: this rank's part, of the same sharding as saved."""
+        """Binds a DTensor over a subclass to this rank's part; the sharding must be as saved."""
         stored = {
             str(key.value): child for key, child in zip(saved.keys, saved.children, strict=True)
         }
@@ -361,7 +361,7 @@ class _Matching:
         return walk.fold((root, None, 0), visit)
 
     def _saved_by_handler(self, node: structure.BranchNode, path: KeyPath) -> structure.BranchNode:
-        """The node, if its handler makes a value of it; else as plain data."""
+        """Returns the node, if its handler makes a value of it; else as plain data."""
         is_lifted = False if self.lifts is None else self.lifts(node)
         if is_lifted is None:
             self.mismatched.append(

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias
 from functional_ckpt import errors
 from functional_ckpt.core.tree import structure
 
+_MAX_LINES = 200
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Given:
@@ -128,9 +130,9 @@ def raise_report(reports: Mapping[str, RestoreReport], *, step: int | None, path
     )
 
 
-def _shorten(text: str, num_lines: int = 200) -> str:
-    lines: Sequence[str] = text.splitlines()
-    if len(lines) <= num_lines:
+def _shorten(text: str) -> str:
+    lines = text.splitlines()
+    if len(lines) <= _MAX_LINES:
         return text
-    more = f"  ... and {len(lines) - num_lines} more (see the error's fields)"
-    return "\n".join([*lines[:num_lines], more])
+    more = f"  ... and {len(lines) - _MAX_LINES} more (see the error's fields)"
+    return "\n".join([*lines[:_MAX_LINES], more])

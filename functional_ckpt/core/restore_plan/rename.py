@@ -41,7 +41,7 @@ class Renaming:
         self._used: set[int] = set()
 
     def rename(self, root: structure.Node, item: str) -> structure.Node | None:
-        """The structure of an item with its leaves under their new names; None if none is left.
+        """Returns an item's structure with renamed leaves; None if no leaf is left.
 
         Raises:
             UsageError: Two leaves would get one name, or a leaf would leave its item or its list.
@@ -210,7 +210,7 @@ def _by_expressions(key_map: Sequence[tuple[str | re.Pattern[str], str]]) -> _Ru
 
 
 def _leaves(root: structure.Node, branches: dict[KeyPath, structure.BranchNode]) -> list[_Leaf]:
-    """Every leaf with its path, a leaf made of parts as one; notes the containers above them."""
+    """Returns every leaf with its path, composite ones as one; records their containers."""
     found: list[_Leaf] = []
     todo: list[_Leaf] = [((), root)]
     while todo:
@@ -237,7 +237,7 @@ def _note_moved(
 
 
 def _prefix(path: KeyPath) -> str:
-    """The prefix of the names of the leaves below a path."""
+    """Returns the prefix of the names of the leaves below a path."""
     return f"{structure.join(path)}." if path else ""
 
 
@@ -254,7 +254,7 @@ def _renamed_parameter(path: KeyPath, new: str) -> KeyPath | None:
 
 
 def _respelled(path: KeyPath, new: str, name: str) -> KeyPath:
-    """The keys of a path after its name was changed: those at both ends that are still there stay.
+    """Returns the keys of a renamed path; unchanged keys at both ends keep their kinds.
 
     The text between is one key if it was one with a dot in it, or the only one (names of a state
     dict); otherwise one key per part.

@@ -60,7 +60,7 @@ class Selection:
         return any(_may_begin(pattern, f"{item}.") for pattern in self._patterns)
 
     def leaves_of(self, item: str) -> Selects:
-        """The selected leaves of an item, by name."""
+        """Returns the selected leaves of an item, by name."""
         if self.includes_item(item):
             if self._ignored is None:
                 return lambda name: True
@@ -109,7 +109,7 @@ class Selection:
 
 
 def _may_begin(pattern: str, start: str) -> bool:
-    """Whether a pattern may match a name with this prefix: its part for it may end in a star."""
+    """Returns whether a pattern may match a name with this prefix."""
     ends = range(1, len(pattern) + 1)
     return any(fnmatch.fnmatchcase(start, pattern[:end]) for end in ends)
 

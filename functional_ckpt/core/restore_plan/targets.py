@@ -45,24 +45,24 @@ def why_wrong(tensor: torch.Tensor) -> str | None:
 
 
 def dtype_of(part: object) -> str | None:
-    """The dtype of a part that is one tensor; None for numbers and for parts made of parts."""
+    """Returns the dtype of a part that is one tensor; None for numbers and composite parts."""
     if not isinstance(part, torch.Tensor) or flatten.flatten_one_level(part) is not None:
         return None
     return encode.torch_dtype_name(part.dtype)
 
 
 def stored_dtype(node: structure.Node) -> str | None:
-    """The dtype of an array; None for other nodes."""
+    """Returns the dtype of an array; None for other nodes."""
     return node.dtype if isinstance(node, structure.ArrayNode) else None
 
 
 def describe(value: Any) -> str:
-    """The type and a short text of a value, for messages."""
+    """Returns the type and a short text of a value, for messages."""
     return "None" if value is None else f"{type(value).__name__} {structure.short(value)}"
 
 
 def inside(saved: structure.Node, path: KeyPath) -> tuple[structure.Node, KeyPath]:
-    """The single leaf of a handler's value and its path; other nodes unchanged."""
+    """Returns the single leaf of a handler's value and its path; other nodes unchanged."""
     if isinstance(saved, structure.BranchNode) and structure.BARE in saved.detail:
         return saved.children[0], (*path, saved.keys[0])
     return saved, path

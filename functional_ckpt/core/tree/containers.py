@@ -190,7 +190,7 @@ def _entry_key(entry: object, index: int) -> Key:
 
 
 def _registered_name(kind: type) -> str:
-    """The stored name of a registered node type; it is looked up at restore, never imported."""
+    """Returns the stored name of a registered node type; restores look it up, without an import."""
     serialized = _pytree.SUPPORTED_SERIALIZED_TYPES.get(kind)
     name = serialized.serialized_type_name if serialized is not None else None
     if name in (None, _pytree.NO_SERIALIZED_TYPE_NAME_FOUND):

@@ -23,7 +23,7 @@ _OF_TORCH = (torch.dtype, torch.layout, torch.memory_format)
 
 
 def is_storable(context: object, depth: int = _MAX_DEPTH) -> bool:
-    """Whether `tag` can write a context."""
+    """Returns whether `tag` can write a context."""
     if depth == 0:
         return False
     if type(context) in (list, tuple):
@@ -43,27 +43,27 @@ def is_storable(context: object, depth: int = _MAX_DEPTH) -> bool:
 
 
 def is_of_torch(value: object) -> bool:
-    """Whether a value is a dtype, a device, a size or their like."""
+    """Returns whether a value is a dtype, a device, a size or their like."""
     return isinstance(value, (*_OF_TORCH, torch.device, torch.Size))
 
 
 def tag(context: Any) -> Json:
-    """A context as JSON."""
+    """Returns a context as JSON."""
     return plain_json.tag(context, _special)
 
 
 def untag(record: Json) -> Any:
-    """The opposite of `tag`; `ValueError`, `TypeError` or `KeyError` for malformed records."""
+    """Reverts `tag`; raises `ValueError`, `TypeError` or `KeyError` for malformed records."""
     return plain_json.untag(record, _unspecial)
 
 
 def pack(value: Any) -> Json:
-    """A value of a JSON item; see `plain_json.pack`."""
+    """Returns a value of a JSON item; see `plain_json.pack`."""
     return plain_json.pack(value, _special)
 
 
 def unpack(value: Json) -> Any:
-    """The opposite of `pack`."""
+    """Returns the opposite of `pack`."""
     return plain_json.unpack(value, _unspecial)
 
 
@@ -119,7 +119,7 @@ def _field_names(kind: type) -> tuple[str, ...]:
 
 
 def _fields(value: object) -> dict[str, Any] | None:
-    """The fields of a dataclass or a named tuple; None for anything else."""
+    """Returns the fields of a dataclass or a named tuple; None for anything else."""
     kind = type(value)
     is_record = dataclasses.is_dataclass(kind) or (isinstance(value, tuple) and kind is not tuple)
     if not is_record:

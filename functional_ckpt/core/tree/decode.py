@@ -90,7 +90,7 @@ def _allocate(node: structure.ArrayNode) -> Destination:
 
 
 def _new_array(node: structure.ArrayNode, dtype: np.dtype[Any]) -> Array:
-    """An uninitialised array of the node's shape and layout; large ones in memory of torch's.
+    """Returns an uninitialised array of the node's shape and layout; torch allocates large ones.
 
     It starts at a multiple of 64 bytes. numpy's memory starts 16 bytes after a page, where the
     kernel copies at a quarter of the speed on some processors.
@@ -119,7 +119,7 @@ def _new_tensor(node: structure.ArrayNode) -> torch.Tensor:
 def apply_tensor_role(
     tensor: torch.Tensor, detail: Mapping[str, object], device: torch.device | None = None
 ) -> torch.Tensor:
-    """A filled CPU tensor as the leaf it was: on its device, in the role that was recorded."""
+    """Returns a filled CPU tensor on the leaf's device and in its recorded role."""
     if device is not None and device != tensor.device:
         tensor = tensor.to(device)
     if detail.get("parameter"):
@@ -137,7 +137,7 @@ def _order(node: structure.ArrayNode) -> Literal["C", "F"]:
 
 
 def _is_text(node: structure.ArrayNode) -> bool:
-    """Whether it is an array of strings, whose last dim on disk is the bytes of one string."""
+    """Returns whether it is an array of strings; on disk its last dim is the bytes of a string."""
     return str(node.detail.get("dtype", ""))[1:2] in ("S", "U")
 
 

@@ -62,7 +62,7 @@ _MUTABLE_KINDS = ("set", "namespace")
 
 
 def value_node(value: object) -> structure.ValueNode | None:
-    """The node of a plain value; None for anything else, subclasses of plain types included."""
+    """Returns the node of a plain value; None for anything else, also for subclasses."""
     if (kind := _PLAIN_KINDS.get(type(value))) is not None:
         return structure.ValueNode(kind=kind, value=value)
     if isinstance(value, torch.dtype):
@@ -94,7 +94,7 @@ def plain_value(node: structure.ValueNode) -> object:
 
 
 def array_node(value: object, name: str) -> structure.ArrayNode | None:
-    """The node of a strided tensor, a numpy array or scalar, or bytes; None for anything else.
+    """Returns the node of a strided tensor, a numpy array or scalar, or bytes; else None.
 
     Raises:
         UnsupportedLeafError: The value is an array whose dtype or data cannot be carried.
@@ -279,7 +279,7 @@ def host_view(tensor: torch.Tensor, dtype: str) -> Array:
 
 @functools.cache
 def _host_dtypes(dtype: torch.dtype, stored: str) -> tuple[np.dtype[Any], torch.dtype | None]:
-    """The numpy dtype of the stored data; a view dtype for tensors that numpy does not know."""
+    """Returns the numpy dtype of the stored data, and the dtype to view a tensor as, if needed."""
     target = spec_lib.numpy_dtype(stored)
     if _is_registered(target) or torch_dtype_name(dtype) in _CARRIED_BY:
         return target, _INT_OF_SIZE[target.itemsize]
@@ -287,7 +287,7 @@ def _host_dtypes(dtype: torch.dtype, stored: str) -> tuple[np.dtype[Any], torch.
 
 
 def _is_registered(dtype: np.dtype[Any]) -> bool:
-    """Whether it is one of ml_dtypes, whose kinds differ (float8_e5m2 is `f`, others `V`)."""
+    """Returns whether it is one of ml_dtypes; their kinds differ (float8_e5m2 `f`, others `V`)."""
     return dtype.isbuiltin == 2
 
 

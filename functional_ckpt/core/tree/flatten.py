@@ -166,7 +166,7 @@ class _Flattening:
     def _open_handled(
         self, handled: structure.Handled, depth: int, around: _Around
     ) -> walk.Visit[_Place, structure.Node]:
-        """The tree that a handler makes; for each rank under a key of its own, where it says so."""
+        """Returns the tree of a handler's value, for per-rank values below a key of this rank."""
         tree, detail = handled.tree, handled.detail
         if id(tree) in self.open_ids:
             raise errors.UnsupportedLeafError(_CYCLE)
@@ -290,7 +290,7 @@ _REGISTER = (
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """A copy of the pytree with `function` applied to every leaf (None and plain values too).
+    """Returns a copy of the pytree with `function` applied to every leaf, also None and numbers.
 
     A `Handled` is a leaf.
     """

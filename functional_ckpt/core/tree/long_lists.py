@@ -80,12 +80,12 @@ def value_of(node: ValueNode) -> Any:
 
 
 def unpacked(node: Node) -> Node:
-    """A long list as a container with a leaf for each value; any other node unchanged."""
+    """Returns a long list as a container with a leaf for each value; any other node unchanged."""
     return walk.fold(value_of(node), _visit_value) if is_long(node) else node
 
 
 def with_unpacked(root: Node) -> Node:
-    """The structure with a leaf for each value of its long lists."""
+    """Returns the structure with a leaf for each value of its long lists."""
     if not any(is_long(leaf) for _, leaf in structure.iter_leaves(root)):
         return root
 

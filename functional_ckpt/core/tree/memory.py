@@ -30,7 +30,7 @@ def is_plain(value: object) -> bool:
 
 
 def is_contiguous_strided(value: object) -> bool:
-    """Whether a tensor is nothing but rows of its own memory: most are, and they are quick."""
+    """Returns whether a tensor is contiguous rows of its own memory: most are, and are fast."""
     if type(value) not in _ORDINARY:
         return False
     tensor = cast("torch.Tensor", value)
@@ -43,7 +43,7 @@ def is_contiguous_strided(value: object) -> bool:
 
 
 def is_wrapper(value: torch.Tensor) -> bool:
-    """Whether the tensor's class runs its operations itself, and so has no memory to show."""
+    """Returns whether the tensor's class implements its operations, and has no memory itself."""
     return type(value) not in _ORDINARY and _dispatch_of(type(value)) is not _NO_DISPATCH
 
 
@@ -74,7 +74,7 @@ def check_no_fake_mode() -> None:
 
 
 def writing(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The mode in which a tensor may be written: inference tensors need inference mode."""
+    """Returns the mode in which a tensor may be written: inference tensors need inference mode."""
     return torch.inference_mode() if tensor.is_inference() else torch.no_grad()
 
 
@@ -117,5 +117,5 @@ def tie_key(tensor: torch.Tensor) -> Hashable | None:
 
 
 def can_be_imitated(tensor: torch.Tensor) -> bool:
-    """Whether new memory can be made a tensor like this one: of torch's own class, or a DTensor."""
+    """Returns whether a tensor like this can be built from new memory: a plain one or a DTensor."""
     return is_plain(tensor) or sharding.sharding_of(tensor) is not None

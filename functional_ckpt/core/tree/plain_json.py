@@ -39,7 +39,7 @@ def parse(data: bytes) -> Json:
 
 
 def encode(value: object) -> Json:
-    """A plain scalar as JSON: large integers as hex, non-finite floats as the hex of their bits."""
+    """Returns a plain scalar as JSON: large integers and the bits of non-finite floats as hex."""
     if type(value) is int and not -(2**53) < value < 2**53:
         return hex(value)
     if type(value) is float:
@@ -64,12 +64,12 @@ def encode(value: object) -> Json:
 
 
 def is_joined_by_json(text: str) -> bool:
-    """Whether JSON, as UTF-16, would return two surrogates as one character."""
+    """Returns whether JSON, as UTF-16, would return two surrogates as one character."""
     return not text.isascii() and _SURROGATE_PAIR.search(text) is not None
 
 
 def decode(kind: str, payload: Json) -> Any:
-    """The opposite of `encode` for a value of the given kind; `ValueError` for anything else."""
+    """Reverts `encode` for a value of the given kind; raises `ValueError` for anything else."""
     if kind == "none" and payload is None:
         return None
     if kind == "bool" and type(payload) is bool:
@@ -187,7 +187,7 @@ def tag(value: object, special: Special | None = None) -> Json:
 
 
 def untag(record: Json, special: Unspecial | None = None) -> Any:
-    """The opposite of `tag`; `ValueError`, `TypeError` or `KeyError` for anything else."""
+    """Returns the opposite of `tag`; `ValueError`, `TypeError` or `KeyError` for anything else."""
     kind, payload = record
     if special is not None and (found := special(string(kind), payload)) is not NotImplemented:
         return found
@@ -208,7 +208,7 @@ TYPE = "functional_ckpt.type"
 
 
 def pack(value: Any, special: Special | None = None) -> Json:
-    """A plain value as JSON: itself where JSON gives it back equal, else an object with `TYPE`.
+    """Returns a plain value as JSON: itself if JSON can represent it, else an object with `TYPE`.
 
     >>> pack({"a": [1, (2, 3)]})
     {'a': [1, {'functional_ckpt.type': 'tuple', 'value': [['int', 2], ['int', 3]]}]}
@@ -230,7 +230,7 @@ def _is_json_text(value: object) -> bool:
 
 
 def unpack(value: Json, special: Unspecial | None = None) -> Any:
-    """The opposite of `pack`."""
+    """Returns the opposite of `pack`."""
     if isinstance(value, list):
         return [unpack(part, special) for part in cast("list[Json]", value)]
     if not isinstance(value, dict):
@@ -242,7 +242,7 @@ def unpack(value: Json, special: Unspecial | None = None) -> Any:
 
 
 def is_packed(value: Json) -> bool:
-    """Whether an object stands for a value which JSON has no form for."""
+    """Returns whether an object stands for a value which JSON has no form for."""
     return isinstance(value, dict) and value.keys() == {TYPE, "value"}
 
 
@@ -273,7 +273,7 @@ _KINDS: Mapping[str, str] = MappingProxyType(
 
 
 def kind_of(value: object) -> str | None:
-    """The kind of a plain value of Python's library; None for anything else."""
+    """Returns the kind of a plain value of Python's library; None for anything else."""
     return _kind_of_class(type(value))
 
 
@@ -304,7 +304,7 @@ def _decode_path(payload: Json) -> Any:
 
 
 def _zone(zone: Any) -> Json:
-    """A time zone as JSON: an offset in seconds, or a name; `NotImplemented` for a user's own."""
+    """Returns a time zone as JSON: an offset in seconds, or a name; else `NotImplemented`."""
     if zone is None:
         return None
     kind = f"{type(zone).__module__}.{type(zone).__qualname__}"

@@ -225,12 +225,12 @@ def pretty(path: KeyPath, root: str = "") -> str:
 
 
 def rank_key(rank: int) -> str:
-    """The key under which a rank's own value is stored."""
+    """Returns the key under which a rank's own value is stored."""
     return f"rank_{rank}"
 
 
 def sharding_text(sharding: sharding_lib.Sharding | None, shape: tuple[int, ...]) -> str:
-    """A shape and how it is sharded, in words that two sides compare."""
+    """Returns a shape and how it is sharded, in words that two sides compare."""
     if sharding is None:
         return f"{list(shape)}, not sharded"
     cuts = [
@@ -243,7 +243,7 @@ def sharding_text(sharding: sharding_lib.Sharding | None, shape: tuple[int, ...]
 
 
 def describe(node: Node) -> str:
-    """A node in a few words."""
+    """Returns a node in a few words."""
     if isinstance(node, ArrayNode):
         return f"{node.kind} {node.dtype}{list(node.spec.shape)}"
     if isinstance(node, BranchNode):
@@ -254,24 +254,24 @@ def describe(node: Node) -> str:
 
 
 def short(value: object) -> str:
-    """The first characters of a value's repr."""
+    """Returns the first characters of a value's repr."""
     # Python refuses to print integers of more than 4,300 digits in decimal.
     return f"{hex(value) if type(value) is int and value.bit_length() > 128 else repr(value):.40}"
 
 
 def tree_of(value: Any) -> Any:
-    """The tree of a `Handled`; any other value unchanged."""
+    """Returns the tree of a `Handled`; any other value unchanged."""
     return value.tree if isinstance(value, Handled) else value
 
 
 def without(node: BranchNode, key: str) -> BranchNode:
-    """The node without an entry of its detail."""
+    """Returns the node without an entry of its detail."""
     detail = {name: entry for name, entry in node.detail.items() if name != key}
     return dataclasses.replace(node, detail=detail)
 
 
 def handler_of(node: object) -> str | None:
-    """The name of the handler whose value stood at a node; None for plain data."""
+    """Returns the name of the handler whose value stood at a node; None for plain data."""
     if not isinstance(node, BranchNode) or HANDLER not in node.detail:
         return None
     return str(node.detail[HANDLER])
@@ -288,7 +288,7 @@ def is_numbers(node: object) -> TypeGuard[ValueNode]:
 
 
 def numbers_of(node: ValueNode) -> Sequence[object]:
-    """The numbers of a long list."""
+    """Returns the numbers of a long list."""
     return cast("Sequence[object]", node.value)
 
 
@@ -317,7 +317,7 @@ def is_same(a: object, b: object) -> bool:
 def iter_leaves(
     node: Node, path: KeyPath = (), leaf_kinds: Collection[str] = ()
 ) -> Iterator[tuple[KeyPath, Node]]:
-    """Every leaf with its key path, depth first; an empty container counts as a leaf.
+    """Yields every leaf with its key path, depth first; an empty container counts as a leaf.
 
     Args:
         node: The structure.

@@ -135,7 +135,7 @@ class Bucket(LeaseStore, Protocol):
     """An object store."""
 
     def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
-        """Bytes `begin` to `end` of an object, which is at least that long."""
+        """Returns bytes `begin` to `end` of an object, which is at least that long."""
         ...
 
     def list(self, folder: str) -> Iterable[Entry]:

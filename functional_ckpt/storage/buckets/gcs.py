@@ -34,7 +34,7 @@ _MISSING_BUCKET = "bucket does not exist"
 _FIELDS = "name,size,updated,generation"
 
 
-def open_gcs(uri: str, name: str, environ: Mapping[str, str] = os.environ) -> GcsBucket:
+def open_gcs(uri: str, name: str) -> GcsBucket:
     """Returns the bucket `name` of GCS, or of the server that STORAGE_EMULATOR_HOST names.
 
     Raises:
@@ -50,7 +50,7 @@ def open_gcs(uri: str, name: str, environ: Mapping[str, str] = os.environ) -> Gc
             "gs:// by application default credentials needs google-cloud-storage: "
             "pip install 'functional-ckpt[gcs]'."
         ) from error
-    emulator = environ.get("STORAGE_EMULATOR_HOST")
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     if emulator:
         _tell_tensorstore(emulator)
     try:

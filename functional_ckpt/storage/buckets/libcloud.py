@@ -29,7 +29,7 @@ from functional_ckpt.storage.buckets.base import (
 )
 
 
-def open_libcloud(uri: str, name: str, environ: Mapping[str, str] = os.environ) -> LibcloudBucket:
+def open_libcloud(uri: str, name: str) -> LibcloudBucket:
     """Returns a container of a provider, such as `local:bucket` or `azure_blobs:bucket`.
 
     Raises:
@@ -45,11 +45,11 @@ def open_libcloud(uri: str, name: str, environ: Mapping[str, str] = os.environ) 
             "libcloud:// needs Apache Libcloud: pip install 'functional-ckpt[libcloud]'."
         ) from error
     options = {
-        option: environ[variable]
+        option: os.environ[variable]
         for option, variable in (("region", "LIBCLOUD_REGION"), ("host", "LIBCLOUD_HOST"))
-        if environ.get(variable)
+        if os.environ.get(variable)
     }
-    key, secret = environ.get("LIBCLOUD_KEY", ""), environ.get("LIBCLOUD_SECRET")
+    key, secret = os.environ.get("LIBCLOUD_KEY", ""), os.environ.get("LIBCLOUD_SECRET")
     secrets = tuple(text for text in (key, secret) if text and provider != "local")
     try:
         make: Any = providers.get_driver(provider)

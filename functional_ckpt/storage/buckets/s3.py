@@ -97,7 +97,7 @@ def _client(endpoint: str | None) -> dict[str, Any]:
 
 
 def _tensorstore_credentials(found: credentials.S3Credentials) -> dict[str, Any]:
-    """How TensorStore finds the same key; it takes none by value.
+    """Returns the source of the same key for TensorStore, whose specs cannot contain keys.
 
     A key that is not in AWS's variables is passed in an unnamed file in memory.
     """
