@@ -75,10 +75,10 @@ def keys() -> st.SearchStrategy[Any]:
 
 
 def item_names() -> st.SearchStrategy[str]:
-    """Names an item may have."""
+    """Valid names of items."""
     letters = st.sampled_from("abcdefghijklmnopqrstuvwxyz0123456789-é ")
     return st.text(letters, min_size=1, max_size=12).filter(
-        lambda name: name not in ("metrics", "metadata")
+        lambda name: name not in ("metrics", "metadata", "progress")
     )
 
 

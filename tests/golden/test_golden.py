@@ -141,7 +141,7 @@ def test_every_byte_is_the_one_that_was_written(golden: Path, part: str) -> None
 
 
 @pytest.mark.parametrize("name", ORBAX)
-def test_orbax(golden: Path, name: str) -> None:
+def test_orbax_checkpoints_stay_readable(golden: Path, name: str) -> None:
     restored = fc.restore(golden / name)
     (tree,) = restored.values()
     expected = values.orbax_tree() | {"text": "é"}

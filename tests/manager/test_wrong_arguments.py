@@ -62,13 +62,13 @@ OF_FUNCTIONS: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("name", OF_MANAGERS)
-def test_of_managers(name: str, tmp_path: Path) -> None:
+def test_manager_refuses_a_wrong_argument_by_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(errors.UsageError, match=name):
         fc.CheckpointManager(tmp_path / "run", **OF_MANAGERS[name])
     assert not (tmp_path / "run").exists()
 
 
-def test_of_their_calls(tmp_path: Path) -> None:
+def test_calls_of_a_manager_refuse_wrong_arguments_by_name(tmp_path: Path) -> None:
     with fc.CheckpointManager(tmp_path / "run") as manager:
         for step in (1, 2, 3):
             manager.save(step, ITEMS)
@@ -80,12 +80,12 @@ def test_of_their_calls(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", OF_FUNCTIONS)
-def test_of_functions(name: str) -> None:
+def test_functions_refuse_a_wrong_argument_by_name(name: str) -> None:
     with pytest.raises(errors.UsageError, match=name):
         OF_FUNCTIONS[name]()
 
 
-def test_of_save_and_restore(tmp_path: Path) -> None:
+def test_save_and_restore_refuse_wrong_arguments_by_name(tmp_path: Path) -> None:
     path, wrong = tmp_path / "one", fc.Module(MODEL)
     object.__setattr__(wrong, "value", 3)  # as `tree_map` may
     fc.save(path, ITEMS)

@@ -111,12 +111,12 @@ def test_initial_save_saves_only_without_steps() -> None:
     assert not saves(policies.InitialSave(), at(7), [at(3)])
 
 
-def test_preemption() -> None:
+def test_preemption_saves_only_after_sigterm() -> None:
     assert not saves(policies.Preemption(), at(7))
     assert saves(policies.Preemption(), at(7), context=SaveContext(reached_preemption=True))
 
 
-def test_when() -> None:
+def test_when_saves_the_steps_that_its_function_accepts() -> None:
     policy = policies.When(lambda info: info.step > 5)
     assert saves(policy, at(6)) is True
     assert saves(policy, at(5)) is False

@@ -120,7 +120,7 @@ def test_the_record_validates(value: float, unit: Unit, message: str) -> None:
         (Timespan(0.5, "second"), "0.5sec"),
     ],
 )
-def test_text(span: Timespan, text: str) -> None:
+def test_timespan_is_shown_as_a_time_string(span: Timespan, text: str) -> None:
     assert str(span) == text
 
 

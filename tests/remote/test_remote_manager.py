@@ -41,7 +41,7 @@ def _store(uri: str) -> ObjectStorage:
     return store
 
 
-def test_a_run(bucket: str) -> None:
+def test_a_run_in_a_bucket_saves_overwrites_and_restores(bucket: str) -> None:
     run = f"{bucket}/some/run"
     with fc.CheckpointManager(
         run, keep_policy=[fc.policies.LatestN(2)], overwrite=True, latest_link="latest"

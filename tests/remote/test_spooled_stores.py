@@ -21,7 +21,9 @@ from functional_ckpt.verify import checkpoint
 
 
 @pytest.mark.parametrize("kind", ["fsspec", "libcloud"])
-def test_a_run(kind: str, request: pytest.FixtureRequest) -> None:
+def test_a_run_in_a_spooled_store_saves_prunes_and_locks(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     top = (
         f"memory://bucket-{uuid.uuid4().hex[:8]}"
         if kind == "fsspec"

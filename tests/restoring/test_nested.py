@@ -135,7 +135,9 @@ def test_the_record_says_what_stood_where(saved: tuple[Path, Any]) -> None:
     ],
     ids=["one pattern", "two patterns", "ignored patterns", "a function"],
 )
-def test_in_part(saved: tuple[Path, Any], options: Any, restored: set[str]) -> None:
+def test_selected_values_of_a_tree_are_restored_in_part(
+    saved: tuple[Path, Any], options: Any, restored: set[str]
+) -> None:
     tree, live = make(0)
     before = {name: repr(getattr(each, "state_dict", dict)()) for name, each in live.items()}
     result = fc.restore(saved[0], {"all": tree}, **options)["all"]
@@ -164,7 +166,7 @@ def test_differences_are_reported_by_leaf(saved: tuple[Path, Any]) -> None:
     assert live["counter"].n == 3 and restored.report.mismatched and restored.report.missing
 
 
-def test_renamed(saved: tuple[Path, Any]) -> None:
+def test_key_map_renames_nested_modules_and_optimizers(saved: tuple[Path, Any]) -> None:
     tree, live = make(0)
     tree["nets"]["h"] = tree["nets"].pop("g")
 
@@ -266,7 +268,7 @@ def test_values_that_repeat_and_trees_that_contain_themselves(tmp_path: Path) ->
         fc.save(tmp_path / "d", {"all": loop})
 
 
-def test_initial_values(tmp_path: Path) -> None:
+def test_restore_or_returns_the_initial_nested_values(tmp_path: Path) -> None:
     tree, live = make(1)
     with fc.CheckpointManager(tmp_path) as manager:
         restored = manager.restore_or({"all": tree})["all"]

@@ -165,7 +165,7 @@ def test_a_damaged_one_is_found_and_a_foreign_one_is_none(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("progress", [{"epoch": 1}, 3, "1ep"])
-def test_anything_else_is_refused(tmp_path: Path, progress: Any) -> None:
+def test_save_refuses_a_progress_of_another_type(tmp_path: Path, progress: Any) -> None:
     with fc.CheckpointManager(tmp_path, save_policy=policies.every(5)) as manager:
         with pytest.raises(fc.errors.UsageError, match="progress must be an fc"):
             manager.save(1, state(1), progress=progress)
