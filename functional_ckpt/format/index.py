@@ -7,6 +7,7 @@ keys are read, each once.
 from __future__ import annotations
 
 import bisect
+import functools
 import operator
 import os
 import threading
@@ -35,6 +36,7 @@ from functional_ckpt.format.read_plan import (
     plan_reads,
 )
 from functional_ckpt.format.step_files import read_manifest, truncated
+from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.system_errors import absence_as_damage
 
@@ -247,18 +249,27 @@ def span_of(files: Sequence[str], run: Sequence[Located]) -> Span:
 
 def span_reader(storage: Storage, directory: str) -> _ReadSpans:
     """Returns a reader of parts of an item's data files: of many at a time from a store."""
-    if storage.objects is not None:
+    if storage.objects is None:
+        return lambda spans: [_read_span(storage, directory, span) for span in spans]
+    if storage.tensorstore.has_driver:
         from functional_ckpt.format import database, tensorstore_index
 
         return tensorstore_index.read_spans(database.open_files_for_reading(directory, storage))
 
     def read(spans: Sequence[Span]) -> list[bytes | errors.CheckpointError]:
-        return [_read_local(storage, directory, span) for span in spans]
+        found: dict[int, bytes | errors.CheckpointError] = {}
+
+        def read_one(number: int) -> None:
+            found[number] = _read_span(storage, directory, spans[number])
+
+        tasks = [functools.partial(read_one, number) for number in range(len(spans))]
+        run_in_threads(tasks, storage.num_requests)
+        return [found[number] for number in range(len(spans))]
 
     return read
 
 
-def _read_local(storage: Storage, directory: str, span: Span) -> bytes | errors.CheckpointError:
+def _read_span(storage: Storage, directory: str, span: Span) -> bytes | errors.CheckpointError:
     path = os.path.join(directory, span.file)
     try:
         with absence_as_damage(f"{path}: the file is missing.", path):

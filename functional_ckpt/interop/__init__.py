@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
 _HOMES = {"FORMATS": "detect", "Format": "source", "Source": "source", "open": "detect"}
 
+# Modules for trainers. Each imports its library, and the manager.
+_TRAINERS = ("accelerate", "lightning", "torchtitan", "trainer")
+
 __all__ = ["FORMATS", "Format", "Source", "dcp", "huggingface", "open"]
 
 
 if not TYPE_CHECKING:  # type checkers know the names above, and no others
 
     def __getattr__(name: str) -> Any:
-        if name not in __all__:
+        if name not in __dir__():
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         home = _HOMES.get(name)
         module = importlib.import_module(f"{__name__}.{home or name}")
@@ -33,4 +36,4 @@ if not TYPE_CHECKING:  # type checkers know the names above, and no others
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return [*__all__, *_TRAINERS]

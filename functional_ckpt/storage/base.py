@@ -72,6 +72,11 @@ class NewFile(Protocol):
 class TensorStoreAccess(Protocol):
     """How TensorStore reaches the store."""
 
+    @property
+    def has_driver(self) -> bool:
+        """Whether TensorStore reads the store itself; else it reads a local copy."""
+        ...
+
     def kvstore(self, directory: str) -> Mapping[str, Any]:
         """Returns the spec of a directory of arrays."""
         ...

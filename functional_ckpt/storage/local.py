@@ -31,6 +31,8 @@ _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 class LocalTensorStore:
     """How TensorStore reaches local files: by their paths."""
 
+    has_driver = True
+
     def kvstore(self, directory: str) -> Mapping[str, Any]:
         """Returns a spec and no URL, in which `%`, `?` and `#` would not be literal."""
         return {"driver": "file", "path": f"{directory}/"}

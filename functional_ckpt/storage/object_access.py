@@ -94,6 +94,11 @@ class ObjectTensorStore:
         self._bucket = requests.bucket
         self._spool = Spool()
 
+    @property
+    def has_driver(self) -> bool:
+        """Whether TensorStore has a driver for the bucket."""
+        return self._bucket.kvstore("") is not None
+
     def kvstore(self, directory: str) -> Mapping[str, Any]:
         """Returns the spec of a directory; a local copy is downloaded first."""
         key = self._requests.key(directory)

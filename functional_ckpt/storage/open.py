@@ -17,7 +17,7 @@ def connect(
     """Returns the store of a path, and the path in its canonical form.
 
     Args:
-        path: A local path, or a URI: `s3://bucket/run`, `gs://`, `oci://bucket@namespace/run`,
+        path: A local path, or a URI: `s3://bucket/run`, `gs://`, `az://`, `oci://bucket@namespace/run`,
             `libcloud://`, or that of any protocol of fsspec.
         storage: The store, if the caller has connected to it.
         is_patient: Whether to retry, for minutes, if the store does not answer.
@@ -62,6 +62,10 @@ def _bucket(uri: str) -> Bucket:
         return _gcs(root, name)
     if scheme == "oci":
         return _oci(root, name)
+    if scheme in ("az", "abfs", "abfss"):
+        from functional_ckpt.storage.buckets import azure
+
+        return azure.open_azure(root, name)
     if scheme == "libcloud":
         from functional_ckpt.storage.buckets import libcloud
 

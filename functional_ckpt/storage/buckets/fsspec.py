@@ -1,7 +1,7 @@
-"""Buckets of any protocol that fsspec knows; arrays take the way of a local copy.
+"""Buckets of any protocol that fsspec knows.
 
-fsspec has no conditional writes: two writers that look at the same instant may both find nothing.
-The lease, which both must hold, is taken in the same way.
+Only some of its file systems create an object on condition that it is new. With the others, two
+writers that look at the same instant may both find nothing, also for their lease.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import functools
+import inspect
 import os
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
@@ -18,12 +20,16 @@ from functional_ckpt.storage.buckets.base import (
     Entry,
     NotFound,
     PermanentError,
+    PreconditionFailed,
     SpooledBucket,
     TransientError,
     no_check,
 )
 
 _PART_BYTES = 8 * 2**20
+_READ_ONLY = {
+    "hf": "hf:// makes a commit of every file. Save to a local path; then: hf upload REPO PATH"
+}
 
 
 def open_fsspec(uri: str, name: str) -> FsspecBucket:
@@ -51,6 +57,7 @@ class FsspecBucket(SpooledBucket):
 
     def __init__(self, uri: str, system: Any, top: str) -> None:
         self.uri = uri
+        self._why_read_only = _READ_ONLY.get(uri.partition("://")[0])
         self._system = system
         self._top = top
 
@@ -79,12 +86,26 @@ class FsspecBucket(SpooledBucket):
 
     def write(self, key: str, data: bytes, *, replacing: str | None = None) -> Entry:
         """Writes an object."""
+        self._check_writable()
         with self._clear(key):
             self.check_version(key, replacing)
             path = self._path(key)
             self._system.makedirs(os.path.dirname(path), exist_ok=True)
-            self._system.pipe_file(path, data)
+            mode = {"mode": "create"} if replacing == "" and self._creates else {}
+            try:
+                self._system.pipe_file(path, data, **mode)
+            except FileExistsError:
+                raise PreconditionFailed(key) from None
         return self.written(key, data)
+
+    @functools.cached_property
+    def _creates(self) -> bool:
+        """Whether the file system can refuse to replace an object."""
+        return "mode" in inspect.signature(self._system.pipe_file).parameters
+
+    def _check_writable(self) -> None:
+        if self._why_read_only is not None:
+            raise PermanentError(self._why_read_only, errno.EROFS)
 
     def copy(self, source: str, target: str) -> None:
         """Copies an object."""
@@ -103,6 +124,7 @@ class FsspecBucket(SpooledBucket):
     ) -> None:
         """Writes a file into an object, and reads it back: nothing else says that it arrived."""
         check()
+        self._check_writable()
         with self._clear(key):
             self._system.makedirs(os.path.dirname(self._path(key)), exist_ok=True)
             self._system.put_file(path, self._path(key))
@@ -140,6 +162,11 @@ class FsspecBucket(SpooledBucket):
             raise NotFound(key) from None
         except PermissionError as error:
             raise PermanentError(f"permission denied ({error})", errno.EACCES) from None
+        except NotImplementedError:
+            reason = (
+                "this protocol of fsspec cannot do that. Save to a local path, and copy the step"
+            )
+            raise PermanentError(reason, errno.EROFS) from None
         except (OSError, TimeoutError) as error:
             raise TransientError(f"{self.uri}: {error}") from None
 

@@ -1,4 +1,4 @@
-"""Buckets of S3 and of all that speaks as it does; the only importer of obstore."""
+"""Buckets behind obstore, which only this module imports: S3, and all that speaks as it does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RETRIES = {"max_retries": 1, "retry_timeout": datetime.timedelta(seconds=30)}
 _CLIENT = {"connect_timeout": "5s", "timeout": "120s", "read_timeout": "20s"}
 # Permanent errors and the store's texts for them; the first match counts.
 _FINAL = {
-    "there is no such bucket": "NoSuchBucket",
+    "there is no such bucket": "NoSuchBucket|ContainerNotFound",
     "the session token has expired or is not valid": (
         "ExpiredToken|TokenRefreshRequired|InvalidToken"
     ),
@@ -55,7 +55,7 @@ _FINAL = {
 
 def open_s3(uri: str, name: str, found: credentials.S3Credentials) -> ObstoreBucket:
     """Returns the bucket `name` of a store that speaks S3; its keys are below `uri`."""
-    obstore = _obstore()
+    obstore = import_obstore()
     options: dict[str, Any] = {
         "endpoint": found.endpoint,
         "region": found.region,
@@ -67,8 +67,7 @@ def open_s3(uri: str, name: str, found: credentials.S3Credentials) -> ObstoreBuc
     store = obstore.store.S3Store(
         name,
         **{key: value for key, value in options.items() if value is not None},
-        client_options=_client(found.endpoint),
-        retry_config=_RETRIES,
+        **client_options(found.endpoint),
     )
     spec = {
         "driver": "s3",
@@ -82,7 +81,8 @@ def open_s3(uri: str, name: str, found: credentials.S3Credentials) -> ObstoreBuc
     )
 
 
-def _obstore() -> Any:
+def import_obstore() -> Any:
+    """Returns the library; raises `UsageError` if it is not installed."""
     try:
         importlib.import_module("obstore.store")
         return importlib.import_module("obstore")
@@ -92,8 +92,10 @@ def _obstore() -> Any:
         ) from error
 
 
-def _client(endpoint: str | None) -> dict[str, Any]:
-    return {**_CLIENT, "allow_http": bool(endpoint and endpoint.startswith("http://"))}
+def client_options(endpoint: str | None) -> dict[str, Any]:
+    """Returns the options of a store's requests."""
+    allow_http = bool(endpoint and endpoint.startswith("http://"))
+    return {"client_options": {**_CLIENT, "allow_http": allow_http}, "retry_config": _RETRIES}
 
 
 def _tensorstore_credentials(found: credentials.S3Credentials) -> dict[str, Any]:
@@ -135,16 +137,16 @@ class ObstoreBucket:
         self,
         uri: str,
         store: Any,
-        spec: Mapping[str, Any],
+        spec: Mapping[str, Any] | None,
         context: Mapping[str, Any],
         *,
         secrets: tuple[str, ...] = (),
         conditional: bool = True,
     ) -> None:
         self.uri = uri
-        self._obstore = _obstore()
+        self._obstore = import_obstore()
         self._store = store
-        self._spec = dict(spec)
+        self._spec = spec
         self._context = dict(context)
         self._secrets = secrets
         self._conditional = conditional
@@ -237,8 +239,10 @@ class ObstoreBucket:
             for begin in range(0, size_bytes, _PART_BYTES):
                 file.write(self.read(key, begin, min(begin + _PART_BYTES, size_bytes)))
 
-    def kvstore(self, folder: str) -> Mapping[str, Any]:
-        """TensorStore's spec of a folder."""
+    def kvstore(self, folder: str) -> Mapping[str, Any] | None:
+        """TensorStore's spec of a folder; None where it has no driver."""
+        if self._spec is None:
+            return None
         return {**self._spec, "path": f"{folder}/" if folder else ""}
 
     def context(self) -> Mapping[str, Any]:
@@ -255,7 +259,7 @@ class ObstoreBucket:
         try:
             yield
         except (known.NotFoundError, FileNotFoundError) as error:
-            if "NoSuchBucket" in str(error):
+            if re.search("NoSuchBucket|ContainerNotFound", str(error)):
                 raise self._refusal(error, errno.ENOENT) from None
             raise NotFound(key) from None
         except (known.AlreadyExistsError, known.PreconditionError, FileExistsError):
