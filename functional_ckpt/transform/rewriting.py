@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import threading
@@ -24,6 +25,7 @@ from functional_ckpt.core.tree import structure
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.format import checkpoint_dir, index, step_files
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
+from functional_ckpt.format.ocdbt_decode import INLINE
 from functional_ckpt.format.stored_arrays import OpenArrays, StoredArray
 from functional_ckpt.format.write_files import ArrayWrite, Pieces
 from functional_ckpt.handlers.hub_config import RUNTIME
@@ -199,7 +201,6 @@ def _stored_names(saved: OpenItem) -> dict[str, str]:
 
     A program that reads these files looks for them. An array and a tensor with one offset are one.
     """
-    nodes = list(saved.array_nodes())
     tied = {name: node.tied_to for name, node in arrays_of(saved.root).items()}
     files = {} if saved.record is None else saved.record.files
     tensors: dict[tuple[str, int], str] = {}
@@ -212,19 +213,17 @@ def _stored_names(saved: OpenItem) -> dict[str, str]:
             return {}
         tensors |= {(file, len(header) + each.start): each.name for each in found}
     places = index.open_index(saved.storage, saved.path, files)
-    requests = [saved.request(node) for node in nodes]
-    places.load_for(requests)
+    batches = places.plan([saved.request(node) for node in saved.array_nodes()])
     names: dict[str, str] = {}
-    for node, request in zip(nodes, requests, strict=True):
-        if not request.parts:
-            continue
-        key = (structure.key_prefix(node.name) + request.parts[0].key).encode()
-        number, offset, _ = places.locations[key]
-        name = tensors.get((places.files[number], offset), node.name) if number >= 0 else node.name
-        if name != node.name:
-            names[node.name] = name
-            if tied.get(name) == node.name:
-                names[name] = node.name
+    for read in itertools.chain.from_iterable(batches):
+        own = read.request.name
+        if read.file == INLINE or read.part is None or any(read.part.chunk):
+            continue  # only the first chunk is at the offset of its tensor
+        name = tensors.get((places.files[read.file], read.offset), own)
+        if name != own:
+            names[own] = name
+            if tied.get(name) == own:
+                names[name] = own
     return names
 
 

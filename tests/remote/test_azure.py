@@ -51,8 +51,9 @@ def test_a_run(container: str) -> None:
     state = {"w": torch.randn(2000, 3000), "tied": torch.arange(10), "n": 3}  # of several parts
     with fc.CheckpointManager(run, keep_policy=[fc.policies.LatestN(2)], overwrite=True) as manager:
         for step in range(3):
-            manager.save(step, {"state": {**state, "n": step}}, metrics={"a": step}).result()
-        manager.save(2, {"state": state}).result()
+            manager.save(step, {"state": {**state, "n": step}}, metrics={"a": step})
+        manager.save(2, {"state": state})
+        manager.wait_until_finished()
         assert manager.all_steps() == [1, 2]
         with pytest.raises(errors.LockedError):
             fc.CheckpointManager(run)

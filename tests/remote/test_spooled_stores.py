@@ -75,7 +75,7 @@ def test_libcloud_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> str:
     """A repository behind hf://, whose files are those of memory://."""
-    monkeypatch.setattr(fsspec, "filesystem", lambda _: MemoryFileSystem())
+    monkeypatch.setattr(fsspec, "filesystem", lambda *_: MemoryFileSystem())
     return f"user-{uuid.uuid4().hex[:8]}/repository"
 
 
