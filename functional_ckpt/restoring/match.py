@@ -42,7 +42,7 @@ class RestoreOptions:
         cast: Whether arrays are converted to the target's dtype; if not, another dtype is a
             mismatch.
         verify: When bytes are checked: `"stream"`, while they are read (default); `"first"`, all of
-            them before the first is written into the target; or False, never.
+            them before the target is modified; or False, never.
         share_reads: Whether one rank reads the data that several ranks need, and sends it to them.
             Useful for replicas, another sharding than the saved one, and slow storage.
     """

@@ -43,7 +43,7 @@ def read_all(
     Args:
         bound: Items, each with the binding to read.
         verify: `stream` checks each chunk as it is read; `first` checks all chunks first, so that
-            damage is found before the target is written into, and then as `stream`; False checks
+            damage is found before the target is modified, and then as `stream`; False checks
             nothing.
         touched: Set before the first byte is written to the caller's memory.
         sharing: The ranks that read for each other, if they do.

@@ -189,11 +189,11 @@ def _noticing_overwrite(checkpoint: OpenCheckpoint) -> Generator[None]:
 
 @contextlib.contextmanager
 def _reporting(target: read.TargetState, checkpoint: OpenCheckpoint) -> Generator[None]:
-    """Sets `touched` of an error: whether the restore had modified the caller's objects."""
+    """Raises errors inside with `touched`: whether the caller's objects were modified."""
 
     def state() -> str:
         return (
-            "The target had already been written into: restore another step into it."
+            "The target was partly modified: restore another step into it."
             if target.value
             else "The target was not touched."
         )

@@ -292,13 +292,13 @@ def _check_arguments(initial: object, on_corrupt: object) -> None:
 
 @contextlib.contextmanager
 def _touched_by(earlier: errors.CheckpointError | None) -> Generator[None]:
-    """Sets `touched` of an error if an earlier attempt modified the target."""
+    """Raises errors inside with `touched` if an earlier attempt modified the target."""
     try:
         yield
     except errors.CheckpointError as error:
         if earlier is None or not earlier.touched or error.touched:
             raise
-        message = f"{error.message} An earlier attempt had written into it: {earlier.message}"
+        message = f"{error.message} An earlier attempt modified the target: {earlier.message}"
         raise error.replace(message, touched=True) from error.__cause__
 
 

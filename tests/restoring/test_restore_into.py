@@ -374,7 +374,7 @@ def test_restore_of_a_flipped_byte_raises_corrupt(
         manager.restore(2, items, verify=verify)
     error = caught.value
     assert error.touched == (verify == "stream" and in_place)
-    assert ("already been written into" if error.touched else "not touched") in str(error)
+    assert ("partly modified" if error.touched else "not touched") in str(error)
     assert error.key_path is not None
     assert "table" in error.key_path
     assert (error.step, isinstance(error, ValueError)) == (2, True)
