@@ -62,7 +62,7 @@ def test_an_error_after_a_damaged_step_says_that_the_target_was_written_into(
     with fc.CheckpointManager(tmp_path, read_only=True) as manager:
         first = torch.nn.Linear(3, 2)
         before = first.weight.detach().clone()
-        with pytest.raises(errors.StepNotFoundError, match="earlier attempt had writ") as found:
+        with pytest.raises(errors.StepNotFoundError, match="earlier attempt modified") as found:
             manager.restore_or({"first": first, "ema": model}, on_corrupt="older")
         assert found.value.touched and not torch.equal(before, first.weight)
 
