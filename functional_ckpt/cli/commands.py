@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from functional_ckpt.cli import step_words
 
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 _A_STEP = "a number, latest, or best:METRIC[:min|max]"
 _A_CHECKPOINT = "a checkpoint, or a manager's directory (its latest step)"
 _NEW = "the checkpoint to create, a path or a URI; must not exist"
@@ -226,6 +227,13 @@ def _add_conversions(add: _Add) -> None:
     _add_choice(export)
     export.add_argument(
         "--max-shard-size", metavar="SIZE", help="maximum size of a file (hf), such as 2GB"
+    )
+    export.add_argument(
+        "--like", metavar="FILE", help="an index (hf), whose files the tensors go to"
+    )
+    export.add_argument("--dtype", choices=_FLOATS, help="of the floating-point tensors (hf)")
+    export.add_argument(
+        "--workers", type=_count, metavar="N", help="processes that write files (hf)"
     )
     export.add_argument("--key-prefix", metavar="TEXT", help="prefix of every name (hf)")
     export.add_argument("--variant", metavar="NAME", help="variant in the file names (hf)")

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from functional_ckpt.format import checkpoint_dir
     from functional_ckpt.interop.source import Source
 
+_HF_OPTIONS = ("max_shard_size", "like", "dtype", "variant", "config", "key_prefix", "workers")
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the selected items and prints a summary."""
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_options(arguments: argparse.Namespace) -> None:
     """Refuses options of the hf format for other formats."""
-    for name in ("max_shard_size", "variant", "config", "key_prefix"):
+    for name in _HF_OPTIONS:
         if arguments.to != "hf" and getattr(arguments, name) is not None:
             option = name.replace("_", "-")
             raise errors.UsageError(f"--{option} is for --to hf, not for --to {arguments.to}.")
@@ -62,6 +64,8 @@ def _weights_item(arguments: argparse.Namespace, opened: checkpoint_dir.OpenChec
 def _export_weights(
     arguments: argparse.Namespace, opened: checkpoint_dir.OpenCheckpoint, item: str
 ) -> None:
+    import torch
+
     from functional_ckpt.interop import (
         atomic_output,
         huggingface,
@@ -75,10 +79,13 @@ def _export_weights(
             opened.path,
             arguments.destination,
             item=item,
-            max_shard_size=arguments.max_shard_size or "5GB",
+            max_shard_size=arguments.max_shard_size,
+            like=arguments.like,
+            dtype=arguments.dtype and getattr(torch, arguments.dtype),
             key_prefix=arguments.key_prefix or "",
             variant=arguments.variant,
             config=arguments.config,
+            num_workers=arguments.workers or 1,
         )
         return
     given = weights.of_step(opened, item)
@@ -88,7 +95,7 @@ def _export_weights(
         if stored is not None and stored.is_one_of(given.sizes):
             stored.copy(next(iter(stored.files)), tmp)
         else:
-            safetensors.write(given.fetch(given.sizes), given.tied, tmp)
+            safetensors.write(given, given.sizes, tmp)
 
 
 def _export_tree(arguments: argparse.Namespace, source: Source, items: list[str]) -> None:

@@ -13,6 +13,7 @@ from functional_ckpt.interop.stored_files import StoredFiles
 
 FileFormat: TypeAlias = Literal["safetensors", "bin"]
 
+DEFAULT_SHARD_BYTES = 5 * 10**9
 STEMS: Mapping[str, str] = {"safetensors": "model", "bin": "pytorch_model"}
 _UNITS: Mapping[str, int] = {
     "": 1,
@@ -28,40 +29,56 @@ class Options:
     """How files of weights are written.
 
     Attributes:
-        max_shard_bytes: Bytes of a file.
+        max_shard_bytes: Bytes of a file; None for 5 GB, or less where several processes write.
         key_prefix: Put before every name.
         variant: Put into the files' names.
         format: `safetensors` or `bin`.
+        like: An index, whose files the tensors go to.
+        is_one_file: Whether the output is a file.
     """
 
-    max_shard_bytes: int
+    max_shard_bytes: int | None
     key_prefix: str
     variant: str | None
     format: FileFormat
+    like: str | None = None
+    is_one_file: bool = False
 
     @classmethod
     def of(
-        cls, max_shard_size: int | str, key_prefix: str, variant: str | None, format: str
+        cls,
+        path: str | os.PathLike[str],
+        max_shard_size: int | str | None,
+        key_prefix: str,
+        variant: str | None,
+        format: str,
+        like: str | os.PathLike[str] | None = None,
     ) -> Options:
-        """Returns the options that a user gives; raises `UsageError` for invalid ones."""
+        """Returns the options that a user gives; raises `UsageError` for invalid ones.
+
+        The suffix of the output's path has precedence over the format.
+        """
         if format not in STEMS:
             raise errors.UsageError(f"format must be 'safetensors' or 'bin'; got {format!r}.")
         if variant is not None and not re.fullmatch(r"[\w-]+", variant):
             raise errors.UsageError(f"variant must be letters, digits, _ or -; got {variant!r}.")
+        one_file = ONE_FILE.get(os.path.splitext(path)[1])
         return cls(
-            max_shard_bytes=_parse_size(max_shard_size),
+            max_shard_bytes=None if max_shard_size is None else _parse_size(max_shard_size),
             key_prefix=key_prefix,
             variant=variant,
-            format=cast("FileFormat", format),
+            format=one_file or cast("FileFormat", format),
+            like=None if like is None else os.fspath(like),
+            is_one_file=one_file is not None,
         )
 
-    def takes(self, stored: StoredFiles, path: str | os.PathLike[str]) -> bool:
+    def takes(self, stored: StoredFiles) -> bool:
         """Returns whether files of a step can be those of the output."""
-        format = ONE_FILE.get(os.path.splitext(path)[1])
-        if (format or self.format) != "safetensors":
+        if self.format != "safetensors" or self.key_prefix or self.like:
             return False
-        is_small = stored.largest_bytes <= self.max_shard_bytes
-        return is_small if format is None else len(stored.files) == 1
+        if self.is_one_file:
+            return len(stored.files) == 1
+        return stored.largest_bytes <= (self.max_shard_bytes or DEFAULT_SHARD_BYTES)
 
     @property
     def stem(self) -> str:

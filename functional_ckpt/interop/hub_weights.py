@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.handlers import hub_config
+from functional_ckpt.interop import weights
 from functional_ckpt.interop.weights import Weights
 
 
@@ -55,6 +57,7 @@ def of_model(given: Weights, model: Any) -> Weights:
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         tied={},
         fetch=fetch,
+        stream=functools.partial(weights.stream_tensors, fetch),
     )
 
 

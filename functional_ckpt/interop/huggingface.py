@@ -11,40 +11,41 @@ suffix: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.core.tree.encode import torch_dtype_name
+from functional_ckpt.distributed.collective import collective, fails_on_all
+from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
+from functional_ckpt.distributed.torch_store import default_coordinator
 from functional_ckpt.handlers import hub_config
 from functional_ckpt.interop import (
+    export_workers,
     hub_weights,
     safetensors,
-    stored_files,
     torch_save,
     training_state,
     weights,
 )
 from functional_ckpt.interop.atomic_output import atomic_output, check_replaceable
 from functional_ckpt.interop.hf_config import Config, load_json, read_config
-from functional_ckpt.interop.hub_options import ONE_FILE, STEMS, FileFormat, Options
+from functional_ckpt.interop.hub_files import Output
+from functional_ckpt.interop.hub_options import STEMS, FileFormat, Options
 from functional_ckpt.interop.source import Format, Source, match_files
-from functional_ckpt.interop.stored_files import StoredFiles
 from functional_ckpt.interop.weights import Weights
 from functional_ckpt.storage.local import LocalStorage
-from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import resolve_local
 
 __all__ = ["FORMAT", "export", "load", "save"]
 
-_DEFAULT_SHARD = "5GB"
 # Weights, their shards and their indexes, of any variant.
 _FILE = re.compile(
     r"(model|pytorch_model)(\.[\w-]+?)?(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
@@ -58,7 +59,7 @@ def save(
     model: Any,
     path: str | os.PathLike[str],
     *,
-    max_shard_size: int | str = _DEFAULT_SHARD,
+    max_shard_size: int | str | None = None,
     key_prefix: str = "",
     variant: str | None = None,
     format: FileFormat = "safetensors",
@@ -73,8 +74,8 @@ def save(
         model: A module, a state dict or any tree of tensors (names are joined by dots).
         path: The directory to create; a local path. One that ends in `.safetensors`, `.bin` or
             `.pt` becomes one file of the weights alone, in the format of its suffix.
-        max_shard_size: Bytes of a file, as a number or like `"5GB"`, `"200MB"`, `"1GiB"`; a larger
-            tensor has a file to itself.
+        max_shard_size: Bytes of a file, as a number or like `"200MB"`, `"1GiB"`; None for 5 GB. A
+            larger tensor has a file to itself.
         key_prefix: Put before every name.
         variant: Put into the files' names.
         format: `safetensors`, or `bin` for torch.save.
@@ -87,14 +88,15 @@ def save(
         UsageError: An existing directory has other files, which would be lost.
         UnsupportedLeafError: Something cannot be written; nothing was.
     """
+    options = Options.of(path, max_shard_size, key_prefix, variant, format)
     tied = hub_config.tied_targets(model)
     texts = {} if config is not None else hub_config.files_of(model)
     given = weights.of_value(model, keep=lambda name: name not in tied)
     if texts:
         given = hub_weights.of_model(given, hub_config.unwrapped(model))
-    options = Options.of(max_shard_size, key_prefix, variant, format)
     texts = texts if config is None else read_config(config)
-    _write(given, path, options, texts, overwrite=overwrite)
+    output = Output.of(_checked(given, options, path), options)
+    _write(output, path, texts, overwrite=overwrite)
 
 
 def export(
@@ -102,127 +104,110 @@ def export(
     path: str | os.PathLike[str],
     *,
     item: str = "model",
-    max_shard_size: int | str = _DEFAULT_SHARD,
+    max_shard_size: int | str | None = None,
+    like: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
     key_prefix: str = "",
     variant: str | None = None,
     format: FileFormat = "safetensors",
     config: Config | None = None,
     overwrite: bool = False,
+    num_workers: int = 1,
+    process_group: Any = None,
 ) -> None:
-    """Writes an item of a step into a new directory, reading one file's tensors at a time.
+    """Writes an item of a step, of any sharding, into a new directory.
 
     Data files that can be files of the output are copied as they are, and compared with their
-    digests. No more than one file's tensors are in memory, but for models whose tensors on the hub
-    are others (a mixture of experts in transformers 5). Otherwise like `save`.
+    digests. Else tensors are read, verified and written a few MiB at a time; `bin` takes the memory
+    of a file, and models whose tensors on the hub are others (a mixture of experts in transformers
+    5) that of the model. Otherwise like `save`.
 
     Args:
         step: The step's directory; a URI too.
-        path: The directory to create; a local path.
+        path: The directory to create; a local path, which all workers or ranks see.
         item: The item that holds the weights.
-        max_shard_size: Bytes of a file.
+        max_shard_size: Bytes of a file; None for 5 GB, or less, so that each worker has a file.
+        like: An index, such as `model.safetensors.index.json`, whose files the tensors go to.
+        dtype: A dtype for tensors of 16, 32 and 64 bits of floating point.
         key_prefix: Put before every name.
         variant: Put into the files' names.
         format: `safetensors` or `bin`.
-        config: The content of `config.json`; None for the step's own, if it has one.
+        config: What to write as `config.json`; None for the step's own, where it has one.
         overwrite: Whether an existing file or directory is replaced, atomically.
+        num_workers: The number of processes that write files, started for this call.
+        process_group: The ranks that write files, all of which must call; None for this process.
+
+    Raises:
+        StepExistsError: The path exists and `overwrite` is False; it is not changed.
+        StorageError: A worker was killed; nothing is at the path.
+        CoordinationError: Another rank failed; nothing is at the path.
     """
-    options = Options.of(max_shard_size, key_prefix, variant, format)
-    opened = checkpoint_dir.open_checkpoint(*connect(step))
-    given = weights.of_step(opened, item)
-    configs = stored_files.configs_of(opened.tree(item))
-    own = {name.removeprefix(hub_config.RUNTIME): text for name, text in configs.items()}
-    stored = None if key_prefix else stored_files.of_item(opened, item)
-    if stored is None or not stored.is_on_hub or not options.takes(stored, path):
-        held = [] if stored is None else [name for each in stored.names.values() for name in each]
-        given, stored = hub_weights.of_config(given, own.get("config.json"), held), None
-    texts = own if config is None else read_config(config)
-    _write(given, path, options, texts, overwrite=overwrite, stored=stored)
+    if num_workers < 1 or (num_workers > 1 and process_group is not None):
+        raise errors.UsageError("Pass num_workers of at least 1, or process_group; not both.")
+    group = SingleProcess() if process_group is None else default_coordinator(process_group)
+    options = Options.of(path, max_shard_size, key_prefix, variant, format, like)
+    job = export_workers.Job(
+        step=os.fspath(step),
+        item=item,
+        options=options,
+        dtype=None if dtype is None else torch_dtype_name(dtype),
+        num_writers=max(num_workers, group.num_ranks),
+    )
+    with fails_on_all(group, "export"):
+        output, texts = job.output()
+        _checked(output.given, options, path)
+        texts = texts if config is None else read_config(config)
+    workers = job if num_workers > 1 else None
+    _write(output, path, texts, overwrite=overwrite, group=group, workers=workers)
+
+
+def _checked(given: Weights, options: Options, path: str | os.PathLike[str]) -> Weights:
+    if options.format == "safetensors":
+        safetensors.require(given.dtypes.items(), path)
+    return given
 
 
 def _write(
-    given: Weights,
+    output: Output,
     path: str | os.PathLike[str],
-    options: Options,
     texts: Mapping[str, str],
     *,
     overwrite: bool,
-    stored: StoredFiles | None = None,
+    group: Coordinator | None = None,
+    workers: export_workers.Job | None = None,
 ) -> None:
-    one_file = ONE_FILE.get(os.path.splitext(path)[1])
-    if one_file is not None:
-        options = dataclasses.replace(options, format=one_file)
-    if options.format == "safetensors":
-        safetensors.require(given.dtypes.items(), path)
+    """Writes and publishes the output; the primary makes the directory and the small files."""
+    group = group or SingleProcess()
+    with contextlib.ExitStack() as publishing:
+        with collective(group, "start an export", lambda values: values[0]) as turn:
+            if group.rank == 0:
+                tmp = publishing.enter_context(_opened(output, path, texts, overwrite=overwrite))
+                turn.value = tmp.encode()
+        tmp = turn.outcome.decode()
+        with collective(group, "write an export"):
+            if workers is None:
+                output.write(tmp, group.rank, group.num_ranks)
+            else:
+                export_workers.run(workers, tmp)
+        with collective(group, "publish an export"):
+            publishing.close()
+
+
+@contextlib.contextmanager
+def _opened(
+    output: Output, path: str | os.PathLike[str], texts: Mapping[str, str], *, overwrite: bool
+) -> Generator[str]:
+    """Gives the path to write at; writes the index, and publishes, at the end."""
     if overwrite:
         check_replaceable(path, lambda name: name in hub_config.CONFIGS or _is_weights(name))
-    if one_file is not None:
-        with atomic_output(path, overwrite=overwrite) as tmp:
-            if stored is None:
-                _write_shard(given, list(given.sizes), tmp, options)
-            else:
-                stored.copy(next(iter(stored.files)), tmp)
-        return
-    shards: list[list[str]] = (
-        _shards(given.sizes, options.max_shard_bytes)
-        if stored is None
-        else [list(names) for names in stored.names.values()]
-    )
-    sources = [None] * len(shards) if stored is None else list(stored.files)
     storage = LocalStorage()
     with atomic_output(path, storage, overwrite=overwrite) as tmp:
-        storage.make_directory(tmp)
-        for name, text in texts.items():
-            storage.write(os.path.join(tmp, name), text.encode())
-        weight_map: dict[str, str] = {}
-        for number, (names, source) in enumerate(zip(shards, sources, strict=True), 1):
-            part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-            file = f"{options.stem}{part}.{options.format}"
-            written = names
-            if stored is None or source is None:
-                written = _write_shard(given, names, os.path.join(tmp, file), options)
-            else:
-                stored.copy(source, os.path.join(tmp, file))
-            weight_map |= dict.fromkeys(written, file)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(given.sizes.values())},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            text = json.dumps(index, indent=2) + "\n"
-            storage.write(os.path.join(tmp, options.index), text.encode())
-
-
-def _shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Names in order, cut where a file would grow beyond its limit."""
-    shards: list[list[str]] = []
-    total = 0
-    for name, size in sizes.items():
-        if not shards or total + size > max_bytes:
-            shards.append([])
-            total = 0
-        shards[-1].append(name)
-        total += size
-    return shards
-
-
-def _write_shard(given: Weights, names: Sequence[str], path: str, options: Options) -> list[str]:
-    """Writes one file; returns the names that it holds."""
-    prefix = options.key_prefix
-    tensors = {prefix + name: tensor for name, tensor in given.fetch(names).items()}
-    tied = {prefix + name: prefix + kept for name, kept in given.tied.items() if kept in names}
-    if options.format == "safetensors":
-        safetensors.write(tensors, tied, path)
-        return list(tensors)
-    compact = {
-        name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in tensors.items()
-    }
-    torch.save(compact | {name: compact[kept] for name, kept in tied.items()}, path)
-    return [*tensors, *tied]
-
-
-def _is_part(tensor: torch.Tensor) -> bool:
-    # torch.save writes the entire storage that a tensor is a view of
-    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+        if not output.options.is_one_file:
+            storage.make_directory(tmp)
+            for name, text in texts.items():
+                storage.write(os.path.join(tmp, name), text.encode())
+        yield tmp
+        output.write_index(tmp)
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -268,7 +253,7 @@ def _choose(directory: str, variant: str | None, format: str | None) -> str:
     """Returns the first file to read: the weights, or their index."""
     found: list[str] = []
     for kind in STEMS:
-        options = Options.of(1, "", variant, kind)
+        options = Options.of("", None, "", variant, kind)
         names = (f"{options.stem}.{kind}", options.index)
         here = [name for name in names if os.path.isfile(os.path.join(directory, name))]
         found += here if format in (None, kind) else []

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
+import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 
 from functional_ckpt import errors
+from functional_ckpt.core.arrays.spec import STORAGE_DTYPES
 from functional_ckpt.core.files import safetensors_header
+from functional_ckpt.format.data_file import DataFile
 from functional_ckpt.interop import hostile
 from functional_ckpt.interop.source import Format, Source
+from functional_ckpt.interop.weights import Weights
+from functional_ckpt.storage.local import LocalStorage
 
 DTYPES = (
     *("bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
@@ -73,25 +78,40 @@ def load_all(path: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write(tensors: Mapping[str, torch.Tensor], tied: Mapping[str, str], path: str) -> None:
-    """Writes a file; nothing is durable yet.
+def write(given: Weights, names: Iterable[str], path: str, *, prefix: str = "") -> None:
+    """Writes a file while its tensors are read; nothing is durable yet.
+
+    Names of tensors that share the memory of others are in the file's metadata, as huggingface_hub
+    has them.
 
     Args:
-        tensors: Names and tensors of `DTYPES`.
-        tied: Name that is left out -> the name under which its memory is stored; kept in the
-            file's metadata, as huggingface_hub does.
+        given: The tensors; of `DTYPES`.
+        names: Those to write.
         path: The file to create.
+        prefix: Put before every name.
     """
-    compact = {name: _compact(tensor) for name, tensor in tensors.items()}
-    open(path, "wb").close()  # safetensors makes files that only their owner may read
-    safetensors.torch.save_file(compact, path, metadata={"format": "pt", **tied})
-
-
-def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor with a memory of its own, and no more of it than it shows."""
-    tensor = tensor.detach().cpu().contiguous()
-    is_whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if is_whole else tensor.clone()
+    # Sorted by the bytes of an element, so that each tensor is aligned.
+    order = sorted(names, key=lambda name: -STORAGE_DTYPES[given.dtypes[name]])
+    tensors: list[safetensors_header.Tensor] = []
+    end = 0
+    for name in order:
+        shape, dtype = given.shapes[name], given.dtypes[name]
+        tensors.append(safetensors_header.Tensor(prefix + name, dtype, shape, end))
+        end = tensors[-1].end
+    held = {*order}
+    tied = {prefix + name: prefix + kept for name, kept in given.tied.items() if kept in held}
+    header = safetensors_header.encode(tensors, {"format": "pt", **tied})
+    if len(header) > safetensors_header.MAX_READABLE_BYTES:
+        raise errors.UnsupportedLeafError(
+            f"{path}: {len(order):,} tensors do not fit into one file; write a directory.",
+            path=path,
+        )
+    file = DataFile(LocalStorage(), path, len(header) + end)
+    with contextlib.closing(file):
+        file.append(np.frombuffer(header, np.uint8))
+        for tensor in given.stream(order):
+            file.append(tensor.view(torch.uint8).numpy())
+        file.finish()
 
 
 def require(names: Iterable[tuple[str, str]], path: object) -> None:

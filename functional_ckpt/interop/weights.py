@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+import functools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core.arrays import sharding
+from functional_ckpt.core.arrays import chunks, sharding
+from functional_ckpt.core.arrays.spec import Array, Box, numpy_dtype
 from functional_ckpt.core.restore_plan import select
 from functional_ckpt.core.restore_plan.match import match
 from functional_ckpt.core.tree import encode, flatten, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.restoring import read
+
+_PIECE_BYTES = 8 * 2**20
+_ALIGNMENT = 64
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""The dtypes that an export converts."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +39,8 @@ class Weights:
         shapes: Name -> shape, of the same.
         tied: Other name -> the name of its bytes.
         fetch: Names -> their tensors on the CPU.
+        stream: Names -> their elements, one tensor after the other, as flat tensors on the CPU. Of
+            a step they are of 8 MiB at most, in memory that the next ones overwrite.
     """
 
     sizes: Mapping[str, int]
@@ -36,6 +48,7 @@ class Weights:
     shapes: Mapping[str, tuple[int, ...]]
     tied: Mapping[str, str]
     fetch: Callable[[Collection[str]], dict[str, torch.Tensor]]
+    stream: Callable[[Sequence[str]], Iterator[torch.Tensor]]
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """Returns the same tensors, some under other names."""
@@ -47,13 +60,51 @@ class Weights:
             found = self.fetch([own[name] for name in wanted])
             return {name: found[own[name]] for name in wanted}
 
+        def stream(wanted: Sequence[str]) -> Iterator[torch.Tensor]:
+            return self.stream([own[name] for name in wanted])
+
         return Weights(
             sizes={new: self.sizes[old] for new, old in own.items()},
             dtypes={new: self.dtypes[old] for new, old in own.items()},
             shapes={new: self.shapes[old] for new, old in own.items()},
             tied={names.get(a, a): names.get(name, name) for a, name in self.tied.items()},
             fetch=fetch,
+            stream=stream,
         )
+
+    def cast(self, dtype: torch.dtype) -> Weights:
+        """Returns the same tensors, those of 16 to 64 bits of floating point as another dtype."""
+        name = encode.torch_dtype_name(dtype)
+        cast = {each for each, its in self.dtypes.items() if its in FLOATS}
+        kinds = tuple(map(encode.torch_dtype, FLOATS))
+
+        def convert(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(dtype) if tensor.dtype in kinds else tensor
+
+        def fetch(names: Collection[str]) -> dict[str, torch.Tensor]:
+            return {each: convert(tensor) for each, tensor in self.fetch(names).items()}
+
+        def stream(names: Sequence[str]) -> Iterator[torch.Tensor]:
+            return map(convert, self.stream(names))
+
+        return dataclasses.replace(
+            self,
+            sizes={
+                each: math.prod(self.shapes[each]) * dtype.itemsize if each in cast else size
+                for each, size in self.sizes.items()
+            },
+            dtypes={each: name if each in cast else its for each, its in self.dtypes.items()},
+            fetch=fetch,
+            stream=stream,
+        )
+
+
+def stream_tensors(
+    fetch: Callable[[Collection[str]], Mapping[str, torch.Tensor]], names: Sequence[str]
+) -> Iterator[torch.Tensor]:
+    """Yields the elements of tensors in memory, fetched one at a time."""
+    for name in names:
+        yield fetch([name])[name].detach().cpu().contiguous().reshape(-1)
 
 
 def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> Weights:
@@ -84,7 +135,8 @@ def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> 
     def fetch(names: Collection[str]) -> dict[str, torch.Tensor]:
         return {name: encode.source_of(owned[name][1], owned[name][0]) for name in names}
 
-    return _weights(flat.root, fetch, "the value")
+    stream = functools.partial(stream_tensors, fetch)
+    return _weights(flat.root, fetch, stream, "the value")
 
 
 def of_step(opened: checkpoint_dir.OpenCheckpoint, item: str) -> Weights:
@@ -114,11 +166,87 @@ def of_step(opened: checkpoint_dir.OpenCheckpoint, item: str) -> Weights:
         found = {node.name: (node, array) for node, array in flatten.flatten(value).arrays}
         return {name: encode.source_of(found[name][1], found[name][0]) for name in names}
 
-    return _weights(saved.root, fetch, f"{opened.path}, item {item}")
+    nodes = {node.name: node for node in saved.array_nodes()}
+
+    def stream(names: Sequence[str]) -> Iterator[torch.Tensor]:
+        return _stream(saved, [nodes[name] for name in names])
+
+    return _weights(saved.root, fetch, stream, f"{opened.path}, item {item}")
+
+
+class _Piece(NamedTuple):
+    """A region of an array, which goes to bytes `start` to `end` of the memory of pieces."""
+
+    node: structure.ArrayNode
+    box: Box
+    start: int
+    end: int
+
+
+def _stream(
+    saved: checkpoint_dir.OpenItem, nodes: Sequence[structure.ArrayNode]
+) -> Iterator[torch.Tensor]:
+    """Yields the elements of arrays; while some are used, the disk fetches the next ones."""
+    memory = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
+    array = memory.numpy()
+    requests = {node.name: saved.request(node) for node in nodes}
+
+    def plan(group: Sequence[_Piece]) -> list[Callable[[], None]]:
+        wanted = []
+        for node, box, start, end in group:
+            place = array[start:end].view(numpy_dtype(node.spec.dtype)).reshape(box.shape)
+            to = Destination(functools.partial(_same, place), _nothing)
+            wanted.append(requests[node.name]._replace(box=box, destination=to))
+        return reader.tasks(wanted)
+
+    with contextlib.closing(saved.open_reader()) as reader:
+        groups = _groups(nodes, requests)
+        group = next(groups, None)
+        tasks = plan(group or ())
+        while group is not None:
+            later = next(groups, None)
+            later_tasks = plan(later or ())
+            for task in tasks:
+                task()
+            for node, _, start, end in group:
+                yield memory[start:end].view(encode.torch_dtype(node.dtype))
+            group, tasks = later, later_tasks
+
+
+def _groups(
+    nodes: Sequence[structure.ArrayNode], requests: Mapping[str, ReadRequest]
+) -> Iterator[list[_Piece]]:
+    """Yields pieces of arrays in order, as many at a time as the memory holds."""
+    group: list[_Piece] = []
+    end = 0
+    for node in nodes:
+        spec, grid = node.spec, requests[node.name].grid
+        grid = grid or chunks.ChunkGrid(spec.shape, tuple(max(1, n) for n in spec.shape))
+        for box in chunks.runs(grid, spec.itemsize_bytes, _PIECE_BYTES):
+            size_bytes = box.num_elements * spec.itemsize_bytes
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            if group and start + size_bytes > _PIECE_BYTES:
+                yield group
+                group, start = [], 0
+            end = start + size_bytes
+            group.append(_Piece(node, box, start, end))
+    if group:
+        yield group
+
+
+def _same(array: Array) -> Array:
+    return array
+
+
+def _nothing() -> None:
+    """The piece is used when all are in place."""
 
 
 def _weights(
-    root: structure.Node, fetch: Callable[[Collection[str]], dict[str, torch.Tensor]], what: str
+    root: structure.Node,
+    fetch: Callable[[Collection[str]], dict[str, torch.Tensor]],
+    stream: Callable[[Sequence[str]], Iterator[torch.Tensor]],
+    what: str,
 ) -> Weights:
     sizes: dict[str, int] = {}
     dtypes: dict[str, str] = {}
@@ -143,4 +271,4 @@ def _weights(
             "holds the weights.",
             key_path=others[0] if others else None,
         )
-    return Weights(sizes=sizes, dtypes=dtypes, shapes=shapes, tied=tied, fetch=fetch)
+    return Weights(sizes=sizes, dtypes=dtypes, shapes=shapes, tied=tied, fetch=fetch, stream=stream)

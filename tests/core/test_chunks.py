@@ -15,6 +15,8 @@ from functional_ckpt.core.arrays.chunks import (
     asked_bytes,
     choose_grid,
     digest_offsets,
+    run_of,
+    runs,
 )
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
 
@@ -26,6 +28,25 @@ BUDGETS = st.sampled_from((1, 4, 16, 64, 256, 4096, MAX_CHUNK_BYTES))
 def grids(draw: st.DrawFn) -> ChunkGrid:
     shape = draw(SHAPES)
     return ChunkGrid(shape, tuple(draw(st.integers(1, 12)) for _ in shape))
+
+
+@given(grid=grids(), itemsize_bytes=st.sampled_from((1, 4, 8)), max_bytes=BUDGETS)
+def test_runs_follow_each_other(grid: ChunkGrid, itemsize_bytes: int, max_bytes: int) -> None:
+    end = 0
+    for box in runs(grid, itemsize_bytes, max_bytes):
+        found = run_of(grid.shape, box)
+        assert found is not None and found[0] == end
+        end = found[1]
+        assert box.num_elements == 1 or box.num_elements * itemsize_bytes <= max_bytes
+    assert end == math.prod(grid.shape)
+
+
+@pytest.mark.parametrize("rows", [512, 640, 5000])
+def test_runs_end_where_chunks_or_digest_blocks_do(rows: int) -> None:
+    grid = ChunkGrid((5000, 1024), (rows, 1024))
+    edges = [box.offset[0] for box in runs(grid, 4, 8 * 2**20)]
+    assert len(edges) < 5
+    assert all(edge % rows == 0 or edge % rows * 4096 % DIGEST_BLOCK_BYTES == 0 for edge in edges)
 
 
 @given(grid=grids())

@@ -142,8 +142,7 @@ def test_files_that_need_no_change_are_copied(
     torch.manual_seed(0)
     model = torch.nn.Linear(300, 300)
     fc.save(tmp_path / "step", {"model": model})
-    for owner, name in ((huggingface, "_write_shard"), (safetensors_lib, "write")):
-        monkeypatch.setattr(owner, name, None)
+    monkeypatch.setattr(safetensors_lib, "write", None)
     out = tmp_path / ("out" if to == "hf" else "out.safetensors")
     assert app.main(["export", str(tmp_path / "step"), str(out), "--to", to]) == 0
     file = out / "model.safetensors" if to == "hf" else out
@@ -166,7 +165,7 @@ def test_several_files_and_those_of_a_run_with_a_store_get_names_of_the_hub(
     model = saved("tied", tmp_path / "step")
     folder = tmp_path / "step" / "model"
     assert len(list(folder.glob("*.safetensors"))) == 4
-    monkeypatch.setattr(huggingface, "_write_shard", None)
+    monkeypatch.setattr(safetensors_lib, "write", None)
     huggingface.export(tmp_path / "step", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert names == {f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)}

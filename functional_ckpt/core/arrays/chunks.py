@@ -149,6 +149,40 @@ def asked_bytes(grid: ChunkGrid, index: tuple[int, ...], box: Box, itemsize_byte
     return end - first
 
 
+def runs(grid: ChunkGrid, itemsize_bytes: int, max_bytes: int) -> Iterator[Box]:
+    """Yields regions that cover an array, in C order; each is a run of the array's bytes.
+
+    Their edges are those of chunks, or else of digest blocks, where that is possible: few blocks
+    are read twice.
+
+    Args:
+        grid: The array's chunks.
+        itemsize_bytes: Bytes of an element.
+        max_bytes: Bytes of a region, at most; one element may be larger.
+    """
+    shape = grid.shape
+    if not shape or 0 in shape:
+        yield from () if shape else [Box.whole(shape)]
+        return
+    sizes = [math.prod(shape[dim + 1 :]) * itemsize_bytes for dim in range(len(shape))]
+    dim = next((dim for dim, size in enumerate(sizes) if size <= max_bytes), len(shape) - 1)
+    rows, unit = max(1, max_bytes // sizes[dim]), grid.chunk_shape[dim]
+    period = shape[dim]
+    if unit > rows:
+        period, row_bytes = unit, math.prod(grid.chunk_shape[dim + 1 :]) * itemsize_bytes
+        unit = grid.block_bytes // math.gcd(grid.block_bytes, row_bytes)
+    rows = rows // unit * unit or rows
+    rest = shape[dim + 1 :]
+    for lead in itertools.product(*map(range, shape[:dim])):
+        for first in range(0, shape[dim], period):
+            end = min(first + period, shape[dim])
+            for start in range(first, end, rows):
+                yield Box(
+                    (*lead, start, *[0] * len(rest)),
+                    (*[1] * dim, min(rows, end - start), *rest),
+                )
+
+
 def choose_grid(
     spec: ArraySpec,
     shard_shape: tuple[int, ...] | None = None,

@@ -32,6 +32,7 @@ DTYPES: Mapping[str, str] = MappingProxyType(
 )
 """Storage dtype -> the name of it in a header, of those that every reader of tensors knows."""
 
+_EXPORTED = {**DTYPES, "float8_e8m0fnu": "F8_E8M0"}
 METADATA = "__metadata__"
 """The member of a header that describes no tensor."""
 SHARDING = "DCP_SHARDING_INFO"
@@ -77,7 +78,7 @@ def encode(tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> bytes:
     record: dict[str, Any] = {METADATA: dict(metadata)}
     for each in tensors:
         record[each.name] = {
-            "dtype": DTYPES[each.dtype],
+            "dtype": _EXPORTED[each.dtype],
             "shape": each.shape,
             "data_offsets": (each.start, each.end),
         }

@@ -1,0 +1,104 @@
+"""Processes that write the files of one export; each opens the step by itself."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import threading
+from concurrent.futures.process import BrokenProcessPool
+
+from functional_ckpt import errors
+from functional_ckpt.core.tree.encode import torch_dtype
+from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.handlers.hub_config import RUNTIME
+from functional_ckpt.interop import hub_weights, stored_files, weights
+from functional_ckpt.interop.hub_files import Output
+from functional_ckpt.interop.hub_options import Options
+from functional_ckpt.storage.open import connect
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """An export, as every worker plans it by itself.
+
+    Attributes:
+        step: The step.
+        item: Its item.
+        options: How its tensors are written.
+        dtype: The dtype of floating-point tensors; None for that of each.
+        num_writers: The number of processes.
+    """
+
+    step: str
+    item: str
+    options: Options
+    dtype: str | None
+    num_writers: int
+
+    def output(self) -> tuple[Output, dict[str, str]]:
+        """Returns the files to write, and the step's own configuration files by name."""
+        opened = checkpoint_dir.open_checkpoint(*connect(self.step))
+        given = weights.of_step(opened, self.item)
+        configs = stored_files.configs_of(opened.tree(self.item))
+        texts = {name.removeprefix(RUNTIME): text for name, text in configs.items()}
+        stored = stored_files.of_item(opened, self.item)
+        is_copied = stored is not None and stored.is_on_hub and self.options.takes(stored)
+        if stored is None or not is_copied or self.dtype is not None:
+            held = [] if stored is None else [n for names in stored.names.values() for n in names]
+            given = hub_weights.of_config(given, texts.get("config.json"), held)
+            stored = None
+        if self.dtype is not None:
+            given = given.cast(torch_dtype(self.dtype))
+            texts = {name: _with_dtype(text, self.dtype) for name, text in texts.items()}
+        return Output.of(given, self.options, stored, num_writers=self.num_writers), texts
+
+
+def _with_dtype(text: str, dtype: str) -> str:
+    record = json.loads(text)
+    changed = {key: dtype for key in _DTYPE_KEYS if key in record}
+    return json.dumps(record | changed, indent=2, sort_keys=True) + "\n" if changed else text
+
+
+def run(job: Job, path: str) -> None:
+    """Writes the files of an export in new processes; nothing is durable yet.
+
+    Raises:
+        StorageError: A process was killed. None runs any more, as after other errors.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        job.num_writers, mp_context=context, initializer=_end_with_parent
+    ) as pool:
+        numbers = range(job.num_writers)
+        writing = [pool.submit(_write, job, path, number) for number in numbers]
+        try:
+            for each in concurrent.futures.as_completed(writing):
+                each.result()
+        except BrokenProcessPool as error:
+            raise errors.StorageError(
+                f"{path}: a worker of the export was killed, perhaps for its memory; nothing was "
+                "written.",
+                path=path,
+            ) from error
+
+
+def _end_with_parent() -> None:
+    """Has a worker end when the process that started it is killed."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _write(job: Job, path: str, number: int) -> None:
+    output, _ = job.output()
+    output.write(path, number, job.num_writers)
