@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from functional_ckpt import interop as interop
     from functional_ckpt import listeners as listeners
     from functional_ckpt import policies as policies
+    from functional_ckpt import protocols as protocols
     from functional_ckpt import step_names as step_names
     from functional_ckpt import transform as transform
     from functional_ckpt.checkpoint import metadata as metadata
@@ -116,6 +117,7 @@ __all__ = [
     "listeners",
     "metadata",
     "policies",
+    "protocols",
     "restore",
     "save",
     "step_names",

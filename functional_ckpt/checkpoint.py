@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 from functional_ckpt import errors
-from functional_ckpt.core.records import orbax, records
+from functional_ckpt.core.records import records
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.distributed.torch_store import default_coordinator
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.handlers.registry import chosen
-from functional_ckpt.interop import opened
+from functional_ckpt.interop import native, opened
 from functional_ckpt.interop.source import Source
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.checks import check_bool
@@ -34,8 +34,6 @@ from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import check_no_variables
 
 _log = logging.getLogger("functional_ckpt")
-
-_MAX_SHOWN = 10
 
 
 def save(
@@ -180,27 +178,10 @@ def _advice(storage: Storage, path: str) -> str | None:
     names = storage.list(path)
     if checkpoint_dir.has_record(storage, path):
         return None  # a checkpoint, damaged
-    steps = [name for name in names if _is_step(storage, os.path.join(path, name))]
-    if steps:
-        steps.sort(key=lambda name: (len(name), name))
-        shown = ", ".join(steps[-_MAX_SHOWN:])
-        more = f"the last of {len(steps)}: " if len(steps) > _MAX_SHOWN else ""
-        return (
-            f"it is a directory of steps ({more}{shown}). Give one of them, such as "
-            f"{os.path.join(path, steps[-1])}, or use fc.CheckpointManager(path)."
-        )
-    if commit.HIDDEN in names:
-        return "it is the directory of a manager, and holds no step yet."
+    if advice := native.run_advice(storage, path, names):
+        return advice
     if any(
         queries.exists(storage, os.path.join(path, name, records.EXTENSION_FILE)) for name in names
     ):
         return None  # items of a checkpoint whose record is gone
     return _UNKNOWN
-
-
-def _is_step(storage: Storage, path: str) -> bool:
-    name = os.path.basename(path)
-    is_hidden = name.startswith(".") or commit.TMP_SUFFIX in name
-    return not is_hidden and queries.exists(
-        storage, os.path.join(path, orbax.CHECKPOINT_METADATA_FILE)
-    )

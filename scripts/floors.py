@@ -55,6 +55,7 @@ FLOORS: dict[str, int] = {
     "flags/*": 12,
     "hooks.py": 12,
     "step_names.py": 12,
+    "protocols.py": 12,
     "listeners.py": 12,
     "testing/*": 12,
     "transform/*": 12,

@@ -66,7 +66,7 @@ def test_the_design_page_has_the_table_of_floors() -> None:
 
 def test_few_modules_lie_loose_and_none_is_long() -> None:
     loose = [path for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]
-    assert len(loose) <= 9
+    assert len(loose) <= 10
     assert [path.name for path in loose if path.stem.endswith("ing")] == []
     assert [p.name for p in loose if len(p.read_text(encoding="utf-8").splitlines()) > 400] == []
     assert len(floors.FLOORS) <= 30

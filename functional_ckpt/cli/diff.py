@@ -213,9 +213,7 @@ def _data_table(printer: output.Printer, differences: Sequence[Difference]) -> T
     """Returns a table of the numbers of different elements, and their differences."""
     from rich.text import Text
 
-    table = output.table(
-        "leaf", "array", "elements that differ", printer.sign("max |a−b|", "max |a-b|")
-    )
+    table = output.table("leaf", "array", "differing", printer.sign("max |a−b|", "max |a-b|"))
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     table.columns[2].justify = table.columns[3].justify = "right"
     for each in differences:

@@ -152,12 +152,16 @@ def _print(found: list[_Stats]) -> None:
     counts = {"zeros": "num_zeros", "NaN": "num_nan", "Inf": "num_inf"}
     shown = ["dtype", "min", "mean", "std", "max", "norm"]
     shown += [name for name, field in counts.items() if any(getattr(s, field) for s in found)]
+    left_out: list[str] = []
     for name in ("dtype", "norm", "std"):  # left out where the terminal is too narrow
         table = _table(found, shown)
         if printer.is_pipe or printer.width_of(table) <= printer.console.width:
             break
         shown.remove(name)
+        left_out.append(name)
     printer.print(_table(found, shown))
+    if left_out:
+        printer.print(f"not shown: {', '.join(reversed(left_out))} (--json, or a wider terminal)")
 
 
 def _table(found: list[_Stats], shown: list[str]) -> Table:

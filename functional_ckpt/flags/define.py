@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack
@@ -164,12 +163,5 @@ def define(
             True,
         ),
     )
-    names = [getattr(defined, field.name).name for field in dataclasses.fields(defined)]
-
-    def is_sound(_: object) -> bool:
-        if problems := check.problems(defined):
-            raise absl_flags.ValidationError("; ".join(problems))
-        return True
-
-    absl_flags.register_multi_flags_validator(names, is_sound, flag_values=flag_values)
+    check.register(defined, flag_values)
     return defined

@@ -24,6 +24,8 @@ from functional_ckpt.interop import (
 )
 from functional_ckpt.interop.source import Format, Source
 from functional_ckpt.storage import queries
+from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
 from functional_ckpt.storage.paths import is_remote, resolve
 
@@ -111,12 +113,20 @@ def recognise(
     if found:
         listed = "; ".join(f"{each.name!r} ({each.description})" for each in found)
         raise errors.UsageError(f"{place} may be any of {listed}; choose with format=.", path=place)
+    _check_no_run(LocalStorage(), place)
     known = "; ".join(f"{each.name!r} ({each.description})" for each in formats)
     raise errors.UsageError(
         f"{place}: nothing here looks like a known checkpoint. Give the file or the directory of "
         f"one checkpoint. Known are: {known}.",
         path=place,
     )
+
+
+def _check_no_run(storage: Storage, place: str) -> None:
+    """Raises `StepNotFoundError` for a directory of steps, with the one to open."""
+    names = storage.list(place) if queries.is_directory(storage, place) else ()
+    if advice := native.run_advice(storage, place, names):
+        raise errors.StepNotFoundError(f"{place}: not a checkpoint: {advice}", path=place)
 
 
 def _open(format: Format, place: str) -> Source:
@@ -129,6 +139,8 @@ def _open_remote(uri: str, format: str | None) -> Source:
     storage, place = connect(uri)
     if not queries.exists(storage, place):
         raise errors.StepNotFoundError(f"{place}: there is nothing.", path=place)
+    if format is None and not native.is_step(storage, place):
+        _check_no_run(storage, place)
     if format not in (None, native.FORMAT.name) or not native.is_step(storage, place):
         raise errors.UsageError(
             f"{place}: a URI opens as a checkpoint of this package or of Orbax only, and this is "

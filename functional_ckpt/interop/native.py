@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from functional_ckpt import errors
@@ -13,10 +13,11 @@ from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.interop.source import Format, Source, match_files
 from functional_ckpt.restoring import restore
-from functional_ckpt.storage import queries
+from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 
+_MAX_SHOWN = 10
 _MARKS = (records.EXTENSION_FILE, orbax.CHECKPOINT_METADATA_FILE, orbax.TREE_METADATA_FILE)
 
 
@@ -42,6 +43,27 @@ def _is_marked(path: str, names: Iterable[str], exists: Callable[[str], bool]) -
         for place in places
         for mark in (_MARKS if place == "" else _MARKS[2:])
     )
+
+
+def run_advice(storage: Storage, path: str, names: Sequence[str]) -> str | None:
+    """Returns advice for a directory of steps with these names in it; None if it is none."""
+    steps = [
+        name
+        for name in filter(_is_shown, names)
+        if commit.TMP_SUFFIX not in name
+        and queries.exists(storage, os.path.join(path, name, orbax.CHECKPOINT_METADATA_FILE))
+    ]
+    if steps:
+        steps.sort(key=lambda name: (len(name), name))
+        shown = ", ".join(steps[-_MAX_SHOWN:])
+        more = f"the last of {len(steps)}: " if len(steps) > _MAX_SHOWN else ""
+        return (
+            f"it is a directory of steps ({more}{shown}). Give one of them, such as "
+            f"{os.path.join(path, steps[-1])}, or use fc.CheckpointManager(path)."
+        )
+    if commit.HIDDEN in names:
+        return "it is the directory of a manager, and holds no step yet."
+    return None
 
 
 def open_step(storage: Storage, path: str) -> Source:

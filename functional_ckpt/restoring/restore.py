@@ -14,7 +14,7 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.restore_plan import plan
-from functional_ckpt.core.tree import containers, memory
+from functional_ckpt.core.tree import containers, html_tree, memory
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint
@@ -107,6 +107,15 @@ class Restored(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"Restored(step={self.step}, items={sorted(self.items_by_name)})"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "metrics": self.metrics,
+            "progress": self.progress,
+            "custom metadata": self.custom_metadata or None,
+            "differences": self.report or None,
+        }
+        return html_tree.page(f"Restored(step={self.step})", self.items_by_name, facts)
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self.items_by_name)

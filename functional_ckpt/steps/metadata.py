@@ -9,7 +9,7 @@ from typing import Any
 
 from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.restore_plan import select
-from functional_ckpt.core.tree import containers
+from functional_ckpt.core.tree import containers, html_tree
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.policies.progress import Progress
@@ -55,6 +55,15 @@ class StepMetadata:
             f"metrics={None if self.metrics is None else dict(self.metrics)}",
         ]
         return f"StepMetadata({', '.join(facts)})"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "saved": f"{self.time:%Y-%m-%d %H:%M:%S %Z}",
+            "metrics": self.metrics,
+            "progress": self.progress,
+            "custom metadata": self.custom_metadata or None,
+        }
+        return html_tree.page(f"StepMetadata(step={self.step})", self.items, facts)
 
 
 def _arrays(tree: Any) -> Iterator[ArraySpec]:

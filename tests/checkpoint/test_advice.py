@@ -20,7 +20,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path) if request.param == "local" else f"memory://bucket-{uuid.uuid4().hex[:8]}"
 
 
-@pytest.mark.parametrize("read", [fc.restore, fc.metadata])
+@pytest.mark.parametrize("read", [fc.restore, fc.metadata, fc.interop.open])
 def test_of_a_directory_of_steps_the_error_names_the_steps(
     read: Callable[[Any], Any], place: str
 ) -> None:

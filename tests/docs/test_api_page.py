@@ -16,8 +16,8 @@ import functional_ckpt as fc
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 MODULES = (
-    *("errors", "flags", "handlers", "hooks", "interop", "listeners", "policies", "step_names"),
-    "transform",
+    *("errors", "flags", "handlers", "hooks", "interop", "listeners", "policies", "protocols"),
+    *("step_names", "transform"),
 )
 BLOCKS = set(re.findall(r"^::: ([\w.]+)$", PAGE, flags=re.MULTILINE))
 CODE = "\n".join(code for _, code in python_blocks(PAGE))

@@ -173,11 +173,11 @@ def test_intervals_in_time_and_progress(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ckpt_save_every=often"], "--ckpt_save_every: time span: expected"),
-        (["--ckpt_save_every=0"], "--ckpt_save_every: interval in steps"),
-        (["--ckpt_keep_best=loss:lowest"], "--ckpt_keep_best: expected METRIC"),
-        (["--ckpt_keep_best=:max"], "--ckpt_keep_best: expected METRIC"),
-        (["--ckpt_keep_best="], "--ckpt_keep_best: expected METRIC"),
+        (["--ckpt_save_every=often"], "flag --ckpt_save_every=often: time span: expected"),
+        (["--ckpt_save_every=0"], "flag --ckpt_save_every=0: interval in steps"),
+        (["--ckpt_keep_best=loss:lowest"], "flag --ckpt_keep_best=loss:lowest: expected METRIC"),
+        (["--ckpt_keep_best=:max"], "flag --ckpt_keep_best=:max: expected METRIC"),
+        (["--ckpt_keep_best="], "flag --ckpt_keep_best=: expected METRIC"),
         (["--ckpt_resume=/nowhere/at/all"], "'/nowhere/at/all', which is not a directory"),
         (
             ["--ckpt_resume=none", "--ckpt_weights_only"],
@@ -192,7 +192,8 @@ def test_intervals_in_time_and_progress(tmp_path: Path) -> None:
         ),
         (
             ["--ckpt_save_every=x", "--ckpt_keep_best=:", "--ckpt_weights_only"],
-            "--ckpt_save_every: .*; --ckpt_keep_best: .*; --ckpt_weights_only",
+            "(?s)flag --ckpt_save_every=x: .*\nflag --ckpt_keep_best=:: .*\n"
+            "flags ckpt_resume=latest, ckpt_weights_only=True, .*: --ckpt_weights_only",
         ),
     ],
 )
@@ -216,7 +217,7 @@ def test_a_script_ends_with_absls_message(tmp_path: Path) -> None:
     assert "started" not in done.stdout
     assert "Traceback" not in done.stderr
     assert "FATAL Flags parsing error" in done.stderr
-    assert "--ckpt_save_every: time span: expected" in done.stderr
+    assert "flag --ckpt_save_every=abc: time span: expected" in done.stderr
 
 
 def test_values_that_a_script_sets_are_checked_again(tmp_path: Path) -> None:

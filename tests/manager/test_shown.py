@@ -59,3 +59,25 @@ def test_items_name_their_value_and_the_options_that_were_chosen() -> None:
     assert repr(fc.PyTree(torch.ones(3, 4))) == "PyTree(Tensor float32[3, 4])"
     assert len(repr(fc.Json("x" * 1000))) < 80
     assert repr(fc.Rng()) == "Rng({})"
+
+
+def test_metadata_and_restored_items_are_trees_in_notebooks(tmp_path: Path) -> None:
+    items = {
+        "state": {"a<b": torch.ones(2, 3), "log": list(range(60))},
+        "config": fc.Json({"lr": 1}),
+    }
+    fc.save(tmp_path / "one", items, metrics={"loss": 0.5})
+    metadata, restored = fc.metadata(tmp_path / "one"), fc.restore(tmp_path / "one")
+    for shown in (metadata._repr_html_(), restored._repr_html_()):
+        assert "<li>metrics: <code>{&#x27;loss&#x27;: 0.5}</code></li>" in shown
+        assert "<summary>state: 1 array, 24 bytes</summary>" in shown
+        assert "<li>a&lt;b: <code>float32[2, 3]" in shown
+        assert "<li>and 10 more</li>" in shown
+        assert "<li>lr: <code>1</code></li>" in shown
+        assert "custom metadata" not in shown
+    assert (
+        "differences"
+        in fc.restore(
+            tmp_path / "one", into={"state": {"a<b": torch.ones(2, 3), "new": 1}}, strict=False
+        )._repr_html_()
+    )
