@@ -43,7 +43,9 @@ class Calls:
         self._is_background = is_background
         self._pid = os.getpid()
         self._is_closed = False
-        self._turn = threading.Lock()
+        # Reentrant: a signal handler may run between taking it and setting `_thread`, and its call
+        # then comes before the interrupted one.
+        self._turn = threading.RLock()
         self._thread: int | None = None
         self._name = ""
 

@@ -205,6 +205,29 @@ def test_a_signal_handler_that_saves_is_refused_or_saves_its_own_state(tmp_path:
     check(tmp_path, [*range(25), *extra])
 
 
+@pytest.mark.timeout(60)
+def test_a_handler_that_saves_before_the_interrupted_call_starts_saves_first(
+    tmp_path: Path,
+) -> None:
+    with fc.CheckpointManager(tmp_path) as manager:
+        turn, due = manager._calls._turn, [1]
+
+        class Signalled:
+            """Runs the handler when the turn is taken, before anything else."""
+
+            def __enter__(self) -> None:
+                turn.acquire()
+                if due:
+                    manager.save(due.pop(), items(1))
+
+            def __exit__(self, *_: object) -> None:
+                turn.release()
+
+        manager._calls._turn = Signalled()  # pyright: ignore[reportAttributeAccessIssue]
+        manager.save(2, items(2))
+    check(tmp_path, [1, 2])
+
+
 # ------------------------------------------------------------------------------ Ctrl-C
 
 
