@@ -6,6 +6,7 @@ import html
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from functional_ckpt import errors
@@ -15,6 +16,7 @@ from functional_ckpt.core.tree import containers
 _MAX_CHILDREN = 50
 _MAX_DEPTH = 50
 _MAX_TEXT = 60
+_ARRAYS = (ArraySpec, torch.Tensor, np.ndarray)
 _PLAIN = (str, bytes, int, float, complex, bool, type(None))
 
 
@@ -47,7 +49,7 @@ def _node(name: str, value: Any, depth: int = 0) -> _Shown:
     if node is None:
         text, num_bytes = _leaf(value)
         shown = f"<li>{name}: <code>{html.escape(text)}</code></li>"
-        return _Shown(shown, int(isinstance(value, ArraySpec | torch.Tensor)), num_bytes)
+        return _Shown(shown, int(isinstance(value, _ARRAYS)), num_bytes)
     pairs = zip(node.keys, node.children, strict=True)
     children = [_node(str(key.value), child, depth + 1) for key, child in pairs]
     num_arrays = sum(child.num_arrays for child in children)
@@ -78,6 +80,8 @@ def _opened(value: Any) -> containers.FlatNode | None:
 def _leaf(value: Any) -> tuple[str, int]:
     if isinstance(value, ArraySpec):
         return f"{value.dtype}{list(value.shape)}", value.size_bytes
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{list(value.shape)} ndarray", value.nbytes
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{dtype}{list(value.shape)} {value.device}", value.nbytes
