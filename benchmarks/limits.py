@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import files, meters, workloads
 
-__all__ = ["measure"]
+__all__ = ["aligned", "measure", "read", "write"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -26,7 +26,7 @@ def measure(divisor: int, root: str) -> dict[str, float]:
     than it is timed.
     """
     size = workloads.size_bytes("big", divisor)
-    source, target = _aligned(size), _aligned(size)
+    source, target = aligned(size), aligned(size)
     state = workloads.make("big", divisor)
     for index, tensor in enumerate(state.values()):
         source[index * tensor.nbytes : (index + 1) * tensor.nbytes] = (
@@ -48,21 +48,21 @@ def measure(divisor: int, root: str) -> dict[str, float]:
                 continue
             path = _new_folder(root)
             figures[name] = meters.seconds(
-                lambda path=path, direct=direct, threads=threads: _write(
+                lambda path=path, direct=direct, threads=threads: write(
                     path, source, direct, threads
                 )
             )
     files.fill_cache(path)  # data written around it is not cached
     for threads in (1, 2):
         figures[f"read_warm_{threads}_seconds"] = meters.seconds(
-            lambda threads=threads: _read(path, target, threads)
+            lambda threads=threads: read(path, target, threads)
         )
     if not np.array_equal(source, target):
         raise RuntimeError("the read bytes differ from the written ones")
     for threads in (1, 2):
         figures[f"cold_{threads}_resident"] = files.drop_cache(path)
         figures[f"read_cold_{threads}_seconds"] = meters.seconds(
-            lambda threads=threads: _read(path, target, threads)
+            lambda threads=threads: read(path, target, threads)
         )
     files.fresh(path)
     return figures
@@ -86,7 +86,7 @@ def _takes_direct(path: str) -> bool:
     return True
 
 
-def _aligned(size: int) -> Array:
+def aligned(size: int) -> Array:
     """Memory on page boundaries, as O_DIRECT needs it."""
     return np.frombuffer(mmap.mmap(-1, size), np.uint8)
 
@@ -110,7 +110,7 @@ def _copy(target: Array, source: Array, start: int, end: int) -> None:
     np.copyto(target[start:end], source[start:end])
 
 
-def _write(path: str, source: Array, direct: bool, threads: int) -> None:
+def write(path: str, source: Array, direct: bool, threads: int) -> None:
     """One file for each thread; synced, and their directory."""
     part = -(-len(source) // threads // _PIECE_BYTES) * _PIECE_BYTES
     flags = os.O_WRONLY | os.O_CREAT | (os.O_DIRECT if direct else 0)
@@ -132,7 +132,8 @@ def _write(path: str, source: Array, direct: bool, threads: int) -> None:
     files.sync_tree(path)
 
 
-def _read(path: str, target: Array, threads: int) -> None:
+def read(path: str, target: Array, threads: int) -> None:
+    """Reads the files of a directory, one after the other, into memory as far as they fit."""
     names = sorted(os.listdir(path))
     sizes = [os.path.getsize(os.path.join(path, name)) for name in names]
     descriptors = [os.open(os.path.join(path, name), os.O_RDONLY) for name in names]

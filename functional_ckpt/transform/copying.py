@@ -21,7 +21,7 @@ from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
-from functional_ckpt.transform.rewriting import Count, Report, check_new
+from functional_ckpt.transform.outputs import Count, Report, check_new
 
 _PART_BYTES = 16 * 2**20
 _NUM_FILES = 4

@@ -21,6 +21,7 @@ from functional_ckpt.core.restore_plan import select
 from functional_ckpt.core.tree import composite, context, encode, structure, walk
 from functional_ckpt.saving.lower import LoweredItem, check_item_name
 from functional_ckpt.transform import rewriting
+from functional_ckpt.transform.outputs import Report
 from functional_ckpt.transform.rewriting import Input, NewArray, NewItem
 
 
@@ -32,7 +33,7 @@ def edit(
     ignore: select.Ignored | None = None,
     key_map: rename_lib.KeyMap | None = None,
     cast: Mapping[str, str] | None = None,
-    report: rewriting.Report | None = None,
+    report: Report | None = None,
 ) -> None:
     """Writes an edited checkpoint: complete and durable when it returns, absent when it raises.
 

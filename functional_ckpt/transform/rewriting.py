@@ -8,7 +8,7 @@ import functools
 import itertools
 import json
 import os
-import threading
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -23,7 +23,7 @@ from functional_ckpt.core.files import safetensors_header
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.tree import structure
 from functional_ckpt.distributed.coordinator import SingleProcess
-from functional_ckpt.format import checkpoint_dir, index, step_files
+from functional_ckpt.format import index, step_files
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
 from functional_ckpt.format.ocdbt_decode import INLINE
 from functional_ckpt.format.stored_arrays import OpenArrays, StoredArray
@@ -34,12 +34,10 @@ from functional_ckpt.interop import atomic_output, stored_files
 from functional_ckpt.saving import finalize, lower, single
 from functional_ckpt.saving.parts import StagedItem
 from functional_ckpt.saving.plan import PlannedPart, SavePlanner
-from functional_ckpt.storage import commit, queries
-from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.open import connect
+from functional_ckpt.transform.copying import copy
+from functional_ckpt.transform.outputs import Count, Report, check_new
 
-Report: TypeAlias = Callable[[int, int], None]
-"""Called with the bytes that were read so far, and with those to be read."""
 Combine: TypeAlias = Callable[[Iterator[Array]], Array]
 """Makes a piece of an array of the same piece of each of its sources, one in memory at a time."""
 
@@ -230,22 +228,6 @@ def _stored_names(saved: OpenItem) -> dict[str, str]:
 # ------------------------------------------------------------------------------------ writing
 
 
-def check_new(storage: Storage, final: str) -> None:
-    """Raises unless nothing is at the path of a new checkpoint."""
-    commit.protocol(storage, os.path.dirname(final)).recover_claim(final)
-    if queries.exists(storage, final):
-        raise errors.StepExistsError(
-            f"{final} exists and is never overwritten. Choose another path, or remove it.",
-            path=final,
-        )
-    if checkpoint_dir.has_record(storage, os.path.dirname(final)):
-        raise errors.UsageError(
-            f"{os.path.dirname(final)} is a checkpoint, which holds no other one. Choose another "
-            "path.",
-            path=final,
-        )
-
-
 def write(
     output: Any,
     like: OpenCheckpoint,
@@ -268,6 +250,12 @@ def write(
     storage, final = connect(output)
     atomic_output.check_disjoint(like.path, final)
     check_new(storage, final)
+    if storage.objects is not None:  # which keeps new files in memory until they are complete
+        with tempfile.TemporaryDirectory(prefix="functional_ckpt-") as folder:
+            local = os.path.join(folder, "checkpoint")
+            write(local, like, items, report, metrics=metrics, custom_metadata=custom_metadata)
+            copy(local, output)
+        return
     lowered = [item.lowered() if isinstance(item, NewItem) else item for item in items]
     group = SingleProcess()
     with SavePlanner(group).planning(None) as planning:
@@ -305,25 +293,6 @@ def write(
         custom_metadata={**like.custom_metadata, **(custom_metadata or {})},
     )
     single.write(storage, final, lowered, staged, info, group)
-
-
-class Count:
-    """Counts bytes on any thread."""
-
-    def __init__(self, total: int, report: Report | None) -> None:
-        self._done, self._total, self._report = 0, total, report
-        self._mutex = threading.Lock()
-
-    def start(self) -> None:
-        """Counts from zero."""
-        self._done = 0
-
-    def add(self, num_bytes: int) -> None:
-        """Adds bytes, and reports them."""
-        with self._mutex:
-            self._done += num_bytes
-            if self._report is not None:
-                self._report(self._done, self._total)
 
 
 def json_item(source: OpenCheckpoint, name: str, new_name: str | None = None) -> lower.LoweredItem:
