@@ -47,7 +47,7 @@ FLOORS: dict[str, int] = {
     "verify/*": 8,
     "saving/*": 9,
     "restoring/*": 9,
-    "interop/{accelerate,lightning,torchtitan,trainer}.py": 12,
+    "interop/{accelerate,lightning,ray,torchtitan,trainer}.py": 12,
     "interop/*": 10,
     "manager.py": 11,
     "checkpoint.py": 11,

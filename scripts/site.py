@@ -22,6 +22,7 @@ SEARCHES: Mapping[str, str] = {
     "HF Trainer": "howto/hf_trainer/",
     "Lightning": "howto/lightning/",
     "accelerate": "howto/accelerate/",
+    "Ray": "howto/ray/",
     "FSDP2": "howto/fsdp2/",
     "torchtitan": "howto/fsdp2/",
     "LoRA": "howto/lora/",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {"FORMATS": "detect", "Format": "source", "Source": "source", "open": "detect"}
 
 # Modules for trainers. Each imports its library, and the manager.
-_TRAINERS = ("accelerate", "lightning", "torchtitan", "trainer")
+_TRAINERS = ("accelerate", "lightning", "ray", "torchtitan", "trainer")
 
 __all__ = ["FORMATS", "Format", "Source", "dcp", "huggingface", "open"]
 

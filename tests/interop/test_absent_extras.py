@@ -13,6 +13,7 @@ import pytest
     [
         ("functional_ckpt.interop.accelerate", "accelerate", "functional-ckpt[transformers]"),
         ("functional_ckpt.interop.lightning", "lightning", "functional-ckpt[lightning]"),
+        ("functional_ckpt.interop.ray", "ray", "functional-ckpt[ray]"),
         ("functional_ckpt.interop.trainer", "transformers", "functional-ckpt[transformers]"),
     ],
 )
