@@ -159,9 +159,8 @@ def again(folder: pathlib.Path, _: str) -> dict[str, Any]:
     }
 
 
-def train_until_drained(config: dict[str, Any]) -> dict[str, Any] | None:
+def train_until_drained() -> dict[str, Any]:
     """Saves when a node is drained, and ends some steps later."""
-    folder = pathlib.Path(config["folder"])
     policy = [fc.policies.every(10**6), fc.policies.Preemption()]
     last = step = 0
     with CheckpointManager(save_policy=policy) as manager:
@@ -171,7 +170,6 @@ def train_until_drained(config: dict[str, Any]) -> dict[str, Any] | None:
             manager.report({"step": step})
             if commit is not None:
                 last = last or step
-            (folder / "started").touch()
             time.sleep(0.05)
         try:
             left = str(manager.reached_preemption(step))
@@ -185,8 +183,12 @@ def drained(folder: pathlib.Path, _: str) -> dict[str, Any]:
     """Drains the node while a training runs."""
 
     def drain() -> None:
-        while not (folder / "started").exists():
-            time.sleep(0.05)
+        # A watcher that has not started yet would not be placed on a drained node.
+        while not any(
+            each["ActorClassName"] == "PreemptionWatcher" and each["State"] == "ALIVE"
+            for each in ray._private.state.actors().values()
+        ):
+            time.sleep(0.5)
         deadline = int(time.time() * 1000) + 600_000
         context: Any = ray.get_runtime_context()
         client: Any = ray._raylet.GcsClient(address=context.gcs_address)
@@ -197,7 +199,6 @@ def drained(folder: pathlib.Path, _: str) -> dict[str, Any]:
     return (
         TorchTrainer(
             train_until_drained,
-            train_loop_config={"folder": str(folder)},
             scaling_config=ScalingConfig(num_workers=2),
             run_config=RunConfig(name="a", storage_path=str(folder)),
         )
