@@ -56,6 +56,10 @@ def _round_sync(peer_name: str, peer: peers.Peer, state: State, path: str) -> di
         "disk_bytes": sum(files.inodes(path).values()),
         "num_files": len(list(files.walk_files(path))),
     }
+    _clear(state)
+    figures["after_save_resident"] = files.resident_fraction(path)
+    figures["restore_after_save_seconds"] = meters.seconds(lambda: peer.restore(bound, path))
+    _check(peer_name, state, expected)
     for temperature in ("warm", "cold"):
         _clear(state)
         prepare = files.drop_cache if temperature == "cold" else files.fill_cache

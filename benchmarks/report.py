@@ -14,6 +14,7 @@ __all__ = ["SYNC", "bars_table", "figures_table", "markdown", "plots_markdown"]
 SYNC = {
     "save_durable_seconds": "save, durable",
     "save_seconds": "save, not synced",
+    "restore_after_save_seconds": "restore in place, right after the save",
     "restore_warm_seconds": "restore in place, warm",
     "restore_cold_seconds": "restore in place, cold",
     "restore_new_seconds": "restore into new memory, warm",

@@ -27,6 +27,8 @@ from functional_ckpt.format.reader import deliver, put, verify
 from functional_ckpt.storage.local_files import open_regular
 from functional_ckpt.storage.system_errors import absence_as_damage, clear_errors
 
+_LINE_BYTES = 64
+
 
 class DirectReader:
     """Executes read plans with system calls; `reader.ArrayReader` says how it is used.
@@ -163,7 +165,7 @@ class DirectReader:
         """Reads what does not go into contiguous host memory as it is stored."""
         destination = read.request.destination
         if part.stored_shape is not None:
-            data = np.empty(read.num_bytes, np.uint8)  # bounded: one chunk per thread
+            data = _buffer(read.num_bytes)  # bounded: one chunk per thread
             self._fill(read, memoryview(cast("Any", data)), 0)
             deliver(self._directory, read, part, data)
         elif destination is None:
@@ -175,7 +177,7 @@ class DirectReader:
             self._send(read, part, part.start, destination.send)
             destination.done()
         else:
-            data = np.empty(read.num_bytes, np.uint8)  # bounded: one chunk per thread
+            data = _buffer(read.num_bytes)  # bounded: one chunk per thread
             self._read_steps(read, part, 0, memoryview(cast("Any", data)))
             put(read, part, data)
 
@@ -224,6 +226,17 @@ class DirectReader:
         while self._descriptors:
             with clear_errors("read", self._directory):
                 os.close(self._descriptors.popitem()[1])
+
+
+def _buffer(size_bytes: int) -> Array:
+    """Returns memory that starts at a multiple of 64 bytes, for the kernel to read into.
+
+    Large memory of numpy starts 16 bytes after a page, where some processors copy at a third of the
+    speed.
+    """
+    memory = np.empty(size_bytes + _LINE_BYTES, np.uint8)
+    start = -memory.__array_interface__["data"][0] % _LINE_BYTES
+    return memory[start : start + size_bytes]
 
 
 def _memory_of(read: ChunkRead, part: ChunkPart) -> memoryview | None:
