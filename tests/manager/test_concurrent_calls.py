@@ -328,6 +328,8 @@ def test_no_thread_goes_on_copying_after_an_interruption() -> None:
 def test_every_handle_is_refused_in_a_forked_child(tmp_path: Path) -> None:
     result = scripts.run(
         """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, since Python 3.12
 manager = fc.CheckpointManager(root, storage=Slow())
 commit = manager.save(1, items(1))
 Slow.publishing.wait()
