@@ -109,6 +109,13 @@ def names_on_hub(model: Any, tree: Mapping[str, Any]) -> Mapping[str, str] | Non
     return {name: stored for name, stored in pairs.items() if name is not None and name != stored}
 
 
+def with_dtype(text: str, dtype: str) -> str:
+    """Returns a configuration file with another dtype, where it has one."""
+    record = json.loads(text)
+    changed = {key: dtype for key in ("dtype", "torch_dtype") if key in record}
+    return json.dumps(record | changed, indent=2, sort_keys=True) + "\n" if changed else text
+
+
 def unwrapped(model: Any) -> Any:
     """Returns the module in a DistributedDataParallel, or the module itself."""
     is_wrapped = isinstance(model, torch.nn.parallel.DistributedDataParallel)

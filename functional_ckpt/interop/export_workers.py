@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
 import multiprocessing
 import os
 import threading
@@ -13,13 +12,11 @@ from concurrent.futures.process import BrokenProcessPool
 from functional_ckpt import errors
 from functional_ckpt.core.tree.encode import torch_dtype
 from functional_ckpt.format import checkpoint_dir
-from functional_ckpt.handlers.hub_config import RUNTIME
+from functional_ckpt.handlers.hub_config import RUNTIME, with_dtype
 from functional_ckpt.interop import hub_weights, stored_files, weights
 from functional_ckpt.interop.hub_files import Output
 from functional_ckpt.interop.hub_options import Options
 from functional_ckpt.storage.open import connect
-
-_DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +51,8 @@ class Job:
             stored = None
         if self.dtype is not None:
             given = given.cast(torch_dtype(self.dtype))
-            texts = {name: _with_dtype(text, self.dtype) for name, text in texts.items()}
+            texts = {name: with_dtype(text, self.dtype) for name, text in texts.items()}
         return Output.of(given, self.options, stored, num_writers=self.num_writers), texts
-
-
-def _with_dtype(text: str, dtype: str) -> str:
-    record = json.loads(text)
-    changed = {key: dtype for key in _DTYPE_KEYS if key in record}
-    return json.dumps(record | changed, indent=2, sort_keys=True) + "\n" if changed else text
 
 
 def run(job: Job, path: str) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import tempfile
 import time
@@ -28,7 +27,7 @@ from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
 from functional_ckpt.format.ocdbt_decode import INLINE
 from functional_ckpt.format.stored_arrays import OpenArrays, StoredArray
 from functional_ckpt.format.write_files import ArrayWrite, Pieces
-from functional_ckpt.handlers.hub_config import RUNTIME
+from functional_ckpt.handlers.hub_config import RUNTIME, with_dtype
 from functional_ckpt.handlers.pytree import PyTreeHandler
 from functional_ckpt.interop import atomic_output, stored_files
 from functional_ckpt.saving import finalize, lower, single
@@ -182,12 +181,7 @@ def _with_dtype(
     dtypes = _dtypes(new)
     if len(dtypes) != 1 or dtypes == _dtypes(old):
         return dict(texts)
-    found: dict[str, str] = {}
-    for name, text in texts.items():
-        config = json.loads(text)
-        config |= dict.fromkeys(config.keys() & {"dtype", "torch_dtype"}, *dtypes)
-        found[name] = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    return found
+    return {name: with_dtype(text, *dtypes) for name, text in texts.items()}
 
 
 def _dtypes(root: structure.Node) -> set[str]:
