@@ -368,7 +368,7 @@ class CheckpointManager(NotCopied, shown.Shown):
         with self._calls.turn("close"):
             if self._calls.is_over:
                 return
-            self._saver.committer.wait()
+            self._saver.finish_commits()
             self._calls.close()
             self._saver.finish_uploads()
             self._run.release()

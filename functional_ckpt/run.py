@@ -198,7 +198,7 @@ def open_run(
     alike = options.compared(steps, step_names, known_tiers)
     try:
         acquire.open_directory(steps, coordinator, alike, owner=owner)
-        saving.decider.start()
+        saving.start()
         run_on_all(coordinator, "looking into the directory", steps.reload)
         saving.upload_by(
             *open_tiers(

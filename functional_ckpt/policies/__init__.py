@@ -1,8 +1,8 @@
 """Save policies and keep policies: `fc.policies`.
 
 Save policies: `every`, `When`, `FixedInterval`, `SpecificSteps`, `InitialSave`, `AtEnd`,
-`Preemption`. Keep policies: `LatestN`, `LatestDuration`, `BestN`, `EveryNSteps`, `EveryNSeconds`,
-`CustomSteps`, `PreserveAll`. A list of either means any of them.
+`Continuous`, `Preemption`. Keep policies: `LatestN`, `LatestDuration`, `BestN`, `EveryNSteps`,
+`EveryNSeconds`, `CustomSteps`, `PreserveAll`. A list of either means any of them.
 
 Custom policies implement the protocols `SavePolicy` and `KeepPolicy` (Orbax's), and are given
 `StepInfo`, `SaveContext` and `KeepContext`.
@@ -29,6 +29,7 @@ from functional_ckpt.policies.keep import (
 )
 from functional_ckpt.policies.save import (
     AtEnd,
+    Continuous,
     FixedInterval,
     InitialSave,
     Preemption,
@@ -40,6 +41,7 @@ from functional_ckpt.policies.save import (
 __all__ = [
     "AtEnd",
     "BestN",
+    "Continuous",
     "CustomSteps",
     "EveryNSeconds",
     "EveryNSteps",

@@ -14,7 +14,7 @@ from typing import ClassVar, Final, Literal, cast
 
 from functional_ckpt import errors
 from functional_ckpt.policies.base import SaveContext, Spelled, StepInfo, step_set
-from functional_ckpt.policies.checks import check_int
+from functional_ckpt.policies.checks import check_int, check_seconds
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, Unit, parse_timespan
 
 # 0.3 / 0.1 is 2.9999999999999996: a boundary counts as crossed within this distance.
@@ -94,9 +94,25 @@ class InitialSave(Spelled):
         return not previous_steps
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, repr=False, kw_only=True)
 class Preemption(Spelled):
-    """Saves once the process has received SIGTERM."""
+    """Saves once the process has received SIGTERM.
+
+    Attributes:
+        snapshot_every: At steps that it divides, a declined `save` copies the state into host
+            memory, in place of an earlier copy. After a SIGTERM the copy is saved if no save comes,
+            as during an evaluation, a compilation or a long call of C. None for no copies.
+        grace_seconds: How long after a SIGTERM a save may come before the copy is saved.
+    """
+
+    snapshot_every: int | None = None
+    grace_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for an interval below 1, and for a negative time."""
+        if self.snapshot_every is not None:
+            check_int("snapshot_every of Preemption", self.snapshot_every, at_least=1)
+        check_seconds("grace_seconds of Preemption", self.grace_seconds)
 
     ignores_step: ClassVar[Literal[True]] = True
 
@@ -105,6 +121,19 @@ class Preemption(Spelled):
     ) -> bool:
         """Returns whether the signal was received."""
         return context.reached_preemption
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Continuous(Spelled):
+    """Saves as soon as the last save is durable: no save waits for another one."""
+
+    ignores_step: ClassVar[Literal[True]] = True
+
+    def should_save(
+        self, step: StepInfo, previous_steps: Sequence[StepInfo], *, context: SaveContext
+    ) -> bool:
+        """Returns whether no save is in progress."""
+        return not context.is_saving_in_progress
 
 
 @dataclass(frozen=True, slots=True, repr=False)

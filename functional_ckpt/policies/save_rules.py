@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.policies.base import SaveContext, SavePolicy, StepInfo, StepPolicy
-from functional_ckpt.policies.save import ElapsedInterval, every
+from functional_ckpt.policies.save import Continuous, ElapsedInterval, every
 
 SavePolicies: TypeAlias = (
     SavePolicy
@@ -65,9 +65,10 @@ class SaveRule:
 
     @property
     def shortest_seconds(self) -> float:
-        """The shortest interval of the clock; infinite without one."""
-        clocks = (each for each in self.by_state if isinstance(each, ElapsedInterval))
-        return min((each.interval.value for each in clocks), default=math.inf)
+        """The shortest interval of the clock, 0 for continuous saves; infinite without one."""
+        clocks = (each for each in self.by_state if isinstance(each, (Continuous, ElapsedInterval)))
+        seconds = (0.0 if isinstance(each, Continuous) else each.interval.value for each in clocks)
+        return min(seconds, default=math.inf)
 
     def decide_step(self, step: int) -> bool | None:
         """Decides from the number of the step, in well under a microsecond.

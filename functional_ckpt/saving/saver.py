@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,10 +21,10 @@ from functional_ckpt.policies import lines
 from functional_ckpt.policies.checks import check_bool
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.runtime import threads
-from functional_ckpt.saving import background, commit, finalize, lower, stage
+from functional_ckpt.saving import background, commit, finalize, lower, snapshots, stage
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.saving.options import Blocking, SaveOptions
-from functional_ckpt.steps import decide, rollback
+from functional_ckpt.steps import decide, preemption, rollback
 from functional_ckpt.steps.names import check_step
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.upload_helper import UploadHelper
@@ -48,6 +48,8 @@ class Saver:
         self._helpers: tuple[UploadHelper, ...] = ()
         self.committer = background.CommitThread()
         in_background = coordinator.background()
+        policy = None if steps.read_only else preemption.snapshot_policy(options.save_rule)
+        for_snapshots = in_background if policy is None else in_background.background()
         is_blocking = isinstance(options.staging, Blocking)
         self._writer = commit.StepCommitter(
             steps,
@@ -57,8 +59,20 @@ class Saver:
             num_threads=NUM_THREADS if is_blocking else threads.num_spare_cores(),
         )
         self.decider = decide.SaveDecider(
-            options.save_rule, steps, lambda: self.committer.step, (coordinator, in_background)
+            options.save_rule,
+            steps,
+            lambda: self.committer.step,
+            (coordinator, in_background, for_snapshots),
         )
+        self._snapshots = snapshots.Snapshots(
+            policy, self.committer, for_snapshots, self._start_copy
+        )
+
+    def start(self) -> None:
+        """Listens for SIGTERM and the clock, if a policy waits for them."""
+        self.decider.start()
+        if (pipe := self.decider.signals.pipe) is not None:
+            self._snapshots.serve(pipe)
 
     def save(
         self,
@@ -77,44 +91,69 @@ class Saver:
             check_bool("force", force)
         # A rank with a pending error takes part in the collectives below: the others would hang.
         failure = self.committer.take_error()
-        if not self.decider.should_save(step, progress, force=force):
+        is_wanted = self.decider.should_save(step, progress, force=force)
+        if is_wanted:
+            self._steps.check_writable()
+            can_skip = self._options.on_busy == "skip" and not force
+            skips = can_skip and not self.decider.is_last_chance(step, progress)
+            if skips and self._is_any_busy(step):
+                _log.info("step %d skipped: another is still being committed", step)
+                is_wanted = False
+        if not is_wanted and not self._snapshots.is_due(step):
             return self._refuse(step, failure)
-        self._steps.check_writable()
-        can_skip = self._options.on_busy == "skip" and not force
-        skips = can_skip and not self.decider.is_last_chance(step, progress)
-        if skips and self._is_any_busy(step):
-            _log.info("step %d skipped: another is still being committed", step)
-            return self._refuse(step, failure)
-        self.committer.wait()
-        failure = failure or self.committer.take_error()
-        is_repeat = force and step == self.decider.last_saved
+        if is_wanted:
+            self.committer.wait()
+            failure = failure or self.committer.take_error()
+        may_exist = self._options.overwrite or self._is_repeat(step, force) or not is_wanted
         with self._planner.planning(step, force=force) as planning:
             if failure is not None:
                 raise failure
-            line = self._next_line(step, progress, may_exist=self._options.overwrite or is_repeat)
+            line = self._next_line(step, progress, may_exist=may_exist)
             info = checkpoint_info(step, metrics, progress, custom_metadata, line)
             group = self._coordinator
             planning.items = lower.lower(
                 items, self._registry, rank=group.rank, ranks=group.global_ranks
             )
-        with contextlib.ExitStack() as cleanup:
+        if not is_wanted:
+            self._snapshots.hold(planning.items, planning.plan, info)
+            return self._refuse(step, None)
+        with self._snapshots.turn, contextlib.ExitStack() as cleanup:
+            self.committer.wait()  # a snapshot may have been saved meanwhile
             staged = self._stage(step, planning, cleanup)
             interruption = self._emit_staged(step, staged, time.monotonic() - started)
             # From here on the commit cleans up, or its cancellation does.
             closing = cleanup.pop_all()
-        save = commit.Save(step=step, staged=staged, info=info, is_repeat=is_repeat)
-        return self._commit(save, closing, interruption)
+            is_repeat = self._is_repeat(step, force)
+            save = commit.Save(step=step, staged=staged, info=info, is_repeat=is_repeat)
+            return self._commit(save, closing, interruption)
+
+    def _is_repeat(self, step: int, force: bool) -> bool:
+        """Returns whether this run has just saved the step, maybe as a snapshot."""
+        return step == self.decider.last_saved and (force or step == self._snapshots.saved_step)
+
+    def _start_copy(self, save: commit.Save) -> background.Commit:
+        """Starts the commit of a snapshot."""
+        closing = contextlib.ExitStack()
+        if (lock := self._steps.lock) is not None:
+            closing.callback(lock.leave, lock.enter())
+        return self._start(save, closing)
+
+    def _start(self, save: commit.Save, closing: contextlib.ExitStack) -> background.Commit:
+        """Starts a commit."""
+        on_durable = self._snapshots.cover()
+        work = functools.partial(_run_and_close, self._writer, save, closing, on_durable)
+        handle = self.committer.start(save.step, work, closing.close)
+        self.decider.mark_saved(save.step, save.info.progress)
+        return handle
 
     def _commit(
         self, save: commit.Save, closing: contextlib.ExitStack, interruption: BaseException | None
     ) -> background.Commit:
         """Starts the commit of a staged save; with `fc.Blocking()` also waits for it."""
-        step, staged = save.step, save.staged
-        work = functools.partial(_run_and_close, self._writer, save, closing)
+        staged = save.staged
         is_awaited = save.is_repeat or isinstance(self._options.staging, Blocking)
         try:
-            handle = self.committer.start(step, work, closing.close)
-            self.decider.mark_saved(step, save.info.progress)
+            handle = self._start(save, closing)
             if interruption is not None:
                 raise interruption
             staged.wait()
@@ -233,6 +272,11 @@ class Saver:
             uploads.wait()
             uploads.raise_error()
 
+    def finish_commits(self) -> None:
+        """Waits for the commit in progress, the last one."""
+        self._snapshots.close(saves=self.decider.signals.is_reached)
+        self.committer.wait()
+
     def raise_errors(self) -> None:
         """Raises background errors, once."""
         self.committer.raise_error()
@@ -253,6 +297,7 @@ class Saver:
         for helper in self._helpers:
             helper.stop()
         self._stager.release()
+        self._snapshots.close(saves=False)
         self.decider.stop()
 
     def _refuse(self, step: int, failure: BaseException | None) -> None:
@@ -269,10 +314,15 @@ class Saver:
 
 
 def _run_and_close(
-    committer: commit.StepCommitter, save: commit.Save, closing: contextlib.ExitStack
+    committer: commit.StepCommitter,
+    save: commit.Save,
+    closing: contextlib.ExitStack,
+    on_durable: Callable[[], None],
 ) -> errors.SaveError | None:
     with closing:
-        return committer.commit(save)
+        failure = committer.commit(save)
+        on_durable()
+        return failure
 
 
 def checkpoint_info(

@@ -61,6 +61,11 @@ class SaveDecider:
         self._last_batch: tuple[int, int] | None = None
 
     @property
+    def signals(self) -> preemption.Watch:
+        """Whether SIGTERM was received."""
+        return self._watch
+
+    @property
     def waits_for_signal(self) -> bool:
         """Whether one of the policies is `Preemption`."""
         return self._rule is not None and any(map(preemption.is_preemption, self._rule.policies))
@@ -70,7 +75,7 @@ class SaveDecider:
         if self._rule is None or self._steps.read_only:
             return
         if self.waits_for_signal:
-            self._watch.start()
+            self._watch.start(has_pipe=preemption.snapshot_policy(self._rule) is not None)
         if self._rule.ignores_step and self._coordinators[0].num_ranks > 1:
             seconds = min(self._rule.shortest_seconds * _LATEST_PART, _LATEST_SECONDS)
             wants_round = weakref.WeakMethod(self._wants_round)  # the thread keeps no manager

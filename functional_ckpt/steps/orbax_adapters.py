@@ -59,7 +59,7 @@ def adapt_save_policy(policy: Any) -> Any:
         raise errors.UsageError(
             "save_policy: expected a policy that needs no JAX; got Orbax's "
             "ContinuousCheckpointingPolicy, which decides by JAX's distributed client. Use "
-            "functional_ckpt.policies.every('90s') or every(1) instead."
+            "functional_ckpt.policies.Continuous() or every('90s') instead."
         )
     if _is_exactly(policy, "AnySavePolicy"):
         return AnySave(tuple(adapt_save_policy(each) for each in policy.policies))

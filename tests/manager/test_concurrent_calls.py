@@ -73,7 +73,7 @@ def test_a_thread_that_waited_for_close_is_refused(tmp_path: Path) -> None:
     manager.save(1, state(1))
     closer = threading.Thread(target=manager.close)
     closer.start()
-    while not manager._calls._turn.locked():  # pyright: ignore[reportPrivateUsage]
+    while manager._calls._thread is None:  # pyright: ignore[reportPrivateUsage]
         pass
     gate.open_soon()
     with pytest.raises(errors.ClosedError):

@@ -118,6 +118,19 @@ def test_delete_removes_a_step_and_its_metrics(tmp_path: Path) -> None:
         assert manager.all_steps() == [1, 2]
 
 
+def test_continuous_saves_start_when_the_last_one_is_durable(tmp_path: Path) -> None:
+    gate = Gate("rename")
+    policy = fc.policies.Continuous()
+    with fc.CheckpointManager(tmp_path, save_policy=policy, storage=gate) as manager:
+        gate.shut()
+        first = manager.save(1, state(1))
+        assert first and manager.save(2, state(2)) is None
+        gate.open()
+        assert first.result() == 1 and manager.save(3, state(3))
+        manager.wait_until_finished()
+        assert manager.all_steps() == [1, 3]
+
+
 def test_step_names_on_disk(tmp_path: Path) -> None:
     name = fc.step_names.StepName(prefix="step", zero_pad=4)
     with fc.CheckpointManager(tmp_path, step_name=name) as manager:

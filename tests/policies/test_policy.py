@@ -116,6 +116,15 @@ def test_preemption_saves_only_after_sigterm() -> None:
     assert saves(policies.Preemption(), at(7), context=SaveContext(reached_preemption=True))
 
 
+def test_continuous_saves_unless_a_save_is_in_progress() -> None:
+    policy = policies.Continuous()
+    rule = save_rule([policy, "10s"])
+    assert rule.ignores_step and rule.shortest_seconds == 0
+    for busy in (False, True):
+        context = SaveContext(is_saving_in_progress=busy)
+        assert saves(policy, at(3), [at(2)], context) is not busy
+
+
 def test_when_saves_the_steps_that_its_function_accepts() -> None:
     policy = policies.When(lambda info: info.step > 5)
     assert saves(policy, at(6)) is True
