@@ -59,7 +59,7 @@ def test_killed_workers_lose_no_step(argument: str, tmp_path: Path) -> None:
     assert found["is_equal"]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_run_continues_under_its_name(tmp_path: Path) -> None:
     found = run("again", tmp_path)
     for part, steps in (("first", [4, 5]), ("second", [7, 8])):
@@ -73,14 +73,14 @@ def test_a_run_continues_under_its_name(tmp_path: Path) -> None:
     assert found["restored"] == ["model", "optimizer", "rng"]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_drained_node_is_saved_for_once(tmp_path: Path) -> None:
     found = run("drained", tmp_path)
     assert len(found["steps"]) == 1
     assert found["left"] == "UsageError"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_configuration_of_ray_s_is_refused(tmp_path: Path) -> None:
     found = run("refused", tmp_path)
     assert "Import RunConfig from functional_ckpt.interop.ray" in found["config"]
@@ -147,7 +147,7 @@ def test_at_most_five_lines_change() -> None:
     assert (before - after).total() > 15
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("index", [0, 1], ids=["before", "after"])
 def test_the_page_s_programs_run(index: int, tmp_path: Path) -> None:
     driver = """
