@@ -67,7 +67,7 @@ def problems(
             offsets = plain_json.parse(metadata.get(safetensors_header.SHARDING, "{}").encode())
             found: set[str] = set()
             for tensor in tensors:
-                name, _, shape, start = tensor
+                name, _, shape, start, _ = tensor
                 if file_plan.is_padding(name):
                     continue
                 offset = (0,) * len(shape)

@@ -246,7 +246,8 @@ def test_dtypes_are_those_of_the_package() -> None:
     tensors: list[Tensor] = []
     for number, dtype in enumerate(safetensors_header.DTYPES):
         start = tensors[-1].end if tensors else 0
-        tensors.append(Tensor(f"{number}", dtype, (8,), start))
+        end = start + 8 * STORAGE_DTYPES[dtype]
+        tensors.append(Tensor(f"{number}", dtype, (8,), start, end))
     header = safetensors_header.encode(tensors, {})
     image = header + bytes(tensors[-1].end)
     found = safetensors.torch.load(image)

@@ -101,7 +101,8 @@ def plan_files(
         rank: The rank, by which the padding of two files has different names.
     """
     sizes = [each.size_bytes for each in boxes]
-    tensors = [place for place, each in enumerate(boxes) if _fits(each)]
+    entries = [header_lib.entry_bytes(each.name, len(each.spec.shape)) for each in boxes]
+    tensors = [index for index, each in enumerate(boxes) if _fits(each, entries[index])]
     chunks = sorted({*range(len(boxes))} - {*tensors})
     aliases: dict[str, list[str]] = {}
     for alias, owner in (tied or {}).items():
@@ -110,7 +111,7 @@ def plan_files(
         _plan_tensors(
             boxes, sizes, group, aliases, f"{_PADDING}.{rank}.{number}" if is_sharded else ""
         )
-        for number, group in enumerate(_deal(boxes, sizes, tensors))
+        for number, group in enumerate(_deal(boxes, sizes, entries, tensors))
     ]
     return [*planned, *([_plan_chunks(boxes, chunks)] if chunks else [])]
 
@@ -156,13 +157,13 @@ def is_padding(name: str) -> bool:
     return name.startswith(_PADDING)
 
 
-def _fits(box: StoredBox) -> bool:
+def _fits(box: StoredBox, entry_bytes: int) -> bool:
     return (
         box.is_tensor
         and box.spec.dtype in header_lib.DTYPES
         and box.name != header_lib.METADATA
         and not is_padding(box.name)
-        and header_lib.entry_bytes(box.name, len(box.spec.shape)) < header_lib.MAX_HEADER_BYTES
+        and entry_bytes < header_lib.MAX_HEADER_BYTES
     )
 
 
@@ -175,38 +176,49 @@ class _File:
         self._names: set[str] = set()
         self._header_bytes = 0
 
-    def takes(self, box: StoredBox) -> bool:
+    def takes(self, name: str, entry_bytes: int) -> bool:
         """Adds a box's name, if there is space for it and it is not there yet."""
-        if box.name in self._names:
+        if name in self._names:
             return False
-        header_bytes = self._header_bytes + header_lib.entry_bytes(box.name, len(box.spec.shape))
+        header_bytes = self._header_bytes + entry_bytes
         is_long = header_bytes > header_lib.MAX_HEADER_BYTES
         if is_long or len(self.members) >= header_lib.MAX_TENSORS:
             self.is_full = True
             return False
-        self._names.add(box.name)
+        self._names.add(name)
         self._header_bytes = header_bytes
         return True
 
 
 def _deal(
-    boxes: Sequence[StoredBox], sizes: Sequence[int], tensors: Sequence[int]
+    boxes: Sequence[StoredBox],
+    sizes: Sequence[int],
+    entries: Sequence[int],
+    tensors: Sequence[int],
 ) -> list[list[int]]:
-    """Returns the boxes of each file: the largest first, each to the smallest file."""
+    """Returns the boxes of each file: the largest first, each to the smallest file.
+
+    Args:
+        boxes: All boxes.
+        sizes: The bytes of each.
+        entries: The bytes that each takes in a header, at most.
+        tensors: The indices of the boxes that are dealt out.
+    """
     total = sum([sizes[index] for index in tensors])
     count = min(NUM_FILES, max(1, total // BYTES_PER_FILE), len(tensors))
     files = [_File() for _ in range(count)]
     heap = [(0, number) for number in range(count)]  # of the files that are not full
     for index in sorted(tensors, key=lambda index: -sizes[index]):
         skipped: list[tuple[int, int]] = []
-        while heap and not files[heap[0][1]].takes(boxes[index]):
+        entry = boxes[index].name, entries[index]
+        while heap and not files[heap[0][1]].takes(*entry):
             refusing = heapq.heappop(heap)
             if not files[refusing[1]].is_full:
                 skipped.append(refusing)
         if not heap:
             heap = [(0, len(files))]
             files.append(_File())
-            files[-1].takes(boxes[index])
+            files[-1].takes(*entry)
         size_bytes, number = heap[0]
         files[number].members.append(index)
         heapq.heapreplace(heap, (size_bytes + sizes[index], number))
@@ -234,25 +246,25 @@ def _plan_tensors(
     end = 0
     for index in order:
         box = boxes[index]
-        tensors.append(Tensor(box.name, box.spec.dtype, box.box.shape, end))
-        end += sizes[index]
-    grids: list[ChunkGrid] = []
+        start, end = end, end + sizes[index]
+        tensors.append(Tensor(box.name, box.spec.dtype, box.box.shape, start, end))
+    grids = [boxes[index].grid for index in order]
     most_missing = 0
-    for index, tensor in zip(order, tensors, strict=True):
-        grid = boxes[index].grid
-        missing_bytes = missing[index] - (end - tensor.start - sizes[index])
+    for place, index in enumerate(order):
+        if not missing[index]:  # thousands of small arrays
+            continue
+        missing_bytes = missing[index] - (end - tensors[place].end)
         if missing_bytes > 0 and not padding:
-            grid = choose_grid(boxes[index].spec, is_even=True)
-        grids.append(grid)
+            grids[place] = choose_grid(boxes[index].spec, is_even=True)
         most_missing = max(most_missing, missing_bytes)
     metadata = {"format": "pt"}
     if padding:
         offsets = {boxes[i].name: {"saved_offsets": boxes[i].box.offset} for i in order}
         if most_missing > 0:
             # A dtype of one byte that torch's consolidation accepts.
-            tensors.append(Tensor(padding, "float8_e5m2", (most_missing,), end))
+            start, end = end, end + most_missing
+            tensors.append(Tensor(padding, "float8_e5m2", (most_missing,), start, end))
             offsets[padding] = {"saved_offsets": (0,)}
-            end += most_missing
         metadata[header_lib.SHARDING] = json.dumps(offsets, separators=(",", ":"))
     else:
         names = [boxes[index].name for index in order]

@@ -6,8 +6,10 @@ other without a gap. https://huggingface.co/docs/safetensors describes it.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from json.encoder import encode_basestring_ascii
 from types import MappingProxyType
@@ -55,17 +57,14 @@ class Tensor(NamedTuple):
         dtype: Its storage dtype.
         shape: Its shape.
         start: Its first byte, counted from the end of the header.
+        end: One past its last byte.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
-
-    @property
-    def end(self) -> int:
-        """One past its last byte."""
-        return self.start + math.prod(self.shape) * STORAGE_DTYPES[self.dtype]
+    end: int
 
 
 def entry_bytes(name: str, num_dims: int) -> int:
@@ -75,16 +74,20 @@ def entry_bytes(name: str, num_dims: int) -> int:
 
 def encode(tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> bytes:
     """Returns the length and the header, padded with blanks to a multiple of `BLOCK_BYTES`."""
-    record: dict[str, Any] = {METADATA: dict(metadata)}
-    for each in tensors:
-        record[each.name] = {
-            "dtype": _EXPORTED[each.dtype],
-            "shape": each.shape,
-            "data_offsets": (each.start, each.end),
-        }
-    text = json.dumps(record, separators=(",", ":")).encode()
+    entries = [f'"{METADATA}":{json.dumps(dict(metadata), separators=(",", ":"))}']
+    entries += [
+        f"{encode_basestring_ascii(name)}:{_described(dtype, shape)}{start},{end}]}}"
+        for name, dtype, shape, start, end in tensors
+    ]
+    text = f"{{{','.join(entries)}}}".encode()
     size_bytes = -(-(_LENGTH_BYTES + len(text)) // BLOCK_BYTES) * BLOCK_BYTES - _LENGTH_BYTES
     return size_bytes.to_bytes(_LENGTH_BYTES, "little") + text.ljust(size_bytes)
+
+
+@functools.lru_cache(maxsize=4096)  # thousands of tensors are alike
+def _described(dtype: str, shape: tuple[int, ...]) -> str:
+    sizes = ",".join(map(str, shape))
+    return f'{{"dtype":"{_EXPORTED[dtype]}","shape":[{sizes}],"data_offsets":['
 
 
 def decode(data: bytes, size_bytes: int) -> tuple[list[Tensor], dict[str, str]]:
@@ -108,18 +111,18 @@ def decode(data: bytes, size_bytes: int) -> tuple[list[Tensor], dict[str, str]]:
         tensors = [_tensor(name, entry) for name, entry in record.items()]
     except (AttributeError, KeyError, RecursionError, TypeError) as error:
         raise ValueError(f"not a header ({type(error).__name__}: {error})") from error
-    tensors.sort()
+    tensors.sort(key=operator.itemgetter(3, 4))
     after = 0
-    for start, end, tensor in tensors:
+    for name, _, _, start, end in tensors:
         if start != after:
             kind = "overlaps the one before" if start < after else "follows a gap"
-            raise ValueError(f"tensor {tensor.name!r} at byte {start:,} {kind}")
+            raise ValueError(f"tensor {name!r} at byte {start:,} {kind}")
         after = end
     if _LENGTH_BYTES + length + after != size_bytes:
         raise ValueError(
             f"tensors end at byte {_LENGTH_BYTES + length + after:,} of {size_bytes:,}"
         )
-    return [tensor for _, _, tensor in tensors], metadata
+    return tensors, metadata
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -131,16 +134,15 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _tensor(name: str, entry: Any) -> tuple[int, int, Tensor]:
-    """Returns the first byte of a tensor, one past its last, and the tensor."""
+def _tensor(name: str, entry: Any) -> Tensor:
     dtype = _STORAGE.get(string(entry["dtype"]))
     if dtype is None:
         raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
     shape = tuple(map(integer, entry["shape"]))
     start, end = map(integer, entry["data_offsets"])
-    found = Tensor(name, dtype, shape, start)
-    if min((start, *shape), default=0) < 0 or found.end != end or end >= 2**62:
+    size_bytes = math.prod(shape) * STORAGE_DTYPES[dtype]
+    if min((start, *shape)) < 0 or end - start != size_bytes or end >= 2**62:
         raise ValueError(
             f"tensor {name!r}: {entry['dtype']}{list(shape)} at bytes {start} to {end}"
         )
-    return start, end, found
+    return Tensor(name, dtype, shape, start, end)
