@@ -1,6 +1,6 @@
 """How costs grow with the amount of work: CPU seconds at several sizes, and their exponents.
 
-    python -m benchmarks.growth [TABLE ...] [--scale 1.0]
+    python -m benchmarks.growth [TABLE ...] [--scale 1.0 | --sizes SIZE ...]
 
 A table is a function of one size that returns CPU seconds by call. The exponent of a call is the
 slope of its cost over the size, both as logarithms: 1.0 is linear.
@@ -43,17 +43,21 @@ Figures = dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measures how costs grow.")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies all sizes")
+    sizing = parser.add_mutually_exclusive_group()
+    sizing.add_argument("--scale", type=float, default=1.0, help="multiplies all sizes")
+    sizing.add_argument("--sizes", type=int, nargs="+", help="in place of those of the table")
     args = parser.parse_args()
     for name in args.tables or TABLES:
         measure, sizes = TABLES[name]
-        sizes = [max(4, round(size * args.scale)) for size in sizes]
+        sizes = args.sizes or [max(4, round(size * args.scale)) for size in sizes]
         found = [measure(size) for size in sizes]
         for call in found[0]:
             seconds = [each[call] for each in found]
             figures = dict(zip(sizes, (round(each, 4) for each in seconds), strict=True))
             row = {"table": name, "call": call, "cpu_s": figures}
-            print(json.dumps(row | {"exponent": round(exponent(sizes, seconds), 2)}), flush=True)
+            if len(sizes) > 1:
+                row["exponent"] = round(exponent(sizes, seconds), 2)
+            print(json.dumps(row), flush=True)
 
 
 def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -221,12 +222,13 @@ def _in_group(
     """Returns the sharding with ranks numbered within the saving group."""
     if sharding is None:
         return None
-    is_world = ranks == tuple(range(len(ranks)))
-    return (
-        sharding
-        if is_world and max(sharding.ranks) < len(ranks)
-        else sharding.to_group_ranks(ranks)
-    )
+    is_within = _is_world(ranks) and max(sharding.ranks) < len(ranks)
+    return sharding if is_within else sharding.to_group_ranks(ranks)
+
+
+@functools.lru_cache(maxsize=16)  # asked for each array of thousands of ranks
+def _is_world(ranks: tuple[int, ...]) -> bool:
+    return ranks == tuple(range(len(ranks)))
 
 
 def to_json(value: Any, what: str) -> bytes:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -291,6 +292,13 @@ def _combine(runs: list[tuple[_Run, ...]]) -> Iterator[Piece]:
         )
 
 
+_Placements: TypeAlias = tuple[DimShard | None, ...]
+# A mesh of thousands of ranks is listed once.
+_shardings: weakref.WeakKeyDictionary[Any, dict[_Placements, Sharding]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def sharding_of(tensor: Any) -> Sharding | None:
     """Returns the sharding of a DTensor, from its mesh and placements; None for other tensors.
 
@@ -301,8 +309,12 @@ def sharding_of(tensor: Any) -> Sharding | None:
     placements = getattr(tensor, "placements", None)
     if mesh is None or placements is None:
         return None
-    ranks = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
-    return Sharding(tuple(mesh.mesh.shape), ranks, tuple(map(_as_data, placements)))
+    # By placements as data: torch's compare a strided one as equal to a plain one.
+    known, cuts = _shardings.setdefault(mesh, {}), tuple(map(_as_data, placements))
+    if (found := known.get(cuts)) is None:
+        found = Sharding(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist()), cuts)
+        known[cuts] = found
+    return found
 
 
 def pieces_of(tensor: Any) -> tuple[Piece, ...]:

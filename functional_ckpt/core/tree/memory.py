@@ -86,10 +86,13 @@ def is_expanded(tensor: torch.Tensor) -> bool:
 def storage_key(value: object) -> Hashable | None:
     """Returns a key that is equal for leaves with the same memory and view; None if not shared."""
     if isinstance(value, torch.Tensor):
-        if is_opaque(value) or value.numel() == 0 or value.is_conj() or value.is_neg():
+        is_ordinary = type(value) in _ORDINARY
+        if not is_ordinary and is_opaque(value):
+            return None
+        if value.numel() == 0 or value.is_conj() or value.is_neg():
             return None
         pointer: Hashable
-        if type(value) in _ORDINARY:
+        if is_ordinary:
             pointer = value.data_ptr()
         else:
             local = sharding.local_of(value)
