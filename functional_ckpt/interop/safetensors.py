@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 from collections.abc import Iterable
 
@@ -96,8 +97,8 @@ def write(given: Weights, names: Iterable[str], path: str, *, prefix: str = "") 
     end = 0
     for name in order:
         shape, dtype = given.shapes[name], given.dtypes[name]
-        tensors.append(safetensors_header.Tensor(prefix + name, dtype, shape, end))
-        end = tensors[-1].end
+        start, end = end, end + math.prod(shape) * STORAGE_DTYPES[dtype]
+        tensors.append(safetensors_header.Tensor(prefix + name, dtype, shape, start, end))
     held = {*order}
     tied = {prefix + name: prefix + kept for name, kept in given.tied.items() if kept in held}
     header = safetensors_header.encode(tensors, {"format": "pt", **tied})
