@@ -323,7 +323,9 @@ def test_verify_tells_item_leaves_and_file(root: Path) -> None:
         *("path", "step", "ok", "has_digests", "num_files", "size_bytes", "findings"),
     }
     (finding,) = last["findings"]
-    assert set(finding) == {"item", "leaves", "file", "problem", "expected", "got"}
+    assert set(finding) == {
+        *("item", "leaves", "file", "problem", "expected", "got", "shared_with")
+    }
     assert finding["item"] == "state"
     assert finding["leaves"] == ["shared.one", "shared.two"]
     assert (finding["file"], finding["problem"]) == (file, "content")
