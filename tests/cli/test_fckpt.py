@@ -148,7 +148,17 @@ def test_ls_json_has_the_documented_members(saved: Path) -> None:
     assert [step["step"] for step in record["steps"]] == [5, 10, 20]
     last = record["steps"][-1]
     assert set(last) == {
-        *("step", "path", "time", "size_bytes", "items", "metrics", "writer", "problem"),
+        *(
+            "step",
+            "path",
+            "time",
+            "size_bytes",
+            "added_bytes",
+            "items",
+            "metrics",
+            "writer",
+            "problem",
+        ),
     }
     assert last["items"] == {"model": "tree", "state": "tree", "config": "json"}
     assert last["metrics"] == {"accuracy": 1.0, "val_loss": "nan"}
