@@ -145,9 +145,12 @@ def digest(state: Mapping[str, Any]) -> str:
 
 
 def poke(state: State) -> None:
-    """Changes every tensor a little, at once: a save that did not capture its bytes is found."""
+    """Changes every tensor a little, at once: a save that did not capture its bytes is found.
+
+    A second call restores the bytes.
+    """
     for tensor in state.values():
-        tensor.view(-1)[:1] += 1
+        tensor.view(-1)[:1].view(torch.uint8).bitwise_not_()
 
 
 def change(name: str, state: State) -> int:

@@ -54,6 +54,7 @@ class CheckpointManager(NotCopied, shown.Shown):
             durable.
         on_busy: The behaviour of a save during another commit: `wait` for it, or `skip` this step,
             unless it is forced, saved for SIGTERM, or accepted by `AtEnd`.
+        share_unchanged: Whether a large file that stays the same is a link to the last step's.
         process_group: The ranks that save and restore together: a group of torch.distributed; None
             for the default group, if there is one. All ranks pass equal arguments, and call the
             methods in the same order.
@@ -82,6 +83,7 @@ class CheckpointManager(NotCopied, shown.Shown):
         read_only: bool = False,
         staging: Staging = Eager(),  # noqa: B008 - frozen
         on_busy: Literal["wait", "skip"] = "wait",
+        share_unchanged: bool = True,
         process_group: Any = None,
         timeout_seconds: float | None = None,
         coordinator: Coordinator | None = None,
@@ -95,6 +97,7 @@ class CheckpointManager(NotCopied, shown.Shown):
                 keep_policies=orbax_adapters.adapted_keep_policies(keep_policy),
                 overwrite=overwrite,
                 on_busy=on_busy,
+                share_unchanged=share_unchanged,
                 staging=staging,
             )
             registry = chosen(registry)

@@ -193,7 +193,7 @@ def open_run(
         if not known_tiers:
             keep_rules.check_not_passing("keep_policy", options.keep_policies)
     saving = saver.Saver(steps, registry, coordinator, options)
-    restorer = Restorer(steps, registry, coordinator, saving.decider)
+    restorer = Restorer(steps, registry, coordinator, saving.decider, saving.last_files)
     run = Run(steps, options, coordinator, saving, restorer)
     alike = options.compared(steps, step_names, known_tiers)
     try:

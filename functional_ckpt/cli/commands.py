@@ -44,6 +44,8 @@ def _add_listings(add: _Add) -> None:
     ls.add_argument("--sort", metavar="KEY", help="sort by step, size, time or a metric")
     ls.add_argument("--reverse", action="store_true", help="reverse the order")
     ls.add_argument("--last", type=_count, metavar="N", help="only the last N rows")
+    du = add("du", "Show the disk space of each step", "runs/digits")
+    du.add_argument("directory", help="a manager's directory")
     watch = add("watch", "Show the steps of a run as they are saved", "runs/digits")
     watch.add_argument("directory", help="a manager's directory")
     watch.add_argument(

@@ -32,7 +32,7 @@ class _Row:
 
     checkpoint: targets.Checkpoint
     info: StepInfo
-    size_bytes: int
+    space: queries.Space
     items: Mapping[str, str]
     is_ours: bool
     problem: str | None
@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         if isinstance(target, targets.Root)
         else [target]
     )
-    found = [_row(each, late) for each in checkpoints]
+    known: set[object] = set()
+    found = [_row(each, late, known) for each in checkpoints]
     rows = [
         row for row in found if row is not None and queries.exists(storage, row.checkpoint.path)
     ]
@@ -83,7 +84,7 @@ def _sorted(rows: Sequence[_Row], arguments: argparse.Namespace) -> list[_Row]:
     key = arguments.sort
     found = list(rows)
     if key == "size":
-        found.sort(key=lambda row: row.size_bytes)
+        found.sort(key=lambda row: row.space.size_bytes)
     elif key == "time":
         found.sort(key=lambda row: row.info.time)
     elif key not in (None, "step"):
@@ -94,13 +95,13 @@ def _sorted(rows: Sequence[_Row], arguments: argparse.Namespace) -> list[_Row]:
     return found[-arguments.last :] if arguments.last is not None else found
 
 
-def _row(checkpoint: targets.Checkpoint, late: LateMetrics) -> _Row | None:
+def _row(checkpoint: targets.Checkpoint, late: LateMetrics, known: set[object]) -> _Row | None:
     """None where the step was just removed."""
     storage = checkpoint.storage
     items: Mapping[str, str] = {}
-    is_ours, problem, size_bytes = False, None, 0
+    is_ours, problem, space = False, None, queries.Space(0, 0, 0)
     try:
-        size_bytes = queries.total_bytes(storage, checkpoint.path)
+        space = queries.space(storage, checkpoint.path, known)
         opened = checkpoint.open()
         items, is_ours = opened.items, opened.record is not None
     except errors.CheckpointError as error:
@@ -114,7 +115,7 @@ def _row(checkpoint: targets.Checkpoint, late: LateMetrics) -> _Row | None:
     return _Row(
         checkpoint=checkpoint,
         info=info,
-        size_bytes=size_bytes,
+        space=space,
         items=items,
         is_ours=is_ours,
         problem=problem,
@@ -138,7 +139,8 @@ def _record(
                 "step": row.checkpoint.step,
                 "path": row.checkpoint.path,
                 "time": output.utc(row.info.time),
-                "size_bytes": row.size_bytes,
+                "size_bytes": row.space.size_bytes,
+                "added_bytes": row.space.added_bytes,
                 "items": dict(row.items),
                 "metrics": None if row.info.metrics is None else dict(row.info.metrics),
                 "writer": "functional_ckpt" if row.is_ours else "other",
@@ -183,7 +185,7 @@ def _print(
     facts: list[str] = []
     if isinstance(target, targets.Root):
         facts.append(f"{len(rows)} step{'' if len(rows) == 1 else 's'}")
-        facts.append(output.size(sum(row.size_bytes for row in rows)))
+        facts.append(output.size(sum(row.space.added_bytes for row in rows)))
     if len(shared) == 1:
         facts.append(f"items {', '.join(*shared)}" if any(shared) else "no items")
     printer.print(heading, output.styled(printer.sign(" · ", ", ").join(facts), "dim"), Text())
@@ -241,11 +243,13 @@ def _table(
     now = datetime.datetime.now(datetime.UTC)
     is_long = columns.is_long or printer.console.width >= _WIDE
     times = ["saved"] if is_long else []
-    first = ["step", "", *times, "age", "size"]
+    has_shared = any(row.space.added_bytes < row.space.size_bytes for row in rows)
+    adds = ["adds"] if has_shared else []
+    first = ["step", "", *times, "age", "size", *adds]
     table = output.table(*first, *columns.metrics, *(["items"] if has_items else []))
     for column in (
         table.columns[0],
-        *table.columns[len(first) - 2 : len(first) + len(columns.metrics)],
+        *table.columns[2 + len(times) : len(first) + len(columns.metrics)],
     ):
         column.justify = "right"
     if has_items:
@@ -258,7 +262,8 @@ def _table(
             _place(target, row.info.step),
             *([Text(output.clock(row.info.time))] if is_long else []),
             Text(output.age(row.info.time, now), "dim"),
-            Text(output.size(row.size_bytes)),
+            Text(output.size(row.space.size_bytes)),
+            *([Text(output.size(row.space.added_bytes))] if has_shared else []),
         ]
         for name in columns.metrics:
             is_best = name in columns.best and columns.best[name][1] == row.info.step

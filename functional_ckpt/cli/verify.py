@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +35,14 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoints = list(_checkpoints(arguments))
     printer = None if arguments.json else output.Printer()
     results: list[_Result] = []
+    known: dict[tuple[object, ...], str] = {}
     for checkpoint in checkpoints:
         result = _verify(checkpoint)
         if result is None:
             continue
         results.append(result)
         if printer is not None:
-            _print(printer, result)
+            _print(printer, result, known)
     num_damaged = sum(bool(result.damage) for result in results)
     if printer is None:
         records = [_record(result) for result in results]
@@ -107,7 +109,8 @@ def _record(result: _Result) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ for people
 
 
-def _print(printer: output.Printer, result: _Result) -> None:
+def _print(printer: output.Printer, result: _Result, known: dict[tuple[object, ...], str]) -> None:
+    """Prints a result; damage to a shared file in full once, with the first step that has it."""
     from rich.text import Text
 
     title = output.styled(result.checkpoint.title, "bold")
@@ -119,7 +122,11 @@ def _print(printer: output.Printer, result: _Result) -> None:
         line = Text.assemble(mark, title, (what, "red"), (f"  {files}", "dim"))
         printer.print(line)
         for finding in result.damage:
-            printer.print(*_block(finding))
+            steps = {os.path.basename(result.checkpoint.path), *finding.shared_with}
+            key = (frozenset(steps), finding.item, finding.expected, finding.got)
+            first = known.setdefault(key, result.checkpoint.title)
+            is_told = bool(finding.shared_with) and first != result.checkpoint.title
+            printer.print(*_block(finding, first if is_told else None))
         return
     if result.has_digests:
         mark, what = Text(f"{printer.sign('✓', 'ok')} ", "bold green"), "intact"
@@ -129,12 +136,15 @@ def _print(printer: output.Printer, result: _Result) -> None:
     printer.print(Text.assemble(mark, title, f"  {what}", (f"  {files}", "dim")))
 
 
-def _block(finding: Finding) -> Iterator[Padding]:
-    """Yields a finding on two or three lines."""
+def _block(finding: Finding, first: str | None) -> Iterator[Padding]:
+    """Yields the lines of a finding; `first` is a step before that has the same file."""
     from rich.padding import Padding
     from rich.text import Text
 
     yield Padding(output.styled(finding.file, "cyan"), (0, 0, 0, 4))
+    if first is not None:
+        yield Padding(Text(f"the same file as that of {first}", "red"), (0, 0, 0, 6))
+        return
     what = f"expected {finding.expected}, got {finding.got}"
     line = Text.assemble((f"{finding.problem}: ", "red"), output.printable(what))
     yield Padding(line, (0, 0, 0, 6))
@@ -146,6 +156,9 @@ def _block(finding: Finding) -> Iterator[Padding]:
         count = f"{len(finding.leaves)} {'leaf' if len(finding.leaves) == 1 else 'leaves'}"
         lost = output.printable(f"{count}{item}: {shown}{more}")
         yield Padding(Text.assemble(("lost: ", "red"), lost), (0, 0, 0, 6))
+    if finding.shared_with:
+        steps = output.printable(", ".join(finding.shared_with))
+        yield Padding(Text.assemble(("shared with: ", "red"), steps), (0, 0, 0, 6))
 
 
 def _print_sum(printer: output.Printer, results: Sequence[_Result]) -> None:

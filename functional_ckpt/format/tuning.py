@@ -54,3 +54,9 @@ COPIED_ALONE_BYTES = 64 * 2**10
 takes."""
 DIRECT_FROM_BYTES = 16 * 2**20
 """Smaller files go through the page cache, from which they may soon be read."""
+SHARED_FROM_BYTES = 2**20
+"""Smaller files are written at each step: that takes about as long as a link, and damage to one
+takes no other step."""
+REFRESH_STEPS = 100
+"""Steps that share a file at most, since damage takes all of them: one percent of the bytes that
+steps of their own would write. Not measured."""

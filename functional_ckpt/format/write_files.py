@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ from functional_ckpt.core.files.file_plan import FilePlan, chunk_bytes, stored_c
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.format.data_file import DataFile
 from functional_ckpt.format.process import check_process
-from functional_ckpt.format.tuning import NUM_THREADS, QUICK_BYTES, STEP_BYTES
+from functional_ckpt.format.shared_files import KeptFile
+from functional_ckpt.format.tuning import NUM_THREADS, QUICK_BYTES, SHARED_FROM_BYTES, STEP_BYTES
 from functional_ckpt.runtime.threads import gc_paused, run_in_threads
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.new_file import BLOCK_BYTES
@@ -97,10 +99,12 @@ class Written:
     Attributes:
         boxes: The regions.
         files: The records of the files, by path relative to the item.
+        kept: The files that the next step may share, by their planned names.
     """
 
     boxes: Sequence[WrittenBox] = ()
     files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict[str, FileRecord])
+    kept: Mapping[str, KeptFile] = dataclasses.field(default_factory=dict[str, KeptFile])
 
 
 def write_files(
@@ -112,8 +116,9 @@ def write_files(
     num_threads: int = NUM_THREADS,
     token: str = "",
     on_written: Callable[[int], None] | None = None,
+    kept: Mapping[str, KeptFile] = types.MappingProxyType({}),
 ) -> Written:
-    """Writes data files; nothing is durable yet.
+    """Writes data files, or links those of the last step; nothing is durable yet.
 
     Args:
         storage: The store.
@@ -123,6 +128,7 @@ def write_files(
         num_threads: How many are busy, each with a file of its own.
         token: Makes the names those of one save; see `new_name`.
         on_written: Called with the size of each region after it was written, on any thread.
+        kept: The files of the last step, by their planned names.
 
     Raises:
         StorageError: The store refused.
@@ -133,7 +139,8 @@ def write_files(
     for plan in plans:
         name = new_name(plan.name, token)
         path = os.path.join(item_directory, name)
-        parts.append(_Part(name, path, plan, [next(rest) for _ in plan.members]))
+        own = [next(rest) for _ in plan.members]
+        parts.append(_Part(name, path, plan, own, kept.get(plan.name)))
     # A caller may be waiting until live memory is copied.
     tasks: list[Callable[[], None]] = [
         functools.partial(part.write, storage, on_written)
@@ -146,6 +153,7 @@ def write_files(
     return Written(
         boxes=[box for part in parts for box in part.boxes],
         files={part.name: part.record for part in parts},
+        kept={part.plan.name: part.kept() for part in parts if part.is_kept},
     )
 
 
@@ -163,20 +171,44 @@ def _is_awaited(part: _Part) -> bool:
 
 
 class _Part:
-    """One data file."""
+    """One data file, and that of the last step."""
 
-    def __init__(self, name: str, path: str, plan: FilePlan, writes: Sequence[ArrayWrite]) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        plan: FilePlan,
+        writes: Sequence[ArrayWrite],
+        last: KeptFile | None,
+    ) -> None:
         self.name = name
+        self.plan = plan
         self.writes = writes
         self.boxes: list[WrittenBox] = []
         self.record = FileRecord(0, "")
+        self.is_kept = plan.size_bytes >= SHARED_FROM_BYTES
         self._path = path
-        self._plan = plan
+        self._last = last
+        self._num_steps = 1
+
+    def kept(self) -> KeptFile:
+        """Returns the file for the next step."""
+        return KeptFile(
+            self._path, None, self.record, self.plan.header, self.boxes, self._num_steps
+        )
 
     def write(self, storage: Storage, on_written: Callable[[int], None] | None) -> None:
-        """Writes the file."""
-        plan, name = self._plan, self.name
+        """Writes the file, or links the one of the last step if no byte has changed."""
+        plan, name = self.plan, self.name
         is_lent = all(write.is_stable for write in self.writes)
+        known: Iterator[str] = iter(())
+        if self._last is not None:
+            equal, is_same = self._last.compare(plan, self.writes)
+            if is_same and self._last.share(storage, self._path):
+                self._take(self._last, on_written)
+                return
+            # Live memory may have changed since.
+            known = iter(equal if is_lent else ())
         file = DataFile(storage, self._path, plan.size_bytes, is_lent=is_lent)
         with contextlib.closing(file):
             if plan.header:
@@ -186,7 +218,7 @@ class _Part:
                 if isinstance(write.data, Pieces):
                     digests = _append_pieces(file, write, write.data, is_tensor=plan.has_tensors)
                 else:
-                    digests = append(file, write, write.data)
+                    digests = append(file, write, write.data, known)
                 if write.on_copied is not None:
                     write.on_copied(write.data.nbytes)
                 if on_written is not None:
@@ -207,6 +239,16 @@ class _Part:
         if file.is_large:  # while others are written; small ones share one go of the journal
             storage.sync(self._path)
 
+    def _take(self, last: KeptFile, on_written: Callable[[int], None] | None) -> None:
+        """Has the file of the last step, under its new name."""
+        for write in self.writes:
+            for notify in (write.on_copied, on_written):
+                if notify is not None:
+                    notify(write.data.nbytes)
+        self.boxes = [box._replace(file=self.name) for box in last.boxes]
+        self.record = last.record
+        self._num_steps = last.num_steps + 1
+
 
 def _append_pieces(file: DataFile, write: ArrayWrite, data: Pieces, *, is_tensor: bool) -> str:
     """Adds a region of one writer, each chunk of which is a run of its bytes; returns digests."""
@@ -224,18 +266,18 @@ def _append_pieces(file: DataFile, write: ArrayWrite, data: Pieces, *, is_tensor
     return "".join(digests)
 
 
-def _append_tensor(file: DataFile, write: ArrayWrite, data: Array) -> str:
-    """Adds a region as it is; returns the digests of its chunks."""
+def _append_tensor(file: DataFile, write: ArrayWrite, data: Array, known: Iterator[str]) -> str:
+    """Adds a region as it is; returns the digests of its chunks, the known ones first."""
     grid = write.grid
     if not data.size:
         return ""
     if write.box.shape == grid.chunk_shape:
-        return _append_region(file, data, is_stable=write.is_stable)
+        return _append_region(file, data, known, is_stable=write.is_stable)
     chunks = stored_chunks(grid, write.box, data.itemsize, is_tensor=True)
     if not data.flags.c_contiguous:
         return "".join(
             _append_region(
-                file, data[_inside(write, chunk.chunk).slices()], is_stable=write.is_stable
+                file, data[_inside(write, chunk.chunk).slices()], known, is_stable=write.is_stable
             )
             for chunk in chunks
         )
@@ -243,13 +285,13 @@ def _append_tensor(file: DataFile, write: ArrayWrite, data: Array) -> str:
     ends = [*(chunk.start for chunk in chunks[1:]), len(flat)]
     return "".join(
         [
-            _append(file, flat[chunk.start : end], is_stable=write.is_stable)
+            _append(file, flat[chunk.start : end], known, is_stable=write.is_stable)
             for chunk, end in zip(chunks, ends, strict=True)
         ]
     )
 
 
-def _append_chunks(file: DataFile, write: ArrayWrite, region: Array) -> str:
+def _append_chunks(file: DataFile, write: ArrayWrite, region: Array, known: Iterator[str]) -> str:
     """Adds a region chunk by chunk, each in its full shape; returns the digests."""
     grid = write.grid
     full_bytes = chunk_bytes(grid, region.itemsize)
@@ -259,9 +301,10 @@ def _append_chunks(file: DataFile, write: ArrayWrite, region: Array) -> str:
         if data.shape[1:] != grid.chunk_shape[1:]:
             own = data if write.is_stable else data.copy()
             file.append(_padded(own, grid).reshape(-1).view(np.uint8))
-            digests.append(digest_blocks(np.ascontiguousarray(own).reshape(-1).view(np.uint8).data))
+            flat = np.ascontiguousarray(own).reshape(-1).view(np.uint8)
+            digests.append(next(known, "") or digest_blocks(flat.data))
             continue
-        digests.append(_append_region(file, data, is_stable=write.is_stable))
+        digests.append(_append_region(file, data, known, is_stable=write.is_stable))
         _append_zeros(file, full_bytes - data.nbytes)
     return "".join(digests)
 
@@ -282,20 +325,26 @@ def _append_zeros(file: DataFile, size_bytes: int) -> None:
         file.append(_ZEROS[: size_bytes - start])
 
 
-def _append_region(file: DataFile, data: Array, *, is_stable: bool) -> str:
+def _append_region(file: DataFile, data: Array, known: Iterator[str], *, is_stable: bool) -> str:
     if data.flags.c_contiguous:
         flat = data.reshape(-1).view(np.uint8)
-        return _append(file, flat, is_stable=is_stable)
+        return _append(file, flat, known, is_stable=is_stable)
     own = np.ascontiguousarray(data).reshape(-1).view(np.uint8)  # of one chunk per thread
-    return _append(file, own, is_stable=True, is_lent=False)
+    return _append(file, own, known, is_stable=True, is_lent=False)
 
 
-def _append(file: DataFile, flat: Array, *, is_stable: bool, is_lent: bool = True) -> str:
-    """Adds the bytes of a chunk; returns their digests.
+def _append(
+    file: DataFile, flat: Array, known: Iterator[str], *, is_stable: bool, is_lent: bool = True
+) -> str:
+    """Adds the bytes of a chunk; returns their digests, which may be known.
 
     Data that is not stable may change while it is read: it is digested after it was copied, so that
     the digests are those of the bytes in the file.
     """
+    if digests := next(known, ""):
+        for step in _steps(flat, file.size_bytes):
+            file.append(step, is_lent=is_lent)
+        return digests
     if len(flat) <= DIGEST_BLOCK_BYTES:
         own = flat if is_stable else flat.copy()
         file.append(own)

@@ -22,6 +22,7 @@ from functional_ckpt.policies.checks import check_bool
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments, RestoreOptions
 from functional_ckpt.steps import decide, history, rollback
+from functional_ckpt.steps.last_files import LastFiles
 from functional_ckpt.steps.names import check_step
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tier_steps import TierSteps
@@ -40,6 +41,7 @@ class Restorer:
     registry: Registry
     coordinator: Coordinator
     decider: decide.SaveDecider
+    last_files: LastFiles
 
     def restore(
         self,
@@ -198,6 +200,8 @@ class Restorer:
                 return self._restore_from(nearest, step, into, options)
             except failures as error:
                 failure: errors.CheckpointError = error
+                if isinstance(error, errors.CorruptCheckpointError):
+                    self.last_files.forget()
             for holder in others:
                 if self._is_other_save(step, nearest, holder):
                     failure = failure.replace(
@@ -248,6 +252,8 @@ class Restorer:
                 ) from error
             raise
         self.decider.mark_resumed(step, restored.progress)
+        if holder is self.steps and not holder.read_only and options.verify is not False:
+            self.last_files.restored(path)
         return restored
 
     def _agree(

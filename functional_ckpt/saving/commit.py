@@ -24,6 +24,7 @@ from functional_ckpt.format.tuning import NUM_THREADS
 from functional_ckpt.policies.base import KeepPolicy, StepInfo
 from functional_ckpt.saving import finalize, lower, retention, retry, stage, write
 from functional_ckpt.steps import history
+from functional_ckpt.steps.last_files import LastFiles
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.uploads import Uploads
 from functional_ckpt.storage import commit
@@ -84,12 +85,14 @@ class StepCommitter:
         coordinator: Coordinator,
         *,
         overwrite: bool,
+        last_files: LastFiles,
         num_threads: int,
     ) -> None:
         self._overwrite = overwrite
         self._num_threads = num_threads
         self._steps = steps
         self._storage = steps.storage
+        self._last_files = last_files
         self._prunes = bool(keep_policies)
         self._retention = retention.Retention(steps, keep_policies)
         self._busy = threading.Lock()  # a commit, or the pruning after an upload
@@ -191,6 +194,8 @@ class StepCommitter:
                 self._abandon(attempt.begun.tmp)
             raise
         attempt.verdict = json.loads(turn.outcome)
+        if attempt.verdict.get("is_unchanged") is False:
+            self._last_files.committed(commit.final_path(attempt.begun.tmp))
         return attempt
 
     def _state_of(self, error: BaseException) -> bytes:
@@ -241,6 +246,7 @@ class StepCommitter:
                 staged.items,
                 self._coordinator,
                 num_threads,
+                last=self._last_files,
                 on_written=show and Tally(show, 0, staged.num_bytes).add,
             )
         if staged.is_interrupted:

@@ -20,6 +20,7 @@ from functional_ckpt.handlers import nested
 from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.handlers.registry import for_items
 from functional_ckpt.runtime import device_copies, threads
+from functional_ckpt.saving import frozen
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.paths import check_arrays_path
 
@@ -55,6 +56,7 @@ class LoweredItem:
         sources: Its arrays.
         tied: Leaves without bytes of their own: they share the memory of one of `sources`.
         scalars: Name, spec and value of the plain numbers, which Orbax reads as arrays.
+        frozen: Names of the parameters that no optimizer of the items trains.
         optimizers: The optimizers whose steps alone change the values below `state`.
         values: The live objects: the item's, and those with handlers in its tree.
         per_rank: Whether the item is stored once per rank.
@@ -73,6 +75,7 @@ class LoweredItem:
     sources: tuple[Source, ...] = ()
     tied: tuple[structure.ArrayNode, ...] = ()
     scalars: tuple[tuple[str, ArraySpec, object], ...] = ()
+    frozen: frozenset[str] = frozenset()
     optimizers: tuple[Any, ...] = ()
     values: tuple[Any, ...] = ()
     per_rank: bool = False
@@ -115,7 +118,8 @@ def lower(
     registry = for_items(registry, items)
     bound = {check_item_name(name): registry.bind(value, name) for name, value in items.items()}
     with threads.gc_paused():
-        return tuple(_lower_item(name, item, registry, rank, ranks) for name, item in bound.items())
+        lowered = (_lower_item(name, item, registry, rank, ranks) for name, item in bound.items())
+        return frozen.with_frozen(lowered)
 
 
 def _lower_item(

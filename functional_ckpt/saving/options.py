@@ -68,6 +68,7 @@ class SaveOptions:
     overwrite: bool
     on_busy: Literal["wait", "skip"]
     staging: Staging
+    share_unchanged: bool
 
     def __post_init__(self) -> None:
         if not isinstance(self.staging, (Eager, Overlapped, Blocking)):
@@ -76,6 +77,7 @@ class SaveOptions:
                 f"{self.staging!r}."
             )
         check_bool("overwrite", self.overwrite)
+        check_bool("share_unchanged", self.share_unchanged)
         if self.on_busy not in ("wait", "skip"):
             raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {self.on_busy!r}.")
 
@@ -90,5 +92,6 @@ class SaveOptions:
             "keep_policy": self.keep_policies,
             "overwrite": self.overwrite,
             "on_busy": self.on_busy,
+            "share_unchanged": self.share_unchanged,
             "staging": Eager() if isinstance(self.staging, Eager) else self.staging,
         }

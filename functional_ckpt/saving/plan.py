@@ -274,6 +274,7 @@ def _signature(items: Sequence[LoweredItem], *, with_trees: bool) -> str:
             [name for name, _, _ in item.scalars],
             sorted(item.first_rank.items()),
             sorted(item.stored_names.items()),
+            sorted(item.frozen),
             sorted(item.ties.items()),
             _skeleton(item.root) if with_trees and item.root is not None else None,
         )
@@ -342,6 +343,7 @@ def _plan(
             [by_source[item.name, number] for number in range(len(item.sources))],
             rank,
             ranks if complete.get(item.name, True) and not item.per_rank else None,
+            is_alike=shardings is None,
         )
         for item in items
     }
@@ -352,6 +354,8 @@ def _plan_files(
     arrays: Sequence[write_plan.PlannedArray],
     rank: int,
     ranks: tuple[int, ...] | None,
+    *,
+    is_alike: bool = True,
 ) -> ItemPlan:
     """Returns a rank's files of an item.
 
@@ -360,15 +364,17 @@ def _plan_files(
         arrays: Its arrays, with the ranks that write them.
         rank: The rank.
         ranks: All ranks, if each has every array entirely; else None.
+        is_alike: Whether all ranks know the same frozen parameters.
     """
     held: dict[int, list[tuple[int, PlannedPiece, StoredBox]]] = {}
     names = {} if ranks is None else item.stored_names
+    frozen = item.frozen if is_alike or ranks is None else ()
     for number, (source, array) in enumerate(zip(item.sources, arrays, strict=True)):
         node = source.node
         is_tensor = array.is_tensor and "dtype" not in node.detail
         for piece in array.pieces:
             name = names.get(node.name, node.name)
-            box = StoredBox(name, node.spec, piece.box, array.grid, is_tensor)
+            box = StoredBox(name, node.spec, piece.box, array.grid, is_tensor, node.name in frozen)
             held.setdefault(piece.rank, []).append((number, piece, box))
     tied = {names.get(name, name): names.get(owner, owner) for name, owner in item.ties.items()}
     planned = {
@@ -388,11 +394,6 @@ def _plan_files(
         before = sum(counts[each] for each in ranks if each < rank)
         files = file_plan.file_names(stem, own, rank=rank, first=before, total=sum(counts.values()))
     mine = held.get(rank, [])
-    parts = [
-        PlannedPart(
-            mine[m.number][0], mine[m.number][1].box, mine[m.number][1].local, m.grid, m.offset
-        )
-        for file in files
-        for m in file.members
-    ]
+    placed = [(m, *mine[m.number]) for file in files for m in file.members]
+    parts = [PlannedPart(n, piece.box, piece.local, m.grid, m.offset) for m, n, piece, _ in placed]
     return ItemPlan(files=tuple(files), parts=tuple(parts))

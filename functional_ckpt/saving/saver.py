@@ -25,6 +25,7 @@ from functional_ckpt.saving import background, commit, finalize, lower, snapshot
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.saving.options import Blocking, SaveOptions
 from functional_ckpt.steps import decide, preemption, rollback
+from functional_ckpt.steps.last_files import LastFiles
 from functional_ckpt.steps.names import check_step
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.upload_helper import UploadHelper
@@ -34,7 +35,13 @@ _log = logging.getLogger("functional_ckpt")
 
 
 class Saver:
-    """Saves the steps of one run, on every rank."""
+    """Saves the steps of one run, on every rank.
+
+    Attributes:
+        committer: The thread that commits.
+        decider: Decides which steps to save.
+        last_files: The data files that the next step may share.
+    """
 
     def __init__(
         self, steps: Steps, registry: Registry, coordinator: Coordinator, options: SaveOptions
@@ -51,11 +58,13 @@ class Saver:
         policy = None if steps.read_only else preemption.snapshot_policy(options.save_rule)
         for_snapshots = in_background if policy is None else in_background.background()
         is_blocking = isinstance(options.staging, Blocking)
+        self.last_files = LastFiles(steps.storage, steps.root, is_enabled=options.share_unchanged)
         self._writer = commit.StepCommitter(
             steps,
             options.keep_policies,
             in_background,
             overwrite=options.overwrite,
+            last_files=self.last_files,
             num_threads=NUM_THREADS if is_blocking else threads.num_spare_cores(),
         )
         self.decider = decide.SaveDecider(

@@ -18,6 +18,7 @@ from functional_ckpt.format.tuning import NUM_THREADS
 from functional_ckpt.format.write_files import WrittenBox, write_files
 from functional_ckpt.saving.lower import LoweredItem
 from functional_ckpt.saving.parts import StagedItem
+from functional_ckpt.steps.last_files import LastFiles
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 
@@ -94,6 +95,7 @@ def write_part(
     group: Coordinator,
     num_threads: int = NUM_THREADS,
     *,
+    last: LastFiles | None = None,
     on_written: Callable[[int], None] | None = None,
 ) -> RankReport:
     """Writes this rank's regions of every item; nothing is durable yet.
@@ -106,6 +108,7 @@ def write_part(
         items: The items to write.
         group: The ranks.
         num_threads: How many threads write at a time.
+        last: The files of the last step; None for a checkpoint of its own.
         on_written: Called with the size of each region after it was written, on any thread.
     """
     tmp = begun.tmp
@@ -113,6 +116,8 @@ def write_part(
         is_tmp = commit.TMP_SUFFIX in os.path.basename(tmp)
         commit.check_visible(storage, tmp if is_tmp else commit.tmp_path(tmp), group.rank)
     report: dict[str, ItemReport] = {}
+    if last is not None:
+        last.start()
     for item in sorted(items, key=lambda item: not item.blocks_caller):
         name, root = item.lowered.name, item.lowered.root
         if root is None:
@@ -127,8 +132,11 @@ def write_part(
             item.writes,
             num_threads=num_threads,
             token=begun.token,
+            kept={} if last is None else last.of(name, item.files, item.writes),
             on_written=on_written,
         )
+        if last is not None:
+            last.wrote(name, written.kept)
         is_known = group.rank > 0 and begun.digests.get(name) == _root_digest(root)
         report[name] = ItemReport(
             regions=written.boxes, files=written.files, root=None if is_known else root

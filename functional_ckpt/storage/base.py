@@ -33,6 +33,7 @@ class Stat:
             stores.
         is_link: Whether the entry is a link, or an object small enough to be one.
         version: Changes with every write of an object; None if the store has no versions.
+        num_links: The number of names of a file.
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class Stat:
     identity: tuple[int, int] | None = None
     is_link: bool = False
     version: str | None = None
+    num_links: int = dataclasses.field(default=1, compare=False)
 
 
 class Lock(Protocol):
@@ -162,6 +164,15 @@ class Storage(Protocol):
 
     def link(self, path: str, target: str) -> None:
         """Creates a link to `target`, a name beside it; object stores replace an existing link."""
+
+    def share(self, path: str, source: str, expected: Stat) -> bool:
+        """Creates a second name of a file, which becomes read-only; nothing is copied.
+
+        Returns:
+            False, and nothing is at `path`, where the store cannot, and where the status of
+            `source` is not the expected one: it was removed, replaced or changed.
+        """
+        ...
 
     def sync(self, path: str) -> None:
         """Makes the content of a file, or the entries of a directory, durable."""

@@ -8,6 +8,7 @@ import errno
 import functools
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,12 @@ _RENAME_EXCHANGE = 2
 # Read and hashed while it is in the cache.
 _STEP_BYTES = 2**20
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+# No links, not these two, too many, not of this file, or the file is gone.
+_NO_SHARING = (
+    *_UNSUPPORTED,
+    *(errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EACCES, errno.ENOENT, errno.ESTALE),
+)
+_WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
 class LocalTensorStore:
@@ -130,6 +137,26 @@ class LocalStorage:
         """Creates a symbolic link; an error if something is at `path`."""
         with clear_errors("link", path):
             os.symlink(target, path)
+
+    def share(self, path: str, source: str, expected: Stat) -> bool:
+        """Creates a hard link, and makes the file read-only; returns False where it cannot."""
+        with clear_errors("link", path):
+            try:
+                os.link(source, path, follow_symlinks=False)
+            except OSError as error:
+                if error.errno in _NO_SHARING:
+                    return False
+                raise
+            found = os.lstat(path)
+            if local_files.to_stat(found) == expected:
+                try:
+                    if found.st_mode & _WRITABLE:
+                        os.chmod(path, stat.S_IMODE(found.st_mode) & ~_WRITABLE)
+                    return True
+                except PermissionError:  # the file of another user
+                    pass
+            os.unlink(path)
+            return False
 
     def sync(self, path: str) -> None:
         """Makes the content of a file, or the entries of a directory, durable."""

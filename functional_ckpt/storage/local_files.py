@@ -45,7 +45,8 @@ def to_stat(found: os.stat_result) -> Stat:
     """Converts the system's status of a path."""
     kind = _kind_of(found.st_mode)
     identity = (found.st_dev, found.st_ino)
-    return Stat(kind, found.st_size, found.st_mtime_ns, identity, kind == "a link")
+    is_link = kind == "a link"
+    return Stat(kind, found.st_size, found.st_mtime_ns, identity, is_link, num_links=found.st_nlink)
 
 
 def _kind_of(mode: int) -> Kind:

@@ -197,6 +197,10 @@ class ObjectStorage:
         self.objects.overwrite(path, target.encode())
         self._requests.add_link(key, os.path.join(os.path.dirname(key), target))
 
+    def share(self, path: str, source: str, expected: Stat) -> bool:
+        """Returns False: every object has one name."""
+        return False
+
     def sync(self, path: str) -> None:
         """Does nothing: an object is durable once it is written."""
 

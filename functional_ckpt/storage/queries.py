@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 from functional_ckpt import errors
 from functional_ckpt.storage.base import Storage
@@ -67,6 +68,39 @@ def sizes(storage: Storage, path: str) -> dict[str, int]:
 def total_bytes(storage: Storage, path: str) -> int:
     """Returns the sum of the sizes of all files below `path`."""
     return sum(found.size_bytes for found in storage.walk(path).values())
+
+
+class Space(NamedTuple):
+    """The disk space of a directory.
+
+    Attributes:
+        size_bytes: The size of its files.
+        added_bytes: Of those that are not in a directory before it.
+        freed_bytes: Of those that are in no other directory.
+    """
+
+    size_bytes: int
+    added_bytes: int
+    freed_bytes: int
+
+
+def space(storage: Storage, path: str, known: set[object]) -> Space:
+    """Returns the space of a directory, whose files may have other names elsewhere.
+
+    Args:
+        storage: The store.
+        path: The directory.
+        known: The identities of the files before it; those of this one are added.
+    """
+    size_bytes = added_bytes = freed_bytes = 0
+    for found in storage.walk(path).values():
+        size_bytes += found.size_bytes
+        if found.identity is None or found.identity not in known:
+            added_bytes += found.size_bytes
+        if found.num_links == 1:
+            freed_bytes += found.size_bytes
+        known.add(found.identity)
+    return Space(size_bytes, added_bytes, freed_bytes)
 
 
 def regular_sizes(storage: Storage, path: str) -> dict[str, int]:

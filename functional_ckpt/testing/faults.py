@@ -205,6 +205,11 @@ class FaultyStorage:
         self.operation("link", path)
         self._inner.link(path, target)
 
+    def share(self, path: str, source: str, expected: Stat) -> bool:
+        """As the inner store."""
+        self.operation("link", path)
+        return self._inner.share(path, source, expected)
+
     def sync(self, path: str) -> None:
         """As the inner store."""
         self.operation("sync", path)

@@ -10,7 +10,8 @@
 POSIX keeps the bytes of a file once it was synced, and the names in a directory once that was. All
 else may be there after a power cut or not, each change for itself; a rename alone is atomic. The
 model intercepts `os.fsync` and reads the files themselves, independent of their writer: an
-announced but missing sync has no effect. Hard links and files of other processes are not modelled.
+announced but missing sync has no effect. A second hard link to a file is an entry of its own, with
+the bytes of the first. Files of other processes are not modelled.
 """
 
 from __future__ import annotations
@@ -209,6 +210,7 @@ class Disk:
         self._contents: dict[_Inode, bytes | str | None] = {}
         self._exchanged: dict[_Inode, _Inode] = {}
         self._held: dict[_Inode, int] = {}
+        self._links: dict[tuple[_Inode, _Location], _Inode] = {}
         self._is_watching = False
         self._stack = contextlib.ExitStack()
 
@@ -272,7 +274,11 @@ class Disk:
         with self._mutex:
             found = os.fstat(descriptor)
             if not stat.S_ISDIR(found.st_mode):
-                self._contents[found.st_ino] = _read(descriptor, found.st_size)
+                data = _read(descriptor, found.st_size)
+                self._contents[found.st_ino] = data
+                for (inode, _), link in self._links.items():
+                    if inode == found.st_ino:
+                        self._contents[link] = data
                 self._hold(found.st_ino, path)
                 return
             current = self._look()
@@ -307,7 +313,7 @@ class Disk:
             with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
                 for entry in entries:
                     with contextlib.suppress(FileNotFoundError):
-                        inode = entry.inode()
+                        inode = self._key(entry, directory, locations)
                         if entry.is_symlink():
                             contents[inode] = os.readlink(entry.path)
                         elif entry.is_dir():
@@ -318,6 +324,20 @@ class Disk:
                         locations[inode] = (directory, entry.name)
                         self._hold(inode, entry.path)
         return _State(self._root, locations, contents)
+
+    def _key(
+        self, entry: os.DirEntry[str], directory: _Inode, found: Mapping[_Inode, _Location]
+    ) -> _Inode:
+        """Returns the number of an entry: its inode, or one of its own for a second hard link."""
+        inode, location = entry.inode(), (directory, entry.name)
+        link = self._links.get((inode, location))
+        known = self._locations.get(inode, found.get(inode, location))
+        is_file = entry.is_file(follow_symlinks=False)
+        if link is None and is_file and known != location and entry.stat().st_nlink > 1:
+            link = self._links[inode, location] = -len(self._links) - 1
+            if inode in self._contents:
+                self._contents[link] = self._contents[inode]
+        return inode if link is None else link
 
 
 def _read(descriptor: int, size_bytes: int) -> bytes:

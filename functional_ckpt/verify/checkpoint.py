@@ -12,6 +12,7 @@ which lists the leaves lost with a damaged file.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Collection, Mapping
@@ -26,6 +27,7 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.verify.arrays import ItemArrays
 from functional_ckpt.verify.findings import Finding, Problem, Progress, Verification, reason
 from functional_ckpt.verify.foreign import verify_foreign
+from functional_ckpt.verify.shared import note_damage, sharing
 
 # Below this a second thread takes longer to start than it saves.
 _THREADS_BYTES = 2**20
@@ -103,7 +105,17 @@ def _verify_ours(search: Verification, step: int | None) -> None:
         run_in_threads([task for each in arrays for task in each.tasks(opened)], num_threads)
     for each in arrays:
         each.attribute_failures(files.damaged)
-    search.findings += files.damaged.values()
+    search.findings += _with_steps(search, files.damaged)
+
+
+def _with_steps(search: Verification, damaged: Mapping[str, Finding]) -> list[Finding]:
+    """Returns the findings with the other steps whose files these are."""
+    found = [
+        dataclasses.replace(each, shared_with=sharing(search.storage, search.path, name))
+        for name, each in damaged.items()
+    ]
+    note_damage(search.storage, search.path, damaged)
+    return found
 
 
 # ------------------------------------------------------------------------------------ records

@@ -43,6 +43,7 @@ class Finding:
             - `no digests`: no damage. The checkpoint is foreign and has no digests.
         expected: The expected value.
         got: The actual value.
+        shared_with: Names of the other steps of the run that have the same file, by a hard link.
     """
 
     item: str | None
@@ -51,6 +52,7 @@ class Finding:
     problem: Problem
     expected: str
     got: str
+    shared_with: tuple[str, ...] = ()
 
     @property
     def is_damage(self) -> bool:
@@ -59,7 +61,10 @@ class Finding:
 
     def __str__(self) -> str:
         leaves = f" ({', '.join(self.leaves)})" if self.leaves else ""
-        return f"{self.file}{leaves}: {self.problem}: expected {self.expected}, got {self.got}"
+        shared = f"; also in {', '.join(self.shared_with)}" if self.shared_with else ""
+        return (
+            f"{self.file}{leaves}: {self.problem}: expected {self.expected}, got {self.got}{shared}"
+        )
 
 
 class Verification:

@@ -332,7 +332,7 @@ def test_a_misspelt_command_is_guessed(call: Any) -> None:
 
 
 def test_every_command_has_an_example(call: Any) -> None:
-    commands = ("ls", "watch", "show", "cat", "stats", "verify", "diff", "rm", "prune")
+    commands = ("ls", "du", "watch", "show", "cat", "stats", "verify", "diff", "rm", "prune")
     for command in (*commands, "convert", "export", "convert_zero"):
         text, code = call(command, "--help", width=200)
         assert code == 0

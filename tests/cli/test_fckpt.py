@@ -148,7 +148,17 @@ def test_ls_json_has_the_documented_members(saved: Path) -> None:
     assert [step["step"] for step in record["steps"]] == [5, 10, 20]
     last = record["steps"][-1]
     assert set(last) == {
-        *("step", "path", "time", "size_bytes", "items", "metrics", "writer", "problem"),
+        *(
+            "step",
+            "path",
+            "time",
+            "size_bytes",
+            "added_bytes",
+            "items",
+            "metrics",
+            "writer",
+            "problem",
+        ),
     }
     assert last["items"] == {"model": "tree", "state": "tree", "config": "json"}
     assert last["metrics"] == {"accuracy": 1.0, "val_loss": "nan"}
@@ -323,7 +333,9 @@ def test_verify_tells_item_leaves_and_file(root: Path) -> None:
         *("path", "step", "ok", "has_digests", "num_files", "size_bytes", "findings"),
     }
     (finding,) = last["findings"]
-    assert set(finding) == {"item", "leaves", "file", "problem", "expected", "got"}
+    assert set(finding) == {
+        *("item", "leaves", "file", "problem", "expected", "got", "shared_with")
+    }
     assert finding["item"] == "state"
     assert finding["leaves"] == ["shared.one", "shared.two"]
     assert (finding["file"], finding["problem"]) == (file, "content")

@@ -18,6 +18,7 @@ from full import IS_FULL
 
 import functional_ckpt as fc
 from functional_ckpt import testing
+from functional_ckpt.format import write_files
 from functional_ckpt.interop import atomic_output
 from functional_ckpt.storage import commit
 from functional_ckpt.testing.power_cut import Disk, Image
@@ -219,6 +220,23 @@ def test_an_overwrite_and_the_deletion_of_what_it_wrote(
         manager.delete(2)
         run.save(manager, NEW_STEP + 1, 50)
     check_all(run)
+
+
+def test_power_cut_keeps_steps_that_share_a_file(
+    disk_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_files, "SHARED_FROM_BYTES", 0)
+    base = {"base": {"w": torch.arange(40)}}
+    monkeypatch.setitem(globals(), "items_of", lambda version, of=items_of: base | of(version))
+    with running(disk_path) as run:
+        run.promises.step(1, 1, None)
+        with run.open(keep_policy=fc.policies.LatestN(3)) as manager:
+            run.save(manager, NEW_STEP, 40)
+            run.promises.step(2, 2, None)
+            run.save(manager, NEW_STEP + 1, 50)
+        (file,) = (run.root / f"{NEW_STEP}/base").glob("*.safetensors")
+        assert file.stat().st_nlink == 2
+    check_all(run, share=4)
 
 
 def test_power_cut_during_a_deletion_keeps_the_other_steps(disk_path: Path) -> None:

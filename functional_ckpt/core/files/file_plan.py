@@ -8,9 +8,11 @@ chunk in a file without a header.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import heapq
+import itertools
 import json
 import math
 import operator
@@ -25,7 +27,10 @@ from functional_ckpt.core.files.safetensors_header import Tensor
 BYTES_PER_FILE = 32 * 2**20
 """Data of one file at least: several writers keep the disk busy while others hash and copy."""
 NUM_FILES = 4
-"""Files of one rank, if they need not be more: as many as threads write."""
+"""Files of one rank and group, if they need not be more: as many as threads write."""
+SMALL_SHARE = 100
+"""The part of the bytes that the small arrays of a file of their own have, from 100 MiB on."""
+_GROUP_BYTES = 2**20
 _MAX_ALIGNMENT = 64
 _PADDING = "functional_ckpt.padding"
 _MARKS = ("format", header_lib.SHARDING)
@@ -41,6 +46,7 @@ class StoredBox(NamedTuple):
         grid: The array's chunks.
         is_tensor: Whether it may be a tensor of a `.safetensors` file: its dtype is the one that
             readers see, and its chunks are runs of its bytes.
+        is_frozen: Whether it is known that nothing trains it.
     """
 
     name: str
@@ -48,6 +54,7 @@ class StoredBox(NamedTuple):
     box: Box
     grid: ChunkGrid
     is_tensor: bool = True
+    is_frozen: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -111,7 +118,11 @@ def plan_files(
         _plan_tensors(
             boxes, sizes, group, aliases, f"{_PADDING}.{rank}.{number}" if is_sharded else ""
         )
-        for number, group in enumerate(_deal(boxes, sizes, entries, tensors))
+        for number, group in enumerate(
+            file
+            for group in _groups(boxes, sizes, tensors)
+            for file in _deal(boxes, sizes, entries, group)
+        )
     ]
     return [*planned, *([_plan_chunks(boxes, chunks)] if chunks else [])]
 
@@ -188,6 +199,25 @@ class _File:
         self._names.add(name)
         self._header_bytes = header_bytes
         return True
+
+
+def _groups(
+    boxes: Sequence[StoredBox], sizes: Sequence[int], tensors: Sequence[int]
+) -> list[list[int]]:
+    """Returns the boxes that share files: those that may change together from step to step.
+
+    A file that stays the same is not written again. So frozen parameters are apart, and the small
+    arrays: scales, biases, adapters, counters, which may change where large ones do not.
+    """
+    frozen = [index for index in tensors if boxes[index].is_frozen]
+    if sum(sizes[index] for index in frozen) < _GROUP_BYTES:
+        frozen = []
+    rest = sorted({*tensors} - {*frozen}, key=sizes.__getitem__)
+    ends = list(itertools.accumulate(map(sizes.__getitem__, rest)))
+    count = 0
+    if ends and ends[-1] >= SMALL_SHARE * _GROUP_BYTES:
+        count = bisect.bisect(ends, ends[-1] // SMALL_SHARE)
+    return [sorted(rest[count:]), rest[:count], frozen]
 
 
 def _deal(
