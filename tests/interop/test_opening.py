@@ -405,7 +405,7 @@ def test_convert_writes_steps_to_a_store(
 def test_a_uri_opens_as_a_step_only(bucket: str) -> None:
     fc.save(f"{bucket}/one", {"model": WEIGHTS})
     assert differences(fc.interop.open(f"{bucket}/one")["model"], WEIGHTS) == []
-    with pytest.raises(errors.UsageError, match="Copy it to a local path"):
+    with pytest.raises(errors.StepNotFoundError, match=r"a directory of steps \(one\)"):
         fc.interop.open(bucket)
     with pytest.raises(errors.UsageError, match="Copy it to a local path"):
         fc.interop.open(f"{bucket}/one", "dcp")
