@@ -237,7 +237,7 @@ def restoring_rank(directory: str, *case: Any) -> dict[str, Any]:
 
     read_bytes = {"nodes": 0, "digests": 0}
     with (
-        counted(index, "_read_local", read_bytes, "nodes"),
+        counted(index, "_read_span", read_bytes, "nodes"),
         counted(digest_table._Pages, "_read_page", read_bytes, "digests"),
     ):
         locate_seconds, num_located = timed(locate)

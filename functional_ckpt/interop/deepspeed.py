@@ -261,7 +261,8 @@ def _pieces_3(
 
 
 def _joined(pieces: Sequence[torch.Tensor], shape: Sequence[int], what: str) -> torch.Tensor:
-    full = torch.cat([each.detach().reshape(-1) for each in pieces]) if pieces else torch.empty(0)
+    nothing = torch.empty(0, device="cpu")
+    full = torch.cat([each.detach().reshape(-1) for each in pieces]) if pieces else nothing
     num_elements = math.prod(shape)
     if not num_elements <= full.numel() < num_elements + max(1, len(pieces)):
         raise _broken(what, f"its pieces have {full.numel()} of {num_elements} elements")

@@ -187,7 +187,7 @@ def _stream(
     saved: checkpoint_dir.OpenItem, nodes: Sequence[structure.ArrayNode]
 ) -> Iterator[torch.Tensor]:
     """Yields the elements of arrays; while some are used, the disk fetches the next ones."""
-    memory = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
+    memory = torch.empty(_PIECE_BYTES, dtype=torch.uint8, device="cpu")
     array = memory.numpy()
     requests = {node.name: saved.request(node) for node in nodes}
 

@@ -17,7 +17,7 @@ from functional_ckpt.storage.base import Storage
 def sharing(storage: Storage, path: str, name: str) -> tuple[str, ...]:
     """Returns the names of the other steps beside a checkpoint that have a file of it, sorted."""
     found = storage.stat(os.path.join(path, name))
-    if found is None or found.num_links == 1 or storage.objects is not None:
+    if found is None or found.kind != "a file" or found.num_links == 1:
         return ()
     root, own = os.path.split(path)
     return tuple(

@@ -55,5 +55,5 @@ def test_the_first_lost_leaves_are_named_and_the_others_counted(
 ) -> None:
     leaves = tuple(f"l{number}" for number in range(num_leaves))
     finding = Finding(item="m", leaves=leaves, file="m/d/0", problem="size", expected="9", got="8")
-    *_, last = verify._block(finding)
+    *_, last = verify._block(finding, None)
     assert str(last.renderable) == f"lost: {shown}"

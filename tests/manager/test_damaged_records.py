@@ -255,9 +255,9 @@ def test_a_failure_while_values_are_handed_over_says_that_the_target_was_touched
     with pytest.raises(type(error)) as caught:
         fc.restore(tmp_path / "x", {"item": item})
     if isinstance(caught.value, errors.CheckpointError):
-        assert caught.value.touched and "already been written" in str(caught.value)
+        assert caught.value.touched and "partly modified" in str(caught.value)
     else:
-        assert "already been written" in caught.value.__notes__[0]
+        assert "partly modified" in caught.value.__notes__[0]
 
 
 # ------------------------------------------------------------------------------------ overwritten

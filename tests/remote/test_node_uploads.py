@@ -29,7 +29,7 @@ from functional_ckpt.steps.remote_tier import RemoteTier
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.steps.upload_helper import UploadHelper
 from functional_ckpt.steps.upload_shares import Shares, deal
-from functional_ckpt.steps.upload_step import Upload
+from functional_ckpt.steps.upload_step import Upload, files_of
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
 from functional_ckpt.verify import checkpoint
@@ -179,11 +179,8 @@ def test_a_node_whose_primary_is_silent_sends_nothing_more(
 
     nodes.storages[1].before = suspend
     shares = Shares(nodes.board, 0, (1,), _lost)
-    local = _steps(nodes.near, LocalStorage())
     source, final = str(nodes.near / "3"), str(nodes.far / "3")
-    files, _ = Upload(
-        local, _steps(nodes.far, LocalStorage()), source, final, 3, may_replace=False, shares=None
-    )._files()
+    files, _ = files_of(LocalStorage(), source)
     with shares.dealt(source, f"{final}.tmp", files) as own:
         assert started.wait(60)
         time.sleep(0.5)
