@@ -6,6 +6,7 @@ whatever class or function the pickle names, nothing of it is imported and nothi
 
 from __future__ import annotations
 
+import argparse
 import collections
 import io
 import pickle
@@ -43,6 +44,8 @@ def plain(value: Any) -> Any:
         fields = {name: each for name, each in vars(value).items() if name != "arguments"}
         arguments = list(value.arguments)
         return plain(fields or (arguments[0] if len(arguments) == 1 else arguments))
+    if isinstance(value, argparse.Namespace):  # where a package lets PyTorch load the class itself
+        return plain(vars(value))
     if isinstance(value, dict):
         return {key: plain(each) for key, each in cast("dict[Any, Any]", value).items()}
     if type(value) in (list, tuple):

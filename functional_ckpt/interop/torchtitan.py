@@ -209,7 +209,9 @@ class CheckpointManager(_Manager):
         would draw once more.
         """
         loader: Any = items.get(base.DATALOADER)
-        if "rng" in items and getattr(loader, "generator", loader) is None:
+        if loader is None or "rng" not in items:  # excluded from loading
+            return
+        if getattr(loader, "generator", loader) is None:
             loader.generator = torch.Generator("cpu").manual_seed(torch.initial_seed())
 
     def _load_initial(self) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from full import IS_FULL
 from torch.distributed.checkpoint import state_dict as helpers
@@ -367,11 +368,16 @@ def test_planners_that_cannot_be_served_are_refused(tmp_path: Path) -> None:
 def test_async_save_writes_the_values_of_the_call(kind: str, tmp_path: Path) -> None:
     value = torch.ones(1000)
     options: dict[str, Any] = {"async_checkpointer_type": AsyncCheckpointerType(kind)}
-    future = dcp.async_save(
-        {"x": {"w": value}}, storage_writer=Writer(tmp_path / "a"), no_dist=True, **options
-    )
-    value.zero_()
-    getattr(future, "upload_completion", future).result()
+    method = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=method, rank=0, world_size=1)  # for the process
+    try:
+        future = dcp.async_save(
+            {"x": {"w": value}}, storage_writer=Writer(tmp_path / "a"), no_dist=True, **options
+        )
+        value.zero_()
+        getattr(future, "upload_completion", future).result()
+    finally:
+        dist.destroy_process_group()
     assert bool((fc.restore(tmp_path / "a")["x"]["w"] == 1).all())
 
 

@@ -5,6 +5,7 @@ The files in data were written by the packages themselves: see deepspeed_run.py,
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -138,9 +139,11 @@ def check_megatron(folder: Path) -> None:
     assert equality.differences(fc.restore(folder / "step")["model"], source["model"]) == []
 
 
-def test_a_distributed_checkpoint_of_megatron(tmp_path: Path) -> None:
+@pytest.mark.parametrize("registered", [[], [argparse.Namespace]], ids=["alone", "imported"])
+def test_a_distributed_checkpoint_of_megatron(registered: list[Any], tmp_path: Path) -> None:
     folder = extracted("megatron", tmp_path)
-    check_megatron(folder)
+    with torch.serialization.safe_globals(registered):  # as an import of Megatron registers it
+        check_megatron(folder)
     (folder / "run" / "iter_0000007" / "__1_0.distcp").unlink()
     with pytest.raises(errors.CorruptCheckpointError, match="__1_0"):
         fc.interop.open(folder / "run")
