@@ -28,6 +28,9 @@ from hypothesis import strategies as st
 import functional_ckpt as fc
 from functional_ckpt import testing
 from functional_ckpt.core.records import records
+
+# Imported late by damaged checkpoints only; decoding a module is an event that `Watch` refuses.
+from functional_ckpt.format import database, tensorstore_index  # noqa: F401
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.verify import checkpoint
 
