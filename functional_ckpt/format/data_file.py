@@ -33,6 +33,11 @@ from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.new_file import BLOCK_BYTES
 
 
+def flat_bytes(data: Array) -> Array:
+    """Returns the bytes of an array in C order; a copy only if it is strided."""
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+
+
 class DataFile:
     """A new file that is written from its first byte to its last. Use it from one thread.
 

@@ -51,6 +51,11 @@ class Destination(NamedTuple):
     done: Callable[[], None]
     send: Callable[[int, int, Callable[[Array], None]], None] | None = None
 
+    @classmethod
+    def into(cls, memory: Array) -> Destination:
+        """Returns that of host memory, for a caller that waits until all is read."""
+        return cls(lambda: memory, lambda: None)
+
 
 class ReadRequest(NamedTuple):
     """A region of an array to be read.

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import xxhash
 
 from functional_ckpt.core.arrays.chunks import DIGEST_BLOCK_BYTES
+from functional_ckpt.core.arrays.digests import digest_blocks
 from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.core.files.file_plan import FilePlan
 from functional_ckpt.core.records.records import FileRecord
+from functional_ckpt.format.data_file import flat_bytes
 from functional_ckpt.format.tuning import REFRESH_STEPS
 from functional_ckpt.storage.base import Stat, Storage
 from functional_ckpt.storage.commit_base import HIDDEN
@@ -91,9 +92,9 @@ class KeptFile(NamedTuple):
 
 
 def _has_digests(data: memoryview, digests: str) -> bool:
+    """Compares block by block: most of a changed chunk is not digested here."""
     return all(
-        xxhash.xxh3_64_hexdigest(data[start : start + DIGEST_BLOCK_BYTES])
-        == digests[place : place + _DIGITS]
+        digest_blocks(data[start : start + DIGEST_BLOCK_BYTES]) == digests[place : place + _DIGITS]
         for start, place in zip(
             range(0, len(data), DIGEST_BLOCK_BYTES), range(0, len(digests), _DIGITS), strict=True
         )
@@ -104,11 +105,7 @@ def _chunks(write: ArrayWrite, region: Array) -> Iterator[Array]:
     """Yields the bytes of each chunk of a region, in C order, without padding."""
     grid, box = write.grid, write.box
     if box.shape == grid.chunk_shape and region.size:  # thousands of small arrays
-        yield _flat(region)
+        yield flat_bytes(region)
         return
     for index in grid.indices(box):
-        yield _flat(region[grid.box(index).relative_to(box.offset).slices()])
-
-
-def _flat(data: Array) -> Array:
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        yield flat_bytes(region[write.inside(index).slices()])

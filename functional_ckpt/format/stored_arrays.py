@@ -69,6 +69,5 @@ class StoredArray:
 
     def tasks(self, box: Box, memory: np.ndarray[Any, Any]) -> list[Callable[[], None]]:
         """Returns the tasks that read a region into memory of its shape; a disk starts at once."""
-        destination = Destination(lambda: memory, lambda: None)
-        request = self._arrays.opened.request(self.node, box, destination)
+        request = self._arrays.opened.request(self.node, box, Destination.into(memory))
         return self._arrays.reader.tasks([request])

@@ -42,11 +42,7 @@ def stored_files(
     if text is None:
         return {}
     record = parse_item(text, path)
-    specs = {
-        leaf.name: leaf.spec
-        for _, leaf in structure.iter_leaves(record.root)
-        if isinstance(leaf, structure.ArrayNode)
-    }
+    specs = {node.name: node.spec for node in structure.iter_arrays(record.root)}
     digests = ItemDigests(storage, item_directory, record)
 
     def digests_of(write: ArrayWrite) -> str | None:

@@ -22,7 +22,7 @@ from functional_ckpt.core.arrays.digests import BlockDigests, digest_blocks
 from functional_ckpt.core.arrays.spec import Array, ArraySpec, Box
 from functional_ckpt.core.files.file_plan import FilePlan, chunk_bytes, stored_chunks
 from functional_ckpt.core.records.records import FileRecord
-from functional_ckpt.format.data_file import DataFile
+from functional_ckpt.format.data_file import DataFile, flat_bytes
 from functional_ckpt.format.process import check_process
 from functional_ckpt.format.shared_files import KeptFile
 from functional_ckpt.format.tuning import NUM_THREADS, QUICK_BYTES, SHARED_FROM_BYTES, STEP_BYTES
@@ -68,6 +68,10 @@ class ArrayWrite(NamedTuple):
     data: Array | Pieces
     is_stable: bool = False
     on_copied: Callable[[int], None] | None = None
+
+    def inside(self, index: tuple[int, ...]) -> Box:
+        """Returns where a chunk is in the region."""
+        return self.grid.box(index).relative_to(self.box.offset)
 
 
 class WrittenBox(NamedTuple):
@@ -277,7 +281,7 @@ def _append_tensor(file: DataFile, write: ArrayWrite, data: Array, known: Iterat
     if not data.flags.c_contiguous:
         return "".join(
             _append_region(
-                file, data[_inside(write, chunk.chunk).slices()], known, is_stable=write.is_stable
+                file, data[write.inside(chunk.chunk).slices()], known, is_stable=write.is_stable
             )
             for chunk in chunks
         )
@@ -297,20 +301,15 @@ def _append_chunks(file: DataFile, write: ArrayWrite, region: Array, known: Iter
     full_bytes = chunk_bytes(grid, region.itemsize)
     digests: list[str] = []
     for index in grid.indices(write.box):
-        data = region[_inside(write, index).slices()]
+        data = region[write.inside(index).slices()]
         if data.shape[1:] != grid.chunk_shape[1:]:
             own = data if write.is_stable else data.copy()
             file.append(_padded(own, grid).reshape(-1).view(np.uint8))
-            flat = np.ascontiguousarray(own).reshape(-1).view(np.uint8)
-            digests.append(next(known, "") or digest_blocks(flat.data))
+            digests.append(next(known, "") or digest_blocks(flat_bytes(own).data))
             continue
         digests.append(_append_region(file, data, known, is_stable=write.is_stable))
         _append_zeros(file, full_bytes - data.nbytes)
     return "".join(digests)
-
-
-def _inside(write: ArrayWrite, index: tuple[int, ...]) -> Box:
-    return write.grid.box(index).relative_to(write.box.offset)
 
 
 def _padded(data: Array, grid: ChunkGrid) -> Array:
@@ -329,7 +328,7 @@ def _append_region(file: DataFile, data: Array, known: Iterator[str], *, is_stab
     if data.flags.c_contiguous:
         flat = data.reshape(-1).view(np.uint8)
         return _append(file, flat, known, is_stable=is_stable)
-    own = np.ascontiguousarray(data).reshape(-1).view(np.uint8)  # of one chunk per thread
+    own = flat_bytes(data)  # of one chunk per thread
     return _append(file, own, known, is_stable=True, is_lent=False)
 
 

@@ -6,7 +6,6 @@ reads and verifies these regions, straight into the target's memory where that i
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -162,8 +161,7 @@ class Reader(StorageReader):
             place = destinations.host_destination(
                 plan.ReadArray(node=node, form="fill", like=target)
             )
-            memory = functools.partial(_same, place.array)
-            request = opened.request(node, _region(item), Destination(memory, _done))
+            request = opened.request(node, _region(item), Destination.into(place.array))
             requests.setdefault(opened.path, (opened, []))[1].append(request)
             targets.append(target)
             places.append(place)
@@ -212,14 +210,6 @@ class Reader(StorageReader):
 
 def _given(binding: plan.Binding) -> Any:
     return binding.value if isinstance(binding, plan.Given) else None
-
-
-def _same(array: Any) -> Any:
-    return array
-
-
-def _done() -> None:
-    """Parts are not counted: all tasks are awaited together."""
 
 
 def _region(item: ReadItem) -> Box:

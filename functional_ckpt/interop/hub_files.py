@@ -15,6 +15,7 @@ from typing import NamedTuple, cast
 import torch
 
 from functional_ckpt import errors
+from functional_ckpt.core.files.dealing import deal
 from functional_ckpt.core.files.safetensors_header import MAX_TENSORS
 from functional_ckpt.interop import safetensors
 from functional_ckpt.interop.hf_config import load_json
@@ -105,11 +106,10 @@ class Output:
             rank: Which rank.
             num_ranks: How many write at the same time.
         """
-        shares: list[list[OutputFile]] = [[] for _ in range(num_ranks)]
-        for file in sorted(self.files, key=lambda file: -file.size_bytes):
-            min(shares, key=lambda share: sum(each.size_bytes for each in share)).append(file)
-        for file in shares[rank]:
-            self._write(file, os.path.join(path, file.name) if file.name else path)
+        files = {file.name: file for file in self.files}
+        sizes = {name: file.size_bytes for name, file in files.items()}
+        for name in deal(sizes, num_ranks)[rank]:
+            self._write(files[name], os.path.join(path, name) if name else path)
 
     def _write(self, file: OutputFile, path: str) -> None:
         given, prefix = self.given, self.options.key_prefix

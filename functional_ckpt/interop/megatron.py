@@ -97,9 +97,8 @@ def _optimizer(folder: str, entries: Mapping[str, Any], common: Mapping[str, Any
         if match[1] == _MASTER:
             masters[match[2]] = value
         else:
-            first = (
-                {} if step is None else {"step": copy.deepcopy(step)}
-            )  # an optimizer counts in it
+            # A copy of its own: an optimizer counts in it.
+            first = {} if step is None else {"step": copy.deepcopy(step)}
             state.setdefault(match[2], first)[match[1]] = value
     groups = [dict(group) for group in saved.get("param_groups", ())]
     if len(groups) == 1:

@@ -13,7 +13,7 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import chunks, sharding
-from functional_ckpt.core.arrays.spec import Array, Box, numpy_dtype
+from functional_ckpt.core.arrays.spec import Box, numpy_dtype
 from functional_ckpt.core.restore_plan import select
 from functional_ckpt.core.restore_plan.match import match
 from functional_ckpt.core.tree import encode, flatten, structure
@@ -195,7 +195,7 @@ def _stream(
         wanted = []
         for node, box, start, end in group:
             place = array[start:end].view(numpy_dtype(node.spec.dtype)).reshape(box.shape)
-            to = Destination(functools.partial(_same, place), _nothing)
+            to = Destination.into(place)
             wanted.append(requests[node.name]._replace(box=box, destination=to))
         return reader.tasks(wanted)
 
@@ -232,14 +232,6 @@ def _groups(
             group.append(_Piece(node, box, start, end))
     if group:
         yield group
-
-
-def _same(array: Array) -> Array:
-    return array
-
-
-def _nothing() -> None:
-    """The piece is used when all are in place."""
 
 
 def _weights(

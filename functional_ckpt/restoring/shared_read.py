@@ -150,8 +150,8 @@ def _read_round(
 
 def _chunk_tasks(source: _Want, index: tuple[int, ...], memory: Array) -> list[Callable[[], None]]:
     """Returns tasks that read and verify one entire chunk."""
-    destination = Destination(lambda: memory, lambda: None)
-    request = source.request._replace(box=source.grid.box(index), destination=destination)
+    box = source.grid.box(index)
+    request = source.request._replace(box=box, destination=Destination.into(memory))
     return source.reader.tasks([request])
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 import xxhash
 
 from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.core.tree import encode
+from functional_ckpt.format.data_file import flat_bytes
 
 # Few enough not to delay `save`, and evenly spread over the leaves and over each of them.
 _MAX_SAMPLED_LEAVES = 64
@@ -54,16 +54,12 @@ def remember(leaves: Sequence[CopiedLeaf], *, is_whole: bool) -> Callable[[], li
     if not is_whole:
         leaves = [leaf for leaf in leaves if leaf.live.is_contiguous()]
     expected = [(leaf.name, leaf.host, fingerprint(_bytes(leaf))) for leaf in leaves]
-    return lambda: [name for name, host, was in expected if fingerprint(_flat(host)) != was]
+    return lambda: [name for name, host, was in expected if fingerprint(flat_bytes(host)) != was]
 
 
 def _bytes(leaf: CopiedLeaf) -> Array:
     live = leaf.live if leaf.live.is_cpu else leaf.live.cpu()
-    return _flat(encode.host_view(live, leaf.dtype))
-
-
-def _flat(array: Array) -> Array:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return flat_bytes(encode.host_view(live, leaf.dtype))
 
 
 def _digest(flat: Array) -> bytes:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import heapq
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from functional_ckpt import errors
+from functional_ckpt.core.files.dealing import deal
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.distributed.coordinator import Board
 
@@ -94,21 +94,6 @@ class State:
         record: dict[str, Any] = json.loads(data)
         del record["beat"]
         return cls(**record)
-
-
-def deal(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Returns the files of each of `count` nodes: the largest first, each to the smallest share.
-
-    >>> deal({"a": 3, "b": 2, "c": 2, "d": 1}, 2)
-    [['a', 'd'], ['b', 'c']]
-    """
-    shares: list[list[str]] = [[] for _ in range(count)]
-    heap = [(0, number) for number in range(count)]
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        size_bytes, number = heap[0]
-        shares[number].append(name)
-        heapq.heapreplace(heap, (size_bytes + sizes[name], number))
-    return shares
 
 
 def beat_key(tier: int) -> str:

@@ -134,10 +134,9 @@ def _parts(root: structure.Node) -> set[str]:
     leaves = list(structure.iter_leaves(root, leaf_kinds=composite.KINDS))
     inside = [
         part.name
-        for path, leaf in leaves
+        for _, leaf in leaves
         if isinstance(leaf, structure.BranchNode)
-        for _, part in structure.iter_leaves(leaf, path)
-        if isinstance(part, structure.ArrayNode)
+        for part in structure.iter_arrays(leaf)
     ]
     carried = [
         leaf.name

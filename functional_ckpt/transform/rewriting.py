@@ -102,8 +102,7 @@ def narrowed(values: Array, dtype: str, name: str) -> Array:
 
 def arrays_of(root: structure.Node) -> dict[str, structure.ArrayNode]:
     """Returns the arrays of an item by name, tied ones too."""
-    leaves = (leaf for _, leaf in structure.iter_leaves(root))
-    return {leaf.name: leaf for leaf in leaves if isinstance(leaf, structure.ArrayNode)}
+    return {node.name: node for node in structure.iter_arrays(root)}
 
 
 # ------------------------------------------------------------------------------------ reading

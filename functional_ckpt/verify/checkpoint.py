@@ -110,12 +110,11 @@ def _verify_ours(search: Verification, step: int | None) -> None:
 
 def _with_steps(search: Verification, damaged: Mapping[str, Finding]) -> list[Finding]:
     """Returns the findings with the other steps whose files these are."""
-    found = [
-        dataclasses.replace(each, shared_with=sharing(search.storage, search.path, name))
-        for name, each in damaged.items()
-    ]
+    steps = sharing(search.storage, search.path, damaged)
     note_damage(search.storage, search.path, damaged)
-    return found
+    return [
+        dataclasses.replace(each, shared_with=steps.get(name, ())) for name, each in damaged.items()
+    ]
 
 
 # ------------------------------------------------------------------------------------ records

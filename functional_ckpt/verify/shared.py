@@ -14,22 +14,30 @@ from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 
 
-def sharing(storage: Storage, path: str, name: str) -> tuple[str, ...]:
-    """Returns the names of the other steps beside a checkpoint that have a file of it, sorted."""
-    found = storage.stat(os.path.join(path, name))
-    if found is None or found.kind != "a file" or found.num_links == 1:
-        return ()
+def sharing(storage: Storage, path: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Returns the other steps beside a checkpoint that have a file of it, sorted, by the file."""
+    found = {name: storage.stat(os.path.join(path, name)) for name in names}
+    shared = {
+        name: each.identity
+        for name, each in found.items()
+        if each is not None and each.kind == "a file" and each.num_links > 1
+    }
+    if not shared:
+        return {}
     root, own = os.path.split(path)
-    return tuple(
+    steps = [
         step
         for step in storage.list(root)
-        if step != own
-        and queries.exists(storage, os.path.join(root, step, EXTENSION_FILE))
-        and any(
-            each.identity == found.identity
-            for each in storage.walk(os.path.join(root, step)).values()
-        )
-    )
+        if step != own and queries.exists(storage, os.path.join(root, step, EXTENSION_FILE))
+    ]
+    held = {
+        step: {each.identity for each in storage.walk(os.path.join(root, step)).values()}
+        for step in steps
+    }
+    return {
+        name: tuple(step for step in steps if identity in held[step])
+        for name, identity in shared.items()
+    }
 
 
 def note_damage(storage: Storage, path: str, names: Iterable[str]) -> None:

@@ -22,13 +22,14 @@ from proxy import Proxy
 
 import functional_ckpt as fc
 from functional_ckpt import errors
+from functional_ckpt.core.files.dealing import deal
 from functional_ckpt.distributed.coordinator import MemoryBoard
 from functional_ckpt.events import Events
 from functional_ckpt.steps import names, upload_helper, upload_shares
 from functional_ckpt.steps.remote_tier import RemoteTier
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.steps.upload_helper import UploadHelper
-from functional_ckpt.steps.upload_shares import Shares, deal
+from functional_ckpt.steps.upload_shares import Shares
 from functional_ckpt.steps.upload_step import Upload, files_of
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
