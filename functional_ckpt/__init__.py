@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from functional_ckpt.saving.options import Eager as Eager
     from functional_ckpt.saving.options import Overlapped as Overlapped
     from functional_ckpt.steps.metadata import StepMetadata as StepMetadata
+    from functional_ckpt.steps.node_local import NodeLocal as NodeLocal
     from functional_ckpt.steps.tiers import Tier as Tier
 
 # Module -> its public names, which are imported when first used: the command line starts without
@@ -69,6 +70,7 @@ _HOMES = {
     "saving.background": ("Commit",),
     "saving.options": ("Blocking", "Eager", "Overlapped"),
     "steps.metadata": ("StepMetadata",),
+    "steps.node_local": ("NodeLocal",),
     "steps.tiers": ("Tier",),
 }
 
@@ -98,6 +100,7 @@ __all__ = [
     "Generator",
     "Json",
     "Module",
+    "NodeLocal",
     "Optimizer",
     "Overlapped",
     "Progress",

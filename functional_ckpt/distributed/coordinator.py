@@ -79,6 +79,10 @@ class Board(Protocol):
         """Returns a value; None if none was written."""
         ...
 
+    def put_if_absent(self, key: str, value: bytes) -> bytes:
+        """Writes a value unless there is one; returns the value that all ranks then find."""
+        ...
+
 
 @runtime_checkable
 class Coordinator(Protocol):
@@ -210,6 +214,10 @@ class MemoryBoard:
     def get(self, key: str) -> bytes | None:
         """See `Board.get`."""
         return self._values.get(key)
+
+    def put_if_absent(self, key: str, value: bytes) -> bytes:
+        """See `Board.put_if_absent`."""
+        return self._values.setdefault(key, value)
 
 
 class _EveryTurn:

@@ -24,6 +24,10 @@ class KeyValueStore(Protocol):
         """Sets a key if it does not exist; returns whether it did."""
         ...
 
+    def set_if_absent(self, key: str, value: bytes, seconds: float) -> bytes:
+        """Sets a key if it does not exist, in one indivisible step; returns its value then."""
+        ...
+
     def set_soon(self, key: str, value: bytes) -> None:
         """Sets a key before the next request, without waiting for it."""
         ...
@@ -84,3 +88,7 @@ class StoreBoard:
         if not self._store.has([key], self.timeout_seconds):
             return None
         return self._store.get([key], self.timeout_seconds)[0]
+
+    def put_if_absent(self, key: str, value: bytes) -> bytes:
+        """See `Board.put_if_absent`."""
+        return self._store.set_if_absent(key, value, self.timeout_seconds)

@@ -251,6 +251,10 @@ class _Store:
 
         return bool(self._call(attempt, seconds=seconds))
 
+    def set_if_absent(self, key: str, value: bytes, seconds: float) -> bytes:
+        """Sets a key if it does not exist; returns its value. An empty one counts as none."""
+        return bytes(self._call(self._store.compare_set, key, "", value, seconds=seconds))
+
     def set_soon(self, key: str, value: bytes) -> None:
         """Sets a key before the next request; if that fails, so will the next request."""
         self._calls.start(self._store.set, (key, value))

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
-import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.distributed.collective import run_on_all
 from functional_ckpt.distributed.coordinator import Coordinator
+from functional_ckpt.distributed.nodes import nodes_of
 from functional_ckpt.events import Events
 from functional_ckpt.policies import keep_rules, save_rules
 from functional_ckpt.policies.checks import check_seconds
@@ -38,8 +37,6 @@ from functional_ckpt.storage.paths import is_remote, resolve
 _PATIENCE_SECONDS = 300.0
 _LOOK_SECONDS = 1.0
 _BOARD = "uploads"
-NODE_VARIABLE = "FUNCTIONAL_CKPT_NODE"
-"""The environment variable that names the node of a rank, in place of the host's name."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +115,7 @@ def open_tiers(
         tier.on_open = show_open
     local.reach, local.has_tiers = reach, True
     local.has_stores = any(is_remote(tier.root) for tier in remote)
-    ranks = () if read_only else _first_ranks(coordinator)
+    ranks = () if read_only else nodes_of(coordinator).heads
     shares: list[Shares] = []
     if is_writer and len(ranks) > 1:
         board = coordinator.board(_BOARD)
@@ -137,19 +134,6 @@ def open_tiers(
         return uploads, ()
     board, rank = coordinator.board(_BOARD), coordinator.rank
     return None, tuple(UploadHelper(local, each, board, n, rank) for n, each in enumerate(remote))
-
-
-def _first_ranks(coordinator: Coordinator) -> tuple[int, ...]:
-    """Returns the first rank of each node, by the ranks' names of their nodes; one round."""
-    if coordinator.num_ranks == 1:
-        return (0,)
-
-    def first(names: Sequence[bytes]) -> bytes:
-        return json.dumps([names.index(name) for name in dict.fromkeys(names)]).encode()
-
-    name = os.environ.get(NODE_VARIABLE) or socket.gethostname()
-    what = "the nodes of the ranks"
-    return tuple(json.loads(coordinator.gather_broadcast(what, name.encode(), first)))
 
 
 def _remote_tier(tier: Tier, names: NameFormat, events: Events, *, is_writer: bool) -> RemoteTier:

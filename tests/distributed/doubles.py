@@ -1,50 +1,10 @@
-"""A store in memory, and a coordinator that counts."""
+"""A coordinator that counts."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from functional_ckpt.distributed.coordinator import Board, Channel, Combine, Coordinator, Turns
-
-
-class MemoryStore:
-    """A key-value store that counts its requests."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self.values: dict[str, bytes] = {}
-        self.num_writes = 0
-
-    def set(self, key: str, value: bytes, seconds: float) -> None:
-        with self._mutex:
-            self.num_writes += 1
-            self.values[key] = value
-
-    def set_unless(self, key: str, value: bytes, other: str, seconds: float) -> bool:
-        with self._mutex:
-            if other in self.values:
-                return False
-            self.num_writes += 1
-            self.values[key] = value
-            return True
-
-    def set_soon(self, key: str, value: bytes) -> None:
-        self.set(key, value, 1.0)
-
-    def get(self, keys: Sequence[str], seconds: float) -> list[bytes]:
-        with self._mutex:
-            return [self.values[key] for key in keys]
-
-    def has(self, keys: Sequence[str], seconds: float) -> bool:
-        with self._mutex:
-            return all(key in self.values for key in keys)
-
-    def delete_soon(self, keys: Sequence[str]) -> None:
-        with self._mutex:
-            self.num_writes += len(keys)
-            for key in keys:
-                self.values.pop(key, None)
 
 
 class Counting:

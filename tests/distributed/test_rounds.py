@@ -9,9 +9,9 @@ from concurrent import futures
 from typing import Any
 
 import pytest
-from doubles import MemoryStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_ranks import MemoryStore
 
 from functional_ckpt import errors
 from functional_ckpt.distributed import torch_store

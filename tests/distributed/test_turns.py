@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from doubles import Counting, MemoryStore
+from doubles import Counting
 from full import IS_FULL
 from gloo_workers import Workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_ranks import MemoryStore
 
 import functional_ckpt as fc
 from functional_ckpt import errors
