@@ -116,8 +116,6 @@ class ItemRecord:
         """Returns the sealed text of the item's extension file."""
         table = self.table
         record: dict[str, Json] = {
-            "format": _FORMAT,
-            "version": VERSION,
             "item": self.item,
             "handler": self.handler,
             "digest_block_bytes": self.block_bytes,
@@ -130,7 +128,7 @@ class ItemRecord:
         }
         if table is not None:
             record["digests"] = [table.file, table.offset, table.num_digests, table.pages]
-        return with_checksum(record)
+        return sealed(record)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -160,18 +158,21 @@ class StepRecord:
     def to_json(self) -> bytes:
         """Returns the sealed text of the checkpoint's extension file."""
         record: dict[str, Json] = {
-            "format": _FORMAT,
-            "version": VERSION,
             "step": self.step,
             "items": dict(self.items),
             "files": file_list.listed(self.files),
         }
         if self.generation:
             record |= {"generation": self.generation, "ancestors": self.ancestors}
-        return with_checksum(record)
+        return sealed(record)
 
 
 # ------------------------------------------------------------------------------------ sealed text
+
+
+def sealed(record: Mapping[str, Json]) -> bytes:
+    """Returns the sealed text of a record of the current version."""
+    return with_checksum({"format": _FORMAT, "version": VERSION, **record})
 
 
 def with_checksum(record: Mapping[str, Json], *, allow_nan: bool = False) -> bytes:
@@ -226,7 +227,7 @@ def verify_checksum(data: bytes, path: object) -> dict[str, Json]:
 def parse_item(data: bytes, path: object) -> ItemRecord:
     """Returns the record of an item's extension file, or raises `CorruptCheckpointError`."""
     record = verify_checksum(data, path)
-    with _parsing(path):
+    with parsing(path):
         block_bytes = _BLOCK_BYTES[record["version"]]
         if record["digest_block_bytes"] != block_bytes:
             raise ValueError(f"digest blocks of {record['digest_block_bytes']!r} bytes")
@@ -248,7 +249,7 @@ def _table(record: Json, files: Mapping[str, FileRecord]) -> DigestTable | None:
     if record is None:
         return None
     file, offset, count, pages = record
-    table = DigestTable(string(file), _natural(offset), _natural(count), hex_digits(pages))
+    table = DigestTable(string(file), natural(offset), natural(count), hex_digits(pages))
     size_bytes = table.num_digests * DIGEST_BYTES
     num_pages = -(-size_bytes // PAGE_BYTES)
     if len(table.pages) != 16 * num_pages or table.offset + size_bytes > files[file].size_bytes:
@@ -259,7 +260,7 @@ def _table(record: Json, files: Mapping[str, FileRecord]) -> DigestTable | None:
 def parse_step(data: bytes, path: object) -> StepRecord:
     """Returns the record of a step's extension file; raises `CorruptCheckpointError` if invalid."""
     record = verify_checksum(data, path)
-    with _parsing(path):
+    with parsing(path):
         step = record["step"]
         if step is not None and (type(step) is not int or step < 0):
             raise ValueError(f"step {step!r}")
@@ -270,15 +271,16 @@ def parse_step(data: bytes, path: object) -> StepRecord:
             step=step,
             items=items,
             files=file_list.from_json(record),
-            generation=_natural(record.get("generation", 0)),
+            generation=natural(record.get("generation", 0)),
             ancestors=tuple(
-                (_natural(generation), _natural(last))
+                (natural(generation), natural(last))
                 for generation, last in record.get("ancestors", ())
             ),
         )
 
 
-def _natural(value: Json) -> int:
+def natural(value: Json) -> int:
+    """Returns the value, if it is an integer >= 0; else `ValueError`."""
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} for a number of steps or generations")
     return value
@@ -288,7 +290,7 @@ _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeEr
 
 
 @contextlib.contextmanager
-def _parsing(path: object) -> Generator[None]:
+def parsing(path: object) -> Generator[None]:
     """Turns whatever a malformed record raises into one clear error."""
     try:
         yield

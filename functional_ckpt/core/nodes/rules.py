@@ -1,0 +1,304 @@
+"""What the nodes of a run do with the parts that they hold: a pure function of what they hold.
+
+The names of the nodes that ask are only the keys of the result. Parts are combined by commit id
+alone, and compared by what they hold: the nodes may be renumbered, fewer or more.
+
+`decide` is called at every start with the inventories of all nodes. Each node then executes `moves`
+for its own parts, in that order. A crash between two moves leaves a state that leads to the same
+decision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal
+
+from functional_ckpt.core.nodes.part import PartRecord
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HeldPart:
+    """A directory of one node that has a part record.
+
+    Attributes:
+        name: The final name of the step's directory.
+        path: Where it is now, relative to the node's directory.
+        record: Its part record.
+        is_renamed: Whether it was renamed after a decision to commit; else it is a vote.
+        is_aside: Whether it was renamed, and moved aside since.
+        files: The data files that are present in full size: the node's own, and copies.
+    """
+
+    name: str
+    path: str = ""
+    record: PartRecord
+    is_renamed: bool
+    is_aside: bool = False
+    files: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class UsableCommit:
+    """A step of which the nodes hold every file.
+
+    Attributes:
+        record: Its part record.
+        name: The name of its directory, on every node.
+        nodes: The nodes that hold a part of it, and thus its indexes and records.
+        holders: For each data file, the nodes that hold it.
+    """
+
+    record: PartRecord
+    name: str
+    nodes: tuple[str, ...]
+    holders: Mapping[str, tuple[str, ...]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Unusable:
+    """A commit that cannot be used, and why.
+
+    Attributes:
+        record: Its part record.
+        nodes: The nodes that hold a part or a vote of it.
+        why: The reason, for people.
+    """
+
+    record: PartRecord
+    nodes: tuple[str, ...]
+    why: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What all nodes do; equal on all of them.
+
+    Attributes:
+        usable: The steps that can be used, from the oldest to the newest; one per step number.
+        roll_forward: Commit ids whose votes are renamed, like a part on another node.
+        abort: Commit ids whose votes are removed: all nodes voted, and none has renamed.
+        waiting: Votes that are kept: a node that voted is missing.
+        aside: Commit ids whose parts make way for another commit of their step.
+        bring_back: Commit ids whose parts were aside, and are the best of their step now.
+        retired: Commit ids whose parts are removed: their removal was interrupted.
+        incomplete: Renamed parts that together lack files.
+    """
+
+    usable: tuple[UsableCommit, ...] = ()
+    roll_forward: tuple[str, ...] = ()
+    abort: tuple[str, ...] = ()
+    waiting: tuple[Unusable, ...] = ()
+    aside: tuple[str, ...] = ()
+    bring_back: tuple[str, ...] = ()
+    retired: tuple[str, ...] = ()
+    incomplete: tuple[Unusable, ...] = ()
+
+    @property
+    def newest(self) -> UsableCommit | None:
+        """The step that a run resumes from: the highest (generation, step)."""
+        return self.usable[-1] if self.usable else None
+
+
+Action = Literal["rename", "aside", "remove"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Move:
+    """What one node does with one of its parts.
+
+    Attributes:
+        action: `rename` to the final name, move `aside`, or `remove`.
+        part: The part.
+    """
+
+    action: Action
+    part: HeldPart
+
+
+def decide(
+    inventories: Mapping[str, Sequence[HeldPart]], *, retired: Collection[str] = ()
+) -> Decision:
+    """Returns what the nodes do with the parts that they hold.
+
+    Args:
+        inventories: For every node of this run, in its order, what it holds.
+        retired: Commit ids that any of the nodes has noted before it removed a part of them.
+    """
+    commits: dict[str, dict[str, HeldPart]] = {}
+    for node, parts in inventories.items():
+        for part in parts:
+            held = commits.setdefault(part.record.commit_id, {})
+            held[node] = _better(held.get(node), part)
+    ended = sorted(commits.keys() & set(retired))
+    roll_forward: list[str] = []
+    abort: list[str] = []
+    waiting: list[Unusable] = []
+    usable: list[UsableCommit] = []
+    incomplete: list[Unusable] = []
+    for commit_id in sorted(commits.keys() - set(ended)):
+        held = commits[commit_id]
+        record = next(iter(held.values())).record
+        if any(part.is_renamed for part in held.values()):
+            if not all(part.is_renamed for part in held.values()):
+                roll_forward.append(commit_id)
+            commit = _commit(record, held)
+            missing = [file for file, nodes in commit.holders.items() if not nodes]
+            if missing:
+                incomplete.append(_unusable(record, held, missing))
+            else:
+                usable.append(commit)
+        elif _all_voted(record, held):
+            abort.append(commit_id)
+        else:
+            why = f"{len(held)} of {len(record.nodes)} nodes hold a vote, and none has renamed it"
+            waiting.append(Unusable(record=record, nodes=tuple(held), why=why))
+    best = _best(usable)
+    chosen = {commit.record.commit_id for commit in best}
+    losers = [
+        each.record
+        for each in (*usable, *incomplete)
+        if each.record.commit_id not in chosen
+        and each.record.step in {commit.record.step for commit in best}
+    ]
+    return Decision(
+        usable=best,
+        roll_forward=tuple(roll_forward),
+        abort=tuple(abort),
+        waiting=tuple(waiting),
+        aside=tuple(
+            record.commit_id for record in losers if _is_any_beside(commits[record.commit_id])
+        ),
+        bring_back=tuple(
+            commit.record.commit_id
+            for commit in best
+            if any(part.is_aside for part in commits[commit.record.commit_id].values())
+        ),
+        retired=tuple(ended),
+        incomplete=tuple(incomplete),
+    )
+
+
+def moves(parts: Sequence[HeldPart], decision: Decision) -> tuple[Move, ...]:
+    """Returns what one node does with its parts, in this order.
+
+    Parts make way before others take their names. A node does this again after a crash: what was
+    done is not repeated.
+    """
+    gone = {*decision.abort, *decision.retired}
+    waiting = {each.record.commit_id for each in decision.waiting}
+    aside = set(decision.aside)
+    first: list[Move] = []
+    last: list[Move] = []
+    for part in parts:
+        commit_id = part.record.commit_id
+        if commit_id in gone:
+            first.append(Move("remove", part))
+        elif commit_id in aside:
+            if not part.is_aside:
+                first.append(Move("aside", part))
+        elif part.is_renamed:
+            if part.is_aside and commit_id in decision.bring_back:
+                last.append(Move("rename", part))
+        elif commit_id not in waiting:
+            last.append(Move("rename", part))
+    return (*first, *last)
+
+
+def is_replicated(
+    record: PartRecord, holders: Mapping[str, Collection[str]], replicas: int, *, num_nodes: int
+) -> bool:
+    """Returns whether a step survives the loss of any `replicas` nodes.
+
+    Args:
+        record: The step's part record.
+        holders: For each data file, the nodes that hold it, verified.
+        replicas: The number of nodes that may be lost.
+        num_nodes: The number of nodes of the run; with fewer than `replicas` partners, each of them
+            holds every file.
+    """
+    needed = 1 + min(replicas, num_nodes - 1)
+    return all(len(set(holders.get(file, ()))) >= needed for file in record.files)
+
+
+def newest_replicated(
+    usable: Iterable[UsableCommit], replicas: int, *, num_nodes: int
+) -> UsableCommit | None:
+    """Returns the newest step that survives the loss of any `replicas` nodes."""
+    found = (
+        commit
+        for commit in usable
+        if is_replicated(commit.record, commit.holders, replicas, num_nodes=num_nodes)
+    )
+    return max(found, key=lambda commit: commit.record.order, default=None)
+
+
+def prunable(
+    usable: Iterable[UsableCommit], replicas: int, *, num_nodes: int
+) -> tuple[UsableCommit, ...]:
+    """Returns the steps that a keep policy may remove: a newer one is replicated."""
+    steps = tuple(usable)
+    newest = newest_replicated(steps, replicas, num_nodes=num_nodes)
+    if newest is None:
+        return ()
+    return tuple(each for each in steps if each.record.order < newest.record.order)
+
+
+def next_generation(generations: Iterable[int], parts: Iterable[HeldPart]) -> int:
+    """Returns the generation that the nodes write before they save: higher than any they know."""
+    return 1 + max((*generations, *(part.record.generation for part in parts)), default=0)
+
+
+def _better(known: HeldPart | None, part: HeldPart) -> HeldPart:
+    """Returns the one of two directories of a commit on one node that counts.
+
+    A node that was stopped between a link and a rename may have two: the renamed one counts.
+    """
+    if known is None or (part.is_renamed, not part.is_aside) > (
+        known.is_renamed,
+        not known.is_aside,
+    ):
+        return part
+    return known
+
+
+def _is_any_beside(held: Mapping[str, HeldPart]) -> bool:
+    return any(not part.is_aside for part in held.values())
+
+
+def _all_voted(record: PartRecord, held: Mapping[str, HeldPart]) -> bool:
+    """Returns whether every node that took part holds its vote: none can have renamed.
+
+    A node may have another name now, so they are counted, and their files must be complete.
+    """
+    files = {file for part in held.values() for file in part.files}
+    return len(held) >= len(record.nodes) and record.files.keys() <= files
+
+
+def _commit(record: PartRecord, held: Mapping[str, HeldPart]) -> UsableCommit:
+    holders = {
+        file: tuple(node for node, part in held.items() if file in part.files)
+        for file in record.files
+    }
+    name = next(iter(held.values())).name
+    return UsableCommit(
+        record=record, name=name, nodes=tuple(held), holders=MappingProxyType(holders)
+    )
+
+
+def _unusable(record: PartRecord, held: Mapping[str, HeldPart], missing: Sequence[str]) -> Unusable:
+    owners = dict.fromkeys(record.owner(file) for file in missing)
+    why = (
+        f"{len(missing)} of its {len(record.files)} files are on no node; written by "
+        f"{', '.join(owners)}"
+    )
+    return Unusable(record=record, nodes=tuple(held), why=why)
+
+
+def _best(usable: Iterable[UsableCommit]) -> tuple[UsableCommit, ...]:
+    """Returns the newest commit of each step number, the newest step last."""
+    best: dict[int, UsableCommit] = {}
+    for commit in sorted(usable, key=lambda commit: commit.record.order):
+        best[commit.record.step] = commit
+    return tuple(sorted(best.values(), key=lambda commit: commit.record.order))
