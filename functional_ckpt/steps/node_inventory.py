@@ -1,4 +1,4 @@
-"""What one node holds: its parts and votes, its generation, and the commits that it removes.
+"""The inventory of one node: its parts and votes, its generation, and the commits it removes.
 
     <root>/<step>/functional_ckpt.part.json                       a renamed part
     <root>/<step>.orbax-checkpoint-tmp-*/functional_ckpt.part.json   a vote
@@ -40,7 +40,7 @@ _log = logging.getLogger("functional_ckpt")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
-    """What one node holds, as the nodes exchange it.
+    """The inventory of one node, as the nodes exchange it.
 
     Attributes:
         parts: Its parts and votes.
@@ -75,7 +75,7 @@ def from_bytes(data: bytes, node: str) -> Inventory:
 
 
 def take(storage: Storage, root: str, names: NameFormat) -> Inventory:
-    """Returns what a node's directory holds."""
+    """Returns the inventory of a node's directory."""
     return Inventory(
         parts=inventory(storage, root, names),
         generation=read_generation(storage, root),
@@ -86,7 +86,7 @@ def take(storage: Storage, root: str, names: NameFormat) -> Inventory:
 def inventory(storage: Storage, root: str, names: NameFormat) -> tuple[HeldPart, ...]:
     """Returns the parts and votes in a node's directory, and the parts that are aside.
 
-    A part record that is damaged is logged, and its directory is left out: nobody may remove it.
+    A part record that is damaged is logged, and its directory is left out: it must not be removed.
     """
     places = [(name, name) for name in storage.list(root)]
     places += [

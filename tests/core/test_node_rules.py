@@ -1,4 +1,4 @@
-"""The part record, and what the nodes decide at a start: the table of docs/design/017."""
+"""The part record, and the decision at a start: the table of docs/design/017."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a node's directory holds, as the nodes exchange it."""
+"""The inventory of a node's directory, as the nodes exchange it."""
 
 from __future__ import annotations
 

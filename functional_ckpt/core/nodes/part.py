@@ -18,7 +18,7 @@ PART_FILE = "functional_ckpt.part.json"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFiles:
-    """What the ranks of one node wrote.
+    """The files that the ranks of one node wrote.
 
     Attributes:
         name: The node, as it was called in that run.

@@ -1,7 +1,7 @@
-"""What the nodes of a run do with the parts that they hold: a pure function of what they hold.
+"""The rules by which nodes use, keep and remove parts: a pure function of their inventories.
 
 The names of the nodes that ask are only the keys of the result. Parts are combined by commit id
-alone, and compared by what they hold: the nodes may be renumbered, fewer or more.
+alone. The nodes may be renumbered, fewer or more.
 
 `decide` is called at every start with the inventories of all nodes. Each node then executes `moves`
 for its own parts, in that order. A crash between two moves leaves a state that leads to the same
@@ -73,7 +73,7 @@ class Unusable:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What all nodes do; equal on all of them.
+    """The decision of all nodes; equal on all of them.
 
     Attributes:
         usable: The steps that can be used, from the oldest to the newest; one per step number.
@@ -106,7 +106,7 @@ Action = Literal["rename", "aside", "remove"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Move:
-    """What one node does with one of its parts.
+    """An action of one node on one of its parts.
 
     Attributes:
         action: `rename` to the final name, move `aside`, or `remove`.
@@ -120,10 +120,10 @@ class Move:
 def decide(
     inventories: Mapping[str, Sequence[HeldPart]], *, retired: Collection[str] = ()
 ) -> Decision:
-    """Returns what the nodes do with the parts that they hold.
+    """Returns the decision about the parts that the nodes hold.
 
     Args:
-        inventories: For every node of this run, in its order, what it holds.
+        inventories: For every node of this run, in its order, the parts that it holds.
         retired: Commit ids that any of the nodes has noted before it removed a part of them.
     """
     commits: dict[str, dict[str, HeldPart]] = {}
@@ -181,10 +181,10 @@ def decide(
 
 
 def moves(parts: Sequence[HeldPart], decision: Decision) -> tuple[Move, ...]:
-    """Returns what one node does with its parts, in this order.
+    """Returns the actions of one node on its parts, in this order.
 
-    Parts make way before others take their names. A node does this again after a crash: what was
-    done is not repeated.
+    Parts make way before others take their names. After a crash, the node calls this again with
+    the parts that it holds then.
     """
     gone = {*decision.abort, *decision.retired}
     waiting = {each.record.commit_id for each in decision.waiting}
