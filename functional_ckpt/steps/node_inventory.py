@@ -3,6 +3,7 @@
     <root>/<step>/functional_ckpt.part.json                       a renamed part
     <root>/<step>.orbax-checkpoint-tmp-*/functional_ckpt.part.json   a vote
     <root>/.functional_ckpt/aside/<step>.<commit id>/             a part that made way for another
+    <root>/.functional_ckpt/directory                             the id of this directory
     <root>/.functional_ckpt/generation                            the highest generation known here
     <root>/.functional_ckpt/retired.json                          commits whose parts are removed
 
@@ -16,6 +17,7 @@ import functools
 import json
 import logging
 import os
+import uuid
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,6 +34,7 @@ from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 
 ASIDE = os.path.join(commit.HIDDEN, "aside")
+_DIRECTORY = "directory"
 _GENERATION = "generation"
 _RETIRED = "retired.json"
 _MAX_RETIRED = 1000
@@ -43,11 +46,13 @@ class Inventory:
     """The inventory of one node, as the nodes exchange it.
 
     Attributes:
+        directory: The id of its directory; empty if it has none yet.
         parts: Its parts and votes.
         generation: The highest generation that the node knows.
         retired: Commit ids of which it has removed its part, or was about to.
     """
 
+    directory: str = ""
     parts: tuple[HeldPart, ...] = ()
     generation: int = 0
     retired: tuple[str, ...] = ()
@@ -55,6 +60,7 @@ class Inventory:
     def to_bytes(self) -> bytes:
         """Returns the inventory as a message."""
         message = {
+            "directory": self.directory,
             "parts": [_part_to_json(part) for part in self.parts],
             "generation": self.generation,
             "retired": list(self.retired),
@@ -68,6 +74,7 @@ def from_bytes(data: bytes, node: str) -> Inventory:
     with records.parsing(path):
         message = json.loads(zlib.decompress(data))
         return Inventory(
+            directory=string(message["directory"]),
             parts=tuple(_part_from_json(part, path) for part in message["parts"]),
             generation=integer(message["generation"]),
             retired=tuple(string(each) for each in message["retired"]),
@@ -77,6 +84,7 @@ def from_bytes(data: bytes, node: str) -> Inventory:
 def take(storage: Storage, root: str, names: NameFormat) -> Inventory:
     """Returns the inventory of a node's directory."""
     return Inventory(
+        directory=read_directory_id(storage, root),
         parts=inventory(storage, root, names),
         generation=read_generation(storage, root),
         retired=read_retired(storage, root),
@@ -148,14 +156,28 @@ def present_files(storage: Storage, path: str, record: PartRecord) -> frozenset[
 # ------------------------------------------------------------------------------------ bookkeeping
 
 
+def read_directory_id(storage: Storage, root: str) -> str:
+    """Returns the id of a node's directory; empty if it has none."""
+    record = _read(storage, root, _DIRECTORY)
+    return "" if record is None else string(record["id"])
+
+
+def make_directory_id(storage: Storage, root: str) -> str:
+    """Returns the id of a node's directory, made at the first start; durable when it returns.
+
+    It is how the nodes know whether a directory is here that may have renamed a part: nodes may
+    have other names in another run, or an empty disk under the same name.
+    """
+    if not (known := read_directory_id(storage, root)):
+        known = uuid.uuid4().hex
+        _replace(storage, root, _DIRECTORY, {"id": known})
+    return known
+
+
 def read_generation(storage: Storage, root: str) -> int:
     """Returns the highest generation that was written here; 0 if none was."""
-    path = os.path.join(root, commit.HIDDEN, _GENERATION)
-    data = queries.read_optional(storage, path)
-    if data is None:
-        return 0
-    with records.parsing(path):
-        return records.natural(records.verify_checksum(data, path)["generation"])
+    record = _read(storage, root, _GENERATION)
+    return 0 if record is None else records.natural(record["generation"])
 
 
 def write_generation(storage: Storage, root: str, generation: int) -> None:
@@ -165,13 +187,8 @@ def write_generation(storage: Storage, root: str, generation: int) -> None:
 
 def read_retired(storage: Storage, root: str) -> tuple[str, ...]:
     """Returns the commits whose parts this node has removed, or was about to remove."""
-    path = os.path.join(root, commit.HIDDEN, _RETIRED)
-    data = queries.read_optional(storage, path)
-    if data is None:
-        return ()
-    with records.parsing(path):
-        listed = records.verify_checksum(data, path)["retired"]
-        return tuple(part_lib.commit_id(each) for each in listed)
+    record = _read(storage, root, _RETIRED)
+    return () if record is None else tuple(map(part_lib.commit_id, record["retired"]))
 
 
 def retire(storage: Storage, root: str, commit_ids: Iterable[str]) -> None:
@@ -183,6 +200,12 @@ def retire(storage: Storage, root: str, commit_ids: Iterable[str]) -> None:
     new = tuple(each for each in dict.fromkeys(commit_ids) if each not in known)
     if new:
         _replace(storage, root, _RETIRED, {"retired": (known + new)[-_MAX_RETIRED:]})
+
+
+def _read(storage: Storage, root: str, name: str) -> dict[str, Any] | None:
+    path = os.path.join(root, commit.HIDDEN, name)
+    data = queries.read_optional(storage, path)
+    return None if data is None else records.verify_checksum(data, path)
 
 
 def _replace(storage: Storage, root: str, name: str, record: dict[str, Any]) -> None:

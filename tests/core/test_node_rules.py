@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import pytest
 
@@ -18,7 +18,10 @@ def record(
 ) -> PartRecord:
     parts = [
         NodeFiles(
-            name=name, ranks=(2 * i, 2 * i + 1), files={f"model/{name}": FileRecord.of(b"" * i)}
+            name=name,
+            directory=name.upper(),
+            ranks=(2 * i, 2 * i + 1),
+            files={f"model/{name}": FileRecord.of(b"" * i)},
         )
         for i, name in enumerate(nodes)
     ]
@@ -37,6 +40,14 @@ def held(of: PartRecord, files: str, kind: str = "step") -> HeldPart:
         is_renamed=kind != "vote",
         is_aside=kind == "aside",
         files=frozenset(f"model/{each}" for each in files),
+    )
+
+
+def decide(
+    inventories: Mapping[str, Sequence[HeldPart]], retired: Collection[str] = ()
+) -> rules.Decision:
+    return rules.decide(
+        inventories, directories={name.upper() for name in inventories}, retired=retired
     )
 
 
@@ -77,7 +88,12 @@ def test_every_damaged_byte_of_a_part_record_is_found() -> None:
         {"nodes": ()},
         {"nodes": record(nodes="ab").nodes[1:]},
         {"nodes": record(nodes="aa").nodes},
-        {"nodes": (*record(nodes="a").nodes, NodeFiles(name="b", ranks=(1,), files={}))},
+        {
+            "nodes": (
+                *record(nodes="a").nodes,
+                NodeFiles(name="b", directory="B", ranks=(1,), files={}),
+            )
+        },
     ],
 )
 def test_a_malformed_part_record_is_refused(changed: dict[str, object]) -> None:
@@ -90,7 +106,7 @@ def test_a_malformed_part_record_is_refused(changed: dict[str, object]) -> None:
 def test_a_renamed_part_on_any_node_rolls_the_votes_forward() -> None:
     x = record()
     a, b = [held(x, "a")], [held(x, "b", "vote")]
-    decision = rules.decide({"a": a, "b": b})
+    decision = decide({"a": a, "b": b})
     assert decision.roll_forward == ("x",)
     assert decision.newest is not None
     assert decision.newest.holders == {"model/a": ("a",), "model/b": ("b",)}
@@ -98,33 +114,40 @@ def test_a_renamed_part_on_any_node_rolls_the_votes_forward() -> None:
     assert moved(b, decision) == [("rename", "1.tmp")]
 
 
-def test_votes_of_all_nodes_without_a_rename_are_aborted() -> None:
+def test_votes_are_aborted_if_every_directory_is_here_and_none_was_renamed() -> None:
     x = record()
     a, b = [held(x, "a", "vote")], [held(x, "b", "vote")]
-    decision = rules.decide({"a": a, "b": b})
+    decision = decide({"a": a, "b": b})
     assert (decision.abort, decision.usable) == (("x",), ())
     assert moved(a, decision) == [("remove", "1.tmp")]
+    # Node b was killed before it voted.
+    assert decide({"a": a, "b": []}).abort == ("x",)
     # The nodes have other names, and there is another one.
-    assert rules.decide({"c": b, "d": a, "e": []}) == decision
+    parts = {"c": b, "d": a, "e": list[HeldPart]()}
+    assert rules.decide(parts, directories={"A", "B", "E"}) == decision
 
 
-def test_a_vote_stays_while_a_voter_is_missing() -> None:
+def test_a_vote_stays_while_a_directory_is_missing_that_may_have_renamed_its_part() -> None:
     x = record(nodes="abc")
-    parts = {"a": [held(x, "a", "vote")], "b": [held(x, "b", "vote")], "c": list[HeldPart]()}
-    decision = rules.decide(parts)
+    parts = {"a": [held(x, "a", "vote")], "b": [held(x, "b", "vote")]}
+    decision = decide(parts)
     assert decision.abort == decision.roll_forward == decision.usable == ()
     assert [(each.nodes, each.why) for each in decision.waiting] == [
-        (("a", "b"), "2 of 3 nodes hold a vote, and none has renamed it")
+        (("a", "b"), "not renamed on a, b; c may have renamed it")
     ]
     assert moved(parts["a"], decision) == []
-    # A vote that lacks a file does not count: its node may have renamed a complete one.
-    parts["c"] = [held(x, "", "vote")]
-    assert rules.decide(parts).abort == ()
+    # A node of that name, with another disk.
+    assert rules.decide({**parts, "c": []}, directories={"A", "B", "D"}) == decision
+    # A later run has saved without it.
+    y = record("y", generation=2)
+    newest = decide({"a": [held(y, "a")], "b": [held(y, "b")]}).newest
+    assert rules.outdated(decision.waiting, newest) == decision.waiting
+    assert rules.outdated(decision.waiting, None) == ()
 
 
 def test_parts_are_combined_by_commit_id_alone() -> None:
     x, y = record("x"), record("y")
-    decision = rules.decide({"a": [held(x, "a")], "b": [held(y, "b")]})
+    decision = decide({"a": [held(x, "a")], "b": [held(y, "b")]})
     assert decision.usable == ()
     assert [each.why for each in decision.incomplete] == [
         "1 of its 2 files are on no node; written by b",
@@ -134,7 +157,7 @@ def test_parts_are_combined_by_commit_id_alone() -> None:
 
 def test_an_abandoned_line_does_not_win_by_its_step_number() -> None:
     x, y = record("x", step=9, generation=1), record("y", step=4, generation=2)
-    decision = rules.decide({n: [held(x, n), held(y, n)] for n in "ab"})
+    decision = decide({n: [held(x, n), held(y, n)] for n in "ab"})
     assert [commit.record.commit_id for commit in decision.usable] == ["x", "y"]
     assert decision.aside == ()
 
@@ -142,27 +165,27 @@ def test_an_abandoned_line_does_not_win_by_its_step_number() -> None:
 def test_of_two_commits_of_a_step_the_newer_one_is_the_step() -> None:
     x, y = record("x"), record("y", generation=2)
     parts = {"a": [held(x, "ab"), held(y, "a", "aside")], "b": [held(y, "b", "vote")]}
-    decision = rules.decide(parts)
+    decision = decide(parts)
     assert [commit.record.commit_id for commit in decision.usable] == ["y"]
     assert (decision.aside, decision.bring_back) == (("x",), ("y",))
     assert moved(parts["a"], decision) == [("aside", "1"), ("rename", "aside/1.y")]
     assert moved(parts["b"], decision) == [("rename", "1.tmp")]
     # If the newer one is lost with node b, the older one is the step again.
     parts = {"a": [held(x, "ab", "aside"), held(y, "a")], "b": list[HeldPart]()}
-    decision = rules.decide(parts)
+    decision = decide(parts)
     assert [commit.record.commit_id for commit in decision.usable] == ["x"]
     assert moved(parts["a"], decision) == [("aside", "1"), ("rename", "aside/1.x")]
 
 
 def test_an_overwritten_step_is_older_within_its_generation() -> None:
     x, y = record("y", serial=3), record("x", serial=4)
-    decision = rules.decide({"a": [held(x, "ab"), held(y, "ab", "aside")]})
+    decision = decide({"a": [held(x, "ab"), held(y, "ab", "aside")]})
     assert [commit.record.serial for commit in decision.usable] == [4]
 
 
 def test_a_commit_whose_removal_was_interrupted_is_removed_everywhere() -> None:
     x = record()
-    decision = rules.decide({"a": [], "b": [held(x, "ab")]}, retired={"x", "gone"})
+    decision = decide({"a": [], "b": [held(x, "ab")]}, retired={"x", "gone"})
     assert (decision.retired, decision.usable) == (("x",), ())
     assert moved([held(x, "ab")], decision) == [("remove", "1")]
 
@@ -183,7 +206,7 @@ def test_steps_may_be_pruned_once_a_newer_one_is_replicated() -> None:
     steps = [record(str(k), step=k) for k in range(1, 4)]
     a = [held(steps[0], "ab"), held(steps[1], "ab"), held(steps[2], "a")]
     b = [held(steps[0], "ab"), held(steps[1], "ab"), held(steps[2], "b")]
-    usable = rules.decide({"a": a, "b": b}).usable
+    usable = decide({"a": a, "b": b}).usable
     assert [each.record.step for each in rules.prunable(usable, 1, num_nodes=2)] == [1]
     assert [each.record.step for each in rules.prunable(usable, 0, num_nodes=2)] == [1, 2]
     assert rules.prunable(usable[2:], 1, num_nodes=2) == ()

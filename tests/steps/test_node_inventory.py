@@ -21,6 +21,7 @@ def record(step: int, commit_id: str) -> PartRecord:
     nodes = [
         NodeFiles(
             name=node,
+            directory=node * 3,
             ranks=(rank,),
             files={k: FileRecord.of(v) for k, v in FILES.items() if node in k[6:]},
         )
@@ -83,11 +84,14 @@ def test_an_inventory_arrives_as_it_was_sent(tmp_path: Path) -> None:
     storage, root = LocalStorage(), str(tmp_path)
     write(tmp_path / "1", record(1, "x"), FILES)
     write(tmp_path / "2.orbax-checkpoint-tmp-0123", record(2, "y"), {"model/a1": b""})
+    made = node_inventory.make_directory_id(storage, root)
+    assert node_inventory.make_directory_id(storage, root) == made
     node_inventory.write_generation(storage, root, 7)
     node_inventory.retire(storage, root, ["old", "older"])
     node_inventory.retire(storage, root, ["old"])
     sent = node_inventory.take(storage, root, StepName())
     assert (sent.generation, sent.retired, len(sent.parts)) == (7, ("old", "older"), 2)
+    assert sent.directory == made
     assert node_inventory.from_bytes(sent.to_bytes(), "a") == sent
 
 

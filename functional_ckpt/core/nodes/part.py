@@ -22,11 +22,13 @@ class NodeFiles:
 
     Attributes:
         name: The node, as it was called in that run.
+        directory: The id of its directory: see `steps.node_inventory`. Nodes may be renamed.
         ranks: Its ranks, ascending; the first one is its head.
         files: Its data files, by path relative to the step's directory.
     """
 
     name: str
+    directory: str
     ranks: tuple[int, ...]
     files: Mapping[str, FileRecord]
 
@@ -83,7 +85,12 @@ class PartRecord:
     def to_json(self) -> bytes:
         """Returns the sealed text of the part record."""
         nodes = [
-            {"name": node.name, "ranks": list(node.ranks), **file_list.to_json(node.files)}
+            {
+                "name": node.name,
+                "directory": node.directory,
+                "ranks": list(node.ranks),
+                **file_list.to_json(node.files),
+            }
             for node in self.nodes
         ]
         return records.sealed(
@@ -121,8 +128,12 @@ def _node(record: Any) -> NodeFiles:
     ranks = tuple(records.natural(rank) for rank in record["ranks"])
     if not ranks or list(ranks) != sorted(set(ranks)):
         raise ValueError(f"ranks {ranks!r:.200} of a node")
-    files = file_list.from_json(record)
-    return NodeFiles(name=string(record["name"]), ranks=ranks, files=files)
+    return NodeFiles(
+        name=string(record["name"]),
+        directory=string(record["directory"]),
+        ranks=ranks,
+        files=file_list.from_json(record),
+    )
 
 
 def commit_id(value: Any) -> str:

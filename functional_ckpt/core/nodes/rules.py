@@ -78,8 +78,8 @@ class Decision:
     Attributes:
         usable: The steps that can be used, from the oldest to the newest; one per step number.
         roll_forward: Commit ids whose votes are renamed, like a part on another node.
-        abort: Commit ids whose votes are removed: all nodes voted, and none has renamed.
-        waiting: Votes that are kept: a node that voted is missing.
+        abort: Commit ids whose votes are removed: every directory is here, and none was renamed.
+        waiting: Votes that are kept: a node that is missing may have renamed its part.
         aside: Commit ids whose parts make way for another commit of their step.
         bring_back: Commit ids whose parts were aside, and are the best of their step now.
         retired: Commit ids whose parts are removed: their removal was interrupted.
@@ -118,12 +118,16 @@ class Move:
 
 
 def decide(
-    inventories: Mapping[str, Sequence[HeldPart]], *, retired: Collection[str] = ()
+    inventories: Mapping[str, Sequence[HeldPart]],
+    *,
+    directories: Collection[str],
+    retired: Collection[str] = (),
 ) -> Decision:
     """Returns the decision about the parts that the nodes hold.
 
     Args:
         inventories: For every node of this run, in its order, the parts that it holds.
+        directories: The ids of the directories of these nodes.
         retired: Commit ids that any of the nodes has noted before it removed a part of them.
     """
     commits: dict[str, dict[str, HeldPart]] = {}
@@ -149,10 +153,12 @@ def decide(
                 incomplete.append(_unusable(record, held, missing))
             else:
                 usable.append(commit)
-        elif _all_voted(record, held):
-            abort.append(commit_id)
+        elif not (
+            away := [node.name for node in record.nodes if node.directory not in directories]
+        ):
+            abort.append(commit_id)  # none of its directories was renamed
         else:
-            why = f"{len(held)} of {len(record.nodes)} nodes hold a vote, and none has renamed it"
+            why = f"not renamed on {', '.join(held)}; {', '.join(away)} may have renamed it"
             waiting.append(Unusable(record=record, nodes=tuple(held), why=why))
     best = _best(usable)
     chosen = {commit.record.commit_id for commit in best}
@@ -245,6 +251,21 @@ def prunable(
     return tuple(each for each in steps if each.record.order < newest.record.order)
 
 
+def outdated(waiting: Iterable[Unusable], newest: UsableCommit | None) -> tuple[Unusable, ...]:
+    """Returns the votes that need not wait any longer, once a step of a later run is replicated.
+
+    They were never reported as committed, and a later run has resumed without them.
+
+    Args:
+        waiting: `Decision.waiting`.
+        newest: The newest replicated step.
+    """
+    if newest is None:
+        return ()
+    generation = newest.record.generation
+    return tuple(each for each in waiting if each.record.generation < generation)
+
+
 def next_generation(generations: Iterable[int], parts: Iterable[HeldPart]) -> int:
     """Returns the generation that the nodes write before they save: higher than any they know."""
     return 1 + max((*generations, *(part.record.generation for part in parts)), default=0)
@@ -265,15 +286,6 @@ def _better(known: HeldPart | None, part: HeldPart) -> HeldPart:
 
 def _is_any_beside(held: Mapping[str, HeldPart]) -> bool:
     return any(not part.is_aside for part in held.values())
-
-
-def _all_voted(record: PartRecord, held: Mapping[str, HeldPart]) -> bool:
-    """Returns whether every node that took part holds its vote: none can have renamed.
-
-    A node may have another name now, so they are counted, and their files must be complete.
-    """
-    files = {file for part in held.values() for file in part.files}
-    return len(held) >= len(record.nodes) and record.files.keys() <= files
 
 
 def _commit(record: PartRecord, held: Mapping[str, HeldPart]) -> UsableCommit:
