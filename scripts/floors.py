@@ -66,6 +66,7 @@ FLOORS: dict[str, int] = {
 SOLE_IMPORTERS: dict[str, tuple[str, ...]] = {
     "tensorstore": ("format/*",),
     "torch.distributed": (
+        "distributed/gloo.py",
         "distributed/torch_store.py",
         "interop/dcp_pieces.py",
         "interop/dcp_reader.py",

@@ -132,7 +132,7 @@ def test_a_sound_house_has_no_violations(tmp_path: Path) -> None:
         ),
         pytest.param(
             {"manager": "def f():\n    import torch.distributed as dist\n"},
-            "manager.py:2: uses torch.distributed: only distributed/torch_store.py or ",
+            "manager.py:2: uses torch.distributed: only distributed/gloo.py or ",
             id="second-door-to-distributed",
         ),
         pytest.param(

@@ -7,6 +7,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from functional_ckpt import errors
+
 Combine: TypeAlias = Callable[[Sequence[bytes]], bytes]
 Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 
@@ -31,6 +33,39 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Closes the channel; a pending `all_to_all` raises."""
+        ...
+
+
+class Transfer(Protocol):
+    """Data on its way between two ranks."""
+
+    def wait(self) -> None:
+        """Returns once the data has arrived, or has been read from the sender's memory.
+
+        Raises:
+            CoordinationError: The other rank has ended, or did not take part in time. Then no other
+                data can be exchanged with it.
+        """
+        ...
+
+
+class Link(Protocol):
+    """Sends data from one rank to another; other ranks take no part. Safe to use from any thread.
+
+    Data of one sender, receiver and tag arrives in the order in which it was sent. Streams that are
+    under way at the same time have different tags. Memory is in use until `Transfer.wait` returns.
+    """
+
+    def send(self, rank: int, data: Bytes, tag: int = 0) -> Transfer:
+        """Starts to send one-dimensional data, of at most 2 GiB, to a rank."""
+        ...
+
+    def receive(self, rank: int, into: Bytes, tag: int = 0) -> Transfer:
+        """Starts to receive data of exactly this size from a rank."""
+        ...
+
+    def close(self) -> None:
+        """Ends it; other ranks whose data was not exchanged get a `CoordinationError`."""
         ...
 
 
@@ -133,6 +168,21 @@ class Coordinator(Protocol):
         """Returns a channel between the ranks; every rank makes one."""
         ...
 
+    def link(self) -> Link:
+        """Returns a link between the ranks; every rank makes one."""
+        ...
+
+    def among(self, ranks: Sequence[int], name: str) -> Coordinator:
+        """Returns a coordinator of some of the ranks, which are counted from 0 in the given order.
+
+        Only these ranks call it, all with the same arguments, and close it.
+
+        Args:
+            ranks: Ranks of this coordinator, this one included.
+            name: What it is for; another call with this name returns another coordinator.
+        """
+        ...
+
     def board(self, name: str) -> Board:
         """Returns the board of this name; only ranks that use it call this."""
         ...
@@ -181,6 +231,15 @@ class SingleProcess:
     def channel(self) -> Channel:
         """Returns a channel that returns the sent data."""
         return _Loop()
+
+    def link(self) -> Link:
+        """Returns a link without another rank."""
+        return _NoOthers()
+
+    def among(self, ranks: Sequence[int], name: str) -> Coordinator:
+        """Returns itself."""
+        del ranks, name
+        return self
 
     def board(self, name: str) -> Board:
         """Returns an empty board, which no other rank reads."""
@@ -239,6 +298,17 @@ class _Loop:
     def all_to_all(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
         del incoming_bytes
         return list(outgoing)
+
+    def close(self) -> None:
+        pass
+
+
+class _NoOthers:
+    def send(self, rank: int, data: Bytes, tag: int = 0) -> Transfer:
+        raise errors.UsageError(f"There is no rank {rank}: this process is alone.")
+
+    def receive(self, rank: int, into: Bytes, tag: int = 0) -> Transfer:
+        raise errors.UsageError(f"There is no rank {rank}: this process is alone.")
 
     def close(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""The coordinator over torch.distributed, and its only importer.
+"""The coordinator over torch.distributed.
 
 Everything goes over clones of the process group's key-value store, under a prefix of our own; the
 training group's collectives are never used. One clone per thread: calls on one store object block
@@ -14,21 +14,20 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any, TypeAlias
 
-import numpy as np
-import torch
 import torch.distributed as dist
 
 from functional_ckpt import errors
+from functional_ckpt.distributed import gloo
 from functional_ckpt.distributed.coordinator import (
     Board,
-    Bytes,
     Channel,
     Combine,
     Coordinator,
+    Link,
     SingleProcess,
     Turns,
 )
@@ -102,16 +101,23 @@ class StoreCoordinator:
     def __init__(self, group: Any, *, timeout_seconds: float | None = None) -> None:
         self._setup(group, None, timeout_seconds or _timeout_of(group))
 
-    def _setup(self, group: Any, prefix: str | None, timeout_seconds: float) -> None:
-        self.rank = dist.get_rank(group)
-        self.num_ranks = dist.get_world_size(group)
-        self.global_ranks = tuple(
-            dist.get_global_rank(group, rank) for rank in range(self.num_ranks)
-        )
+    def _setup(
+        self,
+        group: Any,
+        prefix: str | None,
+        timeout_seconds: float,
+        ranks: tuple[int, ...] | None = None,
+    ) -> None:
+        ranks = tuple(range(dist.get_world_size(group))) if ranks is None else ranks
+        self.rank = ranks.index(dist.get_rank(group))
+        self.num_ranks = len(ranks)
+        self.global_ranks = tuple(dist.get_global_rank(group, rank) for rank in ranks)
+        self._ranks = ranks
         # The group keeps the store's server alive where this process hosts it.
         self._group = group
         self._timeout_seconds = timeout_seconds
-        self._num_channels = 0
+        self._num_groups = 0
+        self._num_named: dict[str, int] = {}
         self._turns: list[StoreTurns] = []
         store = _Store(group.get_group_store(), self.rank)
         if prefix is None:
@@ -131,16 +137,32 @@ class StoreCoordinator:
 
     def background(self) -> Coordinator:
         """Returns a coordinator over a store connection of its own."""
+        return self._other(f"{self._prefix}/background", self._ranks)
+
+    def among(self, ranks: Sequence[int], name: str) -> Coordinator:
+        """See `Coordinator.among`."""
+        number = self._num_named[name] = self._num_named.get(name, 0) + 1
+        chosen = tuple(self._ranks[rank] for rank in ranks)
+        return self._other(f"{self._prefix}/among/{name}/{number}", chosen)
+
+    def _other(self, prefix: str, ranks: tuple[int, ...]) -> Coordinator:
         other = StoreCoordinator.__new__(StoreCoordinator)
-        other._setup(self._group, f"{self._prefix}/background", self._timeout_seconds)
+        other._setup(self._group, prefix, self._timeout_seconds, ranks)
         return other
 
     def channel(self) -> Channel:
         """See `Coordinator.channel`."""
-        self._num_channels += 1
-        prefix = f"{self._prefix}/channel/{self._num_channels}"
+        return gloo.GlooChannel(self._gloo_group())
+
+    def link(self) -> Link:
+        """See `Coordinator.link`."""
+        return gloo.GlooLink(self._gloo_group(), self._ranks)
+
+    def _gloo_group(self) -> Any:
+        self._num_groups += 1
+        prefix = f"{self._prefix}/channel/{self._num_groups}"
         store = dist.PrefixStore(prefix, _clone(self._group.get_group_store()))  # pyright: ignore[reportPrivateImportUsage]
-        return _GlooChannel(store, self.rank, self.num_ranks, self._timeout_seconds)
+        return gloo.connect(store, self.rank, self.num_ranks, self._timeout_seconds)
 
     def board(self, name: str) -> Board:
         """Returns a board over a store connection of its own."""
@@ -173,44 +195,6 @@ class StoreCoordinator:
         """See `Coordinator.close`."""
         if self._rounds.close():
             self._store.delete_soon([key for turns in self._turns for key in turns.last_keys()])
-
-
-class _GlooChannel:
-    """A gloo group that `torch.distributed` does not know of: the training's stay untouched.
-
-    torch names groups by their ranks, so a second group of the same ranks would find keys of the
-    first in the store.
-    """
-
-    def __init__(self, store: Any, rank: int, num_ranks: int, timeout_seconds: float) -> None:
-        timeout = datetime.timedelta(seconds=timeout_seconds)
-        with _clear_errors("connecting the ranks"):
-            make: Any = dist.ProcessGroupGloo  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-            self._group: Any = make(store, rank, num_ranks, timeout)
-
-    def all_to_all(self, outgoing: Sequence[Bytes], incoming_bytes: Sequence[int]) -> list[Bytes]:
-        """See `Channel.all_to_all`."""
-        given = torch.from_numpy(np.concatenate(outgoing))
-        got = torch.empty(sum(incoming_bytes), dtype=torch.uint8, device="cpu")
-        sizes = [len(each) for each in outgoing]
-        with _clear_errors("handing data between the ranks"):
-            self._group.alltoall_base(got, given, list(incoming_bytes), sizes).wait()
-        return [each.numpy() for each in got.split(list(incoming_bytes))]
-
-    def close(self) -> None:
-        """See `Channel.close`."""
-        self._group = None
-
-
-@contextlib.contextmanager
-def _clear_errors(what: str) -> Generator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # gloo's own, and DistError
-        summary = str(error).partition("\n")[0]
-        raise errors.CoordinationError(
-            f"Connection to a rank lost while {what}: {summary}"
-        ) from error
 
 
 class _Store:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from functional_ckpt.distributed.coordinator import Board, Channel, Combine, Coordinator, Turns
+from functional_ckpt.distributed.coordinator import (
+    Board,
+    Channel,
+    Combine,
+    Coordinator,
+    Link,
+    Turns,
+)
 
 
 class Counting:
@@ -26,6 +33,12 @@ class Counting:
 
     def channel(self) -> Channel:
         return self._inner.channel()
+
+    def link(self) -> Link:
+        return self._inner.link()
+
+    def among(self, ranks: Sequence[int], name: str) -> Coordinator:
+        return Counting(self._inner.among(ranks, name), self._rounds)
 
     def board(self, name: str) -> Board:
         return self._inner.board(name)

@@ -15,9 +15,11 @@ from functional_ckpt.distributed.coordinator import (
     Channel,
     Combine,
     Coordinator,
+    Link,
     Turns,
 )
 from functional_ckpt.distributed.key_values import KeyValueStore, StoreBoard
+from functional_ckpt.distributed.peer_link import MemoryLinks
 from functional_ckpt.distributed.rounds import Rounds
 from functional_ckpt.distributed.turns import Member, StoreTurns
 
@@ -29,6 +31,19 @@ class MemoryStore:
         self._mutex = threading.Lock()
         self.values: dict[str, bytes] = {}
         self.num_writes = 0
+        self._links: dict[str, MemoryLinks] = {}
+
+    def links(self, name: str, timeout_seconds: float) -> MemoryLinks:
+        """Returns the links of this name."""
+        with self._mutex:
+            return self._links.setdefault(name, MemoryLinks(timeout_seconds))
+
+    def lose(self, rank: int) -> None:
+        """Lets everyone fail who waits for data of a rank, as it is counted in each link."""
+        with self._mutex:
+            every = list(self._links.values())
+        for links in every:
+            links.lose(rank)
 
     def set(self, key: str, value: bytes, seconds: float) -> None:
         with self._mutex:
@@ -109,14 +124,16 @@ class ThreadCoordinator:
         *,
         timeout_seconds: float = 30.0,
         prefix: str = "group",
+        global_ranks: Sequence[int] | None = None,
     ) -> None:
         self.rank = rank
         self.num_ranks = num_ranks
-        self.global_ranks = tuple(range(num_ranks))
+        self.global_ranks = tuple(range(num_ranks) if global_ranks is None else global_ranks)
         self._store = store
         self._prefix = prefix
         self._timeout_seconds = timeout_seconds
         self._num_others = 0
+        self._num_named: dict[str, int] = {}
         self._turns: list[StoreTurns] = []
         self._rounds = Rounds(
             _Under(store, prefix), rank=rank, num_ranks=num_ranks, timeout_seconds=timeout_seconds
@@ -130,10 +147,25 @@ class ThreadCoordinator:
         return self._rounds.gather_broadcast(what, value, combine)
 
     def background(self) -> Coordinator:
-        seconds, prefix = self._timeout_seconds, self._name("background")
+        return self._other(self.global_ranks, self._name("background"))
+
+    def among(self, ranks: Sequence[int], name: str) -> Coordinator:
+        number = self._num_named[name] = self._num_named.get(name, 0) + 1
+        chosen = tuple(self.global_ranks[rank] for rank in ranks)
+        return self._other(chosen, f"{self._prefix}/among/{name}/{number}")
+
+    def _other(self, ranks: tuple[int, ...], prefix: str) -> Coordinator:
         return ThreadCoordinator(
-            self._store, self.rank, self.num_ranks, timeout_seconds=seconds, prefix=prefix
+            self._store,
+            ranks.index(self.global_ranks[self.rank]),
+            len(ranks),
+            timeout_seconds=self._timeout_seconds,
+            prefix=prefix,
+            global_ranks=ranks,
         )
+
+    def link(self) -> Link:
+        return self._store.links(self._name("link"), self._timeout_seconds).link(self.rank)
 
     def channel(self) -> Channel:
         return _Exchange(self.background())
