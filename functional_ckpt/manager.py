@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
 from functional_ckpt import errors
@@ -23,6 +22,7 @@ from functional_ckpt.saving.options import Eager, SaveOptions, Staging
 from functional_ckpt.steps import acquire, names, orbax_adapters, shown
 from functional_ckpt.steps.metadata import StepMetadata
 from functional_ckpt.steps.names import check_step
+from functional_ckpt.steps.node_local import NodeLocal
 from functional_ckpt.steps.tiers import Tier
 from functional_ckpt.storage.base import Storage
 
@@ -45,6 +45,7 @@ class CheckpointManager(NotCopied, shown.Shown):
         latest_link: Name of a link in the directory to the latest step; None for no link.
         tiers: Where committed steps are uploaded in the background, the nearest first; see `Tier`.
             Steps that `directory` lacks are restored from there.
+        node_local: `fc.NodeLocal()` if `directory` is on each node's own disks.
         overwrite: Whether an existing step may be saved again; it is replaced atomically.
         read_only: Only restore and list steps, also beside a live writer.
         staging: How a save copies the state. `fc.Eager()`: `save` copies all of it into host memory
@@ -79,6 +80,7 @@ class CheckpointManager(NotCopied, shown.Shown):
         step_name: names.NameFormat | str | None = None,
         latest_link: str | None = None,
         tiers: Sequence[Tier | str | os.PathLike[str]] = (),
+        node_local: NodeLocal | None = None,
         overwrite: bool = False,
         read_only: bool = False,
         staging: Staging = Eager(),  # noqa: B008 - frozen
@@ -112,6 +114,7 @@ class CheckpointManager(NotCopied, shown.Shown):
             coordinator=group,
             on_event=on_event,
             storage=storage,
+            node_local=node_local,
             owner=self,
         )
         self._steps, self._saver = self._run.steps, self._run.saver
@@ -286,9 +289,8 @@ class CheckpointManager(NotCopied, shown.Shown):
         self._calls.check_usable()
         if self._steps.read_only or any(info.problem for info in self._steps.all_infos()):
             self._steps.reload()
-        return keep.best_step(
-            self._steps.all_infos(), metric, mode, self._run.options.keep_policies
-        )
+        policies = self._run.options.keep_policies
+        return keep.best_step(self._steps.all_infos(), metric, mode, policies)
 
     def reload(self) -> None:
         """Reads every step from disk again."""
@@ -378,20 +380,14 @@ class CheckpointManager(NotCopied, shown.Shown):
         self._saver.raise_errors()
 
     def _shown(self) -> shown.State:
-        policies = self._run.options.keep_policies
-        saving, is_over = self._saver.committer.step, self._calls.is_over
-        return shown.State(self._steps, policies, saving, is_over)
+        saving, policies = self._saver.committer.step, self._run.options.keep_policies
+        return shown.State(self._steps, policies, saving, self._calls.is_over)
 
     def __enter__(self) -> Self:
         self._calls.check_usable()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             self.close()
         except errors.CheckpointError as failure:

@@ -20,10 +20,14 @@ from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments
 from functional_ckpt.restoring.restorer import Restorer
 from functional_ckpt.saving import saver
+from functional_ckpt.saving.node_publishing import NodePublishing
 from functional_ckpt.saving.options import SaveOptions
+from functional_ckpt.saving.publishing import SharedPublishing
 from functional_ckpt.steps import acquire, names, orbax_adapters, template
+from functional_ckpt.steps.first_tier import SharedTier
 from functional_ckpt.steps.metadata import StepMetadata, step_metadata
 from functional_ckpt.steps.names import check_step
+from functional_ckpt.steps.node_local import NodeLocal
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tiers import Tier, as_tiers, open_tiers
 from functional_ckpt.storage.base import Storage
@@ -62,12 +66,12 @@ class Run:
         def record() -> None:
             self.saver.record(check_step(step), saver.as_json(metrics, "metrics") or {})
 
+        what = f"recording metrics of step {step}"
         run_on_primary(
-            self.coordinator,
-            f"recording metrics of step {step}",
-            record,
-            prepare=prepare,
-            after=self.steps.reload_local,
+            self.coordinator, what, record, prepare=prepare, after=self.steps.reload_local
+        )
+        self.steps.first.on_other_heads(
+            self.coordinator, what, lambda: self.steps.record(step, metrics)
         )
 
     def delete(self, step: int) -> None:
@@ -79,13 +83,9 @@ class Run:
                 self.saver.wait()
             self.steps.existing(check_step(step))
 
-        run_on_primary(
-            self.coordinator,
-            f"deleting step {step}",
-            functools.partial(self.saver.delete, [step]),
-            prepare=prepare,
-            after=self.steps.reload,
-        )
+        what, delete = f"deleting step {step}", functools.partial(self.saver.delete, [step])
+        run_on_primary(self.coordinator, what, delete, prepare=prepare, after=self.steps.reload)
+        self.steps.first.follow(self.coordinator, what, self.steps)
 
     def restore(
         self,
@@ -103,12 +103,11 @@ class Run:
             self.saver.wait_for(step)
         restored = self.restorer.restore(step, into, options, discard_later=discard_later)
         if discard_later and restored.step is not None:
-            run_on_primary(
-                self.coordinator,
-                f"discarding steps later than {restored.step}",
-                functools.partial(self.saver.discard_later, restored.step),
-                after=self.steps.reload,
-            )
+            what = f"discarding steps later than {restored.step}"
+            discard = functools.partial(self.saver.discard_later, restored.step)
+            run_on_primary(self.coordinator, what, discard, after=self.steps.reload)
+            self.steps.first.follow(self.coordinator, what, self.steps)
+        self.steps.first.restored(self.steps, self.coordinator)
         return restored
 
     def restore_or(
@@ -123,6 +122,8 @@ class Run:
         restored = self.restorer.restore_or(
             initial, options, fallback=fallback, on_corrupt=on_corrupt
         )
+        if restored.step is not None:
+            self.steps.first.restored(self.steps, self.coordinator)
         if restored.step is not None or fallback is None:
             return restored
         found: list[restore_lib.Restored] = []
@@ -166,6 +167,7 @@ def open_run(
     coordinator: Coordinator,
     on_event: Listeners | None,
     storage: Storage | None,
+    node_local: NodeLocal | None,
     owner: object,
 ) -> Run:
     """Opens a directory of steps with its tiers; a writer takes its lock.
@@ -184,18 +186,26 @@ def open_run(
         for name, value in [*paths, *(("tiers", tier.path) for tier in known_tiers)]:
             check_no_variables(name, value)
         connected, root = connect(directory, storage)
+        nodes = acquire.node_tier(node_local, coordinator)
         step_names = template.name_format_of(step_name, adapt=orbax_adapters.adapt_name_format)
         events = Events(on_event)
         events.rank = coordinator.rank
         steps = Steps(
-            connected, root, step_names, events, read_only=read_only, latest_link=latest_link
+            connected,
+            root,
+            step_names,
+            events,
+            read_only=read_only,
+            latest_link=latest_link,
+            first=nodes or SharedTier(coordinator),
         )
         if not known_tiers:
             keep_rules.check_not_passing("keep_policy", options.keep_policies)
-    saving = saver.Saver(steps, registry, coordinator, options)
+    make = SharedPublishing if nodes is None else functools.partial(NodePublishing, nodes)
+    saving = saver.Saver(steps, registry, coordinator, options, make)
     restorer = Restorer(steps, registry, coordinator, saving.decider, saving.last_files)
     run = Run(steps, options, coordinator, saving, restorer)
-    alike = options.compared(steps, step_names, known_tiers)
+    alike = options.compared(steps, step_names, known_tiers, node_local)
     try:
         acquire.open_directory(steps, coordinator, alike, owner=owner)
         saving.start()

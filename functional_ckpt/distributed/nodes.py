@@ -59,7 +59,7 @@ def nodes_of(coordinator: Coordinator, node: str | None = None) -> Nodes:
         node: The name of this rank's node; None for that of `FUNCTIONAL_CKPT_NODE`, or else of the
             host.
     """
-    name = node or os.environ.get(NODE_VARIABLE) or socket.gethostname()
+    name = node_name(node)
     if coordinator.num_ranks == 1:
         return Nodes((name,), 0)
 
@@ -68,3 +68,8 @@ def nodes_of(coordinator: Coordinator, node: str | None = None) -> Nodes:
 
     found = coordinator.gather_broadcast("the nodes of the ranks", name.encode(), combine)
     return Nodes(tuple(json.loads(found)), coordinator.rank)
+
+
+def node_name(node: str | None = None) -> str:
+    """Returns the name of this process's node; see `nodes_of`."""
+    return node or os.environ.get(NODE_VARIABLE) or socket.gethostname()

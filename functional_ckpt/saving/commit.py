@@ -7,7 +7,6 @@ is reported once its parent directory is durable.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import logging
@@ -22,7 +21,8 @@ from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.events import Tally
 from functional_ckpt.format.tuning import NUM_THREADS
 from functional_ckpt.policies.base import KeepPolicy, StepInfo
-from functional_ckpt.saving import finalize, lower, retention, retry, stage, write
+from functional_ckpt.saving import retention, retry, write
+from functional_ckpt.saving.publishing import Attempt, MakePublishing, Save, SharedPublishing
 from functional_ckpt.steps import history
 from functional_ckpt.steps.last_files import LastFiles
 from functional_ckpt.steps.run_steps import Steps
@@ -33,42 +33,6 @@ _log = logging.getLogger("functional_ckpt")
 
 # State of a rank's part: written (empty), written from live memory, or the reason of a failure.
 _LIVE, _IS_FULL, _AGAIN = b"live", b"full", b"again"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Save:
-    """A save to commit. The step of a repeat may exist, if its content is the same."""
-
-    step: int
-    staged: stage.Staged
-    info: finalize.CheckpointInfo
-    is_repeat: bool = False
-
-    @property
-    def lowered(self) -> list[lower.LoweredItem]:
-        """The items as this rank has them."""
-        return [item.lowered for item in self.staged.items]
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class _Attempt:
-    """One rank's side of writing a step.
-
-    Attributes:
-        is_last: Whether no other attempt follows.
-        begun: The directory and names of this attempt.
-        report: The report of this rank.
-        is_publishing: On the primary, whether the step may be visible.
-        failure: The error after which a second attempt may succeed.
-        verdict: The outcome, the same on all ranks; with `retries` if it was not published.
-    """
-
-    is_last: bool
-    begun: write.Begun = dataclasses.field(init=False)
-    report: write.RankReport = dataclasses.field(default_factory=dict[str, write.ItemReport])
-    is_publishing: bool = False
-    failure: Exception | None = None
-    verdict: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
 
 class StepCommitter:
@@ -87,18 +51,19 @@ class StepCommitter:
         overwrite: bool,
         last_files: LastFiles,
         num_threads: int,
+        publishing: MakePublishing = SharedPublishing,
     ) -> None:
-        self._overwrite = overwrite
         self._num_threads = num_threads
         self._steps = steps
         self._storage = steps.storage
         self._last_files = last_files
-        self._prunes = bool(keep_policies)
+        self._publishing = publishing(
+            steps, coordinator, overwrite=overwrite, has_pruning=bool(keep_policies)
+        )
         self._retention = retention.Retention(steps, keep_policies)
         self._busy = threading.Lock()  # a commit, or the pruning after an upload
         self._is_prune_due = False
         self._coordinator = coordinator
-        self._leftovers: list[str] = []
 
     @property
     def uploads(self) -> Uploads | None:
@@ -157,27 +122,23 @@ class StepCommitter:
 
         Only staged copies are written again: live memory may have changed once `save` has returned.
         """
-        attempt = self._write_shards(save, _Attempt(is_last=False))
+        attempt = self._write_shards(save, self._attempt(is_last=False))
         if "retries" not in attempt.verdict:
             return attempt.verdict
-        if self._coordinator.rank == 0:
-            self._abandon(attempt.begun.tmp)
-        self._steps.forget(attempt.verdict["removed"])
+        self._publishing.abandon(attempt.begun.tmp)
+        self._forget(attempt.verdict["removed"])
         if not attempt.verdict["retries"]:
             with collective(self._coordinator, f"writing step {save.step}"):
                 if attempt.failure is not None:
                     raise attempt.failure
         if attempt.failure is not None:
             _log.warning("writing step %d again after: %s", save.step, attempt.failure)
-        return self._write_shards(save, _Attempt(is_last=True)).verdict
+        return self._write_shards(save, self._attempt(is_last=True)).verdict
 
-    def _write_shards(self, save: Save, attempt: _Attempt) -> _Attempt:
+    def _write_shards(self, save: Save, attempt: Attempt) -> Attempt:
         """Writes and publishes, or decides whether to try again; the same on all ranks."""
         group = self._coordinator
-        create = functools.partial(self._create, save)
-        what, root = _starting(save.step), self._steps.root
-        has_token = self._storage.objects is not None or self._steps.has_stores
-        attempt.begun = write.begin(group, what, save.lowered, root, create, has_token=has_token)
+        attempt.begun = self._publishing.begin(save, _starting(save.step))
         combine = functools.partial(self._finish_or_retry, save, attempt)
         try:
             with collective(group, f"writing step {save.step}", combine) as turn:
@@ -185,15 +146,15 @@ class StepCommitter:
                 try:
                     attempt.report = self._write_own(save, attempt.begun)
                 except Exception as error:
-                    state = self._state_of(error)
-                    if attempt.is_last or turn.value == _LIVE or not state:
+                    if not (state := attempt.state_after(error, save)):
                         raise
-                    attempt.failure, turn.value = error, state
+                    turn.value = state
         except BaseException:
-            if group.rank == 0:
-                self._abandon(attempt.begun.tmp)
+            self._publishing.abandon(attempt.begun.tmp)
             raise
         attempt.verdict = json.loads(turn.outcome)
+        if "retries" not in attempt.verdict:
+            attempt.verdict = self._publishing.complete(save, attempt, attempt.verdict)
         if attempt.verdict.get("is_unchanged") is False:
             self._last_files.committed(commit.final_path(attempt.begun.tmp))
         return attempt
@@ -204,12 +165,12 @@ class StepCommitter:
             return _IS_FULL if self._steps.has_tiers else b""
         return _AGAIN if retry.is_transient(error) else b""
 
-    def _finish_or_retry(self, save: Save, attempt: _Attempt, states: Sequence[bytes]) -> bytes:
+    def _finish_or_retry(self, save: Save, attempt: Attempt, states: Sequence[bytes]) -> bytes:
         """On the primary: finishes the save, or decides that all ranks write it again."""
         found = set(states)
         if not found - {b"", _LIVE}:
             try:
-                return self._finish(save, attempt)
+                return json.dumps(self._publishing.publish(save, attempt)).encode()
             except Exception as error:
                 state = self._state_of(error)
                 # A step whose publishing failed may be visible.
@@ -218,9 +179,22 @@ class StepCommitter:
                     raise
                 attempt.failure = error
                 found.add(state)
-        removed = self._free_space() if _IS_FULL in found and _LIVE not in found else []
-        retries = _LIVE not in found and (_IS_FULL not in found or bool(removed))
-        return json.dumps({"retries": retries, "removed": removed}).encode()
+        return json.dumps(self._verdict_of(found)).encode()
+
+    def _attempt(self, *, is_last: bool) -> Attempt:
+        return Attempt(is_last=is_last, state_of=self._state_of, verdict_of=self._verdict_of)
+
+    def _verdict_of(self, states: set[bytes]) -> dict[str, Any]:
+        """On the primary: decides whether all ranks write the step again, given their states."""
+        removed = self._free_space() if _IS_FULL in states and _LIVE not in states else []
+        retries = _LIVE not in states and (_IS_FULL not in states or bool(removed))
+        return {"retries": retries, "removed": removed}
+
+    def _forget(self, removed: Sequence[int]) -> None:
+        """Forgets steps that the primary removed; heads of other nodes remove them, too."""
+        if self._coordinator.rank and self._steps.lock is not None:
+            self._steps.prune(removed)
+        self._steps.forget(removed)
 
     def _free_space(self) -> list[int]:
         """On the primary: removes the steps that remote tiers hold; returns them."""
@@ -255,55 +229,10 @@ class StepCommitter:
                 "caller's own memory, which may have changed since.",
                 step=save.step,
             )
+        self._publishing.deliver(begun, report)
         seconds = time.monotonic() - started
         self._steps.emit("written", save.step, seconds=seconds, num_bytes=staged.num_bytes)
         return report
-
-    def _abandon(self, tmp: str) -> None:
-        """On the primary: removes a failed save's directory, now or before the next save."""
-        if not self._steps.commits.abandon(tmp):
-            self._leftovers.append(tmp)
-
-    def _create(self, save: Save) -> str:
-        """On the primary: creates the temporary directory; returns its path."""
-        self._steps.check_lock()
-        self._steps.commits.finish_overwrite()
-        self._leftovers = [
-            each for each in self._leftovers if not self._steps.commits.abandon(each)
-        ]
-        final = self._steps.new_path(save.step, save.info.progress)
-        return self._steps.commits.begin(final)
-
-    def _finish(self, save: Save, attempt: _Attempt) -> bytes:
-        """On the primary: finalizes and publishes; the step is committed when this returns."""
-        commit_time_ns, info, begun = time.time_ns(), save.info, attempt.begun
-        tmp = begun.tmp
-        num_ranks = self._coordinator.num_ranks
-        reports = write.every_report(self._storage, begun, attempt.report, num_ranks)
-        size_bytes = finalize.finalize(
-            self._storage, tmp, save.lowered, reports, info, commit_time_ns, begun.token
-        )
-        final = commit.final_path(tmp)
-        if save.is_repeat and finalize.is_same(self._storage, tmp, final):
-            self._abandon(tmp)
-            return json.dumps({"is_unchanged": True}).encode()
-        if save.is_repeat:
-            self._steps.check_free(save.step, info.progress, overwrite=self._overwrite)
-        self._steps.check_lock()
-        attempt.is_publishing = True
-        replaced = self._steps.commits.publish(tmp, final, overwrite=self._overwrite)
-        # The primary decides on the next round, so that no rank waits for one that another skips.
-        cleans_up = bool(self._prunes or self._steps.latest_link or self._steps.has_tiers)
-        outcome = {
-            "is_unchanged": False,
-            "commit_time_ns": commit_time_ns,
-            "size_bytes": size_bytes,
-            "replaced": replaced,
-            "cleans_up": cleans_up or replaced is not None,
-            "generation": info.line.generation,
-            "ancestors": info.line.ancestors,
-        }
-        return json.dumps(outcome).encode()
 
     def _clean_up(self, info: StepInfo, replaced: str | None) -> errors.SaveError | None:
         """Prunes after a commit; a failure costs disk space, never a step."""
@@ -318,11 +247,10 @@ class StepCommitter:
             done = json.loads(self._coordinator.gather_broadcast(what, b"", on_primary))
         except Exception as error:  # noqa: BLE001 - reported like what fails inside
             return self._not_cleaned_up(info.step, [str(error)], error)
+        failures: list[str] = done["failures"]
         if self._coordinator.rank:
-            self._steps.follow(done["lists"])
-        if not done["failures"]:
-            return None
-        return self._not_cleaned_up(info.step, done["failures"], None)
+            failures += self._publishing.follow(info.step, done["lists"])
+        return self._not_cleaned_up(info.step, failures, None) if failures else None
 
     def _not_cleaned_up(
         self, step: int, failures: Sequence[str], cause: BaseException | None

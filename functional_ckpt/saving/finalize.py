@@ -51,6 +51,19 @@ class CheckpointInfo:
     line: lines.Line = dataclasses.field(default_factory=lines.Line)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finalized:
+    """A checkpoint whose indexes and records were written.
+
+    Attributes:
+        size_bytes: Its size.
+        files: All its files, relative to its directory.
+    """
+
+    size_bytes: int
+    files: tuple[str, ...]
+
+
 def finalize(
     storage: Storage,
     directory: str,
@@ -65,6 +78,22 @@ def finalize(
     The directory holds the data files of all ranks; `reports` are in order of rank. A token becomes
     part of the names of indexes.
     """
+    written = write_records(storage, directory, items, reports, info, commit_time_ns, token)
+    # From the records, not from a listing: if a file has disappeared, the save must fail.
+    commit.sync_tree(storage, directory, written.files)
+    return written.size_bytes
+
+
+def write_records(
+    storage: Storage,
+    directory: str,
+    items: Sequence[LoweredItem],
+    reports: Sequence[RankReport],
+    info: CheckpointInfo,
+    commit_time_ns: int,
+    token: str = "",
+) -> Finalized:
+    """As `finalize`, but nothing is durable yet, and no data file need be in `directory`."""
     size_bytes = 0
     names: dict[str, str] = {}
     files: dict[str, records.FileRecord] = {}
@@ -107,9 +136,8 @@ def finalize(
     )
     name = records.EXTENSION_FILE
     files[name] = _write(storage, directory, name, step.to_json())
-    # From the records, not from a listing: if a file has disappeared, the save must fail.
-    commit.sync_tree(storage, directory, [*of_items, *files])
-    return size_bytes + sum(file.size_bytes for file in files.values())
+    size_bytes += sum(file.size_bytes for file in files.values())
+    return Finalized(size_bytes, (*of_items, *files))
 
 
 def is_same(storage: Storage, new: str, old: str) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -14,7 +14,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding as sharding_lib
 from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.records import orbax
-from functional_ckpt.core.tree import encode, flatten, memory, structure
+from functional_ckpt.core.tree import encode, flatten, memory, plain_json, structure
 from functional_ckpt.format.step_files import PROGRESS_ITEM
 from functional_ckpt.handlers import nested
 from functional_ckpt.handlers.base import Item, Registry
@@ -251,3 +251,30 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError, RecursionError):
         return False
     return True
+
+
+def check_kept_by_json(value: object, where: str) -> None:
+    """Raises `UsageError` for strings and keys that JSON would not return unchanged."""
+    if isinstance(value, str) and plain_json.is_joined_by_json(value):
+        raise errors.UsageError(
+            f"{where} has a str of two surrogates that JSON returns as one character: {value!r}."
+        )
+    if isinstance(value, Mapping):
+        for key, each in cast("Mapping[object, object]", value).items():
+            if not isinstance(key, str):
+                raise errors.UsageError(
+                    f"{where} has the key {key!r}, which JSON returns as a str. Pass str(key)."
+                )
+            check_kept_by_json(key, where)
+            check_kept_by_json(each, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, each in enumerate(cast("Sequence[object]", value)):
+            check_kept_by_json(each, f"{where}[{index}]")
+
+
+def plain_number(value: Any) -> Any:
+    """Returns a tensor or numpy array of one element as a number; other values unchanged."""
+    is_scalar = callable(getattr(value, "item", None)) and getattr(value, "size", None) is not None
+    if not is_scalar or (value.numel() if isinstance(value, torch.Tensor) else value.size) != 1:
+        return value
+    return value.item()

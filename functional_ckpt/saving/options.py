@@ -10,6 +10,7 @@ from functional_ckpt import errors
 from functional_ckpt.policies.base import KeepPolicy
 from functional_ckpt.policies.checks import check_bool
 from functional_ckpt.policies.save_rules import SaveRule
+from functional_ckpt.steps.node_local import NodeLocal
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tiers import Tier
 
@@ -81,9 +82,16 @@ class SaveOptions:
         if self.on_busy not in ("wait", "skip"):
             raise errors.UsageError(f"on_busy must be 'wait' or 'skip'; got {self.on_busy!r}.")
 
-    def compared(self, steps: Steps, step_name: object, tiers: Sequence[Tier]) -> dict[str, Any]:
+    def compared(
+        self,
+        steps: Steps,
+        step_name: object,
+        tiers: Sequence[Tier],
+        node_local: NodeLocal | None = None,
+    ) -> dict[str, Any]:
         """Returns the options that must be equal on all ranks; memory budgets may differ."""
         return {
+            "node_local": node_local and dataclasses.replace(node_local, node=None),
             "read_only": steps.read_only,
             "step_name": step_name,
             "latest_link": steps.latest_link,

@@ -16,7 +16,7 @@ from functional_ckpt.policies import keep_rules, lines
 from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
 from functional_ckpt.steps.run_log import RunLog
 from functional_ckpt.steps.run_steps import Steps
-from functional_ckpt.steps.tier_steps import united
+from functional_ckpt.steps.step_table import united
 from functional_ckpt.steps.uploads import Uploads
 
 _log = logging.getLogger("functional_ckpt")
@@ -48,17 +48,17 @@ class Retention:
             The failures, one line each.
         """
         steps, failures = self._steps, list[str]()
-        with _noting(failures):
+        with noting(failures):
             if self.uploads is not None:
                 self.uploads.committed(info)
         is_promised = not failures  # else a pruned step could be in no tier
-        with _noting(failures):
+        with noting(failures):
             steps.update_latest_link()
-        with _noting(failures):
+        with noting(failures):
             if replaced is not None:
                 steps.forget_late_metrics(info.step)
                 steps.storage.remove(replaced)
-        with _noting(failures):
+        with noting(failures):
             if is_promised:
                 failures += self.prune(committed=info.step)
         return failures
@@ -117,6 +117,7 @@ class Retention:
         ):
             gone.add(newest.step)
         if gone:
+            gone -= self._steps.first.held_back(known)
             self._warn_of_metrics(known)
         return [info for info in known if info.step in gone]
 
@@ -129,7 +130,8 @@ class Retention:
 
 
 @contextlib.contextmanager
-def _noting(failures: list[str]) -> Generator[None]:
+def noting(failures: list[str]) -> Generator[None]:
+    """Adds an error in the block to the failures."""
     try:
         yield
     except errors.CheckpointError as error:

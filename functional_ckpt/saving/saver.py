@@ -7,12 +7,9 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.core.tree import plain_json
 from functional_ckpt.distributed.collective import fails_on_all
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.format.tuning import NUM_THREADS
@@ -24,6 +21,7 @@ from functional_ckpt.runtime import threads
 from functional_ckpt.saving import background, commit, finalize, lower, snapshots, stage
 from functional_ckpt.saving import plan as plan_lib
 from functional_ckpt.saving.options import Blocking, SaveOptions
+from functional_ckpt.saving.publishing import MakePublishing, Save, SharedPublishing
 from functional_ckpt.steps import decide, preemption, rollback
 from functional_ckpt.steps.last_files import LastFiles
 from functional_ckpt.steps.names import check_step
@@ -44,7 +42,12 @@ class Saver:
     """
 
     def __init__(
-        self, steps: Steps, registry: Registry, coordinator: Coordinator, options: SaveOptions
+        self,
+        steps: Steps,
+        registry: Registry,
+        coordinator: Coordinator,
+        options: SaveOptions,
+        make_publishing: MakePublishing = SharedPublishing,
     ) -> None:
         self._steps = steps
         self._registry = registry
@@ -66,6 +69,7 @@ class Saver:
             overwrite=options.overwrite,
             last_files=self.last_files,
             num_threads=NUM_THREADS if is_blocking else threads.num_spare_cores(),
+            publishing=make_publishing,
         )
         self.decider = decide.SaveDecider(
             options.save_rule,
@@ -133,21 +137,21 @@ class Saver:
             # From here on the commit cleans up, or its cancellation does.
             closing = cleanup.pop_all()
             is_repeat = self._is_repeat(step, force)
-            save = commit.Save(step=step, staged=staged, info=info, is_repeat=is_repeat)
+            save = Save(step=step, staged=staged, info=info, is_repeat=is_repeat)
             return self._commit(save, closing, interruption)
 
     def _is_repeat(self, step: int, force: bool) -> bool:
         """Returns whether this run has just saved the step, maybe as a snapshot."""
         return step == self.decider.last_saved and (force or step == self._snapshots.saved_step)
 
-    def _start_copy(self, save: commit.Save) -> background.Commit:
+    def _start_copy(self, save: Save) -> background.Commit:
         """Starts the commit of a snapshot."""
         closing = contextlib.ExitStack()
         if (lock := self._steps.lock) is not None:
             closing.callback(lock.leave, lock.enter())
         return self._start(save, closing)
 
-    def _start(self, save: commit.Save, closing: contextlib.ExitStack) -> background.Commit:
+    def _start(self, save: Save, closing: contextlib.ExitStack) -> background.Commit:
         """Starts a commit."""
         on_durable = self._snapshots.cover()
         work = functools.partial(_run_and_close, self._writer, save, closing, on_durable)
@@ -156,7 +160,10 @@ class Saver:
         return handle
 
     def _commit(
-        self, save: commit.Save, closing: contextlib.ExitStack, interruption: BaseException | None
+        self,
+        save: Save,
+        closing: contextlib.ExitStack,
+        interruption: BaseException | None,
     ) -> background.Commit:
         """Starts the commit of a staged save; with `fc.Blocking()` also waits for it."""
         staged = save.staged
@@ -324,7 +331,7 @@ class Saver:
 
 def _run_and_close(
     committer: commit.StepCommitter,
-    save: commit.Save,
+    save: Save,
     closing: contextlib.ExitStack,
     on_durable: Callable[[], None],
 ) -> errors.SaveError | None:
@@ -358,37 +365,10 @@ def as_json(value: Mapping[str, Any] | None, what: str) -> Mapping[str, Any] | N
         return None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise errors.UsageError(f"{what} must be a mapping with str keys; got {value!r:.80}.")
-    plain = {key: _plain_number(each) for key, each in value.items()}
+    plain = {key: lower.plain_number(each) for key, each in value.items()}
     lower.to_json(plain, what)
-    _check_kept_by_json(plain, what)
+    lower.check_kept_by_json(plain, what)
     return plain
-
-
-def _check_kept_by_json(value: object, where: str) -> None:
-    """Raises `UsageError` for strings and keys that JSON would not return unchanged."""
-    if isinstance(value, str) and plain_json.is_joined_by_json(value):
-        raise errors.UsageError(
-            f"{where} has a str of two surrogates that JSON returns as one character: {value!r}."
-        )
-    if isinstance(value, Mapping):
-        for key, each in cast("Mapping[object, object]", value).items():
-            if not isinstance(key, str):
-                raise errors.UsageError(
-                    f"{where} has the key {key!r}, which JSON returns as a str. Pass str(key)."
-                )
-            _check_kept_by_json(key, where)
-            _check_kept_by_json(each, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for index, each in enumerate(cast("Sequence[object]", value)):
-            _check_kept_by_json(each, f"{where}[{index}]")
-
-
-def _plain_number(value: Any) -> Any:
-    """Returns a tensor or numpy array of one element as a number; other values unchanged."""
-    is_scalar = callable(getattr(value, "item", None)) and getattr(value, "size", None) is not None
-    if not is_scalar or (value.numel() if isinstance(value, torch.Tensor) else value.size) != 1:
-        return value
-    return value.item()
 
 
 def checked_progress(progress: Progress | None) -> Progress | None:

@@ -90,4 +90,7 @@ def _write(
             return b""
 
         with collective(group, f"saving {final}", finish):
-            reports[group.rank] = write_lib.write_part(storage, begun, staged(), group)
+            own = write_lib.write_part(storage, begun, staged(), group)
+            if group.rank:
+                write_lib.write_report(storage, begun, group.rank, own)
+            reports[group.rank] = own

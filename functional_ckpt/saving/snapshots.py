@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import Board, Coordinator
 from functional_ckpt.policies.save import Preemption
-from functional_ckpt.saving import background, commit, stage
+from functional_ckpt.saving import background, publishing, stage
 from functional_ckpt.saving.finalize import CheckpointInfo
 from functional_ckpt.saving.lower import LoweredItem
 from functional_ckpt.saving.options import Eager
@@ -52,7 +52,7 @@ class Snapshots:
         policy: Preemption | None,
         committer: background.CommitThread,
         coordinator: Coordinator,
-        start: Callable[[commit.Save], background.Commit],
+        start: Callable[[publishing.Save], background.Commit],
     ) -> None:
         self.turn = threading.Lock()
         self._stager = stage.Stager(Eager())
@@ -60,8 +60,8 @@ class Snapshots:
         self._committer = committer
         self._coordinator = coordinator
         self._start = start
-        self._held: commit.Save | None = None
-        self._covered: commit.Save | None = None
+        self._held: publishing.Save | None = None
+        self._covered: publishing.Save | None = None
         self._own: background.Commit | None = None
         self._pipe: SignalPipe | None = None
         self._stop = threading.Event()
@@ -93,7 +93,7 @@ class Snapshots:
                 self._committer.wait()  # it reads the memory of the last copy
             self._held = None
             staged = self._stager.stage(items, plan, step)
-            self._held = commit.Save(step=step, staged=staged, info=info, is_repeat=True)
+            self._held = publishing.Save(step=step, staged=staged, info=info, is_repeat=True)
 
     def cover(self) -> Callable[[], None]:
         """Notes, with the turn, that the commit of a newer save starts.
@@ -151,7 +151,7 @@ class Snapshots:
             return _BUSY
         return b"%d" % self._held.step
 
-    def _forget(self, copy: commit.Save | None) -> None:
+    def _forget(self, copy: publishing.Save | None) -> None:
         if self._held is copy:
             self._held = None
 

@@ -100,7 +100,7 @@ def write_part(
 ) -> RankReport:
     """Writes this rank's regions of every item; nothing is durable yet.
 
-    Ranks other than the primary also write their report, for `every_report`.
+    Ranks other than the primary then give their report to it, e.g. by `write_report`.
 
     Args:
         storage: The file system.
@@ -141,8 +141,6 @@ def write_part(
         report[name] = ItemReport(
             regions=written.boxes, files=written.files, root=None if is_known else root
         )
-    if group.rank:
-        write_report(storage, begun, group.rank, report)
     return report
 
 
@@ -198,11 +196,27 @@ def _root_digest(root: structure.Node) -> str:
 def write_report(storage: Storage, begun: Begun, rank: int, report: RankReport) -> None:
     """Writes this rank's report to a file that the primary reads."""
     storage.make_directory(os.path.join(begun.tmp, REPORTS), parents=False)
-    encoded = {name: item.encode() for name, item in report.items()}
-    header = json.dumps({name: record for name, (record, _) in encoded.items()}).encode()
-    content = b"".join([header, b"\n", *(data for _, data in encoded.values())])
+    content = encode_report(report)
     digest = records.digest_hex(content).encode()
     storage.write(_report_path(begun, rank), content + digest)
+
+
+def encode_report(report: RankReport) -> bytes:
+    """Returns a report as a message to the primary."""
+    encoded = {name: item.encode() for name, item in report.items()}
+    header = json.dumps({name: record for name, (record, _) in encoded.items()}).encode()
+    return b"".join([header, b"\n", *(data for _, data in encoded.values())])
+
+
+def decode_report(content: bytes) -> RankReport:
+    """Returns the report of `encode_report`."""
+    header, _, data = content.partition(b"\n")
+    reports: dict[str, ItemReport] = {}
+    for name, record in json.loads(header).items():
+        end = record["num_bytes"]
+        reports[name] = ItemReport.decode(record, data[:end])
+        data = data[end:]
+    return reports
 
 
 def _report_path(begun: Begun, rank: int) -> str:
@@ -223,10 +237,4 @@ def read_report(storage: Storage, begun: Begun, rank: int) -> RankReport:
     content, digest = content[:-16], content[-16:]
     if records.digest_hex(content).encode() != digest:
         raise errors.CorruptCheckpointError(f"{path}: it was changed or cut short.", path=path)
-    header, _, data = content.partition(b"\n")
-    reports: dict[str, ItemReport] = {}
-    for name, record in json.loads(header).items():
-        end = record["num_bytes"]
-        reports[name] = ItemReport.decode(record, data[:end])
-        data = data[end:]
-    return reports
+    return decode_report(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.core.records.orbax import CHECKPOINT_METADATA_FILE
@@ -12,7 +12,7 @@ from functional_ckpt.core.records.records import EXTENSION_FILE
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps import history, template
-from functional_ckpt.steps.index import StepIndex, has_record
+from functional_ckpt.steps.index import Index, StepIndex, has_record
 from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage import commit, queries, replacement, tmp_paths
@@ -20,7 +20,11 @@ from functional_ckpt.storage.base import Storage
 
 
 class StepDirectory:
-    """A directory of steps. Only records of commits and late metrics are cached."""
+    """A directory of steps. Only records of commits and late metrics are cached.
+
+    Attributes:
+        before_removal: Called with the steps before they are hidden or removed.
+    """
 
     def __init__(self, storage: Storage, root: str, names: NameFormat, *, read_only: bool) -> None:
         self.storage = storage
@@ -30,7 +34,8 @@ class StepDirectory:
         self.hidden = self.commits.hidden
         self._names = names
         self.late = LateMetrics(storage, root)
-        self._index = StepIndex(storage, root, names)
+        self._index: Index = StepIndex(storage, root, names)
+        self.before_removal: Callable[[Iterable[int]], None] = lambda _: None
 
     def path(self, step: int) -> str:
         """Returns the path of a step, or its future path if the number determines it."""
@@ -112,8 +117,24 @@ class StepDirectory:
         path = os.path.join(self.root, name)
         return queries.is_link(self.storage, path) and has_record(self.storage, path)
 
+    def list_by(self, index: Index) -> None:
+        """Takes the steps from another index from now on."""
+        self._index = index
+
+    @property
+    def index(self) -> Index:
+        """The index of the directory."""
+        return self._index
+
+    @property
+    def name_format(self) -> NameFormat:
+        """The format of the steps' names."""
+        return self._names
+
     def hide(self, names: Iterable[str]) -> None:
         """Hides directories, all at once, before they are removed."""
+        names = tuple(names)
+        self.before_removal(step for name in names if (step := self._names.parse(name)) is not None)
         self.commits.removals.hide(names)
 
     def unhide(self, names: Iterable[str]) -> None:
@@ -122,6 +143,8 @@ class StepDirectory:
 
     def on_disk(self, step: int) -> StepInfo:
         """Returns the step as it is stored now: another process may have committed it again."""
+        if (entry := self._index.elsewhere.get(step)) is not None:
+            return entry.info
         return history.read_sound_step(self.storage, self.path(step), step)
 
     def records_of(self, step: int) -> list[bytes | None]:
@@ -144,7 +167,10 @@ class StepDirectory:
     def check_path_free(self, step: int, progress: Progress | None, *, overwrite: bool) -> None:
         """Raises `StepExistsError` if the directory has the step and it must not be replaced."""
         path = self.new_path(step, progress)
-        if not queries.exists(self.storage, path):
+        if not overwrite and step in self._index.elsewhere:
+            raise self._exists_error(step, path)
+        is_unused = self._index.is_unused(os.path.basename(path))
+        if is_unused or not queries.exists(self.storage, path):
             return
         if not self.commits.is_committed(path) and queries.is_directory(self.storage, path):
             return  # the leftovers of a failed save, which `CommitProtocol.begin` removes
@@ -164,9 +190,12 @@ class StepDirectory:
                 path=path,
             )
         if not overwrite:
-            raise errors.StepExistsError(
-                f"Step {step} exists in {self.root}. Pass overwrite=True to CheckpointManager to "
-                "replace it, delete it, or save another step.",
-                step=step,
-                path=path,
-            )
+            raise self._exists_error(step, path)
+
+    def _exists_error(self, step: int, path: str) -> errors.StepExistsError:
+        return errors.StepExistsError(
+            f"Step {step} exists in {self.root}. Pass overwrite=True to CheckpointManager to "
+            "replace it, delete it, or save another step.",
+            step=step,
+            path=path,
+        )

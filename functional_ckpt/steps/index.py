@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
+from typing import Protocol
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
@@ -29,6 +30,32 @@ class Entry:
     name: str
     commit_id: str
     info: StepInfo
+
+
+class Index(Protocol):
+    """The steps of a directory, as `StepIndex` finds them, or as several nodes hold them."""
+
+    @property
+    def strays(self) -> Mapping[str, str]:
+        """Name -> kind of each entry that has a step's name but is no step."""
+        ...
+
+    @property
+    def elsewhere(self) -> Mapping[int, Entry]:
+        """Steps that only directories of other nodes hold."""
+        ...
+
+    def look(self, *, reread: bool = False) -> dict[int, Entry]:
+        """Returns the steps that exist now, ascending; with `reread` all records are read again."""
+        ...
+
+    def forget(self, steps: Collection[int]) -> None:
+        """Notes that steps were removed, or committed here: they are not elsewhere."""
+        ...
+
+    def is_unused(self, name: str) -> bool:
+        """Returns whether a directory is a part that cannot be used, and may be moved aside."""
+        ...
 
 
 _NUM_CHECKED = 8
@@ -51,6 +78,7 @@ class StepIndex:
 
     Attributes:
         strays: Name -> kind of each entry that has a step's name but is no step.
+        elsewhere: Steps that only directories of other nodes hold; none here.
     """
 
     def __init__(self, storage: Storage, root: str, names: NameFormat) -> None:
@@ -62,6 +90,7 @@ class StepIndex:
         self._last: tuple[bytes | None, Mapping[str, Entry]] = None, {}
         self._num_looks = 0
         self.strays: Mapping[str, str] = {}
+        self.elsewhere: Mapping[int, Entry] = {}
 
     def look(self, *, reread: bool = False) -> dict[int, Entry]:
         """Returns the steps that exist now, ascending.
@@ -96,6 +125,14 @@ class StepIndex:
             if name in found:
                 steps.setdefault(step, found[name])
         return dict(sorted(steps.items()))
+
+    def forget(self, steps: Collection[int]) -> None:
+        """Does nothing: the next look finds that out."""
+
+    def is_unused(self, name: str) -> bool:
+        """Returns False."""
+        del name
+        return False
 
     def _unchanged(self, known: Mapping[str, Entry]) -> dict[str, Entry]:
         """Returns the known steps without those to compare in this look."""

@@ -16,7 +16,7 @@ from functional_ckpt.policies.progress import Progress
 from functional_ckpt.steps import history
 from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.steps.run_steps import Steps
-from functional_ckpt.steps.tier_steps import united
+from functional_ckpt.steps.step_table import united
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

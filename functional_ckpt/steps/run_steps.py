@@ -7,14 +7,17 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from functional_ckpt import errors
+from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.events import Events
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.policies.checks import check_seconds
 from functional_ckpt.policies.progress import Progress
+from functional_ckpt.steps.first_tier import FirstTier, SharedTier
 from functional_ckpt.steps.index import no_such_step
 from functional_ckpt.steps.names import NameFormat
-from functional_ckpt.steps.tier_steps import TierSteps, united
+from functional_ckpt.steps.step_table import united
+from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.storage.base import Storage
 
 _log = logging.getLogger("functional_ckpt")
@@ -23,9 +26,10 @@ _log = logging.getLogger("functional_ckpt")
 class Steps(TierSteps):
     """The steps of a run: its own directory, which is the first tier, and the remote tiers.
 
-    The arguments are those of `TierSteps`.
+    The arguments are those of `TierSteps`, and how the ranks hold the first tier.
 
     Attributes:
+        first: How the ranks hold the first tier.
         remote: The remote tiers that were opened, the nearest first.
         has_tiers: Whether there are remote tiers, open or not.
         has_stores: Whether one of them is an object store.
@@ -42,8 +46,10 @@ class Steps(TierSteps):
         *,
         read_only: bool,
         latest_link: str | None,
+        first: FirstTier | None = None,
     ) -> None:
         super().__init__(storage, root, names, events, read_only=read_only, latest_link=latest_link)
+        self.first: FirstTier = first or SharedTier(SingleProcess())
         self.remote: tuple[TierSteps, ...] = ()
         self.has_tiers = self.has_stores = False
         self.reach: Callable[[bool], None] = lambda _: None
@@ -213,7 +219,8 @@ class Steps(TierSteps):
     def next_line(self) -> lines.Line:
         """Returns the line of the next step to be saved."""
         if self._origin is None:
-            return lines.present(united(each.infos for each in self.all_tiers))
+            present = lines.present(united(each.infos for each in self.all_tiers))
+            return self.first.line(None, present)
         if self._line is None:
             self._line = lines.resumed(self._origin, self._present())
-        return self._line
+        return self.first.line(self._origin, self._line)

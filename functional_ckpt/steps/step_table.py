@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Collection, Iterable
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
 
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps.late_metrics import LateMetrics
@@ -72,3 +73,18 @@ class StepTable:
     def is_known(self, info: StepInfo) -> bool:
         """Returns whether a step is in the table, unchanged since it was added."""
         return self._committed.get(info.step) is info
+
+
+def united(tiers: Iterable[Sequence[StepInfo]]) -> tuple[StepInfo, ...]:
+    """Returns the steps of several tiers, ascending; of each number that of the nearest tier.
+
+    Metrics that only another tier has for the same commit are added.
+    """
+    infos: dict[int, StepInfo] = {}
+    for tier in tiers:
+        for info in tier:
+            near = infos.setdefault(info.step, info)
+            if near is not info and near.time == info.time and info.metrics:
+                metrics = {**info.metrics, **(near.metrics or {})}
+                infos[info.step] = dataclasses.replace(near, metrics=metrics)
+    return tuple(infos[step] for step in sorted(infos))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import logging
 import os
@@ -19,7 +18,7 @@ from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps import history
 from functional_ckpt.steps.directory import StepDirectory
 from functional_ckpt.steps.names import NameFormat
-from functional_ckpt.steps.step_table import StepTable
+from functional_ckpt.steps.step_table import StepTable, united
 from functional_ckpt.steps.writer_lock import WriterLock
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
@@ -211,6 +210,7 @@ class TierSteps(StepDirectory):
 
     def remember(self, info: StepInfo) -> None:
         """Adds a step that was committed."""
+        self._index.forget([info.step])
         with self._changing() as table:
             table.add(info)
 
@@ -222,13 +222,14 @@ class TierSteps(StepDirectory):
     def forget_missing(self) -> bool:
         """Forgets the steps that other processes removed; returns whether there were any."""
         known = [info.step for info in self.infos]
-        there = self.paths_if_there(known)
+        there = {*self.paths_if_there(known), *self._index.elsewhere}
         missing = [step for step in known if step not in there]
         self.forget(missing)
         return bool(missing)
 
     def forget(self, steps: Collection[int]) -> None:
         """Forgets steps that were removed."""
+        self._index.forget(steps)
         with self._changing() as table:
             table.discard(steps)
 
@@ -285,7 +286,7 @@ class TierSteps(StepDirectory):
             )
         self.late.record(info, metrics)
         path = self.path(step)
-        if not self.commits.is_committed(path):
+        if step not in self._index.elsewhere and not self.commits.is_committed(path):
             raise errors.StepNotFoundError(
                 f"{path} was removed or moved while its metrics were recorded; they are not "
                 "recorded.",
@@ -356,6 +357,7 @@ class TierSteps(StepDirectory):
             Step -> the reason why it could not be removed. A hidden step is forgotten regardless.
         """
         self.check_lock()
+        self.before_removal(steps)
         failures: dict[int, errors.CheckpointError] = {}
         newest = lines.newest(self.infos)
         if newest is not None and newest.step in steps:
@@ -376,21 +378,6 @@ class TierSteps(StepDirectory):
             except errors.CheckpointError as error:
                 failures.setdefault(gone[0], error)
         return {step: error.replace(step=step) for step, error in failures.items()}
-
-
-def united(tiers: Iterable[Sequence[StepInfo]]) -> tuple[StepInfo, ...]:
-    """Returns the steps of several tiers, ascending; of each number that of the nearest tier.
-
-    Metrics that only another tier has for the same commit are added.
-    """
-    infos: dict[int, StepInfo] = {}
-    for tier in tiers:
-        for info in tier:
-            near = infos.setdefault(info.step, info)
-            if near is not info and near.time == info.time and info.metrics:
-                metrics = {**info.metrics, **(near.metrics or {})}
-                infos[info.step] = dataclasses.replace(near, metrics=metrics)
-    return tuple(infos[step] for step in sorted(infos))
 
 
 def _is_component(name: str) -> bool:

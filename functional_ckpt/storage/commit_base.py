@@ -19,7 +19,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence, Set
 from typing import ClassVar
 
 from functional_ckpt import errors
@@ -187,11 +187,11 @@ class CommitProtocol(abc.ABC):
         for error in self.remove([os.path.basename(path)]).values():
             raise error
 
-    def recover(self, *, keep: Collection[str] = ()) -> list[str]:
+    def recover(self, *, keep: Set[str] = frozenset()) -> list[str]:
         """Completes or removes a dead writer's leftovers; only the holder of the lock may call it.
 
         Args:
-            keep: Names of steps whose unfinished directories are kept.
+            keep: Names of unfinished directories that are kept, or of the steps that they are of.
 
         Returns:
             The actions, one line each, for the log.
@@ -199,7 +199,11 @@ class CommitProtocol(abc.ABC):
         storage, hidden = self.storage, self.hidden
         done = self.finish_overwrite()
         for name in storage.list(self.root):
-            if TMP_SUFFIX in name and not name.startswith(".") and final_path(name) not in keep:
+            if (
+                TMP_SUFFIX in name
+                and not name.startswith(".")
+                and keep.isdisjoint((name, final_path(name)))
+            ):
                 path = os.path.join(self.root, name)
                 if self._is_mid_swap(final_path(path)):
                     continue  # it, or the copy that it was to replace, is all that is left

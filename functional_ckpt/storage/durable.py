@@ -53,8 +53,8 @@ def _folders(files: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda name: (not name, -name.count("/"), name))
 
 
-def check_visible(storage: Storage, path: str, rank: int) -> None:
-    """Raises `CoordinationError` if `rank` cannot see the primary's new directory.
+def check_visible(storage: Storage, path: str, rank: int, *, creator: int = 0) -> None:
+    """Raises `CoordinationError` if `rank` cannot see what another rank has created.
 
     Network file systems may cache that a name did not exist. Listing the parent refreshes the
     cache.
@@ -64,8 +64,8 @@ def check_visible(storage: Storage, path: str, rank: int) -> None:
     while name not in storage.list(parent) or not exists(storage, path):
         if time.monotonic() >= deadline:
             raise errors.CoordinationError(
-                f"Rank {rank} cannot see {path}, created by rank 0. All ranks must use the same "
-                "directory on a shared file system.",
+                f"Rank {rank} cannot see {path}, created by rank {creator}. All ranks must use the "
+                "same directory on a shared file system.",
                 ranks=(rank,),
                 path=path,
             )

@@ -1,0 +1,59 @@
+"""Changes of the parts in a node's directory, as the nodes have decided."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from functional_ckpt.core.nodes.part import PART_FILE
+from functional_ckpt.core.nodes.rules import HeldPart, Move
+from functional_ckpt.steps import node_inventory
+from functional_ckpt.steps.tier_steps import TierSteps
+from functional_ckpt.storage import commit, queries
+
+_log = logging.getLogger("functional_ckpt")
+
+
+def move_aside(steps: TierSteps, name: str) -> None:
+    """Moves a part that is not used out of the way of another commit of its step."""
+    path = os.path.join(steps.root, name)
+    record = node_inventory.read_part(steps.storage, path)
+    if record is not None:
+        part = HeldPart(name=name, path=name, record=record, is_renamed=True, files=frozenset())
+        execute(steps, Move("aside", part))
+
+
+def execute(steps: TierSteps, move: Move) -> None:
+    """Changes one part of this node's directory; a crash in between changes no later decision."""
+    storage, part = steps.storage, move.part
+    path = os.path.join(steps.root, part.path)
+    if move.action == "remove":
+        if part.is_renamed and not part.is_aside:
+            steps.commits.discard(path)
+        else:
+            storage.remove(path)
+        _log.warning("%s: removed %s, whose commit was aborted", steps.root, part.path)
+        return
+    if move.action == "rename":
+        final = os.path.join(steps.root, part.name)
+        steps.commits.drop(steps.commits.publish(path, final))
+    else:
+        target = os.path.join(steps.root, node_inventory.aside_path(part))
+        storage.make_directory(os.path.dirname(target))
+        storage.remove(target)
+        storage.rename(path, target)
+        storage.sync(os.path.dirname(target))
+    storage.sync(steps.root)
+    done = "completed the commit of" if move.action == "rename" else "moved aside"
+    _log.warning("%s: %s %s (commit %s)", steps.root, done, part.name, part.record.commit_id)
+
+
+def votes(steps: TierSteps) -> frozenset[str]:
+    """Returns the names of the unfinished directories that hold a vote."""
+    storage = steps.storage
+    return frozenset(
+        name
+        for name in storage.list(steps.root)
+        if commit.TMP_SUFFIX in name
+        and queries.exists(storage, os.path.join(steps.root, name, PART_FILE))
+    )
