@@ -205,7 +205,8 @@ class NodePublishing:
             for item, report in reports[rank].items()
             for name, file in report.files.items()
         }
-        return NodeFiles(name=node, ranks=ranks, files=files)
+        directory = self._tier.directories[node]
+        return NodeFiles(name=node, directory=directory, ranks=ranks, files=files)
 
     def _vote(
         self, save: Save, attempt: Attempt, message: _Message, part: PartRecord

@@ -42,6 +42,7 @@ class NodeTier:
 
     Attributes:
         option: The manager's option.
+        directories: Node -> the id of its directory.
         generation: The highest generation that any node knows.
         commits: Step -> who holds which file of it, as last exchanged; a step that this run has
             committed is held by the nodes that wrote it.
@@ -50,6 +51,7 @@ class NodeTier:
 
     def __init__(self, group: Coordinator, option: NodeLocal) -> None:
         self.option = option
+        self.directories: dict[str, str] = {}
         self.generation = 0
         self.commits: dict[int, UsableCommit] = {}
         self.is_replicated: Callable[[int], bool] = lambda step: True
@@ -184,7 +186,9 @@ class NodeTier:
         }
         retired = {each for inventory in inventories.values() for each in inventory.retired}
         parts = {name: inventory.parts for name, inventory in inventories.items()}
-        decision = rules.decide(parts, retired=retired)
+        self.directories = {name: each.directory for name, each in inventories.items()}
+        known = {each for each in self.directories.values() if each}
+        decision = rules.decide(parts, directories=known, retired=retired)
         if self._group.rank == 0:
             _tell(steps.root, decision)
         return decision, inventories
