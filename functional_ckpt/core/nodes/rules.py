@@ -161,25 +161,24 @@ def decide(
             why = f"not renamed on {', '.join(held)}; {', '.join(away)} may have renamed it"
             waiting.append(Unusable(record=record, nodes=tuple(held), why=why))
     best = _best(usable)
-    chosen = {commit.record.commit_id for commit in best}
+    # A name is taken by one commit: of several unusable ones, by the newest.
+    named = {record.step: record.commit_id for record in _records(incomplete)}
+    named |= {commit.record.step: commit.record.commit_id for commit in best}
     losers = [
-        each.record
+        each.record.commit_id
         for each in (*usable, *incomplete)
-        if each.record.commit_id not in chosen
-        and each.record.step in {commit.record.step for commit in best}
+        if named[each.record.step] != each.record.commit_id
     ]
     return Decision(
         usable=best,
         roll_forward=tuple(roll_forward),
         abort=tuple(abort),
         waiting=tuple(waiting),
-        aside=tuple(
-            record.commit_id for record in losers if _is_any_beside(commits[record.commit_id])
-        ),
+        aside=tuple(each for each in losers if _is_any(commits[each], is_aside=False)),
         bring_back=tuple(
             commit.record.commit_id
             for commit in best
-            if any(part.is_aside for part in commits[commit.record.commit_id].values())
+            if _is_any(commits[commit.record.commit_id], is_aside=True)
         ),
         retired=tuple(ended),
         incomplete=tuple(incomplete),
@@ -284,8 +283,13 @@ def _better(known: HeldPart | None, part: HeldPart) -> HeldPart:
     return known
 
 
-def _is_any_beside(held: Mapping[str, HeldPart]) -> bool:
-    return any(not part.is_aside for part in held.values())
+def _is_any(held: Mapping[str, HeldPart], *, is_aside: bool) -> bool:
+    return any(part.is_aside is is_aside for part in held.values())
+
+
+def _records(incomplete: Iterable[Unusable]) -> list[PartRecord]:
+    """Returns the records of commits, the newest last."""
+    return sorted((each.record for each in incomplete), key=lambda record: record.order)
 
 
 def _commit(record: PartRecord, held: Mapping[str, HeldPart]) -> UsableCommit:
