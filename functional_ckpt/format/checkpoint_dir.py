@@ -15,6 +15,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays import chunks
 from functional_ckpt.core.arrays.digests import Digests
 from functional_ckpt.core.arrays.spec import ArraySpec, Box
+from functional_ckpt.core.nodes import part
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.records.records import parse_object
 from functional_ckpt.core.tree import structure
@@ -149,12 +150,24 @@ class OpenItem:
         stored = (
             queries.total_bytes(self.storage, self.path) if sizes is None else sum(sizes.values())
         )
-        if wanted > stored:
+        if wanted > stored + self._bytes_elsewhere(sizes or {}):
             raise errors.CorruptCheckpointError(
                 f"{self.path}: its record describes {wanted} bytes of arrays, but its files hold "
                 f"{stored}.",
                 path=self.path,
             )
+
+    def _bytes_elsewhere(self, sizes: Mapping[str, int]) -> int:
+        """Returns the size of the files that other nodes hold, if this is a part of a step."""
+        folder, item = os.path.split(self.path)
+        file = os.path.join(folder, part.PART_FILE)
+        if (data := queries.read_optional(self.storage, file)) is None:
+            return 0
+        known = part.parse(data, file).files.items()
+        names = ((name.removeprefix(f"{item}/"), record.size_bytes) for name, record in known)
+        return sum(
+            size_bytes for name, size_bytes in names if "/" not in name and name not in sizes
+        )
 
     # ---------------------------------------------------------------------------- foreign items
 

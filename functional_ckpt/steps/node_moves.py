@@ -28,6 +28,7 @@ def execute(steps: TierSteps, move: Move) -> None:
     storage, part = steps.storage, move.part
     path = os.path.join(steps.root, part.path)
     if move.action == "remove":
+        node_inventory.retire(storage, steps.root, [part.record.commit_id])
         if part.is_renamed and not part.is_aside:
             steps.commits.discard(path)
         else:
