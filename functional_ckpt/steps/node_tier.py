@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 
 from functional_ckpt import errors
 from functional_ckpt.core.nodes import rules
-from functional_ckpt.core.nodes.part import PartRecord
-from functional_ckpt.core.nodes.rules import Decision, HeldPart, UsableCommit
+from functional_ckpt.core.nodes.part import PART_FILE, PartRecord
+from functional_ckpt.core.nodes.rules import Decision, UsableCommit
 from functional_ckpt.distributed import large, same_options
 from functional_ckpt.distributed.collective import collective, run_on_all
 from functional_ckpt.distributed.coordinator import Coordinator
@@ -28,7 +28,7 @@ from functional_ckpt.steps.node_index import NodeIndex
 from functional_ckpt.steps.node_inventory import Inventory
 from functional_ckpt.steps.node_local import NodeLocal
 from functional_ckpt.steps.tier_steps import TierSteps
-from functional_ckpt.storage import commit
+from functional_ckpt.storage import commit, queries
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -206,7 +206,7 @@ class NodeTier:
         }
         unused -= {each.name for each in decision.usable if own in each.nodes}
         if len(self.nodes.order) > 1:
-            unused |= _without_part(steps, inventories[own].parts)
+            unused |= _without_part(steps)
         order = set(self.nodes.order)
         partial = [each for each in decision.usable if set(each.nodes) != order]
         elsewhere = self._infos_of(steps, partial) if partial else {}
@@ -329,10 +329,13 @@ class NodeTier:
             node_inventory.retire(steps.storage, steps.root, known)
 
 
-def _without_part(steps: TierSteps, parts: Sequence[HeldPart]) -> set[str]:
+def _without_part(steps: TierSteps) -> set[str]:
     """Returns the names of steps that were saved without `node_local`: only this node has them."""
-    known = {part.name for part in parts if part.is_renamed}
-    names = {entry.name for entry in steps.index.look().values()} - known
+    names = {
+        entry.name
+        for entry in steps.index.look().values()
+        if not queries.exists(steps.storage, os.path.join(steps.root, entry.name, PART_FILE))
+    }
     if names:
         _log.warning(
             "%s: ignoring steps that were saved without node_local: %s",

@@ -24,7 +24,7 @@ _DISK = LocalStorage()
 def _items(value: float, rank: int) -> dict[str, Any]:
     return {
         "tree": {f"of{rank}": torch.full((100,), value + rank)},
-        "frozen": {f"of{rank}": torch.arange(1000)},
+        "frozen": {f"of{rank}": torch.arange(200_000)},
         "config": fc.Json({"v": value}),
     }
 

@@ -57,9 +57,14 @@ class Workers:
         self._num_jobs = 0
 
     def outcomes(
-        self, num_ranks: int, job: Callable[..., Any], *args: object, seconds: float = JOB_SECONDS
+        self,
+        num_ranks: int,
+        job: Callable[..., Any],
+        *args: object,
+        seconds: float = JOB_SECONDS,
+        may_die: bool = False,
     ) -> list[Any]:
-        """The job's result, or its `Failure`, for each rank."""
+        """The job's result, or its `Failure`, for each rank; None for a killed one that may die."""
         self._start(num_ranks)
         self._num_jobs += 1
         for rank, pipe in enumerate(self._pipes[:num_ranks]):
@@ -73,8 +78,12 @@ class Workers:
             try:
                 outcomes.append(pipe.recv())
             except EOFError:  # it was killed by its own watchdog, which says where it hung
-                self.close()
-                raise
+                if not may_die:
+                    self.close()
+                    raise
+                outcomes.append(None)
+        if None in outcomes and may_die:
+            self.close()
         return outcomes
 
     def run(self, num_ranks: int, job: Callable[..., Any], *args: object) -> list[Any]:

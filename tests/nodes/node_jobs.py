@@ -1,0 +1,106 @@
+"""Jobs of ranks on several nodes; run by `gloo_workers.Workers`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import functional_ckpt as fc
+from functional_ckpt.saving import node_publishing, write
+from functional_ckpt.saving.node_publishing import NodePublishing
+
+SECONDS = 4.0
+"""How long ranks wait for one that was killed."""
+
+
+def values(step: int) -> torch.Tensor:
+    """The saved tensor of a step."""
+    return torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
+
+
+def sharded(full: torch.Tensor) -> DTensor:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return distribute_tensor(full, mesh, [Shard(0)])
+
+
+def manager(root: str, nodes: str, replicas: int = 0, **options: Any) -> fc.CheckpointManager:
+    """A manager of this rank, whose node has the letter of its rank."""
+    node = nodes[dist.get_rank()]
+    return fc.CheckpointManager(
+        Path(root) / node,
+        node_local=fc.NodeLocal(replicas=replicas, node=node),
+        timeout_seconds=SECONDS,
+        **options,
+    )
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _patched(owner: Any, name: str, *, before: Any = None, after: Any = None) -> Callable[[], None]:
+    function = getattr(owner, name)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(*args)
+        found = function(*args, **kwargs)
+        if after is not None:
+            after(*args)
+        return found
+
+    setattr(owner, name, wrapper)
+    return lambda: setattr(owner, name, function)
+
+
+def _is_commit(*args: Any) -> None:
+    if args[-1] == b"commit":
+        _die()
+
+
+PHASES: dict[str, Callable[[], Callable[[], None]]] = {
+    "writing": lambda: _patched(write, "write_part", after=lambda *_: _die()),
+    "finalizing": lambda: _patched(node_publishing.large, "broadcast", before=lambda *_: _die()),
+    "before voting": lambda: _patched(NodePublishing, "_make_durable", before=lambda *_: _die()),
+    "voted": lambda: _patched(NodePublishing, "_make_durable", after=lambda *_: _die()),
+    "deciding": lambda: _patched(NodePublishing, "_decide", before=_is_commit),
+    "decided": lambda: _patched(NodePublishing, "_decide", after=_is_commit),
+    "renaming": lambda: _patched(NodePublishing, "_rename", before=lambda *_: _die()),
+    "renamed": lambda: _patched(NodePublishing, "_rename", after=lambda *_: _die()),
+}
+
+
+def save_and_die(root: str, nodes: str, phase: str, dying: tuple[int, ...]) -> str:
+    """Saves step 1, then step 2, in which some ranks are killed; the error of the others."""
+    with manager(root, nodes) as made:
+        made.save(1, {"tree": {"w": sharded(values(1))}}).result()
+        if dist.get_rank() in dying:
+            PHASES[phase]()
+        try:
+            made.save(2, {"tree": {"w": sharded(values(2))}}).result()
+        except fc.CheckpointError as error:
+            failure = str(error)
+        else:
+            failure = ""
+    return failure
+
+
+def resume(root: str, nodes: str) -> tuple[list[int], int | None, bool]:
+    """The steps, the latest one, and whether it is restored bit for bit; saves the next one."""
+    with manager(root, nodes) as made:
+        steps, latest = made.all_steps(), made.latest_step()
+        target = {"tree": {"w": sharded(torch.zeros(64, 128))}}
+        restored = made.restore_or(target)
+        found = restored["tree"]["w"].to_local()
+        is_same = torch.equal(found, sharded(values(latest or 0)).to_local())
+        made.save((latest or 0) + 10, {"tree": {"w": sharded(values(0))}}).result()
+        assert made.latest_step() == (latest or 0) + 10
+    return steps, latest, is_same

@@ -1,0 +1,53 @@
+"""Ranks of two nodes that are killed in each phase of a commit: real processes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator
+from pathlib import Path
+
+import node_jobs
+import pytest
+from full import IS_FULL
+from gloo_workers import Workers
+
+_NODES = "aabb"
+# Phase, the ranks that are killed, and whether the step is committed after the restart.
+_CASES = [
+    ("decided", (0,), True),
+    ("deciding", (0,), False),
+    ("renaming", (2,), True),
+    ("voted", (0, 1, 2, 3), False),
+]
+_MORE = [
+    *((phase, (rank,), False) for phase in ("writing", "finalizing") for rank in range(4)),
+    *((phase, (rank,), False) for phase in ("before voting", "voted") for rank in (0, 2)),
+    *(("renaming", (rank,), True) for rank in (0, 1, 3)),
+    *(("renamed", (rank,), True) for rank in range(4)),
+    ("writing", (2, 3), False),
+    ("voted", (2, 3), False),
+    ("renaming", (0, 1), True),
+    ("renaming", (0, 1, 2, 3), False),
+]
+
+
+@pytest.fixture
+def workers() -> Generator[Workers]:
+    made = Workers()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(("phase", "dying", "is_committed"), _CASES + (_MORE if IS_FULL else []))
+def test_ranks_that_are_killed_leave_whole_steps(
+    tmp_path: Path, workers: Workers, phase: str, dying: tuple[int, ...], is_committed: bool
+) -> None:
+    args = (str(tmp_path), _NODES, phase, dying)
+    left = workers.outcomes(4, node_jobs.save_and_die, *args, may_die=True)
+    assert [rank for rank, each in enumerate(left) if each is None] == list(dying)
+    assert all(left[rank] for rank in range(4) if rank not in dying), left
+    found = workers.run(4, node_jobs.resume, str(tmp_path), _NODES)
+    steps = [1, 2] if is_committed else [1]
+    assert found == [(steps, steps[-1], True)] * 4
+    for node, path in itertools.product("ab", tmp_path.iterdir()):
+        assert not list((tmp_path / node).glob("*tmp*")), path
