@@ -116,6 +116,8 @@ class NodePublishing:
         def name() -> str:
             return tmp_paths.unique_tmp_path(steps.new_path(save.step, save.info.progress))
 
+        if self._board is None:
+            self._board = self._group.board("commits")  # now: later the store may not answer
         has_token = steps.has_stores
         begun = write.begin(self._group, what, save.lowered, steps.root, name, has_token=has_token)
         with collective(self._group, f"creating the directories of step {save.step}"):
@@ -273,7 +275,7 @@ class NodePublishing:
     def _decide(self, commit_id: str, value: bytes) -> bytes:
         """Sets the decision, unless there is one; returns the one that holds for all ranks."""
         if self._board is None:
-            self._board = self._group.board("commits")
+            raise errors.UsageError("No save has begun.")
         return self._board.put_if_absent(commit_id, value)
 
     def _rename(self, part: PartRecord, tmp: str) -> str | None:

@@ -115,7 +115,7 @@ def open_tiers(
         tier.on_open = show_open
     local.reach, local.has_tiers = reach, True
     local.has_stores = any(is_remote(tier.root) for tier in remote)
-    ranks = () if read_only else nodes_of(coordinator).heads
+    ranks = () if read_only else (local.first.nodes or nodes_of(coordinator)).heads
     shares: list[Shares] = []
     if is_writer and len(ranks) > 1:
         board = coordinator.board(_BOARD)
