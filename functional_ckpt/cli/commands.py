@@ -34,8 +34,8 @@ def _add_listings(add: _Add) -> None:
         metavar="METRIC[:min|max]",
         action="append",
         default=[],
-        help="mark the best value of this metric, too; by default those of losses (the lowest), "
-        "accuracies and the like (the highest) are marked",
+        help="mark the best value of this metric, too; by default those of the metrics that the "
+        "run's keep policies rank are marked",
     )
     ls.add_argument("-l", "--long", action="store_true", help="show the time of each save, too")
     ls.add_argument(

@@ -60,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         row for row in found if row is not None and queries.exists(storage, row.checkpoint.path)
     ]
     metrics = {row.info.step: row.metrics for row in rows}
-    best = step_words.best_steps(metrics, arguments.best)
+    ranked = target.ranked() if isinstance(target, targets.Root) else {}
+    best = step_words.best_steps(metrics, ranked, arguments.best)
     names = _shown_metrics(metrics, arguments.metrics)
     chosen = _sorted(rows, arguments)
     if arguments.json:

@@ -67,7 +67,7 @@ def _searched(root: targets.Root, arguments: argparse.Namespace) -> list[int]:
         raise errors.UsageError(f"--best N METRIC: expected a number above zero, got {count!r}.")
     metrics = targets.metrics_of(infos)
     name, mode = step_words.find_metric(text, {name for each in metrics.values() for name in each})
-    sign = -1 if (mode or step_words.mode_of(name) or "max") == "max" else 1
+    sign = -1 if (mode or step_words.mode_in(root.ranked(), name)) == "max" else 1
     ranked = sorted((sign * each[name], -step) for step, each in metrics.items() if name in each)
     return _all_of(root, sorted(-step for _, step in ranked[: int(count)]), int(count))
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from functional_ckpt import errors
-from functional_ckpt.cli import output, step_words, targets
+from functional_ckpt.cli import output, run_policies, step_words, targets
 from functional_ckpt.cli.rm import remove, root_of
 from functional_ckpt.policies import keep, keep_rules, lines
 from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints for each step why it stays or goes; removes those that go without --dry-run."""
     root = root_of(arguments.directory, arguments.prefix)
     history = root.history()
-    reasons, gone = judged(root, history, _policies(arguments, history))
+    reasons, gone = judged(root, history, _policies(arguments, root, history))
     if gone and not arguments.dry_run:
         remove(root, sorted(gone))
     if arguments.json:
@@ -63,8 +63,10 @@ def judged(
     return reasons, gone
 
 
-def _policies(arguments: argparse.Namespace, history: list[StepInfo]) -> dict[str, KeepPolicy]:
-    """Returns the policies that the options describe, by the text of the option."""
+def _policies(
+    arguments: argparse.Namespace, root: targets.Root, history: list[StepInfo]
+) -> Mapping[str, KeepPolicy]:
+    """Returns the policies that the options describe, by their text; without any, the run's own."""
     found: dict[str, KeepPolicy] = {}
     if arguments.keep_latest is not None:
         found[f"latest {arguments.keep_latest}"] = keep.LatestN(arguments.keep_latest)
@@ -74,14 +76,31 @@ def _policies(arguments: argparse.Namespace, history: list[StepInfo]) -> dict[st
     for text in arguments.keep_best:
         metric, count = _split_count(text, names)
         name, mode = step_words.find_metric(metric, names)
-        best = keep.BestN(count, name, mode=mode or step_words.mode_of(name) or "max")
+        best = keep.BestN(count, name, mode=mode or step_words.mode_in(root.ranked(), name))
         found[f"best {count} {name}"] = best
-    if not found:
-        raise errors.UsageError(
-            "Choose the steps to keep: --keep-latest N, --keep-best METRIC[:min|max][:N], "
-            "--keep-every N; a step stays if any of them keeps it."
-        )
-    return found
+    return found or _run_policies(root)
+
+
+def _run_policies(root: targets.Root) -> Mapping[str, KeepPolicy]:
+    """Returns the policies at the last commit of the run, by their text.
+
+    Raises:
+        UsageError: They are not known, or keep every step.
+    """
+    found = run_policies.read(root.storage, root.path)
+    if found is not None and found.known and not found.unknown:
+        return found.known
+    if found is None:
+        why = "the keep policies of the run are not known"
+    elif found.unknown:
+        why = f"the run has policies of its own ({', '.join(found.unknown)})"
+    else:
+        why = "the run keeps every step"
+    raise errors.UsageError(
+        f"{root.path}: {why}. Choose the steps to keep: --keep-latest N, "
+        "--keep-best METRIC[:min|max][:N], --keep-every N; a step stays if any of them keeps it.",
+        path=root.path,
+    )
 
 
 def _split_count(text: str, names: Iterable[str]) -> tuple[str, int]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.cli import compare, output, prune, step_words, targets, trees
+from functional_ckpt.cli import compare, output, prune, run_policies, step_words, targets, trees
 from functional_ckpt.cli import report_layers as layers
 from functional_ckpt.cli.report_record import (
     Comparison,
@@ -54,7 +54,8 @@ def gather(root: targets.Root, options: Options) -> RunReport:
         step: queries.total_bytes(root.storage, root.checkpoint(step).path) for step in root.steps
     }
     is_cheap = sum(sizes.values()) <= _CHEAP_BYTES
-    reasons = _reasons(root, infos, past)
+    policies = run_policies.read(root.storage, root.path) or run_policies.RunPolicies((), {})
+    reasons = _reasons(root, infos, policies)
     waiting = prune.waiting_for_upload(root)
     opened = {step: each for step in root.steps if (each := _opened(root, step)) is not None}
     logged = {(each.info.step, each.info.time): each for each in past}
@@ -81,14 +82,17 @@ def gather(root: targets.Root, options: Options) -> RunReport:
                 )
             )
     metrics = {each.step: each.metrics for each in steps}
+    names = {name for each in steps for name in each.metrics}
+    modes = {name: mode for name in names if (mode := step_words.mode_of(name)) is not None}
+    modes.update(root.ranked())
     last = opened.get(root.latest) if root.latest is not None else None
     return RunReport(
         path=root.path,
         time=datetime.datetime.now(datetime.UTC),
         steps=tuple(sorted([*steps, *_removed(past, root.steps)], key=lambda each: each.step)),
         latest=root.latest,
-        best={name: step for name, (_, step) in step_words.best_steps(metrics).items()},
-        policies=past[-1].keep if past else (),
+        best={name: step for name, (_, step) in step_words.best_steps(metrics, modes).items()},
+        policies=policies.texts,
         unfinished=root.unfinished,
         modules=() if last is None else tuple(_modules(last)),
         changes=tuple(itertools.islice(_config_changes(opened), _MAX_CHANGES)),
@@ -123,16 +127,13 @@ def _removed(past: Iterable[run_log.PastStep], steps: Iterable[int]) -> list[Rep
 
 
 def _reasons(
-    root: targets.Root, infos: list[StepInfo], past: Sequence[run_log.PastStep]
+    root: targets.Root, infos: list[StepInfo], policies: run_policies.RunPolicies
 ) -> dict[int, list[str]]:
     """Returns why each step stays, by the keep policies of the last commit."""
-    texts = past[-1].keep if past else ()
-    found = {text: policy for text in texts if (policy := run_log.policy_of(text)) is not None}
-    reasons, gone = prune.judged(root, infos, found)
-    unknown = [text for text in texts if text not in found]
+    reasons, gone = prune.judged(root, infos, policies.known)
     for info in infos:
-        if unknown and (info.step in gone or not reasons[info.step]):
-            reasons[info.step].append(f"maybe {', '.join(unknown)}")
+        if policies.unknown and (info.step in gone or not reasons[info.step]):
+            reasons[info.step].append(f"maybe {', '.join(policies.unknown)}")
         elif info.step in gone:
             reasons[info.step].append("goes at the next commit")
     return reasons

@@ -73,11 +73,16 @@ def split_mode(text: str) -> tuple[str, Mode | None]:
 
 
 def mode_of(metric: str) -> Mode | None:
-    """Returns which value of a metric is best, judged by its name; None where no value is."""
+    """Returns which value of a metric is best, judged by its name; None where that is unclear."""
     words = re.split(r"[^a-z0-9]+", metric.lower())
     if not _LOWEST.isdisjoint(words):
         return "min"
     return None if _HIGHEST.isdisjoint(words) else "max"
+
+
+def mode_in(ranked: Mapping[str, Mode], metric: str) -> Mode:
+    """Returns which value of a metric is best: by the run's policies, else judged by its name."""
+    return ranked.get(metric) or mode_of(metric) or "max"
 
 
 def find_metric(text: str, names: Collection[str]) -> tuple[str, Mode | None]:
@@ -94,25 +99,25 @@ def find_metric(text: str, names: Collection[str]) -> tuple[str, Mode | None]:
 
 
 def best_steps(
-    metrics: Mapping[int, Mapping[str, float]], chosen: Sequence[str] = ()
+    metrics: Mapping[int, Mapping[str, float]],
+    ranked: Mapping[str, Mode],
+    chosen: Sequence[str] = (),
 ) -> dict[str, tuple[Mode, int]]:
-    """Returns for each metric with a best value its mode and its best step; of equal ones the last.
+    """Returns the mode and the best step of each metric that ranks steps; of equal ones the last.
 
     Args:
         metrics: Step -> its finite metrics.
-        chosen: Metrics as the user gave them: `METRIC[:min|max]`; they have a best value, too.
+        ranked: The metrics that rank steps, with the modes; those that no step has are left out.
+        chosen: More metrics, as the user gave them: `METRIC[:min|max]`.
 
     Raises:
         UsageError: No step has one of the chosen metrics.
     """
     names = dict.fromkeys(name for each in metrics.values() for name in each)
-    modes: dict[str, Mode] = {}
-    for name in names:
-        if (mode := mode_of(name)) is not None:
-            modes[name] = mode
+    modes = {name: ranked[name] for name in names if name in ranked}
     for text in chosen:
         name, mode = find_metric(text, names)
-        modes[name] = mode or modes.get(name) or "max"
+        modes[name] = mode or mode_in(ranked, name)
     return {name: (mode, best_step(metrics, name, mode)) for name, mode in modes.items()}
 
 

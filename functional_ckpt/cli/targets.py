@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from functional_ckpt import errors
-from functional_ckpt.cli import step_words
+from functional_ckpt.cli import run_policies, step_words
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.policies import lines
@@ -104,7 +104,12 @@ class Root:
         metrics = metrics_of(self.history())
         names = {name for each in metrics.values() for name in each}
         name, mode = step_words.find_metric(word.removeprefix("best:"), names)
-        return step_words.best_step(metrics, name, mode or step_words.mode_of(name) or "max")
+        mode = mode or step_words.mode_in(self.ranked(), name)
+        return step_words.best_step(metrics, name, mode)
+
+    def ranked(self) -> dict[str, step_words.Mode]:
+        """Returns the metrics that the run's policies rank steps by, and which value is best."""
+        return run_policies.ranked(self.storage, self.path)
 
     def checkpoint(self, word: step_words.StepWord) -> Checkpoint:
         """Returns a step, or an incomplete one: opening it reports the missing part."""

@@ -136,6 +136,17 @@ def read(storage: Storage, hidden: str) -> list[PastStep]:
     return sorted(found.values(), key=lambda past: past.info.time)
 
 
+def last_policies(storage: Storage, hidden: str) -> tuple[str, ...] | None:
+    """Returns the keep policies of the last commit, as text; None if there is no log of it."""
+    for name in (FILE, _OLDER):
+        data = queries.read_optional(storage, os.path.join(hidden, name)) or b""
+        for line in reversed(data.splitlines()):
+            for past in _pasts(line):
+                if not past.is_pruned:
+                    return past.keep
+    return None
+
+
 def _pasts(data: bytes) -> Iterator[PastStep]:
     for line in data.splitlines():
         with contextlib.suppress(

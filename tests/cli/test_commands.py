@@ -56,6 +56,16 @@ def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
+class Mine:
+    """A keep policy of the user's own: it keeps every step."""
+
+    def __repr__(self) -> str:
+        return "Mine()"
+
+    def should_preserve(self, checkpoints: Any, /, *, context: Any) -> list[bool]:
+        return [True] * len(checkpoints)
+
+
 def steps_in(run: Path) -> list[int]:
     with fc.CheckpointManager(run, read_only=True) as manager:
         return manager.all_steps()
@@ -102,12 +112,21 @@ def test_a_listing_shows_what_is_asked_for(run: Path, call: Any) -> None:
     assert [each["step"] for each in steps] == [40, 30, 20, 10]
 
 
-def test_stars_mark_the_metrics_that_have_a_best_value(run: Path, call: Any) -> None:
-    assert set(json.loads(call("ls", run, "--json")[0])["best"]) == {
-        *("loss", "accuracy", "val/perplexity"),
-    }
+def test_stars_mark_what_a_policy_of_the_run_ranks(run: Path, call: Any, tmp_path: Path) -> None:
+    text, _ = call("ls", run)
+    assert "★" not in text  # no policy ranks, whatever the metrics are called
     best = json.loads(call("ls", run, "--json", "--best", "grad_norm:min")[0])["best"]
-    assert best["grad_norm"] == {"mode": "min", "step": 40}
+    assert best == {"grad_norm": {"mode": "min", "step": 40}}
+    ranks = [fc.policies.BestN(1, "loss", mode="max"), fc.policies.LatestN(2), Mine()]
+    save(tmp_path / "ranked", keep_policy=[*ranks, fc.policies.BestN(1, "speed")])
+    best = json.loads(call("ls", tmp_path / "ranked", "--json")[0])["best"]
+    assert best == {"loss": {"mode": "max", "step": 10}}
+    assert call("ls", tmp_path / "ranked")[0].count("★") == 1
+    # The mode of the policy, against what the name suggests.
+    assert json.loads(call("show", tmp_path / "ranked", "best:loss", "--json")[0])["step"] == 10
+    (tmp_path / "ranked" / ".functional_ckpt" / "history.jsonl").unlink()
+    assert json.loads(call("ls", tmp_path / "ranked", "--json")[0])["best"] == {}
+    assert json.loads(call("show", tmp_path / "ranked", "best:loss", "--json")[0])["step"] == 40
 
 
 # ------------------------------------------------------------------------------------ steps
@@ -143,7 +162,8 @@ def test_metrics_with_colons_in_their_names() -> None:
     metrics = {1: {"a:max": 1.0, "a": 2.0}, 2: {"a:max": 0.0, "a": 3.0}}
     assert step_words.find_metric("a:max", metrics[1]) == ("a:max", None)
     assert step_words.find_metric("a:min", metrics[1]) == ("a", "min")
-    assert step_words.best_steps(metrics, ["a:max:min"]) == {"a:max": ("min", 2)}
+    assert step_words.best_steps(metrics, {}, ["a:max:min"]) == {"a:max": ("min", 2)}
+    assert step_words.best_steps(metrics, {"a": "max", "b": "max"}) == {"a": ("max", 2)}
 
 
 def test_diff_compares_a_step_with_the_latest(run: Path, call: Any) -> None:
@@ -269,8 +289,32 @@ def test_prune_says_why_and_removes_the_same(run: Path, call: Any) -> None:
     assert code == 0
     assert "no policy keeps it" in text
     assert steps_in(run) == [10, 20, 40]
-    assert "Choose the steps to keep" in call("prune", run)[0]
     assert "they have:" in call("prune", run, "--keep-best", "speed:2")[0]
+
+
+def test_prune_takes_the_policies_of_the_run(run: Path, call: Any, tmp_path: Path) -> None:
+    text, code = call("prune", run)
+    assert (code, "the run keeps every step. Choose the steps to keep" in text) == (2, True)
+    keep = [fc.policies.LatestN(1), fc.policies.EveryNSteps(20)]
+    with fc.CheckpointManager(run, keep_policy=keep) as manager:
+        manager.save(41, {"state": {"x": torch.ones(2)}})
+    save(run, (50,))  # keeps all: its policies are the run's now
+    assert "the run keeps every step" in call("prune", run)[0]
+    log = run / ".functional_ckpt" / "history.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("".join(f"{each}\n" for each in lines if '"step": 50' not in each))
+    text, code = call("prune", run, "--dry-run", "--json")
+    planned = {each["step"]: each["reasons"] for each in json.loads(text)["steps"]}
+    assert planned == {
+        **{20: ["EveryNSteps(20)"], 40: ["EveryNSteps(20)"], 41: []},
+        50: ["latest", "LatestN(1)"],
+    }
+    assert call("prune", run)[1] == 0
+    assert steps_in(run) == [20, 40, 50]
+    save(tmp_path / "own", keep_policy=Mine())
+    assert "policies of its own (Mine())" in call("prune", tmp_path / "own")[0]
+    log.unlink()
+    assert "policies of the run are not known" in call("prune", run)[0]
 
 
 def test_prune_keeps_what_is_not_uploaded_yet(tmp_path: Path, call: Any) -> None:

@@ -126,9 +126,11 @@ def test_ls_lists_the_steps(saved: Path) -> None:
     assert "items model, state, config" in text
     assert columns(text, "5")[-2:] == ["0.25", "0.2"]
     assert columns(text, "20")[1] == "latest"
+    assert "★" not in text
+    assert "ago" in text
+    text = output_of("ls", saved, "--best", "accuracy", "--best", "val_loss")
     assert "1 ★" in columns(text, "20")
     assert "0.1 ★" in columns(text, "10")  # NaN is never best
-    assert "ago" in text
 
 
 def test_ls_best_option_overrides_the_mode(saved: Path) -> None:
@@ -139,7 +141,7 @@ def test_ls_best_option_overrides_the_mode(saved: Path) -> None:
 
 
 def test_ls_json_has_the_documented_members(saved: Path) -> None:
-    record = json_of("ls", saved)
+    record = json_of("ls", saved, "--best", "val_loss")
     assert set(record) == {"schema", "path", "latest", "best", "steps", "unfinished"}
     assert record["schema"] == "fckpt.ls/1"
     assert record["path"] == str(saved)
@@ -620,9 +622,9 @@ def test_a_reader_that_goes_away_is_no_error(saved: Path) -> None:
 
 @pytest.mark.parametrize("command", ["ls", "show", "verify", "diff"])
 def test_a_terminal_without_unicode(saved: Path, command: str) -> None:
-    paths = [saved / "5", saved / "10"] if command == "diff" else [saved]
+    paths = {"diff": [saved / "5", saved / "10"], "ls": [saved, "--best", "val_loss"]}
     done = subprocess.run(
-        [*COMMAND, command, *map(str, paths)],
+        [*COMMAND, command, *map(str, paths.get(command, [saved]))],
         env=environment(PYTHONIOENCODING="ascii"),
         capture_output=True,
         check=False,
