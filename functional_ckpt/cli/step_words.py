@@ -114,7 +114,7 @@ def best_steps(
         UsageError: No step has one of the chosen metrics.
     """
     names = dict.fromkeys(name for each in metrics.values() for name in each)
-    modes = {name: ranked[name] for name in names if name in ranked}
+    modes: dict[str, Mode] = {name: ranked[name] for name in names if name in ranked}
     for text in chosen:
         name, mode = find_metric(text, names)
         modes[name] = mode or mode_in(ranked, name)

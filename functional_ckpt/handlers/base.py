@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, dataclass_trans
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core.tree import containers
+from functional_ckpt.core.tree import containers, html_tree
 from functional_ckpt.handlers.hub_config import Hub
 
 _Kind = TypeVar("_Kind", bound="type[Item]")
@@ -165,14 +165,24 @@ class Item(abc.ABC):
             )
 
     def __repr__(self) -> str:
-        fields = dataclasses.fields(self)[1:]
+        first, *fields = dataclasses.fields(self)
         given = {field.name: getattr(self, field.name) for field in fields}
         options = [
             f"{field.name}={_brief(given[field.name])}"
             for field in fields
             if given[field.name] is not field.default and given[field.name] != field.default
         ]
-        return f"{type(self).__name__}({', '.join([_brief(self.value), *options])})"
+        is_default = first.default is not dataclasses.MISSING and not self.value
+        value = [] if is_default else [_brief(self.value)]
+        return f"{type(self).__name__}({', '.join([*value, *options])})"
+
+    def _repr_html_(self) -> str:
+        """Returns the tree that a save would store, for notebooks."""
+        try:
+            tree = self.handler.lower(self.value)
+        except errors.CheckpointError as error:
+            return html_tree.page(repr(self), {}, {"cannot be saved": error.message})
+        return html_tree.page(repr(self), {"value": tree}, {})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Item) or type(self) is not type(other):
@@ -197,6 +207,8 @@ def _brief(value: Any) -> str:
     elif isinstance(value, (Mapping, list, tuple)) and value:
         return f"{kind} of {len(value)}"  # pyright: ignore[reportUnknownArgumentType]
     else:
+        if type(value).__repr__ is object.__repr__:  # the address of an object
+            return kind
         text = " ".join(repr(value).split())
         return text if len(text) <= _MAX_CHARS else f"{text[: _MAX_CHARS - 3]}..."
     return f"{kind}, {count} parameter{'' if count == 1 else 's'}"

@@ -10,18 +10,14 @@ once.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from functional_ckpt import errors
 from functional_ckpt.policies.checks import check_int, is_int
 from functional_ckpt.policies.progress import Progress
-from functional_ckpt.policies.timespan import Timespan
-
-_MAX_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,36 +146,6 @@ class KeepPolicy(Protocol):
     ) -> Sequence[bool]:
         """Returns one answer for each of the steps, which come in ascending order."""
         ...
-
-
-class Spelled:
-    """A policy whose `repr` is the call that makes it, such as `LatestN(3)` or `every('1h30m')`."""
-
-    __slots__ = ()
-    _call: ClassVar[str] = ""
-
-    def __repr__(self) -> str:
-        texts: list[str] = []
-        has_skipped = False
-        for each in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            value = getattr(self, each.name)
-            if value == each.default:
-                has_skipped = True
-                continue
-            name = f"{each.name}=" if each.kw_only or has_skipped else ""
-            texts.append(name + _spelled(value))
-        return f"{self._call or type(self).__name__}({', '.join(texts)})"
-
-
-def _spelled(value: object) -> str:
-    """Returns a parameter as its call accepts it; of many steps only the first ones."""
-    if isinstance(value, Timespan):
-        return repr(str(value))
-    if isinstance(value, frozenset):
-        steps: list[int] = sorted(value)
-        more = ", ..." if len(steps) > _MAX_SHOWN else ""
-        return f"[{', '.join(map(str, steps[:_MAX_SHOWN]))}{more}]"
-    return repr(value)
 
 
 def step_set(what: str, steps: Iterable[int]) -> range | frozenset[int]:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from functional_ckpt import errors
-from functional_ckpt.policies.base import KeepContext, Spelled, StepInfo, step_set
+from functional_ckpt.policies.base import KeepContext, StepInfo, step_set
 from functional_ckpt.policies.checks import check_bool, check_int, is_int
+from functional_ckpt.policies.spelled import Spelled
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, parse_timespan
 
 Metric: TypeAlias = str | Callable[[Mapping[str, Any]], float]

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast
 
 from functional_ckpt import errors
 from functional_ckpt.policies import lines
-from functional_ckpt.policies.base import KeepContext, KeepPolicy, Spelled, StepInfo
+from functional_ckpt.policies.base import KeepContext, KeepPolicy, StepInfo
 from functional_ckpt.policies.keep import (
     CustomSteps,
     EveryNSeconds,
@@ -22,6 +22,7 @@ from functional_ckpt.policies.keep import (
     PreserveAll,
     unknown_metric,
 )
+from functional_ckpt.policies.spelled import Spelled
 
 KeepPolicies: TypeAlias = KeepPolicy | int | Sequence[KeepPolicy | int]
 """The argument `keep_policy`: one policy, or a list (any of them keeps a step). A number n means

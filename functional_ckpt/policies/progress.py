@@ -14,14 +14,15 @@ from typing import Any, Final
 
 from functional_ckpt import errors
 from functional_ckpt.policies.checks import check_int
+from functional_ckpt.policies.spelled import Spelled
 from functional_ckpt.policies.timespan import Unit, parse_timespan
 
 _COUNTS: Final = ("iteration", "epoch", "batch", "sample", "token")
 _SECONDS: Final = ("total_seconds", "epoch_seconds", "batch_seconds")
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Progress(Spelled):
     """How far a training has come.
 
     All counts are of completed units: after the first batch `batch` is 1.

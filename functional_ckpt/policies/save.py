@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Literal, cast
 
 from functional_ckpt import errors
-from functional_ckpt.policies.base import SaveContext, Spelled, StepInfo, step_set
+from functional_ckpt.policies.base import SaveContext, StepInfo, step_set
 from functional_ckpt.policies.checks import check_int, check_seconds
+from functional_ckpt.policies.spelled import Spelled
 from functional_ckpt.policies.timespan import Timespan, TimespanLike, Unit, parse_timespan
 
 # 0.3 / 0.1 is 2.9999999999999996: a boundary counts as crossed within this distance.

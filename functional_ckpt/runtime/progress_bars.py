@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import sys
 import threading
 from collections.abc import Callable, Generator
@@ -17,11 +18,15 @@ Shown: TypeAlias = Callable[[int, int], None]
 
 @contextlib.contextmanager
 def bar(title: str) -> Generator[Shown]:
-    """Shows a bar on standard error during the work, if that is a terminal.
+    """Shows a bar during the work, on standard error if that is a terminal, or in a notebook.
 
-    Bars of several threads share one display.
+    Bars of several threads share one display on a terminal.
     """
-    if not _is_seen():
+    if _is_notebook():
+        with _notebook_bar(title) as shown:
+            yield shown
+        return
+    if sys.stderr is None or not sys.stderr.isatty():  # pyright: ignore[reportUnnecessaryComparison]
         yield _ignore
         return
     board = _enter()
@@ -36,10 +41,34 @@ def bar(title: str) -> Generator[Shown]:
             _leave(board)
 
 
-def _is_seen() -> bool:
-    if "ipykernel" in sys.modules:  # standard error of a notebook is no terminal
-        return True
-    return sys.stderr is not None and sys.stderr.isatty()  # pyright: ignore[reportUnnecessaryComparison]
+def _is_notebook() -> bool:
+    found = sys.modules.get("IPython")
+    return found is not None and hasattr(found.get_ipython(), "kernel")
+
+
+@contextlib.contextmanager
+def _notebook_bar(title: str) -> Generator[Shown]:
+    """Shows a bar as HTML, which needs no widgets; it is updated for each per cent."""
+    from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
+
+    percent = 0
+    handle = display(HTML(_html(title, 0)), display_id=True)
+
+    def show(done: int, total: int) -> None:
+        nonlocal percent
+        now = 100 * done // max(1, total)
+        if now != percent:
+            percent = now
+            handle.update(HTML(_html(title, percent)))
+
+    try:
+        yield show
+    finally:
+        handle.update(HTML(""))
+
+
+def _html(title: str, percent: int) -> str:
+    return f"{html.escape(title)} <progress max=100 value={percent}></progress> {percent} %"
 
 
 def _ignore(done: int, total: int) -> None:

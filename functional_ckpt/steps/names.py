@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from functional_ckpt import errors
 from functional_ckpt.policies.checks import check_int, is_int
+from functional_ckpt.policies.spelled import Spelled
 
 _TMP_MARK: Final = ".orbax-checkpoint-tmp"
 # No file system takes a longer component, and `int()` refuses thousands of digits by raising.
@@ -38,8 +39,8 @@ class NameFormat(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepName:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class StepName(Spelled):
     """A step's number, optionally zero-padded and behind a prefix.
 
     Attributes:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from functional_ckpt import errors
 from functional_ckpt.policies.progress import Progress
+from functional_ckpt.policies.spelled import Spelled
 from functional_ckpt.steps.names import (
     CompositeStepName,
     NameFormat,
@@ -48,8 +49,8 @@ class _Field:
     width: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StepTemplate:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class StepTemplate(Spelled):
     """Names of steps with Composer's variables.
 
     Of the progress, which `save` must then be given: `iteration`, `epoch`, `batch`, `sample`,

@@ -20,6 +20,7 @@ from functional_ckpt.distributed.nodes import nodes_of
 from functional_ckpt.events import Events
 from functional_ckpt.policies import keep_rules, save_rules
 from functional_ckpt.policies.checks import check_seconds
+from functional_ckpt.policies.spelled import Spelled
 from functional_ckpt.steps import orbax_adapters
 from functional_ckpt.steps.names import NameFormat, is_taken_name
 from functional_ckpt.steps.remote_tier import RemoteTier, is_outage, open_reachable
@@ -39,8 +40,8 @@ _LOOK_SECONDS = 1.0
 _BOARD = "uploads"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Tier:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Tier(Spelled):
     """A directory or URI to which committed steps are copied.
 
     Attributes:

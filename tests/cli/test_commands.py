@@ -122,7 +122,7 @@ def test_stars_mark_what_a_policy_of_the_run_ranks(run: Path, call: Any, tmp_pat
     best = json.loads(call("ls", tmp_path / "ranked", "--json")[0])["best"]
     assert best == {"loss": {"mode": "max", "step": 10}}
     assert call("ls", tmp_path / "ranked")[0].count("★") == 1
-    # The mode of the policy, against what the name suggests.
+    # The mode is the policy's, although the name suggests another one.
     assert json.loads(call("show", tmp_path / "ranked", "best:loss", "--json")[0])["step"] == 10
     (tmp_path / "ranked" / ".functional_ckpt" / "history.jsonl").unlink()
     assert json.loads(call("ls", tmp_path / "ranked", "--json")[0])["best"] == {}
@@ -306,7 +306,9 @@ def test_prune_takes_the_policies_of_the_run(run: Path, call: Any, tmp_path: Pat
     text, code = call("prune", run, "--dry-run", "--json")
     planned = {each["step"]: each["reasons"] for each in json.loads(text)["steps"]}
     assert planned == {
-        **{20: ["EveryNSteps(20)"], 40: ["EveryNSteps(20)"], 41: []},
+        20: ["EveryNSteps(20)"],
+        40: ["EveryNSteps(20)"],
+        41: [],
         50: ["latest", "LatestN(1)"],
     }
     assert call("prune", run)[1] == 0

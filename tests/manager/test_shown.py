@@ -58,7 +58,47 @@ def test_items_name_their_value_and_the_options_that_were_chosen() -> None:
     assert repr(fc.PyTree({"x": torch.ones(3)})) == "PyTree(dict of 1)"
     assert repr(fc.PyTree(torch.ones(3, 4))) == "PyTree(Tensor float32[3, 4])"
     assert len(repr(fc.Json("x" * 1000))) < 80
-    assert repr(fc.Rng()) == "Rng({})"
+    assert repr(fc.Rng()) == "Rng()"
+    assert repr(fc.PyTree({})) == "PyTree({})"
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    assert repr(fc.Stateful(scheduler)) == "Stateful(StepLR)"  # not its address
+
+
+def test_items_are_trees_of_what_they_save_in_notebooks() -> None:
+    model = torch.nn.Linear(3, 2)
+    shown = fc.Module(model)._repr_html_()
+    assert "<summary><code>Module(Linear, 2 parameters)</code></summary>" in shown
+    assert "<li>weight: <code>float32[2, 3] cpu</code></li>" in shown
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    assert "<li>lr: <code>0.25</code></li>" in fc.Optimizer(optimizer, model)._repr_html_()
+    before = torch.get_rng_state()
+    assert "<summary>python: 1 array, 2,500 bytes</summary>" in fc.Rng()._repr_html_()
+    assert torch.equal(before, torch.get_rng_state())
+    stranger = torch.nn.Linear(1, 1)
+    unnamed = fc.Optimizer(torch.optim.SGD(stranger.parameters()), model)._repr_html_()
+    assert "cannot be saved" in unnamed and "<li>" in unnamed
+
+
+def test_records_name_what_differs_from_their_defaults() -> None:
+    assert repr(fc.Progress(batch=10, max_duration="2ep")) == (
+        "Progress(batch=10, max_duration='2ep')"
+    )
+    tier = fc.Tier(path="s3://bucket/run", keep=fc.policies.LatestN(3))
+    assert repr(tier) == "Tier(path='s3://bucket/run', keep=LatestN(3))"
+    assert repr(fc.step_names.StepName(prefix="step")) == "StepName(prefix='step')"
+    template = fc.step_names.StepTemplate(template="ep{epoch}-ba{batch}")
+    assert repr(template) == "StepTemplate(template='ep{epoch}-ba{batch}')"
+    assert repr(fc.handlers.Fill(torch.zeros(1000))) == "Fill(Tensor float32[1000])"
+
+
+def test_a_report_of_many_differences_is_short(tmp_path: Path) -> None:
+    fc.save(tmp_path / "one", {"state": {str(n): 0 for n in range(500)}})
+    report = fc.restore(tmp_path / "one", into={"state": {"0": 1}}, strict=False).report
+    assert len(report.unexpected) == 499
+    assert repr(report).startswith("RestoreReport(unexpected=[state")
+    assert repr(report).endswith(", and 496 more])")
+    assert str(report).count("\n") == 498  # every one
+    assert repr(type(report)()) == "RestoreReport()"
 
 
 def test_metadata_and_restored_items_are_trees_in_notebooks(tmp_path: Path) -> None:

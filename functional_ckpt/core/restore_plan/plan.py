@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from functional_ckpt import errors
 from functional_ckpt.core.tree import structure
 
-_MAX_LINES = 200
+_MAX_LINES, _MAX_SHOWN = 200, 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,6 +91,11 @@ class RestoreReport:
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.mismatched)
 
+    def __repr__(self) -> str:
+        parts = {name: getattr(self, name) for name in ("missing", "unexpected", "mismatched")}
+        facts = [f"{name}={_first(leaves)}" for name, leaves in parts.items() if leaves]
+        return f"RestoreReport({', '.join(facts)})"
+
     def __str__(self) -> str:
         parts = {
             "missing from the checkpoint": self.missing,
@@ -99,6 +104,13 @@ class RestoreReport:
         }
         lines = [f"  {what}: {leaf}" for what, found in parts.items() for leaf in found]
         return "\n".join(lines) or "  everything matched"
+
+
+def _first(leaves: Sequence[str]) -> str:
+    """Returns a few leaves, and how many more there are."""
+    more = len(leaves) - _MAX_SHOWN
+    shown = ", ".join(leaves[:_MAX_SHOWN])
+    return f"[{shown}, and {more:,} more]" if more > 0 else f"[{shown}]"
 
 
 def merge(reports: Sequence[RestoreReport]) -> RestoreReport:

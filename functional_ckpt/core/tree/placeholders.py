@@ -20,6 +20,11 @@ class Fill:
 
     tensor: Any
 
+    def __repr__(self) -> str:
+        dtype = str(getattr(self.tensor, "dtype", "")).removeprefix("torch.")
+        shape = list(getattr(self.tensor, "shape", ()))
+        return f"Fill({type(self.tensor).__name__} {dtype}{shape})"
+
 
 class AsSaved(enum.Enum):
     """Type of `AS_SAVED`."""
