@@ -24,7 +24,9 @@ __all__ = ["Event", "Events", "Kind", "Listener", "Listeners", "ShowsBars"]
 
 Shown: TypeAlias = Callable[[int, int], None]
 """Shows progress: bytes that are done, and bytes in all."""
-Kind: TypeAlias = Literal["staged", "written", "committed", "uploaded", "pruned", "skipped"]
+Kind: TypeAlias = Literal[
+    "staged", "written", "committed", "uploaded", "pruned", "skipped", "restored"
+]
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -37,8 +39,8 @@ class Event:
         kind: `staged`: this rank's part was copied, and `save` is about to return; `written`: this
             rank's part is in storage; `committed`: the step is complete and durable; `uploaded`: a
             remote tier has it; `pruned`: it was removed, because no policy keeps it or to free
-            space; `skipped`: it is damaged, and `restore_or` tried an older one. Only the primary
-            emits the last four.
+            space; `skipped`: it is damaged, and `restore_or` tried an older one; `restored`: the
+            ranks have restored it from a node-local tier. Only the primary emits the last five.
         step: Its number.
         directory: The directory of the manager, or of a remote tier.
         rank: The rank that emits the event, within the group that saves together.
@@ -47,6 +49,8 @@ class Event:
             measured.
         path: The directory of the step; None before it is committed.
         metrics: The metrics saved with a `committed` step, or None.
+        sources: Of `restored`, the bytes that all ranks got together, by where they were read:
+            `own`, on the own node; `others`, on other nodes; `tiers`, in remote tiers.
         time: The end of the change, UTC.
     """
 
@@ -58,6 +62,7 @@ class Event:
     num_bytes: int | None = None
     path: str | None = None
     metrics: Mapping[str, Any] | None = None
+    sources: Mapping[str, int] | None = None
     time: datetime.datetime = dataclasses.field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC)
     )
@@ -76,7 +81,9 @@ class Event:
 
     def __str__(self) -> str:
         """Returns the event as a line of a log."""
-        where = {"pruned": "from", "committed": "in", "skipped": "in"}.get(self.kind, "to")
+        where = {"pruned": "from", "committed": "in", "skipped": "in", "restored": "from"}.get(
+            self.kind, "to"
+        )
         text = f"step {self.step} {self.kind}"
         if self.kind != "staged":
             text += f" {where} {self.directory}"
@@ -177,6 +184,7 @@ class Events:
         num_bytes: int | None = None,
         path: str | None = None,
         metrics: Mapping[str, Any] | None = None,
+        sources: Mapping[str, int] | None = None,
     ) -> None:
         """Notifies every listener, and logs their errors.
 
@@ -195,6 +203,7 @@ class Events:
             num_bytes=num_bytes,
             path=path,
             metrics=metrics,
+            sources=sources,
         )
         interruption = self._call_all(event)
         if interruption is not None and kind == "staged":

@@ -12,7 +12,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
 
@@ -30,6 +30,21 @@ from functional_ckpt.runtime import device_copies, fence, threads
 Verify: TypeAlias = Literal["stream", "first", False]
 
 
+class FromNodes(Protocol):
+    """Reads the requests of every rank from the nodes that hold their files; see `node_read`."""
+
+    def __call__(
+        self,
+        items: Sequence[OpenItem],
+        requests: Sequence[Sequence[ReadRequest]],
+        *,
+        verify: Verify,
+        shown: Callable[[int, int], None] | None,
+    ) -> None:
+        """Fills the destinations of all requests."""
+        ...
+
+
 def read_all(
     bound: Sequence[tuple[OpenItem, plan.Binding]],
     *,
@@ -37,6 +52,7 @@ def read_all(
     touched: TargetState,
     sharing: Coordinator | None = None,
     shown: Callable[[int, int], None] | None = None,
+    from_nodes: FromNodes | None = None,
 ) -> list[Any]:
     """Reads everything that the bindings name and builds their values.
 
@@ -48,6 +64,7 @@ def read_all(
         touched: Set before the first byte is written to the caller's memory.
         sharing: The ranks that read for each other, if they do.
         shown: Called with the bytes read so far, and the total.
+        from_nodes: Reads in place of the ranks, where files are on several nodes.
     """
     fence.wait_for_all()  # another save may still be copying from the memory that is read into
     verified = verify is not False  # after `first` too: the bytes may have changed in between
@@ -56,10 +73,13 @@ def read_all(
         files.callback(buffers.close)
         with threads.gc_paused():
             items = [_ItemRead(item, binding, touched) for item, binding in bound]
-            readers = [each.open(files) for each in items]
             # Parts that other ranks read arrive in host memory.
-            own = buffers if sharing is None else None
+            own = buffers if sharing is None and from_nodes is None else None
             requests = [each.requests(own, verified=verified) for each in items]
+            readers = [] if from_nodes is not None else [each.open(files) for each in items]
+        if from_nodes is not None:
+            from_nodes([each.item for each in items], requests, verify=verify, shown=shown)
+            return [each.assemble() for each in items]
         if verify == "first":
             threads.run_in_threads(_tasks(readers, [each.verification() for each in items]))
         delivered: Sequence[shared_read.Delivered] = [()] * len(items)

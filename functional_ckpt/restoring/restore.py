@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -22,8 +23,9 @@ from functional_ckpt.handlers import nested
 from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.handlers.registry import for_items
 from functional_ckpt.policies.progress import Progress
-from functional_ckpt.restoring import read, ties
+from functional_ckpt.restoring import node_read, read, ties
 from functional_ckpt.restoring.match import MatchedItem, RestoreOptions, is_per_rank, match_items
+from functional_ckpt.restoring.node_copies import NodeSources
 from functional_ckpt.runtime import threads
 
 
@@ -128,6 +130,7 @@ def restore_checkpoint(
     options: RestoreOptions,
     coordinator: Coordinator | None = None,
     shown: Callable[[int, int], None] | None = None,
+    nodes: NodeSources | None = None,
 ) -> Restored:
     """Restores a checkpoint: as saved without `into`, else into its values.
 
@@ -142,7 +145,9 @@ def restore_checkpoint(
     if torch.is_inference_mode_enabled():
         # Restored tensors must not be inference tensors, which cannot be trained.
         with torch.inference_mode(mode=False), torch.no_grad():
-            return restore_checkpoint(open_checkpoint, into, registry, options, coordinator, shown)
+            return restore_checkpoint(
+                open_checkpoint, into, registry, options, coordinator, shown, nodes
+            )
     registry = for_items(registry, {} if into is None else into)
     coordinator = coordinator or SingleProcess()
     with collective(coordinator, "matching the checkpoint with the target", _all_or_none) as round_:
@@ -167,7 +172,11 @@ def restore_checkpoint(
         collective(coordinator, "reading the checkpoint"),
         _noticing_overwrite(checkpoint),
     ):
-        values = _read(matched, options, coordinator, target, shown)
+        from_nodes = None
+        if nodes is not None:
+            nodes = dataclasses.replace(nodes, shares=options.share_reads)
+            from_nodes = functools.partial(node_read.read_from_nodes, nodes, checkpoint)
+        values = _read(matched, options, coordinator, target, shown, from_nodes)
         with threads.gc_paused():
             lifted = _lift_all(matched, values, registry, coordinator, target)
     return Restored(
@@ -295,11 +304,19 @@ def _read(
     coordinator: Coordinator,
     target: read.TargetState,
     shown: Callable[[int, int], None] | None,
+    from_nodes: read.FromNodes | None,
 ) -> list[Any]:
     sharing = coordinator if options.share_reads and coordinator.num_ranks > 1 else None
     trees = [(each.opened, each.binding) for each in matched if each.opened is not None]
     values = iter(
-        read.read_all(trees, verify=options.verify, touched=target, sharing=sharing, shown=shown)
+        read.read_all(
+            trees,
+            verify=options.verify,
+            touched=target,
+            sharing=sharing,
+            shown=shown,
+            from_nodes=from_nodes,
+        )
     )
     # JSON items were read while matching.
     return [

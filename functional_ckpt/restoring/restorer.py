@@ -19,6 +19,7 @@ from functional_ckpt.handlers import nested
 from functional_ckpt.handlers.base import Item, Registry
 from functional_ckpt.handlers.pytree import PyTree
 from functional_ckpt.policies.checks import check_bool
+from functional_ckpt.restoring import node_sources
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring.match import RestoreArguments, RestoreOptions
 from functional_ckpt.steps import decide, history, rollback
@@ -197,7 +198,7 @@ class Restorer:
         failures = (errors.CorruptCheckpointError, errors.StorageError, errors.StepNotFoundError)
         with self.steps.reading(step):
             try:
-                return self._restore_from(nearest, step, into, options)
+                return self._restore_from(nearest, step, into, options, others)
             except failures as error:
                 failure: errors.CheckpointError = error
                 if isinstance(error, errors.CorruptCheckpointError):
@@ -227,9 +228,17 @@ class Restorer:
         return self.coordinator.gather_broadcast(what, b"", compare) != b""
 
     def _restore_from(
-        self, holder: TierSteps, step: int, into: Mapping[str, Any] | None, options: RestoreOptions
+        self,
+        holder: TierSteps,
+        step: int,
+        into: Mapping[str, Any] | None,
+        options: RestoreOptions,
+        others: Sequence[TierSteps] = (),
     ) -> restore_lib.Restored:
         storage, path = holder.storage, holder.path(step)
+        nodes = None
+        if self.steps.first.nodes is not None and holder is self.steps:
+            nodes = node_sources.of_step(self.steps, self.coordinator, step, others)
 
         def open_step() -> checkpoint_dir.OpenCheckpoint:
             checkpoint = checkpoint_dir.open_checkpoint(storage, path, step)
@@ -241,7 +250,7 @@ class Restorer:
         try:
             with self.steps.events.bar(f"restoring step {step}") as shown:
                 restored = restore_lib.restore_checkpoint(
-                    open_step, into, self.registry, options, self.coordinator, shown
+                    open_step, into, self.registry, options, self.coordinator, shown, nodes
                 )
         except (errors.CorruptCheckpointError, errors.StorageError) as error:
             if not queries.is_directory(storage, path):

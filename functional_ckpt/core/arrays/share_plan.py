@@ -69,13 +69,13 @@ def plan_sharing(
     """
     loads = [0] * len(wants)
     rounds: list[list[SharedChunk]] = []
-    budget = _Budget(len(wants), round_bytes)
-    for name, index, parts in _wanted_chunks(arrays, wants):
+    budget = Budget(len(wants), round_bytes)
+    for name, index, parts in wanted_chunks(arrays, wants):
         array = arrays[name]
         chunk = array.grid.box(index)
         itemsize = array.spec.itemsize_bytes
         size_bytes = chunk.num_elements * itemsize
-        if not _is_read_twice(array, index, parts):
+        if not is_read_twice(array, index, parts):
             continue
         reader = min((part.rank for part in parts), key=lambda rank: (loads[rank], rank))
         loads[reader] += size_bytes
@@ -87,7 +87,7 @@ def plan_sharing(
     return tuple(map(tuple, rounds))
 
 
-def _is_read_twice(array: StoredArray, index: tuple[int, ...], parts: Sequence[Share]) -> bool:
+def is_read_twice(array: StoredArray, index: tuple[int, ...], parts: Sequence[Share]) -> bool:
     """Returns whether the ranks alone would ask for more than the chunk, or for a part twice."""
     itemsize = array.spec.itemsize_bytes
     asked = {part.box: asked_bytes(array.grid, index, part.box, itemsize) for part in parts}
@@ -95,7 +95,7 @@ def _is_read_twice(array: StoredArray, index: tuple[int, ...], parts: Sequence[S
     return len(asked) < len(parts) or sum(asked.values()) > size_bytes
 
 
-def _wanted_chunks(
+def wanted_chunks(
     arrays: Mapping[str, StoredArray], wants: Sequence[Sequence[Region]]
 ) -> Iterator[tuple[str, tuple[int, ...], tuple[Share, ...]]]:
     """Yields the chunks that ranks need, and the needed parts, by array and in C order."""
@@ -115,7 +115,7 @@ def _wanted_chunks(
             yield name, index, tuple(chunks[index])
 
 
-class _Budget:
+class Budget:
     """How much each rank reads and gets in the round that is being filled."""
 
     def __init__(self, num_ranks: int, round_bytes: int) -> None:
