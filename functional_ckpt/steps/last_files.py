@@ -34,7 +34,7 @@ class LastFiles:
     """
 
     def __init__(self, storage: Storage, root: str, *, is_enabled: bool) -> None:
-        self._is_enabled = is_enabled and storage.objects is None
+        self._is_enabled = is_enabled
         self._storage = storage
         self._root = root
         self._restored: str | None = None

@@ -1,24 +1,26 @@
 """Uploads one step to one tier: sends missing files, verifies all, then publishes it.
 
-An interrupted upload resumes: complete files are not sent again.
+An interrupted upload resumes: complete files are not sent again. An object store copies the files
+that it has already.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
 from functional_ckpt.events import Tally
 from functional_ckpt.runtime.threads import run_in_threads
+from functional_ckpt.steps.step_files import files_of, record_digest
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.steps.upload_shares import NUM_FILES, Shares
+from functional_ckpt.steps.upload_unchanged import Arrived, copy_unchanged
 from functional_ckpt.storage import queries
-from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.base import Stat
 from functional_ckpt.storage.commit_base import NOTE
 
 # Data files of one save: with its token, or, in version 1, with a random name.
@@ -29,7 +31,10 @@ class Upload:
     """One step on its way to one tier.
 
     A commit that may be replaced stays until the new one is complete. Other nodes upload `shares`
-    of it, if there are any.
+    of it, if there are any. An object store copies the files that `last`, a step of the tier, has.
+
+    Attributes:
+        arrived: The step of which an object store may copy files into the next; None if unknown.
     """
 
     def __init__(
@@ -42,7 +47,10 @@ class Upload:
         *,
         may_replace: bool,
         shares: Shares | None,
+        last: Arrived | None = None,
     ) -> None:
+        self.arrived = last
+        self._last = last
         self._shares = shares
         self._tier = remote
         self._local, self._remote = local.storage, remote.storage
@@ -65,12 +73,12 @@ class Upload:
         self._commits.finish_overwrite()
         files, identity = files_of(self._local, self._source)
         if self._commits.is_committed(self._final):
-            if _record_digest(self._remote, self._final) == identity:
+            if record_digest(self._remote, self._final) == identity:
                 self._commits.end_uploads(self._final)
                 return 0
             self._check_replaceable()
         place = self._commits.begin_upload(self._final, identity)
-        missing = self._missing(place, files)
+        missing = self._without_copied(place, files, self._missing(place, files))
         total_bytes = sum(file.size_bytes for file in files.values())
         num_bytes = sum(files[name].size_bytes for name in missing)
         with self._events.bar(f"step {self._step} to {self._commits.root}") as show:
@@ -81,10 +89,22 @@ class Upload:
                 sent.add(files[name].size_bytes)
 
             self._send_all(place, {name: files[name] for name in missing}, send, sent)
-        self._check_arrived(place, files, identity)
+        statuses = self._check_arrived(place, files, identity)
         self._tier.check_lock()
         self._commits.publish_upload(place, self._final, files, overwrite=self._may_replace)
+        is_known = place == self._final and self._remote.objects is not None
+        self.arrived = Arrived(self._final, files, statuses) if is_known else None
         return num_bytes
+
+    def _without_copied(
+        self, place: str, files: Mapping[str, records.FileRecord], missing: Sequence[str]
+    ) -> list[str]:
+        """Has the store copy known files; returns the files that are to be sent."""
+        if self._last is None:
+            return [*missing]
+        lacking = {name: files[name] for name in missing}
+        copied = frozenset(copy_unchanged(self._remote, self._last, place, lacking))
+        return [name for name in missing if name not in copied]
 
     def _missing(self, place: str, files: Mapping[str, records.FileRecord]) -> list[str]:
         """Returns the files that an earlier attempt, or another node, has not sent."""
@@ -137,7 +157,7 @@ class Upload:
     def _send(self, name: str, expected: records.FileRecord, place: str, identity: str) -> None:
         source = os.path.join(self._source, name)
         if not queries.exists(self._local, source) or self._local.checksum(source) != expected:
-            digest = _record_digest(self._local, self._source)
+            digest = record_digest(self._local, self._source)
             if digest != identity and (
                 digest is not None or not self._local_commits.is_committed(self._source)
             ):
@@ -153,13 +173,17 @@ class Upload:
 
     def _check_arrived(
         self, place: str, files: Mapping[str, records.FileRecord], identity: str
-    ) -> None:
+    ) -> Mapping[str, Stat]:
         """Compares the uploaded files with the records; wrong ones are removed and sent again.
 
         On an object store only sizes are compared: the store has verified the digests.
         """
-        arrived = queries.sizes(self._remote, place)
-        wrong = [name for name, file in files.items() if arrived.get(name) != file.size_bytes]
+        arrived = self._remote.walk(place)
+        wrong = [
+            name
+            for name, file in files.items()
+            if name not in arrived or arrived[name].size_bytes != file.size_bytes
+        ]
         if not self._commits.verifies_uploads:
             wrong += [
                 name
@@ -174,41 +198,4 @@ class Upload:
                 "the step was overwritten during it; retrying.",
                 path=self._final,
             )
-
-
-def files_of(storage: Storage, path: str) -> tuple[dict[str, records.FileRecord], str]:
-    """Returns a checkpoint's files by its own records, and the identity of its commit.
-
-    A listing is not sufficient: a missed file would be missing in the copy. Files without a
-    record, such as those of a foreign step, are described from their content.
-    """
-    file = os.path.join(path, records.EXTENSION_FILE)
-    found: dict[str, records.FileRecord] = {}
-    data = queries.read_optional(storage, file)
-    identity = None
-    if data is not None:
-        identity = records.digest_hex(data)
-        found = {records.EXTENSION_FILE: records.FileRecord(len(data), identity)}
-        record = records.parse_step(data, file)
-        found |= record.files
-        for item, kind in record.items.items():
-            if kind == "tree":
-                file = os.path.join(path, item, records.EXTENSION_FILE)
-                files = records.parse_item(storage.read(file), file).files
-                found |= {f"{item}/{name}": file for name, file in files.items()}
-    for name in storage.walk(path):
-        file = os.path.join(path, name)
-        if name not in found and queries.kind(storage, file) == "a file":
-            found[name] = storage.checksum(file)
-    return found, identity or _digest_of(found)
-
-
-def _record_digest(storage: Storage, path: str) -> str | None:
-    """Returns the identity of a commit: its record, which has every digest; None without one."""
-    data = queries.read_optional(storage, os.path.join(path, records.EXTENSION_FILE))
-    return None if data is None else records.digest_hex(data)
-
-
-def _digest_of(files: Mapping[str, records.FileRecord]) -> str:
-    listed = sorted((name, file.size_bytes, file.xxh3) for name, file in files.items())
-    return records.digest_hex(json.dumps(listed).encode())
+        return arrived

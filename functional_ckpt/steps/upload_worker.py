@@ -22,6 +22,7 @@ from functional_ckpt.steps.upload_choice import UploadChoice
 from functional_ckpt.steps.upload_queue import UploadQueue
 from functional_ckpt.steps.upload_shares import Shares
 from functional_ckpt.steps.upload_step import Upload
+from functional_ckpt.steps.upload_unchanged import Arrived, newest
 
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
 _SETTLE_SECONDS = 1.0
@@ -49,6 +50,7 @@ class UploadWorker:
         self._late_since: float | None = None
         self._is_settled = True
         self._settled_at = time.monotonic()
+        self._arrived: Arrived | None = None
 
     def start(self) -> None:
         """Starts the thread."""
@@ -163,10 +165,20 @@ class UploadWorker:
         with queue.mutex:
             may_replace = self._choice.may_replace(self._tier.root, step)
         started = time.monotonic()
+        if self._arrived is None and remote.storage.objects is not None:
+            self._arrived = newest(remote, but=step)
         upload = Upload(
-            local, remote, source, final, step, may_replace=may_replace, shares=self._shares
+            local,
+            remote,
+            source,
+            final,
+            step,
+            may_replace=may_replace,
+            shares=self._shares,
+            last=self._arrived,
         )
         num_bytes = upload.run()
+        self._arrived = upload.arrived
         is_new = True  # else it was there, and metrics of it are new
         if (info := local.info(step)) is not None:
             old = remote.info(step)

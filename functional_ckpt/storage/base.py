@@ -166,11 +166,13 @@ class Storage(Protocol):
         """Creates a link to `target`, a name beside it; object stores replace an existing link."""
 
     def share(self, path: str, source: str, expected: Stat) -> bool:
-        """Creates a second name of a file, which becomes read-only; nothing is copied.
+        """Creates a second name of a file, which becomes read-only; an object store copies it.
+
+        Nothing is sent to a store but the request.
 
         Returns:
-            False, and nothing is at `path`, where the store cannot, and where the status of
-            `source` is not the expected one: it was removed, replaced or changed.
+            False where the store cannot, and where the status of `source` is not the expected one:
+            it was removed, replaced or changed. Then the file is to be written.
         """
         ...
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 import threading
 
@@ -34,6 +35,7 @@ _MAX_LINK_BYTES = 1024
 _MAX_REPLACED = 3  # of an earlier attempt, and of a writer that lost its lease
 # Larger ones are sent in parts.
 _SMALL_FILE_BYTES = 8 * 2**20
+_log = logging.getLogger("functional_ckpt")
 
 
 class ObjectStorage:
@@ -198,7 +200,33 @@ class ObjectStorage:
         self._requests.add_link(key, os.path.join(os.path.dirname(key), target))
 
     def share(self, path: str, source: str, expected: Stat) -> bool:
-        """Returns False: every object has one name."""
+        """Copies an object within the store, on the condition that it has not changed.
+
+        Not all stores compare the versions, so they are compared once more afterwards, with the
+        digests that the store has.
+        """
+        version, key = expected.version, self._requests.key(path)
+        if version is None:
+            return False
+        entry = Entry(self._requests.key(source), expected.size_bytes, 0, version)
+        check = self._requests.check_fresh
+        equal: list[bool] = []
+        try:
+            self._requests.change(
+                "copy",
+                path,
+                lambda: equal.append(self._bucket.copy(entry, key, check, is_exact=True)),
+            )
+            copied, there = self._requests.entry(path), self._requests.entry(source)
+        except (errors.StepExistsError, errors.StorageError) as error:
+            _log.debug("%s: uploaded, since it could not be copied: %s", path, error)
+            return False
+        if copied is None:
+            return False
+        is_source = there is not None and there.version == version
+        if is_source and equal[-1] and copied.size_bytes == entry.size_bytes:
+            return True
+        self._delete(path, [copied])
         return False
 
     def sync(self, path: str) -> None:
@@ -218,7 +246,7 @@ class ObjectStorage:
         new = self._requests.key(target)
         for is_marker in (False, True):
             pairs = [
-                (entry.key, new + entry.key[begin:])
+                (entry, new + entry.key[begin:])
                 for entry in entries
                 if _is_marker(entry) == is_marker
             ]

@@ -119,7 +119,11 @@ class Requests:
         return self.ask(action, path, attempt)
 
     def each(
-        self, action: str, path: str, pairs: list[tuple[str, str]], call: Callable[[str, str], None]
+        self,
+        action: str,
+        path: str,
+        pairs: list[tuple[Entry, str]],
+        call: Callable[[Entry, str], object],
     ) -> None:
         """Sends many requests that change the store, several at a time."""
         run_in_threads(

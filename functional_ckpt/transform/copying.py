@@ -16,7 +16,7 @@ from functional_ckpt.format.data_file import DataFile
 from functional_ckpt.interop.atomic_output import check_disjoint
 from functional_ckpt.interop.opened import ForeignCheckpoint
 from functional_ckpt.runtime.threads import run_in_threads
-from functional_ckpt.steps.upload_step import files_of
+from functional_ckpt.steps.step_files import files_of
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage

@@ -50,5 +50,5 @@ def note_damage(storage: Storage, path: str, names: Iterable[str]) -> None:
     found = (storage.stat(os.path.join(path, name)) for name in names)
     with contextlib.suppress(errors.StorageError):
         is_large = any(each and each.size_bytes >= SHARED_FROM_BYTES for each in found)
-        if storage.objects is None and is_large and queries.exists(storage, os.path.dirname(note)):
+        if is_large and queries.exists(storage, os.path.dirname(note)):
             storage.write(note, with_checksum({"step": own}))

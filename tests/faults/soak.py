@@ -292,10 +292,12 @@ class Soak:
         step = choose.choice(steps)
         files = sorted(path for path in (arena.run / str(step)).rglob("*") if path.is_file())
         path = choose.choice(files)
-        operation = journal.begin("damage", key_of(step), file=str(path))
+        how = choose.choice(["cut", "empty", "remove", "flip", "flip"])
+        hurt = [step] if how == "remove" else _sharing(arena, path)
+        self.figures.counts["steps that shared a damaged file"] += len(hurt) - 1
+        damages = [journal.begin("damage", key_of(each), file=str(path)) for each in hurt]
         self.figures.counts["file damaged"] += 1
         data = bytearray(path.read_bytes())
-        how = choose.choice(["cut", "empty", "remove", "flip", "flip"])
         if how == "remove":
             path.unlink()
         elif how == "flip" and data:
@@ -303,12 +305,15 @@ class Soak:
             path.write_bytes(data)
         else:
             path.write_bytes(data[: len(data) // 2 if how == "cut" else 0])
-        journal.end(operation, is_reported=True)
+        for damage in damages:
+            journal.end(damage, is_reported=True)
 
     # -------------------------------------------------------------------------------- verdict
 
     def _verdict(self, arena: Arena, journal: Journal) -> list[str]:
         """The losses, found by a separate process: this one must be able to fork others."""
+        names = "most names of a file"
+        self.figures.counts[names] = max(self.figures.counts[names], _most_names(arena))
         reading, writing = os.pipe()
         pid = self._fork(
             lambda arena, journal: soak_check.main(arena, journal, writing), arena, journal
@@ -339,6 +344,22 @@ class Soak:
                 self.figures.counts[line["operation"]] += 1
             if line.get("error"):
                 self.figures.refusals[_in_general(line["error"])] += 1
+
+
+def _sharing(arena: Arena, path: Path) -> list[int]:
+    """The steps that have the file, under any name."""
+    inode = path.stat().st_ino
+    return [
+        step
+        for step in sorted(arena.near_steps())
+        if any(each.stat().st_ino == inode for each in (arena.run / str(step)).rglob("*"))
+    ]
+
+
+def _most_names(arena: Arena) -> int:
+    """How many names a file of the steps has at most."""
+    files = (path for step in arena.near_steps() for path in (arena.run / str(step)).rglob("*"))
+    return max((path.stat().st_nlink for path in files if path.is_file()), default=0)
 
 
 def _in_general(error: str) -> str:

@@ -1,4 +1,7 @@
-"""The values that the soak saves: objects in the state of a step and version, and their digest."""
+"""The values that the soak saves: objects in the state of a step and version, and their digest.
+
+The model is a frozen base with a trained adapter, so that steps share the files of the base.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,27 @@ import functional_ckpt as fc
 # At this interval of versions a tensor is large enough to be written around the page cache.
 _LARGE_EVERY = 23
 _LARGE_ELEMENTS = 5_000_000
+# A square of float32 is larger than a megabyte: smaller files are not shared.
+_BASE_SIZE = 520
+# The base changes at this interval of versions.
+_BASE_EVERY = 11
 
 
 def new_items() -> dict[str, Any]:
     """Live objects; `fill` gives them the state of a step."""
-    model = torch.nn.Sequential(
-        torch.nn.Linear(24, 48), torch.nn.BatchNorm1d(48), torch.nn.Linear(48, 8, bias=False)
+    model = torch.nn.ModuleDict(
+        {
+            "base": torch.nn.Linear(_BASE_SIZE, _BASE_SIZE, bias=False).requires_grad_(False),
+            "adapter": torch.nn.Sequential(
+                torch.nn.Linear(24, 48),
+                torch.nn.BatchNorm1d(48),
+                torch.nn.Linear(48, 8, bias=False),
+            ),
+        }
     )
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for parameter in model.parameters():
+    trained = list(model["adapter"].parameters())
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     return {
@@ -38,7 +53,9 @@ def fill(items: dict[str, Any], step: int, version: int) -> dict[str, Any]:
     optimizer = items["optimizer"].value
     optimizer.step()  # waits for the copy of an overlapped save
     with torch.no_grad():
-        for tensor in _tensors(items["model"], optimizer):
+        base = items["model"]["base"].weight
+        base.normal_(generator=torch.Generator().manual_seed(version // _BASE_EVERY))
+        for tensor in _tensors(items["model"]["adapter"], optimizer):
             if tensor.is_floating_point():
                 tensor.normal_(generator=generator)
             else:
@@ -78,7 +95,7 @@ def digest(items: Mapping[str, Any], restored: Mapping[str, Any] | None = None) 
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     yield from model.state_dict().values()
-    for parameter in model.parameters():
+    for parameter in (each for each in model.parameters() if each.requires_grad):
         state = optimizer.state[parameter]
         yield from (state[name] for name in sorted(state))
 

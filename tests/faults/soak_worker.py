@@ -27,6 +27,7 @@ from soak_journal import Journal, describe
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.core.files import file_plan
+from functional_ckpt.format import shared_files
 
 # Longer than any operation of a soak takes on a busy machine.
 _TIMEOUT_SECONDS = 120.0
@@ -203,6 +204,8 @@ class Writer:
             options["staging"] = fc.Blocking()
         if choose.random() < 0.2:
             options["on_busy"] = "skip"
+        if choose.random() < 0.1:
+            options["share_unchanged"] = False
         return options
 
     def _open(self) -> fc.CheckpointManager:
@@ -212,6 +215,7 @@ class Writer:
             keep.append(fc.policies.BestN(_KEEP_BEST, "accuracy"))
         # Both layouts: one data file for each item, and several.
         file_plan.BYTES_PER_FILE = self._choose.choice((1000, 2**30))
+        shared_files.REFRESH_STEPS = self._choose.choice((3, 100))
         options = self._options()
         until = time.monotonic() + _TIMEOUT_SECONDS
         while True:

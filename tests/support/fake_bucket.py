@@ -96,13 +96,24 @@ class FakeBucket:
         self._end("write")
         return entry
 
-    def copy(self, source: str, target: str) -> None:
+    def copy(
+        self,
+        source: Entry,
+        target: str,
+        check: Callable[[], None] = no_check,
+        *,
+        is_exact: bool = False,
+    ) -> bool:
         self._begin("copy", target)
+        check()
         with self._mutex:
-            if source not in self._objects:
-                raise NotFound(source)
-            data = self._objects[source][0]
-        self.write(target, data)
+            if source.key not in self._objects:
+                raise NotFound(source.key)
+            data, entry = self._objects[source.key]
+            if is_exact and entry.version != source.version:
+                raise PreconditionFailed(source.key)
+        self.write(target, data, replacing="" if is_exact else None)
+        return True
 
     def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
         for key in keys:

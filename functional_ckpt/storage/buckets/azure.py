@@ -17,4 +17,4 @@ def open_azure(uri: str, name: str) -> ObstoreBucket:
     secrets = tuple(os.environ[each] for each in _SECRETS if os.environ.get(each))
     options = client_options(os.environ.get("AZURE_STORAGE_ENDPOINT"))
     store = import_obstore().store.AzureStore(name, **options)
-    return ObstoreBucket(uri, store, None, {}, secrets=secrets)
+    return ObstoreBucket(uri, store, None, {}, secrets=secrets, copies_at_once=False)

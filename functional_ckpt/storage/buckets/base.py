@@ -146,8 +146,31 @@ class Bucket(LeaseStore, Protocol):
         """Returns the names of the objects and folders in a folder."""
         ...
 
-    def copy(self, source: str, target: str) -> None:
-        """Copies an object within the store."""
+    def copy(
+        self,
+        source: Entry,
+        target: str,
+        check: Callable[[], None] = no_check,
+        *,
+        is_exact: bool = False,
+    ) -> bool:
+        """Copies an object within the store.
+
+        Args:
+            source: The object.
+            target: The key of the copy.
+            check: As of `upload`.
+            is_exact: Whether the object must have the version of `source`, and the copy be new;
+                only some stores compare it here.
+
+        Returns:
+            False if the store's digests of the two differ: the copy is another object's. Not all
+            stores have comparable ones.
+
+        Raises:
+            PreconditionFailed: With `is_exact`, one of the two does not hold.
+        """
+        ...
 
     def upload(
         self, path: str, key: str, check: Callable[[], None] = no_check, *, replacing: str = ""

@@ -107,11 +107,19 @@ class FsspecBucket(SpooledBucket):
         if self._why_read_only is not None:
             raise PermanentError(self._why_read_only, errno.EROFS)
 
-    def copy(self, source: str, target: str) -> None:
-        """Copies an object."""
-        with self._clear(source):
+    def copy(
+        self,
+        source: Entry,
+        target: str,
+        check: Callable[[], None] = no_check,
+        *,
+        is_exact: bool = False,
+    ) -> bool:
+        """Copies an object; on no condition."""
+        with self._clear(source.key):
             self._system.makedirs(os.path.dirname(self._path(target)), exist_ok=True)
-            self._system.copy(self._path(source), self._path(target))
+            self._system.copy(self._path(source.key), self._path(target))
+        return True
 
     def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
         """Deletes objects; on no condition."""

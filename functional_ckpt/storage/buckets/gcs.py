@@ -139,14 +139,29 @@ class GcsBucket:
             )
             return _entry(blob)
 
-    def copy(self, source: str, target: str) -> None:
-        """Copies an object within the store."""
-        with self._clear(source):
-            token, blob = None, self._bucket.blob(source)
+    def copy(
+        self,
+        source: Entry,
+        target: str,
+        check: Callable[[], None] = no_check,
+        *,
+        is_exact: bool = False,
+    ) -> bool:
+        """Copies an object within the store; an exact copy has the same CRC32C."""
+        conditions: dict[str, Any] = {}
+        with self._clear(source.key):
+            old, new = self._bucket.blob(source.key), self._bucket.blob(target)
+            if is_exact and source.version is not None:
+                generation = int(source.version)
+                conditions = {"if_source_generation_match": generation, "if_generation_match": 0}
+                old.reload(if_generation_match=generation, **self._options)
+            token = None
             while True:  # a large one may take several requests
-                token, _, _ = self._bucket.blob(target).rewrite(blob, token=token, **self._options)
+                check()
+                token, _, _ = new.rewrite(old, token=token, **conditions, **self._options)
                 if token is None:
-                    return
+                    break
+        return not is_exact or None in (old.crc32c, new.crc32c) or old.crc32c == new.crc32c
 
     def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
         """Deletes objects, several at a time, on the condition of their generation."""

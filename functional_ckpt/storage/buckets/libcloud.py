@@ -109,12 +109,20 @@ class LibcloudBucket(SpooledBucket):
             self.upload(file.name, key)
         return self.written(key, data)
 
-    def copy(self, source: str, target: str) -> None:
-        """Copies an object through this machine."""
+    def copy(
+        self,
+        source: Entry,
+        target: str,
+        check: Callable[[], None] = no_check,
+        *,
+        is_exact: bool = False,
+    ) -> bool:
+        """Copies an object through this machine; on no condition."""
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "object")
-            self.download(source, path)
+            self.download(source.key, path)
             self.upload(path, target)
+        return True
 
     def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
         """Deletes objects; on no condition."""

@@ -22,6 +22,7 @@ from functional_ckpt.storage.buckets.base import (
     TransientError,
     no_check,
 )
+from functional_ckpt.storage.buckets.s3_requests import MAX_COPY_BYTES, S3Requests
 
 _PART_BYTES = 8 * 2**20
 # A request that got no answer is made again: by `base.retrying`, which also sees to uploads.
@@ -77,7 +78,13 @@ def open_s3(uri: str, name: str, found: credentials.S3Credentials) -> ObstoreBuc
     }
     context = {"aws_credentials": _tensorstore_credentials(found)}
     return ObstoreBucket(
-        uri, store, spec, context, secrets=found.secrets, conditional=found.conditional
+        uri,
+        store,
+        spec,
+        context,
+        secrets=found.secrets,
+        conditional=found.conditional,
+        requests=None if found.key_id is None else S3Requests(name, found),
     )
 
 
@@ -142,6 +149,8 @@ class ObstoreBucket:
         *,
         secrets: tuple[str, ...] = (),
         conditional: bool = True,
+        requests: S3Requests | None = None,
+        copies_at_once: bool = True,
     ) -> None:
         self.uri = uri
         self._obstore = import_obstore()
@@ -150,6 +159,8 @@ class ObstoreBucket:
         self._context = dict(context)
         self._secrets = secrets
         self._conditional = conditional
+        self._requests = requests
+        self._copies_at_once = copies_at_once
 
     def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
         """Returns bytes `begin` to `end` of an object."""
@@ -204,10 +215,22 @@ class ObstoreBucket:
         if not is_same:
             raise PreconditionFailed(key)
 
-    def copy(self, source: str, target: str) -> None:
-        """Copies an object within the store."""
-        with self._clear(source):
-            self._obstore.copy(self._store, source, target)
+    def copy(
+        self,
+        source: Entry,
+        target: str,
+        check: Callable[[], None] = no_check,
+        *,
+        is_exact: bool = False,
+    ) -> bool:
+        """Copies an object within the store; without an access key on no condition."""
+        if self._requests is not None and (is_exact or source.size_bytes > MAX_COPY_BYTES):
+            return self._requests.copy(source, target, check, is_exact=is_exact)
+        if is_exact and not self._copies_at_once:
+            raise PermanentError("a copy may be answered before it is complete", errno.ENOTSUP)
+        with self._clear(source.key):
+            self._obstore.copy(self._store, source.key, target)
+        return True
 
     def delete(self, keys: Iterable[str], *, versions: Mapping[str, str] | None = None) -> None:
         """Deletes objects; on no condition."""
