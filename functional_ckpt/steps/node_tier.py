@@ -94,9 +94,9 @@ class NodeTier:
             self._check_apart(steps)
             with collective(self._group, "locking the nodes' directories"):
                 if self.is_head:
-                    lock_and_recover(
-                        steps, is_alone=self._group.num_ranks == 1, keep=node_moves.votes(steps)
-                    )
+                    is_alone = self._group.num_ranks == 1
+                    lock_and_recover(steps, is_alone=is_alone, keep=node_moves.votes(steps))
+                    node_inventory.make_directory_id(steps.storage, steps.root)
         decision, inventories = self._exchange(steps)
         if not steps.read_only:
             own = inventories[self.nodes.own].parts if self.is_head else ()
