@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from fake_bucket import FakeBucket
 from thread_ranks import ThreadCoordinator, results, run_ranks
 
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.steps.node_inventory import read_generation, read_part
 from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.object_store import ObjectStorage
 
 _NODES = "ab"
 _DISK = LocalStorage()
@@ -162,8 +164,10 @@ def test_deleting_and_discarding_act_on_every_node(tmp_path: Path) -> None:
         made.restore(1, discard_later=True)
         return made.all_steps()
 
-    assert results(run(tmp_path, job, nodes="a")) == [[1]]
-    assert results(run(tmp_path, job, nodes="a", overwrite=True)) == [[1]]
+    assert results(run(tmp_path, job)) == [[1]] * 2
+    assert [on_disk(tmp_path, node) for node in "ab"] == [["1"]] * 2
+    assert results(run(tmp_path, job, overwrite=True)) == [[1]] * 2
+    assert steps_of(tmp_path) == [[1]] * 2
 
 
 def test_metrics_are_recorded_on_every_node(tmp_path: Path) -> None:
@@ -265,12 +269,13 @@ def test_the_generation_is_raised_by_each_restore(tmp_path: Path) -> None:
         made.restore(1)
         made.save(2, _items(2.0, rank)).result()
 
-    results(run(tmp_path, job, nodes="a"))
-    record = read_part(_DISK, str(tmp_path / "a" / "2"))
-    assert record is not None and record.generation == 2
-    assert read_generation(_DISK, str(tmp_path / "a")) == 2
-    found = run(tmp_path, lambda made, _: (made.all_steps(), made.latest_step()), nodes="a")
-    assert results(found) == [([1, 2], 2)]
+    results(run(tmp_path, job))
+    for node in "ab":
+        record = read_part(_DISK, str(tmp_path / node / "2"))
+        assert record is not None and record.generation == 2
+        assert read_generation(_DISK, str(tmp_path / node)) == 2
+    found = run(tmp_path, lambda made, _: (made.all_steps(), made.latest_step()))
+    assert results(found) == [([1, 2], 2)] * 2
 
 
 def test_two_nodes_with_one_directory_are_refused(tmp_path: Path) -> None:
@@ -297,7 +302,7 @@ def test_another_value_than_the_option_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_object_store_is_refused(tmp_path: Path) -> None:
-    storage = ObjectStorage(FakeBucket(), "fake://bucket")
+    storage = ObjectStorage(FakeBucket())
     found = run(tmp_path, lambda *_: None, directory="fake://bucket/run", storage=storage)
     assert all(isinstance(each, errors.UsageError) for each in found), found
     assert "object store" in str(found[0])
