@@ -70,9 +70,12 @@ class Run:
         run_on_primary(
             self.coordinator, what, record, prepare=prepare, after=self.steps.reload_local
         )
-        self.steps.first.on_other_heads(
-            self.coordinator, what, lambda: self.steps.record(step, metrics)
-        )
+
+        def record_too() -> None:
+            if self.steps.info(step) is not None:
+                self.steps.record(step, saver.as_json(metrics, "metrics") or {})
+
+        self.steps.first.on_other_heads(self.coordinator, what, record_too)
 
     def delete(self, step: int) -> None:
         """Removes a step from every tier, once no commit is under way."""

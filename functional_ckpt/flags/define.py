@@ -25,6 +25,7 @@ class Defaults(TypedDict, total=False):
     keep_every: int | None
     keep_best: str | None
     tier: Sequence[str]
+    node_local_replicas: int | None
     overwrite: bool
     staging: Literal["eager", "overlapped", "blocking"] | None
     resume: str
@@ -122,6 +123,13 @@ def define(
             "tier",
             "Upload committed steps to this path or URI, in the background; may be repeated.",
             [],
+        ),
+        node_local_replicas=flag(
+            absl_flags.DEFINE_integer,
+            "node_local_replicas",
+            "The directory is on each node's own disks, and so many other nodes receive a copy of "
+            "its files. Default: all ranks share the directory.",
+            lower_bound=0,
         ),
         overwrite=flag(
             absl_flags.DEFINE_bool,

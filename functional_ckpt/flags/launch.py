@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from functional_ckpt.handlers.registry import chosen, for_items
 from functional_ckpt.manager import CheckpointManager
 from functional_ckpt.restoring import restore as restore_lib
 from functional_ckpt.restoring import restorer
+from functional_ckpt.steps.node_local import NodeLocal
 
 _log = logging.getLogger("functional_ckpt")
 
@@ -45,6 +47,9 @@ def manager(
         own += given if isinstance(given, (list, tuple)) else [] if given is None else [given]
     if defined.tier.value:
         arguments["tiers"] = [*defined.tier.value, *arguments.get("tiers", ())]
+    if (replicas := defined.node_local_replicas.value) is not None:
+        option = arguments.get("node_local") or NodeLocal()
+        arguments["node_local"] = dataclasses.replace(option, replicas=replicas)
     if defined.staging.value is not None:
         arguments["staging"] = values.STAGING[defined.staging.value]
     return CheckpointManager(

@@ -29,6 +29,8 @@ class CheckpointFlags:
         keep_every: Keep every step whose number is a multiple; None for none.
         keep_best: `metric[:min|max][:N]`; keeps the N best steps, by default one.
         tier: Paths or URIs to which committed steps are uploaded.
+        node_local_replicas: How many other nodes receive a copy of a node's files, if the directory
+            is on each node's own disks; None if it is one that all ranks share.
         overwrite: Whether a step that exists may be saved again.
         staging: `eager`, `overlapped` or `blocking`; None leaves it to the script.
         resume: `latest`, `none`, or the path or URI of a checkpoint to start from.
@@ -43,6 +45,7 @@ class CheckpointFlags:
     keep_every: absl_flags.FlagHolder[int | None]
     keep_best: absl_flags.FlagHolder[str | None]
     tier: absl_flags.FlagHolder[list[str]]
+    node_local_replicas: absl_flags.FlagHolder[int | None]
     overwrite: absl_flags.FlagHolder[bool]
     staging: absl_flags.FlagHolder[str | None]
     resume: absl_flags.FlagHolder[str]

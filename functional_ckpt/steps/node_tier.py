@@ -265,7 +265,6 @@ class NodeTier:
                 raise error
         else:
             steps.forget(gone)
-        self.forget(gone)
 
     def line(self, origin: StepInfo | None, line: lines.Line) -> lines.Line:
         """See `FirstTier.line`: one of the raised generation, if a step was restored."""

@@ -64,6 +64,11 @@ class Steps(TierSteps):
         """This tier and the others that were opened, the nearest first."""
         return (self, *self.remote)
 
+    def forget(self, steps: Collection[int]) -> None:
+        """Forgets steps that were removed."""
+        super().forget(steps)
+        self.first.forget(steps)
+
     def reload(self, *, reread: bool = False) -> None:
         """Lists every tier again and reads new steps, or with `reread` all of them."""
         self.reach(False)

@@ -252,6 +252,18 @@ def test_tiers_of_the_flags_come_before_the_scripts(tmp_path: Path) -> None:
         assert fc.restore(tmp_path / name / "1")["x"] == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "is_part"), [("--ckpt_node_local_replicas=0", True), ("", False)]
+)
+def test_the_directory_of_the_flags_is_each_nodes_own(
+    given: str, is_part: bool, tmp_path: Path
+) -> None:
+    defined = parse(f"--ckpt_dir={tmp_path}", *([given] if given else []))
+    with fc.flags.manager(defined) as manager:
+        manager.save(1, {"x": 1}).result()  # type: ignore[union-attr]
+    assert (tmp_path / "1" / "functional_ckpt.part.json").exists() is is_part
+
+
 def test_help_lists_every_flag() -> None:
     flag_values = absl_flags.FlagValues()
     fc.flags.define(flag_values=flag_values)
