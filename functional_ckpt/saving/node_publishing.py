@@ -106,6 +106,8 @@ class NodePublishing:
         self._leftovers = Leftovers(steps)
         self._board: Board | None = None
         self._replaced: str | None = None
+        # Step, commit id and path of each commit that another one has replaced.
+        self._superseded: list[tuple[int, str, str]] = []
 
     # ------------------------------------------------------------------------------ writing
 
@@ -123,6 +125,7 @@ class NodePublishing:
         with collective(self._group, f"creating the directories of step {save.step}"):
             if self._tier.is_head:
                 self._leftovers.prepare()
+                self._drop_superseded()
                 may_exist = self._overwrite or save.is_repeat
                 steps.check_path_free(save.step, save.info.progress, overwrite=may_exist)
                 self._storage.make_directory(begun.tmp, parents=False)
@@ -155,6 +158,7 @@ class NodePublishing:
             return verdict
         replaced = self._rename(message.part, tmp)
         self._tier.committed(message.part, os.path.basename(commit.final_path(tmp)))
+        self._drop_superseded()
         return message.outcome | {"replaced": replaced}
 
     def _finalize(self, save: Save, attempt: Attempt) -> _Message:
@@ -290,13 +294,26 @@ class NodePublishing:
                     node_moves.move_aside(steps, name)
                 self._replaced = steps.commits.publish(tmp, final, overwrite=True)
         if self._replaced is not None:
-            # All nodes have renamed: none needs the replaced commit any more.
+            # All nodes have renamed. The old commit may be the only one that survives a lost node.
             record = node_inventory.read_part(self._storage, self._replaced)
             if record is not None:
-                node_inventory.retire(self._storage, steps.root, [record.commit_id])
+                aside = node_moves.move_aside(steps, os.path.basename(self._replaced), name)
+                self._superseded.append((part.step, record.commit_id, aside))
         return self._replaced
 
     # ------------------------------------------------------------------------------ afterwards
+
+    def _drop_superseded(self) -> None:
+        """Removes the commits that were replaced by one that is replicated by now."""
+        for each in tuple(self._superseded):
+            step, commit_id, path = each
+            if self._tier.is_replicated(step):
+                self._superseded.remove(each)
+                try:
+                    node_inventory.retire(self._storage, self._steps.root, [commit_id])
+                    self._storage.remove(path)
+                except errors.CheckpointError as error:
+                    _log.warning("%s: the replaced step %d stays: %s", path, step, error)
 
     def abandon(self, tmp: str) -> None:
         """See `Publishing.abandon`; never called for a part whose commit may be decided."""

@@ -14,13 +14,22 @@ from functional_ckpt.storage import commit, queries
 _log = logging.getLogger("functional_ckpt")
 
 
-def move_aside(steps: TierSteps, name: str) -> None:
-    """Moves a part that is not used out of the way of another commit of its step."""
+def move_aside(steps: TierSteps, name: str, final: str | None = None) -> str:
+    """Moves a part out of the way of another commit of its step; returns its new path.
+
+    Args:
+        steps: The directory.
+        name: Where the part is.
+        final: The name of its step's directory; None for `name`.
+    """
     path = os.path.join(steps.root, name)
     record = node_inventory.read_part(steps.storage, path)
-    if record is not None:
-        part = HeldPart(name=name, path=name, record=record, is_renamed=True, files=frozenset())
-        execute(steps, Move("aside", part))
+    if record is None:
+        return path
+    part = HeldPart(
+        name=final or name, path=name, record=record, is_renamed=True, files=frozenset()
+    )
+    return _put_aside(steps, part)
 
 
 def execute(steps: TierSteps, move: Move) -> None:
@@ -38,15 +47,21 @@ def execute(steps: TierSteps, move: Move) -> None:
     if move.action == "rename":
         final = os.path.join(steps.root, part.name)
         steps.commits.drop(steps.commits.publish(path, final))
+        storage.sync(steps.root)
     else:
-        target = os.path.join(steps.root, node_inventory.aside_path(part))
-        storage.make_directory(os.path.dirname(target))
-        storage.remove(target)
-        storage.rename(path, target)
-        storage.sync(os.path.dirname(target))
-    storage.sync(steps.root)
+        _put_aside(steps, part)
     done = "completed the commit of" if move.action == "rename" else "moved aside"
     _log.warning("%s: %s %s (commit %s)", steps.root, done, part.name, part.record.commit_id)
+
+
+def _put_aside(steps: TierSteps, part: HeldPart) -> str:
+    storage, target = steps.storage, os.path.join(steps.root, node_inventory.aside_path(part))
+    storage.make_directory(os.path.dirname(target))
+    storage.remove(target)
+    storage.rename(os.path.join(steps.root, part.path), target)
+    storage.sync(os.path.dirname(target))
+    storage.sync(steps.root)
+    return target
 
 
 def votes(steps: TierSteps) -> frozenset[str]:

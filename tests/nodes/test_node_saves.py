@@ -191,6 +191,23 @@ def test_overwriting_replaces_the_step_on_every_node(tmp_path: Path) -> None:
     assert on_disk(tmp_path, "a") == on_disk(tmp_path, "b") == ["1"]
 
 
+def test_a_replaced_commit_stays_until_the_new_one_is_replicated(tmp_path: Path) -> None:
+    def job(made: Any, rank: int) -> list[int]:
+        replicated: set[int] = set()
+        made._steps.first.is_replicated = replicated.__contains__
+        for _ in range(2):
+            made.save(1, _items(1.0, rank)).result()
+            made.restore(1)
+        aside = Path(made.directory) / ".functional_ckpt" / "aside"
+        counts = [len(list(aside.iterdir()))]
+        replicated.add(1)
+        made.save(2, _items(2.0, rank)).result()
+        return [*counts, len(list(aside.iterdir()))]
+
+    assert results(run(tmp_path, job, overwrite=True)) == [[1, 0]] * 2
+    assert steps_of(tmp_path) == [[1, 2]] * 2
+
+
 def test_a_repeat_changes_nothing(tmp_path: Path) -> None:
     def job(made: Any, rank: int) -> None:
         made.save(1, _items(1.0, rank))
@@ -260,6 +277,42 @@ def test_a_node_that_cannot_vote_aborts_all(tmp_path: Path, bad: int) -> None:
 
     assert results(run_ranks(2, job)) == [[]] * 2
     assert [on_disk(tmp_path, node) for node in "ab"] == [[]] * 2
+
+
+class _NoSwap(LocalStorage):
+    """A file system that fails to exchange two directories, or to rename one to a step's name."""
+
+    def swap(self, first: str, second: str) -> bool:
+        raise errors.StorageError("no swap", errno=5, path=second)
+
+    def rename(self, source: str, target: str) -> None:
+        if target.endswith("/2"):
+            raise errors.StorageError("no rename", errno=5, path=target)
+        super().rename(source, target)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_commit_that_a_node_could_not_rename_is_completed_at_the_next_start(
+    tmp_path: Path, step: int, bad: int
+) -> None:
+    results(save(tmp_path, 1))
+
+    def job(group: ThreadCoordinator) -> None:
+        storage = _NoSwap() if group.rank == bad else None
+        options = {"storage": storage, "overwrite": True}
+        with (
+            manager(tmp_path, group, **options) as made,
+            pytest.raises(errors.SaveError, match="no "),
+        ):
+            made.save(step, _items(7.0, group.rank)).result()
+
+    results(run_ranks(2, job))
+    assert steps_of(tmp_path) == [[1, 2] if step == 2 else [1]] * 2
+    parts = [read_part(_DISK, str(tmp_path / node / str(step))) for node in "ab"]
+    assert parts[0] == parts[1] is not None
+    for node in "ab":
+        assert not [each for each in on_disk(tmp_path, node) if "tmp" in each]
 
 
 def test_the_generation_is_raised_by_each_restore(tmp_path: Path) -> None:
