@@ -82,9 +82,10 @@ def gather(root: targets.Root, options: Options) -> RunReport:
                 )
             )
     metrics = {each.step: each.metrics for each in steps}
-    names = {name for each in steps for name in each.metrics}
-    judged = {name: mode for name in names if (mode := step_words.mode_of(name)) is not None}
-    modes: dict[str, step_words.Mode] = {**judged, **root.ranked()}
+    modes = root.ranked()
+    for name in {name for each in steps for name in each.metrics}.difference(modes):
+        if (mode := step_words.mode_of(name)) is not None:
+            modes[name] = mode
     last = opened.get(root.latest) if root.latest is not None else None
     return RunReport(
         path=root.path,

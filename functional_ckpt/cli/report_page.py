@@ -194,7 +194,7 @@ def _comparison(comparison: Comparison) -> str:
     parts = [
         f"<h2>Relative change from step {comparison.before} to step {comparison.after}</h2>"
         '<p class="dim">‖after − before‖ / ‖before‖ of each array; the bars are logarithmic. '
-        f"{comparison.num_equal} arrays are equal.</p>"
+        f"Equal arrays: {comparison.num_equal}.</p>"
     ]
     for item, changes in comparison.changes.items():
         found = [each.relative for each in changes if each.relative]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from functional_ckpt.interop.opened import ForeignCheckpoint
 
 _MAX_TABLE_ROWS = 1000
+# Blanks between two columns, and the least width of the names and of the values.
+_GAP, _MIN_WIDTH = 3, 10
 _JUSTIFY: tuple[Literal["left", "right"], ...] = ("left", "left", "left", "right", "left")
 
 
@@ -186,17 +188,25 @@ def _print_tree(printer: output.Printer, root: structure.Node, depth: int | None
     if len(lines) > _MAX_TABLE_ROWS:
         printer.write(_aligned(lines))
     else:
-        printer.print(_table(lines))
+        printer.print(_table(lines, printer.console.width))
 
 
-def _table(lines: Sequence[_Line]) -> Table:
+def _table(lines: Sequence[_Line], width: int) -> Table:
+    """Returns a table in which values, and then names, are cut where the terminal is narrow."""
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
-    table = Table.grid(padding=(0, 3, 0, 0))
-    for justify in _JUSTIFY:
-        table.add_column(justify=justify, no_wrap=True)
-    table.columns[0].overflow = table.columns[4].overflow = "ellipsis"
+    table = Table.grid(padding=(0, _GAP, 0, 0))
+    widths = [
+        max(cell_len(line.cells[number][0]) + (not number) * len(line.guides) for line in lines)
+        for number in range(len(_JUSTIFY))
+    ]
+    rest = width - sum(widths[1:4]) - (len(widths) - 1) * _GAP
+    widths[4] = min(widths[4], max(_MIN_WIDTH, rest - widths[0]))
+    widths[0] = min(widths[0], max(_MIN_WIDTH, rest - widths[4]))
+    for justify, each in zip(_JUSTIFY, widths, strict=True):
+        table.add_column(justify=justify, no_wrap=True, width=each, overflow="ellipsis")
     for line in lines:
         first, *rest = line.cells
         name = Text.assemble((line.guides, "dim"), first)

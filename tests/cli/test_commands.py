@@ -405,6 +405,20 @@ def test_an_export_to_a_store_is_refused_before_anything_is_read(run: Path, call
     assert (code, "local paths only" in text) == (2, True), text
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_show_cuts_values_and_names_before_types_and_sizes(
+    tmp_path: Path, call: Any, width: int
+) -> None:
+    layers = {f"encoder.self_attention.{n}": {"exp_avg": torch.ones(64, 32)} for n in range(3)}
+    fc.save(tmp_path / "a", {"state": {**layers, "names": ["encoder.layers.0.weight" * 3]}})
+    text, code = call("show", tmp_path / "a", width=width)
+    lines = text.splitlines()[1:]
+    assert (code, max(map(len, lines)) <= width) == (0, True)
+    assert text.count("   float32   [64, 32]   8.0 KiB") == 3
+    assert text.count("exp_avg") == 3
+    assert "str" in text and "…" in text
+
+
 def test_show_separates_items_by_an_empty_line(run: Path, call: Any) -> None:
     lines = call("show", run)[0].splitlines()
     for name in ("state", "config"):
