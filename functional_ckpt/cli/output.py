@@ -166,13 +166,20 @@ def number(value: float) -> str:
 
 def age(time: datetime.datetime, now: datetime.datetime) -> str:
     """Returns the time since a moment, in its largest unit."""
-    seconds = int((now - time).total_seconds())
-    if seconds < 0:
-        return "in the future"
+    seconds = (now - time).total_seconds()
+    return "in the future" if seconds <= -1 else f"{duration(seconds)} ago"
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration in its largest unit.
+
+    >>> duration(59.9), duration(60), duration(7300)
+    ('59 s', '1 min', '2 h')
+    """
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
-            return f"{seconds // length} {unit} ago"
-    return f"{seconds} s ago"
+            return f"{int(seconds) // length} {unit}"
+    return f"{int(seconds)} s"
 
 
 def clock(time: datetime.datetime) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
+import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from functional_ckpt import errors
@@ -14,6 +17,9 @@ from functional_ckpt.cli.prune import waiting_for_upload
 from functional_ckpt.cli.rm import root_of
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps import history
+
+# How many steps judge when the next one is due, and after how many times their gap none is.
+_MIN_JUDGED, _MAX_JUDGED, _MAX_LATE = 3, 6, 10
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,6 +72,28 @@ def _metrics(info: StepInfo) -> list[str]:
     return [f"{name}={output.number(value)}" for name, value in found]
 
 
+def next_due(infos: Sequence[StepInfo], now: datetime.datetime) -> str:
+    """Returns when the next step is due, judged by the last ones; empty if they do not say.
+
+    Args:
+        infos: The steps, ascending; of the last six on the present line, time and number count.
+        now: The time, with a time zone.
+    """
+    last = [info for info in infos if not info.is_abandoned][-_MAX_JUDGED:]
+    if len(last) < _MIN_JUDGED:
+        return ""
+    pairs = list(itertools.pairwise(last))
+    gap = statistics.median((after.time - before.time).total_seconds() for before, after in pairs)
+    numbers = {after.step - before.step for before, after in pairs}
+    name = f"step {last[-1].step + numbers.pop()}" if len(numbers) == 1 else "the next step"
+    seconds = (last[-1].time - now).total_seconds() + gap
+    if seconds < -_MAX_LATE * gap:
+        return ""  # the run is over, or saves by another rule
+    if seconds < 0:
+        return f"{name} was due {output.duration(-seconds)} ago"
+    return f"{name} is due in about {output.duration(seconds)}"
+
+
 def _picture(printer: output.Printer, root: targets.Root, last: int) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
@@ -87,4 +115,5 @@ def _picture(printer: output.Printer, root: targets.Root, last: int) -> Renderab
     count = f"{len(root.steps)} step{'' if len(root.steps) == 1 else 's'}"
     heading = Text.assemble((output.printable(root.path), "bold"), (f"  {count}", "dim"))
     lines = [output.styled(f"{name}: being written", "yellow") for name in root.unfinished]
+    lines += [Text(due, "dim")] if (due := next_due(root.history(), now)) else []
     return Group(heading, Text(), table, *lines, Text(f"{output.clock(now)}, Ctrl-C ends", "dim"))

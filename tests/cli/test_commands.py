@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import json
 import math
@@ -17,7 +18,7 @@ import torch
 
 import functional_ckpt as fc
 from functional_ckpt import testing, verify
-from functional_ckpt.cli import main, step_words
+from functional_ckpt.cli import main, step_words, watch
 
 METRICS = ("loss", "accuracy", "grad_norm", "epoch", "lr", "tokens/s", "val/perplexity", "seconds")
 
@@ -343,6 +344,26 @@ def test_prune_keeps_what_is_not_uploaded_yet(tmp_path: Path, call: Any) -> None
 
 
 # ------------------------------------------------------------------------------------ watch
+
+
+def test_the_next_step_is_due_as_the_last_ones_were() -> None:
+    start = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+
+    def due(steps: list[int], minutes: float, **changes: Any) -> str:
+        infos = [
+            fc.policies.StepInfo(
+                step=step, time=start + datetime.timedelta(minutes=2 * n), **changes
+            )
+            for n, step in enumerate(steps)
+        ]
+        return watch.next_due(infos, start + datetime.timedelta(minutes=minutes))
+
+    assert due([10, 20, 30], 4.5) == "step 40 is due in about 1 min"
+    assert due([10, 20, 30], 9) == "step 40 was due 3 min ago"
+    assert due([10, 20, 35], 4.5) == "the next step is due in about 1 min"
+    assert due([10, 20, 30], 100) == ""  # the run is over
+    assert due([10, 20], 2.5) == ""
+    assert due([10, 20, 30], 4.5, is_abandoned=True) == ""
 
 
 def test_watch_prints_new_steps_until_it_is_interrupted(tmp_path: Path) -> None:
