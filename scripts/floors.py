@@ -94,6 +94,7 @@ TORCH_FREE: tuple[str, ...] = (
     "core/tree/walk.py",
     "storage/*",
     "format/*",
+    "interop/plain_files.py",
     "steps/names.py",
     "steps/history.py",
     "steps/index.py",

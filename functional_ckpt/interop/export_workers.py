@@ -5,15 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import multiprocessing
-import os
-import threading
 from concurrent.futures.process import BrokenProcessPool
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree.encode import torch_dtype
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.handlers.hub_config import RUNTIME, with_dtype
-from functional_ckpt.interop import hub_weights, stored_files, weights
+from functional_ckpt.interop import hub_weights, plain_files, stored_files, weights
 from functional_ckpt.interop.hub_files import Output
 from functional_ckpt.interop.hub_options import Options
 from functional_ckpt.storage.open import connect
@@ -55,18 +53,25 @@ class Job:
         return Output.of(given, self.options, stored, num_writers=self.num_writers), texts
 
 
-def run(job: Job, path: str) -> None:
+def run(job: Job, output: Output, path: str) -> None:
     """Writes the files of an export in new processes; nothing is durable yet.
+
+    A process imports torch only if tensors are converted.
 
     Raises:
         StorageError: A process was killed. None runs any more, as after other errors.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
-        job.num_writers, mp_context=context, initializer=_end_with_parent
+        job.num_writers, mp_context=context, initializer=plain_files.end_with_parent
     ) as pool:
-        numbers = range(job.num_writers)
-        writing = [pool.submit(_write, job, path, number) for number in numbers]
+        writing: list[concurrent.futures.Future[None]] = []
+        for number in range(job.num_writers):
+            plain = output.plain_files(path, number, job.num_writers)
+            if plain is None:
+                writing.append(pool.submit(_write, job, path, number))
+            else:
+                writing.append(pool.submit(plain_files.write_files, job.step, job.item, plain))
         try:
             for each in concurrent.futures.as_completed(writing):
                 each.result()
@@ -76,18 +81,6 @@ def run(job: Job, path: str) -> None:
                 "written.",
                 path=path,
             ) from error
-
-
-def _end_with_parent() -> None:
-    """Has a worker end when the process that started it is killed."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _write(job: Job, path: str, number: int) -> None:

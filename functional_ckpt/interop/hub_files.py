@@ -20,6 +20,7 @@ from functional_ckpt.core.files.safetensors_header import MAX_TENSORS
 from functional_ckpt.interop import safetensors
 from functional_ckpt.interop.hf_config import load_json
 from functional_ckpt.interop.hub_options import DEFAULT_SHARD_BYTES, Options
+from functional_ckpt.interop.plain_files import PlainFile
 from functional_ckpt.interop.stored_files import StoredFiles
 from functional_ckpt.interop.weights import Weights
 from functional_ckpt.storage.local import LocalStorage
@@ -98,6 +99,26 @@ class Output:
             files.append(OutputFile("" if options.is_one_file else name, names, size_bytes, source))
         return cls(given=given, options=options, stored=stored, files=files)
 
+    def plain_files(self, path: str, rank: int, num_ranks: int) -> list[PlainFile] | None:
+        """Returns the files of a rank as `write` would write them; None if torch is needed."""
+        given, prefix = self.given, self.options.key_prefix
+        is_plain = self.stored is None and self.options.format == "safetensors"
+        if not is_plain or given.arrays is None:
+            return None
+        found: list[PlainFile] = []
+        for file in self._own(rank, num_ranks):
+            held = {*file.names}
+            found.append(
+                PlainFile(
+                    path=os.path.join(path, file.name) if file.name else path,
+                    arrays={prefix + name: given.arrays[name] for name in file.names},
+                    dtypes={prefix + name: given.dtypes[name] for name in file.names},
+                    shapes={prefix + name: given.shapes[name] for name in file.names},
+                    tied={prefix + a: prefix + b for a, b in given.tied.items() if b in held},
+                )
+            )
+        return found
+
     def write(self, path: str, rank: int = 0, num_ranks: int = 1) -> None:
         """Writes the files of a rank; nothing is durable yet.
 
@@ -106,10 +127,14 @@ class Output:
             rank: Which rank.
             num_ranks: How many write at the same time.
         """
+        for file in self._own(rank, num_ranks):
+            self._write(file, os.path.join(path, file.name) if file.name else path)
+
+    def _own(self, rank: int, num_ranks: int) -> list[OutputFile]:
+        """Returns the files of a rank."""
         files = {file.name: file for file in self.files}
         sizes = {name: file.size_bytes for name, file in files.items()}
-        for name in deal(sizes, num_ranks)[rank]:
-            self._write(files[name], os.path.join(path, name) if name else path)
+        return [files[name] for name in deal(sizes, num_ranks)[rank]]
 
     def _write(self, file: OutputFile, path: str) -> None:
         given, prefix = self.given, self.options.key_prefix

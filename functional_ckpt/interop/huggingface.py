@@ -188,7 +188,7 @@ def _write(
             if workers is None:
                 output.write(tmp, group.rank, group.num_ranks)
             else:
-                export_workers.run(workers, tmp)
+                export_workers.run(workers, output, tmp)
         with collective(group, "publish an export"):
             publishing.close()
 

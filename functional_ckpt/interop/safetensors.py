@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import safetensors
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core.arrays.spec import STORAGE_DTYPES
 from functional_ckpt.core.files import safetensors_header
-from functional_ckpt.format.data_file import DataFile
-from functional_ckpt.interop import hostile
+from functional_ckpt.interop import hostile, plain_files
 from functional_ckpt.interop.source import Format, Source
 from functional_ckpt.interop.weights import Weights
-from functional_ckpt.storage.local import LocalStorage
 
 DTYPES = (
     *("bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
@@ -91,28 +86,20 @@ def write(given: Weights, names: Iterable[str], path: str, *, prefix: str = "") 
         path: The file to create.
         prefix: Put before every name.
     """
-    # Sorted by the bytes of an element, so that each tensor is aligned.
-    order = sorted(names, key=lambda name: -STORAGE_DTYPES[given.dtypes[name]])
-    tensors: list[safetensors_header.Tensor] = []
-    end = 0
-    for name in order:
-        shape, dtype = given.shapes[name], given.dtypes[name]
-        start, end = end, end + math.prod(shape) * STORAGE_DTYPES[dtype]
-        tensors.append(safetensors_header.Tensor(prefix + name, dtype, shape, start, end))
-    held = {*order}
-    tied = {prefix + name: prefix + kept for name, kept in given.tied.items() if kept in held}
-    header = safetensors_header.encode(tensors, {"format": "pt", **tied})
-    if len(header) > safetensors_header.MAX_READABLE_BYTES:
-        raise errors.UnsupportedLeafError(
-            f"{path}: {len(order):,} tensors do not fit into one file; write a directory.",
-            path=path,
-        )
-    file = DataFile(LocalStorage(), path, len(header) + end)
-    with contextlib.closing(file):
-        file.append(np.frombuffer(header, np.uint8))
-        for tensor in given.stream(order):
-            file.append(tensor.view(torch.uint8).numpy())
-        file.finish()
+    wanted = [*names]
+    held = {*wanted}
+
+    def stream(order: Sequence[str]) -> Iterator[Any]:
+        tensors = given.stream([name.removeprefix(prefix) for name in order])
+        return (tensor.view(torch.uint8).numpy() for tensor in tensors)
+
+    plain_files.write(
+        path,
+        {prefix + name: given.dtypes[name] for name in wanted},
+        {prefix + name: given.shapes[name] for name in wanted},
+        {prefix + name: prefix + kept for name, kept in given.tied.items() if kept in held},
+        stream,
+    )
 
 
 def require(names: Iterable[tuple[str, str]], path: object) -> None:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from functional_ckpt import errors
-from functional_ckpt.core.arrays import chunks, sharding
-from functional_ckpt.core.arrays.spec import Box, numpy_dtype
+from functional_ckpt.core.arrays import sharding
 from functional_ckpt.core.restore_plan import select
 from functional_ckpt.core.restore_plan.match import match
 from functional_ckpt.core.tree import encode, flatten, structure
 from functional_ckpt.core.tree.placeholders import AS_SAVED
 from functional_ckpt.format import checkpoint_dir
-from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.handlers import default_registry
+from functional_ckpt.interop.plain_files import stream_bytes
 from functional_ckpt.restoring import read
 
-_PIECE_BYTES = 8 * 2**20
-_ALIGNMENT = 64
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that an export converts."""
 
@@ -41,6 +37,7 @@ class Weights:
         fetch: Names -> their tensors on the CPU.
         stream: Names -> their elements, one tensor after the other, as flat tensors on the CPU. Of
             a step they are of 8 MiB at most, in memory that the next ones overwrite.
+        arrays: Name -> the array of a step that holds these bytes; None if they are made.
     """
 
     sizes: Mapping[str, int]
@@ -49,6 +46,7 @@ class Weights:
     tied: Mapping[str, str]
     fetch: Callable[[Collection[str]], dict[str, torch.Tensor]]
     stream: Callable[[Sequence[str]], Iterator[torch.Tensor]]
+    arrays: Mapping[str, str] | None = None
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """Returns the same tensors, some under other names."""
@@ -70,6 +68,7 @@ class Weights:
             tied={names.get(a, a): names.get(name, name) for a, name in self.tied.items()},
             fetch=fetch,
             stream=stream,
+            arrays=self.arrays and {new: self.arrays[old] for new, old in own.items()},
         )
 
     def cast(self, dtype: torch.dtype) -> Weights:
@@ -96,6 +95,7 @@ class Weights:
             dtypes={each: name if each in cast else its for each, its in self.dtypes.items()},
             fetch=fetch,
             stream=stream,
+            arrays=None,
         )
 
 
@@ -169,69 +169,11 @@ def of_step(opened: checkpoint_dir.OpenCheckpoint, item: str) -> Weights:
     nodes = {node.name: node for node in saved.array_nodes()}
 
     def stream(names: Sequence[str]) -> Iterator[torch.Tensor]:
-        return _stream(saved, [nodes[name] for name in names])
+        for node, data in stream_bytes(saved, [nodes[name] for name in names]):
+            yield torch.from_numpy(data).view(encode.torch_dtype(node.dtype))
 
-    return _weights(saved.root, fetch, stream, f"{opened.path}, item {item}")
-
-
-class _Piece(NamedTuple):
-    """A region of an array, which goes to bytes `start` to `end` of the memory of pieces."""
-
-    node: structure.ArrayNode
-    box: Box
-    start: int
-    end: int
-
-
-def _stream(
-    saved: checkpoint_dir.OpenItem, nodes: Sequence[structure.ArrayNode]
-) -> Iterator[torch.Tensor]:
-    """Yields the elements of arrays; while some are used, the disk fetches the next ones."""
-    memory = torch.empty(_PIECE_BYTES, dtype=torch.uint8, device="cpu")
-    array = memory.numpy()
-    requests = {node.name: saved.request(node) for node in nodes}
-
-    def plan(group: Sequence[_Piece]) -> list[Callable[[], None]]:
-        wanted = []
-        for node, box, start, end in group:
-            place = array[start:end].view(numpy_dtype(node.spec.dtype)).reshape(box.shape)
-            to = Destination.into(place)
-            wanted.append(requests[node.name]._replace(box=box, destination=to))
-        return reader.tasks(wanted)
-
-    with contextlib.closing(saved.open_reader()) as reader:
-        groups = _groups(nodes, requests)
-        group = next(groups, None)
-        tasks = plan(group or ())
-        while group is not None:
-            later = next(groups, None)
-            later_tasks = plan(later or ())
-            for task in tasks:
-                task()
-            for node, _, start, end in group:
-                yield memory[start:end].view(encode.torch_dtype(node.dtype))
-            group, tasks = later, later_tasks
-
-
-def _groups(
-    nodes: Sequence[structure.ArrayNode], requests: Mapping[str, ReadRequest]
-) -> Iterator[list[_Piece]]:
-    """Yields pieces of arrays in order, as many at a time as the memory holds."""
-    group: list[_Piece] = []
-    end = 0
-    for node in nodes:
-        spec, grid = node.spec, requests[node.name].grid
-        grid = grid or chunks.ChunkGrid(spec.shape, tuple(max(1, n) for n in spec.shape))
-        for box in chunks.runs(grid, spec.itemsize_bytes, _PIECE_BYTES):
-            size_bytes = box.num_elements * spec.itemsize_bytes
-            start = -(-end // _ALIGNMENT) * _ALIGNMENT
-            if group and start + size_bytes > _PIECE_BYTES:
-                yield group
-                group, start = [], 0
-            end = start + size_bytes
-            group.append(_Piece(node, box, start, end))
-    if group:
-        yield group
+    found = _weights(saved.root, fetch, stream, f"{opened.path}, item {item}")
+    return dataclasses.replace(found, arrays={name: name for name in found.sizes})
 
 
 def _weights(

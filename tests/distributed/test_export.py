@@ -79,7 +79,9 @@ def test_workers_of_the_command_line(
     assert app.main(command) == 0
     check(tmp_path / "out", torch.bfloat16)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) >= 2
-    huggingface.export(step, "like", like="out/model.safetensors.index.json")
+    # Without a conversion the workers do not import torch.
+    command = ["export", step, "like", "--to", "hf", "--workers", "2", "--like"]
+    assert app.main([*command, "out/model.safetensors.index.json"]) == 0
     check(tmp_path / "like")
     maps = [json.loads(path.read_text()) for path in tmp_path.glob("*/*.index.json")]
     assert len(maps) == 2 and maps[0]["weight_map"] == maps[1]["weight_map"]
@@ -99,7 +101,7 @@ def test_a_killed_worker_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(export_workers, "Job", KilledJob)
     with pytest.raises(errors.StorageError, match="a worker of the export was killed"):
-        huggingface.export(step, tmp_path / "out", num_workers=2)
+        huggingface.export(step, tmp_path / "out", dtype=torch.bfloat16, num_workers=2)
     assert os.listdir(tmp_path) == []
 
 

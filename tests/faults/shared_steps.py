@@ -6,6 +6,7 @@ Nothing in it may use this package before the fork.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -70,9 +71,9 @@ def save(task: dict[str, Any], report: Callable[[str], object]) -> None:
         os.link = refuse  # type: ignore[assignment]
     tiers = [fc.Tier(path=task["far"])] if task["far"] else []
     storage = Killer(task["kill_at"])
-    with fc.CheckpointManager(
-        task["root"], storage=storage, overwrite=True, tiers=tiers
-    ) as manager:
+    with contextlib.ExitStack() as stack:
+        manager = fc.CheckpointManager(task["root"], storage=storage, overwrite=True, tiers=tiers)
+        stack.callback(without_refusals, manager.close)
         try:
             if task["back_to"] is None:
                 manager.restore_or(items_of(0), on_corrupt="older")
@@ -83,9 +84,22 @@ def save(task: dict[str, Any], report: Callable[[str], object]) -> None:
             if task["back_to"] is not None:
                 return
         for step, version in task["saves"]:
-            manager.save(step, items_of(step, version))
-            manager.wait_until_finished()
+            without_refusals(manager.save, step, items_of(step, version))
+            without_refusals(manager.wait_until_finished)
+            without_refusals(manager.wait_until_finished)
             report(f"saved {step}")
+
+
+def without_refusals(call: Callable[..., object], *arguments: object) -> None:
+    """Calls until no more steps are reported that no tier gets, since they are damaged."""
+    for _ in range(100):
+        try:
+            call(*arguments)
+        except errors.SaveError as error:
+            if "cannot be copied" not in str(error):
+                raise
+        else:
+            return
 
 
 def main() -> None:
