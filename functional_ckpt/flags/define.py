@@ -127,8 +127,8 @@ def define(
         node_local_replicas=flag(
             absl_flags.DEFINE_integer,
             "node_local_replicas",
-            "The directory is on each node's own disks, and so many other nodes receive a copy of "
-            "its files. Default: all ranks share the directory.",
+            "The directory is on each node's own disks; the number of other nodes that receive a "
+            "copy of its files. Default: all ranks share the directory.",
             lower_bound=0,
         ),
         overwrite=flag(

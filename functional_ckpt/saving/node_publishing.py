@@ -41,7 +41,7 @@ _log = logging.getLogger("functional_ckpt")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Message:
-    """What the primary sends to every head before the vote.
+    """The primary's message to every head before the vote.
 
     Attributes:
         outcome: The outcome of the commit, if it succeeds.
@@ -135,7 +135,7 @@ class NodePublishing:
         """Does nothing: reports are gathered once all ranks have written."""
 
     def publish(self, save: Save, attempt: Attempt) -> dict[str, Any]:
-        """Has all ranks go on: `complete` publishes."""
+        """Has all ranks continue: `complete` publishes."""
         del save, attempt
         return {}
 
@@ -162,7 +162,7 @@ class NodePublishing:
         return message.outcome | {"replaced": replaced}
 
     def _finalize(self, save: Save, attempt: Attempt) -> _Message:
-        """Returns what the primary sends to the heads."""
+        """Returns the primary's message to the heads."""
         what = f"gathering the reports of step {save.step}"
         own = write.encode_report(attempt.report) if self._group.rank else b""
         reports = large.gather(self._group, what, own)
@@ -279,7 +279,7 @@ class NodePublishing:
     def _decide(self, commit_id: str, value: bytes) -> bytes:
         """Sets the decision, unless there is one; returns the one that holds for all ranks."""
         if self._board is None:
-            raise errors.UsageError("No save has begun.")
+            raise errors.UsageError("No save was started.")
         return self._board.put_if_absent(commit_id, value)
 
     def _rename(self, part: PartRecord, tmp: str) -> str | None:
@@ -321,7 +321,7 @@ class NodePublishing:
             self._leftovers.abandon(tmp)
 
     def follow(self, step: int, lists: dict[str, list[int]]) -> list[str]:
-        """See `Publishing.follow`; other heads remove what the primary has removed."""
+        """See `Publishing.follow`; other heads remove the steps that the primary has removed."""
         failures: list[str] = []
         with noting(failures):
             if self._replaced is not None:

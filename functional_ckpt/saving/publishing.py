@@ -68,7 +68,7 @@ class Attempt:
 
 
 class Publishing(Protocol):
-    """Makes the directories of a step, and publishes what all ranks have written."""
+    """Makes the directories of a step, and publishes the files of all ranks."""
 
     def begin(self, save: Save, what: str) -> write.Begun:
         """Creates the temporary directory on all ranks; all of them call."""
@@ -87,7 +87,7 @@ class Publishing(Protocol):
         ...
 
     def complete(self, save: Save, attempt: Attempt, outcome: dict[str, Any]) -> dict[str, Any]:
-        """Does what all ranks must do together after `publish`; returns the final outcome."""
+        """Does the part of all ranks after `publish`; returns the final outcome."""
         ...
 
     def abandon(self, tmp: str) -> None:
@@ -102,7 +102,7 @@ class Publishing(Protocol):
             lists: The primary's lists of steps, by name of the tier.
 
         Returns:
-            What could not be removed, one line each.
+            The failures, one line each.
         """
         ...
 

@@ -1,6 +1,6 @@
-"""A first tier of which each node has its own part: how it is opened, and who changes what.
+"""A first tier of which each node has its own part: how it is opened and changed.
 
-All nodes do what the primary decides. Each head changes its own directory, and holds its lock.
+All nodes follow the primary's decisions. Each head changes its own directory, and holds its lock.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class NodeTier:
         self.generation = rules.next_generation(known, every) - 1
         doubtful = (*decision.incomplete, *decision.waiting)
         if (doubtful or not decision.usable) and (every or any(known)) and not steps.read_only:
-            # A node that comes back must not win over what is saved from now on.
+            # A node that comes back must not win over the steps that are saved from now on.
             self._starts_line = True
             self._raise_generation(steps, self._group)
 
@@ -171,7 +171,7 @@ class NodeTier:
                 )
 
     def _exchange(self, steps: TierSteps) -> tuple[Decision, dict[str, Inventory]]:
-        """Returns what the nodes hold, and what they do with it."""
+        """Returns the inventories of the nodes, and the decision about them."""
         value: bytes | BaseException = b""
         if self.is_head:
             try:
@@ -179,7 +179,7 @@ class NodeTier:
                 value = taken.to_bytes()
             except Exception as error:  # noqa: BLE001 - raised on every rank
                 value = error
-        found = large.exchange(self._group, "exchanging what the nodes hold", value)
+        found = large.exchange(self._group, "exchanging the inventories of the nodes", value)
         inventories = {
             self.nodes.names[head]: node_inventory.from_bytes(found[head], self.nodes.names[head])
             for head in self.nodes.heads
@@ -196,7 +196,7 @@ class NodeTier:
     def _list(
         self, steps: TierSteps, inventories: Mapping[str, Inventory], decision: Decision
     ) -> None:
-        """Has `steps` list what all nodes hold together."""
+        """Has `steps` list the steps that all nodes hold together."""
         own = self.nodes.own
         used = {each.record.commit_id for each in decision.usable}
         unused = {

@@ -15,6 +15,7 @@ from thread_ranks import ThreadCoordinator, results, run_ranks
 
 import functional_ckpt as fc
 from functional_ckpt import errors
+from functional_ckpt.saving.node_publishing import NodePublishing
 from functional_ckpt.steps.node_inventory import read_generation, read_part
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.object_store import ObjectStorage
@@ -232,7 +233,7 @@ def test_each_staging_saves(tmp_path: Path, staging: Any) -> None:
 
 
 class _Failing(LocalStorage):
-    """A file system whose writes of a file fail, as often as told."""
+    """A file system whose writes of a file fail, a number of times."""
 
     def __init__(self, name: str, error: Exception, times: int = 1) -> None:
         self.name = name
@@ -277,6 +278,32 @@ def test_a_node_that_cannot_vote_aborts_all(tmp_path: Path, bad: int) -> None:
 
     assert results(run_ranks(2, job)) == [[]] * 2
     assert [on_disk(tmp_path, node) for node in "ab"] == [[]] * 2
+
+
+@pytest.mark.parametrize("is_b_lost", [False, True])
+def test_votes_stay_where_the_decision_cannot_be_asked_for(
+    tmp_path: Path,
+    is_b_lost: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def unreachable(*_: Any) -> bytes:
+        raise errors.CoordinationError("the store does not answer")
+
+    def job(made: Any, rank: int) -> None:
+        with pytest.raises(errors.SaveError, match="does not answer"):
+            made.save(1, _items(1.0, rank)).result()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NodePublishing, "_decide", unreachable)
+        results(run(tmp_path, job))
+    assert all("tmp" in on_disk(tmp_path, node)[0] for node in "ab")
+    if is_b_lost:
+        shutil.rmtree(tmp_path / "b")
+    assert steps_of(tmp_path) == [[], []]
+    assert bool(on_disk(tmp_path, "a")) is is_b_lost  # b may have renamed its part
+    assert ("b may have renamed it" in caplog.text) is is_b_lost
+    assert results(save(tmp_path, 1)) == [[1], [1]]
 
 
 class _NoSwap(LocalStorage):
