@@ -14,7 +14,7 @@ import multiprocessing.connection
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,13 +44,17 @@ class Failure:
 
 
 class Workers:
-    """Processes, started when a job first needs them."""
+    """Processes, started when a job first needs them.
 
-    def __init__(self) -> None:
+    Args:
+        preload: Modules that the processes' server imports, besides torch's: once for all of them.
+    """
+
+    def __init__(self, preload: Sequence[str] = ()) -> None:
         # Forked from a server that has imported torch, and used nothing of it: one import for all.
         # (TensorStore must be imported by each: it does not survive a fork.)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed.tensor"])
+        self._context.set_forkserver_preload(["torch", "torch.distributed.tensor", *preload])
         self._store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
