@@ -29,6 +29,7 @@ from functional_ckpt.core.arrays.node_plan import (
 )
 from functional_ckpt.core.arrays.spec import Array, numpy_dtype
 from functional_ckpt.distributed.collective import collective
+from functional_ckpt.distributed.coordinator import Bytes
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
 from functional_ckpt.format.read_plan import Destination, ReadRequest
 from functional_ckpt.restoring.node_copies import Amounts, Copies, NodeSources
@@ -290,15 +291,19 @@ class _Reading:
         if not rounds:
             return failed
         with contextlib.ExitStack() as open_things:
-            link = self._coordinator.link() if keeps else None
-            if link is not None:
-                open_things.callback(link.close)
             sender = threads.BackgroundWriter(1)
             open_things.callback(sender.close)
+            link = self._coordinator.link() if keeps else None
+            if link is not None:
+                open_things.callback(link.close)  # before: a failed transfer is not waited for
+            # One is filled while the other is sent. New memory for each round would cost as much as
+            # reading into it.
+            size_bytes = max(self._read_bytes(chunks) for chunks in rounds) if keeps else 0
+            buffers = [np.empty(size_bytes, np.uint8) for _ in rounds[:2]]
             for number, chunks in enumerate(rounds):
                 what = f"reads for other nodes, {number + 1} of {len(rounds)}"
                 with collective(self._coordinator, what, _merged) as turn:
-                    memory, failures = self._read_round(chunks, keeps=keeps)
+                    memory, failures = self._read_round(chunks, buffers[number % 2], keeps)
                     sender.wait()  # for the round before, which was sent meanwhile
                     turn.value = _told(failures)
                 failed |= self._add_failures(turn.outcome)
@@ -313,10 +318,21 @@ class _Reading:
             sender.wait()
         return failed
 
+    def _read_bytes(self, chunks: Sequence[NodeChunk]) -> int:
+        """Returns the size of the buffer for the chunks of a round that this rank reads."""
+        return sum(
+            _aligned(self._chunk_bytes(each)) for each in chunks if each.reader == self._rank
+        )
+
+    def _chunk_bytes(self, each: NodeChunk) -> int:
+        array = self._exchanged.arrays[each.chunk.array]
+        return array.grid.box(each.chunk.at).num_elements * array.spec.itemsize_bytes
+
     def _read_round(
-        self, chunks: Sequence[NodeChunk], *, keeps: bool
+        self, chunks: Sequence[NodeChunk], buffer: Bytes, keeps: bool
     ) -> tuple[dict[int, Array], dict[Copy, str]]:
         """Returns the chunks that this rank read, by `id`, and the copies that it cannot read."""
+        start = 0
         memory: dict[int, Array] = {}
         failures: dict[Copy, str] = {}
         tasks: list[Callable[[], None]] = []
@@ -326,7 +342,10 @@ class _Reading:
             array = self._exchanged.arrays[each.chunk.array]
             box = array.grid.box(each.chunk.at)
             if keeps:
-                memory[id(each)] = np.empty(box.shape, numpy_dtype(array.spec.dtype))
+                size_bytes = self._chunk_bytes(each)
+                flat = buffer[start : start + size_bytes].view(numpy_dtype(array.spec.dtype))
+                memory[id(each)] = flat.reshape(box.shape)
+                start += _aligned(size_bytes)
             read = functools.partial(self._read_chunk, each, memory.get(id(each)), failures)
             tasks.append(read)
         threads.run_in_threads(tasks)
@@ -343,7 +362,12 @@ class _Reading:
 
 
 _log = logging.getLogger("functional_ckpt")
+_LINE_BYTES = 64
 _READ_ERRORS = (errors.CorruptCheckpointError, errors.StorageError, errors.StepNotFoundError)
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // _LINE_BYTES) * _LINE_BYTES
 
 
 def _told(failures: Mapping[Copy, str], parts: Sequence[Part] = ()) -> bytes:
