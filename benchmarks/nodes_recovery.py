@@ -48,7 +48,7 @@ def _leaves(num_bytes: int) -> dict[str, torch.Tensor]:
 
 
 def _send_files(link: Any, rank: int, paths: Sequence[Path], target: np.ndarray[Any, Any]) -> None:
-    """Sends whole files from rank 0 to rank 1, which has memory for them."""
+    """Sends files from rank 0 to rank 1, which has memory for them."""
     buffer = np.empty(_PIECE_BYTES, np.uint8)
     start = 0
     for path in paths:

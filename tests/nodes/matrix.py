@@ -153,7 +153,7 @@ def _committed(root: Path) -> dict[int, int]:
 
 
 def _replicated(root: Path, case: Case) -> dict[int, int]:
-    """The steps of which all files are intact on enough nodes, by what is on the disks."""
+    """The steps of which all files are intact on enough nodes, by their directories."""
     taken = {
         node: node_inventory.take(_DISK, str(root / node), StepName())
         for node in sorted(set(case.nodes))
