@@ -262,7 +262,7 @@ class Restorer:
             raise
         self.decider.mark_resumed(step, restored.progress)
         if holder is self.steps and not holder.read_only and options.verify is not False:
-            self.last_files.restored(path)
+            self.last_files.restored(path, restored.items_by_name)
         return restored
 
     def _agree(

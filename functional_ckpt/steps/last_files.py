@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from functional_ckpt import errors
@@ -38,6 +38,7 @@ class LastFiles:
         self._storage = storage
         self._root = root
         self._restored: str | None = None
+        self._restored_items: frozenset[str] = frozenset()
         self._committed: Mapping[str, Mapping[str, KeptFile]] = {}
         self._written: dict[str, Mapping[str, KeptFile]] = {}
         self._damage: Stat | None = None
@@ -57,6 +58,8 @@ class LastFiles:
         """Returns the files of an item that the step may share, by their planned names."""
         if self._restored is None:
             return self._committed.get(item, {})
+        if item not in self._restored_items:
+            return {}
         path = os.path.join(self._restored, item)
         try:
             return stored_files(self._storage, path, plans, writes)
@@ -84,9 +87,10 @@ class LastFiles:
         except errors.StorageError as error:
             _log.warning("%s: the next step writes all files again: %s", path, error)
 
-    def restored(self, path: str) -> None:
-        """Notes that a step of this directory was restored: its bytes were compared just now."""
+    def restored(self, path: str, items: Iterable[str]) -> None:
+        """Notes that items of a step of this directory were restored: their bytes were compared."""
         if self._is_enabled:
+            self._restored_items = frozenset(items)
             self._damage = self._noted_damage()
             self._committed, self._restored = {}, path
 

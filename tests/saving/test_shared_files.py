@@ -317,3 +317,15 @@ def test_damage_is_noted_for_a_writer_that_keeps_one_step(tmp_path: Path) -> Non
         run.save(manager, 3)
         assert large(tmp_path / "3").stat().st_ino != inode
     run.check(tmp_path, 3)
+
+
+def test_items_that_were_not_restored_are_written(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.manager() as manager:
+        run.save(manager, 1)
+    rot(large(tmp_path / "1"))
+    with run.manager() as manager:
+        manager.restore(into={"optimizer": None})
+        run.save(manager, 2)
+    assert num_links(tmp_path / "2") == 1
+    run.check(tmp_path, 2)
