@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import functional_ckpt as fc
 from functional_ckpt.saving import node_publishing, write
 from functional_ckpt.saving.node_publishing import NodePublishing
 
-SECONDS = 4.0
+SECONDS = 10.0
 """How long ranks wait for one that was killed."""
 
 
@@ -31,13 +32,15 @@ def sharded(full: torch.Tensor) -> DTensor:
     return distribute_tensor(full, mesh, [Shard(0)])
 
 
-def manager(root: str, nodes: str, replicas: int = 0, **options: Any) -> fc.CheckpointManager:
+def manager(
+    root: str, nodes: str, replicas: int = 0, *, seconds: float = 60.0, **options: Any
+) -> fc.CheckpointManager:
     """A manager of this rank, whose node has the letter of its rank."""
     node = nodes[dist.get_rank()]
     return fc.CheckpointManager(
         Path(root) / node,
         node_local=fc.NodeLocal(replicas=replicas, node=node),
-        timeout_seconds=SECONDS,
+        timeout_seconds=seconds,
         **options,
     )
 
@@ -80,7 +83,7 @@ PHASES: dict[str, Callable[[], Callable[[], None]]] = {
 
 def save_and_die(root: str, nodes: str, phase: str, dying: tuple[int, ...]) -> str:
     """Saves step 1, then step 2, in which some ranks are killed; the error of the others."""
-    with manager(root, nodes) as made:
+    with manager(root, nodes, seconds=SECONDS) as made:
         made.save(1, {"tree": {"w": sharded(values(1))}}).result()
         if dist.get_rank() in dying:
             PHASES[phase]()
@@ -104,3 +107,25 @@ def resume(root: str, nodes: str) -> tuple[list[int], int | None, bool]:
         made.save((latest or 0) + 10, {"tree": {"w": sharded(values(0))}}).result()
         assert made.latest_step() == (latest or 0) + 10
     return steps, latest, is_same
+
+
+def save_copy_for_signal(root: str, nodes: str) -> tuple[bool, list[int]]:
+    """SIGTERM to one rank: whether the copy of step 3 is saved by all without another call."""
+    policies = [1000, fc.policies.Preemption(snapshot_every=1, grace_seconds=0.1)]
+    with manager(root, nodes, save_policy=policies) as made:
+        for step in (1, 2, 3):
+            made.save(step, {"tree": {"w": sharded(values(step))}})
+        dist.barrier()
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        path = Path(made.directory) / "3"
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        is_saved = path.exists()
+        for step in range(4, 100):
+            made.save(step, {"tree": {"w": sharded(values(step))}})
+            if made.reached_preemption(step):
+                break
+        made.wait_until_finished()
+        return is_saved, made.all_steps()

@@ -51,3 +51,9 @@ def test_ranks_that_are_killed_leave_whole_steps(
     assert found == [(steps, steps[-1], True)] * 4
     for node, path in itertools.product("ab", tmp_path.iterdir()):
         assert not list((tmp_path / node).glob("*tmp*")), path
+
+
+def test_the_copy_for_a_signal_is_saved_on_all_nodes(tmp_path: Path, workers: Workers) -> None:
+    found = workers.run(2, node_jobs.save_copy_for_signal, str(tmp_path), "ab")
+    assert found[0] == found[1] and found[0][0] and found[0][1][0] == 3
+    assert all((tmp_path / node / "3" / "functional_ckpt.part.json").exists() for node in "ab")
