@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"
-    run = Run(settings=_settings(_QUICK_DIVISOR if options.quick else 1))
+    run = Run(settings=_settings(_QUICK_DIVISOR if options.quick else 1, options.before))
     if path.exists() and not options.fresh:
         kept = results.load(path)
         if not options.report and kept.settings != run.settings:
@@ -71,6 +71,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="default docs/benchmarks; quick: runs/bench")
     add("--dir", help="where checkpoints are written (default: the current directory's disk)")
     add("--fresh", action="store_true", help="discard earlier measurements")
+    add(
+        "--before",
+        metavar="DIR",
+        help="also measure an earlier version of this library: a folder into which its wheel was "
+        "installed with pip install --no-deps --target DIR",
+    )
     add("--report", action="store_true", help="measure nothing, only write the report")
     options = parser.parse_args(arguments)
     options.repeats = options.repeats or (1 if options.quick else 5)
@@ -80,7 +86,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _settings(divisor: int) -> dict[str, Any]:
+def _settings(divisor: int, before: str | None) -> dict[str, Any]:
     versions: dict[str, str] = {}
     for name in _VERSIONS:
         try:
@@ -92,32 +98,45 @@ def _settings(divisor: int) -> dict[str, Any]:
         f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}, "
         f"Python {platform.python_version()}"
     )
-    code = xxhash.xxh3_64()
-    for folder in ("functional_ckpt", "benchmarks"):
-        for path in sorted(Path(folder).rglob("*.py")):
-            code.update(path.read_bytes())
     return {
         "machine": machine,
         "divisor": divisor,
         "versions": versions,
-        "code": code.hexdigest(),
+        "code": _digest("functional_ckpt", "benchmarks"),
+        "before": before and _digest(os.path.join(before, "functional_ckpt")),
     }
+
+
+def _digest(*folders: str) -> str:
+    """Of the modules in them."""
+    code = xxhash.xxh3_64()
+    for folder in folders:
+        for path in sorted(Path(folder).rglob("*.py")):
+            code.update(path.read_bytes())
+    return code.hexdigest()
 
 
 def _measure_all(run: Run, path: Path, options: argparse.Namespace) -> Run:
     started = time.monotonic()
+    divisor = run.settings["divisor"]
     directory = options.dir or os.getcwd()
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".bench-") as root:
         for repeat in range(options.repeats):
-            for task in schedule.tasks(repeat, options.workloads, options.peers, options.measures):
+            for task in schedule.tasks(
+                repeat,
+                options.workloads,
+                options.peers,
+                options.measures,
+                has_before=options.before is not None,
+            ):
                 if run.has(task, repeat) or run.is_skipped(task):
                     continue
                 if options.minutes and time.monotonic() - started > options.minutes * 60:
                     print("time is up; the same command continues from here", file=sys.stderr)
                     return run
                 rounds = min(schedule.ROUNDS.get(task.measure, 1), options.repeats - repeat)
-                found = _measure(task, repeat, run.settings["divisor"], root, rounds)
+                found = _measure(task, repeat, divisor, root, rounds, options.before)
                 for result in found:
                     run = run.with_result(result)
                 results.store(run, path)
@@ -130,7 +149,9 @@ def _measure_all(run: Run, path: Path, options: argparse.Namespace) -> Run:
     return run
 
 
-def _measure(task: Task, repeat: int, divisor: int, root: str, rounds: int) -> list[Result]:
+def _measure(
+    task: Task, repeat: int, divisor: int, root: str, rounds: int, before: str | None
+) -> list[Result]:
     """One child process, and a result for each of its rounds; whatever it does, this returns."""
     folder = tempfile.mkdtemp(dir=root)
     started = time.perf_counter()
@@ -141,7 +162,7 @@ def _measure(task: Task, repeat: int, divisor: int, root: str, rounds: int) -> l
         else:
             if divisor == 1:
                 files.fill_free_memory(os.path.join(root, "no-data"))
-            found = run_child(task, divisor, folder, rounds, timeout_seconds=600)
+            found = run_child(task, divisor, folder, rounds, timeout_seconds=600, before=before)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.sync()  # one system's writes do not count for the next
@@ -155,11 +176,19 @@ def _measure(task: Task, repeat: int, divisor: int, root: str, rounds: int) -> l
 
 
 def run_child(
-    task: Task, divisor: int, folder: str, rounds: int, *, timeout_seconds: float
+    task: Task,
+    divisor: int,
+    folder: str,
+    rounds: int,
+    *,
+    timeout_seconds: float,
+    before: str | None = None,
 ) -> dict[str, Any]:
     """Returns the figures that a child process prints, or its error; its children end with it."""
     command = [sys.executable, "-m", "benchmarks.child", task.measure, task.workload, task.peer]
     command += ["--divisor", str(divisor), "--root", folder, "--rounds", str(rounds)]
+    if before is not None:
+        command += ["--before", before]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     child = subprocess.Popen(
         command,

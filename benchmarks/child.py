@@ -9,12 +9,14 @@ import argparse
 import functools
 import json
 import logging
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from benchmarks import schedule
 from benchmarks.async_peers import SkipMeasure
 
 __all__ = ["main"]
@@ -43,6 +45,17 @@ def _measures() -> Mapping[
     }
 
 
+def _import_from(folder: str) -> None:
+    """Imports the library from there instead of from this project."""
+    sys.path.insert(0, os.path.abspath(folder))
+    import functional_ckpt
+
+    if not os.path.abspath(functional_ckpt.__file__).startswith(os.path.abspath(folder) + os.sep):
+        raise SystemExit(
+            f"{folder} has no functional_ckpt: it came from {functional_ckpt.__file__}"
+        )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measures and prints `{"rounds": [...]}`, `{"skipped": why}` or `{"error": what}`."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -52,7 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--divisor", type=int, default=1)
     parser.add_argument("--root", required=True)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--before", help="where the earlier version is installed")
     to = parser.parse_args(arguments)
+    if to.peer == schedule.BEFORE:
+        _import_from(to.before)
     warnings.simplefilter("ignore")
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:

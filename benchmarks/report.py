@@ -16,6 +16,7 @@ SYNC = {
     "save_seconds": "save, not synced",
     "restore_after_save_seconds": "restore in place, right after the save",
     "restore_warm_seconds": "restore in place, warm",
+    "restore_unverified_seconds": "restore in place, warm, unverified",
     "restore_cold_seconds": "restore in place, cold",
     "restore_new_seconds": "restore into new memory, warm",
 }

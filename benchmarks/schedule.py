@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.results import Task
 
-__all__ = ["MEASURES", "ROUNDS", "SYSTEMS", "selects", "tasks"]
+__all__ = ["BEFORE", "MEASURES", "ROUNDS", "SYSTEMS", "selects", "tasks"]
+
+# An earlier version of this library; measured only where one is given.
+BEFORE = "functional_ckpt.before"
 
 _SYNC = ("torch.save", "safetensors", "dcp", "dcp.huggingface", "orbax", "torch_checkpointing")
 # A second way of one system, where it says nothing new.
@@ -19,7 +22,7 @@ _ASYNC = (
     "torch_checkpointing.overlapped",
 )
 SYSTEMS = {
-    "sync": (*_SYNC, "functional_ckpt"),
+    "sync": (*_SYNC, BEFORE, "functional_ckpt"),
     "async": (*_ASYNC, "functional_ckpt.eager", "functional_ckpt.overlapped"),
     "ranks": ("dcp", "torch_checkpointing", "functional_ckpt"),
 }
@@ -27,7 +30,7 @@ SYSTEMS = {
 ROUNDS = {"sync": 3, "async": 3, "limits": 3}
 # Measure -> the workloads it is made with.
 MEASURES = {
-    "sync": ("big", "small", "tiny", "gpt2"),
+    "sync": ("big", "small", "tiny", "gpt2", "big-16", "gpt2-16", "tiny-16"),
     "async": ("big", "gpt2", "small", "frozen"),
     "ranks": ("ranks",),
     "loop": ("big",),
@@ -41,7 +44,12 @@ def selects(wanted: Sequence[str], system: str) -> bool:
 
 
 def tasks(
-    repeat: int, workloads: Sequence[str], peers: Sequence[str], measures: Sequence[str]
+    repeat: int,
+    workloads: Sequence[str],
+    peers: Sequence[str],
+    measures: Sequence[str],
+    *,
+    has_before: bool = False,
 ) -> Iterator[Task]:
     """One repeat; the limits and each system once.
 
@@ -50,6 +58,7 @@ def tasks(
         workloads: Those to measure.
         peers: Systems to measure; none for all.
         measures: Kinds of measurement.
+        has_before: Whether there is an earlier version to measure.
     """
     yield Task(measure="limits")
     yield Task(measure="latency")
@@ -65,7 +74,9 @@ def tasks(
             systems = [
                 system
                 for system in SYSTEMS[measure]
-                if system not in left_out and (not peers or selects(peers, system))
+                if system not in left_out
+                and (has_before or system != BEFORE)
+                and (not peers or selects(peers, system))
             ]
             turn = repeat % len(systems) if systems else 0
             for system in (*systems[turn:], *systems[:turn]):

@@ -38,6 +38,7 @@ LIMITS: Mapping[str, tuple[str, ...]] = {
     "save_seconds": _COPIES,
     "save_durable_seconds": _WRITES,
     "restore_warm_seconds": _COPIES,
+    "restore_unverified_seconds": _COPIES,
     "restore_cold_seconds": _COLD_READS,
     "restore_new_seconds": _COPIES,
     "blocked_1_seconds": _COPIES,

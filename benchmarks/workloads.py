@@ -80,13 +80,22 @@ def _gpt2(divisor: int) -> list[Leaf]:
     return found
 
 
+def _sixteenth(build: Callable[[int], list[Leaf]]) -> Callable[[int], list[Leaf]]:
+    return lambda divisor: build(16 * divisor)
+
+
+_BIG = _arrays(16, (4096, 8192))
+_TINY = _arrays(20000, (1024,))
 WORKLOADS: Mapping[str, Callable[[int], list[Leaf]]] = {
-    "big": _arrays(16, (4096, 8192)),
+    "big": _BIG,
     "small": _arrays(2000, (512, 512)),
-    "tiny": _arrays(20000, (1024,)),
+    "tiny": _TINY,
     "gpt2": _gpt2,
+    "big-16": _sixteenth(_BIG),
+    "gpt2-16": _sixteenth(_gpt2),
+    "tiny-16": _sixteenth(_TINY),
     "frozen": _gpt2,
-    "ranks": _arrays(16, (4096, 8192)),
+    "ranks": _BIG,
 }
 
 

@@ -28,6 +28,9 @@ from functional_ckpt.storage.local_files import open_regular
 from functional_ckpt.storage.system_errors import absence_as_damage, clear_errors
 
 _LINE_BYTES = 64
+_CASTABLE = frozenset(np.dtype(char).num for char in "?bBhHiIlLqQefd")
+"""Dtypes whose memory Python casts to bytes, in a third of numpy's time; those of ml_dtypes have
+numbers of their own."""
 
 
 class DirectReader:
@@ -247,7 +250,10 @@ def _memory_of(read: ChunkRead, part: ChunkPart) -> memoryview | None:
     memory = destination.memory()
     if not memory.flags.c_contiguous:
         return None
-    flat = memoryview(cast("Any", memory.reshape(-1).view(np.uint8)))
+    if memory.dtype.num in _CASTABLE:
+        flat = memory.data.cast("B")
+    else:
+        flat = memoryview(cast("Any", memory.reshape(-1).view(np.uint8)))
     size_bytes = part.end - part.first
     return flat if len(flat) == size_bytes else flat[start : start + size_bytes]
 

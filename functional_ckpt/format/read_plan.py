@@ -190,7 +190,7 @@ def plan_reads(
         wanted += [
             ((prefix + part.key).encode(), request, part)
             for part in request.parts
-            if (number, part.chunk) not in delivered
+            if not delivered or (number, part.chunk) not in delivered
         ]
     reads: list[ChunkRead] = []
     locations = locate([key for key, _, _ in wanted])

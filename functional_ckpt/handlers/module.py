@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import inspect
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -69,9 +69,10 @@ class ModuleHandler(Handler):
         _check_meta(value, state, whole=self.only is None)
         specs = cast("Mapping[str, Any]", saved) if isinstance(saved, Mapping) else {}
         spare = _other_names(state, specs)
+        own_way = frozenset(each for each in value.modules() if _loads_its_own_way(each))
         # Leaves that the checkpoint lacks stay, so that the error or report names them.
         wanted = {
-            name: _wanted(entry, specs[name]) if name in specs else _detached(entry.value)
+            name: _wanted(entry, specs[name], own_way) if name in specs else _detached(entry.value)
             for name, entry in state.items()
             if name not in spare
         }
@@ -263,7 +264,7 @@ def _stored(entry: _Entry) -> Any:
     return value
 
 
-def _wanted(entry: _Entry, saved: object) -> Any:
+def _wanted(entry: _Entry, saved: object, own_way: Collection[torch.nn.Module]) -> Any:
     value = entry.value
     if not isinstance(value, torch.Tensor) or entry.is_lazy:
         return AS_SAVED
@@ -271,7 +272,7 @@ def _wanted(entry: _Entry, saved: object) -> Any:
         return value
     if value.is_meta or not entry.is_own:
         return value.detach()
-    if entry.owner is not None and _loads_its_own_way(entry.owner) and not _fits(value, saved):
+    if entry.owner in own_way and not _fits(value, saved):
         return AS_SAVED  # the submodule may know how to take another shape
     return Fill(value.detach())
 

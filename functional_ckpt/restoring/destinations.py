@@ -42,7 +42,7 @@ def _local_node(node: structure.ArrayNode, tensor: torch.Tensor) -> structure.Ar
 
 
 def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> decode.Destination:
-    local = cast("torch.Tensor", sharding.local_of(tensor))
+    local = tensor if memory.is_plain(tensor) else cast("torch.Tensor", sharding.local_of(tensor))
     if _is_direct(node, local):
         return decode.Destination(encode.host_view(local, node.spec.dtype), lambda: tensor)
     detour = decode.allocate(_local_node(node, tensor))
@@ -55,12 +55,15 @@ def _fill(node: structure.ArrayNode, tensor: torch.Tensor) -> decode.Destination
     return decode.Destination(detour.array, finish)
 
 
+def is_streamed(read: plan.ReadArray) -> bool:
+    """Returns whether an array is wanted on a device that gets its bytes piece by piece."""
+    return read.form in ("fill", "tensor") and device_copies.is_streamed(read.like)
+
+
 def device_destination(read: plan.ReadArray) -> DeviceDestination | None:
     """Returns the destination for a plain contiguous tensor; None if it needs a host copy."""
-    if read.form not in ("fill", "tensor"):
-        return None
     like = cast("torch.Tensor", read.like)
-    if not device_copies.is_streamed(like) or not memory.is_contiguous_strided(like):
+    if not is_streamed(read) or not memory.is_contiguous_strided(like):
         return None
     if read.node.dtype != encode.torch_dtype_name(like.dtype):
         return None

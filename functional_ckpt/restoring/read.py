@@ -168,20 +168,22 @@ class _ArrayRead:
                 )
                 for piece in sharding.pieces_of(like)
             ]
-        self._num_reads = sum([request.num_reads for request in requests])
+        for request in requests:  # most often one
+            self._num_reads += request.num_reads
         if not self._num_reads:
             self._finish()
         return requests
 
     def _destination(self, buffers: device_copies.PinnedBuffers | None) -> Destination:
         """Returns device memory where all chunks are runs of its bytes, else host memory."""
-        if buffers and self.item.has_rows(self.binding.node):
-            self._sent = destinations.device_destination(self.binding)
+        binding = self.binding
+        if buffers and destinations.is_streamed(binding) and self.item.has_rows(binding.node):
+            self._sent = destinations.device_destination(binding)
             if self._sent is not None:
                 buffers.prepare(self._sent.target.device)
                 send = functools.partial(self._send, buffers)
                 return Destination(self._memory, self._count, send)
-        self._place = destinations.host_destination(self.binding)
+        self._place = destinations.host_destination(binding)
         return Destination(self._memory, self._count)
 
     def _send(

@@ -73,6 +73,8 @@ def report_conflicts(
     Such leaves keep the target's values. Values are compared by their digests, or read into new
     memory and compared; the target is not modified.
     """
+    if _are_apart(matched):
+        return matched
     uses: defaultdict[Hashable, list[_Use]] = defaultdict(list)
     for item in matched:
         for filled in item.filled:
@@ -109,6 +111,27 @@ def report_conflicts(
 
 
 # --------------------------------------------------------------------------- overlapping memory
+
+
+def _are_apart(matched: Sequence[MatchedItem]) -> bool:
+    """Returns whether each leaf fills contiguous host memory that no other leaf fills.
+
+    Most targets are such; for these, no leaf needs a record.
+    """
+    extents: list[tuple[int, int]] = []
+    for item in matched:
+        for filled in item.filled:
+            tensor = filled.read.like
+            if not (memory.is_plain(tensor) and tensor.is_cpu and tensor.is_contiguous()):
+                return False
+            extents.append((tensor.data_ptr(), tensor.nbytes))
+    extents.sort()
+    end = 0
+    for start, size_bytes in extents:
+        if start < end:
+            return False
+        end = start + size_bytes
+    return True
 
 
 def _clusters(uses: Sequence[Sequence[_Use]]) -> Iterator[Sequence[_Extent]]:

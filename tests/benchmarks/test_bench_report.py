@@ -91,9 +91,44 @@ def test_bars_of_durable_saves() -> None:
     limit = bar(run, "`big`: durable save, speed over the best raw")
     assert (limit.measured, limit.is_reached) == (0.8, False)
     assert bar(run, "`big`: restore in place, warm, speed over a copy").measured == 0.8
-    beside = bar(run, "`big`: restore in place, warm, speed over the best peer (dcp)")
+    beside = bar(run, "`big`: restore in place, warm, verified, speed over the best peer (dcp)")
     assert (beside.measured, beside.is_reached) == (0.8, False)
     assert bar(run, "`small`: durable save, speed over the best peer").is_reached is None
+
+
+def test_an_earlier_version_is_no_peer_but_a_bar_of_its_own() -> None:
+    run = made.run(
+        made.sync("big", "functional_ckpt", 1.25, 0.25),
+        made.sync("big", "functional_ckpt.before", 1.0, 0.1),
+        made.sync("big", "dcp", 2.0, 0.25),
+    )
+    before = bar(run, "`big`: durable save, speed over the earlier version")
+    assert (before.measured, before.is_reached) == (0.8, False)
+    assert bar(run, "`big`: durable save, speed over the best peer (dcp)").measured == 1.6
+    assert bar(run, "`small`: durable save, speed over the earlier").is_reached is None
+
+
+def test_restores_without_verification_have_a_bar_of_their_own() -> None:
+    run = made.run(
+        made.sync("tiny", "functional_ckpt", 1.0, 0.5, restore_unverified_seconds=0.4),
+        made.sync("tiny", "safetensors", 1.0, 0.4, restore_unverified_seconds=0.4),
+    )
+    verified = bar(run, "`tiny`: restore in place, warm, verified")
+    unverified = bar(run, "`tiny`: restore in place, warm, unverified")
+    assert (verified.measured, unverified.measured) == (pytest.approx(0.8), 1.0)
+    page = report.markdown(summary.summarize(run), [])
+    assert "| restore in place, warm, unverified | **functional_ckpt** | 0.40 s |" in page
+
+
+def test_unchanged_bytes_cost_neither_space_nor_time_in_the_background() -> None:
+    frozen = {"changed_bytes": 100, "new_disk_bytes": 104, "durable_3_seconds": 0.5}
+    run = made.run(
+        made.background("frozen", "functional_ckpt.eager", 0.25, **frozen),
+        made.background("gpt2", "functional_ckpt.eager", 0.25, durable_3_seconds=2.75),
+    )
+    assert bar(run, "`frozen`: bytes written").measured == pytest.approx(1.04)
+    assert bar(run, "`frozen`: background time").measured == pytest.approx(0.1)
+    assert bar(made.run(), "`frozen`: background time").measured is None
 
 
 def test_what_blocks_is_compared_among_systems_that_stage_alike() -> None:

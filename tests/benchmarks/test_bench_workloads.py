@@ -32,7 +32,13 @@ MIB = 2**20
 
 @pytest.mark.parametrize(
     ("name", "count", "size_bytes"),
-    [("big", 16, 2048 * MIB), ("small", 2000, 2000 * MIB), ("tiny", 20000, 20000 * 4096)],
+    [
+        ("big", 16, 2048 * MIB),
+        ("small", 2000, 2000 * MIB),
+        ("tiny", 20000, 20000 * 4096),
+        ("big-16", 1, 128 * MIB),
+        ("tiny-16", 1250, 1250 * 4096),
+    ],
 )
 def test_arrays_are_as_many_and_as_large_as_said(name: str, count: int, size_bytes: int) -> None:
     assert len(workloads.leaves(name)) == count
@@ -88,6 +94,9 @@ def test_a_poke_changes_every_tensor() -> None:
 def test_systems_take_turns_and_each_is_measured_once() -> None:
     loads = ["big", "ranks"]
     first = list(schedule.tasks(0, loads, [], list(schedule.MEASURES)))
+    assert schedule.BEFORE not in {task.peer for task in first}
+    with_before = schedule.tasks(0, loads, [], list(schedule.MEASURES), has_before=True)
+    assert {t.measure for t in with_before if t.peer == schedule.BEFORE} == {"sync"}
     second = list(schedule.tasks(1, loads, [], list(schedule.MEASURES)))
     assert len(set(first)) == len(first) and set(first) == set(second) and first != second
     assert {task.workload for task in first} == {"big", "ranks", "-"}
@@ -185,3 +194,13 @@ def test_a_system_that_restores_other_bytes_has_no_figures(
 def test_skipped_measurements_have_a_reason(tmp_path: Path) -> None:
     with pytest.raises(async_peers.SkipMeasure, match="no way to save shards"):
         ranks.measure("torch.save", "ranks", 1, str(tmp_path))
+
+
+def test_a_child_measures_an_earlier_version_from_its_folder(tmp_path: Path) -> None:
+    package = tmp_path / "installed" / "functional_ckpt"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise OSError('this is the earlier version')")
+    command = [sys.executable, "-m", "benchmarks.child", "sync", "tiny", schedule.BEFORE]
+    command += ["--root", str(tmp_path), "--before", str(package.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode and "this is the earlier version" in done.stderr

@@ -116,6 +116,8 @@ MUTATIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "value_of_another_kind": (("structure", 4), {"int": "zz"}),
     "float_of_few_bits": (("structure", 6), {"float": "00"}),
     "detail_a_number": (("structure", 1, "detail"), 3),
+    "detail_zero": (("structure", 1, "detail"), 0),
+    "detail_a_list": (("structure", 1, "detail"), [["parameter", True]]),
     "arrays_missing": (("arrays",), {}),
     "arrays_more": (("arrays", "other"), [[1], HEX]),
     "arrays_a_list": (("arrays",), []),

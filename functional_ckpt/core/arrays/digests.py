@@ -79,7 +79,9 @@ class Digests(NamedTuple):
             The first difference; None where there is none.
         """
         got = digest_blocks(data, self.grid.block_bytes)
-        expected = self._digits(_DIGITS * block, _DIGITS * block + len(got))
+        start, text = _DIGITS * block, self.text
+        end = start + len(got)
+        expected = text[start:end] if isinstance(text, str) else text.digits(start, end)
         if got == expected:
             return None
         at = next(

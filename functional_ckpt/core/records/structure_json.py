@@ -82,9 +82,11 @@ def from_json(records: Json) -> structure.Node:
         if record is None:
             raise ValueError("the structure ends before all children were described")
         kind = string(next(iter(record), None))
-        payload, detail = record[kind], dict(record.get("detail", {}))
+        payload, detail = record[kind], record.get("detail", {})
+        if type(detail) is not dict:
+            raise ValueError(f"{detail!r:.80} for a detail")
         if kind in _ARRAYS:
-            return walk.leaf(_array(kind, payload, detail, record.get("tied_to"), trail.path()))
+            return None, _array(kind, payload, detail, record.get("tied_to"), trail.path())
         if kind in _SEQUENCES:
             if not 0 <= integer(payload) <= len(records):
                 raise ValueError(f"a {kind} of {payload} children in {len(records)} records")
@@ -110,7 +112,9 @@ def _array(
 ) -> structure.ArrayNode:
     dtype, sizes = payload
     spec = _spec(shape(sizes), string(dtype))
-    if kind == "tensor":
+    if not detail:
+        pass
+    elif kind == "tensor":
         _check_tensor(spec, detail)
     elif (dtype := detail.get("dtype")) is not None and not _NUMPY_DTYPE.fullmatch(string(dtype)):
         raise ValueError(f"{dtype!r:.80} is not a stored numpy dtype")

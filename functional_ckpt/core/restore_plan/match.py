@@ -98,6 +98,14 @@ class _Matching:
 
     def visit(self, place: _Pair) -> walk.Visit[_Pair, Binding]:
         saved, target, path = place
+        if (  # most leaves: few questions
+            isinstance(target, Fill)
+            and targets.is_filled_as_it_is(saved, target.tensor)
+            and self.selects(structure.leaf_name(path))
+        ):
+            read = ReadArray(node=saved, form="fill", like=target.tensor)
+            self.filled.append(Filled(item=self.item, path=path, read=read))
+            return walk.leaf(read)
         if isinstance(target, structure.Handled):
             return self._visit_handled(saved, target, path)
         if saved is None:
@@ -222,7 +230,7 @@ class _Matching:
             return self._differs(path, expected, structure.describe(saved) + hint, own)
         read = ReadArray(node=node, form="fill" if fill else "tensor", like=tensor)
         if fill or tensor.is_meta:  # a module's tensors on the meta device are given memory
-            self.filled.append(Filled(where=structure.pretty(path, self.item), read=read))
+            self.filled.append(Filled(item=self.item, path=path, read=read))
         elif not memory.can_be_imitated(tensor):
             wanted = f"a {type(tensor).__name__}, whose class is not stored"
             return self._differs(path, wanted, structure.describe(saved), own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree import structure
@@ -56,12 +56,17 @@ class Build:
 Binding: TypeAlias = Given | ReadArray | Build
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Filled:
+class Filled(NamedTuple):
     """A target's own tensor that is filled, or given memory on the meta device."""
 
-    where: str
+    item: str
+    path: structure.KeyPath
     read: ReadArray
+
+    @property
+    def where(self) -> str:
+        """The leaf, for messages."""
+        return structure.pretty(self.path, self.item)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

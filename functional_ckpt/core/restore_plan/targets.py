@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -42,6 +42,17 @@ def why_wrong(tensor: torch.Tensor) -> str | None:
     if memory.is_wrapper(local):
         return encode.why_wrapped(local)
     return sharding.wrong_local(tensor, placed, tuple(local.shape))
+
+
+def is_filled_as_it_is(saved: structure.Node | None, tensor: Any) -> TypeGuard[structure.ArrayNode]:
+    """Returns whether a leaf is an array whose bytes are those of an ordinary tensor."""
+    return (
+        isinstance(saved, structure.ArrayNode)
+        and memory.is_contiguous_strided(tensor)
+        and saved.spec.shape == tensor.shape
+        and saved.dtype == encode.torch_dtype_name(tensor.dtype)
+        and saved.kind not in ("bytes", "number")
+    )
 
 
 def dtype_of(part: object) -> str | None:
