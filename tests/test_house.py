@@ -75,6 +75,7 @@ def test_few_modules_lie_loose_and_none_is_long() -> None:
 def test_tests_lie_in_folders_of_the_package_s_names() -> None:
     topics = {"benchmarks", "docs", "examples", "faults", "golden", "remote", "support"}
     topics |= {"features", "resume"}  # calls of other systems' users; programs that are interrupted
+    topics |= {"nodes"}  # a first tier on each node, in all its parts
     topics |= {"checkpoint", "flags", "manager"}  # modules at the top of the package
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"}
     packages = {path.name for path in PACKAGE.iterdir() if path.is_dir()}

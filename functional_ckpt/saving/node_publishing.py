@@ -283,23 +283,36 @@ class NodePublishing:
         return self._board.put_if_absent(commit_id, value)
 
     def _rename(self, part: PartRecord, tmp: str) -> str | None:
-        """Renames this node's part, once the commit is decided; returns the replaced one."""
+        """Renames this node's part, once the commit is decided.
+
+        Returns:
+            Where a replaced commit may still be, which the clean-up removes; None without one.
+        """
         final = commit.final_path(tmp)
-        name = os.path.basename(final)
-        steps, self._replaced = self._steps, None
+        steps, self._replaced, old = self._steps, None, None
         with collective(self._group, f"renaming step {part.step}"):
             if self._tier.is_head:
                 steps.check_lock()
-                if steps.index.is_unused(name):
-                    node_moves.move_aside(steps, name)
+                old = self._make_way(part.step, os.path.basename(final))
+                # From here on only a step without a part record can be in the way.
                 self._replaced = steps.commits.publish(tmp, final, overwrite=True)
-        if self._replaced is not None:
-            # All nodes have renamed. The old commit may be the only one that survives a lost node.
-            record = node_inventory.read_part(self._storage, self._replaced)
-            if record is not None:
-                aside = node_moves.move_aside(steps, os.path.basename(self._replaced), name)
-                self._superseded.append((part.step, record.commit_id, aside))
+        if old is not None:
+            self._superseded.append(old)
+            self._replaced = tmp  # nothing is there; the old late metrics go
         return self._replaced
+
+    def _make_way(self, step: int, name: str) -> tuple[int, str, str] | None:
+        """Moves another commit of the step aside: the only one that may survive a lost node.
+
+        Returns:
+            The step, the id and the new path of a commit to remove once the new one is replicated.
+        """
+        record = node_inventory.read_part(self._storage, os.path.join(self._steps.root, name))
+        if record is None:
+            return None
+        is_used = not self._steps.index.is_unused(name)
+        aside = node_moves.move_aside(self._steps, name)
+        return (step, record.commit_id, aside) if is_used else None
 
     # ------------------------------------------------------------------------------ afterwards
 

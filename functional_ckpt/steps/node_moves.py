@@ -14,21 +14,13 @@ from functional_ckpt.storage import commit, queries
 _log = logging.getLogger("functional_ckpt")
 
 
-def move_aside(steps: TierSteps, name: str, final: str | None = None) -> str:
-    """Moves a part out of the way of another commit of its step; returns its new path.
-
-    Args:
-        steps: The directory.
-        name: Where the part is.
-        final: The name of its step's directory; None for `name`.
-    """
+def move_aside(steps: TierSteps, name: str) -> str:
+    """Moves a part out of the way of another commit of its step; returns its new path."""
     path = os.path.join(steps.root, name)
     record = node_inventory.read_part(steps.storage, path)
     if record is None:
         return path
-    part = HeldPart(
-        name=final or name, path=name, record=record, is_renamed=True, files=frozenset()
-    )
+    part = HeldPart(name=name, path=name, record=record, is_renamed=True, files=frozenset())
     return _put_aside(steps, part)
 
 

@@ -209,6 +209,21 @@ def test_a_replaced_commit_stays_until_the_new_one_is_replicated(tmp_path: Path)
     assert steps_of(tmp_path) == [[1, 2]] * 2
 
 
+def test_a_replaced_commit_comes_back_if_the_new_one_is_lost(tmp_path: Path) -> None:
+    results(save(tmp_path, 1))
+    old = read_part(_DISK, str(tmp_path / "a" / "1"))
+
+    def job(made: Any, rank: int) -> None:
+        made._steps.first.is_replicated = lambda _: False
+        made.save(1, _items(2.0, rank)).result()
+
+    results(run(tmp_path, job, overwrite=True))
+    assert read_part(_DISK, str(tmp_path / "a" / "1")) != old
+    shutil.rmtree(tmp_path / "b" / "1")
+    assert steps_of(tmp_path) == [[1], [1]]
+    assert [read_part(_DISK, str(tmp_path / node / "1")) for node in "ab"] == [old, old]
+
+
 def test_a_repeat_changes_nothing(tmp_path: Path) -> None:
     def job(made: Any, rank: int) -> None:
         made.save(1, _items(1.0, rank))
@@ -306,14 +321,11 @@ def test_votes_stay_where_the_decision_cannot_be_asked_for(
     assert results(save(tmp_path, 1)) == [[1], [1]]
 
 
-class _NoSwap(LocalStorage):
-    """A file system that fails to exchange two directories, or to rename one to a step's name."""
-
-    def swap(self, first: str, second: str) -> bool:
-        raise errors.StorageError("no swap", errno=5, path=second)
+class _NoRename(LocalStorage):
+    """A file system that fails to rename a temporary directory to a step's name."""
 
     def rename(self, source: str, target: str) -> None:
-        if target.endswith("/2"):
+        if "tmp" in source and target.endswith(("/1", "/2")):
             raise errors.StorageError("no rename", errno=5, path=target)
         super().rename(source, target)
 
@@ -326,11 +338,11 @@ def test_a_commit_that_a_node_could_not_rename_is_completed_at_the_next_start(
     results(save(tmp_path, 1))
 
     def job(group: ThreadCoordinator) -> None:
-        storage = _NoSwap() if group.rank == bad else None
+        storage = _NoRename() if group.rank == bad else None
         options = {"storage": storage, "overwrite": True}
         with (
             manager(tmp_path, group, **options) as made,
-            pytest.raises(errors.SaveError, match="no "),
+            pytest.raises(errors.SaveError, match="no rename"),
         ):
             made.save(step, _items(7.0, group.rank)).result()
 
