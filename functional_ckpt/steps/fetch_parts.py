@@ -7,6 +7,7 @@ no vote, made durable and renamed; it is then a part without data files.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -24,9 +25,10 @@ from functional_ckpt.distributed.nodes import Nodes
 from functional_ckpt.steps import node_moves
 from functional_ckpt.steps.node_inventory import read_part
 from functional_ckpt.steps.tier_steps import TierSteps
-from functional_ckpt.storage import commit, durable, queries
+from functional_ckpt.storage import commit, durable
 from functional_ckpt.storage.base import Storage
 
+_MAX_ATTEMPTS = 3
 INCOMING = os.path.join(commit.HIDDEN, "incoming")
 _Sent: TypeAlias = "list[tuple[str, int, int]]"
 
@@ -168,7 +170,16 @@ def _write(steps: TierSteps, name: str, sizes: Mapping[str, int], data: Bytes) -
     for file, content in contents.items():
         storage.write(os.path.join(tmp, file), content)
     durable.sync_tree(storage, tmp, contents)
-    if queries.exists(storage, os.path.join(root, name)):
-        node_moves.move_aside(steps, name)  # a part of another commit, which is not used
-    storage.rename(tmp, os.path.join(root, name))
+    final = os.path.join(root, name)
+    for _ in range(_MAX_ATTEMPTS):
+        if (found := _part(storage, final)) is not None and found.commit_id == record.commit_id:
+            storage.remove(tmp)  # replication has brought it meanwhile
+            return
+        if found is not None:
+            node_moves.move_aside(steps, name)  # a part of another commit, which is not used
+        with contextlib.suppress(errors.StorageError):  # it may be there by now
+            storage.rename(tmp, final)
+            break
+    else:
+        storage.rename(tmp, final)
     storage.sync(root)
