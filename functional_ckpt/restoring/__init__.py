@@ -7,5 +7,6 @@ restorer.Restorer.restore         agrees on a step, and finds the nearest tier t
     read.read_all                 reads and verifies the chunks
       destinations                the memory to read into: the target's or new memory
       shared_read                 with `share_reads`: each shared chunk is read by one rank
+      node_read                   with `node_local`: each chunk is read on a node that has its file
     Handler.lift                  assigns the values to the module, optimizer, ...
 """
