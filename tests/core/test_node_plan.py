@@ -1,4 +1,4 @@
-"""Plans of reads where files are on nodes: against what each source holds."""
+"""Plans of reads where files are on nodes, against a model of the sources."""
 
 from __future__ import annotations
 
