@@ -267,8 +267,10 @@ def _table(
             *([Text(output.size(row.space.added_bytes))] if has_shared else []),
         ]
         for name in columns.metrics:
-            is_best = name in columns.best and columns.best[name][1] == row.info.step
-            cells.append(_metric(printer, row.metrics.get(name), is_best=is_best))
+            star = " " if name in columns.best else None
+            if star and columns.best[name][1] == row.info.step:
+                star = printer.sign("★", "*")
+            cells.append(_metric(row.metrics.get(name), star))
         if has_items:
             cells.append(output.styled(" ".join(row.items)))
         if row.problem is not None:
@@ -292,12 +294,13 @@ def _place(target: targets.Root | targets.Checkpoint, step: int) -> Text:
     return Text("abandoned" if is_abandoned else "", "dim")
 
 
-def _metric(printer: output.Printer, value: float | None, *, is_best: bool) -> Text:
+def _metric(value: float | None, star: str | None) -> Text:
+    """Returns a cell; `star` is None in a column without a best value, else a star or a blank."""
     from rich.text import Text
 
     if value is None:
         return Text("")
     text = output.number(value)
-    if not is_best:
-        return Text(f"{text}  ")
-    return Text.assemble((text, "bold"), (f" {printer.sign('★', '*')}", "yellow"))
+    if star is None or star == " ":
+        return Text(text if star is None else f"{text}  ")
+    return Text.assemble((text, "bold"), (f" {star}", "yellow"))

@@ -547,7 +547,7 @@ def test_no_command_loads_torch_or_jax(saved: Path, command: str) -> None:
         assert not loaded & {"tensorstore", "numpy", "ml_dtypes", "etils"}
 
 
-@pytest.mark.parametrize(("options", "limit"), [((), 280), (("--json",), 200)])
+@pytest.mark.parametrize(("options", "limit"), [((), 280), (("--json",), 208)])
 def test_ls_starts_fast(saved: Path, options: tuple[str, ...], limit: int) -> None:
     """By modules, about half a millisecond each: the time itself depends on the machine."""
     loaded = loaded_by("ls", saved, *options)
