@@ -34,7 +34,7 @@ def execute(steps: TierSteps, move: Move) -> None:
             steps.commits.discard(path)
         else:
             storage.remove(path)
-        _log.warning("%s: removed %s, whose commit was aborted", steps.root, part.path)
+        _log.warning("%s: removed %s, which was not committed", steps.root, part.path)
         return
     if move.action == "rename":
         final = os.path.join(steps.root, part.name)

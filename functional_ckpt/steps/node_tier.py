@@ -9,12 +9,12 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from functional_ckpt import errors
 from functional_ckpt.core.nodes import rules
 from functional_ckpt.core.nodes.part import PART_FILE, PartRecord
-from functional_ckpt.core.nodes.rules import Decision, UsableCommit
+from functional_ckpt.core.nodes.rules import Decision, HeldPart, Move, UsableCommit
 from functional_ckpt.distributed import large, same_options
 from functional_ckpt.distributed.collective import collective, run_on_all
 from functional_ckpt.distributed.coordinator import Coordinator
@@ -101,7 +101,7 @@ class NodeTier:
         if not steps.read_only:
             own = inventories[self.nodes.own].parts if self.is_head else ()
             with collective(self._group, "completing interrupted commits"):
-                for move in rules.moves(own, decision):
+                for move in (*rules.moves(own, decision), *self._outdated(own, decision)):
                     node_moves.execute(steps, move)
         self.commits = {commit.record.step: commit for commit in decision.usable}
         self._list(steps, inventories, decision)
@@ -114,6 +114,15 @@ class NodeTier:
             # A node that comes back must not win over the steps that are saved from now on.
             self._starts_line = True
             self._raise_generation(steps, self._group)
+
+    def _outdated(self, own: Sequence[HeldPart], decision: Decision) -> Iterator[Move]:
+        """Yields the removals of votes for which no node need wait any more."""
+        num_nodes = len(self.nodes.order)
+        newest = rules.newest_replicated(decision.usable, self.option.replicas, num_nodes=num_nodes)
+        gone = {each.record.commit_id for each in rules.outdated(decision.waiting, newest)}
+        for part in own:
+            if part.record.commit_id in gone:
+                yield Move("remove", part)
 
     def _agree(self, given: bytes) -> Nodes:
         """Returns the nodes of ranks whose options are equal."""

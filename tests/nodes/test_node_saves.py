@@ -319,6 +319,8 @@ def test_votes_stay_where_the_decision_cannot_be_asked_for(
     assert bool(on_disk(tmp_path, "a")) is is_b_lost  # b may have renamed its part
     assert ("b may have renamed it" in caplog.text) is is_b_lost
     assert results(save(tmp_path, 1)) == [[1], [1]]
+    steps_of(tmp_path)  # a later run has a replicated step: the vote need not wait any more
+    assert on_disk(tmp_path, "a") == ["1"]
 
 
 class _NoRename(LocalStorage):
