@@ -12,7 +12,7 @@ from functional_ckpt import errors
 from functional_ckpt.core.records import records
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.distributed.torch_store import default_coordinator
-from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.format import checkpoint_dir, parts
 from functional_ckpt.handlers.base import Registry
 from functional_ckpt.handlers.registry import chosen
 from functional_ckpt.interop import native, opened
@@ -122,7 +122,7 @@ def restore(
     if isinstance(path, Source):
         open_checkpoint = functools.partial(opened.open_source, path)
     else:
-        open_checkpoint = functools.partial(open_path, *connect(path, storage), warns=into is None)
+        open_checkpoint = functools.partial(_open_all, *connect(path, storage), warns=into is None)
     return restore_lib.restore_checkpoint(open_checkpoint, into, chosen(registry), how)
 
 
@@ -138,6 +138,12 @@ def metadata(path: str | os.PathLike[str], *, storage: Storage | None = None) ->
         CorruptCheckpointError: Its records are damaged.
     """
     return checkpoint_metadata(open_path(*connect(path, storage), warns=False))
+
+
+def _open_all(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.OpenCheckpoint:
+    """As `open_path`, but refuses one node's part of a step."""
+    parts.check_complete(storage, path)
+    return open_path(storage, path, warns=warns)
 
 
 def open_path(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.OpenCheckpoint:

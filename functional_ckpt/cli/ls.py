@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output, step_words, targets
+from functional_ckpt.format import parts
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps import history
 from functional_ckpt.steps.late_metrics import LateMetrics
@@ -150,6 +151,7 @@ def _record(
             | ({"abandoned": True} if row.info.step in abandoned else {})
             for row in rows
         ],
+        **({"parts": held} if is_root and (held := target.parts()) else {}),
         "unfinished": list(target.unfinished) if is_root else [],
     }
 
@@ -202,8 +204,12 @@ def _print(
         if row.problem is not None:
             line = f"{row.checkpoint.title} is damaged: {row.problem}"
             printer.print(output.styled(line, "red"))
+    held = target.parts() if isinstance(target, targets.Root) else {}
     for name, what in target.strays.items() if isinstance(target, targets.Root) else ():
-        printer.print(output.styled(f"{name}: not a step ({what})", "dim"))
+        line = f"{name}: {held[name]}" if name in held else f"{name}: not a step ({what})"
+        printer.print(output.styled(line, "dim"))
+    if held:
+        printer.print(output.styled(f"{parts.ADVICE}.", "dim"))
     for name in target.unfinished if isinstance(target, targets.Root) else ():
         line = f"{name}: unfinished (being written, or left by a crash)"
         printer.print(output.styled(line, "dim"))

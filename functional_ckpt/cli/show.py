@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from functional_ckpt.cli import output, targets, trees
 from functional_ckpt.core.tree import structure
-from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.format import checkpoint_dir, parts
 from functional_ckpt.steps import history
 from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.storage import commit, queries
@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     if checkpoint.is_foreign:
         source = cast("ForeignCheckpoint", opened).source
         facts |= {"format": source.format, "left_out": list(source.left_out)}
+    elif (found := parts.missing(opened.storage, opened.path)) is not None:
+        facts["part"] = [f"{found}"]
     if arguments.json:
         output.as_json({**facts, "items": _item_records(names, trees_of, values)})
     else:
@@ -127,6 +129,7 @@ def _print(
         ("progress", _pairs({k: v for k, v in (facts["progress"] or {}).items() if v})),
         ("custom metadata", _pairs(facts["custom_metadata"])),
         ("left out", facts.get("left_out", ())),
+        ("part", facts.get("part", ())),
     ):
         if words:
             line = Text(f"{title}  ", "dim")
@@ -150,13 +153,13 @@ def _summary(
     printer: output.Printer, checkpoint: targets.Checkpoint, facts: Mapping[str, Any]
 ) -> str:
     time = datetime.datetime.fromisoformat(facts["time"])
-    parts = [
+    facts_shown = [
         *([] if checkpoint.step is None else [f"step {checkpoint.step}"]),
         f"saved {output.clock(time)} ({output.age(time, datetime.datetime.now(datetime.UTC))})",
         f"{output.size(facts['size_bytes'])} on disk",
         *([facts.get("format", "foreign")] if facts["writer"] == "other" else []),
     ]
-    return printer.sign(" · ", ", ").join(parts)
+    return printer.sign(" · ", ", ").join(facts_shown)
 
 
 def _pairs(record: Mapping[str, Any]) -> list[str]:

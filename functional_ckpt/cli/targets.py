@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from functional_ckpt import errors
 from functional_ckpt.cli import run_policies, step_words
 from functional_ckpt.core.records import orbax, records
-from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.format import checkpoint_dir, parts
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps import history, index
@@ -130,6 +130,16 @@ class Root:
         commits = commit.protocol(self.storage, self.path)
         folders = [n for n in self.strays if commits.commit_id(os.path.join(self.path, n))]
         return {step: name for name in folders if (step := self.names.parse(name)) is not None}
+
+    def parts(self) -> dict[str, str]:
+        """Name -> description of each step of which other nodes have some files."""
+        found: dict[str, str] = {}
+        for name in self.strays:
+            with contextlib.suppress(errors.CorruptCheckpointError):
+                part = parts.missing(self.storage, os.path.join(self.path, name))
+                if part is not None:
+                    found[name] = f"{part}"
+        return found
 
 
 def metrics_of(infos: Iterable[StepInfo]) -> dict[int, dict[str, float]]:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
 from functional_ckpt.cli import output, targets
+from functional_ckpt.format import parts
 from functional_ckpt.storage import queries
+from functional_ckpt.storage.base import Storage
 from functional_ckpt.verify.checkpoint import Finding, verify_checkpoint
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ class _Result:
     checkpoint: targets.Checkpoint
     damage: tuple[Finding, ...]
     has_digests: bool
+    part: str | None
     num_files: int
     size_bytes: int
 
@@ -59,7 +62,7 @@ def _checkpoints(arguments: argparse.Namespace) -> Iterator[targets.Checkpoint]:
             for step in arguments.step or [None]:
                 yield targets.checkpoint_of(text, step, arguments.prefix)
             continue
-        if not target.steps:
+        if not target.steps and not target.parts():
             raise errors.StepNotFoundError(f"{text} has no step yet.", path=target.path)
         yield from map(target.checkpoint, sorted({*target.steps, *target.damaged()}))
 
@@ -88,10 +91,20 @@ def _verify(checkpoint: targets.Checkpoint) -> _Result | None:
     return _Result(
         checkpoint=checkpoint,
         damage=tuple(each for each in findings if each.is_damage),
-        has_digests=all(each.is_damage for each in findings),
+        has_digests=all(each.problem != "no digests" for each in findings),
+        part=_part(storage, checkpoint.path),
         num_files=num_files,
         size_bytes=size_bytes,
     )
+
+
+def _part(storage: Storage, path: str) -> str | None:
+    """Returns a description of a step of which other nodes have some files; else None."""
+    try:
+        found = parts.missing(storage, path)
+    except errors.CheckpointError:
+        return None  # a finding
+    return None if found is None else f"{found}. {parts.ADVICE}."
 
 
 def _record(result: _Result) -> dict[str, Any]:
@@ -100,6 +113,7 @@ def _record(result: _Result) -> dict[str, Any]:
         "step": result.checkpoint.step,
         "ok": not result.damage,
         "has_digests": result.has_digests,
+        **({} if result.part is None else {"part": result.part}),
         "num_files": result.num_files,
         "size_bytes": result.size_bytes,
         "findings": [dataclasses.asdict(finding) for finding in result.damage],
@@ -129,7 +143,8 @@ def _print(printer: output.Printer, result: _Result, known: dict[tuple[object, .
             printer.print(*_block(finding, first if is_told else None))
         return
     if result.has_digests:
-        mark, what = Text(f"{printer.sign('✓', 'ok')} ", "bold green"), "intact"
+        mark = Text(f"{printer.sign('✓', 'ok')} ", "bold green")
+        what = "intact" if result.part is None else f"intact here; {result.part}"
     else:
         mark = Text(f"{printer.sign('○', '--')} ", "bold yellow")
         what = "readable, but foreign: there are no digests to compare with"

@@ -9,7 +9,7 @@ from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
-from functional_ckpt.format import checkpoint_dir
+from functional_ckpt.format import checkpoint_dir, parts
 from functional_ckpt.handlers import default_registry
 from functional_ckpt.interop.source import Format, Source, match_files
 from functional_ckpt.restoring import restore
@@ -68,6 +68,7 @@ def run_advice(storage: Storage, path: str, names: Sequence[str]) -> str | None:
 
 def open_step(storage: Storage, path: str) -> Source:
     """Returns the items of a checkpoint in any store."""
+    parts.check_complete(storage, path)
     opened = checkpoint_dir.open_checkpoint(storage, path)
     openers = {name: functools.partial(_read, storage, path, name) for name in opened.items}
     return Source(path, "step", openers)

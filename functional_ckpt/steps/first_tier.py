@@ -15,9 +15,10 @@ from functional_ckpt.distributed.collective import run_on_primary
 from functional_ckpt.distributed.coordinator import Coordinator
 from functional_ckpt.distributed.nodes import Nodes
 from functional_ckpt.distributed.torch_store import num_unjoined
+from functional_ckpt.format import parts
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import StepInfo
-from functional_ckpt.steps import writer_lock
+from functional_ckpt.steps import node_inventory, writer_lock
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.storage import commit
 
@@ -93,6 +94,7 @@ class SharedTier:
 
         Raises:
             LockedError: Another live writer holds the directory.
+            UsageError: The directory is that of one node, and holds parts of steps.
             CoordinationError: The ranks have different options, or see different directories.
         """
         group, storage, hidden = self._group, steps.storage, steps.hidden
@@ -100,6 +102,7 @@ class SharedTier:
 
         def become_writer(values: Sequence[bytes]) -> bytes:
             same_options.check(values)
+            _check_no_parts(steps)
             lock_and_recover(steps, is_alone=group.num_ranks == 1)
             if group.num_ranks > 1:
                 storage.write(mark, b"")
@@ -139,6 +142,21 @@ class SharedTier:
 
     def forget(self, steps: Collection[int]) -> None:
         """Does nothing."""
+
+
+def _check_no_parts(steps: TierSteps) -> None:
+    """Raises UsageError for a node's directory: every node must take part in its changes."""
+    storage, root = steps.storage, steps.root
+    if storage.objects is not None or not parts.read_directory_id(storage, root):
+        return
+    if held := node_inventory.inventory(storage, root, steps.name_format):
+        names = ", ".join(part.name for part in held[:10])
+        raise errors.UsageError(
+            f"{root} holds one node's parts of steps ({names}), which were saved with node_local. "
+            "Pass node_local=fc.NodeLocal() on all nodes to continue the run, or read_only=True to "
+            "read steps that are complete here.",
+            path=root,
+        )
 
 
 def lock_and_recover(steps: TierSteps, *, is_alone: bool, keep: Set[str] = frozenset()) -> None:

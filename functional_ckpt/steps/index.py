@@ -15,6 +15,7 @@ from typing import Protocol
 
 from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
+from functional_ckpt.format import parts
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps import history
@@ -76,12 +77,22 @@ class StepIndex:
     So each look also compares some known steps, in turn, and notices their changes after a few
     looks.
 
+    Args:
+        storage: Where the directory is.
+        root: The directory.
+        names: How its steps are named.
+        takes_parts: Whether a part of a step counts, of which other nodes have some files; else it
+            is a stray.
+
     Attributes:
         strays: Name -> kind of each entry that has a step's name but is no step.
         elsewhere: Steps that only directories of other nodes hold; none here.
     """
 
-    def __init__(self, storage: Storage, root: str, names: NameFormat) -> None:
+    def __init__(
+        self, storage: Storage, root: str, names: NameFormat, *, takes_parts: bool = False
+    ) -> None:
+        self._takes_parts = takes_parts
         self._storage = storage
         self._root = root
         self._names = names
@@ -164,11 +175,21 @@ class StepIndex:
             return None if what in ("nothing", "a directory") else what
         if known is not None and known.commit_id == commit_id and known.info.problem is None:
             return known
+        if not self._takes_parts and (part := self._part(path)):
+            return part
         if has_record(self._storage, path):
             info = history.read_step(self._storage, path, step)
             return None if info is None else Entry(name, commit_id, info)
         is_there = self._commits.commit_id(path) is not None
         return "a directory without a record of a step" if is_there else None
+
+    def _part(self, path: str) -> str | None:
+        """Returns a description of a step of which other nodes have some files; else None."""
+        try:
+            found = parts.missing(self._storage, path)
+        except errors.CheckpointError as error:
+            return f"a part of a step: {error.message.removeprefix(f'{path}/')}"
+        return None if found is None else f"{found}"
 
 
 def no_such_step(root: str, step: int, known: Sequence[int]) -> errors.StepNotFoundError:

@@ -24,17 +24,21 @@ from typing import Any
 
 from functional_ckpt import errors
 from functional_ckpt.core.nodes import part as part_lib
-from functional_ckpt.core.nodes.part import PART_FILE, PartRecord
 from functional_ckpt.core.nodes.rules import HeldPart
 from functional_ckpt.core.records import records
 from functional_ckpt.core.tree.plain_json import integer, string
+from functional_ckpt.format.parts import (
+    DIRECTORY_FILE,
+    present_files,
+    read_directory_id,
+    read_part,
+)
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
 
 ASIDE = os.path.join(commit.HIDDEN, "aside")
-_DIRECTORY = "directory"
 _GENERATION = "generation"
 _RETIRED = "retired.json"
 _MAX_RETIRED = 1000
@@ -130,36 +134,7 @@ def aside_path(part: HeldPart) -> str:
     return os.path.join(ASIDE, f"{part.name}.{part.record.commit_id}")
 
 
-def read_part(storage: Storage, path: str) -> PartRecord | None:
-    """Returns the part record of a step's directory; None if it has none.
-
-    Raises:
-        CorruptCheckpointError: It is damaged.
-    """
-    file = os.path.join(path, PART_FILE)
-    data = queries.read_optional(storage, file)
-    return None if data is None else part_lib.parse(data, file)
-
-
-def present_files(storage: Storage, path: str, record: PartRecord) -> frozenset[str]:
-    """Returns the data files of a part that are in its directory in full size."""
-    found = storage.walk(path)
-    return frozenset(
-        file
-        for file, expected in record.files.items()
-        if file in found
-        and found[file].kind == "a file"
-        and found[file].size_bytes == expected.size_bytes
-    )
-
-
 # ------------------------------------------------------------------------------------ bookkeeping
-
-
-def read_directory_id(storage: Storage, root: str) -> str:
-    """Returns the id of a node's directory; empty if it has none."""
-    record = _read(storage, root, _DIRECTORY)
-    return "" if record is None else string(record["id"])
 
 
 def make_directory_id(storage: Storage, root: str) -> str:
@@ -170,7 +145,7 @@ def make_directory_id(storage: Storage, root: str) -> str:
     """
     if not (known := read_directory_id(storage, root)):
         known = uuid.uuid4().hex
-        _replace(storage, root, _DIRECTORY, {"id": known})
+        _replace(storage, root, DIRECTORY_FILE, {"id": known})
     return known
 
 

@@ -23,7 +23,7 @@ from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.steps import history, node_inventory, node_moves, step_json
 from functional_ckpt.steps.first_tier import OPENING, lock_and_recover
-from functional_ckpt.steps.index import Entry
+from functional_ckpt.steps.index import Entry, StepIndex
 from functional_ckpt.steps.node_index import NodeIndex
 from functional_ckpt.steps.node_inventory import Inventory
 from functional_ckpt.steps.node_local import NodeLocal
@@ -90,6 +90,7 @@ class NodeTier:
             )
             self._group.gather_broadcast(OPENING, failure, b"".join)
         self._nodes = self._agree(given)
+        steps.list_by(StepIndex(steps.storage, steps.root, steps.name_format, takes_parts=True))
         if not steps.read_only:
             self._check_apart(steps)
             with collective(self._group, "locking the nodes' directories"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import SingleProcess
 from functional_ckpt.events import Events
+from functional_ckpt.format import parts
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.base import StepInfo
 from functional_ckpt.policies.checks import check_seconds
@@ -127,7 +129,7 @@ class Steps(TierSteps):
     def latest(self) -> int:
         """Returns the newest step of the current line; raises `StepNotFoundError` without one."""
         if (step := self.newest()) is None:
-            raise errors.StepNotFoundError(f"{self.root} has no step yet.", path=self.root)
+            raise self._no_step_yet()
         return step
 
     def existing(self, step: int) -> int:
@@ -137,8 +139,18 @@ class Steps(TierSteps):
             self.reach(True)
             steps = self.all()
         if step not in steps and not self.is_linked(step):
+            path = self.path_if_there(step)
+            if path is not None and (found := parts.missing(self.storage, path)) is not None:
+                raise parts.incomplete(path, found, step)
             raise no_such_step(self.root, step, steps)
         return step
+
+    def _no_step_yet(self) -> errors.StepNotFoundError:
+        for name in reversed(tuple(self._index.strays)):
+            path = os.path.join(self.root, name)
+            if (found := parts.missing(self.storage, path)) is not None:
+                return parts.incomplete(path, found, None)
+        return errors.StepNotFoundError(f"{self.root} has no step yet.", path=self.root)
 
     def wait_for_new(self, after: int | None, timeout: float | None, poll: float) -> int | None:
         """Waits for a step after `after`; returns it, or None after the timeout."""

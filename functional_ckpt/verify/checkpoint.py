@@ -18,9 +18,11 @@ import os
 from collections.abc import Collection, Mapping
 
 from functional_ckpt import errors
+from functional_ckpt.core.nodes.part import PART_FILE
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.records import records as records_lib
 from functional_ckpt.core.records.records import EXTENSION_FILE, FileRecord
+from functional_ckpt.format import parts
 from functional_ckpt.runtime.threads import gc_paused, run_in_threads
 from functional_ckpt.storage import commit, queries, replacement
 from functional_ckpt.storage.base import Storage
@@ -92,7 +94,8 @@ def _verify_ours(search: Verification, step: int | None) -> None:
     record = _step_record(search, step)
     with gc_paused():
         items = {name: _item_record(search, name, record) for name in _tree_items(record, on_disk)}
-        files = _Files(search, _expected_files(record, items), sizes)
+        elsewhere = _part_of_node(search)
+        files = _Files(search, _expected_files(record, items), sizes, elsewhere)
         own = {name: item for name, item in items.items() if item is not None}
         arrays = [ItemArrays(search, name, item) for name, item in own.items()]
     search.total_bytes = sum(file.size_bytes for file in files.expected.values())
@@ -110,8 +113,9 @@ def _verify_ours(search: Verification, step: int | None) -> None:
 
 def _with_steps(search: Verification, damaged: Mapping[str, Finding]) -> list[Finding]:
     """Returns the findings with the other steps whose files these are."""
-    steps = sharing(search.storage, search.path, damaged)
-    note_damage(search.storage, search.path, damaged)
+    lost = {name: each for name, each in damaged.items() if each.is_damage}
+    steps = sharing(search.storage, search.path, lost)
+    note_damage(search.storage, search.path, lost)
     return [
         dataclasses.replace(each, shared_with=steps.get(name, ())) for name, each in damaged.items()
     ]
@@ -136,6 +140,21 @@ def _step_record(search: Verification, step: int | None) -> records_lib.StepReco
         got = "one without a step" if record.step is None else f"that of step {record.step}"
         search.add(None, EXTENSION_FILE, "swapped", expected, got)
     return record
+
+
+def _part_of_node(search: Verification) -> dict[str, str]:
+    """Returns the files of a step that other nodes wrote, and by which; none of a complete one."""
+    path = os.path.join(search.path, PART_FILE)
+    try:
+        part = parts.read_part(search.storage, search.path)
+    except errors.CheckpointError as error:
+        search.add(None, PART_FILE, _problem(error), "the record of a part", reason(error, path))
+        return {}
+    if part is None:
+        return {}
+    root = os.path.dirname(search.path)
+    own = parts.read_directory_id(search.storage, root)
+    return {file: node.name for node in part.nodes if node.directory != own for file in node.files}
 
 
 def _tree_items(record: records_lib.StepRecord | None, on_disk: Collection[str]) -> list[str]:
@@ -197,7 +216,9 @@ def _find_unlisted(
 ) -> None:
     for name in on_disk:
         top = name.split("/")[0]
-        is_record = name == EXTENSION_FILE or (top in items and name == f"{top}/{EXTENSION_FILE}")
+        is_record = name in (EXTENSION_FILE, PART_FILE) or (
+            top in items and name == f"{top}/{EXTENSION_FILE}"
+        )
         # The files of a damaged record are unknown.
         is_unknowable = items[top] is None if top in items else step is None
         if name in expected or is_record or is_unknowable:
@@ -210,9 +231,14 @@ class _Files:
     """Compares files with their records."""
 
     def __init__(
-        self, search: Verification, expected: Mapping[str, FileRecord], sizes: Mapping[str, int]
+        self,
+        search: Verification,
+        expected: Mapping[str, FileRecord],
+        sizes: Mapping[str, int],
+        elsewhere: Mapping[str, str],
     ) -> None:
         self.expected = expected
+        self._elsewhere = elsewhere
         self._sizes = sizes
         self._expected_sizes = {file.size_bytes for file in expected.values()}
         self.damaged: dict[str, Finding] = {}
@@ -229,12 +255,12 @@ class _Files:
             self._add(name, "unreadable", "a file that can be read", reason(error, path))
             return
         if not is_regular:
-            self._add(
-                name,
-                "missing",
-                f"a file of {expected.size_bytes:,} bytes",
-                queries.kind(self._search.storage, path),
-            )
+            kind = queries.kind(self._search.storage, path)
+            owner = self._elsewhere.get(name)
+            if owner is not None and kind == "nothing":
+                self._add(name, "elsewhere", f"a file of node {owner}", kind)
+            else:
+                self._add(name, "missing", f"a file of {expected.size_bytes:,} bytes", kind)
             return
         size_bytes = self._sizes.get(name, expected.size_bytes)
         if size_bytes not in self._expected_sizes:  # it is none of the others either

@@ -20,6 +20,7 @@ Problem: TypeAlias = Literal[
     "unreadable",
     "mismatch",
     "no digests",
+    "elsewhere",
 ]
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the bytes verified so far and the bytes there are to verify, from any thread."""
@@ -40,7 +41,8 @@ class Finding:
             - `swapped`: with another file, item or step;
             - `record`: a damaged native record;
             - `unreadable` or `mismatch`: arrays, where no damaged file explains it;
-            - `no digests`: no damage. The checkpoint is foreign and has no digests.
+            - `no digests`: no damage. The checkpoint is foreign and has no digests;
+            - `elsewhere`: no damage. Another node of a run with `NodeLocal` holds the file.
         expected: The expected value.
         got: The actual value.
         shared_with: Names of the other steps of the run that have the same file, by a hard link.
@@ -57,7 +59,7 @@ class Finding:
     @property
     def is_damage(self) -> bool:
         """Whether it means that something was changed or lost."""
-        return self.problem != "no digests"
+        return self.problem not in ("no digests", "elsewhere")
 
     def __str__(self) -> str:
         leaves = f" ({', '.join(self.leaves)})" if self.leaves else ""
