@@ -108,6 +108,8 @@ class NodeTier:
         self._list(steps, inventories, decision)
         steps.before_removal = lambda removed: self._retire(steps, removed)
         every = [part for each in inventories.values() for part in each.parts]
+        # A save of this run counts as later than one of the same step and generation.
+        self._num_saves = max((part.record.serial for part in every), default=0)
         known = [each.generation for each in inventories.values()]
         self.generation = rules.next_generation(known, every) - 1
         doubtful = (*decision.incomplete, *decision.waiting)

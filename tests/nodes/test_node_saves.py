@@ -433,3 +433,11 @@ def test_a_read_only_manager_sees_what_the_nodes_hold_together(tmp_path: Path) -
     shutil.rmtree(tmp_path / "b" / "2")
     assert steps_of(tmp_path, read_only=True) == [[1]] * 2
     assert on_disk(tmp_path, "a") == ["1", "2"]
+
+
+def test_a_save_counts_as_later_than_those_of_the_run_before(tmp_path: Path) -> None:
+    results(save(tmp_path, 1, 2))
+    results(save(tmp_path, 2, overwrite=True))  # without a restore: of the same generation
+    record = read_part(_DISK, str(tmp_path / "a" / "2"))
+    assert record is not None
+    assert (record.generation, record.serial) == (0, 3)
