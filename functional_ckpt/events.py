@@ -25,7 +25,15 @@ __all__ = ["Event", "Events", "Kind", "Listener", "Listeners", "ShowsBars"]
 Shown: TypeAlias = Callable[[int, int], None]
 """Shows progress: bytes that are done, and bytes in all."""
 Kind: TypeAlias = Literal[
-    "staged", "written", "committed", "uploaded", "pruned", "skipped", "restored"
+    "staged",
+    "written",
+    "committed",
+    "replicated",
+    "unreplicated",
+    "uploaded",
+    "pruned",
+    "skipped",
+    "restored",
 ]
 
 _log = logging.getLogger("functional_ckpt")
@@ -37,10 +45,12 @@ class Event:
 
     Attributes:
         kind: `staged`: this rank's part was copied, and `save` is about to return; `written`: this
-            rank's part is in storage; `committed`: the step is complete and durable; `uploaded`: a
-            remote tier has it; `pruned`: it was removed, because no policy keeps it or to free
-            space; `skipped`: it is damaged, and `restore_or` tried an older one; `restored`: the
-            ranks have restored it from a node-local tier. Only the primary emits the last five.
+            rank's part is in storage; `committed`: the step is complete and durable; `replicated`:
+            other nodes hold verified copies of it; `unreplicated`: they could not get them, so the
+            loss of a node may lose it; `uploaded`: a remote tier has it; `pruned`: it was removed,
+            because no policy keeps it or to free space; `skipped`: it is damaged, and `restore_or`
+            tried an older one; `restored`: the ranks have restored it from a node-local tier. Only
+            the primary emits the kinds from `committed` on.
         step: Its number.
         directory: The directory of the manager, or of a remote tier.
         rank: The rank that emits the event, within the group that saves together.
@@ -81,9 +91,8 @@ class Event:
 
     def __str__(self) -> str:
         """Returns the event as a line of a log."""
-        where = {"pruned": "from", "committed": "in", "skipped": "in", "restored": "from"}.get(
-            self.kind, "to"
-        )
+        ends = {"pruned": "from", "restored": "from", "uploaded": "to", "written": "to"}
+        where = ends.get(self.kind, "in")
         text = f"step {self.step} {self.kind}"
         if self.kind != "staged":
             text += f" {where} {self.directory}"

@@ -328,7 +328,7 @@ class TierSteps(StepDirectory):
 
     def emit(self, kind: Kind, step: int, **measured: Any) -> None:
         """Notifies the listeners of an event of a step in this directory; see `Events.notify`."""
-        path = self.path(step) if kind in ("committed", "uploaded") else None
+        path = self.path(step) if kind in ("committed", "replicated", "uploaded") else None
         self.events.notify(kind, step, self.root, path=path, **measured)
 
     def prune(self, steps: Sequence[int]) -> dict[int, errors.CheckpointError]:

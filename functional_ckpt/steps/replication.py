@@ -1,0 +1,460 @@
+"""Copies of committed steps on other nodes, made in the background by the head of each node.
+
+The heads copy one step at a time, in rounds: they agree on a step that all of them have committed,
+exchange its files, and tell each other what has arrived. So every head knows of each step who holds
+which file. A head without work exchanges nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from functional_ckpt import errors
+from functional_ckpt.core.nodes import copies, rules
+from functional_ckpt.core.nodes.copies import Copy
+from functional_ckpt.core.nodes.rules import UsableCommit
+from functional_ckpt.core.records.records import FileRecord
+from functional_ckpt.distributed.coordinator import Coordinator, Link
+from functional_ckpt.distributed.peer_link import Pace
+from functional_ckpt.format.tuning import REFRESH_STEPS, SHARED_FROM_BYTES
+from functional_ckpt.steps import node_copy
+from functional_ckpt.steps.node_copy import Outcome, Place
+from functional_ckpt.steps.tier_steps import TierSteps
+from functional_ckpt.storage.base import Stat
+
+# How long a head that has its files waits for the others without a sign of it.
+_SIGN_SECONDS = 10.0
+_FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
+_NUM_EARLIER = 2
+"""In how many earlier steps unchanged files are looked for."""
+_log = logging.getLogger("functional_ckpt")
+
+
+@dataclasses.dataclass(slots=True)
+class _Queue:
+    """The steps to copy; the threads share it, and it keeps no manager alive.
+
+    Attributes:
+        changed: Guards it; notified of every change.
+        fresh: Steps that were committed since, by commit id, the newest last.
+        backlog: Commit ids of other steps that lack copies, in the order in which they are copied.
+        is_busy: Whether an attempt is under way.
+        has_failed: Whether the last attempt failed, and no step was committed since.
+        is_draining: Whether the thread ends once it has no work, or an attempt fails.
+        is_stopped: Whether it ends after the present attempt.
+    """
+
+    changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
+    fresh: dict[str, tuple[int, int]] = dataclasses.field(
+        default_factory=dict[str, tuple[int, int]]
+    )
+    backlog: list[str] = dataclasses.field(default_factory=list[str])
+    is_busy: bool = False
+    has_failed: bool = False
+    is_draining: bool = False
+    is_stopped: bool = False
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.fresh or self.backlog)
+
+    def wait_for_work(self) -> bool:
+        """Waits for a step; returns False at the end."""
+        with self.changed:
+            while not self.is_stopped:
+                if self.has_work and not (self.is_draining and self.has_failed):
+                    self.is_busy = True
+                    return True
+                if self.is_draining:
+                    return False
+                self.changed.wait()
+            return False
+
+    def rest(self, seconds: float) -> None:
+        """Waits before the next attempt, until a step is committed or the run ends."""
+        deadline = time.monotonic() + seconds
+        with self.changed:
+            self.is_busy = False
+            self.changed.notify_all()
+            known = len(self.fresh)
+            while not (self.is_draining or self.is_stopped or len(self.fresh) > known):
+                if (left := deadline - time.monotonic()) <= 0:
+                    return
+                self.changed.wait(left)
+
+    def end(self, *, at_once: bool) -> None:
+        with self.changed:
+            self.is_draining = True
+            self.is_stopped |= at_once
+            self.changed.notify_all()
+
+
+class Replication:
+    """Copies steps to other nodes; on the head of each node of a writer.
+
+    Args:
+        steps: The directory of this node.
+        commits: Step -> who holds which file; changed here as copies arrive.
+        order: The names of the nodes; this one has the number of `group.rank`.
+        replicas: How many other nodes get a copy of each file.
+        group: The heads, for the thread of this object.
+        max_bytes_per_second: At which rate a node sends at most; None for no limit.
+        renaming: Held while a file gets its name in a part, and by those who replace parts.
+        owner: The manager: when it is dropped, the thread ends.
+        on_replicated: Called with each step that was replicated, in the thread.
+    """
+
+    def __init__(
+        self,
+        steps: TierSteps,
+        commits: dict[int, UsableCommit],
+        order: Sequence[str],
+        replicas: int,
+        group: Coordinator,
+        *,
+        max_bytes_per_second: float | None,
+        renaming: node_copy.Renaming,
+        owner: object,
+        on_replicated: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.on_replicated = on_replicated
+        self._steps = steps
+        self._commits = commits
+        self._order = tuple(order)
+        self._replicas = replicas
+        self._group = group
+        self._pace = Pace(max_bytes_per_second)
+        self._renaming = renaming
+        self._link: Link | None = None
+        self._wait_seconds = _FIRST_WAIT_SECONDS
+        self._queue = _Queue()
+        self._thread: threading.Thread | None = None
+        self._told: set[str] = set()
+        weakref.finalize(owner, self._queue.end, at_once=True).atexit = False
+
+    # ------------------------------------------------------------------------------ the caller's
+
+    def start(self) -> None:
+        """Starts the thread; the newest steps that lack copies are copied first."""
+        lacking = [
+            each
+            for each in sorted(self._commits.values(), key=lambda each: each.record.order)
+            if not self.is_replicated(each.record.step)
+        ]
+        kept = {each.record.commit_id for each in lacking}
+        node_copy.clear_incoming(self._steps.storage, self._steps.root, kept)
+        self._queue.backlog = [each.record.commit_id for each in reversed(lacking)]
+        lock = self._steps.lock
+        token = None if lock is None else lock.enter()
+
+        def serve(queue: _Queue, worker: weakref.ref[Replication]) -> None:
+            try:
+                _serve(queue, worker)
+            finally:
+                with queue.changed:
+                    queue.is_stopped, queue.is_busy = True, False
+                    queue.changed.notify_all()
+                if lock is not None and token is not None:
+                    lock.leave(token)
+
+        args = (self._queue, weakref.ref(self))
+        self._thread = threading.Thread(target=serve, args=args, name="replicate", daemon=True)
+        self._thread.start()
+
+    def committed(self, step: int) -> None:
+        """Copies a step that was committed on all nodes, and is in the commits."""
+        record = self._commits[step].record
+        with self._queue.changed:
+            self._queue.fresh[record.commit_id] = (record.serial, step)
+            self._queue.has_failed = False
+            self._queue.changed.notify_all()
+
+    def is_replicated(self, step: int) -> bool:
+        """Returns whether a step survives the loss of as many nodes as it has replicas."""
+        commit = self._commits.get(step)
+        if commit is None:
+            return False
+        return rules.is_replicated(
+            commit.record, commit.holders, self._replicas, num_nodes=len(self._order)
+        )
+
+    def wait(self) -> None:
+        """Waits until every step is copied, or an attempt has failed."""
+        queue = self._queue
+        with queue.changed:
+            queue.changed.wait_for(
+                lambda: (
+                    queue.is_stopped
+                    or not (queue.is_busy or (queue.has_work and not queue.has_failed))
+                )
+            )
+
+    def close(self) -> None:
+        """Waits as `wait` does, and ends the thread; the next run copies what is missing."""
+        self._queue.end(at_once=False)
+        if self._thread is not None:
+            self._thread.join()
+        self._release()
+        self._group.close()
+
+    def stop(self) -> None:
+        """Ends the thread after the present attempt."""
+        self._queue.end(at_once=True)
+
+    def _release(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
+    # ------------------------------------------------------------------------------ the thread's
+
+    def work(self) -> float:
+        """Copies one step; returns the seconds to wait before the next attempt."""
+        started = time.monotonic()
+        commit: UsableCommit | None = None
+        try:
+            commit = self._agree()
+            if commit is None:
+                return 0.0
+            plan = copies.plan(commit.record, commit.holders, self._order, self._replicas)
+            result = self._exchange(commit, plan)
+        except errors.CheckpointError as error:
+            self._release()
+            return self._fail(commit, str(error))
+        self._settle(commit, plan, result, time.monotonic() - started)
+        if result.is_lost:
+            self._release()
+        if result.failures:
+            return self._fail(commit, "; ".join(result.failures))
+        self._queue.has_failed, self._wait_seconds = False, _FIRST_WAIT_SECONDS
+        return 0.0
+
+    def _agree(self) -> UsableCommit | None:
+        """Returns the step that all heads copy now; None if they have no common one."""
+        queue, known = (
+            self._queue,
+            {each.record.commit_id: each for each in list(self._commits.values())},
+        )
+        with queue.changed:  # steps that were removed meanwhile are not copied
+            queue.fresh = {key: each for key, each in queue.fresh.items() if key in known}
+            queue.backlog = [key for key in queue.backlog if key in known]
+            own = {
+                "fresh": {key: serial for key, (serial, _) in queue.fresh.items()},
+                "backlog": queue.backlog,
+                "has_link": self._link is not None,
+            }
+        what, value = "choosing a step to copy", json.dumps(own).encode()
+        chosen = json.loads(self._group.gather_broadcast(what, value, _choose))
+        if not chosen["has_link"]:
+            self._release()
+            self._link = self._group.link()
+        self._take(chosen["commit_id"])
+        return known.get(chosen["commit_id"])
+
+    def _take(self, commit_id: str) -> None:
+        """Removes a step from the queue; those committed before it wait for an idle time."""
+        queue = self._queue
+        with queue.changed:
+            if not commit_id:  # other heads do not know of these
+                queue.backlog = []
+            if commit_id in queue.backlog:
+                queue.backlog.remove(commit_id)
+            if commit_id in queue.fresh:
+                serial, number = queue.fresh.pop(commit_id)
+                for key, (other, step) in list(queue.fresh.items()):
+                    if other < serial:
+                        del queue.fresh[key]
+                        queue.backlog.append(key)
+                        _log.info("step %d is not copied yet: step %d is newer", step, number)
+
+    def _exchange(self, commit: UsableCommit, plan: Sequence[Copy]) -> _Result:
+        """Sends and receives the files of a step; returns what all heads together have done."""
+        own, link = self._group.rank, self._link
+        place = self._place(commit)
+        sent: list[Outcome] = []
+        received: dict[int, Outcome] = {}
+        find = self._finder(commit)
+
+        def send_all() -> None:
+            for copy in plan:
+                if copy.source == own and link is not None:
+                    sent.append(node_copy.send(link, copy.target, place, self._pace.wait))
+
+        def receive_all() -> None:
+            for number, copy in enumerate(plan):
+                if copy.target == own and link is not None:
+                    received[number] = node_copy.receive(
+                        link, copy.source, place, copy.files, find, self._renaming
+                    )
+
+        threads = [
+            threading.Thread(target=each, name=f"replicate-{each.__name__}", daemon=True)
+            for each in (send_all, receive_all)
+        ]
+        for each in threads:
+            each.start()
+        while True:
+            deadline = time.monotonic() + _SIGN_SECONDS
+            for each in threads:
+                each.join(max(0.0, deadline - time.monotonic()))
+            is_done = not any(each.is_alive() for each in threads)
+            report = _report(plan, own, sent, received) if is_done else None
+            found = self._group.gather_broadcast(
+                f"copying step {commit.record.step}", json.dumps(report).encode(), _joined
+            )
+            reports = json.loads(found)
+            if None not in reports:
+                return _Result(self._order, reports)
+
+    def _place(self, commit: UsableCommit) -> Place:
+        return Place(
+            storage=self._steps.storage,
+            root=self._steps.root,
+            name=commit.name,
+            record=commit.record,
+        )
+
+    def _finder(self, commit: UsableCommit) -> node_copy.FindFile:
+        """Returns a function that finds files of an unchanged content in earlier steps."""
+        storage = self._steps.storage
+        table: dict[tuple[int, str], str] = {}
+        earlier = sorted(
+            (each for each in list(self._commits.values()) if each.name != commit.name),
+            key=lambda each: each.record.order,
+        )
+        own = self._order[self._group.rank]
+        for each in earlier[-_NUM_EARLIER:]:
+            path = self._place(each).path
+            for name, file in each.record.files.items():
+                if file.size_bytes >= SHARED_FROM_BYTES and own in each.holders.get(name, ()):
+                    table[file.size_bytes, file.xxh3] = f"{path}/{name}"
+
+        def find(file: FileRecord) -> tuple[str, Stat] | None:
+            path = table.get((file.size_bytes, file.xxh3))
+            status = None if path is None else storage.stat(path)
+            if path is None or status is None or status.size_bytes != file.size_bytes:
+                return None
+            return None if status.num_links >= REFRESH_STEPS else (path, status)
+
+        return find
+
+    def _settle(
+        self, commit: UsableCommit, plan: Sequence[Copy], result: _Result, seconds: float
+    ) -> None:
+        """Notes who holds the step now, the same on all heads."""
+        step = commit.record.step
+        known = self._commits.get(step)
+        if known is None or known.record.commit_id != commit.record.commit_id:
+            return  # it was removed or overwritten meanwhile
+        holders = copies.held_after(commit.holders, plan, self._order, result.missing)
+        nodes = {*commit.nodes, *(self._order[node] for node in result.new_parts)}
+        self._commits[step] = dataclasses.replace(
+            commit, holders=holders, nodes=tuple(each for each in self._order if each in nodes)
+        )
+        if not self.is_replicated(step):
+            return
+        rate = result.num_bytes / 2**20 / max(seconds, 1e-9)
+        _log.info("step %d is replicated: %.1f MiB/s", step, rate)
+        if self._group.rank == 0:
+            self._steps.emit("replicated", step, seconds=seconds, num_bytes=result.num_bytes)
+        try:
+            self.on_replicated(step)
+        except errors.CheckpointError as error:
+            _log.warning("%s: after step %d was replicated: %s", self._steps.root, step, error)
+
+    def _fail(self, commit: UsableCommit | None, why: str) -> float:
+        """Logs a failed attempt; returns the seconds before the next one."""
+        queue = self._queue
+        what = "steps" if commit is None else f"step {commit.record.step}"
+        with queue.changed:
+            if commit is not None and commit.record.commit_id not in queue.backlog:
+                queue.backlog.append(commit.record.commit_id)
+            queue.has_failed = True
+            fate = "" if queue.is_draining else ", trying again"
+        if commit is not None or not queue.is_draining:  # else a head has left that lacked a step
+            _log.warning("Copying %s to other nodes failed%s: %s", what, fate, why)
+        if commit is not None and commit.record.commit_id not in self._told:
+            self._told.add(commit.record.commit_id)
+            if self._group.rank == 0:
+                self._steps.emit("unreplicated", commit.record.step)
+        seconds = self._wait_seconds
+        self._wait_seconds = min(2 * seconds, _LAST_WAIT_SECONDS)
+        return seconds
+
+
+class _Result:
+    """What all heads have done in one round.
+
+    Attributes:
+        missing: For each target, the files that it has not received.
+        num_bytes: The bytes that were sent.
+        failures: Why files are missing, one line for each node.
+        is_lost: Whether a connection was lost.
+        new_parts: The nodes that have a part of the step now.
+    """
+
+    def __init__(self, order: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> None:
+        self.missing: dict[int, Collection[str]] = {
+            node: report["missing"] for node, report in enumerate(reports)
+        }
+        self.new_parts = [node for node, report in enumerate(reports) if report["has_part"]]
+        self.num_bytes = sum(report["num_bytes"] for report in reports)
+        self.failures = [
+            f"{name}: {report['error']}"
+            for name, report in zip(order, reports, strict=True)
+            if report["error"]
+        ]
+        self.is_lost = any(report["is_lost"] for report in reports)
+
+
+def _report(
+    plan: Sequence[Copy], own: int, sent: Sequence[Outcome], received: Mapping[int, Outcome]
+) -> dict[str, Any]:
+    """Returns one head's part of the result, as JSON."""
+    missing: list[str] = []
+    for number, copy in enumerate(plan):
+        if copy.target == own:
+            missing += [name for name in copy.files if name not in received[number].files]
+    outcomes = [*sent, *received.values()]
+    return {
+        "missing": missing,
+        "has_part": any(each.files for each in received.values()),
+        "num_bytes": sum(each.num_bytes for each in sent),
+        "error": "; ".join(each.error for each in outcomes if each.error),
+        "is_lost": any(each.is_lost for each in outcomes),
+    }
+
+
+def _joined(reports: Sequence[bytes]) -> bytes:
+    return b"[" + b",".join(reports) + b"]"
+
+
+def _choose(values: Sequence[bytes]) -> bytes:
+    """Chooses the newest step that every head has committed; else the first in every backlog."""
+    found = [json.loads(value) for value in values]
+    fresh: list[dict[str, int]] = [each["fresh"] for each in found]
+    common = [key for key in fresh[0] if all(key in each for each in fresh)]
+    chosen = max(common, key=lambda key: fresh[0][key], default="")
+    if not chosen:
+        backlogs = [each["backlog"] for each in found]
+        chosen = next((key for key in backlogs[0] if all(key in b for b in backlogs)), "")
+    has_link = all(each["has_link"] for each in found)
+    return json.dumps({"commit_id": chosen, "has_link": has_link}).encode()
+
+
+def _serve(queue: _Queue, worker: weakref.ref[Replication]) -> None:
+    """Runs until the end; holds a reference to the worker during an attempt, not while it waits."""
+    while queue.wait_for_work():
+        present = worker()
+        if present is None:
+            return
+        seconds = present.work()
+        del present
+        queue.rest(seconds)
