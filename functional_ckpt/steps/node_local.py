@@ -19,13 +19,16 @@ class NodeLocal:
             loses no replicated step. 0: a lost node loses the steps that no other tier has.
         node: The name of this rank's node; None for the environment variable
             `FUNCTIONAL_CKPT_NODE`, or else the host's name. Ranks with one name share a directory.
+        max_bytes_per_second: At which rate a node sends copies to other nodes at most; None for no
+            limit.
 
     >>> NodeLocal(replicas=2)
-    NodeLocal(replicas=2, node=None)
+    NodeLocal(replicas=2, node=None, max_bytes_per_second=None)
     """
 
     replicas: int = 1
     node: str | None = None
+    max_bytes_per_second: float | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for anything but a count and a name."""
@@ -34,3 +37,8 @@ class NodeLocal:
         node = self.node
         if node is not None and (not isinstance(node, str) or not node):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise errors.UsageError(f"node must be the name of a node, or None; got {node!r}.")
+        rate = self.max_bytes_per_second
+        if rate is not None and (type(rate) not in (int, float) or not rate > 0):
+            raise errors.UsageError(
+                f"max_bytes_per_second must be a number > 0, or None; got {rate!r}."
+            )

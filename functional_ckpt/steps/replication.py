@@ -13,8 +13,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.core.nodes import copies, rules
@@ -24,8 +23,15 @@ from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.distributed.coordinator import Coordinator, Link
 from functional_ckpt.distributed.peer_link import Pace
 from functional_ckpt.format.tuning import REFRESH_STEPS, SHARED_FROM_BYTES
-from functional_ckpt.steps import node_copy
+from functional_ckpt.steps import node_copy, node_receive
 from functional_ckpt.steps.node_copy import Outcome, Place
+from functional_ckpt.steps.replication_queue import (
+    ReplicationQueue,
+    RoundResult,
+    choose,
+    joined,
+    report_of,
+)
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.storage.base import Stat
 
@@ -35,65 +41,6 @@ _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
 _NUM_EARLIER = 2
 """In how many earlier steps unchanged files are looked for."""
 _log = logging.getLogger("functional_ckpt")
-
-
-@dataclasses.dataclass(slots=True)
-class _Queue:
-    """The steps to copy; the threads share it, and it keeps no manager alive.
-
-    Attributes:
-        changed: Guards it; notified of every change.
-        fresh: Steps that were committed since, by commit id, the newest last.
-        backlog: Commit ids of other steps that lack copies, in the order in which they are copied.
-        is_busy: Whether an attempt is under way.
-        has_failed: Whether the last attempt failed, and no step was committed since.
-        is_draining: Whether the thread ends once it has no work, or an attempt fails.
-        is_stopped: Whether it ends after the present attempt.
-    """
-
-    changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
-    fresh: dict[str, tuple[int, int]] = dataclasses.field(
-        default_factory=dict[str, tuple[int, int]]
-    )
-    backlog: list[str] = dataclasses.field(default_factory=list[str])
-    is_busy: bool = False
-    has_failed: bool = False
-    is_draining: bool = False
-    is_stopped: bool = False
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.fresh or self.backlog)
-
-    def wait_for_work(self) -> bool:
-        """Waits for a step; returns False at the end."""
-        with self.changed:
-            while not self.is_stopped:
-                if self.has_work and not (self.is_draining and self.has_failed):
-                    self.is_busy = True
-                    return True
-                if self.is_draining:
-                    return False
-                self.changed.wait()
-            return False
-
-    def rest(self, seconds: float) -> None:
-        """Waits before the next attempt, until a step is committed or the run ends."""
-        deadline = time.monotonic() + seconds
-        with self.changed:
-            self.is_busy = False
-            self.changed.notify_all()
-            known = len(self.fresh)
-            while not (self.is_draining or self.is_stopped or len(self.fresh) > known):
-                if (left := deadline - time.monotonic()) <= 0:
-                    return
-                self.changed.wait(left)
-
-    def end(self, *, at_once: bool) -> None:
-        with self.changed:
-            self.is_draining = True
-            self.is_stopped |= at_once
-            self.changed.notify_all()
 
 
 class Replication:
@@ -120,7 +67,7 @@ class Replication:
         group: Coordinator,
         *,
         max_bytes_per_second: float | None,
-        renaming: node_copy.Renaming,
+        renaming: node_receive.Renaming,
         owner: object,
         on_replicated: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -134,7 +81,7 @@ class Replication:
         self._renaming = renaming
         self._link: Link | None = None
         self._wait_seconds = _FIRST_WAIT_SECONDS
-        self._queue = _Queue()
+        self._queue = ReplicationQueue()
         self._thread: threading.Thread | None = None
         self._told: set[str] = set()
         weakref.finalize(owner, self._queue.end, at_once=True).atexit = False
@@ -149,12 +96,12 @@ class Replication:
             if not self.is_replicated(each.record.step)
         ]
         kept = {each.record.commit_id for each in lacking}
-        node_copy.clear_incoming(self._steps.storage, self._steps.root, kept)
+        node_receive.clear_incoming(self._steps.storage, self._steps.root, kept)
         self._queue.backlog = [each.record.commit_id for each in reversed(lacking)]
         lock = self._steps.lock
         token = None if lock is None else lock.enter()
 
-        def serve(queue: _Queue, worker: weakref.ref[Replication]) -> None:
+        def serve(queue: ReplicationQueue, worker: weakref.ref[Replication]) -> None:
             try:
                 _serve(queue, worker)
             finally:
@@ -251,7 +198,7 @@ class Replication:
                 "has_link": self._link is not None,
             }
         what, value = "choosing a step to copy", json.dumps(own).encode()
-        chosen = json.loads(self._group.gather_broadcast(what, value, _choose))
+        chosen = json.loads(self._group.gather_broadcast(what, value, choose))
         if not chosen["has_link"]:
             self._release()
             self._link = self._group.link()
@@ -274,7 +221,7 @@ class Replication:
                         queue.backlog.append(key)
                         _log.info("step %d is not copied yet: step %d is newer", step, number)
 
-    def _exchange(self, commit: UsableCommit, plan: Sequence[Copy]) -> _Result:
+    def _exchange(self, commit: UsableCommit, plan: Sequence[Copy]) -> RoundResult:
         """Sends and receives the files of a step; returns what all heads together have done."""
         own, link = self._group.rank, self._link
         place = self._place(commit)
@@ -290,7 +237,7 @@ class Replication:
         def receive_all() -> None:
             for number, copy in enumerate(plan):
                 if copy.target == own and link is not None:
-                    received[number] = node_copy.receive(
+                    received[number] = node_receive.receive(
                         link, copy.source, place, copy.files, find, self._renaming
                     )
 
@@ -305,13 +252,13 @@ class Replication:
             for each in threads:
                 each.join(max(0.0, deadline - time.monotonic()))
             is_done = not any(each.is_alive() for each in threads)
-            report = _report(plan, own, sent, received) if is_done else None
+            report = report_of(plan, own, sent, received) if is_done else None
             found = self._group.gather_broadcast(
-                f"copying step {commit.record.step}", json.dumps(report).encode(), _joined
+                f"copying step {commit.record.step}", json.dumps(report).encode(), joined
             )
             reports = json.loads(found)
             if None not in reports:
-                return _Result(self._order, reports)
+                return RoundResult(self._order, reports)
 
     def _place(self, commit: UsableCommit) -> Place:
         return Place(
@@ -321,7 +268,7 @@ class Replication:
             record=commit.record,
         )
 
-    def _finder(self, commit: UsableCommit) -> node_copy.FindFile:
+    def _finder(self, commit: UsableCommit) -> node_receive.FindFile:
         """Returns a function that finds files of an unchanged content in earlier steps."""
         storage = self._steps.storage
         table: dict[tuple[int, str], str] = {}
@@ -346,7 +293,7 @@ class Replication:
         return find
 
     def _settle(
-        self, commit: UsableCommit, plan: Sequence[Copy], result: _Result, seconds: float
+        self, commit: UsableCommit, plan: Sequence[Copy], result: RoundResult, seconds: float
     ) -> None:
         """Notes who holds the step now, the same on all heads."""
         step = commit.record.step
@@ -389,67 +336,7 @@ class Replication:
         return seconds
 
 
-class _Result:
-    """What all heads have done in one round.
-
-    Attributes:
-        missing: For each target, the files that it has not received.
-        num_bytes: The bytes that were sent.
-        failures: Why files are missing, one line for each node.
-        is_lost: Whether a connection was lost.
-        new_parts: The nodes that have a part of the step now.
-    """
-
-    def __init__(self, order: Sequence[str], reports: Sequence[Mapping[str, Any]]) -> None:
-        self.missing: dict[int, Collection[str]] = {
-            node: report["missing"] for node, report in enumerate(reports)
-        }
-        self.new_parts = [node for node, report in enumerate(reports) if report["has_part"]]
-        self.num_bytes = sum(report["num_bytes"] for report in reports)
-        self.failures = [
-            f"{name}: {report['error']}"
-            for name, report in zip(order, reports, strict=True)
-            if report["error"]
-        ]
-        self.is_lost = any(report["is_lost"] for report in reports)
-
-
-def _report(
-    plan: Sequence[Copy], own: int, sent: Sequence[Outcome], received: Mapping[int, Outcome]
-) -> dict[str, Any]:
-    """Returns one head's part of the result, as JSON."""
-    missing: list[str] = []
-    for number, copy in enumerate(plan):
-        if copy.target == own:
-            missing += [name for name in copy.files if name not in received[number].files]
-    outcomes = [*sent, *received.values()]
-    return {
-        "missing": missing,
-        "has_part": any(each.files for each in received.values()),
-        "num_bytes": sum(each.num_bytes for each in sent),
-        "error": "; ".join(each.error for each in outcomes if each.error),
-        "is_lost": any(each.is_lost for each in outcomes),
-    }
-
-
-def _joined(reports: Sequence[bytes]) -> bytes:
-    return b"[" + b",".join(reports) + b"]"
-
-
-def _choose(values: Sequence[bytes]) -> bytes:
-    """Chooses the newest step that every head has committed; else the first in every backlog."""
-    found = [json.loads(value) for value in values]
-    fresh: list[dict[str, int]] = [each["fresh"] for each in found]
-    common = [key for key in fresh[0] if all(key in each for each in fresh)]
-    chosen = max(common, key=lambda key: fresh[0][key], default="")
-    if not chosen:
-        backlogs = [each["backlog"] for each in found]
-        chosen = next((key for key in backlogs[0] if all(key in b for b in backlogs)), "")
-    has_link = all(each["has_link"] for each in found)
-    return json.dumps({"commit_id": chosen, "has_link": has_link}).encode()
-
-
-def _serve(queue: _Queue, worker: weakref.ref[Replication]) -> None:
+def _serve(queue: ReplicationQueue, worker: weakref.ref[Replication]) -> None:
     """Runs until the end; holds a reference to the worker during an attempt, not while it waits."""
     while queue.wait_for_work():
         present = worker()
