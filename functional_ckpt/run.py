@@ -28,6 +28,7 @@ from functional_ckpt.steps.first_tier import SharedTier
 from functional_ckpt.steps.metadata import StepMetadata, step_metadata
 from functional_ckpt.steps.names import check_step
 from functional_ckpt.steps.node_local import NodeLocal
+from functional_ckpt.steps.replication import start_replication
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.tiers import Tier, as_tiers, open_tiers
 from functional_ckpt.storage.base import Storage
@@ -213,17 +214,19 @@ def open_run(
         acquire.open_directory(steps, coordinator, alike, owner=owner)
         saving.start()
         run_on_all(coordinator, "looking into the directory", steps.reload)
-        saving.upload_by(
-            *open_tiers(
-                steps,
-                known_tiers,
-                step_names,
-                coordinator,
-                read_only=read_only,
-                overwrite=options.overwrite,
-                owner=owner,
-            )
+        uploads, helpers = open_tiers(
+            steps,
+            known_tiers,
+            step_names,
+            coordinator,
+            read_only=read_only,
+            overwrite=options.overwrite,
+            owner=owner,
         )
+        saving.upload_by(uploads, helpers)
+        if nodes is not None:
+            copying = start_replication(nodes, steps, coordinator, owner=owner)
+            saving.upload_by(uploads, (*helpers, *copying))
         if steps.lock is not None:
             steps.update_latest_link()  # a crash may have left it behind
     except BaseException:

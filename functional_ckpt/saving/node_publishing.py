@@ -293,9 +293,10 @@ class NodePublishing:
         with collective(self._group, f"renaming step {part.step}"):
             if self._tier.is_head:
                 steps.check_lock()
-                old = self._make_way(part.step, os.path.basename(final))
-                # From here on only a step without a part record can be in the way.
-                self._replaced = steps.commits.publish(tmp, final, overwrite=True)
+                with self._tier.renaming:
+                    old = self._make_way(part.step, os.path.basename(final))
+                    # From here on only a step without a part record can be in the way.
+                    self._replaced = steps.commits.publish(tmp, final, overwrite=True)
         if old is not None:
             self._superseded.append(old)
             self._replaced = tmp  # nothing is there; the old late metrics go

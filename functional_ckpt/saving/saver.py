@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from functional_ckpt import errors
 from functional_ckpt.distributed.collective import fails_on_all
@@ -26,10 +26,22 @@ from functional_ckpt.steps import decide, preemption, rollback
 from functional_ckpt.steps.last_files import LastFiles
 from functional_ckpt.steps.names import check_step
 from functional_ckpt.steps.run_steps import Steps
-from functional_ckpt.steps.upload_helper import UploadHelper
 from functional_ckpt.steps.uploads import Uploads
 
 _log = logging.getLogger("functional_ckpt")
+
+
+class Helper(Protocol):
+    """Work in the background of one node: uploads of its share, or copies to other nodes."""
+
+    def wait(self) -> None:
+        """Waits until what was committed is done, or has failed."""
+
+    def close(self) -> None:
+        """Waits, and ends it."""
+
+    def stop(self) -> None:
+        """Ends it soon."""
 
 
 class Saver:
@@ -55,7 +67,7 @@ class Saver:
         self._options = options
         self._stager = stage.Stager(options.staging)
         self._planner = plan_lib.SavePlanner(coordinator)
-        self._helpers: tuple[UploadHelper, ...] = ()
+        self._helpers: tuple[Helper, ...] = ()
         self.committer = background.CommitThread()
         in_background = coordinator.background()
         policy = None if steps.read_only else preemption.snapshot_policy(options.save_rule)
@@ -229,8 +241,8 @@ class Saver:
         """Waits until the overlapped copy is complete."""
         self._stager.wait()
 
-    def upload_by(self, uploads: Uploads | None, helpers: Sequence[UploadHelper]) -> None:
-        """Sets the upload queue, or this node's helpers of the primary's."""
+    def upload_by(self, uploads: Uploads | None, helpers: Sequence[Helper]) -> None:
+        """Sets the upload queue, and what works beside it on this node."""
         self._writer.uploads, self._helpers = uploads, tuple(helpers)
         if uploads is not None:
             uploads.set_on_arrived(self._writer.prune_uploaded)
@@ -287,6 +299,8 @@ class Saver:
         if (uploads := self._writer.uploads) is not None:
             uploads.wait()
             uploads.raise_error()
+        for helper in self._helpers:
+            helper.wait()
 
     def finish_commits(self) -> None:
         """Waits for the commit in progress, the last one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 
@@ -47,6 +48,8 @@ class NodeTier:
         commits: Step -> who holds which file of it, as last exchanged; a step that this run has
             committed is held by the nodes that wrote it.
         is_replicated: Whether a step survives the loss of `option.replicas` nodes.
+        on_committed: Called with each step that this run has committed.
+        renaming: Held while a part, or a file in one, gets its name.
     """
 
     def __init__(self, group: Coordinator, option: NodeLocal) -> None:
@@ -54,7 +57,9 @@ class NodeTier:
         self.directories: dict[str, str] = {}
         self.generation = 0
         self.commits: dict[int, UsableCommit] = {}
-        self.is_replicated: Callable[[int], bool] = lambda step: True
+        self.is_replicated: Callable[[int], bool] = self.survives
+        self.on_committed: Callable[[int], None] = lambda _: None
+        self.renaming = threading.Lock()
         self._group = group
         self._nodes: Nodes | None = None
         self._starts_line = False
@@ -326,6 +331,17 @@ class NodeTier:
         holders = {file: (record.owner(file),) for file in record.files}
         self.commits[record.step] = UsableCommit(
             record=record, name=name, nodes=self.nodes.order, holders=holders
+        )
+        self.on_committed(record.step)
+
+    def survives(self, step: int) -> bool:
+        """Returns whether, as far as this rank knows, a step survives the loss of nodes."""
+        found = self.commits.get(step)
+        return found is not None and rules.is_replicated(
+            found.record,
+            found.holders,
+            self.option.replicas,
+            num_nodes=len(self.nodes.order),
         )
 
     def forget(self, steps: Collection[int]) -> None:

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from functional_ckpt import errors
-from functional_ckpt.core.nodes import copies, rules
+from functional_ckpt.core.nodes import copies
 from functional_ckpt.core.nodes.copies import Copy
 from functional_ckpt.core.nodes.rules import UsableCommit
 from functional_ckpt.core.records.records import FileRecord
@@ -25,6 +25,7 @@ from functional_ckpt.distributed.peer_link import Pace
 from functional_ckpt.format.tuning import REFRESH_STEPS, SHARED_FROM_BYTES
 from functional_ckpt.steps import node_copy, node_receive
 from functional_ckpt.steps.node_copy import Outcome, Place
+from functional_ckpt.steps.node_tier import NodeTier
 from functional_ckpt.steps.replication_queue import (
     ReplicationQueue,
     RoundResult,
@@ -38,6 +39,7 @@ from functional_ckpt.storage.base import Stat
 # How long a head that has its files waits for the others without a sign of it.
 _SIGN_SECONDS = 10.0
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
+_BOARD = "replication"
 _NUM_EARLIER = 2
 """In how many earlier steps unchanged files are looked for."""
 _log = logging.getLogger("functional_ckpt")
@@ -47,44 +49,42 @@ class Replication:
     """Copies steps to other nodes; on the head of each node of a writer.
 
     Args:
+        tier: The nodes, and who holds which file: changed here as copies arrive.
         steps: The directory of this node.
-        commits: Step -> who holds which file; changed here as copies arrive.
-        order: The names of the nodes; this one has the number of `group.rank`.
-        replicas: How many other nodes get a copy of each file.
         group: The heads, for the thread of this object.
-        max_bytes_per_second: At which rate a node sends at most; None for no limit.
-        renaming: Held while a file gets its name in a part, and by those who replace parts.
         owner: The manager: when it is dropped, the thread ends.
         on_replicated: Called with each step that was replicated, in the thread.
     """
 
     def __init__(
         self,
+        tier: NodeTier,
         steps: TierSteps,
-        commits: dict[int, UsableCommit],
-        order: Sequence[str],
-        replicas: int,
         group: Coordinator,
         *,
-        max_bytes_per_second: float | None,
-        renaming: node_receive.Renaming,
         owner: object,
         on_replicated: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.on_replicated = on_replicated
+        self._on_replicated = on_replicated
+        self._tier = tier
         self._steps = steps
-        self._commits = commits
-        self._order = tuple(order)
-        self._replicas = replicas
+        self._order = tier.nodes.order
         self._group = group
-        self._pace = Pace(max_bytes_per_second)
-        self._renaming = renaming
+        self._pace = Pace(tier.option.max_bytes_per_second)
         self._link: Link | None = None
         self._wait_seconds = _FIRST_WAIT_SECONDS
         self._queue = ReplicationQueue()
         self._thread: threading.Thread | None = None
         self._told: set[str] = set()
         weakref.finalize(owner, self._queue.end, at_once=True).atexit = False
+
+    @property
+    def _commits(self) -> dict[int, UsableCommit]:
+        return self._tier.commits
+
+    @property
+    def _replicas(self) -> int:
+        return self._tier.option.replicas
 
     # ------------------------------------------------------------------------------ the caller's
 
@@ -93,7 +93,7 @@ class Replication:
         lacking = [
             each
             for each in sorted(self._commits.values(), key=lambda each: each.record.order)
-            if not self.is_replicated(each.record.step)
+            if not self._tier.survives(each.record.step)
         ]
         kept = {each.record.commit_id for each in lacking}
         node_receive.clear_incoming(self._steps.storage, self._steps.root, kept)
@@ -122,15 +122,6 @@ class Replication:
             self._queue.fresh[record.commit_id] = (record.serial, step)
             self._queue.has_failed = False
             self._queue.changed.notify_all()
-
-    def is_replicated(self, step: int) -> bool:
-        """Returns whether a step survives the loss of as many nodes as it has replicas."""
-        commit = self._commits.get(step)
-        if commit is None:
-            return False
-        return rules.is_replicated(
-            commit.record, commit.holders, self._replicas, num_nodes=len(self._order)
-        )
 
     def wait(self) -> None:
         """Waits until every step is copied, or an attempt has failed."""
@@ -238,7 +229,7 @@ class Replication:
             for number, copy in enumerate(plan):
                 if copy.target == own and link is not None:
                     received[number] = node_receive.receive(
-                        link, copy.source, place, copy.files, find, self._renaming
+                        link, copy.source, place, copy.files, find, self._tier.renaming
                     )
 
         threads = [
@@ -305,14 +296,14 @@ class Replication:
         self._commits[step] = dataclasses.replace(
             commit, holders=holders, nodes=tuple(each for each in self._order if each in nodes)
         )
-        if not self.is_replicated(step):
+        if not self._tier.survives(step):
             return
         rate = result.num_bytes / 2**20 / max(seconds, 1e-9)
         _log.info("step %d is replicated: %.1f MiB/s", step, rate)
         if self._group.rank == 0:
             self._steps.emit("replicated", step, seconds=seconds, num_bytes=result.num_bytes)
         try:
-            self.on_replicated(step)
+            self._on_replicated(step)
         except errors.CheckpointError as error:
             _log.warning("%s: after step %d was replicated: %s", self._steps.root, step, error)
 
@@ -345,3 +336,36 @@ def _serve(queue: ReplicationQueue, worker: weakref.ref[Replication]) -> None:
         seconds = present.work()
         del present
         queue.rest(seconds)
+
+
+def start_replication(
+    tier: NodeTier, steps: TierSteps, coordinator: Coordinator, *, owner: object
+) -> tuple[Replication, ...]:
+    """Starts to copy steps in the background, on the head of each node of a writer.
+
+    Returns:
+        What copies them; nothing on other ranks, and where there is nothing to copy to.
+    """
+    nodes = tier.nodes
+    if steps.read_only or len(nodes.order) == 1 or not tier.option.replicas:
+        return ()
+    board = coordinator.board(_BOARD) if not nodes.is_head or coordinator.rank == 0 else None
+
+    def tell(step: int) -> None:
+        if board is not None:
+            board.put(tier.commits[step].record.commit_id, b"replicated")
+
+    def is_told(step: int) -> bool:
+        found = tier.commits.get(step)
+        if found is None or tier.survives(step) or board is None:
+            return found is not None and tier.survives(step)
+        return board.get(found.record.commit_id) is not None
+
+    if not nodes.is_head:
+        tier.is_replicated = is_told
+        return ()
+    heads = coordinator.among(nodes.heads, "replication")
+    made = Replication(tier, steps, heads, owner=owner, on_replicated=tell)
+    tier.on_committed = made.committed
+    made.start()
+    return (made,)

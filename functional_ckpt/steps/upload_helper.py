@@ -61,6 +61,9 @@ class UploadHelper:
         self._thread = threading.Thread(target=_serve, args=args, name="upload-share", daemon=True)
         self._thread.start()
 
+    def wait(self) -> None:
+        """Returns at once: the primary waits for all uploads."""
+
     def close(self) -> None:
         """Returns once the primary uploads nothing more; it may be closing too."""
         self._is_closing.set()

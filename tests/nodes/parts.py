@@ -13,8 +13,10 @@ from thread_ranks import MemoryStore, ThreadCoordinator
 import functional_ckpt as fc
 from functional_ckpt.core.nodes.part import PART_FILE, NodeFiles, PartRecord
 from functional_ckpt.core.nodes.rules import UsableCommit
+from functional_ckpt.distributed.nodes import Nodes as DistributedNodes
 from functional_ckpt.events import Events
 from functional_ckpt.steps import names, node_inventory, upload_step
+from functional_ckpt.steps.node_tier import NodeTier
 from functional_ckpt.steps.replication import Replication
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.storage.local import LocalStorage
@@ -43,7 +45,14 @@ class Nodes:
     storages: list[LocalStorage]
     events: list[fc.Event] = dataclasses.field(default_factory=list[fc.Event])
     commits: list[dict[int, UsableCommit]] = dataclasses.field(init=False)
+    tiers: dict[int, NodeTier] = dataclasses.field(default_factory=dict[int, NodeTier])
     num_saves: int = 0
+
+    def is_replicated(self, step: int) -> bool:
+        """Whether all nodes know that a step is replicated."""
+        found = [tier.survives(step) for tier in self.tiers.values()]
+        assert len(set(found)) == 1
+        return found[0]
 
     def __post_init__(self) -> None:
         self.commits = [{} for _ in range(self.count)]
@@ -143,19 +152,15 @@ class Nodes:
     ) -> list[Replication]:
         """One for each node, not started."""
         store = store or MemoryStore()
-        return [
-            Replication(
-                self.steps(number),
-                self.commits[number],
-                self.order,
-                replicas,
-                ThreadCoordinator(store, number, self.count, timeout_seconds=timeout_seconds),
-                max_bytes_per_second=max_bytes_per_second,
-                renaming=threading.Lock(),
-                owner=_OWNER,
-            )
-            for number in range(self.count)
-        ]
+        option = fc.NodeLocal(replicas=replicas, max_bytes_per_second=max_bytes_per_second)
+        found: list[Replication] = []
+        for number in range(self.count):
+            group = ThreadCoordinator(store, number, self.count, timeout_seconds=timeout_seconds)
+            tier = NodeTier(group, option)
+            tier.commits, tier._nodes = self.commits[number], DistributedNodes(self.order, number)
+            found.append(Replication(tier, self.steps(number), group, owner=_OWNER))
+            self.tiers[number] = tier
+        return found
 
     def replicate(self, replicas: int = 1) -> list[Replication]:
         """Starts, and copies all that lacks copies."""

@@ -43,12 +43,12 @@ def test_each_file_is_on_as_many_nodes_as_asked_for(
     monkeypatch.setattr(peer_link, "PIECE_BYTES", 100_000)
     nodes = _nodes(tmp_path, count)
     record = nodes.save(3)
-    found = nodes.replicate(replicas)
+    nodes.replicate(replicas)
     for number, own in enumerate(record.nodes):
         for name in own.files:
             holders = [node for node, held in enumerate(nodes.held(3)) if name in held]
             assert holders == sorted((number + k) % count for k in range(1 + replicas))
-    assert all(each.is_replicated(3) for each in found)
+    assert nodes.is_replicated(3)
     for lost in range(count if replicas else 0):
         nodes.check_whole(3, *(n for n in nodes.order if n != nodes.order[lost]))
     known = [dict(each) for each in nodes.commits]
@@ -75,7 +75,7 @@ def test_a_step_committed_during_the_run_is_copied_in_the_background(tmp_path: P
             each.committed(step)
         for each in found:
             each.wait()
-        assert all(each.is_replicated(step) for each in found)
+        assert nodes.is_replicated(step)
     close(found)
     assert [each.step for each in nodes.events] == [1, 2, 3]
 
@@ -162,15 +162,15 @@ def test_a_copy_of_damaged_bytes_is_never_taken_for_one(place: int, tmp_path: Pa
     path = tmp_path / "a" / "1" / name
     sound = path.read_bytes()
     path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    found = nodes.replicate()
-    assert not any(each.is_replicated(1) for each in found)
+    nodes.replicate()
+    assert not nodes.is_replicated(1)
     assert not (tmp_path / "b" / "1" / name).exists()
     others = set(record.files) - {name}
     assert others <= nodes.held(1)[0] and others <= nodes.held(1)[1]
     assert [each.kind for each in nodes.events] == ["unreplicated"]
     path.write_bytes(sound)
     nodes.look()
-    assert all(each.is_replicated(1) for each in nodes.replicate())
+    assert nodes.replicate() and nodes.is_replicated(1)
     nodes.check_whole(1, "b")
 
 
@@ -202,14 +202,14 @@ def test_a_full_disk_of_the_partner_leaves_the_step_committed(
         each.start()
     for each in found:
         each.wait()
-    assert not any(each.is_replicated(1) for each in found)
+    assert not nodes.is_replicated(1)
     assert [each.kind for each in nodes.events] == ["unreplicated"]
     assert "No space left" in caplog.text and "trying again" in caplog.text
     # Only the two files that were under way when it was full.
     assert set(record.nodes[1].files) <= nodes.held(1)[0]
     is_full = False
     deadline = time.monotonic() + 60
-    while not found[0].is_replicated(1) and time.monotonic() < deadline:
+    while not nodes.tiers[0].survives(1) and time.monotonic() < deadline:
         time.sleep(0.01)
     close(found)
     nodes.check_whole(1, "b")
@@ -234,7 +234,9 @@ def test_a_lost_peer_is_an_event_and_its_return_completes_the_copy(
     for each in found:
         each.start()
     deadline = time.monotonic() + 60
-    while not all(each.is_replicated(1) for each in found) and time.monotonic() < deadline:
+    while (
+        not all(tier.survives(1) for tier in nodes.tiers.values()) and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     close(found)
     assert is_lost and [each.kind for each in nodes.events] == ["unreplicated", "replicated"]
@@ -268,7 +270,7 @@ def test_a_removed_step_is_not_copied_and_stops_no_other(tmp_path: Path) -> None
     for each in found:
         each.start()
     close(found)
-    assert found[0].is_replicated(1) and [each.step for each in nodes.events] == [1]
+    assert nodes.tiers[0].survives(1) and [each.step for each in nodes.events] == [1]
 
 
 def test_the_rate_is_limited(tmp_path: Path) -> None:
@@ -280,4 +282,4 @@ def test_the_rate_is_limited(tmp_path: Path) -> None:
     for each in found:
         each.start()
     close(found)
-    assert time.monotonic() - started >= 0.2 and found[0].is_replicated(1)
+    assert time.monotonic() - started >= 0.2 and nodes.tiers[0].survives(1)
