@@ -67,6 +67,10 @@ class FirstTier(Protocol):
         """Notes durably that a step was restored; all ranks call."""
         ...
 
+    def is_replicated(self, step: int, /) -> bool:
+        """Returns whether other nodes hold verified copies of a step."""
+        ...
+
     def held_back(self, infos: Iterable[StepInfo]) -> Set[int]:
         """Returns the steps that no policy may remove yet."""
         ...
@@ -134,6 +138,11 @@ class SharedTier:
 
     def restored(self, steps: TierSteps, group: Coordinator) -> None:
         """Does nothing: nothing is written before the next save."""
+
+    def is_replicated(self, step: int, /) -> bool:
+        """Returns False: there is one directory."""
+        del step
+        return False
 
     def held_back(self, infos: Iterable[StepInfo]) -> Set[int]:
         """Returns nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from functional_ckpt.core.arrays.spec import ArraySpec
 from functional_ckpt.core.restore_plan import select
@@ -17,6 +17,8 @@ from functional_ckpt.steps import history
 from functional_ckpt.steps.late_metrics import LateMetrics
 from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.steps.step_table import united
+
+State: TypeAlias = Literal["committed", "replicated", "uploaded"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,9 @@ class StepMetadata:
         generation: The number of rollbacks before it was saved.
         is_abandoned: Whether the run has rolled back to an earlier step, so that the step is not on
             its current line.
+        state: `committed`: it survives killed processes; `replicated`: other nodes hold verified
+            copies of it (`NodeLocal`), so that it survives the loss of a node; `uploaded`: a remote
+            tier holds it. Outside a manager always `committed`.
     """
 
     step: int | None
@@ -44,6 +49,7 @@ class StepMetadata:
     custom_metadata: Mapping[str, Any]
     generation: int = 0
     is_abandoned: bool = False
+    state: State = "committed"
 
     def __repr__(self) -> str:
         leaves = [leaf for tree in self.items.values() for leaf in _arrays(tree)]
@@ -107,4 +113,17 @@ def step_metadata(steps: Steps, step: int | None) -> StepMetadata:
     infos = [StepInfo(step=number, time=found.time, metrics=found.metrics)]
     infos += [info for each in steps.remote if (info := each.info(number)) is not None]
     (info,) = united([info] for info in infos)
-    return dataclasses.replace(found, metrics=info.metrics, is_abandoned=steps.is_abandoned(number))
+    return dataclasses.replace(
+        found,
+        metrics=info.metrics,
+        is_abandoned=steps.is_abandoned(number),
+        state=_state(steps, number, found.time),
+    )
+
+
+def _state(steps: Steps, step: int, time: datetime.datetime) -> State:
+    """Returns how safe a commit is."""
+    far = [info for each in steps.remote if (info := each.info(step)) is not None]
+    if any(info.time == time for info in far):
+        return "uploaded"
+    return "replicated" if steps.first.is_replicated(step) else "committed"

@@ -1,0 +1,80 @@
+"""Managers on nodes that copy their steps to each other; nodes as threads of one process."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from thread_ranks import ThreadCoordinator, results, run_ranks
+
+import functional_ckpt as fc
+
+_NODES = "aab"
+
+
+def _manager(root: Path, group: ThreadCoordinator, **options: Any) -> fc.CheckpointManager:
+    node = _NODES[group.rank]
+    return fc.CheckpointManager(
+        root / node, node_local=fc.NodeLocal(node=node), coordinator=group, **options
+    )
+
+
+def _items(value: float) -> dict[str, Any]:
+    return {"tree": {f"w{n}": torch.full((50_000,), value + n) for n in range(4)}}
+
+
+def _files(path: Path) -> set[str]:
+    return {each.relative_to(path).as_posix() for each in path.rglob("*.safetensors")}
+
+
+def test_steps_are_replicated_and_older_ones_pruned_only_then(tmp_path: Path) -> None:
+    def job(group: ThreadCoordinator) -> tuple[list[str], list[str], list[int]]:
+        kinds: list[str] = []
+
+        def note(event: fc.Event) -> None:
+            if event.kind in ("committed", "replicated", "unreplicated", "pruned"):
+                kinds.append(f"{event.kind} {event.step}")
+
+        states: list[str] = []
+        policy = fc.policies.LatestN(1)
+        with _manager(tmp_path, group, on_event=note, keep_policy=policy) as manager:
+            for step in (1, 2, 3):
+                manager.save(step, _items(float(step)))
+                manager.wait_until_finished()
+                group.gather_broadcast("all have waited", b"", b"".join)
+                states.append(manager.metadata(step).state)
+            return kinds, states, manager.all_steps()
+
+    found = results(run_ranks(len(_NODES), job))
+    assert [states for _, states, _ in found] == [["replicated"] * 3] * 3
+    kinds = found[0][0]
+    assert [each for each in kinds if each.startswith("replicated")] == [
+        f"replicated {step}" for step in (1, 2, 3)
+    ]
+    # Step 1 not before step 2 is replicated; step 2 stays until the next commit.
+    assert kinds.index("pruned 1") > kinds.index("replicated 2") and "pruned 2" not in kinds
+    assert _files(tmp_path / "a" / "3") == _files(tmp_path / "b" / "3") != set()
+
+
+def test_a_wiped_node_has_all_again_once_the_run_continues(tmp_path: Path) -> None:
+    def save(group: ThreadCoordinator) -> None:
+        with _manager(tmp_path, group) as manager:
+            manager.save(1, _items(1.0))
+
+    def restart(group: ThreadCoordinator) -> tuple[bool, str]:
+        with _manager(tmp_path, group) as manager:
+            tree = manager.restore()["tree"]
+            manager.wait_until_finished()
+            group.gather_broadcast("all have waited", b"", b"".join)
+            is_equal = all(bool((tree[f"w{n}"] == 1.0 + n).all()) for n in range(4))
+            return is_equal, manager.metadata(1).state
+
+    results(run_ranks(len(_NODES), save))
+    whole = _files(tmp_path / "b" / "1")
+    shutil.rmtree(tmp_path / "b")
+    assert results(run_ranks(len(_NODES), restart)) == [(True, "replicated")] * 3
+    assert _files(tmp_path / "b" / "1") == whole
+    shutil.rmtree(tmp_path / "a")  # now the other one
+    assert results(run_ranks(len(_NODES), restart)) == [(True, "replicated")] * 3
