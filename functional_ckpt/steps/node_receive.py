@@ -208,14 +208,28 @@ class _Receiver:
             sync_tree(self._storage, self._target, self._storage.walk(self._target))
             with self._renaming:
                 if queries.exists(self._storage, self._place.path):
-                    raise errors.StorageError(
-                        f"{self._place.path} is another commit; the copy of {self._place.name} "
-                        "is not put there.",
-                        path=self._place.path,
-                    )
-                self._storage.rename(self._target, self._place.path)
+                    self._join()
+                else:
+                    self._storage.rename(self._target, self._place.path)
             self._storage.sync(self._place.root)
         self._storage.remove(self._place.incoming)
+
+    def _join(self) -> None:
+        """Moves the files into a part that has appeared: a restore has put the records there."""
+        place = self._place
+        if not place.is_here():
+            raise errors.StorageError(
+                f"{place.path} is another commit; the copy of {place.name} is not put there.",
+                path=place.path,
+            )
+        folders = {place.path}
+        for name in sorted(self.outcome.files):
+            path = os.path.join(place.path, name)
+            folders.add(os.path.dirname(path))
+            self._storage.make_directory(os.path.dirname(path))
+            self._storage.rename(os.path.join(self._target, name), path)
+        for folder in sorted(folders, reverse=True):
+            self._storage.sync(folder)
 
     def _check_records(self) -> None:
         """Raises unless the records are those of this commit, undamaged."""
