@@ -1,4 +1,4 @@
-"""The steps that wait for copies on other nodes, and what the heads tell each other about them."""
+"""The steps that wait for copies on other nodes, and the messages of the heads about them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ReplicationQueue:
 
 
 class RoundResult:
-    """What all heads have done in one round.
+    """The result of all heads in one round.
 
     Attributes:
         missing: For each target, the files that it has not received.

@@ -1,4 +1,4 @@
-"""Data between two ranks, as threads and as processes: in order, whole, or a clear error."""
+"""Data between two ranks, as threads and as processes: in order, complete, or a clear error."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class Nodes:
         return record
 
     def look(self) -> None:
-        """Reads again what the nodes hold, as a start does."""
+        """Reads again which files the nodes hold, as a start does."""
         held = {
             node: node_inventory.inventory(
                 self.storages[number], str(self.root / node), names.StepName()

@@ -1,4 +1,4 @@
-"""Copies on other nodes: whole and verified, whatever fails; nodes are threads of this process."""
+"""Copies on other nodes: complete and verified, whatever fails; nodes are threads here."""
 
 from __future__ import annotations
 
