@@ -101,6 +101,9 @@ def check(case: Case, root: Path, workers: Workers, sizes: tuple[str, ...] = ())
     ]
     replicated = _replicated(first, case)
     committed = _committed(first)
+    steps = {2, 3} if case.phase == "idle" else {2}
+    if not steps <= replicated.keys() or not steps <= committed.keys():
+        found.append(f"replicated were only {[*replicated]}, committed {[*committed]}")
     _lose(first, case)
     for size, nodes in _SIZES[case.nodes].items():
         if sizes and size not in sizes:
