@@ -86,13 +86,9 @@ def check(case: Case, root: Path, workers: Workers, sizes: tuple[str, ...] = ())
     """Runs a case; returns its violations."""
     first = root / "first"
     first.mkdir()
-    tier = None
-    if case.failure == "remote absent":
-        (root / "a file").write_text("")
-        tier = str(root / "a file" / "tier")
-    elif case.phase == "uploading":
-        tier = str(root / "tier")
-    args = (str(first), case.nodes, case.replicas, case.phase, case.dying, tier)
+    is_absent = case.failure == "remote absent"
+    tier = str(root / "tier") if is_absent or case.phase == "uploading" else None
+    args = (str(first), case.nodes, case.replicas, case.phase, case.dying, tier, is_absent)
     left = workers.outcomes(len(case.nodes), matrix_jobs.save_and_die, *args, may_die=True)
     found = [
         f"rank {rank}: {each.traceback}"
@@ -190,4 +186,4 @@ def _lose(root: Path, case: Case) -> None:
                     data = bytearray(path.read_bytes())
                     data[len(data) // 2] ^= 1
                     path.write_bytes(data)
-    shutil.rmtree(past)
+    shutil.rmtree(past, ignore_errors=True)

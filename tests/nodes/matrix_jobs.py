@@ -74,7 +74,13 @@ def _arm(phase: str, root: str, tier: str | None) -> None:
 
 
 def save_and_die(
-    root: str, nodes: str, replicas: int, phase: str, dying: tuple[int, ...], tier: str | None
+    root: str,
+    nodes: str,
+    replicas: int,
+    phase: str,
+    dying: tuple[int, ...],
+    tier: str | None,
+    is_absent: bool,
 ) -> str:
     """Saves steps 1 and 2, and step 3, in which some ranks are killed; the error of the others.
 
@@ -91,6 +97,12 @@ def save_and_die(
             if step == 1 and nodes.index(nodes[rank]) == rank:
                 shutil.copytree(Path(root) / nodes[rank], Path(root) / "past" / nodes[rank])
             dist.barrier()
+        if is_absent and tier is not None and rank == 0:
+            with contextlib.suppress(fc.CheckpointError):  # of the upload
+                made.wait_until_finished()
+            shutil.rmtree(tier)
+            Path(tier).write_text("the mount is gone")
+        dist.barrier()
         if rank in dying:
             _arm(phase, root, tier)
         try:
