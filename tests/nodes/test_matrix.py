@@ -11,8 +11,8 @@ from full import IS_FULL
 from gloo_workers import Workers
 
 _DEFAULT = [
-    matrix.Case("aabb", "node wiped", "idle"),
-    matrix.Case("aabb", "node killed", "renaming"),
+    matrix.Case("aabb", "rank killed", "voted", copies=0),
+    matrix.Case("aabb", "node killed", "renaming", copies=0),
 ]
 
 
