@@ -119,6 +119,8 @@ def save_and_die(
                 node_jobs._die()
             made.wait_until_finished()
         except (fc.CheckpointError, RuntimeError) as error:
+            if rank in dying:  # the save was refused before its phase; the process is used again
+                node_jobs._die()
             return str(error) or "failed"
         finally:
             with contextlib.suppress(fc.CheckpointError):
