@@ -159,7 +159,7 @@ def open_path(storage: Storage, path: str, *, warns: bool) -> checkpoint_dir.Ope
             return checkpoint_dir.open_checkpoint(storage, old)
         if (advice := _advice(storage, path)) is None:
             raise
-        if advice == _UNKNOWN and storage.objects is None:
+        if advice == _UNKNOWN:
             from functional_ckpt.interop import detect  # late: every format's module
 
             if detect.candidates(path):

@@ -233,13 +233,13 @@ def compare_json(a: Any, b: Any) -> Iterator[Difference | None]:
             )
             continue
         for key in reversed(list({**children[0], **children[1]})):
-            place = f"{name}.{key}" if name else key
+            dotted = f"{name}.{key}" if name else key
             if key not in children[1]:
-                yield Difference(leaf=place, kind="only in a", a=_text(children[0][key]), b=None)
+                yield Difference(leaf=dotted, kind="only in a", a=_text(children[0][key]), b=None)
             elif key not in children[0]:
-                yield Difference(leaf=place, kind="only in b", a=None, b=_text(children[1][key]))
+                yield Difference(leaf=dotted, kind="only in b", a=None, b=_text(children[1][key]))
             else:
-                todo.append((place, children[0][key], children[1][key]))
+                todo.append((dotted, children[0][key], children[1][key]))
 
 
 def _children(value: Any) -> Mapping[str, Any] | None:

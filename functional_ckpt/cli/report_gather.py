@@ -180,11 +180,11 @@ def _modules(opened: OpenCheckpoint) -> Iterable[ModuleSize]:
         for path, leaf in structure.iter_leaves(opened.tree(name).root):
             if not isinstance(leaf, structure.ArrayNode) or leaf.tied_to is not None:
                 continue
-            place = top
+            branch = top
             *modules, last = structure.leaf_name(path).split(".")
             for part in modules:
-                place = place.setdefault(part, {})
-            place[f"{last} "] = leaf.spec.size_bytes  # a module may have the name of an array
+                branch = branch.setdefault(part, {})
+            branch[f"{last} "] = leaf.spec.size_bytes  # a module may have the name of an array
         yield _module(name, top)
 
 

@@ -28,12 +28,14 @@ def compare_steps(
         num_equal += sum(each is None for each in found)
         differing = [each for each in found if each is not None]
         if differing:
-            changes[name] = tuple(sorted(differing, key=_rank, reverse=True))
+            changes[name] = tuple(
+                sorted(
+                    differing,
+                    key=lambda each: -1.0 if each.relative is None else each.relative,
+                    reverse=True,
+                )
+            )
     return Comparison(before=a.step or 0, after=b.step or 0, changes=changes, num_equal=num_equal)
-
-
-def _rank(change: LayerChange) -> float:
-    return -1.0 if change.relative is None else change.relative
 
 
 def _changes(

@@ -173,7 +173,7 @@ def _foreign(storage: Storage, path: str, text: str, opens_foreign: bool) -> Che
     """Returns a foreign checkpoint."""
     from functional_ckpt.interop import detect  # late: torch
 
-    formats = detect.candidates(path) if storage.objects is None else []
+    formats = detect.candidates(path)
     if not formats:
         raise errors.UsageError(
             f"{text}: neither a checkpoint nor a directory of steps, and of no other format that "

@@ -41,9 +41,9 @@ def rows(root: structure.Node, max_depth: int | None = None) -> Iterator[Row]:
             yield Row(is_last=is_last, key=key, node=node, is_summary=is_summary)
         if isinstance(node, structure.BranchNode) and not is_summary:
             pairs = list(zip(node.keys, node.children, strict=True))
-            for place, (child_key, child) in reversed(list(enumerate(pairs))):
+            for position, (child_key, child) in reversed(list(enumerate(pairs))):
                 shown = f"[{child_key.value}]" if child_key.kind == "index" else _key(child_key)
-                todo.append(((*is_last, place == len(pairs) - 1), shown, child))
+                todo.append(((*is_last, position == len(pairs) - 1), shown, child))
 
 
 def _key(key: structure.Key) -> str:

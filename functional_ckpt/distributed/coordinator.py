@@ -107,7 +107,7 @@ class Board(Protocol):
         ...
 
     def put(self, key: str, value: bytes) -> None:
-        """Writes a value, in place of an earlier one."""
+        """Writes a value, instead of an earlier one."""
         ...
 
     def get(self, key: str) -> bytes | None:
@@ -179,7 +179,7 @@ class Coordinator(Protocol):
 
         Args:
             ranks: Ranks of this coordinator, this one included.
-            name: What it is for; another call with this name returns another coordinator.
+            name: Its purpose; another call with this name returns another coordinator.
         """
         ...
 

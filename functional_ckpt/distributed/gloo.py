@@ -55,7 +55,7 @@ class GlooLink:
 
     Args:
         group: The group.
-        names: What messages call each of its ranks.
+        names: The name of each of its ranks in messages.
     """
 
     def __init__(self, group: Any, names: Sequence[int]) -> None:

@@ -84,10 +84,10 @@ def _resume_problem(source: str) -> str | None:
 def _no_checkpoint(source: str) -> str:
     """Why no checkpoint can be there; URIs are checked when they are restored."""
     try:
-        place = resolve(source)
+        resolved = resolve(source)
     except errors.UsageError as error:
         return f": {error}"
-    return "" if is_remote(place) or os.path.isdir(place) else ", which is not a directory"
+    return "" if is_remote(resolved) or os.path.isdir(resolved) else ", which is not a directory"
 
 
 def _resume_problems(defined: CheckpointFlags) -> list[str]:

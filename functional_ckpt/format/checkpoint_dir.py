@@ -25,7 +25,6 @@ from functional_ckpt.format.step_files import JSON_FILE, StepFiles
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.local_files import check_ordinary
 
 if TYPE_CHECKING:
     from functional_ckpt.format.database import Database
@@ -68,7 +67,7 @@ class OpenItem:
         self.is_zarr3 = True
         self.fills_missing = False
         # Before TensorStore opens anything: it would wait for a pipe and follow a link.
-        sizes = queries.regular_sizes(storage, path) if storage.objects is None else None
+        sizes = queries.regular_sizes(storage, path)
         extension = os.path.join(path, records.EXTENSION_FILE)
         data = queries.read_optional(storage, extension) if record is None else record
         if data is not None:
@@ -388,8 +387,7 @@ def _find_items(storage: Storage, path: str) -> dict[str, str]:
         folder = os.path.join(path, name)
         if name in _IGNORED or name.startswith(("_", ".")):
             continue
-        if storage.objects is None:
-            check_ordinary(folder)
+        queries.check_ordinary(storage, folder)
         if not queries.is_directory(storage, folder):
             continue
         if queries.exists(storage, os.path.join(folder, orbax.TREE_METADATA_FILE)):

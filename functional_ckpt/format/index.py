@@ -36,7 +36,7 @@ from functional_ckpt.format.read_plan import (
     plan_reads,
 )
 from functional_ckpt.format.step_files import read_manifest, truncated
-from functional_ckpt.runtime.threads import run_in_threads
+from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.system_errors import absence_as_damage
 
@@ -165,8 +165,8 @@ class Index:
             self._inline_files.append((len(self.inline), leaf.file))
             pairs = zip(files, offsets, strict=True)
             offsets = [offset + start if file == INLINE else offset for file, offset in pairs]
-        places = zip(map(table.__getitem__, files), offsets, lengths, strict=True)
-        self.locations.update(zip(leaf.keys, places, strict=True))
+        parts = zip(map(table.__getitem__, files), offsets, lengths, strict=True)
+        self.locations.update(zip(leaf.keys, parts, strict=True))
 
     def _number(self, file: str) -> int:
         number = self._numbers.setdefault(file, len(self.files))
@@ -263,7 +263,7 @@ def span_reader(storage: Storage, directory: str) -> _ReadSpans:
             found[number] = _read_span(storage, directory, spans[number])
 
         tasks = [functools.partial(read_one, number) for number in range(len(spans))]
-        run_in_threads(tasks, storage.num_requests)
+        queries.run_requests(storage, tasks)
         return [found[number] for number in range(len(spans))]
 
     return read

@@ -94,8 +94,8 @@ class KeptFile(NamedTuple):
 def _has_digests(data: memoryview, digests: str) -> bool:
     """Compares block by block: most of a changed chunk is not digested here."""
     return all(
-        digest_blocks(data[start : start + DIGEST_BLOCK_BYTES]) == digests[place : place + _DIGITS]
-        for start, place in zip(
+        digest_blocks(data[start : start + DIGEST_BLOCK_BYTES]) == digests[digit : digit + _DIGITS]
+        for start, digit in zip(
             range(0, len(data), DIGEST_BLOCK_BYTES), range(0, len(digests), _DIGITS), strict=True
         )
     )

@@ -17,10 +17,9 @@ from functional_ckpt.core.records import orbax, records
 from functional_ckpt.core.records.orbax import MANIFEST
 from functional_ckpt.core.records.records import parse_json, parse_object
 from functional_ckpt.policies.progress import Progress
-from functional_ckpt.storage import local_files
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.paths import check_arrays_path
-from functional_ckpt.storage.queries import read_optional
+from functional_ckpt.storage.queries import check_no_links, read_optional
 
 JSON_FILE = "metadata"
 METRICS_FILE = "metrics/metrics"
@@ -148,8 +147,7 @@ class StepFiles:
             if expected is None:
                 return None  # an unlisted file was not saved
         path = os.path.join(self.path, name)
-        if self.storage.objects is None:
-            local_files.check_no_links(self.path, name)
+        check_no_links(self.storage, self.path, name)
         data = read_optional(self.storage, path)
         if expected is None:
             return data

@@ -39,7 +39,7 @@ RUN_KEYS = 128
 of an array: 6 KB; in 2 MB are all keys of eight arrays of 4,096 chunks."""
 NUM_THREADS = 4
 """Threads that write, each a file of its own: three or four requests in flight, as many as a raw
-write needs. Staging has two threads (memory-bound), object stores `num_requests`."""
+write needs. Staging has two threads (memory-bound), object stores `queries.NUM_REQUESTS`."""
 QUICK_BYTES = 256 * 2**20
 """Data written in about a second, the longest pause of garbage collection."""
 BUFFER_BYTES = 4 * 2**20

@@ -107,15 +107,15 @@ def write_index(
     if not small:
         return {}, None
     name = new_name(INDEX, token)
-    places: dict[bytes, int] = {}
+    known: dict[bytes, int] = {}
     num_keys = len(entries.keys) + len(small) + sum(len(run.files) for run in runs)
     num_bytes = _ENTRY_BYTES * num_keys + len(digests)
     path = os.path.join(item_directory, name)
     with contextlib.closing(DataFile(storage, path, num_bytes)) as file:
         for key, value in small:
-            offset = places.get(value)
+            offset = known.get(value)
             if offset is None:
-                offset = places[value] = file.append(np.frombuffer(value, np.uint8))
+                offset = known[value] = file.append(np.frombuffer(value, np.uint8))
             entries.add(key, len(files), offset, len(value))
 
         table = None

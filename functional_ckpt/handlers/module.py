@@ -1,4 +1,4 @@
-"""`torch.nn.Module`: its state dict under clean names, filled in place."""
+"""`torch.nn.Module`: its state dict under clean names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ModuleHandler(Handler):
     """Saves parameters, persistent buffers and extra state by name; restores them in place.
 
     The module's `state_dict` is saved, with its hooks and overrides. Its tensors that belong to the
-    module are filled in place, so parameters keep their identity. Anything else, and any submodule
+    module are filled, so parameters keep their identity. Anything else, and any submodule
     with its own way of loading, goes through the module's `load_state_dict` as well.
 
     Attributes:

@@ -391,10 +391,10 @@ def _packed(
         size = len(group["params"])
         options = {key: option for key, option in group.items() if key != "params"}
         packed["param_groups"].append({**options, "params": list(range(index, index + size))})
-        for place, parameter in enumerate(group["params"], index):
+        for position, parameter in enumerate(group["params"], index):
             # A parameter that the checkpoint does not know keeps the state it has.
             entry = restored.get(parameter, optimizer.state.get(parameter))
             if entry is not None:
-                packed["state"][place] = entry
+                packed["state"][position] = entry
         index += size
     return packed

@@ -45,8 +45,8 @@ def _tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
 def without_name(optimizer: torch.optim.Optimizer, known: Container[int]) -> list[str]:
     """Returns group, index and shape of each parameter whose `id` is not known."""
     return [
-        f"param_groups[{index}]['params'][{place}] {tuple(parameter.shape)}"
+        f"param_groups[{index}]['params'][{number}] {tuple(parameter.shape)}"
         for index, group in enumerate(optimizer.param_groups)
-        for place, parameter in enumerate(group["params"])
+        for number, parameter in enumerate(group["params"])
         if id(parameter) not in known
     ]

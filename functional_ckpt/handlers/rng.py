@@ -54,7 +54,7 @@ class GeneratorHandler(Handler):
 
 @item_class
 class Generator(Item):
-    """One random number generator, set in place by restore.
+    """One random number generator, set by restore.
 
     Args:
         value: A `random.Random`, numpy `Generator` or `RandomState`, or `torch.Generator`.
@@ -252,7 +252,7 @@ class Rng(Item):
     """The process's generators: Python's, numpy's legacy one, torch's on the CPU and on CUDA.
 
     Args:
-        value: Named generators (name -> generator), set in place by restore; None for none.
+        value: Named generators (name -> generator), set by restore; None for none.
         same_devices: Whether another number of CUDA devices than at the save is an error; if not,
             those that both have are restored.
         other_ranks: The behaviour on another number of ranks than at the save: an `error`, or

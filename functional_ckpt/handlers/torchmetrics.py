@@ -60,7 +60,7 @@ class TorchMetricHandler(Handler):
         return {**dict.fromkeys(saved, AS_SAVED), "module": _without_states(value, module)}
 
     def lift(self, value: Any, tree: Any) -> Any:
-        """Returns the metric, with its states in place and nothing cached."""
+        """Returns the metric, with its states restored and nothing cached."""
         ModuleHandler().lift(value, tree["module"])
         taken: set[int] = set()
         for name, metric in _metrics(value):

@@ -13,11 +13,6 @@ _KEYS = {"state_dict", "pytorch-lightning_version"}
 _LISTS = {"optimizer_states": "optimizer", "lr_schedulers": "scheduler"}
 
 
-def _fits(path: str) -> bool:
-    """Returns whether it is a file of torch.save with Lightning's keys."""
-    return torch_save.has_keys(path, _KEYS)
-
-
 def _open(path: str) -> Source:
     content = cast("dict[str, Any]", torch_save.load(path))
     items: dict[str, Any] = {"model": dict(content.pop("state_dict"))}
@@ -40,7 +35,7 @@ def _item_name(name: str) -> str:
 FORMAT = Format(
     name="lightning",
     description="a checkpoint of Lightning",
-    matches=_fits,
+    matches=lambda path: torch_save.has_keys(path, _KEYS),
     open=_open,
     supersedes=("torch",),
 )

@@ -27,11 +27,6 @@ _OPTIMIZERS = ("", "optimizer")
 _SCHEDULERS = ("lr_scheduler", "scheduler")
 
 
-def _fits(path: str) -> bool:
-    """Returns whether there is a sharded optimizer, here or in the folder of that name."""
-    return any(_indexes(os.path.join(path, name)) for name in _OPTIMIZERS)
-
-
 def _indexes(folder: str) -> list[str]:
     return [name for name in _INDEXES if os.path.isfile(os.path.join(folder, name))]
 
@@ -134,7 +129,7 @@ def _plain(tensor: Any, name: str, file: str) -> Any:
 FORMAT = Format(
     name="colossalai",
     description="a sharded checkpoint of ColossalAI",
-    matches=_fits,
+    matches=lambda path: any(_indexes(os.path.join(path, name)) for name in _OPTIMIZERS),
     open=_open,
     supersedes=("huggingface",),
 )

@@ -19,11 +19,6 @@ from functional_ckpt.interop.source import Format, Source, numbered, source_of
 _RENAMED = {"metadata": "composer_metadata"}  # the name is reserved
 
 
-def _fits(path: str) -> bool:
-    """Returns whether it is a file of torch.save with Composer's two keys."""
-    return torch_save.has_keys(path, {"state", "rng"})
-
-
 def _open(path: str) -> Source:
     content = torch_save.load(path)
     state = content["state"]
@@ -55,7 +50,7 @@ def _plain(value: Any) -> Any:
 FORMAT = Format(
     name="composer",
     description="a file of MosaicML Composer",
-    matches=_fits,
+    matches=lambda path: torch_save.has_keys(path, {"state", "rng"}),
     open=_open,
     supersedes=("torch",),
 )

@@ -152,19 +152,19 @@ class Reader(StorageReader):
     def _read(self, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
         """Reads regions of tensors."""
         targets: list[torch.Tensor] = []
-        places: list[decode.Destination] = []
+        buffers: list[decode.Destination] = []
         requests: dict[str, tuple[OpenItem, list[ReadRequest]]] = {}
         for item in items:
             opened, node = self._array(item)
             target = planner.resolve_tensor(item).detach()
             self._check(item, node, target)
-            place = destinations.host_destination(
+            buffer = destinations.host_destination(
                 plan.ReadArray(node=node, form="fill", like=target)
             )
-            request = opened.request(node, _region(item), Destination.into(place.array))
+            request = opened.request(node, _region(item), Destination.into(buffer.array))
             requests.setdefault(opened.path, (opened, []))[1].append(request)
             targets.append(target)
-            places.append(place)
+            buffers.append(buffer)
         readers = [(opened.open_reader(), held) for opened, held in requests.values()]
         try:
             threads.run_in_threads(
@@ -173,8 +173,8 @@ class Reader(StorageReader):
         finally:
             for reader, _ in readers:
                 reader.close()
-        for item, target, place in zip(items, targets, places, strict=True):
-            place.finish()
+        for item, target, buffer in zip(items, targets, buffers, strict=True):
+            buffer.finish()
             planner.commit_tensor(item, target)
 
     def _check(self, item: ReadItem, node: ArrayNode, target: torch.Tensor) -> None:

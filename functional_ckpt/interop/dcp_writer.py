@@ -163,7 +163,7 @@ class Writer(StorageWriter):
                 for name, held in parts.items()
                 if len(held) > 1 and held[0].tensor_data
             },
-            token="" if storage.objects is None else new_token(),
+            token=new_token() if commits.repeats_names else "",
         )
         return [dataclasses.replace(plan, storage_data=self._shared) for plan in plans]
 

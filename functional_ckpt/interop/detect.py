@@ -47,7 +47,9 @@ FORMATS: tuple[Format, ...] = (
 
 
 def candidates(path: str, formats: Sequence[Format] = FORMATS) -> list[Format]:
-    """Returns the formats that a path matches; a more specific one hides the general."""
+    """Returns the formats that a path matches, none for a URI; a more specific one hides others."""
+    if is_remote(path):
+        return []
     with hostile.clear_failures(path):
         fitting = [format for format in formats if format.matches(path)]
     refined = {name for format in fitting for name in format.supersedes}
@@ -87,64 +89,64 @@ def recognise(
     path: str | os.PathLike[str], format: str | None = None, formats: Sequence[Format] = FORMATS
 ) -> Source:
     """Opens as `open` does, without the warning of left-out files."""
-    place = resolve(path)
-    if is_remote(place):
-        return _open_remote(place, format)
-    if not os.path.exists(place):
-        raise errors.StepNotFoundError(f"{place}: there is no such file or directory.", path=place)
+    where = resolve(path)
+    if is_remote(where):
+        return _open_remote(where, format)
+    if not os.path.exists(where):
+        raise errors.StepNotFoundError(f"{where}: there is no such file or directory.", path=where)
     by_name = {each.name: each for each in formats}
     if format is not None:
-        if huggingface.FORMAT in formats and huggingface.holds(place, format):
-            return _open(huggingface.of_files(format), place)
+        if huggingface.FORMAT in formats and huggingface.holds(where, format):
+            return _open(huggingface.of_files(format), where)
         if format not in by_name:
             known = ", ".join([*by_name, "bin"])
             raise errors.UsageError(
-                f"There is no format {format!r}; known are {known}.", path=place
+                f"There is no format {format!r}; known are {known}.", path=where
             )
-        if not by_name[format].matches(place):
+        if not by_name[format].matches(where):
             raise errors.UsageError(
-                f"{place} does not look like {by_name[format].description} ({format!r}).",
-                path=place,
+                f"{where} does not look like {by_name[format].description} ({format!r}).",
+                path=where,
             )
-        return _open(by_name[format], place)
-    found = candidates(place, formats)
+        return _open(by_name[format], where)
+    found = candidates(where, formats)
     if len(found) == 1:
-        return _open(found[0], place)
+        return _open(found[0], where)
     if found:
         listed = "; ".join(f"{each.name!r} ({each.description})" for each in found)
-        raise errors.UsageError(f"{place} may be any of {listed}; choose with format=.", path=place)
-    _check_no_run(LocalStorage(), place)
+        raise errors.UsageError(f"{where} may be any of {listed}; choose with format=.", path=where)
+    _check_no_run(LocalStorage(), where)
     known = "; ".join(f"{each.name!r} ({each.description})" for each in formats)
     raise errors.UsageError(
-        f"{place}: nothing here looks like a known checkpoint. Give the file or the directory of "
+        f"{where}: nothing here looks like a known checkpoint. Give the file or the directory of "
         f"one checkpoint. Known are: {known}.",
-        path=place,
+        path=where,
     )
 
 
-def _check_no_run(storage: Storage, place: str) -> None:
+def _check_no_run(storage: Storage, where: str) -> None:
     """Raises `StepNotFoundError` for a directory of steps, with the one to open."""
-    names = storage.list(place) if queries.is_directory(storage, place) else ()
-    if advice := native.run_advice(storage, place, names):
-        raise errors.StepNotFoundError(f"{place}: not a checkpoint: {advice}", path=place)
+    names = storage.list(where) if queries.is_directory(storage, where) else ()
+    if advice := native.run_advice(storage, where, names):
+        raise errors.StepNotFoundError(f"{where}: not a checkpoint: {advice}", path=where)
 
 
-def _open(format: Format, place: str) -> Source:
-    with hostile.clear_failures(place):
-        return format.open(place)
+def _open(format: Format, where: str) -> Source:
+    with hostile.clear_failures(where):
+        return format.open(where)
 
 
 def _open_remote(uri: str, format: str | None) -> Source:
     """Opens a step in an object store; foreign files are read from local disks only."""
-    storage, place = connect(uri)
-    if not queries.exists(storage, place):
-        raise errors.StepNotFoundError(f"{place}: there is nothing.", path=place)
-    if format is None and not native.is_step(storage, place):
-        _check_no_run(storage, place)
-    if format not in (None, native.FORMAT.name) or not native.is_step(storage, place):
+    storage, where = connect(uri)
+    if not queries.exists(storage, where):
+        raise errors.StepNotFoundError(f"{where}: there is nothing.", path=where)
+    if format is None and not native.is_step(storage, where):
+        _check_no_run(storage, where)
+    if format not in (None, native.FORMAT.name) or not native.is_step(storage, where):
         raise errors.UsageError(
-            f"{place}: a URI opens as a checkpoint of this package or of Orbax only, and this is "
+            f"{where}: a URI opens as a checkpoint of this package or of Orbax only, and this is "
             "none, or another format was asked for. Copy it to a local path and open that.",
-            path=place,
+            path=where,
         )
-    return native.open_step(storage, place)
+    return native.open_step(storage, where)

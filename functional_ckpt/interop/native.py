@@ -37,11 +37,11 @@ def _is_shown(name: str) -> bool:
 
 
 def _is_marked(path: str, names: Iterable[str], exists: Callable[[str], bool]) -> bool:
-    places = ["", *names]
+    folders = ["", *names]
     return any(
-        exists(os.path.join(path, place, mark))
-        for place in places
-        for mark in (_MARKS if place == "" else _MARKS[2:])
+        exists(os.path.join(path, folder, mark))
+        for folder in folders
+        for mark in (_MARKS if folder == "" else _MARKS[2:])
     )
 
 
@@ -74,10 +74,6 @@ def open_step(storage: Storage, path: str) -> Source:
     return Source(path, "step", openers)
 
 
-def _open(path: str) -> Source:
-    return open_step(LocalStorage(), path)
-
-
 def _read(storage: Storage, path: str, name: str) -> Any:
     if name not in checkpoint_dir.open_checkpoint(storage, path).items:
         raise errors.StepNotFoundError(f"{path} has no item {name!r} any more.", path=path)
@@ -93,6 +89,6 @@ FORMAT = Format(
     name="step",
     description="a checkpoint of this package or of Orbax",
     matches=_fits,
-    open=_open,
+    open=lambda path: open_step(LocalStorage(), path),
     supersedes=("huggingface",),
 )

@@ -108,11 +108,9 @@ def _resolve(value: Any, folder: str) -> Any:
 
 def stems(folder: str) -> list[str]:
     """Returns the names, without suffix, of the files of ranks in a folder."""
-    return [name.removesuffix(_SUFFIX) for name in match_files(folder, _is_rank_file)]
-
-
-def _is_rank_file(name: str) -> bool:
-    return name.endswith(_SUFFIX) and _FILE.fullmatch(name.removesuffix(_SUFFIX)) is not None
+    found = match_files(folder, lambda name: name.endswith(_SUFFIX))
+    names = [name.removesuffix(_SUFFIX) for name in found]
+    return [name for name in names if _FILE.fullmatch(name)]
 
 
 def fits(path: str) -> bool:

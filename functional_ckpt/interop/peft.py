@@ -13,11 +13,6 @@ from functional_ckpt.interop.source import Format, Source
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def _fits(path: str) -> bool:
-    """Returns whether it is a directory with the weights of an adapter."""
-    return bool(_files(path))
-
-
 def _files(path: str) -> list[str]:
     return [file for name in _FILES if os.path.isfile(file := os.path.join(path, name))]
 
@@ -36,4 +31,6 @@ def _read(file: str) -> dict[str, Any]:
     return dict(torch_save.load(file))
 
 
-FORMAT = Format(name="peft", description="a folder of PEFT", matches=_fits, open=_open)
+FORMAT = Format(
+    name="peft", description="a folder of PEFT", matches=lambda path: bool(_files(path)), open=_open
+)

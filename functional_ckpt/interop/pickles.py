@@ -39,7 +39,7 @@ class Record:
 
 
 def plain(value: Any) -> Any:
-    """Returns a value with the fields of records, or their arguments, in place of them."""
+    """Returns a value with the fields of records, or their arguments, instead of them."""
     if isinstance(value, Record):
         fields = {name: each for name, each in vars(value).items() if name != "arguments"}
         arguments = list(value.arguments)

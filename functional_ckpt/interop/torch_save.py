@@ -22,7 +22,7 @@ from functional_ckpt import errors
 from functional_ckpt.interop import hostile
 from functional_ckpt.interop.atomic_output import atomic_output
 from functional_ckpt.interop.pickles import Record, UnpicklingError
-from functional_ckpt.interop.source import Format, Source, items_of, source_of
+from functional_ckpt.interop.source import Format, items_of, source_of
 
 _ZIP, _LEGACY = b"PK\x03\x04", b"\x80\x02"
 _CONTAINERS = (dict, collections.OrderedDict, list, tuple)
@@ -291,8 +291,9 @@ def _refused(content: Any) -> tuple[str, str] | None:
     return None
 
 
-def _open(path: str) -> Source:
-    return source_of(path, "torch", items_of(load(path), path))
-
-
-FORMAT = Format(name="torch", description="a file of torch.save", matches=fits, open=_open)
+FORMAT = Format(
+    name="torch",
+    description="a file of torch.save",
+    matches=fits,
+    open=lambda path: source_of(path, "torch", items_of(load(path), path)),
+)

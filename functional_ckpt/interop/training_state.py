@@ -79,11 +79,10 @@ def _item_of(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _read_rng(file: str) -> Any:
-    return rng_state(torch_save.load(file), file)
-
-
-_READERS: Mapping[str, Callable[[str], Any]] = {"rng": _read_rng, "trainer": load_json}
+_READERS: Mapping[str, Callable[[str], Any]] = {
+    "rng": lambda file: rng_state(torch_save.load(file), file),
+    "trainer": load_json,
+}
 
 
 def rng_state(content: Any, path: str) -> dict[str, Any]:

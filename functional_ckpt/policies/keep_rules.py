@@ -168,11 +168,11 @@ def unknown_metrics(policies: Sequence[KeepPolicy], history: Sequence[StepInfo])
     return found
 
 
-def check_not_passing(place: str, policies: Sequence[KeepPolicy]) -> None:
+def check_not_passing(name: str, policies: Sequence[KeepPolicy]) -> None:
     """Raises UsageError for `LatestN(0)` where steps have nowhere else to go."""
     if passes_through(policies):
         raise errors.UsageError(
-            f"{place}: LatestN(0) keeps no step, so it is for the first of several tiers: give the "
+            f"{name}: LatestN(0) keeps no step, so it is for the first of several tiers: give the "
             "manager tiers=, or keep the latest step with LatestN(1)."
         )
 
@@ -215,7 +215,7 @@ def _ask(
     return answer
 
 
-def _checked(policy: Any, adapt: Callable[[Any], Any], place: str) -> KeepPolicy:
+def _checked(policy: Any, adapt: Callable[[Any], Any], name: str) -> KeepPolicy:
     if isinstance(policy, (list, tuple)):
         return AnyKeep(keep_policies(cast("Sequence[Any]", policy), adapt=adapt))
     if isinstance(policy, int) and not isinstance(policy, bool):
@@ -223,7 +223,7 @@ def _checked(policy: Any, adapt: Callable[[Any], Any], place: str) -> KeepPolicy
     adapted = adapt(policy)
     if isinstance(adapted, type) or not callable(getattr(adapted, "should_preserve", None)):
         raise errors.UsageError(
-            f"{place}: expected a keep policy{_keep_advice(adapted)}; got {adapted!r}."
+            f"{name}: expected a keep policy{_keep_advice(adapted)}; got {adapted!r}."
         )
     return adapted
 
@@ -264,10 +264,10 @@ def _longest_rising(timed: Sequence[tuple[int, datetime.datetime]]) -> set[int]:
     keys: list[int] = []
     before: dict[int, int | None] = {}
     for key, time in timed:
-        place = bisect.bisect_right(ends, time)
-        before[key] = keys[place - 1] if place else None
-        ends[place : place + 1] = [time]
-        keys[place : place + 1] = [key]
+        index = bisect.bisect_right(ends, time)
+        before[key] = keys[index - 1] if index else None
+        ends[index : index + 1] = [time]
+        keys[index : index + 1] = [key]
     found: set[int] = set()
     key = keys[-1] if keys else None
     while key is not None:

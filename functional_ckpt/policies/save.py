@@ -101,7 +101,7 @@ class Preemption(Spelled):
 
     Attributes:
         snapshot_every: At steps that it divides, a declined `save` copies the state into host
-            memory, in place of an earlier copy. After a SIGTERM the copy is saved if no save comes,
+            memory, instead of an earlier copy. After a SIGTERM the copy is saved if no save comes,
             as during an evaluation, a compilation or a long call of C. None for no copies.
         grace_seconds: How long after a SIGTERM a save may come before the copy is saved.
     """

@@ -124,25 +124,25 @@ def decide_save(
     return None
 
 
-def _flatten(policies: Any, adapt: Callable[[Any], Any], place: str) -> list[SavePolicy]:
+def _flatten(policies: Any, adapt: Callable[[Any], Any], name: str) -> list[SavePolicy]:
     if isinstance(policies, (int, str, datetime.timedelta)) and not isinstance(policies, bool):
         return [every(policies)]
     policy = adapt(policies)
     if isinstance(policy, AnySave):
-        return _flatten(policy.policies, adapt, place)
+        return _flatten(policy.policies, adapt, name)
     if isinstance(policy, (list, tuple)):
         return [
             each
             for index, member in enumerate(cast("Sequence[Any]", policy))
-            for each in _flatten(member, adapt, f"{place}[{index}]")
+            for each in _flatten(member, adapt, f"{name}[{index}]")
         ]
     if isinstance(policy, type) or not callable(getattr(policy, "should_save", None)):
         raise errors.UsageError(
-            f"{place}: expected a save policy{_save_advice(policy)}; got {policy!r}."
+            f"{name}: expected a save policy{_save_advice(policy)}; got {policy!r}."
         )
     if getattr(policy, "step_only", False) and not callable(getattr(policy, "fires_at", None)):
         raise errors.UsageError(
-            f"{place}: expected `fires_at(step)` of a policy whose `step_only` is true; "
+            f"{name}: expected `fires_at(step)` of a policy whose `step_only` is true; "
             f"{policy!r} has none."
         )
     return [policy]

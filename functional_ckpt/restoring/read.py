@@ -195,8 +195,8 @@ class _ArrayRead:
 
     def _memory(self) -> Array:
         self._touch()
-        place = self._place
-        return self._open().array if place is None else place.array
+        buffer = self._place
+        return self._open().array if buffer is None else buffer.array
 
     def _piece(self, local: Box) -> Array:
         return self._memory()[local.slices()]
@@ -225,8 +225,8 @@ class _ArrayRead:
         if self._sent is not None:
             self.value = self._sent.value
         else:
-            place = self._place
-            self.value = (self._open() if place is None else place).finish()
+            buffer = self._place
+            self.value = (self._open() if buffer is None else buffer).finish()
             self._place = None
 
 

@@ -9,14 +9,14 @@ from functional_ckpt import errors
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
-from functional_ckpt.storage.paths import check_arrays_path
 
 _MAX_SHOWN = 10
 
 
 def check_free(storage: Storage, final: str, *, overwrite: bool) -> None:
     """Raises unless a checkpoint may be written to a path."""
-    commit.protocol(storage, os.path.dirname(final)).recover_claim(final)
+    commits = commit.protocol(storage, os.path.dirname(final))
+    commits.recover_claim(final)
     if queries.exists(storage, final):
         if not overwrite:
             raise errors.StepExistsError(
@@ -25,11 +25,8 @@ def check_free(storage: Storage, final: str, *, overwrite: bool) -> None:
             )
         if not queries.is_directory(storage, final):
             raise errors.UsageError(f"{final} is a file, not a checkpoint.", path=final)
-        # `commits.claimed` refuses objects without a marker.
-        if storage.objects is None and (names := storage.list(final)):
+        if commits.is_committed(final) and (names := storage.list(final)):
             _check_replaceable(final, names)
-    if storage.objects is None:
-        check_arrays_path(final)
 
 
 def _check_replaceable(final: str, names: Sequence[str]) -> None:

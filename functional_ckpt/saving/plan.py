@@ -257,7 +257,7 @@ def _text_digest(item: LoweredItem) -> str | None:
 def _signature(items: Sequence[LoweredItem], *, with_trees: bool) -> str:
     """Returns a digest of everything that the plan of these items depends on."""
     # A sharding names every rank: it is spelled out once, not per leaf.
-    places: dict[Sharding | None, int] = {}
+    meshes: dict[Sharding | None, int] = {}
     described = [
         (
             item.name,
@@ -267,7 +267,7 @@ def _signature(items: Sequence[LoweredItem], *, with_trees: bool) -> str:
                     s.node.kind,
                     s.node.spec.shape,
                     s.node.dtype,
-                    places.setdefault(s.sharding, len(places)),
+                    meshes.setdefault(s.sharding, len(meshes)),
                 )
                 for s in item.sources
             ],
@@ -280,7 +280,7 @@ def _signature(items: Sequence[LoweredItem], *, with_trees: bool) -> str:
         )
         for item in items
     ]
-    return records.digest_hex(repr((described, list(places))).encode())
+    return records.digest_hex(repr((described, list(meshes))).encode())
 
 
 def _skeleton(root: structure.Node) -> list[object]:

@@ -145,7 +145,7 @@ class SharedPublishing:
             self._leftovers.prepare()
             return steps.commits.begin(steps.new_path(save.step, save.info.progress))
 
-        has_token = self._storage.objects is not None or steps.has_stores
+        has_token = steps.commits.repeats_names or steps.has_stores
         return write.begin(self._group, what, save.lowered, steps.root, create, has_token=has_token)
 
     def deliver(self, begun: write.Begun, report: write.RankReport) -> None:

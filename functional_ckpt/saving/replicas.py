@@ -162,8 +162,8 @@ def _grid(shape: tuple[int, ...], itemsize: int) -> tuple[Any, ...]:
         return (...,)
     left = _MAX_ELEMENTS
     steps = [1] * len(shape)
-    for place, dim in enumerate(sorted(range(len(shape)), key=lambda dim: shape[dim])):
-        count = min(shape[dim], max(1, round(left ** (1 / (len(shape) - place)))))
+    for position, dim in enumerate(sorted(range(len(shape)), key=lambda dim: shape[dim])):
+        count = min(shape[dim], max(1, round(left ** (1 / (len(shape) - position)))))
         steps[dim] = -(-shape[dim] // count)
         left = max(1, left // count)
     return (*(slice(step // 2, None, step) for step in steps), ...)

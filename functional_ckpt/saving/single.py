@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -42,43 +43,13 @@ def write(
         group: The ranks, all of which call.
         overwrite: Whether to replace an existing checkpoint.
     """
-    published: list[str] = []
-    attempt = (storage, final, items, staged, info, group, published)
-    try:
-        _write(*attempt, overwrite=overwrite)
-    except errors.StorageError as error:
-        # A checkpoint whose publishing failed may be visible.
-        if group.num_ranks > 1 or published or not retry.is_transient(error):
-            raise
-        _log.warning("writing %s again after: %s", final, error)
-        _write(*attempt, overwrite=overwrite)
-
-
-def _write(
-    storage: Storage,
-    final: str,
-    items: Sequence[LoweredItem],
-    staged: Callable[[], Sequence[StagedItem]],
-    info: finalize.CheckpointInfo,
-    group: Coordinator,
-    published: list[str],
-    *,
-    overwrite: bool,
-) -> None:
-    """Writes every rank's part into a temporary directory, which the primary publishes.
-
-    `published` gets the directory before it is published.
-    """
     commits = commit.protocol(storage, os.path.dirname(final))
-    with contextlib.ExitStack() as cleanup:
-        begun = write_lib.begin(
-            group,
-            f"starting to save {final}",
-            items,
-            os.path.dirname(final),
-            lambda: cleanup.enter_context(commits.claimed(final)),
-            has_token=storage.objects is not None,
-        )
+    published: list[str] = []
+
+    def attempt(cleanup: contextlib.ExitStack) -> None:
+        create = functools.partial(cleanup.enter_context, commits.claimed(final))
+        what, has_token = f"starting to save {final}", commits.repeats_names
+        begun = write_lib.begin(group, what, items, commits.root, create, has_token=has_token)
         tmp = begun.tmp
         reports: dict[int, write_lib.RankReport] = {}
 
@@ -94,3 +65,14 @@ def _write(
             if group.rank:
                 write_lib.write_report(storage, begun, group.rank, own)
             reports[group.rank] = own
+
+    try:
+        with contextlib.ExitStack() as cleanup:
+            attempt(cleanup)
+    except errors.StorageError as error:
+        # A checkpoint whose publishing failed may be visible.
+        if group.num_ranks > 1 or published or not retry.is_transient(error):
+            raise
+        _log.warning("writing %s again after: %s", final, error)
+        with contextlib.ExitStack() as cleanup:
+            attempt(cleanup)

@@ -84,7 +84,7 @@ class Snapshots:
         threading.Thread(target=_serve, args=args, name="preemption", daemon=True).start()
 
     def hold(self, items: Sequence[LoweredItem], plan: SavePlan, info: CheckpointInfo) -> None:
-        """Makes a copy, in place of the last one."""
+        """Makes a copy, instead of the last one."""
         step = info.step or 0
         if self._pipe is not None:
             self._pipe.install()  # another owner may have replaced it

@@ -55,8 +55,8 @@ class StepDirectory:
         paths = [os.path.join(self.root, name) for name in names]
         there = next((path for path in paths if queries.exists(self.storage, path)), None)
         # A writer completes interrupted overwrites when it opens the directory. On an object store
-        # they leave parts of the step.
-        if self.read_only and (there is None or self.storage.objects is not None):
+        # they leave parts of the step, so that it may be there and the old one counts.
+        if self.read_only:
             old = (replacement.old_copy(self.commits, path) for path in paths)
             return next((path for path in old if path is not None), there)
         return there

@@ -17,7 +17,6 @@ from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.format import parts
 from functional_ckpt.policies.base import StepInfo
-from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps import history
 from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage import commit, queries, replacement
@@ -129,7 +128,7 @@ class StepIndex:
                 strays[name] = entry
 
         tasks = [functools.partial(look_at, *each) for each in shown if each[1] not in found]
-        run_in_threads(tasks, self._storage.num_requests)
+        queries.run_requests(self._storage, tasks)
         self._last, self.strays = (change_id, found), strays
         steps: dict[int, Entry] = {}
         for step, name in named:

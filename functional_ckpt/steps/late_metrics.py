@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeAlias, cast
 from functional_ckpt import errors
 from functional_ckpt.core.records import records
 from functional_ckpt.policies.base import StepInfo
-from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps.history import commit_of
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
@@ -104,7 +103,7 @@ class LateMetrics:
                     read[name] = _File(states[name], (number, commit), late)
 
             tasks = [functools.partial(add, name) for name in states if name not in kept]
-            run_in_threads(tasks, self._storage.num_requests)
+            queries.run_requests(self._storage, tasks)
             gone = known.keys() - kept - read.keys()
             for name in gone:
                 self._forget(name)
@@ -221,7 +220,7 @@ class LateMetrics:
             and name.partition(".")[0] in starts
             and not (kept is not None and name.startswith(kept))
         ]
-        run_in_threads(tasks, self._storage.num_requests)
+        queries.run_requests(self._storage, tasks)
         if failures:
             raise failures[0]
 

@@ -33,7 +33,6 @@ from functional_ckpt.format.parts import (
     read_directory_id,
     read_part,
 )
-from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps.names import NameFormat
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage
@@ -125,7 +124,7 @@ def inventory(storage: Storage, root: str, names: NameFormat) -> tuple[HeldPart,
                 files=present_files(storage, os.path.join(root, path), record),
             )
 
-    run_in_threads([functools.partial(look_at, *each) for each in places], storage.num_requests)
+    queries.run_requests(storage, [functools.partial(look_at, *each) for each in places])
     return tuple(found[path] for path in sorted(found))
 
 

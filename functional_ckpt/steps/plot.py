@@ -118,10 +118,10 @@ def plot(every: Iterable[Series], title: str) -> Figure:
     figure = figure_class()(figsize=size, layout="constrained")
     figure.suptitle(title, parse_math=False)
     grid: Any = figure.subplots(num_rows, num_columns, squeeze=False)
-    places: Sequence[Axes] = list(grid.flat)
-    for axes, series in zip(places, shown, strict=False):
+    cells: Sequence[Axes] = list(grid.flat)
+    for axes, series in zip(cells, shown, strict=False):
         draw(axes, series, Colors())
-    for axes in places[len(shown) :]:
+    for axes in cells[len(shown) :]:
         axes.set_axis_off()
     vars(figure)["_repr_png_"] = functools.partial(_png, figure)
     return figure

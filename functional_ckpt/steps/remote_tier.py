@@ -56,8 +56,10 @@ class RemoteTier:
         self.max_delay_seconds = max_delay_seconds
         self.steps: TierSteps | None = None
         self.reached = threading.Event()
-        self.acquire: Callable[[RemoteTier, TierSteps], None] = _only_read
-        self.on_open: Callable[[], None] = _nothing
+        self.acquire: Callable[[RemoteTier, TierSteps], None] = lambda _, steps: (
+            steps.reload_local()
+        )
+        self.on_open: Callable[[], None] = lambda: None
         self._connect = connect
         self._is_released = False
         self._mutex = threading.Lock()
@@ -139,11 +141,3 @@ class _Attempt:
                 self._tier.root,
                 self._error or f"no answer within {_REACH_SECONDS:g} s",
             )
-
-
-def _only_read(_: RemoteTier, steps: TierSteps) -> None:
-    steps.reload_local()
-
-
-def _nothing() -> None:
-    pass

@@ -177,8 +177,8 @@ def _reach(tier: RemoteTier, *, must: bool) -> None:
 def _check_apart(roots: Sequence[str], names: NameFormat) -> None:
     """Raises if a tier is inside another under a step's or a hidden name, or is the same."""
     known = [root if is_remote(root) else os.path.realpath(root) for root in roots]
-    for place, root in enumerate(known):
-        for other in known[:place]:
+    for number, root in enumerate(known):
+        for other in known[:number]:
             if root == other:
                 raise errors.UsageError(
                     f"{root} is two tiers at once: give each its own directory.", path=root

@@ -96,11 +96,6 @@ class Storage(Protocol):
     """The operations of every store; `queries` has functions that combine them."""
 
     @property
-    def num_requests(self) -> int:
-        """The number of small requests worth sending at the same time."""
-        ...
-
-    @property
     def objects(self) -> ConditionalObjects | None:
         """Operations of object stores; None for a file system."""
         ...

@@ -50,9 +50,12 @@ class CommitProtocol(abc.ABC):
         hidden: The bookkeeping directory in the root.
         removals: The journal of steps that are hidden and still to be removed.
         verifies_uploads: Whether the store compares the digest of every file it receives.
+        repeats_names: Whether two saves of a step may write the same paths, so that names of data
+            files need a token of the save.
     """
 
     verifies_uploads: ClassVar[bool] = False
+    repeats_names: ClassVar[bool] = False
 
     def __init__(self, storage: Storage, root: str) -> None:
         self.storage = storage
@@ -108,9 +111,9 @@ class CommitProtocol(abc.ABC):
 
     @abc.abstractmethod
     def publish_upload(
-        self, place: str, final: str, files: Iterable[str], *, overwrite: bool
+        self, folder: str, final: str, files: Iterable[str], *, overwrite: bool
     ) -> None:
-        """Makes a step that was copied to `place` durable and visible."""
+        """Makes a step that was copied to `folder` durable and visible."""
 
     @abc.abstractmethod
     def replace(self, path: str, data: bytes) -> None:
@@ -330,9 +333,7 @@ class CommitProtocol(abc.ABC):
         """Returns whether a failed save's directory is needed to complete an overwrite."""
         is_needed = self._is_mid_swap(final_path(tmp))
         if is_needed:
-            _log.warning(
-                "Leaving %s in place: the next save will complete the interrupted overwrite", tmp
-            )
+            _log.warning("Leaving %s: the next save will complete the interrupted overwrite", tmp)
         return is_needed
 
     def _replaced(self, final: str) -> str:

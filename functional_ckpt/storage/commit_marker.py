@@ -52,6 +52,7 @@ class MarkerCommit(CommitProtocol):
     """Commits by writing a marker; see `CommitProtocol`."""
 
     verifies_uploads: ClassVar[bool] = True
+    repeats_names: ClassVar[bool] = True
 
     def __init__(self, storage: Storage, root: str, objects: ConditionalObjects) -> None:
         super().__init__(storage, root)
@@ -74,9 +75,9 @@ class MarkerCommit(CommitProtocol):
                 path=final,
             )
         self._write_note(tmp, token or uuid.uuid4().hex)
-        place = tmp if is_taken else final
-        self.storage.make_directory(place)
-        return place
+        target = tmp if is_taken else final
+        self.storage.make_directory(target)
+        return target
 
     def publish(self, tmp: str, final: str, *, overwrite: bool = True) -> str | None:
         """See `CommitProtocol.publish`; if `tmp` is `final` its marker is all that is missing.
@@ -261,10 +262,10 @@ class MarkerCommit(CommitProtocol):
         self.storage.remove(tmp_path(final))
 
     def publish_upload(
-        self, place: str, final: str, files: Iterable[str], *, overwrite: bool
+        self, folder: str, final: str, files: Iterable[str], *, overwrite: bool
     ) -> None:
         """See `CommitProtocol.publish_upload`."""
-        self.drop(self.publish(place, final, overwrite=overwrite))
+        self.drop(self.publish(folder, final, overwrite=overwrite))
 
     # ---------------------------------------------------------------------------- small files
 

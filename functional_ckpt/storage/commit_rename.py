@@ -138,12 +138,12 @@ class RenameCommit(CommitProtocol):
                 self._remove_unfinished(path)
 
     def publish_upload(
-        self, place: str, final: str, files: Iterable[str], *, overwrite: bool
+        self, folder: str, final: str, files: Iterable[str], *, overwrite: bool
     ) -> None:
         """See `CommitProtocol.publish_upload`."""
-        self.storage.remove(os.path.join(place, NOTE))
-        sync_tree(self.storage, place, files)
-        self.drop(self.publish(place, final, overwrite=overwrite))
+        self.storage.remove(os.path.join(folder, NOTE))
+        sync_tree(self.storage, folder, files)
+        self.drop(self.publish(folder, final, overwrite=overwrite))
 
     # ---------------------------------------------------------------------------- small files
 

@@ -56,7 +56,6 @@ class LocalTensorStore:
 class LocalStorage:
     """A POSIX file system. Stateless; safe to use from any thread."""
 
-    num_requests = 1
     objects = None
     tensorstore = LocalTensorStore()
 

@@ -147,21 +147,6 @@ def _entries(path: str) -> list[os.DirEntry[str]]:
         return []
 
 
-def check_no_links(root: str, name: str) -> None:
-    """Raises `CorruptCheckpointError` if a folder between a directory and its file is a link."""
-    path = root
-    for part in name.split("/")[:-1]:
-        path = os.path.join(path, part)
-        if _kind_at(path) == "a link":
-            raise irregular(path, "a link", "a directory")
-
-
-def check_ordinary(path: str) -> None:
-    """Raises `CorruptCheckpointError` for anything but a regular file or a directory."""
-    if (kind := _kind_at(path)) in ("a link", "a special file"):
-        raise irregular(path, kind, "a file or a directory")
-
-
 def _kind_at(path: str) -> str:
     found = stat_at(path)
     return "nothing" if found is None else found.kind

@@ -27,7 +27,7 @@ from functional_ckpt.storage.buckets import lease
 from functional_ckpt.storage.buckets.base import Bucket, Entry, NotFound
 from functional_ckpt.storage.object_access import ConditionalObjects, ObjectTensorStore
 from functional_ckpt.storage.object_file import ObjectFile
-from functional_ckpt.storage.requests import NUM_REQUESTS, Requests
+from functional_ckpt.storage.requests import Requests
 
 MARKER = orbax.COMMIT_FILE
 _READ_BYTES = 16 * 2**20
@@ -40,8 +40,6 @@ _log = logging.getLogger("functional_ckpt")
 
 class ObjectStorage:
     """A bucket, in which paths are URIs below the bucket's."""
-
-    num_requests = NUM_REQUESTS
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket

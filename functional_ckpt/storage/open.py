@@ -56,12 +56,16 @@ def _bucket(uri: str) -> Bucket:
     scheme, _, rest = uri.partition("://")
     name = rest.partition("/")[0]
     root = f"{scheme}://{name}"
-    if scheme in ("s3", "s3a"):
-        return _s3(root, name)
-    if scheme in ("gs", "gcs"):
-        return _gcs(root, name)
-    if scheme == "oci":
-        return _oci(root, name)
+    # Credentials are read at every call: they may be set, or renewed, after this module's import.
+    if scheme in ("s3", "s3a", "gs", "gcs", "oci"):
+        from functional_ckpt.storage.buckets import credentials, gcs, s3
+
+        if scheme == "oci":
+            bucket, _, namespace = name.partition("@")
+            return s3.open_s3(root, bucket, credentials.oci_credentials(namespace))
+        is_google = scheme.startswith("g")
+        found = credentials.gcs_credentials() if is_google else credentials.s3_credentials()
+        return gcs.open_gcs(root, name) if found is None else s3.open_s3(root, name, found)
     if scheme in ("az", "abfs", "abfss"):
         from functional_ckpt.storage.buckets import azure
 
@@ -73,28 +77,3 @@ def _bucket(uri: str) -> Bucket:
     from functional_ckpt.storage.buckets import fsspec as fsspec_lib
 
     return fsspec_lib.open_fsspec(root, name)
-
-
-# Credentials are read at every call: they may be set, or renewed, after this module was imported.
-
-
-def _s3(root: str, name: str) -> Bucket:
-    from functional_ckpt.storage.buckets import credentials, s3
-
-    return s3.open_s3(root, name, credentials.s3_credentials())
-
-
-def _gcs(root: str, name: str) -> Bucket:
-    from functional_ckpt.storage.buckets import credentials, gcs, s3
-
-    found = credentials.gcs_credentials()
-    if found is None:
-        return gcs.open_gcs(root, name)
-    return s3.open_s3(root, name, found)
-
-
-def _oci(root: str, name: str) -> Bucket:
-    from functional_ckpt.storage.buckets import credentials, s3
-
-    bucket, _, namespace = name.partition("@")
-    return s3.open_s3(root, bucket, credentials.oci_credentials(namespace))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from functional_ckpt import errors
+from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.system_errors import is_absence
+
+# Small requests that are worth sending to a store at the same time.
+NUM_REQUESTS = 16
 
 
 def exists(storage: Storage, path: str) -> bool:
@@ -70,6 +75,11 @@ def total_bytes(storage: Storage, path: str) -> int:
     return sum(found.size_bytes for found in storage.walk(path).values())
 
 
+def run_requests(storage: Storage, tasks: Sequence[Callable[[], None]]) -> None:
+    """Runs tasks that read small files: many at a time in an object store, else one by one."""
+    run_in_threads(tasks, 1 if storage.objects is None else NUM_REQUESTS)
+
+
 class Space(NamedTuple):
     """The disk space of a directory.
 
@@ -103,8 +113,30 @@ def space(storage: Storage, path: str, known: set[object]) -> Space:
     return Space(size_bytes, added_bytes, freed_bytes)
 
 
-def regular_sizes(storage: Storage, path: str) -> dict[str, int]:
-    """As `sizes`; raises `CorruptCheckpointError` for links and special files."""
+def check_no_links(storage: Storage, root: str, name: str) -> None:
+    """Raises `CorruptCheckpointError` if a folder between a directory and its file is a link."""
+    if storage.objects is not None:
+        return  # which has no folders
+    path = root
+    for part in name.split("/")[:-1]:
+        path = f"{path}/{part}"
+        if kind(storage, path) == "a link":
+            raise irregular(path, "a link", "a directory")
+
+
+def check_ordinary(storage: Storage, path: str) -> None:
+    """Raises `CorruptCheckpointError` for anything but a regular file or a directory."""
+    if storage.objects is None and (found := kind(storage, path)) in ("a link", "a special file"):
+        raise irregular(path, found, "a file or a directory")
+
+
+def regular_sizes(storage: Storage, path: str) -> dict[str, int] | None:
+    """As `sizes`; raises `CorruptCheckpointError` for links and special files.
+
+    Returns None for an object store, which has neither.
+    """
+    if storage.objects is not None:
+        return None
     found = storage.stat(path)
     if found is not None and found.kind == "a link":
         raise irregular(path, found.kind, "a directory")

@@ -20,8 +20,8 @@ from functional_ckpt.storage.buckets.base import (
     TransientError,
     retrying,
 )
+from functional_ckpt.storage.queries import NUM_REQUESTS
 
-NUM_REQUESTS = 16
 _T = TypeVar("_T")
 
 

@@ -95,7 +95,6 @@ class FaultyStorage:
         self._num_counted = 0
         self._operations: list[Operation] = []
         self.has_failed = False
-        self.num_requests = self._inner.num_requests
         objects = self._inner.objects
         kinds = {"overwrite": "write", "create": "write", "replace_exactly": "write"}
         kinds["remove_exactly"] = "remove"

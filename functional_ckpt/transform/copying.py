@@ -12,6 +12,7 @@ import numpy as np
 
 from functional_ckpt import checkpoint, errors
 from functional_ckpt.core.records.records import FileRecord
+from functional_ckpt.events import Shown, Tally
 from functional_ckpt.format.data_file import DataFile
 from functional_ckpt.interop.atomic_output import check_disjoint
 from functional_ckpt.interop.opened import ForeignCheckpoint
@@ -21,7 +22,7 @@ from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.open import connect
-from functional_ckpt.transform.outputs import Count, Report, check_new
+from functional_ckpt.transform.outputs import check_new
 
 _PART_BYTES = 16 * 2**20
 _NUM_FILES = 4
@@ -32,7 +33,7 @@ def copy(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
-    report: Report | None = None,
+    report: Shown | None = None,
 ) -> None:
     """Copies a checkpoint: complete and durable when it returns, absent when it raises.
 
@@ -62,14 +63,14 @@ def copy(
     check_new(storage, final)
     _check_name(final, None if opened.record is None else opened.record.step)
     files, identity = files_of(opened.storage, opened.path)
-    count = Count(sum(file.size_bytes for file in files.values()), report)
+    tally = Tally(report, 0, sum(file.size_bytes for file in files.values()))
     commits = commit.protocol(storage, os.path.dirname(final))
     with commits.claimed(final) as tmp:
         for folder in sorted({os.path.dirname(name) for name in files}):
             storage.make_directory(os.path.join(tmp, folder))
         copy_one = functools.partial(_copy_file, opened.storage, opened.path, storage, tmp)
         run_in_threads(
-            [functools.partial(copy_one, name, file, count) for name, file in files.items()],
+            [functools.partial(copy_one, name, file, tally) for name, file in files.items()],
             _NUM_FILES,
         )
         if files_of(opened.storage, opened.path)[1] != identity:
@@ -96,20 +97,20 @@ def _copy_file(
     tmp: str,
     name: str,
     expected: FileRecord,
-    count: Count,
+    tally: Tally,
 ) -> None:
     path, final = os.path.join(root, name), os.path.join(tmp, name)
     with contextlib.ExitStack() as cleanup:
         local = path
         if target.objects is None:
-            got = _write(source, path, target, final, expected, count)
+            got = _write(source, path, target, final, expected, tally)
         elif source.objects is None:
             got = source.checksum(path)
-            count.add(expected.size_bytes)
+            tally.add(expected.size_bytes)
         else:
             folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="functional_ckpt-"))
             local = os.path.join(folder, "file")
-            got = _write(source, path, LocalStorage(), local, expected, count)
+            got = _write(source, path, LocalStorage(), local, expected, tally)
         if got != expected:
             raise errors.CorruptCheckpointError(
                 f"{path}: expected {expected.size_bytes} bytes with digest {expected.xxh3}, got "
@@ -121,7 +122,7 @@ def _copy_file(
 
 
 def _write(
-    source: Storage, path: str, target: Storage, final: str, expected: FileRecord, count: Count
+    source: Storage, path: str, target: Storage, final: str, expected: FileRecord, tally: Tally
 ) -> FileRecord:
     """Copies bytes to a new file, at most as many as are recorded; returns its record."""
     file = DataFile(target, final, expected.size_bytes)
@@ -130,5 +131,5 @@ def _write(
             if file.size_bytes + len(part) > expected.size_bytes:
                 return source.checksum(path)
             file.append(np.frombuffer(part, np.uint8))
-            count.add(len(part))
+            tally.add(len(part))
         return file.finish()

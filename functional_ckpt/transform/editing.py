@@ -19,9 +19,9 @@ from functional_ckpt.core.arrays.spec import STORAGE_DTYPES, Array, ArraySpec
 from functional_ckpt.core.restore_plan import rename as rename_lib
 from functional_ckpt.core.restore_plan import select
 from functional_ckpt.core.tree import composite, context, encode, structure, walk
+from functional_ckpt.events import Shown
 from functional_ckpt.saving.lower import LoweredItem, check_item_name
 from functional_ckpt.transform import rewriting
-from functional_ckpt.transform.outputs import Report
 from functional_ckpt.transform.rewriting import Input, NewArray, NewItem
 
 
@@ -33,7 +33,7 @@ def edit(
     ignore: select.Ignored | None = None,
     key_map: rename_lib.KeyMap | None = None,
     cast: Mapping[str, str] | None = None,
-    report: Report | None = None,
+    report: Shown | None = None,
 ) -> None:
     """Writes an edited checkpoint: complete and durable when it returns, absent when it raises.
 
@@ -248,7 +248,7 @@ def _labelled(root: structure.Node) -> tuple[structure.Node, dict[str, str]]:
         return dataclasses.replace(node, name=name)
 
     named = _mapped(root, label)
-    new = {name: place for place, name in old.items()}
+    new = {name: entry for entry, name in old.items()}
 
     def tie(_: structure.KeyPath, node: structure.ArrayNode) -> structure.ArrayNode:
         return dataclasses.replace(node, tied_to=node.tied_to and new[node.tied_to])
@@ -273,7 +273,7 @@ def _with_metadata(
     return dataclasses.replace(root, detail=detail)
 
 
-_Place: TypeAlias = tuple[structure.Node, structure.Key | None, int]
+_Entry: TypeAlias = tuple[structure.Node, structure.Key | None, int]
 
 
 def _mapped(
@@ -283,8 +283,8 @@ def _mapped(
     """Returns a structure with other arrays, given those and their paths, in order."""
     trail: walk.Trail[structure.Key] = walk.Trail()
 
-    def visit(place: _Place) -> walk.Visit[_Place, structure.Node]:
-        node, key, depth = place
+    def visit(entry: _Entry) -> walk.Visit[_Entry, structure.Node]:
+        node, key, depth = entry
         trail.enter(depth, key)
         if isinstance(node, structure.ArrayNode):
             return walk.leaf(change(trail.path(), node))

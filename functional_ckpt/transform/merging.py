@@ -15,9 +15,9 @@ from functional_ckpt import errors
 from functional_ckpt.core.arrays.rounding import is_floating
 from functional_ckpt.core.arrays.spec import Array
 from functional_ckpt.core.tree import composite, structure
+from functional_ckpt.events import Shown
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.transform import rewriting
-from functional_ckpt.transform.outputs import Report
 from functional_ckpt.transform.rewriting import Combine, Input, NewArray, NewItem
 
 _Arrays: TypeAlias = "dict[str, structure.ArrayNode]"
@@ -29,7 +29,7 @@ def merge(
     *,
     weights: Sequence[float] | None = None,
     items: Sequence[str] | None = None,
-    report: Report | None = None,
+    report: Shown | None = None,
 ) -> None:
     """Writes the mean of checkpoints: complete and durable when it returns, absent when it raises.
 

@@ -1,19 +1,13 @@
-"""The path of a new checkpoint, and the progress of writing it."""
+"""The path of a new checkpoint."""
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable
-from typing import TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.format import checkpoint_dir
 from functional_ckpt.saving.claim import check_free
 from functional_ckpt.storage.base import Storage
-
-Report: TypeAlias = Callable[[int, int], None]
-"""Called with the bytes that were read so far, and with those to be read."""
 
 
 def check_new(storage: Storage, final: str) -> None:
@@ -31,22 +25,3 @@ def check_new(storage: Storage, final: str) -> None:
             "path.",
             path=final,
         )
-
-
-class Count:
-    """Counts bytes on any thread."""
-
-    def __init__(self, total: int, report: Report | None) -> None:
-        self._done, self._total, self._report = 0, total, report
-        self._mutex = threading.Lock()
-
-    def start(self) -> None:
-        """Counts from zero."""
-        self._done = 0
-
-    def add(self, num_bytes: int) -> None:
-        """Adds bytes, and reports them."""
-        with self._mutex:
-            self._done += num_bytes
-            if self._report is not None:
-                self._report(self._done, self._total)

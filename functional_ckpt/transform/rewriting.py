@@ -22,6 +22,7 @@ from functional_ckpt.core.files import safetensors_header
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.tree import structure
 from functional_ckpt.distributed.coordinator import SingleProcess
+from functional_ckpt.events import Shown, Tally
 from functional_ckpt.format import index, step_files
 from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
 from functional_ckpt.format.ocdbt_decode import INLINE
@@ -35,7 +36,7 @@ from functional_ckpt.saving.parts import StagedItem
 from functional_ckpt.saving.plan import PlannedPart, SavePlanner
 from functional_ckpt.storage.open import connect
 from functional_ckpt.transform.copying import copy
-from functional_ckpt.transform.outputs import Count, Report, check_new
+from functional_ckpt.transform.outputs import check_new
 
 Combine: TypeAlias = Callable[[Iterator[Array]], Array]
 """Makes a piece of an array of the same piece of each of its sources, one in memory at a time."""
@@ -60,7 +61,13 @@ class NewArray:
         """How much is read for it."""
         return sum(source.node.spec.size_bytes for source in self.sources)
 
-    def pieces(self, box: Box, report: Callable[[int], None]) -> Iterator[Array]:
+    def write(self, node: structure.ArrayNode, part: PlannedPart, tally: Tally) -> ArrayWrite:
+        """Returns the order to write a part; the bytes that it reads are added up."""
+        pieces = functools.partial(self._pieces, tally=tally)
+        data = Pieces(part.box.num_elements * node.spec.itemsize_bytes, pieces)
+        return ArrayWrite(node.name, node.spec, part.grid, part.box, data)
+
+    def _pieces(self, box: Box, tally: Tally) -> Iterator[Array]:
         """Yields a region piece by piece; of the next piece, the disk already reads the bytes."""
         dtype = numpy_dtype(self.sources[0].node.spec.dtype)
         memory = np.empty(min(box.num_elements, _PIECE_ELEMENTS), dtype)
@@ -72,7 +79,7 @@ class NewArray:
                 planned = own, [source.tasks(part, own) for source in self.sources]
             if ahead is not None:
                 yield self.combine(_read(*ahead))
-                report(ahead[0].nbytes * len(self.sources))
+                tally.add(ahead[0].nbytes * len(self.sources))
             ahead = planned
 
 
@@ -203,14 +210,14 @@ def _stored_names(saved: OpenItem) -> dict[str, str]:
         if safetensors_header.SHARDING in metadata:
             return {}
         tensors |= {(file, len(header) + each.start): each.name for each in found}
-    places = index.open_index(saved.storage, saved.path, files)
-    batches = places.plan([saved.request(node) for node in saved.array_nodes()])
+    located = index.open_index(saved.storage, saved.path, files)
+    batches = located.plan([saved.request(node) for node in saved.array_nodes()])
     names: dict[str, str] = {}
     for read in itertools.chain.from_iterable(batches):
         own = read.request.name
         if read.file == INLINE or read.part is None or any(read.part.chunk):
             continue  # only the first chunk is at the offset of its tensor
-        name = tensors.get((places.files[read.file], read.offset), own)
+        name = tensors.get((located.files[read.file], read.offset), own)
         if name != own:
             names[own] = name
             if tied.get(name) == own:
@@ -225,7 +232,7 @@ def write(
     output: Any,
     like: OpenCheckpoint,
     items: Sequence[NewItem | lower.LoweredItem],
-    report: Report | None,
+    report: Shown | None,
     *,
     metrics: Mapping[str, Any] | None = None,
     custom_metadata: Mapping[str, Any] | None = None,
@@ -253,30 +260,21 @@ def write(
     group = SingleProcess()
     with SavePlanner(group).planning(None) as planning:
         planning.items = lowered
-    arrays = {item.name: item.arrays for item in items if isinstance(item, NewItem)}
-    total = sum(array.size_bytes for each in arrays.values() for array in each.values())
-    count = Count(total, report)
+    new = {item.name: item.arrays for item in items if isinstance(item, NewItem)}
+    total_bytes = sum(array.size_bytes for each in new.values() for array in each.values())
 
     def staged() -> list[StagedItem]:
-        count.start()
-        return [
-            StagedItem(
-                lowered=item,
-                files=planning.plan[item.name].files,
-                writes=tuple(
-                    to_write(arrays[item.name], item.sources[part.source].node, part)
-                    for part in planning.plan[item.name].parts
-                ),
+        tally = Tally(report, 0, total_bytes)
+        found: list[StagedItem] = []
+        for item in lowered:
+            plan, own = planning.plan[item.name], new.get(item.name, {})
+            nodes = (item.sources[part.source].node for part in plan.parts)
+            writes = tuple(
+                own[node.name].write(node, part, tally)
+                for node, part in zip(nodes, plan.parts, strict=True)
             )
-            for item in lowered
-        ]
-
-    def to_write(
-        own: Mapping[str, NewArray], node: structure.ArrayNode, part: PlannedPart
-    ) -> ArrayWrite:
-        pieces = functools.partial(own[node.name].pieces, report=count.add)
-        data = Pieces(part.box.num_elements * node.spec.itemsize_bytes, pieces)
-        return ArrayWrite(node.name, node.spec, part.grid, part.box, data)
+            found.append(StagedItem(lowered=item, files=plan.files, writes=writes))
+        return found
 
     info = finalize.CheckpointInfo(
         step=None,

@@ -176,7 +176,7 @@ class ItemArrays:
                 self._miss(index, value)
             else:
                 found.setdefault((location, value.check), []).append(value)
-        return [found[place] for place in sorted(found, key=operator.itemgetter(0))]
+        return [found[key] for key in sorted(found, key=operator.itemgetter(0))]
 
     def _miss(self, index: Index, value: _Value) -> None:
         damage = index.damage_of(value.key.encode())

@@ -79,8 +79,8 @@ def _is_item(storage: Storage, path: str) -> bool:
 
 def _is_ours(storage: Storage, path: str) -> bool:
     """Returns whether this package wrote the checkpoint, even if its record is gone."""
-    places = (path, *(os.path.join(path, name) for name in storage.list(path)))
-    if any(queries.exists(storage, os.path.join(place, EXTENSION_FILE)) for place in places):
+    folders = (path, *(os.path.join(path, name) for name in storage.list(path)))
+    if any(queries.exists(storage, os.path.join(folder, EXTENSION_FILE)) for folder in folders):
         return True
     try:
         return b"functional_ckpt" in storage.read(os.path.join(path, orbax.COMMIT_FILE))

@@ -84,10 +84,10 @@ class ChunkGrid:
 
     def position(self, index: tuple[int, ...]) -> int:
         """Position of chunk `index` in C order."""
-        place = 0
+        position = 0
         for i, n in zip(index, self.num_chunks_per_dim, strict=True):
-            place = place * n + i
-        return place
+            position = position * n + i
+        return position
 
     def key(self, index: tuple[int, ...]) -> str:
         """Zarr v3's default chunk key, relative to the array: `c/0/1`, or `c` for a 0-dim array."""

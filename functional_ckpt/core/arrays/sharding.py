@@ -75,12 +75,12 @@ class Sharding:
 
     def coordinate(self, rank: int) -> tuple[int, ...] | None:
         """Returns the mesh coordinate of a rank; None for a rank outside the mesh."""
-        place = _places(self.ranks).get(rank)
-        if place is None:
+        position = _positions(self.ranks).get(rank)
+        if position is None:
             return None
         coordinate: list[int] = []
         for size in reversed(self.mesh_shape):
-            place, here = divmod(place, size)
+            position, here = divmod(position, size)
             coordinate.append(here)
         return tuple(reversed(coordinate))
 
@@ -124,14 +124,14 @@ class Sharding:
         """
         if self.ranks == group == tuple(range(len(group))):
             return self
-        places = _places(group)
-        outside = [rank for rank in self.ranks if rank not in places]
+        positions = _positions(group)
+        outside = [rank for rank in self.ranks if rank not in positions]
         if outside:
             raise errors.UnsupportedLeafError(
                 f"the DTensor's mesh has rank {outside[0]}, which is outside the saving process "
                 f"group ({len(group)} ranks); give a process_group that contains the mesh"
             )
-        ranks = tuple(places[rank] for rank in self.ranks)
+        ranks = tuple(positions[rank] for rank in self.ranks)
         return dataclasses.replace(self, ranks=ranks)
 
     def chunk_alignment(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -176,10 +176,10 @@ class Sharding:
         return Sharding(mesh_shape, ranks, self.placements)
 
     def _rank_at(self, coordinate: tuple[int, ...]) -> int:
-        place = 0
+        position = 0
         for here, size in zip(coordinate, self.mesh_shape, strict=True):
-            place = place * size + here
-        return self.ranks[place]
+            position = position * size + here
+        return self.ranks[position]
 
     def _shard_dims(self, dim: int) -> tuple[tuple[int, int], ...]:
         """`(ranks, split factor)` of every mesh dim that cuts `dim`, from left to right."""
@@ -198,8 +198,8 @@ class Sharding:
 
 
 @functools.lru_cache(maxsize=1024)
-def _places(ranks: tuple[int, ...]) -> dict[int, int]:
-    return {rank: place for place, rank in enumerate(ranks)}
+def _positions(ranks: tuple[int, ...]) -> dict[int, int]:
+    return {rank: position for position, rank in enumerate(ranks)}
 
 
 @functools.lru_cache(maxsize=65536)
@@ -277,14 +277,14 @@ def _is_even(size: int, cuts: tuple[tuple[int, int], ...]) -> bool:
 
 def _combine(runs: list[tuple[_Run, ...]]) -> Iterator[Piece]:
     """Yields the boxes that are products of one stretch in every dim."""
-    places: list[list[tuple[int, _Run]]] = []
+    positions: list[list[tuple[int, _Run]]] = []
     for stretches in runs:
         position, placed = 0, []
         for start, end in stretches:
             placed.append((position, (start, end)))
             position += end - start
-        places.append(placed)
-    for choice in itertools.product(*places):
+        positions.append(placed)
+    for choice in itertools.product(*positions):
         shape = tuple(end - start for _, (start, end) in choice)
         yield Piece(
             box=Box(tuple(start for _, (start, _) in choice), shape),

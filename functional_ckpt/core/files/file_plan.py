@@ -280,12 +280,12 @@ def _plan_tensors(
         tensors.append(Tensor(box.name, box.spec.dtype, box.box.shape, start, end))
     grids = [boxes[index].grid for index in order]
     most_missing = 0
-    for place, index in enumerate(order):
+    for position, index in enumerate(order):
         if not missing[index]:  # thousands of small arrays
             continue
-        missing_bytes = missing[index] - (end - tensors[place].end)
+        missing_bytes = missing[index] - (end - tensors[position].end)
         if missing_bytes > 0 and not padding:
-            grids[place] = choose_grid(boxes[index].spec, is_even=True)
+            grids[position] = choose_grid(boxes[index].spec, is_even=True)
         most_missing = max(most_missing, missing_bytes)
     metadata = {"format": "pt"}
     if padding:

@@ -66,11 +66,11 @@ class _Uniting:
 
     def _keep_all(self, held: _Held) -> Node:
         """Returns one value for each of the ranks that have one."""
-        pairs = sorted((rank, place) for place, (ranks, _) in enumerate(held) for rank in ranks)
+        pairs = sorted((rank, number) for number, (ranks, _) in enumerate(held) for rank in ranks)
         return BranchNode(
             kind="per_rank",
             keys=tuple(Key(structure.rank_key(rank)) for rank, _ in pairs),
-            children=tuple(held[place][1] for _, place in pairs),
+            children=tuple(held[number][1] for _, number in pairs),
             # Distinguishes ranks without a value from another number of ranks.
             detail={} if len(pairs) == self.num_ranks else {"num_ranks": self.num_ranks},
         )
@@ -272,8 +272,8 @@ def select_rank(root: Node, rank: int, num_ranks: int, dropped: list[str]) -> No
     """
     trail: walk.Trail[Key] = walk.Trail()
 
-    def visit(place: tuple[Node, Key | None, int]) -> walk.Visit[Any, Node]:
-        node, key, depth = place
+    def visit(entry: tuple[Node, Key | None, int]) -> walk.Visit[Any, Node]:
+        node, key, depth = entry
         trail.enter(depth, key)
         if not isinstance(node, BranchNode):
             return walk.leaf(node)

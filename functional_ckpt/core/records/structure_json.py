@@ -60,7 +60,7 @@ def _record(node: structure.Node) -> Json:
     return record
 
 
-_Place: TypeAlias = tuple[structure.Key | None, int]
+_Entry: TypeAlias = tuple[structure.Key | None, int]
 """The key of a node (None for the root) and its depth."""
 
 
@@ -75,8 +75,8 @@ def from_json(records: Json) -> structure.Node:
     remaining: Iterator[Json] = iter(records)
     trail: walk.Trail[structure.Key] = walk.Trail()
 
-    def visit(place: _Place) -> walk.Visit[_Place, structure.Node]:
-        key, depth = place
+    def visit(entry: _Entry) -> walk.Visit[_Entry, structure.Node]:
+        key, depth = entry
         trail.enter(depth, key)
         record = next(remaining, None)
         if record is None:

@@ -34,7 +34,7 @@ class _Merged:
     kept: bool
 
 
-_Place: TypeAlias = tuple[Node | None, Any, Key | None, int]
+_Entry: TypeAlias = tuple[Node | None, Any, Key | None, int]
 """Stored node (None if absent), the target's (`NOTHING` if absent), key and depth."""
 
 
@@ -60,8 +60,8 @@ def keep_unselected(saved: Node, own: Any, selects: Selects) -> Node | None:
     """
     trail: walk.Trail[Key] = walk.Trail()
 
-    def visit(place: _Place) -> walk.Visit[_Place, _Merged]:
-        stored, live, key, depth = place
+    def visit(entry: _Entry) -> walk.Visit[_Entry, _Merged]:
+        stored, live, key, depth = entry
         trail.enter(depth, key)
         children, lives = _children_of(stored), _own_children(structure.tree_of(live))
         is_stored_leaf = stored is not None and children is None
@@ -72,9 +72,9 @@ def keep_unselected(saved: Node, own: Any, selects: Selects) -> Node | None:
         if is_own_leaf and not selects(structure.leaf_name(trail.path())):
             return walk.leaf(_leaf(stored, live, False))
         pairs = _pairs(children or {}, lives or {}, structure.tree_of(live))
-        places = [(one, other, at, depth + 1) for one, other, at in pairs]
+        entries = [(one, other, at, depth + 1) for one, other, at in pairs]
         keys = [at for _, _, at in pairs]
-        return places, lambda merged: _branch(stored, live, keys, merged)
+        return entries, lambda merged: _branch(stored, live, keys, merged)
 
     return walk.fold((saved, own, None, 0), visit).node
 

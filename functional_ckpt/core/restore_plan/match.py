@@ -96,8 +96,8 @@ class _Matching:
         self.unexpected: list[str] = []
         self.mismatched: list[str] = []
 
-    def visit(self, place: _Pair) -> walk.Visit[_Pair, Binding]:
-        saved, target, path = place
+    def visit(self, entry: _Pair) -> walk.Visit[_Pair, Binding]:
+        saved, target, path = entry
         if (  # most leaves: few questions
             isinstance(target, Fill)
             and targets.is_filled_as_it_is(saved, target.tensor)
@@ -188,16 +188,16 @@ class _Matching:
     def _absent(self, target: Any, path: KeyPath) -> Binding:
         todo: list[tuple[Any, KeyPath]] = [(target, path)]
         while todo:
-            current, place = todo.pop()
+            current, path = todo.pop()
             if isinstance(current, structure.Handled):
-                todo.append((current.tree, place))
+                todo.append((current.tree, path))
                 continue
             opened = None if isinstance(current, _LEAVES) else flatten.flatten_one_level(current)
             if opened is not None and opened.children:
                 pairs = zip(reversed(opened.keys), reversed(opened.children), strict=True)
-                todo.extend((child, (*place, key)) for key, child in pairs)
-            elif current is not AS_SAVED and self.selects(structure.leaf_name(place)):
-                self.missing.append(structure.pretty(place, self.item))
+                todo.extend((child, (*path, key)) for key, child in pairs)
+            elif current is not AS_SAVED and self.selects(structure.leaf_name(path)):
+                self.missing.append(structure.pretty(path, self.item))
         return Given(targets.own_value(target))
 
     # -------------------------------------------------------------------------- leaves
@@ -342,8 +342,8 @@ class _Matching:
     def _as_saved(self, root: structure.Node, path: KeyPath) -> Binding:
         trail: walk.Trail[structure.Key] = walk.Trail()
 
-        def visit(place: _Place) -> walk.Visit[_Place, Binding]:
-            node, key, depth = place
+        def visit(entry: _Entry) -> walk.Visit[_Entry, Binding]:
+            node, key, depth = entry
             trail.enter(depth, key)
             if isinstance(node, structure.ValueNode):
                 own = keep.is_own(node)
@@ -397,4 +397,4 @@ class _Matching:
         )
 
 
-_Place: TypeAlias = tuple[structure.Node, "structure.Key | None", int]
+_Entry: TypeAlias = tuple[structure.Node, "structure.Key | None", int]

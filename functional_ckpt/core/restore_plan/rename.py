@@ -289,8 +289,8 @@ def _grow(
 ) -> structure.Node:
     """Returns the containers above some leaves: of the kind that was there, else dicts."""
     groups: dict[Key, list[_Leaf]] = {}
-    for place, node in entries:
-        if len(place) == len(path):
+    for leaf_path, node in entries:
+        if len(leaf_path) == len(path):
             if len(entries) > 1:
                 raise errors.UsageError(
                     f"key_map makes {item + '.' + structure.leaf_name(path)!r} a leaf and a "
@@ -298,7 +298,7 @@ def _grow(
                     key_path=structure.pretty(path, item),
                 )
             return node
-        groups.setdefault(place[len(path)], []).append((place, node))
+        groups.setdefault(leaf_path[len(path)], []).append((leaf_path, node))
     keys = tuple(groups)
     was = branches.get(path)
     if was is None:

@@ -123,7 +123,7 @@ def _matches_nothing(option: str, value: object, unused: Sequence[str]) -> error
 
 
 _PARTS = composite.KINDS
-_Place: TypeAlias = tuple[structure.Node, structure.Key | None, int]
+_Entry: TypeAlias = tuple[structure.Node, structure.Key | None, int]
 
 
 def specs(node: structure.Node) -> Any:
@@ -175,8 +175,8 @@ def prune(node: structure.Node, keep: Callable[[str], bool]) -> structure.Node |
     """
     trail: walk.Trail[structure.Key] = walk.Trail()
 
-    def visit(place: _Place) -> walk.Visit[_Place, structure.Node | None]:
-        current, key, depth = place
+    def visit(entry: _Entry) -> walk.Visit[_Entry, structure.Node | None]:
+        current, key, depth = entry
         trail.enter(depth, key)
         is_leaf = not isinstance(current, structure.BranchNode) or not current.children
         if is_leaf or current.kind in _PARTS:

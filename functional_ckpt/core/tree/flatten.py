@@ -97,7 +97,7 @@ class _Around:
     is_per_rank: bool = False
 
 
-_Place: TypeAlias = tuple[object, Key | None, int, _Around]
+_Entry: TypeAlias = tuple[object, Key | None, int, _Around]
 """A value, its key (None for the root), its depth and its surroundings."""
 _NOTHING = structure.ValueNode(kind="none", value=None)
 
@@ -121,8 +121,8 @@ class _Flattening:
         self.open_ids: set[int] = set()
         self.trail: walk.Trail[Key] = walk.Trail()
 
-    def visit(self, place: _Place) -> walk.Visit[_Place, structure.Node]:
-        value, key, depth, around = place
+    def visit(self, entry: _Entry) -> walk.Visit[_Entry, structure.Node]:
+        value, key, depth, around = entry
         self.trail.enter(depth, key)
         if memory.is_contiguous_strided(value):
             return walk.leaf(self._ordinary(cast("torch.Tensor", value)))
@@ -165,7 +165,7 @@ class _Flattening:
 
     def _open_handled(
         self, handled: structure.Handled, depth: int, around: _Around
-    ) -> walk.Visit[_Place, structure.Node]:
+    ) -> walk.Visit[_Entry, structure.Node]:
         """Returns the tree of a handler's value, for per-rank values below a key of this rank."""
         tree, detail = handled.tree, handled.detail
         if id(tree) in self.open_ids:
@@ -188,7 +188,7 @@ class _Flattening:
 
     def _branch(
         self, value: object, opened: FlatNode, depth: int, around: _Around
-    ) -> walk.Visit[_Place, structure.Node]:
+    ) -> walk.Visit[_Entry, structure.Node]:
         if not opened.children:
             self._take_name()
         self._check_keys(opened.keys)

@@ -34,7 +34,9 @@ class Spool:
         """Makes sure that the copy of an object is here and as new as the object."""
         stamp = (entry.size_bytes, entry.modified_ns)
         with self._mutex:
-            path = os.path.join(self.directory(os.path.dirname(entry.key)), _name(entry.key))
+            path = os.path.join(
+                self.directory(os.path.dirname(entry.key)), os.path.basename(entry.key)
+            )
             if self._known.get(entry.key) == stamp and os.path.exists(path):
                 return
             download(entry.key, path)
@@ -51,7 +53,3 @@ class Spool:
                 for name, stamp in self._known.items()
                 if name != key and not name.startswith(f"{key}/")
             }
-
-
-def _name(key: str) -> str:
-    return key.rpartition("/")[2]
