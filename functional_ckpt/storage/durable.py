@@ -54,7 +54,7 @@ def _folders(files: Iterable[str]) -> list[str]:
 
 
 def check_visible(storage: Storage, path: str, rank: int, *, creator: int = 0) -> None:
-    """Raises `CoordinationError` if `rank` cannot see what another rank has created.
+    """Raises `CoordinationError` if `rank` cannot see the directory that another rank has created.
 
     Network file systems may cache that a name did not exist. Listing the parent refreshes the
     cache.
