@@ -35,7 +35,7 @@ class Helper(Protocol):
     """Work in the background of one node: uploads of its share, or copies to other nodes."""
 
     def wait(self) -> None:
-        """Waits until what was committed is done, or has failed."""
+        """Waits until the work on committed steps has ended."""
 
     def close(self) -> None:
         """Waits, and ends it."""
@@ -242,7 +242,7 @@ class Saver:
         self._stager.wait()
 
     def upload_by(self, uploads: Uploads | None, helpers: Sequence[Helper]) -> None:
-        """Sets the upload queue, and what works beside it on this node."""
+        """Sets the upload queue, and the helpers of this node."""
         self._writer.uploads, self._helpers = uploads, tuple(helpers)
         if uploads is not None:
             uploads.set_on_arrived(self._writer.prune_uploaded)

@@ -1,7 +1,8 @@
 """One node sends files of a step to another, which compares them with their digests.
 
-The receiver says what it lacks, and then answers after each file whether it takes more. The sender
-waits for the answer to the last file but one. So both know what is sent, whatever fails on a disk.
+The receiver lists the files that it lacks, and then answers after each file whether it takes more.
+The sender waits for the answer to the last file but one. So both know which files are sent, also
+after errors.
 
 A file arrives under another name, and is renamed once it is verified and durable. A receiver that
 has nothing of the step gets its records too, and the part appears with one rename at the end.
@@ -37,7 +38,7 @@ NUM_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class CopiedStep:
     """A step on this node.
 
     Attributes:
@@ -92,18 +93,18 @@ class Outcome:
         self.is_lost |= isinstance(error, errors.CoordinationError)
 
 
-def send(link: Link, rank: int, place: Place, before: Callable[[int], None]) -> Outcome:
+def send(link: Link, rank: int, copied: CopiedStep, before: Callable[[int], None]) -> Outcome:
     """Sends the files that a node asks for.
 
     Args:
         link: The link.
         rank: The receiver, which calls `receive`.
-        place: The step.
+        copied: The step.
         before: Called with the size of each piece before it is sent; may wait.
     """
     outcome = Outcome()
     try:
-        _send(link, rank, place, before, outcome)
+        _send(link, rank, copied, before, outcome)
     except errors.StorageError as error:
         outcome.fail(error)
     except Exception as error:  # noqa: BLE001 - reported; the sides may be out of step
@@ -113,14 +114,14 @@ def send(link: Link, rank: int, place: Place, before: Callable[[int], None]) -> 
 
 
 def _send(
-    link: Link, rank: int, place: Place, before: Callable[[int], None], outcome: Outcome
+    link: Link, rank: int, copied: CopiedStep, before: Callable[[int], None], outcome: Outcome
 ) -> None:
     request = json.loads(receive_message(link, rank, tag=ANSWERS_TAG))
     reply = b""
     try:
-        if not place.is_here():
-            raise errors.StorageError(f"{place.path} was replaced or removed.", path=place.path)
-        reply = HERE + (_packed_records(place) if request["needs_records"] else b"")
+        if not copied.is_here():
+            raise errors.StorageError(f"{copied.path} was replaced or removed.", path=copied.path)
+        reply = HERE + (_packed_records(copied) if request["needs_records"] else b"")
     finally:
         send_message(link, rank, reply, tag=DATA_TAG)
     names: list[str] = request["files"]
@@ -130,8 +131,8 @@ def _send(
             num_answers += 1
             if not _is_more_wanted(link, rank):
                 break
-        file = place.record.files[name]
-        _send_file(link, rank, os.path.join(place.path, name), file, place, before, outcome)
+        file = copied.record.files[name]
+        _send_file(link, rank, os.path.join(copied.path, name), file, copied, before, outcome)
         outcome.num_bytes += file.size_bytes
         num_sent += 1
     for _ in range(num_sent - num_answers):
@@ -149,13 +150,13 @@ def _send_file(
     rank: int,
     path: str,
     file: FileRecord,
-    place: Place,
+    copied: CopiedStep,
     before: Callable[[int], None],
     outcome: Outcome,
 ) -> None:
     def fill(piece: memoryview, offset: int) -> None:
         try:
-            data = place.storage.read(path, offset, len(piece))
+            data = copied.storage.read(path, offset, len(piece))
         except errors.CheckpointError as error:  # the receiver finds that its digest is wrong
             outcome.fail(error)
             data = b""
@@ -165,10 +166,10 @@ def _send_file(
     send_stream(link, rank, file.size_bytes, fill, tag=DATA_TAG, before=before)
 
 
-def _packed_records(place: Place) -> bytes:
+def _packed_records(copied: CopiedStep) -> bytes:
     """Returns all files of a step but its data files: a list, and then their bytes."""
-    storage, path = place.storage, place.path
-    names = [name for name in storage.walk(path) if name not in place.record.files]
+    storage, path = copied.storage, copied.path
+    names = [name for name in storage.walk(path) if name not in copied.record.files]
     contents = [storage.read(os.path.join(path, name)) for name in names]
     listed = json.dumps([[n, len(data)] for n, data in zip(names, contents, strict=True)]).encode()
     return b"".join([len(listed).to_bytes(8), listed, *contents])

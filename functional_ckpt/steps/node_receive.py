@@ -26,8 +26,8 @@ from functional_ckpt.steps.node_copy import (
     HERE,
     INCOMING,
     NUM_AHEAD,
+    CopiedStep,
     Outcome,
-    Place,
 )
 from functional_ckpt.steps.upload_step import files_of
 from functional_ckpt.storage import queries
@@ -42,19 +42,24 @@ Renaming = contextlib.AbstractContextManager[object]
 
 
 def receive(
-    link: Link, rank: int, place: Place, names: Sequence[str], find: FindFile, renaming: Renaming
+    link: Link,
+    rank: int,
+    copied: CopiedStep,
+    names: Sequence[str],
+    find: FindFile,
+    renaming: Renaming,
 ) -> Outcome:
     """Receives files, and puts them beside those that this node has of the step.
 
     Args:
         link: The link.
         rank: The sender, which calls `send`.
-        place: The step.
+        copied: The step.
         names: The files that this node should hold.
         find: Finds files that another step of this node has.
         renaming: Held while a file gets its name in a part.
     """
-    receiver = _Receiver(place, renaming)
+    receiver = _Receiver(copied, renaming)
     try:
         receiver.run(link, rank, names, find)
     except (errors.StorageError, errors.CorruptCheckpointError) as error:
@@ -68,14 +73,14 @@ def receive(
 class _Receiver:
     """The receiving side of a copy."""
 
-    def __init__(self, place: Place, renaming: Renaming) -> None:
+    def __init__(self, copied: CopiedStep, renaming: Renaming) -> None:
         self.outcome = Outcome()
-        self._place = place
-        self._storage = place.storage
+        self._copied = copied
+        self._storage = copied.storage
         self._renaming = renaming
         self._has_part = False
         self._identity: object = None
-        self._target = place.path
+        self._target = copied.path
 
     def run(self, link: Link, rank: int, names: Sequence[str], find: FindFile) -> None:
         request: dict[str, object] = {"needs_records": False, "files": []}
@@ -89,8 +94,8 @@ class _Receiver:
         reply = receive_message(link, rank, tag=DATA_TAG)
         if not reply:
             raise errors.StorageError(
-                f"The other node has no part of {self._place.name} any more, or cannot read it.",
-                path=self._place.path,
+                f"The other node has no part of {self._copied.name} any more, or cannot read it.",
+                path=self._copied.path,
             )
         goes_on = self._has_part or self._take_records(reply.removeprefix(HERE))
         answers: list[Transfer] = []
@@ -109,19 +114,19 @@ class _Receiver:
             self._finish()
 
     def _begin(self) -> None:
-        self._has_part = self._place.is_here()
-        makedirs_durable(self._storage, self._place.incoming)
+        self._has_part = self._copied.is_here()
+        makedirs_durable(self._storage, self._copied.incoming)
         if self._has_part:
-            found = self._storage.stat(self._place.path)
+            found = self._storage.stat(self._copied.path)
             self._identity = None if found is None else found.identity
         else:
-            self._target = os.path.join(self._place.incoming, "step")
+            self._target = os.path.join(self._copied.incoming, "step")
             self._storage.make_directory(self._target)
 
     def _lacking(self, names: Sequence[str], find: FindFile) -> list[str]:
         """Returns the files that must be sent; links those that another step has."""
         sizes = queries.sizes(self._storage, self._target)
-        files = self._place.record.files
+        files = self._copied.record.files
         lacking: list[str] = []
         for name in names:
             if sizes.get(name) == files[name].size_bytes:
@@ -136,15 +141,15 @@ class _Receiver:
         if not self._storage.share(path, source, status):
             return False
         self._put(path, name)
-        self.outcome.linked_bytes += self._place.record.files[name].size_bytes
+        self.outcome.linked_bytes += self._copied.record.files[name].size_bytes
         return True
 
     def _temporary(self, name: str) -> str:
-        return os.path.join(self._place.incoming, name.replace("/", "%") + _ENDING)
+        return os.path.join(self._copied.incoming, name.replace("/", "%") + _ENDING)
 
     def _take_file(self, link: Link, rank: int, name: str) -> bool:
         """Receives a file; returns whether the sender is to send more."""
-        path, file = self._temporary(name), self._place.record.files[name]
+        path, file = self._temporary(name), self._copied.record.files[name]
         new = _Arriving(self._storage, path, file)
         try:
             receive_stream(link, rank, file.size_bytes, new.take, tag=DATA_TAG)
@@ -165,20 +170,20 @@ class _Receiver:
 
     def _drop(self, link: Link, rank: int, name: str) -> bool:
         """Receives a file that was sent before the sender knew that it stops; returns False."""
-        size_bytes = self._place.record.files[name].size_bytes
+        size_bytes = self._copied.record.files[name].size_bytes
         receive_stream(link, rank, size_bytes, lambda piece, offset: None, tag=DATA_TAG)
         return False
 
     def _put(self, path: str, name: str) -> None:
-        """Gives a verified, durable file its name, unless another commit has taken the place."""
+        """Gives a verified, durable file its name, unless another commit has this path."""
         target = os.path.join(self._target, name)
         with self._renaming:
             if self._has_part:
-                found = self._storage.stat(self._place.path)
+                found = self._storage.stat(self._copied.path)
                 if found is None or found.identity != self._identity:
                     raise errors.StorageError(
-                        f"{self._place.path} was replaced or removed while it was copied.",
-                        path=self._place.path,
+                        f"{self._copied.path} was replaced or removed while it was copied.",
+                        path=self._copied.path,
                     )
             self._storage.make_directory(os.path.dirname(target))
             self._storage.rename(path, target)
@@ -207,24 +212,24 @@ class _Receiver:
             self._check_records()
             sync_tree(self._storage, self._target, self._storage.walk(self._target))
             with self._renaming:
-                if queries.exists(self._storage, self._place.path):
+                if queries.exists(self._storage, self._copied.path):
                     self._join()
                 else:
-                    self._storage.rename(self._target, self._place.path)
-            self._storage.sync(self._place.root)
-        self._storage.remove(self._place.incoming)
+                    self._storage.rename(self._target, self._copied.path)
+            self._storage.sync(self._copied.root)
+        self._storage.remove(self._copied.incoming)
 
     def _join(self) -> None:
         """Moves the files into a part that has appeared: a restore has put the records there."""
-        place = self._place
-        if not place.is_here():
+        copied = self._copied
+        if not copied.is_here():
             raise errors.StorageError(
-                f"{place.path} is another commit; the copy of {place.name} is not put there.",
-                path=place.path,
+                f"{copied.path} is another commit; the copy of {copied.name} is not put there.",
+                path=copied.path,
             )
-        folders = {place.path}
+        folders = {copied.path}
         for name in sorted(self.outcome.files):
-            path = os.path.join(place.path, name)
+            path = os.path.join(copied.path, name)
             folders.add(os.path.dirname(path))
             self._storage.make_directory(os.path.dirname(path))
             self._storage.rename(os.path.join(self._target, name), path)
@@ -234,10 +239,10 @@ class _Receiver:
     def _check_records(self) -> None:
         """Raises unless the records are those of this commit, undamaged."""
         part = node_inventory.read_part(self._storage, self._target)
-        if part is None or part.to_json() != self._place.record.to_json():
+        if part is None or part.to_json() != self._copied.record.to_json():
             raise errors.CorruptCheckpointError(
                 f"{os.path.join(self._target, PART_FILE)} is not the part record of "
-                f"{self._place.path}.",
+                f"{self._copied.path}.",
                 path=self._target,
             )
         for name, file in files_of(self._storage, self._target)[0].items():

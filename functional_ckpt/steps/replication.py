@@ -1,8 +1,8 @@
 """Copies of committed steps on other nodes, made in the background by the head of each node.
 
 The heads copy one step at a time, in rounds: they agree on a step that all of them have committed,
-exchange its files, and tell each other what has arrived. So every head knows of each step who holds
-which file. A head without work exchanges nothing.
+exchange its files, and report the files that have arrived. So every head knows the holders of each
+file. A head without work exchanges nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functional_ckpt.distributed.coordinator import Coordinator, Link
 from functional_ckpt.distributed.peer_link import Pace
 from functional_ckpt.format.tuning import REFRESH_STEPS, SHARED_FROM_BYTES
 from functional_ckpt.steps import node_copy, node_receive
-from functional_ckpt.steps.node_copy import Outcome, Place
+from functional_ckpt.steps.node_copy import CopiedStep, Outcome
 from functional_ckpt.steps.node_tier import NodeTier
 from functional_ckpt.steps.replication_queue import (
     ReplicationQueue,
@@ -135,7 +135,7 @@ class Replication:
             )
 
     def close(self) -> None:
-        """Waits as `wait` does, and ends the thread; the next run copies what is missing."""
+        """Waits as `wait` does, and ends the thread; the next run copies the missing files."""
         self._queue.end(at_once=False)
         if self._thread is not None:
             self._thread.join()
@@ -213,9 +213,9 @@ class Replication:
                         _log.info("step %d is not copied yet: step %d is newer", step, number)
 
     def _exchange(self, commit: UsableCommit, plan: Sequence[Copy]) -> RoundResult:
-        """Sends and receives the files of a step; returns what all heads together have done."""
+        """Sends and receives the files of a step; returns the results of all heads."""
         own, link = self._group.rank, self._link
-        place = self._place(commit)
+        copied = self._copied(commit)
         sent: list[Outcome] = []
         received: dict[int, Outcome] = {}
         find = self._finder(commit)
@@ -223,13 +223,13 @@ class Replication:
         def send_all() -> None:
             for copy in plan:
                 if copy.source == own and link is not None:
-                    sent.append(node_copy.send(link, copy.target, place, self._pace.wait))
+                    sent.append(node_copy.send(link, copy.target, copied, self._pace.wait))
 
         def receive_all() -> None:
             for number, copy in enumerate(plan):
                 if copy.target == own and link is not None:
                     received[number] = node_receive.receive(
-                        link, copy.source, place, copy.files, find, self._tier.renaming
+                        link, copy.source, copied, copy.files, find, self._tier.renaming
                     )
 
         threads = [
@@ -251,8 +251,8 @@ class Replication:
             if None not in reports:
                 return RoundResult(self._order, reports)
 
-    def _place(self, commit: UsableCommit) -> Place:
-        return Place(
+    def _copied(self, commit: UsableCommit) -> CopiedStep:
+        return CopiedStep(
             storage=self._steps.storage,
             root=self._steps.root,
             name=commit.name,
@@ -269,7 +269,7 @@ class Replication:
         )
         own = self._order[self._group.rank]
         for each in earlier[-_NUM_EARLIER:]:
-            path = self._place(each).path
+            path = self._copied(each).path
             for name, file in each.record.files.items():
                 if file.size_bytes >= SHARED_FROM_BYTES and own in each.holders.get(name, ()):
                     table[file.size_bytes, file.xxh3] = f"{path}/{name}"
@@ -344,7 +344,7 @@ def start_replication(
     """Starts to copy steps in the background, on the head of each node of a writer.
 
     Returns:
-        What copies them; nothing on other ranks, and where there is nothing to copy to.
+        The replications; none on other ranks, or where there is no other node.
     """
     nodes = tier.nodes
     if steps.read_only or len(nodes.order) == 1 or not tier.option.replicas:
