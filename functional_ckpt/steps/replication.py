@@ -303,6 +303,8 @@ class Replication:
         if self._group.rank == 0:
             self._steps.emit("replicated", step, seconds=seconds, num_bytes=result.num_bytes)
         try:
+            # Left by a kill: a node that lacks no file would keep it.
+            self._steps.storage.remove(self._place(commit).incoming)
             self._on_replicated(step)
         except errors.CheckpointError as error:
             _log.warning("%s: after step %d was replicated: %s", self._steps.root, step, error)

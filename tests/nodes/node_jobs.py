@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import functional_ckpt as fc
 from functional_ckpt.saving import node_publishing, write
 from functional_ckpt.saving.node_publishing import NodePublishing
+from functional_ckpt.steps import node_copy, node_receive
 
 SECONDS = 10.0
 """How long ranks wait for one that was killed."""
@@ -94,6 +96,40 @@ def save_and_die(root: str, nodes: str, phase: str, dying: tuple[int, ...]) -> s
         else:
             failure = ""
     return failure
+
+
+COPYING: dict[str, Callable[[], Callable[[], None]]] = {
+    "sending": lambda: _patched(node_copy, "_send_file", before=lambda *_: _die()),
+    "receiving": lambda: _patched(node_receive._Arriving, "take", after=lambda *_: _die()),
+    "verified": lambda: _patched(node_receive._Receiver, "_put", before=lambda *_: _die()),
+}
+
+
+def copy_and_die(root: str, nodes: str, phase: str, dying: int) -> str:
+    """Saves step 1, then step 2, while which is copied a rank is killed; the state of step 1."""
+    made = manager(root, nodes, 1, seconds=SECONDS)
+    made.save(1, {"tree": {"w": sharded(values(1))}})
+    made.wait_until_finished()
+    dist.barrier()
+    state = made.metadata(1).state
+    if dist.get_rank() == dying:
+        COPYING[phase]()
+    with contextlib.suppress(fc.CheckpointError):  # a later step of the save may notice the loss
+        made.save(2, {"tree": {"w": sharded(values(2))}})
+        made.close()
+    return state
+
+
+def resume_and_copy(root: str, nodes: str) -> tuple[list[int], int | None, bool, str]:
+    """The steps, the latest one, whether it is restored bit for bit, and its state once copied."""
+    with manager(root, nodes, 1) as made:
+        steps, latest = made.all_steps(), made.latest_step()
+        restored = made.restore_or({"tree": {"w": sharded(torch.zeros(64, 128))}})
+        found = restored["tree"]["w"].to_local()
+        is_same = torch.equal(found, sharded(values(latest or 0)).to_local())
+        made.wait_until_finished()
+        dist.barrier()
+        return steps, latest, is_same, made.metadata(latest or 0).state
 
 
 def resume(root: str, nodes: str) -> tuple[list[int], int | None, bool]:

@@ -53,6 +53,27 @@ def test_ranks_that_are_killed_leave_whole_steps(
         assert not list((tmp_path / node).glob("*tmp*")), path
 
 
+@pytest.mark.parametrize(
+    ("phase", "dying"),
+    [("receiving", 1), *([("verified", 1), ("sending", 0)] if IS_FULL else [])],
+)
+def test_a_step_whose_copy_was_interrupted_by_a_kill_is_copied_at_the_next_start(
+    tmp_path: Path, workers: Workers, phase: str, dying: int
+) -> None:
+    def files(node: str) -> set[str]:
+        return {path.name for path in (tmp_path / node / "2").rglob("*.safetensors")}
+
+    left = workers.outcomes(
+        2, node_jobs.copy_and_die, str(tmp_path), "ab", phase, dying, may_die=True
+    )
+    assert left[dying] is None and left[1 - dying] == "replicated"
+    assert len(files("b")) == 1  # its own
+    found = workers.run(2, node_jobs.resume_and_copy, str(tmp_path), "ab")
+    assert found == [([1, 2], 2, True, "replicated")] * 2
+    assert files("a") == files("b") and len(files("b")) == 2
+    assert not list(tmp_path.glob("*/.functional_ckpt/incoming/*"))
+
+
 def test_the_copy_for_a_signal_is_saved_on_all_nodes(tmp_path: Path, workers: Workers) -> None:
     found = workers.run(2, node_jobs.save_copy_for_signal, str(tmp_path), "ab")
     assert found[0] == found[1] and found[0][0] and found[0][1][0] == 3

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import disks
+import pytest
 import torch
 from thread_ranks import ThreadCoordinator, results, run_ranks
 
 import functional_ckpt as fc
+from functional_ckpt.steps import replication
 
 _NODES = "aab"
 
@@ -78,3 +82,53 @@ def test_a_wiped_node_has_all_again_once_the_run_continues(tmp_path: Path) -> No
     assert _files(tmp_path / "b" / "1") == whole
     shutil.rmtree(tmp_path / "a")  # now the other one
     assert results(run_ranks(len(_NODES), restart)) == [(True, "replicated")] * 3
+
+
+def test_a_really_full_disk_of_the_partner_holds_up_only_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replication, "_FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(replication, "_LAST_WAIT_SECONDS", 0.1)
+    mib = 2**18
+
+    def job(group: ThreadCoordinator) -> tuple[list[str], list[str]]:
+        def items(step: int, size: int) -> dict[str, Any]:
+            size = size if group.rank == 0 else 1000
+            return {"tree": {f"of{group.rank}": torch.full((size,), float(step))}}
+
+        kinds: list[str] = []
+        node = fc.NodeLocal(node="ab"[group.rank])
+        directory = tmp_path / "a" if group.rank == 0 else disk / "b"
+        states: list[str] = []
+        with fc.CheckpointManager(
+            directory,
+            node_local=node,
+            coordinator=group,
+            on_event=lambda event: kinds.append(f"{event.kind} {event.step}"),
+        ) as manager:
+            for step, size in ((1, 6 * mib), (2, mib)):
+                manager.save(step, items(step, size)).result()
+                manager.wait_until_finished()  # or until an attempt has failed
+            _wait_for_state(manager, 2, "replicated", 60.0)
+            group.gather_broadcast("all have waited", b"", b"".join)
+            states += [manager.metadata(step).state for step in (1, 2)]
+            group.gather_broadcast("all have looked", b"", b"".join)
+            if group.rank == 0:
+                disks.mount("-o", "remount,size=64m", str(disk))
+            _wait_for_state(manager, 1, "replicated", 60.0)
+            states.append(manager.metadata(1).state)
+        return kinds, states
+
+    with disks.small("tmpfs", tmp_path) as disk:
+        found = results(run_ranks(2, job))
+        assert [states for _, states in found] == 2 * [["committed", "replicated", "replicated"]]
+        kinds = [each for each in found[0][0] if "replicated" in each]
+        assert kinds == ["unreplicated 1", "replicated 2", "replicated 1"]
+        for step in "12":
+            assert _files(tmp_path / "a" / step) == _files(disk / "b" / step) != set()
+
+
+def _wait_for_state(manager: fc.CheckpointManager, step: int, state: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while manager.metadata(step).state != state and time.monotonic() < deadline:
+        time.sleep(0.01)
