@@ -304,7 +304,7 @@ class Replication:
             self._steps.emit("replicated", step, seconds=seconds, num_bytes=result.num_bytes)
         try:
             # Left by a kill: a node that lacks no file would keep it.
-            self._steps.storage.remove(self._place(commit).incoming)
+            self._steps.storage.remove(self._copied(commit).incoming)
             self._on_replicated(step)
         except errors.CheckpointError as error:
             _log.warning("%s: after step %d was replicated: %s", self._steps.root, step, error)
