@@ -94,7 +94,11 @@ def find_metric(text: str, names: Collection[str]) -> tuple[str, Mode | None]:
     name, mode = (text, None) if text in names else split_mode(text)
     if name not in names:
         known = ", ".join(sorted(names)) or "none"
-        raise errors.UsageError(f"No step has the metric {name!r}; they have: {known}.")
+        message = f"No step has the metric {name!r}; they have: {known}."
+        base, _, end = name.rpartition(":")
+        if base in names:
+            message += f" If {end!r} is the mode of {base!r}, expected min or max."
+        raise errors.UsageError(message)
     return name, mode
 
 

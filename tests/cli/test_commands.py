@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import functional_ckpt as fc
-from functional_ckpt import testing, verify
+from functional_ckpt import errors, testing, verify
 from functional_ckpt.cli import main, step_words, watch
 
 METRICS = ("loss", "accuracy", "grad_norm", "epoch", "lr", "tokens/s", "val/perplexity", "seconds")
@@ -159,11 +159,18 @@ def test_a_word_that_names_no_step_says_what_does(run: Path, call: Any, tmp_path
     assert (code, "has no step yet" in text) == (2, True)
 
 
+def test_without_a_command_the_help_is_printed(call: Any) -> None:
+    text, code = call()
+    assert code == 2 and all(name in text for name in ("usage: fckpt", "verify", "export"))
+
+
 def test_metrics_with_colons_in_their_names() -> None:
     metrics = {1: {"a:max": 1.0, "a": 2.0}, 2: {"a:max": 0.0, "a": 3.0}}
     assert step_words.find_metric("a:max", metrics[1]) == ("a:max", None)
     assert step_words.find_metric("a:min", metrics[1]) == ("a", "min")
     assert step_words.best_steps(metrics, {}, ["a:max:min"]) == {"a:max": ("min", 2)}
+    with pytest.raises(errors.UsageError, match="'lowest' is the mode of 'a', expected min or max"):
+        step_words.find_metric("a:lowest", metrics[1])
     assert step_words.best_steps(metrics, {"a": "max", "b": "max"}) == {"a": ("max", 2)}
 
 
