@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import datetime
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ class _Row:
 
     checkpoint: targets.Checkpoint
     info: StepInfo
+    state: str
     space: queries.Space
     items: Mapping[str, str]
     is_ours: bool
@@ -56,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         else [target]
     )
     known: set[object] = set()
-    found = [_row(each, late, known) for each in checkpoints]
+    states = target.states() if isinstance(target, targets.Root) else {}
+    found = [_row(each, late, known, states) for each in checkpoints]
     rows = [
         row for row in found if row is not None and queries.exists(storage, row.checkpoint.path)
     ]
@@ -66,10 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
     names = _shown_metrics(metrics, arguments.metrics)
     chosen = _sorted(rows, arguments)
     if arguments.json:
-        output.as_json(_record(target, chosen, best))
+        output.as_json(_record(target, chosen, best, states))
     else:
         wanted = _Columns(names, best, is_long=arguments.long, drops=arguments.metrics is None)
-        _print(target, rows, chosen, wanted)
+        _print(target, rows, chosen, wanted, states)
     return 0
 
 
@@ -97,7 +100,12 @@ def _sorted(rows: Sequence[_Row], arguments: argparse.Namespace) -> list[_Row]:
     return found[-arguments.last :] if arguments.last is not None else found
 
 
-def _row(checkpoint: targets.Checkpoint, late: LateMetrics, known: set[object]) -> _Row | None:
+def _row(
+    checkpoint: targets.Checkpoint,
+    late: LateMetrics,
+    known: set[object],
+    states: Mapping[str, str],
+) -> _Row | None:
     """None where the step was just removed."""
     storage = checkpoint.storage
     items: Mapping[str, str] = {}
@@ -117,6 +125,7 @@ def _row(checkpoint: targets.Checkpoint, late: LateMetrics, known: set[object]) 
     return _Row(
         checkpoint=checkpoint,
         info=info,
+        state=states.get(os.path.basename(checkpoint.path), ""),
         space=space,
         items=items,
         is_ours=is_ours,
@@ -128,6 +137,7 @@ def _record(
     target: targets.Root | targets.Checkpoint,
     rows: Sequence[_Row],
     best: Mapping[str, tuple[step_words.Mode, int]],
+    states: Mapping[str, str],
 ) -> dict[str, Any]:
     is_root = isinstance(target, targets.Root)
     abandoned = target.abandoned if isinstance(target, targets.Root) else frozenset[int]()
@@ -149,11 +159,22 @@ def _record(
                 "problem": row.problem,
             }
             | ({"abandoned": True} if row.info.step in abandoned else {})
+            | ({"state": row.state} if row.state else {})
             for row in rows
         ],
-        **({"parts": held} if is_root and (held := target.parts()) else {}),
+        **_parts(target, states),
         "unfinished": list(target.unfinished) if is_root else [],
     }
+
+
+def _parts(target: targets.Root | targets.Checkpoint, states: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the members that describe the parts of a node's directory, if there are any."""
+    held = target.parts() if isinstance(target, targets.Root) else {}
+    return (
+        {"parts": held, "states": {name: states.get(name, "committed") for name in held}}
+        if held
+        else {}
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -178,6 +199,7 @@ def _print(
     rows: Sequence[_Row],
     chosen: Sequence[_Row],
     columns: _Columns,
+    states: Mapping[str, str],
 ) -> None:
     from rich.text import Text
 
@@ -206,7 +228,9 @@ def _print(
             printer.print(output.styled(line, "red"))
     held = target.parts() if isinstance(target, targets.Root) else {}
     for name, what in target.strays.items() if isinstance(target, targets.Root) else ():
-        line = f"{name}: {held[name]}" if name in held else f"{name}: not a step ({what})"
+        line = f"{name}: not a step ({what})"
+        if name in held:
+            line = f"{name}: {states.get(name, 'committed')}, {held[name]}"
         printer.print(output.styled(line, "dim"))
     if held:
         printer.print(output.styled(f"{parts.ADVICE}.", "dim"))
@@ -250,13 +274,14 @@ def _table(
     now = datetime.datetime.now(datetime.UTC)
     is_long = columns.is_long or printer.console.width >= _WIDE
     times = ["saved"] if is_long else []
+    states = ["state"] if any(row.state for row in rows) else []
     has_shared = any(row.space.added_bytes < row.space.size_bytes for row in rows)
     adds = ["adds"] if has_shared else []
-    first = ["step", "", *times, "age", "size", *adds]
+    first = ["step", "", *states, *times, "age", "size", *adds]
     table = output.table(*first, *columns.metrics, *(["items"] if has_items else []))
     for column in (
         table.columns[0],
-        *table.columns[2 + len(times) : len(first) + len(columns.metrics)],
+        *table.columns[2 + len(states) + len(times) : len(first) + len(columns.metrics)],
     ):
         column.justify = "right"
     if has_items:
@@ -267,6 +292,7 @@ def _table(
         cells = [
             Text(step, "bold cyan"),
             _place(target, row.info.step),
+            *([Text(row.state)] if states else []),
             *([Text(output.clock(row.info.time))] if is_long else []),
             Text(output.age(row.info.time, now), "dim"),
             Text(output.size(row.space.size_bytes)),

@@ -141,6 +141,21 @@ class Root:
                     found[name] = f"{part}"
         return found
 
+    def states(self) -> dict[str, str]:
+        """Name -> `committed` or `replicated`, as its run has noted, of each step of a node."""
+        if self.storage.objects is not None or not parts.read_directory_id(self.storage, self.path):
+            return {}
+        found: dict[str, str] = {}
+        replicated = frozenset[str]()
+        with contextlib.suppress(errors.CorruptCheckpointError):
+            replicated = parts.read_replicated(self.storage, self.path)
+        for name in (*self.steps.values(), *self.strays):
+            with contextlib.suppress(errors.CorruptCheckpointError):
+                part = parts.read_part(self.storage, os.path.join(self.path, name))
+                if part is not None:
+                    found[name] = "replicated" if part.commit_id in replicated else "committed"
+        return found
+
 
 def metrics_of(infos: Iterable[StepInfo]) -> dict[int, dict[str, float]]:
     """Returns the finite metrics of steps."""

@@ -118,6 +118,10 @@ class Board(Protocol):
         """Writes a value unless there is one; returns the value that all ranks then find."""
         ...
 
+    def drop(self, key: str) -> None:
+        """Removes a value for which no rank asks any more, without waiting for it."""
+        ...
+
 
 @runtime_checkable
 class Coordinator(Protocol):
@@ -277,6 +281,10 @@ class MemoryBoard:
     def put_if_absent(self, key: str, value: bytes) -> bytes:
         """See `Board.put_if_absent`."""
         return self._values.setdefault(key, value)
+
+    def drop(self, key: str) -> None:
+        """See `Board.drop`."""
+        self._values.pop(key, None)
 
 
 class _EveryTurn:

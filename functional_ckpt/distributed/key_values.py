@@ -73,7 +73,10 @@ def wait_for(
 
 
 class StoreBoard:
-    """A `Board` over a store of the ranks. No value is ever deleted: a `get` would wait for it."""
+    """A `Board` over a store of the ranks.
+
+    A `get` would wait for a value that is dropped at that moment.
+    """
 
     def __init__(self, store: KeyValueStore, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
@@ -92,3 +95,7 @@ class StoreBoard:
     def put_if_absent(self, key: str, value: bytes) -> bytes:
         """See `Board.put_if_absent`."""
         return self._store.set_if_absent(key, value, self.timeout_seconds)
+
+    def drop(self, key: str) -> None:
+        """See `Board.drop`."""
+        self._store.delete_soon([key])

@@ -16,6 +16,8 @@ from functional_ckpt.storage.commit_base import HIDDEN
 
 DIRECTORY_FILE = "directory"
 """In the bookkeeping directory of a node's directory of steps: its id."""
+REPLICATED_FILE = "replicated.json"
+"""Beside it: the commit ids of the steps that were replicated when the head last noted them."""
 ADVICE = (
     "Open it with fc.CheckpointManager(..., node_local=fc.NodeLocal()) on all of these nodes, or "
     "read the step from another tier that has it"
@@ -54,6 +56,20 @@ def read_directory_id(storage: Storage, root: str) -> str:
     path = os.path.join(root, HIDDEN, DIRECTORY_FILE)
     data = queries.read_optional(storage, path)
     return "" if data is None else string(records.verify_checksum(data, path)["id"])
+
+
+def read_replicated(storage: Storage, root: str) -> frozenset[str]:
+    """Returns the commit ids of the steps in a node's directory that its run has replicated.
+
+    Raises:
+        CorruptCheckpointError: The file is damaged.
+    """
+    path = os.path.join(root, HIDDEN, REPLICATED_FILE)
+    data = queries.read_optional(storage, path)
+    if data is None:
+        return frozenset()
+    with records.parsing(path):
+        return frozenset(map(part.commit_id, records.verify_checksum(data, path)["commits"]))
 
 
 def read_part(storage: Storage, path: str) -> PartRecord | None:

@@ -36,6 +36,8 @@ from functional_ckpt.steps.run_steps import Steps
 from functional_ckpt.storage import commit, tmp_paths
 
 _COMMIT, _ABORT = b"commit", b"abort"
+_NUM_DECISIONS = 2
+"""How many decisions the ranks' board keeps."""
 _log = logging.getLogger("functional_ckpt")
 
 
@@ -105,6 +107,7 @@ class NodePublishing:
         self._has_pruning = has_pruning
         self._leftovers = Leftovers(steps)
         self._board: Board | None = None
+        self._decided: list[str] = []  # on the primary: the last commits whose decision is kept
         self._replaced: str | None = None
         # Step, commit id and path of each commit that another one has replaced.
         self._superseded: list[tuple[int, str, str]] = []
@@ -241,6 +244,7 @@ class NodePublishing:
                     if not turn.value:
                         raise
             decision = turn.outcome
+            self._drop_decisions(part.commit_id)
         except BaseException as error:  # noqa: BLE001 - raised unless the others have committed
             failure = error
             try:
@@ -275,6 +279,13 @@ class NodePublishing:
         commit.sync_tree(storage, tmp, [*message.files, *own])
         storage.sync(self._steps.root)  # the name of the vote must survive a power cut, too
         self._steps.commits.replace(os.path.join(tmp, PART_FILE), part.to_json())
+
+    def _drop_decisions(self, commit_id: str) -> None:
+        """Removes the decisions that no rank can ask for: all have voted on this later commit."""
+        if self._group.rank == 0 and self._board is not None:
+            self._decided.append(commit_id)
+            while len(self._decided) > _NUM_DECISIONS:
+                self._board.drop(self._decided.pop(0))
 
     def _decide(self, commit_id: str, value: bytes) -> bytes:
         """Sets the decision, unless there is one; returns the one that holds for all ranks."""

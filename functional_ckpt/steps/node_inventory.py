@@ -29,6 +29,7 @@ from functional_ckpt.core.records import records
 from functional_ckpt.core.tree.plain_json import integer, string
 from functional_ckpt.format.parts import (
     DIRECTORY_FILE,
+    REPLICATED_FILE,
     present_files,
     read_directory_id,
     read_part,
@@ -174,6 +175,11 @@ def retire(storage: Storage, root: str, commit_ids: Iterable[str]) -> None:
     new = tuple(each for each in dict.fromkeys(commit_ids) if each not in known)
     if new:
         _replace(storage, root, _RETIRED, {"retired": (known + new)[-_MAX_RETIRED:]})
+
+
+def write_replicated(storage: Storage, root: str, commit_ids: Iterable[str]) -> None:
+    """Notes which commits are replicated: commands show it, and no decision depends on it."""
+    _replace(storage, root, REPLICATED_FILE, {"commits": sorted(commit_ids)})
 
 
 def _read(storage: Storage, root: str, name: str) -> dict[str, Any] | None:

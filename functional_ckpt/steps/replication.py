@@ -7,6 +7,7 @@ file. A head without work exchanges nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -23,7 +24,7 @@ from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.distributed.coordinator import Coordinator, Link
 from functional_ckpt.distributed.peer_link import Pace
 from functional_ckpt.format.tuning import REFRESH_STEPS, SHARED_FROM_BYTES
-from functional_ckpt.steps import node_copy, node_receive
+from functional_ckpt.steps import node_copy, node_inventory, node_receive
 from functional_ckpt.steps.node_copy import CopiedStep, Outcome
 from functional_ckpt.steps.node_tier import NodeTier
 from functional_ckpt.steps.replication_queue import (
@@ -98,6 +99,7 @@ class Replication:
         kept = {each.record.commit_id for each in lacking}
         node_receive.clear_incoming(self._steps.storage, self._steps.root, kept)
         self._queue.backlog = [each.record.commit_id for each in reversed(lacking)]
+        self._note()
         lock = self._steps.lock
         token = None if lock is None else lock.enter()
 
@@ -305,9 +307,17 @@ class Replication:
         try:
             # Left by a kill: a node that lacks no file would keep it.
             self._steps.storage.remove(self._copied(commit).incoming)
+            self._note()
             self._on_replicated(step)
         except errors.CheckpointError as error:
             _log.warning("%s: after step %d was replicated: %s", self._steps.root, step, error)
+
+    def _note(self) -> None:
+        """Notes for `fckpt ls` which steps are replicated; nothing else depends on it."""
+        known = [each.record for each in list(self._commits.values())]
+        ids = [each.commit_id for each in known if self._tier.survives(each.step)]
+        with contextlib.suppress(errors.CheckpointError):
+            node_inventory.write_replicated(self._steps.storage, self._steps.root, ids)
 
     def _fail(self, commit: UsableCommit | None, why: str) -> float:
         """Logs a failed attempt; returns the seconds before the next one."""

@@ -95,7 +95,9 @@ def test_commands_name_the_part(tmp_path: Path, capsys: pytest.CaptureFixture[st
     text = "part 2 of 2 nodes: 1 file of a not here"
     assert main(["ls", str(root)]) == 0
     shown = capsys.readouterr().out
-    assert f"3: {text}" in shown and "node_local=fc.NodeLocal()" in " ".join(shown.split())
+    assert f"3: committed, {text}" in shown and "node_local=fc.NodeLocal()" in " ".join(
+        shown.split()
+    )
     assert main(["ls", "--json", str(root)]) == 0
     assert json.loads(capsys.readouterr().out)["parts"] == {"3": text}
     assert main(["show", str(root), "3"]) == 0

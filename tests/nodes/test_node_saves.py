@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fake_bucket import FakeBucket
-from thread_ranks import ThreadCoordinator, results, run_ranks
+from thread_ranks import MemoryStore, ThreadCoordinator, results, run_ranks
 
 import functional_ckpt as fc
 from functional_ckpt import errors
@@ -441,3 +441,21 @@ def test_a_save_counts_as_later_than_those_of_the_run_before(tmp_path: Path) -> 
     record = read_part(_DISK, str(tmp_path / "a" / "2"))
     assert record is not None
     assert (record.generation, record.serial) == (0, 3)
+
+
+def test_the_store_of_the_ranks_keeps_few_decisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores: list[MemoryStore] = []
+    make = MemoryStore.__init__
+
+    def made(store: MemoryStore) -> None:
+        make(store)
+        stores.append(store)
+
+    monkeypatch.setattr(MemoryStore, "__init__", made)
+    save(tmp_path, 1, 2, 3, 4, 5)
+    (store,) = stores
+    kept = [key for key in store.values if "/board/commits/" in key]
+    last = [read_part(_DISK, str(tmp_path / "a" / str(step))) for step in (4, 5)]
+    assert [key.rpartition("/")[2] for key in kept] == [each.commit_id for each in last if each]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from thread_ranks import ThreadCoordinator, results, run_ranks
 
 import functional_ckpt as fc
+from functional_ckpt.cli.__main__ import main
 from functional_ckpt.steps import replication
 
 _NODES = "aab"
@@ -33,7 +35,9 @@ def _files(path: Path) -> set[str]:
     return {each.relative_to(path).as_posix() for each in path.rglob("*.safetensors")}
 
 
-def test_steps_are_replicated_and_older_ones_pruned_only_then(tmp_path: Path) -> None:
+def test_steps_are_replicated_and_older_ones_pruned_only_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def job(group: ThreadCoordinator) -> tuple[list[str], list[str], list[int]]:
         kinds: list[str] = []
 
@@ -60,6 +64,16 @@ def test_steps_are_replicated_and_older_ones_pruned_only_then(tmp_path: Path) ->
     # Step 1 not before step 2 is replicated; step 2 stays until the next commit.
     assert kinds.index("pruned 1") > kinds.index("replicated 2") and "pruned 2" not in kinds
     assert _files(tmp_path / "a" / "3") == _files(tmp_path / "b" / "3") != set()
+    for node in "ab":
+        assert main(["ls", "--json", str(tmp_path / node)]) == 0
+        listed = json.loads(capsys.readouterr().out)["steps"]
+        assert [(each["step"], each["state"]) for each in listed] == [
+            (2, "replicated"),
+            (3, "replicated"),
+        ]
+    assert main(["ls", str(tmp_path / "a")]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "latest" in line)
+    assert row.split()[:3] == ["3", "latest", "replicated"]
 
 
 def test_a_wiped_node_has_all_again_once_the_run_continues(tmp_path: Path) -> None:
