@@ -29,6 +29,7 @@ from functional_ckpt.distributed.peer_link import (
 from functional_ckpt.steps import node_inventory
 from functional_ckpt.storage import commit
 from functional_ckpt.storage.base import Storage
+from functional_ckpt.storage.local_files import read_into
 
 INCOMING = os.path.join(commit.HIDDEN, "incoming")
 DATA_TAG, ANSWERS_TAG = 0, 1
@@ -132,7 +133,7 @@ def _send(
             if not _is_more_wanted(link, rank):
                 break
         file = copied.record.files[name]
-        _send_file(link, rank, os.path.join(copied.path, name), file, copied, before, outcome)
+        _send_file(link, rank, os.path.join(copied.path, name), file, before, outcome)
         outcome.num_bytes += file.size_bytes
         num_sent += 1
     for _ in range(num_sent - num_answers):
@@ -150,18 +151,16 @@ def _send_file(
     rank: int,
     path: str,
     file: FileRecord,
-    copied: CopiedStep,
     before: Callable[[int], None],
     outcome: Outcome,
 ) -> None:
     def fill(piece: memoryview, offset: int) -> None:
         try:
-            data = copied.storage.read(path, offset, len(piece))
+            count = read_into(path, piece, offset)
         except errors.CheckpointError as error:  # the receiver finds that its digest is wrong
             outcome.fail(error)
-            data = b""
-        piece[: len(data)] = data
-        piece[len(data) :] = bytes(len(piece) - len(data))
+            count = 0
+        piece[count:] = bytes(len(piece) - count)
 
     send_stream(link, rank, file.size_bytes, fill, tag=DATA_TAG, before=before)
 

@@ -99,6 +99,22 @@ def read_regular(path: str, *, follow: bool = False) -> bytes:
             os.close(descriptor)
 
 
+def read_into(path: str, buffer: memoryview, offset: int) -> int:
+    """Reads from a regular file into memory; returns how many bytes there were.
+
+    See `open_regular` for refusals.
+    """
+    descriptor, _ = open_regular(path)
+    with clear_errors("read", path):
+        try:
+            done = 0
+            while count := os.preadv(descriptor, [buffer[done:]], offset + done):
+                done += count
+            return done
+        finally:
+            os.close(descriptor)
+
+
 def _has_hole(descriptor: int, size_bytes: int) -> bool:
     with contextlib.suppress(OSError):  # not every file system reports holes
         return os.lseek(descriptor, 0, os.SEEK_HOLE) < size_bytes
