@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import uuid
-from collections.abc import Callable, Collection, Iterable, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
 from functional_ckpt import errors
@@ -27,7 +27,13 @@ _log = logging.getLogger("functional_ckpt")
 
 
 class FirstTier(Protocol):
-    """The directories of a first tier. A *head* is a rank that alone changes its directory."""
+    """The directories of a first tier. A *head* is a rank that alone changes its directory.
+
+    Attributes:
+        on_replicated: Called, on the primary, with each step that other nodes have copied.
+    """
+
+    on_replicated: Callable[[int], None]
 
     @property
     def nodes(self) -> Nodes | None:
@@ -71,6 +77,13 @@ class FirstTier(Protocol):
         """Returns whether other nodes hold verified copies of a step."""
         ...
 
+    def ranks_with(self, step: int, /) -> Mapping[str, tuple[int, ...]] | None:
+        """Returns the heads that hold each data file of a step; None if they share all files.
+
+        All heads with a part of the step have its other files.
+        """
+        ...
+
     def held_back(self, infos: Iterable[StepInfo]) -> Set[int]:
         """Returns the steps that no policy may remove yet."""
         ...
@@ -87,6 +100,7 @@ class SharedTier:
 
     def __init__(self, group: Coordinator) -> None:
         self._group = group
+        self.on_replicated: Callable[[int], None] = lambda _: None
 
     @property
     def is_head(self) -> bool:
@@ -143,6 +157,10 @@ class SharedTier:
         """Returns False: there is one directory."""
         del step
         return False
+
+    def ranks_with(self, step: int, /) -> None:
+        """Returns None: the ranks share one directory."""
+        del step
 
     def held_back(self, infos: Iterable[StepInfo]) -> Set[int]:
         """Returns nothing."""

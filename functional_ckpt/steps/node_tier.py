@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 
 from functional_ckpt import errors
-from functional_ckpt.core.nodes import rules
+from functional_ckpt.core.nodes import copies, rules
 from functional_ckpt.core.nodes.part import PART_FILE, PartRecord
 from functional_ckpt.core.nodes.rules import Decision, HeldPart, Move, UsableCommit
 from functional_ckpt.distributed import large, same_options
@@ -49,6 +49,7 @@ class NodeTier:
             committed is held by the nodes that wrote it.
         is_replicated: Whether a step survives the loss of `option.replicas` nodes.
         on_committed: Called with each step that this run has committed.
+        on_replicated: See `FirstTier`.
         renaming: Held while a part, or a file in one, gets its name.
     """
 
@@ -59,6 +60,7 @@ class NodeTier:
         self.commits: dict[int, UsableCommit] = {}
         self.is_replicated: Callable[[int], bool] = self.survives
         self.on_committed: Callable[[int], None] = lambda _: None
+        self.on_replicated: Callable[[int], None] = lambda _: None
         self.renaming = threading.Lock()
         self._group = group
         self._nodes: Nodes | None = None
@@ -343,6 +345,12 @@ class NodeTier:
             self.option.replicas,
             num_nodes=len(self.nodes.order),
         )
+
+    def ranks_with(self, step: int) -> Mapping[str, tuple[int, ...]]:
+        """See `FirstTier.ranks_with`."""
+        found = self.commits.get(step)
+        ranks = dict(zip(self.nodes.order, self.nodes.heads, strict=True))
+        return {} if found is None else copies.senders(found.record, found.holders, ranks)
 
     def forget(self, steps: Collection[int]) -> None:
         """See `FirstTier.forget`."""

@@ -366,6 +366,7 @@ def start_replication(
     def tell(step: int) -> None:
         if board is not None:
             board.put(tier.commits[step].record.commit_id, b"replicated")
+            tier.on_replicated(step)
 
     def is_told(step: int) -> bool:
         found = tier.commits.get(step)

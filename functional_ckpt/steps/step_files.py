@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 
+from functional_ckpt import errors
+from functional_ckpt.core.nodes.part import PART_FILE
 from functional_ckpt.core.records import records
 from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Storage
+
+_log = logging.getLogger("functional_ckpt")
 
 
 def files_of(storage: Storage, path: str) -> tuple[dict[str, records.FileRecord], str]:
     """Returns a checkpoint's files by its own records, and the identity of its commit.
 
     A listing is not sufficient: a missed file would be missing in the copy. Files without a
-    record, such as those of a foreign step, are described from their content.
+    record, such as those of a foreign step, are described from their content. The part record of a
+    node is left out: a copy has the files of all nodes.
     """
     found = recorded_files(storage, path)
     own = found.get(records.EXTENSION_FILE)
     for name in storage.walk(path):
         file = os.path.join(path, name)
-        if name not in found and queries.kind(storage, file) == "a file":
+        if name != PART_FILE and name not in found and queries.kind(storage, file) == "a file":
             found[name] = storage.checksum(file)
     return found, _digest_of(found) if own is None else own.xxh3
 
@@ -41,6 +47,15 @@ def recorded_files(storage: Storage, path: str) -> dict[str, records.FileRecord]
             files = records.parse_item(storage.read(file), file).files
             found |= {f"{item}/{name}": each for name, each in files.items()}
     return found
+
+
+def holds_file(storage: Storage, path: str, expected: records.FileRecord) -> bool:
+    """Returns whether a file is there as it was recorded; False if it cannot be read, too."""
+    try:
+        return queries.exists(storage, path) and storage.checksum(path) == expected
+    except errors.CheckpointError as error:
+        _log.warning("%s cannot be read: %s", path, error)
+        return False
 
 
 def record_digest(storage: Storage, path: str) -> str | None:

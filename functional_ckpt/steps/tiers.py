@@ -120,7 +120,10 @@ def open_tiers(
     shares: list[Shares] = []
     if is_writer and len(ranks) > 1:
         board = coordinator.board(_BOARD)
-        shares = [Shares(board, n, ranks[1:], each.check_lock) for n, each in enumerate(remote)]
+        held = local.first.ranks_with
+        shares = [
+            Shares(board, n, ranks[1:], each.check_lock, held) for n, each in enumerate(remote)
+        ]
     uploads = None
     if is_writer:
         uploads = Uploads(local, remote, overwrite=overwrite, owner=owner, shares=shares)

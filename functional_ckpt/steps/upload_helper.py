@@ -14,6 +14,7 @@ from functional_ckpt import errors
 from functional_ckpt.distributed.coordinator import Board
 from functional_ckpt.runtime.threads import run_in_threads
 from functional_ckpt.steps.remote_tier import RemoteTier
+from functional_ckpt.steps.step_files import holds_file
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.steps.upload_shares import (
     BEAT_SECONDS,
@@ -110,11 +111,11 @@ class UploadHelper:
             def send(name: str) -> None:
                 permit.renew_if_stale()
                 path, copy = os.path.join(source, name), os.path.join(target, name)
-                if self._local.storage.checksum(path) == share.files[name]:
+                if holds_file(self._local.storage, path, share.files[name]):
                     remote.storage.put_file(path, copy)
                     remote.storage.sync(copy)
                     sent.add(share.files[name].size_bytes)
-                # Else the primary finds the file missing, and reports the damage.
+                # Else the primary finds the file missing: another node has it, or it is damaged.
 
             run_in_threads([functools.partial(send, name) for name in share.files], NUM_FILES)
         except Exception as error:  # noqa: BLE001 - reported to the primary, which sends the rest

@@ -37,6 +37,7 @@ class UploadQueue:
         locks: The locks of the tiers that were opened.
         deleted: Steps that the user deletes.
         refused: By tier: promised steps that cannot be uploaded while this process lives.
+        waiting: By tier: promised steps with a file that no node can send; see `retry`.
     """
 
     def __init__(self, book: Promises, roots: Iterable[str], local_lock: WriterLock | None) -> None:
@@ -45,6 +46,7 @@ class UploadQueue:
         self.locks: list[WriterLock] = []
         self.deleted: set[int] = set()
         self.refused: dict[str, set[int]] = {root: set() for root in roots}
+        self.waiting: dict[str, set[int]] = {root: set() for root in self.refused}
         self._local_lock = local_lock
         self._token = None if local_lock is None else local_lock.enter()
         self._unopened = set(self.refused)
@@ -96,8 +98,16 @@ class UploadQueue:
     def next(self, root: str, *, but: int | None = None) -> int | None:
         """Returns the oldest promised step that can be uploaded, apart from one."""
         with self.mutex:
-            steps, refused = self.book.promised[root], self.refused[root]
-            return next((step for step in steps if step not in refused and step != but), None)
+            skipped = self.refused[root] | self.waiting[root]
+            steps = self.book.promised[root]
+            return next((step for step in steps if step not in skipped and step != but), None)
+
+    def retry(self, _: int = 0) -> None:
+        """Tries steps again that no node could send: other files may be on the nodes now."""
+        with self.mutex:
+            for steps in self.waiting.values():
+                steps.clear()
+            self.mutex.notify_all()
 
     def sleep(self, seconds: float) -> None:
         """Waits before the next attempt, or until the run ends."""

@@ -6,7 +6,8 @@ The first rank of each node uploads the node's share (`upload_helper`). The rank
     <tier>/task/<rank>     the share of a rank, or that there is none
     <tier>/state/<rank>    its progress, which changes while the rank is alive
 
-The primary takes a rank that is silent for dead, and uploads the rest of its share. A rank that was
+The primary takes a rank that is silent for dead, and uploads the rest of its share, or deals it out
+to the nodes that hold a copy where each has files of its own (`NodeLocal`). A rank that was
 only suspended, and one whose primary is silent, send nothing more. A request that is under way then
 does no harm: the content of a file is the same, whichever node sends it.
 """
@@ -20,11 +21,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from functional_ckpt import errors
-from functional_ckpt.core.files.dealing import deal
+from functional_ckpt.core.files.dealing import deal_to_holders
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.distributed.coordinator import Board
 
@@ -119,46 +120,78 @@ class Shares:
         tier: The ordinal number of the tier.
         ranks: The first rank of each other node.
         check: Raises if the lock of the tier was lost.
+        held: See `FirstTier.ranks_with`.
     """
 
     def __init__(
-        self, board: Board, tier: int, ranks: Sequence[int], check: Callable[[], None]
+        self,
+        board: Board,
+        tier: int,
+        ranks: Sequence[int],
+        check: Callable[[], None],
+        held: Callable[[int], Mapping[str, Sequence[int]] | None],
     ) -> None:
         self._board = board
         self._tier = tier
         self._check = check
+        self._held = held
         self._ranks = tuple(ranks)
         self._number = 0
         self._num_beats = 0
         self._dealt: dict[int, Share] = {}
         self._silent: dict[int, bytes | None] = {}
 
+    def is_apart(self, step: int) -> bool:
+        """Returns whether each node has files of its own, and no node need have all of a step."""
+        return self._held(step) is not None
+
+    def senders(self, step: int, files: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Returns the ranks that can send each file of a step.
+
+        Where each node has files of its own, its indexes and records are sent by the primary.
+        """
+        held = self._held(step)
+        if held is None:
+            return dict.fromkeys(files, (0, *self._ranks))
+        return {name: tuple(held.get(name, (0,))) for name in files}
+
     @contextlib.contextmanager
     def dealt(
-        self, source: str, target: str, files: Mapping[str, FileRecord]
-    ) -> Generator[list[str]]:
-        """Deals out files; yields those that the primary uploads itself.
+        self,
+        source: str,
+        target: str,
+        files: Mapping[str, FileRecord],
+        senders: Mapping[str, Sequence[int]],
+    ) -> Generator[Mapping[int, Sequence[str]]]:
+        """Deals out files; yields the share of each rank. That of rank 0 is the primary's own.
+
+        A file that only silent ranks can send is in no share.
 
         Args:
             source: The step's directory in the first tier.
             target: The directory to which the files are copied.
             files: The files, relative to both.
+            senders: The ranks that can send each file.
         """
         try:
-            own = self._deal(os.path.basename(source), os.path.basename(target), files)
+            dealt = self._deal(os.path.basename(source), os.path.basename(target), files, senders)
             with self.beating() if self._dealt else contextlib.nullcontext():
-                yield own
+                yield dealt
         finally:
             for rank in self._dealt:
                 self._give(rank, Share(number=self._number))
             self._dealt = {}
 
-    def wait(self, on_sent: Callable[[int], None]) -> None:
+    def wait(self, on_sent: Callable[[int], None]) -> list[str]:
         """Returns once no other node sends files of the upload.
 
         Args:
             on_sent: Called with numbers of bytes that other nodes have sent.
+
+        Returns:
+            The errors of other nodes, which may succeed if they try again.
         """
+        failures: list[str] = []
         sent = dict.fromkeys(self._dealt, 0)
         seen: dict[int, tuple[bytes | None, float]] = {}
         while sent:
@@ -170,9 +203,7 @@ class Shares:
                 elif time.monotonic() - since >= SILENT_SECONDS:
                     self._silent[rank] = data
                     del sent[rank]
-                    _log.warning(
-                        "rank %d does not answer: its files are uploaded by the primary", rank
-                    )
+                    _log.warning("rank %d does not answer: another node uploads its files", rank)
                 state = None if data is None else State.parse(data)
                 if rank not in sent or state is None or state.number != self._number:
                     continue
@@ -181,13 +212,13 @@ class Shares:
                 if state.is_over:
                     del sent[rank]
                     if state.error:
+                        failures.append(f"rank {rank}: {state.error}")
                         _log.warning(
-                            "rank %d failed, its files are uploaded by the primary: %s",
-                            rank,
-                            state.error,
+                            "rank %d failed, another node uploads its files: %s", rank, state.error
                         )
             if sent:
                 time.sleep(_LOOK_SECONDS)
+        return failures
 
     @contextlib.contextmanager
     def beating(self) -> Generator[None]:
@@ -205,27 +236,37 @@ class Shares:
         for rank in self._ranks:
             self._give(rank, Share(number=self._number, is_last=True))
 
-    def _deal(self, source: str, target: str, files: Mapping[str, FileRecord]) -> list[str]:
-        """Gives the other nodes their shares; returns the primary's own."""
+    def _deal(
+        self,
+        source: str,
+        target: str,
+        files: Mapping[str, FileRecord],
+        senders: Mapping[str, Sequence[int]],
+    ) -> dict[int, list[str]]:
+        """Gives the other nodes their shares; returns the share of each rank."""
         sizes = {name: file.size_bytes for name, file in files.items()}
-        ranks = [rank for rank in self._ranks if not self._is_silent(rank)]
-        if not ranks or sum(sizes.values()) < _MIN_BYTES:
-            return list(files)
-        own, *others = deal(sizes, 1 + len(ranks))
+        silent = {rank for rank in self._ranks if self._is_silent(rank)}
+        chosen = {name: [r for r in senders[name] if r not in silent] for name in files}
+        if sum(sizes.values()) < _MIN_BYTES:
+            chosen = {name: [0] if 0 in ranks else ranks for name, ranks in chosen.items()}
+        shares = deal_to_holders(sizes, chosen)
+        if not shares.keys() - {0}:
+            return shares
         self._number += 1
         self._beat()
-        for rank, names in zip(ranks, others, strict=True):
+        for rank in [rank for rank in shares if rank]:
             share = Share(
                 number=self._number,
                 source=source,
                 target=target,
-                files={name: files[name] for name in names},
+                files={name: files[name] for name in shares[rank]},
             )
-            if names and self._give(rank, share):
+            if self._give(rank, share):
                 self._dealt[rank] = share
             else:
-                own += names
-        return own
+                names = shares.pop(rank)
+                shares.setdefault(0, []).extend(name for name in names if 0 in senders[name])
+        return shares
 
     def _is_silent(self, rank: int) -> bool:
         """Returns whether a rank that was silent still is."""

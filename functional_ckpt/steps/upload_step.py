@@ -7,6 +7,7 @@ that it has already.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,8 +24,13 @@ from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Stat
 from functional_ckpt.storage.commit_base import NOTE
 
+_log = logging.getLogger("functional_ckpt")
 # Data files of one save: with its token, or, in version 1, with a random name.
 _UNIQUE_NAME = re.compile(r"-[0-9a-f]{12}\.[a-z]+$|(?:^|/)d/[0-9a-f]{32}$")
+
+
+class NotHeldError(Exception):
+    """No node can send a file of a step now."""
 
 
 class Upload:
@@ -68,6 +74,7 @@ class Upload:
         Raises:
             StorageError: A store refused, or could not be reached.
             CorruptCheckpointError: The step in the first tier is damaged.
+            NotHeldError: Each node has files of its own, and none that answers holds one of them.
             StepExistsError: The tier holds another commit of the step, and may not lose it.
         """
         self._commits.finish_overwrite()
@@ -123,18 +130,23 @@ class Upload:
         sent: Tally,
     ) -> None:
         """Sends files together with other nodes, and those that the others have not sent."""
-
-        def send_from_here(names: Iterable[str]) -> None:
-            run_in_threads([functools.partial(send, name) for name in names], NUM_FILES)
-
         if self._shares is None:
-            send_from_here(files)
+            _send_from_here(send, files)
             return
-        with self._shares.dealt(self._source, place, files) as own:
-            send_from_here(own)
-            self._shares.wait(sent.add)
-        if dealt := {name: file for name, file in files.items() if name not in own}:
-            send_from_here(self._missing(place, dealt))
+        shares, left, failures = self._shares, files, list[str]()
+        is_apart = shares.is_apart(self._step)
+        senders = shares.senders(self._step, files)
+        while left:
+            with shares.dealt(self._source, place, left, senders) as dealt:
+                own = dealt.get(0, ())
+                _send_from_here(functools.partial(self._try, send) if is_apart else send, own)
+                failures += shares.wait(sent.add)
+            tried = {name: rank for rank, names in dealt.items() for name in names}
+            senders = {name: _others(senders[name], tried.get(name)) for name in left}
+            lacking = {n: file for n, file in left.items() if is_apart or tried.get(n) != 0}
+            missing = self._missing(place, lacking) if lacking else ()
+            left = {name: files[name] for name in missing}
+            self._check_senders(left, senders, failures)
 
     def _is_resumed(self, place: str, name: str, file: records.FileRecord) -> bool:
         """Returns whether a file of the right size is the one of an earlier attempt.
@@ -171,6 +183,32 @@ class Upload:
             )
         self._remote.put_file(source, os.path.join(place, name))
 
+    def _try(self, send: Callable[[str], None], name: str) -> None:
+        """Sends a file if it is here, undamaged; else another node may have it."""
+        try:
+            send(name)
+        except errors.CorruptCheckpointError as error:
+            _log.warning("%s; looking for a copy on another node", error.message)
+
+    def _check_senders(
+        self,
+        left: Mapping[str, records.FileRecord],
+        senders: Mapping[str, Sequence[int]],
+        failures: Sequence[str],
+    ) -> None:
+        """Raises if there are files that no other rank can send."""
+        lost = [name for name in left if not senders[name]]
+        if lost and failures:
+            raise errors.StorageError(
+                f"{self._final}: {len(lost)} files were not sent: {'; '.join(failures)}",
+                path=self._final,
+            )
+        if lost:
+            raise NotHeldError(
+                f"no node that answers holds {lost[0]}"
+                + (f" and {len(lost) - 1} more files" if len(lost) > 1 else "")
+            )
+
     def _check_arrived(
         self, place: str, files: Mapping[str, records.FileRecord], identity: str
     ) -> Mapping[str, Stat]:
@@ -199,3 +237,18 @@ class Upload:
                 path=self._final,
             )
         return arrived
+
+
+def _send_from_here(send: Callable[[str], None], names: Iterable[str]) -> None:
+    run_in_threads([functools.partial(send, name) for name in names], NUM_FILES)
+
+
+def _others(ranks: Sequence[int], tried: int | None) -> tuple[int, ...]:
+    """Returns which ranks may send a file that one has not sent; the primary if it can.
+
+    None of them if no share had the file: no rank that can send it answers.
+    """
+    if tried is None:
+        return ()
+    left = tuple(rank for rank in ranks if rank != tried)
+    return (0,) if 0 in left else left

@@ -21,7 +21,7 @@ from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.steps.upload_choice import UploadChoice
 from functional_ckpt.steps.upload_queue import UploadQueue
 from functional_ckpt.steps.upload_shares import Shares
-from functional_ckpt.steps.upload_step import Upload
+from functional_ckpt.steps.upload_step import NotHeldError, Upload
 from functional_ckpt.steps.upload_unchanged import Arrived, newest
 
 _FIRST_WAIT_SECONDS, _LAST_WAIT_SECONDS = 1.0, 60.0
@@ -51,6 +51,7 @@ class UploadWorker:
         self._is_settled = True
         self._settled_at = time.monotonic()
         self._arrived: Arrived | None = None
+        self._deferred: set[tuple[int, datetime.datetime | None]] = set()
 
     def start(self) -> None:
         """Starts the thread."""
@@ -76,6 +77,11 @@ class UploadWorker:
             is_due = is_last or time.monotonic() >= self._settled_at + _SETTLE_SECONDS
             if is_due:
                 self._prune(steps, step)
+        except NotHeldError as error:
+            self._settle()
+            if step is not None:
+                self._defer(step, commit_time, error)
+            return 0.0
         except Exception as error:  # noqa: BLE001 - a warning, or raised when it is too late
             self._late_since = self._late_since or time.monotonic()
             self._settle()
@@ -134,6 +140,24 @@ class UploadWorker:
             text = f"A step was copied, but a later action failed: {error}"
             self._queue.report(errors.SaveError(text, path=root), error)
 
+    def _defer(self, step: int, commit_time: datetime.datetime | None, error: NotHeldError) -> None:
+        """Lets a step wait: it stays promised, so that no node removes its files."""
+        root, queue = self._tier.root, self._queue
+        with queue.mutex:
+            if self._commit_time(step) != commit_time:
+                return  # it was overwritten
+            queue.waiting[root].add(step)
+            queue.mutex.notify_all()
+        if (step, commit_time) not in self._deferred:
+            self._deferred.add((step, commit_time))
+            _log.warning(
+                "Upload of step %d to %s waits: %s. It is tried again after each save and copy, "
+                "and when the manager is next opened.",
+                step,
+                root,
+                error,
+            )
+
     def _fail(self, step: int | None, error: Exception, late_seconds: float) -> None:
         root, queue, limit = self._tier.root, self._queue, self._tier.max_delay_seconds
         if isinstance(error, errors.ClosedError):
@@ -159,6 +183,8 @@ class UploadWorker:
         local, queue = self._local, self._queue
         source = local.path(step)
         if not local.commits.is_committed(source):
+            if self._shares is not None and self._shares.is_apart(step) and local.info(step):
+                raise NotHeldError("the primary's node has no part of it")
             return  # the user has deleted it
         remote.check_lock()
         final = os.path.join(remote.root, os.path.basename(source))

@@ -62,6 +62,7 @@ class Uploads:
             for tier, own in itertools.zip_longest(tiers, shares)
         ]
         self._alone = threading.Lock()
+        local.first.on_replicated = self._queue.retry
         weakref.finalize(owner, self._queue.abandon).atexit = False
 
     def begin(self) -> None:
@@ -111,7 +112,7 @@ class Uploads:
         with self._queue.mutex:
             self._choice.committed(info)
             self._choice.write()
-            self._queue.mutex.notify_all()
+            self._queue.retry()  # all nodes have taken part in the commit
 
     def recorded(self) -> None:
         """Promises metrics that were recorded, by any process, to the tiers that hold the steps."""

@@ -71,7 +71,7 @@ class _Nodes:
     def upload(self, check: Callable[[], None] = lambda: None) -> int:
         """Uploads the step on the primary; returns the number of bytes of both nodes."""
         source, final = str(self.near / "3"), str(self.far / "3")
-        shares = Shares(self.board, 0, (1,), check)
+        shares = Shares(self.board, 0, (1,), check, lambda _: None)
         remote = _steps(self.far, self.storages[0])
         local = _steps(self.near, LocalStorage())
         num_bytes = Upload(local, remote, source, final, 3, may_replace=False, shares=shares).run()
@@ -179,15 +179,16 @@ def test_a_node_whose_primary_is_silent_sends_nothing_more(
         resumed.wait(20)
 
     nodes.storages[1].before = suspend
-    shares = Shares(nodes.board, 0, (1,), _lost)
+    shares = Shares(nodes.board, 0, (1,), _lost, lambda _: None)
     source, final = str(nodes.near / "3"), str(nodes.far / "3")
     files, _ = files_of(LocalStorage(), source)
-    with shares.dealt(source, f"{final}.tmp", files) as own:
+    senders = shares.senders(3, files)
+    with shares.dealt(source, f"{final}.tmp", files, senders) as dealt:
         assert started.wait(60)
         time.sleep(0.5)
         resumed.set()
         shares.wait(lambda _: None)
-    dealt_bytes = sum(file.size_bytes for name, file in files.items() if name not in own)
+    dealt_bytes = sum(files[name].size_bytes for name in dealt[1])
     assert nodes.storages[1].num_bytes < 0.7 * dealt_bytes
 
 

@@ -81,3 +81,23 @@ def held_after(
             if name not in missing.get(copy.target, ()) and order[copy.target] not in held[name]:
                 held[name].append(order[copy.target])
     return {name: tuple(nodes) for name, nodes in held.items()}
+
+
+def senders(
+    record: PartRecord, holders: Mapping[str, Collection[str]], ranks: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the ranks that can send each data file of a step; first that of its owner.
+
+    Args:
+        record: The step's part record.
+        holders: For each data file, the nodes that hold it.
+        ranks: For each node of this run, the rank that sends its files.
+    """
+    return {
+        name: tuple(
+            ranks[node]
+            for node in sorted(holders.get(name, ()), key=lambda node: node != record.owner(name))
+            if node in ranks
+        )
+        for name in record.files
+    }
