@@ -24,6 +24,7 @@ from functional_ckpt.saving.node_publishing import NodePublishing
 from functional_ckpt.saving.options import SaveOptions
 from functional_ckpt.saving.publishing import SharedPublishing
 from functional_ckpt.steps import acquire, names, orbax_adapters, template
+from functional_ckpt.steps.fetch_parts import fetch_for_primary
 from functional_ckpt.steps.first_tier import SharedTier
 from functional_ckpt.steps.metadata import StepMetadata, step_metadata
 from functional_ckpt.steps.names import check_step
@@ -214,6 +215,8 @@ def open_run(
         acquire.open_directory(steps, coordinator, alike, owner=owner)
         saving.start()
         run_on_all(coordinator, "looking into the directory", steps.reload)
+        if nodes is not None and known_tiers and not read_only:
+            fetch_for_primary(coordinator, nodes.nodes, steps, nodes.commits)
         uploads, helpers = open_tiers(
             steps,
             known_tiers,

@@ -18,6 +18,7 @@ import numpy as np
 from functional_ckpt import errors
 from functional_ckpt.core.nodes import part as part_lib
 from functional_ckpt.core.nodes.part import PART_FILE, PartRecord
+from functional_ckpt.core.nodes.rules import UsableCommit
 from functional_ckpt.core.records.file_list import relative
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Bytes, Coordinator
@@ -75,6 +76,18 @@ def fetch_parts(
         steps.index.forget(wanted)
         steps.reload_local()
     return sorted({name for name, _, _ in sent})
+
+
+def fetch_for_primary(
+    coordinator: Coordinator, nodes: Nodes, steps: TierSteps, commits: Mapping[int, UsableCommit]
+) -> None:
+    """Fetches the records of every step that the primary's node lacks: uploads need them there.
+
+    A collective, with the arguments of `fetch_parts`.
+    """
+    lacking = [step for step, each in sorted(commits.items()) if nodes.order[0] not in each.nodes]
+    if lacking:
+        fetch_parts(coordinator, nodes, steps, lacking)
 
 
 def _part(storage: Storage, path: str) -> PartRecord | None:

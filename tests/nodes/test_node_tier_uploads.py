@@ -26,6 +26,7 @@ from functional_ckpt.core.nodes.part import PART_FILE
 from functional_ckpt.steps import upload_helper, upload_shares
 from functional_ckpt.steps.upload_helper import UploadHelper
 from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.storage.object_store import ObjectStorage
 from functional_ckpt.storage.open import connect
 from functional_ckpt.verify import checkpoint
 
@@ -52,7 +53,7 @@ class _Sent:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> _Sent:
-    """What is copied to a directory."""
+    """The files that are copied to a directory."""
     found, put_file = _Sent(), LocalStorage.put_file
 
     def put(self: LocalStorage, source: str, path: str) -> None:
@@ -115,7 +116,7 @@ def _open(root: Path, nodes: str = "ab", **options: Any) -> list[str]:
 
 
 def _check(far: Path, step: int, value: float) -> None:
-    """A published step is an ordinary one: whole, undamaged, and readable by Orbax."""
+    """A published step is an ordinary one: complete, undamaged, and readable by Orbax."""
     path = far / str(step)
     assert not (path / PART_FILE).exists()
     assert checkpoint.verify_checkpoint(LocalStorage(), str(path), step) == []
@@ -245,7 +246,7 @@ def test_a_step_that_no_node_holds_waits_for_the_next_start(
     assert found == [("replicated", [3, 4, 5])] * 2  # 4 and 5 are in the tier
     assert caplog.text.count("Upload of step 3 to") == 1
     assert not (far / "3").exists()
-    for node in "ab":  # no node has removed what is still to be uploaded
+    for node in "ab":  # no node has removed files that are still to be uploaded
         assert (tmp_path / node / "3").exists() and not (tmp_path / node / "4").exists()
     damaged.write_bytes(whole)
     sent.sizes.clear()
@@ -277,11 +278,16 @@ def test_an_interrupted_upload_resumes_after_a_restart(tmp_path: Path, sent: _Se
     _check(far, 3, 1.0)
 
 
-def test_a_wiped_primary_uploads_what_it_has_back(tmp_path: Path, sent: _Sent) -> None:
+@pytest.mark.parametrize("nodes", ["ab", "dab"])
+def test_a_primary_without_a_part_uploads_what_others_hold(
+    nodes: str, tmp_path: Path, sent: _Sent
+) -> None:
+    """Its disk is new, or the node is, which replication gives no file."""
     far = tmp_path / "far"
     _save(tmp_path, 3, 1.0, replicas=1)
-    shutil.rmtree(tmp_path / "a")
-    _open(tmp_path, replicas=1, tiers=[far])
+    if nodes == "ab":
+        shutil.rmtree(tmp_path / "a")
+    assert _open(tmp_path, nodes, replicas=1, tiers=[far]) == ["uploaded"] * len(nodes)
     _check(far, 3, 1.0)
 
 
@@ -315,8 +321,17 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Generator[str]:
         yield f"s3://{name}"
 
 
-def test_nodes_upload_to_an_object_store(bucket: str, tmp_path: Path) -> None:
+def test_nodes_upload_to_an_object_store(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     far = f"{bucket}/run"
+    found, put_file = _Sent(), ObjectStorage.put_file
+
+    def put(self: ObjectStorage, source: str, path: str) -> None:
+        found.note(source)
+        put_file(self, source, path)
+
+    monkeypatch.setattr(ObjectStorage, "put_file", put)
 
     def job(manager: fc.CheckpointManager, group: ThreadCoordinator) -> list[str]:
         for step in (3, 4):
@@ -326,6 +341,9 @@ def test_nodes_upload_to_an_object_store(bucket: str, tmp_path: Path) -> None:
         return [manager.metadata(step).state for step in (3, 4)]
 
     assert _run(tmp_path, job, tiers=[far]) == [["uploaded", "uploaded"]] * 2
+    assert min(found.by(tmp_path, node) for node in "ab") > 3_000_000
+    frozen = [name for name in found.sizes if "/frozen/data" in name]
+    assert frozen and all("/3/" in name for name in frozen)  # the store has copied them
     storage, root = connect(far)
     for step in (3, 4):
         assert checkpoint.verify_checkpoint(storage, f"{root}/{step}", step) == []
