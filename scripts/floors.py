@@ -94,6 +94,7 @@ TORCH_FREE: tuple[str, ...] = (
     "core/tree/walk.py",
     "storage/*",
     "format/*",
+    "interop/hub_export.py",
     "interop/plain_files.py",
     "steps/names.py",
     "steps/history.py",

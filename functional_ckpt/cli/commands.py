@@ -224,7 +224,9 @@ def _add_conversions(add: _Add) -> None:
     )
     export = add("export", "Export a step in a foreign format", "runs/digits out --to hf")
     export.add_argument("checkpoint", help=_A_CHECKPOINT)
-    export.add_argument("destination", help="the file or directory to create; must not exist")
+    export.add_argument(
+        "destination", help="the file or directory to create (hf: also in S3); must not exist"
+    )
     export.add_argument("--to", required=True, choices=("safetensors", "torch", "hf", "dcp"))
     _add_choice(export)
     export.add_argument(

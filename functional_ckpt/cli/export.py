@@ -18,9 +18,10 @@ _HF_OPTIONS = ("max_shard_size", "like", "dtype", "variant", "config", "key_pref
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the selected items and prints a summary."""
-    from functional_ckpt.interop import atomic_output, native
+    from functional_ckpt.interop import atomic_output
 
-    atomic_output.check_destination(arguments.destination)
+    if arguments.to != "hf":  # which has stores as destinations too
+        atomic_output.check_destination(arguments.destination)
     checkpoint = targets.checkpoint_of(arguments.checkpoint, arguments.step, arguments.prefix)
     atomic_output.check_disjoint(checkpoint.path, arguments.destination)
     _check_options(arguments)
@@ -30,6 +31,8 @@ def run(arguments: argparse.Namespace) -> int:
         items = [_weights_item(arguments, opened)]
         _export_weights(arguments, opened, items[0])
     else:
+        from functional_ckpt.interop import native  # late: torch
+
         source = native.open_step(checkpoint.storage, checkpoint.path)
         items = list(arguments.item or source)
         _export_tree(arguments, source, items)
@@ -64,24 +67,22 @@ def _weights_item(arguments: argparse.Namespace, opened: checkpoint_dir.OpenChec
 def _export_weights(
     arguments: argparse.Namespace, opened: checkpoint_dir.OpenCheckpoint, item: str
 ) -> None:
-    import torch
-
     from functional_ckpt.interop import (
         atomic_output,
-        huggingface,
-        safetensors,
+        hub_export,
+        plain_files,
         stored_files,
         weights,
     )
 
     if arguments.to == "hf":
-        huggingface.export(
+        hub_export.export(
             opened.path,
             arguments.destination,
             item=item,
             max_shard_size=arguments.max_shard_size,
             like=arguments.like,
-            dtype=arguments.dtype and getattr(torch, arguments.dtype),
+            dtype=arguments.dtype,
             key_prefix=arguments.key_prefix or "",
             variant=arguments.variant,
             config=arguments.config,
@@ -89,13 +90,15 @@ def _export_weights(
         )
         return
     given = weights.of_step(opened, item)
-    safetensors.require(given.dtypes.items(), arguments.destination)
+    plain_files.require(given.dtypes.items(), arguments.destination)
     stored = stored_files.of_item(opened, item)
     with atomic_output.atomic_output(arguments.destination) as tmp:
         if stored is not None and stored.is_one_of(given.sizes):
             stored.copy(next(iter(stored.files)), tmp)
         else:
-            safetensors.write(given, given.sizes, tmp)
+            names = {name: name for name in given.sizes}
+            plain = plain_files.PlainFile(tmp, names, given.dtypes, given.shapes, given.tied)
+            plain_files.write_files(opened.path, item, [plain])
 
 
 def _export_tree(arguments: argparse.Namespace, source: Source, items: list[str]) -> None:

@@ -11,9 +11,8 @@ from typing import Any, cast
 
 import torch
 
-CONFIGS = ("config.json", "generation_config.json")
-RUNTIME = "runtime."
-"""Before the names of configuration files where the tensors are not those of the hub."""
+from functional_ckpt.core.files.hub_configs import CONFIGS, RUNTIME
+
 _log = logging.getLogger("functional_ckpt")
 
 
@@ -107,13 +106,6 @@ def names_on_hub(model: Any, tree: Mapping[str, Any]) -> Mapping[str, str] | Non
     if None in pairs or len(pairs) != len(made):
         return None
     return {name: stored for name, stored in pairs.items() if name is not None and name != stored}
-
-
-def with_dtype(text: str, dtype: str) -> str:
-    """Returns a configuration file with another dtype, where it has one."""
-    record = json.loads(text)
-    changed = {key: dtype for key in ("dtype", "torch_dtype") if key in record}
-    return json.dumps(record | changed, indent=2, sort_keys=True) + "\n" if changed else text
 
 
 def unwrapped(model: Any) -> Any:

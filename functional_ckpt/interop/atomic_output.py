@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Generator
 
 from functional_ckpt import errors
-from functional_ckpt.interop.source import match_files
+from functional_ckpt.interop.file_names import match_files
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.paths import is_remote, resolve, resolve_local

@@ -25,8 +25,9 @@ import torch
 
 from functional_ckpt import errors
 from functional_ckpt.interop import hostile, torch_save
+from functional_ckpt.interop.file_names import match_files
 from functional_ckpt.interop.pickles import plain
-from functional_ckpt.interop.source import Format, Source, match_files
+from functional_ckpt.interop.source import Format, Source
 
 _LATEST = ("latest", "latest_universal")
 _MODEL = re.compile(r"(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>[\d_]+)_model_states\.pt")

@@ -8,9 +8,8 @@ import multiprocessing
 from concurrent.futures.process import BrokenProcessPool
 
 from functional_ckpt import errors
-from functional_ckpt.core.tree.encode import torch_dtype
+from functional_ckpt.core.files.hub_configs import RUNTIME, with_dtype
 from functional_ckpt.format import checkpoint_dir
-from functional_ckpt.handlers.hub_config import RUNTIME, with_dtype
 from functional_ckpt.interop import hub_weights, plain_files, stored_files, weights
 from functional_ckpt.interop.hub_files import Output
 from functional_ckpt.interop.hub_options import Options
@@ -27,6 +26,7 @@ class Job:
         options: How its tensors are written.
         dtype: The dtype of floating-point tensors; None for that of each.
         num_writers: The number of processes.
+        takes_files: Whether data files of the step may be files of the output.
     """
 
     step: str
@@ -34,6 +34,7 @@ class Job:
     options: Options
     dtype: str | None
     num_writers: int
+    takes_files: bool = True
 
     def output(self) -> tuple[Output, dict[str, str]]:
         """Returns the files to write, and the step's own configuration files by name."""
@@ -43,12 +44,13 @@ class Job:
         texts = {name.removeprefix(RUNTIME): text for name, text in configs.items()}
         stored = stored_files.of_item(opened, self.item)
         is_copied = stored is not None and stored.is_on_hub and self.options.takes(stored)
+        is_copied = is_copied and self.takes_files
         if stored is None or not is_copied or self.dtype is not None:
             held = [] if stored is None else [n for names in stored.names.values() for n in names]
             given = hub_weights.of_config(given, texts.get("config.json"), held)
             stored = None
         if self.dtype is not None:
-            given = given.cast(torch_dtype(self.dtype))
+            given = given.cast(self.dtype)
             texts = {name: with_dtype(text, self.dtype) for name, text in texts.items()}
         return Output.of(given, self.options, stored, num_writers=self.num_writers), texts
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from functional_ckpt import errors
 from functional_ckpt.core.records.records import parse_object
-from functional_ckpt.interop import hostile
+from functional_ckpt.storage import local_files
 from functional_ckpt.storage.paths import resolve
 
 Config: TypeAlias = "Mapping[str, Any] | str | os.PathLike[str]"
@@ -35,4 +35,4 @@ def load_json(path: str) -> dict[str, Any]:
     """Returns the JSON object in a file."""
     if not os.path.exists(path):
         raise errors.StepNotFoundError(f"{path}: there is no such file.", path=path)
-    return parse_object(hostile.read_small(path), path)
+    return parse_object(local_files.read_regular(path, follow=True), path)

@@ -10,20 +10,20 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from functional_ckpt import errors
 from functional_ckpt.core.files.dealing import deal
 from functional_ckpt.core.files.safetensors_header import MAX_TENSORS
-from functional_ckpt.interop import safetensors
 from functional_ckpt.interop.hf_config import load_json
 from functional_ckpt.interop.hub_options import DEFAULT_SHARD_BYTES, Options
 from functional_ckpt.interop.plain_files import PlainFile
 from functional_ckpt.interop.stored_files import StoredFiles
 from functional_ckpt.interop.weights import Weights
 from functional_ckpt.storage.local import LocalStorage
+
+if TYPE_CHECKING:
+    import torch
 
 
 class OutputFile(NamedTuple):
@@ -142,8 +142,12 @@ class Output:
             self.stored.copy(file.source, path)
             return
         if self.options.format == "safetensors":
+            from functional_ckpt.interop import safetensors
+
             safetensors.write(given, file.names, path, prefix=prefix)
             return
+        import torch
+
         tensors = {prefix + name: _compact(each) for name, each in given.fetch(file.names).items()}
         aliases = {prefix + a: tensors[prefix + kept] for a, kept in self._aliases(file)}
         torch.save(tensors | aliases, path)
@@ -153,8 +157,13 @@ class Output:
 
     def write_index(self, directory: str) -> None:
         """Writes the file that names the file of each tensor, if there are several files."""
+        if (data := self.index_content()) is not None:
+            LocalStorage().write(os.path.join(directory, self.options.index), data)
+
+    def index_content(self) -> bytes | None:
+        """Returns the content of that file; None if there is one file."""
         if len(self.files) < 2:
-            return
+            return None
         placed: dict[str, str] = {}
         for file in self.files:
             names = list(file.names)
@@ -165,8 +174,7 @@ class Output:
             "metadata": {"total_size": sum(self.given.sizes.values())},
             "weight_map": dict(sorted(placed.items())),
         }
-        text = json.dumps(index, indent=2) + "\n"
-        LocalStorage().write(os.path.join(directory, self.options.index), text.encode())
+        return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def _cut(sizes: Mapping[str, int], options: Options, num_writers: int) -> dict[str, list[str]]:

@@ -22,6 +22,10 @@ _UNITS: Mapping[str, int] = {
 }
 # Suffix of a path that is one file -> its format.
 ONE_FILE: Mapping[str, FileFormat] = {".safetensors": "safetensors", ".bin": "bin", ".pt": "bin"}
+# Weights, their shards and their indexes, of any variant.
+_FILE = re.compile(
+    r"(model|pytorch_model)(\.[\w-]+?)?(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +94,11 @@ class Options:
         """The name of the index of files."""
         parts = (STEMS[self.format], self.format, "index", self.variant, "json")
         return ".".join(filter(None, parts))
+
+
+def is_weights(name: str) -> bool:
+    """Returns whether weights, a shard of them or their index may have this name."""
+    return _FILE.fullmatch(name) is not None
 
 
 def _parse_size(size: int | str) -> int:

@@ -7,10 +7,7 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-import torch
-
 from functional_ckpt import errors
-from functional_ckpt.handlers import hub_config
 from functional_ckpt.interop import weights
 from functional_ckpt.interop.weights import Weights
 
@@ -30,12 +27,18 @@ def of_config(given: Weights, config: str | None, stored: Collection[str]) -> We
         return given
     if (model := _meta_model(config)) is not None:
         return of_model(given, model)
+    from functional_ckpt.handlers import hub_config
+
     targets = frozenset(name for name in (*given.sizes, *given.tied) if name not in stored)
     return given.renamed(hub_config.Hub(targets=targets).stored_names(given.tied))
 
 
 def of_model(given: Weights, model: Any) -> Weights:
     """Returns the weights of a model as the hub has them."""
+    import torch
+
+    from functional_ckpt.handlers import hub_config
+
     made = {
         name: torch.empty(shape, dtype=getattr(torch, given.dtypes[name]), device="meta")
         for name, shape in given.shapes.items()
@@ -65,6 +68,7 @@ def _meta_model(text: str) -> Any:
     """Returns the model of a configuration, without memory; None if it is not of transformers."""
     record = json.loads(text)
     try:
+        import torch
         import transformers
 
         library: Any = transformers

@@ -11,46 +11,33 @@ suffix: `model.fp16.safetensors`, `model.safetensors.index.fp16.json`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
-import re
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 
 from functional_ckpt import errors
 from functional_ckpt.core.tree.encode import torch_dtype_name
-from functional_ckpt.distributed.collective import collective, fails_on_all
-from functional_ckpt.distributed.coordinator import Coordinator, SingleProcess
-from functional_ckpt.distributed.torch_store import default_coordinator
 from functional_ckpt.handlers import hub_config
 from functional_ckpt.interop import (
-    export_workers,
+    hub_export,
     hub_weights,
     safetensors,
     torch_save,
     training_state,
     weights,
 )
-from functional_ckpt.interop.atomic_output import atomic_output, check_replaceable
+from functional_ckpt.interop.file_names import match_files
 from functional_ckpt.interop.hf_config import Config, load_json, read_config
 from functional_ckpt.interop.hub_files import Output
-from functional_ckpt.interop.hub_options import STEMS, FileFormat, Options
-from functional_ckpt.interop.source import Format, Source, match_files
-from functional_ckpt.interop.weights import Weights
-from functional_ckpt.storage.local import LocalStorage
+from functional_ckpt.interop.hub_options import STEMS, FileFormat, Options, is_weights
+from functional_ckpt.interop.source import Format, Source
 from functional_ckpt.storage.paths import resolve_local
 
 __all__ = ["FORMAT", "export", "load", "save"]
-
-# Weights, their shards and their indexes, of any variant.
-_FILE = re.compile(
-    r"(model|pytorch_model)(\.[\w-]+?)?(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index(\.[\w-]+)?\.json)?"
-)
-
 
 # ------------------------------------------------------------------------------------------ writing
 
@@ -95,8 +82,8 @@ def save(
     if texts:
         given = hub_weights.of_model(given, hub_config.unwrapped(model))
     texts = texts if config is None else read_config(config)
-    output = Output.of(_checked(given, options, path), options)
-    _write(output, path, texts, overwrite=overwrite)
+    output = Output.of(hub_export.checked(given, options, path), options)
+    hub_export.write(output, path, texts, output.write, overwrite=overwrite)
 
 
 def export(
@@ -124,7 +111,8 @@ def export(
 
     Args:
         step: The step's directory; a URI too.
-        path: The directory to create; a local path, which all workers or ranks see.
+        path: The directory to create; a local path, which all workers or ranks see. Or a URI of S3:
+            from S3 the store copies large tensors, which are not verified then.
         item: The item that holds the weights.
         max_shard_size: Bytes of a file; None for 5 GB, or less, so that each worker has a file.
         like: An index, such as `model.safetensors.index.json`, whose files the tensors go to.
@@ -142,72 +130,21 @@ def export(
         StorageError: A worker was killed; nothing is at the path.
         CoordinationError: Another rank failed; nothing is at the path.
     """
-    if num_workers < 1 or (num_workers > 1 and process_group is not None):
-        raise errors.UsageError("Pass num_workers of at least 1, or process_group; not both.")
-    group = SingleProcess() if process_group is None else default_coordinator(process_group)
-    options = Options.of(path, max_shard_size, key_prefix, variant, format, like)
-    job = export_workers.Job(
-        step=os.fspath(step),
+    hub_export.export(
+        step,
+        path,
         item=item,
-        options=options,
+        max_shard_size=max_shard_size,
+        like=like,
         dtype=None if dtype is None else torch_dtype_name(dtype),
-        num_writers=max(num_workers, group.num_ranks),
+        key_prefix=key_prefix,
+        variant=variant,
+        format=format,
+        config=config,
+        overwrite=overwrite,
+        num_workers=num_workers,
+        process_group=process_group,
     )
-    with fails_on_all(group, "export"):
-        output, texts = job.output()
-        _checked(output.given, options, path)
-        texts = texts if config is None else read_config(config)
-    workers = job if num_workers > 1 else None
-    _write(output, path, texts, overwrite=overwrite, group=group, workers=workers)
-
-
-def _checked(given: Weights, options: Options, path: str | os.PathLike[str]) -> Weights:
-    if options.format == "safetensors":
-        safetensors.require(given.dtypes.items(), path)
-    return given
-
-
-def _write(
-    output: Output,
-    path: str | os.PathLike[str],
-    texts: Mapping[str, str],
-    *,
-    overwrite: bool,
-    group: Coordinator | None = None,
-    workers: export_workers.Job | None = None,
-) -> None:
-    """Writes and publishes the output; the primary makes the directory and the small files."""
-    group = group or SingleProcess()
-    with contextlib.ExitStack() as publishing:
-        with collective(group, "start an export", lambda values: values[0]) as turn:
-            if group.rank == 0:
-                tmp = publishing.enter_context(_opened(output, path, texts, overwrite=overwrite))
-                turn.value = tmp.encode()
-        tmp = turn.outcome.decode()
-        with collective(group, "write an export"):
-            if workers is None:
-                output.write(tmp, group.rank, group.num_ranks)
-            else:
-                export_workers.run(workers, output, tmp)
-        with collective(group, "publish an export"):
-            publishing.close()
-
-
-@contextlib.contextmanager
-def _opened(
-    output: Output, path: str | os.PathLike[str], texts: Mapping[str, str], *, overwrite: bool
-) -> Generator[str]:
-    """Gives the path to write at; writes the index, and publishes, at the end."""
-    if overwrite:
-        check_replaceable(path, lambda name: name in hub_config.CONFIGS or _is_weights(name))
-    storage = LocalStorage()
-    with atomic_output(path, storage, overwrite=overwrite) as tmp:
-        if not output.options.is_one_file:
-            storage.make_directory(tmp)
-            for name, text in texts.items():
-                storage.write(os.path.join(tmp, name), text.encode())
-        yield tmp
-        output.write_index(tmp)
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -265,7 +202,7 @@ def _choose(directory: str, variant: str | None, format: str | None) -> str:
             "format='safetensors' or 'bin', or move the others away.",
             path=directory,
         )
-    there = match_files(directory, _is_weights)
+    there = match_files(directory, is_weights)
     raise errors.StepNotFoundError(
         f"{directory}: there are no weights"
         + (f" of variant {variant!r}" if variant else "")
@@ -322,16 +259,12 @@ def _load_file(path: str) -> dict[str, torch.Tensor]:
 
 def fits(path: str) -> bool:
     """Returns whether it is a directory with weights, or shards of them, under these names."""
-    return bool(match_files(path, _is_weights))
-
-
-def _is_weights(name: str) -> bool:
-    return _FILE.fullmatch(name) is not None
+    return bool(match_files(path, is_weights))
 
 
 def holds(path: str, format: str) -> bool:
     """Returns whether it is a directory with weights in files of one of the formats."""
-    names = match_files(path, _is_weights)
+    names = match_files(path, is_weights)
     return format in STEMS and any(name.startswith(STEMS[format]) for name in names)
 
 
@@ -344,7 +277,7 @@ def of_files(format: str) -> Format:
 
 def _open(path: str, format: FileFormat | None = None) -> Source:
     tensors = load(path, format=format)
-    openers, left_out = training_state.openers_of(path, _is_weights)
+    openers, left_out = training_state.openers_of(path, is_weights)
     return Source(path, "huggingface", {"model": lambda: tensors, **openers}, left_out)
 
 

@@ -11,7 +11,8 @@ from functional_ckpt import errors
 from functional_ckpt.core.records import orbax, records
 from functional_ckpt.format import checkpoint_dir, parts
 from functional_ckpt.handlers import default_registry
-from functional_ckpt.interop.source import Format, Source, match_files
+from functional_ckpt.interop.file_names import match_files
+from functional_ckpt.interop.source import Format, Source
 from functional_ckpt.restoring import restore
 from functional_ckpt.storage import commit, queries
 from functional_ckpt.storage.base import Storage

@@ -20,7 +20,8 @@ from typing import Any, cast
 
 from functional_ckpt import errors
 from functional_ckpt.interop import torch_save
-from functional_ckpt.interop.source import Format, Source, match_files
+from functional_ckpt.interop.file_names import match_files
+from functional_ckpt.interop.source import Format, Source
 
 _FILE = re.compile(r"(?:full|dp_rank_(\d+))_tp_rank_(\d+)_pp_rank_(\d+)")
 _SUFFIX = ".pt"

@@ -17,7 +17,7 @@ import numpy as np
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import chunks
-from functional_ckpt.core.arrays.spec import STORAGE_DTYPES, Box, numpy_dtype
+from functional_ckpt.core.arrays.spec import STORAGE_DTYPES, ArraySpec, Box, numpy_dtype
 from functional_ckpt.core.files import safetensors_header
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format import checkpoint_dir
@@ -28,6 +28,12 @@ from functional_ckpt.storage.open import connect
 
 _PIECE_BYTES = 8 * 2**20
 _ALIGNMENT = 64
+DTYPES = (
+    *("bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"),
+)
+"""The dtypes of the format."""
 
 
 class PlainFile(NamedTuple):
@@ -77,26 +83,59 @@ def write(
         tied: Other name -> the name of its bytes, for the metadata.
         stream: Names -> their bytes in order, as flat arrays of uint8.
     """
-    # Sorted by the bytes of an element, so that each tensor is aligned.
-    order = sorted(dtypes, key=lambda name: -STORAGE_DTYPES[dtypes[name]])
-    tensors: list[safetensors_header.Tensor] = []
-    end = 0
-    for name in order:
-        shape, dtype = shapes[name], dtypes[name]
-        start, end = end, end + math.prod(shape) * STORAGE_DTYPES[dtype]
-        tensors.append(safetensors_header.Tensor(name, dtype, shape, start, end))
-    header = safetensors_header.encode(tensors, {"format": "pt", **tied})
-    if len(header) > safetensors_header.MAX_READABLE_BYTES:
-        raise errors.UnsupportedLeafError(
-            f"{path}: {len(order):,} tensors do not fit into one file; write a directory.",
-            path=path,
-        )
+    header, tensors = layout(path, dtypes, shapes, tied)
+    end = tensors[-1].end if tensors else 0
     file = DataFile(LocalStorage(), path, len(header) + end)
     with contextlib.closing(file):
         file.append(np.frombuffer(header, np.uint8))
-        for data in stream(order):
+        for data in stream([tensor.name for tensor in tensors]):
             file.append(data)
         file.finish()
+
+
+def layout(
+    path: str,
+    dtypes: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: Mapping[str, str],
+    *,
+    small_bytes: int = 0,
+) -> tuple[bytes, list[safetensors_header.Tensor]]:
+    """Returns the header of a file, and its tensors in order.
+
+    They are sorted by the bytes of an element, so that each is aligned; of one size of elements,
+    tensors of fewer than `small_bytes` bytes come first. The other arguments are those of `write`.
+    """
+
+    def size_bytes(name: str) -> int:
+        return math.prod(shapes[name]) * STORAGE_DTYPES[dtypes[name]]
+
+    def place(name: str) -> tuple[int, bool]:
+        return -STORAGE_DTYPES[dtypes[name]], size_bytes(name) >= small_bytes
+
+    tensors: list[safetensors_header.Tensor] = []
+    end = 0
+    for name in sorted(dtypes, key=place):
+        start, end = end, end + size_bytes(name)
+        tensors.append(safetensors_header.Tensor(name, dtypes[name], shapes[name], start, end))
+    header = safetensors_header.encode(tensors, {"format": "pt", **tied})
+    if len(header) > safetensors_header.MAX_READABLE_BYTES:
+        raise errors.UnsupportedLeafError(
+            f"{path}: {len(tensors):,} tensors do not fit into one file; write a directory.",
+            path=path,
+        )
+    return header, tensors
+
+
+def require(names: Iterable[tuple[str, str]], path: object) -> None:
+    """Raises `UnsupportedLeafError` that names leaves which the format cannot store."""
+    bad = [f"{name} ({dtype})" for name, dtype in names if dtype not in DTYPES]
+    if bad:
+        raise errors.UnsupportedLeafError(
+            f"{path}: safetensors has no such dtype: {', '.join(bad[:8])}; convert the tensor, or "
+            "write torch's own format.",
+            path=path,
+        )
 
 
 def end_with_parent() -> None:
@@ -155,6 +194,12 @@ def stream_bytes(
             group, tasks = later, later_tasks
 
 
+def pieces(spec: ArraySpec, grid: chunks.ChunkGrid | None) -> Iterator[Box]:
+    """Yields regions that cover an array, in C order; each is a run of its bytes, 8 MiB at most."""
+    grid = grid or chunks.ChunkGrid(spec.shape, tuple(max(1, n) for n in spec.shape))
+    return chunks.runs(grid, spec.itemsize_bytes, _PIECE_BYTES)
+
+
 def _groups(
     nodes: Sequence[structure.ArrayNode], requests: Mapping[str, ReadRequest]
 ) -> Iterator[list[_Piece]]:
@@ -163,8 +208,7 @@ def _groups(
     end = 0
     for node in nodes:
         spec, grid = node.spec, requests[node.name].grid
-        grid = grid or chunks.ChunkGrid(spec.shape, tuple(max(1, n) for n in spec.shape))
-        for box in chunks.runs(grid, spec.itemsize_bytes, _PIECE_BYTES):
+        for box in pieces(spec, grid):
             size_bytes = box.num_elements * spec.itemsize_bytes
             start = -(-end // _ALIGNMENT) * _ALIGNMENT
             if group and start + size_bytes > _PIECE_BYTES:

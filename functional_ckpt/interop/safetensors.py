@@ -17,13 +17,6 @@ from functional_ckpt.interop import hostile, plain_files
 from functional_ckpt.interop.source import Format, Source
 from functional_ckpt.interop.weights import Weights
 
-DTYPES = (
-    *("bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
-    *("float16", "bfloat16", "float32", "float64", "complex64"),
-    *("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"),
-)
-"""The dtypes of the format."""
-
 
 def fits(path: str) -> bool:
     """Returns whether the file starts as the format requires: a length, then a JSON object."""
@@ -81,7 +74,7 @@ def write(given: Weights, names: Iterable[str], path: str, *, prefix: str = "") 
     has them.
 
     Args:
-        given: The tensors; of `DTYPES`.
+        given: The tensors; of `plain_files.DTYPES`.
         names: Those to write.
         path: The file to create.
         prefix: Put before every name.
@@ -100,17 +93,6 @@ def write(given: Weights, names: Iterable[str], path: str, *, prefix: str = "") 
         {prefix + name: prefix + kept for name, kept in given.tied.items() if kept in held},
         stream,
     )
-
-
-def require(names: Iterable[tuple[str, str]], path: object) -> None:
-    """Raises `UnsupportedLeafError` that names leaves which the format cannot store."""
-    bad = [f"{name} ({dtype})" for name, dtype in names if dtype not in DTYPES]
-    if bad:
-        raise errors.UnsupportedLeafError(
-            f"{path}: safetensors has no such dtype: {', '.join(bad[:8])}; convert the tensor, or "
-            "write torch's own format.",
-            path=path,
-        )
 
 
 def _open(path: str) -> Source:

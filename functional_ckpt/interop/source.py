@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -13,7 +12,6 @@ import torch
 from functional_ckpt import errors
 from functional_ckpt.interop import hostile
 from functional_ckpt.saving import lower
-from functional_ckpt.storage.system_errors import clear_errors, is_absence
 
 
 class Source(Mapping[str, Any]):
@@ -126,18 +124,3 @@ def numbered(name: str, values: Sequence[Any]) -> dict[str, Any]:
     if len(values) == 1:
         return {name: values[0]}
     return {f"{name}_{number}": value for number, value in enumerate(values)}
-
-
-def match_files(path: str, matches: Callable[[str], bool]) -> list[str]:
-    """Returns the sorted names of a directory's entries that match; none if it is no directory.
-
-    Raises:
-        StorageError: It cannot be listed.
-    """
-    try:
-        with clear_errors("list", path):
-            return sorted(name for name in os.listdir(path) if matches(name))
-    except errors.StorageError as error:
-        if is_absence(error):
-            return []
-        raise

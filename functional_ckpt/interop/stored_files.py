@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from functional_ckpt import errors
 from functional_ckpt.core.files import safetensors_header
+from functional_ckpt.core.files.hub_configs import CONFIGS, RUNTIME
 from functional_ckpt.core.records.records import FileRecord
 from functional_ckpt.format import checkpoint_dir, step_files
-from functional_ckpt.handlers.hub_config import CONFIGS, RUNTIME
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.storage.system_errors import clear_errors
 

@@ -16,8 +16,8 @@ from typing import Any, cast
 from functional_ckpt import errors
 from functional_ckpt.handlers.rng import python_state
 from functional_ckpt.interop import torch_save
+from functional_ckpt.interop.file_names import match_files
 from functional_ckpt.interop.hf_config import load_json
-from functional_ckpt.interop.source import match_files
 
 # File -> item. The number is that of the optimizer or of the rank.
 _FILES = {

@@ -1,4 +1,7 @@
-"""Named tensors, in memory or in a step: known at once, fetched in parts to be written."""
+"""Named tensors, in memory or in a step: known at once, fetched in parts to be written.
+
+Torch is imported when tensors are: to know those of a step takes none.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from functional_ckpt import errors
 from functional_ckpt.core.arrays import sharding
-from functional_ckpt.core.restore_plan import select
-from functional_ckpt.core.restore_plan.match import match
-from functional_ckpt.core.tree import encode, flatten, structure
-from functional_ckpt.core.tree.placeholders import AS_SAVED
+from functional_ckpt.core.arrays.spec import STORAGE_DTYPES
+from functional_ckpt.core.tree import structure
 from functional_ckpt.format import checkpoint_dir
-from functional_ckpt.handlers import default_registry
 from functional_ckpt.interop.plain_files import stream_bytes
-from functional_ckpt.restoring import read
+
+if TYPE_CHECKING:
+    import torch
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """The dtypes that an export converts."""
@@ -71,14 +71,16 @@ class Weights:
             arrays=self.arrays and {new: self.arrays[old] for new, old in own.items()},
         )
 
-    def cast(self, dtype: torch.dtype) -> Weights:
+    def cast(self, dtype: str) -> Weights:
         """Returns the same tensors, those of 16 to 64 bits of floating point as another dtype."""
-        name = encode.torch_dtype_name(dtype)
+        from functional_ckpt.core.tree import encode
+
+        new = encode.torch_dtype(dtype)
         cast = {each for each, its in self.dtypes.items() if its in FLOATS}
         kinds = tuple(map(encode.torch_dtype, FLOATS))
 
         def convert(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(dtype) if tensor.dtype in kinds else tensor
+            return tensor.to(new) if tensor.dtype in kinds else tensor
 
         def fetch(names: Collection[str]) -> dict[str, torch.Tensor]:
             return {each: convert(tensor) for each, tensor in self.fetch(names).items()}
@@ -89,10 +91,10 @@ class Weights:
         return dataclasses.replace(
             self,
             sizes={
-                each: math.prod(self.shapes[each]) * dtype.itemsize if each in cast else size
+                each: math.prod(self.shapes[each]) * STORAGE_DTYPES[dtype] if each in cast else size
                 for each, size in self.sizes.items()
             },
-            dtypes={each: name if each in cast else its for each, its in self.dtypes.items()},
+            dtypes={each: dtype if each in cast else its for each, its in self.dtypes.items()},
             fetch=fetch,
             stream=stream,
             arrays=None,
@@ -117,6 +119,9 @@ def of_value(value: Any, *, keep: Callable[[str], bool] = lambda name: True) -> 
     Raises:
         UnsupportedLeafError: It has values other than complete tensors.
     """
+    from functional_ckpt.core.tree import encode, flatten
+    from functional_ckpt.handlers import default_registry
+
     item = default_registry().bind(value)
     lowered = item.handler.lower(item.value)
     if isinstance(lowered, Mapping):  # names to keep come first, and so own tied tensors
@@ -156,6 +161,12 @@ def of_step(opened: checkpoint_dir.OpenCheckpoint, item: str) -> Weights:
     saved = opened.tree(item)
 
     def fetch(names: Collection[str]) -> dict[str, torch.Tensor]:
+        from functional_ckpt.core.restore_plan import select
+        from functional_ckpt.core.restore_plan.match import match
+        from functional_ckpt.core.tree import encode, flatten
+        from functional_ckpt.core.tree.placeholders import AS_SAVED
+        from functional_ckpt.restoring import read
+
         wanted = frozenset(names)
         root = select.prune(saved.root, wanted.__contains__)
         if root is None:
@@ -169,6 +180,10 @@ def of_step(opened: checkpoint_dir.OpenCheckpoint, item: str) -> Weights:
     nodes = {node.name: node for node in saved.array_nodes()}
 
     def stream(names: Sequence[str]) -> Iterator[torch.Tensor]:
+        import torch
+
+        from functional_ckpt.core.tree import encode
+
         for node, data in stream_bytes(saved, [nodes[name] for name in names]):
             yield torch.from_numpy(data).view(encode.torch_dtype(node.dtype))
 

@@ -12,6 +12,7 @@ from typing import Any
 from functional_ckpt import errors
 from functional_ckpt.core.arrays.chunks import ChunkGrid, digest_offsets
 from functional_ckpt.core.files.file_plan import is_shard, stored_chunks
+from functional_ckpt.core.files.hub_configs import RUNTIME
 from functional_ckpt.core.records import merge_ranks, orbax, records
 from functional_ckpt.core.tree import structure
 from functional_ckpt.format.gathered import Gathered
@@ -19,7 +20,6 @@ from functional_ckpt.format.regions import Regions, is_tensors
 from functional_ckpt.format.step_files import JSON_FILE, METRICS_FILE, PROGRESS_ITEM
 from functional_ckpt.format.write_files import WrittenBox
 from functional_ckpt.format.write_index import IndexedArray, write_index
-from functional_ckpt.handlers.hub_config import RUNTIME
 from functional_ckpt.policies import lines
 from functional_ckpt.policies.progress import Progress
 from functional_ckpt.runtime import threads

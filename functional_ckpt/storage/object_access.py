@@ -10,6 +10,7 @@ import xxhash
 
 from functional_ckpt import errors
 from functional_ckpt.storage.buckets.spool import Spool
+from functional_ckpt.storage.part_uploads import PartUploads
 from functional_ckpt.storage.requests import Permit, Requests
 
 
@@ -24,6 +25,12 @@ class ConditionalObjects:
         self.notes: dict[str, str] = {}
         self._requests = requests
         self._bucket = requests.bucket
+
+    @property
+    def part_uploads(self) -> PartUploads | None:
+        """Uploads in parts, which may be copies within S3; None for other stores."""
+        sends = self._bucket.part_requests
+        return None if sends is None else PartUploads(self._requests, sends)
 
     def only_with(self, permit: Permit) -> None:
         """Checks a permit before every change from now on, until it is released."""

@@ -19,6 +19,7 @@ from functional_ckpt import checkpoint, errors
 from functional_ckpt.core.arrays.rounding import is_floating, rounded
 from functional_ckpt.core.arrays.spec import Array, Box, numpy_dtype
 from functional_ckpt.core.files import safetensors_header
+from functional_ckpt.core.files.hub_configs import RUNTIME, with_dtype
 from functional_ckpt.core.records import orbax
 from functional_ckpt.core.tree import structure
 from functional_ckpt.distributed.coordinator import SingleProcess
@@ -28,7 +29,6 @@ from functional_ckpt.format.checkpoint_dir import OpenCheckpoint, OpenItem
 from functional_ckpt.format.ocdbt_decode import INLINE
 from functional_ckpt.format.stored_arrays import OpenArrays, StoredArray
 from functional_ckpt.format.write_files import ArrayWrite, Pieces
-from functional_ckpt.handlers.hub_config import RUNTIME, with_dtype
 from functional_ckpt.handlers.pytree import PyTreeHandler
 from functional_ckpt.interop import atomic_output, stored_files
 from functional_ckpt.saving import finalize, lower, single

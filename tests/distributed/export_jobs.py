@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 import functional_ckpt as fc
 from functional_ckpt import errors
-from functional_ckpt.interop import huggingface, safetensors
+from functional_ckpt.interop import huggingface, plain_files
 
 
 class Tied(torch.nn.Module):
@@ -50,13 +50,13 @@ def failing_export(step: str, path: str) -> str:
     def fail(*_: Any, **__: Any) -> None:
         raise errors.StorageError("no such disk", path=path)
 
-    original = safetensors.write
+    original = plain_files.write_files
     if dist.get_rank() == 1:
-        safetensors.write = fail
+        plain_files.write_files = fail
     try:
         huggingface.export(step, path, max_shard_size=100, process_group=dist.group.WORLD)
     except errors.StorageError as error:
         return str(error)
     finally:
-        safetensors.write = original
+        plain_files.write_files = original
     return ""

@@ -18,8 +18,7 @@ from torch.distributed import device_mesh, fsdp
 import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.cli import app
-from functional_ckpt.interop import huggingface
-from functional_ckpt.interop import safetensors as safetensors_lib
+from functional_ckpt.interop import huggingface, plain_files
 from functional_ckpt.storage.local import LocalStorage
 from functional_ckpt.verify import checkpoint
 
@@ -142,7 +141,7 @@ def test_files_that_need_no_change_are_copied(
     torch.manual_seed(0)
     model = torch.nn.Linear(300, 300)
     fc.save(tmp_path / "step", {"model": model})
-    monkeypatch.setattr(safetensors_lib, "write", None)
+    monkeypatch.setattr(plain_files, "write", None)
     out = tmp_path / ("out" if to == "hf" else "out.safetensors")
     assert app.main(["export", str(tmp_path / "step"), str(out), "--to", to]) == 0
     file = out / "model.safetensors" if to == "hf" else out
@@ -165,7 +164,7 @@ def test_several_files_and_those_of_a_run_with_a_store_get_names_of_the_hub(
     model = saved("tied", tmp_path / "step")
     folder = tmp_path / "step" / "model"
     assert len(list(folder.glob("*.safetensors"))) == 4
-    monkeypatch.setattr(safetensors_lib, "write", None)
+    monkeypatch.setattr(plain_files, "write", None)
     huggingface.export(tmp_path / "step", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert names == {f"model-{n:05d}-of-00004.safetensors" for n in range(1, 5)}

@@ -13,7 +13,7 @@ import torch
 
 import functional_ckpt as fc
 from functional_ckpt import errors
-from functional_ckpt.interop import huggingface, safetensors, source
+from functional_ckpt.interop import file_names, huggingface, safetensors
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -83,7 +83,7 @@ def test_a_directory_that_cannot_be_listed_is_neither_empty_nor_unknown(
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr(source.os, "listdir", listdir)
+        patched.setattr(file_names.os, "listdir", listdir)
         with pytest.raises(errors.StorageError, match="Cannot list"):
             huggingface.save(model, path, overwrite=True)
         with pytest.raises(errors.StorageError, match="Cannot list"):

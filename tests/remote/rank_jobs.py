@@ -36,6 +36,21 @@ def save(environ: Mapping[str, str], run: str, seed: int) -> list[int]:
         return manager.all_steps()
 
 
+def save_large(environ: Mapping[str, str], path: str, num_layers: int) -> None:
+    """Saves layers of 40 MB by rows, one tensor of 8 MB by columns, and small ones."""
+    os.environ.update(environ)
+    torch.manual_seed(3)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state: dict[str, torch.Tensor] = {
+        "inner": distribute_tensor(torch.randn(2000, 1000), mesh, [Shard(1)])
+    }
+    for number in range(num_layers):
+        whole = torch.randn(9999, 1000)
+        state[f"{number}.weight"] = distribute_tensor(whole, mesh, [Shard(0)])
+        state[f"{number}.norm"] = distribute_tensor(torch.randn(1000), mesh, [Shard(0)])
+    fc.save(path, {"model": state}, process_group=dist.group.WORLD)
+
+
 def fill(near: str, far: str, num_steps: int) -> tuple[list[int], list[int]]:
     """Saves more than fits into the first tier; returns the steps of all tiers, and its own."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

@@ -12,11 +12,14 @@ import functools
 import io
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import xxhash
 
 from functional_ckpt import errors
+
+if TYPE_CHECKING:
+    from functional_ckpt.storage.buckets.s3_requests import S3Requests
 
 _log = logging.getLogger("functional_ckpt")
 _T = TypeVar("_T")
@@ -172,6 +175,11 @@ class Bucket(LeaseStore, Protocol):
         """
         ...
 
+    @property
+    def part_requests(self) -> S3Requests | None:
+        """Requests for objects made of parts; None where the store has none, or no key is known."""
+        ...
+
     def upload(
         self, path: str, key: str, check: Callable[[], None] = no_check, *, replacing: str = ""
     ) -> None:
@@ -217,6 +225,11 @@ class SpooledBucket(abc.ABC):
     def names(self, folder: str) -> Iterable[str]:
         """Returns the names of the objects and folders in a folder."""
         return {each.key[len(folder) :].lstrip("/").split("/")[0] for each in self.list(folder)}
+
+    @property
+    def part_requests(self) -> None:
+        """None: there are no such requests."""
+        return
 
     def kvstore(self, folder: str) -> Mapping[str, Any] | None:
         """None: TensorStore has no driver for it."""

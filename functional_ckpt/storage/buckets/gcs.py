@@ -91,6 +91,11 @@ class GcsBucket:
         # `base.retrying` repeats requests, except for parts of a started upload.
         self._options = {"timeout": _TIMEOUT_SECONDS, "retry": None}
 
+    @property
+    def part_requests(self) -> None:
+        """None: Google's library has no such requests."""
+        return
+
     def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
         """Returns bytes `begin` to `end` of an object."""
         if begin == end:

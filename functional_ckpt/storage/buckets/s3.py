@@ -162,6 +162,11 @@ class ObstoreBucket:
         self._requests = requests
         self._copies_at_once = copies_at_once
 
+    @property
+    def part_requests(self) -> S3Requests | None:
+        """Requests for objects made of parts; None without an access key."""
+        return self._requests
+
     def read(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
         """Returns bytes `begin` to `end` of an object."""
         with self._clear(key):

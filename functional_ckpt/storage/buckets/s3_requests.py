@@ -73,6 +73,11 @@ class S3Requests:
         self._name = name
         self._found = found
 
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the service compares conditions on writes."""
+        return self._found.conditional
+
     def copy(
         self, source: Entry, target: str, check: Callable[[], None], *, is_exact: bool
     ) -> bool:
@@ -87,10 +92,7 @@ class S3Requests:
         return self._may_be_equal(source, target, answer)
 
     def _source(self, source: Entry, *, is_exact: bool) -> dict[str, str]:
-        headers = {"x-amz-copy-source": _quoted(f"/{self._name}/{source.key}")}
-        if is_exact and source.version is not None:
-            headers["x-amz-copy-source-if-match"] = source.version
-        return headers
+        return source_headers(f"{self._name}/{source.key}", source.version if is_exact else None)
 
     def _may_be_equal(self, source: Entry, target: str, answer: Answer) -> bool:
         """Compares the MD5 of both objects, where the ETags of both are one."""
@@ -136,6 +138,14 @@ class S3Requests:
         if not upload:
             raise TransientError(f"{key}: an upload without an id")
         return upload
+
+    def send_part(self, key: str, upload: str, number: int, data: bytes) -> str:
+        """Sends a part; returns its ETag."""
+        query = {"partNumber": str(number + 1), "uploadId": upload}
+        etag = self.send("PUT", key, query=query, body=data).headers.get("etag")
+        if not etag:
+            raise TransientError(f"{key}: part {number + 1} was not sent")
+        return etag
 
     def copy_part(
         self,
@@ -221,6 +231,12 @@ class S3Requests:
         if (code := _code(answer.body)) is not None:  # an error may be found after the first byte
             raise _refusal(key, 500 if code in _TRANSIENT_CODES else 400, answer.body)
         return answer
+
+
+def source_headers(source: str, version: str | None) -> dict[str, str]:
+    """Returns the headers of a copy: of which object, `bucket/key`, and of which version of it."""
+    headers = {"x-amz-copy-source": _quoted(f"/{source}")}
+    return headers if version is None else {**headers, "x-amz-copy-source-if-match": version}
 
 
 def signed_headers(
