@@ -1,4 +1,4 @@
-"""The names of files beside each other, by which formats are told apart."""
+"""The names of files beside each other, from which formats are recognised."""
 
 from __future__ import annotations
 

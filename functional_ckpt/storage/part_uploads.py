@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Sequence
 
+from functional_ckpt import errors
 from functional_ckpt.storage.buckets.s3_requests import S3Requests, source_headers
 from functional_ckpt.storage.requests import Requests
 
@@ -68,11 +71,25 @@ class PartUploads:
             StepExistsError: There is an object.
         """
         key, is_new = self._requests.key(path), self._sends.is_conditional
-        self._requests.ask(
-            "write", path, lambda: self._sends.complete(key, upload, tags, is_new=is_new)
-        )
+        try:
+            self._requests.ask(
+                "write", path, lambda: self._sends.complete(key, upload, tags, is_new=is_new)
+            )
+        except (errors.StepExistsError, errors.StorageError):
+            # An earlier attempt may have been successful, and its answer lost.
+            entry = self._requests.entry(path)
+            if entry is None or entry.version is None or entry.version.strip('"') != _etag(tags):
+                raise
 
     def abort(self, path: str, upload: str) -> None:
         """Removes the parts of an upload."""
         key = self._requests.key(path)
         self._requests.ask("remove", path, lambda: self._sends.abort(key, upload))
+
+
+def _etag(tags: Sequence[str]) -> str | None:
+    """Returns the ETag of an object of parts; None if those of the parts are no digests."""
+    with contextlib.suppress(ValueError):
+        digests = b"".join(bytes.fromhex(tag.strip('"')) for tag in tags)
+        return f"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(tags)}"
+    return None

@@ -547,6 +547,16 @@ def test_no_command_loads_torch_or_jax(saved: Path, command: str) -> None:
         assert not loaded & {"tensorstore", "numpy", "ml_dtypes", "etils"}
 
 
+@pytest.mark.parametrize("to", ["hf", "safetensors"])
+def test_exports_load_torch_only_to_convert(tmp_path: Path, to: str) -> None:
+    state = {name: torch.ones(3) for name in "ab"}
+    fc.save(tmp_path / "step", {"model": state})
+    options = ["--to", to, *(["--key-prefix", "net.", "--workers", "2"] if to == "hf" else [])]
+    assert "torch" not in loaded_by("export", tmp_path / "step", tmp_path / "out", *options)
+    if to == "hf":
+        assert len(fc.interop.huggingface.load(tmp_path / "out")) == 2
+
+
 @pytest.mark.parametrize(("options", "limit"), [((), 280), (("--json",), 208)])
 def test_ls_starts_fast(saved: Path, options: tuple[str, ...], limit: int) -> None:
     """By modules, about half a millisecond each: the time itself depends on the machine."""
