@@ -21,7 +21,12 @@ import functional_ckpt as fc
 from functional_ckpt import errors
 from functional_ckpt.cli import app
 from functional_ckpt.interop import huggingface, part_files
-from functional_ckpt.storage.buckets.base import PermanentError, TransientError
+from functional_ckpt.storage.buckets.base import (
+    NotFound,
+    PermanentError,
+    PreconditionFailed,
+    TransientError,
+)
 from functional_ckpt.storage.buckets.s3_requests import S3Requests
 from functional_ckpt.storage.open import connect
 
@@ -130,20 +135,25 @@ def test_a_failure_leaves_nothing(s3: str, action: str, monkeypatch: pytest.Monk
     assert connect(s3)[0].walk(f"{s3}/out") == {} and uploads(s3) == 0
 
 
-def test_a_lost_answer(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refusal", [NotFound, PreconditionFailed])
+def test_a_lost_answer(
+    s3: str, tmp_path: Path, refusal: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second request finds no upload any more, or an object: services differ."""
     complete = S3Requests.complete
     called: list[str] = []
 
     def lose(requests: S3Requests, key: str, *arguments: Any, **options: Any) -> None:
-        complete(requests, key, *arguments, **options)
         called.append(key)
-        if len(called) == 1:
-            raise TransientError("no answer")
+        if len(called) == 2:
+            raise refusal(key)
+        complete(requests, key, *arguments, **options)
+        raise TransientError("no answer")
 
     monkeypatch.setattr(S3Requests, "complete", lose)
     fc.save(tmp_path / "step", {"model": {"a": torch.ones(3)}})
     huggingface.export(tmp_path / "step", f"{s3}/out")
-    assert called and equal(content(f"{s3}/out"), {"a": torch.ones(3)})
+    assert len(called) == 2 and equal(content(f"{s3}/out"), {"a": torch.ones(3)})
 
 
 def test_an_object_that_was_replaced_meanwhile(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
