@@ -18,9 +18,9 @@ _HF_OPTIONS = ("max_shard_size", "like", "dtype", "variant", "config", "key_pref
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the selected items and prints a summary."""
-    from functional_ckpt.interop import atomic_output
+    from functional_ckpt.interop import atomic_output, part_files
 
-    if arguments.to != "hf":  # which has stores as destinations too
+    if arguments.to != "hf" or not part_files.is_s3(arguments.destination):
         atomic_output.check_destination(arguments.destination)
     checkpoint = targets.checkpoint_of(arguments.checkpoint, arguments.step, arguments.prefix)
     atomic_output.check_disjoint(checkpoint.path, arguments.destination)

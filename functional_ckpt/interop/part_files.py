@@ -190,6 +190,11 @@ class _Sender:
         return b"".join(found)
 
 
+def is_s3(path: str) -> bool:
+    """Returns whether a path is in S3, or in a service that is reached in the same way."""
+    return path.startswith(("s3://", "s3a://"))
+
+
 def uploads_of(path: str) -> PartUploads:
     """Returns the uploads of the bucket of a path.
 
@@ -197,13 +202,13 @@ def uploads_of(path: str) -> PartUploads:
         UsageError: It is not a bucket of S3, or no access key is known.
     """
     uploads = None
-    if path.startswith(("s3://", "s3a://")):
+    if is_s3(path):
         objects = connect(path)[0].objects
         uploads = None if objects is None else objects.part_uploads
     if uploads is None:
         raise errors.UsageError(
-            f"{path}: an export is written to a local path, or to S3 (s3://) with an access key in "
-            "the environment or in AWS's files. Write to a local path, then copy it there.",
+            f"{path}: exports go to S3 (s3://), with an access key in the environment or in AWS's "
+            "files, and to local paths only. Write to a local path, then copy it there.",
             path=path,
         )
     return uploads

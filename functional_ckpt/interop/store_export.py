@@ -19,8 +19,6 @@ from functional_ckpt.storage import queries
 from functional_ckpt.storage.base import Stat, Storage
 from functional_ckpt.storage.open import connect
 
-_S3 = ("s3://", "s3a://")
-
 
 def check(path: str) -> None:
     """Raises an error unless an export can be made at a URI.
@@ -70,7 +68,7 @@ def write(
         )
     storage, _ = connect(path)
     uploads = part_files.uploads_of(path)
-    sources = _sources(step, item) if step.startswith(_S3) else {}
+    sources = _sources(step, item) if part_files.is_s3(step) else {}
     versions = {name: stat.version for name, stat in sources.items() if stat.version is not None}
     begun: dict[str, str] = {}
     written: list[str] = []

@@ -428,8 +428,11 @@ def test_intervals_are_seconds(run: Path, call: Any, seconds: str) -> None:
     assert (code, "expected seconds, at least 0.1" in text) == (2, True)
 
 
-def test_an_export_to_a_store_is_refused_before_anything_is_read(run: Path, call: Any) -> None:
-    text, code = call("export", run, "s3://bucket/out", "--to", "hf", "--item", "nothing")
+@pytest.mark.parametrize("to", ["gs://bucket/out --to hf", "s3://bucket/out --to torch"])
+def test_an_export_to_a_store_is_refused_before_anything_is_read(
+    run: Path, call: Any, to: str
+) -> None:
+    text, code = call("export", run, *to.split(), "--item", "nothing")
     assert (code, "local paths only" in text) == (2, True), text
 
 
