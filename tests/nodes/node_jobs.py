@@ -19,6 +19,7 @@ import functional_ckpt as fc
 from functional_ckpt.saving import node_publishing, write
 from functional_ckpt.saving.node_publishing import NodePublishing
 from functional_ckpt.steps import node_copy, node_receive
+from functional_ckpt.storage.local import LocalStorage
 
 SECONDS = 10.0
 """How long ranks wait for one that was killed."""
@@ -118,6 +119,26 @@ def copy_and_die(root: str, nodes: str, phase: str, dying: int) -> str:
         made.save(2, {"tree": {"w": sharded(values(2))}})
         made.close()
     return state
+
+
+def save_copied(root: str, nodes: str) -> str:
+    """Saves step 1, and returns its state once it is copied."""
+    with manager(root, nodes, 1) as made:
+        made.save(1, {"tree": {"w": sharded(values(1))}})
+        made.wait_until_finished()
+        dist.barrier()
+        return made.metadata(1).state
+
+
+def upload_and_die(root: str, nodes: str, far: str, dying: int) -> bool:
+    """Uploads step 1, during which a rank is killed; whether the others have closed."""
+    if dist.get_rank() == dying:
+        _patched(LocalStorage, "put_file", before=lambda *_: _die())
+    made = manager(root, nodes, 1, seconds=SECONDS, tiers=[fc.Tier(path=far)])
+    with contextlib.suppress(fc.CheckpointError):  # of the lost rank
+        made.wait_until_finished()
+        made.close()
+    return True
 
 
 def resume_and_copy(root: str, nodes: str) -> tuple[list[int], int | None, bool, str]:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import node_jobs
 import pytest
+import torch
 from full import IS_FULL
 from gloo_workers import Workers
+
+import functional_ckpt as fc
 
 _NODES = "aabb"
 # Phase, the ranks that are killed, and whether the step is committed after the restart.
@@ -72,6 +75,17 @@ def test_a_step_whose_copy_was_interrupted_by_a_kill_is_copied_at_the_next_start
     assert found == [([1, 2], 2, True, "replicated")] * 2
     assert files("a") == files("b") and len(files("b")) == 2
     assert not list(tmp_path.glob("*/.functional_ckpt/incoming/*"))
+
+
+@pytest.mark.skipif(not IS_FULL, reason="processes, and seconds without a sign of the killed one")
+def test_a_partner_uploads_the_share_of_a_killed_node(tmp_path: Path, workers: Workers) -> None:
+    root, far = tmp_path / "nodes", tmp_path / "far"
+    assert workers.run(3, node_jobs.save_copied, str(root), "abc") == ["replicated"] * 3
+    args = (str(root), "abc", str(far), 1)
+    left = workers.outcomes(3, node_jobs.upload_and_die, *args, may_die=True)
+    assert left == [True, None, True]
+    found = fc.restore(far / "1")["tree"]["w"]
+    assert torch.equal(found, node_jobs.values(1))
 
 
 def test_the_copy_for_a_signal_is_saved_on_all_nodes(tmp_path: Path, workers: Workers) -> None:
