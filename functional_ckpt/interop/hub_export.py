@@ -40,7 +40,7 @@ def export(
     num_workers: int = 1,
     process_group: Any = None,
 ) -> None:
-    """Does what `huggingface.export` says; the dtype by its name in torch."""
+    """Exports as `huggingface.export` does; a dtype is given by its name in torch."""
     if num_workers < 1 or (num_workers > 1 and process_group is not None):
         raise errors.UsageError("Pass num_workers of at least 1, or process_group; not both.")
     target = resolve(path)

@@ -27,7 +27,7 @@ def deal_to_holders(
     """Returns the files of each worker, where not every worker has every file.
 
     The files with the fewest holders come first, of these the largest. Each goes to the smallest
-    share of its holders; of equal ones, to the first. Files that nobody holds are left out.
+    share of its holders; of equal ones, to the first. Files without a holder are left out.
 
     >>> deal_to_holders({"a": 3, "b": 2, "c": 2}, {"a": [0, 1], "b": [0], "c": []})
     {0: ['b'], 1: ['a']}

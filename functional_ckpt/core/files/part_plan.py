@@ -67,7 +67,7 @@ def plan_parts(
 ) -> list[Part]:
     """Returns the parts of an object.
 
-    What is too small for a part is joined with what follows, and goes through the client.
+    A run that is too small for a part is joined with the next ones, and goes through the client.
 
     Args:
         runs: The bytes of the object, in order; none is empty.
