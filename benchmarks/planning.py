@@ -148,7 +148,7 @@ def rank_plan(mesh: str, num_ranks: int, num_tensors: int) -> dict[str, Any]:
     item = lowered(mesh, num_ranks, num_tensors)
     ranks = tuple(range(num_ranks))
     for cached in (
-        sharding_lib._places,
+        sharding_lib._positions,
         sharding_lib._intervals,
         sharding_lib._unit,
         chunks.digest_offsets,

@@ -186,7 +186,7 @@ class StepIndex:
         """Returns a description of a step of which other nodes have some files; else None."""
         try:
             found = parts.missing(self._storage, path)
-        except errors.CheckpointError as error:
+        except errors.CorruptCheckpointError as error:
             return f"a part of a step: {error.message.removeprefix(f'{path}/')}"
         return None if found is None else f"{found}"
 

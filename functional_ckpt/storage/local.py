@@ -106,13 +106,10 @@ class LocalStorage:
     def make_directory(self, path: str, *, parents: bool = True) -> None:
         """Creates a directory, which may exist, with its parents or in one that exists."""
         with clear_errors("create directory", path):
-            if parents:
-                os.makedirs(path, exist_ok=True)
-                return
             try:
-                os.mkdir(path)
+                (os.makedirs if parents else os.mkdir)(path)
             except FileExistsError:
-                if not os.path.isdir(path):
+                if not stat.S_ISDIR(os.stat(path).st_mode):  # `isdir` would hide its errors
                     raise
 
     def write(self, path: str, data: bytes) -> None:
