@@ -304,11 +304,10 @@ class _Reading:
                 what = f"reads for other nodes, {number + 1} of {len(rounds)}"
                 with collective(self._coordinator, what, _merged) as turn:
                     memory, failures = self._read_round(chunks, buffers[number % 2], keeps)
-                    sender.wait()  # for the round before, which was sent meanwhile
                     turn.value = _told(failures)
                 failed |= self._add_failures(turn.outcome)
                 good = [each for each in chunks if each.copy not in failed]
-                if link is not None:
+                if link is not None:  # waits for the round before, which was sent meanwhile
                     sender.run(
                         functools.partial(
                             trade, link, self._rank, good, memory, self._exchanged, self._wanted
@@ -316,6 +315,10 @@ class _Reading:
                     )
                 del memory
             sender.wait()
+            if link is not None:
+                open_things.pop_all()
+                sender.close()
+                threads.run_apart(link.close)
         return failed
 
     def _read_bytes(self, chunks: Sequence[NodeChunk]) -> int:

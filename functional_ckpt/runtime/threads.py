@@ -85,6 +85,14 @@ def _wait_for_tasks(lock: threading.Lock, busy: set[int], failures: list[BaseExc
             failures.append(error)
 
 
+def run_apart(call: Callable[[], None]) -> None:
+    """Runs a call in a thread of its own. The program ends after it."""
+    try:
+        threading.Thread(target=call).start()
+    except RuntimeError:  # from Python 3.12 on, no thread starts while the interpreter ends
+        call()
+
+
 class BackgroundWriter:
     """Makes calls in a separate thread, one after the other, without blocking the caller.
 

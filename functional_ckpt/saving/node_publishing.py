@@ -319,7 +319,11 @@ class NodePublishing:
         Returns:
             The step, the id and the new path of a commit to remove once the new one is replicated.
         """
-        record = node_inventory.read_part(self._storage, os.path.join(self._steps.root, name))
+        try:
+            record = node_inventory.read_part(self._storage, os.path.join(self._steps.root, name))
+        except errors.CorruptCheckpointError:  # of which commit it is, cannot be known: it stays
+            node_moves.move_aside(self._steps, name)
+            return None
         if record is None:
             return None
         is_used = not self._steps.index.is_unused(name)

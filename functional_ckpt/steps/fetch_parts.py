@@ -1,7 +1,8 @@
-"""Gives nodes that lack a step its records and indexes, so that every node knows every step.
+"""Gives nodes that lack the records and indexes of a step those of another node.
 
-The data files stay where they are. The received files are written into a hidden directory, which is
-no vote, made durable and renamed; it is then a part without data files.
+They are the same on all nodes; the data files stay where they are. The received files are written
+into a hidden directory, which is no vote, made durable and renamed: to a part without data files,
+or one by one over damaged ones.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -19,25 +21,27 @@ from functional_ckpt import errors
 from functional_ckpt.core.nodes import part as part_lib
 from functional_ckpt.core.nodes.part import PART_FILE, PartRecord
 from functional_ckpt.core.nodes.rules import UsableCommit
+from functional_ckpt.core.records import records
 from functional_ckpt.core.records.file_list import relative
 from functional_ckpt.distributed.collective import collective
 from functional_ckpt.distributed.coordinator import Bytes, Coordinator
 from functional_ckpt.distributed.nodes import Nodes
-from functional_ckpt.steps import node_moves
+from functional_ckpt.steps import node_moves, step_files
 from functional_ckpt.steps.node_inventory import read_part
 from functional_ckpt.steps.tier_steps import TierSteps
-from functional_ckpt.storage import commit, durable
+from functional_ckpt.storage import commit, durable, queries
 from functional_ckpt.storage.base import Storage
 
 _MAX_ATTEMPTS = 3
 INCOMING = os.path.join(commit.HIDDEN, "incoming")
+_log = logging.getLogger("functional_ckpt")
 _Sent: TypeAlias = "list[tuple[str, int, int]]"
 
 
 def fetch_parts(
     coordinator: Coordinator, nodes: Nodes, steps: TierSteps, wanted: Sequence[int]
 ) -> list[str]:
-    """Fetches the records of steps that this rank's node lacks, and another node has; a collective.
+    """Fetches records of steps that a node lacks, or has damaged, from another; a collective.
 
     Args:
         coordinator: The ranks.
@@ -57,9 +61,10 @@ def fetch_parts(
         names = [os.path.basename(steps.path(step)) for step in wanted]
         held: dict[str, tuple[tuple[int, int, int, str], dict[str, int]]] = {}
         for name in names if nodes.is_head else ():
-            record = _part(storage, os.path.join(root, name))
-            if record is not None:
-                held[name] = record.order, _others(storage, os.path.join(root, name), record)
+            path = os.path.join(root, name)
+            record = _part(storage, path)
+            if record is not None and _is_sound(storage, path, record):
+                held[name] = record.order, _others(storage, path, record)
         head = nodes.is_head
         turn.value = json.dumps({"head": head, "names": list(names), "held": held}).encode()
     sent: _Sent = [(name, sender, getter) for name, sender, getter, _ in json.loads(turn.outcome)]
@@ -68,8 +73,8 @@ def fetch_parts(
         with collective(coordinator, "where records can be written"):
             if steps.read_only and any(getter == coordinator.rank for _, _, getter in sent):
                 raise errors.StorageError(
-                    f"{root} lacks the records of {names}, and the manager is read-only. A writer "
-                    "fetches them from other nodes at a restore.",
+                    f"{root} lacks records of {names}, or they are damaged, and the manager is "
+                    "read-only. A writer fetches them from other nodes at a restore.",
                     path=root,
                 )
         _send(coordinator, steps, sent, sizes)
@@ -95,6 +100,26 @@ def _part(storage: Storage, path: str) -> PartRecord | None:
         return read_part(storage, path)
     except errors.CorruptCheckpointError:
         return None  # logged where the inventory is taken
+
+
+def _is_sound(storage: Storage, path: str, record: PartRecord) -> bool:
+    """Returns whether the records and indexes of a part are as they were saved."""
+    try:
+        files = step_files.recorded_files(storage, path)
+    except errors.CheckpointError as error:
+        _log.warning("%s; another node's copy is used", error.message)
+        return False
+    bad = [
+        name
+        for name, each in files.items()
+        if name not in record.files
+        and not step_files.holds_file(storage, os.path.join(path, name), each)
+    ]
+    if bad:
+        _log.warning(
+            "%s: missing or damaged: %s; another node's copy is used", path, ", ".join(bad)
+        )
+    return bool(files) and not bad
 
 
 def _others(storage: Storage, path: str, record: PartRecord) -> dict[str, int]:
@@ -166,7 +191,7 @@ def _read(storage: Storage, path: str, sizes: Mapping[str, int]) -> Bytes:
 
 
 def _write(steps: TierSteps, name: str, sizes: Mapping[str, int], data: Bytes) -> None:
-    """Writes a part without data files, atomically; its records are verified at each opening."""
+    """Writes a part without data files, or the records of one; verified at each opening."""
     contents: dict[str, bytes] = {}
     start = 0
     for file, size_bytes in sizes.items():
@@ -185,14 +210,35 @@ def _write(steps: TierSteps, name: str, sizes: Mapping[str, int], data: Bytes) -
     durable.sync_tree(storage, tmp, contents)
     final = os.path.join(root, name)
     for _ in range(_MAX_ATTEMPTS):
-        if (found := _part(storage, final)) is not None and found.commit_id == record.commit_id:
-            storage.remove(tmp)  # replication has brought it meanwhile
+        if _is_of(storage, final, record, contents):
+            _replace_records(storage, tmp, final, contents)
+            storage.remove(tmp)
             return
-        if found is not None:
-            node_moves.move_aside(steps, name)  # a part of another commit, which is not used
+        if queries.exists(storage, final):  # of another commit, which is not used
+            node_moves.move_aside(steps, name)
         with contextlib.suppress(errors.StorageError):  # it may be there by now
             storage.rename(tmp, final)
             break
     else:
         storage.rename(tmp, final)
     storage.sync(root)
+
+
+def _is_of(storage: Storage, path: str, record: PartRecord, contents: Mapping[str, bytes]) -> bool:
+    """Returns whether a directory is a part of a commit; one of its two records may be damaged."""
+    found = _part(storage, path)
+    if found is not None:
+        return found.commit_id == record.commit_id
+    identity = step_files.record_digest(storage, path)
+    return identity == records.digest_hex(contents[records.EXTENSION_FILE])
+
+
+def _replace_records(storage: Storage, tmp: str, final: str, contents: Mapping[str, bytes]) -> None:
+    """Replaces the files that differ; replication may have brought them all meanwhile."""
+    for file, content in contents.items():
+        path = os.path.join(final, file)
+        if queries.read_optional(storage, path) != content:
+            storage.make_directory(os.path.dirname(path))
+            storage.rename(os.path.join(tmp, file), path)
+            storage.sync(os.path.dirname(path))
+            _log.warning("%s: replaced by another node's copy", path)

@@ -129,9 +129,9 @@ def inventory(storage: Storage, root: str, names: NameFormat) -> tuple[HeldPart,
     return tuple(found[path] for path in sorted(found))
 
 
-def aside_path(part: HeldPart) -> str:
+def aside_path(name: str, commit_id: str) -> str:
     """Returns where a part goes that makes way for another one, relative to the node's root."""
-    return os.path.join(ASIDE, f"{part.name}.{part.record.commit_id}")
+    return os.path.join(ASIDE, f"{name}.{commit_id}")
 
 
 # ------------------------------------------------------------------------------------ bookkeeping

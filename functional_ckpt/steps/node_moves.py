@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 
+from functional_ckpt import errors
 from functional_ckpt.core.nodes.part import PART_FILE
-from functional_ckpt.core.nodes.rules import HeldPart, Move
+from functional_ckpt.core.nodes.rules import Move
 from functional_ckpt.steps import node_inventory
 from functional_ckpt.steps.tier_steps import TierSteps
 from functional_ckpt.storage import commit, queries
@@ -16,12 +18,12 @@ _log = logging.getLogger("functional_ckpt")
 
 def move_aside(steps: TierSteps, name: str) -> str:
     """Moves a part out of the way of another commit of its step; returns its new path."""
-    path = os.path.join(steps.root, name)
-    record = node_inventory.read_part(steps.storage, path)
-    if record is None:
-        return path
-    part = HeldPart(name=name, path=name, record=record, is_renamed=True, files=frozenset())
-    return _put_aside(steps, part)
+    try:
+        record = node_inventory.read_part(steps.storage, os.path.join(steps.root, name))
+    except errors.CorruptCheckpointError:
+        record = None
+    commit_id = f"unknown-{uuid.uuid4().hex}" if record is None else record.commit_id
+    return _put_aside(steps, name, node_inventory.aside_path(name, commit_id))
 
 
 def execute(steps: TierSteps, move: Move) -> None:
@@ -34,23 +36,24 @@ def execute(steps: TierSteps, move: Move) -> None:
             steps.commits.discard(path)
         else:
             storage.remove(path)
-        _log.warning("%s: removed %s, which was not committed", steps.root, part.path)
+        _log.warning("%s: removed %s (commit %s)", steps.root, part.path, part.record.commit_id)
         return
     if move.action == "rename":
         final = os.path.join(steps.root, part.name)
         steps.commits.drop(steps.commits.publish(path, final))
         storage.sync(steps.root)
     else:
-        _put_aside(steps, part)
+        aside = node_inventory.aside_path(part.name, part.record.commit_id)
+        _put_aside(steps, part.path, aside)
     done = "completed the commit of" if move.action == "rename" else "moved aside"
     _log.warning("%s: %s %s (commit %s)", steps.root, done, part.name, part.record.commit_id)
 
 
-def _put_aside(steps: TierSteps, part: HeldPart) -> str:
-    storage, target = steps.storage, os.path.join(steps.root, node_inventory.aside_path(part))
+def _put_aside(steps: TierSteps, path: str, aside: str) -> str:
+    storage, target = steps.storage, os.path.join(steps.root, aside)
     storage.make_directory(os.path.dirname(target))
     storage.remove(target)
-    storage.rename(os.path.join(steps.root, part.path), target)
+    storage.rename(os.path.join(steps.root, path), target)
     storage.sync(os.path.dirname(target))
     storage.sync(steps.root)
     return target

@@ -10,12 +10,12 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 
 from functional_ckpt import errors
 from functional_ckpt.core.nodes import copies, rules
 from functional_ckpt.core.nodes.part import PART_FILE, PartRecord
-from functional_ckpt.core.nodes.rules import Decision, HeldPart, Move, UsableCommit
+from functional_ckpt.core.nodes.rules import Decision, UsableCommit
 from functional_ckpt.distributed import large, same_options
 from functional_ckpt.distributed.collective import collective, run_on_all
 from functional_ckpt.distributed.coordinator import Coordinator
@@ -106,33 +106,27 @@ class NodeTier:
                     lock_and_recover(steps, is_alone=is_alone, keep=node_moves.votes(steps))
                     node_inventory.make_directory_id(steps.storage, steps.root)
         decision, inventories = self._exchange(steps)
+        every = [part for each in inventories.values() for part in each.parts]
+        known = [each.generation for each in inventories.values()]
+        self._check_replicas(steps.root, is_first_run=not every and not any(known))
         if not steps.read_only:
             own = inventories[self.nodes.own].parts if self.is_head else ()
             with collective(self._group, "completing interrupted commits"):
-                for move in (*rules.moves(own, decision), *self._outdated(own, decision)):
+                wanted, count = self.option.replicas, len(inventories)
+                unneeded = rules.removals(own, decision, wanted, num_nodes=count)
+                for move in (*rules.moves(own, decision), *unneeded):
                     node_moves.execute(steps, move)
         self.commits = {commit.record.step: commit for commit in decision.usable}
         self._list(steps, inventories, decision)
         steps.before_removal = lambda removed: self._retire(steps, removed)
-        every = [part for each in inventories.values() for part in each.parts]
         # A save of this run counts as later than one of the same step and generation.
         self._num_saves = max((part.record.serial for part in every), default=0)
-        known = [each.generation for each in inventories.values()]
         self.generation = rules.next_generation(known, every) - 1
         doubtful = (*decision.incomplete, *decision.waiting)
         if (doubtful or not decision.usable) and (every or any(known)) and not steps.read_only:
             # A node that comes back must not win over the steps that are saved from now on.
             self._starts_line = True
             self._raise_generation(steps, self._group)
-
-    def _outdated(self, own: Sequence[HeldPart], decision: Decision) -> Iterator[Move]:
-        """Yields the removals of votes for which no node need wait any more."""
-        num_nodes = len(self.nodes.order)
-        newest = rules.newest_replicated(decision.usable, self.option.replicas, num_nodes=num_nodes)
-        gone = {each.record.commit_id for each in rules.outdated(decision.waiting, newest)}
-        for part in own:
-            if part.record.commit_id in gone:
-                yield Move("remove", part)
 
     def _agree(self, given: bytes) -> Nodes:
         """Returns the nodes of ranks whose options are equal."""
@@ -141,18 +135,24 @@ class NodeTier:
         def combine(values: Sequence[bytes]) -> bytes:
             found = [json.loads(value) for value in values]
             same_options.check([options.encode() for _, options in found])
-            names = [name for name, _ in found]
-            num_nodes = len(set(names))
-            if self.option.replicas and self.option.replicas >= num_nodes > 1:
-                raise errors.UsageError(
-                    f"node_local has replicas={self.option.replicas}, and the run {num_nodes} "
-                    f"nodes ({', '.join(dict.fromkeys(names))}): each copy needs another node. At "
-                    f"most {num_nodes - 1} are possible."
-                )
-            return json.dumps(names).encode()
+            return json.dumps([name for name, _ in found]).encode()
 
         names = json.loads(self._group.gather_broadcast(OPENING, own, combine))
         return Nodes(tuple(names), self._group.rank)
+
+    def _check_replicas(self, root: str, *, is_first_run: bool) -> None:
+        """Raises at the first start of a run with too few nodes; warns if it has lost some."""
+        num_nodes, replicas = len(self.nodes.order), self.option.replicas
+        if not replicas >= num_nodes > 1:
+            return
+        found = (
+            f"node_local has replicas={replicas}, and the run {num_nodes} nodes "
+            f"({', '.join(self.nodes.order)}): each copy needs another node."
+        )
+        if is_first_run:
+            raise errors.UsageError(f"{found} At most {num_nodes - 1} are possible.", path=root)
+        if self._group.rank == 0:
+            _log.warning("%s: %s Until there are more, %d are made.", root, found, num_nodes - 1)
 
     def _check_apart(self, steps: TierSteps) -> None:
         """Raises unless the ranks of a node share one directory, and nodes do not."""

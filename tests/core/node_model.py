@@ -114,6 +114,7 @@ class Protocol:
     prunable: Callable[..., tuple[UsableCommit, ...]] = rules.prunable
     newest_replicated: Callable[..., UsableCommit | None] = rules.newest_replicated
     is_replicated: Callable[..., bool] = rules.is_replicated
+    replaced: Callable[..., tuple[HeldPart, ...]] = rules.replaced
     raises_generation: bool = True
     raises_over_all: bool = True
     keeps_replaced: bool = True
@@ -372,6 +373,13 @@ class Model:
             newest.record, newest.holders, self.replicas, num_nodes=num_nodes
         ):
             doomed |= {k for k in range(len(state.commits)) if state.run.replaced >> k & 1}
+        commits = tuple((each.step, each.generation, each.nodes) for each in state.commits)
+        for disk in state.disks:  # at a start
+            parts = () if disk is None else _parts(disk.parts, commits)
+            found = self.protocol.replaced(
+                parts, decision.usable, self.replicas, num_nodes=num_nodes
+            )
+            doomed |= {index_of(part.record) for part in found}
         for k in doomed:
             nodes = [n for n, disk in enumerate(state.disks) if disk and kind_of(disk.parts[k])]
             if not nodes:

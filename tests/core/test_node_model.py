@@ -153,6 +153,10 @@ def all_votes_outdated(usable: Sequence[UsableCommit], *_: object, **__: object)
     return usable[-1] if usable else None
 
 
+def all_parts_aside(parts: Sequence[HeldPart], *_: object, **__: object) -> Any:
+    return tuple(part for part in parts if part.is_aside)
+
+
 KILLS: Bounds = (1, 2, 0, 0, (0, 1))
 BACK: Bounds = (1, 2, 0, 0, (-1, 1, 2))
 AWAY: Bounds = (1, 1, 0, 1, (1,))
@@ -170,6 +174,7 @@ MUTANTS: dict[str, tuple[Protocol, Bounds]] = {
     "prune before a newer step is replicated": (Protocol(prunable=all_but_the_newest), KILLS),
     "one copy fewer is replicated": (Protocol(prunable=one_copy_is_enough), KILLS),
     "remove replaced parts before replication": (Protocol(is_replicated=always), KILLS),
+    "remove parts aside before replication": (Protocol(replaced=all_parts_aside), KILLS),
     "remove votes before replication": (Protocol(newest_replicated=all_votes_outdated), TWICE),
     "overwrite without moving aside": (Protocol(keeps_replaced=False), KILLS),
     "the generation is not raised": (Protocol(raises_generation=False), BACK),

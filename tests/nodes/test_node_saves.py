@@ -209,6 +209,22 @@ def test_a_replaced_commit_stays_until_the_new_one_is_replicated(tmp_path: Path)
     assert steps_of(tmp_path) == [[1, 2]] * 2
 
 
+def test_a_replaced_commit_is_removed_at_a_start_once_the_new_one_is_replicated(
+    tmp_path: Path,
+) -> None:
+    def job(made: Any, rank: int) -> None:
+        made._steps.first.is_replicated = lambda _: False
+        for value in (1.0, 2.0):  # in one run: the first may be no other line
+            made.save(1, _items(value, rank)).result()
+
+    results(run(tmp_path, job, overwrite=True))
+    aside = [tmp_path / node / ".functional_ckpt" / "aside" for node in "ab"]
+    assert [len(list(each.iterdir())) for each in aside] == [1, 1]
+    assert steps_of(tmp_path) == [[1], [1]]  # replicas=0: it is replicated
+    assert [list(each.iterdir()) for each in aside] == [[], []]
+    assert steps_of(tmp_path) == [[1], [1]]
+
+
 def test_a_replaced_commit_comes_back_if_the_new_one_is_lost(tmp_path: Path) -> None:
     results(save(tmp_path, 1))
     old = read_part(_DISK, str(tmp_path / "a" / "1"))
@@ -410,6 +426,28 @@ def test_too_many_replicas_are_refused(tmp_path: Path) -> None:
     found = run_ranks(2, job)
     assert all(isinstance(each, errors.UsageError) for each in found)
     assert "At most 1" in str(found[0])
+    assert results(save(tmp_path, 1)) == [[1], [1]]  # the directories are not locked
+
+
+def test_a_run_that_lost_a_node_goes_on_with_fewer_copies(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"replicas": 2}
+
+    def job(nodes: str, step: int) -> list[Any]:
+        def on_rank(group: ThreadCoordinator) -> tuple[list[int], str]:
+            option = fc.NodeLocal(node=nodes[group.rank], **options)
+            with manager(tmp_path, group, nodes, node_local=option) as made:
+                made.save(step, _items(1.0, group.rank)).result()
+                made.wait_until_finished()
+                return made.all_steps(), str(made.metadata(step).state)
+
+        return results(run_ranks(len(nodes), on_rank))
+
+    assert job("abc", 1) == [([1], "replicated")] * 3
+    shutil.rmtree(tmp_path / "b")
+    assert job("ac", 2) == [([1, 2], "replicated")] * 2
+    assert "Until there are more, 1 are made" in caplog.text
 
 
 def test_different_options_are_refused(tmp_path: Path) -> None:

@@ -227,3 +227,36 @@ def test_rounds_of_a_chunk_each_deliver_the_same(
     save(tmp_path, "aabb")
     restore(tmp_path, "bbaa", 4)
     restore(tmp_path, "abab", 4, wants=lambda rank: [0, 3] if rank < 2 else [1, 2, 3])
+
+
+@pytest.mark.parametrize("node", ["a", "b"])
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+def test_records_of_one_node_are_replaced_by_those_of_another(
+    tmp_path: Path, node: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, "aabb")
+    copy_files(tmp_path, "a", "b")
+    copy_files(tmp_path, "b", "a")
+    step = tmp_path / node / str(STEP)
+    record = read_part(_DISK, str(step))
+    assert record is not None
+    names = {str(each.relative_to(step)) for each in step.rglob("*") if each.is_file()}
+    for name in sorted(names - record.files.keys()):
+        path = step / name
+        content = path.read_bytes()
+        path.unlink()
+        if how == "damaged":
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        caplog.clear()
+        assert restore(tmp_path, "aabb", 4)["tiers"] == 0, name
+        assert path.read_bytes() == content, name
+        assert f"{path}: replaced by another node's copy" in caplog.text
+
+
+def test_a_part_of_an_unknown_commit_makes_way(tmp_path: Path) -> None:
+    save(tmp_path, "ab")
+    for name in (PART_FILE, "_FUNCTIONAL_CKPT"):
+        (tmp_path / "b" / str(STEP) / name).write_bytes(b"?")
+    copy_files(tmp_path, "a", "b")
+    with pytest.raises(errors.StepNotFoundError):
+        restore(tmp_path, "ab", 2)

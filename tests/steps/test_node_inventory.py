@@ -67,7 +67,7 @@ def test_parts_votes_and_parts_aside_are_listed(tmp_path: Path) -> None:
             files=frozenset({"model/a0", "model/a1"}),
         ),
     )
-    assert node_inventory.aside_path(found[1]) == ".functional_ckpt/aside/1.commit-1"
+    assert node_inventory.aside_path("1", "commit-1") == ".functional_ckpt/aside/1.commit-1"
 
 
 def test_a_part_with_a_damaged_record_is_named_and_left_out(

@@ -265,6 +265,52 @@ def outdated(waiting: Iterable[Unusable], newest: UsableCommit | None) -> tuple[
     return tuple(each for each in waiting if each.record.generation < generation)
 
 
+def replaced(
+    parts: Iterable[HeldPart], usable: Iterable[UsableCommit], replicas: int, *, num_nodes: int
+) -> tuple[HeldPart, ...]:
+    """Returns the parts aside that a replicated save of the same run has replaced.
+
+    A part of another generation stays: it may be of a line that the run went back from.
+
+    Args:
+        parts: The parts of one node.
+        usable: `Decision.usable`.
+        replicas: As of `is_replicated`.
+        num_nodes: As of `is_replicated`.
+    """
+    later = {
+        commit.record.step: commit.record
+        for commit in usable
+        if is_replicated(commit.record, commit.holders, replicas, num_nodes=num_nodes)
+    }
+    return tuple(
+        part
+        for part in parts
+        if part.is_aside
+        and (record := later.get(part.record.step)) is not None
+        and part.record.generation == record.generation
+        and part.record.serial < record.serial
+    )
+
+
+def removals(
+    parts: Sequence[HeldPart], decision: Decision, replicas: int, *, num_nodes: int
+) -> tuple[Move, ...]:
+    """Returns the removals of one node's parts that no run needs any more.
+
+    Args:
+        parts: Its parts.
+        decision: The decision of all nodes.
+        replicas: As of `is_replicated`.
+        num_nodes: As of `is_replicated`.
+    """
+    newest = newest_replicated(decision.usable, replicas, num_nodes=num_nodes)
+    gone = {each.record.commit_id for each in outdated(decision.waiting, newest)}
+    others = replaced(parts, decision.usable, replicas, num_nodes=num_nodes)
+    gone |= {part.record.commit_id for part in others}
+    return tuple(Move("remove", part) for part in parts if part.record.commit_id in gone)
+
+
 def next_generation(generations: Iterable[int], parts: Iterable[HeldPart]) -> int:
     """Returns the generation that the nodes write before they save: higher than any they know."""
     return 1 + max((*generations, *(part.record.generation for part in parts)), default=0)
