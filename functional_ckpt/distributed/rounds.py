@@ -194,10 +194,7 @@ class Rounds:
             texts.append(_left(left, what))
             raise errors.CoordinationError(" ".join(texts), ranks=sorted([*failed, *left]))
         if absent:
-            texts.append(
-                f"{named(absent).capitalize()} did not reach {what!r} within "
-                f"{self._timeout_seconds:g} s (crashed, hung, or without this call?)."
-            )
+            texts.append(did_not_reach(absent, what, self._timeout_seconds))
             ranks = sorted([*failed, *absent])
             raise errors.CoordinationTimeoutError(" ".join(texts), ranks=ranks)
         if failed:
@@ -305,6 +302,14 @@ def _describe(error: BaseException, what: str) -> bytes:
 
 def _failed(what: str, error: BaseException) -> bytes:
     return _entry(_ERROR, what, json.dumps(remote_errors.to_record(error)).encode())
+
+
+def did_not_reach(ranks: Sequence[int], what: str, seconds: float) -> str:
+    """Returns the message about ranks that did not come in time."""
+    return (
+        f"{named(ranks).capitalize()} did not reach {what!r} within {seconds:g} s (crashed, hung, "
+        "or without this call?)."
+    )
 
 
 def _left(ranks: Sequence[int], what: str) -> str:

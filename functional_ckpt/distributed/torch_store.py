@@ -32,6 +32,7 @@ from functional_ckpt.distributed.coordinator import (
     Turns,
 )
 from functional_ckpt.distributed.key_values import StoreBoard
+from functional_ckpt.distributed.meeting import Meeting
 from functional_ckpt.distributed.rounds import Rounds
 from functional_ckpt.distributed.turns import Member, StoreTurns
 
@@ -88,6 +89,9 @@ def num_unjoined() -> int:
     return int(text)
 
 
+_meetings: weakref.WeakKeyDictionary[Any, Meeting] = weakref.WeakKeyDictionary()
+
+
 class StoreCoordinator:
     """Ranks that meet in a key-value store; see `rounds` for how.
 
@@ -121,9 +125,10 @@ class StoreCoordinator:
         self._turns: list[StoreTurns] = []
         store = _Store(group.get_group_store(), self.rank)
         if prefix is None:
-            # Every rank makes its coordinators of a group in the same order. The store counts them:
-            # the processes need not have been in the same groups before.
-            prefix = f"functional_ckpt/{store.count(f'functional_ckpt/opened/{self.rank}')}"
+            # Every rank makes its coordinators of a group in the same order.
+            meeting = _meetings.setdefault(group, Meeting())
+            name = meeting.next_name(store, self.rank, self.num_ranks, timeout_seconds)
+            prefix = f"functional_ckpt/{name}"
         self._prefix = prefix
         store.enter(prefix)
         self._store = store
@@ -214,10 +219,6 @@ class _Store:
     def enter(self, prefix: str) -> None:
         """From now on all keys are below `prefix`."""
         self._store = dist.PrefixStore(prefix, self._store)  # pyright: ignore[reportPrivateImportUsage]
-
-    def count(self, key: str) -> int:
-        """Returns the number of requests for the key, including this one."""
-        return int(self._call(self._store.add, key, 1, seconds=_CONNECT_SECONDS))
 
     def set(self, key: str, value: bytes, seconds: float) -> None:
         """Sets a key."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
+import os
+from collections.abc import Generator
 from concurrent.futures.process import BrokenProcessPool
 
 from functional_ckpt import errors
@@ -55,34 +58,47 @@ class Job:
         return Output.of(given, self.options, stored, num_writers=self.num_writers), texts
 
 
-def run(job: Job, output: Output, path: str) -> None:
-    """Writes the files of an export in new processes; nothing is durable yet.
+@contextlib.contextmanager
+def started(num_workers: int) -> Generator[concurrent.futures.Executor | None]:
+    """Gives that many new processes, which start while the export is planned; None for one.
 
     A process imports torch only if tensors are converted.
+    """
+    if num_workers == 1:
+        yield None
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=plain_files.end_with_parent
+    ) as pool:
+        pool.submit(os.getpid)  # starts all of them
+        yield pool
+
+
+def run(workers: concurrent.futures.Executor, job: Job, output: Output, path: str) -> None:
+    """Writes the files of an export in processes; nothing is durable yet.
 
     Raises:
         StorageError: A process was killed. None runs any more, as after other errors.
     """
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        job.num_writers, mp_context=context, initializer=plain_files.end_with_parent
-    ) as pool:
-        writing: list[concurrent.futures.Future[None]] = []
+    writing: list[concurrent.futures.Future[None]] = []
+    try:
         for number in range(job.num_writers):
             plain = output.plain_files(path, number, job.num_writers)
             if plain is None:
-                writing.append(pool.submit(_write, job, path, number))
+                writing.append(workers.submit(_write, job, path, number))
             else:
-                writing.append(pool.submit(plain_files.write_files, job.step, job.item, plain))
-        try:
-            for each in concurrent.futures.as_completed(writing):
-                each.result()
-        except BrokenProcessPool as error:
-            raise errors.StorageError(
-                f"{path}: a worker of the export was killed, perhaps for its memory; nothing was "
-                "written.",
-                path=path,
-            ) from error
+                writing.append(workers.submit(plain_files.write_files, job.step, job.item, plain))
+        for each in concurrent.futures.as_completed(writing):
+            each.result()
+    except BrokenProcessPool as error:
+        raise errors.StorageError(
+            f"{path}: a worker of the export was killed, perhaps for its memory; nothing was "
+            "written.",
+            path=path,
+        ) from error
+    finally:
+        concurrent.futures.wait(writing)
 
 
 def _write(job: Job, path: str, number: int) -> None:

@@ -63,23 +63,24 @@ def export(
         num_writers=max(num_workers, group.num_ranks),
         takes_files=not is_stored,
     )
-    with fails_on_all(group, "export"):
-        output, texts = job.output()
-        checked(output.given, options, path)
-        texts = texts if config is None else read_config(config)
-    if is_stored:
-        store_export.write(job.step, item, output, target, texts, num_workers=num_workers)
-        return
+    with export_workers.started(1 if is_stored else num_workers) as workers:
+        with fails_on_all(group, "export"):
+            output, texts = job.output()
+            checked(output.given, options, path)
+            texts = texts if config is None else read_config(config)
+        if is_stored:
+            store_export.write(job.step, item, output, target, texts, num_workers=num_workers)
+            return
 
-    def write_files(tmp: str) -> None:
-        if num_workers > 1:
-            export_workers.run(job, output, tmp)
-        elif (plain := output.plain_files(tmp, group.rank, group.num_ranks)) is not None:
-            plain_files.write_files(job.step, item, plain)
-        else:
-            output.write(tmp, group.rank, group.num_ranks)
+        def write_files(tmp: str) -> None:
+            if workers is not None:
+                export_workers.run(workers, job, output, tmp)
+            elif (plain := output.plain_files(tmp, group.rank, group.num_ranks)) is not None:
+                plain_files.write_files(job.step, item, plain)
+            else:
+                output.write(tmp, group.rank, group.num_ranks)
 
-    write(output, path, texts, write_files, overwrite=overwrite, group=group)
+        write(output, path, texts, write_files, overwrite=overwrite, group=group)
 
 
 def _ranks(process_group: Any) -> Coordinator:

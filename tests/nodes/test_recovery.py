@@ -223,7 +223,7 @@ def test_damage_on_all_nodes_is_read_from_the_next_tier(tmp_path: Path) -> None:
 def test_rounds_of_a_chunk_each_deliver_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_read, "ROUND_BYTES", 1000)
+    monkeypatch.setattr(node_read, "_round_bytes", lambda _: 1000)
     save(tmp_path, "aabb")
     restore(tmp_path, "bbaa", 4)
     restore(tmp_path, "abab", 4, wants=lambda rank: [0, 3] if rank < 2 else [1, 2, 3])
