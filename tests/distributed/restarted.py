@@ -20,7 +20,7 @@ NUM_STEPS = 3
 
 
 def main(root: str) -> None:
-    # In the store of all attempts, gloo finds addresses of the attempt before, and may wait for them.
+    # In the store of all attempts, gloo finds addresses of the attempt before, and may wait there.
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=10))
     if dist.get_rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         time.sleep(2.0)  # the other one has come to its manager
