@@ -171,7 +171,7 @@ class Replication:
         self._settle(commit, plan, result, time.monotonic() - started)
         if result.is_lost:
             self._release()
-        if result.failures:
+        if result.failures and not self._tier.survives(commit.record.step):
             return self._fail(commit, "; ".join(result.failures))
         self._queue.has_failed, self._wait_seconds = False, _FIRST_WAIT_SECONDS
         return 0.0

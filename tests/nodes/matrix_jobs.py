@@ -95,7 +95,11 @@ def save_and_die(
             _wait_for_copies(root, nodes, replicas, step)
             dist.barrier()
             if step == 1 and nodes.index(nodes[rank]) == rank:
-                shutil.copytree(Path(root) / nodes[rank], Path(root) / "past" / nodes[rank])
+                shutil.copytree(
+                    Path(root) / nodes[rank],
+                    Path(root) / "past" / nodes[rank],
+                    ignore=shutil.ignore_patterns("*.tmp"),  # of notes that are being replaced
+                )
             dist.barrier()
         if is_absent and tier is not None and rank == 0:
             with contextlib.suppress(fc.CheckpointError):  # of the upload
