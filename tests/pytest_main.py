@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     code = pytest.main(
         ["--rootdir=.", "-c", "pyproject.toml", "-p", "no:cacheprovider", *arguments]
     )
-    # A module whose optional package is absent is skipped as a whole: that is no failure.
+    # All tests of a module are skipped where its optional package is absent: that is no failure.
     return 0 if code == pytest.ExitCode.NO_TESTS_COLLECTED else code
 
 
